@@ -1,0 +1,29 @@
+"""One-shot pruning of large language models as a convex problem per linear operator."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optimum_fista.run.config import FistaPruningConfig
+    from optimum_fista.run.pruner import FistaPruner
+    from optimum_fista.run.report import PruningReport
+    from optimum_fista.solve.pruned import PrunedOperator
+
+__version__ = "0.1.0"
+__all__ = ["FistaPruner", "FistaPruningConfig", "PrunedOperator", "PruningReport"]
+
+_HOMES = {
+    "FistaPruner": "optimum_fista.run.pruner",
+    "FistaPruningConfig": "optimum_fista.run.config",
+    "PrunedOperator": "optimum_fista.solve.pruned",
+    "PruningReport": "optimum_fista.run.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use, so that `import optimum_fista` and `--help` stay quick."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'optimum_fista' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

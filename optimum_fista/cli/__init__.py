@@ -1,0 +1,1 @@
+"""Edges: the command line, and its registration with optimum-cli."""

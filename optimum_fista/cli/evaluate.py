@@ -1,0 +1,50 @@
+"""`optimum-fista evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+
+DESCRIPTION = """\
+Measure the perplexity of a model on a text.
+
+Non-overlapping windows from the start of the text, the mean negative log likelihood of all predicted tokens: the
+protocol of the pruning literature. Use the same windows to compare models.
+
+example:
+  optimum-fista evaluate ./model-50 --text wikitext2 --sequence-length 2048
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
+    parser.add_argument(
+        "--text", required=True, metavar="SOURCE", help="a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
+    )
+    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens a window (default 1024)")
+    parser.add_argument(
+        "--max-windows", type=int, help="stop after this many windows (default: the whole text)"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="windows a forward pass (default 1)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the first GPU, otherwise the CPU)")
+    parser.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print."""
+    from optimum_fista.run.loading import load_model
+    from optimum_fista.run.perplexity import evaluate_perplexity
+    from optimum_fista.run.text import load_text
+    from optimum_fista.run.windows import evaluation_windows
+
+    text = load_text(arguments.text, "test")
+    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
+    result = evaluate_perplexity(model, windows, batch_size=arguments.batch_size)
+    print(
+        f"perplexity {result.perplexity:.3f} on {arguments.text}: {result.num_windows} windows of "
+        f"{result.sequence_length} tokens, {result.num_tokens} predicted, {result.seconds:.1f} s"
+    )
+    return 0

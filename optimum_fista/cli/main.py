@@ -1,0 +1,73 @@
+"""The `optimum-fista` command and its subcommands; `optimum-cli fista` has the same."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from optimum_fista import __version__
+from optimum_fista.cli import demo, evaluate, prune, verify
+
+_COMMANDS = (prune, evaluate, verify, demo)
+
+_DESCRIPTION = """\
+Prune large language models after training, in one shot, as a convex problem for each linear operator.
+
+  optimum-fista prune MODEL --output DIR --sparsity 0.5
+  optimum-fista evaluate DIR --text wikitext2
+  optimum-fista verify DIR
+"""
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommands to a parser; parsed arguments get `fista_run`, the function to call with them."""
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        name = command.__name__.rsplit(".", 1)[-1]
+        summary = command.DESCRIPTION.split("\n", 1)[0].replace("%", "%%")
+        subparser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=command.DESCRIPTION.replace("%", "%%"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(subparser)
+        subparser.set_defaults(fista_run=command.run)
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Run a parsed command; errors of the user or the system become one line and an exit code.
+
+    Returns:
+        0, or 1 after an error, 130 after an interrupt.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        return int(arguments.fista_run(arguments))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `optimum-fista`."""
+    parser = argparse.ArgumentParser(
+        "optimum-fista", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"optimum-fista {__version__}")
+    add_commands(parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return execute(build_parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,138 @@
+"""`optimum-fista prune`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optimum_fista.run.config import FistaPruningConfig
+
+DESCRIPTION = """\
+Prune a model and save it as a folder that plain Transformers loads.
+
+MODEL is a Hub id, a model folder, or a folder that holds one GGUF file. Without calibration text at hand the model
+samples its own (--calibration self, the default), so nothing but the model is needed.
+
+examples:
+  optimum-fista prune meta-llama/Llama-3.2-1B --output llama-50 --sparsity 0.5 --calibration c4
+  optimum-fista prune ./model --output model-24 --pattern 2:4 --calibration texts.jsonl --num-samples 64
+  optimum-fista prune ./model --output model-50 --method wanda --device cpu --dtype float32
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
+    parser.add_argument(
+        "--output", "-o", required=True, type=Path, metavar="DIR", help="folder to write the model to"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model that --output already holds"
+    )
+    what = parser.add_argument_group("what to prune")
+    what.add_argument("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
+    what.add_argument(
+        "--pattern", metavar="N:M", help="keep N of every M consecutive inputs of a row, such as 2:4"
+    )
+    what.add_argument(
+        "--scope",
+        choices=("matrix", "row"),
+        help="share zeros over a whole operator or give each row its own",
+    )
+    what.add_argument(
+        "--include",
+        action="append",
+        metavar="GLOB",
+        help="prune only operators whose name matches; repeatable",
+    )
+    what.add_argument(
+        "--exclude",
+        action="append",
+        metavar="GLOB",
+        help="leave operators dense whose name matches; repeatable",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--method", help="fista (default), sparsegpt, wanda, magnitude")
+    how.add_argument(
+        "--paper", action="store_true", help="the published settings of FISTAPruner (K=20, T=3, xi=0.3)"
+    )
+    how.add_argument("--error-correction", choices=("none", "intra", "full"), help="default intra")
+    how.add_argument("--warm-start", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
+    how.add_argument("--max-iterations", type=int, help="iteration limit of the method")
+    how.add_argument(
+        "--config", type=Path, metavar="FILE", help="a configuration saved as JSON; flags override it"
+    )
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument(
+        "--calibration",
+        default="self",
+        metavar="SOURCE",
+        help="self (default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc",
+    )
+    calibration.add_argument("--num-samples", type=int, default=128, help="number of sequences (default 128)")
+    calibration.add_argument(
+        "--sequence-length", type=int, help="tokens a sequence (default: 2048 or the model's maximum)"
+    )
+    calibration.add_argument("--batch-size", type=int, default=1, help="sequences a forward pass (default 1)")
+    calibration.add_argument("--seed", type=int, help="seed of the sampling (default 0)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: the first GPU, otherwise the CPU)")
+    machine.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)"
+    )
+    hub = parser.add_argument_group("hub")
+    hub.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done"
+    )
+    hub.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prune, save, and upload where asked."""
+    from optimum_fista.run.calibration_source import calibration_tokens
+    from optimum_fista.run.checkpoint import require_free_folder
+    from optimum_fista.run.hub import push_folder
+    from optimum_fista.run.loading import load_model
+    from optimum_fista.run.pruner import FistaPruner
+
+    config = _config(arguments)
+    require_free_folder(arguments.output, arguments.overwrite)
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
+    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    tokens = calibration_tokens(
+        arguments.calibration, model, tokenizer, arguments.num_samples, arguments.sequence_length, config.seed
+    )
+    pruner = FistaPruner(config)
+    report = pruner.prune(model, tokens.split(arguments.batch_size), calibration_source=arguments.calibration)
+    pruner.save_pretrained(model, arguments.output, tokenizer, overwrite=arguments.overwrite)
+    print(report)
+    print(f"saved to {arguments.output}")
+    if arguments.push_to_hub:
+        print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
+    """The configuration from the flags given, over that of `--config` or `--paper`."""
+    from optimum_fista.run.config import FistaPruningConfig
+
+    names = ("sparsity", "pattern", "scope", "include", "exclude", "method", "error_correction", "warm_start")
+    flags: dict[str, Any] = {
+        name: getattr(arguments, name)
+        for name in (*names, "max_iterations", "seed")
+        if getattr(arguments, name) is not None
+    }
+    if arguments.paper and (arguments.config or flags.get("method", "fista") != "fista"):
+        raise ValueError(
+            "--paper sets method and options of the paper: pass it without --config and --method."
+        )
+    if arguments.paper:
+        flags.pop("method", None)
+        return FistaPruningConfig.paper(**flags)
+    base = FistaPruningConfig.from_json(arguments.config).to_dict() if arguments.config else {}
+    if {"sparsity", "pattern"} & set(flags):
+        base = {key: value for key, value in base.items() if key not in ("sparsity", "pattern")}
+    return FistaPruningConfig.from_dict(base | flags)

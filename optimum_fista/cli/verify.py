@@ -1,0 +1,41 @@
+"""`optimum-fista verify`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Prove from the files that a pruned model keeps its sparsity pattern.
+
+Reads the checkpoint, the masks and the report again: exact counts, the pattern in every group or row, zeros outside
+the masks. Exits with 1 and the name of the first operator that breaks it.
+
+example:
+  optimum-fista verify ./model-24
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verify and print what was proven."""
+    from tqdm.auto import tqdm
+
+    from optimum_fista.run.verification import VerificationError, verify_checkpoint
+
+    try:
+        with tqdm(desc="Verifying", unit="operator") as bar:
+            proven = verify_checkpoint(arguments.folder, lambda name: bar.update())
+    except VerificationError as error:
+        print(f"{arguments.folder}: BROKEN: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{arguments.folder}: {proven.num_operators} operators keep their pattern, {proven.num_zeros:,} of "
+        f"{proven.num_weights:,} weights zero ({proven.num_zeros / max(1, proven.num_weights):.4%})"
+    )
+    return 0

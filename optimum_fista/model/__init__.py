@@ -1,0 +1,1 @@
+"""Models: decoder layers, linear operators, the inputs they share, and the statistics of those inputs."""

@@ -1,0 +1,125 @@
+"""Recording the inputs of every decoder layer: hidden states of the first, arguments of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_fista.model.architecture import DecoderLayers
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.replay import LayerCall, StopForward
+
+
+@dataclass
+class RecordedInputs:
+    """What the decoder layers are called with.
+
+    Attributes:
+        hidden_states: Input of the first decoder layer, a batch each, [batch, sequence, hidden].
+        calls: Other arguments, `calls[layer][batch]`; equal tensors are stored once.
+        token_masks: bool [batch, sequence] on the model's device, a batch each; `None` when all are real.
+    """
+
+    hidden_states: list[Tensor]
+    calls: list[list[LayerCall]]
+    token_masks: list[Tensor | None]
+
+
+def record_inputs(
+    model: PreTrainedModel, layers: DecoderLayers, batches: Sequence[CalibrationBatch]
+) -> RecordedInputs:
+    """Run the model on every batch with its decoder layers skipped, and record what each is called with.
+
+    The first layer runs once, to learn the form of its output; nothing behind the last layer runs.
+
+    Raises:
+        ValueError: If the hidden states that enter the first decoder layer are not finite.
+    """
+    device = model.get_input_embeddings().weight.device
+    recorder = _Recorder(layers)
+    hidden_states, token_masks = [], []
+    with recorder:
+        for batch in batches:
+            mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+            recorder.start_batch()
+            try:
+                model(
+                    input_ids=batch.input_ids.to(device),
+                    attention_mask=None if mask is None else mask.long(),
+                    use_cache=False,
+                )
+            except StopForward:
+                pass
+            first = recorder.hidden_states
+            if first is None or not bool(torch.isfinite(first).all()):
+                raise ValueError(
+                    "the inputs of the first decoder layer hold NaN or Inf: the embeddings of the model are damaged."
+                )
+            hidden_states.append(first)
+            token_masks.append(mask)
+    return RecordedInputs(hidden_states, recorder.calls, token_masks)
+
+
+class _Recorder:
+    """Replaces the forward of every decoder layer by one that records and hands the hidden states on."""
+
+    def __init__(self, layers: DecoderLayers) -> None:
+        self.layers = layers
+        self.calls: list[list[LayerCall]] = [[] for _ in layers.modules]
+        self.hidden_states: Tensor | None = None
+        self._rest: tuple[Any, ...] | None = None
+        self._is_tuple: bool | None = None
+        self._interned: dict[tuple[Any, ...], Tensor] = {}
+
+    def start_batch(self) -> None:
+        self.hidden_states = None
+
+    def __enter__(self) -> None:
+        self._originals = [layer.forward for layer in self.layers.modules]
+        self._overridden = ["forward" in vars(layer) for layer in self.layers.modules]
+        for index, layer in enumerate(self.layers.modules):
+            layer.forward = self._stub(index)  # type: ignore[method-assign]
+
+    def __exit__(self, *exception: object) -> None:
+        for layer, original, was in zip(self.layers.modules, self._originals, self._overridden, strict=True):
+            if was:
+                layer.forward = original  # type: ignore[method-assign]
+            else:
+                del layer.forward
+
+    def _stub(self, index: int) -> Any:
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            if arguments:
+                hidden_states, *others = arguments
+            else:
+                hidden_states, others = keywords.pop("hidden_states"), []
+            if self.hidden_states is None:
+                self.hidden_states = hidden_states
+            call = LayerCall(
+                tuple(self._intern(a) for a in others), {k: self._intern(v) for k, v in keywords.items()}
+            )
+            self.calls[index].append(call)
+            if index == len(self.layers) - 1:
+                raise StopForward
+            if self._is_tuple is None:
+                output = self._originals[index](hidden_states, *others, **keywords)
+                self._is_tuple = isinstance(output, tuple)
+                self._rest = tuple(output[1:]) if isinstance(output, tuple) else ()
+            return (hidden_states, *(self._rest or ())) if self._is_tuple else hidden_states
+
+        return forward
+
+    def _intern(self, value: Any) -> Any:
+        """Share equal tensors (masks, position embeddings) between layers and batches."""
+        if isinstance(value, tuple | list):
+            return type(value)(self._intern(item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        key = (tuple(value.shape), value.dtype, float(value.flatten()[-1]) if value.numel() else 0.0)
+        known = self._interned.setdefault(key, value)
+        return known if known is value or torch.equal(known, value) else value

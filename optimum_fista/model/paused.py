@@ -1,0 +1,81 @@
+"""Forward passes of one decoder layer that wait in front of an operator until it is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from optimum_fista.model.replay import LayerCall, watching
+
+
+class PausedForwards:
+    """One forward pass a batch, each a coroutine that is paused in front of chosen modules.
+
+    A group of operators needs its inputs over all batches before it is pruned, and what lies behind it needs
+    the pruned weights. Pausing every batch there runs each operator once a batch, where replaying the layer
+    for every group would run the first operators again and again. The price is memory: the intermediate
+    activations of all batches stay on the layer's device while they wait.
+
+    Greenlets share one thread, so that PyTorch's thread pools and thread-local state stay as they are. Use it
+    as a context manager: passes that were not finished are unwound at its end.
+
+    Args:
+        layer: The decoder layer.
+        stops: Modules to pause in front of, in the order of their calls.
+        calls: Arguments of the layer, a batch each.
+        hidden_states: Input of the layer, a batch each.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        stops: Sequence[nn.Module],
+        calls: Sequence[LayerCall],
+        hidden_states: Sequence[Tensor],
+    ) -> None:
+        self._watch = watching({module: (lambda x, i=i: _pause(i, x)) for i, module in enumerate(stops)})
+        self._passes = [
+            greenlet(lambda call=call, hidden=hidden: (None, call.run(layer, hidden.to(_device(layer)))))
+            for call, hidden in zip(calls, hidden_states, strict=True)
+        ]
+
+    def __enter__(self) -> PausedForwards:
+        self._watch.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for forward in self._passes:
+            if forward and not forward.dead:
+                forward.throw(GreenletExit)
+        self._watch.__exit__(None, None, None)
+
+    def inputs(self, stop: int) -> Iterator[Tensor]:
+        """Run every batch on to the stop of this index; yields the module's input, a batch each."""
+        for forward in self._passes:
+            reached, inputs = forward.switch()
+            if reached != stop:
+                raise RuntimeError(
+                    "the operators of this decoder layer are called in another order than when traced"
+                )
+            yield inputs
+
+    def outputs(self) -> Iterator[Tensor]:
+        """Run every batch to the end; yields the layer's output hidden states, a batch each."""
+        for forward in self._passes:
+            _, output = forward.switch()
+            yield output
+
+
+def _pause(stop: int, inputs: Tensor) -> None:
+    parent = getcurrent().parent
+    if parent is not None:
+        parent.switch((stop, inputs))
+
+
+def _device(module: nn.Module) -> object:
+    return next(module.parameters()).device

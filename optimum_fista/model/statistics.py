@@ -1,0 +1,194 @@
+"""From the activations of one decoder layer to the layer problems of its operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from optimum_fista.model.gram import GramAccumulator
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.replay import LayerCall, watching
+from optimum_fista.solve.problem import InputStatistics, LayerProblem, inner
+
+Group = list[LinearOperator]
+
+
+@dataclass
+class LayerActivations:
+    """One decoder layer with everything needed to run it on the calibration tokens.
+
+    Attributes:
+        layer: The decoder layer.
+        calls: Its arguments besides the hidden states, a batch each.
+        token_masks: bool [batch, sequence] or `None`, a batch each; False tokens count nowhere.
+        storage: Where hidden states and recorded activations are kept between passes.
+    """
+
+    layer: nn.Module
+    calls: Sequence[LayerCall]
+    token_masks: Sequence[Tensor | None]
+    storage: torch.device
+
+    def rows(self, activations: Tensor, batch: int, name: str) -> Tensor:
+        """Real tokens of an activation [batch, sequence, n] or [batch * sequence, n] as [tokens, n]."""
+        flat = activations.detach().reshape(-1, activations.shape[-1])
+        mask = self.token_masks[batch]
+        expected = mask.numel() if mask is not None else None
+        if expected is not None and flat.shape[0] != expected:
+            raise ValueError(
+                f"{name} sees {flat.shape[0]} rows for {expected} tokens, so padding can't be told apart: "
+                f"pass batches without padding, or exclude=['{name}']."
+            )
+        return flat if mask is None else flat[mask.reshape(-1)]
+
+
+@dataclass
+class DenseRecord:
+    """What the dense network shows of one group: enough to form `C = W X X*^T` against any later `X*`.
+
+    Attributes:
+        narrow: Whether outputs are kept (fewer outputs than inputs) rather than inputs.
+        kept: Dense outputs without bias, side by side, [tokens, out], or dense inputs [tokens, in], a batch each.
+        energies: `|| W X ||_F^2` by operator.
+    """
+
+    narrow: bool
+    kept: list[Tensor] = field(default_factory=list)
+    energies: dict[str, float] = field(default_factory=dict)
+
+
+def record_dense(
+    activations: LayerActivations,
+    groups: Sequence[Group],
+    hidden_states: Sequence[Tensor],
+    with_gram: Sequence[bool],
+) -> tuple[list[Tensor], list[DenseRecord], list[GramAccumulator | None]]:
+    """Run the dense layer once on every batch.
+
+    Args:
+        activations: The decoder layer, still dense.
+        groups: Its groups of operators.
+        hidden_states: Dense inputs of the layer, a batch each.
+        with_gram: By group: True accumulates the Gram matrix of the dense inputs, False records the
+            activations for a cross-Gram against later inputs.
+
+    Returns:
+        Dense outputs of the layer, records by group, and Gram matrices by group (`None` without).
+    """
+    device = next(activations.layer.parameters()).device
+    records = [DenseRecord(sum(o.shape[0] for o in group) < group[0].shape[1]) for group in groups]
+    grams = [
+        GramAccumulator(g[0].shape[1], device) if w else None for g, w in zip(groups, with_gram, strict=True)
+    ]
+    batch = 0
+    outputs: dict[str, Tensor] = {}
+
+    def see_input(index: int, inputs: Tensor) -> None:
+        rows = activations.rows(inputs, batch, groups[index][0].name)
+        gram = grams[index]
+        if gram is not None:
+            gram.add(rows.float())
+        elif not records[index].narrow:
+            records[index].kept.append(rows.to(activations.storage))
+
+    def see_output(index: int, operator: LinearOperator, output: Tensor) -> None:
+        if grams[index] is None:
+            rows = operator.outputs_without_bias(activations.rows(output, batch, operator.name))
+            outputs[operator.name] = rows
+            energies = records[index].energies
+            energies[operator.name] = energies.get(operator.name, 0.0) + inner(rows, rows)
+
+    watch_inputs = {g[0].module: (lambda x, i=i: see_input(i, x)) for i, g in enumerate(groups)}
+    watch_outputs = {
+        o.module: (lambda y, i=i, o=o: see_output(i, o, y)) for i, g in enumerate(groups) for o in g
+    }
+    dense_outputs = []
+    with watching(watch_inputs, watch_outputs):
+        for batch, (hidden, call) in enumerate(zip(hidden_states, activations.calls, strict=True)):
+            output = call.run(activations.layer, hidden.to(device, non_blocking=True))
+            assert output is not None
+            dense_outputs.append(output.to(activations.storage))
+            for index, record in enumerate(records):
+                if record.narrow and grams[index] is None:
+                    side_by_side = torch.cat([outputs[o.name] for o in groups[index]], dim=1)
+                    record.kept.append(side_by_side.to(activations.storage))
+            outputs.clear()
+    return dense_outputs, records, grams
+
+
+def problems_same_input(group: Group, gram: GramAccumulator) -> list[LayerProblem]:
+    """Layer problems with X* = X: the target is `W G`."""
+    statistics = _checked_statistics(group, gram)
+    return [LayerProblem(operator.read(), statistics, name=operator.name) for operator in group]
+
+
+def problems_corrected(
+    activations: LayerActivations,
+    group: Group,
+    record: DenseRecord,
+    inputs: Iterable[Tensor],
+    dense_share: float,
+) -> list[LayerProblem]:
+    """Layer problems whose inputs X* come from the layer as it is pruned so far.
+
+    The target outputs are `W (a X + (1 - a) X*)`, a = `dense_share`: 1 aims at the dense network's outputs.
+
+    Args:
+        activations: The decoder layer, its earlier groups already pruned.
+        group: Operators that share an input and are still dense.
+        record: What the dense network showed of the group; used up, and not read when `dense_share` is 0.
+        inputs: X* of the group [batch, sequence, in], a batch each.
+        dense_share: In [0, 1].
+    """
+    device = group[0].parameter.device
+    size = group[0].shape[1]
+    gram = GramAccumulator(size, device)
+    width = sum(operator.shape[0] for operator in group) if record.narrow else size
+    cross = torch.zeros(width, size, device=device) if dense_share else None
+    for batch, activation in enumerate(inputs):
+        rows = activations.rows(activation, batch, group[0].name).float()
+        gram.add(rows)
+        if cross is not None:
+            kept = record.kept[batch].to(device, non_blocking=True).float()
+            cross.addmm_(kept.T, rows)
+    record.kept.clear()
+    statistics = _checked_statistics(group, gram)
+    problems, row = [], 0
+    for operator in group:
+        weight = operator.read()
+        if cross is None:
+            problems.append(LayerProblem(weight, statistics, name=operator.name))
+            continue
+        target = cross[row : row + weight.shape[0]].clone() if record.narrow else weight @ cross
+        row += weight.shape[0]
+        energy = record.energies[operator.name]
+        problems.append(_mixed(weight, statistics, target, energy, dense_share, operator.name))
+    return problems
+
+
+def _mixed(
+    weight: Tensor, statistics: InputStatistics, target: Tensor, energy: float, share: float, name: str
+) -> LayerProblem:
+    """The problem of target outputs `W (a X + (1 - a) X*)` from `W X X*^T` and `|| W X ||_F^2`."""
+    if share < 1:
+        same = weight @ statistics.gram
+        energy = (
+            share**2 * energy
+            + 2 * share * (1 - share) * inner(weight, target)
+            + (1 - share) ** 2 * inner(weight, same)
+        )
+        target = target.mul_(share).add_(same, alpha=1 - share)
+    return LayerProblem(weight, statistics, target, energy, name)
+
+
+def _checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:
+    matrix = gram.finish()
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError(
+            f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32): the model is "
+            "damaged there, or its activations overflow its dtype; try dtype=torch.float32 or torch.bfloat16."
+        )
+    return InputStatistics(matrix, gram.num_tokens)

@@ -1,0 +1,1 @@
+"""Runs: the pruner, reports, saved checkpoints, texts and evaluation."""

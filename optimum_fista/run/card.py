@@ -1,0 +1,108 @@
+"""The model card of a pruned model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+
+from optimum_fista.run.report import OperatorReport, PruningReport
+
+_TEMPLATE = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- optimum-fista
+- pruned
+- sparse
+{base}---
+
+# {title}
+
+Pruned after training, in one shot and without retraining, by
+[optimum-fista](https://pypi.org/project/optimum-fista/) {version}: {num_zeros:,} of the {num_weights:,} weights of
+its decoder layers' linear operators are zero ({sparsity:.2%}; {model_sparsity:.2%} of all parameters). Embeddings and
+the language-model head are dense.
+
+| | |
+|---|---|
+| pattern | {pattern} |
+| method | {method}, error correction `{error_correction}` |
+| relative error of the operators | {mean_relative_error:.4f} on average, {max_relative_error:.4f} at most |
+| calibration | {calibration} |
+| time | {seconds:.0f} s, of which solving {solve_seconds:.0f} s |
+
+It is a plain dense checkpoint with zeros in it and loads without any further package:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS-REPOSITORY-OR-FOLDER")
+```
+
+`fista/masks.safetensors` holds the masks (one bit a weight, row-major, lowest bit first, 1 = kept),
+`fista/report.json` every operator's numbers; `optimum-fista verify FOLDER` proves the pattern from the files.
+
+## Relative error by operator
+
+`|| W* X* - W X ||_F / || W X ||_F` on the calibration tokens, over the decoder layers.
+
+| operator | shape | sparsity | mean error | largest error |
+|---|---|---|---|---|
+{rows}
+
+## To make it again
+
+```json
+{config}
+```
+
+Calibration tokens: SHA-256 `{sha256}`. Versions: {versions}.
+"""
+
+
+def model_card(report: PruningReport) -> str:
+    """Markdown of the model card, with the metadata the Hub reads."""
+    name = report.model["name"]
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    config = report.config
+    tokens = report.calibration
+    return _TEMPLATE.format(
+        base=f"base_model: {name}\n" if is_hub_id else "",
+        title=f"{(name.split('/')[-1] or report.model['class'])}, {_pattern(report)}",
+        version=report.versions["optimum-fista"],
+        pattern=_pattern(report),
+        method=config["method"],
+        error_correction=config["error_correction"],
+        calibration=f"{tokens['num_tokens']:,} tokens in {tokens['num_sequences']} sequences"
+        + (f" of {tokens['source']}" if tokens.get("source") else ""),
+        seconds=report.seconds.get("total", 0.0),
+        rows="\n".join(_rows(report.operators)),
+        config=json.dumps(config, indent=2),
+        sha256=tokens["sha256"],
+        versions=", ".join(f"{key} {value}" for key, value in report.versions.items()),
+        **{key: value for key, value in report.totals.items()},
+    )
+
+
+def _pattern(report: PruningReport) -> str:
+    config = report.config
+    return (
+        config["pattern"] if config["pattern"] != "unstructured" else f"{config['sparsity']:.0%} unstructured"
+    )
+
+
+def _rows(operators: list[OperatorReport]) -> list[str]:
+    """One row for the operators of the same name in every decoder layer."""
+    kinds: dict[str, list[OperatorReport]] = defaultdict(list)
+    for operator in operators:
+        kinds[re.sub(r"^.*?\.\d+\.", "", operator.name).removesuffix(".weight")].append(operator)
+    rows = []
+    for kind, group in kinds.items():
+        errors = [o.relative_error for o in group]
+        sparsity = sum(o.sparsity for o in group) / len(group)
+        shape = " x ".join(map(str, group[0].shape))
+        rows.append(
+            f"| {kind} | {shape} | {sparsity:.2%} | {sum(errors) / len(errors):.4f} | {max(errors):.4f} |"
+        )
+    return rows

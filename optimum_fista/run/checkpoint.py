@@ -1,0 +1,144 @@
+"""Saving a pruned model as a folder that plain Transformers loads, with masks, report and model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_fista.run.card import model_card
+from optimum_fista.run.loading import forget_gguf
+from optimum_fista.run.report import PruningReport
+from optimum_fista.solve.bitmask import unpack_mask
+
+CONFIG_KEY = "fista_pruning"
+MASKS_FILE = "fista/masks.safetensors"
+REPORT_FILE = "fista/report.json"
+MASKS_FORMAT = "bitmask-1"
+
+
+def summary(report: PruningReport) -> dict[str, Any]:
+    """What `config.json` says under `fista_pruning`."""
+    totals = report.totals
+    return {
+        "format": MASKS_FORMAT,
+        "method": report.config["method"],
+        "pattern": report.config["pattern"],
+        "sparsity": report.config["sparsity"],
+        "error_correction": report.config["error_correction"],
+        "num_operators": totals["num_operators"],
+        "num_zeros": totals["num_zeros"],
+        "mean_relative_error": totals["mean_relative_error"],
+        "masks": MASKS_FILE,
+        "report": REPORT_FILE,
+        "version": report.versions["optimum-fista"],
+    }
+
+
+def require_free_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is a file, or that holds a model unless `overwrite`.
+
+    Raises:
+        FileExistsError: If so.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {str(folder)!r} is a file: pass a folder.")
+    if (
+        folder.is_dir()
+        and any(folder.glob("*.safetensors")) | (folder / "config.json").exists()
+        and not overwrite
+    ):
+        raise FileExistsError(
+            f"output {str(folder)!r} already holds a model: pass another folder, or overwrite=True (--overwrite)."
+        )
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    folder: Path,
+    report: PruningReport,
+    masks: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write the model folder; it appears under its name only when it is complete.
+
+    Raises:
+        FileExistsError: If the folder holds a model and `overwrite` is False.
+        ValueError: If a weight outside its mask is no longer zero.
+    """
+    require_free_folder(folder, overwrite)
+    _require_zeros(model, report, masks)
+    forget_gguf(model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        (partial / "fista").mkdir()
+        metadata = {"format": MASKS_FORMAT, "true": "kept", "bit_order": "little"}
+        save_file(masks, partial / MASKS_FILE, metadata=metadata)
+        (partial / REPORT_FILE).write_text(report.to_json())
+        (partial / "README.md").write_text(model_card(report))
+        partial.chmod(0o755)
+        if folder.exists():
+            _move_files(partial, folder)
+        else:
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    """The safetensors file of every tensor of a model folder.
+
+    Raises:
+        FileNotFoundError: If the folder holds no safetensors checkpoint.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise FileNotFoundError(f"{str(folder)!r} holds no model.safetensors: pass a pruned model folder.")
+    with safe_open(single, "pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def read_tensors(files: dict[str, Path], names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors one at a time, in the order of `names`."""
+    for name in names:
+        with safe_open(files[name], "pt") as file:
+            yield name, file.get_tensor(name)
+
+
+def _require_zeros(model: PreTrainedModel, report: PruningReport, masks: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for operator in report.operators:
+        weight = parameters[operator.name].detach()
+        mask = unpack_mask(masks[operator.name], tuple(weight.shape)).to(weight.device)
+        if bool(torch.any(weight.masked_select(~mask) != 0)):
+            raise ValueError(
+                f"{operator.name} is no longer zero outside its mask: the model was changed after pruning. Save it "
+                "right after prune(), or keep the mask while training."
+            )
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Replace the model in `target`; files of other names stay, old weights go."""
+    for old in [*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")]:
+        old.unlink()
+    shutil.rmtree(target / "fista", ignore_errors=True)
+    for path in sorted(source.iterdir()):
+        path.replace(target / path.name)

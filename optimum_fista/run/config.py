@@ -1,0 +1,166 @@
+"""What to prune and how: the pruning configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from optimum_fista.model.architecture import matches
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.methods import METHODS, create_method
+from optimum_fista.solve.pattern import Scope, SparsityPattern
+
+ErrorCorrection = Literal["none", "intra", "full"]
+
+
+@dataclass(frozen=True)
+class FistaPruningConfig:
+    """Options of a pruning run, validated when constructed.
+
+    Attributes:
+        sparsity: Fraction of zeros in [0, 1); 0.5 when neither it nor an n:m pattern is given.
+        pattern: `"unstructured"`, or `"n:m"`: n weights kept of every m consecutive inputs, such as `"2:4"`.
+        scope: Unstructured only: `"matrix"` shares the zeros over a whole operator, `"row"` gives every output
+            the same number. `None`: as the method's source does (Wanda by row, the others by matrix).
+        method: One of `optimum_fista.solve.methods.METHODS`.
+        error_correction: `"none"`: every operator sees the dense network's inputs. `"intra"`: inputs come from
+            the already pruned operators of the same decoder layer, targets from the dense network. `"full"`:
+            the pruned hidden states are carried on between decoder layers as well.
+        warm_start: `"dense"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or `"auto"`, the paper's rule: SparseGPT
+            for OPT, Wanda for other families. `None`: the method's default.
+        max_iterations: Iteration limit of the method; `None`: the method's default.
+        tolerance: Relative change at which the method stops; `None`: the method's default.
+        method_options: Further options of the method, by name.
+        include: Shell-style name patterns of the operators to prune; empty means every linear operator of the
+            decoder layers.
+        exclude: Shell-style name patterns of the operators to leave dense.
+        overrides: Sparsity (a number) or n:m pattern (text) by shell-style name pattern, the first match wins;
+            0 leaves an operator dense.
+        seed: Seed of everything random (sampling of calibration windows and texts).
+    """
+
+    sparsity: float | None = None
+    pattern: str = "unstructured"
+    scope: Scope | None = None
+    method: str = "fista"
+    error_correction: ErrorCorrection = "intra"
+    warm_start: str | None = None
+    max_iterations: int | None = None
+    tolerance: float | None = None
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: Mapping[str, float | str] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        for name in ("method_options", "overrides"):
+            object.__setattr__(self, name, dict(getattr(self, name)))
+        if self.error_correction not in ("none", "intra", "full"):
+            raise ValueError(f"error_correction={self.error_correction!r}: pass 'none', 'intra' or 'full'.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r}: pass a whole number of at least 0.")
+        object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
+        self.create_method("")
+        for pattern, value in self.overrides.items():
+            try:
+                self._override_pattern(value)
+            except ValueError as error:
+                raise ValueError(f"overrides[{pattern!r}]: {error}") from error
+
+    @classmethod
+    def paper(
+        cls, sparsity: float | None = None, pattern: str = "unstructured", **options: Any
+    ) -> FistaPruningConfig:
+        """The published settings of FISTAPruner (arXiv 2408.03728): K = 20, T = 3, xi = 0.3, no refit.
+
+        Warm start by family (SparseGPT for OPT, Wanda otherwise), intra-layer error correction.
+        """
+        method_options = {"patience": 3, "rounding_share": 0.3, "refit_iterations": 0, "restart": False}
+        settings: dict[str, Any] = {
+            "warm_start": "auto",
+            "max_iterations": 20,
+            "method_options": method_options,
+        }
+        return cls(sparsity=sparsity, pattern=pattern, method="fista", **(settings | options))
+
+    def create_method(self, model_type: str) -> PruningMethod:
+        """The method with its options; `model_type` (as in a model's config) decides `warm_start="auto"`.
+
+        Raises:
+            ValueError: If the method does not exist or does not take one of the options given.
+        """
+        options = dict(self.method_options)
+        named = {
+            "max_iterations": self.max_iterations,
+            "tolerance": self.tolerance,
+            "warm_start": self.warm_start,
+        }
+        options |= {key: value for key, value in named.items() if value is not None}
+        if options.get("warm_start") == "auto":
+            options["warm_start"] = "sparsegpt" if model_type == "opt" else "wanda"
+        return create_method(self.method, **options)
+
+    def pattern_for(self, name: str) -> SparsityPattern:
+        """The sparsity pattern of the operator called `name`."""
+        for pattern, value in self.overrides.items():
+            if matches(name, (pattern,)):
+                return self._override_pattern(value)
+        return self._default_pattern()
+
+    def reason_left_dense(self, name: str) -> str | None:
+        """Why the operator called `name` is left dense; `None` if it is to be pruned."""
+        if matches(name, self.exclude):
+            return "exclude"
+        if self.include and not matches(name, self.include):
+            return "not in include"
+        return "sparsity 0" if self.pattern_for(name).sparsity == 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        values = dataclasses.asdict(self)
+        return values | {"include": list(self.include), "exclude": list(self.exclude)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FistaPruningConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: If a key is no option.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(
+                f"unknown options {', '.join(map(repr, unknown))}: pass some of {', '.join(known)}."
+            )
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | Path) -> FistaPruningConfig:
+        """Read JSON text, or a JSON file when given a `Path`."""
+        return cls.from_dict(json.loads(text.read_text() if isinstance(text, Path) else text))
+
+    def _scope(self) -> Scope:
+        if self.scope is not None:
+            return self.scope
+        return METHODS[self.method].default_scope if self.method in METHODS else "matrix"
+
+    def _default_pattern(self) -> SparsityPattern:
+        return SparsityPattern.parse(self.pattern, self.sparsity, self._scope())
+
+    def _override_pattern(self, value: float | str) -> SparsityPattern:
+        if isinstance(value, str):
+            return SparsityPattern.parse(value)
+        return SparsityPattern.parse("unstructured", value, self._scope())

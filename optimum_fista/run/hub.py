@@ -1,0 +1,97 @@
+"""Push a finished model folder to the Hugging Face Hub."""
+
+import logging
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+logger = logging.getLogger(__name__)
+
+# Weights that `from_pretrained` finds by name. One left over from an earlier push would be loaded instead
+# of the pruned weights: a lone `model.safetensors` wins over an index with its shards.
+_STANDARD_WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+_STANDARD_WEIGHTS += ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"]
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload pruned model",
+    revision: str | None = None,
+) -> str:
+    """Upload every file of a model folder to a model repository and return the URL of the commit.
+
+    The repository, and the branch `revision` (from the head of `main`), are created where absent. Files of
+    the same name are replaced; weights of a standard name (`model.safetensors`, ...) that are on the
+    branch but not in `folder` are deleted in the same commit, because they belong to another model.
+
+    Args:
+        folder: a model folder with `config.json` and at least one `*.safetensors`.
+        repo_id: `"namespace/name"`, or `"name"` for the namespace of the token's owner.
+        private: visibility of the repository; `None` takes what exists, or the namespace's default.
+        token: access token; `None` takes `HF_TOKEN` or the one stored by `hf auth login`.
+        commit_message: first line of the commit.
+        revision: branch to push to; `None` is `main`.
+
+    Raises:
+        ValueError: `folder` is not a complete model folder, `repo_id` is not a repository name, or
+            `private` contradicts the visibility of an existing repository. Nothing has been uploaded.
+        OSError: the Hub refused or was not reached. `folder` is unchanged; the client's error is the cause.
+    """
+    folder = Path(folder).expanduser().resolve()
+    _check_arguments(folder, repo_id)
+    api = HfApi(token=token)
+    with _failures_explained(folder, repo_id, revision):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        found_private = private if private is None else api.model_info(repo_id).private
+    if found_private != private:
+        raise ValueError(
+            f"private={private} was passed, but {repo_id!r} exists with private={found_private}: omit "
+            "`private` to keep that, change the repository's settings, or pass another `repo_id`"
+        )
+    with _failures_explained(folder, repo_id, revision):
+        if revision is not None and not revision.startswith("refs/"):  # a pull request's ref exists already
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            delete_patterns=_STANDARD_WEIGHTS,
+        )
+    logger.info("Pushed %s to %s", folder, commit.commit_url)
+    return commit.commit_url
+
+
+def _check_arguments(folder: Path, repo_id: str) -> None:
+    for pattern in ("config.json", "*.safetensors"):
+        if not any(folder.glob(pattern)):
+            raise ValueError(
+                f"folder='{folder}' holds no {pattern}: pass a model folder as `save_pretrained` writes it"
+            )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"repo_id={repo_id!r} is not a repository name, pass 'namespace/name' or 'name': {error}"
+        ) from None
+
+
+@contextmanager
+def _failures_explained(folder: Path, repo_id: str, revision: str | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # no common base: httpx errors, RuntimeError of threads, ValueError
+        branch = [] if revision is None else ["--revision", revision]
+        command = shlex.join(["hf", "upload", repo_id, str(folder), *branch])
+        raise OSError(
+            f"Pushing to {repo_id!r} failed, but the model folder is safe at {folder}. "
+            f"Retry with `push_folder`, or in a shell with `{command}`. The cause: {error}"
+        ) from error

@@ -1,0 +1,150 @@
+"""Pruning one decoder layer: from activations to layer problems to pruned weights, group by group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.paused import PausedForwards
+from optimum_fista.model.statistics import (
+    Group,
+    LayerActivations,
+    problems_corrected,
+    problems_same_input,
+    record_dense,
+)
+from optimum_fista.run.report import OperatorReport
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.pruned import PrunedOperator
+
+
+@dataclass
+class PrunedGroup:
+    """Operators that share an input, their problems and what became of them."""
+
+    operators: Group
+    problems: Sequence[LayerProblem]
+    pruned: Sequence[PrunedOperator]
+    solve_seconds: float
+
+
+@dataclass
+class HiddenStates:
+    """Hidden states that enter a decoder layer, a batch each.
+
+    Attributes:
+        dense: From the dense network.
+        pruned: From the network as pruned so far; `None` where every layer starts from the dense ones.
+    """
+
+    dense: list[Tensor]
+    pruned: list[Tensor] | None = None
+
+
+class LayerPruning:
+    """Prunes the groups of a decoder layer in execution order.
+
+    Attributes:
+        method: The pruning method.
+        pattern_for: Sparsity pattern by operator name.
+        error_correction: `"none"`, `"intra"` or `"full"`.
+        write: Called with an operator and its pruned weights before anything behind it runs.
+    """
+
+    def __init__(
+        self,
+        method: PruningMethod,
+        pattern_for: Callable[[str], SparsityPattern],
+        error_correction: str,
+        write: Callable[[LinearOperator, PrunedOperator], None],
+    ) -> None:
+        self.method = method
+        self.pattern_for = pattern_for
+        self.error_correction = error_correction
+        self.write = write
+
+    def prune(
+        self, activations: LayerActivations, groups: Sequence[Group], states: HiddenStates
+    ) -> Iterator[PrunedGroup]:
+        """Prune the layer in place and replace `states` by the hidden states behind it.
+
+        Yields:
+            Every group once it is pruned and written.
+        """
+        sees_dense = [self._sees_dense_input(index) for index in range(len(groups))]
+        outputs, records, grams = record_dense(activations, groups, states.dense, sees_dense)
+        for index, group in enumerate(groups):
+            gram, grams[index] = grams[index], None
+            if gram is not None:
+                yield self._solve(group, problems_same_input(group, gram))
+        corrected = [index for index, seen in enumerate(sees_dense) if not seen]
+        stops = [groups[index][0].module for index in corrected]
+        hidden_states = states.dense if states.pruned is None else states.pruned
+        with PausedForwards(activations.layer, stops, activations.calls, hidden_states) as forwards:
+            for stop, index in enumerate(corrected):
+                inputs = forwards.inputs(stop)
+                yield self._solve(
+                    groups[index], problems_corrected(activations, groups[index], records[index], inputs, 1.0)
+                )
+            if states.pruned is not None:
+                states.pruned = [output.to(activations.storage) for output in forwards.outputs()]
+        states.dense = outputs
+
+    def _sees_dense_input(self, index: int) -> bool:
+        """Whether X* = X for a group: always without correction, for the first group with "intra"."""
+        return self.error_correction == "none" or (self.error_correction == "intra" and index == 0)
+
+    def _solve(self, group: Group, problems: Sequence[LayerProblem]) -> PrunedGroup:
+        patterns = [self.pattern_for(operator.name) for operator in group]
+        started = time.perf_counter()
+        pruned = self.method.prune_sharing(problems, patterns)
+        if problems[0].weight.is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        for operator, pattern, result in zip(group, patterns, pruned, strict=True):
+            broken = pattern.violation(result.mask)
+            if broken or not bool(torch.isfinite(result.weight).all()):
+                raise RuntimeError(
+                    f"method {self.method.name!r} failed on {operator.name}: {broken or 'weights hold NaN or Inf'}."
+                )
+            self.write(operator, result)
+        return PrunedGroup(group, problems, pruned, seconds)
+
+
+def report_group(
+    group: PrunedGroup, method: str, pattern_for: Callable[[str], SparsityPattern]
+) -> list[OperatorReport]:
+    """Reports of the operators of a group, with the error of the weights as they were written."""
+    reports = []
+    for operator, problem, pruned in zip(group.operators, group.problems, group.pruned, strict=True):
+        pattern = pattern_for(operator.name)
+        exact = operator.parameter.dtype == problem.weight.dtype
+        kept = int(pruned.mask.sum())
+        reports.append(
+            OperatorReport(
+                name=f"{operator.name}.weight",
+                shape=operator.shape,
+                stored_transposed=operator.transposed,
+                pattern=pattern.text,
+                target_sparsity=pattern.sparsity,
+                scope=pattern.scope,
+                num_kept=kept,
+                sparsity=1 - kept / pruned.mask.numel(),
+                method=method,
+                relative_error=pruned.relative_error if exact else problem.relative_error(operator.read()),
+                l1_penalty=pruned.l1_penalty,
+                iterations=pruned.iterations,
+                converged=pruned.converged,
+                message=pruned.message,
+                num_tokens=problem.statistics.num_tokens,
+                solve_seconds=group.solve_seconds / len(group.operators),
+            )
+        )
+    return reports

@@ -1,0 +1,82 @@
+"""Loading models to prune, GGUF files included, and refusing quantized ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    name: str, *, device: str | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: Hub id, model folder, or a folder that holds one GGUF file, which is dequantized.
+        device: Device to load to; `None`: the first GPU when there is one, otherwise the CPU.
+        dtype: Floating dtype, `"auto"` takes the checkpoint's.
+
+    Raises:
+        ValueError: If `name` is a folder without a model.
+    """
+    options: dict[str, str] = {}
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        files = sorted(folder.glob("*.gguf"))
+        if len(files) != 1:
+            raise ValueError(
+                f"model={name!r} is a folder with neither a config.json nor exactly one .gguf file: pass a model "
+                "folder or a Hub id."
+            )
+        options["gguf_file"] = files[0].name
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    if "gguf_file" in options:
+        forget_gguf(model)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Drop the mark of the GGUF file from a model whose weights were dequantized, so that it can be saved."""
+    if quantization_method(model) == "gguf":
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+
+
+def quantization_method(model: PreTrainedModel) -> str | None:
+    """Name of the method a model is quantized by, `None` if it isn't."""
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = (
+        settings.get("quant_method")
+        if isinstance(settings, dict)
+        else getattr(settings, "quant_method", None)
+    )
+    return str(getattr(method, "value", method))
+
+
+def require_unquantized(model: PreTrainedModel) -> None:
+    """Refuse models whose weights are not plain floating point.
+
+    Raises:
+        ValueError: If the model is quantized (a dequantized GGUF file is not) or holds integer weights.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
+    method = quantization_method(model)
+    if method not in (None, "gguf"):
+        raise ValueError(
+            f"model is quantized by {method!r}: prune the unquantized model first and quantize the result."
+        )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise ValueError(
+                f"{name} has dtype {parameter.dtype}: prune the model in float32, bfloat16 or float16."
+            )
+        if parameter.device.type == "meta":
+            raise ValueError(
+                f"{name} is offloaded or not loaded (device meta): load the whole model in memory to prune it."
+            )

@@ -1,0 +1,136 @@
+"""The report of a pruning run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import optimum_fista
+from optimum_fista.solve.pattern import Scope
+
+
+@dataclass(frozen=True)
+class OperatorReport:
+    """How one linear operator was pruned.
+
+    Attributes:
+        name: Name of its weight in the model and the checkpoint.
+        shape: (out, in).
+        stored_transposed: Whether the checkpoint stores the weight as [in, out].
+        pattern: `"unstructured"` or `"n:m"`.
+        target_sparsity: Fraction of zeros asked for.
+        scope: What an unstructured budget is shared over, `"matrix"` or `"row"`.
+        num_kept: Weights kept.
+        sparsity: Fraction of zeros.
+        method: Pruning method.
+        relative_error: `|| W* X* - W X ||_F / || W X ||_F` on the calibration tokens, weights as saved.
+        l1_penalty: Penalty of the solution, where the method has one.
+        iterations: Iterations over all trials.
+        converged: False when an iteration limit or a numerical failure ended the method.
+        message: Advice or remark of the method.
+        num_tokens: Calibration tokens seen.
+        solve_seconds: Time of the method, shared evenly over the operators it solved together.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    stored_transposed: bool
+    pattern: str
+    target_sparsity: float
+    scope: Scope
+    num_kept: int
+    sparsity: float
+    method: str
+    relative_error: float
+    l1_penalty: float | None
+    iterations: int
+    converged: bool
+    message: str
+    num_tokens: int
+    solve_seconds: float
+
+
+@dataclass
+class PruningReport:
+    """What a pruning run did.
+
+    Attributes:
+        config: The configuration, as plain values.
+        model: Class, type, name and number of parameters of the model.
+        calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` where known.
+        operators: One report an operator, in pruning order.
+        left_dense: Linear operators of the decoder layers that were left dense, with the reason.
+        warnings: What the user should know.
+        seconds: Wall time of the parts of the run.
+        versions: Versions of the libraries that matter.
+    """
+
+    config: dict[str, Any]
+    model: dict[str, Any]
+    calibration: dict[str, Any]
+    operators: list[OperatorReport] = field(default_factory=list)
+    left_dense: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Sums and means over the pruned operators; `model_sparsity` counts every parameter of the model."""
+        weights = sum(o.shape[0] * o.shape[1] for o in self.operators)
+        zeros = sum(o.shape[0] * o.shape[1] - o.num_kept for o in self.operators)
+        errors = [o.relative_error for o in self.operators]
+        return {
+            "num_operators": len(self.operators),
+            "num_weights": weights,
+            "num_zeros": zeros,
+            "sparsity": zeros / weights if weights else 0.0,
+            "model_sparsity": zeros / self.model["num_parameters"],
+            "mean_relative_error": sum(errors) / len(errors) if errors else 0.0,
+            "max_relative_error": max(errors, default=0.0),
+            "solve_seconds": sum(o.solve_seconds for o in self.operators),
+            "num_not_converged": sum(not o.converged for o in self.operators),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self) | {"totals": self.totals}
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
+        """Inverse of `to_dict`."""
+        values = {key: value for key, value in values.items() if key != "totals"}
+        operators = [OperatorReport(**o | {"shape": tuple(o["shape"])}) for o in values.pop("operators")]
+        return cls(operators=operators, **values)
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        totals = self.totals
+        return (
+            f"{totals['num_operators']} operators pruned by {self.config['method']}, "
+            f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%}); "
+            f"relative error {totals['mean_relative_error']:.4f} on average, "
+            f"{totals['max_relative_error']:.4f} at most; "
+            f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"
+        )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries whose numbers or files depend on them."""
+    names = ("torch", "transformers", "accelerate", "optimum", "safetensors", "huggingface-hub")
+    versions = {"python": platform.python_version(), "optimum-fista": optimum_fista.__version__}
+    versions |= {name: importlib.metadata.version(name) for name in names}
+    if torch.cuda.is_available():
+        versions["gpu"] = torch.cuda.get_device_name()
+    return versions

@@ -1,0 +1,103 @@
+"""Proving from the files that a saved model keeps its sparsity pattern."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from optimum_fista.run.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE, checkpoint_files, read_tensors
+from optimum_fista.run.report import OperatorReport, PruningReport
+from optimum_fista.solve.bitmask import unpack_mask
+from optimum_fista.solve.pattern import SparsityPattern
+
+
+class VerificationError(ValueError):
+    """A saved model breaks what its masks and report promise; the message names the first operator."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was proven.
+
+    Attributes:
+        num_operators: Operators checked.
+        num_weights: Their weights.
+        num_zeros: Weights that are zero by their masks and in the files.
+    """
+
+    num_operators: int
+    num_weights: int
+    num_zeros: int
+
+
+def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda name: None) -> Verification:
+    """Read a pruned model's files again and check every operator, one tensor in memory at a time.
+
+    Checks: the mask keeps exactly the number of weights the pattern asks for, in every row or group where the
+    pattern says so; every weight outside the mask is zero and every weight finite; shapes, counts and totals
+    agree between masks, report, config and checkpoint.
+
+    Args:
+        folder: The model folder.
+        progress: Called with each operator's name once it is checked.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        VerificationError: If something does not hold.
+    """
+    for file in ("config.json", MASKS_FILE, REPORT_FILE):
+        if not (folder / file).exists():
+            raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
+    report = PruningReport.from_dict(json.loads((folder / REPORT_FILE).read_text()))
+    config = json.loads((folder / "config.json").read_text()).get(CONFIG_KEY)
+    if config is None:
+        raise VerificationError(f"config.json has no {CONFIG_KEY!r}.")
+    files = checkpoint_files(folder)
+    names = [operator.name for operator in report.operators]
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise VerificationError(f"{missing[0]} is in the report but not in the checkpoint.")
+    zeros = weights = 0
+    with safe_open(folder / MASKS_FILE, "pt") as masks:
+        if sorted(masks.keys()) != sorted(names):
+            raise VerificationError("the masks and the report name different operators.")
+        for operator, (name, weight) in zip(report.operators, read_tensors(files, names), strict=True):
+            zeros += _verify_operator(operator, weight, masks.get_tensor(name))
+            weights += weight.numel()
+            progress(name)
+    if zeros != config["num_zeros"]:
+        raise VerificationError(f"config.json promises {config['num_zeros']} zeros, the masks make {zeros}.")
+    return Verification(len(names), weights, zeros)
+
+
+def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -> int:
+    """Check one operator; returns its number of zeros by the mask."""
+    name = operator.name
+    shape = tuple(weight.T.shape) if operator.stored_transposed else tuple(weight.shape)
+    if shape != operator.shape:
+        raise VerificationError(f"{name} has shape {shape}, the report says {operator.shape}.")
+    try:
+        mask = unpack_mask(packed, tuple(weight.shape))
+    except ValueError as error:
+        raise VerificationError(f"{name}: {error}") from error
+    if not bool(torch.isfinite(weight).all()):
+        raise VerificationError(f"{name} holds NaN or Inf.")
+    stray = int(torch.count_nonzero(weight.masked_select(~mask)))
+    if stray:
+        raise VerificationError(f"{name} has {stray} weights outside its mask that are not zero.")
+    pattern = SparsityPattern.parse(operator.pattern, operator.target_sparsity, operator.scope)
+    broken = pattern.violation(mask.T if operator.stored_transposed else mask)
+    if broken:
+        raise VerificationError(f"{name}: its mask {broken}.")
+    kept = int(mask.sum())
+    if kept != operator.num_kept:
+        raise VerificationError(
+            f"{name}: its mask keeps {kept} weights, the report says {operator.num_kept}."
+        )
+    return mask.numel() - kept

@@ -1,0 +1,77 @@
+"""Soft-thresholding and FISTA on Gram statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optimum_fista.solve.problem import inner
+
+
+@dataclass(frozen=True)
+class FistaSolution:
+    """Minimizer reached by FISTA.
+
+    Attributes:
+        weight: [out, in].
+        iterations: Steps taken.
+        converged: Whether the iterates stopped moving before the limit.
+    """
+
+    weight: Tensor
+    iterations: int
+    converged: bool
+
+
+def soft_threshold(values: Tensor, threshold: float | Tensor) -> Tensor:
+    """Proximal step of `threshold * || . ||_1`: `sign(v) max(|v| - threshold, 0)`."""
+    return values - values.clamp(-threshold, threshold)
+
+
+def fista(
+    gram: Tensor,
+    target: Tensor,
+    start: Tensor,
+    l1_penalty: float,
+    lipschitz: float,
+    *,
+    max_iterations: int = 20,
+    tolerance: float = 1e-6,
+    restart: bool = False,
+) -> FistaSolution:
+    """Solve the LASSO of a layer problem by FISTA.
+
+    It minimizes `1/2 <W G, W> - <W, C> + l1_penalty * sum |W_ij|` (FISTAPruner, arXiv 2408.03728, eq. 2) by
+    Beck & Teboulle (2009), eqs. 4.1-4.3: `V = Y_k - (Y_k G - C) / L`, `W_{k+1} = soft_threshold(V, l1 / L)`,
+    `t_{k+1} = (1 + sqrt(1 + 4 t_k^2)) / 2`, `Y_{k+1} = W_{k+1} + (t_k - 1) / t_{k+1} (W_{k+1} - W_k)`, t_0 = 1.
+
+    Args:
+        gram: `G` [in, in], symmetric positive semidefinite.
+        target: `C` [out, in].
+        start: Warm start [out, in].
+        l1_penalty: Penalty, at least zero. At `max |C|` and above the solution is zero.
+        lipschitz: `L`, at least `lambda_max(G)`.
+        max_iterations: At most this many steps.
+        tolerance: Stop when `|| W_{k+1} - W_k ||_F <= tolerance * || W_{k+1} ||_F`.
+        restart: Drop the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme).
+
+    Returns:
+        The solution; symbols: W iterates, Y extrapolated points, t momentum.
+    """
+    if lipschitz <= 0:
+        return FistaSolution(torch.zeros_like(start), 0, True)
+    W, Y, t = start, start, 1.0
+    for iteration in range(1, max_iterations + 1):
+        V = torch.addmm(Y, Y, gram, alpha=-1 / lipschitz).add_(target, alpha=1 / lipschitz)
+        W_next = soft_threshold(V, l1_penalty / lipschitz)
+        step = W_next - W
+        if restart and inner(Y - W_next, step) > 0:
+            t = 1.0
+        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        Y = torch.add(W_next, step, alpha=(t - 1) / t_next)
+        W, t = W_next, t_next
+        if float(step.norm()) <= tolerance * float(W.norm()):
+            return FistaSolution(W, iteration, True)
+    return FistaSolution(W, max_iterations, False)

@@ -1,0 +1,33 @@
+"""The interface of pruning methods: layer problem in, pruned operator out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from optimum_fista.solve.pattern import Scope, SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.pruned import PrunedOperator
+
+
+class PruningMethod(ABC):
+    """A frozen dataclass whose fields are the method's options; the problem is an argument of the call.
+
+    To add one, write `optimum_fista/solve/methods/NAME.py` with a subclass that has a `name`: it is found
+    by its presence there.
+    """
+
+    name: ClassVar[str]
+    default_scope: ClassVar[Scope] = "matrix"
+    """What the method's source compares weights over, used where the caller does not choose."""
+
+    @abstractmethod
+    def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
+        """Prune one operator to `pattern`; never changes the tensors of `problem`."""
+
+    def prune_sharing(
+        self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
+    ) -> list[PrunedOperator]:
+        """Prune operators that share their inputs (and `InputStatistics`); override to share work."""
+        return [self.prune(problem, pattern) for problem, pattern in zip(problems, patterns, strict=True)]

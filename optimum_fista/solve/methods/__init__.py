@@ -1,0 +1,36 @@
+"""Pruning methods, one a file; every subclass of `PruningMethod` in this folder is registered by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from typing import Any
+
+from optimum_fista.solve.method import PruningMethod
+
+
+def _discover() -> dict[str, type[PruningMethod]]:
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return {method.name: method for method in sorted(PruningMethod.__subclasses__(), key=lambda m: m.name)}
+
+
+METHODS: dict[str, type[PruningMethod]] = _discover()
+
+
+def create_method(name: str, **options: Any) -> PruningMethod:
+    """Create a method by its name with the given options.
+
+    Raises:
+        ValueError: If there is no such method, or it has no such option.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method={name!r}: pass one of {', '.join(map(repr, METHODS))}.")
+    known = [field.name for field in dataclasses.fields(METHODS[name])]  # type: ignore[arg-type]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"method {name!r} has no option {', '.join(map(repr, unknown))}: it takes {', '.join(known) or 'none'}."
+        )
+    return METHODS[name](**options)

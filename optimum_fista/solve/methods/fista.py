@@ -1,0 +1,106 @@
+"""FISTAPruner: the convex method (arXiv 2408.03728)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from optimum_fista.solve.fista import FistaSolution, fista
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.methods.magnitude import Magnitude
+from optimum_fista.solve.methods.sparsegpt import SparseGPT
+from optimum_fista.solve.methods.wanda import Wanda
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.penalty import search_penalty
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.pruned import PrunedOperator
+from optimum_fista.solve.refit import refit
+
+WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt"]
+
+
+@dataclass(frozen=True)
+class Fista(PruningMethod):
+    """LASSO by FISTA, rounding, bisection of the penalty (Algorithm 1), and a refit of the kept weights.
+
+    Attributes:
+        warm_start: Where the first trial starts: the weights pruned by another method, or the dense weights.
+        max_iterations: FISTA steps a trial, the paper's K.
+        tolerance: Relative change of the iterates at which FISTA stops.
+        patience: Trials without improvement, the paper's T.
+        rounding_share: Share of the rounding error above which the penalty rises, the paper's xi.
+        refit_iterations: Conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing.
+        restart: Adaptive restart of FISTA's momentum; the paper has none.
+    """
+
+    warm_start: WarmStart = "sparsegpt"
+    max_iterations: int = 20
+    tolerance: float = 1e-6
+    patience: int = 3
+    rounding_share: float = 0.3
+    refit_iterations: int = 20
+    restart: bool = False
+    name: ClassVar[str] = "fista"
+
+    def __post_init__(self) -> None:
+        if self.warm_start not in get_args(WarmStart):
+            raise ValueError(f"warm_start={self.warm_start!r}: pass one of {', '.join(get_args(WarmStart))}.")
+        for option, least in (("max_iterations", 1), ("patience", 1), ("refit_iterations", 0)):
+            if getattr(self, option) < least:
+                raise ValueError(
+                    f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}."
+                )
+        if self.tolerance < 0:
+            raise ValueError(f"tolerance={self.tolerance!r}: pass a relative change of at least 0.")
+        if not 0 < self.rounding_share < 1:
+            raise ValueError(f"rounding_share={self.rounding_share!r}: pass a share between 0 and 1.")
+
+    def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
+        """Prune one operator to `pattern`."""
+        pattern.require_shape((problem.weight.shape[0], problem.weight.shape[1]), problem.name)
+
+        def solve(start: Tensor, l1_penalty: float) -> FistaSolution:
+            return fista(
+                problem.gram,
+                problem.target,
+                start,
+                l1_penalty,
+                problem.statistics.lipschitz,
+                max_iterations=self.max_iterations,
+                tolerance=self.tolerance,
+                restart=self.restart,
+            )
+
+        rounded = _WARM_STARTS[self.warm_start]().prune(problem, pattern)
+        found = search_penalty(
+            problem,
+            pattern,
+            problem.weight if self.warm_start == "dense" else rounded.weight,
+            rounded,
+            solve,
+            rounding_share=self.rounding_share,
+            patience=self.patience,
+        )
+        weight, steps = refit(
+            problem.gram, problem.target, found.weight, found.mask, max_iterations=self.refit_iterations
+        )
+        advice = "" if found.converged else f"FISTA stopped at max_iterations={self.max_iterations}: try more"
+        return PrunedOperator(
+            weight,
+            found.mask,
+            problem.relative_error(weight),
+            iterations=found.iterations + steps,
+            l1_penalty=found.l1_penalty,
+            converged=found.converged and rounded.converged,
+            message="; ".join(filter(None, (rounded.message, advice))),
+        )
+
+
+_WARM_STARTS: dict[WarmStart, type[PruningMethod]] = {
+    "dense": Magnitude,
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+}

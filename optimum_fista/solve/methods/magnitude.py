@@ -1,0 +1,24 @@
+"""Magnitude pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.pruned import PrunedOperator
+
+
+@dataclass(frozen=True)
+class Magnitude(PruningMethod):
+    """Keep the largest `|W_ij|`; the inputs are not looked at and no weight is updated."""
+
+    name: ClassVar[str] = "magnitude"
+
+    def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
+        """Prune one operator to `pattern`."""
+        mask = pattern.mask(problem.weight.abs())
+        weight = problem.weight * mask
+        return PrunedOperator(weight, mask, problem.relative_error(weight))

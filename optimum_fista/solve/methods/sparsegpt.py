@@ -1,0 +1,85 @@
+"""SparseGPT: optimal-brain-surgeon pruning column by column (arXiv 2301.00774)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optimum_fista.solve.cholesky import damped_cholesky
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.pruned import PrunedOperator
+from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows
+
+
+@dataclass(frozen=True)
+class SparseGPT(PruningMethod):
+    """Prune columns from left to right and let the columns on the right make up for each (Algorithm 1).
+
+    `H = G + damping * mean(diag G) I`, `U` the upper Cholesky factor of `H^-1`. Weight j of a row is scored
+    `w_j^2 / U_jj^2`; n:m groups are decided one by one, unstructured masks a block of columns at a time with
+    one threshold over all rows of the block (`scope="row"`: over each row). After column j is decided, its
+    error `e = (w_j - w*_j) / U_jj` changes the columns to the right by `- e U_j,right`.
+
+    Attributes:
+        damping: Fraction of the mean diagonal added to the Gram matrix.
+        block_size: Columns whose mask is chosen together.
+    """
+
+    damping: float = 0.01
+    block_size: int = 128
+    name: ClassVar[str] = "sparsegpt"
+
+    def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
+        """Prune one operator to `pattern`. The target is not looked at: SparseGPT aims at W X*."""
+        rows, columns = problem.weight.shape
+        pattern.require_shape((rows, columns), problem.name)
+        factor, message = damped_cholesky(problem.gram, self.damping)
+        upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+        weight = problem.weight.clone()
+        mask = torch.ones_like(weight, dtype=torch.bool)
+        m = pattern.n_of_m[1] if pattern.n_of_m else 1
+        width = max(m, self.block_size - self.block_size % m)
+        for left in range(0, columns, width):
+            right = min(left + width, columns)
+            errors = self._prune_block(weight, mask, upper, left, right, pattern)
+            weight[:, right:] -= errors @ upper[left:right, right:]
+        return PrunedOperator(
+            weight, mask, problem.relative_error(weight), converged=not message, message=message
+        )
+
+    def _prune_block(
+        self, weight: Tensor, mask: Tensor, upper: Tensor, left: int, right: int, pattern: SparsityPattern
+    ) -> Tensor:
+        """Prune columns left..right in place; returns their scaled errors [out, right - left]."""
+        block = weight[:, left:right].clone()
+        local = upper[left:right, left:right]
+        saliency = local.diagonal().square()
+        block_mask = mask[:, left:right]
+        if pattern.n_of_m is None:
+            block_mask.copy_(_block_mask(block.square() / saliency, pattern, left, right, weight.shape[1]))
+        errors = torch.zeros_like(block)
+        for j in range(right - left):
+            if pattern.n_of_m is not None and j % pattern.n_of_m[1] == 0:
+                group = slice(j, j + pattern.n_of_m[1])
+                scores = block[:, group].square() / saliency[group]
+                block_mask[:, group] = keep_largest_in_groups(scores, *pattern.n_of_m)
+            column = block[:, j].clone()
+            block[:, j] *= block_mask[:, j]
+            errors[:, j] = (column - block[:, j]) / local[j, j]
+            block[:, j + 1 :].addr_(errors[:, j], local[j, j + 1 :], alpha=-1)
+        weight[:, left:right] = block
+        return errors
+
+
+def _block_mask(scores: Tensor, pattern: SparsityPattern, left: int, right: int, columns: int) -> Tensor:
+    """Mask of one block whose counts add up to the pattern's exact count over all blocks."""
+    rows = scores.shape[0] if pattern.scope == "matrix" else 1
+    pruned = rows * columns - pattern.num_kept((rows, columns))
+    share = round(pruned * right / columns) - round(pruned * left / columns)
+    kept = rows * (right - left) - share
+    return keep_largest(scores, kept) if pattern.scope == "matrix" else keep_largest_in_rows(scores, kept)

@@ -1,0 +1,25 @@
+"""Wanda: pruning by weights and activations (arXiv 2306.11695)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.pattern import Scope, SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.pruned import PrunedOperator
+
+
+@dataclass(frozen=True)
+class Wanda(PruningMethod):
+    """Keep the largest `|W_ij| * || X_j ||_2` of every row; no weight is updated (Wanda, eq. 1)."""
+
+    name: ClassVar[str] = "wanda"
+    default_scope: ClassVar[Scope] = "row"
+
+    def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
+        """Prune one operator to `pattern`."""
+        mask = pattern.mask(problem.weight.abs() * problem.statistics.diagonal.sqrt())
+        weight = problem.weight * mask
+        return PrunedOperator(weight, mask, problem.relative_error(weight))

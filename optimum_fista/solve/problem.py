@@ -1,0 +1,127 @@
+"""The layer problem: everything a pruning method may know about one linear operator."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from optimum_fista.solve.spectrum import largest_eigenvalue
+
+
+class InputStatistics:
+    """Second-order statistics of the inputs that one or more operators share.
+
+    Attributes:
+        gram: Gram matrix `G = X* X*^T` [in, in], float32 or better, symmetric, summed over tokens.
+        num_tokens: Number of tokens summed.
+    """
+
+    def __init__(self, gram: Tensor, num_tokens: int) -> None:
+        if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+            raise ValueError(f"gram has shape {tuple(gram.shape)}: pass a square [in, in] matrix.")
+        self.gram = gram
+        self.num_tokens = num_tokens
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """Squared norms of the inputs over the tokens, [in]."""
+        return self.gram.diagonal().clone()
+
+    @cached_property
+    def lipschitz(self) -> float:
+        """Lipschitz constant of the gradient, `lambda_max(G)`."""
+        return largest_eigenvalue(self.gram)
+
+
+class LayerProblem:
+    """Reconstruct a linear operator's outputs with sparse weights.
+
+    It minimizes `1/2 || W* X* - Y ||_F^2` over `W*` in a sparsity pattern, where `Y = W X` are the wanted
+    outputs (FISTAPruner, arXiv 2408.03728, eq. 2, without its penalty). With `G = X* X*^T` and `C = Y X*^T`,
+
+        || W* X* - Y ||_F^2 = <D G, D> - 2 <D, R> + e0,   D = W* - W,  R = C - W G,  e0 = || W X* - Y ||_F^2,
+
+    a form that loses no digits where `W*` is close to `W`. With `Y = W X*` both `R` and `e0` vanish.
+
+    Attributes:
+        weight: Dense weights `W` [out, in], float32 or better.
+        statistics: Statistics of the inputs `X*`.
+        target: `C = Y X*^T` [out, in]. Built from `weight` when Y = W X*.
+        target_energy: `|| Y ||_F^2`.
+        drift_energy: `e0 = || W X* - Y ||_F^2`, zero when Y = W X*.
+        name: Name of the operator, for messages.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        statistics: InputStatistics,
+        target: Tensor | None = None,
+        target_energy: float | None = None,
+        name: str = "weight",
+    ) -> None:
+        if weight.ndim != 2 or weight.shape[1] != statistics.gram.shape[0]:
+            raise ValueError(
+                f"{name} has shape {tuple(weight.shape)}, its inputs a Gram matrix of "
+                f"{tuple(statistics.gram.shape)}: pass a weight [out, in] whose in matches."
+            )
+        if (target is None) != (target_energy is None):
+            raise ValueError(f"{name}: pass target and target_energy together, or neither.")
+        self.weight = weight
+        self.statistics = statistics
+        self.name = name
+        product = weight @ statistics.gram
+        dense_energy = inner(product, weight)
+        self.corrected = target is not None
+        if target is None or target_energy is None:
+            self.target, self.target_energy, self.drift_energy = product, dense_energy, 0.0
+            self.drift: Tensor | None = None
+        else:
+            if target.shape != weight.shape:
+                raise ValueError(
+                    f"{name}: target has shape {tuple(target.shape)}, not {tuple(weight.shape)}."
+                )
+            self.target, self.target_energy = target, float(target_energy)
+            energy = dense_energy - 2 * inner(weight, target) + self.target_energy
+            self.drift_energy = max(0.0, energy)
+            self.drift = target - product
+
+    @property
+    def gram(self) -> Tensor:
+        """Gram matrix `G` [in, in] of the inputs `X*`."""
+        return self.statistics.gram
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        """Gradient of the objective, `W* G - C` [out, in]."""
+        return torch.addmm(self.target, weight, self.gram, beta=-1)
+
+    def squared_error(self, weight: Tensor) -> float:
+        """`|| W* X* - Y ||_F^2`."""
+        difference = weight - self.weight
+        error = inner(difference @ self.gram, difference) + self.drift_energy
+        if self.drift is not None:
+            error -= 2 * inner(difference, self.drift)
+        return max(0.0, error)
+
+    def relative_error(self, weight: Tensor) -> float:
+        """`|| W* X* - Y ||_F / || Y ||_F`; zero for outputs that vanish and are reproduced."""
+        return relative(self.squared_error(weight), self.target_energy)
+
+    def seminorm(self, difference: Tensor) -> float:
+        """`|| D X* ||_F` of a difference of weights [out, in]."""
+        return math.sqrt(max(0.0, inner(difference @ self.gram, difference)))
+
+
+def inner(left: Tensor, right: Tensor) -> float:
+    """Frobenius inner product `<A, B>`, summed by rows in float64."""
+    return float(torch.linalg.vecdot(left, right).double().sum())
+
+
+def relative(squared_error: float, energy: float) -> float:
+    """`sqrt(squared_error / energy)`, with 0/0 = 0."""
+    if energy <= 0:
+        return 0.0 if squared_error <= 0 else math.inf
+    return math.sqrt(squared_error / energy)

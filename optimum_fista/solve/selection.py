@@ -1,0 +1,54 @@
+"""Exact selection of the largest scores by a threshold, never by sorting whole matrices."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def kth_smallest(values: Tensor, k: int) -> Tensor:
+    """The `k`-th smallest value (k from 1) along the last dimension; shape `values.shape[:-1]`."""
+    if values.device.type == "cpu" and values.dtype == torch.float32:
+        partitioned = np.partition(values.detach().numpy(), k - 1, axis=-1)
+        return torch.from_numpy(np.ascontiguousarray(partitioned[..., k - 1]))
+    return torch.kthvalue(values, k, dim=-1).values
+
+
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """Boolean mask, True for exactly the `count` largest of all scores; ties go to the first positions."""
+    flat = scores.reshape(1, -1)
+    return keep_largest_in_rows(flat, count).view(scores.shape)
+
+
+def keep_largest_in_rows(scores: Tensor, count: int) -> Tensor:
+    """Boolean mask [rows, columns], True for exactly the `count` largest of every row; ties by position."""
+    rows, columns = scores.shape
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if count >= columns:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = kth_smallest(scores, columns - count + 1).view(rows, 1)
+    mask = scores > threshold
+    missing = count - mask.sum(1, keepdim=True)
+    ties = scores == threshold
+    if bool((ties.sum(1, keepdim=True) == missing).all()):
+        return mask.logical_or_(ties)
+    return mask.logical_or_(ties & (ties.cumsum(1) <= missing))
+
+
+def keep_largest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
+    """Boolean mask [rows, columns], True for the `n` largest of every `m` consecutive scores of a row.
+
+    The rank of a score is the number of scores of its group that beat it (ties by position): m - 1
+    comparisons a weight, which for small m is far cheaper than sorting the groups.
+    """
+    groups = scores.reshape(-1, m).unbind(1)
+    kept = []
+    for i, score in enumerate(groups):
+        rank = torch.zeros_like(score, dtype=torch.int16)
+        for j, other in enumerate(groups):
+            if j != i:
+                rank += (other >= score) if j < i else (other > score)
+        kept.append(rank < n)
+    return torch.stack(kept, dim=1).view(scores.shape)
