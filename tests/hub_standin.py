@@ -217,16 +217,12 @@ class HubStandIn:
             key, value = (item := json.loads(line))["key"], item["value"]
             if key == "file" and not is_lfs(value["path"], len(data := base64.b64decode(value["content"]))):
                 files[value["path"]] = data
-            elif (
-                key == "lfsFile" and len(stored := self.lfs_objects.get(value["oid"]) or b"") == value["size"]
-            ):
+            elif key == "lfsFile" and len(stored := self.lfs_objects.get(value["oid"]) or b"") == value["size"]:
                 files[value["path"]] = stored
             elif key == "deletedFile" and value["path"] in files:
                 del files[value["path"]]
             elif key != "header":
-                raise refusal(
-                    400, f"Cannot apply {key} {value}: absent, never uploaded, or not stored that way"
-                )
+                raise refusal(400, f"Cannot apply {key} {value}: absent, never uploaded, or not stored that way")
         sha = repo.commit(revision, files)
         return Reply(200, {"commitUrl": f"{self.endpoint}/{repo.repo_id}/commit/{sha}", "commitOid": sha})
 
@@ -269,9 +265,7 @@ def hub_fixture() -> Iterator[HubStandIn]:
 
 def run_with_hub(hub: HubStandIn, code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """Run Python code in a fresh process, with its cache in `tmp_path`, whose Hub is the stand-in."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSF"))
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSF"))}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf_home"), "HF_TOKEN": "hf_test"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
     environment |= {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}

@@ -28,12 +28,8 @@ _PROMPT = "The most important thing to know about the sea is"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--model", metavar="MODEL", help="another model than SmolLM2-135M")
-    parser.add_argument(
-        "--text", default="pydoc", metavar="SOURCE", help="text to measure on (default pydoc)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo"
-    )
+    parser.add_argument("--text", default="pydoc", metavar="SOURCE", help="text to measure on (default pydoc)")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
     parser.add_argument("--num-samples", type=int, default=16, help="calibration sequences (default 16)")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens a sequence (default 512)")
     parser.add_argument(
@@ -55,9 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{arguments.model or 'SmolLM2-135M-Instruct'}: the model samples its own calibration text")
     tokens = calibration_tokens("self", model, tokenizer, arguments.num_samples, arguments.sequence_length, 0)
     rows = _compare(model, tokenizer, tokens, windows, arguments.output)
-    print(
-        f"\nPerplexity on {arguments.text} ({len(windows)} windows of {arguments.sequence_length} tokens)\n"
-    )
+    print(f"\nPerplexity on {arguments.text} ({len(windows)} windows of {arguments.sequence_length} tokens)\n")
     print(f"{'':<12}{'50%':>10}{'seconds':>10}{'zeros':>10}{'2:4':>12}{'seconds':>10}{'zeros':>10}")
     for row in rows:
         print(row)

@@ -30,7 +30,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         subparser = subparsers.add_parser(
             name,
             help=summary,
-            description=command.DESCRIPTION.replace("%", "%%"),
+            description=command.DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(subparser)

@@ -25,17 +25,11 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
-    parser.add_argument(
-        "--output", "-o", required=True, type=Path, metavar="DIR", help="folder to write the model to"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a model that --output already holds"
-    )
+    parser.add_argument("--output", "-o", required=True, type=Path, metavar="DIR", help="folder to write the model to")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that --output already holds")
     what = parser.add_argument_group("what to prune")
     what.add_argument("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
-    what.add_argument(
-        "--pattern", metavar="N:M", help="keep N of every M consecutive inputs of a row, such as 2:4"
-    )
+    what.add_argument("--pattern", metavar="N:M", help="keep N of every M consecutive inputs of a row, such as 2:4")
     what.add_argument(
         "--scope",
         choices=("matrix", "row"),
@@ -55,15 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how")
     how.add_argument("--method", help="fista (default), sparsegpt, wanda, magnitude")
-    how.add_argument(
-        "--paper", action="store_true", help="the published settings of FISTAPruner (K=20, T=3, xi=0.3)"
-    )
+    how.add_argument("--paper", action="store_true", help="the published settings of FISTAPruner (K=20, T=3, xi=0.3)")
     how.add_argument("--error-correction", choices=("none", "intra", "full"), help="default intra")
     how.add_argument("--warm-start", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
     how.add_argument("--max-iterations", type=int, help="iteration limit of the method")
-    how.add_argument(
-        "--config", type=Path, metavar="FILE", help="a configuration saved as JSON; flags override it"
-    )
+    how.add_argument("--config", type=Path, metavar="FILE", help="a configuration saved as JSON; flags override it")
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
         "--calibration",
@@ -79,13 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--seed", type=int, help="seed of the sampling (default 0)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: the first GPU, otherwise the CPU)")
-    machine.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)"
-    )
+    machine.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
     hub = parser.add_argument_group("hub")
-    hub.add_argument(
-        "--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done"
-    )
+    hub.add_argument("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
     hub.add_argument("--private", action="store_true", default=None, help="make a new repository private")
 
 
@@ -126,9 +112,7 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
         if getattr(arguments, name) is not None
     }
     if arguments.paper and (arguments.config or flags.get("method", "fista") != "fista"):
-        raise ValueError(
-            "--paper sets method and options of the paper: pass it without --config and --method."
-        )
+        raise ValueError("--paper sets method and options of the paper: pass it without --config and --method.")
     if arguments.paper:
         flags.pop("method", None)
         return FistaPruningConfig.paper(**flags)

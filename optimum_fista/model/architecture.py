@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
@@ -57,9 +57,7 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     return DecoderLayers(name, tuple(modules))
 
 
-def find_operators(
-    layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()
-) -> dict[str, LinearOperator]:
+def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, LinearOperator]:
     """Find the linear operators of a decoder layer by module type.
 
     Args:
@@ -95,3 +93,11 @@ def _is_fused_experts(module: nn.Module) -> bool:
     return not isinstance(module, _ConvNd) and any(
         p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False)
     )
+
+
+def input_embedding(model: PreTrainedModel) -> Tensor:
+    """Weight of the input embedding [vocabulary, hidden]; its device is where token ids go."""
+    weight = model.get_input_embeddings().weight
+    if not isinstance(weight, Tensor):
+        raise UnsupportedArchitectureError(f"{type(model).__name__} has no input embedding with a weight.")
+    return weight

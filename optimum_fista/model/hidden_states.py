@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_fista.model.architecture import DecoderLayers
+from optimum_fista.model.architecture import DecoderLayers, input_embedding
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.replay import LayerCall, StopForward
 
@@ -30,9 +30,7 @@ class RecordedInputs:
     token_masks: list[Tensor | None]
 
 
-def record_inputs(
-    model: PreTrainedModel, layers: DecoderLayers, batches: Sequence[CalibrationBatch]
-) -> RecordedInputs:
+def record_inputs(model: PreTrainedModel, layers: DecoderLayers, batches: Sequence[CalibrationBatch]) -> RecordedInputs:
     """Run the model on every batch with its decoder layers skipped, and record what each is called with.
 
     The first layer runs once, to learn the form of its output; nothing behind the last layer runs.
@@ -40,7 +38,7 @@ def record_inputs(
     Raises:
         ValueError: If the hidden states that enter the first decoder layer are not finite.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_embedding(model).device
     recorder = _Recorder(layers)
     hidden_states, token_masks = [], []
     with recorder:
@@ -83,12 +81,12 @@ class _Recorder:
         self._originals = [layer.forward for layer in self.layers.modules]
         self._overridden = ["forward" in vars(layer) for layer in self.layers.modules]
         for index, layer in enumerate(self.layers.modules):
-            layer.forward = self._stub(index)  # type: ignore[method-assign]
+            layer.forward = self._stub(index)
 
     def __exit__(self, *exception: object) -> None:
         for layer, original, was in zip(self.layers.modules, self._originals, self._overridden, strict=True):
             if was:
-                layer.forward = original  # type: ignore[method-assign]
+                layer.forward = original
             else:
                 del layer.forward
 
@@ -100,9 +98,7 @@ class _Recorder:
                 hidden_states, others = keywords.pop("hidden_states"), []
             if self.hidden_states is None:
                 self.hidden_states = hidden_states
-            call = LayerCall(
-                tuple(self._intern(a) for a in others), {k: self._intern(v) for k, v in keywords.items()}
-            )
+            call = LayerCall(tuple(self._intern(a) for a in others), {k: self._intern(v) for k, v in keywords.items()})
             self.calls[index].append(call)
             if index == len(self.layers) - 1:
                 raise StopForward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from types import TracebackType
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -37,9 +38,13 @@ class PausedForwards:
         hidden_states: Sequence[Tensor],
     ) -> None:
         self._watch = watching({module: (lambda x, i=i: _pause(i, x)) for i, module in enumerate(stops)})
+        device = next(layer.parameters()).device
+
+        def forward(call: LayerCall, hidden: Tensor) -> tuple[None, Tensor | None]:
+            return None, call.run(layer, hidden.to(device, non_blocking=True))
+
         self._passes = [
-            greenlet(lambda call=call, hidden=hidden: (None, call.run(layer, hidden.to(_device(layer)))))
-            for call, hidden in zip(calls, hidden_states, strict=True)
+            greenlet(partial(forward, call, hidden)) for call, hidden in zip(calls, hidden_states, strict=True)
         ]
 
     def __enter__(self) -> PausedForwards:
@@ -59,9 +64,7 @@ class PausedForwards:
         for forward in self._passes:
             reached, inputs = forward.switch()
             if reached != stop:
-                raise RuntimeError(
-                    "the operators of this decoder layer are called in another order than when traced"
-                )
+                raise RuntimeError("the operators of this decoder layer are called in another order than when traced")
             yield inputs
 
     def outputs(self) -> Iterator[Tensor]:
@@ -75,7 +78,3 @@ def _pause(stop: int, inputs: Tensor) -> None:
     parent = getcurrent().parent
     if parent is not None:
         parent.switch((stop, inputs))
-
-
-def _device(module: nn.Module) -> object:
-    return next(module.parameters()).device

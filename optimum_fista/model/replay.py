@@ -47,17 +47,13 @@ def watching(
     handles = []
     for module, callback in inputs.items():
 
-        def before(
-            _: nn.Module, args: Any, kwargs: Any, callback: Callable[[Tensor], None] = callback
-        ) -> None:
+        def before(_: nn.Module, args: Any, kwargs: Any, callback: Callable[[Tensor], None] = callback) -> None:
             callback(operator_input(args, kwargs))
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     for module, callback in (outputs or {}).items():
 
-        def after(
-            _: nn.Module, __: Any, output: Tensor, callback: Callable[[Tensor], None] = callback
-        ) -> None:
+        def after(_: nn.Module, __: Any, output: Tensor, callback: Callable[[Tensor], None] = callback) -> None:
             callback(output)
 
         handles.append(module.register_forward_hook(after))

@@ -34,8 +34,7 @@ def trace_groups(
         seen.append((operator, inputs))
 
     callbacks = {
-        operator.module: (lambda inputs, operator=operator: record(operator, inputs))
-        for operator in operators.values()
+        operator.module: (lambda inputs, operator=operator: record(operator, inputs)) for operator in operators.values()
     }
     with watching(callbacks):
         call.run(layer, hidden_states)

@@ -80,9 +80,7 @@ def record_dense(
     """
     device = next(activations.layer.parameters()).device
     records = [DenseRecord(sum(o.shape[0] for o in group) < group[0].shape[1]) for group in groups]
-    grams = [
-        GramAccumulator(g[0].shape[1], device) if w else None for g, w in zip(groups, with_gram, strict=True)
-    ]
+    grams = [GramAccumulator(g[0].shape[1], device) if w else None for g, w in zip(groups, with_gram, strict=True)]
     batch = 0
     outputs: dict[str, Tensor] = {}
 
@@ -102,9 +100,7 @@ def record_dense(
             energies[operator.name] = energies.get(operator.name, 0.0) + inner(rows, rows)
 
     watch_inputs = {g[0].module: (lambda x, i=i: see_input(i, x)) for i, g in enumerate(groups)}
-    watch_outputs = {
-        o.module: (lambda y, i=i, o=o: see_output(i, o, y)) for i, g in enumerate(groups) for o in g
-    }
+    watch_outputs = {o.module: (lambda y, i=i, o=o: see_output(i, o, y)) for i, g in enumerate(groups) for o in g}
     dense_outputs = []
     with watching(watch_inputs, watch_outputs):
         for batch, (hidden, call) in enumerate(zip(hidden_states, activations.calls, strict=True)):
@@ -176,9 +172,7 @@ def _mixed(
     if share < 1:
         same = weight @ statistics.gram
         energy = (
-            share**2 * energy
-            + 2 * share * (1 - share) * inner(weight, target)
-            + (1 - share) ** 2 * inner(weight, same)
+            share**2 * energy + 2 * share * (1 - share) * inner(weight, target) + (1 - share) ** 2 * inner(weight, same)
         )
         target = target.mul_(share).add_(same, alpha=1 - share)
     return LayerProblem(weight, statistics, target, energy, name)

@@ -34,14 +34,10 @@ def calibration_tokens(
         ValueError: If the source is unknown, too short, or a number is not positive.
     """
     if sequence_length is None:
-        sequence_length = min(
-            _USUAL_LENGTH, getattr(model.config, "max_position_embeddings", None) or _USUAL_LENGTH
-        )
+        sequence_length = min(_USUAL_LENGTH, getattr(model.config, "max_position_embeddings", None) or _USUAL_LENGTH)
     for name, value in (("num_samples", num_samples), ("sequence_length", sequence_length)):
         if value < 1:
             raise ValueError(f"{name}={value}: pass at least 1.")
     if source == "self":
         return sample_text_from_model(model, tokenizer, num_samples, sequence_length, seed)
-    return calibration_windows(
-        tokenizer, load_text(source, "calibration"), num_samples, sequence_length, seed
-    )
+    return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, sequence_length, seed)

@@ -87,9 +87,7 @@ def model_card(report: PruningReport) -> str:
 
 def _pattern(report: PruningReport) -> str:
     config = report.config
-    return (
-        config["pattern"] if config["pattern"] != "unstructured" else f"{config['sparsity']:.0%} unstructured"
-    )
+    return config["pattern"] if config["pattern"] != "unstructured" else f"{config['sparsity']:.0%} unstructured"
 
 
 def _rows(operators: list[OperatorReport]) -> list[str]:
@@ -102,7 +100,5 @@ def _rows(operators: list[OperatorReport]) -> list[str]:
         errors = [o.relative_error for o in group]
         sparsity = sum(o.sparsity for o in group) / len(group)
         shape = " x ".join(map(str, group[0].shape))
-        rows.append(
-            f"| {kind} | {shape} | {sparsity:.2%} | {sum(errors) / len(errors):.4f} | {max(errors):.4f} |"
-        )
+        rows.append(f"| {kind} | {shape} | {sparsity:.2%} | {sum(errors) / len(errors):.4f} | {max(errors):.4f} |")
     return rows

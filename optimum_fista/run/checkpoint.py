@@ -52,11 +52,7 @@ def require_free_folder(folder: Path, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output {str(folder)!r} is a file: pass a folder.")
-    if (
-        folder.is_dir()
-        and any(folder.glob("*.safetensors")) | (folder / "config.json").exists()
-        and not overwrite
-    ):
+    if folder.is_dir() and any(folder.glob("*.safetensors")) | (folder / "config.json").exists() and not overwrite:
         raise FileExistsError(
             f"output {str(folder)!r} already holds a model: pass another folder, or overwrite=True (--overwrite)."
         )

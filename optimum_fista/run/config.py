@@ -76,9 +76,7 @@ class FistaPruningConfig:
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from error
 
     @classmethod
-    def paper(
-        cls, sparsity: float | None = None, pattern: str = "unstructured", **options: Any
-    ) -> FistaPruningConfig:
+    def paper(cls, sparsity: float | None = None, pattern: str = "unstructured", **options: Any) -> FistaPruningConfig:
         """The published settings of FISTAPruner (arXiv 2408.03728): K = 20, T = 3, xi = 0.3, no refit.
 
         Warm start by family (SparseGPT for OPT, Wanda otherwise), intra-layer error correction.
@@ -138,9 +136,7 @@ class FistaPruningConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(
-                f"unknown options {', '.join(map(repr, unknown))}: pass some of {', '.join(known)}."
-            )
+            raise ValueError(f"unknown options {', '.join(map(repr, unknown))}: pass some of {', '.join(known)}.")
         return cls(**values)
 
     def to_json(self) -> str:

@@ -50,11 +50,7 @@ def quantization_method(model: PreTrainedModel) -> str | None:
     settings = getattr(model.config, "quantization_config", None)
     if settings is None:
         return None
-    method = (
-        settings.get("quant_method")
-        if isinstance(settings, dict)
-        else getattr(settings, "quant_method", None)
-    )
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     return str(getattr(method, "value", method))
 
 
@@ -73,9 +69,7 @@ def require_unquantized(model: PreTrainedModel) -> None:
         )
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
-            raise ValueError(
-                f"{name} has dtype {parameter.dtype}: prune the model in float32, bfloat16 or float16."
-            )
+            raise ValueError(f"{name} has dtype {parameter.dtype}: prune the model in float32, bfloat16 or float16.")
         if parameter.device.type == "meta":
             raise ValueError(
                 f"{name} is offloaded or not loaded (device meta): load the whole model in memory to prune it."

@@ -135,9 +135,7 @@ def _negative_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: i
         end = min(start + POSITIONS_PER_CHUNK, ids.shape[1] - 1)
         targets = ids[:, start + 1 : end + 1].to(logits.device)
         # cross_entropy wants the classes in the second dimension: [B * chunk, vocabulary].
-        losses = cross_entropy(
-            logits[:, start:end].flatten(0, 1).float(), targets.flatten(), reduction="none"
-        )
+        losses = cross_entropy(logits[:, start:end].flatten(0, 1).float(), targets.flatten(), reduction="none")
         total += losses.double().sum()
     if total.isnan():
         raise ValueError(

@@ -20,6 +20,7 @@ from optimum_fista.model.architecture import (
     UnsupportedArchitectureError,
     find_decoder_layers,
     find_operators,
+    input_embedding,
 )
 from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
 from optimum_fista.model.hidden_states import record_inputs
@@ -65,9 +66,7 @@ class FistaPruner:
         self.config = config if config is not None else FistaPruningConfig()
         self.progress = progress
         self.storage_device = storage_device
-        self._results: WeakKeyDictionary[PreTrainedModel, tuple[PruningReport, dict[str, Tensor]]] = (
-            WeakKeyDictionary()
-        )
+        self._results: WeakKeyDictionary[PreTrainedModel, tuple[PruningReport, dict[str, Tensor]]] = WeakKeyDictionary()
 
     def prune(
         self,
@@ -97,7 +96,7 @@ class FistaPruner:
         require_unquantized(model)
         layers = find_decoder_layers(model)
         operators, left_dense = self._choose_operators(layers)
-        batches = read_batches(calib_dataloader, model.get_input_embeddings().weight.shape[0])
+        batches = read_batches(calib_dataloader, input_embedding(model).shape[0])
         report = PruningReport(
             config=self.config.to_dict(),
             model=_describe(model),
@@ -119,9 +118,7 @@ class FistaPruner:
         logger.info("%s", report)
         return report
 
-    def prune_weight(
-        self, weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None = None
-    ) -> PrunedOperator:
+    def prune_weight(self, weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None = None) -> PrunedOperator:
         """Prune one matrix without a model.
 
         It minimizes `|| W* X* - W X ||_F` over weights in the configured pattern.
@@ -205,9 +202,7 @@ class FistaPruner:
                     continue
                 self.config.pattern_for(name).require_shape(operator.shape, name)
                 if not bool(torch.isfinite(operator.parameter).all()):
-                    raise ValueError(
-                        f"the weight of {name} holds NaN or Inf: the model is damaged, load it again."
-                    )
+                    raise ValueError(f"the weight of {name} holds NaN or Inf: the model is damaged, load it again.")
                 chosen[layer_name][name] = operator
         if not any(chosen.values()):
             raise UnsupportedArchitectureError(
@@ -244,9 +239,7 @@ class FistaPruner:
         def write(operator: LinearOperator, pruned: PrunedOperator) -> None:
             rollback.remember(operator)
             operator.write(pruned.weight)
-            masks[f"{operator.name}.weight"] = pack_mask(
-                pruned.mask.T if operator.transposed else pruned.mask
-            )
+            masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
 
         recorded = record_inputs(model, layers, batches)
         storage = torch.device(self.storage_device or recorded.hidden_states[0].device)
@@ -270,9 +263,7 @@ class FistaPruner:
                         f"layer {index + 1}/{len(layers)} {last} error {reports[-1].relative_error:.4f}"
                     )
                     bar.update(len(reports))
-        report.warnings.extend(
-            f"{o.name}: {o.message}" for o in report.operators if o.message and not o.converged
-        )
+        report.warnings.extend(f"{o.name}: {o.message}" for o in report.operators if o.message and not o.converged)
 
 
 def _device(module: torch.nn.Module) -> torch.device:

@@ -66,9 +66,7 @@ def sample_text_from_model(
         new_tokens = sequence_length - beginnings.shape[1]
         if new_tokens == 0:
             return beginnings
-        with tqdm(
-            total=num_samples * new_tokens, desc="Self-sampling", unit="token", disable=not progress
-        ) as bar:
+        with tqdm(total=num_samples * new_tokens, desc="Self-sampling", unit="token", disable=not progress) as bar:
             batches = [_continue(model, batch, new_tokens, bar) for batch in beginnings.split(batch_size)]
     return torch.cat(batches)
 
@@ -155,9 +153,7 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
     cuda_devices = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     with torch.random.fork_rng(devices=cuda_devices, device_type="cuda"):
         if device.type == "cpu":
-            torch.default_generator.manual_seed(
-                seed
-            )  # torch.manual_seed would reach the accelerators as well
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the accelerators as well
         else:
             torch.manual_seed(seed)
         yield

@@ -20,9 +20,7 @@ def single_problem(weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None =
         if tensor is None:
             continue
         if tensor.ndim != 2 or tensor.shape[1] != weight.shape[-1] or tensor.numel() == 0:
-            wanted = (
-                "[out, in]" if name == "weight" else f"[tokens, in] with in = {weight.shape[-1]} as in weight"
-            )
+            wanted = "[out, in]" if name == "weight" else f"[tokens, in] with in = {weight.shape[-1]} as in weight"
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: pass a non-empty {wanted}.")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds NaN or Inf: pass finite values.")

@@ -147,9 +147,7 @@ def _read_jsonl(path: Path) -> TextSource:
         if line.strip()
     )
     if not any(document.strip() for document in documents):
-        raise ValueError(
-            f'source={str(path)!r} holds no text; pass a file with text under "text" in its lines.'
-        )
+        raise ValueError(f'source={str(path)!r} holds no text; pass a file with text under "text" in its lines.')
     return TextSource(path.name, documents, "\n\n")
 
 
@@ -160,9 +158,7 @@ def _document(line: str, place: str) -> str:
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not JSON ({error}); {advice}.") from error
     if not isinstance(record, dict) or "text" not in record:
-        found = (
-            f"an object with {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-        )
+        found = f"an object with {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
         raise ValueError(f"{place}: found {found}; {advice}.")
     if not isinstance(record["text"], str):
         raise ValueError(f'{place}: "text" is a {type(record["text"]).__name__}; {advice}.')

@@ -97,7 +97,5 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
         raise VerificationError(f"{name}: its mask {broken}.")
     kept = int(mask.sum())
     if kept != operator.num_kept:
-        raise VerificationError(
-            f"{name}: its mask keeps {kept} weights, the report says {operator.num_kept}."
-        )
+        raise VerificationError(f"{name}: its mask keeps {kept} weights, the report says {operator.num_kept}.")
     return mask.numel() - kept

@@ -158,9 +158,7 @@ def _segments(document: str, characters: int) -> list[str]:
     return [document[start:end] for start, end in zip(cuts, [*cuts[1:], len(document)], strict=True)]
 
 
-def _spread_windows(
-    ids: torch.Tensor, num_samples: int, length: int, generator: torch.Generator
-) -> torch.Tensor:
+def _spread_windows(ids: torch.Tensor, num_samples: int, length: int, generator: torch.Generator) -> torch.Tensor:
     """Windows at random places of `ids`, in random order; the gaps between them are uniformly random."""
     slack = len(ids) - num_samples * length
     gaps = torch.randint(slack + 1, (num_samples,), generator=generator).sort().values

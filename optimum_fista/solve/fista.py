@@ -25,7 +25,7 @@ class FistaSolution:
     converged: bool
 
 
-def soft_threshold(values: Tensor, threshold: float | Tensor) -> Tensor:
+def soft_threshold(values: Tensor, threshold: float) -> Tensor:
     """Proximal step of `threshold * || . ||_1`: `sign(v) max(|v| - threshold, 0)`."""
     return values - values.clamp(-threshold, threshold)
 

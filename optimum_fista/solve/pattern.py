@@ -42,9 +42,7 @@ class SparsityPattern:
         if scope not in ("matrix", "row"):
             raise ValueError(f"scope={scope!r}: pass 'matrix' or 'row'.")
         if sparsity is not None and (isinstance(sparsity, bool) or not 0 <= float(sparsity) < 1):
-            raise ValueError(
-                f"sparsity={sparsity!r} is outside [0, 1): pass the fraction of zeros, such as 0.5."
-            )
+            raise ValueError(f"sparsity={sparsity!r} is outside [0, 1): pass the fraction of zeros, such as 0.5.")
         if pattern == "unstructured":
             return cls(0.5 if sparsity is None else float(sparsity), None, scope)
         found = re.fullmatch(r"(\d+):(\d+)", str(pattern))

@@ -81,9 +81,7 @@ class LayerProblem:
             self.drift: Tensor | None = None
         else:
             if target.shape != weight.shape:
-                raise ValueError(
-                    f"{name}: target has shape {tuple(target.shape)}, not {tuple(weight.shape)}."
-                )
+                raise ValueError(f"{name}: target has shape {tuple(target.shape)}, not {tuple(weight.shape)}.")
             self.target, self.target_energy = target, float(target_energy)
             energy = dense_energy - 2 * inner(weight, target) + self.target_energy
             self.drift_energy = max(0.0, energy)

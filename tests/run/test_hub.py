@@ -67,9 +67,7 @@ def test_repository_holds_the_folder_and_loads_bit_equal(hub, model_folder, tmp_
         print(loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved))
     """
     assert printed(run_with_hub(hub, load, tmp_path)) == "True"
-    assert any(
-        r.startswith(f"GET /{REPO_ID}/resolve/") and r.endswith("/model.safetensors") for r in hub.requests
-    )
+    assert any(r.startswith(f"GET /{REPO_ID}/resolve/") and r.endswith("/model.safetensors") for r in hub.requests)
 
 
 def test_revision_is_a_branch_of_its_own(hub, model_folder, tmp_path):
@@ -79,9 +77,7 @@ def test_revision_is_a_branch_of_its_own(hub, model_folder, tmp_path):
     assert hub.files(REPO_ID) == {}
     assert hub.files(REPO_ID, "sparse/2:4") == bytes_of(model_folder)
 
-    download = (
-        f"from huggingface_hub import snapshot_download as f\nprint(f({REPO_ID!r}, revision='sparse/2:4'))"
-    )
+    download = f"from huggingface_hub import snapshot_download as f\nprint(f({REPO_ID!r}, revision='sparse/2:4'))"
     snapshot = Path(printed(run_with_hub(hub, download, tmp_path)))
     assert bytes_of(snapshot).items() >= bytes_of(model_folder).items()
 
@@ -174,9 +170,7 @@ def test_standin_refuses_what_the_hub_refuses(hub):
             return error.code
 
     def commit(key: str, **value: object) -> int:
-        return status(
-            "POST", f"/api/models/{REPO_ID}/commit/main", json.dumps({"key": key, "value": value}).encode()
-        )
+        return status("POST", f"/api/models/{REPO_ID}/commit/main", json.dumps({"key": key, "value": value}).encode())
 
     create = json.dumps({"name": "tiny-llama", "organization": "tester", "visibility": "private"}).encode()
     oid = hashlib.sha256(b"weights").hexdigest()

@@ -49,9 +49,7 @@ class Fista(PruningMethod):
             raise ValueError(f"warm_start={self.warm_start!r}: pass one of {', '.join(get_args(WarmStart))}.")
         for option, least in (("max_iterations", 1), ("patience", 1), ("refit_iterations", 0)):
             if getattr(self, option) < least:
-                raise ValueError(
-                    f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}."
-                )
+                raise ValueError(f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}.")
         if self.tolerance < 0:
             raise ValueError(f"tolerance={self.tolerance!r}: pass a relative change of at least 0.")
         if not 0 < self.rounding_share < 1:

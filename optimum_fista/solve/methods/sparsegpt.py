@@ -48,9 +48,7 @@ class SparseGPT(PruningMethod):
             right = min(left + width, columns)
             errors = self._prune_block(weight, mask, upper, left, right, pattern)
             weight[:, right:] -= errors @ upper[left:right, right:]
-        return PrunedOperator(
-            weight, mask, problem.relative_error(weight), converged=not message, message=message
-        )
+        return PrunedOperator(weight, mask, problem.relative_error(weight), converged=not message, message=message)
 
     def _prune_block(
         self, weight: Tensor, mask: Tensor, upper: Tensor, left: int, right: int, pattern: SparsityPattern
