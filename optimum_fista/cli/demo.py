@@ -56,9 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     for row in rows:
         print(row)
     _generate(arguments.output / "fista-50")
-    print(
-        f"\nsaved {arguments.output}/fista-50 and {arguments.output}/fista-2-4; {time.perf_counter() - started:.0f} s in all"
-    )
+    seconds = time.perf_counter() - started
+    print(f"\nsaved {arguments.output}/fista-50 and {arguments.output}/fista-2-4; {seconds:.0f} s in all")
     return 0
 
 

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         with tqdm(desc="Verifying", unit="operator") as bar:
-            proven = verify_checkpoint(arguments.folder, lambda name: bar.update())
+            proven = verify_checkpoint(arguments.folder, lambda _: bar.update())
     except VerificationError as error:
         print(f"{arguments.folder}: BROKEN: {error}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +46,12 @@ def record_inputs(model: PreTrainedModel, layers: DecoderLayers, batches: Sequen
         for batch in batches:
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             recorder.start_batch()
-            try:
+            with suppress(StopForward):
                 model(
                     input_ids=batch.input_ids.to(device),
                     attention_mask=None if mask is None else mask.long(),
                     use_cache=False,
                 )
-            except StopForward:
-                pass
             first = recorder.hidden_states
             if first is None or not bool(torch.isfinite(first).all()):
                 raise ValueError(

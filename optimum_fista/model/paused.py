@@ -37,7 +37,7 @@ class PausedForwards:
         calls: Sequence[LayerCall],
         hidden_states: Sequence[Tensor],
     ) -> None:
-        self._watch = watching({module: (lambda x, i=i: _pause(i, x)) for i, module in enumerate(stops)})
+        self._watch = watching({module: partial(_pause, index) for index, module in enumerate(stops)})
         device = next(layer.parameters()).device
 
         def forward(call: LayerCall, hidden: Tensor) -> tuple[None, Tensor | None]:

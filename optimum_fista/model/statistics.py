@@ -103,7 +103,7 @@ def record_dense(
     watch_outputs = {o.module: (lambda y, i=i, o=o: see_output(i, o, y)) for i, g in enumerate(groups) for o in g}
     dense_outputs = []
     with watching(watch_inputs, watch_outputs):
-        for batch, (hidden, call) in enumerate(zip(hidden_states, activations.calls, strict=True)):
+        for batch, (hidden, call) in enumerate(zip(hidden_states, activations.calls, strict=True)):  # noqa: B007, read by the callbacks
             output = call.run(activations.layer, hidden.to(device, non_blocking=True))
             assert output is not None
             dense_outputs.append(output.to(activations.storage))

@@ -81,7 +81,7 @@ def model_card(report: PruningReport) -> str:
         config=json.dumps(config, indent=2),
         sha256=tokens["sha256"],
         versions=", ".join(f"{key} {value}" for key, value in report.versions.items()),
-        **{key: value for key, value in report.totals.items()},
+        **report.totals,
     )
 
 

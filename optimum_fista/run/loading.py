@@ -35,14 +35,15 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     if "gguf_file" in options:
         forget_gguf(model)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+    torch.nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model, tokenizer
 
 
 def forget_gguf(model: PreTrainedModel) -> None:
     """Drop the mark of the GGUF file from a model whose weights were dequantized, so that it can be saved."""
     if quantization_method(model) == "gguf":
         model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer = None
+        vars(model)["hf_quantizer"] = None
 
 
 def quantization_method(model: PreTrainedModel) -> str | None:

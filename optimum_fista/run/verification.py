@@ -36,7 +36,7 @@ class Verification:
     num_zeros: int
 
 
-def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda name: None) -> Verification:
+def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Verification:
     """Read a pruned model's files again and check every operator, one tensor in memory at a time.
 
     Checks: the mask keeps exactly the number of weights the pattern asks for, in every row or group where the
