@@ -47,7 +47,7 @@ def execute(arguments: argparse.Namespace) -> int:
     try:
         return int(arguments.fista_run(arguments))
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -87,6 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     require_free_folder(arguments.output, arguments.overwrite)
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
+    if arguments.private and not arguments.push_to_hub:
+        raise ValueError("--private makes sense with --push-to-hub REPO only.")
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     tokens = calibration_tokens(
         arguments.calibration, model, tokenizer, arguments.num_samples, arguments.sequence_length, config.seed

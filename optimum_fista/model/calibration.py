@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def read_batches(loader: Iterable[Any], vocab_size: int) -> list[CalibrationBatc
         ValueError: If the loader is empty, an item has no ids or an impossible mask, or an id lies outside
             [0, vocab_size).
     """
-    if isinstance(loader, Mapping | str) or not isinstance(loader, Iterable):
+    if isinstance(loader, Mapping | str) or not isinstance(loader, Iterable | Dataset):
         raise ValueError(
             f"calib_dataloader is a {type(loader).__name__}: pass an iterable of batches, such as a DataLoader "
             "or a list of {'input_ids': ..., 'attention_mask': ...} dicts."
@@ -78,6 +79,8 @@ def _items(loader: Iterable[Any]) -> Iterable[Any]:
         return loader.unsqueeze(0) if loader.ndim == 1 else loader
     if isinstance(loader, list | tuple) and loader and all(isinstance(i, int) for i in loader):
         return [loader]
+    if isinstance(loader, Dataset) and not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
+        return (loader[i] for i in range(len(loader)))  # type: ignore[arg-type]
     return loader
 
 

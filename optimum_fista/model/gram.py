@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optimum_fista.solve.problem import InputStatistics
+
 _LEAF = 256
 
 
@@ -17,19 +19,21 @@ class GramAccumulator:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._upper = torch.zeros(size, size, device=device)
+        self._sum = torch.zeros(size, device=device)
         self.num_tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs [tokens, in], float32."""
         _add_upper(self._upper, inputs)
+        self._sum += inputs.sum(0)
         self.num_tokens += inputs.shape[0]
 
-    def finish(self) -> Tensor:
-        """The symmetric Gram matrix [in, in]; the accumulator is used up."""
-        upper = self._upper
-        upper.triu_()
-        upper += upper.triu(1).T
-        return upper
+    def finish(self) -> InputStatistics:
+        """Statistics with the symmetric Gram matrix; the accumulator is used up."""
+        gram = self._upper
+        gram.triu_()
+        gram += gram.triu(1).T
+        return InputStatistics(gram, self.num_tokens, self._sum / max(1, self.num_tokens))
 
 
 def _add_upper(out: Tensor, inputs: Tensor) -> None:

@@ -90,12 +90,13 @@ def record_dense(
         if gram is not None:
             gram.add(rows.float())
         elif not records[index].narrow:
-            records[index].kept.append(rows.to(activations.storage))
+            records[index].kept.append(rows.to(activations.storage, copy=True))  # the layer may overwrite it
 
     def see_output(index: int, operator: LinearOperator, output: Tensor) -> None:
         if grams[index] is None:
             rows = operator.outputs_without_bias(activations.rows(output, batch, operator.name))
-            outputs[operator.name] = rows
+            if records[index].narrow:
+                outputs[operator.name] = rows.clone()  # Falcon adds to it in place
             energies = records[index].energies
             energies[operator.name] = energies.get(operator.name, 0.0) + inner(rows, rows)
 
@@ -179,10 +180,10 @@ def _mixed(
 
 
 def _checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:
-    matrix = gram.finish()
-    if not bool(torch.isfinite(matrix).all()):
+    statistics = gram.finish()
+    if not bool(torch.isfinite(statistics.gram).all()):
         raise ValueError(
             f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32): the model is "
             "damaged there, or its activations overflow its dtype; try dtype=torch.float32 or torch.bfloat16."
         )
-    return InputStatistics(matrix, gram.num_tokens)
+    return statistics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from pathlib import Path
 
 from optimum_fista.run.report import OperatorReport, PruningReport
 
@@ -64,7 +65,7 @@ Calibration tokens: SHA-256 `{sha256}`. Versions: {versions}.
 def model_card(report: PruningReport) -> str:
     """Markdown of the model card, with the metadata the Hub reads."""
     name = report.model["name"]
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
     config = report.config
     tokens = report.calibration
     return _TEMPLATE.format(

@@ -102,10 +102,9 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
     Raises:
         FileNotFoundError: If the folder holds no safetensors checkpoint.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.exists() and not single.exists():  # Transformers prefers the single file as well
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = folder / "model.safetensors"
     if not single.exists():
         raise FileNotFoundError(f"{str(folder)!r} holds no model.safetensors: pass a pruned model folder.")
     with safe_open(single, "pt") as file:

@@ -145,8 +145,19 @@ class FistaPruningConfig:
 
     @classmethod
     def from_json(cls, text: str | Path) -> FistaPruningConfig:
-        """Read JSON text, or a JSON file when given a `Path`."""
-        return cls.from_dict(json.loads(text.read_text() if isinstance(text, Path) else text))
+        """Read JSON text, or a JSON file when given a `Path`.
+
+        Raises:
+            ValueError: If it is not a JSON object of valid options.
+        """
+        where = f"config {str(text)!r}" if isinstance(text, Path) else "config"
+        try:
+            values = json.loads(text.read_text() if isinstance(text, Path) else text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{where} holds a JSON {type(values).__name__}: pass an object of options.")
+        return cls.from_dict(values)
 
     def _scope(self) -> Scope:
         if self.scope is not None:

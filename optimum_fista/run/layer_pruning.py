@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +72,7 @@ class LayerPruning:
 
     def prune(
         self, activations: LayerActivations, groups: Sequence[Group], states: HiddenStates
-    ) -> Iterator[PrunedGroup]:
+    ) -> Generator[PrunedGroup]:
         """Prune the layer in place and replace `states` by the hidden states behind it.
 
         Yields:

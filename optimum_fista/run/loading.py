@@ -19,8 +19,11 @@ def load_model(
         dtype: Floating dtype, `"auto"` takes the checkpoint's.
 
     Raises:
-        ValueError: If `name` is a folder without a model.
+        ValueError: If `name` is a folder without a model, or the device or dtype can't be used.
     """
+    target = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype != "auto":
+        dtype = _floating_dtype(dtype)
     options: dict[str, str] = {}
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").exists():
@@ -35,8 +38,22 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     if "gguf_file" in options:
         forget_gguf(model)
-    torch.nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.nn.Module.to(model, target)
     return model, tokenizer
+
+
+def _usable_device(device: str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise ValueError(f"device={device!r} can't be used: {error}. Pass 'cpu', 'cuda' or 'cuda:N'.") from error
+
+
+def _floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r}: pass 'auto', 'float32', 'bfloat16' or 'float16'.")
+    return found
 
 
 def forget_gguf(model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,6 +33,7 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.hub import push_folder
 from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, report_group
 from optimum_fista.run.loading import require_unquantized
+from optimum_fista.run.perplexity import evaluation_mode
 from optimum_fista.run.report import PruningReport
 from optimum_fista.run.rollback import Rollback
 from optimum_fista.run.single_weight import single_problem
@@ -105,13 +107,8 @@ class FistaPruner:
         )
         self._warn_if_rank_deficient(operators, report)
         masks: dict[str, Tensor] = {}
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), Rollback() as rollback:
-                self._prune_layers(model, layers, operators, batches, report, masks, rollback)
-        finally:
-            model.train(was_training)
+        with evaluation_mode(model), torch.no_grad(), Rollback() as rollback:
+            self._prune_layers(model, layers, operators, batches, report, masks, rollback)
         report.seconds["total"] = time.perf_counter() - started
         model.config.fista_pruning = summary(report)
         self._results[model] = (report, masks)
@@ -171,6 +168,7 @@ class FistaPruner:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         folder: str | Path | None = None,
+        overwrite: bool = False,
         **options: Any,
     ) -> str:
         """Save a pruned model to a folder and upload it to the Hub.
@@ -180,13 +178,18 @@ class FistaPruner:
             repo_id: Repository, `name` or `owner/name`; created if it is absent.
             tokenizer: Saved with the model.
             folder: Where the files are written and stay; `None`: `repo_id`'s last part in the working folder.
+            overwrite: Replace a model that the folder already holds.
             options: `private`, `token`, `commit_message`, `revision` of `run.hub.push_folder`.
 
         Returns:
             URL of the commit.
+
+        Raises:
+            FileExistsError: If the folder already holds a model and `overwrite` is False.
+            OSError: If the Hub refused or was not reached; the folder is complete.
         """
         target = Path(folder) if folder is not None else Path(repo_id.split("/")[-1])
-        self.save_pretrained(model, target, tokenizer, overwrite=folder is not None)
+        self.save_pretrained(model, target, tokenizer, overwrite=overwrite)
         return push_folder(target, repo_id, **options)
 
     def _choose_operators(self, layers: DecoderLayers) -> tuple[Operators, dict[str, str]]:
@@ -255,14 +258,14 @@ class FistaPruner:
                 recorded.calls[index] = []
                 activations = LayerActivations(layer, calls, recorded.token_masks, storage)
                 groups = trace_groups(layer, operators[layer_name], calls[0], dense[0].to(_device(layer)))
-                for group in pruning.prune(activations, groups, states):
-                    reports = report_group(group, self.config.method, self.config.pattern_for)
-                    report.operators.extend(reports)
-                    last = group.operators[-1].name.removeprefix(f"{layer_name}.")
-                    bar.set_postfix_str(
-                        f"layer {index + 1}/{len(layers)} {last} error {reports[-1].relative_error:.4f}"
-                    )
-                    bar.update(len(reports))
+                with closing(pruning.prune(activations, groups, states)) as pruned_groups:
+                    for group in pruned_groups:
+                        reports = report_group(group, self.config.method, self.config.pattern_for)
+                        report.operators.extend(reports)
+                        last = group.operators[-1].name.removeprefix(f"{layer_name}.")
+                        error = reports[-1].relative_error
+                        bar.set_postfix_str(f"layer {index + 1}/{len(layers)} {last} error {error:.4f}")
+                        bar.update(len(reports))
         report.warnings.extend(f"{o.name}: {o.message}" for o in report.operators if o.message and not o.converged)
 
 

@@ -12,9 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from optimum_fista.run.perplexity import evaluation_mode, input_device
 
-# Of SmolLM2-135M's samples, those from the whole distribution drift into word salad (3.2 to 4.3 nats per token under
-# the model itself); those from its nucleus of 0.95 stay readable and are as likely as real text (2.3 to 3.3 nats; 3.1
-# on WikiText-2).
+# SmolLM2-135M's samples from its whole distribution drift into word salad (3.2 to 4.3 nats per token under the
+# model itself); those from the nucleus of 0.95 stay readable, differ from each other and are about as likely as
+# real text (2.3 to 3.3 nats; WikiText-2 has 3.1).
 TOP_P = 0.95
 
 
@@ -30,14 +30,14 @@ def sample_text_from_model(
 ) -> torch.Tensor:
     """Let the model write calibration tokens.
 
-    Every sample starts with BOS (EOS if there is none). The next tokens of the samples are drawn without replacement
-    from the model's distribution over ordinary tokens, so that no two samples start alike even where the model is sure
-    how texts start. Without BOS and EOS, the first tokens are ordinary tokens drawn without replacement at random. The
-    rest is sampled at temperature 1 from the nucleus of probability 0.95. EOS does not end a sample: the model goes on
-    with the next document.
+    Every sample starts with BOS (EOS if there is none). The next token of each is drawn without replacement from
+    the model's distribution over ordinary tokens, so that no two samples start alike even where the model is sure
+    how a text starts. Without BOS and EOS, the first tokens are ordinary ones, drawn uniformly without
+    replacement. The rest is sampled at temperature 1 from the nucleus of probability 0.95. EOS does not end a
+    sample: the model goes on with the next document.
 
-    The global random state, the model's modes and its generation config are as before afterwards. The same seed gives
-    the same tokens for the same model, device and batch size.
+    The global random state, the model's modes and its generation config are afterwards as before. The same seed
+    gives the same tokens for the same model, device and batch size.
 
     Args:
         model: Causal language model, on any device.
@@ -52,7 +52,8 @@ def sample_text_from_model(
         Token ids, int64, [N, T], on the CPU.
 
     Raises:
-        ValueError: If `sequence_length` exceeds the model's `max_position_embeddings`, or an argument is out of range.
+        ValueError: If `sequence_length` exceeds the model's `max_position_embeddings`, or an argument is out of
+            range.
     """
     _check_sizes(model, num_samples, sequence_length, batch_size)
     with (
@@ -62,7 +63,6 @@ def sample_text_from_model(
         torch.no_grad(),
     ):
         beginnings = _beginnings(model, tokenizer, num_samples, torch.Generator().manual_seed(seed))
-        beginnings = beginnings[:, :sequence_length]
         new_tokens = sequence_length - beginnings.shape[1]
         if new_tokens == 0:
             return beginnings
@@ -80,8 +80,8 @@ def _check_sizes(model: PreTrainedModel, num_samples: int, sequence_length: int,
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and sequence_length > limit:
         raise ValueError(
-            f"sequence_length={sequence_length} exceeds the model's max_position_embeddings={limit}; pass {limit} or "
-            "less."
+            f"sequence_length={sequence_length} exceeds the model's max_position_embeddings={limit}; "
+            f"pass {limit} or less."
         )
 
 
@@ -95,7 +95,7 @@ def _beginnings(
     else:
         prompt = torch.full((1, 1), start, device=input_device(model))
         logits = model(input_ids=prompt, use_cache=False).logits[0, -1]
-        # Some models have more rows in the head than the tokenizer has tokens. The floor keeps every token drawable.
+        # Some heads have more rows than the tokenizer has tokens. The floor keeps every token drawable.
         weights = logits[: len(tokenizer)].cpu().double().softmax(dim=0).clamp(min=1e-30)
     weights[[token for token in tokenizer.all_special_ids if token < len(weights)]] = 0
     replacement = num_samples > int(weights.count_nonzero())

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from optimum_fista.model.gram import GramAccumulator
-from optimum_fista.solve.problem import InputStatistics, LayerProblem, inner
+from optimum_fista.solve.problem import LayerProblem, inner
 
 
 def single_problem(weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None = None) -> LayerProblem:
     """Form the layer problem of `weight` [out, in] on `inputs` X* [tokens, in], dense inputs X [tokens, in].
 
     Raises:
-        ValueError: If shapes disagree or a value is NaN or Inf.
+        ValueError: If shapes disagree, a value is NaN or Inf, or the inputs overflow when squared.
     """
     named = {"weight": weight, "inputs": inputs, "dense_inputs": dense_inputs}
     for name, tensor in named.items():
@@ -31,7 +31,9 @@ def single_problem(weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None =
     weight, inputs = weight.detach().float(), inputs.detach().float()
     accumulator = GramAccumulator(weight.shape[1], weight.device)
     accumulator.add(inputs)
-    statistics = InputStatistics(accumulator.finish(), inputs.shape[0])
+    statistics = accumulator.finish()
+    if not bool(torch.isfinite(statistics.gram).all()):
+        raise ValueError("inputs overflow when squared in float32: pass them scaled down; the error is relative.")
     if dense_inputs is None:
         return LayerProblem(weight, statistics)
     outputs = dense_inputs.detach().float() @ weight.T

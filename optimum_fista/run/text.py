@@ -14,8 +14,8 @@ Split = Literal["calibration", "test"]
 FILE_SUFFIXES = (".txt", ".jsonl")
 ACCEPTED_SOURCES = (
     "a path that ends in .txt (one document) or .jsonl (field 'text' in every line), 'pydoc' (Python's own "
-    "documentation, no download), 'wikitext2', 'c4' or 'ptb' (from the Hub, with the package `datasets`), or, "
-    "for calibration only and not read from a text, 'self' (the model writes its own tokens)"
+    "documentation, no download), 'wikitext2', 'c4' or 'ptb' (from the Hub, with the package `datasets`), "
+    "or, for calibration only and not read from a text, 'self' (the model writes its own tokens)"
 )
 
 
@@ -187,7 +187,8 @@ def _read_hub(name: str, recipe: HubRecipe) -> TextSource:
     except Exception as error:  # the Hub, the network and `datasets` have no common base class
         raise ConnectionError(
             f"source={name!r}: could not load {recipe.repository!r} from the Hub "
-            f"({type(error).__name__}: {error}). If the Hub cannot be reached, pass a local .txt or .jsonl file."
+            f"({type(error).__name__}: {error}). If the Hub cannot be reached, pass a local .txt or "
+            ".jsonl file."
         ) from error
     documents = texts if recipe.rows_are_documents else (recipe.separator.join(texts),)
     return TextSource(name, documents, recipe.separator)

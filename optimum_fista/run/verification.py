@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from optimum_fista.run.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE, checkpoint_files, read_tensors
@@ -54,10 +54,23 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
     for file in ("config.json", MASKS_FILE, REPORT_FILE):
         if not (folder / file).exists():
             raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
-    report = PruningReport.from_dict(json.loads((folder / REPORT_FILE).read_text()))
     config = json.loads((folder / "config.json").read_text()).get(CONFIG_KEY)
     if config is None:
         raise VerificationError(f"config.json has no {CONFIG_KEY!r}.")
+    try:
+        report = PruningReport.from_dict(json.loads((folder / REPORT_FILE).read_text()))
+        zeros, weights = _verify_operators(folder, report, progress)
+    except (KeyError, TypeError) as error:
+        raise VerificationError(f"{REPORT_FILE} lacks a field, or has one too many: {error}.") from error
+    except SafetensorError as error:
+        raise VerificationError(f"a safetensors file is damaged or incomplete: {error}.") from error
+    if zeros != config.get("num_zeros"):
+        raise VerificationError(f"config.json promises {config.get('num_zeros')} zeros, the masks make {zeros}.")
+    return Verification(len(report.operators), weights, zeros)
+
+
+def _verify_operators(folder: Path, report: PruningReport, progress: Callable[[str], None]) -> tuple[int, int]:
+    """Check every operator of the report; returns the numbers of zeros and of weights."""
     files = checkpoint_files(folder)
     names = [operator.name for operator in report.operators]
     missing = [name for name in names if name not in files]
@@ -71,9 +84,7 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
             zeros += _verify_operator(operator, weight, masks.get_tensor(name))
             weights += weight.numel()
             progress(name)
-    if zeros != config["num_zeros"]:
-        raise VerificationError(f"config.json promises {config['num_zeros']} zeros, the masks make {zeros}.")
-    return Verification(len(names), weights, zeros)
+    return zeros, weights
 
 
 def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -> int:

@@ -131,19 +131,15 @@ def _windows_of_document(
     length: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """At most one window per segment of the document; from the whole document if its segments are too few."""
-    document = text.documents[0]
-    segments = _segments(document, SEGMENT_CHARACTERS_PER_TOKEN * length)
-    windows: list[torch.Tensor] = []
-    if len(segments) >= num_samples:
-        for index in torch.randperm(len(segments), generator=generator).tolist():
-            ids = _tokenise(tokenizer, segments[index])
-            if len(ids) < length:
-                continue
-            start = int(torch.randint(len(ids) - length + 1, (1,), generator=generator))
-            windows.append(ids[start : start + length])
-            if len(windows) == num_samples:
-                return torch.stack(windows)
+    """One window from each of `num_samples` segments; from the whole document if it has too few segments."""
+    document, characters = text.documents[0], SEGMENT_CHARACTERS_PER_TOKEN * length
+    while len(segments := _segments(document, characters)) >= max(num_samples, 2):
+        chosen = torch.randperm(len(segments), generator=generator)[:num_samples].tolist()
+        parts = [_tokenise(tokenizer, segments[index]) for index in chosen]
+        if min(len(ids) for ids in parts) >= length:
+            return torch.cat([_spread_windows(ids, 1, length, generator) for ids in parts])
+        # Skipping the short ones instead would favour text with short tokens.
+        characters *= 2
     ids = _tokenise(tokenizer, document)
     _check_enough(text, len(ids), num_samples, length)
     return _spread_windows(ids, num_samples, length, generator)
@@ -191,6 +187,6 @@ def _windows_of_documents(
 def _check_enough(text: TextSource, tokens: int, num_samples: int, length: int) -> None:
     if tokens < num_samples * length:
         raise ValueError(
-            f"text {text.name!r} has {tokens} tokens, and num_samples={num_samples} windows of {length} tokens "
-            f"need {num_samples * length}; pass a longer text, a smaller num_samples or a smaller sequence_length."
+            f"text {text.name!r} has {tokens} tokens, and num_samples={num_samples} windows of {length} need "
+            f"{num_samples * length}; pass a longer text, a smaller num_samples or sequence_length."
         )

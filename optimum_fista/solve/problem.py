@@ -19,11 +19,23 @@ class InputStatistics:
         num_tokens: Number of tokens summed.
     """
 
-    def __init__(self, gram: Tensor, num_tokens: int) -> None:
+    def __init__(self, gram: Tensor, num_tokens: int, mean: Tensor | None = None) -> None:
         if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
             raise ValueError(f"gram has shape {tuple(gram.shape)}: pass a square [in, in] matrix.")
         self.gram = gram
         self.num_tokens = num_tokens
+        self._mean = mean
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the inputs over the tokens, [in].
+
+        Raises:
+            ValueError: If it was not recorded.
+        """
+        if self._mean is None:
+            raise ValueError("these statistics hold no mean of the inputs: pass mean to InputStatistics.")
+        return self._mean
 
     @cached_property
     def diagonal(self) -> Tensor:
@@ -84,7 +96,7 @@ class LayerProblem:
                 raise ValueError(f"{name}: target has shape {tuple(target.shape)}, not {tuple(weight.shape)}.")
             self.target, self.target_energy = target, float(target_energy)
             energy = dense_energy - 2 * inner(weight, target) + self.target_energy
-            self.drift_energy = max(0.0, energy)
+            self.drift_energy = max(energy, 0.0)
             self.drift = target - product
 
     @property
@@ -102,7 +114,7 @@ class LayerProblem:
         error = inner(difference @ self.gram, difference) + self.drift_energy
         if self.drift is not None:
             error -= 2 * inner(difference, self.drift)
-        return max(0.0, error)
+        return max(error, 0.0)  # this order keeps NaN
 
     def relative_error(self, weight: Tensor) -> float:
         """`|| W* X* - Y ||_F / || Y ||_F`; zero for outputs that vanish and are reproduced."""
@@ -110,7 +122,7 @@ class LayerProblem:
 
     def seminorm(self, difference: Tensor) -> float:
         """`|| D X* ||_F` of a difference of weights [out, in]."""
-        return math.sqrt(max(0.0, inner(difference @ self.gram, difference)))
+        return math.sqrt(max(inner(difference @ self.gram, difference), 0.0))
 
 
 def inner(left: Tensor, right: Tensor) -> float:

@@ -1,0 +1,72 @@
+"""ALPS: l0-constrained ADMM with a growing penalty (arXiv 2406.07831)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.pruned import PrunedOperator
+from optimum_fista.solve.refit import refit
+from optimum_fista.solve.scaling import unit_diagonal
+from optimum_fista.solve.splitting import SplitState
+
+
+@dataclass(frozen=True)
+class Alps(PruningMethod):
+    """ADMM in coordinates of unit Gram diagonal, `rho` growing as the support settles (Algorithm 1).
+
+    The Gram matrix and the target are damped alike. Every `period` iterations `rho` grows by 1.3, 1.2 or 1.1 as
+    the support changed by more than 10%, more than 0.5%, or at all; it stops when the support stays the same.
+    Then at most `refit_iterations` conjugate-gradient steps on the support (Algorithm 2).
+
+    Attributes:
+        damping: Fraction of the mean Gram diagonal added to the diagonal.
+        first_rho: First `rho`.
+        period: Iterations between changes of `rho`.
+        max_iterations: Iteration limit.
+        refit_iterations: Conjugate-gradient steps.
+    """
+
+    damping: float = 0.01
+    first_rho: float = 0.1
+    period: int = 3
+    max_iterations: int = 300
+    refit_iterations: int = 10
+    name: ClassVar[str] = "alps"
+
+    def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
+        """Prune one operator to `pattern`."""
+        gram, target, scale = unit_diagonal(problem, self.damping)
+        values, vectors = torch.linalg.eigh(gram)
+        state = SplitState.start(target, problem.weight / scale)
+        rho, iteration, settled = self.first_rho, 0, False
+        support: Tensor | None = None
+        while iteration < self.max_iterations and not settled:
+            inverse = (vectors / (values.clamp_min(0) + rho)) @ vectors.T
+            for _ in range(self.period):
+                state.iterate(inverse, rho, pattern)
+            iteration += self.period
+            assert state.mask is not None
+            if support is not None:
+                # The support's size is the unit in which ALPS counts its changes.
+                changed = float((support & ~state.mask).sum()) / max(1, int(support.sum()))
+                settled = changed == 0
+                rho *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
+            support = state.mask
+        weight, steps = refit(gram, target, state.sparse, support, max_iterations=self.refit_iterations)  # type: ignore[arg-type]
+        weight.mul_(scale)
+        message = "" if settled else f"the support still changed after max_iterations={self.max_iterations}: try more"
+        return PrunedOperator(
+            weight,
+            support,  # type: ignore[arg-type]
+            problem.relative_error(weight),
+            iterations=iteration + steps,
+            converged=settled,
+            message=message,
+        )

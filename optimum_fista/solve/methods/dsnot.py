@@ -1,0 +1,75 @@
+"""DSnoT: dynamic sparse no training, swaps in Wanda's mask (arXiv 2310.08915)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.pattern import Scope, SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.pruned import PrunedOperator
+
+
+@dataclass(frozen=True)
+class Dsnot(PruningMethod):
+    """Swap weights in Wanda's mask so that the expected output error of every row shrinks; no weight changes.
+
+    With input means `mu` and variances `v`, the error of a row is `e = sum over pruned w_j mu_j`. A cycle grows
+    the pruned weight with the largest `sign(e) w_i mu_i / v_i` and prunes, of the kept weights whose removal
+    moves e towards zero, the one with the smallest Wanda score (eqs. 3-5; n:m: in the same group). A row stops
+    when `|e|` is below `threshold`, or no swap shrinks it.
+
+    Attributes:
+        max_cycles: Swaps a row at most.
+        threshold: Expected error at which a row stops.
+    """
+
+    max_cycles: int = 50
+    threshold: float = 0.1
+    name: ClassVar[str] = "dsnot"
+    default_scope: ClassVar[Scope] = "row"
+
+    def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
+        """Prune one operator to `pattern`.
+
+        Raises:
+            ValueError: If the statistics hold no mean.
+        """
+        statistics = problem.statistics
+        scores = problem.weight.abs() * statistics.diagonal.sqrt()
+        mask = pattern.mask(scores)
+        mean = statistics.mean
+        variance = (statistics.diagonal / max(1, statistics.num_tokens) - mean.square()).clamp_min(1e-12)
+        cycles = self._swap(problem.weight * mean, problem.weight * (mean / variance), scores, mask, pattern)
+        weight = problem.weight * mask
+        return PrunedOperator(weight, mask, problem.relative_error(weight), iterations=cycles)
+
+    def _swap(
+        self, contribution: Tensor, growth: Tensor, scores: Tensor, mask: Tensor, pattern: SparsityPattern
+    ) -> int:
+        """Swap in place until no row moves; returns the number of cycles."""
+        error = contribution.masked_fill(mask, 0).sum(1)
+        rows = torch.arange(len(error), device=error.device)
+        infinity = float("inf")
+        for cycle in range(self.max_cycles):
+            sign = error.sign()[:, None]
+            grown = (growth * sign).masked_fill(mask, -infinity).argmax(1)
+            allowed = mask & (contribution * sign < 0)
+            if pattern.n_of_m is not None:
+                group = torch.arange(mask.shape[1], device=mask.device) // pattern.n_of_m[1]
+                allowed &= group == (grown // pattern.n_of_m[1])[:, None]
+            candidates = scores.masked_fill(~allowed, infinity)
+            lowest, pruned = candidates.min(1)
+            after = error - contribution[rows, grown] + contribution[rows, pruned]
+            move = (error.abs() > self.threshold) & torch.isfinite(lowest) & (after.abs() < error.abs())
+            if not bool(move.any()):
+                return cycle
+            chosen = rows[move]
+            mask[chosen, grown[move]] = True
+            mask[chosen, pruned[move]] = False
+            error = torch.where(move, after, error)
+        return self.max_cycles

@@ -1,0 +1,120 @@
+"""ADMM in optimal-brain-surgeon coordinates: the default method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optimum_fista.solve.cholesky import damped_cholesky
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.pruned import PrunedOperator
+from optimum_fista.solve.refit import refit
+from optimum_fista.solve.splitting import SplitState, split_in_stages
+
+
+@dataclass(frozen=True)
+class ObsAdmm(PruningMethod):
+    """Splitting (ADMM) in coordinates where magnitude is the optimal-brain-surgeon saliency, then a refit.
+
+    1. Ridge towards the dense weights, so that few calibration tokens are not over-fitted: with
+       `S = diag(G)`, `G_r = G + r S` and `C_r = C + r W S`.
+    2. Columns are scaled so that `G_r^-1` has unit diagonal: `W'_ij = W_ij / sqrt([G_r^-1]_jj)`. The projection
+       on the pattern then keeps the largest `w^2 / [G_r^-1]_jj`, the increase of the error when a weight is
+       removed and the others of its row make up for it (optimal brain surgeon, Hassibi & Stork 1993).
+    3. ADMM (as in ALPS, arXiv 2406.07831) in stages of fixed `rho`, one Cholesky factorisation each for all
+       operators that share the inputs.
+    4. Refit of the kept weights by conjugate gradients on the ridge problem.
+
+    The working set is four matrices of the operators' shape and three of the Gram matrix's.
+
+    Attributes:
+        ridge: `r` above; `None`: `ridge_tokens` divided by the calibration tokens per input, within
+            [0.003, 0.5].
+        ridge_tokens: See `ridge`.
+        stages: Stages, each with one factorisation.
+        iterations: Iterations a stage.
+        first_rho: `rho` of the first stage.
+        last_rho: `rho` of the last; geometric in between.
+        refit_iterations: Conjugate-gradient steps on the final mask.
+    """
+
+    ridge: float | None = None
+    ridge_tokens: float = 1.5
+    stages: int = 6
+    iterations: int = 5
+    first_rho: float = 0.3
+    last_rho: float = 5.0
+    refit_iterations: int = 10
+    name: ClassVar[str] = "obs_admm"
+
+    def __post_init__(self) -> None:
+        for option, least in (("stages", 1), ("iterations", 1), ("refit_iterations", 0)):
+            if getattr(self, option) < least:
+                raise ValueError(f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}.")
+        if self.ridge is not None and not 0 < self.ridge:
+            raise ValueError(f"ridge={self.ridge!r}: pass a positive number, or None.")
+        if not 0 < self.first_rho <= self.last_rho:
+            raise ValueError(f"first_rho={self.first_rho!r}, last_rho={self.last_rho!r}: pass 0 < first <= last.")
+
+    def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
+        """Prune one operator to `pattern`."""
+        return self.prune_sharing([problem], [pattern])[0]
+
+    def prune_sharing(
+        self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
+    ) -> list[PrunedOperator]:
+        """Prune operators that share their inputs, with shared factorisations."""
+        statistics = problems[0].statistics
+        gram = statistics.gram.clone()
+        diagonal = statistics.diagonal
+        penalty = diagonal * self.ridge_of(statistics.num_tokens, gram.shape[0])
+        penalty = torch.where(penalty > 0, penalty, torch.ones_like(penalty) * (float(penalty.mean()) or 1.0))
+        gram.diagonal().add_(penalty)
+        factor, message = damped_cholesky(gram, 0.0)
+        scale = torch.cholesky_inverse(factor).diagonal().sqrt()
+        del factor
+        gram.mul_(scale).mul_(scale[:, None])
+        states = [_start(problem, penalty, scale) for problem in problems]
+        split_in_stages(gram, states, patterns, self.rhos, self.iterations)
+        return [
+            self._finish(gram, problem, state, scale, message) for problem, state in zip(problems, states, strict=True)
+        ]
+
+    def ridge_of(self, num_tokens: int, num_inputs: int) -> float:
+        """Ridge in units of the Gram matrix's diagonal."""
+        if self.ridge is not None:
+            return self.ridge
+        return min(0.5, max(0.003, self.ridge_tokens * num_inputs / max(1, num_tokens)))
+
+    @property
+    def rhos(self) -> list[float]:
+        """`rho` of every stage."""
+        ratio = (self.last_rho / self.first_rho) ** (1 / max(1, self.stages - 1))
+        return [self.first_rho * ratio**stage for stage in range(self.stages)]
+
+    def _finish(
+        self, gram: Tensor, problem: LayerProblem, state: SplitState, scale: Tensor, message: str
+    ) -> PrunedOperator:
+        """Refit in the scaled coordinates and scale back."""
+        assert state.mask is not None
+        weight, steps = refit(gram, state.target, state.sparse, state.mask, max_iterations=self.refit_iterations)
+        weight.mul_(scale)
+        return PrunedOperator(
+            weight,
+            state.mask,
+            problem.relative_error(weight),
+            iterations=self.stages * self.iterations + steps,
+            converged=not message,
+            message=message,
+        )
+
+
+def _start(problem: LayerProblem, penalty: Tensor, scale: Tensor) -> SplitState:
+    target = torch.addcmul(problem.target, problem.weight, penalty).mul_(scale)
+    return SplitState.start(target, problem.weight / scale)

@@ -1,0 +1,135 @@
+import pytest
+import torch
+from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model
+from torch import nn
+from transformers import (
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
+
+from optimum_fista.model.architecture import (
+    UnsupportedArchitectureError,
+    find_decoder_layers,
+    find_operators,
+    input_embedding,
+    matches,
+)
+
+LAYERS = {
+    "opt": "model.decoder.layers",
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "falcon": "transformer.h",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES + MOE_FAMILIES)
+def test_decoder_layers_are_found_in_order(family):
+    model = tiny_model(family, num_hidden_layers=3)
+    layers = find_decoder_layers(model)
+    assert layers.name == LAYERS.get(family, "model.layers")
+    assert len(layers) == 3
+    assert [name for name, _ in layers] == [f"{layers.name}.{i}" for i in range(3)]
+    assert all(model.get_submodule(name) is module for name, module in layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_module_of_a_decoder_layer_is_found_by_its_full_name(family):
+    model = tiny_model(family)
+    name, layer = list(find_decoder_layers(model))[1]
+    operators = find_operators(name, layer)
+    expected = {k for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and k.startswith(f"{name}.")}
+    assert set(operators) == expected
+    for key, operator in operators.items():
+        assert operator.name == key
+        assert operator.module is model.get_submodule(key)
+
+
+def encoder_decoder() -> PreTrainedModel:
+    return T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
+
+
+def encoder() -> PreTrainedModel:
+    return DistilBertForMaskedLM(DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48))
+
+
+def test_encoder_decoder_is_refused_with_what_was_found():
+    with pytest.raises(UnsupportedArchitectureError) as refused:
+        find_decoder_layers(encoder_decoder())
+    message = str(refused.value)
+    assert "T5ForConditionalGeneration can't be pruned: looked for one nn.ModuleList of T5Block" in message
+    assert "found 2" in message
+    assert "encoder.block (2 x T5Block)" in message
+    assert "decoder.block (2 x T5Block)" in message
+
+
+def test_encoder_is_refused_with_what_was_found():
+    with pytest.raises(UnsupportedArchitectureError) as refused:
+        find_decoder_layers(encoder())
+    message = str(refused.value)
+    assert "DistilBertForMaskedLM can't be pruned" in message
+    assert "found 0; its module lists are: distilbert.transformer.layer (2 x TransformerBlock)" in message
+
+
+def test_model_without_module_lists_is_refused():
+    model = tiny_model("llama")
+    model.model.layers = nn.ModuleList()
+    with pytest.raises(UnsupportedArchitectureError, match="LlamaDecoderLayer and found 0; its module lists are: none"):
+        find_decoder_layers(model)
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_fused_experts_are_refused_unless_they_stay_dense(family):
+    name, layer = list(find_decoder_layers(tiny_model(family)))[1]
+    with pytest.raises(
+        UnsupportedArchitectureError,
+        match=r"^model\.layers\.1\.mlp\.experts \(\w+Experts\) keeps .* one 3-D parameter.*exclude=\['\*\.experts'\]",
+    ):
+        find_operators(name, layer)
+    for pattern in ("*.experts", "model.layers.1.mlp.experts"):
+        operators = find_operators(name, layer, [pattern])
+        assert {key.rpartition(".")[2] for key in operators} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(UnsupportedArchitectureError):
+        find_operators(name, layer, ["*.q_proj", "model.layers.0.mlp.experts"])
+
+
+def test_convolutions_and_stacked_scales_are_not_taken_for_experts():
+    layer = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 3), "linear": nn.Linear(4, 4)})
+    layer["linear"].register_parameter("scale", nn.Parameter(torch.ones(1, 1, 4)))
+    assert list(find_operators("layer", layer)) == ["layer.linear"]
+    layer["conv"].register_module("experts", nn.ParameterList([torch.ones(2, 3, 4)]))
+    with pytest.raises(UnsupportedArchitectureError, match=r"^layer\.conv\.experts \(ParameterList\)"):
+        find_operators("layer", layer)
+
+
+@pytest.mark.parametrize(
+    ("name", "patterns", "expected"),
+    [
+        ("model.layers.0.mlp.up_proj", ["*.up_proj"], True),
+        ("model.layers.0.mlp.up_proj", ["*.down_proj", "model.layers.?.mlp.*"], True),
+        ("model.layers.10.mlp.up_proj", ["model.layers.[0-3].*"], False),
+        ("model.layers.0.mlp.up_proj", ["up_proj"], False),
+        ("model.layers.0.mlp.up_proj", ["*.UP_PROJ"], False),
+        ("model.layers.0.mlp.up_proj", [], False),
+    ],
+)
+def test_names_match_shell_patterns_case_included(name, patterns, expected):
+    assert matches(name, patterns) is expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_input_embedding_is_the_table_of_token_vectors(family):
+    weight = input_embedding(tiny_model(family))
+    assert weight.shape == (64, 32)
+
+
+def test_model_without_input_embedding_is_refused():
+    model = tiny_model("llama")
+    model.set_input_embeddings(nn.Identity())
+    model.get_input_embeddings().weight = None
+    with pytest.raises(UnsupportedArchitectureError, match="LlamaForCausalLM has no input embedding"):
+        input_embedding(model)

@@ -1,0 +1,150 @@
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding
+
+from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
+
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
+MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]])
+ROWS = [{"input_ids": ids} for ids in IDS]
+DATA_SET = [{"input_ids": ids, "attention_mask": mask} for ids, mask in zip(IDS, MASK, strict=True)]
+
+LOADERS = {
+    "one tensor": IDS,
+    "list of batches": [IDS[:2], IDS[2:]],
+    "tuple of batches": (IDS[:2], IDS[2:]),
+    "list of sequences": list(IDS),
+    "lists of ids": IDS.tolist(),
+    "batch of lists": [IDS.tolist()],
+    "array": IDS.numpy(),
+    "list of arrays": [IDS.numpy()[:1], IDS.numpy()[1:]],
+    "int32": [IDS.to(torch.int32)],
+    "dicts": [{"input_ids": IDS}],
+    "dicts of sequences": ROWS,
+    "dicts of lists": [{"input_ids": IDS.tolist(), "attention_mask": [[1] * 4] * 3}],
+    "dicts with other keys": [{"input_ids": IDS, "labels": IDS, "text": "x"}],
+    "tokenizer output": [BatchEncoding({"input_ids": IDS})],
+    "generator": (row for row in ROWS),
+    "DataLoader of dicts": DataLoader(ROWS, batch_size=2),
+    "DataLoader of tensors": DataLoader(IDS, batch_size=2),
+    "DataLoader of a TensorDataset": DataLoader(TensorDataset(IDS), batch_size=2),
+    "TensorDataset": TensorDataset(IDS),
+}
+
+
+@pytest.mark.parametrize("form", LOADERS)
+def test_every_form_gives_the_same_ids(form):
+    batches = read_batches(LOADERS[form], 16)
+    assert all(batch.input_ids.ndim == 2 and batch.input_ids.dtype == torch.int64 for batch in batches)
+    assert torch.equal(torch.cat([batch.input_ids for batch in batches]), IDS)
+    assert all(batch.attention_mask is None for batch in batches)
+    assert sum(batch.num_tokens for batch in batches) == 12
+
+
+def test_one_sequence_may_be_a_plain_list_or_tensor():
+    for loader in ([3, 1, 2], (3, 1, 2), torch.tensor([3, 1, 2])):
+        (batch,) = read_batches(loader, 4)
+        assert batch.input_ids.tolist() == [[3, 1, 2]]
+
+
+def test_sequences_may_differ_in_length():
+    batches = read_batches([[1, 2, 3], [4], torch.tensor([[5, 6], [7, 8]])], 16)
+    assert [batch.input_ids.tolist() for batch in batches] == [[[1, 2, 3]], [[4]], [[5, 6], [7, 8]]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int32])
+def test_masks_are_kept_as_booleans_where_anything_is_masked(batch_size, dtype):
+    rows = [row | {"attention_mask": row["attention_mask"].to(dtype)} for row in DATA_SET]
+    batches = read_batches(DataLoader(rows, batch_size=batch_size), 16)
+    masks = [
+        torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask for batch in batches
+    ]
+    assert torch.equal(torch.cat(masks).bool(), MASK.bool())
+    assert sum(batch.num_tokens for batch in batches) == 9
+    assert all(batch.attention_mask is None or batch.attention_mask.dtype == torch.bool for batch in batches)
+    assert (batches[0].attention_mask is None) is (batch_size == 1)
+
+
+def test_hash_does_not_depend_on_the_batch_size_or_the_padding():
+    hashes = {tokens_sha256(read_batches(DataLoader(DATA_SET, batch_size=size), 16)) for size in (1, 2, 3)}
+    unpadded = [[1, 2, 3, 4], [6, 7, 8], [9, 10]]
+    hashes.add(tokens_sha256(read_batches(unpadded, 16)))
+    other_ids = torch.where(MASK.bool(), IDS, 15)
+    hashes.add(tokens_sha256(read_batches([{"input_ids": other_ids, "attention_mask": MASK}], 16)))
+    assert len(hashes) == 1
+
+
+def test_hash_tells_tokens_order_and_boundaries_apart():
+    hashes = [
+        tokens_sha256(read_batches(rows, 16))
+        for rows in ([[1, 2], [3, 4]], [[3, 4], [1, 2]], [[1, 2, 3, 4]], [[1], [2, 3, 4]], [[1, 2], [3, 5]], [[1, 2]])
+    ]
+    assert len(set(hashes)) == len(hashes)
+
+
+@pytest.mark.parametrize("loader", [{"input_ids": IDS}, BatchEncoding({"input_ids": IDS}), "a text", 5, None])
+def test_what_is_no_iterable_of_batches_is_refused(loader):
+    with pytest.raises(ValueError, match=f"calib_dataloader is a {type(loader).__name__}: pass an iterable of batches"):
+        read_batches(loader, 16)
+
+
+@pytest.mark.parametrize("loader", [[], (), DataLoader([]), torch.empty(0, 4, dtype=torch.int64)])
+def test_no_batch_is_refused(loader):
+    with pytest.raises(ValueError, match="gave no batch: pass at least one batch"):
+        read_batches(loader, 16)
+
+
+def test_generator_that_was_read_before_is_recognised():
+    generator = (row for row in ROWS)
+    read_batches(generator, 16)
+    with pytest.raises(ValueError, match="gave no batch: it is a generator, which can be read only once"):
+        read_batches(generator, 16)
+
+
+BAD_ITEMS = {
+    "no ids": ({"ids": IDS, "mask": MASK}, r"has the keys \['ids', 'mask'\]: pass 'input_ids'"),
+    "negative id": (torch.tensor([[3, -1]]), r"token id -1, outside the model's vocabulary \[0, 16\)"),
+    "id beyond the vocabulary": (torch.tensor([[3, 16]]), r"token id 16, outside the model's vocabulary \[0, 16\)"),
+    "ragged": ([[1, 2], [3]], "input_ids can't be read as a tensor"),
+    "text": (["some", "text"], "input_ids can't be read as a tensor"),
+    "floating": (torch.tensor([[1.0, 2.0]]), r"dtype torch\.float32: pass integers"),
+    "hidden states": (torch.zeros(2, 3, 4, dtype=torch.int64), r"input_ids has shape \(2, 3, 4\)"),
+    "a number": (torch.tensor(3), r"input_ids has shape \(\)"),
+    "no token": (torch.empty(1, 0, dtype=torch.int64), r"input_ids has shape \(1, 0\)"),
+    "mask of another shape": (
+        {"input_ids": IDS, "attention_mask": MASK[:, :3]},
+        r"attention_mask has shape \(3, 3\), input_ids \(3, 4\)",
+    ),
+    "additive mask": (
+        {"input_ids": IDS, "attention_mask": torch.zeros(3, 4)},
+        r"attention_mask has shape \(3, 4\) and dtype torch\.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_ITEMS)
+def test_bad_items_are_refused_with_their_index(fault):
+    item, message = BAD_ITEMS[fault]
+    with pytest.raises(ValueError, match=rf"calib_dataloader\[1\].*{message}"):
+        read_batches([IDS, item], 16)
+
+
+def test_masks_that_leave_nothing_are_refused():
+    masked = {"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}
+    with pytest.raises(ValueError, match="no real token: every attention_mask is zero"):
+        read_batches([masked, masked], 16)
+    batches = read_batches([masked, {"input_ids": IDS}], 16)
+    assert [batch.num_tokens for batch in batches] == [0, 12]
+
+
+def test_ids_at_the_edges_of_the_vocabulary_are_accepted():
+    (batch,) = read_batches([np.array([0, 15])], 16)
+    assert batch.input_ids.tolist() == [[0, 15]]
+
+
+def test_number_of_tokens_counts_real_ones():
+    assert CalibrationBatch(IDS).num_tokens == 12
+    assert CalibrationBatch(IDS, MASK.bool()).num_tokens == 9

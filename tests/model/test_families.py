@@ -1,0 +1,258 @@
+"""Every family: operators found, inputs they share, and the statistics that reach the pruning method."""
+
+import re
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tiny_models import FAMILIES, MOE_FAMILIES, VOCAB_SIZE, tiny_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from optimum_fista.model.architecture import UnsupportedArchitectureError
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.pruner import FistaPruner
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.methods.magnitude import Magnitude
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.pruned import PrunedOperator
+
+LLAMA_GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+NEOX_GROUPS = [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]
+GROUPS = {
+    "llama": LLAMA_GROUPS,
+    "qwen2": LLAMA_GROUPS,
+    "qwen3": LLAMA_GROUPS,
+    "mistral": LLAMA_GROUPS,
+    "gemma3_text": LLAMA_GROUPS,
+    "phi3": [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]],
+    "opt": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
+    "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
+    "gpt_neox": NEOX_GROUPS,
+    # Attention and MLP are parallel and share the output of one layer norm.
+    "falcon": [["query_key_value", "dense_h_to_4h"], ["dense"], ["dense_4h_to_h"]],
+}
+CORRECTIONS = ["none", "intra", "full"]
+
+
+@dataclass
+class Record:
+    """What reached the method for one operator, and what it made of it."""
+
+    name: str
+    weight: Tensor
+    gram: Tensor
+    target: Tensor
+    target_energy: float
+    mean: Tensor
+    num_tokens: int
+    pruned: Tensor
+    relative_error: float
+
+
+class Recorder(PruningMethod):
+    """Magnitude pruning with larger survivors, which remembers its problems."""
+
+    name = "recorder"
+
+    def __init__(self) -> None:
+        self.groups: list[list[Record]] = []
+
+    def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
+        plain = Magnitude().prune(problem, pattern)
+        weight = plain.weight * 1.1
+        return PrunedOperator(weight, plain.mask, problem.relative_error(weight))
+
+    def prune_sharing(
+        self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
+    ) -> list[PrunedOperator]:
+        results = super().prune_sharing(problems, patterns)
+        self.groups.append(
+            [
+                Record(
+                    problem.name,
+                    problem.weight.clone(),
+                    problem.gram.clone(),
+                    problem.target.clone(),
+                    problem.target_energy,
+                    problem.statistics.mean.clone(),
+                    problem.statistics.num_tokens,
+                    result.weight.clone(),
+                    result.relative_error,
+                )
+                for problem, result in zip(problems, results, strict=True)
+            ]
+        )
+        return results
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for group in self.groups for record in group]
+
+
+def calibration() -> dict[str, Tensor]:
+    """Eight sequences of ten tokens; three are padded, right or left."""
+    ids = torch.randint(3, VOCAB_SIZE, (8, 10), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[3, 7:] = 0
+    mask[4, :3] = 0
+    mask[6, 9:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def batches(*sizes: int) -> list[dict[str, Tensor]]:
+    """The calibration data in batches of these sizes."""
+    data = calibration()
+    parts = zip(data["input_ids"].split(sizes), data["attention_mask"].split(sizes), strict=True)
+    return [{"input_ids": ids, "attention_mask": mask} for ids, mask in parts]
+
+
+def prune(model: PreTrainedModel, error_correction: str, data: list[dict[str, Tensor]], **options) -> Recorder:
+    """Prune by a recorder; returns what it saw."""
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FistaPruningConfig, "create_method", lambda self, model_type: recorder)
+        FistaPruner(FistaPruningConfig(error_correction=error_correction, **options), progress=False).prune(model, data)
+    return recorder
+
+
+def observe(model: PreTrainedModel, names: list[str]) -> dict[str, Tensor]:
+    """Inputs of operators, [real tokens, in], from one forward pass of the whole model on all sequences."""
+    data = calibration()
+    seen: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.__setitem__(name, args[0].reshape(8, 10, -1).clone())
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(**data, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: inputs[data["attention_mask"].bool()] for name, inputs in seen.items()}
+
+
+def layer_of(name: str) -> int:
+    """Index of the decoder layer of an operator."""
+    return int(re.search(r"\.(\d+)\.", name)[1])
+
+
+def stored(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight [out, in] the way the module stores it, or the other way round."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def assert_close(ours: Tensor, expected: Tensor, what: str) -> None:
+    assert ours.shape == expected.shape
+    distance = float((ours - expected).norm() / expected.norm())
+    assert distance <= 1e-4, f"{what}: relative distance {distance:g}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_operators_that_share_an_input_are_pruned_together_in_execution_order(family):
+    recorder = prune(tiny_model(family), "intra", batches(8))
+    names = [[record.name for record in group] for group in recorder.groups]
+    short = [[name.rpartition(".")[2] for name in group] for group in names]
+    assert short == GROUPS[family] * 2
+    half = len(GROUPS[family])
+    for layer, groups in enumerate((names[:half], names[half:])):
+        assert all(layer_of(name) == layer for group in groups for name in group)
+    linear = {
+        name
+        for name, module in tiny_model(family).named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and "lm_head" not in name and "embed_out" not in name
+    }
+    assert {name for group in names for name in group} == linear
+
+
+@pytest.mark.parametrize("error_correction", CORRECTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_those_of_hooks_on_the_whole_model(family, error_correction):
+    dense = tiny_model(family)
+    model, progressive = deepcopy(dense), deepcopy(dense)
+    recorder = prune(model, error_correction, batches(3, 2, 3))  # the first three sequences have no padding
+    dense_inputs = observe(dense, [record.name for record in recorder.records])
+    tokens = int(calibration()["attention_mask"].sum())
+    layer = 0
+    for group in recorder.groups:
+        if layer_of(group[0].name) != layer and error_correction == "intra":
+            progressive.load_state_dict(dense.state_dict())
+        layer = layer_of(group[0].name)
+        X_star = observe(progressive, [group[0].name])[group[0].name]
+        for record in group:
+            X = dense_inputs[record.name]
+            W = stored(dense.get_submodule(record.name), dense.get_submodule(record.name).weight.detach())
+            if error_correction == "none":
+                assert torch.equal(X, X_star)
+            assert torch.equal(record.weight, W)
+            assert record.num_tokens == tokens == len(X)
+            assert_close(record.gram, X_star.T @ X_star, f"gram of {record.name}")
+            assert torch.equal(record.gram, record.gram.T)
+            assert_close(record.target, W @ X.T @ X_star, f"target of {record.name}")
+            assert_close(record.mean, X_star.mean(0), f"mean of {record.name}")
+            outputs = X @ W.T
+            assert record.target_energy == pytest.approx(float(outputs.square().sum()), rel=1e-4)
+            error = float((X_star @ record.pruned.T - outputs).norm() / outputs.norm())
+            assert record.relative_error == pytest.approx(error, rel=1e-3)
+            if error_correction != "none":
+                module = progressive.get_submodule(record.name)
+                module.weight.data.copy_(stored(module, record.pruned))
+    for record in recorder.records:
+        module = model.get_submodule(record.name)
+        assert torch.equal(module.weight, stored(module, record.pruned))
+    if error_correction == "full":
+        ours, expected = model.state_dict(), progressive.state_dict()
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("error_correction", CORRECTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_size_makes_no_difference(family, error_correction):
+    whole = prune(tiny_model(family), error_correction, batches(8))
+    parts = prune(tiny_model(family), error_correction, batches(1, 2, 2, 3))
+    for ours, expected in zip(whole.records, parts.records, strict=True):
+        assert ours.name == expected.name
+        assert ours.num_tokens == expected.num_tokens
+        assert_close(ours.gram, expected.gram, f"gram of {ours.name}")
+        assert_close(ours.target, expected.target, f"target of {ours.name}")
+        assert ours.target_energy == pytest.approx(expected.target_energy, rel=1e-4)
+        assert ours.relative_error == pytest.approx(expected.relative_error, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_ids_behind_the_mask_do_not_count(family):
+    data = batches(4, 4)
+    changed = batches(4, 4)
+    for batch in changed:
+        batch["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 7)
+    ours, expected = (prune(tiny_model(family), "full", part) for part in (data, changed))
+    for record, other in zip(ours.records, expected.records, strict=True):
+        assert_close(record.gram, other.gram, f"gram of {record.name}")
+        assert_close(record.target, other.target, f"target of {record.name}")
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_fused_experts_are_refused_by_name(family):
+    model = tiny_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"model\.layers\.0\.mlp\.experts .*exclude=\['\*\.experts'\]"
+    ):
+        prune(model, "intra", batches(8))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_fused_experts_stay_dense_when_excluded(family):
+    model = tiny_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recorder = prune(model, "intra", batches(8), exclude=["*.experts"])
+    names = {record.name.rpartition(".")[2] for record in recorder.records}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) is ("_proj" not in name or "experts" in name), name

@@ -1,0 +1,124 @@
+import pytest
+import torch
+from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
+
+from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
+
+
+def batch(rows: int, length: int, *, seed: int = 0, padded: bool = False) -> CalibrationBatch:
+    ids = torch.randint(3, VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids).bool()
+    mask[0, -3:] = False
+    mask[-1, :2] = False
+    return CalibrationBatch(ids, mask if padded else None)
+
+
+BATCHES = [batch(2, 9), batch(3, 9, seed=1, padded=True), batch(1, 6, seed=2), batch(2, 6, seed=3, padded=True)]
+
+
+def record(model, batches) -> tuple[DecoderLayers, RecordedInputs]:
+    layers = find_decoder_layers(model)
+    with torch.no_grad():
+        return layers, record_inputs(model, layers, batches)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_running_the_layers_on_what_was_recorded_gives_the_models_hidden_states(family):
+    model = tiny_model(family, num_hidden_layers=3)
+    layers, recorded = record(model, BATCHES)
+    last = []
+    layers.modules[-1].register_forward_hook(lambda _, __, out: last.append(out[0] if isinstance(out, tuple) else out))
+    for index, data in enumerate(BATCHES):
+        last.clear()
+        mask = None if data.attention_mask is None else data.attention_mask.long()
+        with torch.no_grad():
+            expected = model(
+                input_ids=data.input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+            ).hidden_states[:-1]
+            # The last of the model's hidden states has passed the final norm.
+            expected = [*expected, last[0]]
+            ours = [recorded.hidden_states[index]]
+            for layer, calls in zip(layers.modules, recorded.calls, strict=True):
+                ours.append(calls[index].run(layer, ours[-1]))
+        real = torch.ones_like(data.input_ids).bool() if data.attention_mask is None else data.attention_mask
+        for hidden, reference in zip(ours, expected, strict=True):
+            assert torch.allclose(hidden[real], reference[real], rtol=1e-5, atol=1e-5)
+
+
+def test_masks_of_real_tokens_are_handed_on():
+    _, recorded = record(tiny_model("llama"), BATCHES)
+    for mask, data in zip(recorded.token_masks, BATCHES, strict=True):
+        assert mask is None if data.attention_mask is None else torch.equal(mask, data.attention_mask)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_the_model_is_left_as_it_was(family):
+    model = tiny_model(family)
+    layers = find_decoder_layers(model)
+    special = layers.modules[1].forward
+    layers.modules[1].forward = special  # as accelerate's hooks do
+    record(model, BATCHES)
+    assert "forward" not in vars(layers.modules[0])
+    assert layers.modules[1].forward is special
+    ids = BATCHES[0].input_ids
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, tiny_model(family)(ids).logits)
+
+
+def test_the_model_is_left_as_it_was_after_an_error():
+    model = tiny_model("llama")
+    with pytest.raises(IndexError):
+        record(model, [CalibrationBatch(torch.tensor([[VOCAB_SIZE]]))])
+    assert not any("forward" in vars(module) for module in find_decoder_layers(model).modules)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_run_once_at_most_and_nothing_behind_them(family):
+    model = tiny_model(family, num_hidden_layers=3)
+    runs = []
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_, name=name: runs.append(name))
+    layers, _ = record(model, BATCHES)
+    assert not any(name.startswith((f"{layers.name}.1.", f"{layers.name}.2.")) for name in runs)
+    assert not {"lm_head", "embed_out", "model.norm"} & set(runs)
+    inside = [name for name in runs if name.startswith(f"{layers.name}.0.") and "act" not in name]
+    assert inside
+    assert len(inside) == len(set(inside)), "the first layer runs once, for all batches"
+
+
+def test_one_layer_is_recorded_without_running_it():
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: pytest.fail("the layer ran"))
+    _, recorded = record(model, BATCHES)
+    assert [len(calls) for calls in recorded.calls] == [4]
+
+
+def test_equal_masks_and_position_embeddings_are_stored_once():
+    _, recorded = record(tiny_model("llama"), [batch(2, 9, seed=seed) for seed in range(4)])
+    embeddings = [calls[i].keywords["position_embeddings"] for calls in recorded.calls for i in range(4)]
+    assert len({cosine.data_ptr() for cosine, _ in embeddings}) == 1
+    assert len({sine.data_ptr() for _, sine in embeddings}) == 1
+    assert not torch.equal(*embeddings[0])
+
+
+def test_different_masks_of_one_shape_are_kept_apart():
+    # Both end in a real token, so that their last values are equal.
+    data = [batch(2, 9, padded=True), batch(2, 9, padded=True)]
+    data[1].attention_mask[1, 2:4] = False
+    _, recorded = record(tiny_model("llama"), data)
+    first, second = (recorded.calls[0][i].keywords["attention_mask"] for i in range(2))
+    assert first.shape == second.shape
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_embeddings_are_refused(value):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5, 3] = value
+    with pytest.raises(ValueError, match="inputs of the first decoder layer hold NaN or Inf"):
+        record(model, [CalibrationBatch(torch.tensor([[4, 5, 6]]))])
+    record(model, [CalibrationBatch(torch.tensor([[4, 6, 7]]))])

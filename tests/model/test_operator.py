@@ -1,0 +1,76 @@
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from optimum_fista.model.operator import LinearOperator, is_linear
+
+
+def make_module(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Five outputs, three inputs, with a bias."""
+    torch.manual_seed(0)
+    module = nn.Linear(3, 5) if kind == "Linear" else Conv1D(5, 3)
+    nn.init.normal_(module.weight)
+    nn.init.normal_(module.bias)
+    return module.to(dtype)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_weight_is_the_matrix_that_multiplies_the_inputs(kind):
+    module = make_module(kind)
+    operator = LinearOperator("fc", module)
+    inputs = torch.randn(7, 3)
+    assert operator.shape == tuple(operator.read().shape) == (5, 3)
+    assert operator.transposed is (kind == "Conv1D")
+    assert torch.allclose(module(inputs), inputs @ operator.read().T + module.bias, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_write_and_read_are_a_round_trip(kind, dtype):
+    operator = LinearOperator("fc", make_module(kind, dtype))
+    parameter = operator.parameter
+    weight = torch.randn(5, 3)
+    operator.write(weight)
+    assert torch.equal(operator.read(), weight.to(dtype).float())
+    assert operator.parameter is parameter, "in place"
+    assert parameter.dtype == dtype
+    assert parameter.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_what_was_read_is_a_contiguous_float32_copy(kind):
+    operator = LinearOperator("fc", make_module(kind))
+    weight = operator.read()
+    before = operator.parameter.detach().clone()
+    weight.zero_()
+    assert torch.equal(operator.parameter, before)
+    assert weight.dtype == torch.float32
+    assert weight.is_contiguous()
+    assert not weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_without_bias_are_the_product(kind, bias):
+    module = make_module(kind)
+    if not bias:
+        module.bias = None if kind == "Linear" else nn.Parameter(torch.zeros(5))
+    operator = LinearOperator("fc", module)
+    inputs = torch.randn(2, 4, 3)
+    outputs = operator.outputs_without_bias(module(inputs))
+    assert outputs.shape == (8, 5)
+    assert not outputs.requires_grad
+    assert torch.allclose(outputs, inputs.reshape(8, 3) @ operator.read().T, atol=1e-5)
+
+
+def test_which_modules_are_linear():
+    class Special(nn.Linear):
+        pass
+
+    assert is_linear(nn.Linear(2, 2))
+    assert is_linear(Special(2, 2))
+    assert is_linear(Conv1D(2, 2))
+    assert not is_linear(nn.Embedding(2, 2))
+    assert not is_linear(nn.Conv1d(2, 2, 1))
+    assert not is_linear(nn.LayerNorm(2))

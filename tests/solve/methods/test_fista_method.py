@@ -1,0 +1,151 @@
+import itertools
+import math
+
+import pytest
+import torch
+from layer_problems import Example, example
+
+from optimum_fista.solve.methods.fista import Fista
+from optimum_fista.solve.methods.magnitude import Magnitude
+from optimum_fista.solve.methods.sparsegpt import SparseGPT
+from optimum_fista.solve.methods.wanda import Wanda
+from optimum_fista.solve.pattern import SparsityPattern
+
+STARTS = {"dense": Magnitude, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+PATTERNS = [SparsityPattern(0.5), SparsityPattern(0.7, None, "row"), SparsityPattern.parse("2:4")]
+
+
+def least_error(made: Example, row: int, kept: tuple[int, ...]) -> float:
+    """Smallest squared error of one output that uses the inputs `kept` only."""
+    target = made.outputs[:, [row]]
+    if not kept:
+        return float(target.square().sum())
+    inputs = made.inputs[:, list(kept)]
+    return float((target - inputs @ torch.linalg.lstsq(inputs, target).solution).square().sum())
+
+
+def best_subset(made: Example, pattern: SparsityPattern) -> float:
+    """Least squared error over every mask of the pattern: all subsets are tried."""
+    rows, columns = made.weight.shape
+    if pattern.n_of_m is not None:
+        assert columns == pattern.n_of_m[1]
+    if pattern.n_of_m is not None or pattern.scope == "row":
+        size = pattern.num_kept((1, columns))
+        subsets = list(itertools.combinations(range(columns), size))
+        return sum(min(least_error(made, row, kept) for kept in subsets) for row in range(rows))
+    # Budget shared by the rows: the best error of a row for every size, then the best way to share.
+    by_size = [
+        [
+            min(least_error(made, row, kept) for kept in itertools.combinations(range(columns), size))
+            for size in range(columns + 1)
+        ]
+        for row in range(rows)
+    ]
+    total = pattern.num_kept((rows, columns))
+    shares = itertools.product(range(columns + 1), repeat=rows)
+    return min(sum(by_size[r][s] for r, s in enumerate(share)) for share in shares if sum(share) == total)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("warm_start", list(STARTS))
+@pytest.mark.parametrize("refit_iterations", [0, 20])
+def test_is_never_worse_than_its_warm_start(warm_start, pattern, corrected, refit_iterations):
+    gains = []
+    for seed in range(3):
+        made = example(12, 20, corrected=corrected, seed=seed)
+        pruned = Fista(warm_start=warm_start, refit_iterations=refit_iterations).prune(made.problem, pattern)
+        start = STARTS[warm_start]().prune(made.problem, pattern)
+        assert pruned.relative_error <= start.relative_error * (1 + 1e-9)
+        assert pattern.violation(pruned.mask) is None
+        assert (pruned.weight[~pruned.mask] == 0).all()
+        expected = math.sqrt(made.squared_error(pruned.weight)) / float(made.outputs.norm())
+        assert pruned.relative_error == pytest.approx(expected, rel=1e-7)
+        gains.append(pruned.relative_error / start.relative_error)
+    assert refit_iterations == 0 or max(gains) < 0.999
+
+
+@pytest.mark.parametrize(
+    "pattern", [SparsityPattern(0.5), SparsityPattern(0.5, None, "row"), SparsityPattern.parse("2:4")]
+)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_best_subset_bounds_it_from_below_and_is_near(pattern, corrected):
+    ours, best, wanda = 0.0, 0.0, 0.0
+    for seed in range(8):
+        made = example(3, 4, tokens=30, corrected=corrected, seed=seed)
+        bound = best_subset(made, pattern)
+        pruned = Fista(max_iterations=200, patience=8, refit_iterations=50).prune(made.problem, pattern)
+        error = made.squared_error(pruned.weight)
+        assert error >= bound * (1 - 1e-9)
+        # The refit leaves nothing to gain on the mask it was given.
+        refitted = sum(
+            least_error(made, row, tuple(kept.nonzero().flatten().tolist())) for row, kept in enumerate(pruned.mask)
+        )
+        assert error == pytest.approx(refitted, rel=1e-6)
+        ours, best = ours + error, best + bound
+        wanda += made.squared_error(Wanda().prune(made.problem, pattern).weight)
+    assert ours - best < 0.25 * (wanda - best)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_refit_lowers_the_error_on_the_same_mask(pattern):
+    made = example(10, 20, corrected=True)
+    plain = Fista(refit_iterations=0).prune(made.problem, pattern)
+    refitted = Fista(refit_iterations=20).prune(made.problem, pattern)
+    assert torch.equal(plain.mask, refitted.mask)
+    assert refitted.relative_error < plain.relative_error
+    assert plain.iterations < refitted.iterations <= plain.iterations + 20
+
+
+def test_result_tells_the_penalty_and_whether_it_converged():
+    made = example(10, 20, corrected=True)
+    critical = float(made.problem.target.abs().max())
+    short = Fista(max_iterations=2, warm_start="wanda").prune(made.problem, PATTERNS[0])
+    assert 0 < short.l1_penalty < critical
+    assert not short.converged
+    assert "max_iterations=2" in short.message
+    long = Fista(max_iterations=100_000, tolerance=1e-5, warm_start="wanda").prune(made.problem, PATTERNS[0])
+    assert 0 < long.l1_penalty < critical
+    assert long.converged
+    assert long.message == ""
+
+
+def test_a_warm_start_that_needed_help_is_told():
+    made = example(4, 8)
+    gram = made.problem.statistics.gram
+    mean = gram.diagonal().mean()
+    gram.diagonal().sub_(torch.linalg.eigvalsh(gram)[0] + 0.02 * mean)
+    pruned = Fista(warm_start="sparsegpt").prune(made.problem, PATTERNS[0])
+    assert not pruned.converged
+    assert "needed damping" in pruned.message
+
+
+@pytest.mark.parametrize("pattern", [SparsityPattern(0.0), SparsityPattern(0.0, None, "row")])
+def test_nothing_to_prune_changes_nothing(pattern):
+    made = example(4, 8)
+    pruned = Fista().prune(made.problem, pattern)
+    assert pruned.mask.all()
+    assert torch.allclose(pruned.weight, made.weight)
+    assert pruned.relative_error < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("warm_start", "zero"),
+        ("max_iterations", 0),
+        ("patience", 0),
+        ("refit_iterations", -1),
+        ("tolerance", -1e-6),
+        ("rounding_share", 0.0),
+        ("rounding_share", 1.0),
+    ],
+)
+def test_options_are_validated_when_constructed(option, value):
+    with pytest.raises(ValueError, match=rf"{option}={value!r}: pass"):
+        Fista(**{option: value})
+
+
+def test_groups_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="weight has rows of 10 inputs"):
+        Fista().prune(example(3, 10).problem, SparsityPattern.parse("2:4"))

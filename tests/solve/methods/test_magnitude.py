@@ -1,0 +1,31 @@
+import math
+
+import pytest
+import torch
+from layer_problems import example
+
+from optimum_fista.solve.methods.magnitude import Magnitude
+from optimum_fista.solve.pattern import SparsityPattern
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9])
+def test_keeps_the_largest_weights_as_they_are(sparsity, corrected):
+    made = example(5, 9, corrected=corrected)
+    pruned = Magnitude().prune(made.problem, SparsityPattern(sparsity))
+    zeros = round(sparsity * 45)
+    threshold = made.weight.abs().flatten().sort().values
+    assert int((~pruned.mask).sum()) == zeros
+    assert pruned.sparsity == pytest.approx(zeros / 45)
+    assert torch.equal(pruned.mask, made.weight.abs() >= threshold[zeros])
+    assert torch.equal(pruned.weight, torch.where(pruned.mask, made.weight, 0.0))
+    expected = math.sqrt(made.squared_error(pruned.weight)) / float(made.outputs.norm())
+    assert pruned.relative_error == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
+def test_the_inputs_make_no_difference():
+    made, other = example(4, 8), example(4, 8, tokens=50, corrected=True)
+    assert torch.equal(made.weight, other.weight)
+    for pattern in (SparsityPattern(0.4), SparsityPattern.parse("2:4")):
+        mask = Magnitude().prune(made.problem, pattern).mask
+        assert torch.equal(mask, Magnitude().prune(other.problem, pattern).mask)

@@ -1,0 +1,93 @@
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from layer_problems import example
+
+from optimum_fista.solve import methods
+from optimum_fista.solve.methods import METHODS, create_method
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+
+PATTERNS = [
+    SparsityPattern(0.5),
+    SparsityPattern(0.37),
+    SparsityPattern(0.6, None, "row"),
+    SparsityPattern.parse("2:4"),
+    SparsityPattern.parse("1:4"),
+]
+
+
+def test_every_file_of_the_folder_registers_its_method():
+    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__"}
+    assert {method.__module__.rpartition(".")[2] for method in METHODS.values()} == files
+    assert {"fista", "magnitude", "sparsegpt", "wanda"} <= set(METHODS)
+    assert list(METHODS) == sorted(METHODS)
+    assert all(method.name == name for name, method in METHODS.items())
+
+
+def test_unknown_method_lists_the_known():
+    with pytest.raises(ValueError) as refused:
+        create_method("gptq")
+    assert str(refused.value).startswith("method='gptq': pass one of ")
+    assert all(repr(name) in str(refused.value) for name in METHODS)
+
+
+def test_unknown_option_lists_the_known():
+    with pytest.raises(ValueError) as refused:
+        create_method("sparsegpt", damping=0.1, blocksize=4, actorder=True)
+    assert str(refused.value) == (
+        "method 'sparsegpt' has no option 'actorder', 'blocksize': it takes damping, block_size."
+    )
+    with pytest.raises(ValueError, match="method 'magnitude' has no option 'damping': it takes none"):
+        create_method("magnitude", damping=0.1)
+
+
+def test_options_reach_the_method():
+    method = create_method("fista", warm_start="wanda", max_iterations=7)
+    assert isinstance(method, METHODS["fista"])
+    assert (method.warm_start, method.max_iterations) == ("wanda", 7)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_are_frozen_and_say_what_they_do(name):
+    method = create_method(name)
+    assert method.default_scope in ("matrix", "row")
+    assert not type(method).__doc__.startswith(f"{type(method).__name__}("), "the signature that dataclasses fill in"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.name = "other"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_keeps_the_pattern_and_tells_its_error(name, pattern, corrected, dtype):
+    made = example(11, 16, corrected=corrected, dtype=dtype)
+    problem = made.problem
+    tensors = (problem.weight, problem.gram, problem.target, problem.statistics.mean)
+    before = [tensor.clone() for tensor in tensors]
+    pruned = create_method(name).prune(problem, pattern)
+    assert pattern.violation(pruned.mask) is None
+    assert pruned.weight.dtype == dtype
+    assert pruned.mask.dtype == torch.bool
+    assert (pruned.weight[~pruned.mask] == 0).all()
+    assert torch.isfinite(pruned.weight).all()
+    expected = math.sqrt(made.squared_error(pruned.weight)) / float(made.outputs.norm())
+    assert pruned.relative_error == pytest.approx(expected, rel=1e-3)
+    assert all(map(torch.equal, tensors, before)), "the problem must not change"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_operators_that_share_inputs_are_pruned_as_they_are_alone(name):
+    made = example(6, 16)
+    other = LayerProblem(torch.randn(9, 16).double(), made.problem.statistics)
+    patterns = [SparsityPattern(0.5), SparsityPattern.parse("2:4")]
+    together = create_method(name).prune_sharing([made.problem, other], patterns)
+    for problem, pattern, pruned in zip([made.problem, other], patterns, together, strict=True):
+        alone = create_method(name).prune(problem, pattern)
+        assert torch.equal(pruned.mask, alone.mask)
+        assert torch.allclose(pruned.weight, alone.weight)
+        assert pruned.relative_error == pytest.approx(alone.relative_error)

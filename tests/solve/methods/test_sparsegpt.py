@@ -1,0 +1,139 @@
+import pytest
+import torch
+from layer_problems import example
+
+from optimum_fista.solve.methods.sparsegpt import SparseGPT
+from optimum_fista.solve.methods.wanda import Wanda
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
+
+PATTERNS = [
+    SparsityPattern(0.5),
+    SparsityPattern(0.5, None, "row"),
+    *map(SparsityPattern.parse, ("2:4", "1:4", "4:8")),
+]
+
+
+def naive(weight: torch.Tensor, gram: torch.Tensor, pattern: SparsityPattern, damping: float, block: int):
+    """SparseGPT's column loop with an explicit inverse of the remaining Hessian at every column, no Cholesky."""
+    rows, columns = weight.shape
+    H = gram + damping * gram.diagonal().mean() * torch.eye(columns, dtype=gram.dtype)
+    W, mask = weight.clone(), torch.ones(rows, columns, dtype=torch.bool)
+    for j in range(columns):
+        if pattern.n_of_m is not None and j % pattern.n_of_m[1] == 0:
+            chosen = slice(j, j + pattern.n_of_m[1])
+        elif pattern.n_of_m is None and j % block == 0:
+            chosen = slice(j, min(j + block, columns))
+        else:
+            chosen = None
+        if chosen is not None:
+            curvature = [torch.linalg.inv(H[i:, i:])[0, 0] for i in range(chosen.start, chosen.stop)]
+            scores = W[:, chosen].square() / torch.stack(curvature)
+            size = (
+                pattern.n_of_m[1] if pattern.n_of_m else scores.numel() if pattern.scope == "matrix" else len(scores.T)
+            )
+            zeros = round(pattern.sparsity * size)
+            order = scores.reshape(-1, size).argsort(dim=1)
+            kept = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :zeros], False)
+            mask[:, chosen] = kept.view(rows, -1)
+        inverse = torch.linalg.inv(H[j:, j:])
+        error = W[:, j] * ~mask[:, j]
+        W[:, j:] -= error[:, None] / inverse[0, 0] * inverse[0]
+        W[:, j] *= mask[:, j]
+    return W, mask
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("block_size", [8, 16, 128])
+@pytest.mark.parametrize("damping", [0.01, 0.3])
+def test_agrees_with_explicit_inverses(pattern, block_size, damping):
+    made = example(6, 16)
+    weight, mask = naive(made.weight, made.problem.gram, pattern, damping, block_size)
+    pruned = SparseGPT(damping=damping, block_size=block_size).prune(made.problem, pattern)
+    assert torch.equal(pruned.mask, mask)
+    assert torch.allclose(pruned.weight, weight, rtol=1e-8, atol=1e-9)
+    assert pruned.converged
+    assert pruned.message == ""
+
+
+def test_removing_the_first_column_leaves_the_least_squares_optimum_of_the_others():
+    made = example(3, 6)
+    weight = made.weight.clone()
+    weight[:, 0] = 0.001  # the smallest score of every row
+    problem = LayerProblem(weight, made.problem.statistics)
+    pruned = SparseGPT(damping=1e-12).prune(problem, SparsityPattern(1 / 6, None, "row"))
+    assert (pruned.weight[:, 0] == 0).all()
+    best = torch.linalg.lstsq(made.inputs[:, 1:], made.inputs @ weight.T).solution.T
+    assert not torch.allclose(best, weight[:, 1:], rtol=1e-4)
+    assert torch.allclose(pruned.weight[:, 1:], best, rtol=1e-8)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 7), (3, 13), (7, 30), (4, 33)])
+@pytest.mark.parametrize("block_size", [1, 3, 8, 128])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.77])
+@pytest.mark.parametrize("scope", ["matrix", "row"])
+def test_counts_are_exact_whatever_the_blocks(rows, columns, block_size, sparsity, scope):
+    made = example(rows, columns)
+    pattern = SparsityPattern(sparsity, None, scope)
+    pruned = SparseGPT(block_size=block_size).prune(made.problem, pattern)
+    assert pattern.violation(pruned.mask) is None
+    assert int(pruned.mask.sum()) == pattern.num_kept((rows, columns))
+    assert (pruned.weight[~pruned.mask] == 0).all()
+
+
+@pytest.mark.parametrize(("text", "columns"), [("2:4", 20), ("1:4", 12), ("5:8", 24), ("1:2", 10)])
+@pytest.mark.parametrize("block_size", [1, 6, 10, 128])
+def test_every_group_keeps_exactly_n_whatever_the_blocks(text, columns, block_size):
+    made = example(5, columns)
+    pattern = SparsityPattern.parse(text)
+    pruned = SparseGPT(block_size=block_size).prune(made.problem, pattern)
+    n, m = pattern.n_of_m
+    assert (pruned.mask.view(5, -1, m).sum(-1) == n).all()
+    assert (pruned.weight[~pruned.mask] == 0).all()
+
+
+@pytest.mark.parametrize("pattern", [SparsityPattern(0.5), SparsityPattern.parse("2:4")], ids=str)
+def test_error_is_on_average_below_wandas_on_correlated_inputs(pattern):
+    ratios = []
+    for seed in range(5):
+        made = example(16, 32, correlation=4, seed=seed)
+        pruned, wanda = SparseGPT().prune(made.problem, pattern), Wanda().prune(made.problem, pattern)
+        ratios.append(pruned.relative_error / wanda.relative_error)
+        expected = made.squared_error(pruned.weight) / float(made.outputs.square().sum())
+        assert pruned.relative_error**2 == pytest.approx(expected, rel=1e-7)
+    assert sum(ratios) / len(ratios) < 0.93
+
+
+def test_target_of_a_corrected_problem_is_not_looked_at():
+    made = example(4, 8, corrected=True)
+    plain = LayerProblem(made.weight, made.problem.statistics)
+    pruned, expected = (SparseGPT().prune(problem, SparsityPattern(0.5)) for problem in (made.problem, plain))
+    assert torch.equal(pruned.weight, expected.weight)
+    assert pruned.relative_error != expected.relative_error, "the error is that of the target"
+
+
+def test_raised_damping_is_told():
+    made = example(4, 8)
+    diagonal = made.problem.gram.diagonal()
+    # The smallest eigenvalue becomes minus 3% of the mean diagonal, which 1% of damping does not mend.
+    diagonal.sub_(torch.linalg.eigvalsh(made.problem.gram)[0])
+    diagonal.sub_(0.03 * diagonal.mean())
+    pruned = SparseGPT(damping=0.01).prune(made.problem, SparsityPattern(0.5))
+    assert not pruned.converged
+    assert pruned.message == "the Gram matrix needed damping 0.1 instead of 0.01"
+
+
+def test_inputs_that_are_always_zero_are_pruned_first_for_free():
+    made = example(4, 8)
+    gram = made.problem.gram
+    gram[[1, 6], :] = 0
+    gram[:, [1, 6]] = 0
+    problem = LayerProblem(made.weight, InputStatistics(gram, 32))
+    pruned = SparseGPT(damping=1e-6).prune(problem, SparsityPattern(0.25, None, "row"))
+    assert not pruned.mask[:, [1, 6]].any()
+    assert pruned.relative_error < 1e-6
+
+
+def test_groups_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="weight has rows of 10 inputs"):
+        SparseGPT().prune(example(3, 10).problem, SparsityPattern.parse("2:4"))

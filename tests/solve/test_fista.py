@@ -1,0 +1,225 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from layer_problems import Example, example
+from sklearn.linear_model import Lasso
+
+from optimum_fista.solve.fista import FistaSolution, fista, soft_threshold
+
+FRACTIONS = [0.5, 0.1, 0.01, 1e-3]
+
+
+def solved(
+    made: Example,
+    l1_penalty: float,
+    *,
+    restart: bool = False,
+    start: torch.Tensor | None = None,
+    tolerance: float = 1e-13,
+) -> FistaSolution:
+    problem = made.problem
+    return fista(
+        problem.gram,
+        problem.target,
+        problem.weight if start is None else start,
+        l1_penalty,
+        problem.statistics.lipschitz,
+        max_iterations=50_000,
+        tolerance=tolerance,
+        restart=restart,
+    )
+
+
+def critical_penalty(made: Example) -> float:
+    """Smallest penalty whose solution is zero."""
+    return float(made.problem.target.abs().max())
+
+
+def objective(made: Example, weight: torch.Tensor, l1_penalty: float) -> float:
+    return 0.5 * made.squared_error(weight) + l1_penalty * float(weight.abs().sum())
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, 10.0])
+def test_soft_threshold_agrees_with_its_formula(threshold):
+    values = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    v = values.numpy()
+    expected = np.sign(v) * np.maximum(np.abs(v) - threshold, 0)
+    assert np.allclose(soft_threshold(values, threshold).numpy(), expected, atol=1e-15)
+    assert (soft_threshold(values, threshold)[values.abs() <= threshold] == 0).all()
+
+
+def test_soft_threshold_is_the_proximal_step_of_the_l1_norm():
+    grid = np.linspace(-4, 4, 80_001)
+    for value in (-2.5, -0.4, 0.0, 0.7, 3.0):
+        best = grid[np.argmin(0.5 * (grid - value) ** 2 + 0.6 * np.abs(grid))]
+        assert float(soft_threshold(torch.tensor(value, dtype=torch.float64), 0.6)) == pytest.approx(best, abs=1e-4)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("fraction", FRACTIONS)
+def test_optimality_conditions_hold_at_convergence(corrected, restart, fraction):
+    made = example(6, 10, corrected=corrected)
+    l1_penalty = fraction * critical_penalty(made)
+    solution = solved(made, l1_penalty, restart=restart)
+    assert solution.converged
+    weight, gradient = solution.weight, made.problem.gradient(solution.weight)
+    support = weight != 0
+    assert bool(support.any())
+    assert fraction < 0.1 or not bool(support.all())
+    slack = 1e-7 * critical_penalty(made)
+    assert (gradient + l1_penalty * weight.sign())[support].abs().max() <= slack
+    assert support.all() or gradient[~support].abs().max() <= l1_penalty + slack
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("fraction", FRACTIONS)
+def test_agrees_with_scikit_learn(corrected, fraction):
+    made = example(4, 9, corrected=corrected, seed=5)
+    l1_penalty = fraction * critical_penalty(made)
+    # scikit-learn divides the squared error, ours not the penalty, by the number of tokens.
+    lasso = Lasso(l1_penalty / len(made.inputs), fit_intercept=False, tol=1e-13, max_iter=100_000)
+    expected = torch.from_numpy(np.atleast_2d(lasso.fit(made.inputs.numpy(), made.outputs.numpy()).coef_))
+    weight = solved(made, l1_penalty).weight
+    assert torch.allclose(weight, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(weight.abs() > 1e-6, expected.abs() > 1e-6)
+    assert fraction < 0.1 or bool((expected == 0).any())
+
+
+def ista(gram: np.ndarray, target: np.ndarray, l1_penalty: float) -> np.ndarray:
+    """Ten lines of proximal gradient steps from zero."""
+    lipschitz = np.linalg.eigvalsh(gram)[-1]
+    weight = np.zeros_like(target)
+    for _ in range(200_000):
+        moved = weight - (weight @ gram - target) / lipschitz
+        following = np.sign(moved) * np.maximum(np.abs(moved) - l1_penalty / lipschitz, 0)
+        if np.abs(following - weight).max() < 1e-14:
+            break
+        weight = following
+    return weight
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.03])
+def test_agrees_with_ista(fraction):
+    made = example(3, 6, corrected=True, seed=2)
+    l1_penalty = fraction * critical_penalty(made)
+    expected = ista(made.problem.gram.numpy(), made.problem.target.numpy(), l1_penalty)
+    assert np.allclose(solved(made, l1_penalty).weight.numpy(), expected, rtol=1e-6, atol=1e-7)
+
+
+def beck_teboulle(gram, target, start, l1_penalty, lipschitz, iterations: int) -> np.ndarray:
+    """FISTA as printed in Beck & Teboulle (2009), eqs. 4.1-4.3, `t_1 = 1`."""
+    x = y = start
+    t = 1.0
+    for _ in range(iterations):
+        v = y - (y @ gram - target) / lipschitz
+        x_next = np.sign(v) * np.maximum(np.abs(v) - l1_penalty / lipschitz, 0)
+        t_next = (1 + math.sqrt(1 + 4 * t**2)) / 2
+        y = x_next + (t - 1) / t_next * (x_next - x)
+        x, t = x_next, t_next
+    return x
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 7, 20])
+def test_every_iterate_is_the_published_one(iterations):
+    made = example(4, 8, corrected=True, seed=3)
+    problem, l1_penalty = made.problem, 0.02 * critical_penalty(made)
+    start = torch.randn(4, 8, dtype=torch.float64)
+    given = (problem.gram, problem.target, start)
+    solution = fista(*given, l1_penalty, problem.statistics.lipschitz, max_iterations=iterations, tolerance=0)
+    arrays = (tensor.numpy() for tensor in given)
+    expected = beck_teboulle(*arrays, l1_penalty, problem.statistics.lipschitz, iterations)
+    assert np.allclose(solution.weight.numpy(), expected, rtol=1e-10, atol=1e-12)
+    assert (solution.iterations, solution.converged) == (iterations, False)
+
+
+def test_the_warm_start_does_not_change_the_solution():
+    made = example(5, 8, seed=7)
+    l1_penalty = 0.1 * critical_penalty(made)
+    from_dense = solved(made, l1_penalty).weight
+    for start in (torch.zeros(5, 8).double(), 10 * torch.randn(5, 8).double()):
+        assert torch.allclose(solved(made, l1_penalty, start=start).weight, from_dense, rtol=1e-6, atol=1e-8)
+
+
+def test_restart_finds_the_same_solution_in_fewer_iterations():
+    made = example(6, 12, tokens=24, seed=1)
+    l1_penalty = 0.005 * critical_penalty(made)
+    plain, restarted = solved(made, l1_penalty), solved(made, l1_penalty, restart=True)
+    assert plain.converged
+    assert torch.allclose(plain.weight, restarted.weight, rtol=1e-6, atol=1e-8)
+    assert restarted.iterations < 0.7 * plain.iterations
+
+
+def test_momentum_beats_plain_proximal_steps():
+    made = example(8, 24, tokens=30)
+    problem, l1_penalty = made.problem, 0.01 * critical_penalty(made)
+    solution = solved(made, l1_penalty, restart=True, tolerance=1e-9).weight
+    start, lipschitz = torch.zeros_like(problem.weight), problem.statistics.lipschitz
+    fast = fista(problem.gram, problem.target, start, l1_penalty, lipschitz, max_iterations=100, tolerance=0)
+    slow = start
+    for _ in range(100):
+        slow = soft_threshold(slow - problem.gradient(slow) / lipschitz, l1_penalty / lipschitz)
+    optimum = objective(made, solution, l1_penalty)
+    gap = objective(made, fast.weight, l1_penalty) - optimum
+    assert 0 < gap < 0.2 * (objective(made, slow, l1_penalty) - optimum)
+    # Beck & Teboulle (2009), theorem 4.4
+    assert gap <= 2 * lipschitz * float(solution.square().sum()) / 101**2
+
+
+@pytest.mark.parametrize("start", ["zero", "dense"])
+def test_solution_is_zero_from_the_critical_penalty_on(start):
+    made = example(5, 7, corrected=True)
+    first = torch.zeros(5, 7).double() if start == "zero" else made.weight
+    for factor in (1.0, 1.5):
+        solution = solved(made, factor * critical_penalty(made), start=first)
+        assert solution.converged
+        assert torch.equal(solution.weight, torch.zeros(5, 7).double())
+    below = solved(made, 0.99 * critical_penalty(made), start=first).weight
+    assert 0 < int((below != 0).sum()) <= 3
+
+
+def test_zero_gram_matrix_gives_zero_weights():
+    solution = fista(torch.zeros(4, 4), torch.zeros(2, 4), torch.ones(2, 4), 0.1, 0.0)
+    assert torch.equal(solution.weight, torch.zeros(2, 4))
+    assert solution.converged
+    assert solution.iterations == 0
+
+
+def test_stops_where_the_iterates_stop_moving():
+    made = example(4, 6)
+    problem = made.problem
+    given = (problem.gram, problem.target, problem.weight, 0.05 * critical_penalty(made), problem.statistics.lipschitz)
+    loose = fista(*given, max_iterations=10_000, tolerance=1e-3)
+    tight = fista(*given, max_iterations=10_000, tolerance=1e-9)
+    assert loose.converged
+    assert tight.converged
+    assert 0 < loose.iterations < tight.iterations < 10_000
+    cut = fista(*given, max_iterations=tight.iterations - 1, tolerance=1e-9)
+    assert (cut.converged, cut.iterations) == (False, tight.iterations - 1)
+
+
+def test_arguments_are_left_as_they_were():
+    made = example(4, 6)
+    problem, start = made.problem, torch.randn(4, 6).double()
+    copies = [t.clone() for t in (problem.gram, problem.target, start)]
+    fista(problem.gram, problem.target, start, 0.1, problem.statistics.lipschitz)
+    assert all(map(torch.equal, copies, (problem.gram, problem.target, start)))
+
+
+def test_float32_solves_to_float32_accuracy():
+    made = example(6, 10, dtype=torch.float32)
+    reference = example(6, 10)
+    exact = reference.problem
+    l1_penalty = 0.05 * float(made.problem.target.abs().max())
+    problem = made.problem
+    weight = fista(
+        problem.gram, problem.target, problem.weight, l1_penalty, problem.statistics.lipschitz, max_iterations=3000
+    ).weight
+    assert weight.dtype == torch.float32
+    gram, inputs = made.inputs.double().T @ made.inputs.double(), made.outputs.double().T @ made.inputs.double()
+    expected = fista(
+        gram, inputs, torch.zeros(6, 10).double(), l1_penalty, exact.statistics.lipschitz * 10, max_iterations=50_000
+    ).weight
+    assert torch.allclose(weight.double(), expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,160 @@
+import math
+
+import pytest
+import torch
+from layer_problems import Example, example
+
+from optimum_fista.solve.fista import FistaSolution, fista
+from optimum_fista.solve.methods.wanda import Wanda
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.penalty import search_penalty
+from optimum_fista.solve.refit import refit
+
+PATTERNS = [SparsityPattern(0.5), SparsityPattern(0.5, None, "row"), SparsityPattern.parse("2:4")]
+
+
+def fista_solver(made: Example):
+    problem = made.problem
+
+    def solve(start, l1_penalty):
+        return fista(problem.gram, problem.target, start, l1_penalty, problem.statistics.lipschitz)
+
+    return solve
+
+
+class Solver:
+    """Answers with whatever `answer(start, l1_penalty)` gives, and remembers what it was asked."""
+
+    def __init__(self, answer) -> None:
+        self.answer = answer
+        self.starts: list[torch.Tensor] = []
+        self.penalties: list[float] = []
+
+    def __call__(self, start, l1_penalty) -> FistaSolution:
+        self.starts.append(start)
+        self.penalties.append(l1_penalty)
+        return FistaSolution(self.answer(start, l1_penalty), 7, False)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_improves_on_the_start_and_the_best_error_never_rises(pattern, corrected):
+    ratios = []
+    for seed in range(6):
+        made = example(12, 16, corrected=corrected, seed=seed)
+        rounded = Wanda().prune(made.problem, pattern)
+        before = math.sqrt(made.problem.squared_error(rounded.weight))
+        found = search_penalty(made.problem, pattern, rounded.weight, rounded, fista_solver(made))
+        assert [before, *found.errors] == sorted([before, *found.errors], reverse=True)
+        assert found.errors[-1] == found.error
+        assert found.error**2 == pytest.approx(made.squared_error(found.weight), rel=1e-6)
+        assert pattern.violation(found.mask) is None
+        assert (found.weight[~found.mask] == 0).all()
+        assert (found.l1_penalty is None) is (found.error == before)
+        assert found.l1_penalty is None or 1e-6 <= found.l1_penalty / float(made.problem.target.abs().max()) <= 1
+        assert 0 < found.iterations <= 20 * len(found.errors)
+        ratios.append(found.error / before)
+    assert sum(ratios) / len(ratios) < 0.98
+
+
+@pytest.mark.parametrize("patience", [1, 3, 5])
+@pytest.mark.parametrize("damage", [-1.0, math.nan, math.inf])
+def test_a_solver_that_never_improves_returns_the_start(patience, damage):
+    made = example(6, 8)
+    rounded = Wanda().prune(made.problem, PATTERNS[0])
+    solver = Solver(lambda start, _: start * damage)
+    found = search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver, patience=patience)
+    assert found.weight is rounded.weight
+    assert found.mask is rounded.mask
+    assert found.l1_penalty is None
+    assert found.converged, "no trial was kept, so none that was cut short was"
+    assert len(solver.penalties) == len(found.errors) == patience
+    assert set(found.errors) == {math.sqrt(made.problem.squared_error(rounded.weight))}
+    assert found.iterations == 7 * patience
+
+
+def test_failures_count_from_the_last_improvement():
+    made = example(6, 8)
+    pattern = PATTERNS[0]
+    rounded = Wanda().prune(made.problem, pattern)
+    better = refit(made.problem.gram, made.problem.target, rounded.weight, rounded.mask)[0]
+    answers = iter([-better, -better, better, -better, -better, -better, better])
+    solver = Solver(lambda start, _: next(answers))
+    found = search_penalty(made.problem, pattern, rounded.weight, rounded, solver, patience=3)
+    assert len(solver.penalties) == 6
+    assert found.l1_penalty == solver.penalties[2]
+    assert not found.converged
+    assert torch.equal(found.weight, better)
+
+
+def test_trials_start_from_the_best_rounded_weights():
+    made = example(6, 8)
+    pattern = PATTERNS[0]
+    rounded = Wanda().prune(made.problem, pattern)
+    better = refit(made.problem.gram, made.problem.target, rounded.weight, rounded.mask)[0]
+    answers = iter([-better, better, -better, -better, -better])
+    solver = Solver(lambda start, _: next(answers))
+    first = made.weight
+    found = search_penalty(made.problem, pattern, first, rounded, solver)
+    assert solver.starts[0] is first
+    assert solver.starts[1] is first
+    assert all(torch.equal(start, found.weight) for start in solver.starts[2:])
+
+
+def test_penalty_rises_where_rounding_dominates():
+    made = example(6, 8)
+    rounded = Wanda().prune(made.problem, PATTERNS[0])
+    # Dense weights lose everything by rounding.
+    solver = Solver(lambda start, _: made.weight)
+    search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver, patience=6)
+    assert solver.penalties == sorted(set(solver.penalties))
+
+
+def test_penalty_falls_where_rounding_changes_nothing():
+    made = example(6, 8)
+    rounded = Wanda().prune(made.problem, PATTERNS[0])
+    solver = Solver(lambda start, _: -rounded.weight)
+    search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver, patience=6)
+    assert solver.penalties == sorted(set(solver.penalties), reverse=True)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.95])
+def test_rounding_share_is_the_threshold_between_the_two(share):
+    made = example(6, 8)
+    pattern = PATTERNS[0]
+    rounded = Wanda().prune(made.problem, pattern)
+    # Rounding moves these weights by about half of their total error.
+    answer = rounded.weight * 1.6 + 0.25 * made.weight * ~rounded.mask
+    mask = pattern.mask(answer.abs())
+    ratio = made.problem.seminorm(answer * ~mask) / math.sqrt(made.problem.squared_error(answer * mask))
+    assert 0.05 < ratio < 0.95
+    solver = Solver(lambda start, _: answer)
+    search_penalty(made.problem, pattern, rounded.weight, rounded, solver, rounding_share=share)
+    assert (solver.penalties[1] > solver.penalties[0]) is (share == 0.05)
+
+
+def test_bisection_is_on_a_logarithmic_scale_below_the_critical_penalty():
+    made = example(6, 8)
+    rounded = Wanda().prune(made.problem, PATTERNS[0])
+    solver = Solver(lambda start, _: -rounded.weight)
+    search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver, penalty_range=(1e-4, 1.0))
+    critical = float(made.problem.target.abs().max())
+    assert [penalty / critical for penalty in solver.penalties] == pytest.approx([1e-2, 1e-3, 10**-3.5])
+
+
+def test_number_of_trials_is_limited():
+    made = example(6, 8)
+    rounded = Wanda().prune(made.problem, PATTERNS[0])
+    solver = Solver(lambda start, _: -rounded.weight)
+    search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver, patience=100, max_trials=4)
+    assert len(solver.penalties) == 4
+
+
+def test_zero_target_needs_no_trial():
+    made = example(4, 8)
+    made.problem.target.zero_()
+    rounded = Wanda().prune(made.problem, PATTERNS[0])
+    solver = Solver(lambda start, _: start)
+    found = search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver)
+    assert found.weight is rounded.weight
+    assert solver.penalties == []

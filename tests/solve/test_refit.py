@@ -1,0 +1,116 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from layer_problems import Example, example
+
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.refit import refit
+
+
+def random_mask(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """A mask with an empty row, a full row and uneven rows between."""
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask[0] = False
+    mask[1] = True
+    return mask
+
+
+def least_squares(made: Example, mask: torch.Tensor) -> torch.Tensor:
+    """Row by row from the activations."""
+    weight = torch.zeros(mask.shape, dtype=torch.float64)
+    for row, kept in enumerate(mask):
+        if bool(kept.any()):
+            solution = torch.linalg.lstsq(made.inputs[:, kept].double(), made.outputs[:, row : row + 1].double())
+            weight[row, kept] = solution.solution[:, 0]
+    return weight
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("start", ["zero", "dense"])
+def test_agrees_with_least_squares_on_every_rows_support(corrected, start):
+    made, mask = example(7, 12, corrected=corrected), random_mask(7, 12)
+    first = torch.zeros(7, 12).double() if start == "zero" else made.weight
+    problem = made.problem
+    weight, steps = refit(problem.gram, problem.target, first, mask, max_iterations=200, tolerance=1e-12)
+    assert torch.allclose(weight, least_squares(made, mask), rtol=1e-7, atol=1e-8)
+    assert (weight[~mask] == 0).all()
+    assert 0 < steps < 200
+
+
+def test_float32_comes_close_in_the_default_number_of_iterations():
+    made = example(8, 24, dtype=torch.float32)
+    mask = SparsityPattern.parse("2:4").mask(made.weight.abs())
+    problem = made.problem
+    weight, _ = refit(problem.gram, problem.target, made.weight, mask, max_iterations=20)
+    best = made.squared_error(least_squares(made, mask))
+    before = made.squared_error(made.weight * mask)
+    assert best * (1 - 1e-5) <= made.squared_error(weight) < best + 0.05 * (before - best)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_objective_falls_in_every_step(dtype):
+    made, mask = example(9, 16, corrected=True, dtype=dtype), random_mask(9, 16, seed=4)
+    problem = made.problem
+    errors = []
+    for iterations in range(11):
+        weight, steps = refit(problem.gram, problem.target, made.weight, mask, max_iterations=iterations, tolerance=0)
+        assert steps == iterations
+        assert (weight[~mask] == 0).all()
+        errors.append(made.squared_error(weight))
+    assert torch.equal(made.weight, example(9, 16, corrected=True, dtype=dtype).weight), "start must not change"
+    drops = [before - after for before, after in pairwise(errors)]
+    assert min(drops) > 0
+
+
+def test_no_iterations_only_apply_the_mask():
+    made, mask = example(4, 8), random_mask(4, 8)
+    weight, steps = refit(made.problem.gram, made.problem.target, made.weight, mask, max_iterations=0)
+    assert torch.equal(weight, made.weight * mask)
+    assert steps == 0
+
+
+def test_values_of_the_start_outside_the_mask_are_ignored():
+    made, mask = example(4, 8), random_mask(4, 8)
+    gram, target = made.problem.gram, made.problem.target
+    disturbed = torch.where(mask, made.weight, made.weight + 100)
+    assert torch.equal(refit(gram, target, disturbed, mask)[0], refit(gram, target, made.weight, mask)[0])
+
+
+def test_full_mask_returns_the_dense_weights_at_once():
+    made = example(4, 8)
+    mask = torch.ones(4, 8, dtype=torch.bool)
+    start = torch.randn(4, 8).double()
+    weight, _ = refit(made.problem.gram, made.problem.target, start, mask, max_iterations=100, tolerance=1e-12)
+    assert torch.allclose(weight, made.weight, rtol=1e-8, atol=1e-9)
+    weight, steps = refit(made.problem.gram, made.problem.gram.new_zeros(4, 8), torch.zeros(4, 8).double(), mask)
+    assert torch.equal(weight, torch.zeros(4, 8).double())
+    assert steps == 0, "already solved"
+
+
+def test_fewer_tokens_than_inputs_still_reach_the_smallest_error():
+    made, mask = example(6, 16, tokens=7, corrected=True), random_mask(6, 16)
+    problem = made.problem
+    weight, _ = refit(problem.gram, problem.target, made.weight, mask, max_iterations=300, tolerance=1e-12)
+    best = sum(
+        float(torch.linalg.lstsq(made.inputs[:, kept], made.outputs[:, [row]], driver="gelsd").residuals.sum())
+        if int(kept.sum()) < 7
+        else 0.0
+        for row, kept in enumerate(mask)
+        if bool(kept.any())
+    )
+    empty = float(made.outputs[:, 0].square().sum())
+    assert torch.isfinite(weight).all()
+    assert made.squared_error(weight) == pytest.approx(best + empty, rel=1e-6)
+
+
+def test_inputs_that_are_always_zero_do_no_harm():
+    made = example(4, 8)
+    inputs = made.inputs.clone()
+    inputs[:, [2, 5]] = 0
+    gram = inputs.T @ inputs
+    mask = torch.ones(4, 8, dtype=torch.bool)
+    weight, _ = refit(gram, made.weight @ gram, torch.zeros(4, 8).double(), mask, max_iterations=50, tolerance=1e-12)
+    alive = [0, 1, 3, 4, 6, 7]
+    assert torch.allclose(weight[:, alive], made.weight[:, alive], rtol=1e-8, atol=1e-9)
+    assert (weight[:, [2, 5]] == 0).all()

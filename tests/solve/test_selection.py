@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+
+from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows, kth_smallest
+
+# float32 on the CPU goes through NumPy, every other dtype through torch.
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def random_scores(rows: int, columns: int, levels: int, dtype: torch.dtype) -> torch.Tensor:
+    """Scores with many ties (few levels) or none that matter (many)."""
+    generator = torch.Generator().manual_seed(rows + 10 * columns + levels)
+    return torch.randint(levels, (rows, columns), generator=generator).to(dtype) / 4
+
+
+def sorting_oracle(scores: np.ndarray, count: int) -> np.ndarray:
+    """Mask of the `count` largest of every row; a stable sort leaves ties in the order of their positions."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    mask = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(mask, order, True, axis=1)
+    return mask
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("levels", [1, 2, 5, 100])
+@pytest.mark.parametrize("count", [0, 1, 6, 12, 13, 20])
+def test_rows_agree_with_sorting(dtype, levels, count):
+    scores = random_scores(9, 13, levels, dtype)
+    mask = keep_largest_in_rows(scores, count)
+    assert np.array_equal(mask.numpy(), sorting_oracle(scores.double().numpy(), count))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("levels", [1, 2, 5, 100])
+@pytest.mark.parametrize("count", [-1, 0, 1, 30, 64, 90, 91, 100])
+def test_matrix_agrees_with_sorting_all_of_it(dtype, levels, count):
+    scores = random_scores(7, 13, levels, dtype)
+    expected = sorting_oracle(scores.double().numpy().reshape(1, -1), max(count, 0)).reshape(7, 13)
+    assert np.array_equal(keep_largest(scores, count).numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("levels", [1, 2, 100])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (2, 4), (3, 4), (4, 8), (5, 8), (16, 32)])
+def test_groups_agree_with_sorting_each(dtype, levels, n, m):
+    scores = random_scores(5, 2 * m, levels, dtype)
+    expected = sorting_oracle(scores.double().numpy().reshape(-1, m), n).reshape(5, 2 * m)
+    assert np.array_equal(keep_largest_in_groups(scores, n, m).numpy(), expected)
+
+
+def test_scores_that_are_not_contiguous_are_read_in_row_order():
+    scores = random_scores(12, 8, 3, torch.float32).T
+    assert not scores.is_contiguous()
+    copied = scores.contiguous()
+    assert torch.equal(keep_largest(scores, 40), keep_largest(copied, 40))
+    assert torch.equal(keep_largest_in_rows(scores, 5), keep_largest_in_rows(copied, 5))
+    assert torch.equal(keep_largest_in_groups(scores, 2, 4), keep_largest_in_groups(copied, 2, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kth_smallest_agrees_with_sorting(dtype):
+    scores = random_scores(4, 11, 7, dtype)
+    ordered = scores.double().sort(dim=1).values
+    for k in range(1, 12):
+        assert torch.equal(kth_smallest(scores, k).double(), ordered[:, k - 1])

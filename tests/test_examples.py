@@ -1,0 +1,95 @@
+"""Every example runs on a tiny model and does what it says."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from hub_standin import hub_fixture, run_with_hub  # noqa: F401
+from tiny_llama import TEXT, save_tiny_folder
+
+from optimum_fista.run.verification import verify_checkpoint
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SMALL = ["--num-samples", "6", "--sequence-length", "32"]
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory) -> Path:
+    return save_tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def run(tiny_folder, tmp_path, monkeypatch, capsys):
+    """`run("prune_2_4", "--flag", ...)` runs an example in `tmp_path` and returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def run_example(name: str, *flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--model", str(tiny_folder), *SMALL, *flags])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_example
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "fista" / "report.json").read_text())["config"]
+
+
+def test_prune_in_memory(run, tmp_path):
+    shown = run("prune_in_memory", "--output", "out")
+    assert shown.startswith("14 operators pruned by fista, ")
+    assert len(re.findall(r"proj\.weight: 50\.0% zeros, relative error 0\.\d{4}", shown)) == 4
+    assert shown.splitlines()[-1].startswith("the sea")
+    assert verify_checkpoint(tmp_path / "out").num_operators == 14
+
+
+def test_prune_2_4(run, tmp_path):
+    (tmp_path / "sea.txt").write_text(TEXT)
+    shown = run("prune_2_4", "--output", "out", "--calibration", "sea.txt", "--test", "sea.txt")
+    assert re.search(r"perplexity [\d.]+ -> [\d.]+ on sea\.txt", shown)
+    assert "14 operators keep their pattern" in shown
+    assert config_of(tmp_path / "out")["pattern"] == "2:4"
+
+
+def test_prune_offloaded(run, tmp_path):
+    shown = run("prune_offloaded", "--output", "out")
+    assert shown.startswith("14 operators pruned by fista")
+    assert config_of(tmp_path / "out")["error_correction"] == "full"
+    verify_checkpoint(tmp_path / "out")
+
+
+def test_prune_one_matrix(run):
+    rows = run("prune_one_matrix", "--operator", "model.layers.1.mlp.down_proj").splitlines()
+    assert rows[0] == "model.layers.1.mlp.down_proj (32, 48) on 192 tokens, 2:4"
+    errors = {row.split()[0]: float(row.split()[3].rstrip(",")) for row in rows[1:]}
+    assert list(errors) == ["magnitude", "wanda", "sparsegpt", "fista"]
+    assert errors["fista"] < errors["sparsegpt"] < errors["magnitude"]
+    assert all("50.0% zeros" in row for row in rows[1:])
+
+
+def test_push_to_hub(hub, tiny_folder, tmp_path):
+    flags = ["--model", str(tiny_folder), *SMALL, "--repo", "tester/tiny-50", "--private", "--output", "out"]
+    code = f"import runpy, sys\nsys.argv = {['push_to_hub.py', *flags]!r}\n"
+    code += f"runpy.run_path({str(EXAMPLES / 'push_to_hub.py')!r}, run_name='__main__')"
+    process = run_with_hub(hub, code, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1].startswith(f"{hub.endpoint}/tester/tiny-50/commit/")
+    folder = tmp_path / "out"
+    verify_checkpoint(folder)
+    local = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert hub.files("tester/tiny-50") == local
+    assert hub.repositories["tester/tiny-50"].private
+
+
+def test_every_example_is_tested_short_and_documented():
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    for file in EXAMPLES.glob("*.py"):
+        source = file.read_text()
+        assert file.stem in tested, file
+        assert len(source.splitlines()) < 60, file
+        assert f"python examples/{file.name}" in source, file
+        assert 'default="HuggingFaceTB/SmolLM2-135M-Instruct"' in source, file

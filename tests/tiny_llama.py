@@ -1,0 +1,59 @@
+"""A tiny random Llama and a tokenizer of single characters, for tests of whole runs."""
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 64
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
+TEXT = "the sea is deep and the ships are small, so the sailors look at the sky and count the days. " * 40
+
+
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    """Two decoder layers, 14 linear operators; the same weights in every call with the same `changes`."""
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "vocab_size": VOCABULARY,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, so that any text gives many different tokens."""
+    characters = (string.ascii_lowercase + string.digits + " \n" + string.punctuation)[: VOCABULARY - len(SPECIAL)]
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def tiny_tokens(num_sequences: int = 8, length: int = 16) -> Tensor:
+    """Random ordinary token ids [num_sequences, length]; 128 tokens by default, more than any operator's inputs."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(len(SPECIAL), VOCABULARY, (num_sequences, length), generator=generator)
+
+
+def save_tiny_folder(folder: Path) -> Path:
+    """Save the dense model and its tokenizer, and return the folder."""
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
