@@ -50,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--method", help="fista (default), sparsegpt, wanda, magnitude")
     how.add_argument("--paper", action="store_true", help="the published settings of FISTAPruner (K=20, T=3, xi=0.3)")
-    how.add_argument("--error-correction", choices=("none", "intra", "full"), help="default intra")
+    how.add_argument(
+        "--error-correction",
+        type=_number_or_word,
+        help="none, intra (default), full, or a number in [0, 1]: see docs/method.md",
+    )
     how.add_argument("--warm-start", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
     how.add_argument("--max-iterations", type=int, help="iteration limit of the method")
     how.add_argument("--config", type=Path, metavar="FILE", help="a configuration saved as JSON; flags override it")
@@ -101,6 +105,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
     return 0
+
+
+def _number_or_word(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _config(arguments: argparse.Namespace) -> FistaPruningConfig:

@@ -80,7 +80,7 @@ def _items(loader: Iterable[Any]) -> Iterable[Any]:
     if isinstance(loader, list | tuple) and loader and all(isinstance(i, int) for i in loader):
         return [loader]
     if isinstance(loader, Dataset) and not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
-        return (loader[i] for i in range(len(loader)))  # type: ignore[arg-type]
+        return (loader[i] for i in range(len(loader)))
     return loader
 
 

@@ -14,7 +14,7 @@ from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 
-ErrorCorrection = Literal["none", "intra", "full"]
+ErrorCorrection = Literal["none", "intra", "full"] | float
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class FistaPruningConfig:
         method: One of `optimum_fista.solve.methods.METHODS`.
         error_correction: `"none"`: every operator sees the dense network's inputs. `"intra"`: inputs come from
             the already pruned operators of the same decoder layer, targets from the dense network. `"full"`:
-            the pruned hidden states are carried on between decoder layers as well.
+            the pruned hidden states are carried on between decoder layers as well. A number `a` in [0, 1]: carried
+            on as well, with the targets `W (a X + (1 - a) X*)`, so that 1 is `"full"`.
         warm_start: `"dense"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or `"auto"`, the paper's rule: SparseGPT
             for OPT, Wanda for other families. `None`: the method's default.
         max_iterations: Iteration limit of the method; `None`: the method's default.
@@ -63,8 +64,10 @@ class FistaPruningConfig:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         for name in ("method_options", "overrides"):
             object.__setattr__(self, name, dict(getattr(self, name)))
-        if self.error_correction not in ("none", "intra", "full"):
-            raise ValueError(f"error_correction={self.error_correction!r}: pass 'none', 'intra' or 'full'.")
+        if not _is_error_correction(self.error_correction):
+            raise ValueError(
+                f"error_correction={self.error_correction!r}: pass 'none', 'intra', 'full', or a number in [0, 1]."
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: pass a whole number of at least 0.")
         object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
@@ -171,3 +174,9 @@ class FistaPruningConfig:
         if isinstance(value, str):
             return SparsityPattern.parse(value)
         return SparsityPattern.parse("unstructured", value, self._scope())
+
+
+def _is_error_correction(value: object) -> bool:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return 0 <= value <= 1
+    return value in ("none", "intra", "full")

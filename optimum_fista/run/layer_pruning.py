@@ -54,7 +54,7 @@ class LayerPruning:
     Attributes:
         method: The pruning method.
         pattern_for: Sparsity pattern by operator name.
-        error_correction: `"none"`, `"intra"` or `"full"`.
+        error_correction: `"none"`, `"intra"`, `"full"`, or the share of the dense inputs in the targets.
         write: Called with an operator and its pruned weights before anything behind it runs.
     """
 
@@ -62,12 +62,14 @@ class LayerPruning:
         self,
         method: PruningMethod,
         pattern_for: Callable[[str], SparsityPattern],
-        error_correction: str,
+        error_correction: str | float,
         write: Callable[[LinearOperator, PrunedOperator], None],
     ) -> None:
         self.method = method
         self.pattern_for = pattern_for
         self.error_correction = error_correction
+        self.carries_on = error_correction == "full" or not isinstance(error_correction, str)
+        self._dense_share = 1.0 if isinstance(error_correction, str) else float(error_correction)
         self.write = write
 
     def prune(
@@ -91,7 +93,8 @@ class LayerPruning:
             for stop, index in enumerate(corrected):
                 inputs = forwards.inputs(stop)
                 yield self._solve(
-                    groups[index], problems_corrected(activations, groups[index], records[index], inputs, 1.0)
+                    groups[index],
+                    problems_corrected(activations, groups[index], records[index], inputs, self._dense_share),
                 )
             if states.pruned is not None:
                 states.pruned = [output.to(activations.storage) for output in forwards.outputs()]

@@ -246,11 +246,10 @@ class FistaPruner:
 
         recorded = record_inputs(model, layers, batches)
         storage = torch.device(self.storage_device or recorded.hidden_states[0].device)
-        full = self.config.error_correction == "full"
         dense = [hidden.to(storage) for hidden in recorded.hidden_states]
-        states = HiddenStates(dense, list(dense) if full else None)
         method = self.config.create_method(model.config.model_type)
         pruning = LayerPruning(method, self.config.pattern_for, self.config.error_correction, write)
+        states = HiddenStates(dense, list(dense) if pruning.carries_on else None)
         total = sum(len(group) for group in operators.values())
         with tqdm(total=total, desc="Pruning", unit="operator", disable=not self.progress) as bar:
             for index, (layer_name, layer) in enumerate(layers):

@@ -57,7 +57,7 @@ class ObsAdmm(PruningMethod):
         for option, least in (("stages", 1), ("iterations", 1), ("refit_iterations", 0)):
             if getattr(self, option) < least:
                 raise ValueError(f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}.")
-        if self.ridge is not None and not 0 < self.ridge:
+        if self.ridge is not None and not self.ridge > 0:
             raise ValueError(f"ridge={self.ridge!r}: pass a positive number, or None.")
         if not 0 < self.first_rho <= self.last_rho:
             raise ValueError(f"first_rho={self.first_rho!r}, last_rho={self.last_rho!r}: pass 0 < first <= last.")

@@ -1,0 +1,47 @@
+"""Prune with the activations of the calibration text in CPU memory, so that the GPU holds little but the model.
+
+Between two decoder layers the hidden states of all calibration tokens wait somewhere: 128 sequences of 2048
+tokens with 4096 features in bfloat16 take 2 GB, and as much again with error_correction="full". With
+storage_device="cpu" they wait in CPU memory and visit the GPU one batch at a time.
+
+The model itself has to fit: in the GPU's memory, or without a GPU in the CPU's. Reading the weights from disk one
+decoder layer at a time is not there yet; a model loaded with offloaded weights is refused with a clear error.
+
+python examples/prune_offloaded.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output pruned-offloaded
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.calibration_source import calibration_tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or model folder")
+    parser.add_argument("--output", type=Path, default=Path("pruned-offloaded"), help="folder to write the model to")
+    parser.add_argument("--num-samples", type=int, default=64, help="calibration sequences")
+    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens a sequence")
+    arguments = parser.parse_args()
+
+    has_gpu = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").to("cuda" if has_gpu else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokens = calibration_tokens("self", model, tokenizer, arguments.num_samples, arguments.sequence_length)
+
+    # "full" carries the hidden states of the dense and of the pruned network through the model: twice the storage.
+    pruner = FistaPruner(FistaPruningConfig(sparsity=0.5, error_correction="full"), storage_device="cpu")
+    if has_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    print(pruner.prune(model, tokens.split(1), calibration_source="self"))  # batches of 1: least memory
+    if has_gpu:
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    pruner.save_pretrained(model, arguments.output, tokenizer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Prune a single matrix on inputs of your own and compare the methods, without touching a model.
+
+It minimizes || W* X* - W X ||_F: here W is one linear operator of a model and X* = X what it sees in a text. Any
+weight [out, in] with inputs [tokens, in] will do, wherever they come from.
+
+python examples/prune_one_matrix.py --operator model.layers.3.mlp.down_proj
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.text import load_text
+from optimum_fista.run.windows import calibration_windows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or model folder")
+    parser.add_argument("--operator", default="model.layers.0.self_attn.o_proj", help="name of a linear operator")
+    parser.add_argument("--pattern", default="2:4", help="n:m or unstructured (50%%)")
+    parser.add_argument("--num-samples", type=int, default=8, help="sequences")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens a sequence")
+    arguments = parser.parse_args()
+
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    text = load_text("pydoc", "calibration")  # Python's own documentation: English that needs no download
+    tokens = calibration_windows(tokenizer, text, arguments.num_samples, arguments.sequence_length, seed=0)
+
+    operator = model.get_submodule(arguments.operator)
+    seen: list[torch.Tensor] = []
+    hook = operator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(tokens)
+    hook.remove()
+    inputs = torch.cat(seen)  # [tokens, in]
+
+    print(f"{arguments.operator} {tuple(operator.weight.shape)} on {len(inputs)} tokens, {arguments.pattern}")
+    for method in ("magnitude", "wanda", "sparsegpt", "fista"):
+        pruner = FistaPruner(FistaPruningConfig(pattern=arguments.pattern, method=method))
+        pruned = pruner.prune_weight(operator.weight, inputs)
+        penalty = "" if pruned.l1_penalty is None else f", penalty {pruned.l1_penalty:.3g}"
+        print(
+            f"{method:<10} relative error {pruned.relative_error:.4f}, {pruned.sparsity:.1%} zeros, "
+            f"{pruned.iterations} iterations{penalty}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+from pathlib import Path
+
+import pytest
+from tiny_llama import TEXT, save_tiny_folder
+
+from optimum_fista.cli.main import main
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A dense model and its tokenizer; do not write to it."""
+    return save_tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "sea.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture(scope="session")
+def pruned_folder(tiny_folder, text_file, tmp_path_factory) -> Path:
+    """The model pruned to 2:4 by Wanda; do not write to it."""
+    folder = tmp_path_factory.mktemp("pruned") / "model"
+    quick = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
+    arguments = ["prune", str(tiny_folder), "-o", str(folder), "--pattern", "2:4", "--method", "wanda", *quick]
+    assert main([*arguments, "--calibration", str(text_file)]) == 0
+    return folder

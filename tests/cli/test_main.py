@@ -1,0 +1,119 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import optimum_fista
+from optimum_fista.cli.main import build_parser, main
+
+FLAGS = {
+    "prune": (
+        "MODEL --output -o --overwrite --sparsity --pattern --scope --include --exclude --method --paper "
+        "--error-correction --warm-start --max-iterations --config --calibration --num-samples --sequence-length "
+        "--batch-size --seed --device --dtype --push-to-hub --private"
+    ),
+    "evaluate": "MODEL --text --sequence-length --max-windows --batch-size --device --dtype",
+    "verify": "DIR",
+    "demo": "--model --text --output --num-samples --sequence-length --max-windows",
+}
+
+
+def run(*arguments: str) -> int:
+    """Exit code of `optimum-fista`, whether returned or raised by argparse."""
+    try:
+        return main(arguments)
+    except SystemExit as exit:
+        return int(exit.code or 0)
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_explains_every_argument(command, capsys):
+    assert run(command, "--help") == 0
+    shown = capsys.readouterr().out
+    for flag in FLAGS[command].split():
+        assert flag in shown
+    (subparsers,) = [action for action in build_parser()._actions if isinstance(action.choices, dict)]
+    for action in subparsers.choices[command]._actions:
+        assert action.help, action.dest
+        assert not action.option_strings or set(action.option_strings) & set(f"{FLAGS[command]} -h".split()), action
+
+
+def test_help_of_the_whole_names_every_command(capsys):
+    assert run("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n    {command} " in shown for command in FLAGS)
+    assert run("--version") == 0
+    assert capsys.readouterr().out.strip() == f"optimum-fista {optimum_fista.__version__}"
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported(tmp_path):
+    code = f"""if True:
+        import sys
+        from optimum_fista.cli.main import main
+        for command in {list(FLAGS)}:
+            try:
+                main([command, "--help"])
+            except SystemExit:
+                pass
+        print("loaded:", *sorted({{"torch", "transformers", "numpy", "datasets"}} & set(sys.modules)))
+    """
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1] == "loaded:"
+
+
+@pytest.mark.parametrize("arguments", [[], ["trim"], ["verify"], ["prune", "model"], ["evaluate", "model"]])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    assert run(*arguments) == 2
+    assert "usage: optimum-fista" in capsys.readouterr().err
+
+
+def test_python_dash_m(pruned_folder):
+    command = [sys.executable, "-m", "optimum_fista", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.startswith("optimum-fista ")
+
+
+def test_optimum_cli_has_the_same_commands(pruned_folder):
+    command = [str(Path(sys.executable).with_name("optimum-cli")), "fista", "verify", str(pruned_folder)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert "14 operators keep their pattern" in process.stdout
+
+
+def test_optimum_cli_passes_the_exit_code_on(tmp_path, monkeypatch, capsys):
+    from optimum.commands.optimum_cli import main as optimum_main
+
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "fista", "verify", str(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        optimum_main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("error", [ValueError("two\nlines"), OSError("two\n  lines"), ImportError("two lines")])
+def test_errors_are_one_line_and_exit_with_1(error, monkeypatch, capsys):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr("optimum_fista.cli.verify.run", fail)
+    assert run("verify", "folder") == 1
+    assert capsys.readouterr().err == "error: two lines\n"
+
+
+def test_an_interrupt_exits_with_130(monkeypatch, capsys):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimum_fista.cli.verify.run", interrupt)
+    assert run("verify", "folder") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    def fail(arguments):
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr("optimum_fista.cli.verify.run", fail)
+    with pytest.raises(AttributeError):
+        run("verify", "folder")

@@ -1,0 +1,186 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hub_standin import hub_fixture, run_with_hub  # noqa: F401
+from tiny_llama import tiny_llama
+from transformers import AutoModelForCausalLM
+
+from optimum_fista.cli.main import main
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.verification import verify_checkpoint
+
+QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
+
+
+@pytest.fixture
+def prune(tiny_folder, text_file, tmp_path):
+    """`prune(*flags)` prunes into `tmp_path / "out"` and returns the exit code; later flags override the first."""
+
+    def run(*flags: str | Path) -> int:
+        first = ["prune", str(tiny_folder), "--output", str(tmp_path / "out"), *QUICK, "--calibration", str(text_file)]
+        return main([*first, *map(str, flags)])
+
+    return run
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "fista" / "report.json").read_text())
+
+
+def config_of(folder: Path) -> FistaPruningConfig:
+    return FistaPruningConfig.from_dict(report_of(folder)["config"])
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl", "self", "pydoc"])
+def test_calibration_from_every_source_without_a_network(prune, text_file, tmp_path, capsys, source):
+    if source == "jsonl":
+        source = str(tmp_path / "texts.jsonl")
+        Path(source).write_text("\n".join(json.dumps({"text": text_file.read_text()[i:]}) for i in range(3)))
+    elif source == "text":
+        source = str(text_file)
+    assert prune("--calibration", source, "--method", "wanda") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("14 operators pruned by wanda, 7,680 of 15,360 weights zero (50.00%)")
+    assert shown[1] == f"saved to {tmp_path / 'out'}"
+    calibration = report_of(tmp_path / "out")["calibration"]
+    assert calibration["source"] == source
+    assert (calibration["num_sequences"], calibration["num_tokens"]) == (8, 128)
+    assert verify_checkpoint(tmp_path / "out").num_zeros == 7680
+
+
+def test_default_is_fista_and_the_models_own_length(prune, tiny_folder, text_file, tmp_path):
+    arguments = ["prune", str(tiny_folder), "-o", str(tmp_path / "out"), "--num-samples", "4", "--device", "cpu"]
+    assert main([*arguments, "--calibration", str(text_file)]) == 0
+    assert config_of(tmp_path / "out") == FistaPruningConfig()
+    assert report_of(tmp_path / "out")["calibration"]["num_tokens"] == 4 * 64
+
+
+def test_flags_reach_the_configuration(prune, tmp_path):
+    flags = ["--pattern", "2:4", "--method", "sparsegpt", "--error-correction", "full", "--seed", "3"]
+    assert prune(*flags, "--include", "*.mlp.*", "--include", "*.o_proj", "--exclude", "*.1.*") == 0
+    config = FistaPruningConfig(
+        pattern="2:4",
+        method="sparsegpt",
+        error_correction="full",
+        seed=3,
+        include=("*.mlp.*", "*.o_proj"),
+        exclude=("*.1.*",),
+    )
+    assert config_of(tmp_path / "out") == config
+    assert report_of(tmp_path / "out")["totals"]["num_operators"] == 4
+
+
+def test_seed_batch_size_and_dtype(prune, tmp_path):
+    reports = {}
+    for name, flags in {"first": [], "batch": ["--batch-size", "4"], "seed": ["--seed", "1"]}.items():
+        assert prune("--method", "wanda", "--dtype", "bfloat16", "--output", tmp_path / name, *flags) == 0
+        reports[name] = report_of(tmp_path / name)
+    assert reports["first"]["model"]["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "first" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert reports["first"]["calibration"] == reports["batch"]["calibration"]
+    assert reports["first"]["calibration"]["sha256"] != reports["seed"]["calibration"]["sha256"]
+
+
+def test_flags_override_a_configuration_file(prune, tmp_path):
+    file = tmp_path / "config.json"
+    saved = FistaPruningConfig(pattern="2:4", method="wanda", error_correction="none", exclude=("*.0.*",), seed=2)
+    file.write_text(saved.to_json())
+    assert prune("--config", file) == 0
+    assert config_of(tmp_path / "out") == saved
+    assert prune("--config", file, "--sparsity", "0.25", "--seed", "4", "--overwrite") == 0
+    expected = FistaPruningConfig(0.25, method="wanda", error_correction="none", exclude=("*.0.*",), seed=4)
+    assert config_of(tmp_path / "out") == expected
+    assert prune("--config", file, "--pattern", "1:4", "--exclude", "*.1.*", "--overwrite") == 0
+    expected = FistaPruningConfig(pattern="1:4", method="wanda", error_correction="none", exclude=("*.1.*",), seed=2)
+    assert config_of(tmp_path / "out") == expected
+
+
+def test_paper_settings_with_flags_over_them(prune, tmp_path):
+    assert prune("--paper", "--sparsity", "0.4") == 0
+    assert config_of(tmp_path / "out") == FistaPruningConfig.paper(0.4)
+    assert prune("--paper", "--method", "fista", "--max-iterations", "5", "--warm-start", "dense", "--overwrite") == 0
+    assert config_of(tmp_path / "out") == FistaPruningConfig.paper(max_iterations=5, warm_start="dense")
+
+
+def test_a_model_that_is_there_is_refused_before_any_work(prune, tmp_path, capsys, monkeypatch):
+    assert prune("--method", "wanda") == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr("optimum_fista.run.loading.load_model", None)
+        assert prune("--method", "magnitude") == 1
+    assert "already holds a model: pass another folder, or overwrite=True (--overwrite)" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+    assert prune("--method", "magnitude", "--overwrite") == 0
+    assert config_of(tmp_path / "out").method == "magnitude"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sparsity", "1.5"], "sparsity=1.5 is outside [0, 1)"),
+        (["--pattern", "4:2"], "pattern='4:2' keeps 4 of every 2"),
+        (["--pattern", "2:4", "--sparsity", "0.6"], "disagree"),
+        (["--pattern", "2:5"], "model.layers.0.self_attn.q_proj has rows of 32 inputs, which 2:5 does not divide"),
+        (["--method", "trim"], "method='trim': pass one of"),
+        (["--method", "wanda", "--warm-start", "dense"], "method 'wanda' has no option 'warm_start'"),
+        (["--include", "*.nothing"], "no linear operator to prune in model.layers"),
+        (["--batch-size", "0"], "--batch-size 0: pass at least 1"),
+        (["--num-samples", "0"], "num_samples=0: pass at least 1"),
+        (["--sequence-length", "0"], "sequence_length=0: pass at least 1"),
+        (["--num-samples", "100000"], "text 'sea.txt' has"),
+        (["--calibration", "self", "--sequence-length", "100"], "max_position_embeddings=64"),
+        (["--calibration", "nothing.txt"], "source='nothing.txt': there is no such file"),
+        (["--calibration", "wikitext9"], "source='wikitext9' is not known"),
+        (["--device", "tpu9"], "device='tpu9' can't be used"),
+        (["--dtype", "float33"], "float33"),
+        (["--config", "nothing.json"], "nothing.json"),
+        (["--paper", "--method", "wanda"], "--paper sets method and options of the paper"),
+        (["--paper", "--config", "config.json"], "--paper sets method and options of the paper"),
+    ],
+)
+def test_errors_are_one_line(prune, tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert prune(*flags) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_configuration_files_with_mistakes(prune, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    for content, message in (('{"sparcity": 0.5}', "unknown options 'sparcity'"), ("{", "config.json")):
+        file.write_text(content)
+        assert prune("--config", file) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_models_that_are_not_there(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for model, message in ((tmp_path / "empty", "neither a config.json"), (tmp_path / "missing", "missing")):
+        assert main(["prune", str(model), "--output", str(tmp_path / "out"), *QUICK]) == 1
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert message in errors[0]
+
+
+def test_push_to_hub_uploads_the_folder(hub, tiny_folder, text_file, tmp_path):
+    arguments = ["prune", str(tiny_folder), "--output", "out", "--method", "wanda", "--calibration", str(text_file)]
+    arguments += [*QUICK, "--push-to-hub", "tester/tiny-50", "--private"]
+    code = f"from optimum_fista.cli.main import main\nraise SystemExit(main({arguments!r}))"
+    process = run_with_hub(hub, code, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1].startswith(f"{hub.endpoint}/tester/tiny-50/commit/")
+    folder = tmp_path / "out"
+    local = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert hub.files("tester/tiny-50") == local
+    assert hub.repositories["tester/tiny-50"].private
+    loaded, dense = AutoModelForCausalLM.from_pretrained(folder).state_dict(), tiny_llama().state_dict()
+    assert torch.equal(loaded["lm_head.weight"], dense["lm_head.weight"])
+
+
+def test_private_without_a_push_is_refused(prune, capsys):
+    assert prune("--private") == 1
+    assert "--private makes sense with --push-to-hub" in capsys.readouterr().err

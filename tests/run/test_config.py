@@ -1,0 +1,152 @@
+import dataclasses
+import json
+
+import pytest
+
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.solve.methods import METHODS
+from optimum_fista.solve.pattern import SparsityPattern
+
+DOWN = "model.layers.3.mlp.down_proj"
+QUERY = "model.layers.3.self_attn.q_proj"
+
+
+def test_default_is_half_of_every_matrix_by_fista():
+    config = FistaPruningConfig()
+    assert (config.sparsity, config.method, config.error_correction) == (0.5, "fista", "intra")
+    assert config.pattern_for(DOWN) == SparsityPattern(0.5, None, "matrix")
+    assert config.reason_left_dense(DOWN) is None
+
+
+def test_scope_is_that_of_the_method_unless_given():
+    assert FistaPruningConfig(method="wanda").pattern_for(DOWN).scope == "row"
+    assert FistaPruningConfig(method="wanda", scope="matrix").pattern_for(DOWN).scope == "matrix"
+    assert FistaPruningConfig(method="magnitude", scope="row").pattern_for(DOWN).scope == "row"
+    assert FistaPruningConfig(method="wanda", overrides={"*": 0.25}).pattern_for(DOWN).scope == "row"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity=1\.0 is outside \[0, 1\)"),
+        ({"sparsity": -0.1}, "sparsity=-0.1"),
+        ({"sparsity": float("nan")}, "sparsity=nan"),
+        ({"sparsity": True}, "sparsity=True"),
+        ({"pattern": "4:2"}, "pattern='4:2' keeps 4 of every 2"),
+        ({"pattern": "4:4"}, "n must be positive and smaller than m"),
+        ({"pattern": "half"}, "pattern='half': pass 'unstructured' or 'n:m'"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "disagree: 2:4 means a sparsity of 0.5"),
+        ({"scope": "column"}, "scope='column': pass 'matrix' or 'row'"),
+        ({"method": "obd"}, "method='obd': pass one of .*'fista'"),
+        ({"error_correction": "inter"}, "error_correction='inter': pass 'none', 'intra' or 'full'"),
+        ({"warm_start": "random"}, "warm_start='random': pass one of"),
+        ({"method": "magnitude", "warm_start": "wanda"}, "method 'magnitude' has no option 'warm_start'"),
+        ({"method": "wanda", "max_iterations": 3}, "method 'wanda' has no option 'max_iterations'"),
+        ({"method_options": {"restarts": True}}, "method 'fista' has no option 'restarts'"),
+        ({"max_iterations": 0}, "max_iterations=0"),
+        ({"tolerance": -1.0}, "tolerance=-1.0"),
+        ({"seed": -1}, "seed=-1: pass a whole number of at least 0"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"seed": True}, "seed=True"),
+        ({"overrides": {"*q_proj": "5:4"}}, r"overrides\['\*q_proj'\]: pattern='5:4'"),
+        ({"overrides": {"*q_proj": 1.5}}, r"overrides\['\*q_proj'\]: sparsity=1.5"),
+    ],
+)
+def test_options_are_checked_when_constructed(options, message):
+    with pytest.raises(ValueError, match=message):
+        FistaPruningConfig(**options)
+
+
+def test_options_are_frozen_and_detached_from_the_callers():
+    overrides = {"*q_proj": 0.25}
+    config = FistaPruningConfig(overrides=overrides)
+    overrides["*q_proj"] = 0.75
+    assert config.pattern_for(QUERY).sparsity == 0.25
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.sparsity = 0.1
+
+
+def test_overrides_first_match_wins():
+    config = FistaPruningConfig(0.6, overrides={"*.3.*.down_proj": "1:4", "*.down_proj": 0.25, "*.q_proj": 0})
+    assert config.pattern_for(DOWN) == SparsityPattern(0.75, (1, 4))
+    assert config.pattern_for("model.layers.4.mlp.down_proj") == SparsityPattern(0.25)
+    assert config.pattern_for("model.layers.4.mlp.up_proj") == SparsityPattern(0.6)
+    assert config.reason_left_dense(QUERY) == "sparsity 0"
+    assert config.reason_left_dense(DOWN) is None
+
+
+def test_include_and_exclude():
+    config = FistaPruningConfig(include="*.mlp.*", exclude=["*.0.*"])
+    assert config.include == ("*.mlp.*",)
+    assert config.exclude == ("*.0.*",)
+    assert config.reason_left_dense(DOWN) is None
+    assert config.reason_left_dense(QUERY) == "not in include"
+    assert config.reason_left_dense("model.layers.0.mlp.down_proj") == "exclude"
+    assert FistaPruningConfig().reason_left_dense("model.layers.0.mlp.down_proj") is None
+
+
+def test_names_are_matched_with_their_case():
+    assert FistaPruningConfig(exclude=("*.WQKV",)).reason_left_dense("layers.0.wqkv") is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FistaPruningConfig(),
+        FistaPruningConfig(pattern="1:3", method="sparsegpt", error_correction="full", seed=7),
+        FistaPruningConfig(0.7, scope="row", include=("*.mlp.*",), overrides={"*up*": "2:4", "*gate*": 0.1}),
+        FistaPruningConfig(method="fista", max_iterations=5, tolerance=0.0, method_options={"patience": 2}),
+        FistaPruningConfig.paper(pattern="2:4"),
+    ],
+)
+def test_json_round_trip(config, tmp_path):
+    assert FistaPruningConfig.from_dict(config.to_dict()) == config
+    assert FistaPruningConfig.from_json(config.to_json()) == config
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert FistaPruningConfig.from_json(tmp_path / "config.json") == config
+    assert set(json.loads(config.to_json())) == {f.name for f in dataclasses.fields(config)}
+
+
+def test_unknown_keys_are_named():
+    with pytest.raises(ValueError, match=r"unknown options 'sparcity', 'zeros': pass some of sparsity, pattern"):
+        FistaPruningConfig.from_dict({"sparcity": 0.5, "zeros": 1, "seed": 0})
+
+
+def test_json_that_is_no_configuration(tmp_path):
+    file = tmp_path / "half.json"
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"config '.*half\.json' is not JSON: Expecting"):
+        FistaPruningConfig.from_json(file)
+    with pytest.raises(ValueError, match="config is not JSON"):
+        FistaPruningConfig.from_json("sparsity: 0.5")
+    with pytest.raises(ValueError, match="config holds a JSON float: pass an object of options"):
+        FistaPruningConfig.from_json("0.5")
+
+
+def test_paper_settings():
+    config = FistaPruningConfig.paper(0.5)
+    assert config.method == "fista"
+    assert config.error_correction == "intra"
+    assert config.sparsity == 0.5
+    for model_type, warm_start in (("opt", "sparsegpt"), ("llama", "wanda"), ("gpt2", "wanda"), ("", "wanda")):
+        method = config.create_method(model_type)
+        assert type(method) is METHODS["fista"]
+        assert method.warm_start == warm_start
+        assert method.max_iterations == 20
+        assert method.patience == 3
+        assert method.rounding_share == 0.3
+        assert method.refit_iterations == 0
+        assert method.restart is False
+
+
+def test_paper_settings_can_be_overridden():
+    config = FistaPruningConfig.paper(pattern="2:4", error_correction="none", max_iterations=7, seed=3)
+    assert (config.pattern, config.sparsity, config.error_correction, config.seed) == ("2:4", 0.5, "none", 3)
+    method = config.create_method("llama")
+    assert (method.max_iterations, method.patience, method.warm_start) == (7, 3, "wanda")
+
+
+def test_auto_warm_start_is_not_only_for_the_paper():
+    assert FistaPruningConfig(warm_start="auto").create_method("opt").warm_start == "sparsegpt"
+    assert FistaPruningConfig(warm_start="auto").create_method("qwen2").warm_start == "wanda"
+    assert FistaPruningConfig(warm_start="dense").create_method("opt").warm_start == "dense"

@@ -1,0 +1,77 @@
+"""The order of the work in one decoder layer."""
+
+import pytest
+import torch
+from tiny_llama import tiny_llama
+
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.sharing import trace_groups
+from optimum_fista.model.statistics import LayerActivations
+from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, report_group
+from optimum_fista.solve.methods import METHODS
+from optimum_fista.solve.pattern import SparsityPattern
+
+GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+HALF = SparsityPattern(0.5)
+
+
+def half(name: str) -> SparsityPattern:
+    return HALF
+
+
+@pytest.fixture
+def layer(llama, tokens):
+    """The first decoder layer: its activations, its groups, and the hidden states that enter it."""
+    layers = find_decoder_layers(llama)
+    name, module = next(iter(layers))
+    recorded = record_inputs(llama, layers, read_batches(tokens.split(4), 64))
+    cpu = torch.device("cpu")
+    activations = LayerActivations(module, recorded.calls[0], recorded.token_masks, cpu)
+    operators = find_operators(name, module)
+    groups = trace_groups(module, operators, recorded.calls[0][0], recorded.hidden_states[0])
+    return activations, groups, recorded.hidden_states
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error_correction", ["none", "intra", "full"])
+def test_groups_come_in_execution_order_and_are_written_before_they_are_yielded(layer, error_correction):
+    activations, groups, hidden_states = layer
+    written = []
+
+    def write(operator, pruned):
+        operator.write(pruned.weight)
+        written.append(operator.name.rsplit(".", 1)[-1])
+
+    pruning = LayerPruning(METHODS["wanda"](), half, error_correction, write)
+    states = HiddenStates(hidden_states, list(hidden_states) if error_correction == "full" else None)
+    names = []
+    for group in pruning.prune(activations, groups, states):
+        names.append([operator.name.rsplit(".", 1)[-1] for operator in group.operators])
+        assert written == [name for group_names in names for name in group_names]
+        reports = report_group(group, "wanda", half)
+        assert [r.num_kept for r in reports] == [o.parameter.numel() // 2 for o in group.operators]
+        assert sum(r.solve_seconds for r in reports) == pytest.approx(group.solve_seconds)
+    assert names == GROUPS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error_correction", ["none", "intra", "full"])
+def test_hidden_states_behind_the_layer(layer, llama, error_correction):
+    activations, groups, hidden_states = layer
+
+    def run(module) -> torch.Tensor:
+        return torch.cat([call.run(module, h) for call, h in zip(activations.calls, hidden_states, strict=True)])
+
+    expected = run(tiny_llama().model.layers[0])
+    pruning = LayerPruning(METHODS["wanda"](), half, error_correction, lambda o, pruned: o.write(pruned.weight))
+    states = HiddenStates(hidden_states, list(hidden_states) if error_correction == "full" else None)
+    list(pruning.prune(activations, groups, states))
+    assert torch.allclose(torch.cat(states.dense), expected, atol=1e-5)
+    if error_correction == "full":
+        pruned = torch.cat(states.pruned)
+        assert torch.allclose(pruned, run(llama.model.layers[0]), atol=1e-5)
+        assert not torch.allclose(pruned, expected, atol=1e-2)
+    else:
+        assert states.pruned is None

@@ -1,0 +1,214 @@
+"""What `FistaPruner` refuses, and that a model it could not prune is as it was."""
+
+import gc
+import math
+
+import pytest
+import torch
+from tiny_llama import tiny_llama
+from torch import Tensor, nn
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model.architecture import UnsupportedArchitectureError
+from optimum_fista.run import pruner as pruner_module
+from optimum_fista.solve.methods import METHODS
+
+Wanda = METHODS["wanda"]
+
+
+class Untouched:
+    """`with Untouched(model):` asserts that the model is bit-identical, unmarked and without hooks afterwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.before = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self.training = [module.training for module in self.model.modules()]
+
+    def __exit__(self, *exception: object) -> None:
+        after = self.model.state_dict()
+        for name, value in self.before.items():
+            assert torch.equal(after[name].nan_to_num(), value.nan_to_num()), name
+        assert [module.training for module in self.model.modules()] == self.training
+        assert not hasattr(self.model.config, "fista_pruning")
+        for name, module in self.model.named_modules():
+            assert not module._forward_hooks, name
+            assert not module._forward_pre_hooks, name
+            assert "forward" not in vars(module), name
+
+
+def refuse(model, batches, error=ValueError, match=None, **options) -> str:
+    """Prune, expect the error and an untouched model; returns the message."""
+    pruner = FistaPruner(FistaPruningConfig(**{"method": "wanda"} | options), progress=False)
+    with Untouched(model), pytest.raises(error, match=match) as caught:
+        pruner.prune(model, batches)
+    with pytest.raises(ValueError, match="was not pruned by this FistaPruner"):
+        pruner.save_pretrained(model, "never-written")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "calib_dataloader gave no batch: pass at least one batch"),
+        ("text", "calib_dataloader is a str: pass an iterable of batches"),
+        ({"input_ids": torch.ones(1, 4, dtype=torch.int64)}, "calib_dataloader is a dict"),
+        (None, "calib_dataloader is a NoneType"),
+        ([{"ids": [1, 2]}], r"calib_dataloader\[0\] has the keys \['ids'\]: pass 'input_ids'"),
+        ([torch.rand(2, 4)], r"calib_dataloader\[0\]: input_ids has .*torch.float32: pass integers"),
+        ([[[1, 2], [3]]], r"calib_dataloader\[0\]: input_ids can't be read as a tensor"),
+        ([torch.tensor([[1, 2]]), torch.tensor([[5, 64]])], r"calib_dataloader\[1\]: .*token id 64, .*\[0, 64\)"),
+        ([torch.tensor([[-1, 2]])], "token id -1"),
+        (
+            [{"input_ids": torch.ones(2, 4, dtype=torch.int64), "attention_mask": torch.ones(2, 3)}],
+            "attention_mask has",
+        ),
+        ([{"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}], "no real token: every attention_mask is zero"),
+    ],
+)
+def test_unusable_calibration_batches(llama, batches, message):
+    refuse(llama, batches, match=message)
+
+
+def test_a_generator_that_was_used_up_is_told_from_an_empty_list(llama, tokens):
+    batches = (batch for batch in tokens.split(4))
+    list(batches)
+    refuse(llama, batches, match="it is a generator, which can be read only once, and has been read before")
+
+
+def test_an_error_of_the_loader_reaches_the_user(llama, tokens):
+    def broken():
+        yield tokens[:4]
+        raise LookupError("no more data")
+
+    refuse(llama, broken(), LookupError, "no more data")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_damaged_weights_are_named(llama, tokens, value):
+    llama.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+    refuse(llama, tokens.split(4), match=r"weight of model\.layers\.1\.mlp\.up_proj holds NaN or Inf")
+
+
+@pytest.mark.parametrize("error_correction", ["none", "intra", "full"])
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+def test_damaged_activations_of_the_last_layer_undo_the_layers_before(llama, tokens, norm, error_correction):
+    getattr(llama.model.layers[1], norm).weight.data.fill_(1e30)
+    first = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.gate_proj"}[norm]
+    message = rf"inputs of model\.layers\.1\.{first} hold NaN or Inf"
+    refuse(llama, tokens.split(4), match=message, error_correction=error_correction)
+
+
+def test_damaged_embeddings(llama, tokens):
+    llama.model.embed_tokens.weight.data[int(tokens[2, 3])] = math.nan
+    refuse(llama, tokens.split(4), match="inputs of the first decoder layer hold NaN or Inf: the embeddings")
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes"}])
+def test_quantized_models(llama, tokens, settings):
+    llama.config.quantization_config = settings
+    refuse(llama, tokens.split(4), match=f"quantized by '{settings['quant_method']}': prune the unquantized model")
+
+
+def test_models_that_are_not_in_memory(tokens):
+    with torch.device("meta"):
+        model = tiny_llama()
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is offloaded or not loaded \(device meta\)"):
+        FistaPruner(progress=False).prune(model, tokens.split(4))
+
+
+def test_models_of_integers_and_things_that_are_no_models(llama, tokens):
+    layer = llama.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    refuse(llama, tokens.split(4), match=r"layers\.0\.mlp\.up_proj\.weight has dtype torch\.int8")
+    with pytest.raises(ValueError, match=r"model is a Linear: pass a transformers\.PreTrainedModel"):
+        FistaPruner().prune(nn.Linear(4, 4), tokens.split(4))
+
+
+def test_nothing_to_prune(llama, tokens):
+    message = refuse(llama, tokens.split(4), UnsupportedArchitectureError, include=("*.experts.*",))
+    assert "include=['*.experts.*']" in message
+    assert "found 14, all left dense: model.layers.0.self_attn.q_proj" in message
+
+
+def test_pattern_that_does_not_divide_a_row_is_found_before_any_work(tokens):
+    model = tiny_llama(intermediate_size=44)  # 44 inputs of down_proj: 8 does not divide them
+    refuse(model, tokens.split(4), pattern="2:8", match=r"layers\.0\.mlp\.down_proj has rows of 44 inputs, which 2:8")
+    report = FistaPruner(
+        FistaPruningConfig(pattern="2:8", method="wanda", exclude="*.down_proj"), progress=False
+    ).prune(model, tokens.split(4))
+    assert len(report.operators) == 12
+
+
+@pytest.mark.parametrize("error_correction", ["none", "intra", "full"])
+@pytest.mark.parametrize("operator", [1, 4, 9, 14])
+def test_an_interrupt_inside_a_method_undoes_everything(llama, tokens, monkeypatch, operator, error_correction):
+    calls = []
+
+    def interrupted(self, problem, pattern, original=Wanda.prune):
+        calls.append(problem.name)
+        if len(calls) == operator:
+            raise KeyboardInterrupt
+        return original(self, problem, pattern)
+
+    monkeypatch.setattr(Wanda, "prune", interrupted)
+    refuse(llama, tokens.split(4), KeyboardInterrupt, error_correction=error_correction)
+    assert len(calls) == operator
+
+
+def test_an_interrupt_between_two_groups_leaves_no_hooks(llama, tokens, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pruner_module, "report_group", interrupted)
+    gc.disable()  # the hooks must go by themselves
+    try:
+        refuse(llama, tokens.split(4), KeyboardInterrupt, error_correction="full")
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("fault", ["wrong count", "not finite"])
+def test_a_method_that_breaks_its_promise_is_named(llama, tokens, monkeypatch, fault):
+    def wrong(self, problem, pattern, original=Wanda.prune):
+        result = original(self, problem, pattern)
+        if problem.name.endswith("1.mlp.down_proj"):
+            if fault == "wrong count":
+                result.mask[0, :] = True
+            else:
+                result.weight[0, 0] = math.inf
+        return result
+
+    monkeypatch.setattr(Wanda, "prune", wrong)
+    problem = {"wrong count": "keeps", "not finite": "weights hold NaN or Inf"}[fault]
+    message = rf"method 'wanda' failed on model\.layers\.1\.mlp\.down_proj: .*{problem}"
+    refuse(llama, tokens.split(4), RuntimeError, message)
+
+
+def test_after_a_failure_the_same_model_can_be_pruned(llama, tokens, monkeypatch):
+    def failing(self, problem, pattern):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Wanda, "prune", failing)
+        refuse(llama, tokens.split(4), KeyboardInterrupt)
+    fresh = tiny_llama()
+    for model in (llama, fresh):
+        FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(model, tokens.split(4))
+    after: dict[str, Tensor] = llama.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in fresh.state_dict().items())
+
+
+def test_not_converged_operators_are_named_in_the_warnings(llama, tokens, monkeypatch):
+    def stopped(self, problem, pattern, original=Wanda.prune):
+        result = original(self, problem, pattern)
+        if problem.name == "model.layers.1.mlp.up_proj":
+            object.__setattr__(result, "converged", False)
+            object.__setattr__(result, "message", "stopped early: try more")
+        return result
+
+    monkeypatch.setattr(Wanda, "prune", stopped)
+    report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(llama, tokens.split(4))
+    assert report.warnings == ["model.layers.1.mlp.up_proj.weight: stopped early: try more"]
+    assert report.totals["num_not_converged"] == 1

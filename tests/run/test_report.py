@@ -1,0 +1,99 @@
+import dataclasses
+import importlib.metadata
+import json
+import platform
+
+import pytest
+
+import optimum_fista
+from optimum_fista.run.report import OperatorReport, PruningReport, library_versions
+
+
+def operator(name: str, **changes) -> OperatorReport:
+    values = {
+        "name": name,
+        "shape": (4, 8),
+        "stored_transposed": False,
+        "pattern": "unstructured",
+        "target_sparsity": 0.5,
+        "scope": "matrix",
+        "num_kept": 16,
+        "sparsity": 0.5,
+        "method": "fista",
+        "relative_error": 0.2,
+        "l1_penalty": 0.03,
+        "iterations": 40,
+        "converged": True,
+        "message": "",
+        "num_tokens": 128,
+        "solve_seconds": 0.25,
+    }
+    return OperatorReport(**values | changes)
+
+
+def report(*operators: OperatorReport) -> PruningReport:
+    return PruningReport(
+        config={"method": "fista"},
+        model={"num_parameters": 400},
+        calibration={"sha256": "ab", "num_tokens": 128, "num_sequences": 8},
+        operators=list(operators),
+        left_dense={"layers.0.gate": "exclude"},
+        warnings=["few tokens"],
+        seconds={"total": 1.5},
+    )
+
+
+TWO = report(
+    operator("layers.0.up.weight"),
+    operator("layers.0.down.weight", shape=(2, 4), num_kept=2, sparsity=0.75, relative_error=0.6, converged=False),
+)
+
+
+def test_totals_are_sums_and_means():
+    assert TWO.totals == {
+        "num_operators": 2,
+        "num_weights": 40,
+        "num_zeros": 22,
+        "sparsity": 22 / 40,
+        "model_sparsity": 22 / 400,
+        "mean_relative_error": pytest.approx(0.4),
+        "max_relative_error": 0.6,
+        "solve_seconds": 0.5,
+        "num_not_converged": 1,
+    }
+
+
+def test_totals_of_nothing():
+    totals = report().totals
+    assert totals["num_weights"] == totals["sparsity"] == totals["mean_relative_error"] == 0
+
+
+def test_json_round_trip():
+    values = json.loads(TWO.to_json())
+    assert values["totals"] == TWO.totals
+    assert values["operators"][1]["shape"] == [2, 4]
+    read = PruningReport.from_dict(values)
+    assert read == TWO
+    assert read.operators[1].shape == (2, 4)
+    assert [f.name for f in dataclasses.fields(OperatorReport)] == list(values["operators"][0])
+
+
+def test_from_dict_leaves_its_argument_alone():
+    values = TWO.to_dict()
+    PruningReport.from_dict(values)
+    assert values == TWO.to_dict()
+
+
+def test_summary_for_people():
+    assert str(TWO) == (
+        "2 operators pruned by fista, 22 of 40 weights zero (55.00%); relative error 0.4000 on average, "
+        "0.6000 at most; 1.5 s, of which solving 0.5 s"
+    )
+
+
+def test_versions_are_those_installed():
+    versions = library_versions()
+    assert versions["python"] == platform.python_version()
+    assert versions["optimum-fista"] == optimum_fista.__version__
+    for name in ("torch", "transformers", "safetensors"):
+        assert versions[name] == importlib.metadata.version(name)

@@ -1,0 +1,41 @@
+import pytest
+import torch
+from layer_problems import example
+
+from optimum_fista.solve.methods.dsnot import Dsnot
+from optimum_fista.solve.methods.wanda import Wanda
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
+
+
+def expected_errors(made, mask):
+    """|| of the mean output error of every row, from the activations."""
+    pruned = made.weight.masked_fill(mask, 0)
+    return (made.inputs @ pruned.T).mean(0).abs()
+
+
+@pytest.mark.parametrize("pattern", [SparsityPattern(0.5, None, "row"), SparsityPattern.parse("2:4")])
+def test_swaps_shrink_the_expected_error_of_rows_and_keep_the_pattern(pattern):
+    made = example(16, 24)
+    start = Wanda().prune(made.problem, pattern)
+    pruned = Dsnot(threshold=0.0).prune(made.problem, pattern)
+    before, after = expected_errors(made, start.mask), expected_errors(made, pruned.mask)
+    assert bool((after <= before + 1e-9).all())
+    assert float(after.sum()) < 0.8 * float(before.sum())
+    assert pattern.violation(pruned.mask) is None
+    assert torch.equal(pruned.weight, torch.where(pruned.mask, made.weight, 0.0))
+
+
+def test_a_high_threshold_is_wanda():
+    made = example(8, 12)
+    pattern = SparsityPattern(0.5, None, "row")
+    pruned = Dsnot(threshold=1e9).prune(made.problem, pattern)
+    assert torch.equal(pruned.mask, Wanda().prune(made.problem, pattern).mask)
+    assert pruned.iterations == 0
+
+
+def test_statistics_without_a_mean_are_refused():
+    made = example(8, 12)
+    problem = LayerProblem(made.weight, InputStatistics(made.problem.gram, 48))
+    with pytest.raises(ValueError, match="no mean"):
+        Dsnot().prune(problem, SparsityPattern(0.5))

@@ -1,0 +1,125 @@
+"""ADMM, ALPS and OBS-ADMM: what all splitting methods promise."""
+
+import itertools
+
+import pytest
+import torch
+from layer_problems import example
+
+from optimum_fista.solve.methods import create_method
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
+
+SPLITTING = ("admm", "alps", "obs_admm")
+
+
+@pytest.mark.parametrize("name", SPLITTING)
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_pattern_and_error_hold_and_beat_sparsegpt(name, corrected, pattern):
+    wins = 0
+    for seed in range(6):
+        made = example(24, 32, corrected=corrected, seed=seed, dtype=torch.float32, correlation=2.0)
+        wanted = SparsityPattern.parse(pattern)
+        pruned = create_method(name).prune(made.problem, wanted)
+        assert wanted.violation(pruned.mask) is None
+        assert not pruned.weight[~pruned.mask].any()
+        energy = float(made.outputs.double().square().sum())
+        assert pruned.relative_error == pytest.approx((made.squared_error(pruned.weight) / energy) ** 0.5, rel=1e-3)
+        wins += pruned.relative_error < create_method("sparsegpt").prune(made.problem, wanted).relative_error
+    assert wins >= 5
+
+
+@pytest.mark.parametrize("name", SPLITTING)
+def test_close_to_the_best_subset_of_a_tiny_problem(name):
+    ratios = []
+    for seed in range(10):
+        made = example(1, 8, seed=seed, correlation=2.0)
+        best = min(
+            made.problem.squared_error(_refitted(made.problem, kept)) for kept in itertools.combinations(range(8), 4)
+        )
+        options = {"ridge": 1e-3} if name == "obs_admm" else {}
+        pruned = create_method(name, **options).prune(made.problem, SparsityPattern(0.5))
+        ratio = made.problem.squared_error(pruned.weight) / best
+        assert ratio >= 1 - 1e-9
+        ratios.append(ratio)
+    assert sorted(ratios)[4] < (1.7 if name == "admm" else 1.35)
+
+
+def _refitted(problem, kept):
+    index = list(kept)
+    weight = torch.zeros_like(problem.weight)
+    weight[0, index] = torch.linalg.solve(problem.gram[index][:, index], problem.target[0, index])
+    return weight
+
+
+@pytest.mark.parametrize("name", SPLITTING)
+def test_scaling_an_input_and_its_weights_changes_nothing_but_damping(name):
+    options = {"ridge": 1e-6} if name == "obs_admm" else {"damping": 1e-8}
+    made = example(8, 12, correlation=2.0)
+    scale = torch.logspace(-1, 1, 12, dtype=torch.float64)
+    gram = made.problem.gram * scale * scale[:, None]
+    scaled = LayerProblem(made.weight / scale, InputStatistics(gram, 48))
+    method = create_method(name, **options)
+    one, other = (method.prune(p, SparsityPattern(0.5)) for p in (made.problem, scaled))
+    assert torch.equal(one.mask, other.mask)
+    assert one.relative_error == pytest.approx(other.relative_error, rel=1e-4)
+
+
+def test_alps_settles_and_says_when_it_does_not():
+    made = example(16, 24, correlation=2.0)
+    assert create_method("alps").prune(made.problem, SparsityPattern(0.5)).converged
+    hurried = create_method("alps", max_iterations=6).prune(made.problem, SparsityPattern(0.5))
+    assert not hurried.converged
+    assert "max_iterations=6" in hurried.message
+
+
+def test_obs_admm_shares_work_without_changing_results():
+    made = example(10, 12, corrected=True)
+    statistics = made.problem.statistics
+    energies = made.outputs.square().sum(0)
+    parts = [slice(0, 4), slice(4, 10)]
+    problems = [
+        LayerProblem(made.weight[p], statistics, made.problem.target[p], float(energies[p].sum())) for p in parts
+    ]
+    patterns = [SparsityPattern(0.5), SparsityPattern(0.25)]
+    method = create_method("obs_admm")
+    together = method.prune_sharing(problems, patterns)
+    for problem, pattern, pruned in zip(problems, patterns, together, strict=True):
+        assert torch.equal(method.prune(problem, pattern).weight, pruned.weight)
+
+
+def test_obs_admm_ridge_follows_the_tokens():
+    method = create_method("obs_admm")
+    assert method.ridge_of(1500, 100) == pytest.approx(10 * method.ridge_of(15000, 100))
+    assert create_method("obs_admm", ridge=0.2).ridge_of(10, 10) == 0.2
+
+
+def test_a_strong_ridge_keeps_the_dense_weights():
+    made = example(6, 12)
+    pruned = create_method("obs_admm", ridge=1e6).prune(made.problem, SparsityPattern(0.5))
+    assert torch.allclose(pruned.weight[pruned.mask], made.weight[pruned.mask], rtol=1e-3)
+
+
+def test_obs_admm_with_dead_inputs_and_no_inputs_at_all():
+    made = example(6, 12, dtype=torch.float32)
+    gram = made.problem.gram.clone()
+    gram[3], gram[:, 3] = 0, 0
+    for matrix in (gram, torch.zeros_like(gram)):
+        problem = LayerProblem(made.weight, InputStatistics(matrix, 48))
+        pruned = create_method("obs_admm").prune(problem, SparsityPattern(0.5))
+        assert bool(torch.isfinite(pruned.weight).all())
+        assert SparsityPattern(0.5).violation(pruned.mask) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"stages": 0}, "stages=0"),
+        ({"ridge": -1.0}, "ridge=-1.0"),
+        ({"first_rho": 3.0, "last_rho": 1.0}, "first_rho=3.0"),
+    ],
+)
+def test_obs_admm_refuses_bad_options(options, names):
+    with pytest.raises(ValueError, match=names):
+        create_method("obs_admm", **options)
