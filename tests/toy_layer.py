@@ -9,7 +9,7 @@ Group = list[LinearOperator]
 
 
 class ToyLayer(nn.Module):
-    """Two operators on one input, a wide one behind them, a narrow one at the end, and a residual.
+    """Two operators on one input, a wide one behind them, two narrow ones at the end, and a residual.
 
     Args:
         size: Width of the hidden states.
@@ -21,7 +21,8 @@ class ToyLayer(nn.Module):
         self.left = nn.Linear(size, size, bias=bias)
         self.right = nn.Linear(size, size, bias=bias)
         self.up = nn.Linear(size, 2 * size, bias=bias)
-        self.down = nn.Linear(2 * size, size, bias=bias)
+        self.low = nn.Linear(2 * size, size // 4, bias=bias)
+        self.high = nn.Linear(2 * size, size - size // 4, bias=bias)
         self.in_place = in_place
         self.unwound = 0
 
@@ -33,17 +34,18 @@ class ToyLayer(nn.Module):
             inner = torch.relu(self.up(mixed))
             if self.in_place:
                 mixed.mul_(0.5)
-            output = self.down(inner)
+            low, high = self.low(inner), self.high(inner)
             if self.in_place:
-                output += mixed
+                low.mul_(0.5)
+                high += mixed[..., : high.shape[-1]]
                 inner.zero_()
-            return output + hidden_states + shift
+            return torch.cat([low, high], dim=-1) + hidden_states + shift
         finally:
             self.unwound += 1
 
     def groups(self) -> list[Group]:
         """Groups of operators that share an input, in execution order."""
-        names = [["left", "right"], ["up"], ["down"]]
+        names = [["left", "right"], ["up"], ["low", "high"]]
         return [[LinearOperator(f"layer.{name}", getattr(self, name)) for name in group] for group in names]
 
 

@@ -79,7 +79,7 @@ def _items(loader: Iterable[Any]) -> Iterable[Any]:
         return loader.unsqueeze(0) if loader.ndim == 1 else loader
     if isinstance(loader, list | tuple) and loader and all(isinstance(i, int) for i in loader):
         return [loader]
-    if isinstance(loader, Dataset) and not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
+    if isinstance(loader, Dataset) and not isinstance(loader, Iterable) and hasattr(loader, "__len__"):
         return (loader[i] for i in range(len(loader)))
     return loader
 

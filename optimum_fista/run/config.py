@@ -15,6 +15,7 @@ from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 
 ErrorCorrection = Literal["none", "intra", "full"] | float
+TokenWeighting = Literal["uniform", "relative"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class FistaPruningConfig:
             the already pruned operators of the same decoder layer, targets from the dense network. `"full"`:
             the pruned hidden states are carried on between decoder layers as well. A number `a` in [0, 1]: carried
             on as well, with the targets `W (a X + (1 - a) X*)`, so that 1 is `"full"`.
+        token_weighting: `"uniform"`, or `"relative"`: a token's errors count relative to the energy of the hidden state
+            that enters the decoder layer, so that a few tokens of huge activations don't decide what is kept.
         warm_start: `"dense"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or `"auto"`, the paper's rule: SparseGPT
             for OPT, Wanda for other families. `None`: the method's default.
         max_iterations: Iteration limit of the method; `None`: the method's default.
@@ -49,6 +52,7 @@ class FistaPruningConfig:
     scope: Scope | None = None
     method: str = "fista"
     error_correction: ErrorCorrection = "intra"
+    token_weighting: TokenWeighting = "uniform"
     warm_start: str | None = None
     max_iterations: int | None = None
     tolerance: float | None = None
@@ -68,6 +72,8 @@ class FistaPruningConfig:
             raise ValueError(
                 f"error_correction={self.error_correction!r}: pass 'none', 'intra', 'full', or a number in [0, 1]."
             )
+        if self.token_weighting not in ("uniform", "relative"):
+            raise ValueError(f"token_weighting={self.token_weighting!r}: pass 'uniform' or 'relative'.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: pass a whole number of at least 0.")
         object.__setattr__(self, "sparsity", self._default_pattern().sparsity)

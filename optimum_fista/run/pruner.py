@@ -27,7 +27,7 @@ from optimum_fista.model.calibration import CalibrationBatch, read_batches, toke
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sharing import trace_groups
-from optimum_fista.model.statistics import LayerActivations
+from optimum_fista.model.statistics import LayerActivations, relative_scales
 from optimum_fista.run.checkpoint import save_checkpoint, summary
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.hub import push_folder
@@ -256,6 +256,8 @@ class FistaPruner:
                 calls = recorded.calls[index]
                 recorded.calls[index] = []
                 activations = LayerActivations(layer, calls, recorded.token_masks, storage)
+                if self.config.token_weighting == "relative":
+                    activations.token_scales = relative_scales(states.dense, recorded.token_masks)
                 groups = trace_groups(layer, operators[layer_name], calls[0], dense[0].to(_device(layer)))
                 with closing(pruning.prune(activations, groups, states)) as pruned_groups:
                     for group in pruned_groups:

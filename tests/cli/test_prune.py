@@ -72,6 +72,12 @@ def test_flags_reach_the_configuration(prune, tmp_path):
     assert report_of(tmp_path / "out")["totals"]["num_operators"] == 4
 
 
+@pytest.mark.parametrize(("flag", "value"), [("none", "none"), ("0.25", 0.25), ("1", 1.0)])
+def test_error_correction_is_a_word_or_a_number(prune, tmp_path, flag, value):
+    assert prune("--method", "wanda", "--error-correction", flag) == 0
+    assert config_of(tmp_path / "out").error_correction == value
+
+
 def test_seed_batch_size_and_dtype(prune, tmp_path):
     reports = {}
     for name, flags in {"first": [], "batch": ["--batch-size", "4"], "seed": ["--seed", "1"]}.items():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import BatchEncoding
 
 from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
@@ -47,6 +47,18 @@ def test_one_sequence_may_be_a_plain_list_or_tensor():
     for loader in ([3, 1, 2], (3, 1, 2), torch.tensor([3, 1, 2])):
         (batch,) = read_batches(loader, 4)
         assert batch.input_ids.tolist() == [[3, 1, 2]]
+
+
+def test_data_set_ends_at_its_length():
+    class Unguarded(Dataset):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            assert index < 3, "read beyond its end"
+            return IDS[index]
+
+    assert [batch.input_ids.tolist() for batch in read_batches(Unguarded(), 16)] == [[ids] for ids in IDS.tolist()]
 
 
 def test_sequences_may_differ_in_length():

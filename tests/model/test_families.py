@@ -36,7 +36,7 @@ GROUPS = {
     # Attention and MLP are parallel and share the output of one layer norm.
     "falcon": [["query_key_value", "dense_h_to_4h"], ["dense"], ["dense_4h_to_h"]],
 }
-CORRECTIONS = ["none", "intra", "full"]
+CORRECTIONS = ["none", "intra", "full", 0.25]
 
 
 @dataclass
@@ -111,7 +111,7 @@ def batches(*sizes: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": ids, "attention_mask": mask} for ids, mask in parts]
 
 
-def prune(model: PreTrainedModel, error_correction: str, data: list[dict[str, Tensor]], **options) -> Recorder:
+def prune(model: PreTrainedModel, error_correction: str | float, data: list[dict[str, Tensor]], **options) -> Recorder:
     """Prune by a recorder; returns what it saw."""
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
@@ -193,9 +193,11 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(family, error_correcti
             assert record.num_tokens == tokens == len(X)
             assert_close(record.gram, X_star.T @ X_star, f"gram of {record.name}")
             assert torch.equal(record.gram, record.gram.T)
-            assert_close(record.target, W @ X.T @ X_star, f"target of {record.name}")
+            share = error_correction if isinstance(error_correction, float) else 1.0
+            wanted = share * X + (1 - share) * X_star
+            assert_close(record.target, W @ wanted.T @ X_star, f"target of {record.name}")
             assert_close(record.mean, X_star.mean(0), f"mean of {record.name}")
-            outputs = X @ W.T
+            outputs = wanted @ W.T
             assert record.target_energy == pytest.approx(float(outputs.square().sum()), rel=1e-4)
             error = float((X_star @ record.pruned.T - outputs).norm() / outputs.norm())
             assert record.relative_error == pytest.approx(error, rel=1e-3)
@@ -205,7 +207,7 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(family, error_correcti
     for record in recorder.records:
         module = model.get_submodule(record.name)
         assert torch.equal(module.weight, stored(module, record.pruned))
-    if error_correction == "full":
+    if error_correction in ("full", 0.25):
         ours, expected = model.state_dict(), progressive.state_dict()
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
 

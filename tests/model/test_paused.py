@@ -23,7 +23,7 @@ def _no_gradients():
 
 
 def count_calls(layer: ToyLayer) -> dict[str, int]:
-    counts = dict.fromkeys(("left", "right", "up", "down"), 0)
+    counts = dict.fromkeys(("left", "right", "up", "low", "high"), 0)
     for name in counts:
         layer.get_submodule(name).register_forward_hook(
             lambda *_, name=name: counts.__setitem__(name, counts[name] + 1)
@@ -39,19 +39,19 @@ def test_inputs_show_what_was_changed_before_them(hidden):
     layer, changed = toy_layer(), toy_layer()
     counts = count_calls(layer)
     seen: list[list[torch.Tensor]] = []
-    with PausedForwards(layer, [layer.left, layer.up, layer.down], CALLS, hidden) as forwards:
-        for stop, operators in enumerate([[layer.left, layer.right], [layer.up], [layer.down]]):
+    with PausedForwards(layer, [layer.left, layer.up, layer.low], CALLS, hidden) as forwards:
+        for stop, operators in enumerate([[layer.left, layer.right], [layer.up], [layer.low, layer.high]]):
             seen.append([inputs.clone() for inputs in forwards.inputs(stop)])
             for operator in operators:
                 operator.weight.mul_(0.5)
         outputs = list(forwards.outputs())
 
-    expected: dict[str, list[torch.Tensor]] = {"left": [], "up": [], "down": []}
+    expected: dict[str, list[torch.Tensor]] = {"left": [], "up": [], "low": []}
     for name in expected:
         changed.get_submodule(name).register_forward_pre_hook(
             lambda _, args, name=name: expected[name].append(args[0].clone())
         )
-    for operator in (changed.left, changed.right, changed.up, changed.down):
+    for operator in (changed.left, changed.right, changed.up, changed.low, changed.high):
         operator.weight.mul_(0.5)
     reference = [call.run(changed, states) for call, states in zip(CALLS, hidden, strict=True)]
     for ours, theirs in zip(seen, expected.values(), strict=True):
@@ -77,7 +77,7 @@ def test_passes_that_were_not_finished_are_unwound(hidden):
         assert len(list(forwards.inputs(0))) == 3
         assert layer.unwound == 0
     assert layer.unwound == 3
-    assert counts == {"left": 3, "right": 3, "up": 0, "down": 0}
+    assert counts == {"left": 3, "right": 3, "up": 0, "low": 0, "high": 0}
     assert hooks(layer) == 0
 
 
@@ -112,7 +112,7 @@ def test_an_error_of_the_layer_reaches_the_caller(hidden):
 def test_stops_in_another_order_than_the_calls_are_refused(hidden):
     layer = toy_layer()
     with (
-        PausedForwards(layer, [layer.down, layer.up], CALLS, hidden) as forwards,
+        PausedForwards(layer, [layer.low, layer.up], CALLS, hidden) as forwards,
         pytest.raises(RuntimeError, match="called in another order than when traced"),
     ):
         next(forwards.inputs(0))
@@ -128,7 +128,7 @@ def test_modules_can_be_called_by_others_meanwhile(hidden):
 
 def test_gradients_stay_off_and_activations_are_given_back(hidden):
     layer = toy_layer()
-    with PausedForwards(layer, [layer.up, layer.down], CALLS, hidden) as forwards:
+    with PausedForwards(layer, [layer.up, layer.low], CALLS, hidden) as forwards:
         waiting = []
         for inputs in forwards.inputs(0):
             assert not inputs.requires_grad

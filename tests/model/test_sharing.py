@@ -20,10 +20,10 @@ def trace(layer: nn.Module, *names: str) -> list[list[str]]:
 
 
 def test_groups_are_those_called_on_one_tensor_in_execution_order():
-    expected = [["left", "right"], ["up"], ["down"]]
-    assert trace(toy_layer(), "left", "right", "up", "down") == expected
-    assert trace(toy_layer(), "down", "up", "right", "left") == expected
-    assert trace(toy_layer(), "right", "down") == [["right"], ["down"]]
+    expected = [["left", "right"], ["up"], ["low", "high"]]
+    assert trace(toy_layer(), "left", "right", "up", "low", "high") == expected
+    assert trace(toy_layer(), "high", "low", "up", "right", "left") == expected
+    assert trace(toy_layer(), "right", "low") == [["right"], ["low"]]
 
 
 class Calls(nn.Module):

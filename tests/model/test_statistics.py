@@ -13,6 +13,7 @@ from optimum_fista.model.statistics import (
     problems_corrected,
     problems_same_input,
     record_dense,
+    relative_scales,
 )
 
 CPU = torch.device("cpu")
@@ -66,10 +67,15 @@ def test_dense_run_records_outputs_grams_and_energies(bias, in_place):
     assert [record.narrow for record in records] == [False, False, True]
     assert records[0].kept == []
     assert records[0].energies == {}
-    for group, record, name in ((groups[1], records[1], "up"), (groups[2], records[2], "down")):
-        X, Y = reference(layer, name, states)
-        assert torch.allclose(torch.cat(record.kept), Y if record.narrow else X, rtol=1e-5, atol=1e-6)
-        assert record.energies[group[0].name] == pytest.approx(float(Y.square().sum()), rel=1e-5)
+    X, _ = reference(layer, "up", states)
+    assert torch.equal(torch.cat(records[1].kept), X)
+    Y = torch.cat([reference(layer, name, states)[1] for name in ("low", "high")], dim=1)
+    assert torch.allclose(torch.cat(records[2].kept), Y, rtol=1e-5, atol=1e-6)
+    for record in records[1:]:
+        for name, energy in record.energies.items():
+            Y = reference(layer, name.removeprefix("layer."), states)[1]
+            assert energy == pytest.approx(float(Y.square().sum()), rel=1e-5)
+    assert [list(record.energies) for record in records[1:]] == [["layer.up"], ["layer.low", "layer.high"]]
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -127,6 +133,35 @@ def test_target_between_the_dense_and_the_pruned_outputs(index, dense_share):
         assert problem.corrected is (dense_share > 0)
 
 
+def test_relative_scales_weigh_tokens_by_their_energy_and_real_tokens_one_on_average():
+    states = hidden_states()
+    states[1][1, 2] *= 100
+    scales = relative_scales(states, MASKS)
+    tokens = torch.cat([s[m] if m is not None else s.reshape(-1, 8) for s, m in zip(states, MASKS, strict=True)])
+    weights = torch.cat(scales).square()
+    assert weights.shape == (len(tokens), 1)
+    assert float(weights.mean()) == pytest.approx(1, rel=1e-5)
+    energies = weights[:, 0] * tokens.square().sum(1)
+    assert torch.allclose(energies, energies[:1].expand_as(energies), rtol=1e-4)
+
+
+@pytest.mark.parametrize("index", GROUPS)
+def test_token_scales_weigh_every_statistic_alike(index):
+    layer = toy_layer(bias=True)
+    group: Group = layer.groups()[index]
+    dense, changed = hidden_states(), hidden_states(0.7)
+    activations = activations_of(layer)
+    activations.token_scales = relative_scales(dense, MASKS)
+    s = torch.cat(activations.token_scales)
+    _, records, _ = record_dense(activations, [group], dense, [False])
+    X, X_star = (s * reference(layer, short(group[0]), states)[0] for states in (dense, changed))
+    batches = list(split_like_batches(layer, short(group[0]), changed))
+    for problem in problems_corrected(activations, group, records[0], batches, 1.0):
+        assert torch.allclose(problem.gram, X_star.T @ X_star, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(problem.target, problem.weight @ X.T @ X_star, rtol=1e-4, atol=1e-4)
+        assert problem.target_energy == pytest.approx(float((X @ problem.weight.T).square().sum()), rel=1e-4)
+
+
 def test_same_input_problems_aim_at_their_own_outputs():
     layer = toy_layer()
     group = layer.groups()[0]
@@ -151,13 +186,13 @@ def test_inputs_that_are_not_finite_are_refused_by_name(value, corrected):
     inputs = [torch.zeros(*state.shape[:2], 16) for state in states]
     inputs[1][0, 1, 4] = value
     if corrected:
-        record = DenseRecord(True, [torch.zeros(n, 8) for n in (3, 5, 8)], {"layer.down": 1.0})
-        with pytest.raises(ValueError, match=r"inputs of layer\.down hold NaN or Inf \(or overflow"):
+        record = DenseRecord(True, [torch.zeros(n, 8) for n in (3, 5, 8)], {"layer.low": 1.0, "layer.high": 1.0})
+        with pytest.raises(ValueError, match=r"inputs of layer\.low hold NaN or Inf \(or overflow"):
             problems_corrected(activations_of(layer), group, record, inputs, 1.0)
         return
     layer.up.weight[0, 0] = value
     _, _, grams = record_dense(activations_of(layer), [group], states, [True])
-    with pytest.raises(ValueError, match=r"inputs of layer\.down hold NaN or Inf \(or overflow"):
+    with pytest.raises(ValueError, match=r"inputs of layer\.low hold NaN or Inf \(or overflow"):
         problems_same_input(group, grams[0])
 
 

@@ -130,13 +130,13 @@ def test_conv1d_is_pruned_along_its_inputs(tokens):
         assert bool(((stored.T != 0).reshape(stored.shape[1], -1, 4).sum(-1) == 2).all())
 
 
-@pytest.mark.parametrize("error_correction", ["none", "intra", "full"])
+@pytest.mark.parametrize("error_correction", ["none", "intra", "full", 0.0, 0.25, 1.0])
 @pytest.mark.parametrize("method", ["wanda", "fista"])
 def test_errors_are_those_of_the_inputs_that_the_correction_promises(tokens, error_correction, method):
     dense, pruned = tiny_llama(), tiny_llama()
     report = prune(pruned, tokens.split(4), method=method, error_correction=error_correction)
     dense_inputs = inputs_of(dense, tokens)
-    inputs = {"none": dense_inputs, "full": inputs_of(pruned, tokens)}.get(error_correction, {})
+    inputs = dict(dense_inputs) if error_correction == "none" else inputs_of(pruned, tokens)
     if error_correction == "intra":  # one decoder layer is pruned, the others are dense
         for index, layer in enumerate(pruned.model.layers):
             mixed = tiny_llama()
@@ -146,7 +146,9 @@ def test_errors_are_those_of_the_inputs_that_the_correction_promises(tokens, err
     dense_weights, pruned_weights = weights(dense), weights(pruned)
     for operator in report.operators:
         name = operator.name
-        expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], dense_inputs[name])
+        share = error_correction if isinstance(error_correction, float) else 1.0
+        wanted = share * dense_inputs[name] + (1 - share) * inputs[name]
+        expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], wanted)
         assert operator.relative_error == pytest.approx(expected, rel=1e-4), name
 
 

@@ -200,6 +200,24 @@ def test_stops_where_the_iterates_stop_moving():
     assert (cut.converged, cut.iterations) == (False, tight.iterations - 1)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_where_it_stops_does_not_depend_on_the_units_of_the_weights(scale):
+    made = example(4, 6)
+    problem, l1_penalty = made.problem, 0.05 * critical_penalty(made)
+    tensors = (problem.target, problem.weight)
+    plain = fista(problem.gram, *tensors, l1_penalty, problem.statistics.lipschitz, max_iterations=10_000)
+    scaled = fista(
+        problem.gram,
+        *(scale * tensor for tensor in tensors),
+        scale * l1_penalty,
+        problem.statistics.lipschitz,
+        max_iterations=10_000,
+    )
+    assert plain.converged
+    assert scaled.iterations == plain.iterations
+    assert torch.allclose(scaled.weight, scale * plain.weight, rtol=1e-6, atol=0)
+
+
 def test_arguments_are_left_as_they_were():
     made = example(4, 6)
     problem, start = made.problem, torch.randn(4, 6).double()

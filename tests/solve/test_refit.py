@@ -63,6 +63,20 @@ def test_objective_falls_in_every_step(dtype):
     assert min(drops) > 0
 
 
+@pytest.mark.parametrize("tolerance", [0.3, 1e-2, 1e-4])
+def test_stops_as_soon_as_the_preconditioned_residual_has_fallen_by_the_tolerance(tolerance):
+    made, mask = example(9, 16, corrected=True), random_mask(9, 16)
+    problem = made.problem
+
+    def residual(iterations: int) -> float:
+        weight, _ = refit(problem.gram, problem.target, made.weight, mask, max_iterations=iterations, tolerance=0)
+        return float((problem.gradient(weight) * mask / problem.gram.diagonal().sqrt()).norm())
+
+    _, steps = refit(problem.gram, problem.target, made.weight, mask, max_iterations=100, tolerance=tolerance)
+    assert 0 < steps < 100
+    assert residual(steps) <= tolerance * residual(0) < residual(steps - 1)
+
+
 def test_no_iterations_only_apply_the_mask():
     made, mask = example(4, 8), random_mask(4, 8)
     weight, steps = refit(made.problem.gram, made.problem.target, made.weight, mask, max_iterations=0)
