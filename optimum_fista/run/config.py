@@ -77,6 +77,10 @@ class FistaPruningConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: pass a whole number of at least 0.")
         object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
+        if self.scope is not None and self.pattern != "unstructured" and not self.overrides:
+            raise ValueError(
+                f"scope={self.scope!r} has no meaning for pattern={self.pattern!r}: pass only one of them."
+            )
         self.create_method("")
         for pattern, value in self.overrides.items():
             try:

@@ -46,6 +46,7 @@ class ObsAdmm(PruningMethod):
 
     ridge: float | None = None
     ridge_tokens: float = 1.5
+    scale_damping: float = 0.0
     stages: int = 6
     iterations: int = 5
     first_rho: float = 0.3
@@ -76,9 +77,7 @@ class ObsAdmm(PruningMethod):
         penalty = diagonal * self.ridge_of(statistics.num_tokens, gram.shape[0])
         penalty = torch.where(penalty > 0, penalty, torch.ones_like(penalty) * (float(penalty.mean()) or 1.0))
         gram.diagonal().add_(penalty)
-        factor, message = damped_cholesky(gram, 0.0)
-        scale = torch.cholesky_inverse(factor).diagonal().sqrt()
-        del factor
+        scale, message = _surgeon_scale(gram, self.scale_damping)
         gram.mul_(scale).mul_(scale[:, None])
         states = [_start(problem, penalty, scale) for problem in problems]
         split_in_stages(gram, states, patterns, self.rhos, self.iterations)
@@ -113,6 +112,14 @@ class ObsAdmm(PruningMethod):
             converged=not message,
             message=message,
         )
+
+
+def _surgeon_scale(gram: Tensor, damping: float) -> tuple[Tensor, str]:
+    """`sqrt([(G + damping * diag(G))^-1]_jj)` [in], and the message of a factorisation that needed help."""
+    scale = gram.diagonal().rsqrt()
+    unit = gram * scale * scale[:, None]
+    factor, message = damped_cholesky(unit, damping)
+    return torch.cholesky_inverse(factor, out=unit).diagonal().sqrt() * scale, message
 
 
 def _start(problem: LayerProblem, penalty: Tensor, scale: Tensor) -> SplitState:
