@@ -29,11 +29,12 @@ def keep_largest_in_rows(scores: Tensor, count: int) -> Tensor:
     if count >= columns:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = kth_smallest(scores, columns - count + 1).view(rows, 1)
+    mask = scores >= threshold
+    if bool((mask.sum(1) == count).all()):
+        return mask
     mask = scores > threshold
     missing = count - mask.sum(1, keepdim=True)
     ties = scores == threshold
-    if bool((ties.sum(1, keepdim=True) == missing).all()):
-        return mask.logical_or_(ties)
     return mask.logical_or_(ties & (ties.cumsum(1) <= missing))
 
 
@@ -43,12 +44,11 @@ def keep_largest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
     The rank of a score is the number of scores of its group that beat it (ties by position): m - 1
     comparisons a weight, which for small m is far cheaper than sorting the groups.
     """
-    groups = scores.reshape(-1, m).unbind(1)
-    kept = []
-    for i, score in enumerate(groups):
-        rank = torch.zeros_like(score, dtype=torch.int16)
-        for j, other in enumerate(groups):
-            if j != i:
-                rank += (other >= score) if j < i else (other > score)
-        kept.append(rank < n)
-    return torch.stack(kept, dim=1).view(scores.shape)
+    groups = scores.reshape(-1, m).T.contiguous()
+    ranks = torch.zeros(groups.shape, dtype=torch.uint8 if m < 256 else torch.int16, device=scores.device)
+    for i in range(m):
+        for j in range(i + 1, m):
+            first_wins = groups[i] >= groups[j]
+            ranks[j] += first_wins
+            ranks[i] += first_wins.logical_not_()
+    return (ranks < n).T.reshape(scores.shape)

@@ -20,14 +20,12 @@ class SplitState:
         sparse: `Z`, the iterate that keeps the pattern, [out, in]; dense at the start.
         dual: `V`, the unscaled dual variable, [out, in].
         mask: Mask of `sparse`, True = kept; `None` before the first projection.
-        changed: Share of the mask that the last projection changed.
     """
 
     target: Tensor
     sparse: Tensor
     dual: Tensor
     mask: Tensor | None = None
-    changed: float = 1.0
 
     @classmethod
     def start(cls, target: Tensor, weight: Tensor) -> SplitState:
@@ -40,14 +38,11 @@ class SplitState:
         It minimizes `1/2 <W G, W> - <W, C>` over `W = Z`, Z in the pattern (ALPS, arXiv 2406.07831, eqs. 3-5):
         `W = (C - V + rho Z) (G + rho I)^-1`, `Z = project(W + V / rho)`, `V += rho (W - Z)`.
         """
-        weight = torch.add(self.target, self.sparse, alpha=rho).sub_(self.dual) @ inverse
+        weight = self.sparse.mul_(rho).add_(self.target).sub_(self.dual) @ inverse
         self.dual.add_(weight, alpha=rho)
         torch.div(self.dual, rho, out=self.sparse)
-        mask = pattern.mask(self.sparse.abs())
-        if self.mask is not None:
-            self.changed = float((mask ^ self.mask).sum()) / mask.numel()
-        self.mask = mask
-        self.sparse.mul_(mask)
+        self.mask = pattern.mask(torch.abs(self.sparse, out=weight))
+        self.sparse.mul_(self.mask)
         self.dual.sub_(self.sparse, alpha=rho)
 
 
