@@ -67,11 +67,15 @@ class PausedForwards:
                 raise RuntimeError("the operators of this decoder layer are called in another order than when traced")
             yield inputs
 
+    def output(self, batch: int) -> Tensor:
+        """Run one batch to the end; returns the layer's output hidden states."""
+        _, output = self._passes[batch].switch()
+        return output
+
     def outputs(self) -> Iterator[Tensor]:
         """Run every batch to the end; yields the layer's output hidden states, a batch each."""
-        for forward in self._passes:
-            _, output = forward.switch()
-            yield output
+        for batch in range(len(self._passes)):
+            yield self.output(batch)
 
 
 def _pause(stop: int, inputs: Tensor) -> None:

@@ -147,7 +147,7 @@ def record_dense(
 
 def problems_same_input(group: Group, gram: GramAccumulator) -> list[LayerProblem]:
     """Layer problems with X* = X: the target is `W G`."""
-    statistics = _checked_statistics(group, gram)
+    statistics = checked_statistics(group, gram)
     return [LayerProblem(operator.read(), statistics, name=operator.name) for operator in group]
 
 
@@ -181,7 +181,7 @@ def problems_corrected(
             kept = activations.weighted(record.kept[batch].to(device, non_blocking=True), batch)
             cross.addmm_(kept.T, rows)
     record.kept.clear()
-    statistics = _checked_statistics(group, gram)
+    statistics = checked_statistics(group, gram)
     problems, row = [], 0
     for operator in group:
         weight = operator.read()
@@ -208,7 +208,12 @@ def _mixed(
     return LayerProblem(weight, statistics, target, energy, name)
 
 
-def _checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:
+def checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:
+    """The finished statistics of a group's inputs.
+
+    Raises:
+        ValueError: If they hold NaN or Inf.
+    """
     statistics = gram.finish()
     if not bool(torch.isfinite(statistics.gram).all()):
         raise ValueError(

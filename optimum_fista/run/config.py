@@ -32,6 +32,8 @@ class FistaPruningConfig:
             the already pruned operators of the same decoder layer, targets from the dense network. `"full"`:
             the pruned hidden states are carried on between decoder layers as well. A number `a` in [0, 1]: carried
             on as well, with the targets `W (a X + (1 - a) X*)`, so that 1 is `"full"`.
+        residual_correction: In [0, 1]: share of the error in the rest of a decoder layer's output that its last
+            operator (the down projection) is to make up for, where its output is added to the residual stream.
         token_weighting: `"uniform"`, or `"relative"`: a token's errors count relative to the energy of the hidden state
             that enters the decoder layer, so that a few tokens of huge activations don't decide what is kept.
         warm_start: `"dense"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or `"auto"`, the paper's rule: SparseGPT
@@ -52,6 +54,7 @@ class FistaPruningConfig:
     scope: Scope | None = None
     method: str = "fista"
     error_correction: ErrorCorrection = "intra"
+    residual_correction: float = 0.0
     token_weighting: TokenWeighting = "uniform"
     warm_start: str | None = None
     max_iterations: int | None = None
@@ -72,6 +75,8 @@ class FistaPruningConfig:
             raise ValueError(
                 f"error_correction={self.error_correction!r}: pass 'none', 'intra', 'full', or a number in [0, 1]."
             )
+        if not 0 <= self.residual_correction <= 1:
+            raise ValueError(f"residual_correction={self.residual_correction!r}: pass a number in [0, 1].")
         if self.token_weighting not in ("uniform", "relative"):
             raise ValueError(f"token_weighting={self.token_weighting!r}: pass 'uniform' or 'relative'.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.paused import PausedForwards
+from optimum_fista.model.residual import is_added_to_output, residual_problem
 from optimum_fista.model.statistics import (
+    DenseRecord,
     Group,
     LayerActivations,
     problems_corrected,
@@ -55,6 +57,7 @@ class LayerPruning:
         method: The pruning method.
         pattern_for: Sparsity pattern by operator name.
         error_correction: `"none"`, `"intra"`, `"full"`, or the share of the dense inputs in the targets.
+        residual_share: Share of the error of the rest of the decoder layer that its last operator is to make up for.
         write: Called with an operator and its pruned weights before anything behind it runs.
     """
 
@@ -64,6 +67,7 @@ class LayerPruning:
         pattern_for: Callable[[str], SparsityPattern],
         error_correction: str | float,
         write: Callable[[LinearOperator, PrunedOperator], None],
+        residual_share: float = 0.0,
     ) -> None:
         self.method = method
         self.pattern_for = pattern_for
@@ -71,6 +75,7 @@ class LayerPruning:
         self.carries_on = error_correction == "full" or not isinstance(error_correction, str)
         self._dense_share = 1.0 if isinstance(error_correction, str) else float(error_correction)
         self.write = write
+        self.residual_share = residual_share
 
     def prune(
         self, activations: LayerActivations, groups: Sequence[Group], states: HiddenStates
@@ -91,14 +96,52 @@ class LayerPruning:
         hidden_states = states.dense if states.pruned is None else states.pruned
         with PausedForwards(activations.layer, stops, activations.calls, hidden_states) as forwards:
             for stop, index in enumerate(corrected):
+                if self._corrects_residual(activations, groups, index, states.dense[0]):
+                    yield self._last(activations, groups[index], records[index], outputs, forwards, stop, states)
+                    break
                 inputs = forwards.inputs(stop)
                 yield self._solve(
                     groups[index],
                     problems_corrected(activations, groups[index], records[index], inputs, self._dense_share),
                 )
-            if states.pruned is not None:
-                states.pruned = [output.to(activations.storage) for output in forwards.outputs()]
+            else:
+                if states.pruned is not None:
+                    states.pruned = [output.to(activations.storage) for output in forwards.outputs()]
         states.dense = outputs
+
+    def _corrects_residual(
+        self, activations: LayerActivations, groups: Sequence[Group], index: int, hidden_states: Tensor
+    ) -> bool:
+        """Whether a group is the last of its layer, a single operator whose output is added to the layer's."""
+        last = self.residual_share > 0 and index == len(groups) - 1 and len(groups[index]) == 1
+        return last and is_added_to_output(activations, groups[index][0], hidden_states)
+
+    def _last(
+        self,
+        activations: LayerActivations,
+        group: Group,
+        record: DenseRecord,
+        outputs: Sequence[Tensor],
+        forwards: PausedForwards,
+        stop: int,
+        states: HiddenStates,
+    ) -> PrunedGroup:
+        """Prune the last operator against the decoder layer's output."""
+        made = residual_problem(
+            activations,
+            group[0],
+            record,
+            outputs,
+            forwards,
+            stop,
+            dense_share=self._dense_share,
+            residual_share=self.residual_share,
+            keep=states.pruned is not None,
+        )
+        pruned = self._solve(group, [made.problem])
+        if states.pruned is not None:
+            states.pruned = made.outputs(group[0])
+        return pruned
 
     def _sees_dense_input(self, index: int) -> bool:
         """Whether X* = X for a group: always without correction, for the first group with "intra"."""

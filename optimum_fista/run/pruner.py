@@ -248,7 +248,9 @@ class FistaPruner:
         storage = torch.device(self.storage_device or recorded.hidden_states[0].device)
         dense = [hidden.to(storage) for hidden in recorded.hidden_states]
         method = self.config.create_method(model.config.model_type)
-        pruning = LayerPruning(method, self.config.pattern_for, self.config.error_correction, write)
+        pruning = LayerPruning(
+            method, self.config.pattern_for, self.config.error_correction, write, self.config.residual_correction
+        )
         states = HiddenStates(dense, list(dense) if pruning.carries_on else None)
         total = sum(len(group) for group in operators.values())
         with tqdm(total=total, desc="Pruning", unit="operator", disable=not self.progress) as bar:

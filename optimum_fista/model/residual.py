@@ -1,0 +1,110 @@
+"""Residual correction: the last operator of a decoder layer makes up for what the layer's residual stream lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optimum_fista.model.gram import GramAccumulator
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.paused import PausedForwards
+from optimum_fista.model.statistics import DenseRecord, LayerActivations, checked_statistics
+from optimum_fista.solve.problem import LayerProblem, inner
+
+
+def is_added_to_output(activations: LayerActivations, operator: LinearOperator, hidden_states: Tensor) -> bool:
+    """Whether the decoder layer's output is something plus this operator's output, tried on one batch."""
+    call = activations.calls[0]
+    device = operator.parameter.device
+    seen: list[Tensor] = []
+    handle = operator.module.register_forward_hook(lambda _, __, output: seen.append(output.clone()))
+    output = call.run(activations.layer, hidden_states.to(device))
+    handle.remove()
+    handle = operator.module.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+    rest = call.run(activations.layer, hidden_states.to(device))
+    handle.remove()
+    if output is None or rest is None or len(seen) != 1 or seen[0].numel() != rest.numel():
+        return False
+    difference = (rest.float() + seen[0].float().view(rest.shape) - output.float()).abs().max()
+    return float(difference) <= 2e-2 * float(output.float().abs().max()) * torch.finfo(output.dtype).eps ** 0.5
+
+
+@dataclass
+class ResidualProblem:
+    """The layer problem of a decoder layer's last operator, and what its pruned weights will be added to.
+
+    Attributes:
+        problem: Its target outputs are `W (a X + (1 - a) X*) - b (D* - D)`, `D` and `D*` the rest of the decoder
+            layer's output in the dense and in the pruned network: `b = 1` aims at the dense layer's output.
+        rest: `D*` [batch, sequence, hidden], a batch each.
+        inputs: `X*` [batch, sequence, in], a batch each.
+    """
+
+    problem: LayerProblem
+    rest: list[Tensor]
+    inputs: list[Tensor]
+
+    def outputs(self, operator: LinearOperator) -> list[Tensor]:
+        """Output hidden states of the decoder layer with the operator's weights as they are now, a batch each."""
+        device = operator.parameter.device
+        return [
+            rest + operator.module(x.to(device)).view(rest.shape).to(rest)
+            for rest, x in zip(self.rest, self.inputs, strict=True)
+        ]
+
+
+def residual_problem(
+    activations: LayerActivations,
+    operator: LinearOperator,
+    record: DenseRecord,
+    dense_outputs: Sequence[Tensor],
+    forwards: PausedForwards,
+    stop: int,
+    *,
+    dense_share: float,
+    residual_share: float,
+    keep: bool,
+) -> ResidualProblem:
+    """Form the problem of the last operator; every batch runs to the end of the layer with its dense weights.
+
+    Args:
+        activations: The decoder layer, all other groups pruned.
+        operator: Its last operator, still dense.
+        record: What the dense network showed of the operator; used up.
+        dense_outputs: Output hidden states of the dense layer, a batch each.
+        forwards: Passes paused in front of the operator or before.
+        stop: The operator's index among the stops.
+        dense_share: `a` above.
+        residual_share: `b` above.
+        keep: Whether the outputs of the pruned layer will be asked for.
+    """
+    device, (rows_out, size) = operator.parameter.device, operator.shape
+    gram = GramAccumulator(size, device)
+    target = torch.zeros(rows_out, size, device=device)
+    energy = 0.0
+    kept_rest: list[Tensor] = []
+    kept_inputs: list[Tensor] = []
+    weight = operator.read()
+    for batch, inputs in enumerate(forwards.inputs(stop)):
+        name = operator.name
+        rows = activations.rows(inputs, batch, name).float()
+        same = rows @ weight.T
+        kept = record.kept[batch].to(device).float()
+        kept = kept if record.narrow else kept @ weight.T
+        output = forwards.output(batch)
+        drift = activations.rows(output - dense_outputs[batch].to(device), batch, name).float() - same + kept
+        wanted = same.mul(1 - dense_share).add_(kept, alpha=dense_share).sub_(drift, alpha=residual_share)
+        rows, wanted = activations.weighted(rows, batch), activations.weighted(wanted, batch)
+        gram.add(rows)
+        target.addmm_(wanted.T, rows)
+        energy += inner(wanted, wanted)
+        if keep:
+            kept_inputs.append(inputs.to(activations.storage))
+            kept_rest.append((output - operator.module(inputs).view(output.shape)).to(activations.storage))
+    record.kept.clear()
+    statistics = checked_statistics([operator], gram)
+    problem = LayerProblem(weight, statistics, target, energy, operator.name)
+    return ResidualProblem(problem, kept_rest, kept_inputs)

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import Tensor
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.paused import PausedForwards
+from optimum_fista.model.residual import is_added_to_output
+from optimum_fista.model.statistics import LayerActivations
+
+ADDED = {
+    "llama": "mlp.down_proj",
+    "opt": "fc2",
+    "gpt2": "mlp.c_proj",
+    "gpt_neox": "mlp.dense_4h_to_h",
+    "falcon": "mlp.dense_4h_to_h",
+}
+
+
+def ids() -> Tensor:
+    return torch.randint(1, 64, (12, 24), generator=torch.Generator().manual_seed(0))
+
+
+def first_output(model) -> Tensor:
+    with torch.no_grad():
+        return model(ids(), output_hidden_states=True).hidden_states[1]
+
+
+def prune(model, **options):
+    FistaPruner(FistaPruningConfig(method="alps", **options), progress=False).prune(model, ids().split(4))
+    return model
+
+
+@pytest.mark.parametrize("family", [*ADDED, "gemma3_text"])
+def test_the_operator_that_is_added_to_the_output_is_found(family):
+    model = tiny_model(family)
+    layers = find_decoder_layers(model)
+    name, layer = next(iter(layers))
+    with torch.no_grad():
+        recorded = record_inputs(model, layers, read_batches(ids(), 64))
+        activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, torch.device("cpu"))
+        hidden = recorded.hidden_states[0]
+        added = {
+            short.removeprefix(f"{name}.")
+            for short, operator in find_operators(name, layer).items()
+            if is_added_to_output(activations, operator, hidden)
+        }
+    if family == "gemma3_text":
+        assert added == set(), "its outputs pass a norm first"
+    else:
+        assert ADDED[family] in added
+        assert not any("up" in operator or "q_" in operator for operator in added)
+
+
+@pytest.mark.parametrize("family", list(ADDED))
+def test_the_layer_output_comes_closer_to_the_dense_one(family):
+    dense = first_output(tiny_model(family))
+    errors = [
+        float((first_output(prune(tiny_model(family), residual_correction=share)) - dense).norm())
+        for share in (0.0, 1.0)
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_a_gemma_layer_is_pruned_as_without_it():
+    one, other = (prune(tiny_model("gemma3_text"), residual_correction=share) for share in (0.0, 1.0))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_with_a_dense_rest_of_the_layer_it_changes_nothing():
+    options = {"include": ["*.down_proj"], "error_correction": "intra"}
+    one, other = (prune(tiny_model("llama"), residual_correction=share, **options) for share in (0.0, 1.0))
+    for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "falcon"])
+def test_the_hidden_states_carried_on_are_those_of_the_pruned_model(family, monkeypatch):
+    entered: list[list[Tensor]] = []
+
+    class Spy(PausedForwards):
+        def __init__(self, layer, stops, calls, hidden_states):
+            entered.append(list(hidden_states))
+            super().__init__(layer, stops, calls, hidden_states)
+
+    monkeypatch.setattr("optimum_fista.run.layer_pruning.PausedForwards", Spy)
+    model = prune(tiny_model(family), residual_correction=1.0, error_correction="full")
+    assert torch.allclose(torch.cat(entered[1]), first_output(model), atol=1e-4)
