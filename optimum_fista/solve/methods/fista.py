@@ -30,6 +30,7 @@ class Fista(PruningMethod):
         max_iterations: FISTA steps a trial, the paper's K.
         tolerance: Relative change of the iterates at which FISTA stops.
         patience: Trials without improvement, the paper's T.
+        max_trials: Trials at most; the paper names no limit.
         rounding_share: Share of the rounding error above which the penalty rises, the paper's xi.
         refit_iterations: Conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing.
         restart: Adaptive restart of FISTA's momentum; the paper has none.
@@ -39,6 +40,7 @@ class Fista(PruningMethod):
     max_iterations: int = 20
     tolerance: float = 1e-6
     patience: int = 3
+    max_trials: int = 30
     rounding_share: float = 0.3
     refit_iterations: int = 20
     restart: bool = False
@@ -47,7 +49,7 @@ class Fista(PruningMethod):
     def __post_init__(self) -> None:
         if self.warm_start not in get_args(WarmStart):
             raise ValueError(f"warm_start={self.warm_start!r}: pass one of {', '.join(get_args(WarmStart))}.")
-        for option, least in (("max_iterations", 1), ("patience", 1), ("refit_iterations", 0)):
+        for option, least in (("max_iterations", 1), ("patience", 1), ("max_trials", 1), ("refit_iterations", 0)):
             if getattr(self, option) < least:
                 raise ValueError(f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}.")
         if self.tolerance < 0:
@@ -80,6 +82,7 @@ class Fista(PruningMethod):
             solve,
             rounding_share=self.rounding_share,
             patience=self.patience,
+            max_trials=self.max_trials,
         )
         weight, steps = refit(
             problem.gram, problem.target, found.weight, found.mask, max_iterations=self.refit_iterations
