@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-samples", type=int, default=16, help="calibration sequences (default 16)")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens a sequence (default 512)")
     parser.add_argument(
-        "--max-windows", type=int, default=24, help="windows the perplexity is measured on (default 24)"
+        "--max-windows", type=int, default=16, help="windows the perplexity is measured on (default 16)"
     )
 
 

@@ -99,7 +99,13 @@ class FistaPruningConfig:
 
         Warm start by family (SparseGPT for OPT, Wanda otherwise), intra-layer error correction.
         """
-        method_options = {"patience": 3, "rounding_share": 0.3, "refit_iterations": 0, "restart": False}
+        method_options = {
+            "patience": 3,
+            "max_trials": 30,
+            "rounding_share": 0.3,
+            "refit_iterations": 0,
+            "restart": False,
+        }
         settings: dict[str, Any] = {
             "warm_start": "auto",
             "max_iterations": 20,

@@ -40,7 +40,7 @@ class Fista(PruningMethod):
     max_iterations: int = 20
     tolerance: float = 1e-6
     patience: int = 3
-    max_trials: int = 30
+    max_trials: int = 4
     rounding_share: float = 0.3
     refit_iterations: int = 20
     restart: bool = False
