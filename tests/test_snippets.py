@@ -1,0 +1,57 @@
+"""Python and shell snippets of the README and the docs run on a tiny model."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
+
+from optimum_fista.cli.main import build_parser
+from optimum_fista.run.verification import verify_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def snippets(language: str) -> list[str]:
+    found = [s for page in PAGES for s in re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("snippet", snippets("python"))
+def test_python_snippets_run(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_folder(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    names = {"model": tiny_llama(), "calib_dataloader": tiny_tokens().split(4), "tokenizer": tiny_tokenizer()}
+    exec(compile(snippet, "snippet", "exec"), names)
+    if 'save_pretrained(model, "pruned"' in snippet:
+        assert verify_checkpoint(tmp_path / "pruned").num_operators == 14
+
+
+def commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for snippet in snippets("bash") for line in snippet.splitlines()]
+    return [line for line in lines if line.startswith("optimum-fista ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_of_the_docs_parse(command):
+    arguments = build_parser().parse_args(shlex.split(command)[1:])
+    assert callable(arguments.fista_run)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_names_of_the_docs_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (page.parent / target).exists(), target
+    for dotted in re.findall(r"`((?:solve|model|run|cli)\.[\w.]+)`", text):
+        module, _, name = dotted.rpartition(".")
+        files = [ROOT / "optimum_fista" / f"{module.replace('.', '/')}.py"]
+        if not files[0].exists():
+            module, _, owner = module.rpartition(".")
+            files, name = [ROOT / "optimum_fista" / f"{module.replace('.', '/')}.py"], owner
+        assert files[0].exists(), dotted
+        assert re.search(rf"\b(class|def) {name}\b", files[0].read_text()), dotted
