@@ -1,0 +1,26 @@
+"""The same runs on a CUDA device; skipped, and said so, where there is none."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from tiny_llama import tiny_llama, tiny_tokens
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.solve.methods import METHODS
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("storage_device", [None, "cpu"])
+def test_a_gpu_prunes_as_the_cpu_does(method, pattern, storage_device):
+    model = tiny_llama()
+    on_gpu = deepcopy(model).to("cuda")
+    config = FistaPruningConfig(pattern=pattern, method=method)
+    expected = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+    pruner = FistaPruner(config, progress=False, storage_device=storage_device)
+    report = pruner.prune(on_gpu, tiny_tokens().split(4))
+    assert report.totals["num_zeros"] == expected.totals["num_zeros"]
+    assert report.totals["mean_relative_error"] == pytest.approx(expected.totals["mean_relative_error"], rel=2e-2)
