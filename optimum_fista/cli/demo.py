@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from optimum_fista.run.config import ErrorCorrection
+
 DESCRIPTION = """\
 Prune a real model to 50% and to 2:4 by every method and compare perplexities.
 
@@ -21,7 +23,9 @@ calibration text is sampled from the model itself, and the perplexity is measure
 Python. Saves the two models pruned by FISTA, verifies the files, reloads one with plain Transformers and lets it write.
 """
 
-_METHODS = ("magnitude", "wanda", "sparsegpt", "fista")
+_METHODS: dict[str, ErrorCorrection] = {"magnitude": 0.0, "wanda": 0.0, "sparsegpt": 0.0, "fista": "intra"}
+"""Methods and their error correction; 0.0, pruned hidden states without correction, is what the others' sources do."""
+
 _PROMPT = "The most important thing to know about the sea is"
 
 
@@ -72,12 +76,12 @@ def _compare(
 
     dense = evaluate_perplexity(model, windows, progress=False).perplexity
     rows = [f"{'dense':<12}{dense:>10.2f}{'':>10}{'':>10}{dense:>12.2f}"]
-    for method in _METHODS:
+    for method, error_correction in _METHODS.items():
         cells = []
         for pattern, width, name in (("unstructured", 10, "50"), ("2:4", 12, "2-4")):
             print(f"pruning by {method}, {'50%' if name == '50' else pattern}")
             pruned = copy.deepcopy(model)
-            pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method=method))
+            pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method=method, error_correction=error_correction))
             report = pruner.prune(pruned, tokens.split(1), calibration_source="self")
             perplexity = evaluate_perplexity(pruned, windows, progress=False).perplexity
             sparsity = report.totals["sparsity"]

@@ -31,7 +31,8 @@ class FistaPruningConfig:
         error_correction: `"none"`: every operator sees the dense network's inputs. `"intra"`: inputs come from
             the already pruned operators of the same decoder layer, targets from the dense network. `"full"`:
             the pruned hidden states are carried on between decoder layers as well. A number `a` in [0, 1]: carried
-            on as well, with the targets `W (a X + (1 - a) X*)`, so that 1 is `"full"`.
+            on as well, with the targets `W (a X + (1 - a) X*)`: 1 is `"full"`, 0 corrects nothing, as in the sources
+            of SparseGPT and Wanda.
         residual_correction: In [0, 1]: share of the error in the rest of a decoder layer's output that its last
             operator (the down projection) is to make up for, where its output is added to the residual stream.
         token_weighting: `"uniform"`, or `"relative"`: a token's errors count relative to the energy of the hidden state
