@@ -246,21 +246,24 @@ class FistaPruner:
 
         recorded = record_inputs(model, layers, batches)
         storage = torch.device(self.storage_device or recorded.hidden_states[0].device)
-        dense = [hidden.to(storage) for hidden in recorded.hidden_states]
         method = self.config.create_method(model.config.model_type)
         pruning = LayerPruning(
             method, self.config.pattern_for, self.config.error_correction, write, self.config.residual_correction
         )
-        states = HiddenStates(dense, list(dense) if pruning.carries_on else None)
+        states = HiddenStates([hidden.to(storage) for hidden in recorded.hidden_states])
+        states.pruned = list(states.dense) if pruning.carries_on else None
+        recorded.hidden_states.clear()
+        last_layer = max(index for index, group in enumerate(operators.values()) if group)
         total = sum(len(group) for group in operators.values())
         with tqdm(total=total, desc="Pruning", unit="operator", disable=not self.progress) as bar:
             for index, (layer_name, layer) in enumerate(layers):
-                calls = recorded.calls[index]
-                recorded.calls[index] = []
+                if index > last_layer:
+                    break
+                calls, recorded.calls[index] = recorded.calls[index], []
                 activations = LayerActivations(layer, calls, recorded.token_masks, storage)
                 if self.config.token_weighting == "relative":
                     activations.token_scales = relative_scales(states.dense, recorded.token_masks)
-                groups = trace_groups(layer, operators[layer_name], calls[0], dense[0].to(_device(layer)))
+                groups = trace_groups(layer, operators[layer_name], calls[0], states.dense[0].to(_device(layer)))
                 with closing(pruning.prune(activations, groups, states)) as pruned_groups:
                     for group in pruned_groups:
                         reports = report_group(group, self.config.method, self.config.pattern_for)
