@@ -91,21 +91,27 @@ def table(rows: list[dict[str, Any]], texts: list[str]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
+    """Bars by method, one panel a pattern; bars beyond four times the dense perplexity are cut and labelled."""
     import matplotlib.pyplot as plt
 
     patterns = [p for p in dict.fromkeys(row["pattern"] for row in rows) if p != "-"]
-    figure, axes = plt.subplots(1, len(patterns), figsize=(4.5 * len(patterns), 4), squeeze=False)
+    limit = 4 * max(row["perplexity"][text] for row in rows if row["method"] == "dense" for text in texts)
+    tallest = max(sum(row["pattern"] in (pattern, "-") for row in rows) for pattern in patterns)
+    size = (4 + 5 * len(patterns), 1.6 + 0.5 * tallest)
+    figure, axes = plt.subplots(1, len(patterns), figsize=size, squeeze=False, layout="constrained")
     for axis, pattern in zip(axes[0], patterns, strict=True):
         chosen = [row for row in rows if row["pattern"] in (pattern, "-")]
         for offset, text in enumerate(texts):
             places = [i + 0.8 / len(texts) * (offset - (len(texts) - 1) / 2) for i in range(len(chosen))]
-            axis.barh(places, [row["perplexity"][text] for row in chosen], 0.75 / len(texts), label=text)
-        axis.set(title=pattern, xscale="log", yticks=range(len(chosen)), yticklabels=[row["method"] for row in chosen])
+            values = [row["perplexity"][text] for row in chosen]
+            bars = axis.barh(places, [min(value, limit) for value in values], 0.75 / len(texts), label=text)
+            axis.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=7, padding=2)
+        axis.set(title=f"sparsity {pattern}", yticks=range(len(chosen)), yticklabels=[row["method"] for row in chosen])
+        axis.set(xlabel="perplexity, lower is better", xlim=(0, 1.08 * limit))
         axis.invert_yaxis()
-    axes[0][0].legend(fontsize=8)
-    figure.supxlabel("perplexity (logarithmic)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(texts), fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
