@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave operators dense whose name matches; repeatable",
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--method", help="fista (default), sparsegpt, wanda, magnitude")
+    how.add_argument("--method", help="fista (default), magnitude, wanda, dsnot, sparsegpt, admm, alps, obs_admm")
     how.add_argument("--paper", action="store_true", help="the published settings of FISTAPruner (K=20, T=3, xi=0.3)")
     how.add_argument(
         "--error-correction",

@@ -347,3 +347,19 @@ def test_attention_of_a_model_with_fused_experts_can_be_pruned(tokens):
     report = prune(model, tokens.split(4), method="wanda", exclude=("*.experts",))
     assert len(report.operators) == 8
     assert all("self_attn" in o.name for o in report.operators)
+
+
+def test_token_weighting_reaches_the_statistics(tokens):
+    uniform, relative = tiny_llama(), tiny_llama()
+    for model, weighting in ((uniform, "uniform"), (relative, "relative")):
+        config = FistaPruningConfig(method="obs_admm", token_weighting=weighting)
+        FistaPruner(config, progress=False).prune(model, tokens.split(4))
+    assert not torch.equal(uniform.model.layers[0].mlp.down_proj.weight, relative.model.layers[0].mlp.down_proj.weight)
+
+
+def test_nothing_runs_behind_the_last_layer_with_something_to_prune(llama, tokens, monkeypatch):
+    calls = []
+    monkeypatch.setattr(llama.model.layers[1].mlp, "forward", lambda *args: calls.append(args))
+    config = FistaPruningConfig(method="wanda", include=["*.layers.0.*"])
+    assert len(FistaPruner(config, progress=False).prune(llama, tokens.split(4)).operators) == 7
+    assert calls == []
