@@ -13,24 +13,26 @@ from optimum_fista.solve.pattern import SparsityPattern
 
 @dataclass
 class SplitState:
-    """Iterates of one operator.
+    """Iterates of one operator: the sparse iterate `Z` and the dual `V` in one matrix, which a mask tells apart.
+
+    ADMM projects `P = W + V / rho` on the pattern: `Z` is `P` where the mask keeps it, and `V / rho` is what is left.
 
     Attributes:
         target: `C` [out, in].
-        sparse: `Z`, the iterate that keeps the pattern, [out, in]; dense at the start.
-        dual: `V`, the unscaled dual variable, [out, in].
-        mask: Mask of `sparse`, True = kept; `None` before the first projection.
+        point: `P` [out, in]; the dense weights at the start.
+        mask: Mask of `Z`, True = kept; `None` before the first projection, where `Z = P` and `V = 0`.
+        rho: The penalty parameter that `point` was made with.
     """
 
     target: Tensor
-    sparse: Tensor
-    dual: Tensor
+    point: Tensor
     mask: Tensor | None = None
+    rho: float = 1.0
 
-    @classmethod
-    def start(cls, target: Tensor, weight: Tensor) -> SplitState:
-        """Start from the dense weights with a zero dual; takes `weight` over."""
-        return cls(target, weight, torch.zeros_like(weight))
+    @property
+    def sparse(self) -> Tensor:
+        """`Z`, the iterate that keeps the pattern, [out, in]; dense at the start."""
+        return self.point if self.mask is None else self.point * self.mask
 
     def iterate(self, inverse: Tensor, rho: float, pattern: SparsityPattern) -> None:
         """One ADMM iteration with `inverse = (G + rho I)^-1` [in, in].
@@ -38,12 +40,17 @@ class SplitState:
         It minimizes `1/2 <W G, W> - <W, C>` over `W = Z`, Z in the pattern (ALPS, arXiv 2406.07831, eqs. 3-5):
         `W = (C - V + rho Z) (G + rho I)^-1`, `Z = project(W + V / rho)`, `V += rho (W - Z)`.
         """
-        weight = self.sparse.mul_(rho).add_(self.target).sub_(self.dual) @ inverse
-        self.dual.add_(weight, alpha=rho)
-        torch.div(self.dual, rho, out=self.sparse)
-        self.mask = pattern.mask(torch.abs(self.sparse, out=weight))
-        self.sparse.mul_(self.mask)
-        self.dual.sub_(self.sparse, alpha=rho)
+        if self.mask is None:
+            dual = torch.zeros_like(self.point)
+        else:
+            dual = self.point.masked_fill(self.mask, 0)
+            self.point.sub_(dual)
+            dual.mul_(self.rho / rho)
+            self.point.sub_(dual)
+        torch.add(self.target, self.point, alpha=rho, out=self.point)
+        spare, self.point = self.point, dual.addmm_(self.point, inverse)
+        self.mask = pattern.mask(torch.abs(self.point, out=spare))
+        self.rho = rho
 
 
 def damped_inverse(gram: Tensor, rho: float) -> Tensor:

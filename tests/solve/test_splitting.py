@@ -12,25 +12,28 @@ def test_damped_inverse_is_the_inverse():
     assert torch.allclose(inverse @ (gram + 0.7 * torch.eye(12, dtype=gram.dtype)), torch.eye(12, dtype=gram.dtype))
 
 
-def test_one_iteration_by_hand():
+def test_iterations_by_hand():
     made = example(4, 8)
     gram, target = made.problem.gram, made.problem.target
-    rho, pattern = 2.0, SparsityPattern(0.5)
-    state = SplitState(target, made.weight.clone(), torch.ones_like(target))
-    inverse = damped_inverse(gram, rho)
-    weight = (target - 1 + rho * made.weight) @ torch.linalg.inv(gram + rho * torch.eye(8, dtype=gram.dtype))
-    moved = weight + 1 / rho
-    mask = pattern.mask(moved.abs())
-    state.iterate(inverse, rho, pattern)
-    assert torch.equal(state.mask, mask)
-    assert torch.allclose(state.sparse, moved * mask)
-    assert torch.allclose(state.dual, 1 + rho * (weight - moved * mask))
+    pattern = SparsityPattern(0.5)
+    state = SplitState(target, made.weight.clone())
+    sparse, dual = made.weight.clone(), torch.zeros_like(target)
+    for rho in (2.0, 2.0, 5.0, 3.0):
+        inverse = damped_inverse(gram, rho)
+        weight = (target - dual + rho * sparse) @ torch.linalg.inv(gram + rho * torch.eye(8, dtype=gram.dtype))
+        moved = weight + dual / rho
+        mask = pattern.mask(moved.abs())
+        sparse, dual = moved * mask, dual + rho * (weight - moved * mask)
+        state.iterate(inverse, rho, pattern)
+        assert torch.equal(state.mask, mask)
+        assert torch.allclose(state.sparse, sparse)
+        assert torch.allclose(rho * (state.point - state.sparse), dual)
 
 
 def test_a_large_rho_converges_to_a_point_where_both_sides_agree():
     made = example(4, 8, corrected=True)
     rho, pattern = float(made.problem.gram.diagonal().mean()), SparsityPattern(0.5)
-    state = SplitState.start(made.problem.target, made.weight.clone())
+    state = SplitState(made.problem.target, made.weight.clone())
     split_in_stages(made.problem.gram, [state], [pattern], [rho], 4000)
     support = [torch.nonzero(row).flatten() for row in state.mask]
     for row, kept in enumerate(support):
@@ -44,7 +47,7 @@ def test_operators_that_share_inputs_are_solved_as_alone():
     pattern = SparsityPattern.parse("2:4")
 
     def run(rows):
-        return SplitState.start(made.problem.target[rows].clone(), made.weight[rows].clone())
+        return SplitState(made.problem.target[rows].clone(), made.weight[rows].clone())
 
     both = [run(slice(0, 2)), run(slice(2, 6))]
     alone = run(slice(2, 6))

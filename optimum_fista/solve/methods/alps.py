@@ -44,7 +44,7 @@ class Alps(PruningMethod):
         """Prune one operator to `pattern`."""
         gram, target, scale = unit_diagonal(problem, self.damping)
         values, vectors = torch.linalg.eigh(gram)
-        state = SplitState.start(target, problem.weight / scale)
+        state = SplitState(target, problem.weight / scale)
         rho, iteration, settled = self.first_rho, 0, False
         support: Tensor | None = None
         while iteration < self.max_iterations and not settled:

@@ -124,4 +124,4 @@ def _surgeon_scale(gram: Tensor, damping: float) -> tuple[Tensor, str]:
 
 def _start(problem: LayerProblem, penalty: Tensor, scale: Tensor) -> SplitState:
     target = torch.addcmul(problem.target, problem.weight, penalty).mul_(scale)
-    return SplitState.start(target, problem.weight / scale)
+    return SplitState(target, problem.weight / scale)
