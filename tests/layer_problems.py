@@ -61,5 +61,5 @@ def example(
     statistics = InputStatistics(inputs.T @ inputs, tokens, inputs.mean(0))
     if not corrected:
         return Example(weight, inputs, outputs, LayerProblem(weight, statistics))
-    problem = LayerProblem(weight, statistics, outputs.T @ inputs, float(outputs.double().square().sum()))
+    problem = LayerProblem(weight, statistics, outputs.T @ inputs, outputs.double().square().sum(0))
     return Example(weight, inputs, outputs, problem)

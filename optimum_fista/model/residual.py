@@ -12,7 +12,7 @@ from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.paused import PausedForwards
 from optimum_fista.model.statistics import DenseRecord, LayerActivations, checked_statistics
-from optimum_fista.solve.problem import LayerProblem, inner
+from optimum_fista.solve.problem import LayerProblem
 
 
 def is_added_to_output(activations: LayerActivations, operator: LinearOperator, hidden_states: Tensor) -> bool:
@@ -84,7 +84,7 @@ def residual_problem(
     device, (rows_out, size) = operator.parameter.device, operator.shape
     gram = GramAccumulator(size, device)
     target = torch.zeros(rows_out, size, device=device)
-    energy = 0.0
+    energies = torch.zeros(rows_out, dtype=torch.float64, device=device)
     kept_rest: list[Tensor] = []
     kept_inputs: list[Tensor] = []
     weight = operator.read()
@@ -100,11 +100,11 @@ def residual_problem(
         rows, wanted = activations.weighted(rows, batch), activations.weighted(wanted, batch)
         gram.add(rows)
         target.addmm_(wanted.T, rows)
-        energy += inner(wanted, wanted)
+        energies += wanted.square().sum(0)
         if keep:
             kept_inputs.append(inputs.to(activations.storage))
             kept_rest.append((output - operator.module(inputs).view(output.shape)).to(activations.storage))
     record.kept.clear()
     statistics = checked_statistics([operator], gram)
-    problem = LayerProblem(weight, statistics, target, energy, operator.name)
+    problem = LayerProblem(weight, statistics, target, energies, operator.name)
     return ResidualProblem(problem, kept_rest, kept_inputs)

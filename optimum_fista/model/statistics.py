@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.replay import LayerCall, watching
-from optimum_fista.solve.problem import InputStatistics, LayerProblem, inner
+from optimum_fista.solve.problem import InputStatistics, LayerProblem, inner_by_rows
 
 Group = list[LinearOperator]
 
@@ -80,12 +80,12 @@ class DenseRecord:
     Attributes:
         narrow: Whether outputs are kept (fewer outputs than inputs) rather than inputs.
         kept: Dense outputs without bias, side by side, [tokens, out], or dense inputs [tokens, in], a batch each.
-        energies: `|| W X ||_F^2` by operator.
+        energies: Squared norms of the rows of `W X`, [out], float64, by operator.
     """
 
     narrow: bool
     kept: list[Tensor] = field(default_factory=list)
-    energies: dict[str, float] = field(default_factory=dict)
+    energies: dict[str, Tensor] = field(default_factory=dict)
 
 
 def record_dense(
@@ -127,7 +127,8 @@ def record_dense(
                 outputs[operator.name] = rows.clone()  # Falcon adds to it in place
             rows = activations.weighted(rows, batch)
             energies = records[index].energies
-            energies[operator.name] = energies.get(operator.name, 0.0) + inner(rows, rows)
+            squares = rows.square().sum(0).double()
+            energies[operator.name] = energies[operator.name] + squares if operator.name in energies else squares
 
     watch_inputs = {g[0].module: (lambda x, i=i: see_input(i, x)) for i, g in enumerate(groups)}
     watch_outputs = {o.module: (lambda y, i=i, o=o: see_output(i, o, y)) for i, g in enumerate(groups) for o in g}
@@ -190,22 +191,21 @@ def problems_corrected(
             continue
         target = cross[row : row + weight.shape[0]].clone() if record.narrow else weight @ cross
         row += weight.shape[0]
-        energy = record.energies[operator.name]
-        problems.append(_mixed(weight, statistics, target, energy, dense_share, operator.name))
+        energies = record.energies[operator.name]
+        problems.append(_mixed(weight, statistics, target, energies, dense_share, operator.name))
     return problems
 
 
 def _mixed(
-    weight: Tensor, statistics: InputStatistics, target: Tensor, energy: float, share: float, name: str
+    weight: Tensor, statistics: InputStatistics, target: Tensor, energies: Tensor, share: float, name: str
 ) -> LayerProblem:
-    """The problem of target outputs `W (a X + (1 - a) X*)` from `W X X*^T` and `|| W X ||_F^2`."""
+    """The problem of target outputs `W (a X + (1 - a) X*)` from `W X X*^T` and the squared norms of the rows of W X."""
     if share < 1:
         same = weight @ statistics.gram
-        energy = (
-            share**2 * energy + 2 * share * (1 - share) * inner(weight, target) + (1 - share) ** 2 * inner(weight, same)
-        )
+        mixed, remade = inner_by_rows(weight, target), inner_by_rows(weight, same)
+        energies = share**2 * energies + 2 * share * (1 - share) * mixed + (1 - share) ** 2 * remade
         target = target.mul_(share).add_(same, alpha=1 - share)
-    return LayerProblem(weight, statistics, target, energy, name)
+    return LayerProblem(weight, statistics, target, energies, name)
 
 
 def checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:

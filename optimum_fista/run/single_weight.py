@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optimum_fista.model.gram import GramAccumulator
-from optimum_fista.solve.problem import LayerProblem, inner
+from optimum_fista.solve.problem import LayerProblem
 
 
 def single_problem(weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None = None) -> LayerProblem:
@@ -37,4 +37,4 @@ def single_problem(weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None =
     if dense_inputs is None:
         return LayerProblem(weight, statistics)
     outputs = dense_inputs.detach().float() @ weight.T
-    return LayerProblem(weight, statistics, outputs.T @ inputs, inner(outputs, outputs))
+    return LayerProblem(weight, statistics, outputs.T @ inputs, outputs.square().sum(0))

@@ -62,7 +62,7 @@ class LayerProblem:
         weight: Dense weights `W` [out, in], float32 or better.
         statistics: Statistics of the inputs `X*`.
         target: `C = Y X*^T` [out, in]. Built from `weight` when Y = W X*.
-        target_energy: `|| Y ||_F^2`.
+        output_energies: Squared norms of the rows of Y, [out], float64.
         drift_energy: `e0 = || W X* - Y ||_F^2`, zero when Y = W X*.
         name: Name of the operator, for messages.
     """
@@ -72,7 +72,7 @@ class LayerProblem:
         weight: Tensor,
         statistics: InputStatistics,
         target: Tensor | None = None,
-        target_energy: float | None = None,
+        output_energies: Tensor | None = None,
         name: str = "weight",
     ) -> None:
         if weight.ndim != 2 or weight.shape[1] != statistics.gram.shape[0]:
@@ -80,24 +80,37 @@ class LayerProblem:
                 f"{name} has shape {tuple(weight.shape)}, its inputs a Gram matrix of "
                 f"{tuple(statistics.gram.shape)}: pass a weight [out, in] whose in matches."
             )
-        if (target is None) != (target_energy is None):
-            raise ValueError(f"{name}: pass target and target_energy together, or neither.")
+        if (target is None) != (output_energies is None):
+            raise ValueError(f"{name}: pass target and output_energies together, or neither.")
         self.weight = weight
         self.statistics = statistics
         self.name = name
         product = weight @ statistics.gram
-        dense_energy = inner(product, weight)
-        self.corrected = target is not None
-        if target is None or target_energy is None:
-            self.target, self.target_energy, self.drift_energy = product, dense_energy, 0.0
-            self.drift: Tensor | None = None
+        dense_energies = inner_by_rows(product, weight)
+        self.drift: Tensor | None = None
+        self.drift_energy = 0.0
+        if target is None or output_energies is None:
+            self.target, self.output_energies = product, dense_energies
         else:
-            if target.shape != weight.shape:
-                raise ValueError(f"{name}: target has shape {tuple(target.shape)}, not {tuple(weight.shape)}.")
-            self.target, self.target_energy = target, float(target_energy)
-            energy = dense_energy - 2 * inner(weight, target) + self.target_energy
-            self.drift_energy = max(energy, 0.0)
+            if target.shape != weight.shape or output_energies.shape != weight.shape[:1]:
+                raise ValueError(
+                    f"{name}: target has shape {tuple(target.shape)}, not {tuple(weight.shape)}, or output_energies "
+                    f"{tuple(output_energies.shape)}, not {tuple(weight.shape[:1])}."
+                )
+            self.target, self.output_energies = target, output_energies.double()
+            energies = dense_energies - 2 * inner_by_rows(weight, target) + self.output_energies
+            self.drift_energy = max(float(energies.sum()), 0.0)
             self.drift = target - product
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the wanted outputs are others than those of the dense weights on the same inputs."""
+        return self.drift is not None
+
+    @property
+    def target_energy(self) -> float:
+        """`|| Y ||_F^2`."""
+        return float(self.output_energies.sum())
 
     @property
     def gram(self) -> Tensor:
@@ -125,9 +138,14 @@ class LayerProblem:
         return math.sqrt(max(inner(difference @ self.gram, difference), 0.0))
 
 
+def inner_by_rows(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of the rows of two matrices, [rows], float64."""
+    return torch.linalg.vecdot(left, right).double()
+
+
 def inner(left: Tensor, right: Tensor) -> float:
     """Frobenius inner product `<A, B>`, summed by rows in float64."""
-    return float(torch.linalg.vecdot(left, right).double().sum())
+    return float(inner_by_rows(left, right).sum())
 
 
 def relative(squared_error: float, energy: float) -> float:

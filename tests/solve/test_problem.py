@@ -18,6 +18,7 @@ def test_error_from_statistics_is_the_error_of_the_activations(corrected, tokens
         expected = math.sqrt(made.squared_error(weight)) / float(made.outputs.norm())
         assert problem.relative_error(weight) == pytest.approx(expected, rel=1e-9)
     assert problem.target_energy == pytest.approx(float(made.outputs.square().sum()), rel=1e-9)
+    assert torch.allclose(problem.output_energies, made.outputs.square().sum(0))
 
 
 def test_drift_is_what_the_dense_weights_already_miss():
@@ -91,12 +92,12 @@ def test_shapes_are_checked_and_named():
     with pytest.raises(ValueError, match=r"h\.0\.fc has shape \(2, 3\).*\(4, 4\)"):
         LayerProblem(torch.zeros(2, 3), statistics, name="h.0.fc")
     with pytest.raises(ValueError, match=r"h\.0\.fc: target has shape \(4, 2\), not \(2, 4\)"):
-        LayerProblem(torch.zeros(2, 4), statistics, torch.zeros(4, 2), 1.0, name="h.0.fc")
+        LayerProblem(torch.zeros(2, 4), statistics, torch.zeros(4, 2), torch.ones(2), name="h.0.fc")
 
 
-@pytest.mark.parametrize("given", [{"target": torch.zeros(2, 4)}, {"target_energy": 1.0}])
+@pytest.mark.parametrize("given", [{"target": torch.zeros(2, 4)}, {"output_energies": torch.ones(2)}])
 def test_target_and_its_energy_come_together(given):
-    with pytest.raises(ValueError, match="target and target_energy together"):
+    with pytest.raises(ValueError, match="target and output_energies together"):
         LayerProblem(torch.zeros(2, 4), InputStatistics(torch.eye(4), 9), **given)
 
 

@@ -79,9 +79,7 @@ def test_obs_admm_shares_work_without_changing_results():
     statistics = made.problem.statistics
     energies = made.outputs.square().sum(0)
     parts = [slice(0, 4), slice(4, 10)]
-    problems = [
-        LayerProblem(made.weight[p], statistics, made.problem.target[p], float(energies[p].sum())) for p in parts
-    ]
+    problems = [LayerProblem(made.weight[p], statistics, made.problem.target[p], energies[p]) for p in parts]
     patterns = [SparsityPattern(0.5), SparsityPattern(0.25)]
     method = create_method("obs_admm")
     together = method.prune_sharing(problems, patterns)
