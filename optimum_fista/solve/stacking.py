@@ -1,0 +1,57 @@
+"""Operators that share their inputs, pruned as one: their outputs share a budget of zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.pruned import PrunedOperator
+
+_LEAST = 1e-3
+"""Smallest scale of an output, in units of their root mean square."""
+
+
+def prune_stacked(
+    method: PruningMethod,
+    problems: Sequence[LayerProblem],
+    patterns: Sequence[SparsityPattern],
+    output_weights: Sequence[Tensor],
+) -> list[PrunedOperator]:
+    """Prune operators that share their inputs as one problem with weighted outputs.
+
+    It minimizes `sum_i v_i || row i of (W* X* - Y) ||^2` over the rows of all operators. The rows are problems of
+    their own but for the budget, which they share: rows whose errors weigh more keep more weights.
+
+    Args:
+        method: The pruning method.
+        problems: Their layer problems, with the same statistics.
+        patterns: Unstructured, scope `"matrix"`; the zeros of all together are shared.
+        output_weights: `v`, [out] by operator, nonnegative, in one unit.
+
+    Returns:
+        Pruned operators in the order of the problems.
+    """
+    scales = torch.cat([weights.to(problems[0].weight) for weights in output_weights]).sqrt()
+    scales /= scales.square().mean().sqrt().clamp_min(torch.finfo(scales.dtype).tiny)
+    scales = scales.clamp_min(_LEAST)[:, None]
+    target = energies = None
+    if problems[0].corrected:
+        target = torch.cat([p.target for p in problems]).mul_(scales)
+        energies = torch.cat([p.output_energies for p in problems]) * scales[:, 0].double().square()
+    weight = torch.cat([p.weight for p in problems]).mul_(scales)
+    stacked = LayerProblem(weight, problems[0].statistics, target, energies, " and ".join(p.name for p in problems))
+    shapes = [(p.weight.shape[0], p.weight.shape[1]) for p in problems]
+    kept = sum(pattern.num_kept(shape) for pattern, shape in zip(patterns, shapes, strict=True))
+    found = method.prune(stacked, replace(patterns[0], sparsity=1 - kept / weight.numel()))
+    rows = [shape[0] for shape in shapes]
+    weights, masks = found.weight.div_(scales).split(rows), found.mask.split(rows)
+    return [
+        replace(found, weight=w.contiguous(), mask=m.contiguous(), relative_error=p.relative_error(w))
+        for p, w, m in zip(problems, weights, masks, strict=True)
+    ]
