@@ -1,0 +1,147 @@
+import pytest
+import torch
+from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
+from torch import nn
+
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.sensitivity import Sensitivity, measure_sensitivities
+
+LENGTH = 10
+
+
+def data(padded: bool = True) -> dict:
+    ids = torch.randint(3, VOCAB_SIZE, (6, LENGTH), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, 7:] = 0
+        mask[2, :3] = 0
+        mask[4, 1:] = 0  # one token: nothing to foretell
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def operators_of(model):
+    layers = find_decoder_layers(model)
+    return layers, {k: v for name, layer in layers for k, v in find_operators(name, layer).items()}
+
+
+def measure(model, num_tokens=10_000, sizes=(2, 3, 1), padded=True):
+    layers, operators = operators_of(model)
+    parts = zip(*(tensor.split(sizes) for tensor in data(padded).values()), strict=True)
+    batches = read_batches([{"input_ids": i, "attention_mask": m} for i, m in parts], VOCAB_SIZE)
+    with torch.no_grad():
+        return operators, measure_sensitivities(model, layers, operators, batches, num_tokens)
+
+
+def by_hand(model, operators, rows, padded):
+    """Inputs and gradients of every operator, sequence by sequence, without hooks on recomputed layers."""
+    seen = {name: [] for name in operators}
+    handles = []
+    for name, operator in operators.items():
+
+        def keep(module, args, output, name=name):
+            output.retain_grad()
+            seen[name].append((args[0].detach().clone(), output))
+            return output.clone()  # Falcon adds to it in place
+
+        handles.append(operator.module.register_forward_hook(keep))
+    ids, mask = data(padded).values()
+    for row in rows:
+        output = model(input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1], use_cache=False)
+        real = mask[row].bool()
+        pairs = (real[1:] & real[:-1]).float()
+        losses = nn.functional.cross_entropy(output.logits[0, :-1], ids[row, 1:], reduction="none")
+        (losses * pairs).sum().backward()
+    for handle in handles:
+        handle.remove()
+    return {
+        name: [
+            (x.reshape(LENGTH, -1)[mask[row].bool()], y.grad.reshape(LENGTH, -1)[mask[row].bool()])
+            for row, (x, y) in zip(rows, calls, strict=True)
+        ]
+        for name, calls in seen.items()
+    }
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sums_are_those_of_plain_autograd(family, padded):
+    model = tiny_model(family)
+    operators, found = measure(model, padded=padded)
+    rows = [0, 1, 2, 3, 5] if padded else range(6)
+    again = tiny_model(family)
+    expected = by_hand(again, operators_of(again)[1], rows, padded)
+    for name, operator in operators.items():
+        weights = operator.read().square().sum(0)
+        gradients, inputs, energy, tokens = 0, 0, 0.0, 0
+        for x, g in expected[name]:
+            energies = x.square() @ weights
+            energies = energies.clamp_max(2 * energies.median())
+            gradients = gradients + energies @ g.square()
+            inputs = inputs + x.square().sum(0)
+            energy += float(energies.sum())
+            tokens += len(x)
+        assert torch.allclose(found[name].gradients, gradients, rtol=1e-3, atol=1e-5 * float(gradients.max()))
+        assert torch.allclose(found[name].inputs, inputs, rtol=1e-4)
+        assert found[name].num_tokens == tokens
+        assert float(gradients.sum()) > 0
+
+
+def test_the_model_is_as_it_was():
+    model = tiny_model("llama")
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: (p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
+    measure(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert parameter.requires_grad is before[name][0]
+        assert torch.equal(parameter, before[name][1])
+    assert all("forward" not in vars(layer) for layer in model.model.layers)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not torch.is_grad_enabled() or model(input_ids=torch.tensor([[3, 4]])).logits.requires_grad
+
+
+def test_batches_do_not_matter():
+    _, one = measure(tiny_model("llama"), sizes=(1,) * 6)
+    _, all_six = measure(tiny_model("llama"), sizes=(6,))
+    for name in one:
+        assert torch.equal(one[name].gradients, all_six[name].gradients)
+        assert torch.equal(one[name].inputs, all_six[name].inputs)
+
+
+@pytest.mark.parametrize(("wanted", "taken"), [(2, 10), (10, 10), (11, 17), (17, 17), (25, 34), (10_000, 44)])
+def test_sequences_are_taken_until_there_are_enough_tokens(wanted, taken):
+    _, found = measure(tiny_model("llama"), num_tokens=wanted)
+    assert {sensitivity.num_tokens for sensitivity in found.values()} == {taken}
+
+
+def test_saliency_is_the_loss_of_one_weight_set_to_zero():
+    """With inputs and gradients that are independent, by the second-order expansion of a quadratic loss."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 4, generator=generator)
+    x = torch.randn(200_000, 4, generator=generator) * torch.tensor([1.0, 2.0, 0.5, 3.0])
+    g = torch.randn(200_000, 3, generator=generator) * torch.tensor([1.0, 0.1, 4.0])
+    energies = torch.ones(len(x))
+    found = Sensitivity(energies @ g.square(), x.square().sum(0), float(energies.sum()), len(x))
+    fisher = torch.einsum("ti,tj->ij", g.square(), x.square()) / len(x)
+    assert torch.allclose(found.saliency(weight), 0.5 * weight.square() * fisher, rtol=2e-2)
+
+
+def test_gradients_that_are_not_finite_are_an_error():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.0\..* hold NaN or Inf.*pass allocation='uniform'"):
+        measure(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all("forward" not in vars(layer) for layer in model.model.layers)
+
+
+def test_layers_are_recomputed_rather_than_kept():
+    """Activations of a layer are recomputed: the layers run forwards twice."""
+    model = tiny_model("llama")
+    runs = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(None))
+    measure(model, num_tokens=10)
+    assert len(runs) == 4
