@@ -100,7 +100,7 @@ def measure(text: str, problems: list[list[LayerProblem]], pattern: str) -> list
     """One row an operator."""
     method = parse_method(text)
     sparsity, shape = (None, pattern) if ":" in pattern else (float(pattern), "unstructured")
-    wanted = SparsityPattern.parse(shape, sparsity, method.default_scope)
+    wanted = SparsityPattern.parse(shape, sparsity, method.defaults.scope)
     calibration, *fresh = problems
     with FlopCounterMode(display=False) as counter:
         started = time.perf_counter()

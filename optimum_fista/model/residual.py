@@ -97,7 +97,6 @@ def residual_problem(
         output = forwards.output(batch)
         drift = activations.rows(output - dense_outputs[batch].to(device), batch, name).float() - same + kept
         wanted = same.mul(1 - dense_share).add_(kept, alpha=dense_share).sub_(drift, alpha=residual_share)
-        rows, wanted = activations.weighted(rows, batch), activations.weighted(wanted, batch)
         gram.add(rows)
         target.addmm_(wanted.T, rows)
         energies += wanted.square().sum(0)

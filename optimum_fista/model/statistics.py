@@ -25,14 +25,12 @@ class LayerActivations:
         calls: Its arguments besides the hidden states, a batch each.
         token_masks: bool [batch, sequence] or `None`, a batch each; False tokens count nowhere.
         storage: Where hidden states and recorded activations are kept between passes.
-        token_scales: Square roots of the weights of the real tokens [tokens, 1], a batch each; `None`: all ones.
     """
 
     layer: nn.Module
     calls: Sequence[LayerCall]
     token_masks: Sequence[Tensor | None]
     storage: torch.device
-    token_scales: Sequence[Tensor] | None = None
 
     def rows(self, activations: Tensor, batch: int, name: str) -> Tensor:
         """Real tokens of an activation [batch, sequence, n] or [batch * sequence, n] as [tokens, n]."""
@@ -45,32 +43,6 @@ class LayerActivations:
                 f"pass batches without padding, or exclude=['{name}']."
             )
         return flat if mask is None else flat[mask.reshape(-1)]
-
-    def weighted(self, rows: Tensor, batch: int) -> Tensor:
-        """Rows [tokens, n] in float32, scaled so that sums of their squares weigh the tokens."""
-        rows = rows.float()
-        return rows if self.token_scales is None else rows * self.token_scales[batch].to(rows.device)
-
-
-def relative_scales(hidden_states: Sequence[Tensor], token_masks: Sequence[Tensor | None]) -> list[Tensor]:
-    """Square roots of token weights in inverse proportion to the energy of the token's hidden state.
-
-    The weights are one on average over all real tokens.
-
-    Args:
-        hidden_states: [batch, sequence, hidden], a batch each.
-        token_masks: bool [batch, sequence] or `None`, a batch each.
-
-    Returns:
-        [tokens, 1], a batch each.
-    """
-    energies = []
-    for hidden, mask in zip(hidden_states, token_masks, strict=True):
-        energy = hidden.float().square().mean(-1).reshape(-1, 1)
-        energies.append(energy if mask is None else energy[mask.reshape(-1).to(energy.device)])
-    weights = [energy.clamp_min(1e-12).reciprocal() for energy in energies]
-    mean = torch.cat(weights).mean()
-    return [(weight / mean).sqrt() for weight in weights]
 
 
 @dataclass
@@ -116,7 +88,7 @@ def record_dense(
         rows = activations.rows(inputs, batch, groups[index][0].name)
         gram = grams[index]
         if gram is not None:
-            gram.add(activations.weighted(rows, batch))
+            gram.add(rows.float())
         elif not records[index].narrow:
             records[index].kept.append(rows.to(activations.storage, copy=True))  # the layer may overwrite it
 
@@ -125,9 +97,8 @@ def record_dense(
             rows = operator.outputs_without_bias(activations.rows(output, batch, operator.name))
             if records[index].narrow:
                 outputs[operator.name] = rows.clone()  # Falcon adds to it in place
-            rows = activations.weighted(rows, batch)
             energies = records[index].energies
-            squares = rows.square().sum(0).double()
+            squares = rows.float().square().sum(0).double()
             energies[operator.name] = energies[operator.name] + squares if operator.name in energies else squares
 
     watch_inputs = {g[0].module: (lambda x, i=i: see_input(i, x)) for i, g in enumerate(groups)}
@@ -176,10 +147,10 @@ def problems_corrected(
     width = sum(operator.shape[0] for operator in group) if record.narrow else size
     cross = torch.zeros(width, size, device=device) if dense_share else None
     for batch, activation in enumerate(inputs):
-        rows = activations.weighted(activations.rows(activation, batch, group[0].name), batch)
+        rows = activations.rows(activation, batch, group[0].name).float()
         gram.add(rows)
         if cross is not None:
-            kept = activations.weighted(record.kept[batch].to(device, non_blocking=True), batch)
+            kept = record.kept[batch].to(device, non_blocking=True).float()
             cross.addmm_(kept.T, rows)
     record.kept.clear()
     statistics = checked_statistics(group, gram)

@@ -7,15 +7,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from optimum_fista.model.architecture import matches
-from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.method import Allocation, ErrorCorrection, PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
-
-ErrorCorrection = Literal["none", "intra", "full"] | float
-TokenWeighting = Literal["uniform", "relative"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,8 @@ class FistaPruningConfig:
         pattern: `"unstructured"`, or `"n:m"`: n weights kept of every m consecutive inputs, such as `"2:4"`.
         scope: Unstructured only: `"matrix"` shares the zeros over a whole operator, `"row"` gives every output
             the same number. `None`: as the method's source does (Wanda by row, the others by matrix).
-        method: One of `optimum_fista.solve.methods.METHODS`.
+        method: One of `optimum_fista.solve.methods.METHODS`. Options that are `None` are then as its source has them
+            (`optimum_fista.solve.method.MethodDefaults`); `resolved()` fills them in.
         error_correction: `"none"`: every operator sees the dense network's inputs. `"intra"`: inputs come from
             the already pruned operators of the same decoder layer, targets from the dense network. `"full"`:
             the pruned hidden states are carried on between decoder layers as well. A number `a` in [0, 1]: carried
@@ -35,8 +33,10 @@ class FistaPruningConfig:
             of SparseGPT and Wanda.
         residual_correction: In [0, 1]: share of the error in the rest of a decoder layer's output that its last
             operator (the down projection) is to make up for, where its output is added to the residual stream.
-        token_weighting: `"uniform"`, or `"relative"`: a token's errors count relative to the energy of the hidden state
-            that enters the decoder layer, so that a few tokens of huge activations don't decide what is kept.
+        allocation: `"uniform"`: every operator gets `sparsity`. `"fisher"`: the operators share the zeros, so that the
+            loss of the model, as its gradients foretell it, grows least; `sparsity` holds for all of them together.
+            Operators with an n:m pattern or an entry in `overrides` are left out of it.
+        allocation_tokens: Calibration tokens the gradients are taken on.
         warm_start: `"dense"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or `"auto"`, the paper's rule: SparseGPT
             for OPT, Wanda for other families. `None`: the method's default.
         max_iterations: Iteration limit of the method; `None`: the method's default.
@@ -53,10 +53,11 @@ class FistaPruningConfig:
     sparsity: float | None = None
     pattern: str = "unstructured"
     scope: Scope | None = None
-    method: str = "fista"
-    error_correction: ErrorCorrection = "intra"
-    residual_correction: float = 0.0
-    token_weighting: TokenWeighting = "uniform"
+    method: str = "obs_admm"
+    error_correction: ErrorCorrection | None = None
+    residual_correction: float | None = None
+    allocation: Allocation | None = None
+    allocation_tokens: int = 2048
     warm_start: str | None = None
     max_iterations: int | None = None
     tolerance: float | None = None
@@ -72,14 +73,17 @@ class FistaPruningConfig:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         for name in ("method_options", "overrides"):
             object.__setattr__(self, name, dict(getattr(self, name)))
-        if not _is_error_correction(self.error_correction):
+        if self.error_correction is not None and not _is_error_correction(self.error_correction):
             raise ValueError(
                 f"error_correction={self.error_correction!r}: pass 'none', 'intra', 'full', or a number in [0, 1]."
             )
-        if not 0 <= self.residual_correction <= 1:
+        if self.residual_correction is not None and not 0 <= self.residual_correction <= 1:
             raise ValueError(f"residual_correction={self.residual_correction!r}: pass a number in [0, 1].")
-        if self.token_weighting not in ("uniform", "relative"):
-            raise ValueError(f"token_weighting={self.token_weighting!r}: pass 'uniform' or 'relative'.")
+        if self.allocation not in (None, "uniform", "fisher"):
+            raise ValueError(f"allocation={self.allocation!r}: pass 'uniform' or 'fisher'.")
+        tokens = self.allocation_tokens
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 2:
+            raise ValueError(f"allocation_tokens={tokens!r}: pass a whole number of at least 2.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: pass a whole number of at least 0.")
         object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
@@ -184,10 +188,24 @@ class FistaPruningConfig:
             raise ValueError(f"{where} holds a JSON {type(values).__name__}: pass an object of options.")
         return cls.from_dict(values)
 
+    def resolved(self) -> FistaPruningConfig:
+        """The same configuration with the method's own choice for every option of `MethodDefaults` that is `None`."""
+        defaults = METHODS[self.method].defaults
+        chosen = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(defaults))}
+        if self.pattern != "unstructured" and not self.overrides:
+            chosen.pop("scope")
+        missing = {name: getattr(defaults, name) for name, value in chosen.items() if value is None}
+        return dataclasses.replace(self, **missing)
+
+    def shares_budget(self, name: str) -> bool:
+        """Whether the operator called `name` takes part in the sharing of zeros."""
+        allocated = self.resolved().allocation == "fisher" and self.pattern == "unstructured"
+        return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
+
     def _scope(self) -> Scope:
         if self.scope is not None:
             return self.scope
-        return METHODS[self.method].default_scope if self.method in METHODS else "matrix"
+        return METHODS[self.method].defaults.scope if self.method in METHODS else "matrix"
 
     def _default_pattern(self) -> SparsityPattern:
         return SparsityPattern.parse(self.pattern, self.sparsity, self._scope())

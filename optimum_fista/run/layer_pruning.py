@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,15 +25,17 @@ from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
+from optimum_fista.solve.stacking import prune_stacked
 
 
 @dataclass
 class PrunedGroup:
-    """Operators that share an input, their problems and what became of them."""
+    """Operators that share an input, their problems and what became of them, in patterns of their own."""
 
     operators: Group
     problems: Sequence[LayerProblem]
     pruned: Sequence[PrunedOperator]
+    patterns: Sequence[SparsityPattern]
     solve_seconds: float
 
 
@@ -58,6 +60,7 @@ class LayerPruning:
         pattern_for: Sparsity pattern by operator name.
         error_correction: `"none"`, `"intra"`, `"full"`, or the share of the dense inputs in the targets.
         residual_share: Share of the error of the rest of the decoder layer that its last operator is to make up for.
+        output_weights: Weights of the outputs, [out], of operators that share the zeros of their group.
         write: Called with an operator and its pruned weights before anything behind it runs.
     """
 
@@ -68,6 +71,7 @@ class LayerPruning:
         error_correction: str | float,
         write: Callable[[LinearOperator, PrunedOperator], None],
         residual_share: float = 0.0,
+        output_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.method = method
         self.pattern_for = pattern_for
@@ -76,6 +80,7 @@ class LayerPruning:
         self._dense_share = 1.0 if isinstance(error_correction, str) else float(error_correction)
         self.write = write
         self.residual_share = residual_share
+        self.output_weights = output_weights or {}
 
     def prune(
         self, activations: LayerActivations, groups: Sequence[Group], states: HiddenStates
@@ -150,7 +155,12 @@ class LayerPruning:
     def _solve(self, group: Group, problems: Sequence[LayerProblem]) -> PrunedGroup:
         patterns = [self.pattern_for(operator.name) for operator in group]
         started = time.perf_counter()
-        pruned = self.method.prune_sharing(problems, patterns)
+        if all(operator.name in self.output_weights for operator in group):
+            weights = [self.output_weights[operator.name] for operator in group]
+            pruned = prune_stacked(self.method, problems, patterns, weights)
+            patterns = [replace(p, sparsity=q.sparsity) for p, q in zip(patterns, pruned, strict=True)]
+        else:
+            pruned = self.method.prune_sharing(problems, patterns)
         if problems[0].weight.is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
@@ -161,16 +171,14 @@ class LayerPruning:
                     f"method {self.method.name!r} failed on {operator.name}: {broken or 'weights hold NaN or Inf'}."
                 )
             self.write(operator, result)
-        return PrunedGroup(group, problems, pruned, seconds)
+        return PrunedGroup(group, problems, pruned, patterns, seconds)
 
 
-def report_group(
-    group: PrunedGroup, method: str, pattern_for: Callable[[str], SparsityPattern]
-) -> list[OperatorReport]:
+def report_group(group: PrunedGroup, method: str) -> list[OperatorReport]:
     """Reports of the operators of a group, with the error of the weights as they were written."""
     reports = []
-    for operator, problem, pruned in zip(group.operators, group.problems, group.pruned, strict=True):
-        pattern = pattern_for(operator.name)
+    parts = zip(group.operators, group.problems, group.pruned, group.patterns, strict=True)
+    for operator, problem, pruned, pattern in parts:
         exact = operator.parameter.dtype == problem.weight.dtype
         kept = int(pruned.mask.sum())
         reports.append(

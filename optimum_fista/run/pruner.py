@@ -27,7 +27,8 @@ from optimum_fista.model.calibration import CalibrationBatch, read_batches, toke
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sharing import trace_groups
-from optimum_fista.model.statistics import LayerActivations, relative_scales
+from optimum_fista.model.statistics import LayerActivations
+from optimum_fista.run.budgets import share_budgets
 from optimum_fista.run.checkpoint import save_checkpoint, summary
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.hub import push_folder
@@ -100,7 +101,7 @@ class FistaPruner:
         operators, left_dense = self._choose_operators(layers)
         batches = read_batches(calib_dataloader, input_embedding(model).shape[0])
         report = PruningReport(
-            config=self.config.to_dict(),
+            config=self.config.resolved().to_dict(),
             model=_describe(model),
             calibration=_describe_calibration(batches, calibration_source),
             left_dense=left_dense,
@@ -244,11 +245,26 @@ class FistaPruner:
             operator.write(pruned.weight)
             masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
 
+        config = self.config.resolved()
+        started = time.perf_counter()
+        flat = {name: operator for group in operators.values() for name, operator in group.items()}
+        budgets = share_budgets(model, layers, flat, batches, config, self.progress)
+        report.seconds["allocation"] = time.perf_counter() - started
+        if budgets.unseen:
+            report.warnings.append(
+                f"the loss does not feel {len(budgets.unseen)} operators on the first {config.allocation_tokens} "
+                f"calibration tokens, so they keep the average sparsity: {', '.join(budgets.unseen[:4])}"
+            )
         recorded = record_inputs(model, layers, batches)
         storage = torch.device(self.storage_device or recorded.hidden_states[0].device)
-        method = self.config.create_method(model.config.model_type)
+        assert config.error_correction is not None
         pruning = LayerPruning(
-            method, self.config.pattern_for, self.config.error_correction, write, self.config.residual_correction
+            config.create_method(model.config.model_type),
+            budgets.pattern_for,
+            config.error_correction,
+            write,
+            config.residual_correction or 0.0,
+            budgets.output_weights if config.scope == "matrix" else None,
         )
         states = HiddenStates([hidden.to(storage) for hidden in recorded.hidden_states])
         states.pruned = list(states.dense) if pruning.carries_on else None
@@ -261,12 +277,10 @@ class FistaPruner:
                     break
                 calls, recorded.calls[index] = recorded.calls[index], []
                 activations = LayerActivations(layer, calls, recorded.token_masks, storage)
-                if self.config.token_weighting == "relative":
-                    activations.token_scales = relative_scales(states.dense, recorded.token_masks)
                 groups = trace_groups(layer, operators[layer_name], calls[0], states.dense[0].to(_device(layer)))
                 with closing(pruning.prune(activations, groups, states)) as pruned_groups:
                     for group in pruned_groups:
-                        reports = report_group(group, self.config.method, self.config.pattern_for)
+                        reports = report_group(group, config.method)
                         report.operators.extend(reports)
                         last = group.operators[-1].name.removeprefix(f"{layer_name}.")
                         error = reports[-1].relative_error

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
+
+ErrorCorrection = Literal["none", "intra", "full"] | float
+Allocation = Literal["uniform", "fisher"]
+
+
+@dataclass(frozen=True)
+class MethodDefaults:
+    """How a method is run where the caller does not choose: as its source does. Options of `FistaPruningConfig`."""
+
+    scope: Scope = "matrix"
+    error_correction: ErrorCorrection = 0.0
+    residual_correction: float = 0.0
+    allocation: Allocation = "uniform"
 
 
 class PruningMethod(ABC):
@@ -19,8 +33,7 @@ class PruningMethod(ABC):
     """
 
     name: ClassVar[str]
-    default_scope: ClassVar[Scope] = "matrix"
-    """What the method's source compares weights over, used where the caller does not choose."""
+    defaults: ClassVar[MethodDefaults] = MethodDefaults()
 
     @abstractmethod
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:

@@ -50,10 +50,10 @@ def test_calibration_from_every_source_without_a_network(prune, text_file, tmp_p
     assert verify_checkpoint(tmp_path / "out").num_zeros == 7680
 
 
-def test_default_is_fista_and_the_models_own_length(prune, tiny_folder, text_file, tmp_path):
+def test_default_method_and_the_models_own_length(prune, tiny_folder, text_file, tmp_path):
     arguments = ["prune", str(tiny_folder), "-o", str(tmp_path / "out"), "--num-samples", "4", "--device", "cpu"]
     assert main([*arguments, "--calibration", str(text_file)]) == 0
-    assert config_of(tmp_path / "out") == FistaPruningConfig()
+    assert config_of(tmp_path / "out") == FistaPruningConfig().resolved()
     assert report_of(tmp_path / "out")["calibration"]["num_tokens"] == 4 * 64
 
 
@@ -68,7 +68,7 @@ def test_flags_reach_the_configuration(prune, tmp_path):
         include=("*.mlp.*", "*.o_proj"),
         exclude=("*.1.*",),
     )
-    assert config_of(tmp_path / "out") == config
+    assert config_of(tmp_path / "out") == config.resolved()
     assert report_of(tmp_path / "out")["totals"]["num_operators"] == 4
 
 
@@ -94,20 +94,20 @@ def test_flags_override_a_configuration_file(prune, tmp_path):
     saved = FistaPruningConfig(pattern="2:4", method="wanda", error_correction="none", exclude=("*.0.*",), seed=2)
     file.write_text(saved.to_json())
     assert prune("--config", file) == 0
-    assert config_of(tmp_path / "out") == saved
+    assert config_of(tmp_path / "out") == saved.resolved()
     assert prune("--config", file, "--sparsity", "0.25", "--seed", "4", "--overwrite") == 0
     expected = FistaPruningConfig(0.25, method="wanda", error_correction="none", exclude=("*.0.*",), seed=4)
-    assert config_of(tmp_path / "out") == expected
+    assert config_of(tmp_path / "out") == expected.resolved()
     assert prune("--config", file, "--pattern", "1:4", "--exclude", "*.1.*", "--overwrite") == 0
     expected = FistaPruningConfig(pattern="1:4", method="wanda", error_correction="none", exclude=("*.1.*",), seed=2)
-    assert config_of(tmp_path / "out") == expected
+    assert config_of(tmp_path / "out") == expected.resolved()
 
 
 def test_paper_settings_with_flags_over_them(prune, tmp_path):
     assert prune("--paper", "--sparsity", "0.4") == 0
-    assert config_of(tmp_path / "out") == FistaPruningConfig.paper(0.4)
+    assert config_of(tmp_path / "out") == FistaPruningConfig.paper(0.4).resolved()
     assert prune("--paper", "--method", "fista", "--max-iterations", "5", "--warm-start", "dense", "--overwrite") == 0
-    assert config_of(tmp_path / "out") == FistaPruningConfig.paper(max_iterations=5, warm_start="dense")
+    assert config_of(tmp_path / "out") == FistaPruningConfig.paper(max_iterations=5, warm_start="dense").resolved()
 
 
 def test_a_model_that_is_there_is_refused_before_any_work(prune, tmp_path, capsys, monkeypatch):

@@ -116,6 +116,7 @@ def prune(model: PreTrainedModel, error_correction: str | float, data: list[dict
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FistaPruningConfig, "create_method", lambda self, model_type: recorder)
+        options = {"residual_correction": 0.0, "allocation": "uniform"} | options
         FistaPruner(FistaPruningConfig(error_correction=error_correction, **options), progress=False).prune(model, data)
     return recorder
 

@@ -13,7 +13,6 @@ from optimum_fista.model.statistics import (
     problems_corrected,
     problems_same_input,
     record_dense,
-    relative_scales,
 )
 
 CPU = torch.device("cpu")
@@ -131,35 +130,6 @@ def test_target_between_the_dense_and_the_pruned_outputs(index, dense_share):
         expected = float((X_star @ pruned.T - Y).norm() / Y.norm())
         assert problem.relative_error(pruned) == pytest.approx(expected, rel=1e-3)
         assert problem.corrected is (dense_share > 0)
-
-
-def test_relative_scales_weigh_tokens_by_their_energy_and_real_tokens_one_on_average():
-    states = hidden_states()
-    states[1][1, 2] *= 100
-    scales = relative_scales(states, MASKS)
-    tokens = torch.cat([s[m] if m is not None else s.reshape(-1, 8) for s, m in zip(states, MASKS, strict=True)])
-    weights = torch.cat(scales).square()
-    assert weights.shape == (len(tokens), 1)
-    assert float(weights.mean()) == pytest.approx(1, rel=1e-5)
-    energies = weights[:, 0] * tokens.square().sum(1)
-    assert torch.allclose(energies, energies[:1].expand_as(energies), rtol=1e-4)
-
-
-@pytest.mark.parametrize("index", GROUPS)
-def test_token_scales_weigh_every_statistic_alike(index):
-    layer = toy_layer(bias=True)
-    group: Group = layer.groups()[index]
-    dense, changed = hidden_states(), hidden_states(0.7)
-    activations = activations_of(layer)
-    activations.token_scales = relative_scales(dense, MASKS)
-    s = torch.cat(activations.token_scales)
-    _, records, _ = record_dense(activations, [group], dense, [False])
-    X, X_star = (s * reference(layer, short(group[0]), states)[0] for states in (dense, changed))
-    batches = list(split_like_batches(layer, short(group[0]), changed))
-    for problem in problems_corrected(activations, group, records[0], batches, 1.0):
-        assert torch.allclose(problem.gram, X_star.T @ X_star, rtol=1e-4, atol=1e-4)
-        assert torch.allclose(problem.target, problem.weight @ X.T @ X_star, rtol=1e-4, atol=1e-4)
-        assert problem.target_energy == pytest.approx(float((X @ problem.weight.T).square().sum()), rel=1e-4)
 
 
 def test_same_input_problems_aim_at_their_own_outputs():

@@ -53,7 +53,7 @@ def prune_and_save(model: PreTrainedModel, folder: Path, **options) -> Saved:
 def saved(tmp_path_factory) -> Saved:
     """Llama, 2:4 by FISTA, its down projections 1:4."""
     folder = tmp_path_factory.mktemp("saved") / "llama-2-4"
-    return prune_and_save(tiny_llama(), folder, pattern="2:4", overrides={"*.down_proj": "1:4"})
+    return prune_and_save(tiny_llama(), folder, pattern="2:4", method="fista", overrides={"*.down_proj": "1:4"})
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def test_saved_card_has_one_row_for_every_kind_of_operator(saved):
 def test_the_configuration_in_the_card_makes_the_model_again(saved):
     text = ModelCard.load(saved.folder / "README.md").text
     block = text.split("```json\n")[1].split("```")[0]
-    assert json.loads(block) == saved.pruner.config.to_dict()
+    assert json.loads(block) == saved.pruner.config.resolved().to_dict()
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_report_holds_every_number(saved):
     assert set(report["versions"]) >= {"python", "torch", "transformers", "optimum-fista", "safetensors"}
     assert report["calibration"]["source"] == "random tokens"
     assert re.fullmatch("[0-9a-f]{64}", report["calibration"]["sha256"])
-    assert report["config"] == saved.pruner.config.to_dict()
+    assert report["config"] == saved.pruner.config.resolved().to_dict()
 
 
 def test_a_model_that_is_there_is_refused_and_untouched(saved, tokens, tmp_path):

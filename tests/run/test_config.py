@@ -11,9 +11,9 @@ DOWN = "model.layers.3.mlp.down_proj"
 QUERY = "model.layers.3.self_attn.q_proj"
 
 
-def test_default_is_half_of_every_matrix_by_fista():
+def test_default_is_half_of_all_operators_together():
     config = FistaPruningConfig()
-    assert (config.sparsity, config.method, config.error_correction) == (0.5, "fista", "intra")
+    assert (config.sparsity, config.method, config.error_correction) == (0.5, "obs_admm", None)
     assert config.pattern_for(DOWN) == SparsityPattern(0.5, None, "matrix")
     assert config.reason_left_dense(DOWN) is None
 
@@ -40,13 +40,17 @@ def test_scope_is_that_of_the_method_unless_given():
         ({"method": "obd"}, "method='obd': pass one of .*'fista'"),
         ({"error_correction": "inter"}, r"error_correction='inter': pass 'none', 'intra', 'full', or a number"),
         ({"error_correction": 1.5}, "error_correction=1.5"),
+        ({"residual_correction": -0.5}, "residual_correction=-0.5"),
+        ({"allocation": "owl"}, "allocation='owl': pass 'uniform' or 'fisher'"),
+        ({"allocation_tokens": 1}, "allocation_tokens=1: pass a whole number of at least 2"),
+        ({"warm_start": "wanda"}, "method 'obs_admm' has no option 'warm_start'"),
         ({"error_correction": float("nan")}, "error_correction=nan"),
-        ({"warm_start": "random"}, "warm_start='random': pass one of"),
+        ({"method": "fista", "warm_start": "random"}, "warm_start='random': pass one of"),
         ({"method": "magnitude", "warm_start": "wanda"}, "method 'magnitude' has no option 'warm_start'"),
         ({"method": "wanda", "max_iterations": 3}, "method 'wanda' has no option 'max_iterations'"),
-        ({"method_options": {"restarts": True}}, "method 'fista' has no option 'restarts'"),
-        ({"max_iterations": 0}, "max_iterations=0"),
-        ({"tolerance": -1.0}, "tolerance=-1.0"),
+        ({"method": "fista", "method_options": {"restarts": True}}, "method 'fista' has no option 'restarts'"),
+        ({"method": "fista", "max_iterations": 0}, "max_iterations=0"),
+        ({"method": "fista", "tolerance": -1.0}, "tolerance=-1.0"),
         ({"seed": -1}, "seed=-1: pass a whole number of at least 0"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"seed": True}, "seed=True"),
@@ -75,6 +79,32 @@ def test_overrides_first_match_wins():
     assert config.pattern_for("model.layers.4.mlp.up_proj") == SparsityPattern(0.6)
     assert config.reason_left_dense(QUERY) == "sparsity 0"
     assert config.reason_left_dense(DOWN) is None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_options_left_open_are_as_the_method_has_them(name):
+    defaults = METHODS[name].defaults
+    resolved = FistaPruningConfig(method=name).resolved()
+    for field in dataclasses.fields(defaults):
+        assert getattr(resolved, field.name) == getattr(defaults, field.name)
+    chosen = FistaPruningConfig(method=name, error_correction="full", residual_correction=0.25, allocation="uniform")
+    assert chosen.resolved() == dataclasses.replace(chosen, scope=defaults.scope)
+    assert resolved.resolved() == resolved
+
+
+def test_resolved_n_m_has_no_scope():
+    assert FistaPruningConfig(pattern="2:4").resolved().scope is None
+    assert FistaPruningConfig(pattern="2:4", overrides={"*.q_proj": 0.5}).resolved().scope == "matrix"
+
+
+def test_who_shares_the_zeros():
+    config = FistaPruningConfig(overrides={"*.q_proj": 0.25, "*.k_proj": "2:4"})
+    assert config.shares_budget(DOWN)
+    assert not config.shares_budget(QUERY)
+    assert not config.shares_budget("model.layers.3.self_attn.k_proj")
+    assert not FistaPruningConfig(pattern="2:4").shares_budget(DOWN)
+    assert not FistaPruningConfig(method="alps").shares_budget(DOWN)
+    assert FistaPruningConfig(method="alps", allocation="fisher").shares_budget(DOWN)
 
 
 def test_include_and_exclude():
@@ -128,7 +158,8 @@ def test_json_that_is_no_configuration(tmp_path):
 def test_paper_settings():
     config = FistaPruningConfig.paper(0.5)
     assert config.method == "fista"
-    assert config.error_correction == "intra"
+    assert config.resolved().error_correction == "intra"
+    assert (config.resolved().allocation, config.resolved().residual_correction) == ("uniform", 0)
     assert config.sparsity == 0.5
     for model_type, warm_start in (("opt", "sparsegpt"), ("llama", "wanda"), ("gpt2", "wanda"), ("", "wanda")):
         method = config.create_method(model_type)
@@ -149,6 +180,6 @@ def test_paper_settings_can_be_overridden():
 
 
 def test_auto_warm_start_is_not_only_for_the_paper():
-    assert FistaPruningConfig(warm_start="auto").create_method("opt").warm_start == "sparsegpt"
-    assert FistaPruningConfig(warm_start="auto").create_method("qwen2").warm_start == "wanda"
-    assert FistaPruningConfig(warm_start="dense").create_method("opt").warm_start == "dense"
+    assert FistaPruningConfig(method="fista", warm_start="auto").create_method("opt").warm_start == "sparsegpt"
+    assert FistaPruningConfig(method="fista", warm_start="auto").create_method("qwen2").warm_start == "wanda"
+    assert FistaPruningConfig(method="fista", warm_start="dense").create_method("opt").warm_start == "dense"

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.method import PruningMethod
-from optimum_fista.solve.pattern import Scope, SparsityPattern
+from optimum_fista.solve.method import MethodDefaults, PruningMethod
+from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
 
@@ -31,7 +31,7 @@ class Dsnot(PruningMethod):
     max_cycles: int = 50
     threshold: float = 0.1
     name: ClassVar[str] = "dsnot"
-    default_scope: ClassVar[Scope] = "row"
+    defaults: ClassVar[MethodDefaults] = MethodDefaults(scope="row")
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`.

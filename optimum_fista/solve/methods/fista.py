@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from optimum_fista.solve.fista import FistaSolution, fista
-from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.method import MethodDefaults, PruningMethod
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
@@ -45,6 +45,7 @@ class Fista(PruningMethod):
     refit_iterations: int = 20
     restart: bool = False
     name: ClassVar[str] = "fista"
+    defaults: ClassVar[MethodDefaults] = MethodDefaults(error_correction="intra")
 
     def __post_init__(self) -> None:
         if self.warm_start not in get_args(WarmStart):

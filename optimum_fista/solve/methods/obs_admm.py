@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.cholesky import damped_cholesky
-from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.method import MethodDefaults, PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
@@ -53,6 +53,9 @@ class ObsAdmm(PruningMethod):
     last_rho: float = 5.0
     refit_iterations: int = 10
     name: ClassVar[str] = "obs_admm"
+    defaults: ClassVar[MethodDefaults] = MethodDefaults(
+        error_correction=0.5, residual_correction=1.0, allocation="fisher"
+    )
 
     def __post_init__(self) -> None:
         for option, least in (("stages", 1), ("iterations", 1), ("refit_iterations", 0)):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from optimum_fista.solve.method import PruningMethod
-from optimum_fista.solve.pattern import Scope, SparsityPattern
+from optimum_fista.solve.method import MethodDefaults, PruningMethod
+from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
 
@@ -16,7 +16,7 @@ class Wanda(PruningMethod):
     """Keep the largest `|W_ij| * || X_j ||_2` of every row; no weight is updated (Wanda, eq. 1)."""
 
     name: ClassVar[str] = "wanda"
-    default_scope: ClassVar[Scope] = "row"
+    defaults: ClassVar[MethodDefaults] = MethodDefaults(scope="row")
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""

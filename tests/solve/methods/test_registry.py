@@ -54,7 +54,7 @@ def test_options_reach_the_method():
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_are_frozen_and_say_what_they_do(name):
     method = create_method(name)
-    assert method.default_scope in ("matrix", "row")
+    assert method.defaults.scope in ("matrix", "row")
     assert not type(method).__doc__.startswith(f"{type(method).__name__}("), "the signature that dataclasses fill in"
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.name = "other"

@@ -43,5 +43,5 @@ def test_inputs_of_equal_norm_make_it_magnitude_pruning():
 
 
 def test_its_source_compares_weights_by_row():
-    assert Wanda.default_scope == "row"
-    assert Magnitude.default_scope == "matrix"
+    assert Wanda.defaults.scope == "row"
+    assert Magnitude.defaults.scope == "matrix"

@@ -1,0 +1,68 @@
+"""How many zeros every operator gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_fista.model.architecture import DecoderLayers
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.sensitivity import measure_sensitivities
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.solve.allocation import RemovalCost, allocate
+from optimum_fista.solve.pattern import SparsityPattern
+
+
+@dataclass
+class Budgets:
+    """Sparsity patterns of all operators.
+
+    Attributes:
+        config: The configuration.
+        sparsities: Sparsities of the operators that share the zeros of the model.
+        output_weights: What an error in each of their outputs costs, [out], nats; they share the zeros of their group.
+        unseen: Operators that the loss did not feel; they keep the average sparsity.
+    """
+
+    config: FistaPruningConfig
+    sparsities: dict[str, float] = field(default_factory=dict)
+    output_weights: dict[str, Tensor] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
+
+    def pattern_for(self, name: str) -> SparsityPattern:
+        """The sparsity pattern of the operator called `name`."""
+        pattern = self.config.pattern_for(name)
+        return replace(pattern, sparsity=self.sparsities[name]) if name in self.sparsities else pattern
+
+
+def share_budgets(
+    model: PreTrainedModel,
+    layers: DecoderLayers,
+    operators: Mapping[str, LinearOperator],
+    batches: Sequence[CalibrationBatch],
+    config: FistaPruningConfig,
+    progress: bool = False,
+) -> Budgets:
+    """Share the zeros of `config` over those operators that take part; uniform budgets run nothing.
+
+    Raises:
+        ValueError: If gradients of the loss are not finite.
+    """
+    budgets = Budgets(config)
+    sharing = {name: operator for name, operator in operators.items() if config.shares_budget(name)}
+    if not sharing or not config.sparsity:
+        return budgets
+    found = measure_sensitivities(model, layers, sharing, batches, config.allocation_tokens, progress)
+    budgets.unseen = [name for name, sensitivity in found.items() if not float(sensitivity.gradients.sum()) > 0]
+    costs = {}
+    for name, operator in sharing.items():
+        if name not in budgets.unseen:
+            costs[name] = RemovalCost.of(found[name].saliency(operator.read()), config.sparsity)
+            budgets.output_weights[name] = found[name].outputs
+    if costs:
+        budgets.sparsities = allocate(costs, config.sparsity)
+    return budgets
