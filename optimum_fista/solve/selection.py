@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
+
+_SAMPLE = 16_384
+"""Values that bracket the one sought."""
 
 
 def kth_smallest(values: Tensor, k: int) -> Tensor:
     """The `k`-th smallest value (k from 1) along the last dimension; shape `values.shape[:-1]`."""
     if values.device.type == "cpu" and values.dtype == torch.float32:
-        partitioned = np.partition(values.detach().numpy(), k - 1, axis=-1)
-        return torch.from_numpy(np.ascontiguousarray(partitioned[..., k - 1]))
+        array = values.detach().numpy()
+        if array.size == array.shape[-1] > 8 * _SAMPLE:
+            return torch.full(values.shape[:-1], _kth_by_bracket(array.reshape(-1), k))
+        return torch.from_numpy(np.ascontiguousarray(np.partition(array, k - 1, axis=-1)[..., k - 1]))
     return torch.kthvalue(values, k, dim=-1).values
+
+
+def _kth_by_bracket(array: np.ndarray, k: int) -> float:
+    """The `k`-th smallest of many values: a sample brackets it, and only what lies inside is partitioned.
+
+    Exact (Floyd & Rivest 1975): the values below the bracket are counted, and where the bracket missed, everything is
+    partitioned.
+    """
+    sample = np.sort(array[:: array.size // _SAMPLE | 1])
+    rank, margin = (k - 1) / array.size * sample.size, 2.5 * math.sqrt(sample.size)
+    low, high = (sample[min(max(0, int(place)), sample.size - 1)] for place in (rank - margin, rank + margin))
+    below = np.count_nonzero(array < low)
+    inside = array[(array >= low) & (array <= high)]
+    if below < k <= below + inside.size:
+        array, k = inside, k - below
+    return float(np.partition(array, k - 1)[k - 1])
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
@@ -30,7 +53,7 @@ def keep_largest_in_rows(scores: Tensor, count: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = kth_smallest(scores, columns - count + 1).view(rows, 1)
     mask = scores >= threshold
-    if bool((mask.sum(1) == count).all()):
+    if int(torch.count_nonzero(mask)) == count * rows:  # no row keeps fewer
         return mask
     mask = scores > threshold
     missing = count - mask.sum(1, keepdim=True)

@@ -41,14 +41,12 @@ class SplitState:
         `W = (C - V + rho Z) (G + rho I)^-1`, `Z = project(W + V / rho)`, `V += rho (W - Z)`.
         """
         if self.mask is None:
-            dual = torch.zeros_like(self.point)
+            share, dual = 0.0, torch.zeros_like(self.point)
         else:
-            dual = self.point.masked_fill(self.mask, 0)
-            self.point.sub_(dual)
-            dual.mul_(self.rho / rho)
-            self.point.sub_(dual)
+            share, dual = self.rho / rho, self.point * ~self.mask
+            self.point.sub_(dual, alpha=1 + share)
         torch.add(self.target, self.point, alpha=rho, out=self.point)
-        spare, self.point = self.point, dual.addmm_(self.point, inverse)
+        spare, self.point = self.point, dual.addmm_(self.point, inverse, beta=share)
         self.mask = pattern.mask(torch.abs(self.point, out=spare))
         self.rho = rho
 

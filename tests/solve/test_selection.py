@@ -64,3 +64,20 @@ def test_kth_smallest_agrees_with_sorting(dtype):
     ordered = scores.double().sort(dim=1).values
     for k in range(1, 12):
         assert torch.equal(kth_smallest(scores, k).double(), ordered[:, k - 1])
+
+
+@pytest.mark.parametrize("values", ["normal", "few levels", "sorted", "one huge", "a period of the sample"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.731, 1.0])
+def test_kth_smallest_of_many_values_is_exact(values, share):
+    size = 300_000
+    scores = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    if values == "few levels":
+        scores = scores.round()
+    elif values == "sorted":
+        scores = scores.sort().values
+    elif values == "one huge":
+        scores[7] = 1e30
+    elif values == "a period of the sample":
+        scores[:: size // 16_384 | 1] += 100  # the sample tells nothing
+    k = max(1, round(share * size))
+    assert float(kth_smallest(scores[None], k)[0]) == float(scores.sort().values[k - 1])

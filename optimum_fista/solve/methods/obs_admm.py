@@ -28,7 +28,10 @@ class ObsAdmm(PruningMethod):
        on the pattern then keeps the largest `w^2 / [G_r^-1]_jj`, the increase of the error when a weight is
        removed and the others of its row make up for it (optimal brain surgeon, Hassibi & Stork 1993).
     3. ADMM (as in ALPS, arXiv 2406.07831) in stages of fixed `rho`, one Cholesky factorisation each for all
-       operators that share the inputs.
+       operators that share the inputs. It keeps the larger of `|w_i|` (kept) and `|g_j| / rho` (removed, with the
+       gradient `g_j`). Swapping j for i pays where `g_j^2 / s_j > w_i^2 / h_i`, with the inverse diagonal `h` of the
+       kept weights' Gram matrix and the Schur complement `s_j`. In these coordinates `h <= 1 <= s`, both near 1, so
+       that `rho` a little above 1 swaps what pays to swap, and a dozen iterations are enough.
     4. Refit of the kept weights by conjugate gradients on the ridge problem.
 
     The working set is four matrices of the operators' shape and three of the Gram matrix's.
@@ -47,11 +50,11 @@ class ObsAdmm(PruningMethod):
     ridge: float | None = None
     ridge_tokens: float = 1.5
     scale_damping: float = 0.0
-    stages: int = 6
-    iterations: int = 5
-    first_rho: float = 0.3
-    last_rho: float = 5.0
-    refit_iterations: int = 10
+    stages: int = 3
+    iterations: int = 4
+    first_rho: float = 1.0
+    last_rho: float = 1.5
+    refit_iterations: int = 5
     name: ClassVar[str] = "obs_admm"
     defaults: ClassVar[MethodDefaults] = MethodDefaults(
         error_correction=0.5, residual_correction=1.0, allocation="fisher"
