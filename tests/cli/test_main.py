@@ -10,7 +10,8 @@ from optimum_fista.cli.main import build_parser, main
 FLAGS = {
     "prune": (
         "MODEL --output -o --overwrite --sparsity --pattern --scope --include --exclude --method --paper "
-        "--error-correction --warm-start --max-iterations --config --calibration --num-samples --sequence-length "
+        "--error-correction --residual-correction --allocation --warm-start --max-iterations --config "
+        "--calibration --num-samples --sequence-length "
         "--batch-size --seed --device --dtype --push-to-hub --private"
     ),
     "evaluate": "MODEL --text --sequence-length --max-windows --batch-size --device --dtype",

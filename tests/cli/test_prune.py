@@ -72,6 +72,13 @@ def test_flags_reach_the_configuration(prune, tmp_path):
     assert report_of(tmp_path / "out")["totals"]["num_operators"] == 4
 
 
+def test_default_method_with_its_dials_turned(prune, tmp_path):
+    assert prune("--allocation", "uniform", "--residual-correction", "0.25") == 0
+    config = config_of(tmp_path / "out")
+    assert (config.method, config.allocation, config.residual_correction) == ("obs_admm", "uniform", 0.25)
+    assert config.error_correction == 0.5
+
+
 @pytest.mark.parametrize(("flag", "value"), [("none", "none"), ("0.25", 0.25), ("1", 1.0)])
 def test_error_correction_is_a_word_or_a_number(prune, tmp_path, flag, value):
     assert prune("--method", "wanda", "--error-correction", flag) == 0

@@ -31,7 +31,16 @@ def test_saved_card_has_the_numbers(saved):
     for name, version in saved.report.versions.items():
         assert f"{name} {version}" in text
     assert "| pattern | 2:4 |" in text
-    assert "| method | fista, error correction `intra` |" in text
+    assert "| method | fista; error correction `intra`, residual correction `0.0` |" in text
+    assert "| zeros | the same share in every operator |" in text
+
+
+def test_card_tells_how_the_zeros_were_shared(saved_by_rows):
+    first, second, *_ = saved_by_rows.report.operators
+    operators = [dataclasses.replace(first, sparsity=0.125), dataclasses.replace(second, sparsity=0.6)]
+    config = saved_by_rows.report.config | {"allocation": "fisher"}
+    text = model_card(dataclasses.replace(saved_by_rows.report, operators=operators, config=config))
+    assert "| zeros | shared over the operators by gradients of the loss, 12.5% to 60.0% |" in text
 
 
 def test_saved_card_has_one_row_for_every_kind_of_operator(saved):

@@ -9,7 +9,7 @@ from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.model.statistics import LayerActivations
-from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, report_group
+from optimum_fista.run.layer_pruning import LayerPruning, report_group
 from optimum_fista.solve.methods import METHODS
 from optimum_fista.solve.pattern import SparsityPattern
 
@@ -45,7 +45,7 @@ def test_groups_come_in_execution_order_and_are_written_before_they_are_yielded(
         written.append(operator.name.rsplit(".", 1)[-1])
 
     pruning = LayerPruning(METHODS["wanda"](), half, error_correction, write)
-    states = HiddenStates(hidden_states, list(hidden_states) if error_correction == "full" else None)
+    states = pruning.enter(hidden_states)
     names = []
     for group in pruning.prune(activations, groups, states):
         names.append([operator.name.rsplit(".", 1)[-1] for operator in group.operators])
@@ -54,6 +54,24 @@ def test_groups_come_in_execution_order_and_are_written_before_they_are_yielded(
         assert [r.num_kept for r in reports] == [o.parameter.numel() // 2 for o in group.operators]
         assert sum(r.solve_seconds for r in reports) == pytest.approx(group.solve_seconds)
     assert names == GROUPS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("error_correction", "residual_share", "passes"),
+    [("none", 0.0, 1), ("intra", 0.0, 2), ("full", 0.0, 2), (0.5, 0.0, 2), (0.0, 1.0, 2), (0.0, 0.0, 1)],
+)
+def test_no_stream_runs_that_is_not_needed(layer, error_correction, residual_share, passes):
+    activations, groups, hidden_states = layer
+    gate = groups[2][0].module
+    runs = []
+    gate.register_forward_hook(lambda *_: runs.append(1))
+    pruning = LayerPruning(
+        METHODS["wanda"](), half, error_correction, lambda o, pruned: o.write(pruned.weight), residual_share
+    )
+    list(pruning.prune(activations, groups, pruning.enter(hidden_states)))
+    tried = 2 if residual_share else 0  # whether the last operator is added to the output
+    assert len(runs) == passes * len(hidden_states) + tried
 
 
 @torch.no_grad()
@@ -66,7 +84,7 @@ def test_hidden_states_behind_the_layer(layer, llama, error_correction):
 
     expected = run(tiny_llama().model.layers[0])
     pruning = LayerPruning(METHODS["wanda"](), half, error_correction, lambda o, pruned: o.write(pruned.weight))
-    states = HiddenStates(hidden_states, list(hidden_states) if error_correction == "full" else None)
+    states = pruning.enter(hidden_states)
     list(pruning.prune(activations, groups, states))
     assert torch.allclose(torch.cat(states.dense), expected, atol=1e-5)
     if error_correction == "full":
