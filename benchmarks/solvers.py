@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from machine import matrix_rate
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -83,17 +84,6 @@ def layer_problems(
 def parse_method(text: str):
     name, *options = text.split(":")
     return create_method(name, **{key: json.loads(value) for key, value in (o.split("=") for o in options)})
-
-
-def matrix_rate() -> float:
-    """Measured rate of float32 matrix products, FLOP/s."""
-    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    times = []
-    for _ in range(7):
-        started = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - started)
-    return 2 * 2048**3 / statistics.median(times)
 
 
 def measure(text: str, problems: list[list[LayerProblem]], pattern: str) -> list[dict]:
@@ -179,7 +169,8 @@ def main() -> None:
                 rows.extend(measure(method, problems, pattern))
     rows.sort(key=lambda row: row["pattern"])
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "versions": library_versions()}
+    settings = {k: str(v) for k, v in vars(arguments).items() if k not in ("output", "plot")}
+    record = {"settings": settings, "versions": library_versions()}
     record |= {"matrix_rate_flops": rate, "threads": torch.get_num_threads(), "rows": rows}
     arguments.output.write_text(json.dumps(record, indent=1))
     print("\n".join(summarise(rows, rate)))

@@ -1,0 +1,238 @@
+"""Why FISTA on the LASSO stalls, and where ADMM's penalty belongs: three pictures on real operators.
+
+1. Objective of the LASSO above its minimum by FISTA step, plain from three warm starts and with diagonal
+   preconditioning and restart. The penalty is the one at which half of the solution is zero.
+2. Squared relative error of what a method would give after that many products with the Gram matrix: the iterate
+   rounded to 50% and refitted.
+3. Squared relative error after twelve ADMM iterations by `rho`, in three systems of coordinates.
+
+    python benchmarks/convergence.py MODEL --calibration TEXT --layers 3,15,26 --plot docs/convergence.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from solvers import layer_problems
+from torch import Tensor
+
+from optimum_fista.run.loading import load_model
+from optimum_fista.run.report import library_versions
+from optimum_fista.run.text import load_text
+from optimum_fista.run.windows import calibration_windows
+from optimum_fista.solve.cholesky import damped_cholesky
+from optimum_fista.solve.methods import create_method
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem, inner
+from optimum_fista.solve.refit import refit
+from optimum_fista.solve.spectrum import largest_eigenvalue
+from optimum_fista.solve.splitting import SplitState, damped_inverse
+
+HALF = SparsityPattern(0.5)
+RIDGE = 0.03
+RHOS = (0.03, 0.06, 0.12, 0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 6.0, 12.0)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True, help="text source")
+    parser.add_argument("--num-samples", type=int, default=24)
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--layers", default="3,15,26", help="decoder layers; pictures 1 and 2 use the middle one")
+    parser.add_argument("--steps", type=int, default=300, help="FISTA steps shown")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/convergence.json"))
+    parser.add_argument("--plot", type=Path)
+    return parser.parse_args()
+
+
+class Scaled:
+    """A layer problem with a small ridge in coordinates `W / s`."""
+
+    def __init__(self, problem: LayerProblem, coordinates: str) -> None:
+        diagonal = problem.statistics.diagonal
+        gram = problem.gram.clone()
+        gram.diagonal().add_(diagonal, alpha=RIDGE)
+        unit = gram.diagonal().rsqrt()
+        if coordinates == "plain":
+            scale = torch.full_like(unit, float(gram.diagonal().mean()) ** -0.5)
+        elif coordinates == "unit Gram diagonal":
+            scale = unit
+        else:
+            factor, _ = damped_cholesky(gram * unit * unit[:, None], 0.0)
+            scale = torch.cholesky_inverse(factor).diagonal().sqrt() * unit
+        self.problem, self.scale = problem, scale
+        self.gram = gram * scale * scale[:, None]
+        self.target = (problem.target + problem.weight * (diagonal * RIDGE)) * scale
+        self.start = problem.weight / scale
+
+    def error(self, weight: Tensor, mask: Tensor) -> float:
+        """Squared relative error of scaled weights after a refit on a mask."""
+        fitted, _ = refit(self.gram, self.target, weight, mask)
+        return self.problem.relative_error(fitted * self.scale) ** 2
+
+    def objective(self, weight: Tensor, l1_penalty: float) -> float:
+        """The LASSO's."""
+        smooth = inner(weight @ self.gram, weight) / 2 - inner(weight, self.target)
+        return smooth + l1_penalty * float((weight.abs() * self.scale).sum(dtype=torch.float64))
+
+    def fista(
+        self, start: Tensor, l1_penalty: float, steps: int, restart: bool, see: Callable[[int, Tensor], None] | None
+    ) -> Tensor:
+        """FISTA with thresholds `l1_penalty * s_j / L`: the LASSO of the unscaled weights, whatever the scale."""
+        lipschitz = largest_eigenvalue(self.gram)
+        threshold = l1_penalty * self.scale / lipschitz
+        weight, point, momentum = start, start, 1.0
+        for step in range(1, steps + 1):
+            moved = torch.addmm(point, point, self.gram, alpha=-1 / lipschitz).add_(self.target, alpha=1 / lipschitz)
+            following = moved.sign() * (moved.abs() - threshold).clamp_min(0)
+            change = following - weight
+            if restart and inner(point - following, change) > 0:
+                momentum = 1.0
+            grown = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+            weight, point, momentum = following, following + change * ((momentum - 1) / grown), grown
+            if see is not None:
+                see(step, weight)
+        return weight
+
+
+def admm(scaled: Scaled, rho: float, iterations: int, see: Callable[[int, Tensor, Tensor], None] | None) -> SplitState:
+    inverse = damped_inverse(scaled.gram, rho)
+    state = SplitState(scaled.target, scaled.start.clone())
+    for iteration in range(1, iterations + 1):
+        state.iterate(inverse, rho, HALF)
+        if see is not None:
+            see(iteration, state.sparse, state.mask)  # type: ignore[arg-type]
+    return state
+
+
+def half_penalty(scaled: Scaled) -> float:
+    """The penalty at which half of the LASSO's solution is zero, to 1%."""
+    low, high = math.log(1e-6), math.log(float((scaled.target / scaled.scale).abs().max()))
+    weight = scaled.start
+    while True:
+        middle = (low + high) / 2
+        weight = scaled.fista(weight, math.exp(middle), 150, True, None)
+        zeros = float((weight == 0).float().mean())
+        if abs(zeros - 0.5) < 0.01 or high - low < 1e-3:
+            return math.exp(middle)
+        low, high = (middle, high) if zeros < 0.5 else (low, middle)
+
+
+def shown(step: int) -> bool:
+    return step <= 20 or step % 10 == 0
+
+
+def stalling(problem: LayerProblem, steps: int) -> tuple[dict[str, list], dict[str, list]]:
+    """Curves of pictures 1 and 2: lists of (step, value)."""
+    plain, unit = Scaled(problem, "plain"), Scaled(problem, "unit Gram diagonal")
+    surgeon = Scaled(problem, "unit diagonal of the inverse")
+    l1_penalty = half_penalty(unit)
+    best = unit.objective(unit.fista(unit.start, l1_penalty, 8 * steps, True, None), l1_penalty)
+    dense = abs(unit.objective(torch.zeros_like(unit.start), l1_penalty) - best)
+    gaps: dict[str, list] = {}
+    errors: dict[str, list] = {}
+
+    def follow(name: str, scaled: Scaled, start: Tensor, restart: bool, rounded: bool) -> None:
+        gaps[name] = []
+        if rounded:
+            errors[name] = []
+
+        def see(step: int, weight: Tensor) -> None:
+            if shown(step):
+                gaps[name].append((step, (scaled.objective(weight, l1_penalty) - best) / dense))
+                if rounded:
+                    errors[name].append((step, scaled.error(weight, HALF.mask((weight * scaled.scale).abs()))))
+
+        scaled.fista(start, l1_penalty, steps, restart, see)
+
+    follow("FISTA from the dense weights", plain, plain.start, False, True)
+    for name in ("wanda", "sparsegpt"):
+        warm = create_method(name).prune(problem, HALF).weight
+        follow(f"FISTA from {name}", plain, warm / plain.scale, False, name == "sparsegpt")
+    follow("FISTA, preconditioned, restarts", unit, unit.start, True, True)
+    for name, scaled, rho in (
+        ("ADMM, unit Gram diagonal, rho 0.5", unit, 0.5),
+        ("ADMM, surgeon coordinates, rho 1.2", surgeon, 1.2),
+    ):
+        curve = errors[name] = []
+
+        def see(iteration: int, weight: Tensor, mask: Tensor, curve=curve, scaled=scaled) -> None:
+            if shown(iteration):
+                curve.append((iteration, scaled.error(weight, mask)))
+
+        admm(scaled, rho, 40, see)
+    return gaps, errors
+
+
+def by_rho(problems: list[LayerProblem]) -> dict[str, list]:
+    """Geometric mean of the squared relative error over operators, by coordinates: lists of (rho, value)."""
+    curves = {}
+    for coordinates in ("plain", "unit Gram diagonal", "unit diagonal of the inverse"):
+        logs: dict[float, list[float]] = {rho: [] for rho in RHOS}
+        for problem in problems:
+            scaled = Scaled(problem, coordinates)
+            for rho in RHOS:
+                state = admm(scaled, rho, 12, None)
+                logs[rho].append(math.log(scaled.error(state.sparse, state.mask)))  # type: ignore[arg-type]
+        curves[coordinates] = [(rho, math.exp(statistics.fmean(values))) for rho, values in logs.items()]
+    return curves
+
+
+def plot(record: dict, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    titles = (
+        "LASSO: objective above its minimum",
+        "error after rounding and refitting",
+        "error after 12 ADMM iterations",
+    )
+    labels = ("FISTA step", "products with the Gram matrix", "rho")
+    for axis, key, title, label in zip(axes, ("gaps", "errors", "by_rho"), titles, labels, strict=True):
+        for name, curve in record[key].items():
+            places, values = zip(*curve, strict=True)
+            axis.plot(places, [max(v, 1e-9) for v in values], label=name, marker="." if key == "by_rho" else None)
+        axis.set(title=title, xlabel=label, xscale="log", yscale="log")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(1e-6, 3)
+    axes[1].set_ylim(4e-3, 1.3e-2)
+    axes[1].legend(fontsize=8, loc="lower left")
+    axes[0].axvline(20, color="gray", linestyle=":")
+    figure.savefig(path, dpi=110)
+
+
+@torch.no_grad()
+def main() -> None:
+    arguments = parse_arguments()
+    model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
+    text = load_text(arguments.calibration, "calibration")
+    windows = calibration_windows(tokenizer, text, arguments.num_samples, arguments.sequence_length, arguments.seed)
+    layers = [int(i) for i in arguments.layers.split(",")]
+    found = [problem for (group,) in layer_problems(model, [windows], set(layers)) for problem in group[:1]]
+    middle = layers[len(layers) // 2]
+    chosen = next(p for p in found if f".{middle}." in p.name and p.name.endswith("o_proj"))
+    gaps, errors = stalling(chosen, arguments.steps)
+    record = {"settings": {k: str(v) for k, v in vars(arguments).items() if k not in ("output", "plot")}}
+    record |= {"versions": library_versions(), "operator": chosen.name, "gaps": gaps, "errors": errors}
+    record["by_rho"] = by_rho([p for p in found if p.name.endswith(("o_proj", "q_proj", "gate_proj"))])
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(record, indent=1))
+    for key in ("gaps", "errors", "by_rho"):
+        for name, curve in record[key].items():
+            picked = [c for c in curve if c[0] in (1, 5, 10, 20, 40, 100, arguments.steps, *RHOS)]
+            print(f"{key}: {name}: " + ", ".join(f"{place} {value:.2e}" for place, value in picked))
+    if arguments.plot:
+        plot(record, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
