@@ -204,7 +204,7 @@ def plot(record: dict, path: Path) -> None:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     axes[0].set_ylim(1e-6, 3)
-    axes[1].set_ylim(4e-3, 1.3e-2)
+    axes[1].set_ylim(3e-3, 1.3e-2)
     axes[1].legend(fontsize=8, loc="lower left")
     axes[0].axvline(20, color="gray", linestyle=":")
     figure.savefig(path, dpi=110)

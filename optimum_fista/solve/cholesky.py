@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def damped_cholesky(gram: Tensor, damping: float) -> tuple[Tensor, str]:
+def damped_cholesky(gram: Tensor, damping: float, *, in_place: bool = False) -> tuple[Tensor, str]:
     """Lower Cholesky factor of `G + damping * mean(diag G) I`.
 
     When the factorisation breaks down numerically the damping is raised tenfold, at most four times, and the
@@ -15,6 +15,7 @@ def damped_cholesky(gram: Tensor, damping: float) -> tuple[Tensor, str]:
     Args:
         gram: [n, n], symmetric positive semidefinite.
         damping: Fraction of the mean diagonal added to the diagonal.
+        in_place: Whether the damping may stay in `gram`.
 
     Returns:
         The factor [n, n], and a message that is empty unless the damping had to be raised.
@@ -22,11 +23,12 @@ def damped_cholesky(gram: Tensor, damping: float) -> tuple[Tensor, str]:
     Raises:
         torch.linalg.LinAlgError: If it fails even so (the matrix is not positive semidefinite).
     """
-    mean = float(gram.diagonal().mean()) or 1.0
+    diagonal = gram.diagonal().clone()
+    mean = float(diagonal.mean()) or 1.0
     wanted = damping
+    damped = gram if in_place else gram.clone()
     for _ in range(5):
-        damped = gram.clone()
-        damped.diagonal().add_(damping * mean)
+        damped.diagonal().copy_(diagonal + damping * mean)
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             raised = f"the Gram matrix needed damping {damping:g} instead of {wanted:g}"

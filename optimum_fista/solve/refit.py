@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optimum_fista.solve.problem import inner_by_rows
+
 
 def refit(
     gram: Tensor,
@@ -14,6 +16,7 @@ def refit(
     *,
     max_iterations: int = 10,
     tolerance: float = 1e-5,
+    in_place: bool = False,
 ) -> tuple[Tensor, int]:
     """Minimize `1/2 <W G, W> - <W, C>` over weights that vanish outside a fixed mask.
 
@@ -28,27 +31,29 @@ def refit(
         max_iterations: Products with `G`, besides the one for the first gradient.
         tolerance: Stop when the preconditioned residual of all rows together has fallen by this factor.
 
+        in_place: Whether `target` and `start` may be used up; two matrices of their shape are then made, else four.
+
     Returns:
         Weights [out, in], zero outside the mask, and the number of steps taken.
     """
     diagonal = gram.diagonal()
     scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal()
-    weight = start * mask
-    residual = torch.addmm(target, weight, gram, alpha=-1).mul_(mask)
-    preconditioned = residual * scale
-    direction = preconditioned.clone()
-    energy = torch.linalg.vecdot(residual, preconditioned)
+    weight = start.mul_(mask) if in_place else start * mask
+    residual = torch.addmm(target, weight, gram, alpha=-1, out=target if in_place else None).mul_(mask)
+    direction = residual * scale
+    energy = inner_by_rows(residual, direction).to(residual.dtype)
+    product = torch.empty_like(residual)
     stop = tolerance**2 * float(energy.sum())
     for iteration in range(max_iterations):
         if float(energy.sum()) <= stop:
             return weight, iteration
-        product = (direction @ gram).mul_(mask)
-        curvature = torch.linalg.vecdot(direction, product)
+        torch.mm(direction, gram, out=product).mul_(mask)
+        curvature = inner_by_rows(direction, product).to(residual.dtype)
         length = torch.where(curvature > 0, energy / curvature.clamp_min(1e-38), torch.zeros_like(energy))
         weight.addcmul_(length[:, None], direction)
         residual.addcmul_(length[:, None], product, value=-1)
-        preconditioned = residual * scale
-        energy_next = torch.linalg.vecdot(residual, preconditioned)
+        preconditioned = torch.mul(residual, scale, out=product)
+        energy_next = inner_by_rows(residual, preconditioned).to(residual.dtype)
         momentum = torch.where(energy > 0, energy_next / energy.clamp_min(1e-38), torch.zeros_like(energy))
         direction.mul_(momentum[:, None]).add_(preconditioned)
         energy = energy_next

@@ -10,6 +10,8 @@ from torch import Tensor
 
 _SAMPLE = 16_384
 """Values that bracket the one sought."""
+_PART = 2**18
+"""Scores ranked within their groups at a time, on a CPU."""
 
 
 def kth_smallest(values: Tensor, k: int) -> Tensor:
@@ -65,13 +67,18 @@ def keep_largest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
     """Boolean mask [rows, columns], True for the `n` largest of every `m` consecutive scores of a row.
 
     The rank of a score is the number of scores of its group that beat it (ties by position): m - 1
-    comparisons a weight, which for small m is far cheaper than sorting the groups.
+    comparisons a weight, which for small m is far cheaper than sorting the groups. Rows are taken a part at a time:
+    on a CPU a part stays in the cache.
     """
-    groups = scores.reshape(-1, m).T.contiguous()
-    ranks = torch.zeros(groups.shape, dtype=torch.uint8 if m < 256 else torch.int16, device=scores.device)
-    for i in range(m):
-        for j in range(i + 1, m):
-            first_wins = groups[i] >= groups[j]
-            ranks[j] += first_wins
-            ranks[i] += first_wins.logical_not_()
-    return (ranks < n).T.reshape(scores.shape)
+    part = max(1, (_PART if scores.device.type == "cpu" else 64 * _PART) // max(1, scores.shape[1]))
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    for rows, kept in zip(scores.split(part), mask.split(part), strict=True):
+        groups = rows.reshape(-1, m).T.contiguous()
+        ranks = torch.zeros(groups.shape, dtype=torch.uint8 if m < 256 else torch.int16, device=scores.device)
+        for i in range(m):
+            for j in range(i + 1, m):
+                first_wins = groups[i] >= groups[j]
+                ranks[j] += first_wins
+                ranks[i] += first_wins.logical_not_()
+        kept.copy_((ranks < n).T.reshape(rows.shape))
+    return mask

@@ -84,3 +84,4 @@ def split_in_stages(
         for state, pattern in zip(states, patterns, strict=True):
             for _ in range(iterations):
                 state.iterate(inverse, rho, pattern)
+        del inverse  # before the next one is made

@@ -34,7 +34,8 @@ class ObsAdmm(PruningMethod):
        that `rho` a little above 1 swaps what pays to swap, and a dozen iterations are enough.
     4. Refit of the kept weights by conjugate gradients on the ridge problem.
 
-    The working set is four matrices of the operators' shape and three of the Gram matrix's.
+    The working set, besides the problem, is four matrices of the operators' shape and three of the Gram matrix's, in
+    float32, and masks of a byte a weight.
 
     Attributes:
         ridge: `r` above; `None`: `ridge_tokens` divided by the calibration tokens per input, within
@@ -108,7 +109,9 @@ class ObsAdmm(PruningMethod):
     ) -> PrunedOperator:
         """Refit in the scaled coordinates and scale back."""
         assert state.mask is not None
-        weight, steps = refit(gram, state.target, state.sparse, state.mask, max_iterations=self.refit_iterations)
+        weight, steps = refit(
+            gram, state.target, state.point, state.mask, max_iterations=self.refit_iterations, in_place=True
+        )
         weight.mul_(scale)
         return PrunedOperator(
             weight,
@@ -123,8 +126,8 @@ class ObsAdmm(PruningMethod):
 def _surgeon_scale(gram: Tensor, damping: float) -> tuple[Tensor, str]:
     """`sqrt([(G + damping * diag(G))^-1]_jj)` [in], and the message of a factorisation that needed help."""
     scale = gram.diagonal().rsqrt()
-    unit = gram * scale * scale[:, None]
-    factor, message = damped_cholesky(unit, damping)
+    unit = (gram * scale).mul_(scale[:, None])
+    factor, message = damped_cholesky(unit, damping, in_place=True)
     return torch.cholesky_inverse(factor, out=unit).diagonal().sqrt() * scale, message
 
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from layer_problems import example
+from live_memory import LiveMemory
 
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.pattern import SparsityPattern
@@ -121,3 +122,26 @@ def test_obs_admm_with_dead_inputs_and_no_inputs_at_all():
 def test_obs_admm_refuses_bad_options(options, names):
     with pytest.raises(ValueError, match=names):
         create_method("obs_admm", **options)
+
+
+def large_problem(rows: int, columns: int) -> LayerProblem:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(columns, 3 * columns, generator=generator)
+    weight = torch.randn(rows, columns, generator=generator)
+    gram = inputs @ inputs.T
+    energies = torch.full((rows,), 1e6, dtype=torch.float64)
+    return LayerProblem(weight, InputStatistics(gram, 3 * columns), 0.99 * weight @ gram, energies)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_obs_admm_keeps_to_its_working_set(pattern):
+    pattern = SparsityPattern.parse(pattern)
+    for rows, columns in ((8192, 128), (128, 768)):
+        problem = large_problem(rows, columns)
+        matrix, gram = 4 * rows * columns, 4 * columns**2
+        with torch.no_grad(), LiveMemory() as memory:
+            create_method("obs_admm").prune(problem, pattern)
+        assert memory.peak <= 4.7 * matrix + 3.1 * gram  # masks are a byte a weight
+        algebra = [name for name in memory.operations if "linalg" in name and "check_errors" not in name]
+        assert set(algebra) <= {"linalg_cholesky_ex", "linalg_vecdot"}
+        assert 1 < algebra.count("linalg_cholesky_ex") <= 8
