@@ -1,11 +1,11 @@
 """Prune with the activations of the calibration text in CPU memory, so that the GPU holds little but the model.
 
 Between two decoder layers the hidden states of all calibration tokens wait somewhere: 128 sequences of 2048
-tokens with 4096 features in bfloat16 take 2 GB, and as much again with error_correction="full". With
-storage_device="cpu" they wait in CPU memory and visit the GPU one batch at a time.
+tokens with 4096 features in bfloat16 take 2 GB, twice as much where errors are corrected from layer to layer (the
+default). With storage_device="cpu" they wait in CPU memory and visit the GPU one batch at a time.
 
-The model itself has to fit: in the GPU's memory, or without a GPU in the CPU's. Reading the weights from disk one
-decoder layer at a time is not there yet; a model loaded with offloaded weights is refused with a clear error.
+The weights can wait elsewhere, too: --device-map auto, or cpu or disk for all of them, has Accelerate offload what does
+not fit, and one decoder layer is on the GPU at a time.
 
 python examples/prune_offloaded.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output pruned-offloaded
 """
@@ -26,15 +26,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("pruned-offloaded"), help="folder to write the model to")
     parser.add_argument("--num-samples", type=int, default=64, help="calibration sequences")
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens a sequence")
+    parser.add_argument("--device-map", help="Accelerate's device_map: auto, cpu, disk (default: all on the device)")
     arguments = parser.parse_args()
 
     has_gpu = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").to("cuda" if has_gpu else "cpu")
+    places = {"": arguments.device_map} if arguments.device_map == "disk" else arguments.device_map
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", device_map=places)
+    if places is None:
+        model = model.to("cuda" if has_gpu else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tokens = calibration_tokens("self", model, tokenizer, arguments.num_samples, arguments.sequence_length)
 
-    # "full" carries the hidden states of the dense and of the pruned network through the model: twice the storage.
-    pruner = FistaPruner(FistaPruningConfig(sparsity=0.5, error_correction="full"), storage_device="cpu")
+    pruner = FistaPruner(FistaPruningConfig(sparsity=0.5), storage_device="cpu")
     if has_gpu:
         torch.cuda.reset_peak_memory_stats()
     print(pruner.prune(model, tokens.split(1), calibration_source="self"))  # batches of 1: least memory

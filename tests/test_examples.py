@@ -55,10 +55,11 @@ def test_prune_2_4(run, tmp_path):
     assert config_of(tmp_path / "out")["pattern"] == "2:4"
 
 
-def test_prune_offloaded(run, tmp_path):
-    shown = run("prune_offloaded", "--output", "out")
+@pytest.mark.parametrize("flags", [[], ["--device-map", "disk"], ["--device-map", "cpu"]])
+def test_prune_offloaded(run, tmp_path, flags):
+    shown = run("prune_offloaded", "--output", "out", *flags)
     assert shown.startswith("14 operators pruned by obs_admm")
-    assert config_of(tmp_path / "out")["error_correction"] == "full"
+    assert config_of(tmp_path / "out")["error_correction"] == 0.5
     verify_checkpoint(tmp_path / "out")
 
 

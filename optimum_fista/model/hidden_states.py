@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_fista.model.architecture import DecoderLayers, input_embedding
+from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.offload import execution_device
 from optimum_fista.model.replay import LayerCall, StopForward
 
 
@@ -39,7 +40,7 @@ def record_inputs(model: PreTrainedModel, layers: DecoderLayers, batches: Sequen
     Raises:
         ValueError: If the hidden states that enter the first decoder layer are not finite.
     """
-    device = input_embedding(model).device
+    device = execution_device(model.get_input_embeddings())
     recorder = _Recorder(layers)
     hidden_states, token_masks = [], []
     with recorder:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from optimum_fista.model.offload import stored_tensor
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a plain linear operator: `nn.Linear` or Transformers' `Conv1D` (GPT-2)."""
@@ -38,8 +40,8 @@ class LinearOperator:
         return (columns, rows) if self.transposed else (rows, columns)
 
     def read(self) -> Tensor:
-        """A float32 copy of the weight, [out, in]."""
-        weight = self.parameter.detach()
+        """A float32 copy of the weight, [out, in], read from where it is kept."""
+        weight = stored_tensor(self.module, "weight")
         return (weight.T if self.transposed else weight).to(torch.float32, copy=True).contiguous()
 
     def write(self, weight: Tensor) -> None:

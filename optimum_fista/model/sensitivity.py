@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from optimum_fista.model.architecture import DecoderLayers, input_embedding
+from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.replay import watching
 
@@ -86,16 +87,17 @@ def measure_sensitivities(
     Raises:
         ValueError: If a gradient is not finite.
     """
-    device = input_embedding(model).device
+    device = execution_device(model.get_input_embeddings())
     found = {
         name: Sensitivity(torch.zeros(o.shape[0], device=device), torch.zeros(o.shape[1], device=device))
         for name, o in operators.items()
     }
+    columns = {name: operator.read().square().sum(0) for name, operator in operators.items()}
     sequences = list(_sequences(batches, num_tokens))
     bar = tqdm(sequences, desc="Gradients of the loss", unit="sequence", disable=not progress)
     with _differentiable(model, layers), torch.enable_grad():
         for ids, mask in bar:
-            _run(model, operators, found, ids.to(device), None if mask is None else mask.to(device))
+            _run(model, operators, found, columns, ids.to(device), None if mask is None else mask.to(device))
     for name, sensitivity in found.items():
         if not bool(torch.isfinite(sensitivity.gradients).all()):
             raise ValueError(
@@ -109,10 +111,11 @@ def _run(
     model: PreTrainedModel,
     operators: Mapping[str, LinearOperator],
     found: Mapping[str, Sensitivity],
+    columns: Mapping[str, Tensor],
     ids: Tensor,
     mask: Tensor | None,
 ) -> None:
-    """Add what one sequence [1, sequence] shows."""
+    """Add what one sequence [1, sequence] shows; `columns` are the squared norms of the columns of the weights."""
     real = None if mask is None else mask.reshape(-1)
     forwards = True
     energies: dict[str, Tensor] = {}
@@ -124,7 +127,7 @@ def _run(
     def see_input(operator: LinearOperator, inputs: Tensor) -> None:
         if forwards:  # not when a layer is recomputed
             squares = rows(inputs).square()
-            energy = squares @ operator.read().square().sum(0)
+            energy = squares @ columns[operator.name].to(squares.device)
             energies[operator.name] = energy.clamp_max(_TYPICAL * energy.median())
             sums = found[operator.name]
             sums.inputs += squares.sum(0).to(sums.inputs.device)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista.model.offload import stored_tensor
 from optimum_fista.run.card import model_card
 from optimum_fista.run.loading import forget_gguf
 from optimum_fista.run.report import PruningReport
@@ -119,9 +120,9 @@ def read_tensors(files: dict[str, Path], names: list[str]) -> Iterator[tuple[str
 
 
 def _require_zeros(model: PreTrainedModel, report: PruningReport, masks: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
     for operator in report.operators:
-        weight = parameters[operator.name].detach()
+        owner, _, name = operator.name.rpartition(".")
+        weight = stored_tensor(model.get_submodule(owner), name)
         mask = unpack_mask(masks[operator.name], tuple(weight.shape)).to(weight.device)
         if bool(torch.any(weight.masked_select(~mask) != 0)):
             raise ValueError(

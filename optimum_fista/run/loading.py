@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista.model.offload import is_offloaded
+
 
 def load_model(
     name: str, *, device: str | None = None, dtype: str | torch.dtype = "auto"
@@ -85,10 +87,12 @@ def require_unquantized(model: PreTrainedModel) -> None:
         raise ValueError(
             f"model is quantized by {method!r}: prune the unquantized model first and quantize the result."
         )
+    kept = [(name, module) for name, module in model.named_modules() if is_offloaded(module)]
+    offloaded = {f"{name}.{key}" for name, module in kept for key, _ in module.named_parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise ValueError(f"{name} has dtype {parameter.dtype}: prune the model in float32, bfloat16 or float16.")
-        if parameter.device.type == "meta":
+        if parameter.device.type == "meta" and name not in offloaded:
             raise ValueError(
-                f"{name} is offloaded or not loaded (device meta): load the whole model in memory to prune it."
+                f"{name} is not loaded (device meta): load the model, or have Accelerate offload it (device_map)."
             )

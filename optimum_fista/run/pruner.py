@@ -6,14 +6,12 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.architecture import (
@@ -24,16 +22,13 @@ from optimum_fista.model.architecture import (
     input_embedding,
 )
 from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
-from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.offload import is_offloaded
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.sharing import trace_groups
-from optimum_fista.model.statistics import LayerActivations
-from optimum_fista.run.budgets import share_budgets
 from optimum_fista.run.checkpoint import save_checkpoint, summary
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.hub import push_folder
-from optimum_fista.run.layer_pruning import LayerPruning, report_group
 from optimum_fista.run.loading import require_unquantized
+from optimum_fista.run.model_pruning import ModelPruning, Operators, require_finite
 from optimum_fista.run.perplexity import evaluation_mode
 from optimum_fista.run.report import PruningReport
 from optimum_fista.run.rollback import Rollback
@@ -42,8 +37,6 @@ from optimum_fista.solve.bitmask import pack_mask
 from optimum_fista.solve.pruned import PrunedOperator
 
 logger = logging.getLogger(__name__)
-
-Operators = dict[str, dict[str, LinearOperator]]
 
 
 class FistaPruner:
@@ -109,7 +102,24 @@ class FistaPruner:
         self._warn_if_rank_deficient(operators, report)
         masks: dict[str, Tensor] = {}
         with evaluation_mode(model), torch.no_grad(), Rollback() as rollback:
-            self._prune_layers(model, layers, operators, batches, report, masks, rollback)
+
+            def write(operator: LinearOperator, pruned: PrunedOperator) -> None:
+                rollback.write(operator, pruned.weight)
+                masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
+
+            pruning = ModelPruning(
+                model,
+                layers,
+                operators,
+                batches,
+                self.config,
+                report,
+                write,
+                progress=self.progress,
+                storage_device=self.storage_device,
+            )
+            for _ in pruning.run():
+                pass
         report.seconds["total"] = time.perf_counter() - started
         model.config.fista_pruning = summary(report)
         self._results[model] = (report, masks)
@@ -193,9 +203,9 @@ class FistaPruner:
         self.save_pretrained(model, target, tokenizer, overwrite=overwrite)
         return push_folder(target, repo_id, **options)
 
-    def _choose_operators(self, layers: DecoderLayers) -> tuple[Operators, dict[str, str]]:
+    def _choose_operators(self, layers: DecoderLayers) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
         """Operators to prune by decoder layer, and those left dense with the reason; checks all weights."""
-        chosen: Operators = {}
+        chosen: dict[str, dict[str, LinearOperator]] = {}
         left_dense: dict[str, str] = {}
         for layer_name, layer in layers:
             chosen[layer_name] = {}
@@ -205,8 +215,8 @@ class FistaPruner:
                     left_dense[name] = reason
                     continue
                 self.config.pattern_for(name).require_shape(operator.shape, name)
-                if not bool(torch.isfinite(operator.parameter).all()):
-                    raise ValueError(f"the weight of {name} holds NaN or Inf: the model is damaged, load it again.")
+                if not is_offloaded(operator.module):  # the others are checked when they are onloaded
+                    require_finite(operator)
                 chosen[layer_name][name] = operator
         if not any(chosen.values()):
             raise UnsupportedArchitectureError(
@@ -227,69 +237,6 @@ class FistaPruner:
             )
             report.warnings.append(message)
             warnings.warn(message, stacklevel=3)
-
-    def _prune_layers(
-        self,
-        model: PreTrainedModel,
-        layers: DecoderLayers,
-        operators: Operators,
-        batches: list[CalibrationBatch],
-        report: PruningReport,
-        masks: dict[str, Tensor],
-        rollback: Rollback,
-    ) -> None:
-        """Prune every decoder layer in place; fills `report` and `masks`."""
-
-        def write(operator: LinearOperator, pruned: PrunedOperator) -> None:
-            rollback.remember(operator)
-            operator.write(pruned.weight)
-            masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
-
-        config = self.config.resolved()
-        started = time.perf_counter()
-        flat = {name: operator for group in operators.values() for name, operator in group.items()}
-        budgets = share_budgets(model, layers, flat, batches, config, self.progress)
-        report.seconds["allocation"] = time.perf_counter() - started
-        if budgets.unseen:
-            report.warnings.append(
-                f"the loss does not feel {len(budgets.unseen)} operators on the first {config.allocation_tokens} "
-                f"calibration tokens, so they keep the average sparsity: {', '.join(budgets.unseen[:4])}"
-            )
-        recorded = record_inputs(model, layers, batches)
-        storage = torch.device(self.storage_device or recorded.hidden_states[0].device)
-        assert config.error_correction is not None
-        pruning = LayerPruning(
-            config.create_method(model.config.model_type),
-            budgets.pattern_for,
-            config.error_correction,
-            write,
-            config.residual_correction or 0.0,
-            budgets.output_weights if config.scope == "matrix" else None,
-        )
-        states = pruning.enter([hidden.to(storage) for hidden in recorded.hidden_states])
-        recorded.hidden_states.clear()
-        last_layer = max(index for index, group in enumerate(operators.values()) if group)
-        total = sum(len(group) for group in operators.values())
-        with tqdm(total=total, desc="Pruning", unit="operator", disable=not self.progress) as bar:
-            for index, (layer_name, layer) in enumerate(layers):
-                if index > last_layer:
-                    break
-                calls, recorded.calls[index] = recorded.calls[index], []
-                activations = LayerActivations(layer, calls, recorded.token_masks, storage)
-                groups = trace_groups(layer, operators[layer_name], calls[0], states.entering[0].to(_device(layer)))
-                with closing(pruning.prune(activations, groups, states)) as pruned_groups:
-                    for group in pruned_groups:
-                        reports = report_group(group, config.method)
-                        report.operators.extend(reports)
-                        last = group.operators[-1].name.removeprefix(f"{layer_name}.")
-                        error = reports[-1].relative_error
-                        bar.set_postfix_str(f"layer {index + 1}/{len(layers)} {last} error {error:.4f}")
-                        bar.update(len(reports))
-        report.warnings.extend(f"{o.name}: {o.message}" for o in report.operators if o.message and not o.converged)
-
-
-def _device(module: torch.nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 def _describe(model: PreTrainedModel) -> dict[str, Any]:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 from torch import Tensor
 
+from optimum_fista.model.offload import is_offloaded, store_tensor
 from optimum_fista.model.operator import LinearOperator
 
 
 class Rollback:
-    """Remembers weights before they are overwritten, in CPU memory, and restores them on any exception.
+    """Overwrites weights, and puts the old ones back on any exception.
 
-    An interrupt (Ctrl-C) counts as one. The copies cost one byte for each byte of pruned weights.
+    An interrupt (Ctrl-C) counts as one. Old weights wait in CPU memory and cost one byte for each byte of pruned
+    weights; those that are offloaded to the files of a checkpoint cost nothing, because the files are not touched.
     """
 
     def __init__(self) -> None:
-        self._originals: list[tuple[LinearOperator, Tensor]] = []
+        self._undo: list[Callable[[], None]] = []
 
-    def remember(self, operator: LinearOperator) -> None:
-        """Copy the operator's weight; call it before the first write."""
-        self._originals.append((operator, operator.parameter.detach().to("cpu", copy=True)))
+    def write(self, operator: LinearOperator, weight: Tensor) -> None:
+        """Overwrite the weight of an operator by `weight` [out, in], where it is and where Accelerate keeps it."""
+        if is_offloaded(operator.module):
+            stored = weight.T if operator.transposed else weight
+            self._undo.append(store_tensor(operator.module, "weight", stored))
+        else:
+            original = operator.parameter.detach().to("cpu", copy=True)
+
+            def restore() -> None:
+                operator.parameter.data.copy_(original)
+
+            self._undo.append(restore)
+        operator.write(weight)
 
     def __enter__(self) -> Rollback:
         return self
@@ -29,6 +42,6 @@ class Rollback:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            for operator, original in self._originals:
-                operator.parameter.data.copy_(original)
-        self._originals.clear()
+            for undo in reversed(self._undo):
+                undo()
+        self._undo.clear()

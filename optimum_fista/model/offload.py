@@ -1,0 +1,139 @@
+"""Weights that Accelerate keeps elsewhere, in CPU memory or on disk, while a module waits."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, offload_weight, set_module_tensor_to_device
+from accelerate.utils.modeling import named_module_tensors
+from torch import Tensor, nn
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: the device of its first weight, or that which Accelerate brings it to."""
+    parameter = next(module.parameters())
+    if parameter.device.type != "meta":
+        return parameter.device
+    for part in module.modules():
+        for hook in _hooks(part):
+            if hook.weights_map is not None and hook.execution_device is not None:
+                return torch.device(hook.execution_device)
+    return parameter.device
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether Accelerate keeps the weights of a module itself elsewhere, even where they are onloaded right now."""
+    return _offload_hook(module) is not None
+
+
+def stored_tensor(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of a module, read from where it is kept.
+
+    Raises:
+        ValueError: If it is on the meta device and Accelerate does not keep it.
+    """
+    tensor = getattr(module, name)
+    if tensor.device.type != "meta":
+        return tensor.detach()
+    hook = _offload_hook(module)
+    if hook is None:
+        raise ValueError(f"{name} of a {type(module).__name__} is on the meta device and kept nowhere: load the model.")
+    return hook.weights_map[name]
+
+
+def store_tensor(module: nn.Module, name: str, value: Tensor) -> Callable[[], None]:
+    """Replace an offloaded parameter where it is kept; returns what puts the old one back.
+
+    A file of the checkpoint that the model was loaded from is never written to: the new value goes to a file of its
+    own.
+
+    Raises:
+        ValueError: If Accelerate keeps it in a form that can't be written.
+    """
+    hook = _offload_hook(module)
+    assert hook is not None
+    data, key = hook.weights_map, name
+    while isinstance(data, PrefixedDataset):
+        data, key = data.dataset, f"{data.prefix}{key}"
+    if isinstance(data, OffloadedWeightsLoader):
+        if key not in data.state_dict:
+            return _store_on_disk(data, key, value)
+        data = data.state_dict
+    if not isinstance(data, MutableMapping):
+        raise ValueError(f"{key} is offloaded to a {type(data).__name__}, which can't be written: load the model anew.")
+    old = data[key]
+    data[key] = value.detach().to("cpu", old.dtype, copy=True)
+    return lambda: data.__setitem__(key, old)
+
+
+@contextmanager
+def onloaded(layer: nn.Module) -> Iterator[None]:
+    """Keep all weights of a module on its device, as copies; the hooks of Accelerate then leave them there.
+
+    What is written to them in the meantime is lost at the end unless it was stored by `store_tensor`.
+    """
+    brought: list[tuple[nn.Module, AlignDevicesHook, list[str]]] = []
+    try:
+        for module in layer.modules():
+            hook = _offload_hook(module)
+            if hook is not None and hook.offload:
+                names = _names(module, hook)
+                brought.append((module, hook, names))
+                for name in names:
+                    value = hook.weights_map[name].to(hook.execution_device, copy=True)
+                    set_module_tensor_to_device(module, name, hook.execution_device, value=value)
+                hook.offload = False
+        yield
+    finally:
+        for module, hook, names in brought:
+            hook.offload = True
+            for name in names:
+                set_module_tensor_to_device(module, name, "meta")
+
+
+def move_execution(model: nn.Module, device: torch.device) -> None:
+    """Make an offloaded model compute on another device."""
+    for module in model.modules():
+        for hook in _hooks(module):
+            if hook.execution_device is not None:
+                hook.execution_device = device
+
+
+def _hooks(module: nn.Module) -> list[AlignDevicesHook]:
+    hook = getattr(module, "_hf_hook", None)
+    found = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return [h for h in found if isinstance(h, AlignDevicesHook)]
+
+
+def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
+    return next((hook for hook in _hooks(module) if hook.weights_map is not None), None)
+
+
+def _names(module: nn.Module, hook: AlignDevicesHook) -> list[str]:
+    tensors = named_module_tensors(
+        module, include_buffers=hook.offload_buffers, recurse=hook.place_submodules, remove_non_persistent=True
+    )
+    return [name for name, _ in tensors]
+
+
+def _store_on_disk(data: OffloadedWeightsLoader, key: str, value: Tensor) -> Callable[[], None]:
+    old: dict[str, Any] = dict(data.index[key])
+    in_checkpoint = old.get("safetensors_file") is not None
+    previous = None if in_checkpoint else data[key].clone()
+    if data.save_folder is None:
+        folder = tempfile.TemporaryDirectory(prefix="optimum-fista-")
+        data.save_folder, data.kept_by = folder.name, folder  # removed with the model
+    dtype = getattr(torch, old["dtype"], value.dtype) if "dtype" in old else data[key].dtype
+    offload_weight(value.detach().to("cpu", dtype), key, data.save_folder, data.index)
+
+    def restore() -> None:
+        if previous is not None:
+            offload_weight(previous, key, data.save_folder, data.index)
+        data.index[key] = old
+
+    return restore
