@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
+
+The model is read, pruned and written one decoder layer at a time. A run that was cut off goes on behind its last
+finished decoder layer when the same command is given again.
 
 MODEL is a Hub id, a model folder, or a folder that holds one GGUF file. Without calibration text at hand the model
 samples its own (--calibration self, the default), so nothing but the model is needed.
@@ -91,11 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune, save, and upload where asked."""
-    from optimum_fista.run.calibration_source import calibration_tokens
+    from optimum_fista.run.calibration_source import calibration_tokens_by_name
     from optimum_fista.run.checkpoint import require_free_folder
     from optimum_fista.run.hub import push_folder
-    from optimum_fista.run.loading import load_model
+    from optimum_fista.run.journal import FOLDER
     from optimum_fista.run.pruner import FistaPruner
+    from optimum_fista.run.streaming import unfinished_folder
 
     config = _config(arguments)
     require_free_folder(arguments.output, arguments.overwrite)
@@ -103,13 +108,29 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
-    model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    tokens = calibration_tokens(
-        arguments.calibration, model, tokenizer, arguments.num_samples, arguments.sequence_length, config.seed
+    tokens = calibration_tokens_by_name(
+        arguments.model,
+        arguments.calibration,
+        arguments.num_samples,
+        arguments.sequence_length,
+        config.seed,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        keep_in=unfinished_folder(arguments.output) / FOLDER,
     )
-    pruner = FistaPruner(config)
-    report = pruner.prune(model, tokens.split(arguments.batch_size), calibration_source=arguments.calibration)
-    pruner.save_pretrained(model, arguments.output, tokenizer, overwrite=arguments.overwrite)
+    try:
+        report = FistaPruner(config).prune(
+            arguments.model,
+            tokens.split(arguments.batch_size),
+            calibration_source=arguments.calibration,
+            output_dir=arguments.output,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            overwrite=arguments.overwrite,
+        )
+    except KeyboardInterrupt:
+        print("\nfinished decoder layers are kept: give the same command again to go on", file=sys.stderr)
+        raise
     print(report)
     print(f"saved to {arguments.output}")
     if arguments.push_to_hub:

@@ -25,6 +25,7 @@ CONFIG_KEY = "fista_pruning"
 MASKS_FILE = "fista/masks.safetensors"
 REPORT_FILE = "fista/report.json"
 MASKS_FORMAT = "bitmask-1"
+MASKS_METADATA = {"format": MASKS_FORMAT}  # one key only: safetensors writes several in any order
 
 
 def summary(report: PruningReport) -> dict[str, Any]:
@@ -84,8 +85,7 @@ def save_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         (partial / "fista").mkdir()
-        metadata = {"format": MASKS_FORMAT, "true": "kept", "bit_order": "little"}
-        save_file(masks, partial / MASKS_FILE, metadata=metadata)
+        save_file(masks, partial / MASKS_FILE, metadata=MASKS_METADATA)
         (partial / REPORT_FILE).write_text(report.to_json())
         (partial / "README.md").write_text(model_card(report))
         partial.chmod(0o755)

@@ -23,19 +23,11 @@ def load_model(
     Raises:
         ValueError: If `name` is a folder without a model, or the device or dtype can't be used.
     """
-    target = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = usable_device(device)
     if dtype != "auto":
-        dtype = _floating_dtype(dtype)
-    options: dict[str, str] = {}
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        files = sorted(folder.glob("*.gguf"))
-        if len(files) != 1:
-            raise ValueError(
-                f"model={name!r} is a folder with neither a config.json nor exactly one .gguf file: pass a model "
-                "folder or a Hub id."
-            )
-        options["gguf_file"] = files[0].name
+        dtype = floating_dtype(dtype)
+    file = gguf_file(name)
+    options = {} if file is None else {"gguf_file": file}
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     if "gguf_file" in options:
@@ -44,14 +36,51 @@ def load_model(
     return model, tokenizer
 
 
-def _usable_device(device: str) -> torch.device:
+def gguf_file(name: str) -> str | None:
+    """Name of the GGUF file where `name` is a folder with one and no configuration.
+
+    Raises:
+        ValueError: If it is a folder with neither.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(
+            f"model={name!r} is a folder with neither a config.json nor exactly one .gguf file: pass a model "
+            "folder or a Hub id."
+        )
+    return files[0].name
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model, `None` where a model folder has none."""
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
+        return None
+    return AutoTokenizer.from_pretrained(name)
+
+
+def usable_device(device: str | None) -> torch.device:
+    """A device by name; `None`: the first GPU when there is one, otherwise the CPU.
+
+    Raises:
+        ValueError: If it can't be used.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
         raise ValueError(f"device={device!r} can't be used: {error}. Pass 'cpu', 'cuda' or 'cuda:N'.") from error
 
 
-def _floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating dtype by name.
+
+    Raises:
+        ValueError: If it is none.
+    """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype={dtype!r}: pass 'auto', 'float32', 'bfloat16' or 'float16'.")

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from optimum_fista.model.architecture import DecoderLayers
-from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.architecture import (
+    DecoderLayers,
+    UnsupportedArchitectureError,
+    find_decoder_layers,
+    find_operators,
+    input_embedding,
+)
+from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.offload import execution_device, is_offloaded, onloaded
 from optimum_fista.model.operator import LinearOperator
@@ -21,17 +29,19 @@ from optimum_fista.model.statistics import LayerActivations
 from optimum_fista.run.budgets import Budgets, share_budgets
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, report_group
+from optimum_fista.run.loading import require_unquantized
 from optimum_fista.run.report import PruningReport
 from optimum_fista.solve.pruned import PrunedOperator
-
-Operators = Mapping[str, Mapping[str, LinearOperator]]
-"""Operators to prune, by name, by name of their decoder layer."""
 
 
 class ModelPruning:
     """One run over the decoder layers of a model.
 
     Attributes:
+        layers: The decoder layers.
+        operators: The operators to prune.
+        batches: Calibration batches.
+        report: The report; operators are added as they are pruned.
         states: Hidden states that enter the next decoder layer; `None` before the first.
         budgets: The operators' sparsity patterns; `None` before they are shared.
     """
@@ -39,30 +49,45 @@ class ModelPruning:
     def __init__(
         self,
         model: PreTrainedModel,
-        layers: DecoderLayers,
-        operators: Operators,
-        batches: Sequence[CalibrationBatch],
+        calib_dataloader: Iterable[Any],
         config: FistaPruningConfig,
-        report: PruningReport,
         write: Callable[[LinearOperator, PrunedOperator], None],
         *,
+        calibration_source: str | None = None,
         progress: bool = True,
         storage_device: str | torch.device | None = None,
     ) -> None:
+        require_unquantized(model)
         self.model = model
-        self.layers = layers
-        self.operators = operators
-        self.batches = batches
+        self.layers = find_decoder_layers(model)
         self.config = config.resolved()
-        self.report = report
+        self.operators, left_dense = choose_operators(self.layers, config)
+        self.batches = read_batches(calib_dataloader, input_embedding(model).shape[0])
+        self.report = PruningReport(
+            config=self.config.to_dict(),
+            model=_describe(model),
+            calibration=_describe_calibration(self.batches, calibration_source),
+            left_dense=left_dense,
+        )
         self.write = write
         self.progress = progress
         self.storage_device = storage_device
         self.states: HiddenStates | None = None
         self.budgets: Budgets | None = None
+        self._warn_if_rank_deficient()
+
+    @property
+    def storage(self) -> torch.device:
+        """Where hidden states wait between decoder layers."""
+        return torch.device(self.storage_device or execution_device(self.model.get_input_embeddings()))
+
+    @property
+    def last_layer(self) -> int:
+        """Index of the last decoder layer with an operator to prune."""
+        return max(index for index, group in enumerate(self.operators.values()) if group)
 
     def run(self, first: int = 0) -> Iterator[tuple[int, str, nn.Module]]:
-        """Prune the decoder layers from `first` on in place.
+        """Prune the decoder layers from `first` on in place; where it is not 0, `states` must be those that enter it.
 
         Yields:
             Index, name and module of every decoder layer when it is pruned, before its weights leave the device.
@@ -73,11 +98,10 @@ class ModelPruning:
         """
         pruning = self._layer_pruning(self._shared_budgets())
         recorded = record_inputs(self.model, self.layers, self.batches)
-        storage = torch.device(self.storage_device or recorded.hidden_states[0].device)
-        if self.states is None:
+        storage = self.storage
+        if not first:
             self.states = pruning.enter([hidden.to(storage) for hidden in recorded.hidden_states])
         recorded.hidden_states.clear()
-        last_layer = max(index for index, group in enumerate(self.operators.values()) if group)
         counts = [len(group) for group in self.operators.values()]
         with tqdm(
             total=sum(counts), initial=sum(counts[:first]), desc="Pruning", unit="operator", disable=not self.progress
@@ -87,13 +111,25 @@ class ModelPruning:
                 if index < first:
                     continue
                 with onloaded(layer):
-                    if index <= last_layer:
+                    if index <= self.last_layer:
                         activations = LayerActivations(layer, calls, recorded.token_masks, storage)
                         self._prune_layer(pruning, activations, name, index, bar)
                     yield index, name, layer
         self.report.warnings.extend(
             f"{o.name}: {o.message}" for o in self.report.operators if o.message and not o.converged
         )
+
+    def _warn_if_rank_deficient(self) -> None:
+        """Warn once when an operator has more inputs than there are calibration tokens."""
+        tokens = self.report.calibration["num_tokens"]
+        widest = max((o for group in self.operators.values() for o in group.values()), key=lambda o: o.shape[1])
+        if tokens < widest.shape[1]:
+            message = (
+                f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
+                "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
+            )
+            self.report.warnings.append(message)
+            warnings.warn(message, stacklevel=4)
 
     def _shared_budgets(self) -> Budgets:
         if self.budgets is None:
@@ -130,7 +166,7 @@ class ModelPruning:
             if is_offloaded(operator.module):
                 require_finite(operator)
         entering = self.states.entering[0].to(execution_device(layer))
-        groups = trace_groups(layer, dict(operators), activations.calls[0], entering)
+        groups = trace_groups(layer, operators, activations.calls[0], entering)
         with closing(pruning.prune(activations, groups, self.states)) as pruned_groups:
             for group in pruned_groups:
                 reports = report_group(group, self.config.method)
@@ -149,3 +185,53 @@ def require_finite(operator: LinearOperator) -> None:
     """
     if not bool(torch.isfinite(operator.parameter).all()):
         raise ValueError(f"the weight of {operator.name} holds NaN or Inf: the model is damaged, load it again.")
+
+
+def choose_operators(
+    layers: DecoderLayers, config: FistaPruningConfig
+) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
+    """Operators to prune by decoder layer, and those left dense with the reason.
+
+    Raises:
+        ValueError: If a pattern does not fit, or a weight in memory is not finite.
+        UnsupportedArchitectureError: If nothing is left to prune.
+    """
+    chosen: dict[str, dict[str, LinearOperator]] = {}
+    left_dense: dict[str, str] = {}
+    for layer_name, layer in layers:
+        chosen[layer_name] = {}
+        for name, operator in find_operators(layer_name, layer, config.exclude).items():
+            reason = config.reason_left_dense(name)
+            if reason is not None:
+                left_dense[name] = reason
+                continue
+            config.pattern_for(name).require_shape(operator.shape, name)
+            if not is_offloaded(operator.module):  # the others are checked when they are onloaded
+                require_finite(operator)
+            chosen[layer_name][name] = operator
+    if not any(chosen.values()):
+        raise UnsupportedArchitectureError(
+            f"no linear operator to prune in {layers.name}: looked for nn.Linear and Conv1D modules with "
+            f"include={list(config.include)}, exclude={list(config.exclude)}, and found "
+            f"{len(left_dense)}, all left dense: {', '.join(list(left_dense)[:4]) or 'none'}."
+        )
+    return chosen, left_dense
+
+
+def _describe(model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "class": type(model).__name__,
+        "model_type": model.config.model_type,
+        "name": getattr(model.config, "_name_or_path", "") or "",
+        "num_parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _describe_calibration(batches: list[CalibrationBatch], source: str | None) -> dict[str, Any]:
+    return {
+        "source": source,
+        "sha256": tokens_sha256(batches),
+        "num_sequences": sum(batch.input_ids.shape[0] for batch in batches),
+        "num_tokens": sum(batch.num_tokens for batch in batches),
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_fista.model.architecture import (
-    DecoderLayers,
-    UnsupportedArchitectureError,
-    find_decoder_layers,
-    find_operators,
-    input_embedding,
-)
-from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
-from optimum_fista.model.offload import is_offloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.checkpoint import save_checkpoint, summary
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.hub import push_folder
-from optimum_fista.run.loading import require_unquantized
-from optimum_fista.run.model_pruning import ModelPruning, Operators, require_finite
+from optimum_fista.run.model_pruning import ModelPruning
 from optimum_fista.run.perplexity import evaluation_mode
 from optimum_fista.run.report import PruningReport
 from optimum_fista.run.rollback import Rollback
 from optimum_fista.run.single_weight import single_problem
+from optimum_fista.run.streaming import prune_files
 from optimum_fista.solve.bitmask import pack_mask
 from optimum_fista.solve.pruned import PrunedOperator
 
@@ -66,42 +56,64 @@ class FistaPruner:
 
     def prune(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | str | Path,
         calib_dataloader: Iterable[Any],
         *,
         calibration_source: str | None = None,
+        output_dir: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        overwrite: bool = False,
     ) -> PruningReport:
-        """Prune a model in place.
+        """Prune a model in place, or from its files to the files of `output_dir`.
+
+        Given a name, the model is never held: each decoder layer is read, pruned, and written for good as a shard of
+        its own. After a crash or an interrupt the same call goes on behind the last finished decoder layer, with
+        the same result; until all is done, what is finished lies in `output_dir` + ".unfinished", which can't be
+        loaded as a model.
 
         Args:
-            model: Decoder-only model with a language-model head, in memory on one device, in any floating
-                dtype. On any error it is left as it was.
+            model: Decoder-only model with a language-model head, in memory or offloaded by Accelerate, in any
+                floating dtype, which on any error is left as it was; or a Hub id, a model folder, or a folder with
+                one GGUF file.
             calib_dataloader: Iterable of `{"input_ids", "attention_mask"}` dicts, tensors of ids
                 [batch, sequence] or lists of ids. Padding counts nowhere. It is read once.
             calibration_source: Name of the text, for the report.
+            output_dir: Where to write the pruned model, for a model given by name only.
+            device: Where a model given by name computes; `None`: the first GPU when there is one, otherwise the CPU.
+            dtype: Dtype of a model given by name; `"auto"` takes the checkpoint's.
+            overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
 
         Returns:
             The report; `save_pretrained` and `push_to_hub` save it with the model.
 
         Raises:
-            ValueError: If the model is quantized or damaged, the loader is empty or does not fit the model, or
-                the sparsity pattern does not fit an operator.
+            ValueError: If the model is quantized or damaged, the loader is empty or does not fit the model,
+                the sparsity pattern does not fit an operator, or an unfinished run in `output_dir` had other settings.
+            FileExistsError: If `output_dir` already holds a model and `overwrite` is False.
+            OSError: If the disk is full, or can't be written to; finished decoder layers are kept.
             UnsupportedArchitectureError: If the model's structure can't be pruned (a ValueError).
         """
+        if isinstance(model, str | Path):
+            if output_dir is None:
+                raise ValueError(f"model={str(model)!r} is a name: pass output_dir as well, or a loaded model.")
+            return prune_files(
+                model,
+                calib_dataloader,
+                Path(output_dir),
+                self.config,
+                calibration_source=calibration_source,
+                device=device,
+                dtype=dtype,
+                overwrite=overwrite,
+                progress=self.progress,
+                storage_device=self.storage_device,
+            )
+        if output_dir is not None:
+            raise ValueError("output_dir is for a model given by name: save a loaded model by save_pretrained.")
         started = time.perf_counter()
-        require_unquantized(model)
-        layers = find_decoder_layers(model)
-        operators, left_dense = self._choose_operators(layers)
-        batches = read_batches(calib_dataloader, input_embedding(model).shape[0])
-        report = PruningReport(
-            config=self.config.resolved().to_dict(),
-            model=_describe(model),
-            calibration=_describe_calibration(batches, calibration_source),
-            left_dense=left_dense,
-        )
-        self._warn_if_rank_deficient(operators, report)
         masks: dict[str, Tensor] = {}
-        with evaluation_mode(model), torch.no_grad(), Rollback() as rollback:
+        with Rollback() as rollback:
 
             def write(operator: LinearOperator, pruned: PrunedOperator) -> None:
                 rollback.write(operator, pruned.weight)
@@ -109,17 +121,17 @@ class FistaPruner:
 
             pruning = ModelPruning(
                 model,
-                layers,
-                operators,
-                batches,
+                calib_dataloader,
                 self.config,
-                report,
                 write,
+                calibration_source=calibration_source,
                 progress=self.progress,
                 storage_device=self.storage_device,
             )
-            for _ in pruning.run():
-                pass
+            with evaluation_mode(model), torch.no_grad():
+                for _ in pruning.run():
+                    pass
+        report = pruning.report
         report.seconds["total"] = time.perf_counter() - started
         model.config.fista_pruning = summary(report)
         self._results[model] = (report, masks)
@@ -202,57 +214,3 @@ class FistaPruner:
         target = Path(folder) if folder is not None else Path(repo_id.split("/")[-1])
         self.save_pretrained(model, target, tokenizer, overwrite=overwrite)
         return push_folder(target, repo_id, **options)
-
-    def _choose_operators(self, layers: DecoderLayers) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
-        """Operators to prune by decoder layer, and those left dense with the reason; checks all weights."""
-        chosen: dict[str, dict[str, LinearOperator]] = {}
-        left_dense: dict[str, str] = {}
-        for layer_name, layer in layers:
-            chosen[layer_name] = {}
-            for name, operator in find_operators(layer_name, layer, self.config.exclude).items():
-                reason = self.config.reason_left_dense(name)
-                if reason is not None:
-                    left_dense[name] = reason
-                    continue
-                self.config.pattern_for(name).require_shape(operator.shape, name)
-                if not is_offloaded(operator.module):  # the others are checked when they are onloaded
-                    require_finite(operator)
-                chosen[layer_name][name] = operator
-        if not any(chosen.values()):
-            raise UnsupportedArchitectureError(
-                f"no linear operator to prune in {layers.name}: looked for nn.Linear and Conv1D modules with "
-                f"include={list(self.config.include)}, exclude={list(self.config.exclude)}, and found "
-                f"{len(left_dense)}, all left dense: {', '.join(list(left_dense)[:4]) or 'none'}."
-            )
-        return chosen, left_dense
-
-    def _warn_if_rank_deficient(self, operators: Operators, report: PruningReport) -> None:
-        """Warn once when an operator has more inputs than there are calibration tokens."""
-        tokens = report.calibration["num_tokens"]
-        widest = max((o for group in operators.values() for o in group.values()), key=lambda o: o.shape[1])
-        if tokens < widest.shape[1]:
-            message = (
-                f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
-                "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
-            )
-            report.warnings.append(message)
-            warnings.warn(message, stacklevel=3)
-
-
-def _describe(model: PreTrainedModel) -> dict[str, Any]:
-    return {
-        "class": type(model).__name__,
-        "model_type": model.config.model_type,
-        "name": getattr(model.config, "_name_or_path", "") or "",
-        "num_parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
-def _describe_calibration(batches: list[CalibrationBatch], source: str | None) -> dict[str, Any]:
-    return {
-        "source": source,
-        "sha256": tokens_sha256(batches),
-        "num_sequences": sum(batch.input_ids.shape[0] for batch in batches),
-        "num_tokens": sum(batch.num_tokens for batch in batches),
-    }

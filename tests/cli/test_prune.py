@@ -8,6 +8,7 @@ from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from optimum_fista.cli.main import main
+from optimum_fista.run import journal
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.verification import verify_checkpoint
 
@@ -197,3 +198,33 @@ def test_push_to_hub_uploads_the_folder(hub, tiny_folder, text_file, tmp_path):
 def test_private_without_a_push_is_refused(prune, capsys):
     assert prune("--private") == 1
     assert "--private makes sense with --push-to-hub" in capsys.readouterr().err
+
+
+def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_path, monkeypatch, capsys):
+    keep = journal.Journal.keep_layer
+
+    def interrupted(self, index, *arguments):
+        keep(self, index, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal.Journal, "keep_layer", interrupted)
+    assert prune("--calibration", "self", "--method", "wanda") == 130
+    assert "finished decoder layers are kept: give the same command again to go on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(journal.Journal, "keep_layer", keep)
+    monkeypatch.setattr("optimum_fista.run.calibration_source.sample_text_from_model", None)
+    assert prune("--calibration", "self", "--method", "wanda") == 0
+    assert verify_checkpoint(tmp_path / "out").num_operators == 14
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
+    report = json.loads((tmp_path / "out" / "fista" / "report.json").read_text())
+    assert len(report["operators"]) == 14
+
+
+def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(journal.Journal, "keep_shard", None)
+        with pytest.raises(TypeError):
+            prune("--method", "wanda")
+    assert prune("--method", "wanda", "--sparsity", "0.25") == 1
+    assert "was another one (config was" in capsys.readouterr().err
+    assert prune("--method", "wanda", "--sparsity", "0.25", "--overwrite") == 0

@@ -1,0 +1,189 @@
+"""What a streamed run has finished, on disk, so that it can go on after a crash."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from optimum_fista.run.atomic import write_tensors, write_text
+from optimum_fista.run.budgets import Budgets
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.layer_pruning import HiddenStates
+from optimum_fista.run.report import OperatorReport
+
+FOLDER = "journal"
+
+
+@dataclass
+class FinishedLayer:
+    """A decoder layer whose final shard is on disk.
+
+    Attributes:
+        shard: Name of the shard.
+        size: Its size in bytes.
+        sha256: Its digest.
+        names: The tensors in it.
+        seconds: Time spent on the layer.
+        operators: Reports of its operators.
+    """
+
+    shard: str
+    size: int
+    sha256: str
+    names: list[str]
+    seconds: float
+    operators: list[OperatorReport]
+
+
+class Journal:
+    """Finished decoder layers, hidden states and budgets of a run, in a folder that becomes the model.
+
+    A decoder layer is finished when its record is there and its shard is whole. What the next layer needs is written
+    before: masks, hidden states, then the shard, then the record. Nothing is written in place.
+
+    Attributes:
+        folder: Holds the final shards, and the journal in a folder of its own until the run is complete.
+        num_shards: Shards of the finished model: one a decoder layer, and one for the rest.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], num_layers: int) -> None:
+        """Open the journal of a folder, or begin it.
+
+        Raises:
+            ValueError: If it was begun with another fingerprint; the message names the parts that differ.
+        """
+        self.folder = folder
+        self.num_shards = num_layers + 1
+        self._journal = folder / FOLDER
+        self._journal.mkdir(parents=True, exist_ok=True)
+        file = self._journal / "fingerprint.json"
+        wanted = json.loads(json.dumps(fingerprint))
+        if not file.exists():
+            write_text(file, json.dumps(wanted, indent=1))
+        found = json.loads(file.read_text())
+        different = [key for key in wanted | found if wanted.get(key) != found.get(key)]
+        if different:
+            shown = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(wanted.get(key))}" for key in different)
+            raise ValueError(
+                f"output: the unfinished run in {str(folder)!r} was another one ({shown}). Start it again as it was, "
+                "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
+            )
+
+    def finished(self) -> list[FinishedLayer]:
+        """The decoder layers that are finished, from the first on without a gap."""
+        layers: list[FinishedLayer] = []
+        while (record := self._record(len(layers))) is not None:
+            layers.append(record)
+        return layers
+
+    def keep_layer(
+        self,
+        index: int,
+        tensors: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        operators: Sequence[OperatorReport],
+        states: HiddenStates | None,
+        seconds: float,
+    ) -> None:
+        """Write a decoder layer for good.
+
+        Args:
+            index: Its index.
+            tensors: Its tensors by the names of the checkpoint, on the CPU.
+            masks: Packed masks of its operators.
+            operators: Their reports.
+            states: Hidden states behind it; `None` behind the last.
+            seconds: Time spent on it.
+        """
+        write_tensors(self._file("masks", index), masks, {})
+        if states is not None:
+            streams = {"dense": states.dense or [], "pruned": states.pruned or []}
+            hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
+            write_tensors(self._file("states", index + 1), hidden, {})
+        shard = self.keep_shard(index, tensors)
+        record = FinishedLayer(
+            shard.name, shard.stat().st_size, _digest(shard), list(tensors), seconds, list(operators)
+        )
+        write_text(self._journal / f"layer-{index:05}.json", json.dumps(dataclasses.asdict(record)))
+        self._file("states", index).unlink(missing_ok=True)
+
+    def keep_shard(self, index: int, tensors: dict[str, Tensor]) -> Path:
+        """Write a final shard and return its path."""
+        shard = self.folder / self.shard_name(index)
+        write_tensors(shard, tensors, {"format": "pt"})
+        return shard
+
+    def shard_name(self, index: int) -> str:
+        """File name of a shard."""
+        return f"model-{index + 1:05}-of-{self.num_shards:05}.safetensors"
+
+    def masks(self, index: int) -> dict[str, Tensor]:
+        """Packed masks of a finished decoder layer."""
+        return load_file(self._file("masks", index))
+
+    def states(self, index: int, device: torch.device) -> HiddenStates | None:
+        """Hidden states that enter a decoder layer; `None` where they are not there whole."""
+        try:
+            tensors = load_file(self._file("states", index), device=str(device))
+        except (OSError, SafetensorError):
+            return None
+        streams: dict[str, list[Tensor]] = {"dense": [], "pruned": []}
+        for name in sorted(tensors, key=lambda name: int(name.partition(".")[2])):
+            streams[name.partition(".")[0]].append(tensors[name])
+        return HiddenStates(streams["dense"] or None, streams["pruned"] or None)
+
+    def keep_budgets(self, budgets: Budgets) -> None:
+        """Write the sparsities that the operators were given."""
+        metadata = {"budgets": json.dumps({"sparsities": budgets.sparsities, "unseen": budgets.unseen})}
+        weights = {name: value.cpu().contiguous() for name, value in budgets.output_weights.items()}
+        write_tensors(self._journal / "budgets.safetensors", weights, metadata)
+
+    def budgets(self, config: FistaPruningConfig) -> Budgets | None:
+        """The sparsities that the operators were given; `None` before."""
+        file = self._journal / "budgets.safetensors"
+        if not file.exists():
+            return None
+        with safe_open(file, "pt") as tensors:
+            values = json.loads(tensors.metadata()["budgets"])
+            weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        return Budgets(config, values["sparsities"], weights, values["unseen"])
+
+    def remove(self) -> None:
+        """Remove the journal; the shards stay."""
+        shutil.rmtree(self._journal)
+
+    def _file(self, kind: str, index: int) -> Path:
+        return self._journal / f"{kind}-{index:05}.safetensors"
+
+    def _record(self, index: int) -> FinishedLayer | None:
+        """The record of a decoder layer whose shard is whole."""
+        file = self._journal / f"layer-{index:05}.json"
+        if not file.exists():
+            return None
+        values = json.loads(file.read_text())
+        values["operators"] = [OperatorReport(**o | {"shape": tuple(o["shape"])}) for o in values["operators"]]
+        record = FinishedLayer(**values)
+        shard = self.folder / record.shard
+        whole = shard.exists() and shard.stat().st_size == record.size and _digest(shard) == record.sha256
+        return record if whole else None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
