@@ -23,12 +23,14 @@ def snippets(language: str) -> list[str]:
 @pytest.mark.parametrize("snippet", snippets("python"))
 def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_tiny_folder(tmp_path / "model")
+    save_tiny_folder(tmp_path / "hub-id-or-folder")
     (tmp_path / "text.txt").write_text(TEXT)
     names = {"model": tiny_llama(), "calib_dataloader": tiny_tokens().split(4), "tokenizer": tiny_tokenizer()}
     exec(compile(snippet, "snippet", "exec"), names)
     if 'save_pretrained(model, "pruned"' in snippet:
         assert verify_checkpoint(tmp_path / "pruned").num_operators == 14
+    if "output_dir=" in snippet:
+        assert verify_checkpoint(tmp_path / "pruned-from-files").num_operators == 14
 
 
 def commands() -> list[str]:
