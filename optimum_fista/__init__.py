@@ -1,4 +1,4 @@
-"""One-shot pruning of large language models as a convex problem per linear operator."""
+"""One-shot pruning of large language models, one linear operator after another."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from optimum_fista.cli import demo, evaluate, prune, verify
 _COMMANDS = (prune, evaluate, verify, demo)
 
 _DESCRIPTION = """\
-Prune large language models after training, in one shot, as a convex problem for each linear operator.
+Prune large language models after training, in one shot, one linear operator after another.
 
   optimum-fista prune MODEL --output DIR --sparsity 0.5
   optimum-fista evaluate DIR --text wikitext2

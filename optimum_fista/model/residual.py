@@ -11,6 +11,7 @@ from torch import Tensor
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.paused import PausedForwards
+from optimum_fista.model.replay import watching
 from optimum_fista.model.statistics import DenseRecord, LayerActivations, checked_statistics
 from optimum_fista.solve.problem import LayerProblem
 
@@ -88,21 +89,24 @@ def residual_problem(
     kept_rest: list[Tensor] = []
     kept_inputs: list[Tensor] = []
     weight = operator.read()
-    for batch, inputs in enumerate(forwards.inputs(stop)):
-        name = operator.name
-        rows = activations.rows(inputs, batch, name).float()
-        same = rows @ weight.T
-        kept = record.kept[batch].to(device).float()
-        kept = kept if record.narrow else kept @ weight.T
-        output = forwards.output(batch)
-        drift = activations.rows(output - dense_outputs[batch].to(device), batch, name).float() - same + kept
-        wanted = same.mul(1 - dense_share).add_(kept, alpha=dense_share).sub_(drift, alpha=residual_share)
-        gram.add(rows)
-        target.addmm_(wanted.T, rows)
-        energies += wanted.square().sum(0)
-        if keep:
-            kept_inputs.append(inputs.to(activations.storage))
-            kept_rest.append((output - operator.module(inputs).view(output.shape)).to(activations.storage))
+    put_out: list[Tensor] = []  # by the operator, in the pass that runs to the end
+    with watching({}, {operator.module: lambda output: put_out.append(output.clone())}):
+        for batch, inputs in enumerate(forwards.inputs(stop)):
+            name = operator.name
+            output = forwards.output(batch)
+            own = put_out.pop().view(output.shape)
+            same = operator.outputs_without_bias(activations.rows(own, batch, name))
+            kept = record.kept[batch].to(device).float()
+            kept = kept if record.narrow else kept @ weight.T
+            drift = activations.rows(output - dense_outputs[batch].to(device), batch, name).float() - same + kept
+            wanted = same.mul(1 - dense_share).add_(kept, alpha=dense_share).sub_(drift, alpha=residual_share)
+            rows = activations.rows(inputs, batch, name).float()
+            gram.add(rows)
+            target.addmm_(wanted.T, rows)
+            energies += wanted.square().sum(0)
+            if keep:
+                kept_inputs.append(inputs.to(activations.storage))
+                kept_rest.append((output - own).to(activations.storage))
     record.kept.clear()
     statistics = checked_statistics([operator], gram)
     problem = LayerProblem(weight, statistics, target, energies, operator.name)

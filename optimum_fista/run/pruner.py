@@ -32,8 +32,9 @@ logger = logging.getLogger(__name__)
 class FistaPruner:
     """Prunes decoder-only Transformers models after training, in one shot.
 
-    It implements FISTAPruner (arXiv 2408.03728): decoder layer by decoder layer, the linear operators that
-    share an input together and in execution order, each as a convex problem on Gram statistics of its inputs.
+    It works as FISTAPruner does (arXiv 2408.03728): decoder layer by decoder layer, the linear operators that
+    share an input together and in execution order, each as a layer problem on Gram statistics of its inputs. The
+    default method is `obs_admm` (docs/solver.md); `FistaPruningConfig.paper()` is the paper's.
 
     Args:
         config: What to prune and how; 50% unstructured by default.

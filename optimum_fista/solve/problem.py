@@ -63,6 +63,7 @@ class LayerProblem:
         statistics: Statistics of the inputs `X*`.
         target: `C = Y X*^T` [out, in]. Built from `weight` when Y = W X*.
         output_energies: Squared norms of the rows of Y, [out], float64.
+        corrected: Whether the wanted outputs are others than those of the dense weights on the same inputs.
         drift_energy: `e0 = || W X* - Y ||_F^2`, zero when Y = W X*.
         name: Name of the operator, for messages.
     """
@@ -87,7 +88,7 @@ class LayerProblem:
         self.name = name
         product = weight @ statistics.gram
         dense_energies = inner_by_rows(product, weight)
-        self.drift: Tensor | None = None
+        self.corrected = target is not None
         self.drift_energy = 0.0
         if target is None or output_energies is None:
             self.target, self.output_energies = product, dense_energies
@@ -100,12 +101,6 @@ class LayerProblem:
             self.target, self.output_energies = target, output_energies.double()
             energies = dense_energies - 2 * inner_by_rows(weight, target) + self.output_energies
             self.drift_energy = max(float(energies.sum()), 0.0)
-            self.drift = target - product
-
-    @property
-    def corrected(self) -> bool:
-        """Whether the wanted outputs are others than those of the dense weights on the same inputs."""
-        return self.drift is not None
 
     @property
     def target_energy(self) -> float:
@@ -123,10 +118,14 @@ class LayerProblem:
 
     def squared_error(self, weight: Tensor) -> float:
         """`|| W* X* - Y ||_F^2`."""
-        difference = weight - self.weight
-        error = inner(difference @ self.gram, difference) + self.drift_energy
-        if self.drift is not None:
-            error -= 2 * inner(difference, self.drift)
+        if self.corrected:  # <D G, D> - 2 <D, C - W G> with one product, in two matrices
+            difference = weight + self.weight
+            residual = torch.addmm(self.target, difference, self.gram, beta=-2)
+            torch.sub(weight, self.weight, out=difference)
+            error = inner(residual, difference) + self.drift_energy
+        else:
+            difference = weight - self.weight
+            error = inner(difference @ self.gram, difference)
         return max(error, 0.0)  # this order keeps NaN
 
     def relative_error(self, weight: Tensor) -> float:

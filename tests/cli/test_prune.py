@@ -195,6 +195,37 @@ def test_push_to_hub_uploads_the_folder(hub, tiny_folder, text_file, tmp_path):
     assert torch.equal(loaded["lm_head.weight"], dense["lm_head.weight"])
 
 
+def test_a_model_of_the_hub_is_pruned_by_its_id(hub, tiny_folder, text_file, tmp_path):
+    arguments = [
+        "prune",
+        "tester/dense",
+        "--output",
+        "out",
+        "--method",
+        "wanda",
+        "--calibration",
+        str(text_file),
+        *QUICK,
+    ]
+    code = f"""if True:
+        from optimum_fista.run import journal
+        from optimum_fista.run.hub import push_folder
+        from optimum_fista.cli.main import main
+        push_folder({str(tiny_folder)!r}, "tester/dense")
+        keep = journal.Journal.keep_layer
+        def cut(self, index, *arguments):
+            keep(self, index, *arguments)
+            raise KeyboardInterrupt
+        journal.Journal.keep_layer = cut
+        assert main({arguments!r}) == 130
+        journal.Journal.keep_layer = keep
+        raise SystemExit(main({arguments!r}))"""
+    process = run_with_hub(hub, code, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert verify_checkpoint(tmp_path / "out").num_operators == 14
+    assert "base_model: tester/dense" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_private_without_a_push_is_refused(prune, capsys):
     assert prune("--private") == 1
     assert "--private makes sense with --push-to-hub" in capsys.readouterr().err
