@@ -49,6 +49,12 @@ def execute(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "allocate" not in str(error):
+            raise
+        advice = "pass a smaller --batch-size, shorter --sequence-length, fewer --num-samples, or --device cpu"
+        print(f"error: out of memory ({' '.join(str(error).split())[:200]}): {advice}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

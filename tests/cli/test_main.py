@@ -118,3 +118,28 @@ def test_a_bug_is_not_hidden(monkeypatch):
     monkeypatch.setattr("optimum_fista.cli.verify.run", fail)
     with pytest.raises(AttributeError):
         run("verify", "folder")
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "error: out of memory (CUDA out of memory."),
+        (MemoryError("no more"), "error: out of memory (no more): pass a smaller --batch-size"),
+    ],
+)
+def test_running_out_of_memory_is_one_line_of_advice(error, shown, monkeypatch, capsys):
+    def run_out(arguments):
+        raise error
+
+    monkeypatch.setattr("optimum_fista.cli.verify.run", run_out)
+    assert main(["verify", "."]) == 1
+    assert shown in capsys.readouterr().err
+
+
+def test_other_failures_keep_their_traceback(monkeypatch):
+    def fail(arguments):
+        raise RuntimeError("method 'x' failed")
+
+    monkeypatch.setattr("optimum_fista.cli.verify.run", fail)
+    with pytest.raises(RuntimeError, match="method 'x' failed"):
+        main(["verify", "."])
