@@ -88,6 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: the first GPU, otherwise the CPU)")
     machine.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
+    machine.add_argument(
+        "--storage-device",
+        metavar="DEVICE",
+        help="where hidden states wait between passes; cpu spares the GPU's memory (default: --device)",
+    )
     hub = parser.add_argument_group("hub")
     hub.add_argument("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
     hub.add_argument("--private", action="store_true", default=None, help="make a new repository private")
@@ -99,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.checkpoint import require_free_folder
     from optimum_fista.run.hub import push_folder
     from optimum_fista.run.journal import FOLDER
+    from optimum_fista.run.loading import usable_device
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.streaming import unfinished_folder
 
@@ -106,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
     require_free_folder(arguments.output, arguments.overwrite)
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
+    if arguments.storage_device:
+        usable_device(arguments.storage_device)
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
     tokens = calibration_tokens_by_name(
@@ -119,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         keep_in=unfinished_folder(arguments.output) / FOLDER,
     )
     try:
-        report = FistaPruner(config).prune(
+        report = FistaPruner(config, storage_device=arguments.storage_device).prune(
             arguments.model,
             tokens.split(arguments.batch_size),
             calibration_source=arguments.calibration,

@@ -12,7 +12,7 @@ FLAGS = {
         "MODEL --output -o --overwrite --sparsity --pattern --scope --include --exclude --method --paper "
         "--error-correction --residual-correction --allocation --warm-start --max-iterations --config "
         "--calibration --num-samples --sequence-length "
-        "--batch-size --seed --device --dtype --push-to-hub --private"
+        "--batch-size --seed --device --dtype --storage-device --push-to-hub --private"
     ),
     "evaluate": "MODEL --text --sequence-length --max-windows --batch-size --device --dtype",
     "verify": "DIR",

@@ -139,6 +139,7 @@ def test_a_model_that_is_there_is_refused_before_any_work(prune, tmp_path, capsy
         (["--pattern", "2:5"], "model.layers.0.self_attn.q_proj has rows of 32 inputs, which 2:5 does not divide"),
         (["--method", "trim"], "method='trim': pass one of"),
         (["--method", "wanda", "--warm-start", "dense"], "method 'wanda' has no option 'warm_start'"),
+        (["--storage-device", "moon"], "device='moon' can't be used"),
         (["--include", "*.nothing"], "no linear operator to prune in model.layers"),
         (["--batch-size", "0"], "--batch-size 0: pass at least 1"),
         (["--num-samples", "0"], "num_samples=0: pass at least 1"),

@@ -31,8 +31,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
     files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     for name in TIMED:
         lines = files[name].decode().splitlines()
-        kept = [line for line in lines if "seconds" not in line and '"total"' not in line and "| time |" not in line]
-        files[name] = "\n".join(line for line in kept if '"allocation": 0.' not in line).encode()
+        timed = re.compile(r'seconds|\| time \||"(total|allocation)": \d')
+        files[name] = "\n".join(line for line in lines if not timed.search(line)).encode()
     return files
 
 
