@@ -41,6 +41,7 @@ class ObsAdmm(PruningMethod):
         ridge: `r` above; `None`: `ridge_tokens` divided by the calibration tokens per input, within
             [0.003, 0.5].
         ridge_tokens: See `ridge`.
+        scale_damping: Damping of the inverse that the columns are scaled by, as a fraction of the diagonal.
         stages: Stages, each with one factorisation.
         iterations: Iterations a stage.
         first_rho: `rho` of the first stage.
