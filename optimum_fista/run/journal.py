@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,10 +157,6 @@ class Journal:
             values = json.loads(tensors.metadata()["budgets"])
             weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         return Budgets(config, values["sparsities"], weights, values["unseen"])
-
-    def remove(self) -> None:
-        """Remove the journal; the shards stay."""
-        shutil.rmtree(self._journal)
 
     def _file(self, kind: str, index: int) -> Path:
         return self._journal / f"{kind}-{index:05}.safetensors"

@@ -23,7 +23,7 @@ from optimum_fista.run.atomic import write_atomically, write_tensors, write_text
 from optimum_fista.run.card import model_card
 from optimum_fista.run.checkpoint import MASKS_FILE, MASKS_METADATA, REPORT_FILE, require_free_folder, summary
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.journal import Journal
+from optimum_fista.run.journal import FOLDER, Journal
 from optimum_fista.run.loading import (
     floating_dtype,
     forget_gguf,
@@ -81,6 +81,7 @@ def prune_files(
                 error.filename,
             ) from error
     _move(folder, output_dir)
+    shutil.rmtree(output_dir / FOLDER)
     return report
 
 
@@ -226,7 +227,6 @@ def _complete(
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     write_atomically(folder / "config.json", lambda partial: model.config.to_json_file(partial))
-    journal.remove()
 
 
 def _total_size(folder: Path) -> int:
@@ -252,7 +252,7 @@ def _move(folder: Path, output_dir: Path) -> None:
 
 
 def _differs(folder: Path, fingerprint: dict[str, Any]) -> bool:
-    file = folder / "journal" / "fingerprint.json"
+    file = folder / FOLDER / "fingerprint.json"
     return folder.exists() and (
         not file.exists() or json.loads(file.read_text()) != json.loads(json.dumps(fingerprint))
     )

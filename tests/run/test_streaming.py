@@ -200,6 +200,13 @@ def test_killed_at_random_moments(source, tmp_path):
     assert files_of(output) == files_of(tmp_path / "whole")
 
 
+def test_a_run_cut_off_before_the_last_rename_only_renames(source, whole, tmp_path, monkeypatch):
+    cut_off(monkeypatch, streaming, "_move", stop, source, tmp_path / "pruned")
+    monkeypatch.setattr("optimum_fista.solve.methods.obs_admm.ObsAdmm.prune", None)
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
 def test_a_damaged_shard_is_made_again(source, whole, tmp_path, monkeypatch, damage):
     cut_off(monkeypatch, streaming, "_complete", stop, source, tmp_path / "pruned")
