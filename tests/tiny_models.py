@@ -44,10 +44,28 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "falcon": {"hidden_size": 32, "ffn_hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
     "mixtral": _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": _LLAMA | _MOE | {"head_dim": 8, "num_experts": 4},
+    "deepseek_v3": _LLAMA
+    | _MOE
+    | {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "gpt_oss": _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 6},
+    "granitemoe": _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": _LLAMA
+    | {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8, "interleave_moe_layer_step": 1},
 }
 
-FAMILIES = tuple(family for family in _CONFIGS if family not in ("mixtral", "qwen3_moe"))
-MOE_FAMILIES = ("mixtral", "qwen3_moe")
+MOE_FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "llama4_text")
+FAMILIES = tuple(family for family in _CONFIGS if family not in MOE_FAMILIES)
 
 
 def tiny_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
@@ -62,7 +80,9 @@ def tiny_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     """
     config = AutoConfig.for_model(family, **(_COMMON | _CONFIGS[family] | options))
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)

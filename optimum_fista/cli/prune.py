@@ -69,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("uniform", "fisher"),
         help="the same sparsity everywhere, or shared by gradients of the loss (default: obs_admm fisher)",
     )
+    how.add_argument(
+        "--starved-tokens",
+        type=int,
+        metavar="N",
+        help="experts of a mixture that the router sends fewer than N tokens are starved (default 128)",
+    )
+    how.add_argument("--starved-method", help="the method that prunes starved experts (default magnitude)")
     how.add_argument("--warm-start", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
     how.add_argument("--max-iterations", type=int, help="iteration limit of the method")
     how.add_argument("--config", type=Path, metavar="FILE", help="a configuration saved as JSON; flags override it")
@@ -158,7 +165,7 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
     from optimum_fista.run.config import FistaPruningConfig
 
     names = ["sparsity", "pattern", "scope", "include", "exclude", "method", "error_correction", "residual_correction"]
-    names += ["allocation", "warm_start", "max_iterations", "seed"]
+    names += ["allocation", "starved_tokens", "starved_method", "warm_start", "max_iterations", "seed"]
     flags: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.paper and (arguments.config or flags.get("method", "fista") != "fista"):
         raise ValueError("--paper sets method and options of the paper: pass it without --config and --method.")

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
+from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model.experts import FusedExperts, can_be_split, is_fused_experts
 from optimum_fista.model.operator import LinearOperator, is_linear
-
-
-class UnsupportedArchitectureError(ValueError):
-    """The model has a structure that can't be pruned; the message says what was looked for and found."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
 
 
 def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, LinearOperator]:
-    """Find the linear operators of a decoder layer by module type.
+    """Find the linear operators of a decoder layer by module type; every matrix of every expert is one.
 
     Args:
         layer_name: Name of the decoder layer in the model.
@@ -69,30 +66,48 @@ def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[st
         Operators by their full names.
 
     Raises:
-        UnsupportedArchitectureError: If the layer holds fused experts that `dense_experts` doesn't name.
+        UnsupportedArchitectureError: If the layer holds fused experts in an unknown form that `dense_experts` doesn't
+            name.
     """
-    operators = {}
+    operators: dict[str, LinearOperator] = {}
+    passed_over = left_out(layer_name, layer, dense_experts)
     for name, module in layer.named_modules(prefix=layer_name):
+        if name in passed_over:
+            continue
         if is_linear(module):
             operators[name] = LinearOperator(name, module)
-        elif _is_fused_experts(module) and not matches(name, dense_experts):
-            raise UnsupportedArchitectureError(
-                f"{name} ({type(module).__name__}) keeps the weights of all its experts in one 3-D parameter; "
-                f"experts can't be pruned yet. To prune the rest of the model and leave the experts dense, pass "
-                f"exclude=['*.{name.rsplit('.', 1)[-1]}']."
-            )
+        elif is_fused_experts(module):
+            if not can_be_split(module):
+                raise UnsupportedArchitectureError(
+                    f"{name} ({type(module).__name__}) keeps the weights of its experts in a form that can't be "
+                    "pruned: looked for 3-D parameters gate_up_proj (or up_proj) and down_proj. To prune the rest of "
+                    f"the model and leave the experts dense, pass exclude=['*.{name.rsplit('.', 1)[-1]}']."
+                )
+            operators |= {operator.name: operator for operator in FusedExperts(name, module).operators}
     return operators
+
+
+def left_out(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, str]:
+    """What `find_operators` passes over in a mixture of experts, with the reason.
+
+    Routers decide by small differences and hold few weights, so they stay dense: linear modules beside fused experts
+    with an output for each expert, or a single output.
+    """
+    found: dict[str, str] = {}
+    for name, module in layer.named_modules(prefix=layer_name):
+        if is_fused_experts(module) and matches(name, dense_experts):
+            found[name] = "exclude"
+        experts = [child for child in module.children() if is_fused_experts(child)]
+        sizes = {1, *(parameter.shape[0] for child in experts for parameter in child.parameters(recurse=False))}
+        for child_name, child in module.named_children() if experts else ():
+            if is_linear(child) and child.weight.shape[0] in sizes:
+                found[f"{name}.{child_name}"] = "router"
+    return found
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether `name` matches one of the shell-style patterns, case included."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _is_fused_experts(module: nn.Module) -> bool:
-    return not isinstance(module, _ConvNd) and any(
-        p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False)
-    )
 
 
 def input_embedding(model: PreTrainedModel) -> Tensor:

@@ -116,6 +116,6 @@ class _Recorder:
             return type(value)(self._intern(item) for item in value)
         if not isinstance(value, Tensor):
             return value
-        key = (tuple(value.shape), value.dtype, float(value.flatten()[-1]) if value.numel() else 0.0)
+        key = (tuple(value.shape), value.dtype, value.flatten()[-1].item() if value.numel() else 0.0)
         known = self._interned.setdefault(key, value)
         return known if known is value or torch.equal(known, value) else value

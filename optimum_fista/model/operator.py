@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from optimum_fista.model.offload import stored_tensor
+from optimum_fista.model.offload import is_offloaded, stored_tensor
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -19,19 +19,35 @@ class LinearOperator:
 
     Attributes:
         name: Full name of the module in the model.
-        module: `nn.Linear`, or `Conv1D`, which stores [in, out].
-        transposed: Whether the module stores the weight as [in, out].
+        module: What computes it: `nn.Linear`, or `Conv1D`, which stores [in, out].
+        owner: The module that holds the weight: `module` itself, or one that holds the weights of many.
+        tensor: The owner's parameter that holds the weight.
+        transposed: Whether the weight is stored as [in, out].
     """
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        owner: nn.Module | None = None,
+        tensor: str = "weight",
+        transposed: bool | None = None,
+    ) -> None:
         self.name = name
         self.module = module
-        self.transposed = isinstance(module, Conv1D)
+        self.owner = module if owner is None else owner
+        self.tensor = tensor
+        self.transposed = isinstance(module, Conv1D) if transposed is None else transposed
 
     @property
-    def parameter(self) -> nn.Parameter:
-        """The weight as stored."""
-        return self.module.weight  # type: ignore[return-value]
+    def parameter(self) -> Tensor:
+        """The weight as stored: the owner's parameter, or a view of the part of it that is this operator's."""
+        return self.select(getattr(self.owner, self.tensor))
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether Accelerate keeps the weight elsewhere, even where it is onloaded right now."""
+        return is_offloaded(self.owner)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -39,9 +55,18 @@ class LinearOperator:
         rows, columns = self.parameter.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
+    @property
+    def tokens(self) -> Tensor | None:
+        """Tokens of the latest call where it does not see all: int64, indices into the flattened batch, rising."""
+        return None
+
+    def select(self, stored: Tensor) -> Tensor:
+        """This operator's part of the stored tensor, a view."""
+        return stored
+
     def read(self) -> Tensor:
         """A float32 copy of the weight, [out, in], read from where it is kept."""
-        weight = stored_tensor(self.module, "weight")
+        weight = self.select(stored_tensor(self.owner, self.tensor))
         return (weight.T if self.transposed else weight).to(torch.float32, copy=True).contiguous()
 
     def write(self, weight: Tensor) -> None:

@@ -18,6 +18,8 @@ from optimum_fista.solve.problem import LayerProblem
 
 def is_added_to_output(activations: LayerActivations, operator: LinearOperator, hidden_states: Tensor) -> bool:
     """Whether the decoder layer's output is something plus this operator's output, tried on one batch."""
+    if operator.tokens is not None:
+        return False
     call = activations.calls[0]
     device = operator.parameter.device
     seen: list[Tensor] = []
@@ -92,15 +94,14 @@ def residual_problem(
     put_out: list[Tensor] = []  # by the operator, in the pass that runs to the end
     with watching({}, {operator.module: lambda output: put_out.append(output.clone())}):
         for batch, inputs in enumerate(forwards.inputs(stop)):
-            name = operator.name
             output = forwards.output(batch)
             own = put_out.pop().view(output.shape)
-            same = operator.outputs_without_bias(activations.rows(own, batch, name))
+            same = operator.outputs_without_bias(activations.rows(own, batch, operator))
             kept = record.kept[batch].to(device).float()
             kept = kept if record.narrow else kept @ weight.T
-            drift = activations.rows(output - dense_outputs[batch].to(device), batch, name).float() - same + kept
+            drift = activations.rows(output - dense_outputs[batch].to(device), batch, operator).float() - same + kept
             wanted = same.mul(1 - dense_share).add_(kept, alpha=dense_share).sub_(drift, alpha=residual_share)
-            rows = activations.rows(inputs, batch, name).float()
+            rows = activations.rows(inputs, batch, operator).float()
             gram.add(rows)
             target.addmm_(wanted.T, rows)
             energies += wanted.square().sum(0)

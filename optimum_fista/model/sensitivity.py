@@ -34,13 +34,15 @@ class Sensitivity:
             operator, float32.
         inputs: `sum_t x_tj^2` [in], float32.
         energy: `sum_t e_t`.
-        num_tokens: Tokens summed.
+        num_tokens: Tokens the loss was summed over.
+        seen: Those of them that the operator saw: fewer than all for an expert of a mixture.
     """
 
     gradients: Tensor
     inputs: Tensor
     energy: float = 0.0
     num_tokens: int = 0
+    seen: int = 0
 
     @property
     def outputs(self) -> Tensor:
@@ -120,24 +122,32 @@ def _run(
     forwards = True
     energies: dict[str, Tensor] = {}
 
-    def rows(values: Tensor) -> Tensor:
+    def real_rows(operator: LinearOperator) -> Tensor | None:
+        return real if real is None or operator.tokens is None else real[operator.tokens]
+
+    def rows(values: Tensor, wanted: Tensor | None) -> Tensor:
         flat = values.detach().reshape(-1, values.shape[-1]).float()
-        return flat[real] if real is not None and real.numel() == flat.shape[0] else flat
+        return flat[wanted] if wanted is not None and wanted.numel() == flat.shape[0] else flat
 
     def see_input(operator: LinearOperator, inputs: Tensor) -> None:
         if forwards:  # not when a layer is recomputed
-            squares = rows(inputs).square()
-            energy = squares @ columns[operator.name].to(squares.device)
-            energies[operator.name] = energy.clamp_max(_TYPICAL * energy.median())
+            squares = rows(inputs, real_rows(operator)).square()
             sums = found[operator.name]
-            sums.inputs += squares.sum(0).to(sums.inputs.device)
-            sums.energy += float(energies[operator.name].double().sum())
-            sums.num_tokens += squares.shape[0]
+            sums.num_tokens += ids.numel() if real is None else int(real.sum())
+            energy = squares @ columns[operator.name].to(squares.device)
+            if energy.numel():
+                energy.clamp_(max=_TYPICAL * float(energy.median()))
+                sums.inputs += squares.sum(0).to(sums.inputs.device)
+                sums.energy += float(energy.double().sum())
+                sums.seen += squares.shape[0]
+            energies[operator.name] = energy
 
     def see_output(operator: LinearOperator, output: Tensor) -> None:
+        wanted = real_rows(operator)
+
         def see_gradient(gradient: Tensor) -> None:
             sums = found[operator.name]
-            sums.gradients += (energies.pop(operator.name) @ rows(gradient).square()).to(sums.gradients.device)
+            sums.gradients += (energies.pop(operator.name) @ rows(gradient, wanted).square()).to(sums.gradients.device)
 
         if forwards and output.requires_grad:
             output.register_hook(see_gradient)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from optimum_fista.model.architecture import UnsupportedArchitectureError
+from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.replay import LayerCall, watching
 
@@ -47,6 +47,7 @@ def trace_groups(
             )
     groups: dict[object, list[LinearOperator]] = {}
     for operator, inputs in seen:
-        key = (inputs.data_ptr(), inputs.numel(), inputs.shape[-1], inputs.stride()[-1], inputs.dtype)
+        place = inputs.data_ptr() if inputs.numel() else id(inputs)  # an expert may see no token
+        key = (place, inputs.numel(), inputs.shape[-1], inputs.stride()[-1], inputs.dtype)
         groups.setdefault(key, []).append(operator)
     return list(groups.values())

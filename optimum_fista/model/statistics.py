@@ -32,17 +32,24 @@ class LayerActivations:
     token_masks: Sequence[Tensor | None]
     storage: torch.device
 
-    def rows(self, activations: Tensor, batch: int, name: str) -> Tensor:
-        """Real tokens of an activation [batch, sequence, n] or [batch * sequence, n] as [tokens, n]."""
+    def rows(self, activations: Tensor, batch: int, operator: LinearOperator) -> Tensor:
+        """Real tokens of an operator's activation [batch, sequence, n] or [batch * sequence, n] as [tokens, n]."""
         flat = activations.detach().reshape(-1, activations.shape[-1])
         mask = self.token_masks[batch]
-        expected = mask.numel() if mask is not None else None
-        if expected is not None and flat.shape[0] != expected:
+        if mask is None:
+            return flat
+        real = mask.reshape(-1) if operator.tokens is None else mask.reshape(-1)[operator.tokens]
+        if flat.shape[0] != real.numel():
             raise ValueError(
-                f"{name} sees {flat.shape[0]} rows for {expected} tokens, so padding can't be told apart: "
-                f"pass batches without padding, or exclude=['{name}']."
+                f"{operator.name} sees {flat.shape[0]} rows for {real.numel()} tokens, so padding can't be told apart: "
+                f"pass batches without padding, or exclude=['{operator.name}']."
             )
-        return flat if mask is None else flat[mask.reshape(-1)]
+        return flat[real]
+
+    def tokens(self, batch: int, operator: LinearOperator) -> Tensor | None:
+        """Indices of the rows of `rows`, where the operator does not see all tokens."""
+        mask, tokens = self.token_masks[batch], operator.tokens
+        return tokens if mask is None or tokens is None else tokens[mask.reshape(-1)[tokens]]
 
 
 @dataclass
@@ -52,12 +59,30 @@ class DenseRecord:
     Attributes:
         narrow: Whether outputs are kept (fewer outputs than inputs) rather than inputs.
         kept: Dense outputs without bias, side by side, [tokens, out], or dense inputs [tokens, in], a batch each.
-        energies: Squared norms of the rows of `W X`, [out], float64, by operator.
+        tokens: Indices of the tokens seen, a batch each, where these are not all.
+        energies: Squared norms of the rows of `W X`, [out], float64, by operator that sees all tokens.
     """
 
     narrow: bool
     kept: list[Tensor] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
     energies: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, group: Group) -> DenseRecord:
+        """An empty record in the smaller form; experts keep inputs, which may see other tokens later."""
+        return cls(group[0].tokens is None and sum(o.shape[0] for o in group) < group[0].shape[1])
+
+    def inputs_of(self, batch: int, tokens: Tensor | None, later: Tensor) -> Tensor:
+        """Dense inputs of the tokens that the rows of `later` [tokens, in] are of; those not seen are taken from it."""
+        kept = self.kept[batch].to(later.device, non_blocking=True).float()
+        if tokens is None:
+            return kept
+        before = self.tokens[batch].to(later.device)
+        if not before.numel():
+            return later
+        place = torch.searchsorted(before, tokens).clamp_max(before.numel() - 1)
+        return torch.where((before[place] == tokens)[:, None], kept[place], later)
 
 
 def record_dense(
@@ -79,22 +104,26 @@ def record_dense(
         Dense outputs of the layer, records by group, and Gram matrices by group (`None` without).
     """
     device = next(activations.layer.parameters()).device
-    records = [DenseRecord(sum(o.shape[0] for o in group) < group[0].shape[1]) for group in groups]
+    records = [DenseRecord.of(group) for group in groups]
     grams = [GramAccumulator(g[0].shape[1], device) if w else None for g, w in zip(groups, with_gram, strict=True)]
     batch = 0
     outputs: dict[str, Tensor] = {}
 
     def see_input(index: int, inputs: Tensor) -> None:
-        rows = activations.rows(inputs, batch, groups[index][0].name)
+        operator = groups[index][0]
+        rows = activations.rows(inputs, batch, operator)
         gram = grams[index]
         if gram is not None:
             gram.add(rows.float())
         elif not records[index].narrow:
             records[index].kept.append(rows.to(activations.storage, copy=True))  # the layer may overwrite it
+            tokens = activations.tokens(batch, operator)
+            if tokens is not None:
+                records[index].tokens.append(tokens.to(activations.storage))
 
     def see_output(index: int, operator: LinearOperator, output: Tensor) -> None:
-        if grams[index] is None:
-            rows = operator.outputs_without_bias(activations.rows(output, batch, operator.name))
+        if grams[index] is None and operator.tokens is None:
+            rows = operator.outputs_without_bias(activations.rows(output, batch, operator))
             if records[index].narrow:
                 outputs[operator.name] = rows.clone()  # Falcon adds to it in place
             energies = records[index].energies
@@ -146,17 +175,23 @@ def problems_corrected(
     gram = GramAccumulator(size, device)
     width = sum(operator.shape[0] for operator in group) if record.narrow else size
     cross = torch.zeros(width, size, device=device) if dense_share else None
+    weights = [] if group[0].tokens is None else [operator.read() for operator in group]
     for batch, activation in enumerate(inputs):
-        rows = activations.rows(activation, batch, group[0].name).float()
+        rows = activations.rows(activation, batch, group[0]).float()
         gram.add(rows)
         if cross is not None:
-            kept = record.kept[batch].to(device, non_blocking=True).float()
+            tokens = activations.tokens(batch, group[0])
+            kept = record.inputs_of(batch, tokens, rows)
             cross.addmm_(kept.T, rows)
+            if tokens is not None:
+                for operator, weight in zip(group, weights, strict=True):
+                    squares = (kept @ weight.T).square().sum(0).double()
+                    record.energies[operator.name] = record.energies.get(operator.name, 0) + squares
     record.kept.clear()
     statistics = checked_statistics(group, gram)
     problems, row = [], 0
-    for operator in group:
-        weight = operator.read()
+    for index, operator in enumerate(group):
+        weight = weights[index] if weights else operator.read()
         if cross is None:
             problems.append(LayerProblem(weight, statistics, name=operator.name))
             continue

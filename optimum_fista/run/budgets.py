@@ -10,11 +10,15 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.experts import ExpertOperator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.solve.allocation import RemovalCost, allocate
 from optimum_fista.solve.pattern import SparsityPattern
+
+_LEAST_TOKENS = 64
+"""Outputs of an operator are weighted by gradients on no fewer tokens."""
 
 
 @dataclass
@@ -49,6 +53,8 @@ def share_budgets(
 ) -> Budgets:
     """Share the zeros of `config` over those operators that take part; uniform budgets run nothing.
 
+    Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity.
+
     Raises:
         ValueError: If gradients of the loss are not finite.
     """
@@ -57,12 +63,22 @@ def share_budgets(
     if not sharing or not config.sparsity:
         return budgets
     found = measure_sensitivities(model, layers, sharing, batches, config.allocation_tokens, progress)
-    budgets.unseen = [name for name, sensitivity in found.items() if not float(sensitivity.gradients.sum()) > 0]
-    costs = {}
+    pools: dict[str, list[str]] = {}
     for name, operator in sharing.items():
-        if name not in budgets.unseen:
-            costs[name] = RemovalCost.of(found[name].saliency(operator.read()), config.sparsity)
-            budgets.output_weights[name] = found[name].outputs
+        key = f"{operator.experts.name} {operator.kind}" if isinstance(operator, ExpertOperator) else name
+        pools.setdefault(key, []).append(name)
+    costs: dict[str, RemovalCost] = {}
+    for key, names in pools.items():
+        if not any(float(found[name].gradients.sum()) > 0 for name in names):
+            budgets.unseen.extend(names)
+            continue
+        parts = [RemovalCost.of(found[n].saliency(sharing[n].read()), config.sparsity) for n in names]
+        costs[key] = RemovalCost(sum(part.cost for part in parts), sum(part.size for part in parts))
+        budgets.output_weights |= {n: found[n].outputs for n in names if found[n].seen >= _LEAST_TOKENS}
     if costs:
-        budgets.sparsities = allocate(costs, config.sparsity)
+        for key, sparsity in allocate(costs, config.sparsity).items():
+            names = pools[key]
+            each, more = divmod(round(sparsity * costs[key].size), len(names))
+            size = costs[key].size // len(names)
+            budgets.sparsities |= {n: (each + (i < more)) / size for i, n in enumerate(names)}
     return budgets

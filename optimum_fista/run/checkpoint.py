@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.offload import stored_tensor
+from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.card import model_card
 from optimum_fista.run.loading import forget_gguf
 from optimum_fista.run.report import PruningReport
+from optimum_fista.run.stored_names import as_stored, stored_names
 from optimum_fista.solve.bitmask import unpack_mask
 
 CONFIG_KEY = "fista_pruning"
@@ -73,10 +76,14 @@ def save_checkpoint(
 
     Raises:
         FileExistsError: If the folder holds a model and `overwrite` is False.
-        ValueError: If a weight outside its mask is no longer zero.
+        ValueError: If a weight outside its mask is no longer zero, or the checkpoint has no name for a weight.
     """
     require_free_folder(folder, overwrite)
-    _require_zeros(model, report, masks)
+    layers = find_decoder_layers(model)
+    found = {k: o for name, layer in layers for k, o in find_operators(name, layer, report.config["exclude"]).items()}
+    operators = [found[o.name.removesuffix(".weight")] for o in report.operators]
+    _require_zeros(operators, masks)
+    report, masks = as_stored(report, masks, stored_names(model, operators))
     forget_gguf(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -119,15 +126,14 @@ def read_tensors(files: dict[str, Path], names: list[str]) -> Iterator[tuple[str
             yield name, file.get_tensor(name)
 
 
-def _require_zeros(model: PreTrainedModel, report: PruningReport, masks: dict[str, Tensor]) -> None:
-    for operator in report.operators:
-        owner, _, name = operator.name.rpartition(".")
-        weight = stored_tensor(model.get_submodule(owner), name)
-        mask = unpack_mask(masks[operator.name], tuple(weight.shape)).to(weight.device)
+def _require_zeros(operators: Iterable[LinearOperator], masks: Mapping[str, Tensor]) -> None:
+    for operator in operators:
+        weight = operator.select(stored_tensor(operator.owner, operator.tensor))
+        mask = unpack_mask(masks[f"{operator.name}.weight"], tuple(weight.shape)).to(weight.device)
         if bool(torch.any(weight.masked_select(~mask) != 0)):
             raise ValueError(
-                f"{operator.name} is no longer zero outside its mask: the model was changed after pruning. Save it "
-                "right after prune(), or keep the mask while training."
+                f"{operator.name}.weight is no longer zero outside its mask: the model was changed after pruning. "
+                "Save it right after prune(), or keep the mask while training."
             )
 
 

@@ -47,6 +47,8 @@ class FistaPruningConfig:
         exclude: Shell-style name patterns of the operators to leave dense.
         overrides: Sparsity (a number) or n:m pattern (text) by shell-style name pattern, the first match wins;
             0 leaves an operator dense.
+        starved_tokens: Experts of a mixture that the router sends fewer calibration tokens are starved.
+        starved_method: The method that prunes starved experts, with its default options.
         seed: Seed of everything random (sampling of calibration windows and texts).
     """
 
@@ -65,6 +67,8 @@ class FistaPruningConfig:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, float | str] = field(default_factory=dict)
+    starved_tokens: int = 128
+    starved_method: str = "magnitude"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,11 +85,12 @@ class FistaPruningConfig:
             raise ValueError(f"residual_correction={self.residual_correction!r}: pass a number in [0, 1].")
         if self.allocation not in (None, "uniform", "fisher"):
             raise ValueError(f"allocation={self.allocation!r}: pass 'uniform' or 'fisher'.")
-        tokens = self.allocation_tokens
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 2:
-            raise ValueError(f"allocation_tokens={tokens!r}: pass a whole number of at least 2.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}: pass a whole number of at least 0.")
+        for name, least in (("allocation_tokens", 2), ("starved_tokens", 0), ("seed", 0)):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"{name}={number!r}: pass a whole number of at least {least}.")
+        if self.starved_method not in METHODS:
+            raise ValueError(f"starved_method={self.starved_method!r}: pass one of {', '.join(map(repr, METHODS))}.")
         object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
         if self.scope is not None and self.pattern != "unstructured" and not self.overrides:
             raise ValueError(

@@ -37,7 +37,21 @@ class PrunedGroup:
     problems: Sequence[LayerProblem]
     pruned: Sequence[PrunedOperator]
     patterns: Sequence[SparsityPattern]
+    method: str
     solve_seconds: float
+
+
+@dataclass
+class StarvedRule:
+    """What happens to the operators of experts that the router sends few tokens.
+
+    Attributes:
+        tokens: Experts that see fewer are starved.
+        method: The method that prunes them.
+    """
+
+    tokens: int
+    method: PruningMethod
 
 
 @dataclass
@@ -69,6 +83,7 @@ class LayerPruning:
         error_correction: `"none"`, `"intra"`, `"full"`, or the share of the dense inputs in the targets.
         residual_share: Share of the error of the rest of the decoder layer that its last operator is to make up for.
         output_weights: Weights of the outputs, [out], of operators that share the zeros of their group.
+        starved: The rule for starved experts; `None`: they are pruned like the others.
         write: Called with an operator and its pruned weights before anything behind it runs.
     """
 
@@ -80,6 +95,7 @@ class LayerPruning:
         write: Callable[[LinearOperator, PrunedOperator], None],
         residual_share: float = 0.0,
         output_weights: Mapping[str, Tensor] | None = None,
+        starved: StarvedRule | None = None,
     ) -> None:
         self.method = method
         self.pattern_for = pattern_for
@@ -89,6 +105,7 @@ class LayerPruning:
         self.write = write
         self.residual_share = residual_share
         self.output_weights = output_weights or {}
+        self.starved = starved
 
     def enter(self, hidden_states: list[Tensor]) -> HiddenStates:
         """The hidden states that enter the first decoder layer, in the streams that are needed."""
@@ -106,7 +123,7 @@ class LayerPruning:
             Every group once it is pruned and written.
         """
         sees_dense = [self._sees_dense_input(index) for index in range(len(groups))]
-        outputs, records = None, [DenseRecord(False) for _ in groups]
+        outputs, records = None, [DenseRecord.of(group) for group in groups]
         grams: list[GramAccumulator | None] = [None for _ in groups]
         if states.dense is not None:
             outputs, records, grams = record_dense(activations, groups, states.dense, sees_dense)
@@ -171,13 +188,15 @@ class LayerPruning:
 
     def _solve(self, group: Group, problems: Sequence[LayerProblem]) -> PrunedGroup:
         patterns = [self.pattern_for(operator.name) for operator in group]
+        method, message = self._method(group, problems[0].statistics.num_tokens)
         started = time.perf_counter()
-        if all(operator.name in self.output_weights for operator in group):
+        if not message and all(operator.name in self.output_weights for operator in group):
             weights = [self.output_weights[operator.name] for operator in group]
-            pruned = prune_stacked(self.method, problems, patterns, weights)
+            pruned = prune_stacked(method, problems, patterns, weights)
             patterns = [replace(p, sparsity=q.sparsity) for p, q in zip(patterns, pruned, strict=True)]
         else:
-            pruned = self.method.prune_sharing(problems, patterns)
+            pruned = method.prune_sharing(problems, patterns)
+            pruned = [replace(p, message=message or p.message) for p in pruned]
         if problems[0].weight.is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
@@ -185,13 +204,20 @@ class LayerPruning:
             broken = pattern.violation(result.mask)
             if broken or not bool(torch.isfinite(result.weight).all()):
                 raise RuntimeError(
-                    f"method {self.method.name!r} failed on {operator.name}: {broken or 'weights hold NaN or Inf'}."
+                    f"method {method.name!r} failed on {operator.name}: {broken or 'weights hold NaN or Inf'}."
                 )
             self.write(operator, result)
-        return PrunedGroup(group, problems, pruned, patterns, seconds)
+        return PrunedGroup(group, problems, pruned, patterns, method.name, seconds)
+
+    def _method(self, group: Group, num_tokens: int) -> tuple[PruningMethod, str]:
+        """The method for a group, and what to say where it is not the usual one."""
+        if self.starved is None or group[0].tokens is None or num_tokens >= self.starved.tokens:
+            return self.method, ""
+        method = self.starved.method
+        return method, f"starved expert: {num_tokens} calibration tokens reached it, so {method.name} pruned it"
 
 
-def report_group(group: PrunedGroup, method: str) -> list[OperatorReport]:
+def report_group(group: PrunedGroup) -> list[OperatorReport]:
     """Reports of the operators of a group, with the error of the weights as they were written."""
     reports = []
     parts = zip(group.operators, group.problems, group.pruned, group.patterns, strict=True)
@@ -208,7 +234,7 @@ def report_group(group: PrunedGroup, method: str) -> list[OperatorReport]:
                 scope=pattern.scope,
                 num_kept=kept,
                 sparsity=1 - kept / pruned.mask.numel(),
-                method=method,
+                method=group.method,
                 relative_error=pruned.relative_error if exact else problem.relative_error(operator.read()),
                 l1_penalty=pruned.l1_penalty,
                 iterations=pruned.iterations,

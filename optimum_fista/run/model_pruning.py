@@ -19,18 +19,22 @@ from optimum_fista.model.architecture import (
     find_decoder_layers,
     find_operators,
     input_embedding,
+    left_out,
 )
 from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
+from optimum_fista.model.experts import split_experts
 from optimum_fista.model.hidden_states import record_inputs
-from optimum_fista.model.offload import execution_device, is_offloaded, onloaded
+from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.model.statistics import LayerActivations
 from optimum_fista.run.budgets import Budgets, share_budgets
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, report_group
+from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, StarvedRule, report_group
 from optimum_fista.run.loading import require_unquantized
 from optimum_fista.run.report import PruningReport
+from optimum_fista.run.stored_names import stored_names
+from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.pruned import PrunedOperator
 
 
@@ -40,6 +44,7 @@ class ModelPruning:
     Attributes:
         layers: The decoder layers.
         operators: The operators to prune.
+        stored_names: Where a checkpoint keeps their weights.
         batches: Calibration batches.
         report: The report; operators are added as they are pruned.
         states: Hidden states that enter the next decoder layer; `None` before the first.
@@ -62,6 +67,7 @@ class ModelPruning:
         self.layers = find_decoder_layers(model)
         self.config = config.resolved()
         self.operators, left_dense = choose_operators(self.layers, config)
+        self.stored_names = stored_names(model, (o for group in self.operators.values() for o in group.values()))
         self.batches = read_batches(calib_dataloader, input_embedding(model).shape[0])
         self.report = PruningReport(
             config=self.config.to_dict(),
@@ -96,16 +102,23 @@ class ModelPruning:
         Raises:
             ValueError: If weights or activations are not finite.
         """
-        pruning = self._layer_pruning(self._shared_budgets())
-        recorded = record_inputs(self.model, self.layers, self.batches)
-        storage = self.storage
-        if not first:
-            self.states = pruning.enter([hidden.to(storage) for hidden in recorded.hidden_states])
-        recorded.hidden_states.clear()
         counts = [len(group) for group in self.operators.values()]
-        with tqdm(
-            total=sum(counts), initial=sum(counts[:first]), desc="Pruning", unit="operator", disable=not self.progress
-        ) as bar:
+        with (
+            split_experts(operator for group in self.operators.values() for operator in group.values()),
+            tqdm(
+                total=sum(counts),
+                initial=sum(counts[:first]),
+                desc="Pruning",
+                unit="operator",
+                disable=not self.progress,
+            ) as bar,
+        ):
+            pruning = self._layer_pruning(self._shared_budgets())
+            recorded = record_inputs(self.model, self.layers, self.batches)
+            storage = self.storage
+            if not first:
+                self.states = pruning.enter([hidden.to(storage) for hidden in recorded.hidden_states])
+            recorded.hidden_states.clear()
             for index, (name, layer) in enumerate(self.layers):
                 calls, recorded.calls[index] = recorded.calls[index], []
                 if index < first:
@@ -115,21 +128,33 @@ class ModelPruning:
                         activations = LayerActivations(layer, calls, recorded.token_masks, storage)
                         self._prune_layer(pruning, activations, name, index, bar)
                     yield index, name, layer
-        self.report.warnings.extend(
-            f"{o.name}: {o.message}" for o in self.report.operators if o.message and not o.converged
-        )
+        self._warn_about_operators()
+
+    def _warn_about_operators(self) -> None:
+        operators = self.report.operators
+        self.report.warnings.extend(f"{o.name}: {o.message}" for o in operators if o.message and not o.converged)
+        starved = [o for o in operators if o.method != self.config.method]
+        if starved:
+            least = min(starved, key=lambda o: o.num_tokens)
+            self._warn(
+                f"{len(starved)} of {len(operators)} operators belong to experts that fewer than "
+                f"{self.config.starved_tokens} calibration tokens reached, and were pruned by "
+                f"{self.config.starved_method} ({least.name}: {least.num_tokens}). Pass more calibration tokens."
+            )
 
     def _warn_if_rank_deficient(self) -> None:
         """Warn once when an operator has more inputs than there are calibration tokens."""
         tokens = self.report.calibration["num_tokens"]
         widest = max((o for group in self.operators.values() for o in group.values()), key=lambda o: o.shape[1])
         if tokens < widest.shape[1]:
-            message = (
+            self._warn(
                 f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
                 "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
             )
-            self.report.warnings.append(message)
-            warnings.warn(message, stacklevel=4)
+
+    def _warn(self, message: str) -> None:
+        self.report.warnings.append(message)
+        warnings.warn(message, stacklevel=5)
 
     def _shared_budgets(self) -> Budgets:
         if self.budgets is None:
@@ -154,6 +179,7 @@ class ModelPruning:
             self.write,
             self.config.residual_correction or 0.0,
             budgets.output_weights if self.config.scope == "matrix" else None,
+            StarvedRule(self.config.starved_tokens, create_method(self.config.starved_method)),
         )
 
     def _prune_layer(
@@ -163,13 +189,13 @@ class ModelPruning:
         assert self.states is not None
         layer, operators = activations.layer, self.operators[name]
         for operator in operators.values():
-            if is_offloaded(operator.module):
+            if operator.is_offloaded:
                 require_finite(operator)
         entering = self.states.entering[0].to(execution_device(layer))
         groups = trace_groups(layer, operators, activations.calls[0], entering)
         with closing(pruning.prune(activations, groups, self.states)) as pruned_groups:
             for group in pruned_groups:
-                reports = report_group(group, self.config.method)
+                reports = report_group(group)
                 self.report.operators.extend(reports)
                 last = group.operators[-1].name.removeprefix(f"{name}.")
                 error = reports[-1].relative_error
@@ -200,13 +226,14 @@ def choose_operators(
     left_dense: dict[str, str] = {}
     for layer_name, layer in layers:
         chosen[layer_name] = {}
+        left_dense |= left_out(layer_name, layer, config.exclude)
         for name, operator in find_operators(layer_name, layer, config.exclude).items():
             reason = config.reason_left_dense(name)
             if reason is not None:
                 left_dense[name] = reason
                 continue
             config.pattern_for(name).require_shape(operator.shape, name)
-            if not is_offloaded(operator.module):  # the others are checked when they are onloaded
+            if not operator.is_offloaded:  # the others are checked when they are onloaded
                 require_finite(operator)
             chosen[layer_name][name] = operator
     if not any(chosen.values()):

@@ -131,7 +131,7 @@ class FistaPruner:
             )
             with evaluation_mode(model), torch.no_grad():
                 for _ in pruning.run():
-                    pass
+                    rollback.settle()
         report = pruning.report
         report.seconds["total"] = time.perf_counter() - started
         model.config.fista_pruning = summary(report)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from optimum_fista.model.offload import is_offloaded, store_tensor
+from optimum_fista.model.offload import store_tensor
 from optimum_fista.model.operator import LinearOperator
 
 
@@ -20,12 +20,12 @@ class Rollback:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
+        self._onloaded: dict[tuple[int, str], tuple[nn.Module, str]] = {}
 
     def write(self, operator: LinearOperator, weight: Tensor) -> None:
-        """Overwrite the weight of an operator by `weight` [out, in], where it is and where Accelerate keeps it."""
-        if is_offloaded(operator.module):
-            stored = weight.T if operator.transposed else weight
-            self._undo.append(store_tensor(operator.module, "weight", stored))
+        """Overwrite the weight of an operator by `weight` [out, in]; `settle` follows where it is offloaded."""
+        if operator.is_offloaded:
+            self._onloaded[id(operator.owner), operator.tensor] = (operator.owner, operator.tensor)
         else:
             original = operator.parameter.detach().to("cpu", copy=True)
 
@@ -34,6 +34,12 @@ class Rollback:
 
             self._undo.append(restore)
         operator.write(weight)
+
+    def settle(self) -> None:
+        """Overwrite what was written where Accelerate keeps it, while it is still onloaded."""
+        for owner, tensor in self._onloaded.values():
+            self._undo.append(store_tensor(owner, tensor, getattr(owner, tensor)))
+        self._onloaded.clear()
 
     def __enter__(self) -> Rollback:
         return self

@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from optimum_fista.run.loading import (
 from optimum_fista.run.model_pruning import ModelPruning
 from optimum_fista.run.perplexity import evaluation_mode
 from optimum_fista.run.report import PruningReport, library_versions
+from optimum_fista.run.stored_names import as_stored
 from optimum_fista.solve.bitmask import pack_mask
 from optimum_fista.solve.pruned import PrunedOperator
 
@@ -72,7 +73,8 @@ def prune_files(
         try:
             run.prune()
             report.seconds["total"] = time.perf_counter() - started + run.seconds_before
-            _complete(model, tokenizer, report, journal, run)
+            report, masks = as_stored(report, run.masks, run.pruning.stored_names)
+            _complete(model, tokenizer, report, masks, journal, run)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -197,6 +199,7 @@ def _complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     report: PruningReport,
+    masks: Mapping[str, Tensor],
     journal: Journal,
     run: _Streaming,
 ) -> None:
@@ -215,7 +218,7 @@ def _complete(
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     (folder / "fista").mkdir(exist_ok=True)
-    write_tensors(folder / MASKS_FILE, run.masks, MASKS_METADATA)
+    write_tensors(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
     write_text(folder / REPORT_FILE, report.to_json())
     write_text(folder / "README.md", model_card(report))
     if tokenizer is not None:

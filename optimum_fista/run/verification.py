@@ -13,6 +13,7 @@ from torch import Tensor
 
 from optimum_fista.run.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE, checkpoint_files, read_tensors
 from optimum_fista.run.report import OperatorReport, PruningReport
+from optimum_fista.run.stored_names import split_index
 from optimum_fista.solve.bitmask import unpack_mask
 from optimum_fista.solve.pattern import SparsityPattern
 
@@ -73,14 +74,17 @@ def _verify_operators(folder: Path, report: PruningReport, progress: Callable[[s
     """Check every operator of the report; returns the numbers of zeros and of weights."""
     files = checkpoint_files(folder)
     names = [operator.name for operator in report.operators]
-    missing = [name for name in names if name not in files]
+    tensors = [split_index(name)[0] for name in names]
+    missing = [name for name in tensors if name not in files]
     if missing:
         raise VerificationError(f"{missing[0]} is in the report but not in the checkpoint.")
     zeros = weights = 0
     with safe_open(folder / MASKS_FILE, "pt") as masks:
         if sorted(masks.keys()) != sorted(names):
             raise VerificationError("the masks and the report name different operators.")
-        for operator, (name, weight) in zip(report.operators, read_tensors(files, names), strict=True):
+        for operator, (_, tensor) in zip(report.operators, read_tensors(files, tensors), strict=True):
+            name = operator.name
+            weight = tensor[split_index(name)[1]]
             zeros += _verify_operator(operator, weight, masks.get_tensor(name))
             weights += weight.numel()
             progress(name)

@@ -10,7 +10,8 @@ from optimum_fista.cli.main import build_parser, main
 FLAGS = {
     "prune": (
         "MODEL --output -o --overwrite --sparsity --pattern --scope --include --exclude --method --paper "
-        "--error-correction --residual-correction --allocation --warm-start --max-iterations --config "
+        "--error-correction --residual-correction --allocation --starved-tokens "
+        "--starved-method --warm-start --max-iterations --config "
         "--calibration --num-samples --sequence-length "
         "--batch-size --seed --device --dtype --storage-device --push-to-hub --private"
     ),

@@ -16,6 +16,7 @@ from optimum_fista.model.architecture import (
     find_decoder_layers,
     find_operators,
     input_embedding,
+    left_out,
     matches,
 )
 
@@ -83,18 +84,46 @@ def test_model_without_module_lists_is_refused():
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_fused_experts_are_refused_unless_they_stay_dense(family):
+def test_matrices_of_fused_experts_are_operators_unless_they_stay_dense(family):
     name, layer = list(find_decoder_layers(tiny_model(family)))[1]
+    fused = next(key for key, module in layer.named_modules(prefix=name) if key.endswith(".experts"))
+    operators = find_operators(name, layer)
+    assert [key for key in operators if key.startswith(f"{fused}.")] == [
+        f"{fused}.{expert}.{kind}" for expert in range(4) for kind in ("gate_proj", "up_proj", "down_proj")
+    ]
+    rest = {key for key in operators if not key.startswith(f"{fused}.")}
+    assert {"q_proj", "o_proj"} <= {key.rpartition(".")[2].replace("q_b_proj", "q_proj") for key in rest}
+    for pattern in ("*.experts", fused):
+        assert set(find_operators(name, layer, [pattern])) == rest
+        assert left_out(name, layer, [pattern])[fused] == "exclude"
+    assert set(find_operators(name, layer, ["*.q_proj", "model.layers.0.*"])) == set(operators)
+
+
+def test_fused_experts_of_an_unknown_form_are_refused_unless_they_stay_dense():
+    layer = nn.Module()
+    layer.experts = nn.Module()
+    layer.experts.mixed = nn.Parameter(torch.zeros(2, 4, 4))
+    layer.proj = nn.Linear(4, 4)
     with pytest.raises(
         UnsupportedArchitectureError,
-        match=r"^model\.layers\.1\.mlp\.experts \(\w+Experts\) keeps .* one 3-D parameter.*exclude=\['\*\.experts'\]",
+        match=r"^layer\.experts \(Module\) keeps .*gate_up_proj.*exclude=\['\*\.experts'\]",
     ):
-        find_operators(name, layer)
-    for pattern in ("*.experts", "model.layers.1.mlp.experts"):
-        operators = find_operators(name, layer, [pattern])
-        assert {key.rpartition(".")[2] for key in operators} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    with pytest.raises(UnsupportedArchitectureError):
-        find_operators(name, layer, ["*.q_proj", "model.layers.0.mlp.experts"])
+        find_operators("layer", layer)
+    assert list(find_operators("layer", layer, ["*.experts"])) == ["layer.proj"]
+
+
+def test_routers_beside_fused_experts_stay_dense():
+    name, layer = next(iter(find_decoder_layers(tiny_model("qwen3_moe"))))
+    layer.mlp.gate = nn.Linear(32, 4)
+    layer.mlp.shared_expert_gate = nn.Linear(32, 1)
+    layer.mlp.latent = nn.Linear(32, 8)
+    operators = find_operators(name, layer)
+    assert "model.layers.0.mlp.latent" in operators
+    assert "model.layers.0.mlp.gate" not in operators
+    assert left_out(name, layer) == {
+        "model.layers.0.mlp.gate": "router",
+        "model.layers.0.mlp.shared_expert_gate": "router",
+    }
 
 
 def test_convolutions_and_stacked_scales_are_not_taken_for_experts():

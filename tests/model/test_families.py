@@ -1,25 +1,15 @@
 """Every family: operators found, inputs they share, and the statistics that reach the pruning method."""
 
 import re
-from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny_models import FAMILIES, MOE_FAMILIES, VOCAB_SIZE, tiny_model
+from recording import assert_close, batches, calibration, prune
+from tiny_models import FAMILIES, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-
-from optimum_fista.model.architecture import UnsupportedArchitectureError
-from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.pruner import FistaPruner
-from optimum_fista.solve.method import PruningMethod
-from optimum_fista.solve.methods.magnitude import Magnitude
-from optimum_fista.solve.pattern import SparsityPattern
-from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.pruned import PrunedOperator
 
 LLAMA_GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 NEOX_GROUPS = [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]
@@ -37,88 +27,6 @@ GROUPS = {
     "falcon": [["query_key_value", "dense_h_to_4h"], ["dense"], ["dense_4h_to_h"]],
 }
 CORRECTIONS = ["none", "intra", "full", 0.25]
-
-
-@dataclass
-class Record:
-    """What reached the method for one operator, and what it made of it."""
-
-    name: str
-    weight: Tensor
-    gram: Tensor
-    target: Tensor
-    target_energy: float
-    mean: Tensor
-    num_tokens: int
-    pruned: Tensor
-    relative_error: float
-
-
-class Recorder(PruningMethod):
-    """Magnitude pruning with larger survivors, which remembers its problems."""
-
-    name = "recorder"
-
-    def __init__(self) -> None:
-        self.groups: list[list[Record]] = []
-
-    def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        plain = Magnitude().prune(problem, pattern)
-        weight = plain.weight * 1.1
-        return PrunedOperator(weight, plain.mask, problem.relative_error(weight))
-
-    def prune_sharing(
-        self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
-    ) -> list[PrunedOperator]:
-        results = super().prune_sharing(problems, patterns)
-        self.groups.append(
-            [
-                Record(
-                    problem.name,
-                    problem.weight.clone(),
-                    problem.gram.clone(),
-                    problem.target.clone(),
-                    problem.target_energy,
-                    problem.statistics.mean.clone(),
-                    problem.statistics.num_tokens,
-                    result.weight.clone(),
-                    result.relative_error,
-                )
-                for problem, result in zip(problems, results, strict=True)
-            ]
-        )
-        return results
-
-    @property
-    def records(self) -> list[Record]:
-        return [record for group in self.groups for record in group]
-
-
-def calibration() -> dict[str, Tensor]:
-    """Eight sequences of ten tokens; three are padded, right or left."""
-    ids = torch.randint(3, VOCAB_SIZE, (8, 10), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[3, 7:] = 0
-    mask[4, :3] = 0
-    mask[6, 9:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def batches(*sizes: int) -> list[dict[str, Tensor]]:
-    """The calibration data in batches of these sizes."""
-    data = calibration()
-    parts = zip(data["input_ids"].split(sizes), data["attention_mask"].split(sizes), strict=True)
-    return [{"input_ids": ids, "attention_mask": mask} for ids, mask in parts]
-
-
-def prune(model: PreTrainedModel, error_correction: str | float, data: list[dict[str, Tensor]], **options) -> Recorder:
-    """Prune by a recorder; returns what it saw."""
-    recorder = Recorder()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FistaPruningConfig, "create_method", lambda self, model_type: recorder)
-        options = {"residual_correction": 0.0, "allocation": "uniform"} | options
-        FistaPruner(FistaPruningConfig(error_correction=error_correction, **options), progress=False).prune(model, data)
-    return recorder
 
 
 def observe(model: PreTrainedModel, names: list[str]) -> dict[str, Tensor]:
@@ -146,12 +54,6 @@ def layer_of(name: str) -> int:
 def stored(module: nn.Module, weight: Tensor) -> Tensor:
     """A weight [out, in] the way the module stores it, or the other way round."""
     return weight.T if isinstance(module, Conv1D) else weight
-
-
-def assert_close(ours: Tensor, expected: Tensor, what: str) -> None:
-    assert ours.shape == expected.shape
-    distance = float((ours - expected).norm() / expected.norm())
-    assert distance <= 1e-4, f"{what}: relative distance {distance:g}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -237,25 +139,3 @@ def test_ids_behind_the_mask_do_not_count(family):
     for record, other in zip(ours.records, expected.records, strict=True):
         assert_close(record.gram, other.gram, f"gram of {record.name}")
         assert_close(record.target, other.target, f"target of {record.name}")
-
-
-@pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_fused_experts_are_refused_by_name(family):
-    model = tiny_model(family)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(
-        UnsupportedArchitectureError, match=r"model\.layers\.0\.mlp\.experts .*exclude=\['\*\.experts'\]"
-    ):
-        prune(model, "intra", batches(8))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_fused_experts_stay_dense_when_excluded(family):
-    model = tiny_model(family)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    recorder = prune(model, "intra", batches(8), exclude=["*.experts"])
-    names = {record.name.rpartition(".")[2] for record in recorder.records}
-    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) is ("_proj" not in name or "experts" in name), name

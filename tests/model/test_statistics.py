@@ -167,16 +167,18 @@ def test_inputs_that_are_not_finite_are_refused_by_name(value, corrected):
 
 
 def test_rows_of_real_tokens():
-    activations = activations_of(toy_layer())
+    layer = toy_layer()
+    activations, operator = activations_of(layer), layer.groups()[1][0]
     values = torch.arange(24.0).view(4, 3, 2)
-    assert torch.equal(activations.rows(values[:1], 0, "x"), values[:1].view(3, 2))
+    assert torch.equal(activations.rows(values[:1], 0, operator), values[:1].view(3, 2))
     expected = values[:, :2].reshape(8, 2)
-    assert torch.equal(activations.rows(values, 2, "x"), expected)
-    assert torch.equal(activations.rows(values.view(12, 2), 2, "x"), expected)
+    assert torch.equal(activations.rows(values, 2, operator), expected)
+    assert torch.equal(activations.rows(values.view(12, 2), 2, operator), expected)
 
 
 def test_rows_that_do_not_belong_to_tokens_are_refused_only_where_padding_must_be_told_apart():
-    activations = activations_of(toy_layer())
-    assert activations.rows(torch.zeros(5, 2), 0, "layer.up").shape == (5, 2)
+    layer = toy_layer()
+    activations, operator = activations_of(layer), layer.groups()[1][0]
+    assert activations.rows(torch.zeros(5, 2), 0, operator).shape == (5, 2)
     with pytest.raises(ValueError, match=r"layer\.up sees 5 rows for 12 tokens.*exclude=\['layer\.up'\]"):
-        activations.rows(torch.zeros(5, 2), 2, "layer.up")
+        activations.rows(torch.zeros(5, 2), 2, operator)

@@ -50,7 +50,7 @@ def test_groups_come_in_execution_order_and_are_written_before_they_are_yielded(
     for group in pruning.prune(activations, groups, states):
         names.append([operator.name.rsplit(".", 1)[-1] for operator in group.operators])
         assert written == [name for group_names in names for name in group_names]
-        reports = report_group(group, "wanda")
+        reports = report_group(group)
         assert [r.num_kept for r in reports] == [o.parameter.numel() // 2 for o in group.operators]
         assert sum(r.solve_seconds for r in reports) == pytest.approx(group.solve_seconds)
     assert names == GROUPS

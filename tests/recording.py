@@ -1,0 +1,106 @@
+"""Layer problems that reach the pruning method, recorded on calibration data with padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.pruner import FistaPruner
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.methods.magnitude import Magnitude
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.pruned import PrunedOperator
+
+
+@dataclass
+class Record:
+    """What reached the method for one operator, and what it made of it."""
+
+    name: str
+    weight: Tensor
+    gram: Tensor
+    target: Tensor
+    target_energy: float
+    mean: Tensor
+    num_tokens: int
+    pruned: Tensor
+    relative_error: float
+
+
+class Recorder(PruningMethod):
+    """Magnitude pruning with larger survivors, which remembers its problems."""
+
+    name = "recorder"
+
+    def __init__(self) -> None:
+        self.groups: list[list[Record]] = []
+
+    def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
+        plain = Magnitude().prune(problem, pattern)
+        weight = plain.weight * 1.1
+        return PrunedOperator(weight, plain.mask, problem.relative_error(weight))
+
+    def prune_sharing(
+        self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
+    ) -> list[PrunedOperator]:
+        results = super().prune_sharing(problems, patterns)
+        self.groups.append(
+            [
+                Record(
+                    problem.name,
+                    problem.weight.clone(),
+                    problem.gram.clone(),
+                    problem.target.clone(),
+                    problem.target_energy,
+                    problem.statistics.mean.clone(),
+                    problem.statistics.num_tokens,
+                    result.weight.clone(),
+                    result.relative_error,
+                )
+                for problem, result in zip(problems, results, strict=True)
+            ]
+        )
+        return results
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for group in self.groups for record in group]
+
+
+def calibration() -> dict[str, Tensor]:
+    """Eight sequences of ten tokens; three are padded, right or left."""
+    ids = torch.randint(3, VOCAB_SIZE, (8, 10), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[3, 7:] = 0
+    mask[4, :3] = 0
+    mask[6, 9:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def batches(*sizes: int) -> list[dict[str, Tensor]]:
+    """The calibration data in batches of these sizes."""
+    data = calibration()
+    parts = zip(data["input_ids"].split(sizes), data["attention_mask"].split(sizes), strict=True)
+    return [{"input_ids": ids, "attention_mask": mask} for ids, mask in parts]
+
+
+def prune(model: PreTrainedModel, error_correction: str | float, data: list[dict[str, Tensor]], **options) -> Recorder:
+    """Prune by a recorder; returns what it saw."""
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FistaPruningConfig, "create_method", lambda self, model_type: recorder)
+        options = {"residual_correction": 0.0, "allocation": "uniform"} | options
+        FistaPruner(FistaPruningConfig(error_correction=error_correction, **options), progress=False).prune(model, data)
+    return recorder
+
+
+def assert_close(ours: Tensor, expected: Tensor, what: str) -> None:
+    assert ours.shape == expected.shape
+    distance = float((ours - expected).norm() / expected.norm())
+    assert distance <= 1e-4, f"{what}: relative distance {distance:g}"
