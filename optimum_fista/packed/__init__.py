@@ -1,0 +1,1 @@
+"""Sparse weights stored by their kept values and a mask, and linear layers that compute with them as they are."""

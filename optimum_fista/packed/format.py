@@ -1,0 +1,264 @@
+"""The packed format: a sparse tensor as its kept values, a mask and a layout. docs/formats.md has every byte.
+
+All functions are pure. Nothing here needs more memory than its result and a few megabytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from optimum_fista.packed.bits import mask_bytes, pack_bits, pack_places, place, select, unpack_bits, unpack_places
+from optimum_fista.packed.validation import MAX_GROUP, SUFFIXES, PackedFormatError, check_tensors
+
+VERSION = 1
+_CHUNK = 1 << 22
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A sparse tensor of shape [..., cols] and dtype D; rows is the product of all dimensions but the last.
+
+    Attributes:
+        values: D [kept], the kept weights, row-major.
+        mask: uint8 [rows, bytes], one bit a weight, or for n:m the places of the kept weights inside their groups.
+        layout: int64 [3 + ndim]: version, n, m (0, 0: one bit a weight), and the shape.
+    """
+
+    values: Tensor
+    mask: Tensor
+    layout: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense tensor."""
+        return tuple(self.layout[3:].tolist())
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """`(n, m)` where the mask holds places inside groups, `None` where it holds one bit a weight."""
+        n, m = self.layout[1:3].tolist()
+        return (n, m) if m else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the three tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.values, self.mask, self.layout))
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense tensor."""
+        return prod(self.shape) * self.values.element_size()
+
+    def named(self, name: str) -> dict[str, Tensor]:
+        """The three tensors under the names that they have in a file, for a dense tensor called `name`."""
+        return dict(zip((name + suffix for suffix in SUFFIXES), (self.values, self.mask, self.layout), strict=True))
+
+
+def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | None = None) -> PackedTensor:
+    """Pack a sparse tensor.
+
+    Args:
+        weight: [..., cols], any floating dtype.
+        mask: Boolean, the shape of `weight`, True = kept, zero or not. `None`: all weights with a bit set are kept, so
+            also -0.0.
+        pattern: `(n, m)` to store the places of the kept weights inside their groups, where exactly n of every m
+            consecutive ones are kept and this takes no more room; one bit a weight otherwise.
+
+    Returns:
+        The packed tensor, on the device of `weight`. It can be larger than a dense one: `num_bytes`, `dense_bytes`.
+
+    Raises:
+        ValueError: If `weight` is not floating or empty, if the mask is not boolean or has another shape, or if a
+            weight outside of the mask is not zero (-0.0 is, and becomes 0.0).
+    """
+    if not weight.is_floating_point() or weight.numel() == 0 or weight.dim() == 0:
+        raise ValueError(
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)}: pass a floating tensor with at least one weight."
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape):
+        raise ValueError(
+            f"mask is {mask.dtype} of shape {tuple(mask.shape)}: pass a boolean one of the shape of weight, "
+            f"{tuple(weight.shape)}."
+        )
+    columns = weight.shape[-1]
+    dense = weight.detach().reshape(-1, columns)
+    rows = dense.shape[0]
+    kept = None if mask is None else mask.reshape(rows, columns)
+    n_of_m = pattern if _fits(dense, kept, pattern) else None
+    packed_mask = torch.zeros(rows, mask_bytes(columns, n_of_m), dtype=torch.uint8)
+    counts = []
+    for chunk in _chunks(rows, columns):
+        bits = _kept(dense, kept, chunk)
+        if mask is not None and bool(((dense[chunk] != 0).cpu() & ~bits).any()):
+            raise ValueError(
+                "weight has values other than zero outside of mask: pass the mask that it was pruned with."
+            )
+        counts.append(int(torch.count_nonzero(bits)))
+        if n_of_m is None:
+            pack_bits(bits, packed_mask[chunk])
+        else:
+            pack_places(bits, n_of_m, packed_mask[chunk])
+    values = torch.empty(sum(counts), dtype=dense.dtype)
+    for chunk, target in zip(_chunks(rows, columns), _words(values).split(counts), strict=True):
+        target.copy_(select(_words(dense[chunk]).cpu(), _kept(dense, kept, chunk)))
+    layout = torch.tensor([VERSION, *(n_of_m or (0, 0)), *weight.shape])
+    return PackedTensor(*(t.to(weight.device) for t in (values, packed_mask, layout)))
+
+
+def check(packed: PackedTensor, name: str = "weight") -> None:
+    """Check that three tensors of unknown origin are a packed tensor, before anything reads the values.
+
+    Raises:
+        PackedFormatError: If the version, a dtype, a size or a count is wrong, or the mask is malformed.
+    """
+    check_tensors(packed.values, packed.mask, packed.layout, name, VERSION)
+
+
+def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
+    """The dense tensor, bit for bit, on the device of the values.
+
+    Raises:
+        PackedFormatError: If the tensors are not a packed tensor; `name` is what the error calls it.
+    """
+    check(packed, name)
+    shape, device = packed.shape, packed.values.device
+    columns = shape[-1]
+    rows = prod(shape[:-1])
+    dense = torch.zeros(rows, columns, dtype=packed.values.dtype, device=device)
+    start = 0
+    for chunk in _chunks(rows, columns):
+        bits = keep_bits(packed.mask[chunk], columns, packed.n_of_m)
+        stop = start + int(torch.count_nonzero(bits))
+        place(_words(packed.values[start:stop]), bits.to(device), _words(dense)[chunk])
+        start = stop
+    return dense.view(shape)
+
+
+def keep_bits(mask: Tensor, columns: int, n_of_m: tuple[int, int] | None) -> Tensor:
+    """Rows of a checked packed mask as booleans [rows, columns], True = kept, on the CPU."""
+    if n_of_m is None:
+        return unpack_bits(mask, columns)
+    places = unpack_places(mask, columns, n_of_m)
+    kept = torch.zeros(len(places), n_of_m[1], dtype=torch.bool)
+    for column in places.split(1, 1):
+        kept |= column == torch.arange(n_of_m[1], dtype=torch.uint8)
+    return kept.view(mask.shape[0], columns)
+
+
+def unpack_mask(packed: PackedTensor) -> Tensor:
+    """Boolean mask of the dense tensor's shape, True = kept, on the CPU.
+
+    Raises:
+        PackedFormatError: If the tensors are not a packed tensor.
+    """
+    check(packed)
+    rows, columns = packed.mask.shape[0], packed.shape[-1]
+    chunks = (keep_bits(packed.mask[chunk], columns, packed.n_of_m) for chunk in _chunks(rows, columns))
+    return torch.cat(list(chunks)).view(packed.shape)
+
+
+def pack_state_dict(
+    state: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor | None],
+    patterns: Mapping[str, tuple[int, int] | None] | None = None,
+) -> dict[str, Tensor]:
+    """Pack the tensors named in `masks`, where that makes them smaller; all others are passed through.
+
+    Args:
+        state: Tensors by name.
+        masks: For each tensor to pack its mask (`pack`), or `None` to keep what is not zero.
+        patterns: `(n, m)` of the tensors that have such a pattern.
+
+    Returns:
+        The state with `NAME_values`, `NAME_mask` and `NAME_layout` in the place of each packed NAME.
+
+    Raises:
+        ValueError: If `masks` names a tensor that `state` lacks, or as `pack` does.
+    """
+    if missing := sorted(set(masks) - set(state)):
+        raise ValueError(f"masks names {missing[0]!r}, which state does not hold: pass the masks of these tensors.")
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name in masks and tensor.numel():
+            packed = pack(tensor, masks[name], (patterns or {}).get(name))
+            if packed.num_bytes < packed.dense_bytes:
+                result.update(packed.named(name))
+                continue
+        result[name] = tensor
+    return result
+
+
+def packed_names(names: Iterable[str]) -> list[str]:
+    """Names of the dense tensors that are packed among the tensors called `names`, in their order.
+
+    Raises:
+        PackedFormatError: If one of three tensors is missing, or the dense tensor is there as well.
+    """
+    present = list(names)
+    known = set(present)
+    found = []
+    for suffixed in present:
+        for suffix in SUFFIXES:
+            name = suffixed.removesuffix(suffix)
+            if name != suffixed and sum(name + other in known for other in SUFFIXES) > 1:
+                found.append(name)
+    for name in dict.fromkeys(found):
+        for suffix in SUFFIXES:
+            if name + suffix not in known:
+                raise PackedFormatError(f"{name} is packed, but {name + suffix} is missing: the file is incomplete.")
+        if name in known:
+            raise PackedFormatError(f"{name} is there both packed and dense: the file is malformed.")
+    return list(dict.fromkeys(found))
+
+
+def unpack_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of `pack_state_dict`, bit for bit.
+
+    Raises:
+        PackedFormatError: If a packed tensor is incomplete or malformed; it is named.
+    """
+    packed = set(packed_names(state))
+    parts = {name + suffix: name for name in packed for suffix in SUFFIXES}
+    result: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if key not in parts:
+            result[key] = tensor
+        elif parts[key] in packed:
+            name = parts[key]
+            packed.discard(name)
+            result[name] = unpack(PackedTensor(*(state[name + suffix] for suffix in SUFFIXES)), name)
+    return result
+
+
+def _chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of whole rows of about 4 million weights."""
+    step = max(1, _CHUNK // columns)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _kept(dense: Tensor, kept: Tensor | None, chunk: slice) -> Tensor:
+    """Booleans of some rows, True = kept, on the CPU."""
+    return (_words(dense[chunk]) != 0).cpu() if kept is None else kept[chunk].cpu()
+
+
+def _fits(dense: Tensor, kept: Tensor | None, pattern: tuple[int, int] | None) -> bool:
+    """Whether the places of the kept weights can be stored, and take no more room than one bit a weight."""
+    if pattern is None:
+        return False
+    rows, columns = dense.shape
+    n, m = pattern
+    if not 0 < n < m <= MAX_GROUP or columns % m or mask_bytes(columns, pattern) > mask_bytes(columns, None):
+        return False
+    groups = (_kept(dense, kept, chunk).view(-1, m) for chunk in _chunks(rows, columns))
+    return all(bool((group.sum(-1) == n).all()) for group in groups)
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The same bytes as integers, so that no bit of a NaN changes."""
+    return tensor.view(_WORDS[tensor.element_size()])

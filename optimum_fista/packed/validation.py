@@ -1,0 +1,92 @@
+"""Checks of packed tensors of unknown origin: sizes and masks, before anything reads the values."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from optimum_fista.packed.bits import count_bits, mask_bits, mask_bytes, unpack_places
+
+SUFFIXES = ("_values", "_mask", "_layout")
+MAX_DIMENSIONS = 8
+MAX_GROUP = 256
+_CHUNK = 1 << 22
+
+
+class PackedFormatError(ValueError):
+    """Tensors that are not what docs/formats.md describes."""
+
+
+def check_tensors(values: Tensor, mask: Tensor, layout: Tensor, name: str, version: int) -> None:
+    """Check the three tensors of the packed tensor called `name`.
+
+    Sizes are compared with those of the tensors before anything is computed from them, in Python's integers, so
+    that no number in `layout` can make this allocate much or overflow.
+
+    Raises:
+        PackedFormatError: With what is wrong, and the tensor's name.
+    """
+    columns, n_of_m = _check_layout(layout, name, version)
+    rows = prod(layout[3:-1].tolist())
+    width = mask_bytes(columns, n_of_m)
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, width):
+        raise PackedFormatError(
+            f"{name}_mask is {mask.dtype} of shape {tuple(mask.shape)}: the layout {layout.tolist()} needs torch.uint8 "
+            f"of shape {(rows, width)}."
+        )
+    if not values.is_floating_point() or values.dim() != 1:
+        raise PackedFormatError(
+            f"{name}_values is {values.dtype} of shape {tuple(values.shape)}: a floating dtype and one dimension "
+            "are needed."
+        )
+    if not (mask.is_contiguous() and values.is_contiguous()):
+        raise PackedFormatError(f"{name}_values and {name}_mask must be contiguous.")
+    used = mask_bits(columns, n_of_m)
+    tail = mask[:, used // 8 :]
+    if tail.shape[1]:
+        first = tail[:, 0] >> (used % 8)
+        if bool(first.any()) or bool(tail[:, 1:].any()):
+            raise PackedFormatError(f"{name}_mask has bits set behind the {used} that a row has.")
+    kept = int(count_bits(mask).sum()) if n_of_m is None else rows * (columns // n_of_m[1]) * n_of_m[0]
+    if values.numel() != kept:
+        raise PackedFormatError(f"{name}_values holds {values.numel()} weights where the mask keeps {kept}.")
+    if n_of_m is not None:
+        _check_places(mask, columns, n_of_m, name)
+
+
+def _check_layout(layout: Tensor, name: str, version: int) -> tuple[int, tuple[int, int] | None]:
+    """Number of columns and the pattern of a layout that makes sense by itself."""
+    if layout.dtype != torch.int64 or layout.dim() != 1 or not 4 <= layout.numel() <= 3 + MAX_DIMENSIONS:
+        raise PackedFormatError(
+            f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: torch.int64 of one dimension and 4 to "
+            f"{3 + MAX_DIMENSIONS} numbers is needed."
+        )
+    found, n, m, *shape = layout.tolist()
+    if found != version:
+        raise PackedFormatError(
+            f"{name} is packed in version {found} of the format; this package reads version {version}. "
+            "Update it, or pack the model again."
+        )
+    if min(shape) < 1:
+        raise PackedFormatError(f"{name}_layout says shape {tuple(shape)}: every dimension must be positive.")
+    if (n, m) == (0, 0):
+        return shape[-1], None
+    if not 0 < n < m <= MAX_GROUP or shape[-1] % m:
+        raise PackedFormatError(
+            f"{name}_layout says {n} kept of every {m} in rows of {shape[-1]}: 0 < n < m <= {MAX_GROUP} and m dividing "
+            "the row are needed."
+        )
+    return shape[-1], (n, m)
+
+
+def _check_places(mask: Tensor, columns: int, n_of_m: tuple[int, int], name: str) -> None:
+    """Places must be smaller than m and rise inside a group."""
+    m = n_of_m[1]
+    for rows in mask.split(max(1, _CHUNK // columns)):
+        places = unpack_places(rows, columns, n_of_m)
+        if bool((places[:, -1] > m - 1).any()) or bool((places[:, 1:] <= places[:, :-1]).any()):
+            raise PackedFormatError(
+                f"{name}_mask has a group whose places do not rise or are not smaller than {m}: the file is damaged."
+            )

@@ -1,0 +1,154 @@
+"""Malformed packed tensors give one clear error before their values are read, whatever they say of their size."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from optimum_fista.packed.format import PackedFormatError, PackedTensor, check, pack, unpack
+
+
+def packed_bits():
+    mask = torch.rand(6, 70, generator=torch.Generator().manual_seed(0)) < 0.5
+    return pack(torch.ones(6, 70) * mask, mask)
+
+
+def packed_groups(n=2, m=4):
+    mask = torch.arange(6 * 12 * m).view(6, 12 * m) % m < n
+    return pack(torch.ones(6, 12 * m) * mask, mask, (n, m))
+
+
+def broken(packed, **changes):
+    return dataclasses.replace(packed, **changes)
+
+
+def with_layout(packed, *numbers):
+    return broken(packed, layout=torch.tensor(numbers))
+
+
+HUGE = 2**62
+CASES = {
+    "version": (with_layout(packed_bits(), 2, 0, 0, 6, 70), "version 2 of the format; this package reads version 1"),
+    "negative": (with_layout(packed_bits(), 1, 0, 0, -6, -70), "every dimension must be positive"),
+    "zero": (with_layout(packed_bits(), 1, 0, 0, 0, 70), "every dimension must be positive"),
+    "other rows": (with_layout(packed_bits(), 1, 0, 0, 7, 70), r"needs torch.uint8 of shape \(7, 16\)"),
+    "other columns": (with_layout(packed_bits(), 1, 0, 0, 6, 200), r"needs torch.uint8 of shape \(6, 32\)"),
+    "overflow": (with_layout(packed_bits(), 1, 0, 0, HUGE, HUGE, HUGE, 70), "needs torch.uint8 of shape"),
+    "overflow to the right size": (with_layout(packed_bits(), 1, 0, 0, 2**63 - 1, 2, 3, 70), "needs torch.uint8"),
+    "huge columns": (with_layout(packed_bits(), 1, 0, 0, 6, HUGE), "needs torch.uint8 of shape"),
+    "huge group": (with_layout(packed_bits(), 1, 1, 2**40, 6, 2**40), "0 < n < m <= 256"),
+    "n above m": (with_layout(packed_groups(), 1, 5, 4, 6, 48), "5 kept of every 4"),
+    "negative n": (with_layout(packed_groups(), 1, -2, 4, 6, 48), "-2 kept of every 4"),
+    "m of zero": (with_layout(packed_groups(), 1, 2, 0, 6, 48), "2 kept of every 0"),
+    "m not dividing": (with_layout(packed_groups(), 1, 2, 4, 6, 47), "m dividing the row"),
+    "short layout": (with_layout(packed_bits(), 1, 0, 0), "4 to 11 numbers"),
+    "long layout": (with_layout(packed_bits(), 1, 0, 0, *[1] * 9), "4 to 11 numbers"),
+    "layout dtype": (broken(packed_bits(), layout=packed_bits().layout.int()), "weight_layout is torch.int32"),
+    "layout shape": (broken(packed_bits(), layout=packed_bits().layout.view(1, -1)), "one dimension"),
+    "mask dtype": (broken(packed_bits(), mask=packed_bits().mask.view(torch.int8)), "weight_mask is torch.int8"),
+    "mask shape": (broken(packed_bits(), mask=packed_bits().mask.view(-1)), r"weight_mask is .* of shape \(96,\)"),
+    "strided mask": (broken(packed_bits(), mask=packed_bits().mask.T.contiguous().T), "must be contiguous"),
+    "strided values": (broken(packed_bits(), values=packed_bits().values.repeat(2)[::2]), "must be contiguous"),
+    "values dtype": (broken(packed_bits(), values=packed_bits().values.int()), "weight_values is torch.int32"),
+    "values shape": (broken(packed_bits(), values=packed_bits().values[None]), "one dimension"),
+    "values cut": (
+        broken(packed_bits(), values=packed_bits().values[:-1]),
+        r"holds 2\d\d weights where the mask keeps",
+    ),
+    "values of groups cut": (broken(packed_groups(), values=packed_groups().values[1:]), "holds 143 weights"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_wrong_is_said(case):
+    packed, message = CASES[case]
+    with pytest.raises(PackedFormatError, match=message):
+        check(packed)
+    with pytest.raises(ValueError, match=message):
+        unpack(packed)
+
+
+def test_the_tensor_is_named():
+    with pytest.raises(PackedFormatError, match=r"layers\.0\.q_proj\.weight_values holds"):
+        check(broken(packed_bits(), values=torch.ones(3)), "layers.0.q_proj.weight")
+
+
+@pytest.mark.parametrize("bit", [70, 71, 72, 100, 127])
+def test_padding_bits_must_be_zero(bit):
+    packed = packed_bits()
+    packed.mask[3, bit // 8] |= 1 << bit % 8
+    with pytest.raises(PackedFormatError, match="bits set behind the 70 that a row has"):
+        check(packed)
+
+
+@pytest.mark.parametrize("bit", range(0, 70, 3))
+def test_every_flipped_bit_of_a_mask_is_found(bit):
+    packed = packed_bits()
+    packed.mask[2, bit // 8] ^= 1 << bit % 8
+    with pytest.raises(PackedFormatError, match="where the mask keeps"):
+        check(packed)
+
+
+@pytest.mark.parametrize("code", [0b0000, 0b0101, 0b1111, 0b0001, 0b1011])
+def test_places_must_rise(code):
+    packed = packed_groups()
+    packed.mask[1, 2] = packed.mask[1, 2] & 0xF0 | code
+    with pytest.raises(PackedFormatError, match="places do not rise"):
+        check(packed)
+
+
+def test_places_must_be_inside_the_group():
+    packed = packed_groups(1, 5)
+    packed.mask[0, 0] = 5
+    with pytest.raises(PackedFormatError, match="not smaller than 5"):
+        check(packed)
+    packed.mask[0, 0] = 4
+    check(packed)
+
+
+def checks(packed: PackedTensor) -> bool:
+    try:
+        check(packed)
+    except PackedFormatError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_random_damage_is_refused_or_harmless(seed):
+    """Flipped bits, extreme numbers, cut tensors: one error, or a tensor that comes back as the same bytes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high):
+        return int(torch.randint(0, high, (1,), generator=generator))
+
+    packed = (packed_bits, packed_groups, lambda: packed_groups(3, 16))[draw(3)]()
+    values, mask, layout = packed.values.clone(), packed.mask.clone(), packed.layout.clone()
+    for _ in range(1 + draw(3)):
+        kind, place = draw(5), draw(len(layout))
+        if kind == 0:
+            layout[place] ^= (1 << draw(63)) if draw(2) else -(2**63)
+        elif kind == 1:
+            layout[place] = [-1, 0, 1, 2**31, 2**32, HUGE, 2**63 - 1, -(2**63)][draw(8)]
+        elif kind == 2 and mask.numel():
+            mask.view(-1)[draw(mask.numel())] ^= 1 << draw(8)
+        elif kind == 3:
+            values = values[: draw(len(values) + 1)]
+        else:
+            mask = mask[: draw(mask.shape[0] + 1)]
+    damaged = PackedTensor(values, mask, layout)
+    if checks(damaged):
+        dense = unpack(damaged)
+        again = pack(dense, None, damaged.n_of_m)
+        assert torch.equal(again.values, values)
+        assert torch.equal(again.mask, mask)
+    else:
+        with pytest.raises(PackedFormatError):
+            unpack(damaged)
+
+
+def test_hostile_sizes_cost_nothing():
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        for case in ("overflow", "huge columns", "huge group", "overflow to the right size"):
+            assert not checks(CASES[case][0])
+    assert max(event.cpu_memory_usage for event in profile.function_events) < 10_000
