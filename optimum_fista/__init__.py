@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,3 +33,43 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'optimum_fista' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+_QUANTIZERS = "transformers.quantizers.auto"
+
+
+class _PackedLoading(importlib.abc.MetaPathFinder):
+    """Makes packed checkpoints known to Transformers as soon as it is imported, and not before."""
+
+    def find_spec(
+        self,
+        name: str,
+        path: Sequence[str] | None,  # noqa: ARG002, the finder's protocol
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Find the module with the list of quantizers as usual, and add to it once it has run."""
+        if name != _QUANTIZERS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                _register(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _register(module: ModuleType) -> None:
+    from optimum_fista.run.packed_loading import register
+
+    register(module)
+
+
+if _QUANTIZERS in sys.modules:
+    _register(sys.modules[_QUANTIZERS])
+else:
+    sys.meta_path.insert(0, _PackedLoading())

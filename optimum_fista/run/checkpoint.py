@@ -104,17 +104,17 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """The safetensors file of every tensor of a model folder.
+def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
+    """The safetensors file of every tensor of a model folder; `stem` is the first part of the files' names.
 
     Raises:
         FileNotFoundError: If the folder holds no safetensors checkpoint.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.exists() and not single.exists():  # Transformers prefers the single file as well
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
     if not single.exists():
-        raise FileNotFoundError(f"{str(folder)!r} holds no model.safetensors: pass a pruned model folder.")
+        raise FileNotFoundError(f"{str(folder)!r} holds no {stem}.safetensors: pass a pruned model folder.")
     with safe_open(single, "pt") as file:
         return dict.fromkeys(file.keys(), single)
 

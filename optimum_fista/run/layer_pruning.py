@@ -206,6 +206,7 @@ class LayerPruning:
                 raise RuntimeError(
                     f"method {method.name!r} failed on {operator.name}: {broken or 'weights hold NaN or Inf'}."
                 )
+            result.weight.masked_fill_(~result.mask, 0.0)  # no -0.0
             self.write(operator, result)
         return PrunedGroup(group, problems, pruned, patterns, method.name, seconds)
 

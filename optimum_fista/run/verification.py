@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from optimum_fista.packed.format import unpack
+from optimum_fista.packed.format import unpack_mask as unpack_packed_mask
+from optimum_fista.packed.validation import PackedFormatError
 from optimum_fista.run.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE, checkpoint_files, read_tensors
+from optimum_fista.run.packed_folder import PackedFolder, is_packed
 from optimum_fista.run.report import OperatorReport, PruningReport
 from optimum_fista.run.stored_names import split_index
-from optimum_fista.solve.bitmask import unpack_mask
+from optimum_fista.solve.bitmask import pack_mask, unpack_mask
 from optimum_fista.solve.pattern import SparsityPattern
 
 
@@ -52,7 +56,7 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
         FileNotFoundError: If a file is missing.
         VerificationError: If something does not hold.
     """
-    for file in ("config.json", MASKS_FILE, REPORT_FILE):
+    for file in ("config.json", REPORT_FILE, *(() if is_packed(folder) else (MASKS_FILE,))):
         if not (folder / file).exists():
             raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
     config = json.loads((folder / "config.json").read_text()).get(CONFIG_KEY)
@@ -63,6 +67,8 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
         zeros, weights = _verify_operators(folder, report, progress)
     except (KeyError, TypeError) as error:
         raise VerificationError(f"{REPORT_FILE} lacks a field, or has one too many: {error}.") from error
+    except PackedFormatError as error:
+        raise VerificationError(str(error)) from error
     except SafetensorError as error:
         raise VerificationError(f"a safetensors file is damaged or incomplete: {error}.") from error
     if zeros != config.get("num_zeros"):
@@ -72,23 +78,42 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
 
 def _verify_operators(folder: Path, report: PruningReport, progress: Callable[[str], None]) -> tuple[int, int]:
     """Check every operator of the report; returns the numbers of zeros and of weights."""
+    zeros = weights = 0
+    read = _read_packed if is_packed(folder) else _read_dense
+    for operator, weight, mask in read(folder, report):
+        zeros += _verify_operator(operator, weight, mask)
+        weights += weight.numel()
+        progress(operator.name)
+    return zeros, weights
+
+
+def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
+    """Every operator with its weight and its mask, packed to bits."""
     files = checkpoint_files(folder)
     names = [operator.name for operator in report.operators]
     tensors = [split_index(name)[0] for name in names]
     missing = [name for name in tensors if name not in files]
     if missing:
         raise VerificationError(f"{missing[0]} is in the report but not in the checkpoint.")
-    zeros = weights = 0
     with safe_open(folder / MASKS_FILE, "pt") as masks:
         if sorted(masks.keys()) != sorted(names):
             raise VerificationError("the masks and the report name different operators.")
         for operator, (_, tensor) in zip(report.operators, read_tensors(files, tensors), strict=True):
-            name = operator.name
-            weight = tensor[split_index(name)[1]]
-            zeros += _verify_operator(operator, weight, masks.get_tensor(name))
-            weights += weight.numel()
-            progress(name)
-    return zeros, weights
+            yield operator, tensor[split_index(operator.name)[1]], masks.get_tensor(operator.name)
+
+
+def _read_packed(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
+    """The same from a packed folder, whose weights bring their masks."""
+    reader = PackedFolder(folder)
+    name, dense, mask = "", torch.empty(0), torch.empty(0)
+    for operator in report.operators:
+        tensor, index = split_index(operator.name)
+        if tensor not in reader.names:
+            raise VerificationError(f"{tensor} is in the report but not packed in the checkpoint.")
+        if tensor != name:
+            packed = reader.packed(tensor)
+            name, dense, mask = tensor, unpack(packed), unpack_packed_mask(packed)
+        yield operator, dense[index], pack_mask(mask[index])
 
 
 def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -> int:

@@ -1,0 +1,25 @@
+"""`optimum-fista unpack`."""
+
+from __future__ import annotations
+
+import argparse
+
+from optimum_fista.cli import pack
+
+DESCRIPTION = """\
+Make a packed model folder dense again, bit for bit, so that every loader reads it.
+
+example:
+  optimum-fista unpack ./model-50-packed --output ./model-50
+"""
+
+add_arguments = pack.add_arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Unpack, and print the sizes."""
+    from optimum_fista.run.packed_folder import unpack_folder
+
+    print(unpack_folder(arguments.folder, arguments.output, overwrite=arguments.overwrite, progress=print))
+    print(f"saved to {arguments.output}")
+    return 0

@@ -1,0 +1,288 @@
+"""Pruned model folders packed, and packed ones made dense again, one weight file in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from optimum_fista.packed.format import PackedTensor, check, pack, packed_names, unpack, unpack_mask
+from optimum_fista.packed.validation import SUFFIXES
+from optimum_fista.run.atomic import write_tensors, write_text
+from optimum_fista.run.checkpoint import (
+    MASKS_FILE,
+    MASKS_METADATA,
+    REPORT_FILE,
+    checkpoint_files,
+    require_free_folder,
+)
+from optimum_fista.run.report import PruningReport
+from optimum_fista.run.stored_names import split_index
+from optimum_fista.solve.bitmask import pack_mask
+from optimum_fista.solve.bitmask import unpack_mask as unpack_stored_mask
+
+QUANT_METHOD = "fista_packed"
+_NOTE = """
+## Packed
+
+The pruned weights of this folder are stored without their zeros. `import optimum_fista` (`pip install optimum-fista`)
+before `from_pretrained` loads it as a dense model, bit for bit; `optimum-fista unpack` writes that as a plain folder.
+"""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What packing or unpacking did.
+
+    Attributes:
+        num_tensors: Weights that are stored packed.
+        dense_bytes: Their bytes as dense tensors.
+        packed_bytes: Their bytes packed.
+    """
+
+    num_tensors: int
+    dense_bytes: int
+    packed_bytes: int
+
+    def __str__(self) -> str:
+        """A line for people."""
+        share = self.packed_bytes / max(1, self.dense_bytes)
+        return (
+            f"{self.num_tensors} weights: {self.dense_bytes / 2**20:,.1f} MiB dense, "
+            f"{self.packed_bytes / 2**20:,.1f} MiB packed ({share:.3f})"
+        )
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a model folder is packed."""
+    file = folder / "config.json"
+    return file.exists() and _quant_method(json.loads(file.read_text())) == QUANT_METHOD
+
+
+def pack_folder(
+    folder: Path, output: Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda _: None
+) -> Packing:
+    """Pack a folder saved by optimum-fista; `output` appears when it is complete.
+
+    Args:
+        folder: The pruned model folder.
+        output: The packed folder.
+        overwrite: Replace a model that `output` already holds.
+        progress: Called with the name of each weight file that is written.
+
+    Raises:
+        FileNotFoundError: If `folder` holds no pruned model.
+        FileExistsError: If `output` holds a model and `overwrite` is False.
+        ValueError: If `folder` is packed already, or a weight is not zero outside its mask.
+    """
+    if is_packed(folder):
+        raise ValueError(f"folder {str(folder)!r} is packed already: pass a folder with dense weights.")
+    for file in ("config.json", MASKS_FILE, REPORT_FILE):
+        if not (folder / file).exists():
+            raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
+    files = checkpoint_files(folder)
+    masks = _Masks(folder, files)
+    sizes: list[tuple[int, int]] = []
+
+    def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        written: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if name not in masks.packed:
+                written[name] = tensor
+                continue
+            try:
+                packed = pack(tensor, masks.of(name, tensor), masks.patterns.get(name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            sizes.append((packed.dense_bytes, packed.num_bytes))
+            written |= packed.named(name)
+        return written
+
+    def finish(partial: Path, weights: str, config: dict[str, Any]) -> None:
+        (partial / MASKS_FILE).unlink()
+        parameters = sorted({name.rpartition(".")[2] for name in masks.packed})
+        settings = {"quant_method": QUANT_METHOD, "runtime": "dense", "weights": weights, "parameters": parameters}
+        config["quantization_config"] = settings
+        card = partial / "README.md"
+        if card.exists():
+            card.write_text(card.read_text() + _NOTE)
+
+    _convert_folder(folder, output, files, ("model", "packed"), convert, finish, overwrite, progress)
+    return Packing(len(sizes), sum(dense for dense, _ in sizes), sum(packed for _, packed in sizes))
+
+
+def unpack_folder(
+    folder: Path, output: Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda _: None
+) -> Packing:
+    """Make a packed folder dense again, masks and all; the inverse of `pack_folder`.
+
+    Raises:
+        FileExistsError: If `output` holds a model and `overwrite` is False.
+        ValueError: If `folder` is not packed, or malformed (a PackedFormatError).
+    """
+    if not is_packed(folder):
+        raise ValueError(f"folder {str(folder)!r} is not packed: pass a folder made by `optimum-fista pack`.")
+    reader = PackedFolder(folder)
+    sizes: list[tuple[int, int]] = []
+    masks: dict[str, Tensor] = {}
+    operators: dict[str, list[str]] = {}
+    for operator in _report(folder).operators:
+        operators.setdefault(split_index(operator.name)[0], []).append(operator.name)
+
+    def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        written: dict[str, Tensor] = {}
+        parts = {name + suffix: name for name in reader.names for suffix in SUFFIXES}
+        for key, tensor in tensors.items():
+            if key not in parts:
+                written[key] = tensor
+            elif key.endswith(SUFFIXES[0]):
+                name = parts[key]
+                packed = reader.packed(name)
+                written[name] = unpack(packed)
+                mask = unpack_mask(packed)
+                masks.update({o: pack_mask(mask[split_index(o)[1]]) for o in operators.get(name, [])})
+                sizes.append((packed.dense_bytes, packed.num_bytes))
+        return written
+
+    def finish(partial: Path, _: str, config: dict[str, Any]) -> None:
+        del config["quantization_config"]
+        write_tensors(partial / MASKS_FILE, masks, MASKS_METADATA)
+        card = partial / "README.md"
+        if card.exists():
+            card.write_text(card.read_text().replace(_NOTE, ""))
+
+    _convert_folder(folder, output, reader.files, ("packed", "model"), convert, finish, overwrite, progress)
+    return Packing(len(sizes), sum(dense for dense, _ in sizes), sum(packed for _, packed in sizes))
+
+
+class PackedFolder:
+    """The weights of a packed folder.
+
+    Attributes:
+        files: File of every stored tensor.
+        names: Dense names of the packed weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+        self.files = checkpoint_files(folder, settings["weights"].partition(".")[0])
+        self.names = packed_names(self.files)
+
+    def packed(self, name: str) -> PackedTensor:
+        """A packed weight, checked.
+
+        Raises:
+            PackedFormatError: If its parts are not those of a packed tensor.
+        """
+        parts = []
+        for suffix in SUFFIXES:
+            with safe_open(self.files[name + suffix], "pt") as file:
+                parts.append(file.get_tensor(name + suffix))
+        packed = PackedTensor(*parts)
+        check(packed, name)
+        return packed
+
+
+class _Masks:
+    """The masks of a pruned folder by the tensors of its checkpoint."""
+
+    def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
+        self._file = folder / MASKS_FILE
+        self._operators: dict[str, list[str]] = {}
+        self.patterns: dict[str, tuple[int, int]] = {}
+        for operator in _report(folder).operators:
+            name, index = split_index(operator.name)
+            self._operators.setdefault(name, []).append(operator.name)
+            if ":" in operator.pattern and not operator.stored_transposed and not index:
+                n, _, m = operator.pattern.partition(":")
+                self.patterns[name] = (int(n), int(m))
+        self.packed = {*self._operators, *_siblings(self._operators, files)}
+
+    def of(self, name: str, tensor: Tensor) -> Tensor:
+        """The mask of a tensor of the checkpoint; what belongs to no operator is kept."""
+        mask = torch.ones(tensor.shape, dtype=torch.bool)
+        with safe_open(self._file, "pt") as file:
+            for operator in self._operators.get(name, []):
+                part = mask[split_index(operator)[1]]
+                part.copy_(unpack_stored_mask(file.get_tensor(operator), tuple(part.shape)))
+        return mask
+
+
+def _siblings(packed: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Weights of other experts of a mixture that has packed ones: loading merges them, so all are packed."""
+
+    def mixture(name: str) -> str:
+        return re.sub(r"\.\d+\.(?=[^.]+\.[^.]+$)", ".*.", name) if ".experts." in name else name
+
+    kinds = {mixture(name) for name in packed if ".experts." in name}
+    return [name for name in names if mixture(name) in kinds]
+
+
+def _convert_folder(
+    folder: Path,
+    output: Path,
+    files: Mapping[str, Path],
+    rename: tuple[str, str],
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    finish: Callable[[Path, str, dict[str, Any]], None],
+    overwrite: bool,
+    progress: Callable[[str], None],
+) -> None:
+    """Copy a folder with its weight files converted one after another; it gets its name when it is complete."""
+    require_free_folder(output, overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    old, new = rename
+    try:
+        weight_map: dict[str, str] = {}
+        total, index = 0, None
+        for source in sorted(set(files.values())):
+            with safe_open(source, "pt") as file:
+                names = [name for name in files if files[name] == source]
+                tensors = convert({name: file.get_tensor(name) for name in names})
+                metadata = file.metadata() or {}
+            target = source.name.replace(old, new, 1)
+            write_tensors(partial / target, tensors, metadata)
+            weight_map |= dict.fromkeys(tensors, target)
+            total += sum(t.numel() * t.element_size() for t in tensors.values())
+            progress(target)
+        weights = {path.name for path in set(files.values())}
+        for path in folder.iterdir():
+            if path.name == f"{old}.safetensors.index.json":
+                index = json.loads(path.read_text())
+            elif path.is_dir():
+                shutil.copytree(path, partial / path.name)
+            elif path.name not in weights:
+                shutil.copy2(path, partial / path.name)
+        weights_name = f"{new}.safetensors"
+        if index is not None:
+            weights_name = f"{new}.safetensors.index.json"
+            index["metadata"]["total_size"] = total
+            index["weight_map"] = dict(sorted(weight_map.items()))
+            write_text(partial / weights_name, json.dumps(index, indent=2) + "\n")
+        config = json.loads((folder / "config.json").read_text())
+        finish(partial, weights_name, config)
+        write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        partial.chmod(0o755)
+        if output.exists():
+            shutil.rmtree(output)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _report(folder: Path) -> PruningReport:
+    return PruningReport.from_dict(json.loads((folder / REPORT_FILE).read_text()))
+
+
+def _quant_method(config: Mapping[str, Any]) -> str | None:
+    return (config.get("quantization_config") or {}).get("quant_method")

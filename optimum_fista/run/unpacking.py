@@ -1,0 +1,101 @@
+"""Packed tensors becoming weights of a model while Transformers loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, _IdentityOp
+
+from optimum_fista.packed.format import PackedTensor, check, packed_names, unpack
+from optimum_fista.packed.validation import SUFFIXES
+
+
+class Unpack(ConversionOps):
+    """Makes dense tensors of the three parts of packed ones."""
+
+    def __init__(self, hf_quantizer: Any = None) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: Sequence[str],  # noqa: ARG002, the protocol of conversions
+        target_patterns: Sequence[str],
+        model: PreTrainedModel | None = None,
+        full_layer_name: str = "",
+        **_: Any,
+    ) -> dict[str, list[Tensor]]:
+        """Lists of values, masks and layouts by their patterns -> lists of dense tensors, in the model's dtype.
+
+        They are named by the target, or, where other operations follow that merge several sources, as the values were.
+
+        Raises:
+            PackedFormatError: If the parts are not those of a packed tensor.
+        """
+        dtype = None if model is None else model.get_parameter_or_buffer(full_layer_name).dtype
+        stems = [pattern.removesuffix(SUFFIXES[0]) for pattern in input_dict if pattern.endswith(SUFFIXES[0])]
+        found = {}
+        for stem in stems:
+            parts = [input_dict[stem + suffix] for suffix in SUFFIXES]
+            parts = [part if isinstance(part, list) else [part] for part in parts]
+            dense = []
+            for values, mask, layout in zip(*parts, strict=True):
+                dense.append(unpack(PackedTensor(values, mask, layout)).to(dtype or values.dtype))
+            found[stem if stem in target_patterns else stem + SUFFIXES[0]] = dense
+        return found
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """A dense model is saved dense."""
+        return _IdentityOp()
+
+
+class PackedFiles:
+    """The packed tensors of a checkpoint's files, checked: masks and layouts are read, values are not.
+
+    Raises:
+        PackedFormatError: If one of the parts of a tensor is missing, or they are not those of a packed tensor.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self._file_of: dict[str, str] = {}
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                self._file_of |= dict.fromkeys(tensors.keys(), str(file))
+        self.names = packed_names(self._file_of)
+        for name in self.names:
+            values, mask, layout = (name + suffix for suffix in SUFFIXES)
+            check(PackedTensor(self._empty(values), self._read(mask), self._read(layout)), name)
+
+    def empty(self, name: str) -> PackedTensor:
+        """A packed tensor on the meta device, of the shapes and dtypes that the files say."""
+        return PackedTensor(*(self._empty(name + suffix) for suffix in SUFFIXES))
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self._file_of[name], "pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def _empty(self, name: str) -> Tensor:
+        with safe_open(self._file_of[name], "pt") as tensors:
+            part = tensors.get_slice(name)
+            return torch.empty(part.get_shape(), dtype=part[:0].dtype, device="meta")
+
+    def replace_linears(self, model: PreTrainedModel) -> list[str]:
+        """Make every `nn.Linear` whose weight is packed a `PackedLinear`; returns the packed names that remain."""
+        from optimum_fista.packed.linear import PackedLinear
+
+        remain = []
+        for name in self.names:
+            owner, _, leaf = name.rpartition(".")
+            module = dict(model.named_modules()).get(owner)
+            if leaf != "weight" or type(module) is not nn.Linear:
+                remain.append(name)
+                continue
+            parent, _, child = owner.rpartition(".")
+            setattr(model.get_submodule(parent), child, PackedLinear.empty_like(module, self.empty(name)))
+        return remain
