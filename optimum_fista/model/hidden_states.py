@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_fista.model.architecture import DecoderLayers
+from optimum_fista.model.architecture import DecoderLayers, UnsupportedArchitectureError
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.replay import LayerCall, StopForward
@@ -39,6 +39,7 @@ def record_inputs(model: PreTrainedModel, layers: DecoderLayers, batches: Sequen
 
     Raises:
         ValueError: If the hidden states that enter the first decoder layer are not finite.
+        UnsupportedArchitectureError: If the model does anything but run its decoder layers once, one after another.
     """
     device = execution_device(model.get_input_embeddings())
     recorder = _Recorder(layers)
@@ -70,12 +71,13 @@ class _Recorder:
         self.layers = layers
         self.calls: list[list[LayerCall]] = [[] for _ in layers.modules]
         self.hidden_states: Tensor | None = None
+        self._next = 0
         self._rest: tuple[Any, ...] | None = None
         self._is_tuple: bool | None = None
         self._interned: dict[tuple[Any, ...], Tensor] = {}
 
     def start_batch(self) -> None:
-        self.hidden_states = None
+        self.hidden_states, self._next = None, 0
 
     def __enter__(self) -> None:
         self._originals = [layer.forward for layer in self.layers.modules]
@@ -98,6 +100,7 @@ class _Recorder:
                 hidden_states, others = keywords.pop("hidden_states"), []
             if self.hidden_states is None:
                 self.hidden_states = hidden_states
+            self._require_next(index, hidden_states)
             call = LayerCall(tuple(self._intern(a) for a in others), {k: self._intern(v) for k, v in keywords.items()})
             self.calls[index].append(call)
             if index == len(self.layers) - 1:
@@ -110,12 +113,31 @@ class _Recorder:
 
         return forward
 
+    def _require_next(self, index: int, hidden_states: Tensor) -> None:
+        """Refuse layers that are called out of order, or not with what the layer before put out."""
+        name = f"{self.layers.name}.{index}"
+        if index != self._next:
+            raise UnsupportedArchitectureError(
+                f"the model calls decoder layer {name} where {self.layers.name}.{self._next} was expected: only models "
+                "that run every decoder layer once, in order, can be pruned."
+            )
+        self._next += 1
+        first = self.hidden_states
+        assert first is not None
+        if hidden_states is not first and (
+            hidden_states.data_ptr() != first.data_ptr() or hidden_states.shape != first.shape
+        ):
+            raise UnsupportedArchitectureError(
+                f"the model changes the hidden states between decoder layers, in front of {name}: only models that hand "
+                "the output of a decoder layer on to the next can be pruned."
+            )
+
     def _intern(self, value: Any) -> Any:
         """Share equal tensors (masks, position embeddings) between layers and batches."""
         if isinstance(value, tuple | list):
             return type(value)(self._intern(item) for item in value)
         if not isinstance(value, Tensor):
             return value
-        key = (tuple(value.shape), value.dtype, float(value.flatten()[-1]) if value.numel() else 0.0)
+        key = (tuple(value.shape), value.dtype, value.flatten()[-1].item() if value.numel() else 0.0)
         known = self._interned.setdefault(key, value)
         return known if known is value or torch.equal(known, value) else value

@@ -115,6 +115,7 @@ class ModelPruning:
                         activations = LayerActivations(layer, calls, recorded.token_masks, storage)
                         self._prune_layer(pruning, activations, name, index, bar)
                     yield index, name, layer
+        self._warn_of_operators_left_dense()
         self.report.warnings.extend(
             f"{o.name}: {o.message}" for o in self.report.operators if o.message and not o.converged
         )
@@ -128,6 +129,25 @@ class ModelPruning:
                 f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
                 "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
             )
+            self.report.warnings.append(message)
+            warnings.warn(message, stacklevel=4)
+
+    def _warn_of_operators_left_dense(self) -> None:
+        """Warn once of operators that were to be pruned and could not be.
+
+        Raises:
+            UnsupportedArchitectureError: If there is no other.
+        """
+        wanted = {name for group in self.operators.values() for name in group}
+        left = {name: reason for name, reason in self.report.left_dense.items() if name in wanted}
+        if len(left) == len(wanted):
+            raise UnsupportedArchitectureError(
+                f"no linear operator of {self.layers.name} can be pruned: {next(iter(left))} is "
+                f"{left[next(iter(left))]}, and so are the others."
+            )
+        if left:
+            shown = ", ".join(f"{name} ({reason})" for name, reason in list(left.items())[:4])
+            message = f"{len(left)} operators were left dense: {shown}{', ...' if len(left) > 4 else ''}"
             self.report.warnings.append(message)
             warnings.warn(message, stacklevel=4)
 
@@ -166,7 +186,9 @@ class ModelPruning:
             if is_offloaded(operator.module):
                 require_finite(operator)
         entering = self.states.entering[0].to(execution_device(layer))
-        groups = trace_groups(layer, operators, activations.calls[0], entering)
+        groups, left_dense = trace_groups(layer, operators, activations.calls[0], entering)
+        self.report.left_dense |= left_dense
+        bar.update(len(left_dense))
         with closing(pruning.prune(activations, groups, self.states)) as pruned_groups:
             for group in pruned_groups:
                 reports = report_group(group, self.config.method)
