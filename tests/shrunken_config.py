@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 VOCAB_SIZE = 64
 
-_LAYERS = r"(num_hidden_layers|n_layers?|num_blocks|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|num_layers_.*|depth)"
+_LAYERS = r"(num_hidden_layers|n_layers?|num_blocks|num_layers|(num_)?(en|de)coder_layers|num_layers_.*|depth)"
 
 # The first pattern that matches the whole name decides. Sizes are multiples of 4, so that 2:4 fits.
 _SIZES: tuple[tuple[str, int], ...] = (
@@ -29,7 +29,10 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r".*shared_experts|first_k_dense_replace|num_dense_layers", 1),
     (r"((moe_)?(num|n)_(local_|routed_)?experts|.*num_experts|n_routed_experts|num_.*experts|zero_expert_num)", 4),
     (r"(n_group|topk_group|num_expert_group|.*n_?groups)", 1),
-    (r"(.*hidden_size.*|d_model|n_embd|.*embed(ding)?_(proj_)?(dim|size).*|.*_width|lru_width|dim|d_embed|emb_dim)", 32),
+    (
+        r"(.*hidden_size.*|d_model|n_embd|.*embed(ding)?_(proj_)?(dim|size).*|.*_width|lru_width|dim|d_embed|emb_dim)",
+        32,
+    ),
     (r"(.*sliding_window.*|.*window_size|.*window_len)", 6),
     (r"(.*state_size|mamba_d_state|.*dt_rank|.*step_rank)", 8),
     (r"(.*chunk_size|block_size|local_chunk_length)", 8),
@@ -54,7 +57,16 @@ _SHARED_KEYS = {
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
-    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0, "model_type": ""}},
+    "dory": {
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+    },
+    "dots3_note_audio": {"adapter_in_dim": 32},
+    "dots3_note_text": {"head_dim": 16},
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": _SHARED_KEYS | {"intermediate_size": 48, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]},
@@ -63,6 +75,13 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "conv"], "num_hidden_layers": 3},
     "mamba2": {"num_heads": 8},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "xmod": {"default_language": "en_XX"},
     "zamba": _HYBRID,
@@ -81,7 +100,7 @@ def shrunken_config(family: str) -> PretrainedConfig:
     """
     kind = CONFIG_MAPPING[family]
     shrunk = _shrunk(kind().to_dict())
-    return kind.from_dict(shrunk | _EXCEPTIONS.get(family, {}))
+    return kind.from_dict(shrunk)
 
 
 def _shrunk(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,9 +109,11 @@ def _shrunk(values: Mapping[str, Any]) -> dict[str, Any]:
     picked = _one_of_each_kind(by_layer, layers)
     small: dict[str, Any] = {}
     for name, value in values.items():
-        if name in ("id2label", "label2id", "per_layer_config"):
+        if name in ("id2label", "label2id"):
             continue
-        if name in by_layer:
+        if name == "per_layer_config":
+            small[name] = {}
+        elif name in by_layer:
             small[name] = [_size(name, value[i]) for i in picked]
         elif re.fullmatch(_LAYERS, name) and value == layers:
             small[name] = len(picked)
@@ -107,7 +128,7 @@ def _shrunk(values: Mapping[str, Any]) -> dict[str, Any]:
         small["num_key_value_heads"] = small["num_attention_heads"]
     absent = {"head_dim": 8, "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
     small |= {name: size for name, size in absent.items() if values.get(name, 0) is None}
-    return small
+    return small | _EXCEPTIONS.get(values.get("model_type", ""), {})
 
 
 def _one_of_each_kind(by_layer: Mapping[str, list], layers: int) -> list[int]:

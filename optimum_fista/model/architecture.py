@@ -121,6 +121,17 @@ def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[st
     return operators
 
 
+def shared_weights(layers: DecoderLayers) -> dict[str, str]:
+    """Modules of the decoder layers whose weight is another one's too, by name, with the reason to leave them dense."""
+    names: dict[int, list[str]] = {}
+    for layer_name, layer in layers:
+        for name, parameter in layer.named_parameters(prefix=layer_name, remove_duplicate=False):
+            if name.endswith(".weight"):
+                names.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+    shared = [group for group in names.values() if len(group) > 1]
+    return {name: f"shares its weight with {group[name == group[0]]}" for group in shared for name in group}
+
+
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether `name` matches one of the shell-style patterns, case included."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

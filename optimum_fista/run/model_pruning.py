@@ -19,6 +19,7 @@ from optimum_fista.model.architecture import (
     find_decoder_layers,
     find_operators,
     input_embedding,
+    shared_weights,
 )
 from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
 from optimum_fista.model.hidden_states import record_inputs
@@ -115,10 +116,7 @@ class ModelPruning:
                         activations = LayerActivations(layer, calls, recorded.token_masks, storage)
                         self._prune_layer(pruning, activations, name, index, bar)
                     yield index, name, layer
-        self._warn_of_operators_left_dense()
-        self.report.warnings.extend(
-            f"{o.name}: {o.message}" for o in self.report.operators if o.message and not o.converged
-        )
+        self.warn_at_the_end()
 
     def _warn_if_rank_deficient(self) -> None:
         """Warn once when an operator has more inputs than there are calibration tokens."""
@@ -132,8 +130,8 @@ class ModelPruning:
             self.report.warnings.append(message)
             warnings.warn(message, stacklevel=4)
 
-    def _warn_of_operators_left_dense(self) -> None:
-        """Warn once of operators that were to be pruned and could not be.
+    def warn_at_the_end(self) -> None:
+        """Note what did not converge, and warn of operators that were to be pruned and could not be.
 
         Raises:
             UnsupportedArchitectureError: If there is no other.
@@ -150,6 +148,9 @@ class ModelPruning:
             message = f"{len(left)} operators were left dense: {shown}{', ...' if len(left) > 4 else ''}"
             self.report.warnings.append(message)
             warnings.warn(message, stacklevel=4)
+        self.report.warnings.extend(
+            f"{o.name}: {o.message}" for o in self.report.operators if o.message and not o.converged
+        )
 
     def _shared_budgets(self) -> Budgets:
         if self.budgets is None:
@@ -220,10 +221,11 @@ def choose_operators(
     """
     chosen: dict[str, dict[str, LinearOperator]] = {}
     left_dense: dict[str, str] = {}
+    shared = shared_weights(layers)
     for layer_name, layer in layers:
         chosen[layer_name] = {}
         for name, operator in find_operators(layer_name, layer, config.exclude).items():
-            reason = config.reason_left_dense(name)
+            reason = config.reason_left_dense(name) or shared.get(name)
             if reason is not None:
                 left_dense[name] = reason
                 continue
