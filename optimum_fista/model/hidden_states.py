@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.architecture import DecoderLayers, UnsupportedArchitectureError
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.offload import execution_device
+from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.replay import LayerCall, StopForward
 
 
@@ -120,13 +120,16 @@ class _Recorder:
             self.calls[index].append(call)
             if index == len(self.layers) - 1:
                 raise StopForward
+            layer = self.layers.modules[index]
             if self.runs_layers:
-                output = self._originals[index](hidden_states, *others, **keywords)
+                with onloaded(layer):
+                    output = self._originals[index](hidden_states, *others, **keywords)
                 self._expected = output[0] if isinstance(output, tuple) else output
                 return output
             self._expected = hidden_states
             if self._is_tuple is None:
-                output = self._originals[index](hidden_states, *others, **keywords)
+                with onloaded(layer):
+                    output = self._originals[index](hidden_states, *others, **keywords)
                 self._is_tuple = isinstance(output, tuple)
                 self._rest = tuple(output[1:]) if isinstance(output, tuple) else ()
             return (hidden_states, *self._rest) if self._is_tuple else hidden_states
