@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 from shrunken_config import VOCAB_SIZE, shrunken_config
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
-from optimum_fista.model.architecture import UnsupportedArchitectureError, find_decoder_layers
+from optimum_fista.model.architecture import UnsupportedArchitectureError, find_decoder_layers, find_operators
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.run.verification import VerificationError, verify_checkpoint
@@ -101,7 +100,7 @@ def try_family(family: str, folder: Path) -> Outcome:
             progress=False,
         )
         report = prune(pruner, model)
-        require_pattern(model, report)
+        require_pattern(model, report, excluded)
         require_saved(pruner, model, report, folder)
     except UnsupportedArchitectureError as error:
         return Outcome(family, kind, name, "refused", reason=_first_sentence(error))
@@ -161,17 +160,19 @@ def require_same_hidden_states(model: PreTrainedModel) -> None:
             torch.testing.assert_close(hidden, expected)
 
 
-def require_pattern(model: PreTrainedModel, report: PruningReport) -> None:
-    """Every operator of the report has at most two weights in each group of four, and every other a reason."""
-    named = {operator.name for operator in report.operators}
-    for operator in report.operators:
-        weight = model.get_parameter(operator.name)
-        rows = weight.T if operator.stored_transposed else weight
-        assert int((rows.reshape(-1, 4) != 0).sum(1).max()) <= 2, operator.name
-    for layer_name, layer in find_decoder_layers(model):
-        for name, module in layer.named_modules(prefix=layer_name):
-            if isinstance(module, nn.Linear | Conv1D):
-                assert f"{name}.weight" in named or report.left_dense[name]
+def require_pattern(model: PreTrainedModel, report: PruningReport, excluded: list[str]) -> None:
+    """Every operator has at most two weights in each group of four, or a reason to be dense."""
+    pruned = {operator.name for operator in report.operators}
+    layers = find_decoder_layers(model)
+    operators = {
+        name: operator for layer in layers for name, operator in find_operators(*layer, dense_experts=excluded).items()
+    }
+    assert pruned <= {f"{name}.weight" for name in operators}
+    for name, operator in operators.items():
+        if f"{name}.weight" in pruned:
+            assert int((operator.read().reshape(-1, 4) != 0).sum(1).max()) <= 2, name
+        else:
+            assert report.left_dense[name]
 
 
 def require_saved(pruner: FistaPruner, model: PreTrainedModel, report: PruningReport, folder: Path) -> None:

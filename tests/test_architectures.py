@@ -1,7 +1,7 @@
 """Every family of Transformers with a causal language model, against the table of docs/architectures.md."""
 
 import pytest
-from architectures import COMMAND, format_table, read_table
+from architectures import COMMAND, PAGE, format_table, read_table
 from families import FAMILIES, Outcome, try_family
 
 TABLE = read_table()
@@ -32,3 +32,11 @@ def test_table_is_read_as_it_is_written(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(format_table(outcomes))
     assert read_table(page) == {outcome.family: outcome for outcome in outcomes}
+
+
+def test_readme_and_page_count_what_the_table_holds():
+    works = sum(outcome.status == "works" for outcome in TABLE.values())
+    readme = " ".join((PAGE.parents[1] / "README.md").read_text().split())
+    assert f"of the {len(TABLE)} families of causal language models in Transformers" in readme
+    assert f", {works} work, in tiny" in readme
+    assert format_table(TABLE.values()).partition(": ")[2] in PAGE.read_text()
