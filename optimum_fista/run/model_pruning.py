@@ -136,12 +136,12 @@ class ModelPruning:
         Raises:
             UnsupportedArchitectureError: If there is no other.
         """
-        wanted = {name for group in self.operators.values() for name in group}
-        left = {name: reason for name, reason in self.report.left_dense.items() if name in wanted}
-        if len(left) == len(wanted):
+        reasons = self.report.left_dense
+        left = {name: reason for name, reason in reasons.items() if self.config.reason_left_dense(name) is None}
+        if not self.report.operators:
+            name = next(iter(left))
             raise UnsupportedArchitectureError(
-                f"no linear operator of {self.layers.name} can be pruned: {next(iter(left))} is "
-                f"{left[next(iter(left))]}, and so are the others."
+                f"no linear operator of {self.layers.name} can be pruned; {name}, for one: {left[name]}."
             )
         if left:
             shown = ", ".join(f"{name} ({reason})" for name, reason in list(left.items())[:4])
