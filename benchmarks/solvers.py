@@ -71,7 +71,7 @@ def layer_problems(
     for index, (name, layer) in enumerate(decoder):
         if index > last:
             return
-        groups = trace_groups(layer, find_operators(name, layer), records[0].calls[index][0], hidden[0][0])
+        groups, _ = trace_groups(layer, find_operators(name, layer), records[0].calls[index][0], hidden[0][0])
         by_text = []
         for text, record in enumerate(records):
             activations = LayerActivations(layer, record.calls[index], record.token_masks, hidden[text][0].device)

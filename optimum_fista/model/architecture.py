@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.experts import FusedExperts, can_be_split, is_fused_experts
@@ -35,14 +36,22 @@ class DecoderLayers:
 
 
 def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
-    """Find the `nn.ModuleList` whose elements are the model's `_no_split_modules`.
+    """Find the `nn.ModuleList` of decoder layers.
+
+    These are the model's `_no_split_modules`, or else modules made for gradient checkpointing. Where a model has
+    several such lists, as beside a vision encoder, it is the one that belongs to `model.get_decoder()`.
 
     Raises:
-        UnsupportedArchitectureError: If there is none or more than one.
+        UnsupportedArchitectureError: If the model is not a causal language model, or there is no or more than one list.
     """
+    require_causal(model)
     wanted = set(getattr(model, "_no_split_modules", None) or ())
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    found = {name: m for name, m in lists.items() if type(m[0]).__name__ in wanted}
+    found = {name: m for name, m in lists.items() if any(type(layer).__name__ in wanted for layer in m)}
+    if not found:
+        found = {name: m for name, m in lists.items() if isinstance(m[0], GradientCheckpointingLayer)}
+    if len(found) > 1:
+        found = _own_lists(model.get_decoder(), found)
     if len(found) != 1:
         seen = ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists.items()) or "none"
         raise UnsupportedArchitectureError(
@@ -52,6 +61,34 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
         )
     ((name, modules),) = found.items()
     return DecoderLayers(name, tuple(modules))
+
+
+def require_causal(model: PreTrainedModel) -> None:
+    """Refuse models whose tokens see what follows them, and models without a language-model head.
+
+    Raises:
+        UnsupportedArchitectureError: If so.
+    """
+    config = model.config
+    if not model.can_generate():
+        reason = "it can't generate text (it has no causal language-model head)"
+    elif getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder model"
+    elif getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
+        reason = "it is an encoder, in which every token sees all others (config.is_decoder is False)"
+    else:
+        return
+    raise UnsupportedArchitectureError(
+        f"{type(model).__name__} can't be pruned: {reason}. Pass a decoder-only model, loaded by AutoModelForCausalLM."
+    )
+
+
+def _own_lists(decoder: nn.Module, lists: Mapping[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
+    """Those of the lists that a decoder holds, but no model inside it."""
+    inner = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m is not decoder]
+    others = {module for model in inner for module in model.modules()}
+    own = set(decoder.modules()) - others
+    return {name: modules for name, modules in lists.items() if modules in own}
 
 
 def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, LinearOperator]:
@@ -97,12 +134,23 @@ def left_out(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = (
     for name, module in layer.named_modules(prefix=layer_name):
         if is_fused_experts(module) and matches(name, dense_experts):
             found[name] = "exclude"
-        experts = [child for child in module.children() if is_fused_experts(child)]
+        experts = [child for child in module.children() if is_fused_experts(child) and can_be_split(child)]
         sizes = {1, *(parameter.shape[0] for child in experts for parameter in child.parameters(recurse=False))}
         for child_name, child in module.named_children() if experts else ():
             if is_linear(child) and child.weight.shape[0] in sizes:
                 found[f"{name}.{child_name}"] = "router"
     return found
+
+
+def shared_weights(layers: DecoderLayers) -> dict[str, str]:
+    """Modules of the decoder layers whose weight is another one's too, by name, with the reason to leave them dense."""
+    names: dict[int, list[str]] = {}
+    for layer_name, layer in layers:
+        for name, parameter in layer.named_parameters(prefix=layer_name, remove_duplicate=False):
+            if name.endswith(".weight"):
+                names.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+    shared = [group for group in names.values() if len(group) > 1]
+    return {name: f"shares its weight with {group[name == group[0]]}" for group in shared for name in group}
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

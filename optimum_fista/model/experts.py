@@ -209,9 +209,10 @@ def is_fused_experts(module: nn.Module) -> bool:
 
 
 def can_be_split(module: nn.Module) -> bool:
-    """Whether the form of fused experts is known: an up and a down projection, with a gate or without."""
-    names = {name for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
-    return names in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
+    """Whether the form of fused experts is known: an up and a down projection each, with a gate or without."""
+    fused = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    known = set(fused) in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
+    return known and len({p.shape[0] for p in fused.values()}) == 1
 
 
 @contextmanager

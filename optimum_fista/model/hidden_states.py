@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_fista.model.architecture import DecoderLayers
+from optimum_fista.model.architecture import DecoderLayers, UnsupportedArchitectureError
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.offload import execution_device
+from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.replay import LayerCall, StopForward
 
 
@@ -35,13 +35,22 @@ class RecordedInputs:
 def record_inputs(model: PreTrainedModel, layers: DecoderLayers, batches: Sequence[CalibrationBatch]) -> RecordedInputs:
     """Run the model on every batch with its decoder layers skipped, and record what each is called with.
 
-    The first layer runs once, to learn the form of its output; nothing behind the last layer runs.
+    The first layer runs once, to learn the form of its output; nothing behind the last layer runs. Where decoder layers
+    hand more to the next than hidden states (indices that attention shares, the state of a router), all of them run,
+    and what is handed on is recorded as it is in the dense network.
 
     Raises:
         ValueError: If the hidden states that enter the first decoder layer are not finite.
+        UnsupportedArchitectureError: If the model does anything but run its decoder layers once, one after another.
     """
+    try:
+        return _record(model, _Recorder(layers), batches)
+    except _HandsOnMore:
+        return _record(model, _Recorder(layers, runs_layers=True), batches)
+
+
+def _record(model: PreTrainedModel, recorder: _Recorder, batches: Sequence[CalibrationBatch]) -> RecordedInputs:
     device = execution_device(model.get_input_embeddings())
-    recorder = _Recorder(layers)
     hidden_states, token_masks = [], []
     with recorder:
         for batch in batches:
@@ -63,19 +72,26 @@ def record_inputs(model: PreTrainedModel, layers: DecoderLayers, batches: Sequen
     return RecordedInputs(hidden_states, recorder.calls, token_masks)
 
 
-class _Recorder:
-    """Replaces the forward of every decoder layer by one that records and hands the hidden states on."""
+class _HandsOnMore(Exception):
+    """A decoder layer takes more from the one before it than hidden states."""
 
-    def __init__(self, layers: DecoderLayers) -> None:
+
+class _Recorder:
+    """Replaces the forward of every decoder layer by one that records, and hands the hidden states on or runs."""
+
+    def __init__(self, layers: DecoderLayers, runs_layers: bool = False) -> None:
         self.layers = layers
+        self.runs_layers = runs_layers
         self.calls: list[list[LayerCall]] = [[] for _ in layers.modules]
         self.hidden_states: Tensor | None = None
-        self._rest: tuple[Any, ...] | None = None
+        self._next = 0
+        self._expected: Tensor | None = None
+        self._rest: tuple[Any, ...] = ()
         self._is_tuple: bool | None = None
         self._interned: dict[tuple[Any, ...], Tensor] = {}
 
     def start_batch(self) -> None:
-        self.hidden_states = None
+        self.hidden_states, self._expected, self._next = None, None, 0
 
     def __enter__(self) -> None:
         self._originals = [layer.forward for layer in self.layers.modules]
@@ -95,20 +111,48 @@ class _Recorder:
             if arguments:
                 hidden_states, *others = arguments
             else:
-                hidden_states, others = keywords.pop("hidden_states"), []
+                first = "hidden_states" if "hidden_states" in keywords else next(iter(keywords))
+                hidden_states, others = keywords.pop(first), []
             if self.hidden_states is None:
                 self.hidden_states = hidden_states
+            self._require_next(index, hidden_states, (*others, *keywords.values()))
             call = LayerCall(tuple(self._intern(a) for a in others), {k: self._intern(v) for k, v in keywords.items()})
             self.calls[index].append(call)
             if index == len(self.layers) - 1:
                 raise StopForward
+            layer = self.layers.modules[index]
+            if self.runs_layers:
+                with onloaded(layer):
+                    output = self._originals[index](hidden_states, *others, **keywords)
+                self._expected = output[0] if isinstance(output, tuple) else output
+                return output
+            self._expected = hidden_states
             if self._is_tuple is None:
-                output = self._originals[index](hidden_states, *others, **keywords)
+                with onloaded(layer):
+                    output = self._originals[index](hidden_states, *others, **keywords)
                 self._is_tuple = isinstance(output, tuple)
                 self._rest = tuple(output[1:]) if isinstance(output, tuple) else ()
-            return (hidden_states, *(self._rest or ())) if self._is_tuple else hidden_states
+            return (hidden_states, *self._rest) if self._is_tuple else hidden_states
 
         return forward
+
+    def _require_next(self, index: int, hidden_states: Tensor, others: tuple[Any, ...]) -> None:
+        """Refuse layers that are called out of order, or not with the hidden states that the one before put out."""
+        name, expected, reason = f"{self.layers.name}.{index}", self._expected, None
+        if index != self._next:
+            reason = f"the model calls decoder layer {name} where it should call {self.layers.name}.{self._next}"
+        elif expected is not None and (
+            hidden_states.data_ptr() != expected.data_ptr() or hidden_states.shape != expected.shape
+        ):
+            reason = f"the model changes the hidden states in front of decoder layer {name}"
+        if reason is not None:
+            raise UnsupportedArchitectureError(
+                f"{reason}: only models that run every decoder layer once, in order, on the output of the one before, "
+                "can be pruned."
+            )
+        if any(other is carried for other in others for carried in self._rest if carried is not None):
+            raise _HandsOnMore
+        self._next += 1
 
     def _intern(self, value: Any) -> Any:
         """Share equal tensors (masks, position embeddings) between layers and batches."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ def measure_sensitivities(
         progress: Whether to show a progress bar.
 
     Returns:
-        Sensitivities by operator, with zero gradients where the loss does not feel an operator.
+        Sensitivities by operator, with zero gradients where the loss does not feel an operator, or it is called more
+        than once.
 
     Raises:
         ValueError: If a gradient is not finite.
@@ -121,6 +123,7 @@ def _run(
     real = None if mask is None else mask.reshape(-1)
     forwards = True
     energies: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
 
     def real_rows(operator: LinearOperator) -> Tensor | None:
         return real if real is None or operator.tokens is None else real[operator.tokens]
@@ -131,6 +134,7 @@ def _run(
 
     def see_input(operator: LinearOperator, inputs: Tensor) -> None:
         if forwards:  # not when a layer is recomputed
+            calls[operator.name] += 1
             squares = rows(inputs, real_rows(operator)).square()
             sums = found[operator.name]
             sums.num_tokens += ids.numel() if real is None else int(real.sum())
@@ -146,10 +150,13 @@ def _run(
         wanted = real_rows(operator)
 
         def see_gradient(gradient: Tensor) -> None:
+            if calls[operator.name] > 1:
+                return
             sums = found[operator.name]
             sums.gradients += (energies.pop(operator.name) @ rows(gradient, wanted).square()).to(sums.gradients.device)
 
-        if forwards and output.requires_grad:
+        is_matrix_product = isinstance(output, Tensor) and output.shape[-1] == operator.shape[0]
+        if forwards and is_matrix_product and output.requires_grad:
             output.register_hook(see_gradient)
 
     inputs = {o.module: (lambda x, o=o: see_input(o, x)) for o in operators.values()}
@@ -174,7 +181,7 @@ def _differentiable(model: PreTrainedModel, layers: DecoderLayers) -> Iterator[N
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     overridden = ["forward" in vars(layer) for layer in layers.modules]
     originals = [layer.forward for layer in layers.modules]
-    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+    handle = model.get_input_embeddings().register_forward_hook(_with_gradient)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -190,6 +197,11 @@ def _differentiable(model: PreTrainedModel, layers: DecoderLayers) -> Iterator[N
                 del layer.forward
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _with_gradient(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    """The output as a tensor with a gradient that may be overwritten in place, as a leaf may not."""
+    return output.requires_grad_(True).clone()
 
 
 def _sequences(batches: Sequence[CalibrationBatch], num_tokens: int) -> Iterator[tuple[Tensor, Tensor | None]]:

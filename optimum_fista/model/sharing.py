@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 
+import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from optimum_fista.model.errors import UnsupportedArchitectureError
-from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.operator import LinearOperator, is_linear
 from optimum_fista.model.replay import LayerCall, watching
 
 
 def trace_groups(
     layer: nn.Module, operators: Mapping[str, LinearOperator], call: LayerCall, hidden_states: Tensor
-) -> list[list[LinearOperator]]:
+) -> tuple[list[list[LinearOperator]], dict[str, str]]:
     """Group operators that are called on the same tensor, in execution order.
+
+    Operators that are not called exactly once, or whose output is not `W x + b`, are in no group.
 
     Args:
         layer: The decoder layer.
@@ -23,10 +28,8 @@ def trace_groups(
         hidden_states: Input of the layer [batch, sequence, hidden].
 
     Returns:
-        Groups in the order of their first call; inside a group, the order of the calls.
-
-    Raises:
-        UnsupportedArchitectureError: If an operator is not called, or is called more than once.
+        Groups in the order of their first call, inside a group in the order of the calls; and the operators that are
+        in no group, with the reason.
     """
     seen: list[tuple[LinearOperator, Tensor]] = []
 
@@ -36,18 +39,44 @@ def trace_groups(
     callbacks = {
         operator.module: (lambda inputs, operator=operator: record(operator, inputs)) for operator in operators.values()
     }
-    with watching(callbacks):
+    others: list[str] = []
+
+    def compare(operator: LinearOperator, output: object) -> None:
+        if not _is_product(operator, seen[-1][1], output):
+            others.append(operator.name)
+
+    special = [operator for operator in operators.values() if _has_own_forward(operator.module)]
+    outputs = {operator.module: partial(compare, operator) for operator in special}
+    with watching(callbacks, outputs):
         call.run(layer, hidden_states)
-    names = [operator.name for operator, _ in seen]
-    for name in operators:
-        if names.count(name) != 1:
-            raise UnsupportedArchitectureError(
-                f"{name} was called {names.count(name)} times in one forward pass of its decoder layer; exactly "
-                f"one call can be pruned. Pass exclude=['{name}'] to leave it dense."
-            )
+    calls = Counter(operator.name for operator, _ in seen)
+    left_dense = {name: _reason(calls[name]) for name in operators if calls[name] != 1}
+    left_dense |= dict.fromkeys(others, "puts out something else than W x + b")
     groups: dict[object, list[LinearOperator]] = {}
     for operator, inputs in seen:
+        if operator.name in left_dense:
+            continue
         place = inputs.data_ptr() if inputs.numel() else id(inputs)  # an expert may see no token
         key = (place, inputs.numel(), inputs.shape[-1], inputs.stride()[-1], inputs.dtype)
         groups.setdefault(key, []).append(operator)
-    return list(groups.values())
+    return list(groups.values()), left_dense
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return is_linear(module) and type(module).forward not in (nn.Linear.forward, Conv1D.forward)
+
+
+def _is_product(operator: LinearOperator, inputs: Tensor, output: object) -> bool:
+    """Whether an output is `W x + b`, up to rounding."""
+    if not isinstance(output, Tensor) or output.shape != (*inputs.shape[:-1], operator.shape[0]):
+        return False
+    weight = operator.parameter.T if operator.transposed else operator.parameter
+    expected = nn.functional.linear(inputs, weight.to(inputs.dtype), getattr(operator.module, "bias", None))
+    distance = (output.float() - expected.float()).norm()
+    return bool(distance <= 10 * torch.finfo(inputs.dtype).eps * expected.float().norm())
+
+
+def _reason(calls: int) -> str:
+    if not calls:
+        return "not called in a forward pass of its decoder layer"
+    return f"called {calls} times in a forward pass of its decoder layer"

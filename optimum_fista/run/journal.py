@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class FinishedLayer:
         names: The tensors in it.
         seconds: Time spent on the layer.
         operators: Reports of its operators.
+        left_dense: Its operators that were left dense, with the reason.
     """
 
     shard: str
@@ -43,6 +44,7 @@ class FinishedLayer:
     names: list[str]
     seconds: float
     operators: list[OperatorReport]
+    left_dense: dict[str, str] = field(default_factory=dict)
 
 
 class Journal:
@@ -92,6 +94,7 @@ class Journal:
         tensors: dict[str, Tensor],
         masks: dict[str, Tensor],
         operators: Sequence[OperatorReport],
+        left_dense: Mapping[str, str],
         states: HiddenStates | None,
         seconds: float,
     ) -> None:
@@ -102,6 +105,7 @@ class Journal:
             tensors: Its tensors by the names of the checkpoint, on the CPU.
             masks: Packed masks of its operators.
             operators: Their reports.
+            left_dense: Operators left dense, with the reason.
             states: Hidden states behind it; `None` behind the last.
             seconds: Time spent on it.
         """
@@ -112,7 +116,7 @@ class Journal:
             write_tensors(self._file("states", index + 1), hidden, {})
         shard = self.keep_shard(index, tensors)
         record = FinishedLayer(
-            shard.name, shard.stat().st_size, _digest(shard), list(tensors), seconds, list(operators)
+            shard.name, shard.stat().st_size, _digest(shard), list(tensors), seconds, list(operators), dict(left_dense)
         )
         write_text(self._journal / f"layer-{index:05}.json", json.dumps(dataclasses.asdict(record)))
         self._file("states", index).unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from optimum_fista.model.architecture import (
     find_operators,
     input_embedding,
     left_out,
+    shared_weights,
 )
 from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
 from optimum_fista.model.experts import split_experts
@@ -128,19 +129,7 @@ class ModelPruning:
                         activations = LayerActivations(layer, calls, recorded.token_masks, storage)
                         self._prune_layer(pruning, activations, name, index, bar)
                     yield index, name, layer
-        self._warn_about_operators()
-
-    def _warn_about_operators(self) -> None:
-        operators = self.report.operators
-        self.report.warnings.extend(f"{o.name}: {o.message}" for o in operators if o.message and not o.converged)
-        starved = [o for o in operators if o.method != self.config.method]
-        if starved:
-            least = min(starved, key=lambda o: o.num_tokens)
-            self._warn(
-                f"{len(starved)} of {len(operators)} operators belong to experts that fewer than "
-                f"{self.config.starved_tokens} calibration tokens reached, and were pruned by "
-                f"{self.config.starved_method} ({least.name}: {least.num_tokens}). Pass more calibration tokens."
-            )
+        self.warn_at_the_end()
 
     def _warn_if_rank_deficient(self) -> None:
         """Warn once when an operator has more inputs than there are calibration tokens."""
@@ -155,6 +144,34 @@ class ModelPruning:
     def _warn(self, message: str) -> None:
         self.report.warnings.append(message)
         warnings.warn(message, stacklevel=5)
+
+    def warn_at_the_end(self) -> None:
+        """Note what did not converge, and warn of operators that were to be pruned and could not be.
+
+        Raises:
+            UnsupportedArchitectureError: If there is no other.
+        """
+        chosen = ("router", "exclude")
+        reasons = {name: reason for name, reason in self.report.left_dense.items() if reason not in chosen}
+        left = {name: reason for name, reason in reasons.items() if self.config.reason_left_dense(name) is None}
+        if not self.report.operators:
+            name = next(iter(left))
+            raise UnsupportedArchitectureError(
+                f"no linear operator of {self.layers.name} can be pruned; {name}, for one: {left[name]}."
+            )
+        if left:
+            shown = ", ".join(f"{name} ({reason})" for name, reason in list(left.items())[:4])
+            self._warn(f"{len(left)} operators were left dense: {shown}{', ...' if len(left) > 4 else ''}")
+        operators = self.report.operators
+        self.report.warnings.extend(f"{o.name}: {o.message}" for o in operators if o.message and not o.converged)
+        starved = [o for o in operators if o.method != self.config.method]
+        if starved:
+            least = min(starved, key=lambda o: o.num_tokens)
+            self._warn(
+                f"{len(starved)} of {len(operators)} operators belong to experts that fewer than "
+                f"{self.config.starved_tokens} calibration tokens reached, and were pruned by "
+                f"{self.config.starved_method} ({least.name}: {least.num_tokens}). Pass more calibration tokens."
+            )
 
     def _shared_budgets(self) -> Budgets:
         if self.budgets is None:
@@ -192,7 +209,9 @@ class ModelPruning:
             if operator.is_offloaded:
                 require_finite(operator)
         entering = self.states.entering[0].to(execution_device(layer))
-        groups = trace_groups(layer, operators, activations.calls[0], entering)
+        groups, left_dense = trace_groups(layer, operators, activations.calls[0], entering)
+        self.report.left_dense |= left_dense
+        bar.update(len(left_dense))
         with closing(pruning.prune(activations, groups, self.states)) as pruned_groups:
             for group in pruned_groups:
                 reports = report_group(group)
@@ -224,11 +243,12 @@ def choose_operators(
     """
     chosen: dict[str, dict[str, LinearOperator]] = {}
     left_dense: dict[str, str] = {}
+    shared = shared_weights(layers)
     for layer_name, layer in layers:
         chosen[layer_name] = {}
         left_dense |= left_out(layer_name, layer, config.exclude)
         for name, operator in find_operators(layer_name, layer, config.exclude).items():
-            reason = config.reason_left_dense(name)
+            reason = config.reason_left_dense(name) or shared.get(name)
             if reason is not None:
                 left_dense[name] = reason
                 continue

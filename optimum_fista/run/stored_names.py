@@ -67,9 +67,14 @@ def stored_names(model: PreTrainedModel, operators: Iterable[LinearOperator]) ->
                     names[f"{operator.name}.weight"] = StoredName(f"{tensor}[{_text(place)}]", operator.transposed)
     for operator in found:
         if f"{operator.name}.weight" not in names:
+            dense = (
+                f"*.{operator.experts.name.rsplit('.', 1)[-1]}"
+                if isinstance(operator, ExpertOperator)
+                else operator.name
+            )
             raise UnsupportedArchitectureError(
                 f"{operator.name}: the checkpoint does not keep its weight as one matrix, so its mask can't be saved. "
-                f"Pass exclude=['{operator.name}'] to leave it dense."
+                f"Pass exclude=['{dense}'] to leave it dense."
             )
     return names
 

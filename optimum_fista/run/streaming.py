@@ -157,6 +157,7 @@ class _Streaming:
                 finished = []  # they can't be made again without the layers before
         for index, layer in enumerate(finished):
             pruning.report.operators.extend(layer.operators)
+            pruning.report.left_dense |= layer.left_dense
             self.masks |= self.journal.masks(index)
             self.weight_map |= dict.fromkeys(layer.names, layer.shard)
             self.seconds_before += layer.seconds
@@ -167,6 +168,7 @@ class _Streaming:
         """Prune the decoder layers that are left, and write each for good."""
         pruning, journal = self.pruning, self.journal
         if self.first == len(pruning.layers):
+            pruning.warn_at_the_end()
             return
         pruning.budgets = journal.budgets(pruning.config)
         with evaluation_mode(self.model), torch.no_grad():
@@ -178,8 +180,9 @@ class _Streaming:
                 tensors = _as_saved(self.model, tensors)
                 masks = {key: self.masks[key] for key in self.masks if key.startswith(f"{name}.")}
                 reports = [o for o in pruning.report.operators if o.name.startswith(f"{name}.")]
+                left_dense = {key: why for key, why in pruning.report.left_dense.items() if key.startswith(f"{name}.")}
                 states = pruning.states if index < pruning.last_layer else None
-                journal.keep_layer(index, tensors, masks, reports, states, time.perf_counter() - started)
+                journal.keep_layer(index, tensors, masks, reports, left_dense, states, time.perf_counter() - started)
                 self.weight_map |= dict.fromkeys(tensors, self.journal.shard_name(index))
                 started = time.perf_counter()
 

@@ -1,8 +1,14 @@
 import pytest
 import torch
+from families import family_model
 from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertGenerationConfig,
+    BertGenerationDecoder,
+    BertLMHeadModel,
     DistilBertConfig,
     DistilBertForMaskedLM,
     PreTrainedModel,
@@ -18,6 +24,7 @@ from optimum_fista.model.architecture import (
     input_embedding,
     left_out,
     matches,
+    shared_weights,
 )
 
 LAYERS = {
@@ -58,22 +65,58 @@ def encoder() -> PreTrainedModel:
     return DistilBertForMaskedLM(DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48))
 
 
-def test_encoder_decoder_is_refused_with_what_was_found():
-    with pytest.raises(UnsupportedArchitectureError) as refused:
-        find_decoder_layers(encoder_decoder())
-    message = str(refused.value)
-    assert "T5ForConditionalGeneration can't be pruned: looked for one nn.ModuleList of T5Block" in message
-    assert "found 2" in message
-    assert "encoder.block (2 x T5Block)" in message
-    assert "decoder.block (2 x T5Block)" in message
+BERT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def test_encoder_is_refused_with_what_was_found():
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (encoder_decoder, "T5ForConditionalGeneration can't be pruned: it is an encoder-decoder model"),
+        (encoder, "DistilBertForMaskedLM can't be pruned: it can't generate text"),
+        (lambda: BertForMaskedLM(BertConfig(**BERT)), "BertForMaskedLM can't be pruned: it can't generate text"),
+        (lambda: BertLMHeadModel(BertConfig(**BERT)), "BertLMHeadModel can't be pruned: it is an encoder, in which"),
+        (lambda: tiny_model("llama").model, "LlamaModel can't be pruned: it can't generate text"),
+    ],
+)
+def test_what_is_not_a_causal_language_model_is_refused_by_its_class(model, reason):
+    with pytest.raises(UnsupportedArchitectureError, match=reason):
+        find_decoder_layers(model())
+
+
+def test_encoder_that_runs_as_a_decoder_and_names_no_layers_is_found_by_its_checkpointed_layers():
+    model = BertGenerationDecoder(BertGenerationConfig(**BERT, is_decoder=True))
+    assert not model._no_split_modules
+    assert find_decoder_layers(model).name == "bert.encoder.layer"
+
+
+def test_text_decoder_is_chosen_beside_a_vision_encoder():
+    layers = find_decoder_layers(family_model("gemma3"))
+    assert layers.name == "model.language_model.layers"
+
+
+def test_several_lists_of_decoder_layers_are_refused_with_what_was_found():
+    model = tiny_model("llama")
+    model.model.more = nn.ModuleList(list(model.model.layers))
     with pytest.raises(UnsupportedArchitectureError) as refused:
-        find_decoder_layers(encoder())
+        find_decoder_layers(model)
     message = str(refused.value)
-    assert "DistilBertForMaskedLM can't be pruned" in message
-    assert "found 0; its module lists are: distilbert.transformer.layer (2 x TransformerBlock)" in message
+    assert "LlamaForCausalLM can't be pruned: looked for one nn.ModuleList of LlamaDecoderLayer and found 2" in message
+    assert "model.layers (2 x LlamaDecoderLayer), model.more (2 x LlamaDecoderLayer)" in message
+
+
+def test_weights_that_operators_share_are_named_with_each_other():
+    model = tiny_model("llama", num_hidden_layers=3)
+    first, _, last = model.model.layers
+    last.mlp = first.mlp
+    last.self_attn.k_proj.weight = last.self_attn.v_proj.weight
+    found = shared_weights(find_decoder_layers(model))
+    expected = {}
+    for proj in ("gate_proj", "up_proj", "down_proj"):
+        names = [f"model.layers.{i}.mlp.{proj}" for i in (0, 2)]
+        expected |= {names[0]: f"shares its weight with {names[1]}", names[1]: f"shares its weight with {names[0]}"}
+    names = [f"model.layers.2.self_attn.{proj}" for proj in ("k_proj", "v_proj")]
+    expected |= {names[0]: f"shares its weight with {names[1]}", names[1]: f"shares its weight with {names[0]}"}
+    assert found == expected
 
 
 def test_model_without_module_lists_is_refused():

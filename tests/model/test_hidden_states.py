@@ -1,8 +1,11 @@
 import pytest
 import torch
+from families import family_model
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
+from torch import nn
+from transformers import LlamaForCausalLM
 
-from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers
+from optimum_fista.model.architecture import DecoderLayers, UnsupportedArchitectureError, find_decoder_layers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 
@@ -45,6 +48,59 @@ def test_running_the_layers_on_what_was_recorded_gives_the_models_hidden_states(
         real = torch.ones_like(data.input_ids).bool() if data.attention_mask is None else data.attention_mask
         for hidden, reference in zip(ours, expected, strict=True):
             assert torch.allclose(hidden[real], reference[real], rtol=1e-5, atol=1e-5)
+
+
+class Rewired(nn.Module):
+    """The decoder layers of a model, called in another way."""
+
+    def __init__(self, layer: nn.Module, forward) -> None:
+        super().__init__()
+        self.layer, self.call = layer, forward
+
+    def forward(self, hidden_states, **arguments):
+        return self.call(self.layer, hidden_states, **arguments)
+
+
+def rewired(change) -> tuple[LlamaForCausalLM, DecoderLayers]:
+    """A Llama of three decoder layers whose second is called by `change(layer, hidden_states, **arguments)`."""
+    model = tiny_model("llama", num_hidden_layers=3)
+    layers = find_decoder_layers(model)
+    model.model.layers[1] = Rewired(layers.modules[1], change)
+    return model, layers
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda layer, x, **more: layer(layer(x, **more), **more), "calls decoder layer .*1 where it should call .*2"),
+        (lambda layer, x, **more: x, "calls decoder layer .*2 where it should call .*1"),
+        (lambda layer, x, **more: layer(x * 2, **more), "changes the hidden states in front of decoder layer .*1"),
+        (lambda layer, x, **more: layer(x, **more) + x, "changes the hidden states in front of decoder layer .*2"),
+    ],
+)
+def test_anything_but_one_layer_after_another_is_refused(change, reason):
+    model, layers = rewired(change)
+    forwards = [layer.forward for layer in layers.modules]
+    with pytest.raises(UnsupportedArchitectureError, match=reason), torch.no_grad():
+        record_inputs(model, layers, BATCHES[:1])
+    assert [layer.forward for layer in layers.modules] == forwards
+
+
+@pytest.mark.parametrize("family", ["glm_moe_dsa", "zaya"])
+def test_what_a_layer_hands_on_besides_hidden_states_is_that_of_the_dense_network(family):
+    model = family_model(family)
+    layers, recorded = record(model, BATCHES[:1] + BATCHES[2:3])
+    handed: list[list[torch.Tensor]] = []
+    for layer in layers.modules:
+        layer.register_forward_hook(lambda _, __, output: handed[-1].append(output[1]))
+    for index, data in enumerate((BATCHES[0], BATCHES[2])):
+        handed.append([])
+        with torch.no_grad():
+            model(input_ids=data.input_ids, use_cache=False)
+        for number, calls in enumerate(recorded.calls[1:]):
+            given = [*calls[index].arguments, *calls[index].keywords.values()]
+            values = [value for value in given if isinstance(value, torch.Tensor)]
+            assert any(v.shape == handed[-1][number].shape and torch.equal(v, handed[-1][number]) for v in values)
 
 
 def test_masks_of_real_tokens_are_handed_on():

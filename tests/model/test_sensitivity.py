@@ -1,5 +1,6 @@
 import pytest
 import torch
+from families import family_model, family_tokens
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from torch import nn
 
@@ -145,3 +146,24 @@ def test_layers_are_recomputed_rather_than_kept():
         layer.mlp.register_forward_pre_hook(lambda *_: runs.append(None))
     measure(model, num_tokens=10)
     assert len(runs) == 4
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("gemma3n_text", ["altup.modality_router"]),  # called twice
+        ("mamba", ["mixer.dt_proj"]),  # not called
+        ("deepseek_v4", ["self_attn.o_a_proj"]),  # a product of blocks
+    ],
+)
+def test_what_is_not_one_matrix_product_has_no_gradient_and_disturbs_no_other(family, names):
+    model = family_model(family)
+    layers = find_decoder_layers(model)
+    operators = {k: v for name, layer in layers for k, v in find_operators(name, layer, ["*.experts"]).items()}
+    with torch.no_grad():
+        found = measure_sensitivities(model, layers, operators, read_batches(family_tokens(), VOCAB_SIZE), 64)
+    unfelt = {name for name, sensitivity in found.items() if not sensitivity.gradients.any()}
+    expected = {name for name in operators if name.split(".", 3)[-1] in names}
+    assert expected
+    assert expected <= unfelt
+    assert len(unfelt) < len(found) / 2

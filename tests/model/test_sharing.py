@@ -3,7 +3,6 @@ import torch
 from torch import Tensor, nn
 from toy_layer import toy_layer
 
-from optimum_fista.model.architecture import UnsupportedArchitectureError
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.replay import LayerCall
 from optimum_fista.model.sharing import trace_groups
@@ -14,7 +13,7 @@ CALL = LayerCall((), {})
 def trace(layer: nn.Module, *names: str) -> list[list[str]]:
     operators = {name: LinearOperator(name, layer.get_submodule(name)) for name in names}
     with torch.no_grad():
-        groups = trace_groups(layer, operators, CALL, torch.randn(2, 3, 8))
+        groups, _ = trace_groups(layer, operators, CALL, torch.randn(2, 3, 8))
     assert all(operator is operators[operator.name] for group in groups for operator in group)
     return [[operator.name for operator in group] for group in groups]
 
@@ -70,21 +69,52 @@ def test_memory_that_is_used_again_does_not_join_groups():
     assert trace(Calls(forward), "a", "b", "c") == [["a"], ["b"], ["c"]]
 
 
-@pytest.mark.parametrize("times", [0, 2])
-def test_operator_that_is_not_called_exactly_once_is_refused(times):
+def left_dense(layer: nn.Module, *names: str) -> dict[str, str]:
+    operators = {name: LinearOperator(name, layer.get_submodule(name)) for name in names}
+    with torch.no_grad():
+        return trace_groups(layer, operators, CALL, torch.randn(2, 3, 8))[1]
+
+
+@pytest.mark.parametrize(("times", "reason"), [(0, "not called in a forward pass"), (2, "called 2 times in a forward")])
+def test_operator_that_is_not_called_exactly_once_is_in_no_group_but_has_a_reason(times, reason):
     def forward(layer, x):
         for _ in range(times):
             x = layer.b(x)
         return layer.c(layer.a(x))
 
-    with pytest.raises(UnsupportedArchitectureError, match=rf"^b was called {times} times .*exclude=\['b'\]"):
-        trace(Calls(forward), "a", "b", "c")
-    assert trace(Calls(forward), "a", "c") == [["a"], ["c"]]
+    assert trace(Calls(forward), "a", "b", "c") == [["a"], ["c"]]
+    found = left_dense(Calls(forward), "a", "b", "c")
+    assert list(found) == ["b"]
+    assert found["b"].startswith(reason)
+
+
+class Router(nn.Linear):
+    """A linear module that puts out scores as well."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+class Halved(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+class Written(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def test_module_with_a_forward_of_its_own_is_an_operator_only_if_it_multiplies():
+    layer = Calls(lambda layer, x: layer.a(x)[0] + layer.b(x) + layer.c(x))
+    layer.a, layer.b, layer.c = Router(8, 8), Halved(8, 8), Written(8, 8)
+    assert trace(layer, "a", "b", "c") == [["c"]]
+    assert left_dense(layer, "a", "b", "c") == dict.fromkeys("ab", "puts out something else than W x + b")
 
 
 def test_hooks_are_removed():
     layer = toy_layer()
     trace(layer, "left", "up")
-    with pytest.raises(UnsupportedArchitectureError):
-        trace(Calls(lambda layer, x: x), "a")
+    assert trace(Calls(lambda layer, x: x), "a") == []
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in layer.modules())

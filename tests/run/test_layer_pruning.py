@@ -30,7 +30,7 @@ def layer(llama, tokens):
     cpu = torch.device("cpu")
     activations = LayerActivations(module, recorded.calls[0], recorded.token_masks, cpu)
     operators = find_operators(name, module)
-    groups = trace_groups(module, operators, recorded.calls[0][0], recorded.hidden_states[0])
+    groups, _ = trace_groups(module, operators, recorded.calls[0][0], recorded.hidden_states[0])
     return activations, groups, recorded.hidden_states
 
 

@@ -1,0 +1,223 @@
+"""A tiny model of any family of Transformers: pruned, saved, loaded again, and what came of it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from shrunken_config import VOCAB_SIZE, shrunken_config
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
+from optimum_fista.model.architecture import UnsupportedArchitectureError, find_decoder_layers, find_operators
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.experts import can_be_split, is_fused_experts
+from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.run.verification import VerificationError, verify_checkpoint
+
+FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a family.
+
+    Attributes:
+        family: The `model_type` of Transformers.
+        kind: What its default configuration describes: `decoder-only`, `multimodal` (the text decoder is pruned),
+            `encoder-decoder` (the decoder alone is loaded and pruned) or `encoder` (run as a decoder).
+        model_class: Class of the model; empty where none could be built.
+        status: `works`, `refused` (by an `UnsupportedArchitectureError`), `not built` (Transformers can't build the
+            model from its default configuration, or run it on token ids alone) or `not reloaded`.
+        dense: What stays dense in the decoder layers, with the reason; without layer numbers, each once.
+        reason: Why it does not work.
+    """
+
+    family: str
+    kind: str
+    model_class: str
+    status: str
+    dense: tuple[str, ...] = ()
+    reason: str = ""
+
+
+class NotReloaded(Exception):
+    """What was saved can't be loaded or verified; the message says why."""
+
+
+def family_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random tiny float32 model of a family; every parameter is random, biases and norms included."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(shrunken_config(family), dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn_like(parameter)
+                if parameter.ndim < 2:
+                    parameter.add_(noise, alpha=0.1)
+                else:
+                    parameter.copy_(noise).mul_(parameter.shape[-1] ** -0.5)
+    return model
+
+
+def family_tokens() -> list[Tensor]:
+    """Two calibration batches of one sequence of 32 tokens."""
+    ids = torch.randint(3, VOCAB_SIZE, (2, 32), generator=torch.Generator().manual_seed(1))
+    return list(ids.split(1))
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    """Logits [2, 32, vocabulary] of the calibration tokens."""
+    with torch.no_grad():
+        return model(input_ids=torch.cat(family_tokens()), use_cache=False).logits
+
+
+def try_family(family: str, folder: Path) -> Outcome:
+    """Prune a family at 2:4, save it to `folder`, load it again; assert that all is as promised."""
+    kind = family_kind(family)
+    try:
+        model = family_model(family)
+        dense = logits(model)
+    except Exception as error:  # whatever a family of Transformers raises on a default configuration
+        return Outcome(family, kind, "", "not built", reason=_first_sentence(error))
+    name = type(model).__name__
+    assert bool(torch.isfinite(dense).all())
+    try:
+        excluded = stacked_weights(model)
+        require_same_hidden_states(model)
+        prune_in_other_ways(model, excluded)
+        pruner = FistaPruner(
+            FistaPruningConfig(
+                pattern="2:4",
+                method="sparsegpt",
+                error_correction=0.5,
+                residual_correction=1.0,
+                exclude=excluded,
+                starved_tokens=0,
+            ),
+            progress=False,
+        )
+        report = prune(pruner, model)
+        require_pattern(model, report, excluded)
+        require_saved(pruner, model, report, folder)
+    except UnsupportedArchitectureError as error:
+        return Outcome(family, kind, name, "refused", reason=_first_sentence(error))
+    except NotReloaded as error:
+        return Outcome(family, kind, name, "not reloaded", reason=_first_sentence(error))
+    return Outcome(family, kind, name, "works", what_stays_dense(report, excluded))
+
+
+def prune(pruner: FistaPruner, model: PreTrainedModel) -> PruningReport:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of too few tokens, and of operators left dense
+        return pruner.prune(model, family_tokens())
+
+
+def prune_in_other_ways(model: PreTrainedModel, excluded: list[str]) -> None:
+    """The gradients of the loss, the dense stream alone, and `intra`: on the same model, one after another."""
+    for options in (
+        {"sparsity": 0.2, "method": "magnitude", "error_correction": "none", "allocation": "fisher"},
+        {"sparsity": 0.3, "method": "wanda", "error_correction": "intra", "allocation": "uniform"},
+    ):
+        report = prune(
+            FistaPruner(FistaPruningConfig(exclude=excluded, starved_tokens=0, **options), progress=False), model
+        )
+        assert report.totals["sparsity"] >= options["sparsity"] - 0.01
+
+
+def stacked_weights(model: PreTrainedModel) -> list[str]:
+    """Modules of the decoder layers that hold many matrices in one 3-D parameter, in a form that can't be pruned."""
+    return [
+        name
+        for layer_name, layer in find_decoder_layers(model)
+        for name, module in layer.named_modules(prefix=layer_name)
+        if is_fused_experts(module) and not can_be_split(module)
+    ]
+
+
+def require_same_hidden_states(model: PreTrainedModel) -> None:
+    """Decoder layers that run on what was recorded put out what they put out inside the model."""
+    layers = find_decoder_layers(model)
+    batch = CalibrationBatch(family_tokens()[0])
+    inside: list[Tensor] = []
+    handles = [
+        layer.register_forward_hook(
+            lambda _, __, output: inside.append((output[0] if isinstance(output, tuple) else output).clone())
+        )
+        for layer in layers.modules
+    ]
+    with torch.no_grad():
+        model(input_ids=batch.input_ids, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        recorded = record_inputs(model, layers, [batch])
+        hidden = recorded.hidden_states[0]
+        for calls, layer, expected in zip(recorded.calls, layers.modules, inside, strict=True):
+            hidden = calls[0].run(layer, hidden)
+            torch.testing.assert_close(hidden, expected)
+
+
+def require_pattern(model: PreTrainedModel, report: PruningReport, excluded: list[str]) -> None:
+    """Every operator has at most two weights in each group of four, or a reason to be dense."""
+    pruned = {operator.name for operator in report.operators}
+    layers = find_decoder_layers(model)
+    operators = {
+        name: operator for layer in layers for name, operator in find_operators(*layer, dense_experts=excluded).items()
+    }
+    assert pruned <= {f"{name}.weight" for name in operators}
+    for name, operator in operators.items():
+        if f"{name}.weight" in pruned:
+            assert int((operator.read().reshape(-1, 4) != 0).sum(1).max()) <= 2, name
+        else:
+            assert report.left_dense[name]
+
+
+def require_saved(pruner: FistaPruner, model: PreTrainedModel, report: PruningReport, folder: Path) -> None:
+    """The saved folder is verified, and plain Transformers loads the same model from it.
+
+    Raises:
+        NotReloaded: If the folder can't be verified, or not be loaded at all.
+    """
+    pruned = logits(model)
+    pruner.save_pretrained(model, folder)
+    try:
+        verified = verify_checkpoint(folder)
+        again = AutoModelForCausalLM.from_pretrained(folder)
+    except (VerificationError, ValueError) as error:
+        raise NotReloaded(str(error)) from error
+    assert verified.num_operators == len(report.operators)
+    assert verified.num_zeros == report.totals["num_zeros"]
+    assert type(again) is type(model)
+    assert torch.equal(logits(again), pruned)
+
+
+def what_stays_dense(report: PruningReport, excluded: list[str]) -> tuple[str, ...]:
+    """What is left dense and why, each kind once: names end at the second last dot, without the numbers of layers."""
+    reasons: dict[str, set[str]] = {}
+    for name, reason in (report.left_dense | dict.fromkeys(excluded, "many matrices in one parameter")).items():
+        short = ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
+        reasons.setdefault(reason.partition(" with ")[0], set()).add(short)
+    return tuple(f"{', '.join(sorted(names))}: {reason}" for reason, names in sorted(reasons.items()))
+
+
+def family_kind(family: str) -> str:
+    """What the default configuration of a family describes, told by its attributes."""
+    try:
+        config = CONFIG_MAPPING[family]()
+    except Exception:  # a family without a default configuration
+        return "unknown"
+    if config.is_encoder_decoder:
+        return "encoder-decoder"
+    if hasattr(config, "is_decoder") and hasattr(config, "add_cross_attention"):
+        return "encoder"
+    senses = any(word in name for name in config.sub_configs for word in ("vision", "audio"))
+    return "multimodal" if senses or config.get_text_config() is not config else "decoder-only"
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text.split(": only models")[0].split(". Pass")[0].split("; its module lists")[0][:160]
