@@ -252,7 +252,7 @@ def _chunks(rows: int, columns: int) -> Iterator[slice]:
 
 def _kept(dense: Tensor, kept: Tensor | None, chunk: slice) -> Tensor:
     """Booleans of some rows, True = kept, on the CPU."""
-    return (as_words(dense[chunk]) != 0).cpu() if kept is None else kept[chunk].cpu()
+    return (as_words(dense[chunk]) != 0 if kept is None else kept[chunk]).cpu().contiguous()
 
 
 def _fits(dense: Tensor, kept: Tensor | None, pattern: tuple[int, int] | None) -> bool:
