@@ -6,6 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_words(tensor: Tensor) -> Tensor:
+    """The same bytes as integers, so that no bit of a NaN changes."""
+    return tensor.view(_WORDS[tensor.element_size()])
+
 
 def index_bits(m: int) -> int:
     """Bits of a place inside a group of m."""
@@ -29,9 +36,12 @@ def pack_bits(bits: Tensor, target: Tensor) -> None:
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
-    """The first `count` bits of each row of uint8 [rows, bytes], as booleans on the CPU."""
-    bits = np.unpackbits(packed.cpu().numpy(), axis=1, count=count, bitorder="little")
-    return torch.from_numpy(bits.view(bool))
+    """The first `count` bits of each row of uint8 [rows, bytes], as booleans on the same device."""
+    if packed.device.type == "cpu":
+        bits = np.unpackbits(packed.numpy(), axis=1, count=count, bitorder="little")
+        return torch.from_numpy(bits.view(bool))
+    bits_of_bytes = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits_of_bytes.view(packed.shape[0], -1)[:, :count].bool()
 
 
 def count_bits(packed: Tensor) -> Tensor:

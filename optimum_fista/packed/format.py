@@ -12,12 +12,20 @@ from math import prod
 import torch
 from torch import Tensor
 
-from optimum_fista.packed.bits import mask_bytes, pack_bits, pack_places, place, select, unpack_bits, unpack_places
+from optimum_fista.packed.bits import (
+    as_words,
+    mask_bytes,
+    pack_bits,
+    pack_places,
+    place,
+    select,
+    unpack_bits,
+    unpack_places,
+)
 from optimum_fista.packed.validation import MAX_GROUP, SUFFIXES, PackedFormatError, check_tensors
 
 VERSION = 1
 _CHUNK = 1 << 22
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,8 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
         else:
             pack_places(bits, n_of_m, packed_mask[chunk])
     values = torch.empty(sum(counts), dtype=dense.dtype)
-    for chunk, target in zip(_chunks(rows, columns), _words(values).split(counts), strict=True):
-        target.copy_(select(_words(dense[chunk]).cpu(), _kept(dense, kept, chunk)))
+    for chunk, target in zip(_chunks(rows, columns), as_words(values).split(counts), strict=True):
+        target.copy_(select(as_words(dense[chunk]).cpu(), _kept(dense, kept, chunk)))
     layout = torch.tensor([VERSION, *(n_of_m or (0, 0)), *weight.shape])
     return PackedTensor(*(t.to(weight.device) for t in (values, packed_mask, layout)))
 
@@ -133,26 +141,26 @@ def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
     dense = torch.zeros(rows, columns, dtype=packed.values.dtype, device=device)
     start = 0
     for chunk in _chunks(rows, columns):
-        bits = keep_bits(packed.mask[chunk], columns, packed.n_of_m)
+        bits = keep_bits(packed.mask[chunk].to(device), columns, packed.n_of_m)
         stop = start + int(torch.count_nonzero(bits))
-        place(_words(packed.values[start:stop]), bits.to(device), _words(dense)[chunk])
+        place(as_words(packed.values[start:stop]), bits, as_words(dense)[chunk])
         start = stop
     return dense.view(shape)
 
 
 def keep_bits(mask: Tensor, columns: int, n_of_m: tuple[int, int] | None) -> Tensor:
-    """Rows of a checked packed mask as booleans [rows, columns], True = kept, on the CPU."""
+    """Rows of a checked packed mask as booleans [rows, columns], True = kept."""
     if n_of_m is None:
         return unpack_bits(mask, columns)
     places = unpack_places(mask, columns, n_of_m)
-    kept = torch.zeros(len(places), n_of_m[1], dtype=torch.bool)
+    kept = torch.zeros(len(places), n_of_m[1], dtype=torch.bool, device=mask.device)
     for column in places.split(1, 1):
-        kept |= column == torch.arange(n_of_m[1], dtype=torch.uint8)
+        kept |= column == torch.arange(n_of_m[1], dtype=torch.uint8, device=mask.device)
     return kept.view(mask.shape[0], columns)
 
 
 def unpack_mask(packed: PackedTensor) -> Tensor:
-    """Boolean mask of the dense tensor's shape, True = kept, on the CPU.
+    """Boolean mask of the dense tensor's shape, True = kept.
 
     Raises:
         PackedFormatError: If the tensors are not a packed tensor.
@@ -244,7 +252,7 @@ def _chunks(rows: int, columns: int) -> Iterator[slice]:
 
 def _kept(dense: Tensor, kept: Tensor | None, chunk: slice) -> Tensor:
     """Booleans of some rows, True = kept, on the CPU."""
-    return (_words(dense[chunk]) != 0).cpu() if kept is None else kept[chunk].cpu()
+    return (as_words(dense[chunk]) != 0 if kept is None else kept[chunk]).cpu().contiguous()
 
 
 def _fits(dense: Tensor, kept: Tensor | None, pattern: tuple[int, int] | None) -> bool:
@@ -257,8 +265,3 @@ def _fits(dense: Tensor, kept: Tensor | None, pattern: tuple[int, int] | None) -
         return False
     groups = (_kept(dense, kept, chunk).view(-1, m) for chunk in _chunks(rows, columns))
     return all(bool((group.sum(-1) == n).all()) for group in groups)
-
-
-def _words(tensor: Tensor) -> Tensor:
-    """The same bytes as integers, so that no bit of a NaN changes."""
-    return tensor.view(_WORDS[tensor.element_size()])

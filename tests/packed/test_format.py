@@ -123,6 +123,15 @@ def test_half_of_the_weights_take_at_most_57_percent(rows, columns):
         assert packed.dense_bytes == 2 * rows * columns
 
 
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_tensors_may_have_any_strides(pattern):
+    mask = (torch.arange(64) % 4 < 2).expand(40, 64)
+    weight = torch.randn(64, 40).T.masked_fill(~mask, 0)
+    for given in (weight, weight.T.contiguous().T, weight[:, :]):
+        assert torch.equal(unpack(pack(given, mask, pattern)), weight)
+        assert pack(given, mask, pattern).n_of_m == pack(given, None, pattern).n_of_m == pattern
+
+
 def test_wrong_weights_and_masks_are_refused():
     weight = torch.ones(2, 8)
     with pytest.raises(ValueError, match=r"weight is torch\.int64 of shape"):

@@ -1,0 +1,120 @@
+// Rows of a packed matrix times some inputs, for one instruction set. Included once for each, inside a namespace that
+// defines TARGET (the function attribute) and the lanes of each dtype:
+//
+//   struct Lanes {
+//     using Weight = ..., Input = ...;           // what the values and the prepared inputs are made of
+//     static constexpr int kStep = ...;          // columns of one step, a divisor of 64
+//     static constexpr int kSums = ...;          // sums to keep at a time
+//     struct Weights, Sums;                      // registers
+//     static Weights expand(const Weight* values, uint64_t bits);  // may read kLookahead weights, uses kStep bits
+//     static void add(Sums&, const Weights&, const Input*);        // Sums += Weights * Input
+//     static float total(const Sums&);
+//   };
+
+template <class Lanes, int R, int B>
+TARGET void multiply_rows(const Product& product, const typename Lanes::Weight* const* values, int64_t row,
+                          int64_t apart, int64_t first_input) {
+  using Weight = typename Lanes::Weight;
+  using Input = typename Lanes::Input;
+  constexpr int kStep = Lanes::kStep;
+  constexpr uint64_t kBits = kStep == 64 ? ~uint64_t(0) : (uint64_t(1) << (kStep & 63)) - 1;
+  constexpr int U = R * B >= 4 || kStep == 64 ? 1 : 4 / (R * B) < 64 / kStep ? 4 / (R * B) : 64 / kStep;
+  const int64_t words = product.matrix.words();
+  const uint8_t* mask = product.matrix.mask + row * words * 8;
+  const Input* x = static_cast<const Input*>(product.x) + first_input * 64;
+  const Weight* place[R];
+  typename Lanes::Sums sums[R][B][U] = {};
+  for (int r = 0; r < R; r++) place[r] = values[r];
+  for (int64_t word = 0; word < words; word++, x += product.batch * 64) {
+    uint64_t bits[R];
+    for (int r = 0; r < R; r++) {
+      std::memcpy(&bits[r], mask + (r * apart * words + word) * 8, 8);
+      PREFETCH(mask + (r * apart * words + word) * 8 + 512);
+      PREFETCH(reinterpret_cast<const char*>(place[r]) + 1024);
+    }
+#pragma GCC unroll 8
+    for (int step = 0; step < 64 / kStep; step++) {
+      typename Lanes::Weights weights[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const uint64_t here = bits[r] & kBits;
+        weights[r] = Lanes::expand(place[r], here);
+        place[r] += __builtin_popcountll(here);
+        bits[r] >>= kStep & 63;
+      }
+#pragma GCC unroll 16
+      for (int b = 0; b < B; b++)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) Lanes::add(sums[r][b][step % U], weights[r], x + b * 64 + step * kStep);
+    }
+  }
+  const Weight* bias = static_cast<const Weight*>(product.bias);
+  Weight* y = static_cast<Weight*>(product.y);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+    for (int b = 0; b < B; b++) {
+      float total = bias ? widen(bias[row + r * apart]) : 0;
+#pragma GCC unroll 4
+      for (int u = 0; u < U; u++) total += Lanes::total(sums[r][b][u]);
+      y[(first_input + b) * product.matrix.rows + row + r * apart] = narrow<Weight>(total);
+    }
+}
+
+// Rows read side by side for a batch: as many sums as there are registers for.
+template <class Lanes> constexpr int rows_for(int batch) {
+  return 4 * batch <= Lanes::kSums ? 4 : 2 * batch <= Lanes::kSums ? 2 : 1;
+}
+
+template <class Lanes, int R, int B = kMaxBatch>
+TARGET void multiply_inputs(const Product& product, const typename Lanes::Weight* const* values, int64_t row,
+                            int64_t apart, int64_t first_input, int64_t inputs) {
+  if constexpr (R <= rows_for<Lanes>(B))
+    if (inputs == B) return multiply_rows<Lanes, R, B>(product, values, row, apart, first_input);
+  if constexpr (B > 1) multiply_inputs<Lanes, R, B - 1>(product, values, row, apart, first_input, inputs);
+}
+
+template <class Lanes, int R>
+TARGET void multiply_batch(const Product& product, const typename Lanes::Weight* const* values, int64_t row,
+                           int64_t apart) {
+  const int64_t size = inputs_at_once(product.batch);
+  for (int64_t first = 0; first < product.batch; first += size)
+    multiply_inputs<Lanes, R>(product, values, row, apart, first, std::min(size, product.batch - first));
+}
+
+// A row from a copy with room behind it: a register would reach behind the last value.
+template <class Lanes> TARGET void multiply_copied(const Product& product, int64_t row) {
+  using Weight = typename Lanes::Weight;
+  const Weight* values = static_cast<const Weight*>(product.matrix.values);
+  std::vector<Weight> copy(values + product.matrix.starts[row], values + product.matrix.starts[row + 1]);
+  copy.resize(copy.size() + kLookahead, Weight{0});
+  const Weight* start = copy.data();
+  multiply_batch<Lanes, 1>(product, &start, row, 1);
+}
+
+// R rows are read side by side, each the next of its own run of rows, so that every stream goes on in memory.
+template <class Lanes, int R> TARGET void multiply_runs(const Product& product, int64_t first_row, int64_t last_row) {
+  using Weight = typename Lanes::Weight;
+  const Matrix& matrix = product.matrix;
+  const Weight* values = static_cast<const Weight*>(matrix.values);
+  while (last_row > first_row && matrix.starts[last_row] + kLookahead > matrix.kept())
+    multiply_copied<Lanes>(product, --last_row);
+  const int64_t apart = (last_row - first_row) / R;
+  for (int64_t row = first_row; row < first_row + apart; row++) {
+    const Weight* starts[R];
+    for (int r = 0; r < R; r++) starts[r] = values + matrix.starts[row + r * apart];
+    multiply_batch<Lanes, R>(product, starts, row, apart);
+  }
+  for (int64_t row = first_row + R * apart; row < last_row; row++) {
+    const Weight* start = values + matrix.starts[row];
+    multiply_batch<Lanes, 1>(product, &start, row, 1);
+  }
+}
+
+template <class Lanes> TARGET void multiply(const Product& product, int64_t first_row, int64_t last_row) {
+  switch (rows_for<Lanes>(int(inputs_at_once(product.batch)))) {
+    case 4: return multiply_runs<Lanes, 4>(product, first_row, last_row);
+    case 2: return multiply_runs<Lanes, 2>(product, first_row, last_row);
+    default: return multiply_runs<Lanes, 1>(product, first_row, last_row);
+  }
+}

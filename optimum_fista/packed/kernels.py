@@ -1,0 +1,151 @@
+"""The compiled kernels: found beside this file, called through ctypes, with PyTorch's own threads."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PATHS = ("portable", "avx2", "avx512")
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ENVIRONMENT = "OPTIMUM_FISTA_KERNELS"
+
+
+class Kernels:
+    """Products with packed matrices, one bit a weight, on the CPU.
+
+    Args:
+        library: The compiled library.
+        path: `"portable"`, `"avx2"` or `"avx512"`; `None` for the best that this CPU has.
+
+    Raises:
+        ValueError: If this CPU does not have the path.
+    """
+
+    def __init__(self, library: Path, path: str | None = None) -> None:
+        self._library = ctypes.CDLL(str(library))
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        matrix: list[Any] = [number, number, size, size, pointer, size, pointer, pointer]
+        self._linear = self._library.optimum_fista_packed_linear
+        self._linear.argtypes = [*matrix, pointer, size, pointer, pointer, number]
+        self._unpack = self._library.optimum_fista_unpack_rows
+        self._unpack.argtypes = [*matrix, size, size, pointer, number]
+        best = self._library.optimum_fista_best_path()
+        if path is not None and path not in PATHS[: best + 1]:
+            raise ValueError(f"path={path!r}: this CPU has {', '.join(PATHS[: best + 1])}.")
+        self.path = PATHS[best] if path is None else path
+        self._path = PATHS.index(self.path)
+        self._use_threads_of_torch()
+
+    def linear(self, x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
+        """Product y = W x + b of checked tensors.
+
+        Args:
+            x: [batch, columns], float32, float16 or bfloat16, contiguous; sums are taken in float32.
+            values: [kept], the dtype of `x`.
+            mask: uint8 [rows, 8 ceil(columns / 64)].
+            starts: int64 [rows + 1], where the values of each row start.
+            bias: [rows], the dtype of `x`, or `None`.
+
+        Returns:
+            [batch, rows] of the dtype of `x`.
+        """
+        batch, columns = x.shape
+        rows = mask.shape[0]
+        y = torch.empty(batch, rows, dtype=x.dtype)
+        failed = self._linear(
+            self._path,
+            _TYPES[x.dtype],
+            rows,
+            columns,
+            values.data_ptr(),
+            values.numel(),
+            mask.data_ptr(),
+            starts.data_ptr(),
+            x.data_ptr(),
+            batch,
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return _or_raise(failed, y)
+
+    def unpack_rows(self, values: Tensor, mask: Tensor, starts: Tensor, first: int, last: int, dense: Tensor) -> Tensor:
+        """Write rows `first` to `last - 1` into `dense`, contiguous [last - first, columns] of the values' dtype."""
+        failed = self._unpack(
+            self._path,
+            values.element_size(),
+            mask.shape[0],
+            dense.shape[1],
+            values.data_ptr(),
+            values.numel(),
+            mask.data_ptr(),
+            starts.data_ptr(),
+            first,
+            last,
+            dense.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return _or_raise(failed, dense)
+
+    def _use_threads_of_torch(self) -> None:
+        """Take OpenMP's functions from the very library that PyTorch is linked to; without one, std::thread serves."""
+        try:
+            found = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
+            torch_cpu = ctypes.CDLL(str(found))
+            functions = [
+                ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p)
+                for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+            ]
+        except (StopIteration, OSError, AttributeError):
+            functions = [ctypes.c_void_p(None)] * 3
+        self.uses_openmp = functions[0].value is not None
+        self._library.optimum_fista_use_openmp(*functions)
+
+
+def find_library() -> Path | None:
+    """The library that was compiled when this package was installed."""
+    return next(iter(sorted(Path(__file__).parent.glob("_kernels*.[spd][oy]*"))), None)
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The kernels of this installation; `None`, with one warning, where they were not compiled.
+
+    The environment variable OPTIMUM_FISTA_KERNELS chooses a path: portable, avx2, avx512, or none.
+
+    Raises:
+        ValueError: If the variable names something else, or a path that this CPU does not have.
+    """
+    wanted = os.environ.get(_ENVIRONMENT) or None
+    if wanted == "none":
+        return None
+    if wanted is not None and wanted not in PATHS:
+        raise ValueError(f"{_ENVIRONMENT}={wanted!r}: set it to one of {', '.join(PATHS)}, or none.")
+    library = find_library()
+    if library is not None:
+        try:
+            return Kernels(library, wanted)
+        except OSError as error:
+            reason = f"could not be loaded ({error})"
+    else:
+        reason = "were not compiled when optimum-fista was installed"
+    warnings.warn(
+        f"The CPU kernels of packed linear layers {reason}: every product unpacks its whole weight first, which is "
+        "slower than a dense model. Install a C++17 compiler (g++ or clang++), then optimum-fista again "
+        "(pip install --force-reinstall --no-deps --no-cache-dir optimum-fista), or load the model dense.",
+        stacklevel=2,
+    )
+    return None
+
+
+def _or_raise(failed: int, result: Tensor) -> Tensor:
+    if failed:
+        raise ValueError("starts does not end with the number of values: pass the row starts of this mask.")
+    return result

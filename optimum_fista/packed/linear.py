@@ -1,0 +1,176 @@
+"""A linear layer whose weight stays packed, in memory and while it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.sparse import to_sparse_semi_structured
+
+from optimum_fista.packed.bits import mask_bytes, pack_bits
+from optimum_fista.packed.format import VERSION, PackedTensor, check, pack, unpack, unpack_mask
+from optimum_fista.packed.operation import packed_linear, row_starts
+from optimum_fista.packed.validation import SUFFIXES, PackedFormatError
+
+_PARTS = tuple("weight" + suffix for suffix in SUFFIXES)
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` with a sparse weight, kept as the three tensors of docs/formats.md.
+
+    The weight is fixed; gradients reach the input and the bias. On the CPU the products are those of the compiled
+    kernels. n:m masks become one bit a weight when the layer is prepared, which is as large for 2:4.
+
+    Args:
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        num_kept: Weights kept.
+        bias: Whether there is a bias.
+        n_of_m: `(n, m)` where the mask to load holds places inside groups.
+        device: Of the tensors, which are empty until a state is loaded.
+        dtype: Of the values and the bias.
+
+    Attributes:
+        weight_values: [num_kept], the kept weights.
+        weight_mask: uint8 [out_features, bytes].
+        weight_layout: int64 [5]: version, n, m, out_features, in_features.
+        weight_starts: int64 [out_features + 1], where the values of each row start; not part of the state.
+        bias: Parameter [out_features] or `None`.
+    """
+
+    weight_values: Tensor
+    weight_mask: Tensor
+    weight_layout: Tensor
+    weight_starts: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_kept: int,
+        bias: bool = True,
+        n_of_m: tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        width = mask_bytes(in_features, n_of_m)
+        layout = torch.tensor([VERSION, *(n_of_m or (0, 0)), out_features, in_features], device=device)
+        self.register_buffer("weight_values", torch.empty(num_kept, device=device, dtype=dtype))
+        self.register_buffer("weight_mask", torch.empty(out_features, width, device=device, dtype=torch.uint8))
+        self.register_buffer("weight_layout", layout)
+        self.register_buffer("weight_starts", None, persistent=False)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_packed(cls, packed: PackedTensor, bias: Tensor | None = None) -> PackedLinear:
+        """A layer that uses the tensors given, without copying them unless the mask holds places in groups.
+
+        Raises:
+            PackedFormatError: If the tensors are malformed, or not those of a matrix.
+        """
+        check(packed)
+        if len(packed.shape) != 2:
+            raise PackedFormatError(f"weight_layout says shape {packed.shape}: a linear layer needs a matrix.")
+        rows, columns = packed.shape
+        layer = cls(columns, rows, packed.values.numel(), False, packed.n_of_m, device="meta")
+        for name, tensor in packed.named("weight").items():
+            setattr(layer, name, tensor)
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+        layer.prepare()
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, mask: Tensor | None = None, pattern: tuple[int, int] | None = None
+    ) -> PackedLinear:
+        """Pack a sparse linear layer; its bias is shared. `mask` and `pattern` are those of `format.pack`.
+
+        Raises:
+            ValueError: As `format.pack` does.
+        """
+        layer = cls.from_packed(pack(linear.weight.detach(), mask, pattern), linear.bias)
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The dense layer, bit for bit; the bias is shared."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
+
+    def to_semi_structured(self) -> nn.Linear:
+        """On CUDA, a 2:4 layer in the form of the sparse tensor cores, for inference with many tokens at a time.
+
+        Raises:
+            RuntimeError: By PyTorch, if the device, dtype, size or pattern is not one that they have.
+        """
+        linear = self.to_linear()
+        linear.weight = nn.Parameter(to_sparse_semi_structured(linear.weight), requires_grad=False)
+        return linear
+
+    @property
+    def weight(self) -> Tensor:
+        """A dense copy of the weight [out_features, in_features], made at each access."""
+        return unpack(self.packed)
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The weight's three tensors."""
+        return PackedTensor(self.weight_values, self.weight_mask, self.weight_layout)
+
+    def prepare(self) -> None:
+        """Check the tensors and find the row starts. Call it after replacing a tensor by hand; loading a state does.
+
+        Raises:
+            PackedFormatError: If the tensors are malformed, or the shape is not that of this layer.
+        """
+        if self.weight_mask.is_meta:
+            self.weight_starts = torch.empty(self.out_features + 1, dtype=torch.int64, device="meta")
+            return
+        check(self.packed)
+        if self.packed.shape != (self.out_features, self.in_features):
+            raise PackedFormatError(
+                f"weight_layout says shape {self.packed.shape}: this layer's weight is "
+                f"{(self.out_features, self.in_features)}."
+            )
+        if self.packed.n_of_m is not None:
+            mask = torch.zeros(self.out_features, mask_bytes(self.in_features, None), dtype=torch.uint8)
+            pack_bits(unpack_mask(self.packed).cpu(), mask)
+            layout = torch.tensor([VERSION, 0, 0, self.out_features, self.in_features])
+            self.weight_mask, self.weight_layout = (
+                mask.to(self.weight_mask.device),
+                layout.to(self.weight_layout.device),
+            )
+        self.weight_starts = row_starts(self.weight_mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], sums in float32."""
+        if self.weight_starts is None:
+            self.prepare()
+        return packed_linear(x, self.weight_values, self.weight_mask, self.weight_starts, self.bias)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        """Sizes, share of zeros and dtype."""
+        sparsity = 1 - self.weight_values.numel() / (self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"sparsity={sparsity:.3g}, dtype={self.weight_values.dtype}"
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Take tensors of any number of kept weights, then check them."""
+        for name in _PARTS:
+            loaded, present = state_dict.get(prefix + name), getattr(self, name)
+            if loaded is not None and loaded.shape != present.shape:
+                setattr(
+                    self, name, torch.empty_like(present, memory_format=torch.contiguous_format).resize_(loaded.shape)
+                )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self.weight_starts = None
+        if all(prefix + name in state_dict for name in _PARTS):
+            self.prepare()

@@ -1,0 +1,156 @@
+"""The operations `optimum_fista::packed_linear` and `optimum_fista::unpack`, as PyTorch and its compiler see them.
+
+A packed matrix W [rows, columns] is here `values` [kept], `mask` uint8 [rows, 8 ceil(columns / 64)] with one bit a
+weight, and `starts` int64 [rows + 1], where the values of each row start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from optimum_fista.packed.bits import as_words, count_bits, mask_bytes, place, unpack_bits
+from optimum_fista.packed.kernels import kernels
+from optimum_fista.packed.triton_kernel import multiply_one, triton_is_here
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_BATCH = 16
+_TILE_BYTES = 4 << 20
+
+_library = torch.library.Library("optimum_fista", "DEF")
+_library.define("packed_linear(Tensor x, Tensor values, Tensor mask, Tensor starts, Tensor? bias) -> Tensor")
+_library.define("unpack(Tensor values, Tensor mask, Tensor starts, int columns) -> Tensor")
+
+
+def packed_linear(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Product W x + b with a packed matrix; differentiable in `x` and `bias`, not in the values.
+
+    Args:
+        x: [..., columns], the dtype and device of the values.
+        values: [kept].
+        mask: uint8 [rows, 8 ceil(columns / 64)].
+        starts: int64 [rows + 1].
+        bias: [rows] or `None`.
+
+    Returns:
+        [..., rows].
+
+    Raises:
+        ValueError: If a dtype, device or size does not fit.
+    """
+    if _is_plain(x, bias):
+        return _multiply_on_cpu(x, values, mask, starts, bias)
+    return torch.ops.optimum_fista.packed_linear(x, values, mask, starts, bias)
+
+
+def row_starts(mask: Tensor) -> Tensor:
+    """Where the values of each row start, int64 [rows + 1], of a mask with one bit a weight."""
+    starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
+    torch.cumsum(count_bits(mask), 0, out=starts[1:])
+    return starts
+
+
+def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing traces, wraps or differentiates this product, so that the dispatcher can be passed by."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _check(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> None:
+    rows, columns = mask.shape[0], x.shape[-1]
+    if x.dtype != values.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise ValueError(
+            f"x is {x.dtype}, the weight {values.dtype}{'' if bias is None else f', the bias {bias.dtype}'}: pass "
+            "tensors of one dtype."
+        )
+    if mask.shape[1] != mask_bytes(columns, None) or starts.numel() != rows + 1:
+        raise ValueError(f"x has {columns} columns, which a mask of shape {tuple(mask.shape)} does not fit.")
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: pass one of shape {(rows,)}.")
+
+
+def _multiply(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
+    """Any device: the whole matrix is unpacked."""
+    _check(x, values, mask, starts, bias)
+    return functional.linear(x, _unpack(values, mask, starts, x.shape[-1]), bias)
+
+
+def _multiply_on_cpu(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
+    """Kernels for a few inputs; for more, tiles of rows are unpacked and multiplied as dense ones."""
+    compiled = kernels()
+    if compiled is None or x.dtype not in KERNEL_DTYPES or x.numel() == 0:
+        return _multiply(x, values, mask, starts, bias)
+    _check(x, values, mask, starts, bias)
+    rows, columns = mask.shape[0], x.shape[-1]
+    inputs = x.reshape(-1, columns).contiguous()
+    if inputs.shape[0] <= _MAX_BATCH:
+        return compiled.linear(inputs, values, mask, starts, bias).view(*x.shape[:-1], rows)
+    y = torch.empty(inputs.shape[0], rows, dtype=x.dtype)
+    height = max(64, _TILE_BYTES // (columns * values.element_size()))
+    scratch = torch.empty(min(height, rows), columns, dtype=values.dtype)
+    for first in range(0, rows, height):
+        last = min(first + height, rows)
+        tile = compiled.unpack_rows(values, mask, starts, first, last, scratch[: last - first])
+        y[:, first:last] = functional.linear(inputs, tile, None if bias is None else bias[first:last])
+    return y.view(*x.shape[:-1], rows)
+
+
+def _multiply_on_cuda(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
+    """A Triton kernel for one input; for more, the whole matrix is unpacked."""
+    _check(x, values, mask, starts, bias)
+    if x.numel() == x.shape[-1] and triton_is_here() and x.dtype in KERNEL_DTYPES:
+        return multiply_one(x.reshape(-1).contiguous(), values, mask, starts, bias).view(*x.shape[:-1], -1)
+    return _multiply(x, values, mask, starts, bias)
+
+
+def _unpack(values: Tensor, mask: Tensor, starts: Tensor, columns: int) -> Tensor:
+    dense = torch.zeros(mask.shape[0], columns, dtype=values.dtype, device=values.device)
+    compiled = kernels() if values.device.type == "cpu" and values.dtype in KERNEL_DTYPES else None
+    if compiled is not None:
+        return compiled.unpack_rows(values, mask, starts, 0, mask.shape[0], dense)
+    place(as_words(values), unpack_bits(mask, columns), as_words(dense))
+    return dense
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    values, mask, starts = ctx.saved_tensors
+    of_x = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_x = gradient @ torch.ops.optimum_fista.unpack(values, mask, starts, ctx.columns)
+    if ctx.needs_input_grad[4]:
+        of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+    return of_x, None, None, None, of_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, values, mask, starts, _ = inputs
+    ctx.save_for_backward(values, mask, starts)
+    ctx.columns = x.shape[-1]
+
+
+_library.impl("packed_linear", _multiply, "CompositeExplicitAutograd")
+_library.impl("packed_linear", _multiply_on_cpu, "CPU")
+_library.impl("packed_linear", _multiply_on_cuda, "CUDA")
+_library.impl("unpack", _unpack, "CompositeExplicitAutograd")
+torch.library.register_autograd("optimum_fista::packed_linear", _backward, setup_context=_setup_context, lib=_library)
+
+
+@torch.library.register_fake("optimum_fista::packed_linear", lib=_library)
+def _multiply_of_shapes(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, values, mask, starts, bias)
+    return x.new_empty(*x.shape[:-1], mask.shape[0])
+
+
+@torch.library.register_fake("optimum_fista::unpack", lib=_library)
+def _unpack_of_shapes(values: Tensor, mask: Tensor, starts: Tensor, columns: int) -> Tensor:  # noqa: ARG001
+    return values.new_empty(mask.shape[0], columns)

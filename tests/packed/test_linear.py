@@ -1,0 +1,109 @@
+"""PackedLinear behaves as the dense layer it stands for, and survives what modules go through."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from optimum_fista.packed.format import PackedFormatError, pack, pack_state_dict, unpack_state_dict
+from optimum_fista.packed.linear import PackedLinear
+
+
+def sparse_linear(rows=24, columns=80, bias=True, dtype=torch.float32, seed=0, pattern=None):
+    torch.manual_seed(seed)
+    linear = nn.Linear(columns, rows, bias=bias, dtype=dtype)
+    if pattern:
+        mask = (torch.arange(columns) % pattern[1] < pattern[0]).expand(rows, columns)
+    else:
+        mask = torch.rand(rows, columns) < 0.5
+    linear.weight.data.masked_fill_(~mask, 0)
+    return linear, mask
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", [None, (2, 4), (1, 4)])
+def test_dense_and_back(bias, dtype, pattern):
+    linear, mask = sparse_linear(bias=bias, dtype=dtype, pattern=pattern)
+    packed = PackedLinear.from_linear(linear, mask, pattern)
+    assert torch.equal(packed.weight, linear.weight)
+    dense = packed.to_linear()
+    assert torch.equal(dense.weight, linear.weight)
+    assert dense.bias is packed.bias is linear.bias
+    assert list(packed.state_dict()) == (["bias"] if bias else []) + ["weight_values", "weight_mask", "weight_layout"]
+    x = torch.randn(5, 80).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(packed(x), linear(x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4), (1, 4)])
+@pytest.mark.parametrize("assign", [True, False])
+def test_files_load_as_they_are(pattern, assign):
+    """The state of a packed file goes into a layer of that size, on the meta device or with another mask."""
+    linear, mask = sparse_linear(pattern=pattern)
+    state = pack_state_dict(linear.state_dict(), {"weight": mask}, {"weight": pattern})
+    device = "meta" if assign else "cpu"
+    kept = int(mask.sum()) if assign else 3
+    layer = PackedLinear(80, 24, kept, n_of_m=pattern if assign else None, device=device)
+    layer.load_state_dict(state, assign=assign)
+    assert torch.equal(layer(torch.eye(80)).T - linear.bias[:, None], linear(torch.eye(80)).T - linear.bias[:, None])
+    again = PackedLinear(80, 24, 1)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.weight, linear.weight)
+    assert torch.equal(unpack_state_dict(layer.state_dict())["weight"], linear.weight)
+
+
+def test_malformed_states_are_refused():
+    linear, mask = sparse_linear()
+    state = pack_state_dict(linear.state_dict(), {"weight": mask})
+    layer = PackedLinear(80, 24, 10)
+    with pytest.raises(PackedFormatError, match="where the mask keeps"):
+        layer.load_state_dict({**state, "weight_values": state["weight_values"][1:]})
+    with pytest.raises(PackedFormatError, match=r"says shape \(24, 80\): this layer's weight is \(24, 79\)"):
+        PackedLinear(79, 24, 10).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="weight_mask"):
+        PackedLinear(80, 24, 10).load_state_dict({k: v for k, v in state.items() if k != "weight_mask"})
+    with pytest.raises(PackedFormatError, match="needs a matrix"):
+        PackedLinear.from_packed(pack(torch.ones(2, 3, 4)))
+
+
+def test_a_layer_without_a_state_does_not_compute():
+    layer = PackedLinear(80, 24, 10)
+    layer.weight_mask.zero_()
+    with pytest.raises(PackedFormatError, match="where the mask keeps 0"):
+        layer(torch.zeros(1, 80))
+
+
+def test_copies_and_pickles():
+    linear, mask = sparse_linear()
+    layer = PackedLinear.from_linear(linear, mask)
+    x = torch.randn(2, 80)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), layer(x))
+        assert other.weight_values.data_ptr() != layer.weight_values.data_ptr()
+
+
+def test_dtypes_and_devices():
+    linear, mask = sparse_linear()
+    layer = PackedLinear.from_linear(linear, mask)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        moved = copy.deepcopy(layer).to(dtype)
+        assert moved.weight_layout.dtype == moved.weight_starts.dtype == torch.int64
+        assert moved.weight_mask.dtype == torch.uint8
+        assert torch.equal(moved.weight, linear.weight.to(dtype))
+        assert moved(torch.ones(1, 80, dtype=dtype)).dtype == dtype
+    on_meta = copy.deepcopy(layer).to("meta")
+    assert on_meta(torch.ones(3, 80, device="meta")).shape == (3, 24)
+
+
+def test_modes_and_what_is_trained():
+    linear, mask = sparse_linear()
+    layer = PackedLinear.from_linear(linear.eval(), mask)
+    assert not layer.training
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    assert "in_features=80, out_features=24, bias=True, sparsity=0.485" in repr(layer)
