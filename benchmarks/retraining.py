@@ -1,7 +1,7 @@
 """Retraining a pruned model for a few minutes: perplexity before and after, by what is trained.
 
 The model is pruned once, saved to `--folder` and loaded from there for every row. `norms` trains norms and biases,
-`adapters` masked low-rank adapters besides (as PERP, arXiv 2312.15230), `full` every weight under its mask; all on fresh
+`adapters` masked low-rank adapters besides (as PERP, arXiv 2312.15230), `full` all weights, under the masks; on fresh
 windows of the calibration text, one a step. Finished rows are read from the output file. Needs the extra `peft`.
 
     python benchmarks/retraining.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --folder runs/pruned-2-4

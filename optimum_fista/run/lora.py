@@ -92,7 +92,7 @@ def mask_adapters(model: PeftModel, masks: MaskSource = None) -> PeftModel:
             continue
         if type(layer) not in (LoraLinear, MaskedLoraLinear) or layer.lora_variant or any(layer.lora_bias.values()):
             raise ValueError(
-                f"{name} is pruned and has a {type(layer).__name__} of a kind that can't be masked: pass a LoraConfig "
+                f"{owner} is pruned and has a {type(layer).__name__} of a kind that can't be masked: pass a LoraConfig "
                 "for linear modules, without target_parameters, variants such as DoRA, and lora_bias."
             )
         chosen[owner] = mask
