@@ -29,7 +29,7 @@ from optimum_fista.run.text import load_text
 from optimum_fista.run.verification import verify_checkpoint
 from optimum_fista.run.windows import calibration_windows, evaluation_windows
 
-RATES = {"norms": 2e-3, "adapters": 5e-4, "full": 5e-5}
+RATES = {"norms": 2e-3, "adapters": 1e-3, "full": 5e-5}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="where the pruned model is kept")
     parser.add_argument("--rows", default="norms,adapters,full")
     parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--method", default="obs_admm")
     parser.add_argument("--num-samples", type=int, default=8, help="sequences to prune on")
     parser.add_argument("--steps", type=int, default=100, help="sequences to train on")
     parser.add_argument("--sequence-length", type=int, default=512, help="of the sequences to prune and train on")
@@ -99,7 +100,7 @@ def measure(arguments: argparse.Namespace, kind: str, windows: Tensor, texts: di
     source = arguments.model if kind == "dense" else str(arguments.folder)
     if kind != "dense" and not arguments.folder.exists():
         model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
-        pruner = FistaPruner(FistaPruningConfig(pattern=arguments.pattern))
+        pruner = FistaPruner(FistaPruningConfig(pattern=arguments.pattern, method=arguments.method))
         report = pruner.prune(model, windows[: arguments.num_samples].split(4))
         pruner.save_pretrained(model, arguments.folder, tokenizer)
         row |= {"totals": report.totals, "seconds": report.seconds["total"], "config": report.config}
