@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,8 +32,9 @@ class MaskedLoraLinear(LoraLinear):
     pruned: Tensor
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """`M * (s B A)`, laid out as the weight."""
-        return super().get_delta_weight(adapter).masked_fill(self.pruned, 0)
+        """`M * (s B A)`, laid out as the weight, in the precision of merging even under autocast."""
+        with torch.autocast(self.pruned.device.type, enabled=False):
+            return super().get_delta_weight(adapter).masked_fill(self.pruned, 0)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Outputs [..., out] of inputs [..., in].

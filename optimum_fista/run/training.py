@@ -25,14 +25,11 @@ class MaskedTraining:
       clipping, accumulation, loss scaling, the other processes and the optimizer's moments never see them;
     - a hook behind every optimizer step sets the weights themselves to zero, for optimizers that move weights without a
       gradient. State that an optimizer brings along is masked after its first step.
-
-    Attributes:
-        masks: Masks by parameter name, bool, True = kept.
     """
 
     def __init__(self, model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
         parameters = dict(model.named_parameters())
-        self.masks = dict(masks)
+        self._names = list(masks)
         self._model = model
         self._parameters = {id(parameter): parameter for parameter in parameters.values()}
         self._pruned = {id(parameters[name]): ~mask for name, mask in masks.items()}
@@ -53,6 +50,11 @@ class MaskedTraining:
         handle = register_optimizer_step_post_hook(after_step)
         self._handles.append(handle)
         weakref.finalize(self, handle.remove)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Masks by parameter name, bool, True = kept."""
+        return {name: ~self._pruned_of(self._model.get_parameter(name)) for name in self._names}
 
     def apply(self) -> None:
         """Set every weight outside its mask to zero."""

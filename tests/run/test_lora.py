@@ -59,6 +59,14 @@ def test_merging_changes_no_bit_of_the_outputs_and_no_zero(dropout, name, dtype,
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), trained)
 
 
+def test_merging_changes_no_bit_under_autocast(saved):
+    model = mask_adapters(adapted(saved), saved.folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        train(model)
+        trained = logits(model)
+        assert torch.equal(logits(merge_adapters(model)), trained)
+
+
 def test_gradients_are_those_of_the_masked_update(saved):
     model = mask_adapters(adapted(saved, init_lora_weights=False), saved.folder)
     layer = model.get_base_model().model.layers[0].mlp.down_proj

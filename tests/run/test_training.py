@@ -149,6 +149,22 @@ def test_gradient_checkpointing_and_accelerate(saved):
         assert strays(model, training.masks) == 0
 
 
+def test_data_parallel_processes_reduce_masked_gradients(saved):
+    model = reload(saved)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        with masked_training(model) as training:
+            ids = tiny_tokens()
+            wrapped(ids, labels=ids).loss.backward()
+            for name, mask in training.masks.items():
+                gradient = model.get_parameter(name).grad
+                assert bool(gradient[mask].any())
+                assert not bool(gradient[~mask].any())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gpt2"])
 def test_fused_experts_and_transposed_weights(family, tokens, tmp_path):
     model = tiny_model(family)
