@@ -38,9 +38,8 @@ class MaskedTraining:
         for name in masks:
             if parameters[name].requires_grad:
                 self._handles.append(parameters[name].register_hook(self._gradient_hook(parameters[name])))
-        this = weakref.ref(
-            self
-        )  # the hooks of the parameters keep it; a hook on all optimizers must not keep the model
+        # The hooks of the parameters keep this object alive, with the model; the hook on all optimizers must not.
+        this = weakref.ref(self)
 
         def after_step(optimizer: Optimizer, *_: Any) -> None:
             training = this()

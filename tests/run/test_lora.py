@@ -4,10 +4,10 @@ from tiny_llama import tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from optimum_fista import FistaPruner, FistaPruningConfig, mask_adapters, merge_adapters, save_masked
-from optimum_fista.run.verification import verify_checkpoint
-
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
+
+from optimum_fista import FistaPruner, FistaPruningConfig, mask_adapters, merge_adapters, save_masked  # noqa: E402
+from optimum_fista.run.verification import verify_checkpoint  # noqa: E402
 
 
 def adapted(saved, dtype=torch.float32, **options) -> "peft.PeftModel":
