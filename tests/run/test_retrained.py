@@ -63,6 +63,15 @@ def test_mixtures_of_experts(family, tmp_path):
     assert record(tmp_path / "out")[1]["operators"] == record(tmp_path / "in")[1]["operators"]
 
 
+def test_a_folder_that_was_pruned_from_files(tiny_folder, tmp_path):
+    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
+    report = pruner.prune(tiny_folder, tiny_tokens().split(4), output_dir=tmp_path / "in")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+    train(model, tmp_path / "in")
+    save_masked(model, tmp_path / "out", tmp_path / "in")
+    assert verify_checkpoint(tmp_path / "out").num_zeros == report.totals["num_zeros"]
+
+
 def test_the_pruner_knows_that_its_model_was_retrained(tmp_path):
     model = tiny_llama()
     pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
