@@ -12,19 +12,38 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from optimum_fista.run.callback import MaskedTrainingCallback
     from optimum_fista.run.config import FistaPruningConfig
+    from optimum_fista.run.lora import mask_adapters, merge_adapters
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.report import PruningReport
+    from optimum_fista.run.retrained import save_masked
+    from optimum_fista.run.training import masked_training
     from optimum_fista.solve.pruned import PrunedOperator
 
 __version__ = "0.1.0"
-__all__ = ["FistaPruner", "FistaPruningConfig", "PrunedOperator", "PruningReport"]
+__all__ = [
+    "FistaPruner",
+    "FistaPruningConfig",
+    "MaskedTrainingCallback",
+    "PrunedOperator",
+    "PruningReport",
+    "mask_adapters",
+    "masked_training",
+    "merge_adapters",
+    "save_masked",
+]
 
 _HOMES = {
     "FistaPruner": "optimum_fista.run.pruner",
     "FistaPruningConfig": "optimum_fista.run.config",
+    "MaskedTrainingCallback": "optimum_fista.run.callback",
     "PrunedOperator": "optimum_fista.solve.pruned",
     "PruningReport": "optimum_fista.run.report",
+    "mask_adapters": "optimum_fista.run.lora",
+    "masked_training": "optimum_fista.run.training",
+    "merge_adapters": "optimum_fista.run.lora",
+    "save_masked": "optimum_fista.run.retrained",
 }
 
 

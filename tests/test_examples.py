@@ -63,6 +63,17 @@ def test_prune_offloaded(run, tmp_path, flags):
     verify_checkpoint(tmp_path / "out")
 
 
+def test_retrain_masked(run, tmp_path):
+    pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
+    (tmp_path / "sea.txt").write_text(TEXT)
+    shown = run("retrain_masked", "--output", "out", "--calibration", "sea.txt", "--test", "sea.txt")
+    before, after = map(float, re.search(r"perplexity ([\d.]+) -> ([\d.]+) on sea\.txt", shown).groups())
+    assert after < before
+    assert shown.splitlines()[-1] == "7,680 weights are still zero"
+    assert json.loads((tmp_path / "out" / "fista" / "report.json").read_text())["retrained"]
+    verify_checkpoint(tmp_path / "out")
+
+
 def test_prune_one_matrix(run):
     rows = run("prune_one_matrix", "--operator", "model.layers.1.mlp.down_proj").splitlines()
     assert rows[0] == "model.layers.1.mlp.down_proj (32, 48) on 192 tokens, 2:4"

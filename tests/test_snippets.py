@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 
+from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import build_parser
 from optimum_fista.run.verification import verify_checkpoint
 
@@ -26,9 +27,18 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     save_tiny_folder(tmp_path / "hub-id-or-folder")
     (tmp_path / "text.txt").write_text(TEXT)
     names = {"model": tiny_llama(), "calib_dataloader": tiny_tokens().split(4), "tokenizer": tiny_tokenizer()}
+    names["train_dataset"] = [{"input_ids": row, "labels": row} for row in tiny_tokens()]
+    if "from peft" in snippet:
+        pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
+    if '"pruned-2-4"' in snippet:
+        pruner, model = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False), tiny_llama()
+        pruner.prune(model, tiny_tokens().split(4))
+        pruner.save_pretrained(model, tmp_path / "pruned-2-4")
     exec(compile(snippet, "snippet", "exec"), names)
     if 'save_pretrained(model, "pruned"' in snippet:
         assert verify_checkpoint(tmp_path / "pruned").num_operators == 14
+    if "retrained-2-4" in snippet:
+        assert verify_checkpoint(tmp_path / "retrained-2-4").num_operators == 14
     if "output_dir=" in snippet:
         assert verify_checkpoint(tmp_path / "pruned-from-files").num_operators == 14
 

@@ -20,7 +20,7 @@ tags:
 
 # {title}
 
-Pruned after training, in one shot and without retraining, by
+Pruned after training, in one shot and {retraining}, by
 [optimum-fista](https://pypi.org/project/optimum-fista/) {version}: {num_zeros:,} of the {num_weights:,} weights of
 its decoder layers' linear operators are zero ({sparsity:.2%}; {model_sparsity:.2%} of all parameters). Embeddings and
 the language-model head are dense.
@@ -30,7 +30,7 @@ the language-model head are dense.
 | pattern | {pattern} |
 | method | {method}; error correction `{error_correction}`, residual correction `{residual_correction}` |
 | zeros | {allocation} |
-| relative error of the operators | {mean_relative_error:.4f} on average, {max_relative_error:.4f} at most |
+| relative error of the operators{before} | {mean_relative_error:.4f} on average, {max_relative_error:.4f} at most |
 | calibration | {calibration} |
 | time | {seconds:.0f} s, of which solving {solve_seconds:.0f} s |
 
@@ -45,7 +45,7 @@ model = AutoModelForCausalLM.from_pretrained("THIS-REPOSITORY-OR-FOLDER")
 `fista/masks.safetensors` holds the masks (one bit a weight, row-major, lowest bit first, 1 = kept),
 `fista/report.json` every operator's numbers; `optimum-fista verify FOLDER` proves the pattern from the files.
 
-## Relative error by operator
+## Relative error by operator{before}
 
 `|| W* X* - W X ||_F / || W X ||_F` on the calibration tokens, over the decoder layers.
 
@@ -73,6 +73,8 @@ def model_card(report: PruningReport) -> str:
         base=f"base_model: {name}\n" if is_hub_id else "",
         title=f"{(name.split('/')[-1] or report.model['class'])}, {_pattern(report)}",
         version=report.versions["optimum-fista"],
+        retraining="then retrained under its masks" if report.retrained else "without retraining",
+        before=", before retraining" if report.retrained else "",
         pattern=_pattern(report),
         method=config["method"],
         error_correction=config["error_correction"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -46,7 +47,19 @@ def summary(report: PruningReport) -> dict[str, Any]:
         "masks": MASKS_FILE,
         "report": REPORT_FILE,
         "version": report.versions["optimum-fista"],
-    }
+    } | ({"retrained": True} if report.retrained else {})
+
+
+def is_retrained(model: PreTrainedModel) -> bool:
+    """Whether the model's configuration says that its weights were trained after pruning."""
+    return bool((getattr(model.config, CONFIG_KEY, None) or {}).get("retrained"))
+
+
+def mark_retrained(model: PreTrainedModel) -> None:
+    """Note in the configuration of a pruned model that its weights were trained after pruning."""
+    entry = getattr(model.config, CONFIG_KEY, None)
+    if entry is not None and not entry.get("retrained"):
+        setattr(model.config, CONFIG_KEY, entry | {"retrained": True})
 
 
 def require_free_folder(folder: Path, overwrite: bool) -> None:
@@ -79,6 +92,8 @@ def save_checkpoint(
         ValueError: If a weight outside its mask is no longer zero, or the checkpoint has no name for a weight.
     """
     require_free_folder(folder, overwrite)
+    if is_retrained(model) and not report.retrained:
+        report = dataclasses.replace(report, retrained=True)
     layers = find_decoder_layers(model)
     found = {k: o for name, layer in layers for k, o in find_operators(name, layer, report.config["exclude"]).items()}
     operators = [found[o.name.removesuffix(".weight")] for o in report.operators]

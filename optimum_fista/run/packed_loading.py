@@ -125,7 +125,12 @@ class FistaPackedQuantizer(HfQuantizer):
             self._becoming_dense = files.replace_linears(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        from optimum_fista.packed.linear import PackedLinear
+
         model.config.__dict__.pop("transformers_weights", None)
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.prepare()
         return model
 
     def is_serializable(self) -> bool:

@@ -161,6 +161,20 @@ class FistaPruner:
             pattern.require_shape((weight.shape[0], weight.shape[1]))
             return self.config.create_method("").prune(problem, pattern)
 
+    def result(self, model: PreTrainedModel) -> tuple[PruningReport, dict[str, Tensor]]:
+        """The report of a model this pruner has pruned in place, and its masks by `"{operator}.weight"`.
+
+        A mask is packed, one bit a weight (`solve.bitmask.unpack_mask`), laid out as the model stores the weight.
+
+        Raises:
+            ValueError: If this pruner has not pruned the model.
+        """
+        if model not in self._results:
+            raise ValueError(
+                f"model ({type(model).__name__}) was not pruned by this FistaPruner: call prune(model, ...) first."
+            )
+        return self._results[model]
+
     def save_pretrained(
         self,
         model: PreTrainedModel,
@@ -178,11 +192,7 @@ class FistaPruner:
             ValueError: If this pruner has not pruned the model, or its zeros were filled since.
             FileExistsError: If the folder already holds a model and `overwrite` is False.
         """
-        if model not in self._results:
-            raise ValueError(
-                f"model ({type(model).__name__}) was not pruned by this FistaPruner: call prune(model, ...) first."
-            )
-        report, masks = self._results[model]
+        report, masks = self.result(model)
         save_checkpoint(model, Path(folder), report, masks, tokenizer, overwrite=overwrite)
 
     def push_to_hub(

@@ -70,6 +70,7 @@ class PruningReport:
         warnings: What the user should know.
         seconds: Wall time of the parts of the run.
         versions: Versions of the libraries that matter.
+        retrained: Whether weights were trained after pruning, so that the relative errors are those before it.
     """
 
     config: dict[str, Any]
@@ -80,6 +81,7 @@ class PruningReport:
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    retrained: bool = False
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -121,7 +123,7 @@ class PruningReport:
             f"{totals['num_operators']} operators pruned by {self.config['method']}, "
             f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%}); "
             f"relative error {totals['mean_relative_error']:.4f} on average, "
-            f"{totals['max_relative_error']:.4f} at most; "
+            f"{totals['max_relative_error']:.4f} at most{', before retraining' if self.retrained else ''}; "
             f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"
         )
 

@@ -44,6 +44,21 @@ def stored_names(model: PreTrainedModel, operators: Iterable[LinearOperator]) ->
         UnsupportedArchitectureError: If a weight is not kept as one matrix.
     """
     found = list(operators)
+    names = _find_names(model, found)
+    for operator in found:
+        if f"{operator.name}.weight" not in names:
+            name = operator.name
+            if isinstance(operator, ExpertOperator):
+                name = f"*.{operator.experts.name.rsplit('.', 1)[-1]}"
+            raise UnsupportedArchitectureError(
+                f"{operator.name}: the checkpoint does not keep its weight as one matrix, so its mask can't be saved. "
+                f"Pass exclude=['{name}'] to leave it dense."
+            )
+    return names
+
+
+def _find_names(model: PreTrainedModel, found: list[LinearOperator]) -> dict[str, StoredName]:
+    """The names of `stored_names`, without the weights that are not kept as one matrix."""
     prefixes = {id(module): name for name, module in model.named_modules()}
     stand_ins: dict[str, Tensor] = {}
     origins: list[str] = []
@@ -65,17 +80,6 @@ def stored_names(model: PreTrainedModel, operators: Iterable[LinearOperator]) ->
                 if isinstance(operator, ExpertOperator):
                     place = operator.module.place(getattr(operator.owner, operator.tensor))
                     names[f"{operator.name}.weight"] = StoredName(f"{tensor}[{_text(place)}]", operator.transposed)
-    for operator in found:
-        if f"{operator.name}.weight" not in names:
-            dense = (
-                f"*.{operator.experts.name.rsplit('.', 1)[-1]}"
-                if isinstance(operator, ExpertOperator)
-                else operator.name
-            )
-            raise UnsupportedArchitectureError(
-                f"{operator.name}: the checkpoint does not keep its weight as one matrix, so its mask can't be saved. "
-                f"Pass exclude=['{dense}'] to leave it dense."
-            )
     return names
 
 
@@ -93,6 +97,35 @@ def as_stored(
         operators.append(dataclasses.replace(operator, name=found.name, stored_transposed=found.transposed))
         stored[found.name] = mask
     return dataclasses.replace(report, operators=operators), stored
+
+
+def as_in_model(
+    model: PreTrainedModel, operators: Iterable[LinearOperator], report: PruningReport, masks: Mapping[str, Tensor]
+) -> tuple[PruningReport, dict[str, Tensor]]:
+    """A report and packed masks, read from a checkpoint, under the names of the model: undoes `as_stored`.
+
+    Raises:
+        ValueError: If the report names a weight that the model does not have, or in another shape.
+    """
+    found = list(operators)
+    names = _find_names(model, found)
+    by_name = {names[key].name: operator for operator in found if (key := f"{operator.name}.weight") in names}
+    entries, kept = [], {}
+    for entry in report.operators:
+        operator = by_name.get(entry.name)
+        if operator is None or operator.shape != entry.shape:
+            has = "no such weight" if operator is None else f"it in shape {operator.shape}"
+            raise ValueError(
+                f"{entry.name} of shape {entry.shape} has a mask, but {type(model).__name__} has {has}: pass the "
+                "folder or Hub id that this model was loaded from."
+            )
+        name, mask = f"{operator.name}.weight", masks[entry.name]
+        if entry.stored_transposed != operator.transposed:
+            shape = entry.shape[::-1] if entry.stored_transposed else entry.shape
+            mask = pack_mask(unpack_mask(mask, shape).T)
+        entries.append(dataclasses.replace(entry, name=name, stored_transposed=operator.transposed))
+        kept[name] = mask
+    return dataclasses.replace(report, operators=entries), kept
 
 
 def split_index(name: str) -> tuple[str, tuple[int | slice, ...]]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, _IdentityOp
 
 from optimum_fista.packed.format import PackedTensor, check, packed_names, unpack
+from optimum_fista.packed.linear import PackedLinear
 from optimum_fista.packed.validation import SUFFIXES
 
 
@@ -72,10 +73,6 @@ class PackedFiles:
             values, mask, layout = (name + suffix for suffix in SUFFIXES)
             check(PackedTensor(self._empty(values), self._read(mask), self._read(layout)), name)
 
-    def empty(self, name: str) -> PackedTensor:
-        """A packed tensor on the meta device, of the shapes and dtypes that the files say."""
-        return PackedTensor(*(self._empty(name + suffix) for suffix in SUFFIXES))
-
     def _read(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], "pt") as tensors:
             return tensors.get_tensor(name)
@@ -87,15 +84,24 @@ class PackedFiles:
 
     def replace_linears(self, model: PreTrainedModel) -> list[str]:
         """Make every `nn.Linear` whose weight is packed a `PackedLinear`; returns the packed names that remain."""
-        from optimum_fista.packed.linear import PackedLinear
-
         remain = []
+        modules = dict(model.named_modules())
         for name in self.names:
             owner, _, leaf = name.rpartition(".")
-            module = dict(model.named_modules()).get(owner)
+            module = modules.get(owner)
             if leaf != "weight" or type(module) is not nn.Linear:
                 remain.append(name)
                 continue
+            kept, layout = self._empty(name + SUFFIXES[0]).numel(), self._read(name + SUFFIXES[2]).tolist()
+            packed = PackedLinear(
+                module.in_features,
+                module.out_features,
+                kept,
+                module.bias is not None,
+                (layout[1], layout[2]) if layout[2] else None,
+                device="meta",
+                dtype=module.weight.dtype,
+            )
             parent, _, child = owner.rpartition(".")
-            setattr(model.get_submodule(parent), child, PackedLinear.empty_like(module, self.empty(name)))
+            setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
         return remain

@@ -1,0 +1,155 @@
+"""Retraining a pruned model for a few minutes: perplexity before and after, by what is trained.
+
+The model is pruned once, saved to `--folder` and loaded from there for every row. `norms` trains norms and biases,
+`adapters` masked low-rank adapters besides (as PERP, arXiv 2312.15230), `full` all weights, under the masks; on fresh
+windows of the calibration text, one a step. Finished rows are read from the output file. Needs the extra `peft`.
+
+    python benchmarks/retraining.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --folder runs/pruned-2-4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from tqdm import trange
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup, set_seed
+
+from optimum_fista import FistaPruner, FistaPruningConfig, mask_adapters, masked_training, merge_adapters, save_masked
+from optimum_fista.run.loading import load_model
+from optimum_fista.run.perplexity import evaluate_perplexity
+from optimum_fista.run.report import library_versions
+from optimum_fista.run.text import load_text
+from optimum_fista.run.verification import verify_checkpoint
+from optimum_fista.run.windows import calibration_windows, evaluation_windows
+
+RATES = {"norms": 2e-3, "adapters": 1e-3, "full": 5e-5}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True, help="text source, to prune on and to train on")
+    parser.add_argument("--texts", required=True, help="text sources to measure on")
+    parser.add_argument("--folder", type=Path, required=True, help="where the pruned model is kept")
+    parser.add_argument("--rows", default="norms,adapters,full")
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--method", default="obs_admm")
+    parser.add_argument("--num-samples", type=int, default=8, help="sequences to prune on")
+    parser.add_argument("--steps", type=int, default=100, help="sequences to train on")
+    parser.add_argument("--sequence-length", type=int, default=512, help="of the sequences to prune and train on")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--max-windows", type=int, default=12)
+    parser.add_argument("--test-length", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/retraining.json"))
+    return parser.parse_args()
+
+
+def train(model: torch.nn.Module, sequences: Tensor, rate: float) -> list[float]:
+    """AdamW, one sequence a step, a linear schedule; returns the losses."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    schedule = get_linear_schedule_with_warmup(optimizer, len(sequences) // 10, len(sequences))
+    losses = []
+    model.train()
+    for step in trange(len(sequences)):
+        ids = sequences[step : step + 1]
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def retrain(model: PreTrainedModel, folder: Path, kind: str, sequences: Tensor, rank: int) -> dict[str, Any]:
+    """Train one kind of weights of the pruned model in place."""
+    if kind != "full":
+        for parameter in model.parameters():
+            parameter.requires_grad_(kind == "norms" and parameter.ndim == 1)
+    started = time.perf_counter()
+    if kind == "adapters":
+        adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft_model = mask_adapters(get_peft_model(model, adapters), folder)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad or parameter.ndim == 1)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        losses = train(peft_model, sequences, RATES[kind])
+        merge_adapters(peft_model)
+    else:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        with masked_training(model, folder):
+            losses = train(model, sequences, RATES[kind])
+    return {"rate": RATES[kind], "trained": trained, "seconds": time.perf_counter() - started, "losses": losses}
+
+
+def measure(arguments: argparse.Namespace, kind: str, windows: Tensor, texts: dict[str, Tensor]) -> dict[str, Any]:
+    row: dict[str, Any] = {"row": kind}
+    set_seed(arguments.seed)
+    source = arguments.model if kind == "dense" else str(arguments.folder)
+    if kind != "dense" and not arguments.folder.exists():
+        model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
+        pruner = FistaPruner(FistaPruningConfig(pattern=arguments.pattern, method=arguments.method))
+        report = pruner.prune(model, windows[: arguments.num_samples].split(4))
+        pruner.save_pretrained(model, arguments.folder, tokenizer)
+        row |= {"totals": report.totals, "seconds": report.seconds["total"], "config": report.config}
+    model, tokenizer = load_model(source, dtype="float32", device="cpu")
+    if kind not in ("dense", "pruned"):
+        row |= retrain(model, arguments.folder, kind, windows[arguments.num_samples :], arguments.rank)
+        retrained = arguments.folder.with_name(f"{arguments.folder.name}-{kind}")
+        save_masked(model, retrained, arguments.folder, tokenizer, overwrite=True)
+        row["num_zeros"] = verify_checkpoint(retrained).num_zeros
+    row["perplexity"] = {
+        name: evaluate_perplexity(model, text, progress=False).perplexity for name, text in texts.items()
+    }
+    return row
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    _, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
+    number = arguments.num_samples + arguments.steps
+    text = load_text(arguments.calibration, "calibration")
+    windows = calibration_windows(tokenizer, text, number, arguments.sequence_length, arguments.seed)
+    texts = {
+        Path(source).stem: evaluation_windows(
+            tokenizer, load_text(source, "test"), arguments.test_length, arguments.max_windows
+        )
+        for source in arguments.texts.split(",")
+    }
+    unnamed = ("rows", "folder", "output")
+    settings = {key: str(value) for key, value in vars(arguments).items() if key not in unnamed}
+    settings["model"] = Path(arguments.model).name
+    settings["calibration"] = Path(arguments.calibration).name
+    settings["texts"] = ",".join(Path(source).name for source in arguments.texts.split(","))
+    record: dict[str, Any] = {"settings": settings, "versions": library_versions(), "rows": []}
+    if arguments.output.exists():
+        previous = json.loads(arguments.output.read_text())
+        if previous["settings"] != settings:
+            raise SystemExit(f"{arguments.output} holds rows with other settings: pass another --output.")
+        record["rows"] = previous["rows"]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    for kind in ("dense", "pruned", *arguments.rows.split(",")):
+        if kind not in {row["row"] for row in record["rows"]}:
+            record["rows"].append(measure(arguments, kind, windows, texts))
+            arguments.output.write_text(json.dumps(record, indent=1))
+    print("| weights | trained | " + " | ".join(texts) + " | seconds |\n" + "|---" * (3 + len(texts)) + "|")
+    for row in record["rows"]:
+        cells = " | ".join(f"{row['perplexity'][name]:.2f}" for name in texts)
+        print(f"| {row['row']} | {row.get('trained', 0):,} | {cells} | {row.get('seconds', 0):.0f} |")
+
+
+if __name__ == "__main__":
+    main()
