@@ -132,6 +132,7 @@ class FistaPruner:
             with evaluation_mode(model), torch.no_grad():
                 for _ in pruning.run():
                     pass
+            pruning.complete_report()
         report = pruning.report
         report.seconds["total"] = time.perf_counter() - started
         model.config.fista_pruning = summary(report)
