@@ -197,10 +197,9 @@ class _Streaming:
 
     def kept(self) -> str:
         """What is not lost."""
-        return (
-            f"{len(self.journal.finished(read_shards=False))} of {len(self.pruning.layers)} decoder layers are finished and kept in "
-            f"{str(self.journal.folder)!r}"
-        )
+        finished = len(self.journal.finished(read_shards=False))
+        total, folder = len(self.pruning.layers), str(self.journal.folder)
+        return f"{finished} of {total} decoder layers are finished and kept in {folder!r}"
 
     def _finished(self) -> dict[int, FinishedLayer]:
         """The decoder layers that need not be pruned again."""
