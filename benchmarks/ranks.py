@@ -2,7 +2,7 @@
 
 Prunes a random Llama (or `--model`) from files to files with intra-layer correction, each way once a round, and gives
 medians of the seconds between reading the first weight and the finished folder, imports excluded. The files of two
-processes must be those of one process with one thread.
+processes must be those of one process with one thread. Cores that other programs used meanwhile are told (Linux).
 
     python benchmarks/ranks.py --output benchmarks/results/ranks.json
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -76,11 +77,24 @@ def run(arguments: argparse.Namespace, source: str, output: Path, way: str) -> d
     vocabulary = AutoConfig.from_pretrained(source).vocab_size
     values = [source, output, vocabulary, arguments.num_samples, arguments.sequence_length, arguments.method]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    load, started = os.getloadavg()[0], time.perf_counter()
+    started, busy, own = time.perf_counter(), busy_seconds(), own_seconds()
     subprocess.run([*launcher, str(script), *map(str, values)], check=True, env=environment, stderr=subprocess.DEVNULL)
     wall = time.perf_counter() - started
+    others = busy_seconds() - busy - (own_seconds() - own)
     seconds = json.loads((output / "fista" / "report.json").read_text())["seconds"]
-    return {"seconds": seconds["total"], "allocation": seconds["allocation"], "wall": wall, "load_before": load}
+    return {"seconds": seconds["total"], "allocation": seconds["allocation"], "wall": wall, "others": others / wall}
+
+
+def busy_seconds() -> float:
+    """What all processes of the machine have computed, in seconds of one core."""
+    user, nice, system, *_ = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """What the processes that this one started and that have ended have computed."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -101,7 +115,8 @@ def main() -> None:
             for way in _WAYS:
                 output = folder / f"{index}-{'-'.join(map(str, _WAYS[way]))}"
                 measured[way].append(run(arguments, source, output, way))
-                print(f"{way}: {measured[way][-1]['seconds']:.1f} s", flush=True)
+                found = measured[way][-1]
+                print(f"{way}: {found['seconds']:.1f} s, others used {found['others']:.2f} cores", flush=True)
                 written[way] = files_of(output)
             alone, _, together = written.values()
             if alone != together:

@@ -33,7 +33,7 @@ from optimum_fista.run.loading import require_unquantized
 from optimum_fista.run.report import PruningReport
 from optimum_fista.solve.pruned import PrunedOperator
 
-_PRUNING_COST = 4.0  # measured 2 (wanda) to 9 (fista) forward passes of the layer; obs_admm 4 to 5
+_PRUNING_COST = 8.0  # forward passes of the layer; measured 2 (wanda) to 9 (fista) on a CPU, see docs/ranks.md
 
 
 class ModelPruning:

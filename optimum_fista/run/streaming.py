@@ -191,6 +191,8 @@ class _Streaming:
         self.pruning.budgets = journal.budgets(self.pruning.config)
         self.pruning.complete_report()
         _complete(self.model, self.tokenizer, report, journal, layers)
+        for left in [*journal.folder.glob(".tmp*"), *journal.folder.glob(".*.partial")]:
+            left.unlink()  # of a process that was killed while safetensors wrote
         _move(journal.folder, output_dir)
         shutil.rmtree(output_dir / FOLDER)
         return report
