@@ -102,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune, save, and upload where asked."""
+    from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from optimum_fista.run.calibration_source import calibration_tokens_by_name
@@ -154,6 +155,8 @@ def run(arguments: argparse.Namespace) -> int:
         except RankError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+    if ranks.count > 1:
+        PartialState().destroy_process_group()
     if ranks.index:
         return 0
     print(report)
