@@ -2,7 +2,8 @@
 
 Prunes a random Llama (or `--model`) from files to files with intra-layer correction, each way once a round, and gives
 medians of the seconds between reading the first weight and the finished folder, imports excluded. The files of two
-processes must be those of one process with one thread. Cores that other programs used meanwhile are told (Linux).
+processes must be those of one process with one thread. Processor seconds are those of the process that used most; with
+one thread a process they hardly depend on other programs. Cores that other programs used meanwhile are told (Linux).
 
     python benchmarks/ranks.py --output benchmarks/results/ranks.json
 """
@@ -26,12 +27,14 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 _TIMED = ("README.md", "fista/report.json")
 _RUN = """
-import sys, torch
+import sys, time, torch
 from optimum_fista import FistaPruner, FistaPruningConfig
 source, output, vocabulary, sequences, length, method = sys.argv[1:]
 tokens = torch.randint(0, int(vocabulary), (int(sequences), int(length)), generator=torch.Generator().manual_seed(0))
 config = FistaPruningConfig(method=method, error_correction="intra")
+before = time.process_time()
 FistaPruner(config, progress=False).prune(source, tokens.split(1), output_dir=output, device="cpu")
+print(time.process_time() - before, flush=True)
 """
 _WAYS = {
     "one process, one thread": (1, 1),
@@ -78,11 +81,19 @@ def run(arguments: argparse.Namespace, source: str, output: Path, way: str) -> d
     values = [source, output, vocabulary, arguments.num_samples, arguments.sequence_length, arguments.method]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     started, busy, own = time.perf_counter(), busy_seconds(), own_seconds()
-    subprocess.run([*launcher, str(script), *map(str, values)], check=True, env=environment, stderr=subprocess.DEVNULL)
+    command = [*launcher, str(script), *map(str, values)]
+    output_of = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    done = subprocess.run(command, check=True, env=environment, **output_of)
     wall = time.perf_counter() - started
     others = busy_seconds() - busy - (own_seconds() - own)
     seconds = json.loads((output / "fista" / "report.json").read_text())["seconds"]
-    return {"seconds": seconds["total"], "allocation": seconds["allocation"], "wall": wall, "others": others / wall}
+    return {
+        "seconds": seconds["total"],
+        "allocation": seconds["allocation"],
+        "processor_seconds": max(map(float, done.stdout.split())),
+        "wall": wall,
+        "others": others / wall,
+    }
 
 
 def busy_seconds() -> float:
@@ -116,7 +127,8 @@ def main() -> None:
                 output = folder / f"{index}-{'-'.join(map(str, _WAYS[way]))}"
                 measured[way].append(run(arguments, source, output, way))
                 found = measured[way][-1]
-                print(f"{way}: {found['seconds']:.1f} s, others used {found['others']:.2f} cores", flush=True)
+                busy = f"processor {found['processor_seconds']:.1f} s, others used {found['others']:.2f} cores"
+                print(f"{way}: {found['seconds']:.1f} s, {busy}", flush=True)
                 written[way] = files_of(output)
             alone, _, together = written.values()
             if alone != together:
