@@ -4,7 +4,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny_llama import tiny_llama, tiny_tokens
+from launched import exit_codes, launch, prune
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.solve.methods import METHODS
@@ -24,3 +26,16 @@ def test_a_gpu_prunes_as_the_cpu_does(method, pattern, storage_device):
     report = pruner.prune(on_gpu, tiny_tokens().split(4))
     assert report.totals["num_zeros"] == expected.totals["num_zeros"]
     assert report.totals["mean_relative_error"] == pytest.approx(expected.totals["mean_relative_error"], rel=2e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_two_gpus_share_the_layers(tmp_path):
+    save_tiny_folder(tmp_path / "source")
+    config = FistaPruningConfig(0.5, error_correction="intra")
+    assert exit_codes(launch(2, prune, tmp_path / "source", tmp_path / "shared", config)) == [0, 0]
+    FistaPruner(config, progress=False).prune(
+        tmp_path / "source", tiny_tokens().split(4), output_dir=tmp_path / "alone"
+    )
+    shared, alone = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("shared", "alone"))
+    for (name, expected), found in zip(alone.named_parameters(), shared.parameters(), strict=True):
+        assert torch.equal(expected, found), name

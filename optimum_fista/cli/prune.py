@@ -14,7 +14,8 @@ DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
 
 The model is read, pruned and written one decoder layer at a time. A run that was cut off goes on behind its last
-finished decoder layer when the same command is given again.
+finished decoder layer when the same command is given again. Several processes, started by accelerate launch or
+torchrun, share the decoder layers where those are independent (--error-correction none or intra): see docs/ranks.md.
 
 MODEL is a Hub id, a model folder, or a folder that holds one GGUF file. Without calibration text at hand the model
 samples its own (--calibration self, the default), so nothing but the model is needed.
@@ -23,6 +24,7 @@ examples:
   optimum-fista prune meta-llama/Llama-3.2-1B --output llama-50 --sparsity 0.5 --calibration c4
   optimum-fista prune ./model --output model-24 --pattern 2:4 --calibration texts.jsonl --num-samples 64
   optimum-fista prune ./model --output model-50 --method wanda --device cpu --dtype float32
+  accelerate launch --num_processes 8 -m optimum_fista prune ./model --output model-50 --error-correction intra
 """
 
 
@@ -107,15 +109,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune, save, and upload where asked."""
+    from accelerate import PartialState
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
     from optimum_fista.run.calibration_source import calibration_tokens_by_name
     from optimum_fista.run.checkpoint import require_free_folder
     from optimum_fista.run.hub import push_folder
     from optimum_fista.run.journal import FOLDER
     from optimum_fista.run.loading import usable_device
     from optimum_fista.run.pruner import FistaPruner
+    from optimum_fista.run.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
     from optimum_fista.run.streaming import unfinished_folder
 
     config = _config(arguments)
+    require_independent_layers(config, launched_processes())
     require_free_folder(arguments.output, arguments.overwrite)
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
@@ -123,29 +130,42 @@ def run(arguments: argparse.Namespace) -> int:
         usable_device(arguments.storage_device)
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
-    tokens = calibration_tokens_by_name(
-        arguments.model,
-        arguments.calibration,
-        arguments.num_samples,
-        arguments.sequence_length,
-        config.seed,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        keep_in=unfinished_folder(arguments.output) / FOLDER,
-    )
-    try:
-        report = FistaPruner(config, storage_device=arguments.storage_device).prune(
-            arguments.model,
-            tokens.split(arguments.batch_size),
-            calibration_source=arguments.calibration,
-            output_dir=arguments.output,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            overwrite=arguments.overwrite,
-        )
-    except KeyboardInterrupt:
-        print("\nfinished decoder layers are kept: give the same command again to go on", file=sys.stderr)
-        raise
+    with joined_ranks(arguments.device) as ranks:
+        if ranks.index:
+            set_verbosity_error()
+            disable_progress_bar()
+        try:
+            tokens = ranks.first(
+                lambda: calibration_tokens_by_name(
+                    arguments.model,
+                    arguments.calibration,
+                    arguments.num_samples,
+                    arguments.sequence_length,
+                    config.seed,
+                    device=ranks.device,
+                    dtype=arguments.dtype,
+                    keep_in=unfinished_folder(arguments.output) / FOLDER,
+                )
+            )
+            report = FistaPruner(config, storage_device=arguments.storage_device).prune(
+                arguments.model,
+                tokens.split(arguments.batch_size),
+                calibration_source=arguments.calibration,
+                output_dir=arguments.output,
+                device=arguments.device,
+                dtype=arguments.dtype,
+                overwrite=arguments.overwrite,
+            )
+        except KeyboardInterrupt:
+            print("\nfinished decoder layers are kept: give the same command again to go on", file=sys.stderr)
+            raise
+        except RankError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    if ranks.count > 1:
+        PartialState().destroy_process_group()
+    if ranks.index:
+        return 0
     print(report)
     print(f"saved to {arguments.output}")
     if arguments.push_to_hub:

@@ -202,6 +202,11 @@ class FistaPruningConfig:
         missing = {name: getattr(defaults, name) for name, value in chosen.items() if value is None}
         return dataclasses.replace(self, **missing)
 
+    @property
+    def independent_layers(self) -> bool:
+        """Whether every decoder layer starts from the dense network's hidden states, whatever became of the others."""
+        return self.resolved().error_correction in ("none", "intra")
+
     def shares_budget(self, name: str) -> bool:
         """Whether the operator called `name` takes part in the sharing of zeros."""
         allocated = self.resolved().allocation == "fisher" and self.pattern == "unstructured"

@@ -148,6 +148,11 @@ class LayerPruning:
                     states.pruned = [output.to(activations.storage) for output in forwards.outputs()]
         states.dense = outputs
 
+    def pass_on(self, activations: LayerActivations, states: HiddenStates) -> None:
+        """Replace the dense hidden states by those behind the layer, which stays dense."""
+        assert states.dense is not None
+        states.dense, _, _ = record_dense(activations, [], states.dense, [])
+
     def _corrects_residual(
         self, activations: LayerActivations, groups: Sequence[Group], index: int, hidden_states: Tensor
     ) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ from optimum_fista.run.stored_names import stored_names
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.pruned import PrunedOperator
 
+_PRUNING_COST = 8.0  # forward passes of the layer; measured 2 (wanda) to 9 (fista) on a CPU, see docs/ranks.md
+
 
 class ModelPruning:
     """One run over the decoder layers of a model.
@@ -50,6 +52,7 @@ class ModelPruning:
         report: The report; operators are added as they are pruned.
         states: Hidden states that enter the next decoder layer; `None` before the first.
         budgets: The operators' sparsity patterns; `None` before they are shared.
+        title: What the progress bar is called.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ModelPruning:
         )
         self.write = write
         self.progress = progress
+        self.title = "Pruning"
         self.storage_device = storage_device
         self.states: HiddenStates | None = None
         self.budgets: Budgets | None = None
@@ -93,64 +97,64 @@ class ModelPruning:
         """Index of the last decoder layer with an operator to prune."""
         return max(index for index, group in enumerate(self.operators.values()) if group)
 
-    def run(self, first: int = 0) -> Iterator[tuple[int, str, nn.Module]]:
-        """Prune the decoder layers from `first` on in place; where it is not 0, `states` must be those that enter it.
+    def costs(self) -> list[float]:
+        """What pruning each decoder layer costs besides its forward pass, in forward passes of the largest."""
+        weights = [sum(o.shape[0] * o.shape[1] for o in group.values()) for group in self.operators.values()]
+        return [_PRUNING_COST * count / max(weights) for count in weights]
+
+    def run(self, todo: Collection[int] | None = None) -> Iterator[tuple[int, str, nn.Module]]:
+        """Prune decoder layers in place.
+
+        Args:
+            todo: Their indices; `None`: all. Where `states` is set, it holds those that enter the first of them;
+                otherwise the layers must be independent of each other, and those that are not to do stay dense.
 
         Yields:
-            Index, name and module of every decoder layer when it is pruned, before its weights leave the device.
+            Index, name and module of every such layer when it is pruned, before its weights leave the device.
             Layers behind the last operator to prune are not run.
 
         Raises:
             ValueError: If weights or activations are not finite.
         """
-        counts = [len(group) for group in self.operators.values()]
+        pruning = self._layer_pruning(self.shared_budgets())
+        todo = range(len(self.layers)) if todo is None else todo
+        counts = {index: len(group) for index, group in enumerate(self.operators.values()) if index in todo}
+        last = max((index for index, count in counts.items() if count), default=-1)
         with (
-            split_experts(operator for group in self.operators.values() for operator in group.values()),
-            tqdm(
-                total=sum(counts),
-                initial=sum(counts[:first]),
-                desc="Pruning",
-                unit="operator",
-                disable=not self.progress,
-            ) as bar,
+            self._split_experts(),
+            tqdm(total=sum(counts.values()), desc=self.title, unit="operator", disable=not self.progress) as bar,
         ):
-            pruning = self._layer_pruning(self._shared_budgets())
             recorded = record_inputs(self.model, self.layers, self.batches)
             storage = self.storage
-            if not first:
+            first = 0 if self.states is None else min(todo)
+            if self.states is None:
                 self.states = pruning.enter([hidden.to(storage) for hidden in recorded.hidden_states])
             recorded.hidden_states.clear()
             for index, (name, layer) in enumerate(self.layers):
                 calls, recorded.calls[index] = recorded.calls[index], []
-                if index < first:
+                if index < first or (index > last and index not in todo):
                     continue
                 with onloaded(layer):
-                    if index <= self.last_layer:
-                        activations = LayerActivations(layer, calls, recorded.token_masks, storage)
+                    activations = LayerActivations(layer, calls, recorded.token_masks, storage)
+                    if index <= last and index not in todo:
+                        pruning.pass_on(activations, self.states)
+                        continue
+                    if index <= last:
                         self._prune_layer(pruning, activations, name, index, bar)
                     yield index, name, layer
-        self.warn_at_the_end()
 
-    def _warn_if_rank_deficient(self) -> None:
-        """Warn once when an operator has more inputs than there are calibration tokens."""
-        tokens = self.report.calibration["num_tokens"]
-        widest = max((o for group in self.operators.values() for o in group.values()), key=lambda o: o.shape[1])
-        if tokens < widest.shape[1]:
-            self._warn(
-                f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
-                "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
-            )
-
-    def _warn(self, message: str) -> None:
-        self.report.warnings.append(message)
-        warnings.warn(message, stacklevel=5)
-
-    def warn_at_the_end(self) -> None:
-        """Note what did not converge, and warn of operators that were to be pruned and could not be.
+    def complete_report(self) -> None:
+        """Add what the user should know once all operators are pruned.
 
         Raises:
             UnsupportedArchitectureError: If there is no other.
         """
+        if self.budgets is not None and self.budgets.unseen:
+            self.report.warnings.append(
+                f"the loss does not feel {len(self.budgets.unseen)} operators on the first "
+                f"{self.config.allocation_tokens} calibration tokens, so they keep the average sparsity: "
+                f"{', '.join(self.budgets.unseen[:4])}"
+            )
         chosen = ("router", "exclude")
         reasons = {name: reason for name, reason in self.report.left_dense.items() if reason not in chosen}
         left = {name: reason for name, reason in reasons.items() if self.config.reason_left_dense(name) is None}
@@ -173,19 +177,36 @@ class ModelPruning:
                 f"{self.config.starved_method} ({least.name}: {least.num_tokens}). Pass more calibration tokens."
             )
 
-    def _shared_budgets(self) -> Budgets:
+    def _warn_if_rank_deficient(self) -> None:
+        """Warn once when an operator has more inputs than there are calibration tokens."""
+        tokens = self.report.calibration["num_tokens"]
+        widest = max((o for group in self.operators.values() for o in group.values()), key=lambda o: o.shape[1])
+        if tokens < widest.shape[1]:
+            self._warn(
+                f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
+                "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
+            )
+
+    def _warn(self, message: str) -> None:
+        self.report.warnings.append(message)
+        warnings.warn(message, stacklevel=5)
+
+    def shared_budgets(self) -> Budgets:
+        """The operators' sparsity patterns; the first call shares the zeros.
+
+        Raises:
+            ValueError: If gradients of the loss are not finite.
+        """
         if self.budgets is None:
             started = time.perf_counter()
             flat = {name: operator for group in self.operators.values() for name, operator in group.items()}
-            self.budgets = share_budgets(self.model, self.layers, flat, self.batches, self.config, self.progress)
+            with self._split_experts():
+                self.budgets = share_budgets(self.model, self.layers, flat, self.batches, self.config, self.progress)
             self.report.seconds["allocation"] = time.perf_counter() - started
-        if self.budgets.unseen:
-            self.report.warnings.append(
-                f"the loss does not feel {len(self.budgets.unseen)} operators on the first "
-                f"{self.config.allocation_tokens} calibration tokens, so they keep the average sparsity: "
-                f"{', '.join(self.budgets.unseen[:4])}"
-            )
         return self.budgets
+
+    def _split_experts(self) -> AbstractContextManager[None]:
+        return split_experts(operator for group in self.operators.values() for operator in group.values())
 
     def _layer_pruning(self, budgets: Budgets) -> LayerPruning:
         assert self.config.error_correction is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.hub import push_folder
 from optimum_fista.run.model_pruning import ModelPruning
 from optimum_fista.run.perplexity import evaluation_mode
+from optimum_fista.run.ranks import launched_processes
 from optimum_fista.run.report import PruningReport
 from optimum_fista.run.rollback import Rollback
 from optimum_fista.run.single_weight import single_problem
@@ -71,7 +73,8 @@ class FistaPruner:
         Given a name, the model is never held: each decoder layer is read, pruned, and written for good as a shard of
         its own. After a crash or an interrupt the same call goes on behind the last finished decoder layer, with
         the same result; until all is done, what is finished lies in `output_dir` + ".unfinished", which can't be
-        loaded as a model.
+        loaded as a model. Processes that were launched together (`accelerate launch`, `torchrun`) and all make this
+        call share the decoder layers of a model given by name; a model in memory is a copy in each of them.
 
         Args:
             model: Decoder-only model with a language-model head, in memory or offloaded by Accelerate, in any
@@ -81,7 +84,8 @@ class FistaPruner:
                 [batch, sequence] or lists of ids. Padding counts nowhere. It is read once.
             calibration_source: Name of the text, for the report.
             output_dir: Where to write the pruned model, for a model given by name only.
-            device: Where a model given by name computes; `None`: the first GPU when there is one, otherwise the CPU.
+            device: Where a model given by name computes; `None`: the first GPU when there is one (that of the process
+                among several), otherwise the CPU.
             dtype: Dtype of a model given by name; `"auto"` takes the checkpoint's.
             overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
 
@@ -90,7 +94,9 @@ class FistaPruner:
 
         Raises:
             ValueError: If the model is quantized or damaged, the loader is empty or does not fit the model,
-                the sparsity pattern does not fit an operator, or an unfinished run in `output_dir` had other settings.
+                the sparsity pattern does not fit an operator, or an unfinished run in `output_dir` had other settings;
+                with several processes, if decoder layers depend on each other or the loaders differ.
+            RankError: If another process failed or is gone; finished decoder layers are kept (a RuntimeError).
             FileExistsError: If `output_dir` already holds a model and `overwrite` is False.
             OSError: If the disk is full, or can't be written to; finished decoder layers are kept.
             UnsupportedArchitectureError: If the model's structure can't be pruned (a ValueError).
@@ -112,6 +118,12 @@ class FistaPruner:
             )
         if output_dir is not None:
             raise ValueError("output_dir is for a model given by name: save a loaded model by save_pretrained.")
+        if (count := launched_processes()) > 1:
+            warnings.warn(
+                f"model is in memory, so each of {count} processes that calls prune works on a copy of its own: pass "
+                "its name and output_dir, and they share its decoder layers.",
+                stacklevel=2,
+            )
         started = time.perf_counter()
         masks: dict[str, Tensor] = {}
         with Rollback() as rollback:
@@ -132,6 +144,7 @@ class FistaPruner:
             with evaluation_mode(model), torch.no_grad():
                 for _ in pruning.run():
                     rollback.settle()
+            pruning.complete_report()
         report = pruning.report
         report.seconds["total"] = time.perf_counter() - started
         model.config.fista_pruning = summary(report)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
+from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import move_execution, stored_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.atomic import write_atomically, write_tensors, write_text
 from optimum_fista.run.card import model_card
 from optimum_fista.run.checkpoint import MASKS_FILE, MASKS_METADATA, REPORT_FILE, require_free_folder, summary
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.journal import FOLDER, Journal
+from optimum_fista.run.fingerprint import is_of_another_run, run_fingerprint
+from optimum_fista.run.journal import FOLDER, FinishedLayer, Journal
 from optimum_fista.run.loading import (
     floating_dtype,
     forget_gguf,
@@ -34,13 +34,12 @@ from optimum_fista.run.loading import (
 )
 from optimum_fista.run.model_pruning import ModelPruning
 from optimum_fista.run.perplexity import evaluation_mode
-from optimum_fista.run.report import PruningReport, library_versions
+from optimum_fista.run.ranks import RankError, Ranks, joined_ranks, require_independent_layers
+from optimum_fista.run.report import PruningReport
+from optimum_fista.run.shares import share_layers
 from optimum_fista.run.stored_names import as_stored
 from optimum_fista.solve.bitmask import pack_mask
 from optimum_fista.solve.pruned import PrunedOperator
-
-_VERSIONS = ("optimum-fista", "torch", "transformers")
-_BLOCKS = 64
 
 
 def unfinished_folder(output_dir: Path) -> Path:
@@ -63,28 +62,35 @@ def prune_files(
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
-    require_free_folder(output_dir, overwrite)
     folder = unfinished_folder(output_dir)
-    with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload_folder:
-        model, tokenizer = load_lazily(str(name), Path(offload_folder), device=device, dtype=dtype)
-        run = _Streaming(model, calib_dataloader, config, calibration_source, progress, storage_device)
-        journal = run.open(folder, _identity(str(name)), overwrite)
-        report = run.pruning.report
+    with (
+        joined_ranks(device) as ranks,
+        tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload_folder,
+    ):
+
+        def begin() -> tuple[_Streaming, dict[str, Any]]:
+            require_free_folder(output_dir, overwrite)
+            require_independent_layers(config, ranks.count)
+            model, tokenizer = load_lazily(str(name), Path(offload_folder), device=ranks.device, dtype=dtype)
+            shown = progress and not ranks.index
+            run = _Streaming(model, tokenizer, calib_dataloader, config, calibration_source, shown, storage_device)
+            if ranks.count > 1:
+                run.pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
+            return run, run_fingerprint(str(name), run.pruning)
+
+        run, fingerprint = ranks.each(begin)
+        run.open(folder, fingerprint, overwrite, ranks)
         try:
-            run.prune()
-            report.seconds["total"] = time.perf_counter() - started + run.seconds_before
-            report, masks = as_stored(report, run.masks, run.pruning.stored_names)
-            _complete(model, tokenizer, report, masks, journal, run)
+            run.prune(ranks)
+            return ranks.first(lambda: run.complete(output_dir, started))
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{error.strerror or error}: {len(journal.finished())} of {len(run.pruning.layers)} decoder layers are "
-                f"finished and kept in {str(folder)!r}; make room, and start again with the same output",
+                f"{error.strerror or error}: {run.kept()}; make room, and start again with the same output",
                 error.filename,
             ) from error
-    _move(folder, output_dir)
-    shutil.rmtree(output_dir / FOLDER)
-    return report
+        except RankError as error:
+            raise RankError(f"{error}; {run.kept()}; start again with the same output") from error
 
 
 def load_lazily(
@@ -116,6 +122,7 @@ class _Streaming:
     def __init__(
         self,
         model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
         calib_dataloader: Iterable[Any],
         config: FistaPruningConfig,
         source: str | None,
@@ -123,9 +130,9 @@ class _Streaming:
         storage_device: str | torch.device | None,
     ) -> None:
         self.model = model
+        self.tokenizer = tokenizer
         self.masks: dict[str, Tensor] = {}
-        self.weight_map: dict[str, str] = {}
-        self.seconds_before = 0.0
+        self.finished: dict[int, FinishedLayer] = {}
         self.pruning = ModelPruning(
             model,
             calib_dataloader,
@@ -136,55 +143,105 @@ class _Streaming:
             storage_device=storage_device,
         )
 
-    def open(self, folder: Path, identity: Any, overwrite: bool) -> Journal:
+    def open(self, folder: Path, fingerprint: dict[str, Any], overwrite: bool, ranks: Ranks) -> None:
         """Open the journal, and take up what is finished."""
-        pruning = self.pruning
-        versions = library_versions()
-        fingerprint = {
-            "model": identity | {"dtype": str(self.model.dtype)},
-            "config": pruning.config.to_dict(),
-            "calibration": pruning.report.calibration["sha256"],
-            "batches": [list(batch.input_ids.shape) for batch in pruning.batches],
-            "versions": {name: versions[name] for name in _VERSIONS},
-        }
-        if overwrite and _differs(folder, fingerprint):
-            shutil.rmtree(folder)
-        self.journal = Journal(folder, fingerprint, len(pruning.layers))
-        finished = self.journal.finished()
-        if finished and len(finished) <= pruning.last_layer:
-            pruning.states = self.journal.states(len(finished), pruning.storage)
-            if pruning.states is None:
-                finished = []  # they can't be made again without the layers before
-        for index, layer in enumerate(finished):
-            pruning.report.operators.extend(layer.operators)
-            pruning.report.left_dense |= layer.left_dense
-            self.masks |= self.journal.masks(index)
-            self.weight_map |= dict.fromkeys(layer.names, layer.shard)
-            self.seconds_before += layer.seconds
-        self.first = len(finished)
-        return self.journal
+        num_layers = len(self.pruning.layers)
 
-    def prune(self) -> None:
-        """Prune the decoder layers that are left, and write each for good."""
+        def begin() -> dict[str, Any]:
+            if overwrite and is_of_another_run(folder, fingerprint):
+                shutil.rmtree(folder)
+            Journal(folder, fingerprint, num_layers)
+            return fingerprint
+
+        def join(begun: dict[str, Any]) -> Journal:
+            different = [key for key in fingerprint if fingerprint[key] != begun[key]]
+            if different:
+                raise ValueError(
+                    f"{' and '.join(different)} differ from those of rank 0: start every process with the same "
+                    "model, configuration and calibration batches."
+                )
+            if not (folder / FOLDER).exists():
+                raise ValueError(f"output: rank 0 began {str(folder)!r}, and it isn't here: pass a shared folder.")
+            return Journal(folder, fingerprint, num_layers)
+
+        begun = ranks.first(begin)
+        self.journal = ranks.each(lambda: join(begun))
+        self.finished = ranks.first(self._finished)
+
+    def prune(self, ranks: Ranks) -> None:
+        """Prune this process's share of the decoder layers that are left, and write each for good."""
+        unfinished = [index for index in range(len(self.pruning.layers)) if index not in self.finished]
+        if unfinished:
+            with evaluation_mode(self.model), torch.no_grad():
+                ranks.first(self._share_budgets)
+                todo = share_layers(unfinished, self.pruning.costs(), ranks.count)[ranks.index]
+                ranks.each(lambda: self._prune_layers(todo))
+
+    def complete(self, output_dir: Path, started: float) -> PruningReport:
+        """Write all that is not a decoder layer, and give the folder its name.
+
+        Raises:
+            RankError: If decoder layers are not there.
+        """
+        report, journal = self.pruning.report, self.journal
+        layers = journal.finished(read_shards=False)
+        if len(layers) < len(self.pruning.layers):
+            raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
+        report.operators = [operator for _, layer in sorted(layers.items()) for operator in layer.operators]
+        report.seconds["total"] = time.perf_counter() - started + sum(o.seconds for o in self.finished.values())
+        self.pruning.budgets = journal.budgets(self.pruning.config)
+        report.left_dense = {k: why for _, layer in sorted(layers.items()) for k, why in layer.left_dense.items()}
+        self.pruning.complete_report()
+        masks = {name: mask for index in sorted(layers) for name, mask in journal.masks(index).items()}
+        report, masks = as_stored(report, masks, self.pruning.stored_names)
+        _complete(self.model, self.tokenizer, report, masks, journal, layers)
+        for left in [*journal.folder.glob(".tmp*"), *journal.folder.glob(".*.partial")]:
+            left.unlink()  # of a process that was killed while safetensors wrote
+        _move(journal.folder, output_dir)
+        shutil.rmtree(output_dir / FOLDER)
+        return report
+
+    def kept(self) -> str:
+        """What is not lost."""
+        finished = len(self.journal.finished(read_shards=False))
+        total, folder = len(self.pruning.layers), str(self.journal.folder)
+        return f"{finished} of {total} decoder layers are finished and kept in {folder!r}"
+
+    def _finished(self) -> dict[int, FinishedLayer]:
+        """The decoder layers that need not be pruned again."""
+        finished, pruning = self.journal.finished(), self.pruning
+        if pruning.config.independent_layers:
+            return finished
+        first = next(index for index in range(len(pruning.layers) + 1) if index not in finished)
+        if 0 < first <= pruning.last_layer:
+            pruning.states = self.journal.states(first, pruning.storage)
+            if pruning.states is None:
+                first = 0  # they can't be made again without the layers before
+        return {index: finished[index] for index in range(first)}
+
+    def _share_budgets(self) -> None:
+        """Share the zeros over the operators, or take up how they were shared."""
+        self.pruning.budgets = self.journal.budgets(self.pruning.config)
+        if self.pruning.budgets is None:
+            self.journal.keep_budgets(self.pruning.shared_budgets())
+
+    def _prune_layers(self, todo: Sequence[int]) -> None:
         pruning, journal = self.pruning, self.journal
-        if self.first == len(pruning.layers):
-            pruning.warn_at_the_end()
+        if pruning.budgets is None:
+            pruning.budgets = journal.budgets(pruning.config)
+        if not todo:
             return
-        pruning.budgets = journal.budgets(pruning.config)
-        with evaluation_mode(self.model), torch.no_grad():
+        started = time.perf_counter()
+        for index, name, layer in pruning.run(todo):
+            tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+            tensors = _as_saved(self.model, tensors)
+            masks, self.masks = self.masks, {}
+            reports = [o for o in pruning.report.operators if o.name.startswith(f"{name}.")]
+            carried = index < pruning.last_layer and not pruning.config.independent_layers
+            states = pruning.states if carried else None
+            left_dense = {key: why for key, why in pruning.report.left_dense.items() if key.startswith(f"{name}.")}
+            journal.keep_layer(index, tensors, masks, reports, left_dense, states, time.perf_counter() - started)
             started = time.perf_counter()
-            for index, name, layer in pruning.run(self.first):
-                if index == self.first and pruning.budgets is not None:
-                    journal.keep_budgets(pruning.budgets)
-                tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-                tensors = _as_saved(self.model, tensors)
-                masks = {key: self.masks[key] for key in self.masks if key.startswith(f"{name}.")}
-                reports = [o for o in pruning.report.operators if o.name.startswith(f"{name}.")]
-                left_dense = {key: why for key, why in pruning.report.left_dense.items() if key.startswith(f"{name}.")}
-                states = pruning.states if index < pruning.last_layer else None
-                journal.keep_layer(index, tensors, masks, reports, left_dense, states, time.perf_counter() - started)
-                self.weight_map |= dict.fromkeys(tensors, self.journal.shard_name(index))
-                started = time.perf_counter()
 
     def _write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
         operator.write(pruned.weight)
@@ -204,10 +261,10 @@ def _complete(
     report: PruningReport,
     masks: Mapping[str, Tensor],
     journal: Journal,
-    run: _Streaming,
+    layers: dict[int, FinishedLayer],
 ) -> None:
     """Write all that is not a decoder layer; the configuration, without which nothing loads, comes last."""
-    folder, prefix = journal.folder, f"{run.pruning.layers.name}."
+    folder, prefix = journal.folder, f"{find_decoder_layers(model).name}."
     modules = dict(model.named_modules())
     rest = {}
     for name in model.state_dict():
@@ -216,7 +273,8 @@ def _complete(
             rest[name] = stored_tensor(modules[owner], leaf)
     rest = _as_saved(model, rest)
     last = journal.keep_shard(journal.num_shards - 1, rest)
-    weight_map = run.weight_map | dict.fromkeys(rest, last.name)
+    weight_map = {name: layer.shard for layer in layers.values() for name in layer.names}
+    weight_map |= dict.fromkeys(rest, last.name)
     metadata = {"total_parameters": model.num_parameters(), "total_size": _total_size(folder)}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
@@ -255,30 +313,3 @@ def _move(folder: Path, output_dir: Path) -> None:
         shutil.rmtree(old)
     else:
         folder.rename(output_dir)
-
-
-def _differs(folder: Path, fingerprint: dict[str, Any]) -> bool:
-    file = folder / FOLDER / "fingerprint.json"
-    return folder.exists() and (
-        not file.exists() or json.loads(file.read_text()) != json.loads(json.dumps(fingerprint))
-    )
-
-
-def _identity(name: str) -> dict[str, Any]:
-    """What tells one set of weights from another without reading all of them.
-
-    Names and sizes of the weight files, and a digest of blocks spread over each, headers included.
-    """
-    folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True))
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf", ".bin"))
-    return {"files": {path.name: [path.stat().st_size, _sampled_digest(path)] for path in files}}
-
-
-def _sampled_digest(path: Path) -> str:
-    size, block = path.stat().st_size, 1 << 16
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for place in range(_BLOCKS):
-            file.seek(max(0, (size - block) * place // (_BLOCKS - 1)))
-            digest.update(file.read(block))
-    return digest.hexdigest()

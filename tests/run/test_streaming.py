@@ -207,6 +207,14 @@ def test_a_run_cut_off_before_the_last_rename_only_renames(source, whole, tmp_pa
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
+def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, monkeypatch):
+    cut_off(monkeypatch, streaming, "_complete", stop, source, tmp_path / "pruned")
+    for name in (".tmpq7NgZZ", ".model-00009-of-00009.safetensors.partial"):
+        (unfinished_folder(tmp_path / "pruned") / name).write_bytes(b"half a shard")
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
 def test_a_damaged_shard_is_made_again(source, whole, tmp_path, monkeypatch, damage):
     cut_off(monkeypatch, streaming, "_complete", stop, source, tmp_path / "pruned")

@@ -1,0 +1,143 @@
+"""Processes that prune one model together, started by `accelerate launch` or `torchrun`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import get_int_from_env
+
+from optimum_fista.run.config import FistaPruningConfig
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # those that Accelerate reads
+_PATIENCE = timedelta(days=7)  # a rank that is done waits for the slowest; one that is gone is noticed at once
+
+
+class RankError(RuntimeError):
+    """Another process of the run failed or is gone."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that prune one model; by default it is alone.
+
+    Attributes:
+        index: Index of this process; 0 finishes the folder.
+        count: Number of processes.
+        device: Where this process computes; `None`: not decided.
+        group: Where the processes wait for each other, on the CPU (gloo) whatever the device.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: str | None = None
+    group: dist.ProcessGroup | None = None
+
+    def each(self, work: Callable[[], T]) -> T:
+        """Do this process's part and wait for the others to do theirs.
+
+        Raises:
+            RankError: If another process failed or is gone. What fails in this one is raised as it is, when the others
+                have done their part.
+        """
+        if self.count == 1:
+            return work()
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+            logger.error("rank %d failed, and waits for the others: %s", self.index, _line(error))
+        failures: list[str | None] = [None] * self.count
+        try:
+            dist.all_gather_object(failures, None if failure is None else _line(failure), group=self.group)
+        except RuntimeError as error:
+            raise failure or self._gone(error) from error
+        if failure is not None:
+            raise failure
+        failed = [f"rank {index} of {self.count} failed: {text}" for index, text in enumerate(failures) if text]
+        if failed:
+            raise RankError("; ".join(failed))
+        return result
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Have rank 0 do it, and hand the result to all.
+
+        Raises:
+            RankError: If rank 0 failed, or another process is gone. Rank 0 raises its own error as it is.
+        """
+        if self.count == 1:
+            return work()
+        found = [self.each(work if self.index == 0 else lambda: None)]
+        try:
+            dist.broadcast_object_list(found, src=0, group=self.group)
+        except RuntimeError as error:
+            raise self._gone(error) from error
+        result: T = found[0]  # type: ignore[assignment]
+        return result
+
+    def _gone(self, error: RuntimeError) -> RankError:
+        return RankError(f"rank {self.index} of {self.count} has lost the others: one has ended ({_line(error)[:200]})")
+
+
+def launched_processes() -> int:
+    """Number of processes that were launched together with this one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(get_int_from_env(_COUNTS, 1))
+
+
+@contextmanager
+def joined_ranks(device: str | None) -> Iterator[Ranks]:
+    """This process among those it was launched with; all of them must come here.
+
+    Args:
+        device: Where to compute; `None`: the device that Accelerate gives the process.
+
+    Raises:
+        ValueError: If the environment tells of other processes and Accelerate finds none.
+    """
+    count = launched_processes()
+    if count == 1:
+        yield Ranks(device=device)
+        return
+    state = PartialState(cpu=(device or "").startswith("cpu") or not torch.cuda.is_available())
+    if state.num_processes != count:
+        raise ValueError(
+            f"the environment tells of {count} processes and Accelerate finds {state.num_processes}: start them by "
+            "`accelerate launch` or `torchrun`."
+        )
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        yield Ranks(state.process_index, count, device or str(state.device), group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
+    """Refuse several processes where every decoder layer waits for the one before.
+
+    Raises:
+        ValueError: If so.
+    """
+    correction = config.resolved().error_correction
+    if count > 1 and not config.independent_layers:
+        raise ValueError(
+            f"error_correction={correction!r} prunes every decoder layer on what the pruned ones before it put out, so "
+            f"{count} processes can't share them: pass error_correction='intra' (--error-correction intra) or 'none', "
+            "or start one process."
+        )
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
