@@ -17,7 +17,7 @@ from optimum_fista.packed.kernels import kernels
 from optimum_fista.packed.triton_kernel import multiply_one, triton_is_here
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MAX_BATCH = 16
+_MAX_BATCH = 32
 _TILE_BYTES = 4 << 20
 
 _library = torch.library.Library("optimum_fista", "DEF")
@@ -100,8 +100,11 @@ def _multiply_on_cpu(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bi
     scratch = torch.empty(min(height, rows), columns, dtype=values.dtype)
     for first in range(0, rows, height):
         last = min(first + height, rows)
-        tile = compiled.unpack_rows(values, mask, starts, first, last, scratch[: last - first])
-        y[:, first:last] = functional.linear(inputs, tile, None if bias is None else bias[first:last])
+        tile = compiled.unpack_rows(values, mask, starts, first, last, scratch[: last - first]).t()
+        if bias is None:
+            torch.mm(inputs, tile, out=y[:, first:last])
+        else:
+            torch.addmm(bias[first:last], inputs, tile, out=y[:, first:last])
     return y.view(*x.shape[:-1], rows)
 
 

@@ -35,7 +35,7 @@ def _with_and_without_kernels(request, monkeypatch):
 
 @pytest.mark.usefixtures("_with_and_without_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("shape", [(100,), (1, 100), (2, 3, 100), (17, 100), (300, 100), (0, 100)])
+@pytest.mark.parametrize("shape", [(100,), (1, 100), (2, 3, 100), (17, 100), (32, 100), (300, 100), (0, 100)])
 def test_inputs_of_any_shape(shape, dtype):
     weight, packed, bias = problem(dtype=dtype)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -48,7 +48,7 @@ def test_inputs_of_any_shape(shape, dtype):
     torch.testing.assert_close(packed_linear(strided, *packed), linear(strided, weight), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("inputs", [17, 64])
+@pytest.mark.parametrize("inputs", [33, 64])
 def test_many_inputs_go_through_tiles(inputs, monkeypatch):
     monkeypatch.setattr(operation, "_TILE_BYTES", 1)
     weight, packed, bias = problem(200, 70)

@@ -16,6 +16,7 @@
 #if defined(__x86_64__)
 #include "avx2.h"
 #include "avx512.h"
+#include "yardsticks.h"
 #endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -138,4 +139,35 @@ EXPORT int optimum_fista_unpack_rows(int path, int bytes_of_a_value, int64_t row
   if (bytes_of_a_value == 2) fista::unpack<fista::BFloat16>(path, matrix, first, last, dense, threads);
   else fista::unpack<fista::Float32>(path, matrix, first, last, dense, threads);
   return 0;
+}
+
+// For benchmarks, on CPUs with the AVX-512 path: y [rows] = dense W [rows, columns] x in bfloat16, columns a multiple
+// of 64. Returns 1 where it can't.
+EXPORT int optimum_fista_measure_dense(int64_t rows, int64_t columns, const uint16_t* weight, const uint16_t* x,
+                                       uint16_t* y, int threads) {
+#if defined(__x86_64__)
+  if (optimum_fista_best_path() == fista::kAvx512 && columns % 64 == 0) {
+    fista::in_parallel(rows * columns < fista::kWorkOfAThread ? 1 : threads, [&](int64_t part, int64_t parts) {
+      fista::yardsticks::dense_rows<4>(weight, x, y, columns, rows * part / parts, rows * (part + 1) / parts);
+    });
+    return 0;
+  }
+#endif
+  (void)rows, (void)columns, (void)weight, (void)x, (void)y, (void)threads;
+  return 1;
+}
+
+// For benchmarks, as above: reads `bytes` bytes, a multiple of 512 for each thread.
+EXPORT int optimum_fista_measure_read(const char* data, int64_t bytes, int64_t* result, int threads) {
+#if defined(__x86_64__)
+  if (optimum_fista_best_path() == fista::kAvx512) {
+    fista::in_parallel(threads, [&](int64_t part, int64_t parts) {
+      const int64_t share = bytes / parts / 512 * 512;
+      result[part] = fista::yardsticks::read(data + part * share, share);
+    });
+    return 0;
+  }
+#endif
+  (void)data, (void)bytes, (void)result, (void)threads;
+  return 1;
 }

@@ -1,0 +1,149 @@
+"""Packed products beside PyTorch's bfloat16 linear, a dense kernel of our own, and memory that is only read.
+
+All are measured in turn, over and over, in one run; the median of each is reported. On a machine shared with others the
+ratios of one run mean something, times do not.
+
+    python benchmarks/kernels.py --output benchmarks/results/kernels.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from optimum_fista.packed.format import pack
+from optimum_fista.packed.kernels import Kernels, find_library
+from optimum_fista.packed.operation import packed_linear, row_starts
+
+KINDS = {"50%": 0.5, "70%": 0.3, "2:4": 0.5}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="14336x4096,4096x14336,2048x1024", help="rows x columns")
+    parser.add_argument("--batches", default="1,4,16,512")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--seconds", type=float, default=3, help="time for one line of the table")
+    parser.add_argument("--output", type=Path, default=Path("runs/kernels.json"))
+    return parser.parse_args()
+
+
+def sparse_weight(rows: int, columns: int, kind: str) -> tuple[Tensor, Tensor]:
+    scores = torch.rand(rows, columns)
+    if kind == "2:4":
+        groups = scores.view(-1, 4)
+        mask = torch.zeros_like(groups).bool().scatter_(1, groups.topk(2).indices, True).view(rows, columns)
+    else:
+        mask = scores < KINDS[kind]
+    return torch.randn(rows, columns).masked_fill(~mask, 0).bfloat16(), mask
+
+
+def medians(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median seconds of each, measured in turn."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    ends = time.perf_counter() + seconds
+    while time.perf_counter() < ends or len(times[next(iter(runs))]) < 9:
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def dense_kernel(library: ctypes.CDLL, weight: Tensor, x: Tensor) -> Callable[[], object]:
+    y = torch.empty(weight.shape[0], dtype=torch.bfloat16)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (weight, x, y)]
+    sizes = [ctypes.c_int64(size) for size in weight.shape]
+
+    def run() -> Tensor:
+        if library.optimum_fista_measure_dense(*sizes, *pointers, torch.get_num_threads()):
+            raise SystemExit("This CPU has no AVX-512 with BF16: the dense kernel to compare with needs it.")
+        return y
+
+    torch.testing.assert_close(run(), linear(x, weight)[0], rtol=2e-2, atol=2e-1)
+    return run
+
+
+def reading(library: ctypes.CDLL, num_bytes: int) -> Callable[[], object]:
+    data = torch.ones(num_bytes // 4096 * 1024, dtype=torch.int32)
+    result = torch.zeros(256, dtype=torch.int64)
+    arguments = [ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(data.numel() * 4), ctypes.c_void_p(result.data_ptr())]
+
+    def run() -> tuple[Tensor, Tensor]:
+        library.optimum_fista_measure_read(*arguments, torch.get_num_threads())
+        return data, result  # both stay alive as long as this function
+
+    return run
+
+
+def measure(rows: int, columns: int, batches: list[int], threads: list[int], seconds: float) -> list[dict]:
+    library = ctypes.CDLL(str(find_library()))
+    operators, num_bytes = {}, 0
+    for kind in KINDS:
+        weight, mask = sparse_weight(rows, columns, kind)
+        packed = pack(weight, mask)
+        operators[kind] = (packed.values, packed.mask, row_starts(packed.mask))
+        if kind == "50%":
+            dense, num_bytes = weight, packed.values.numel() * 2 + packed.mask.numel()
+    lines = []
+    for count in threads:
+        torch.set_num_threads(count)
+        for batch in batches:
+            x = torch.randn(batch, columns).bfloat16()
+            runs: dict[str, Callable[[], object]] = {"PyTorch": lambda x=x: linear(x, dense)}
+            if batch == 1:
+                runs["own dense"] = dense_kernel(library, dense, x)
+                runs["reading the bytes of 50%"] = reading(library, num_bytes)
+            for kind, operator in operators.items():
+                runs[kind] = lambda x=x, operator=operator: packed_linear(x, *operator)
+            found = medians(runs, seconds)
+            line = {"shape": f"{rows}x{columns}", "threads": count, "batch": batch, "seconds": found}
+            line["times_faster_than_pytorch"] = {kind: found["PyTorch"] / found[kind] for kind in KINDS}
+            if batch == 1:
+                line["times_faster_than_own_dense"] = {kind: found["own dense"] / found[kind] for kind in KINDS}
+                line["share_of_bandwidth_at_50%"] = found["reading the bytes of 50%"] / found["50%"]
+                line["read_bytes_per_second"] = num_bytes / found["reading the bytes of 50%"]
+            lines.append(line)
+            print(text_of(line), flush=True)
+    return lines
+
+
+def text_of(line: dict) -> str:
+    text = f"{line['shape']:>12}, {line['threads']} threads, batch {line['batch']:>3}: PyTorch"
+    text += f" {1e3 * line['seconds']['PyTorch']:8.3f} ms; faster by "
+    text += ", ".join(f"{kind} {times:.2f}" for kind, times in line["times_faster_than_pytorch"].items())
+    if line["batch"] == 1:
+        text += f"; than own dense by {line['times_faster_than_own_dense']['50%']:.2f}"
+        text += f", {line['share_of_bandwidth_at_50%']:.0%} of the bandwidth"
+    return text
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if find_library() is None:
+        raise SystemExit("The kernels are not compiled: install the package where there is a C++ compiler.")
+    torch.manual_seed(0)
+    batches, threads = ([int(n) for n in text.split(",")] for text in (arguments.batches, arguments.threads))
+    lines = []
+    with torch.no_grad():
+        for shape in arguments.shapes.split(","):
+            rows, columns = (int(size) for size in shape.split("x"))
+            lines += measure(rows, columns, batches, threads, arguments.seconds)
+    result = {"path": Kernels(find_library()).path, "torch": torch.__version__, "lines": lines}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
