@@ -47,6 +47,7 @@ def trace_groups(
             )
     groups: dict[object, list[LinearOperator]] = {}
     for operator, inputs in seen:
-        key = (inputs.data_ptr(), inputs.numel(), inputs.shape[-1], inputs.stride()[-1], inputs.dtype)
+        place = (inputs.untyped_storage()._cdata, inputs.storage_offset())  # data_ptr() is 0 on the meta device
+        key = (*place, inputs.numel(), inputs.shape[-1], inputs.stride()[-1], inputs.dtype)
         groups.setdefault(key, []).append(operator)
     return list(groups.values())

@@ -206,7 +206,8 @@ def choose_operators(
                 left_dense[name] = reason
                 continue
             config.pattern_for(name).require_shape(operator.shape, name)
-            if not is_offloaded(operator.module):  # the others are checked when they are onloaded
+            # others are checked when they are onloaded; a plan has no weights
+            if not is_offloaded(operator.module) and not operator.parameter.is_meta:
                 require_finite(operator)
             chosen[layer_name][name] = operator
     if not any(chosen.values()):
