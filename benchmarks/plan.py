@@ -29,6 +29,7 @@ from optimum_fista.run.plan import PruningPlan, plan_pruning
 
 CASES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden": 256, "ffn": 1024, "layers": 4, "samples": 8},
+    "small": {"hidden": 384, "ffn": 1536, "layers": 3, "samples": 8},
     "default": {"hidden": 512, "ffn": 2048, "layers": 6, "samples": 16},
     "wide": {"hidden": 768, "ffn": 3072, "layers": 8, "samples": 16},
     "vocabulary": {"hidden": 512, "ffn": 1536, "layers": 4, "samples": 16, "vocabulary": 32000},
@@ -171,6 +172,11 @@ def save_llama(case: dict[str, Any], folder: Path) -> None:
     LlamaForCausalLM(config).to(getattr(torch, case.get("dtype", "bfloat16"))).save_pretrained(folder)
 
 
+def save(rows: list[dict[str, Any]], output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"cases": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
@@ -181,12 +187,12 @@ def main() -> None:
             folder = Path(temporary)
             save_llama(CASES[name], folder / "source")
             rows.append(run_case(name, str(folder / "source"), CASES[name], folder))
+            save(rows, arguments.output)
     if arguments.model:
         case = {"samples": arguments.num_samples, "length": 512}
         with tempfile.TemporaryDirectory() as temporary:
             rows.append(run_case(Path(arguments.model).name, arguments.model, case, Path(temporary)))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"threads": torch.get_num_threads(), "cases": rows}, indent=1))
+            save(rows, arguments.output)
 
 
 if __name__ == "__main__":

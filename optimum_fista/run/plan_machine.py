@@ -15,6 +15,7 @@ from optimum_fista.run.loading import usable_device
 from optimum_fista.run.plan_model import PlannedModel
 from optimum_fista.run.plan_settings import PlanSettings
 
+SECONDS = 10.0
 _DISK = 5e8  # bytes a second; a plan writes nothing, so this is not measured
 
 
@@ -54,7 +55,7 @@ def measure_machine(
     shape: tuple[int, int],
     batch_tokens: int,
     head: tuple[int, int],
-    seconds: float = 10.0,
+    seconds: float,
 ) -> MachineRates:
     """Measure a device for about `seconds`, at the shapes of a model or as large as time allows.
 
@@ -110,7 +111,7 @@ def measure_for(
     heads = getattr(text, "num_attention_heads", None) or 1
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     shape = max(shapes, key=lambda shape: shape[0] * shape[1])
-    return measure_machine(target, planned.model.dtype, shape, settings.batch_tokens, (heads, width)), None
+    return measure_machine(target, planned.model.dtype, shape, settings.batch_tokens, (heads, width), SECONDS), None
 
 
 class _Clock:

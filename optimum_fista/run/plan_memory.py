@@ -151,9 +151,11 @@ class _Layer:
         for stop, index in enumerate(corrected):
             before = probe.paused_bytes[corrected[stop - 1]] if stop else 0
             last = settings.corrects_residual(self.kind, index)
-            held = before if last else max(before, probe.paused_bytes[index])
-            ledger.hold("paused activations", held * settings.batches + device_copy)
+            after = 0 if last else probe.paused_bytes[index]
+            before = 0 if last and storage == "device" and settings.carries_on else before  # becomes what is kept
+            ledger.hold("paused activations", max(before, after) * settings.batches + device_copy)
             self._statistics(index, self.groups[index], last)
+            ledger.hold("paused activations", 0 if last else after * settings.batches + device_copy)
             self._solve(index, self.groups[index])
         self._experts(2 * self.hidden + device_copy)
         if settings.carries_on:
@@ -223,8 +225,6 @@ class _Layer:
         )
         ledger.moment("statistics", (f"Gram matrix {index}", 2.5 * gram), ("cross-Gram matrix", cross + weight))
         ledger.free(f"recorded activations {index}")
-        if last:
-            ledger.free("paused activations")
         ledger.moment(
             "layer problems",
             (f"Gram matrix {index}", gram),

@@ -19,7 +19,7 @@ from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.probe import AnswerYes, LayerProbe, probe_layer
 from optimum_fista.model.replay import LayerCall
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.loading import floating_dtype, gguf_file
+from optimum_fista.run.loading import floating_dtype, gguf_file, refuse_quantized
 from optimum_fista.run.model_pruning import choose_operators
 
 
@@ -140,6 +140,7 @@ def planned_model(
     wanted = stored_dtype(settings, in_memory) if dtype == "auto" else floating_dtype(dtype)
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(settings, dtype=wanted).eval().requires_grad_(False)
+    refuse_quantized(made)
     layers = find_decoder_layers(made)
     experts = {id(module) for name, layer in layers for module in _expert_modules(layer)}
     quiet = tuple(name for name, module in made.named_modules() if id(module) in experts)

@@ -47,6 +47,8 @@ def _lines(plan: PruningPlan) -> Iterator[str]:
     yield ""
     yield f"{'disk':<{_WIDTH}}{size(sum(plan.disk_bytes.values())):>12}"
     for name, held in plan.disk_bytes.items():
+        if not held:
+            continue
         yield f"  {name:<{_WIDTH - 2}}{size(held):>12}"
     yield ""
     seconds = plan.seconds
