@@ -2,7 +2,8 @@
 
 Every case is a random Llama, written to a folder, planned from its configuration, and pruned from files to files in a
 process of its own, whose anonymous memory (not the pages of files) is sampled. A MODEL is planned and pruned too. All
-times are seconds of one thread's processor, so that what else the machine does counts for little.
+times, those of the plan's own measurements included, are seconds of one thread's processor, so that what else the machine
+does counts for little.
 
     python benchmarks/plan.py --cases default,wide,float32,sparsegpt --output benchmarks/results/plan.json
     python benchmarks/plan.py --cases none --model folder-with-a-gguf-file
@@ -90,6 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cases", default=",".join(CASES), help=f"some of {', '.join(CASES)}, or none")
     parser.add_argument("--model", help="a model folder, or a folder with one GGUF file")
     parser.add_argument("--num-samples", type=int, default=16, help="sequences of 512 tokens for --model")
+    parser.add_argument("--measured", type=Path, help="plan again the runs measured in this earlier output, run none")
     parser.add_argument("--output", type=Path, default=Path("runs/plan.json"))
     return parser.parse_args()
 
@@ -134,9 +136,11 @@ def plan(source: str, case: dict[str, Any]) -> PruningPlan:
     )
 
 
-def run_case(name: str, source: str, case: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run_case(
+    name: str, source: str, case: dict[str, Any], folder: Path, measured: dict[str, float] | None = None
+) -> dict[str, Any]:
     planned = plan(source, case)
-    measured = measure(source, folder / "out", case)
+    measured = measured or measure(source, folder / "out", case)
     seconds = planned.seconds
     assert seconds is not None
     row = {
@@ -172,6 +176,18 @@ def save_llama(case: dict[str, Any], folder: Path) -> None:
     LlamaForCausalLM(config).to(getattr(torch, case.get("dtype", "bfloat16"))).save_pretrained(folder)
 
 
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of docs/scale.md."""
+    lines = ["| case | MiB planned | measured | ratio | seconds planned | measured | ratio |", "|---" * 7 + "|"]
+    for row in rows:
+        memory = [row["planned_bytes"] / 2**20, row["measured"]["peak_bytes"] / 2**20]
+        times = [row["planned_seconds"], row["measured"]["total_seconds"]]
+        cells = [f"{memory[0]:.0f}", f"{memory[1]:.0f}", f"{row['memory_ratio']:.2f}"]
+        cells += [f"{times[0]:.1f}", f"{times[1]:.1f}", f"{row['time_ratio']:.2f}"]
+        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
+    return lines
+
+
 def save(rows: list[dict[str, Any]], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"cases": rows}, indent=1) + "\n")
@@ -180,18 +196,24 @@ def save(rows: list[dict[str, Any]], output: Path) -> None:
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
+    time.perf_counter = time.process_time
     print(f"{'':<16}{'planned':>9}{'measured':>9}    {'ratio':>7}{'planned':>9}{'measured':>9}  {'ratio':>7}   peak at")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    known: dict[str, Any] = {}
+    if arguments.measured:
+        known = {row["case"]: row["measured"] for row in json.loads(arguments.measured.read_text())["cases"]}
+        arguments.cases = ",".join(name for name in known if name in CASES)
     for name in [] if arguments.cases == "none" else arguments.cases.split(","):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             save_llama(CASES[name], folder / "source")
-            rows.append(run_case(name, str(folder / "source"), CASES[name], folder))
+            rows.append(run_case(name, str(folder / "source"), CASES[name], folder, known.get(name)))
             save(rows, arguments.output)
     if arguments.model:
         case = {"samples": arguments.num_samples, "length": 512}
         with tempfile.TemporaryDirectory() as temporary:
-            rows.append(run_case(Path(arguments.model).name, arguments.model, case, Path(temporary)))
+            name = Path(arguments.model).name
+            rows.append(run_case(name, arguments.model, case, Path(temporary), known.get(name)))
             save(rows, arguments.output)
 
 

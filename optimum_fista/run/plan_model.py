@@ -165,7 +165,7 @@ def planned_model(
         made,
         layers,
         operators,
-        left_dense | _dense_experts(made, layers, config),
+        {name: why for name, why in left_dense.items() if name not in quiet} | _dense_experts(made, layers, config),
         list(kinds.values()),
         hidden.numel() * hidden.element_size(),
         _call_bytes(recorded.calls),
