@@ -2,8 +2,8 @@
 
 Every case is a random Llama, written to a folder, planned from its configuration, and pruned from files to files in a
 process of its own, whose anonymous memory (not the pages of files) is sampled. A MODEL is planned and pruned too. All
-times, those of the plan's own measurements included, are seconds of one thread's processor, so that what else the machine
-does counts for little.
+times, those of the plan's own measurements included, are seconds of one thread's processor, so that what else the
+machine does counts for little.
 
     python benchmarks/plan.py --cases default,wide,float32,sparsegpt --output benchmarks/results/plan.json
     python benchmarks/plan.py --cases none --model folder-with-a-gguf-file
@@ -25,6 +25,7 @@ import torch
 from memory import anonymous
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from optimum_fista.run import plan_machine
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.plan import PruningPlan, plan_pruning
 
@@ -91,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cases", default=",".join(CASES), help=f"some of {', '.join(CASES)}, or none")
     parser.add_argument("--model", help="a model folder, or a folder with one GGUF file")
     parser.add_argument("--num-samples", type=int, default=16, help="sequences of 512 tokens for --model")
+    parser.add_argument("--seconds", type=float, default=10, help="measurements of the machine, for each plan")
     parser.add_argument("--measured", type=Path, help="plan again the runs measured in this earlier output, run none")
     parser.add_argument("--output", type=Path, default=Path("runs/plan.json"))
     return parser.parse_args()
@@ -197,12 +199,13 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
     time.perf_counter = time.process_time
+    plan_machine.SECONDS = arguments.seconds
     print(f"{'':<16}{'planned':>9}{'measured':>9}    {'ratio':>7}{'planned':>9}{'measured':>9}  {'ratio':>7}   peak at")
     rows: list[dict[str, Any]] = []
     known: dict[str, Any] = {}
     if arguments.measured:
         known = {row["case"]: row["measured"] for row in json.loads(arguments.measured.read_text())["cases"]}
-        arguments.cases = ",".join(name for name in known if name in CASES)
+        arguments.cases = ",".join(name for name in known if name in CASES) or "none"
     for name in [] if arguments.cases == "none" else arguments.cases.split(","):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ PAGE = (ROOT / "docs" / "scale.md").read_text()
 def benchmark(monkeypatch):
     """`benchmark(name)` imports a script of benchmarks/."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
 
     def load(name):
         spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")

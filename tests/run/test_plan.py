@@ -181,7 +181,7 @@ def test_a_quantized_model_is_refused():
 
 def test_a_real_run_keeps_to_its_plan(tmp_path):
     output = tmp_path / "plan.json"
-    command = [sys.executable, "benchmarks/plan.py", "--cases", "small", "--output", str(output)]
+    command = [sys.executable, "benchmarks/plan.py", "--cases", "small", "--seconds", "4", "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (case,) = json.loads(output.read_text())["cases"]
