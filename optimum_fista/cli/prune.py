@@ -25,13 +25,19 @@ examples:
   optimum-fista prune ./model --output model-24 --pattern 2:4 --calibration texts.jsonl --num-samples 64
   optimum-fista prune ./model --output model-50 --method wanda --device cpu --dtype float32
   accelerate launch --num_processes 8 -m optimum_fista prune ./model --output model-50 --error-correction intra
+  optimum-fista prune meta-llama/Llama-3.1-70B --dry-run --calibration c4 --device cuda --storage-device cpu
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
-    parser.add_argument("--output", "-o", required=True, type=Path, metavar="DIR", help="folder to write the model to")
+    parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="folder to write the model to")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print what would be pruned, peak memory and time; MODEL may be a config.json; writes nothing",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that --output already holds")
     what = parser.add_argument_group("what to prune")
     what.add_argument("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
@@ -122,6 +128,10 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.streaming import unfinished_folder
 
     config = _config(arguments)
+    if arguments.dry_run:
+        return _plan(arguments, config)
+    if arguments.output is None:
+        raise ValueError("--output is missing: pass the folder to write the model to, or --dry-run for a plan.")
     require_independent_layers(config, launched_processes())
     require_free_folder(arguments.output, arguments.overwrite)
     if arguments.batch_size < 1:
@@ -170,6 +180,24 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"saved to {arguments.output}")
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
+    from optimum_fista.run.plan import plan_pruning
+
+    plan = plan_pruning(
+        arguments.model,
+        config,
+        num_samples=arguments.num_samples,
+        sequence_length=arguments.sequence_length,
+        batch_size=arguments.batch_size,
+        calibration=arguments.calibration,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        storage_device=arguments.storage_device,
+    )
+    print(plan)
     return 0
 
 

@@ -56,8 +56,8 @@ def trace_groups(
     for operator, inputs in seen:
         if operator.name in left_dense:
             continue
-        place = inputs.data_ptr() if inputs.numel() else id(inputs)  # an expert may see no token
-        key = (place, inputs.numel(), inputs.shape[-1], inputs.stride()[-1], inputs.dtype)
+        place = (inputs.untyped_storage()._cdata, inputs.storage_offset())  # data_ptr() is 0 on the meta device
+        key = (*place, inputs.numel(), inputs.shape[-1], inputs.stride()[-1], inputs.dtype)
         groups.setdefault(key, []).append(operator)
     return list(groups.values()), left_dense
 

@@ -103,6 +103,19 @@ def quantization_method(model: PreTrainedModel) -> str | None:
     return str(getattr(method, "value", method))
 
 
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """Refuse models whose configuration says that they are quantized.
+
+    Raises:
+        ValueError: If it says so; a GGUF file is dequantized when it is loaded.
+    """
+    method = quantization_method(model)
+    if method not in (None, "gguf"):
+        raise ValueError(
+            f"model is quantized by {method!r}: prune the unquantized model first and quantize the result."
+        )
+
+
 def require_unquantized(model: PreTrainedModel) -> None:
     """Refuse models whose weights are not plain floating point.
 
@@ -111,11 +124,7 @@ def require_unquantized(model: PreTrainedModel) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
-    method = quantization_method(model)
-    if method not in (None, "gguf"):
-        raise ValueError(
-            f"model is quantized by {method!r}: prune the unquantized model first and quantize the result."
-        )
+    refuse_quantized(model)
     kept = [(name, module) for name, module in model.named_modules() if is_offloaded(module)]
     offloaded = {f"{name}.{key}" for name, module in kept for key, _ in module.named_parameters(recurse=False)}
     for name, parameter in model.named_parameters():

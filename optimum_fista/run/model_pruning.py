@@ -274,7 +274,8 @@ def choose_operators(
                 left_dense[name] = reason
                 continue
             config.pattern_for(name).require_shape(operator.shape, name)
-            if not operator.is_offloaded:  # the others are checked when they are onloaded
+            # others are checked when they are onloaded; a plan has no weights
+            if not operator.is_offloaded and not operator.parameter.is_meta:
                 require_finite(operator)
             chosen[layer_name][name] = operator
     if not any(chosen.values()):

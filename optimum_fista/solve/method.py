@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
@@ -44,3 +45,7 @@ class PruningMethod(ABC):
     ) -> list[PrunedOperator]:
         """Prune operators that share their inputs (and `InputStatistics`); override to share work."""
         return [self.prune(problem, pattern) for problem, pattern in zip(problems, patterns, strict=True)]
+
+    def cost(self) -> SolveCost:
+        """What pruning one operator costs, for plans; the default scores the weights once and measures the error."""
+        return SolveCost()

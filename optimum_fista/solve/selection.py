@@ -60,7 +60,8 @@ def keep_largest_in_rows(scores: Tensor, count: int) -> Tensor:
     mask = scores > threshold
     missing = count - mask.sum(1, keepdim=True)
     ties = scores == threshold
-    return mask.logical_or_(ties & (ties.cumsum(1) <= missing))
+    place = ties.cumsum(1, dtype=torch.int32 if columns < 2**31 else torch.int64)
+    return mask.logical_or_(ties.logical_and_(place <= missing))
 
 
 def keep_largest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:

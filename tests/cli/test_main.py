@@ -9,7 +9,7 @@ from optimum_fista.cli.main import build_parser, main
 
 FLAGS = {
     "prune": (
-        "MODEL --output -o --overwrite --sparsity --pattern --scope --include --exclude --method --paper "
+        "MODEL --output -o --dry-run --overwrite --sparsity --pattern --scope --include --exclude --method --paper "
         "--error-correction --residual-correction --allocation --starved-tokens "
         "--starved-method --warm-start --max-iterations --config "
         "--calibration --num-samples --sequence-length "
@@ -65,7 +65,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported(tmp_path):
     assert process.stdout.splitlines()[-1] == "loaded:"
 
 
-@pytest.mark.parametrize("arguments", [[], ["trim"], ["verify"], ["prune", "model"], ["evaluate", "model"]])
+@pytest.mark.parametrize("arguments", [[], ["trim"], ["verify"], ["evaluate", "model"]])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     assert run(*arguments) == 2
     assert "usage: optimum-fista" in capsys.readouterr().err

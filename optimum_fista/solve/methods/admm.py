@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -33,6 +34,12 @@ class Admm(PruningMethod):
     max_iterations: int = 20
     ramp_iterations: int = 15
     name: ClassVar[str] = "admm"
+
+    def cost(self) -> SolveCost:
+        """A product an iteration, and one for the error; one factorisation and inverse."""
+        return SolveCost(
+            products=self.max_iterations + 1, factor=1, sweeps=16 * self.max_iterations, working=((1, 3), (8.75, 2))
+        )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`. Symbols as in the paper: W, Z, U (scaled dual)."""

@@ -1,0 +1,89 @@
+"""Counts of a plan: operators and zeros by group, disk, and what the reader should know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.plan_model import PlannedModel
+from optimum_fista.run.plan_settings import PlanSettings
+
+
+@dataclass
+class GroupCount:
+    """Operators of the same last name.
+
+    Attributes:
+        operators: How many there are, experts counted one by one.
+        parameters: Their weights.
+        zeros: Zeros after pruning; where operators share the zeros, as if each had the average sparsity.
+    """
+
+    operators: int = 0
+    parameters: int = 0
+    zeros: int = 0
+
+
+def count_groups(planned: PlannedModel, config: FistaPruningConfig) -> dict[str, GroupCount]:
+    """Operators to prune by their last name, in the order of their first."""
+    found: dict[str, GroupCount] = {}
+    for name, shape, count in _matrices(planned, config):
+        pattern = config.pattern_for(name)
+        pattern.require_shape(shape, name)
+        group = found.setdefault(name.rsplit(".", 1)[-1], GroupCount())
+        group.operators += count
+        group.parameters += count * shape[0] * shape[1]
+        group.zeros += count * (shape[0] * shape[1] - pattern.num_kept(shape))
+    return found
+
+
+def masked_weights(planned: PlannedModel, config: FistaPruningConfig) -> int:
+    """Weights of all operators to prune."""
+    return sum(group.parameters for group in count_groups(planned, config).values())
+
+
+def disk_bytes(planned: PlannedModel, settings: PlanSettings) -> dict[str, int]:
+    """Bytes on disk by part, when the last decoder layer is written."""
+    pruned = masked_weights(planned, settings.config)
+    states = int(planned.hidden_bytes * settings.batches) * settings.streams
+    masks = 2 * (pruned // 8)  # in the journal, and in the finished folder
+    experts = sum(e.count * e.shape[0] * e.shape[1] for e in planned.experts) * settings.element_size
+    return {
+        "model": planned.weight_bytes,
+        "hidden states (two layers' at a time)": 2 * states,
+        "masks (journal and model folder)": masks,
+        "fused experts, copied by the lazy reader": experts,
+    }
+
+
+def notes_on(planned: PlannedModel, settings: PlanSettings) -> list[str]:
+    """What the reader should know."""
+    notes = []
+    if settings.calibration == "self":
+        notes.append(
+            "--calibration self has the model sample its text, for which it is loaded whole; with a text it never is."
+        )
+    if planned.in_memory:
+        notes.append("a GGUF file can't be read a weight at a time: it is dequantized, and the whole model is held.")
+    widest = max((s[1] for _, s, _ in _matrices(planned, settings.config)), default=0)
+    if settings.tokens < widest:
+        notes.append(f"{settings.tokens} calibration tokens for {widest} inputs: the Gram matrix is rank-deficient.")
+    if any(kind.experts for kind in planned.kinds):
+        notes.append(
+            "fused experts are counted one by one, each solved on the tokens that it sees on average; no trained "
+            "mixture has been pruned yet."
+        )
+    if settings.allocates:
+        notes.append("operators share the zeros: counts by group are those of the average sparsity, the sum is exact.")
+    return notes
+
+
+def _matrices(planned: PlannedModel, config: FistaPruningConfig) -> Iterator[tuple[str, tuple[int, int], int]]:
+    """Names, shapes and numbers of operators to prune."""
+    for operators in planned.operators.values():
+        for name, operator in operators.items():
+            yield name, operator.shape, 1
+    for expert in planned.experts:
+        if config.reason_left_dense(expert.name) is None:
+            yield expert.name, expert.shape, expert.count

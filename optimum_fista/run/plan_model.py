@@ -1,0 +1,225 @@
+"""A model without weights, for plans: its decoder layers by kind, what they hold, and what they take to run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.experts import is_fused_experts
+from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.probe import AnswerYes, LayerProbe, probe_layer
+from optimum_fista.model.replay import LayerCall
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.loading import floating_dtype, gguf_file, refuse_quantized
+from optimum_fista.run.model_pruning import choose_operators
+
+
+@dataclass(frozen=True)
+class PlannedExperts:
+    """Operators that a decoder layer keeps in one 3-D parameter.
+
+    Attributes:
+        name: Name of the parameter in the model.
+        count: Number of experts.
+        shape: (out, in) of each.
+        active: Experts that see a token.
+    """
+
+    name: str
+    count: int
+    shape: tuple[int, int]
+    active: int
+
+
+@dataclass
+class LayerKind:
+    """Decoder layers that are alike.
+
+    Attributes:
+        name: Name of the first.
+        count: How many there are.
+        weight_bytes: Bytes of its weights.
+        probe: What it takes to run on one batch.
+        experts: Its fused experts.
+    """
+
+    name: str
+    count: int
+    weight_bytes: int
+    probe: LayerProbe
+    experts: list[PlannedExperts]
+
+
+@dataclass
+class PlannedModel:
+    """What a plan knows of a model.
+
+    Attributes:
+        model: The model on the meta device.
+        layers: Its decoder layers.
+        operators: Operators to prune by decoder layer.
+        left_dense: Operators left dense, with the reason.
+        kinds: Decoder layers by kind.
+        hidden_bytes: Bytes of the hidden states of one batch.
+        call_bytes: Bytes of the other arguments of the decoder layers, stored once.
+        in_memory: Whether its weights are held, because they can't be read one at a time.
+    """
+
+    model: PreTrainedModel
+    layers: DecoderLayers
+    operators: dict[str, dict[str, LinearOperator]]
+    left_dense: dict[str, str]
+    kinds: list[LayerKind]
+    hidden_bytes: int
+    call_bytes: int
+    in_memory: bool
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
+    def experts(self) -> list[PlannedExperts]:
+        """Fused experts of all decoder layers."""
+        return [expert for name, layer in self.layers for expert in fused_experts(name, layer, self.model.config)]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the input embedding."""
+        return bool(self.model.all_tied_weights_keys)
+
+
+def load_config(model: str | Path | PreTrainedConfig) -> tuple[PreTrainedConfig, bool]:
+    """The configuration of a model, and whether its weights come from a GGUF file.
+
+    Args:
+        model: Hub id, model folder, folder with one GGUF file, a configuration file alone, or a configuration.
+
+    Raises:
+        ValueError: If a folder holds no model.
+        OSError: If there is no such model.
+    """
+    if isinstance(model, PreTrainedConfig):
+        return model, False
+    file = gguf_file(str(model))
+    options = {} if file is None else {"gguf_file": file}
+    return AutoConfig.from_pretrained(str(model), **options), file is not None
+
+
+def stored_dtype(settings: PreTrainedConfig, in_memory: bool) -> torch.dtype:
+    """Dtype of the checkpoint; GGUF files are dequantized to float32."""
+    found = None if in_memory else getattr(settings, "dtype", None)
+    return floating_dtype(found or torch.float32)
+
+
+def planned_model(
+    settings: PreTrainedConfig,
+    config: FistaPruningConfig,
+    batch_size: int,
+    sequence_length: int,
+    dtype: str | torch.dtype = "auto",
+    in_memory: bool = False,
+) -> PlannedModel:
+    """Build a model on the meta device and run its decoder layers there, a batch and a kind each.
+
+    Raises:
+        ValueError: If the model or an option can't be used; see `run.model_pruning.choose_operators`.
+    """
+    settings = copy.deepcopy(settings)
+    settings.pad_token_id = None  # no padding is planned, and Transformers would look for it in the values
+    wanted = stored_dtype(settings, in_memory) if dtype == "auto" else floating_dtype(dtype)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(settings, dtype=wanted).eval().requires_grad_(False)
+    refuse_quantized(made)
+    layers = find_decoder_layers(made)
+    experts = {id(module) for name, layer in layers for module in _expert_modules(layer)}
+    quiet = tuple(name for name, module in made.named_modules() if id(module) in experts)
+    operators, left_dense = choose_operators(layers, _also_dense(config, quiet))
+    for module in made.modules():
+        if id(module) in experts:
+            module.forward = lambda hidden_states, *_, **__: torch.empty_like(hidden_states)
+    ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device="meta")
+    with torch.no_grad(), AnswerYes():
+        recorded = record_inputs(made, layers, [CalibrationBatch(ids)])
+    hidden = recorded.hidden_states[0]
+    kinds: dict[Any, LayerKind] = {}
+    for (name, layer), calls in zip(layers, recorded.calls, strict=True):
+        key = _kind(name, layer, operators[name], calls[0])
+        if key in kinds:
+            kinds[key].count += 1
+            continue
+        weights = sum(p.numel() * p.element_size() for p in layer.parameters())
+        probe = probe_layer(layer, operators[name], calls[0], hidden)
+        kinds[key] = LayerKind(name, 1, weights, probe, _pruned(fused_experts(name, layer, settings), config))
+    return PlannedModel(
+        made,
+        layers,
+        operators,
+        {name: why for name, why in left_dense.items() if name not in quiet} | _dense_experts(made, layers, config),
+        list(kinds.values()),
+        hidden.numel() * hidden.element_size(),
+        _call_bytes(recorded.calls),
+        in_memory,
+    )
+
+
+def fused_experts(layer_name: str, layer: nn.Module, settings: PreTrainedConfig) -> list[PlannedExperts]:
+    """Experts of a decoder layer from the shapes of its 3-D parameters."""
+    found = []
+    active = getattr(settings.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
+    names = {id(module): name for name, module in layer.named_modules(prefix=layer_name)}
+    for module in _expert_modules(layer):
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3:
+                count, rows, columns = parameter.shape
+                shape = (columns, rows) if getattr(module, "is_transposed", False) else (rows, columns)
+                found.append(PlannedExperts(f"{names[id(module)]}.{leaf}", count, shape, min(active, count)))
+    return found
+
+
+def _expert_modules(layer: nn.Module) -> list[nn.Module]:
+    return [module for module in layer.modules() if is_fused_experts(module)]
+
+
+def _also_dense(config: FistaPruningConfig, names: tuple[str, ...]) -> FistaPruningConfig:
+    values = config.to_dict()
+    return FistaPruningConfig.from_dict(values | {"exclude": (*config.exclude, *names)})
+
+
+def _pruned(experts: list[PlannedExperts], config: FistaPruningConfig) -> list[PlannedExperts]:
+    return [expert for expert in experts if config.reason_left_dense(expert.name) is None]
+
+
+def _dense_experts(model: PreTrainedModel, layers: DecoderLayers, config: FistaPruningConfig) -> dict[str, str]:
+    found = [expert for name, layer in layers for expert in fused_experts(name, layer, model.config)]
+    reasons = {expert.name: config.reason_left_dense(expert.name) for expert in found}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _kind(name: str, layer: nn.Module, operators: Mapping[str, LinearOperator], call: LayerCall) -> Any:
+    """What tells one kind of decoder layer from another."""
+    shapes = tuple((key, tuple(p.shape)) for key, p in layer.named_parameters())
+    chosen = tuple(key.removeprefix(name) for key in operators)
+    masks = tuple((key, tuple(v.shape)) for key, v in call.keywords.items() if isinstance(v, Tensor))
+    return type(layer), shapes, chosen, masks
+
+
+def _call_bytes(calls: list[list[LayerCall]]) -> int:
+    """Bytes of all tensors in the arguments of decoder layers, each counted once."""
+    seen: dict[int, int] = {}
+    for call in (batch for layer in calls for batch in layer):
+        for tensor in torch.utils._pytree.tree_leaves((call.arguments, call.keywords)):
+            if isinstance(tensor, Tensor):
+                seen[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())

@@ -1,0 +1,191 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llama import tiny_llama, tiny_tokens
+from tiny_models import tiny_model
+from transformers import LlamaConfig
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.plan import PruningPlan, plan_pruning
+from optimum_fista.run.plan_machine import MachineRates
+
+ROOT = Path(__file__).resolve().parents[2]
+RATES = MachineRates.of(products=1e12, moved_bytes=1e11)
+
+
+def planned(model=None, config=None, **options) -> PruningPlan:
+    settings = {"num_samples": 8, "sequence_length": 16, "device": "cpu", "measure": False}
+    model = tiny_llama().config if model is None else model
+    return plan_pruning(model, config, **(settings | options))
+
+
+def llama(**sizes) -> LlamaConfig:
+    return LlamaConfig(**({"vocab_size": 256, "dtype": "bfloat16"} | sizes))
+
+
+HUGE = llama(
+    hidden_size=16384,
+    intermediate_size=53248,
+    num_hidden_layers=126,
+    num_attention_heads=128,
+    num_key_value_heads=8,
+    vocab_size=128256,
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FistaPruningConfig(pattern="2:4", method="wanda"),
+        FistaPruningConfig(0.3, method="magnitude", scope="row"),
+        FistaPruningConfig(
+            0.6, method="sparsegpt", exclude="*.0.*.down_proj", overrides={"*.k_proj": "1:4", "*.o_proj": 0}
+        ),
+    ],
+    ids=lambda config: config.method,
+)
+def test_counts_are_those_of_the_run(config):
+    plan = planned(config=config)
+    model = tiny_llama()
+    report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+    for last, group in plan.groups.items():
+        found = [o for o in report.operators if o.name.endswith(f".{last}.weight")]
+        assert group.operators == len(found)
+        assert group.parameters == sum(o.shape[0] * o.shape[1] for o in found)
+        assert group.zeros == sum(o.shape[0] * o.shape[1] - o.num_kept for o in found)
+    assert sum(group.operators for group in plan.groups.values()) == len(report.operators)
+    assert plan.left_dense == report.left_dense
+    assert plan.other_parameters + sum(g.parameters for g in plan.groups.values()) == model.num_parameters()
+
+
+def test_zeros_that_are_shared_add_up():
+    plan = planned()
+    report = FistaPruner(FistaPruningConfig(), progress=False).prune(tiny_llama(), tiny_tokens().split(4))
+    kept = sum(operator.num_kept for operator in report.operators)
+    assert sum(g.parameters - g.zeros for g in plan.groups.values()) == kept
+    assert any("operators share the zeros" in note for note in plan.notes)
+
+
+def test_a_model_of_405_billion_parameters_needs_no_weights():
+    plan = planned(HUGE, num_samples=128, sequence_length=2048, device="cuda", storage_device="cpu")
+    assert plan.model["num_parameters"] == 405_853_388_800
+    gib = {place: peak.total / 2**30 for place, peak in plan.peaks.items()}
+    assert 40 < gib["device"] < 200
+    assert gib["host"] < plan.model["bytes"] / 2**30 / 4
+    streams = plan.peaks["host"].parts
+    assert streams["hidden states, dense"] == 2 * 128 * 2048 * 16384
+    assert plan.seconds is None
+    forward = 2 * 128 * 2048 * sum(group.parameters for group in plan.groups.values())
+    assert 2 * forward < plan.stages["forward passes"].products < 2.6 * forward
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_peaks_are_sums_of_their_parts(device):
+    plan = planned(HUGE, device=device)
+    assert set(plan.peaks) == ({"host"} if device == "cpu" else {"device", "host"})
+    for peak in plan.peaks.values():
+        assert peak.total == sum(peak.parts.values())
+        assert all(size > 0 for size in peak.parts.values())
+    if device == "cuda":
+        assert "decoder layer" in plan.peaks["device"].parts
+        assert "Python and libraries" not in plan.peaks["device"].parts
+
+
+def test_hidden_states_wait_where_they_are_told_to():
+    near = planned(HUGE, num_samples=128, sequence_length=2048, device="cuda")
+    far = planned(HUGE, num_samples=128, sequence_length=2048, device="cuda", storage_device="cpu")
+    assert near.peaks["device"].total > far.peaks["device"].total
+    assert near.peaks["host"].total < far.peaks["host"].total
+
+
+def test_what_costs_more_is_planned_to_cost_more():
+    config = llama(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
+    small = planned(config, FistaPruningConfig(method="wanda"), rates=RATES)
+    for options in ({"num_samples": 32}, {"sequence_length": 64}):
+        more = planned(config, FistaPruningConfig(method="wanda"), rates=RATES, **options)
+        assert more.products > small.products
+        assert sum(more.seconds.values()) > sum(small.seconds.values())
+        assert more.peaks["host"].total > small.peaks["host"].total
+    for method in ("sparsegpt", "obs_admm", "fista", "alps"):
+        other = planned(config, FistaPruningConfig(method=method), rates=RATES)
+        assert other.stages["solving"].products > small.stages["solving"].products
+        assert other.peaks["host"].total > small.peaks["host"].total
+    none = planned(config, FistaPruningConfig(method="wanda", error_correction="none"))
+    assert none.stages["forward passes"].products < 0.6 * planned(config).stages["forward passes"].products
+
+
+def test_self_sampling_and_rank_deficiency_are_told():
+    plan = planned(calibration="self")
+    assert any("--calibration self" in note for note in plan.notes)
+    assert plan.stages["calibration text"].products > 0
+    assert any("rank-deficient" in note for note in planned(num_samples=1).notes)
+
+
+def test_fused_experts_are_counted_one_by_one():
+    model = tiny_model("mixtral")
+    plan = planned(model.config)
+    assert plan.groups["down_proj"].operators == 2 * 4
+    assert plan.groups["down_proj"].parameters == 2 * 4 * 32 * 48
+    assert plan.groups["gate_up_proj"].parameters == 2 * 4 * 2 * 48 * 32
+    assert plan.other_parameters + sum(g.parameters for g in plan.groups.values()) == model.num_parameters()
+    dense = planned(model.config, FistaPruningConfig(exclude=("*.experts*",)))
+    assert set(dense.groups) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert set(dense.left_dense.values()) == {"exclude"}
+    assert dense.products < plan.products
+
+
+def test_plain_values_and_text():
+    plan = planned(rates=RATES)
+    values = json.loads(json.dumps(plan.to_dict()))
+    assert values["peaks"]["host"]["total"] == plan.peaks["host"].total
+    assert values["products"] == pytest.approx(sum(s["products"] for s in values["stages"].values()))
+    text = str(plan)
+    for part in ("q_proj", "peak memory, host", "decoder layer", "TFLOP", "solving", "disk"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 0}, "num_samples=0: pass at least 1"),
+        ({"batch_size": 0}, "batch_size=0: pass at least 1"),
+        ({"config": FistaPruningConfig(pattern="2:5")}, "which 2:5 does not divide"),
+        ({"config": FistaPruningConfig(include="*.nothing")}, "no linear operator to prune"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(options, message):
+    with pytest.raises(ValueError, match=message.replace("'", ".")):
+        planned(**options)
+
+
+def test_a_gpu_that_is_not_here_is_planned_without_times():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    plan = planned(device="cuda", measure=True)
+    assert plan.seconds is None
+    assert any("time is not estimated" in note for note in plan.notes)
+    assert plan.products > 0
+
+
+def test_a_quantized_model_is_refused():
+    config = tiny_llama().config
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match="quantized by 'gptq'"):
+        planned(config)
+
+
+def test_a_real_run_keeps_to_its_plan(tmp_path):
+    output = tmp_path / "plan.json"
+    command = [sys.executable, "benchmarks/plan.py", "--cases", "small", "--seconds", "4", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads(output.read_text())["cases"]
+    assert case["memory_ratio"] == pytest.approx(1, abs=0.2)
+    assert 0.5 < case["time_ratio"] < 2
+    above_imports = case["measured"]["peak_bytes"] - case["measured"]["import_bytes"]
+    assert case["planned_bytes"] - case["measured"]["import_bytes"] == pytest.approx(above_imports, rel=0.3)
