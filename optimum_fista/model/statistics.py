@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.replay import LayerCall, watching
+from optimum_fista.solve.blocks import row_blocks
 from optimum_fista.solve.problem import InputStatistics, LayerProblem, inner_by_rows
 
 Group = list[LinearOperator]
@@ -160,7 +161,7 @@ def problems_corrected(
         if cross is None:
             problems.append(LayerProblem(weight, statistics, name=operator.name))
             continue
-        target = cross[row : row + weight.shape[0]].clone() if record.narrow else weight @ cross
+        target = cross[row : row + weight.shape[0]] if record.narrow else weight @ cross
         row += weight.shape[0]
         energies = record.energies[operator.name]
         problems.append(_mixed(weight, statistics, target, energies, dense_share, operator.name))
@@ -171,12 +172,15 @@ def _mixed(
     weight: Tensor, statistics: InputStatistics, target: Tensor, energies: Tensor, share: float, name: str
 ) -> LayerProblem:
     """The problem of target outputs `W (a X + (1 - a) X*)` from `W X X*^T` and the squared norms of the rows of W X."""
-    if share < 1:
-        same = weight @ statistics.gram
-        mixed, remade = inner_by_rows(weight, target), inner_by_rows(weight, same)
-        energies = share**2 * energies + 2 * share * (1 - share) * mixed + (1 - share) ** 2 * remade
-        target = target.mul_(share).add_(same, alpha=1 - share)
-    return LayerProblem(weight, statistics, target, energies, name)
+    if share == 1:
+        return LayerProblem(weight, statistics, target, energies, name)
+    mixed, remade = inner_by_rows(weight, target), torch.empty_like(energies)
+    for rows in row_blocks(weight):
+        same = weight[rows] @ statistics.gram
+        remade[rows] = inner_by_rows(weight[rows], same)
+        target[rows].mul_(share).add_(same, alpha=1 - share)
+    energies = share**2 * energies + 2 * share * (1 - share) * mixed + (1 - share) ** 2 * remade
+    return LayerProblem(weight, statistics, target, energies, name, same_energies=remade)
 
 
 def checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:
@@ -186,7 +190,7 @@ def checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:
         ValueError: If they hold NaN or Inf.
     """
     statistics = gram.finish()
-    if not bool(torch.isfinite(statistics.gram).all()):
+    if not all(bool(torch.isfinite(extreme)) for extreme in statistics.gram.aminmax()):
         raise ValueError(
             f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32): the model is "
             "damaged there, or its activations overflow its dtype; try dtype=torch.float32 or torch.bfloat16."
