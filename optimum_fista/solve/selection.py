@@ -10,6 +10,8 @@ from torch import Tensor
 
 _SAMPLE = 16_384
 """Values that bracket the one sought."""
+_BLOCK = 2**20
+"""Scores compared with the bracket at a time."""
 _PART = 2**18
 """Scores ranked within their groups at a time, on a CPU."""
 
@@ -33,8 +35,12 @@ def _kth_by_bracket(array: np.ndarray, k: int) -> float:
     sample = np.sort(array[:: array.size // _SAMPLE | 1])
     rank, margin = (k - 1) / array.size * sample.size, 2.5 * math.sqrt(sample.size)
     low, high = (sample[min(max(0, int(place)), sample.size - 1)] for place in (rank - margin, rank + margin))
-    below = int(np.count_nonzero(array < low))
-    inside = array[(array >= low) & (array <= high)]
+    below, parts = 0, []
+    for start in range(0, array.size, _BLOCK):
+        block = array[start : start + _BLOCK]
+        below += int(np.count_nonzero(block < low))
+        parts.append(block[(block >= low) & (block <= high)])
+    inside = np.concatenate(parts)
     if below < k <= below + inside.size:
         array, k = inside, k - below
     return float(np.partition(array, k - 1)[k - 1])
@@ -60,6 +66,9 @@ def keep_largest_in_rows(scores: Tensor, count: int) -> Tensor:
     mask = scores > threshold
     missing = count - mask.sum(1, keepdim=True)
     ties = scores == threshold
+    if rows == 1:  # a whole matrix: a running count of all its positions would be twice its size
+        mask[0, ties[0].nonzero()[: int(missing), 0]] = True
+        return mask
     return mask.logical_or_(ties & (ties.cumsum(1) <= missing))
 
 
