@@ -20,16 +20,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 _RUN = """
-import sys, torch
+import json, sys, torch
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run import streaming
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import transformers.core_model_loading
-options = {"progress": False, "storage_device": "cpu"}
-tokens = torch.randint(0, 256, (int(sys.argv[3]), 256), generator=torch.Generator().manual_seed(0))
+samples, length, options = int(sys.argv[3]), int(sys.argv[4]), json.loads(sys.argv[5])
+tokens = torch.randint(0, 256, (samples, length), generator=torch.Generator().manual_seed(0))
 print("ready", flush=True)
 sys.stdin.readline()
-FistaPruner(FistaPruningConfig(), **options).prune(sys.argv[1], tokens.split(1), output_dir=sys.argv[2])
+config = FistaPruningConfig(method_options=options["method_options"])
+pruner = FistaPruner(config, progress=False, storage_device=options["storage_device"])
+pruner.prune(sys.argv[1], tokens.split(1), output_dir=sys.argv[2])
 """
 
 
@@ -38,7 +40,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", default="24", help="decoder layers of each run, such as 24,48")
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--ffn", type=int, default=3072)
-    parser.add_argument("--num-samples", type=int, default=16, help="calibration sequences of 256 tokens")
+    parser.add_argument("--num-samples", type=int, default=8, help="calibration sequences")
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--storage-device", help="where activations wait; default: files beside the output")
+    parser.add_argument("--fewer-steps", action="store_true", help="a step of each kind: the same memory, less time")
     parser.add_argument("--output", type=Path, default=Path("runs/memory.json"))
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
@@ -47,10 +52,10 @@ def parse_arguments() -> argparse.Namespace:
 def anonymous(process: int) -> int:
     """Anonymous memory of a process in bytes; 0 when it has ended."""
     try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def measure(arguments: argparse.Namespace, layers: int) -> dict:
@@ -66,7 +71,10 @@ def measure(arguments: argparse.Namespace, layers: int) -> dict:
         torch.manual_seed(0)
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "source")
         size = sum(file.stat().st_size for file in (folder / "source").glob("*.safetensors"))
-        command = [sys.executable, "-c", _RUN, str(folder / "source"), str(folder / "out"), str(arguments.num_samples)]
+        command = [sys.executable, "-c", _RUN, str(folder / "source"), str(folder / "out")]
+        steps = {"stages": 1, "iterations": 2, "refit_iterations": 1} if arguments.fewer_steps else {}
+        options = {"storage_device": arguments.storage_device, "method_options": steps}
+        command += [str(arguments.num_samples), str(arguments.sequence_length), json.dumps(options)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdin is not None
         assert process.stdout is not None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.offload import execution_device
@@ -22,27 +23,33 @@ class RecordedInputs:
     """What the decoder layers are called with.
 
     Attributes:
-        hidden_states: Input of the first decoder layer, a batch each, [batch, sequence, hidden].
+        hidden_states: Input of the first decoder layer, a batch each, [batch, sequence, hidden], as it is stored.
         calls: Other arguments, `calls[layer][batch]`; equal tensors are stored once.
         token_masks: bool [batch, sequence] on the model's device, a batch each; `None` when all are real.
     """
 
-    hidden_states: list[Tensor]
+    hidden_states: ActivationStore
     calls: list[list[LayerCall]]
     token_masks: list[Tensor | None]
 
 
-def record_inputs(model: PreTrainedModel, layers: DecoderLayers, batches: Sequence[CalibrationBatch]) -> RecordedInputs:
+def record_inputs(
+    model: PreTrainedModel,
+    layers: DecoderLayers,
+    batches: Sequence[CalibrationBatch],
+    storage: Storage | None = None,
+) -> RecordedInputs:
     """Run the model on every batch with its decoder layers skipped, and record what each is called with.
 
-    The first layer runs once, to learn the form of its output; nothing behind the last layer runs.
+    The first layer runs once, to learn the form of its output; nothing behind the last layer runs. Hidden states
+    are kept at `storage`; `None`: on the device.
 
     Raises:
         ValueError: If the hidden states that enter the first decoder layer are not finite.
     """
     device = execution_device(model.get_input_embeddings())
     recorder = _Recorder(layers)
-    hidden_states, token_masks = [], []
+    hidden_states, token_masks = ActivationStore(storage or device, device), []
     with recorder:
         for batch in batches:
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.replay import LayerCall, watching
@@ -25,13 +26,18 @@ class LayerActivations:
         layer: The decoder layer.
         calls: Its arguments besides the hidden states, a batch each.
         token_masks: bool [batch, sequence] or `None`, a batch each; False tokens count nowhere.
-        storage: Where hidden states and recorded activations are kept between passes.
+        storage: Where hidden states and recorded activations are kept between passes: a device, or a folder for
+            memory-mapped files.
     """
 
     layer: nn.Module
     calls: Sequence[LayerCall]
     token_masks: Sequence[Tensor | None]
-    storage: torch.device
+    storage: Storage
+
+    def store(self) -> ActivationStore:
+        """An empty list of activations that are kept at `storage` and needed on the layer's device."""
+        return ActivationStore(self.storage, next(self.layer.parameters()).device)
 
     def rows(self, activations: Tensor, batch: int, name: str) -> Tensor:
         """Real tokens of an activation [batch, sequence, n] or [batch * sequence, n] as [tokens, n]."""
@@ -52,12 +58,13 @@ class DenseRecord:
 
     Attributes:
         narrow: Whether outputs are kept (fewer outputs than inputs) rather than inputs.
-        kept: Dense outputs without bias, side by side, [tokens, out], or dense inputs [tokens, in], a batch each.
+        kept: Dense outputs without bias, side by side, [tokens, out], or dense inputs [tokens, in], a batch each,
+            in the model's dtype.
         energies: Squared norms of the rows of `W X`, [out], float64, by operator.
     """
 
     narrow: bool
-    kept: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] | ActivationStore = field(default_factory=list)
     energies: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -66,7 +73,7 @@ def record_dense(
     groups: Sequence[Group],
     hidden_states: Sequence[Tensor],
     with_gram: Sequence[bool],
-) -> tuple[list[Tensor], list[DenseRecord], list[GramAccumulator | None]]:
+) -> tuple[ActivationStore, list[DenseRecord], list[GramAccumulator | None]]:
     """Run the dense layer once on every batch.
 
     Args:
@@ -80,7 +87,7 @@ def record_dense(
         Dense outputs of the layer, records by group, and Gram matrices by group (`None` without).
     """
     device = next(activations.layer.parameters()).device
-    records = [DenseRecord(sum(o.shape[0] for o in group) < group[0].shape[1]) for group in groups]
+    records = [DenseRecord(sum(o.shape[0] for o in g) < g[0].shape[1], activations.store()) for g in groups]
     grams = [GramAccumulator(g[0].shape[1], device) if w else None for g, w in zip(groups, with_gram, strict=True)]
     batch = 0
     outputs: dict[str, Tensor] = {}
@@ -91,29 +98,31 @@ def record_dense(
         if gram is not None:
             gram.add(rows.float())
         elif not records[index].narrow:
-            records[index].kept.append(rows.to(activations.storage, copy=True))  # the layer may overwrite it
+            store = records[index].kept
+            assert isinstance(store, ActivationStore)
+            store.append(rows, copy=True)  # the layer may overwrite it
 
     def see_output(index: int, operator: LinearOperator, output: Tensor) -> None:
         if grams[index] is None:
             rows = operator.outputs_without_bias(activations.rows(output, batch, operator.name))
             if records[index].narrow:
-                outputs[operator.name] = rows.clone()  # Falcon adds to it in place
+                outputs[operator.name] = rows.to(output.dtype, copy=True)  # Falcon adds to it in place
             energies = records[index].energies
             squares = rows.float().square().sum(0).double()
             energies[operator.name] = energies[operator.name] + squares if operator.name in energies else squares
 
     watch_inputs = {g[0].module: (lambda x, i=i: see_input(i, x)) for i, g in enumerate(groups)}
     watch_outputs = {o.module: (lambda y, i=i, o=o: see_output(i, o, y)) for i, g in enumerate(groups) for o in g}
-    dense_outputs = []
+    dense_outputs = activations.store()
     with watching(watch_inputs, watch_outputs):
         for batch, (hidden, call) in enumerate(zip(hidden_states, activations.calls, strict=True)):  # noqa: B007, read by the callbacks
             output = call.run(activations.layer, hidden.to(device, non_blocking=True))
             assert output is not None
-            dense_outputs.append(output.to(activations.storage))
+            dense_outputs.append(output)
             for index, record in enumerate(records):
                 if record.narrow and grams[index] is None:
                     side_by_side = torch.cat([outputs[o.name] for o in groups[index]], dim=1)
-                    record.kept.append(side_by_side.to(activations.storage))
+                    record.kept.append(side_by_side)
             outputs.clear()
     return dense_outputs, records, grams
 

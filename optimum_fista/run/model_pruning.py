@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.architecture import (
     DecoderLayers,
     UnsupportedArchitectureError,
@@ -28,8 +30,9 @@ from optimum_fista.model.sharing import trace_groups
 from optimum_fista.model.statistics import LayerActivations
 from optimum_fista.run.budgets import Budgets, share_budgets
 from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.free_memory import release_free_memory
 from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, report_group
-from optimum_fista.run.loading import require_unquantized
+from optimum_fista.run.loading import require_unquantized, storage_place
 from optimum_fista.run.report import PruningReport
 from optimum_fista.solve.pruned import PrunedOperator
 
@@ -55,7 +58,7 @@ class ModelPruning:
         *,
         calibration_source: str | None = None,
         progress: bool = True,
-        storage_device: str | torch.device | None = None,
+        storage_device: str | torch.device | Path | None = None,
     ) -> None:
         require_unquantized(model)
         self.model = model
@@ -77,9 +80,9 @@ class ModelPruning:
         self._warn_if_rank_deficient()
 
     @property
-    def storage(self) -> torch.device:
+    def storage(self) -> Storage:
         """Where hidden states wait between decoder layers."""
-        return torch.device(self.storage_device or execution_device(self.model.get_input_embeddings()))
+        return storage_place(self.storage_device, execution_device(self.model.get_input_embeddings()))
 
     @property
     def last_layer(self) -> int:
@@ -97,11 +100,11 @@ class ModelPruning:
             ValueError: If weights or activations are not finite.
         """
         pruning = self._layer_pruning(self._shared_budgets())
-        recorded = record_inputs(self.model, self.layers, self.batches)
         storage = self.storage
+        recorded = record_inputs(self.model, self.layers, self.batches, storage)
         if not first:
-            self.states = pruning.enter([hidden.to(storage) for hidden in recorded.hidden_states])
-        recorded.hidden_states.clear()
+            self.states = pruning.enter(recorded.hidden_states)
+        del recorded.hidden_states
         counts = [len(group) for group in self.operators.values()]
         with tqdm(
             total=sum(counts), initial=sum(counts[:first]), desc="Pruning", unit="operator", disable=not self.progress
@@ -115,6 +118,7 @@ class ModelPruning:
                         activations = LayerActivations(layer, calls, recorded.token_masks, storage)
                         self._prune_layer(pruning, activations, name, index, bar)
                     yield index, name, layer
+                release_free_memory(collect=True)
         self.report.warnings.extend(
             f"{o.name}: {o.message}" for o in self.report.operators if o.message and not o.converged
         )
@@ -136,6 +140,7 @@ class ModelPruning:
             started = time.perf_counter()
             flat = {name: operator for group in self.operators.values() for name, operator in group.items()}
             self.budgets = share_budgets(self.model, self.layers, flat, self.batches, self.config, self.progress)
+            release_free_memory(collect=True)
             self.report.seconds["allocation"] = time.perf_counter() - started
         if self.budgets.unseen:
             self.report.warnings.append(
@@ -175,6 +180,7 @@ class ModelPruning:
                 error = reports[-1].relative_error
                 bar.set_postfix_str(f"layer {index + 1}/{len(self.layers)} {last} error {error:.4f}")
                 bar.update(len(reports))
+                del group  # its matrices, before those of the next group are made
 
 
 def require_finite(operator: LinearOperator) -> None:

@@ -58,7 +58,7 @@ def prune_files(
     dtype: str | torch.dtype = "auto",
     overwrite: bool = False,
     progress: bool = True,
-    storage_device: str | torch.device | None = None,
+    storage_device: str | torch.device | Path | None = None,
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
@@ -67,6 +67,7 @@ def prune_files(
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload_folder:
         model, tokenizer = load_lazily(str(name), Path(offload_folder), device=device, dtype=dtype)
         run = _Streaming(model, calib_dataloader, config, calibration_source, progress, storage_device)
+        run.store_beside(folder)
         journal = run.open(folder, _identity(str(name)), overwrite)
         report = run.pruning.report
         try:
@@ -118,7 +119,7 @@ class _Streaming:
         config: FistaPruningConfig,
         source: str | None,
         progress: bool,
-        storage_device: str | torch.device | None,
+        storage_device: str | torch.device | Path | None,
     ) -> None:
         self.model = model
         self.masks: dict[str, Tensor] = {}
@@ -133,6 +134,13 @@ class _Streaming:
             progress=progress,
             storage_device=storage_device,
         )
+
+    def store_beside(self, folder: Path) -> None:
+        """Keep activations in files of the output's disk, where files are asked for or the device is the CPU."""
+        on_cpu = self.pruning.storage_device is None and self.pruning.storage == torch.device("cpu")
+        if on_cpu or self.pruning.storage_device == "disk":
+            folder.mkdir(parents=True, exist_ok=True)
+            self.pruning.storage_device = folder
 
     def open(self, folder: Path, identity: Any, overwrite: bool) -> Journal:
         """Open the journal, and take up what is finished."""
@@ -153,9 +161,8 @@ class _Streaming:
             pruning.states = self.journal.states(len(finished), pruning.storage)
             if pruning.states is None:
                 finished = []  # they can't be made again without the layers before
-        for index, layer in enumerate(finished):
+        for layer in finished:
             pruning.report.operators.extend(layer.operators)
-            self.masks |= self.journal.masks(index)
             self.weight_map |= dict.fromkeys(layer.names, layer.shard)
             self.seconds_before += layer.seconds
         self.first = len(finished)
@@ -174,11 +181,12 @@ class _Streaming:
                     journal.keep_budgets(pruning.budgets)
                 tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
                 tensors = _as_saved(self.model, tensors)
-                masks = {key: self.masks[key] for key in self.masks if key.startswith(f"{name}.")}
                 reports = [o for o in pruning.report.operators if o.name.startswith(f"{name}.")]
                 states = pruning.states if index < pruning.last_layer else None
-                journal.keep_layer(index, tensors, masks, reports, states, time.perf_counter() - started)
+                journal.keep_layer(index, tensors, self.masks, reports, states, time.perf_counter() - started)
                 self.weight_map |= dict.fromkeys(tensors, self.journal.shard_name(index))
+                self.masks = {}
+                del tensors
                 started = time.perf_counter()
 
     def _write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
@@ -215,7 +223,8 @@ def _complete(
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     (folder / "fista").mkdir(exist_ok=True)
-    write_tensors(folder / MASKS_FILE, run.masks, MASKS_METADATA)
+    masks = [journal.masks(index) for index in range(len(run.pruning.layers))]
+    write_tensors(folder / MASKS_FILE, {name: mask for layer in masks for name, mask in layer.items()}, MASKS_METADATA)
     write_text(folder / REPORT_FILE, report.to_json())
     write_text(folder / "README.md", model_card(report))
     if tokenizer is not None:

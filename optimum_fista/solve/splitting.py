@@ -59,8 +59,9 @@ class SplitState:
                 point.sub_(dual, alpha=1 + share)
             torch.add(self.target[rows], point, alpha=rho, out=point)
             point.copy_(dual.addmm_(point, inverse, beta=share))
-        self.mask = dual = None
-        self.mask = pattern.mask(self.point.abs())
+        self.mask = None
+        del dual
+        self.mask = pattern.mask_of(self.point)
         self.rho = rho
 
 
