@@ -90,8 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
     machine.add_argument(
         "--storage-device",
-        metavar="DEVICE",
-        help="where hidden states wait between passes; cpu spares the GPU's memory (default: --device)",
+        metavar="PLACE",
+        help="where activations wait between passes: a device (cpu spares the GPU's memory), disk for memory-mapped "
+        "files beside --output, or a folder for them (default: --device; on the CPU disk)",
     )
     hub = parser.add_argument_group("hub")
     hub.add_argument("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
@@ -100,11 +101,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune, save, and upload where asked."""
+    import torch
+
     from optimum_fista.run.calibration_source import calibration_tokens_by_name
     from optimum_fista.run.checkpoint import require_free_folder
     from optimum_fista.run.hub import push_folder
     from optimum_fista.run.journal import FOLDER
-    from optimum_fista.run.loading import usable_device
+    from optimum_fista.run.loading import storage_place
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.streaming import unfinished_folder
 
@@ -112,8 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     require_free_folder(arguments.output, arguments.overwrite)
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
-    if arguments.storage_device:
-        usable_device(arguments.storage_device)
+    storage_place(arguments.storage_device, torch.device("cpu"))
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
     tokens = calibration_tokens_by_name(

@@ -63,7 +63,7 @@ class ActivationStore(Sequence[Tensor]):
     def clear(self) -> None:
         """Let go of all tensors."""
         if self._staging is not None:
-            self._staging.finish()
+            self._staging.forget()
         self._kept.clear()
 
     def __len__(self) -> int:
@@ -159,6 +159,13 @@ class _Staging:
         """Wait until all is written."""
         while self._writes:
             self._writes.pop(0).result()
+
+    def forget(self) -> None:
+        """Wait until nothing is under way, and begin at index 0 again."""
+        self.finish()
+        if self._next is not None:
+            self._next[1].result()
+        self._next, self.count = None, 0
 
     def _keep(self, buffer: Tensor, made: Any) -> None:
         if made is not None:

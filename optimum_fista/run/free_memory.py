@@ -8,6 +8,8 @@ import sys
 from functools import cache
 from typing import Any
 
+import torch
+
 
 def release_free_memory(*, collect: bool = False) -> None:
     """Give the process's free memory back to the system, where the C library is glibc.
@@ -16,10 +18,12 @@ def release_free_memory(*, collect: bool = False) -> None:
     unused remains of the operators before, of other sizes.
 
     Args:
-        collect: Whether to look for unused cycles of Python objects first.
+        collect: Whether to look for unused cycles of Python objects first, and to empty PyTorch's cache on CUDA.
     """
     if collect:
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     trim = _trim()
     if trim is not None:
         trim(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from optimum_fista.model.architecture import (
     input_embedding,
 )
 from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
-from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 from optimum_fista.model.offload import execution_device, is_offloaded, onloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.model.statistics import LayerActivations
+from optimum_fista.run.batch_size import cut_batches, cut_states, halved_sizes
 from optimum_fista.run.budgets import Budgets, share_budgets
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.free_memory import release_free_memory
@@ -59,6 +60,7 @@ class ModelPruning:
         calibration_source: str | None = None,
         progress: bool = True,
         storage_device: str | torch.device | Path | None = None,
+        undo: Callable[[Sequence[LinearOperator]], None],
     ) -> None:
         require_unquantized(model)
         self.model = model
@@ -73,6 +75,7 @@ class ModelPruning:
             left_dense=left_dense,
         )
         self.write = write
+        self.undo = undo
         self.progress = progress
         self.storage_device = storage_device
         self.states: HiddenStates | None = None
@@ -100,8 +103,7 @@ class ModelPruning:
             ValueError: If weights or activations are not finite.
         """
         pruning = self._layer_pruning(self._shared_budgets())
-        storage = self.storage
-        recorded = record_inputs(self.model, self.layers, self.batches, storage)
+        recorded = self._record()
         if not first:
             self.states = pruning.enter(recorded.hidden_states)
         del recorded.hidden_states
@@ -110,13 +112,14 @@ class ModelPruning:
             total=sum(counts), initial=sum(counts[:first]), desc="Pruning", unit="operator", disable=not self.progress
         ) as bar:
             for index, (name, layer) in enumerate(self.layers):
-                calls, recorded.calls[index] = recorded.calls[index], []
                 if index < first:
+                    recorded.calls[index] = []
                     continue
                 with onloaded(layer):
-                    if index <= self.last_layer:
-                        activations = LayerActivations(layer, calls, recorded.token_masks, storage)
-                        self._prune_layer(pruning, activations, name, index, bar)
+                    while index <= self.last_layer and not self._try_layer(pruning, recorded, name, index, bar):
+                        recorded = self._record()
+                        recorded.hidden_states.clear()
+                    recorded.calls[index] = []
                     yield index, name, layer
                 release_free_memory(collect=True)
         self.report.warnings.extend(
@@ -156,10 +159,60 @@ class ModelPruning:
             self.config.create_method(self.model.config.model_type),
             budgets.pattern_for,
             self.config.error_correction,
-            self.write,
+            self._write,
             self.config.residual_correction or 0.0,
             budgets.output_weights if self.config.scope == "matrix" else None,
         )
+
+    def take_batches_of(self, states: HiddenStates) -> None:
+        """Cut the calibration batches as those of hidden states that a run before has left."""
+        sizes = [hidden.shape[0] for hidden in states.entering]
+        if sizes != [batch.input_ids.shape[0] for batch in self.batches]:
+            self.batches = cut_batches(self.batches, sizes)
+            self.report.warnings.append(f"goes on with the batches of the run before, {max(sizes)} sequences at most")
+
+    def _halve_batches(self, where: str, reason: str, states: HiddenStates | None) -> None:
+        """Cut every batch in two after the device ran out of memory; `states` enter the decoder layer at hand."""
+        sizes = halved_sizes(self.batches, reason)
+        self.batches = cut_batches(self.batches, sizes)
+        if states is not None:
+            device = execution_device(self.model.get_input_embeddings())
+            self.states = cut_states(states, sizes, self.storage, device)
+        release_free_memory(collect=True)
+        message = f"out of memory in {where}: batches of {max(sizes)} sequences from here on ({reason.splitlines()[0]})"
+        self.report.warnings.append(message)
+        warnings.warn(message, stacklevel=5)
+
+    def _record(self) -> RecordedInputs:
+        """What the decoder layers are called with, in batches that fit into the memory."""
+        while True:
+            try:
+                return record_inputs(self.model, self.layers, self.batches, self.storage)
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            self._halve_batches("the embeddings", reason, self.states)
+
+    def _try_layer(self, pruning: LayerPruning, recorded: RecordedInputs, name: str, index: int, bar: tqdm) -> bool:
+        """Prune a decoder layer; False, with the layer dense again and batches halved, where memory ran out."""
+        assert self.states is not None
+        entering = HiddenStates(self.states.dense, self.states.pruned)
+        layer, done = self.layers.modules[index], len(self.report.operators)
+        activations = LayerActivations(layer, recorded.calls[index], recorded.token_masks, self.storage)
+        self._written: list[LinearOperator] = []
+        try:
+            self._prune_layer(pruning, activations, name, index, bar)
+            return True
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        self.undo(self._written)
+        bar.update(done - len(self.report.operators))
+        del self.report.operators[done:]
+        self._halve_batches(name, reason, entering)
+        return False
+
+    def _write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
+        self._written.append(operator)
+        self.write(operator, pruned)
 
     def _prune_layer(
         self, pruning: LayerPruning, activations: LayerActivations, name: str, index: int, bar: tqdm

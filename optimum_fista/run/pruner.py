@@ -129,6 +129,7 @@ class FistaPruner:
                 calibration_source=calibration_source,
                 progress=self.progress,
                 storage_device=self.storage_device,
+                undo=rollback.undo,
             )
             with evaluation_mode(model), torch.no_grad():
                 for _ in pruning.run():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from optimum_fista.model.offload import move_execution, stored_tensor
+from optimum_fista.model.offload import is_offloaded, kept_tensor, move_execution, stored_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.atomic import write_atomically, write_tensors, write_text
 from optimum_fista.run.card import model_card
@@ -40,6 +41,7 @@ from optimum_fista.solve.pruned import PrunedOperator
 
 _VERSIONS = ("optimum-fista", "torch", "transformers")
 _BLOCKS = 64
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def unfinished_folder(output_dir: Path) -> Path:
@@ -64,6 +66,7 @@ def prune_files(
     started = time.perf_counter()
     require_free_folder(output_dir, overwrite)
     folder = unfinished_folder(output_dir)
+    _require_writable(folder, output_dir)
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload_folder:
         model, tokenizer = load_lazily(str(name), Path(offload_folder), device=device, dtype=dtype)
         run = _Streaming(model, calib_dataloader, config, calibration_source, progress, storage_device)
@@ -75,10 +78,11 @@ def prune_files(
             report.seconds["total"] = time.perf_counter() - started + run.seconds_before
             _complete(model, tokenizer, report, journal, run)
         except OSError as error:
+            advice = "make it writable" if error.errno in _REFUSED else "make room"
             raise OSError(
                 error.errno,
                 f"{error.strerror or error}: {len(journal.finished())} of {len(run.pruning.layers)} decoder layers are "
-                f"finished and kept in {str(folder)!r}; make room, and start again with the same output",
+                f"finished and kept in {str(folder)!r}; {advice}, and start again with the same output",
                 error.filename,
             ) from error
     _move(folder, output_dir)
@@ -133,13 +137,14 @@ class _Streaming:
             calibration_source=source,
             progress=progress,
             storage_device=storage_device,
+            undo=self._undo,
         )
+        self._dense: dict[str, Tensor] = {}
 
     def store_beside(self, folder: Path) -> None:
         """Keep activations in files of the output's disk, where files are asked for or the device is the CPU."""
         on_cpu = self.pruning.storage_device is None and self.pruning.storage == torch.device("cpu")
         if on_cpu or self.pruning.storage_device == "disk":
-            folder.mkdir(parents=True, exist_ok=True)
             self.pruning.storage_device = folder
 
     def open(self, folder: Path, identity: Any, overwrite: bool) -> Journal:
@@ -161,6 +166,8 @@ class _Streaming:
             pruning.states = self.journal.states(len(finished), pruning.storage)
             if pruning.states is None:
                 finished = []  # they can't be made again without the layers before
+            else:
+                pruning.take_batches_of(pruning.states)
         for layer in finished:
             pruning.report.operators.extend(layer.operators)
             self.weight_map |= dict.fromkeys(layer.names, layer.shard)
@@ -185,13 +192,23 @@ class _Streaming:
                 states = pruning.states if index < pruning.last_layer else None
                 journal.keep_layer(index, tensors, self.masks, reports, states, time.perf_counter() - started)
                 self.weight_map |= dict.fromkeys(tensors, self.journal.shard_name(index))
-                self.masks = {}
+                self.masks, self._dense = {}, {}
                 del tensors
                 started = time.perf_counter()
 
     def _write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
+        if not is_offloaded(operator.module):  # the others can be read again
+            self._dense[operator.name] = operator.parameter.detach().to("cpu", copy=True)
         operator.write(pruned.weight)
         self.masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
+
+    def _undo(self, operators: Sequence[LinearOperator]) -> None:
+        """Put back the weights of operators of the current decoder layer."""
+        for operator in operators:
+            if is_offloaded(operator.module):
+                operator.parameter.data.copy_(kept_tensor(operator.module, "weight"))
+            elif operator.name in self._dense:
+                operator.parameter.data.copy_(self._dense.pop(operator.name))
 
 
 def _as_saved(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -246,6 +263,20 @@ def _total_size(folder: Path) -> int:
             header = int.from_bytes(file.read(8), "little")
         total += shard.stat().st_size - 8 - header
     return total
+
+
+def _require_writable(folder: Path, output_dir: Path) -> None:
+    """Refuse an output that can't be written to before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"output_dir={str(output_dir)!r} can't be written to ({error.strerror}), nothing was done: pass another "
+            "folder, or make this one writable",
+            error.filename,
+        ) from error
 
 
 def _move(folder: Path, output_dir: Path) -> None:
