@@ -34,6 +34,8 @@ pruner = FistaPruner(config, progress=False, storage_device=options["storage_dev
 pruner.prune(sys.argv[1], tokens.split(1), output_dir=sys.argv[2])
 """
 
+SETTINGS = ("hidden", "ffn", "num_samples", "sequence_length", "storage_device", "fewer_steps")
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--storage-device", help="where activations wait; default: files beside the output")
     parser.add_argument("--fewer-steps", action="store_true", help="a step of each kind: the same memory, less time")
     parser.add_argument("--output", type=Path, default=Path("runs/memory.json"))
+    parser.add_argument("--append", action="store_true", help="keep the runs that --output already holds")
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
 
@@ -92,7 +95,19 @@ def measure(arguments: argparse.Namespace, layers: int) -> dict:
             raise SystemExit(f"the run of {layers} layers failed")
     peak = max(held for _, held in curve)
     print(f"{layers} layers: model {size / 2**20:.0f} MiB, peak {peak / 2**20:.0f} MiB, {peak / size:.0%}", flush=True)
-    return {"layers": layers, "model_bytes": size, "import_bytes": imports, "peak_bytes": peak, "curve": curve}
+    settings = {key: getattr(arguments, key) for key in SETTINGS}
+    sizes = {"model_bytes": size, "import_bytes": imports, "peak_bytes": peak}
+    return {"layers": layers, **settings, "seconds": curve[-1][0], **sizes, "curve": thinned(curve)}
+
+
+def thinned(curve: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """The largest value of every 500th of the time."""
+    step = curve[-1][0] / 500 or 1.0
+    largest: dict[int, tuple[float, int]] = {}
+    for moment, held in curve:
+        place = int(moment / step)
+        largest[place] = max(largest.get(place, (moment, held)), (moment, held), key=lambda point: point[1])
+    return list(largest.values())
 
 
 def plot(runs: list[dict], path: Path) -> None:
@@ -111,9 +126,10 @@ def plot(runs: list[dict], path: Path) -> None:
 def main() -> None:
     arguments = parse_arguments()
     runs = [measure(arguments, int(layers)) for layers in arguments.layers.split(",")]
-    settings = {k: str(v) for k, v in vars(arguments).items() if k not in ("output", "plot")}
+    if arguments.append and arguments.output.exists():
+        runs = json.loads(arguments.output.read_text())["runs"] + runs
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"settings": settings, "runs": runs}))
+    arguments.output.write_text(json.dumps({"runs": runs}))
     if arguments.plot:
         plot(runs, arguments.plot)
 

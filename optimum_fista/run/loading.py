@@ -87,14 +87,17 @@ def storage_place(name: str | torch.device | Path | None, default: torch.device)
         return name or default
     if name == "disk":
         return Path(tempfile.gettempdir())
-    try:
-        return usable_device(str(name))
-    except ValueError as error:
-        if Path(name).is_dir():
-            return Path(name)
-        raise ValueError(
-            f"storage_device={str(name)!r}: pass a device such as 'cpu', 'disk', or a folder that exists ({error})"
-        ) from error
+    problem = "no such folder"
+    if not isinstance(name, Path):
+        try:
+            return usable_device(name)
+        except ValueError as error:
+            problem = str(error)
+    if Path(name).is_dir():
+        return Path(name)
+    raise ValueError(
+        f"storage_device={str(name)!r}: pass a device such as 'cpu', 'disk', or a folder that exists ({problem})"
+    )
 
 
 def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -267,9 +267,12 @@ def _total_size(folder: Path) -> int:
 
 def _require_writable(folder: Path, output_dir: Path) -> None:
     """Refuse an output that can't be written to before any work is done."""
+    existed = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        if not existed:
+            folder.rmdir()
     except OSError as error:
         raise OSError(
             error.errno,
