@@ -24,6 +24,7 @@ from optimum_fista.run.atomic import write_atomically, write_tensors, write_text
 from optimum_fista.run.card import model_card
 from optimum_fista.run.checkpoint import MASKS_FILE, MASKS_METADATA, REPORT_FILE, require_free_folder, summary
 from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.free_memory import keep_large_blocks_apart
 from optimum_fista.run.journal import FOLDER, Journal
 from optimum_fista.run.loading import (
     floating_dtype,
@@ -67,6 +68,7 @@ def prune_files(
     require_free_folder(output_dir, overwrite)
     folder = unfinished_folder(output_dir)
     _require_writable(folder, output_dir)
+    keep_large_blocks_apart()
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload_folder:
         model, tokenizer = load_lazily(str(name), Path(offload_folder), device=device, dtype=dtype)
         run = _Streaming(model, calib_dataloader, config, calibration_source, progress, storage_device)
