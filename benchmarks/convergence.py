@@ -66,7 +66,7 @@ class Scaled:
         elif coordinates == "unit Gram diagonal":
             scale = unit
         else:
-            factor, _ = damped_cholesky(gram * unit * unit[:, None], 0.0)
+            factor, _ = damped_cholesky((gram * unit * unit[:, None]).clone, 0.0)
             scale = torch.cholesky_inverse(factor).diagonal().sqrt() * unit
         self.problem, self.scale = problem, scale
         self.gram = gram * scale * scale[:, None]

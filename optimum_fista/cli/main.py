@@ -52,7 +52,10 @@ def execute(arguments: argparse.Namespace) -> int:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "allocate" not in str(error):
             raise
-        advice = "pass a smaller --batch-size, shorter --sequence-length, fewer --num-samples, or --device cpu"
+        advice = (
+            "pass a smaller --batch-size, shorter --sequence-length, fewer --num-samples, --storage-device cpu, "
+            "or --device cpu"
+        )
         print(f"error: out of memory ({' '.join(str(error).split())[:200]}): {advice}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -105,8 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
     machine.add_argument(
         "--storage-device",
-        metavar="DEVICE",
-        help="where hidden states wait between passes; cpu spares the GPU's memory (default: --device)",
+        metavar="PLACE",
+        help="where activations wait between passes: a device (cpu spares the GPU's memory), disk for memory-mapped "
+        "files beside --output, or a folder for them (default: --device; on the CPU disk)",
     )
     hub = parser.add_argument_group("hub")
     hub.add_argument("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
@@ -115,6 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune, save, and upload where asked."""
+    import torch
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -122,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.checkpoint import require_free_folder
     from optimum_fista.run.hub import push_folder
     from optimum_fista.run.journal import FOLDER
-    from optimum_fista.run.loading import usable_device
+    from optimum_fista.run.loading import storage_place
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
     from optimum_fista.run.streaming import unfinished_folder
@@ -136,8 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
     require_free_folder(arguments.output, arguments.overwrite)
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
-    if arguments.storage_device:
-        usable_device(arguments.storage_device)
+    storage_place(arguments.storage_device, torch.device("cpu"))
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
     with joined_ranks(arguments.device) as ranks:

@@ -31,8 +31,11 @@ class GramAccumulator:
     def finish(self) -> InputStatistics:
         """Statistics with the symmetric Gram matrix; the accumulator is used up."""
         gram = self._upper
-        gram.triu_()
-        gram += gram.triu(1).T
+        for start in range(0, gram.shape[0], _LEAF):
+            end = start + _LEAF
+            corner = gram[start:end, start:end].triu_()
+            corner += corner.triu(1).T
+            gram[end:, start:end] = gram[start:end, end:].T
         return InputStatistics(gram, self.num_tokens, self._sum / max(1, self.num_tokens))
 
 

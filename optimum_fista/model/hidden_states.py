@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers, UnsupportedArchitectureError
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.offload import execution_device, onloaded
@@ -22,36 +23,44 @@ class RecordedInputs:
     """What the decoder layers are called with.
 
     Attributes:
-        hidden_states: Input of the first decoder layer, a batch each, [batch, sequence, hidden].
+        hidden_states: Input of the first decoder layer, a batch each, [batch, sequence, hidden], as it is stored.
         calls: Other arguments, `calls[layer][batch]`; equal tensors are stored once.
         token_masks: bool [batch, sequence] on the model's device, a batch each; `None` when all are real.
     """
 
-    hidden_states: list[Tensor]
+    hidden_states: ActivationStore
     calls: list[list[LayerCall]]
     token_masks: list[Tensor | None]
 
 
-def record_inputs(model: PreTrainedModel, layers: DecoderLayers, batches: Sequence[CalibrationBatch]) -> RecordedInputs:
+def record_inputs(
+    model: PreTrainedModel,
+    layers: DecoderLayers,
+    batches: Sequence[CalibrationBatch],
+    storage: Storage | None = None,
+) -> RecordedInputs:
     """Run the model on every batch with its decoder layers skipped, and record what each is called with.
 
     The first layer runs once, to learn the form of its output; nothing behind the last layer runs. Where decoder layers
     hand more to the next than hidden states (indices that attention shares, the state of a router), all of them run,
-    and what is handed on is recorded as it is in the dense network.
+    and what is handed on is recorded as it is in the dense network. Hidden states are kept at `storage`; `None`: on the
+    device.
 
     Raises:
         ValueError: If the hidden states that enter the first decoder layer are not finite.
         UnsupportedArchitectureError: If the model does anything but run its decoder layers once, one after another.
     """
     try:
-        return _record(model, _Recorder(layers), batches)
+        return _record(model, _Recorder(layers), batches, storage)
     except _HandsOnMore:
-        return _record(model, _Recorder(layers, runs_layers=True), batches)
+        return _record(model, _Recorder(layers, runs_layers=True), batches, storage)
 
 
-def _record(model: PreTrainedModel, recorder: _Recorder, batches: Sequence[CalibrationBatch]) -> RecordedInputs:
+def _record(
+    model: PreTrainedModel, recorder: _Recorder, batches: Sequence[CalibrationBatch], storage: Storage | None
+) -> RecordedInputs:
     device = execution_device(model.get_input_embeddings())
-    hidden_states, token_masks = [], []
+    hidden_states, token_masks = ActivationStore(storage or device, device), []
     with recorder:
         for batch in batches:
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)

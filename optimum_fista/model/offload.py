@@ -46,6 +46,13 @@ def stored_tensor(module: nn.Module, name: str) -> Tensor:
     return hook.weights_map[name]
 
 
+def kept_tensor(module: nn.Module, name: str) -> Tensor:
+    """An offloaded parameter or buffer of a module as Accelerate keeps it, even while it is onloaded."""
+    hook = _offload_hook(module)
+    assert hook is not None
+    return hook.weights_map[name]
+
+
 def store_tensor(module: nn.Module, name: str, value: Tensor) -> Callable[[], None]:
     """Replace an offloaded parameter where it is kept; returns what puts the old one back.
 

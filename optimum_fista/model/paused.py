@@ -9,6 +9,8 @@ from types import TracebackType
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from optimum_fista.model.activation_store import ActivationStore, Storage
+from optimum_fista.model.pass_memory import PassMemory
 from optimum_fista.model.replay import LayerCall, watching
 
 
@@ -18,7 +20,8 @@ class PausedForwards:
     A group of operators needs its inputs over all batches before it is pruned, and what lies behind it needs
     the pruned weights. Pausing every batch there runs each operator once a batch, where replaying the layer
     for every group would run the first operators again and again. The price is memory: the intermediate
-    activations of all batches stay on the layer's device while they wait.
+    activations of all batches wait, on the layer's device, or in `waiting`, so that those of one batch at a time
+    are on the device.
 
     Greenlets share one thread, so that PyTorch's thread pools and thread-local state stay as they are. Use it
     as a context manager: passes that were not finished are unwound at its end.
@@ -28,6 +31,7 @@ class PausedForwards:
         stops: Modules to pause in front of, in the order of their calls.
         calls: Arguments of the layer, a batch each.
         hidden_states: Input of the layer, a batch each.
+        waiting: Where the passes' activations go while they wait; `None`: they stay on the layer's device.
     """
 
     def __init__(
@@ -36,16 +40,22 @@ class PausedForwards:
         stops: Sequence[nn.Module],
         calls: Sequence[LayerCall],
         hidden_states: Sequence[Tensor],
+        waiting: Storage | None = None,
     ) -> None:
         self._watch = watching({module: partial(_pause, index) for index, module in enumerate(stops)})
-        device = next(layer.parameters()).device
+        device = self._device = next(layer.parameters()).device
 
-        def forward(call: LayerCall, hidden: Tensor) -> tuple[None, Tensor | None]:
-            return None, call.run(layer, hidden.to(device, non_blocking=True))
+        self._layer = layer
+        self._waiting = None if waiting is None or waiting == device else waiting
+        self._memories = [PassMemory() if self._waiting else None for _ in calls]
 
-        self._passes = [
-            greenlet(partial(forward, call, hidden)) for call, hidden in zip(calls, hidden_states, strict=True)
-        ]
+        def forward(batch: int) -> tuple[None, Tensor | None]:
+            hidden, memory = hidden_states[batch].to(device, non_blocking=True), self._memories[batch]
+            if memory is not None and getattr(hidden_states, "gives_copies", False):
+                memory.add(hidden)
+            return None, calls[batch].run(layer, hidden)
+
+        self._passes = [greenlet(partial(forward, batch)) for batch in range(len(calls))]
 
     def __enter__(self) -> PausedForwards:
         self._watch.__enter__()
@@ -61,16 +71,28 @@ class PausedForwards:
 
     def inputs(self, stop: int) -> Iterator[Tensor]:
         """Run every batch on to the stop of this index; yields the module's input, a batch each."""
-        for forward in self._passes:
-            reached, inputs = forward.switch()
+        store = None if self._waiting is None else ActivationStore(self._waiting, self._device)
+        for batch, forward in enumerate(self._passes):
+            reached, inputs = self._run_on(batch)
             if reached != stop:
                 raise RuntimeError("the operators of this decoder layer are called in another order than when traced")
             yield inputs
+            memory = self._memories[batch]
+            if memory is not None and store is not None and not forward.dead:
+                memory.offload(self._layer, store)
 
     def output(self, batch: int) -> Tensor:
         """Run one batch to the end; returns the layer's output hidden states."""
-        _, output = self._passes[batch].switch()
+        _, output = self._run_on(batch)
         return output
+
+    def _run_on(self, batch: int) -> tuple[int | None, Tensor]:
+        memory = self._memories[batch]
+        if memory is None:
+            return self._passes[batch].switch()
+        memory.onload()
+        with memory:
+            return self._passes[batch].switch()
 
     def outputs(self) -> Iterator[Tensor]:
         """Run every batch to the end; yields the layer's output hidden states, a batch each."""

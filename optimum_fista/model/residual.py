@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.paused import PausedForwards
@@ -47,16 +48,15 @@ class ResidualProblem:
     """
 
     problem: LayerProblem
-    rest: list[Tensor]
-    inputs: list[Tensor]
+    rest: ActivationStore
+    inputs: ActivationStore
 
-    def outputs(self, operator: LinearOperator) -> list[Tensor]:
+    def outputs(self, activations: LayerActivations, operator: LinearOperator) -> ActivationStore:
         """Output hidden states of the decoder layer with the operator's weights as they are now, a batch each."""
-        device = operator.parameter.device
-        return [
-            rest + operator.module(x.to(device)).view(rest.shape).to(rest)
-            for rest, x in zip(self.rest, self.inputs, strict=True)
-        ]
+        outputs = activations.store()
+        for rest, x in zip(self.rest, self.inputs, strict=True):
+            outputs.append(rest + operator.module(x).view(rest.shape))
+        return outputs
 
 
 def residual_problem(
@@ -88,8 +88,7 @@ def residual_problem(
     gram = GramAccumulator(size, device)
     target = torch.zeros(rows_out, size, device=device)
     energies = torch.zeros(rows_out, dtype=torch.float64, device=device)
-    kept_rest: list[Tensor] = []
-    kept_inputs: list[Tensor] = []
+    kept_rest, kept_inputs = activations.store(), activations.store()
     weight = operator.read()
     put_out: list[Tensor] = []  # by the operator, in the pass that runs to the end
     with watching({}, {operator.module: lambda output: put_out.append(output.clone())}):
@@ -106,8 +105,8 @@ def residual_problem(
             target.addmm_(wanted.T, rows)
             energies += wanted.square().sum(0)
             if keep:
-                kept_inputs.append(inputs.to(activations.storage))
-                kept_rest.append((output - own).to(activations.storage))
+                kept_inputs.append(inputs)
+                kept_rest.append(output - own)
     record.kept.clear()
     statistics = checked_statistics([operator], gram)
     problem = LayerProblem(weight, statistics, target, energies, operator.name)

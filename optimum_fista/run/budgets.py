@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -57,12 +58,19 @@ def share_budgets(
 
     Raises:
         ValueError: If gradients of the loss are not finite.
+        torch.OutOfMemoryError: If one sequence is too long for them.
     """
     budgets = Budgets(config)
     sharing = {name: operator for name, operator in operators.items() if config.shares_budget(name)}
     if not sharing or not config.sparsity:
         return budgets
-    found = measure_sensitivities(model, layers, sharing, batches, config.allocation_tokens, progress)
+    try:
+        found = measure_sensitivities(model, layers, sharing, batches, config.allocation_tokens, progress)
+    except torch.OutOfMemoryError as error:  # one sequence at a time already
+        raise torch.OutOfMemoryError(
+            "the device ran out of memory in the gradients of the loss on one sequence: pass allocation='uniform' "
+            f"(--allocation uniform) or shorter sequences (--sequence-length) [{error}]"
+        ) from error
     pools: dict[str, list[str]] = {}
     for name, operator in sharing.items():
         key = f"{operator.experts.name} {operator.kind}" if isinstance(operator, ExpertOperator) else name

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from optimum_fista.model.activation_store import Storage
 from optimum_fista.run.atomic import write_tensors, write_text
 from optimum_fista.run.budgets import Budgets
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.layer_pruning import HiddenStates
+from optimum_fista.run.layer_pruning import HiddenStates, stored
 from optimum_fista.run.report import OperatorReport
 
 FOLDER = "journal"
@@ -111,7 +111,7 @@ class Journal:
         if masks:
             write_tensors(self._file("masks", index), masks, {})
         if states is not None:
-            streams = {"dense": states.dense or [], "pruned": states.pruned or []}
+            streams = {"dense": stored(states.dense), "pruned": stored(states.pruned)}
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
             write_tensors(self._file("states", index + 1), hidden, {})
         shard = self.keep_shard(index, tensors)
@@ -136,10 +136,11 @@ class Journal:
         file = self._file("masks", index)
         return load_file(file) if file.exists() else {}
 
-    def states(self, index: int, device: torch.device) -> HiddenStates | None:
+    def states(self, index: int, storage: Storage) -> HiddenStates | None:
         """Hidden states that enter a decoder layer; `None` where they are not there whole."""
         try:
-            tensors = load_file(self._file("states", index), device=str(device))
+            device = "cpu" if isinstance(storage, Path) else str(storage)
+            tensors = load_file(self._file("states", index), device=device)
         except (OSError, SafetensorError):
             return None
         streams: dict[str, list[Tensor]] = {"dense": [], "pruned": []}

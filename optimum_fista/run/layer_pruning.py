@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.paused import PausedForwards
@@ -21,6 +22,7 @@ from optimum_fista.model.statistics import (
     problems_same_input,
     record_dense,
 )
+from optimum_fista.run.free_memory import release_free_memory
 from optimum_fista.run.report import OperatorReport
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
@@ -63,15 +65,20 @@ class HiddenStates:
         pruned: From the network as pruned so far; `None` where every layer starts from the dense ones.
     """
 
-    dense: list[Tensor] | None
-    pruned: list[Tensor] | None = None
+    dense: Sequence[Tensor] | None
+    pruned: Sequence[Tensor] | None = None
 
     @property
-    def entering(self) -> list[Tensor]:
+    def entering(self) -> Sequence[Tensor]:
         """Those that the layer is pruned on."""
         found = self.dense if self.pruned is None else self.pruned
         assert found is not None
         return found
+
+
+def stored(stream: Sequence[Tensor] | None) -> list[Tensor]:
+    """The hidden states of a stream where they are kept; none where there is no stream."""
+    return stream.kept() if isinstance(stream, ActivationStore) else list(stream or [])
 
 
 class LayerPruning:
@@ -107,12 +114,12 @@ class LayerPruning:
         self.output_weights = output_weights or {}
         self.starved = starved
 
-    def enter(self, hidden_states: list[Tensor]) -> HiddenStates:
+    def enter(self, hidden_states: Sequence[Tensor]) -> HiddenStates:
         """The hidden states that enter the first decoder layer, in the streams that are needed."""
         if not self._carries_on:
             return HiddenStates(hidden_states)
         corrects = self._dense_share > 0 or self.residual_share > 0
-        return HiddenStates(list(hidden_states) if corrects else None, list(hidden_states))
+        return HiddenStates(hidden_states if corrects else None, hidden_states)
 
     def prune(
         self, activations: LayerActivations, groups: Sequence[Group], states: HiddenStates
@@ -123,7 +130,7 @@ class LayerPruning:
             Every group once it is pruned and written.
         """
         sees_dense = [self._sees_dense_input(index) for index in range(len(groups))]
-        outputs, records = None, [DenseRecord.of(group) for group in groups]
+        outputs, records = None, [DenseRecord(False) for _ in groups]
         grams: list[GramAccumulator | None] = [None for _ in groups]
         if states.dense is not None:
             outputs, records, grams = record_dense(activations, groups, states.dense, sees_dense)
@@ -133,7 +140,8 @@ class LayerPruning:
                 yield self._solve(group, problems_same_input(group, gram))
         corrected = [index for index, seen in enumerate(sees_dense) if not seen]
         stops = [groups[index][0].module for index in corrected]
-        with PausedForwards(activations.layer, stops, activations.calls, states.entering) as forwards:
+        waiting = activations.storage
+        with PausedForwards(activations.layer, stops, activations.calls, states.entering, waiting) as forwards:
             for stop, index in enumerate(corrected):
                 if outputs is not None and self._corrects_residual(activations, groups, index, states.entering[0]):
                     yield self._last(activations, groups[index], records[index], outputs, forwards, stop, states)
@@ -145,7 +153,10 @@ class LayerPruning:
                 )
             else:
                 if states.pruned is not None:
-                    states.pruned = [output.to(activations.storage) for output in forwards.outputs()]
+                    left = activations.store()
+                    for output in forwards.outputs():
+                        left.append(output)
+                    states.pruned = left
         states.dense = outputs
 
     def pass_on(self, activations: LayerActivations, states: HiddenStates) -> None:
@@ -184,7 +195,7 @@ class LayerPruning:
         )
         pruned = self._solve(group, [made.problem])
         if states.pruned is not None:
-            states.pruned = made.outputs(group[0])
+            states.pruned = made.outputs(activations, group[0])
         return pruned
 
     def _sees_dense_input(self, index: int) -> bool:
@@ -194,6 +205,7 @@ class LayerPruning:
     def _solve(self, group: Group, problems: Sequence[LayerProblem]) -> PrunedGroup:
         patterns = [self.pattern_for(operator.name) for operator in group]
         method, message = self._method(group, problems[0].statistics.num_tokens)
+        release_free_memory()
         started = time.perf_counter()
         if not message and all(operator.name in self.output_weights for operator in group):
             weights = [self.output_weights[operator.name] for operator in group]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.offload import is_offloaded
 
 
@@ -73,6 +75,29 @@ def usable_device(device: str | None) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
         raise ValueError(f"device={device!r} can't be used: {error}. Pass 'cpu', 'cuda' or 'cuda:N'.") from error
+
+
+def storage_place(name: str | torch.device | Path | None, default: torch.device) -> Storage:
+    """Where activations are to wait: `default` for `None`, a device, a folder, or for `"disk"` the temporary folder.
+
+    Raises:
+        ValueError: If it is neither a device that can be used nor a folder that exists.
+    """
+    if name is None or isinstance(name, torch.device):
+        return name or default
+    if name == "disk":
+        return Path(tempfile.gettempdir())
+    problem = "no such folder"
+    if not isinstance(name, Path):
+        try:
+            return usable_device(name)
+        except ValueError as error:
+            problem = str(error)
+    if Path(name).is_dir():
+        return Path(name)
+    raise ValueError(
+        f"storage_device={str(name)!r}: pass a device such as 'cpu', 'disk', or a folder that exists ({problem})"
+    )
 
 
 def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -47,7 +47,7 @@ class MaskedLoraLinear(LoraLinear):
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         adapters = [name for name in self.active_adapters if name in self.lora_A]
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         weight, dropped = base.weight, x.new_zeros(())
         for name in adapters:
             delta = self.get_delta_weight(name).to(weight.dtype)
@@ -79,8 +79,8 @@ def mask_adapters(model: PeftModel, masks: MaskSource = None) -> PeftModel:
     """
     if not isinstance(model, PeftModel):
         raise ValueError(f"model is a {type(model).__name__}: pass a peft.PeftModel, as get_peft_model makes it.")
-    base = model.get_base_model()
-    layers = {name: m for name, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
+    base: Any = model.get_base_model()
+    layers: dict[str, Any] = {name: m for name, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} has merged adapters already: call unmerge_adapter() first.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.architecture import (
     DecoderLayers,
     UnsupportedArchitectureError,
@@ -24,15 +26,17 @@ from optimum_fista.model.architecture import (
 )
 from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
 from optimum_fista.model.experts import split_experts
-from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.model.statistics import LayerActivations
+from optimum_fista.run.batch_size import cut_batches, cut_states, halved_sizes
 from optimum_fista.run.budgets import Budgets, share_budgets
 from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.free_memory import release_free_memory
 from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, StarvedRule, report_group
-from optimum_fista.run.loading import require_unquantized
+from optimum_fista.run.loading import require_unquantized, storage_place
 from optimum_fista.run.report import PruningReport
 from optimum_fista.run.stored_names import stored_names
 from optimum_fista.solve.methods import create_method
@@ -64,7 +68,8 @@ class ModelPruning:
         *,
         calibration_source: str | None = None,
         progress: bool = True,
-        storage_device: str | torch.device | None = None,
+        storage_device: str | torch.device | Path | None = None,
+        undo: Callable[[Sequence[LinearOperator]], None],
     ) -> None:
         require_unquantized(model)
         self.model = model
@@ -80,6 +85,7 @@ class ModelPruning:
             left_dense=left_dense,
         )
         self.write = write
+        self.undo = undo
         self.progress = progress
         self.title = "Pruning"
         self.storage_device = storage_device
@@ -88,9 +94,9 @@ class ModelPruning:
         self._warn_if_rank_deficient()
 
     @property
-    def storage(self) -> torch.device:
+    def storage(self) -> Storage:
         """Where hidden states wait between decoder layers."""
-        return torch.device(self.storage_device or execution_device(self.model.get_input_embeddings()))
+        return storage_place(self.storage_device, execution_device(self.model.get_input_embeddings()))
 
     @property
     def last_layer(self) -> int:
@@ -124,24 +130,24 @@ class ModelPruning:
             self._split_experts(),
             tqdm(total=sum(counts.values()), desc=self.title, unit="operator", disable=not self.progress) as bar,
         ):
-            recorded = record_inputs(self.model, self.layers, self.batches)
-            storage = self.storage
+            recorded = self._record()
             first = 0 if self.states is None else min(todo)
             if self.states is None:
-                self.states = pruning.enter([hidden.to(storage) for hidden in recorded.hidden_states])
-            recorded.hidden_states.clear()
+                self.states = pruning.enter(recorded.hidden_states)
+            del recorded.hidden_states
             for index, (name, layer) in enumerate(self.layers):
-                calls, recorded.calls[index] = recorded.calls[index], []
                 if index < first or (index > last and index not in todo):
+                    recorded.calls[index] = []
                     continue
+                work = self._prune_layer if index in todo else self._pass_on
                 with onloaded(layer):
-                    activations = LayerActivations(layer, calls, recorded.token_masks, storage)
-                    if index <= last and index not in todo:
-                        pruning.pass_on(activations, self.states)
-                        continue
-                    if index <= last:
-                        self._prune_layer(pruning, activations, name, index, bar)
-                    yield index, name, layer
+                    while index <= last and not self._try_layer(work, pruning, recorded, name, index, bar):
+                        recorded = self._record()
+                        recorded.hidden_states.clear()
+                    recorded.calls[index] = []
+                    if index in todo:
+                        yield index, name, layer
+                release_free_memory(collect=True)
 
     def complete_report(self) -> None:
         """Add what the user should know once all operators are pruned.
@@ -202,6 +208,7 @@ class ModelPruning:
             flat = {name: operator for group in self.operators.values() for name, operator in group.items()}
             with self._split_experts():
                 self.budgets = share_budgets(self.model, self.layers, flat, self.batches, self.config, self.progress)
+            release_free_memory(collect=True)
             self.report.seconds["allocation"] = time.perf_counter() - started
         return self.budgets
 
@@ -214,11 +221,74 @@ class ModelPruning:
             self.config.create_method(self.model.config.model_type),
             budgets.pattern_for,
             self.config.error_correction,
-            self.write,
+            self._write,
             self.config.residual_correction or 0.0,
             budgets.output_weights if self.config.scope == "matrix" else None,
             StarvedRule(self.config.starved_tokens, create_method(self.config.starved_method)),
         )
+
+    def take_batches_of(self, states: HiddenStates) -> None:
+        """Cut the calibration batches as those of hidden states that a run before has left."""
+        sizes = [hidden.shape[0] for hidden in states.entering]
+        if sizes != [batch.input_ids.shape[0] for batch in self.batches]:
+            self.batches = cut_batches(self.batches, sizes)
+            self.report.warnings.append(f"goes on with the batches of the run before, {max(sizes)} sequences at most")
+
+    def _halve_batches(self, where: str, reason: str, states: HiddenStates | None) -> None:
+        """Cut every batch in two after the device ran out of memory; `states` enter the decoder layer at hand."""
+        sizes = halved_sizes(self.batches, reason)
+        self.batches = cut_batches(self.batches, sizes)
+        if states is not None:
+            device = execution_device(self.model.get_input_embeddings())
+            self.states = cut_states(states, sizes, self.storage, device)
+        release_free_memory(collect=True)
+        message = f"out of memory in {where}: batches of {max(sizes)} sequences from here on ({reason.splitlines()[0]})"
+        self.report.warnings.append(message)
+        warnings.warn(message, stacklevel=5)
+
+    def _record(self) -> RecordedInputs:
+        """What the decoder layers are called with, in batches that fit into the memory."""
+        while True:
+            try:
+                return record_inputs(self.model, self.layers, self.batches, self.storage)
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            self._halve_batches("the embeddings", reason, self.states)
+
+    def _try_layer(
+        self,
+        work: Callable[[LayerPruning, LayerActivations, str, int, tqdm], None],
+        pruning: LayerPruning,
+        recorded: RecordedInputs,
+        name: str,
+        index: int,
+        bar: tqdm,
+    ) -> bool:
+        """Prune or pass a decoder layer; False, with it dense again and batches halved, where memory ran out."""
+        assert self.states is not None
+        entering = HiddenStates(self.states.dense, self.states.pruned)
+        layer, done = self.layers.modules[index], len(self.report.operators)
+        activations = LayerActivations(layer, recorded.calls[index], recorded.token_masks, self.storage)
+        self._written: list[LinearOperator] = []
+        try:
+            work(pruning, activations, name, index, bar)
+            return True
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        self.undo(self._written)
+        bar.update(done - len(self.report.operators))
+        del self.report.operators[done:]
+        self._halve_batches(name, reason, entering)
+        return False
+
+    def _pass_on(self, pruning: LayerPruning, activations: LayerActivations, *_: object) -> None:
+        """Move on the hidden states through a decoder layer that stays dense."""
+        assert self.states is not None
+        pruning.pass_on(activations, self.states)
+
+    def _write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
+        self._written.append(operator)
+        self.write(operator, pruned)
 
     def _prune_layer(
         self, pruning: LayerPruning, activations: LayerActivations, name: str, index: int, bar: tqdm
@@ -241,6 +311,7 @@ class ModelPruning:
                 error = reports[-1].relative_error
                 bar.set_postfix_str(f"layer {index + 1}/{len(self.layers)} {last} error {error:.4f}")
                 bar.update(len(reports))
+                del group  # its matrices, before those of the next group are made
 
 
 def require_finite(operator: LinearOperator) -> None:

@@ -41,8 +41,9 @@ class FistaPruner:
     Args:
         config: What to prune and how; 50% unstructured by default.
         progress: Whether to show a progress bar.
-        storage_device: Where hidden states and recorded activations wait between passes; `None`: on the
-            model's device. Pass `"cpu"` to spare the memory of a GPU.
+        storage_device: Where hidden states and recorded activations wait between passes: a device, `"disk"` for
+            memory-mapped files in the temporary folder, or another folder for them. `None`: on the model's device, but
+            beside the output where a model given by name is pruned on the CPU. `"cpu"` spares the memory of a GPU.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class FistaPruner:
         config: FistaPruningConfig | None = None,
         *,
         progress: bool = True,
-        storage_device: str | torch.device | None = None,
+        storage_device: str | torch.device | Path | None = None,
     ) -> None:
         self.config = config if config is not None else FistaPruningConfig()
         self.progress = progress
@@ -140,6 +141,7 @@ class FistaPruner:
                 calibration_source=calibration_source,
                 progress=self.progress,
                 storage_device=self.storage_device,
+                undo=rollback.undo,
             )
             with evaluation_mode(model), torch.no_grad():
                 for _ in pruning.run():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from torch import Tensor, nn
 
-from optimum_fista.model.offload import store_tensor
+from optimum_fista.model.offload import kept_tensor, store_tensor
 from optimum_fista.model.operator import LinearOperator
 
 
@@ -19,7 +19,7 @@ class Rollback:
     """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[tuple[str, Callable[[], None]]] = []
         self._onloaded: dict[tuple[int, str], tuple[nn.Module, str]] = {}
 
     def write(self, operator: LinearOperator, weight: Tensor) -> None:
@@ -32,14 +32,26 @@ class Rollback:
             def restore() -> None:
                 operator.parameter.data.copy_(original)
 
-            self._undo.append(restore)
+            self._undo.append((operator.name, restore))
         operator.write(weight)
 
     def settle(self) -> None:
         """Overwrite what was written where Accelerate keeps it, while it is still onloaded."""
         for owner, tensor in self._onloaded.values():
-            self._undo.append(store_tensor(owner, tensor, getattr(owner, tensor)))
+            self._undo.append(("", store_tensor(owner, tensor, getattr(owner, tensor))))
         self._onloaded.clear()
+
+    def undo(self, operators: Sequence[LinearOperator]) -> None:
+        """Put back the weights of some operators of a decoder layer that is not settled."""
+        names = {operator.name for operator in operators}
+        for name, undo in reversed(self._undo):
+            if name in names:
+                undo()
+        self._undo = [(name, undo) for name, undo in self._undo if name not in names]
+        for operator in operators:
+            if operator.is_offloaded:
+                kept = kept_tensor(operator.owner, operator.tensor)
+                operator.parameter.data.copy_(operator.select(kept))
 
     def __enter__(self) -> Rollback:
         return self
@@ -48,6 +60,6 @@ class Rollback:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            for undo in reversed(self._undo):
+            for _, undo in reversed(self._undo):
                 undo()
         self._undo.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import tempfile
@@ -16,13 +17,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.model.architecture import find_decoder_layers
-from optimum_fista.model.offload import move_execution, stored_tensor
+from optimum_fista.model.offload import kept_tensor, move_execution, stored_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.atomic import write_atomically, write_tensors, write_text
 from optimum_fista.run.card import model_card
 from optimum_fista.run.checkpoint import MASKS_FILE, MASKS_METADATA, REPORT_FILE, require_free_folder, summary
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.fingerprint import is_of_another_run, run_fingerprint
+from optimum_fista.run.free_memory import keep_large_blocks_apart
 from optimum_fista.run.journal import FOLDER, FinishedLayer, Journal
 from optimum_fista.run.loading import (
     floating_dtype,
@@ -41,6 +43,8 @@ from optimum_fista.run.stored_names import as_stored
 from optimum_fista.solve.bitmask import pack_mask
 from optimum_fista.solve.pruned import PrunedOperator
 
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 def unfinished_folder(output_dir: Path) -> Path:
     """Where a run keeps what it has finished, until all of it becomes `output_dir`."""
@@ -58,11 +62,12 @@ def prune_files(
     dtype: str | torch.dtype = "auto",
     overwrite: bool = False,
     progress: bool = True,
-    storage_device: str | torch.device | None = None,
+    storage_device: str | torch.device | Path | None = None,
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
     folder = unfinished_folder(output_dir)
+    keep_large_blocks_apart()
     with (
         joined_ranks(device) as ranks,
         tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload_folder,
@@ -70,10 +75,12 @@ def prune_files(
 
         def begin() -> tuple[_Streaming, dict[str, Any]]:
             require_free_folder(output_dir, overwrite)
+            _require_writable(folder, output_dir)
             require_independent_layers(config, ranks.count)
             model, tokenizer = load_lazily(str(name), Path(offload_folder), device=ranks.device, dtype=dtype)
             shown = progress and not ranks.index
             run = _Streaming(model, tokenizer, calib_dataloader, config, calibration_source, shown, storage_device)
+            run.store_beside(folder)
             if ranks.count > 1:
                 run.pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
             return run, run_fingerprint(str(name), run.pruning)
@@ -84,9 +91,10 @@ def prune_files(
             run.prune(ranks)
             return ranks.first(lambda: run.complete(output_dir, started))
         except OSError as error:
+            advice = "make it writable" if error.errno in _REFUSED else "make room"
             raise OSError(
                 error.errno,
-                f"{error.strerror or error}: {run.kept()}; make room, and start again with the same output",
+                f"{error.strerror or error}: {run.kept()}; {advice}, and start again with the same output",
                 error.filename,
             ) from error
         except RankError as error:
@@ -127,7 +135,7 @@ class _Streaming:
         config: FistaPruningConfig,
         source: str | None,
         progress: bool,
-        storage_device: str | torch.device | None,
+        storage_device: str | torch.device | Path | None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -141,7 +149,15 @@ class _Streaming:
             calibration_source=source,
             progress=progress,
             storage_device=storage_device,
+            undo=self._undo,
         )
+        self._dense: dict[str, Tensor] = {}
+
+    def store_beside(self, folder: Path) -> None:
+        """Keep activations in files of the output's disk, where files are asked for or the device is the CPU."""
+        on_cpu = self.pruning.storage_device is None and self.pruning.storage == torch.device("cpu")
+        if on_cpu or self.pruning.storage_device == "disk":
+            self.pruning.storage_device = folder
 
     def open(self, folder: Path, fingerprint: dict[str, Any], overwrite: bool, ranks: Ranks) -> None:
         """Open the journal, and take up what is finished."""
@@ -217,6 +233,8 @@ class _Streaming:
             pruning.states = self.journal.states(first, pruning.storage)
             if pruning.states is None:
                 first = 0  # they can't be made again without the layers before
+            else:
+                pruning.take_batches_of(pruning.states)
         return {index: finished[index] for index in range(first)}
 
     def _share_budgets(self) -> None:
@@ -235,17 +253,29 @@ class _Streaming:
         for index, name, layer in pruning.run(todo):
             tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
             tensors = _as_saved(self.model, tensors)
-            masks, self.masks = self.masks, {}
+            masks, self.masks, self._dense = self.masks, {}, {}
             reports = [o for o in pruning.report.operators if o.name.startswith(f"{name}.")]
             carried = index < pruning.last_layer and not pruning.config.independent_layers
             states = pruning.states if carried else None
             left_dense = {key: why for key, why in pruning.report.left_dense.items() if key.startswith(f"{name}.")}
             journal.keep_layer(index, tensors, masks, reports, left_dense, states, time.perf_counter() - started)
+            del tensors
             started = time.perf_counter()
 
     def _write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
+        if not operator.is_offloaded:  # the others can be read again
+            self._dense[operator.name] = operator.parameter.detach().to("cpu", copy=True)
         operator.write(pruned.weight)
         self.masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
+
+    def _undo(self, operators: Sequence[LinearOperator]) -> None:
+        """Put back the weights of operators of the current decoder layer."""
+        for operator in operators:
+            if operator.is_offloaded:
+                kept = kept_tensor(operator.owner, operator.tensor)
+                operator.parameter.data.copy_(operator.select(kept))
+            elif operator.name in self._dense:
+                operator.parameter.data.copy_(self._dense.pop(operator.name))
 
 
 def _as_saved(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -301,6 +331,23 @@ def _total_size(folder: Path) -> int:
             header = int.from_bytes(file.read(8), "little")
         total += shard.stat().st_size - 8 - header
     return total
+
+
+def _require_writable(folder: Path, output_dir: Path) -> None:
+    """Refuse an output that can't be written to before any work is done."""
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        if not existed:
+            folder.rmdir()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"output_dir={str(output_dir)!r} can't be written to ({error.strerror}), nothing was done: pass another "
+            "folder, or make this one writable",
+            error.filename,
+        ) from error
 
 
 def _move(folder: Path, output_dir: Path) -> None:

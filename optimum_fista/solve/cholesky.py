@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
-def damped_cholesky(gram: Tensor, damping: float, *, in_place: bool = False) -> tuple[Tensor, str]:
+def damped_cholesky(copy: Callable[[], Tensor], damping: float) -> tuple[Tensor, str]:
     """Lower Cholesky factor of `G + damping * mean(diag G) I`.
 
     When the factorisation breaks down numerically the damping is raised tenfold, at most four times, and the
     returned message says so.
 
     Args:
-        gram: [n, n], symmetric positive semidefinite.
+        copy: Makes a copy of `G` [n, n], symmetric positive semidefinite, which is used up: `gram.clone`.
         damping: Fraction of the mean diagonal added to the diagonal.
-        in_place: Whether the damping may stay in `gram`.
 
     Returns:
         The factor [n, n], and a message that is empty unless the damping had to be raised.
@@ -23,18 +24,34 @@ def damped_cholesky(gram: Tensor, damping: float, *, in_place: bool = False) -> 
     Raises:
         torch.linalg.LinAlgError: If it fails even so (the matrix is not positive semidefinite).
     """
-    diagonal = gram.diagonal().clone()
-    mean = float(diagonal.mean()) or 1.0
-    wanted = damping
-    damped = gram if in_place else gram.clone()
+    wanted, size = damping, 0
     for _ in range(5):
-        damped.diagonal().copy_(diagonal + damping * mean)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
+        damped = copy()
+        size = damped.shape[0]
+        damped.diagonal().add_(damping * (float(damped.diagonal().mean()) or 1.0))
+        factor, failed = cholesky_in_place(damped)
+        if not failed:
             raised = f"the Gram matrix needed damping {damping:g} instead of {wanted:g}"
             return factor, "" if damping == wanted else raised
+        del damped, factor  # before the next copy is made
         damping = max(10 * damping, 1e-4)
     raise torch.linalg.LinAlgError(
-        f"the Gram matrix of {gram.shape[0]} inputs is not positive semidefinite: "
+        f"the Gram matrix of {size} inputs is not positive semidefinite: "
         f"Cholesky failed with damping up to {damping / 10:g}"
     )
+
+
+def cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
+    """Lower Cholesky factor of a symmetric contiguous matrix [n, n] in its own memory, and whether it failed.
+
+    LAPACK keeps matrices by columns: it is given the transpose, which is the same matrix, and makes no copy.
+    """
+    factor = matrix.mT
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    return factor, int(info) != 0
+
+
+def inverse_in_place(factor: Tensor) -> Tensor:
+    """The inverse of a matrix from its lower Cholesky factor as `cholesky_in_place` returns it, in its memory."""
+    return torch.cholesky_inverse(factor, out=factor).mT

@@ -9,7 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows
+from optimum_fista.solve.blocks import row_blocks
+from optimum_fista.solve.selection import (
+    keep_largest,
+    keep_largest_in_groups,
+    keep_largest_in_rows,
+    keep_largest_magnitudes,
+)
 
 Scope = Literal["matrix", "row"]
 
@@ -112,6 +118,13 @@ class SparsityPattern:
         if self.scope == "row":
             return keep_largest_in_rows(scores, self.num_kept((1, columns)))
         return keep_largest(scores, self.num_kept((rows, columns)))
+
+    def mask_of(self, matrix: Tensor) -> Tensor:
+        """`mask(matrix.abs())` for `matrix` [out, in], without a copy of the whole matrix where that can be."""
+        rows, columns = matrix.shape
+        if self.n_of_m is None and self.scope == "matrix":
+            return keep_largest_magnitudes(matrix, self.num_kept((rows, columns)))
+        return torch.cat([self.mask(matrix[part].abs()) for part in row_blocks(matrix)])
 
     def violation(self, mask: Tensor) -> str | None:
         """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from optimum_fista.solve.blocks import row_blocks
 from optimum_fista.solve.spectrum import largest_eigenvalue
 
 
@@ -64,7 +67,6 @@ class LayerProblem:
         target: `C = Y X*^T` [out, in]. Built from `weight` when Y = W X*.
         output_energies: Squared norms of the rows of Y, [out], float64.
         corrected: Whether the wanted outputs are others than those of the dense weights on the same inputs.
-        drift_energy: `e0 = || W X* - Y ||_F^2`, zero when Y = W X*.
         name: Name of the operator, for messages.
     """
 
@@ -75,7 +77,13 @@ class LayerProblem:
         target: Tensor | None = None,
         output_energies: Tensor | None = None,
         name: str = "weight",
+        *,
+        same_energies: Tensor | None = None,
     ) -> None:
+        """Make the problem.
+
+        `same_energies`, squared norms of the rows of `W X*`, [out], float64, spare a product where they are known.
+        """
         if weight.ndim != 2 or weight.shape[1] != statistics.gram.shape[0]:
             raise ValueError(
                 f"{name} has shape {tuple(weight.shape)}, its inputs a Gram matrix of "
@@ -86,12 +94,11 @@ class LayerProblem:
         self.weight = weight
         self.statistics = statistics
         self.name = name
-        product = weight @ statistics.gram
-        dense_energies = inner_by_rows(product, weight)
         self.corrected = target is not None
-        self.drift_energy = 0.0
         if target is None or output_energies is None:
-            self.target, self.output_energies = product, dense_energies
+            self.target = weight @ statistics.gram
+            self.output_energies = inner_by_rows(self.target, weight)
+            self._drifts = torch.zeros_like(self.output_energies)
         else:
             if target.shape != weight.shape or output_energies.shape != weight.shape[:1]:
                 raise ValueError(
@@ -99,8 +106,39 @@ class LayerProblem:
                     f"{tuple(output_energies.shape)}, not {tuple(weight.shape[:1])}."
                 )
             self.target, self.output_energies = target, output_energies.double()
-            energies = dense_energies - 2 * inner_by_rows(weight, target) + self.output_energies
-            self.drift_energy = max(float(energies.sum()), 0.0)
+            if same_energies is None:
+                parts = [weight[rows] for rows in row_blocks(weight)]
+                same_energies = torch.cat([inner_by_rows(part @ statistics.gram, part) for part in parts])
+            self._drifts = same_energies - 2 * inner_by_rows(weight, target) + self.output_energies
+
+    @classmethod
+    def stack(cls, problems: Sequence[LayerProblem], scales: Tensor) -> LayerProblem:
+        """One problem of the outputs of several that share their statistics, row i times `scales[i]`, [out, 1].
+
+        Weights and targets move into it, and the problems' own become views of it, to spare a second copy: they are
+        scaled until `unstack` puts them back, up to rounding.
+        """
+        stacked = copy.copy(problems[0])
+        for key in ("weight", "target"):
+            whole = torch.cat([getattr(problem, key) for problem in problems])
+            for problem, part in zip(problems, whole.split([len(p.weight) for p in problems]), strict=True):
+                setattr(problem, key, part)
+            setattr(stacked, key, whole.mul_(scales))
+        squares = scales[:, 0].double().square()
+        stacked.output_energies = torch.cat([p.output_energies for p in problems]) * squares
+        stacked._drifts = torch.cat([p._drifts for p in problems]) * squares
+        stacked.name = " and ".join(p.name for p in problems)
+        return stacked
+
+    def unstack(self, scales: Tensor) -> None:
+        """Undo the scaling of `stack`."""
+        self.weight.div_(scales)
+        self.target.div_(scales)
+
+    @property
+    def drift_energy(self) -> float:
+        """`e0 = || W X* - Y ||_F^2`, zero when Y = W X*."""
+        return max(float(self._drifts.sum()), 0.0)
 
     @property
     def target_energy(self) -> float:
@@ -118,14 +156,17 @@ class LayerProblem:
 
     def squared_error(self, weight: Tensor) -> float:
         """`|| W* X* - Y ||_F^2`."""
-        if self.corrected:  # <D G, D> - 2 <D, C - W G> with one product, in two matrices
-            difference = weight + self.weight
-            residual = torch.addmm(self.target, difference, self.gram, beta=-2)
-            torch.sub(weight, self.weight, out=difference)
-            error = inner(residual, difference) + self.drift_energy
-        else:
-            difference = weight - self.weight
-            error = inner(difference @ self.gram, difference)
+        error = self.drift_energy if self.corrected else 0.0
+        for rows in row_blocks(weight):
+            new, dense = weight[rows], self.weight[rows]
+            if self.corrected:  # <D G, D> - 2 <D, C - W G> with one product, in two matrices
+                difference = new + dense
+                residual = torch.addmm(self.target[rows], difference, self.gram, beta=-2)
+                torch.sub(new, dense, out=difference)
+                error += inner(residual, difference)
+            else:
+                difference = new - dense
+                error += inner(difference @ self.gram, difference)
         return max(error, 0.0)  # this order keeps NaN
 
     def relative_error(self, weight: Tensor) -> float:

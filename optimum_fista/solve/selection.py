@@ -8,8 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optimum_fista.solve.blocks import row_blocks
+
 _SAMPLE = 16_384
 """Values that bracket the one sought."""
+_BLOCK = 2**20
+"""Scores compared with the bracket at a time."""
 _PART = 2**18
 """Scores ranked within their groups at a time, on a CPU."""
 
@@ -24,19 +28,29 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
     return torch.kthvalue(values, k, dim=-1).values
 
 
-def _kth_by_bracket(array: np.ndarray, k: int) -> float:
+def _kth_by_bracket(array: np.ndarray, k: int, *, magnitude: bool = False) -> float:
     """The `k`-th smallest of many values: a sample brackets it, and only what lies inside is partitioned.
+
+    With `magnitude`, of their absolute values.
 
     Exact (Floyd & Rivest 1975): the values below the bracket are counted, and where the bracket missed, everything is
     partitioned.
     """
-    sample = np.sort(array[:: array.size // _SAMPLE | 1])
+    sample = array[:: array.size // _SAMPLE | 1]
+    sample = np.sort(np.abs(sample) if magnitude else sample)
     rank, margin = (k - 1) / array.size * sample.size, 2.5 * math.sqrt(sample.size)
     low, high = (sample[min(max(0, int(place)), sample.size - 1)] for place in (rank - margin, rank + margin))
-    below = int(np.count_nonzero(array < low))
-    inside = array[(array >= low) & (array <= high)]
+    below, parts = 0, []
+    for start in range(0, array.size, _BLOCK):
+        block = array[start : start + _BLOCK]
+        block = np.abs(block) if magnitude else block
+        below += int(np.count_nonzero(block < low))
+        parts.append(block[(block >= low) & (block <= high)])
+    inside = np.concatenate(parts)
     if below < k <= below + inside.size:
         array, k = inside, k - below
+    elif magnitude:
+        array = np.abs(array)
     return float(np.partition(array, k - 1)[k - 1])
 
 
@@ -44,6 +58,21 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     """Boolean mask, True for exactly the `count` largest of all scores; ties go to the first positions."""
     flat = scores.reshape(1, -1)
     return keep_largest_in_rows(flat, count).view(scores.shape)
+
+
+def keep_largest_magnitudes(matrix: Tensor, count: int) -> Tensor:
+    """`keep_largest(matrix.abs(), count)`, on a CPU without a copy of a large matrix where no two scores tie."""
+    if matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.numel() > 8 * _SAMPLE:
+        mask = torch.ones(matrix.shape, dtype=torch.bool)
+        if 0 < count < matrix.numel():
+            array = matrix.contiguous().view(-1).numpy()
+            threshold = _kth_by_bracket(array, array.size - count + 1, magnitude=True)
+            for rows in row_blocks(matrix):
+                torch.ge(matrix[rows].abs(), threshold, out=mask[rows])
+        if int(torch.count_nonzero(mask)) == count:
+            return mask
+        del mask
+    return keep_largest(matrix.abs(), count)
 
 
 def keep_largest_in_rows(scores: Tensor, count: int) -> Tensor:
@@ -60,6 +89,9 @@ def keep_largest_in_rows(scores: Tensor, count: int) -> Tensor:
     mask = scores > threshold
     missing = count - mask.sum(1, keepdim=True)
     ties = scores == threshold
+    if rows == 1:  # a whole matrix: a running count of all its positions would be twice its size
+        mask[0, ties[0].nonzero()[: int(missing), 0]] = True
+        return mask
     place = ties.cumsum(1, dtype=torch.int32 if columns < 2**31 else torch.int64)
     return mask.logical_or_(ties.logical_and_(place <= missing))
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from optimum_fista.solve.blocks import row_blocks
+from optimum_fista.solve.cholesky import cholesky_in_place, inverse_in_place
 from optimum_fista.solve.pattern import SparsityPattern
+
+
+class Target(Protocol):
+    """`C` [out, in], a tensor or what makes some of its rows."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 @dataclass
@@ -24,7 +33,7 @@ class SplitState:
         rho: The penalty parameter that `point` was made with.
     """
 
-    target: Tensor
+    target: Target
     point: Tensor
     mask: Tensor | None = None
     rho: float = 1.0
@@ -38,33 +47,45 @@ class SplitState:
         """One ADMM iteration with `inverse = (G + rho I)^-1` [in, in].
 
         It minimizes `1/2 <W G, W> - <W, C>` over `W = Z`, Z in the pattern (ALPS, arXiv 2406.07831, eqs. 3-5):
-        `W = (C - V + rho Z) (G + rho I)^-1`, `Z = project(W + V / rho)`, `V += rho (W - Z)`.
+        `W = (C - V + rho Z) (G + rho I)^-1`, `Z = project(W + V / rho)`, `V += rho (W - Z)`. A block of rows at a
+        time but for the projection.
         """
-        if self.mask is None:
-            share, dual = 0.0, torch.zeros_like(self.point)
-        else:
-            share, dual = self.rho / rho, self.point * ~self.mask
-            self.point.sub_(dual, alpha=1 + share)
-        torch.add(self.target, self.point, alpha=rho, out=self.point)
-        spare, self.point = self.point, dual.addmm_(self.point, inverse, beta=share)
-        self.mask = pattern.mask(torch.abs(self.point, out=spare))
+        for rows in row_blocks(self.point):
+            point = self.point[rows]
+            if self.mask is None:
+                share, dual = 0.0, torch.zeros_like(point)
+            else:
+                share, dual = self.rho / rho, point * ~self.mask[rows]
+                point.sub_(dual, alpha=1 + share)
+            torch.add(self.target[rows], point, alpha=rho, out=point)
+            point.copy_(dual.addmm_(point, inverse, beta=share))
+        self.mask = None
+        del dual
+        self.mask = pattern.mask_of(self.point)
         self.rho = rho
 
 
-def damped_inverse(gram: Tensor, rho: float) -> Tensor:
+def damped_inverse(gram: Tensor, rho: float, *, in_place: bool = False) -> Tensor:
     """`(G + rho I)^-1` of a symmetric positive semidefinite [in, in] matrix, rho > 0, by Cholesky.
+
+    Args:
+        gram: `G`, contiguous.
+        rho: See above.
+        in_place: Whether the inverse is to take the memory of `gram`.
 
     Raises:
         torch.linalg.LinAlgError: If the factorisation fails.
     """
-    damped = gram.clone()
+    damped = gram if in_place else gram.clone()
     damped.diagonal().add_(rho)
-    factor = torch.linalg.cholesky(damped)
-    return torch.cholesky_inverse(factor, out=damped)
+    factor, failed = cholesky_in_place(damped)
+    if failed:
+        raise torch.linalg.LinAlgError(f"a Gram matrix of {gram.shape[0]} inputs plus {rho:g} is not positive definite")
+    return inverse_in_place(factor)
 
 
 def split_in_stages(
-    gram: Tensor,
+    copy: Callable[[], Tensor],
     states: Sequence[SplitState],
     patterns: Sequence[SparsityPattern],
     rhos: Sequence[float],
@@ -73,14 +94,14 @@ def split_in_stages(
     """Run ADMM on operators that share a Gram matrix, with one factorisation for all of them a stage.
 
     Args:
-        gram: `G` [in, in].
+        copy: Makes a copy of `G` [in, in], which is used up: `gram.clone`.
         states: One state an operator, changed in place.
         patterns: Their patterns.
         rhos: Penalty parameter of every stage, rising: the mask moves freely at first and settles at the end.
         iterations: Iterations a stage.
     """
     for rho in rhos:
-        inverse = damped_inverse(gram, rho)
+        inverse = damped_inverse(copy(), rho, in_place=True)
         for state, pattern in zip(states, patterns, strict=True):
             for _ in range(iterations):
                 state.iterate(inverse, rho, pattern)

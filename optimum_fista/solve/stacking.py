@@ -26,7 +26,8 @@ def prune_stacked(
     """Prune operators that share their inputs as one problem with weighted outputs.
 
     It minimizes `sum_i v_i || row i of (W* X* - Y) ||^2` over the rows of all operators. The rows are problems of
-    their own but for the budget, which they share: rows whose errors weigh more keep more weights.
+    their own but for the budget, which they share: rows whose errors weigh more keep more weights. Weights and
+    targets of the problems move into one matrix each and change by rounding.
 
     Args:
         method: The pruning method.
@@ -40,18 +41,16 @@ def prune_stacked(
     scales = torch.cat([weights.to(problems[0].weight) for weights in output_weights]).sqrt()
     scales /= scales.square().mean().sqrt().clamp_min(torch.finfo(scales.dtype).tiny)
     scales = scales.clamp_min(_LEAST)[:, None]
-    target = energies = None
-    if problems[0].corrected:
-        target = torch.cat([p.target for p in problems]).mul_(scales)
-        energies = torch.cat([p.output_energies for p in problems]) * scales[:, 0].double().square()
-    weight = torch.cat([p.weight for p in problems]).mul_(scales)
-    stacked = LayerProblem(weight, problems[0].statistics, target, energies, " and ".join(p.name for p in problems))
     shapes = [(p.weight.shape[0], p.weight.shape[1]) for p in problems]
     kept = sum(pattern.num_kept(shape) for pattern, shape in zip(patterns, shapes, strict=True))
-    found = method.prune(stacked, replace(patterns[0], sparsity=1 - kept / weight.numel()))
+    stacked = LayerProblem.stack(problems, scales)
+    try:
+        found = method.prune(stacked, replace(patterns[0], sparsity=1 - kept / stacked.weight.numel()))
+    finally:
+        stacked.unstack(scales)
     rows = [shape[0] for shape in shapes]
     weights, masks = found.weight.div_(scales).split(rows), found.mask.split(rows)
     return [
-        replace(found, weight=w.contiguous(), mask=m.contiguous(), relative_error=p.relative_error(w))
+        replace(found, weight=w, mask=m, relative_error=p.relative_error(w))
         for p, w, m in zip(problems, weights, masks, strict=True)
     ]

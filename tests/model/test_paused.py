@@ -136,3 +136,51 @@ def test_gradients_stay_off_and_activations_are_given_back(hidden):
         del inputs
         assert all(reference() is not None for reference in waiting)
     assert all(reference() is None for reference in waiting)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_passes_that_wait_elsewhere_see_the_same(hidden, tmp_path, in_place):
+    """What they made goes to a file between two stops, whatever refers to it, and comes back."""
+    seen: dict[object, list[torch.Tensor]] = {}
+    for waiting in (None, tmp_path):
+        layer = toy_layer(in_place=in_place)
+        with PausedForwards(layer, [layer.left, layer.up, layer.low], CALLS, hidden, waiting) as forwards:
+            seen[waiting] = [inputs.clone() for stop in range(3) for inputs in forwards.inputs(stop)]
+            seen[waiting] += [output.clone() for output in forwards.outputs()]
+        assert not [*tmp_path.iterdir()]
+    assert len(seen[None]) == 12
+    assert all(map(torch.equal, *seen.values()))
+
+
+def test_of_the_passes_that_wait_elsewhere_one_is_in_memory(hidden, tmp_path):
+    layer, wide = toy_layer(), [torch.randn(4, 50, 8) for _ in range(8)]
+    calls, held = [LayerCall((0.0,), {}) for _ in wide], []
+    with PausedForwards(layer, [layer.up, layer.low], calls, wide, tmp_path) as forwards:
+        for stop in range(2):
+            inputs = list(forwards.inputs(stop))
+            held.append([i.untyped_storage().nbytes() for i in inputs])
+            forwards_alive = [ref() for m in forwards._memories for ref in m._made.values()]
+            assert not sum(s.nbytes() for s in forwards_alive if s is not None)
+    assert held == [[0] * 8, [0] * 8]
+
+
+def test_what_a_module_keeps_stays_where_it_is(hidden, tmp_path):
+    class Keeps(torch.nn.Module):
+        """Makes a table in its first pass and uses it in all."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = torch.nn.Linear(8, 8)
+            self.table: torch.Tensor | None = None
+
+        def forward(self, states: torch.Tensor, shift: float) -> torch.Tensor:
+            if self.table is None:
+                self.table = torch.ones(8) * 2
+            return self.up(states * self.table) + shift
+
+    layer = Keeps()
+    expected = [call.run(layer, states) for call, states in zip(CALLS, hidden, strict=True)]
+    layer.table = None
+    with PausedForwards(layer, [layer.up], CALLS, hidden, tmp_path) as forwards:
+        list(forwards.inputs(0))
+        assert all(map(torch.equal, forwards.outputs(), expected))

@@ -82,9 +82,9 @@ def test_the_hidden_states_carried_on_are_those_of_the_pruned_model(family, monk
     entered: list[list[Tensor]] = []
 
     class Spy(PausedForwards):
-        def __init__(self, layer, stops, calls, hidden_states):
+        def __init__(self, layer, stops, calls, hidden_states, waiting):
             entered.append(list(hidden_states))
-            super().__init__(layer, stops, calls, hidden_states)
+            super().__init__(layer, stops, calls, hidden_states, waiting)
 
     monkeypatch.setattr("optimum_fista.run.layer_pruning.PausedForwards", Spy)
     model = prune(tiny_model(family), residual_correction=1.0, error_correction="full")

@@ -64,12 +64,12 @@ def test_dense_run_records_outputs_grams_and_energies(bias, in_place):
     assert torch.allclose(statistics.gram, X.T @ X, rtol=1e-5, atol=1e-5)
     assert statistics.num_tokens == len(X) == 3 + 5 + 8
     assert [record.narrow for record in records] == [False, False, True]
-    assert records[0].kept == []
+    assert list(records[0].kept) == []
     assert records[0].energies == {}
     X, _ = reference(layer, "up", states)
-    assert torch.equal(torch.cat(records[1].kept), X)
+    assert torch.equal(torch.cat(list(records[1].kept)), X)
     Y = torch.cat([reference(layer, name, states)[1] for name in ("low", "high")], dim=1)
-    assert torch.allclose(torch.cat(records[2].kept), Y, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(torch.cat(list(records[2].kept)), Y, rtol=1e-5, atol=1e-6)
     for record in records[1:]:
         for name, energy in record.energies.items():
             Y = reference(layer, name.removeprefix("layer."), states)[1]
@@ -89,7 +89,7 @@ def test_corrected_problems_are_those_of_the_activations(index, bias, in_place):
     X_star, _ = reference(layer, short(group[0]), changed)
     batches = list(split_like_batches(layer, short(group[0]), changed))
     problems = problems_corrected(activations_of(layer), group, records[0], batches, 1.0)
-    assert records[0].kept == [], "used up"
+    assert list(records[0].kept) == [], "used up"
     for operator, problem in zip(group, problems, strict=True):
         X, Y = dense_inputs[short(operator)]
         assert problem.name == operator.name

@@ -86,9 +86,9 @@ def test_hidden_states_behind_the_layer(layer, llama, error_correction):
     pruning = LayerPruning(METHODS["wanda"](), half, error_correction, lambda o, pruned: o.write(pruned.weight))
     states = pruning.enter(hidden_states)
     list(pruning.prune(activations, groups, states))
-    assert torch.allclose(torch.cat(states.dense), expected, atol=1e-5)
+    assert torch.allclose(torch.cat(list(states.dense)), expected, atol=1e-5)
     if error_correction == "full":
-        pruned = torch.cat(states.pruned)
+        pruned = torch.cat(list(states.pruned))
         assert torch.allclose(pruned, run(llama.model.layers[0]), atol=1e-5)
         assert not torch.allclose(pruned, expected, atol=1e-2)
     else:

@@ -1,5 +1,6 @@
 import random
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,16 +230,23 @@ def test_same_input_same_bits(tokens):
     assert results[0][1] == results[1][1]
 
 
-def test_hidden_states_may_wait_elsewhere(tokens):
+@pytest.mark.parametrize("settings", [{}, {"method": "wanda", "error_correction": "intra"}, {"pattern": "2:4"}])
+def test_activations_may_wait_elsewhere(tokens, tmp_path, settings):
     results = []
-    for storage_device in (None, "cpu", torch.device("cpu")):
+    for storage_device in (None, "cpu", torch.device("cpu"), "disk", str(tmp_path), tmp_path):
         model = tiny_llama()
-        FistaPruner(FistaPruningConfig(method="wanda"), progress=False, storage_device=storage_device).prune(
-            model, tokens.split(4)
-        )
+        config = FistaPruningConfig(**settings)
+        FistaPruner(config, progress=False, storage_device=storage_device).prune(model, tokens.split(4))
         results.append(weights(model))
-    assert same(results[0], results[1])
-    assert same(results[0], results[2])
+        assert not [*tmp_path.iterdir()]
+    assert all(same(results[0], result) for result in results[1:])
+
+
+@pytest.mark.parametrize("place", ["moon", Path("no/such/folder")])
+def test_places_that_are_none(tokens, place):
+    pruner = FistaPruner(progress=False, storage_device=place)
+    with pytest.raises(ValueError, match=f"storage_device='{place}': pass a device such as 'cpu', 'disk', or a folder"):
+        pruner.prune(tiny_llama(), tokens.split(4))
 
 
 def test_bfloat16_errors_are_those_of_the_rounded_weights(tokens):

@@ -247,6 +247,40 @@ def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
+def test_a_disk_that_turns_read_only_keeps_what_is_finished(source, whole, tmp_path, monkeypatch):
+    write, written = atomic.save_file, []
+
+    def refuse(tensors, path, metadata):
+        written.append(path)
+        if len(written) > 8:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        write(tensors, path, metadata)
+
+    refused = cut_off(monkeypatch, atomic, "save_file", refuse, source, tmp_path / "pruned", error=OSError)
+    assert re.search(r"Read-only file system.*: 2 of 4 decoder layers are finished.*; make it writable", str(refused))
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+def test_an_output_that_cannot_be_written_to_is_refused_before_any_work(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "load_lazily", None)
+    (tmp_path / "file").write_text("kept")
+    for output in (tmp_path / "file" / "pruned", tmp_path / "taken"):
+        unfinished_folder(tmp_path / "taken").write_text("kept")
+        with pytest.raises(
+            OSError, match=r"output_dir='.*' can't be written to \(.*\), nothing was done: pass another"
+        ):
+            prune(source, output)
+    assert (tmp_path / "file").read_text() == unfinished_folder(tmp_path / "taken").read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permission bits do not bind root")
+def test_a_read_only_folder_is_refused_before_any_work(source, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(PermissionError, match=r"can't be written to \(Permission denied\), nothing was done"):
+        prune(source, tmp_path / "locked" / "pruned")
+
+
 def test_another_run_in_the_same_folder_is_refused_by_its_differences(source, whole, tmp_path, monkeypatch):
     cut_off(monkeypatch, journal.Journal, "keep_layer", stop, source, tmp_path / "pruned")
     with pytest.raises(ValueError, match=r"unfinished run in .* was another one \(config was .*, is .*\)\. Start it"):

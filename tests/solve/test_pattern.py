@@ -126,3 +126,10 @@ def test_violation_names_the_group_or_row_whose_count_is_wrong():
     row = SparsityPattern.parse(sparsity=0.5, scope="row")
     assert row.violation(mask) == "row 1 keeps 5 weights, not 4"
     assert SparsityPattern.parse(sparsity=0.5).violation(mask) is None
+
+
+@pytest.mark.parametrize("text", ["unstructured", "row", "2:4"])
+def test_masks_of_magnitudes(text):
+    matrix = torch.randn(3000, 400, generator=torch.Generator().manual_seed(0))
+    pattern = SparsityPattern(0.3, scope="row") if text == "row" else SparsityPattern.parse(text)
+    assert torch.equal(pattern.mask_of(matrix), pattern.mask(matrix.abs()))

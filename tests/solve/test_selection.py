@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows, kth_smallest
+from optimum_fista.solve.selection import (
+    keep_largest,
+    keep_largest_in_groups,
+    keep_largest_in_rows,
+    keep_largest_magnitudes,
+    kth_smallest,
+)
 
 # float32 on the CPU goes through NumPy, every other dtype through torch.
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -81,3 +87,12 @@ def test_kth_smallest_of_many_values_is_exact(values, share):
         scores[:: size // 16_384 | 1] += 100  # the sample tells nothing
     k = max(1, round(share * size))
     assert float(kth_smallest(scores[None], k)[0]) == float(scores.sort().values[k - 1])
+
+
+@pytest.mark.parametrize("shape", [(700, 300), (3, 4)])
+@pytest.mark.parametrize("distinct", [True, False])
+def test_magnitudes_are_kept_as_scores_are(shape, distinct):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrix = matrix if distinct else matrix.mul(4).round()
+    for count in (0, 1, matrix.numel() // 3, matrix.numel() - 1, matrix.numel()):
+        assert torch.equal(keep_largest_magnitudes(matrix, count), keep_largest(matrix.abs(), count))

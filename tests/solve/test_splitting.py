@@ -34,7 +34,7 @@ def test_a_large_rho_converges_to_a_point_where_both_sides_agree():
     made = example(4, 8, corrected=True)
     rho, pattern = float(made.problem.gram.diagonal().mean()), SparsityPattern(0.5)
     state = SplitState(made.problem.target, made.weight.clone())
-    split_in_stages(made.problem.gram, [state], [pattern], [rho], 4000)
+    split_in_stages(made.problem.gram.clone, [state], [pattern], [rho], 4000)
     support = [torch.nonzero(row).flatten() for row in state.mask]
     for row, kept in enumerate(support):
         gram = made.problem.gram[kept][:, kept]
@@ -51,8 +51,8 @@ def test_operators_that_share_inputs_are_solved_as_alone():
 
     both = [run(slice(0, 2)), run(slice(2, 6))]
     alone = run(slice(2, 6))
-    split_in_stages(made.problem.gram, both, [pattern, pattern], [1.0, 5.0], 3)
-    split_in_stages(made.problem.gram, [alone], [pattern], [1.0, 5.0], 3)
+    split_in_stages(made.problem.gram.clone, both, [pattern, pattern], [1.0, 5.0], 3)
+    split_in_stages(made.problem.gram.clone, [alone], [pattern], [1.0, 5.0], 3)
     assert torch.equal(both[1].sparse, alone.sparse)
 
 

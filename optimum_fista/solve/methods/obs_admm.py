@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.cholesky import damped_cholesky
+from optimum_fista.solve.blocks import row_blocks
+from optimum_fista.solve.cholesky import damped_cholesky, inverse_in_place
 from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.method import MethodDefaults, PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
@@ -35,8 +37,8 @@ class ObsAdmm(PruningMethod):
        that `rho` a little above 1 swaps what pays to swap, and a dozen iterations are enough.
     4. Refit of the kept weights by conjugate gradients on the ridge problem.
 
-    The working set, besides the problem, is four matrices of the operators' shape and three of the Gram matrix's, in
-    float32, and masks of a byte a weight.
+    The working set, besides the problem, is two matrices of the operators' shape and one of the Gram matrix's, in
+    float32, masks of a byte a weight, and four blocks of rows (`solve.blocks.row_blocks`).
 
     Attributes:
         ridge: `r` above; `None`: `ridge_tokens` divided by the calibration tokens per input, within
@@ -81,17 +83,16 @@ class ObsAdmm(PruningMethod):
     ) -> list[PrunedOperator]:
         """Prune operators that share their inputs, with shared factorisations."""
         statistics = problems[0].statistics
-        gram = statistics.gram.clone()
         diagonal = statistics.diagonal
-        penalty = diagonal * self.ridge_of(statistics.num_tokens, gram.shape[0])
+        penalty = diagonal * self.ridge_of(statistics.num_tokens, diagonal.shape[0])
         penalty = torch.where(penalty > 0, penalty, torch.ones_like(penalty) * (float(penalty.mean()) or 1.0))
-        gram.diagonal().add_(penalty)
-        scale, message = _surgeon_scale(gram, self.scale_damping)
-        gram.mul_(scale).mul_(scale[:, None])
-        states = [_start(problem, penalty, scale) for problem in problems]
-        split_in_stages(gram, states, patterns, self.rhos, self.iterations)
+        scale, message = _surgeon_scale(statistics.gram, penalty, self.scale_damping)
+        copy = partial(_scaled, statistics.gram, penalty, scale)
+        states = [SplitState(_ScaledTarget(p, penalty, scale), p.weight / scale) for p in problems]
+        split_in_stages(copy, states, patterns, self.rhos, self.iterations)
+        steps = self._refit(copy(), states)
         return [
-            self._finish(gram, problem, state, scale, message) for problem, state in zip(problems, states, strict=True)
+            self._finish(problem, state, scale, steps, message) for problem, state in zip(problems, states, strict=True)
         ]
 
     def cost(self) -> SolveCost:
@@ -117,15 +118,29 @@ class ObsAdmm(PruningMethod):
         ratio = (self.last_rho / self.first_rho) ** (1 / max(1, self.stages - 1))
         return [self.first_rho * ratio**stage for stage in range(self.stages)]
 
+    def _refit(self, gram: Tensor, states: Sequence[SplitState]) -> int:
+        """Refit in the scaled coordinates, a block of rows at a time, in place; returns the most steps taken."""
+        most = 0
+        for state in states:
+            assert state.mask is not None
+            for rows in row_blocks(state.point):
+                _, steps = refit(
+                    gram,
+                    state.target[rows],
+                    state.point[rows],
+                    state.mask[rows],
+                    max_iterations=self.refit_iterations,
+                    in_place=True,
+                )
+                most = max(most, steps)
+        return most
+
     def _finish(
-        self, gram: Tensor, problem: LayerProblem, state: SplitState, scale: Tensor, message: str
+        self, problem: LayerProblem, state: SplitState, scale: Tensor, steps: int, message: str
     ) -> PrunedOperator:
-        """Refit in the scaled coordinates and scale back."""
+        """Scale back."""
         assert state.mask is not None
-        weight, steps = refit(
-            gram, state.target, state.point, state.mask, max_iterations=self.refit_iterations, in_place=True
-        )
-        weight.mul_(scale)
+        weight = state.point.mul_(scale)
         return PrunedOperator(
             weight,
             state.mask,
@@ -136,14 +151,27 @@ class ObsAdmm(PruningMethod):
         )
 
 
-def _surgeon_scale(gram: Tensor, damping: float) -> tuple[Tensor, str]:
-    """`sqrt([(G + damping * diag(G))^-1]_jj)` [in], and the message of a factorisation that needed help."""
-    scale = gram.diagonal().rsqrt()
-    unit = (gram * scale).mul_(scale[:, None])
-    factor, message = damped_cholesky(unit, damping, in_place=True)
-    return torch.cholesky_inverse(factor, out=unit).diagonal().sqrt() * scale, message
+@dataclass(frozen=True)
+class _ScaledTarget:
+    """`C_r` in scaled coordinates, made a block of rows at a time from the problem's own matrices."""
+
+    problem: LayerProblem
+    penalty: Tensor
+    scale: Tensor
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return torch.addcmul(self.problem.target[rows], self.problem.weight[rows], self.penalty).mul_(self.scale)
 
 
-def _start(problem: LayerProblem, penalty: Tensor, scale: Tensor) -> SplitState:
-    target = torch.addcmul(problem.target, problem.weight, penalty).mul_(scale)
-    return SplitState(target, problem.weight / scale)
+def _scaled(gram: Tensor, penalty: Tensor, scale: Tensor) -> Tensor:
+    """A new matrix: `G_r` in scaled coordinates."""
+    copy = gram.clone()
+    copy.diagonal().add_(penalty)
+    return copy.mul_(scale).mul_(scale[:, None])
+
+
+def _surgeon_scale(gram: Tensor, penalty: Tensor, damping: float) -> tuple[Tensor, str]:
+    """`sqrt([(G_r + damping * diag(G_r))^-1]_jj)` [in], and the message of a factorisation that needed help."""
+    scale = (gram.diagonal() + penalty).rsqrt()
+    factor, message = damped_cholesky(partial(_scaled, gram, penalty, scale), damping)
+    return inverse_in_place(factor).diagonal().sqrt() * scale, message

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.cholesky import damped_cholesky
+from optimum_fista.solve.cholesky import damped_cholesky, inverse_in_place
 from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
@@ -39,8 +39,8 @@ class SparseGPT(PruningMethod):
         """Prune one operator to `pattern`. The target is not looked at: SparseGPT aims at W X*."""
         rows, columns = problem.weight.shape
         pattern.require_shape((rows, columns), problem.name)
-        factor, message = damped_cholesky(problem.gram, self.damping)
-        upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+        factor, message = damped_cholesky(problem.gram.clone, self.damping)
+        upper = torch.linalg.cholesky(inverse_in_place(factor), upper=True)
         weight = problem.weight.clone()
         mask = torch.ones_like(weight, dtype=torch.bool)
         m = pattern.n_of_m[1] if pattern.n_of_m else 1

@@ -136,12 +136,11 @@ def large_problem(rows: int, columns: int) -> LayerProblem:
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_obs_admm_keeps_to_its_working_set(pattern):
     pattern = SparsityPattern.parse(pattern)
-    for rows, columns in ((8192, 128), (128, 768)):
+    for rows, columns, matrices in ((32768, 128, 2.5), (128, 1024, 5.5)):  # four blocks of rows, one
         problem = large_problem(rows, columns)
-        matrix, gram = 4 * rows * columns, 4 * columns**2
         with torch.no_grad(), LiveMemory() as memory:
             create_method("obs_admm").prune(problem, pattern)
-        assert memory.peak <= 4.7 * matrix + 3.1 * gram  # masks are a byte a weight
+        assert memory.peak <= 4 * (matrices * rows * columns + 1.03 * columns**2)
         algebra = [name for name in memory.operations if "linalg" in name and "check_errors" not in name]
         assert set(algebra) <= {"linalg_cholesky_ex", "linalg_vecdot"}
         assert 1 < algebra.count("linalg_cholesky_ex") <= 8

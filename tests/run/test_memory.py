@@ -1,0 +1,47 @@
+"""Peak memory of pruning from files to files: what it is made of, and that the model's depth is no part of it."""
+
+import sys
+from argparse import Namespace
+
+import pytest
+
+from benchmarks.memory import measure
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
+
+MIB = 2**20
+
+
+def peaks(depths: tuple[int, ...], hidden: int, ffn: int, length: int, *, fewer_steps: bool = False) -> list[dict]:
+    settings = {"hidden": hidden, "ffn": ffn, "num_samples": 8, "sequence_length": length}
+    arguments = Namespace(**settings, storage_device=None, fewer_steps=fewer_steps)
+    return [measure(arguments, layers) for layers in depths]
+
+
+def bound(hidden: int, ffn: int) -> int:
+    """Bytes: a decoder layer in bfloat16, a group's problem and working set in float32, blocks of rows, the rest.
+
+    The larger of two groups: the down projection with two Gram-shaped matrices (the Gram matrix; its copy, factor or
+    inverse) and three of its shape (weights, target, iterate), or gate and up with three of theirs.
+    """
+    layer = 2 * (4 * hidden**2 + 3 * hidden * ffn)
+    down = 4 * (2 * ffn**2 + 3 * hidden * ffn)
+    gate_and_up = 4 * (2 * hidden**2 + 6 * hidden * ffn)
+    blocks = 4 * 4 * 2**20 + 2 * hidden * ffn * 3
+    rest = 36 * MIB  # left by allocators, MKL's buffers, one batch, the report, what Python loads on the way
+    return layer + max(down, gate_and_up) + blocks + rest
+
+
+def test_peak_memory_does_not_grow_with_the_depth_and_is_what_the_formula_says():
+    six, twelve = peaks((6, 12), 384, 1536, 128, fewer_steps=True)  # a step needs the memory of many
+    assert twelve["peak_bytes"] == pytest.approx(six["peak_bytes"], rel=0.05, abs=4 * MIB)  # 6 more layers are 27 MiB
+    assert twelve["model_bytes"] > 1.9 * six["model_bytes"]
+    assert max(six["peak_bytes"], twelve["peak_bytes"]) <= bound(384, 1536)
+
+
+@pytest.mark.slow
+def test_a_model_of_24_layers_takes_two_fifths_of_its_size():
+    of_24, of_48 = peaks((24, 48), 768, 3072, 512)
+    assert of_24["peak_bytes"] <= 0.4 * of_24["model_bytes"]
+    assert of_24["peak_bytes"] <= bound(768, 3072)
+    assert of_48["peak_bytes"] == pytest.approx(of_24["peak_bytes"], rel=0.05)
