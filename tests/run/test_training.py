@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny_llama import tiny_tokens
 from tiny_models import tiny_model
 from torch import Tensor, nn
@@ -132,6 +133,15 @@ def test_nan_gradients_of_pruned_weights_do_not_spread(saved):
         assert bool(torch.isfinite(weight.grad).all())
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps its settings for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_gradient_checkpointing_and_accelerate(saved):
     model = reload(saved)
     model.gradient_checkpointing_enable()
