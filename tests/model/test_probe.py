@@ -36,7 +36,7 @@ def test_what_is_learnt_without_weights_is_what_happens_with_them(family):
     found = probed(family)
     layer, operators, call, hidden = first_layer(tiny_model(family), "cpu")
     with torch.no_grad():
-        groups = trace_groups(layer, operators, call, hidden)
+        groups, _ = trace_groups(layer, operators, call, hidden)
         assert [[o.name for o in group] for group in found.groups] == [[o.name for o in group] for group in groups]
         with Meter() as meter, PausedForwards(layer, [group[0].module for group in groups], [call], [hidden]) as passes:
             for stop in range(len(groups)):

@@ -37,7 +37,7 @@ class ObsAdmm(PruningMethod):
        that `rho` a little above 1 swaps what pays to swap, and a dozen iterations are enough.
     4. Refit of the kept weights by conjugate gradients on the ridge problem.
 
-    The working set, besides the problem, is two matrices of the operators' shape and one of the Gram matrix's, in
+    The working set, besides the problem, is one matrix of the operators' shape and one of the Gram matrix's, in
     float32, masks of a byte a weight, and four blocks of rows (`solve.blocks.row_blocks`).
 
     Attributes:
