@@ -18,7 +18,7 @@ from optimum_fista.packed.triton_kernel import multiply_one, triton_is_here
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_BATCH = 32
-_TILE_BYTES = 4 << 20
+_TILE_BYTES = 30 << 20  # below the 32 MB from where the C library asks the system for fresh pages each time
 
 _library = torch.library.Library("optimum_fista", "DEF")
 _library.define("packed_linear(Tensor x, Tensor values, Tensor mask, Tensor starts, Tensor? bias) -> Tensor")
@@ -96,7 +96,7 @@ def _multiply_on_cpu(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bi
     if inputs.shape[0] <= _MAX_BATCH:
         return compiled.linear(inputs, values, mask, starts, bias).view(*x.shape[:-1], rows)
     y = torch.empty(inputs.shape[0], rows, dtype=x.dtype)
-    height = max(64, _TILE_BYTES // (columns * values.element_size()))
+    height = max(64, _TILE_BYTES // (columns * values.element_size()) // 64 * 64)
     scratch = torch.empty(min(height, rows), columns, dtype=values.dtype)
     for first in range(0, rows, height):
         last = min(first + height, rows)

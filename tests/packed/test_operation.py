@@ -48,9 +48,9 @@ def test_inputs_of_any_shape(shape, dtype):
     torch.testing.assert_close(packed_linear(strided, *packed), linear(strided, weight), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("inputs", [33, 64])
+@pytest.mark.parametrize("inputs", [33, 300])
 def test_many_inputs_go_through_tiles(inputs, monkeypatch):
-    monkeypatch.setattr(operation, "_TILE_BYTES", 1)
+    monkeypatch.setattr(operation, "_TILE_BYTES", 64 * 70 * 4)
     weight, packed, bias = problem(200, 70)
     x = torch.randn(inputs, 70)
     torch.testing.assert_close(packed_linear(x, *packed, bias), linear(x, weight, bias))
