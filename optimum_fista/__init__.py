@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from optimum_fista.run.callback import MaskedTrainingCallback
     from optimum_fista.run.config import FistaPruningConfig
     from optimum_fista.run.lora import mask_adapters, merge_adapters
+    from optimum_fista.run.packed_loading import FistaPackedConfig
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.report import PruningReport
     from optimum_fista.run.retrained import save_masked
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "FistaPackedConfig",
     "FistaPruner",
     "FistaPruningConfig",
     "MaskedTrainingCallback",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FistaPackedConfig": "optimum_fista.run.packed_loading",
     "FistaPruner": "optimum_fista.run.pruner",
     "FistaPruningConfig": "optimum_fista.run.config",
     "MaskedTrainingCallback": "optimum_fista.run.callback",

@@ -9,6 +9,7 @@ from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import build_parser
+from optimum_fista.run.packed_folder import pack_folder
 from optimum_fista.run.verification import verify_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,13 +31,18 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     names["train_dataset"] = [{"input_ids": row, "labels": row} for row in tiny_tokens()]
     if "from peft" in snippet:
         pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
-    if '"pruned-2-4"' in snippet:
+    if '"pruned-2-4"' in snippet or '"model-50-packed"' in snippet:
         pruner, model = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False), tiny_llama()
         pruner.prune(model, tiny_tokens().split(4))
         pruner.save_pretrained(model, tmp_path / "pruned-2-4")
+        pack_folder(tmp_path / "pruned-2-4", tmp_path / "model-50-packed")
     exec(compile(snippet, "snippet", "exec"), names)
     if 'save_pretrained(model, "pruned"' in snippet:
         assert verify_checkpoint(tmp_path / "pruned").num_operators == 14
+    if '"model-50-packed"' in snippet:
+        kinds = {type(module).__name__ for module in names["packed"].modules()}
+        assert "PackedLinear" in kinds
+        assert names["dense"].lm_head.weight.dtype == names["packed"].lm_head.weight.dtype
     if "retrained-2-4" in snippet:
         assert verify_checkpoint(tmp_path / "retrained-2-4").num_operators == 14
     if "output_dir=" in snippet:

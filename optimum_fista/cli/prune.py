@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only print what would be pruned, peak memory and time; MODEL may be a config.json; writes nothing",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that --output already holds")
+    parser.add_argument(
+        "--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)"
+    )
     what = parser.add_argument_group("what to prune")
     what.add_argument("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
     what.add_argument("--pattern", metavar="N:M", help="keep N of every M consecutive inputs of a row, such as 2:4")
@@ -125,6 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.hub import push_folder
     from optimum_fista.run.journal import FOLDER
     from optimum_fista.run.loading import storage_place
+    from optimum_fista.run.packed_folder import pack_folder
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
     from optimum_fista.run.streaming import unfinished_folder
@@ -141,6 +146,14 @@ def run(arguments: argparse.Namespace) -> int:
     storage_place(arguments.storage_device, torch.device("cpu"))
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
+    output = arguments.output
+    if arguments.packed:
+        output = output.with_name(f"{output.name}.dense")
+        if output.exists():
+            raise FileExistsError(
+                f"{str(output)!r} is there, of a run that was cut off while it packed: `optimum-fista pack {output} "
+                f"--output {arguments.output}` finishes it, or delete it."
+            )
     with joined_ranks(arguments.device) as ranks:
         if ranks.index:
             set_verbosity_error()
@@ -155,14 +168,14 @@ def run(arguments: argparse.Namespace) -> int:
                     config.seed,
                     device=ranks.device,
                     dtype=arguments.dtype,
-                    keep_in=unfinished_folder(arguments.output) / FOLDER,
+                    keep_in=unfinished_folder(output) / FOLDER,
                 )
             )
             report = FistaPruner(config, storage_device=arguments.storage_device).prune(
                 arguments.model,
                 tokens.split(arguments.batch_size),
                 calibration_source=arguments.calibration,
-                output_dir=arguments.output,
+                output_dir=output,
                 device=arguments.device,
                 dtype=arguments.dtype,
                 overwrite=arguments.overwrite,
@@ -178,6 +191,9 @@ def run(arguments: argparse.Namespace) -> int:
     if ranks.index:
         return 0
     print(report)
+    if arguments.packed:
+        print(pack_folder(output, arguments.output, overwrite=arguments.overwrite))
+        shutil.rmtree(output)
     print(f"saved to {arguments.output}")
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))

@@ -9,7 +9,8 @@ from optimum_fista.cli.main import build_parser, main
 
 FLAGS = {
     "prune": (
-        "MODEL --output -o --dry-run --overwrite --sparsity --pattern --scope --include --exclude --method --paper "
+        "MODEL --output -o --dry-run --overwrite --packed --sparsity --pattern --scope --include "
+        "--exclude --method --paper "
         "--error-correction --residual-correction --allocation --starved-tokens "
         "--starved-method --warm-start --max-iterations --config "
         "--calibration --num-samples --sequence-length "

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.packed.linear import PackedLinear
 from optimum_fista.run.packed_folder import is_packed, pack_folder, unpack_folder
 from optimum_fista.run.packed_loading import FistaPackedConfig
 from optimum_fista.run.verification import VerificationError, verify_checkpoint
@@ -243,3 +245,25 @@ def test_what_the_folder_says(pruned, tmp_path):
     assert settings["quantization_config"]["quant_method"] == "fista_packed"
     assert settings["fista_pruning"]["num_zeros"] > 0
     assert "import optimum_fista" in (tmp_path / "packed" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize(("family", "num_packed"), [("llama", 14), ("gpt2", 0), ("mixtral", 8)])
+def test_linears_that_stay_packed_compute_the_same(family, num_packed, pattern, pruned, tmp_path):
+    pack_folder(pruned(family, pattern), tmp_path / "packed")
+    expected = AutoModelForCausalLM.from_pretrained(pruned(family, pattern), dtype=torch.float32)
+    choice = FistaPackedConfig(runtime="packed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the kernels may not be compiled
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "packed", dtype=torch.float32, quantization_config=choice
+        )
+        ids = torch.arange(12)[None]
+        with torch.no_grad():
+            ours, theirs = model(ids).logits, expected(ids).logits
+        assert torch.allclose(ours, theirs, atol=1e-4)
+        options = {"max_new_tokens": 8, "do_sample": False}
+        assert torch.equal(model.generate(ids, **options), expected.generate(ids, **options))
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == num_packed
+    with pytest.raises(ValueError, match=r"not serializable|not support"):
+        model.save_pretrained(tmp_path / "again")
