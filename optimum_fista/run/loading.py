@@ -83,18 +83,18 @@ def storage_place(name: str | torch.device | Path | None, default: torch.device)
     Raises:
         ValueError: If it is neither a device that can be used nor a folder that exists.
     """
-    if name is None or isinstance(name, torch.device):
-        return name or default
+    if name is None:
+        return default
     if name == "disk":
         return Path(tempfile.gettempdir())
     problem = "no such folder"
     if not isinstance(name, Path):
         try:
-            return usable_device(name)
+            return usable_device(str(name))
         except ValueError as error:
             problem = str(error)
-    if Path(name).is_dir():
-        return Path(name)
+    if Path(str(name)).is_dir():
+        return Path(str(name))
     raise ValueError(
         f"storage_device={str(name)!r}: pass a device such as 'cpu', 'disk', or a folder that exists ({problem})"
     )
