@@ -36,19 +36,20 @@ TARGET void dense_rows(const uint16_t* weight, const uint16_t* x, uint16_t* y, i
   if constexpr (R > 1) dense_rows<1>(weight, x, y, columns, first + R * apart, last);
 }
 
-// The exclusive or of `bytes` bytes, a multiple of 512, in two runs: as fast as memory can be read.
+// The exclusive or of `bytes` bytes, a multiple of 512, in four runs like those of the products.
 TARGET inline int64_t read(const char* data, int64_t bytes) {
   __m512i sums[4] = {};
-  for (int64_t at = 0; at < bytes / 2; at += 256)
+  for (int64_t at = 0; at < bytes / 4; at += 128)
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)
+    for (int run = 0; run < 4; run++)
 #pragma GCC unroll 2
-      for (int run = 0; run < 2; run++) {
-        const char* place = data + run * (bytes / 2) + at + 64 * i;
+      for (int i = 0; i < 2; i++) {
+        const char* place = data + run * (bytes / 4) + at + 64 * i;
         _mm_prefetch(place + 1024, _MM_HINT_T0);
-        sums[i] = _mm512_xor_si512(sums[i], _mm512_loadu_si512(place));
+        sums[run] = _mm512_xor_si512(sums[run], _mm512_loadu_si512(place));
       }
-  return _mm512_reduce_add_epi64(_mm512_xor_si512(_mm512_xor_si512(sums[0], sums[1]), _mm512_xor_si512(sums[2], sums[3])));
+  return _mm512_reduce_add_epi64(
+      _mm512_xor_si512(_mm512_xor_si512(sums[0], sums[1]), _mm512_xor_si512(sums[2], sums[3])));
 }
 
 #undef TARGET
