@@ -9,6 +9,15 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
+
+_WORTH_A_SEARCH = 2**20
+
+
+def release_memory_of(module: nn.Module) -> None:
+    """Give back what the work on a module has left, in cycles of Python objects too where the module is not tiny."""
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    release_free_memory(collect=size >= _WORTH_A_SEARCH)
 
 
 def release_free_memory(*, collect: bool = False) -> None:

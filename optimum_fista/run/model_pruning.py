@@ -34,7 +34,7 @@ from optimum_fista.model.statistics import LayerActivations
 from optimum_fista.run.batch_size import cut_batches, cut_states, halved_sizes
 from optimum_fista.run.budgets import Budgets, share_budgets
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.free_memory import release_free_memory
+from optimum_fista.run.free_memory import release_free_memory, release_memory_of
 from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, StarvedRule, report_group
 from optimum_fista.run.loading import require_unquantized, storage_place
 from optimum_fista.run.report import PruningReport
@@ -147,7 +147,7 @@ class ModelPruning:
                     recorded.calls[index] = []
                     if index in todo:
                         yield index, name, layer
-                release_free_memory(collect=True)
+                release_memory_of(layer)
 
     def complete_report(self) -> None:
         """Add what the user should know once all operators are pruned.
@@ -208,7 +208,7 @@ class ModelPruning:
             flat = {name: operator for group in self.operators.values() for name, operator in group.items()}
             with self._split_experts():
                 self.budgets = share_budgets(self.model, self.layers, flat, self.batches, self.config, self.progress)
-            release_free_memory(collect=True)
+            release_memory_of(self.model)
             self.report.seconds["allocation"] = time.perf_counter() - started
         return self.budgets
 
