@@ -103,7 +103,7 @@ def plan_pruning(
         device: `None`: the first GPU when there is one, otherwise the CPU. A GPU may be named where there is none;
             its time is then not estimated.
         dtype: Dtype of the model; `"auto"` takes the checkpoint's.
-        storage_device: Where hidden states wait; `None`: on the device.
+        storage_device: Where hidden states wait, as in `FistaPruner`; `None`: on the device, in files on the CPU.
         rates: Rates of the machine; `None` measures the device.
         measure: Whether to measure, about ten seconds; without it there are no times.
 
@@ -119,7 +119,7 @@ def plan_pruning(
     length = sequence_length or min(_USUAL_LENGTH, getattr(loaded, "max_position_embeddings", None) or _USUAL_LENGTH)
     planned = planned_model(loaded, chosen, batch_size, length, dtype, in_memory)
     weight_dtype = planned.model.dtype
-    stays = where == (storage_device or where).partition(":")[0]
+    place = (storage_device or ("disk" if where == "cpu" else where)).partition(":")[0]
     settings = PlanSettings(
         config=chosen,
         cost=chosen.create_method(planned.model.config.model_type).cost(),
@@ -129,7 +129,7 @@ def plan_pruning(
         element_size=weight_dtype.itemsize,
         maps_files=where == "cpu" and weight_dtype == stored_dtype(loaded, in_memory) and not in_memory,
         on_cpu=where == "cpu",
-        storage="device" if stays else "host",
+        storage={where: "device", "cpu": "device" if where == "cpu" else "host"}.get(place, "disk"),
         calibration=calibration,
     )
     notes = notes_on(planned, settings)
@@ -153,7 +153,7 @@ def plan_pruning(
             "batch_size": batch_size,
             "calibration": calibration,
             "device": where,
-            "storage_device": "cpu" if settings.storage == "host" else where,
+            "storage_device": {"host": "cpu", "disk": "disk"}.get(settings.storage, where),
         },
         groups=groups,
         left_dense=planned.left_dense,

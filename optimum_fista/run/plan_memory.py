@@ -48,8 +48,8 @@ class Ledger:
         self._held: dict[tuple[str, str], int] = {}
 
     def hold(self, name: str, size: float, place: str = "device") -> None:
-        """Hold something from now on, in place of what had its name."""
-        self._held[self._place(place), name] = int(size)
+        """Hold something from now on, in place of what had its name; what lies on disk is not held."""
+        self._held[self._place(place), name] = int(size) if place != "disk" else 0
 
     def free(self, *names: str) -> None:
         """Hold it no more."""
@@ -60,7 +60,7 @@ class Ledger:
         held = dict(self._held)
         for name, size, *where in passing:
             key = (self._place(where[0] if where else "device"), name)
-            held[key] = held.get(key, 0) + int(size)
+            held[key] = held.get(key, 0) + (0 if "disk" in where else int(size))
         for place, peak in self.peaks.items():
             parts = {name: size for (kept, name), size in held.items() if kept == place and size}
             if sum(parts.values()) > peak.total:
@@ -84,14 +84,15 @@ def plan_memory(model: PlannedModel, settings: PlanSettings) -> Ledger:
         _allocation(ledger, model, settings)
     hidden = model.hidden_bytes * settings.batches
     ledger.hold("arguments of decoder layers", model.call_bytes)
-    ledger.hold("masks of all operators, a bit a weight", masked_weights(model, settings.config) // 8, "host")
     embedding = 0 if settings.maps_files else settings.embedding_bytes(model.model)
     ledger.moment("embedding", ("hidden states", hidden), ("embedding", embedding))
     if settings.storage != "device":
         ledger.moment("embedding", ("hidden states", hidden), ("hidden states", hidden, settings.storage))
     for kind in model.kinds:
         _Layer(ledger, model, settings, kind).walk()
-    ledger.moment("the rest of the model", ("embedding and head", 2 * embedding))
+    masks = masked_weights(model, settings.config) // 8
+    rest = ("embedding and head", 2 * embedding)
+    ledger.moment("the rest of the model", rest, ("masks of all operators, a bit a weight", masks, "host"))
     host = ledger.peaks["host"]
     tensors = host.total - LIBRARIES
     host.parts["freed, kept by the allocator"] = int(min(_HEAP, _HEAP_SHARE * tensors))
@@ -147,17 +148,17 @@ class _Layer:
         for index, group in enumerate(self.groups):
             if sees_dense[index]:
                 self._solve(index, group)
-        device_copy = 0 if settings.storage == "device" or settings.on_cpu else self.hidden
+        batch = self.hidden / settings.batches
         for stop, index in enumerate(corrected):
             before = probe.paused_bytes[corrected[stop - 1]] if stop else 0
             last = settings.corrects_residual(self.kind, index)
             after = 0 if last else probe.paused_bytes[index]
             before = 0 if last and storage == "device" and settings.carries_on else before  # becomes what is kept
-            ledger.hold("paused activations", max(before, after) * settings.batches + device_copy)
+            ledger.hold("paused activations", max(before, after) * settings.batches, storage)
             self._statistics(index, self.groups[index], last)
-            ledger.hold("paused activations", 0 if last else after * settings.batches + device_copy)
+            ledger.hold("paused activations", 0 if last else after * settings.batches, storage)
             self._solve(index, self.groups[index])
-        self._experts(2 * self.hidden + device_copy)
+        self._experts(2 * self.hidden if storage == "device" else 2 * batch)
         if settings.carries_on:
             ledger.moment(
                 "output of the decoder layer",
@@ -166,7 +167,7 @@ class _Layer:
             )
         written = 0 if settings.on_cpu else self.kind.weight_bytes
         states = 0 if settings.on_cpu or storage == "host" else self.hidden * settings.streams
-        ledger.free("paused activations", "group before", *(f"recorded activations {i}" for i in corrected))
+        ledger.free("paused activations", *(f"recorded activations {i}" for i in corrected))
         ledger.free("kept for the last operator")
         ledger.moment("writing", ("decoder layer", written, "host"), ("hidden states", states, "host"))
         ledger.free("hidden states, dense, behind the layer", "hidden states, dense", "hidden states, pruned")
@@ -182,7 +183,7 @@ class _Layer:
                 ledger.hold(f"Gram matrix {index}", 4 * columns**2)
                 passing.append(4 * settings.batch_tokens * columns)
             else:
-                kept = 4 * rows if rows < columns else self.size * columns
+                kept = self.size * min(rows, columns)
                 ledger.hold(f"recorded activations {index}", kept * tokens, settings.storage)
                 passing.append(3 * 4 * settings.batch_tokens * rows)
         ledger.hold("hidden states, dense, behind the layer", self.hidden, settings.storage)
@@ -242,15 +243,13 @@ class _Layer:
         ledger.hold("layer problems", problem)
         if settings.stacks:
             working = self.cost.working_bytes(rows, columns)
-            ledger.moment("stacking", ("stacked copies of the problems", 1.5 * problem))
-            ledger.moment("solving", ("stacked copies of the problems", problem), ("solver's working set", working))
+            ledger.moment("stacking", ("stacked problems", 4 * columns * 2 * largest))
+            ledger.moment("solving", ("solver's working set", working))
         else:
             others = 4 * columns * 1.25 * (rows - largest)
             working = self.cost.working_bytes(rows if self.cost.shares_factor else largest, columns)
             ledger.moment("solving", ("solver's working set", working), ("results", others))
         results = 4 * columns * 1.25 * rows
         if self.size < 4:
-            ledger.free("group before")
             ledger.moment("report", ("results", results), ("solver's working set", 4 * columns * 3 * largest))
         ledger.free(f"Gram matrix {index}", "layer problems")
-        ledger.hold("group before", problem + results + 4 * columns**2)

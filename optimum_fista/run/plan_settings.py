@@ -27,7 +27,7 @@ class PlanSettings:
         element_size: Bytes of a weight.
         maps_files: Whether weights on the device are pages of the checkpoint's files: on a CPU, in the stored dtype.
         on_cpu: Whether the device is the CPU.
-        storage: Where hidden states wait, `"device"` or `"host"`.
+        storage: Where hidden states wait, `"device"`, `"host"`, or `"disk"`: in files, which count nowhere.
         calibration: Source of the calibration text.
     """
 

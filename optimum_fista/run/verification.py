@@ -56,7 +56,7 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
         FileNotFoundError: If a file is missing.
         VerificationError: If something does not hold.
     """
-    for file in ("config.json", REPORT_FILE, *(() if is_packed(folder) else (MASKS_FILE,))):
+    for file in ("config.json", *(() if is_packed(folder) else (MASKS_FILE,)), REPORT_FILE):
         if not (folder / file).exists():
             raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
     config = json.loads((folder / "config.json").read_text()).get(CONFIG_KEY)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from optimum_fista.solve.blocks import rows_in_block
+
 
 @dataclass(frozen=True)
 class SolveCost:
@@ -16,6 +18,7 @@ class SolveCost:
         sweeps: Passes over a matrix [out, in] that read and write it.
         column_steps: Small operations a column, on vectors [out] or blocks, where the method works column by column.
         working: What is held at a time, by phase: matrices [out, in] and matrices [in, in].
+        block: Matrices of a block of rows (`solve.blocks.row_blocks`) held besides, in all phases.
         shares_factor: Whether operators that share their inputs share `factor` and the Gram matrices.
     """
 
@@ -24,11 +27,13 @@ class SolveCost:
     sweeps: float = 10.0
     column_steps: float = 0.0
     working: tuple[tuple[float, float], ...] = ((3.75, 0.0),)
+    block: float = 0.0
     shares_factor: bool = False
 
     def working_bytes(self, rows: int, columns: int) -> int:
         """Most bytes held at a time for an operator [rows, columns]."""
-        return max(int(4 * columns * (operator * rows + gram * columns)) for operator, gram in self.working)
+        held = max(int(4 * columns * (operator * rows + gram * columns)) for operator, gram in self.working)
+        return held + int(4 * columns * self.block * rows_in_block(rows, columns))
 
     def product_operations(self, rows: int, columns: int) -> float:
         """Floating-point operations of `products`."""

@@ -102,7 +102,8 @@ class ObsAdmm(PruningMethod):
             products=iterations + self.refit_iterations + 2,
             factor=self.stages + 1,
             sweeps=16 * iterations + 12 * self.refit_iterations + 10,
-            working=((2.25, 3), (5, 2), (4.25, 1)),
+            working=((2.6, 1),),
+            block=1.9,
             shares_factor=True,
         )
 
