@@ -25,9 +25,9 @@ import torch
 from memory import anonymous
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_fista.run import plan_machine
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.plan import PruningPlan, plan_pruning
+from optimum_fista.run.planning import machine
+from optimum_fista.run.planning.plan import PruningPlan, plan_pruning
 
 CASES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden": 256, "ffn": 1024, "layers": 4, "samples": 8},
@@ -199,7 +199,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
     time.perf_counter = time.process_time
-    plan_machine.SECONDS = arguments.seconds
+    machine.SECONDS = arguments.seconds
     print(f"{'':<16}{'planned':>9}{'measured':>9}    {'ratio':>7}{'planned':>9}{'measured':>9}  {'ratio':>7}   peak at")
     rows: list[dict[str, Any]] = []
     known: dict[str, Any] = {}

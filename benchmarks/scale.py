@@ -13,8 +13,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.plan import PruningPlan, plan_pruning
-from optimum_fista.run.plan_text import size
+from optimum_fista.run.planning.plan import PruningPlan, plan_pruning
+from optimum_fista.run.planning.text import size
 from optimum_fista.solve.cost import SolveCost
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "dtype": "bfloat16"}

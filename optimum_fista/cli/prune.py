@@ -201,7 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
-    from optimum_fista.run.plan import plan_pruning
+    from optimum_fista.run.planning.plan import plan_pruning
 
     plan = plan_pruning(
         arguments.model,

@@ -16,13 +16,9 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.architecture import (
-    DecoderLayers,
     UnsupportedArchitectureError,
     find_decoder_layers,
-    find_operators,
     input_embedding,
-    left_out,
-    shared_weights,
 )
 from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
 from optimum_fista.model.experts import split_experts
@@ -37,6 +33,7 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.free_memory import release_free_memory, release_memory_of
 from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, StarvedRule, report_group
 from optimum_fista.run.loading import require_unquantized, storage_place
+from optimum_fista.run.operators import choose_operators, require_finite
 from optimum_fista.run.report import PruningReport
 from optimum_fista.run.stored_names import stored_names
 from optimum_fista.solve.methods import create_method
@@ -312,50 +309,6 @@ class ModelPruning:
                 bar.set_postfix_str(f"layer {index + 1}/{len(self.layers)} {last} error {error:.4f}")
                 bar.update(len(reports))
                 del group  # its matrices, before those of the next group are made
-
-
-def require_finite(operator: LinearOperator) -> None:
-    """Refuse damaged weights.
-
-    Raises:
-        ValueError: If a weight is NaN or Inf.
-    """
-    if not bool(torch.isfinite(operator.parameter).all()):
-        raise ValueError(f"the weight of {operator.name} holds NaN or Inf: the model is damaged, load it again.")
-
-
-def choose_operators(
-    layers: DecoderLayers, config: FistaPruningConfig
-) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
-    """Operators to prune by decoder layer, and those left dense with the reason.
-
-    Raises:
-        ValueError: If a pattern does not fit, or a weight in memory is not finite.
-        UnsupportedArchitectureError: If nothing is left to prune.
-    """
-    chosen: dict[str, dict[str, LinearOperator]] = {}
-    left_dense: dict[str, str] = {}
-    shared = shared_weights(layers)
-    for layer_name, layer in layers:
-        chosen[layer_name] = {}
-        left_dense |= left_out(layer_name, layer, config.exclude)
-        for name, operator in find_operators(layer_name, layer, config.exclude).items():
-            reason = config.reason_left_dense(name) or shared.get(name)
-            if reason is not None:
-                left_dense[name] = reason
-                continue
-            config.pattern_for(name).require_shape(operator.shape, name)
-            # others are checked when they are onloaded; a plan has no weights
-            if not operator.is_offloaded and not operator.parameter.is_meta:
-                require_finite(operator)
-            chosen[layer_name][name] = operator
-    if not any(chosen.values()):
-        raise UnsupportedArchitectureError(
-            f"no linear operator to prune in {layers.name}: looked for nn.Linear and Conv1D modules with "
-            f"include={list(config.include)}, exclude={list(config.exclude)}, and found "
-            f"{len(left_dense)}, all left dense: {', '.join(list(left_dense)[:4]) or 'none'}."
-        )
-    return chosen, left_dense
 
 
 def _describe(model: PreTrainedModel) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch
 def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
     monkeypatch.setattr("optimum_fista.run.loading.load_model", None)
-    monkeypatch.setattr("optimum_fista.run.plan_machine.SECONDS", 0.1)
+    monkeypatch.setattr("optimum_fista.run.planning.machine.SECONDS", 0.1)
     monkeypatch.chdir(tmp_path)
     flags = ["--dry-run", "--method", "wanda", "--pattern", "2:4", "--exclude", "*.0.*", *QUICK]
     shown = []
@@ -280,7 +280,7 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, ca
 
 
 def test_a_dry_run_takes_the_flags_of_a_run(tiny_folder, capsys, monkeypatch):
-    monkeypatch.setattr("optimum_fista.run.plan_machine.SECONDS", 0.1)
+    monkeypatch.setattr("optimum_fista.run.planning.machine.SECONDS", 0.1)
     flags = ["--dry-run", "--num-samples", "4", "--sequence-length", "32", "--batch-size", "2", "--dtype", "bfloat16"]
     assert main(["prune", str(tiny_folder), *flags, "--device", "cpu", "--storage-device", "cpu"]) == 0
     shown = capsys.readouterr().out

@@ -21,7 +21,7 @@ from optimum_fista.model.probe import AnswerYes, LayerProbe, probe_layer
 from optimum_fista.model.replay import LayerCall
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.loading import floating_dtype, gguf_file, refuse_quantized
-from optimum_fista.run.model_pruning import choose_operators
+from optimum_fista.run.operators import choose_operators
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def planned_model(
     """Build a model on the meta device and run its decoder layers there, a batch and a kind each.
 
     Raises:
-        ValueError: If the model or an option can't be used; see `run.model_pruning.choose_operators`.
+        ValueError: If the model or an option can't be used; see `run.operators.choose_operators`.
     """
     settings = copy.deepcopy(settings)
     settings.pad_token_id = None  # no padding is planned, and Transformers would look for it in the values

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from optimum_fista.run.plan_counts import masked_weights
-from optimum_fista.run.plan_model import LayerKind, PlannedModel
-from optimum_fista.run.plan_settings import PlanSettings
+from optimum_fista.run.planning.counts import masked_weights
+from optimum_fista.run.planning.model import LayerKind, PlannedModel
+from optimum_fista.run.planning.settings import PlanSettings
 from optimum_fista.solve.cost import SolveCost
 
 LIBRARIES = 295 * 2**20

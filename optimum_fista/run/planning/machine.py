@@ -12,8 +12,8 @@ from torch import nn
 
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.run.loading import usable_device
-from optimum_fista.run.plan_model import PlannedModel
-from optimum_fista.run.plan_settings import PlanSettings
+from optimum_fista.run.planning.model import PlannedModel
+from optimum_fista.run.planning.settings import PlanSettings
 
 SECONDS = 10.0
 _DISK = 5e8  # bytes a second; a plan writes nothing, so this is not measured

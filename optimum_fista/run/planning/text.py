@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from optimum_fista.run.plan import PruningPlan
+    from optimum_fista.run.planning.plan import PruningPlan
 
 _WIDTH = 44
 

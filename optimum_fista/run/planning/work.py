@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from optimum_fista.model.probe import Work
-from optimum_fista.run.plan_machine import MachineRates
-from optimum_fista.run.plan_model import LayerKind, PlannedModel
-from optimum_fista.run.plan_settings import PlanSettings
+from optimum_fista.run.planning.machine import MachineRates
+from optimum_fista.run.planning.model import LayerKind, PlannedModel
+from optimum_fista.run.planning.settings import PlanSettings
 
 _SWEEP = 8  # bytes: a float32 read and written
 _READ = 200  # operations that take as long as reading a weight from its file

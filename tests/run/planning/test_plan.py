@@ -10,10 +10,10 @@ from tiny_models import tiny_model
 from transformers import LlamaConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.plan import PruningPlan, plan_pruning
-from optimum_fista.run.plan_machine import MachineRates
+from optimum_fista.run.planning.machine import MachineRates
+from optimum_fista.run.planning.plan import PruningPlan, plan_pruning
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RATES = MachineRates.of(products=1e12, moved_bytes=1e11)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.plan_model import PlannedModel
-from optimum_fista.run.plan_settings import PlanSettings
+from optimum_fista.run.planning.model import PlannedModel
+from optimum_fista.run.planning.settings import PlanSettings
 
 
 @dataclass

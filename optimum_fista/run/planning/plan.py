@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.plan_counts import GroupCount, count_groups, disk_bytes, notes_on
-from optimum_fista.run.plan_machine import MachineRates, measure_for
-from optimum_fista.run.plan_memory import Peak, plan_memory
-from optimum_fista.run.plan_model import load_config, planned_model, stored_dtype
-from optimum_fista.run.plan_settings import PlanSettings
-from optimum_fista.run.plan_text import plan_text
-from optimum_fista.run.plan_work import StageWork, plan_work
+from optimum_fista.run.planning.counts import GroupCount, count_groups, disk_bytes, notes_on
+from optimum_fista.run.planning.machine import MachineRates, measure_for
+from optimum_fista.run.planning.memory import Peak, plan_memory
+from optimum_fista.run.planning.model import load_config, planned_model, stored_dtype
+from optimum_fista.run.planning.settings import PlanSettings
+from optimum_fista.run.planning.text import plan_text
+from optimum_fista.run.planning.work import StageWork, plan_work
 
 _USUAL_LENGTH = 2048
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.plan_model import LayerKind
+from optimum_fista.run.planning.model import LayerKind
 from optimum_fista.solve.cost import SolveCost
 
 _SAMPLED_TOGETHER = 32

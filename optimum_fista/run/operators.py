@@ -1,0 +1,59 @@
+"""Choosing the operators to prune."""
+
+from __future__ import annotations
+
+import torch
+
+from optimum_fista.model.architecture import (
+    DecoderLayers,
+    UnsupportedArchitectureError,
+    find_operators,
+    left_out,
+    shared_weights,
+)
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.run.config import FistaPruningConfig
+
+
+def require_finite(operator: LinearOperator) -> None:
+    """Refuse damaged weights.
+
+    Raises:
+        ValueError: If a weight is NaN or Inf.
+    """
+    if not bool(torch.isfinite(operator.parameter).all()):
+        raise ValueError(f"the weight of {operator.name} holds NaN or Inf: the model is damaged, load it again.")
+
+
+def choose_operators(
+    layers: DecoderLayers, config: FistaPruningConfig
+) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
+    """Operators to prune by decoder layer, and those left dense with the reason.
+
+    Raises:
+        ValueError: If a pattern does not fit, or a weight in memory is not finite.
+        UnsupportedArchitectureError: If nothing is left to prune.
+    """
+    chosen: dict[str, dict[str, LinearOperator]] = {}
+    left_dense: dict[str, str] = {}
+    shared = shared_weights(layers)
+    for layer_name, layer in layers:
+        chosen[layer_name] = {}
+        left_dense |= left_out(layer_name, layer, config.exclude)
+        for name, operator in find_operators(layer_name, layer, config.exclude).items():
+            reason = config.reason_left_dense(name) or shared.get(name)
+            if reason is not None:
+                left_dense[name] = reason
+                continue
+            config.pattern_for(name).require_shape(operator.shape, name)
+            # others are checked when they are onloaded; a plan has no weights
+            if not operator.is_offloaded and not operator.parameter.is_meta:
+                require_finite(operator)
+            chosen[layer_name][name] = operator
+    if not any(chosen.values()):
+        raise UnsupportedArchitectureError(
+            f"no linear operator to prune in {layers.name}: looked for nn.Linear and Conv1D modules with "
+            f"include={list(config.include)}, exclude={list(config.exclude)}, and found "
+            f"{len(left_dense)}, all left dense: {', '.join(list(left_dense)[:4]) or 'none'}."
+        )
+    return chosen, left_dense

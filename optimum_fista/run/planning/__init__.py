@@ -1,0 +1,1 @@
+"""Plans: what a run would take, from the configuration of a model alone."""
