@@ -75,7 +75,8 @@ def prune_files(
 
         def begin() -> tuple[_Streaming, dict[str, Any]]:
             require_free_folder(output_dir, overwrite)
-            _require_writable(folder, output_dir)
+            if not ranks.index:
+                _require_writable(folder, output_dir)
             require_independent_layers(config, ranks.count)
             model, tokenizer = load_lazily(str(name), Path(offload_folder), device=ranks.device, dtype=dtype)
             shown = progress and not ranks.index

@@ -13,8 +13,8 @@ from optimum_fista.solve.cost import SolveCost
 LIBRARIES = 295 * 2**20
 """Python with torch (a build for CPUs) and Transformers, and what their first calls add, in bytes."""
 _HEAP = 64 * 2**20
-_HEAP_SHARE = 0.4
-"""What glibc's allocator keeps of freed tensors below 32 MiB: up to twice that, measured as this share of the rest."""
+_HEAP_SHARE = 0.1
+"""What glibc's allocator keeps of freed tensors although it is asked not to, measured as this share of the rest."""
 
 
 @dataclass
