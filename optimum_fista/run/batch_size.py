@@ -25,6 +25,11 @@ def halved_sizes(batches: Sequence[CalibrationBatch], reason: str) -> list[int]:
             f"the device ran out of memory on a batch of one sequence of {longest} tokens: pass "
             f"storage_device='cpu' (--storage-device cpu) or shorter sequences (--sequence-length) [{reason}]"
         )
+    return halves(sizes)
+
+
+def halves(sizes: Sequence[int]) -> list[int]:
+    """Every number cut in two, 1 left as it is."""
     return [part for size in sizes for part in ((size + 1) // 2, size // 2) if part]
 
 

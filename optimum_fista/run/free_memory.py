@@ -38,13 +38,13 @@ def release_free_memory(*, collect: bool = False) -> None:
 
 
 def keep_large_blocks_apart() -> None:
-    """From here on, have glibc give blocks from 8 MiB up back to the system as soon as they are freed.
+    """From here on, have glibc give blocks from 4 MiB up back to the system as soon as they are freed.
 
     Otherwise that size grows to 32 MiB in time, and matrices below it leave holes in the heap that later ones don't
     fit: the peak of a run then depends on chance, by a fifth. Smaller blocks are used again as before.
     """
     if _glibc() is not None:
-        _glibc().mallopt(_MMAP_THRESHOLD, 8 * 2**20)
+        _glibc().mallopt(_MMAP_THRESHOLD, 4 * 2**20)
         _glibc().mallopt(_TRIM_THRESHOLD, 32 * 2**20)
 
 

@@ -19,6 +19,7 @@ from optimum_fista.run.atomic import write_tensors, write_text
 from optimum_fista.run.budgets import Budgets
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.layer_pruning import HiddenStates, stored
+from optimum_fista.run.planning.batches import FittedBatches
 from optimum_fista.run.report import OperatorReport
 
 FOLDER = "journal"
@@ -147,6 +148,15 @@ class Journal:
         for name in sorted(tensors, key=lambda name: int(name.partition(".")[2])):
             streams[name.partition(".")[0]].append(tensors[name])
         return HiddenStates(streams["dense"] or None, streams["pruned"] or None)
+
+    def keep_batches(self, fitted: FittedBatches) -> None:
+        """Write the batches that the run works with."""
+        write_text(self._journal / "batches.json", json.dumps(dataclasses.asdict(fitted)))
+
+    def batches(self) -> FittedBatches | None:
+        """The batches that the run works with; `None` before."""
+        file = self._journal / "batches.json"
+        return FittedBatches(**json.loads(file.read_text())) if file.exists() else None
 
     def keep_budgets(self, budgets: Budgets) -> None:
         """Write the sparsities that the operators were given."""

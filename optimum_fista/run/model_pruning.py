@@ -34,6 +34,7 @@ from optimum_fista.run.free_memory import release_free_memory, release_memory_of
 from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, StarvedRule, report_group
 from optimum_fista.run.loading import require_unquantized, storage_place
 from optimum_fista.run.operators import choose_operators, require_finite
+from optimum_fista.run.planning.batches import FittedBatches, fit_batches
 from optimum_fista.run.report import PruningReport
 from optimum_fista.run.stored_names import stored_names
 from optimum_fista.solve.methods import create_method
@@ -104,6 +105,19 @@ class ModelPruning:
         """What pruning each decoder layer costs besides its forward pass, in forward passes of the largest."""
         weights = [sum(o.shape[0] * o.shape[1] for o in group.values()) for group in self.operators.values()]
         return [_PRUNING_COST * count / max(weights) for count in weights]
+
+    def fitted_batches(self) -> FittedBatches:
+        """Batches that the plan of this run finds memory for.
+
+        It is a forecast: where it does not suffice, batches are halved once the memory has run out.
+        """
+        return fit_batches(self.model, self.config, self.batches, self.storage)
+
+    def use_batches(self, fitted: FittedBatches) -> None:
+        """Cut the batches to other sizes."""
+        self.batches = cut_batches(self.batches, fitted.sizes)
+        if fitted.message:
+            self._warn(fitted.message)
 
     def run(self, todo: Collection[int] | None = None) -> Iterator[tuple[int, str, nn.Module]]:
         """Prune decoder layers in place.

@@ -143,6 +143,7 @@ class FistaPruner:
                 storage_device=self.storage_device,
                 undo=rollback.undo,
             )
+            pruning.use_batches(pruning.fitted_batches())
             with evaluation_mode(model), torch.no_grad():
                 for _ in pruning.run():
                     rollback.settle()

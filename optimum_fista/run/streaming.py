@@ -36,6 +36,7 @@ from optimum_fista.run.loading import (
 )
 from optimum_fista.run.model_pruning import ModelPruning
 from optimum_fista.run.perplexity import evaluation_mode
+from optimum_fista.run.planning.batches import FittedBatches
 from optimum_fista.run.ranks import RankError, Ranks, joined_ranks, require_independent_layers
 from optimum_fista.run.report import PruningReport
 from optimum_fista.run.shares import share_layers
@@ -183,6 +184,8 @@ class _Streaming:
 
         begun = ranks.first(begin)
         self.journal = ranks.each(lambda: join(begun))
+        fitted = ranks.first(self._fitted_batches)
+        ranks.each(lambda: self.pruning.use_batches(fitted))
         self.finished = ranks.first(self._finished)
 
     def prune(self, ranks: Ranks) -> None:
@@ -223,6 +226,14 @@ class _Streaming:
         finished = len(self.journal.finished(read_shards=False))
         total, folder = len(self.pruning.layers), str(self.journal.folder)
         return f"{finished} of {total} decoder layers are finished and kept in {folder!r}"
+
+    def _fitted_batches(self) -> FittedBatches:
+        """Batches that fit into the memory, chosen once for all ranks and for the runs that go on with this one."""
+        fitted = self.journal.batches()
+        if fitted is None:
+            fitted = self.pruning.fitted_batches()
+            self.journal.keep_batches(fitted)
+        return fitted
 
     def _finished(self) -> dict[int, FinishedLayer]:
         """The decoder layers that need not be pruned again."""

@@ -10,6 +10,7 @@ from optimum_fista.run.planning.model import LayerKind, PlannedModel
 from optimum_fista.run.planning.settings import PlanSettings
 from optimum_fista.solve.cost import SolveCost
 
+LIBRARIES_PART = "Python and libraries"
 LIBRARIES = 295 * 2**20
 """Python with torch (a build for CPUs) and Transformers, and what their first calls add, in bytes."""
 _HEAP = 64 * 2**20
@@ -73,7 +74,7 @@ class Ledger:
 def plan_memory(model: PlannedModel, settings: PlanSettings) -> Ledger:
     """Walk through a run and note what is held."""
     ledger = Ledger(settings.on_cpu)
-    ledger.hold("Python and libraries", LIBRARIES, "host")
+    ledger.hold(LIBRARIES_PART, LIBRARIES, "host")
     if model.in_memory or settings.calibration == "self":
         cache = settings.cache_bytes(model.model) if settings.calibration == "self" else 0
         ledger.moment("calibration text", ("whole model", model.weight_bytes), ("keys and values", cache))

@@ -1,0 +1,35 @@
+"""Memory that a device has to give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+_GROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that can be had on a device now, those that PyTorch keeps unused on it included.
+
+    On the CPU it is what the system can give without swapping, or less where the process's control group (Linux,
+    version 2; containers) may use less. `None` where the device does not say.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cpu":
+        return int(min(psutil.virtual_memory().available, _left_to_group()))
+    return None
+
+
+def _left_to_group() -> float:
+    """What the limit of this process's control group leaves; pages of files can be dropped."""
+    try:
+        limit = int((_GROUP / "memory.max").read_text())
+        used = int((_GROUP / "memory.current").read_text())
+        counts = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(counts["inactive_file"]))
+    except (OSError, ValueError, KeyError):
+        return float("inf")
