@@ -141,14 +141,19 @@ EXPORT int optimum_fista_unpack_rows(int path, int bytes_of_a_value, int64_t row
   return 0;
 }
 
-// For benchmarks, on CPUs with the AVX-512 path: y [rows] = dense W [rows, columns] x in bfloat16, columns a multiple
-// of 64. Returns 1 where it can't.
+// For benchmarks, on CPUs with AVX2 or AVX-512: y [rows] = dense W [rows, columns] x in bfloat16, columns a multiple of
+// 64. Returns 1 where it can't.
 EXPORT int optimum_fista_measure_dense(int64_t rows, int64_t columns, const uint16_t* weight, const uint16_t* x,
                                        uint16_t* y, int threads) {
 #if defined(__x86_64__)
-  if (optimum_fista_best_path() == fista::kAvx512 && columns % 64 == 0) {
+  const int path = optimum_fista_best_path();
+  if (path != fista::kPortable && columns % 64 == 0) {
+    const std::vector<float> parted =
+        path == fista::kAvx2 ? fista::yardsticks::avx2::evens_and_odds(x, columns) : std::vector<float>();
     fista::in_parallel(rows * columns < fista::kWorkOfAThread ? 1 : threads, [&](int64_t part, int64_t parts) {
-      fista::yardsticks::dense_rows<4>(weight, x, y, columns, rows * part / parts, rows * (part + 1) / parts);
+      const int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
+      if (path == fista::kAvx512) fista::yardsticks::avx512::dense_rows<4>(weight, x, y, columns, first, last);
+      else fista::yardsticks::avx2::dense_rows<4>(weight, parted.data(), y, columns, first, last);
     });
     return 0;
   }
@@ -160,10 +165,13 @@ EXPORT int optimum_fista_measure_dense(int64_t rows, int64_t columns, const uint
 // For benchmarks, as above: reads `bytes` bytes, a multiple of 512 for each thread.
 EXPORT int optimum_fista_measure_read(const char* data, int64_t bytes, int64_t* result, int threads) {
 #if defined(__x86_64__)
-  if (optimum_fista_best_path() == fista::kAvx512) {
+  const int path = optimum_fista_best_path();
+  if (path != fista::kPortable) {
     fista::in_parallel(threads, [&](int64_t part, int64_t parts) {
       const int64_t share = bytes / parts / 512 * 512;
-      result[part] = fista::yardsticks::read(data + part * share, share);
+      const char* start = data + part * share;
+      result[part] = path == fista::kAvx512 ? fista::yardsticks::avx512::read(start, share)
+                                            : fista::yardsticks::avx2::read(start, share);
     });
     return 0;
   }

@@ -1,0 +1,82 @@
+"""`optimum-fista bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Measure how fast a pruned model decodes, dense and packed, and what memory it takes.
+
+Each variant runs in a process of its own, and all are measured in turn: greedy `generate` on random prompts, one
+forward pass of a long prompt, resident memory. Close other programs: times of a busy machine mean little.
+
+example:
+  optimum-fista bench ./model-50 --output bench.json --plot bench.png
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("model", metavar="DIR", type=Path, help="pruned model folder, packed or not")
+    parser.add_argument(
+        "--variants",
+        default="dense bfloat16,dense float32,packed bfloat16",
+        help="what to measure; the first is the baseline (default: dense bfloat16,dense float32,packed bfloat16; also "
+        "packed float32, dense float16, packed float16)",
+    )
+    parser.add_argument("--batch-sizes", default="1,4,16", help="sequences decoded together (default 1,4,16)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to decode (default 32)")
+    parser.add_argument("--prompt-tokens", type=int, default=16, help="tokens of the prompt (default 16)")
+    parser.add_argument("--prefill-tokens", type=int, default=512, help="tokens of the long prompt (default 512)")
+    parser.add_argument("--rounds", type=int, default=5, help="times each is measured, in turn (default 5)")
+    parser.add_argument("--threads", type=int, help="threads on the CPU (default: PyTorch's)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
+    parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="write all figures there, JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture there (needs matplotlib)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print the table, and write what was asked for."""
+    import torch
+
+    from optimum_fista.run.loading import usable_device
+    from optimum_fista.run.speed.measure import SpeedSettings, measure_speed
+    from optimum_fista.run.speed.table import draw_speed, speed_table
+
+    try:
+        batch_sizes = [int(size) for size in arguments.batch_sizes.split(",")]
+    except ValueError:
+        raise ValueError(f"--batch-sizes {arguments.batch_sizes}: pass numbers such as 1,4,16.") from None
+    if arguments.plot is not None:
+        import matplotlib  # noqa: F401, fails before anything is measured
+    settings = SpeedSettings(
+        variants=[name.strip() for name in arguments.variants.split(",")],
+        batch_sizes=batch_sizes,
+        new_tokens=arguments.new_tokens,
+        prompt_tokens=arguments.prompt_tokens,
+        prefill_tokens=arguments.prefill_tokens,
+        rounds=arguments.rounds,
+        threads=torch.get_num_threads() if arguments.threads is None else arguments.threads,
+        device=str(usable_device(arguments.device)),
+    )
+    report = measure_speed(arguments.model, settings, progress=_show)
+    _show("")
+    print(speed_table(report))
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if arguments.plot is not None:
+        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
+        draw_speed(report, arguments.plot)
+    return 0
+
+
+def _show(line: str) -> None:
+    """What is going on, on one line of a terminal that is written over."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+    elif line:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,240 @@
+"""Speed and memory of a pruned model, dense and packed, measured in turn in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_fista.packed.kernels import kernels
+from optimum_fista.run.packed_folder import is_packed, pack_folder
+from optimum_fista.run.report import library_versions
+from optimum_fista.run.speed.worker import Variant, Worker
+
+VARIANTS = ("dense bfloat16", "dense float32", "packed bfloat16", "packed float32", "dense float16", "packed float16")
+BASELINE = VARIANTS[0]
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """What to measure.
+
+    Attributes:
+        variants: Names out of `VARIANTS`.
+        batch_sizes: Sequences that are decoded together.
+        new_tokens: Tokens that `generate` writes in each.
+        prompt_tokens: Tokens it goes on from.
+        prefill_tokens: Tokens of the forward pass that stands for reading a prompt.
+        rounds: Times that each is measured, in turn.
+        threads: Threads of PyTorch on the CPU.
+        device: `"cpu"` or a CUDA device.
+    """
+
+    variants: Sequence[str] = VARIANTS[:3]
+    batch_sizes: Sequence[int] = (1, 4, 16)
+    new_tokens: int = 32
+    prompt_tokens: int = 16
+    prefill_tokens: int = 512
+    rounds: int = 5
+    threads: int = dataclasses.field(default_factory=torch.get_num_threads)
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be measured.
+
+        Raises:
+            ValueError: If a variant is not known, or a number is smaller than one.
+        """
+        unknown = [name for name in self.variants if name not in VARIANTS]
+        if unknown or not self.variants:
+            raise ValueError(f"variants={', '.join(unknown)!r}: pass some of {', '.join(VARIANTS)}.")
+        if len(set(self.variants)) < len(self.variants):
+            raise ValueError(f"variants={', '.join(self.variants)!r}: name each once.")
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        for name, value in {**numbers, "batch_sizes": min(self.batch_sizes, default=0)}.items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: pass at least 1.")
+
+
+@dataclass
+class VariantSpeed:
+    """What one variant reached.
+
+    Attributes:
+        tokens_per_second: Medians by batch size, of all sequences together, the prompt's forward pass included.
+        prefill_tokens_per_second: Median.
+        memory_bytes: What loading and running it has added to its process, or its peak on a CUDA device.
+        weight_bytes: Bytes of its weights, which are those of the files in this dtype.
+        same_tokens: Share of the greedy tokens that are those of the dense variant of the same dtype; `None` without.
+        logits_difference: Largest difference of the logits after the prompt from that variant's, by its largest logit.
+        seconds: All times, by what was measured.
+    """
+
+    tokens_per_second: dict[int, float]
+    prefill_tokens_per_second: float
+    memory_bytes: int
+    weight_bytes: int
+    same_tokens: float | None
+    logits_difference: float | None
+    seconds: dict[str, list[float]]
+
+
+@dataclass
+class SpeedReport:
+    """Speed of a model.
+
+    Attributes:
+        model: Its name.
+        settings: What was measured.
+        variants: What each variant reached.
+        machine: Processor, threads, path of the kernels.
+        versions: Versions of the libraries.
+    """
+
+    model: str
+    settings: SpeedSettings
+    variants: dict[str, VariantSpeed]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def measure_speed(
+    folder: Path,
+    settings: SpeedSettings | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> SpeedReport:
+    """Measure a pruned model dense and packed, each variant in a process of its own, in turn.
+
+    The prompts are random tokens. Dense variants are those of the same weights.
+
+    Args:
+        folder: Pruned model folder, packed or not; one that is not is packed to a temporary folder first.
+        settings: What to measure.
+        progress: Called with a line before each step.
+
+    Raises:
+        ValueError: If the folder holds no pruned model.
+        RuntimeError: If a variant can't be loaded or run.
+    """
+    settings = settings or SpeedSettings()
+    with _packed(folder, progress) as packed, _workers(packed, settings) as workers:
+        sizes = {}
+        for worker in workers:
+            progress(f"loading {worker.variant.name}")
+            sizes[worker.variant.name] = worker.ask("parameters")
+        vocabulary = min(found for found, _ in sizes.values())
+        seconds, outputs = _measure(workers, settings, vocabulary, progress)
+        variants = {}
+        for worker in workers:
+            name = worker.variant.name
+            variants[name] = _speed(name, settings, seconds[name], outputs, worker.ask("memory"), sizes[name][1])
+    return SpeedReport(folder.name, settings, variants, describe_machine(settings), library_versions())
+
+
+def describe_machine(settings: SpeedSettings) -> dict[str, Any]:
+    """Processor, device, threads, and path of the kernels."""
+    compiled = kernels()
+    device = torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else "cpu"
+    path = compiled.path if compiled else "none"
+    return {"processor": _processor(), "device": device, "threads": settings.threads, "kernels": path}
+
+
+@contextmanager
+def _packed(folder: Path, progress: Callable[[str], None]) -> Iterator[Path]:
+    if is_packed(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="optimum-fista-") as temporary:
+        target = Path(temporary) / folder.name
+        progress(f"packing {folder}")
+        pack_folder(folder, target)
+        yield target
+
+
+@contextmanager
+def _workers(folder: Path, settings: SpeedSettings) -> Iterator[list[Worker]]:
+    workers: list[Worker] = []
+    try:
+        for name in settings.variants:
+            runtime, dtype = name.split()
+            workers.append(Worker(Variant(name, folder, dtype, runtime), settings.device, settings.threads))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _measure(
+    workers: Sequence[Worker], settings: SpeedSettings, vocabulary: int, progress: Callable[[str], None]
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, Tensor]]]:
+    """Seconds by variant and measurement, and the last output of each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def prompt(batch: int, length: int) -> Tensor:
+        return torch.randint(0, vocabulary, (batch, length), generator=generator)
+
+    asked: dict[str, tuple[Any, ...]] = {
+        f"batch {size}": ("generate", prompt(size, settings.prompt_tokens), settings.new_tokens)
+        for size in settings.batch_sizes
+    }
+    asked["prefill"] = ("prefill", prompt(1, settings.prefill_tokens))
+    seconds: dict[str, dict[str, list[float]]] = {w.variant.name: {key: [] for key in asked} for w in workers}
+    outputs: dict[str, dict[str, Tensor]] = {w.variant.name: {} for w in workers}
+    for turn in range(settings.rounds + 1):  # the first one warms up
+        for key, question in asked.items():
+            progress(f"round {turn} of {settings.rounds}, {key}" if turn else f"warming up, {key}")
+            for worker in workers:
+                took, output = worker.ask(*question)
+                outputs[worker.variant.name][key] = output
+                if turn:
+                    seconds[worker.variant.name][key].append(took)
+    return seconds, outputs
+
+
+def _speed(
+    name: str,
+    settings: SpeedSettings,
+    seconds: dict[str, list[float]],
+    outputs: dict[str, dict[str, Tensor]],
+    memory: int,
+    weights: int,
+) -> VariantSpeed:
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    dense = outputs.get(name.replace("packed", "dense")) if name.startswith("packed") else None
+    same = difference = None
+    if dense is not None:
+        pairs = [(outputs[name][f"batch {size}"], dense[f"batch {size}"]) for size in settings.batch_sizes]
+        same = sum(int((a == b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+        logits = dense["prefill"]
+        difference = float((outputs[name]["prefill"] - logits).abs().max() / logits.abs().max())
+    return VariantSpeed(
+        {size: size * settings.new_tokens / median[f"batch {size}"] for size in settings.batch_sizes},
+        settings.prefill_tokens / median["prefill"],
+        memory,
+        weights,
+        same,
+        difference,
+        seconds,
+    )
+
+
+def _processor() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,161 @@
+"""A process of its own for one way to run a model: its memory is that model's alone, its speed is measured in turn."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import warnings
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from optimum_fista.model.architecture import input_embedding
+from optimum_fista.run.free_memory import release_free_memory
+from optimum_fista.run.packed_loading import FistaPackedConfig
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run a model.
+
+    Attributes:
+        name: What it is called.
+        folder: Packed model folder.
+        dtype: Floating dtype.
+        runtime: `"dense"` or `"packed"`.
+    """
+
+    name: str
+    folder: Path
+    dtype: str
+    runtime: str
+
+
+class Worker:
+    """A process that holds one variant and runs it when asked.
+
+    Args:
+        variant: What to load.
+        device: Where to.
+        threads: Threads of PyTorch on the CPU.
+    """
+
+    def __init__(self, variant: Variant, device: str, threads: int) -> None:
+        self.variant = variant
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, variant, device, threads), daemon=True)
+        self._process.start()
+        other.close()
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """Have it call one of the functions of `_Runner`, and return what that returns.
+
+        Raises:
+            RuntimeError: If it fails there, or the process is gone.
+        """
+        try:
+            self._connection.send((name, arguments))
+            error, result = self._connection.recv()
+        except (EOFError, OSError) as gone:
+            self._process.join(5)
+            raise RuntimeError(
+                f"{self.variant.name}: its process has ended (exit code {self._process.exitcode}); where it was "
+                "killed, the memory did not suffice: measure fewer variants at a time"
+            ) from gone
+        if error is not None:
+            raise RuntimeError(f"{self.variant.name}: {error}")
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.terminate()
+
+
+class _Runner:
+    """What a worker can be asked for."""
+
+    def __init__(self, variant: Variant, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        torch.randn(64, 64) @ torch.randn(64, 64)
+        before = psutil.Process().memory_info().rss
+        self.model = _load(variant, device)
+        self.device = torch.device(device)
+        release_free_memory(collect=True)
+        self._before = before
+
+    def parameters(self) -> tuple[int, int]:
+        """Size of the vocabulary, and bytes of all tensors of the state, each counted once."""
+        tensors = {t.data_ptr() if t.device.type != "meta" else id(t): t for t in self.model.state_dict().values()}
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return input_embedding(self.model).shape[0], size
+
+    def memory(self) -> int:
+        """Bytes that loading and running the model have added: on the device, or resident in this process."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        release_free_memory(collect=True)
+        return int(psutil.Process().memory_info().rss) - self._before
+
+    def generate(self, prompt: Tensor, new_tokens: int) -> tuple[float, Tensor]:
+        """Seconds of greedy decoding, and the tokens [batch, new_tokens]."""
+        ids = prompt.to(self.device)
+        started = self._now()
+        output = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+        )
+        return self._now() - started, output[:, ids.shape[1] :].cpu()
+
+    def prefill(self, prompt: Tensor) -> tuple[float, Tensor]:
+        """Seconds of one forward pass, and the logits [batch, vocabulary] of the last token."""
+        ids = prompt.to(self.device)
+        started = self._now()
+        with torch.no_grad():
+            logits = self.model(ids, logits_to_keep=1, use_cache=True).logits[:, -1]
+        return self._now() - started, logits.float().cpu()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _load(variant: Variant, device: str) -> Any:
+    config: Any = FistaPackedConfig(runtime=variant.runtime)
+    model = AutoModelForCausalLM.from_pretrained(
+        variant.folder, dtype=getattr(torch, variant.dtype), quantization_config=config
+    )
+    settings = model.generation_config
+    for name in ("temperature", "top_p", "top_k"):
+        setattr(settings, name, None)  # of sampling, which greedy decoding would warn of
+    return nn.Module.to(model, device).eval()
+
+
+def _serve(connection: Connection, variant: Variant, device: str, threads: int) -> None:
+    warnings.simplefilter("ignore")
+    runner: _Runner | None = None
+    while True:
+        try:
+            name, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            runner = runner or _Runner(variant, device, threads)
+            connection.send((None, getattr(runner, name)(*arguments)))
+        except Exception as error:
+            connection.send((f"{type(error).__name__}: {error}", None))

@@ -1,0 +1,25 @@
+import json
+
+from optimum_fista.cli.main import main
+
+QUICK = ["--variants", "dense float32,packed float32", "--batch-sizes", "1", "--new-tokens", "2", "--prompt-tokens"]
+QUICK += ["2", "--prefill-tokens", "3", "--rounds", "1", "--threads", "1"]
+
+
+def test_a_table_a_file_and_a_picture(pruned_folder, tmp_path, capsys):
+    output, plot = tmp_path / "new" / "bench.json", tmp_path / "bench.png"
+    assert main(["bench", str(pruned_folder), *QUICK, "--output", str(output), "--plot", str(plot)]) == 0
+    captured = capsys.readouterr()
+    assert "| packed float32 | " in captured.out
+    assert "warming up, batch 1" in captured.err
+    assert set(json.loads(output.read_text())["variants"]) == {"dense float32", "packed float32"}
+    assert plot.stat().st_size > 1000
+
+
+def test_bad_arguments(tiny_folder, pruned_folder, capsys):
+    assert main(["bench", str(tiny_folder), *QUICK]) == 1
+    assert "holds no fista/masks.safetensors" in capsys.readouterr().err
+    assert main(["bench", str(pruned_folder), "--batch-sizes", "1,many"]) == 1
+    assert "--batch-sizes 1,many: pass numbers" in capsys.readouterr().err
+    assert main(["bench", str(pruned_folder), "--variants", "sparse bfloat16"]) == 1
+    assert "variants='sparse bfloat16'" in capsys.readouterr().err
