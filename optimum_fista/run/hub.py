@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 # of the pruned weights: a lone `model.safetensors` wins over an index with its shards.
 _STANDARD_WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 _STANDARD_WEIGHTS += ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"]
+_STANDARD_WEIGHTS += ["packed.safetensors", "packed-*-of-*.safetensors", "packed.safetensors.index.json"]
 
 
 def push_folder(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -143,6 +144,36 @@ def test_the_import_is_enough_before_or_behind_transformers(imports, pruned, tmp
     pack_folder(pruned("llama"), tmp_path / "packed")
     result = run(WITH.format(imports=imports), tmp_path / "packed", pruned("llama"))
     assert result.stdout == "equal\n", result.stdout + result.stderr
+
+
+def test_pushed_and_pulled_like_any_model(hub, pruned, tmp_path):
+    """By name, bit for bit with the import; not at all without it, even where a dense model lay there before."""
+    pack_folder(pruned("llama"), tmp_path / "packed")
+    for folder in (pruned("llama"), tmp_path / "packed"):
+        push = f"from optimum_fista.run.hub import push_folder\npush_folder({str(folder)!r}, 'tester/packed')"
+        pushed = run_with_hub(hub, push, tmp_path)
+        assert pushed.returncode == 0, pushed.stderr
+    assert "packed.safetensors" in hub.files("tester/packed")
+    assert "model.safetensors" not in hub.files("tester/packed")
+    load = f"""
+        import sys
+        import torch
+        import optimum_fista
+        from transformers import AutoModelForCausalLM
+
+        found = AutoModelForCausalLM.from_pretrained("tester/packed").state_dict()
+        expected = AutoModelForCausalLM.from_pretrained({str(pruned("llama"))!r}).state_dict()
+        print(all(torch.equal(found[name], tensor) for name, tensor in expected.items()))
+        config = optimum_fista.FistaPackedConfig(runtime="packed")
+        packed = AutoModelForCausalLM.from_pretrained("tester/packed", quantization_config=config)
+        print(type(packed.model.layers[0].mlp.up_proj).__name__)
+    """
+    loaded = run_with_hub(hub, load, tmp_path)
+    assert loaded.stdout == "True\nPackedLinear\n", loaded.stderr
+    without = "from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained('tester/packed')"
+    refused = run_with_hub(hub, without, tmp_path)
+    assert refused.returncode == 1
+    assert "does not appear to have a file named" in refused.stderr
 
 
 def test_sharded_folders_keep_their_shards(pruned, tmp_path):

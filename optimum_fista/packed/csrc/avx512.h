@@ -30,14 +30,20 @@ INLINE __m512i expand_words(const void* values, uint64_t bits) {
 
 struct FloatSums { __m512 lane; };
 
+template <int kStep> INLINE uint64_t part_of(uint64_t word, int step) {
+  return word >> (step * kStep) & ((uint64_t(1) << kStep) - 1);
+}
+
 struct BFloat16Lanes {
   using Weight = BFloat16;
   using Input = BFloat16;
-  static constexpr int kStep = 32, kSums = 32;
+  static constexpr int kStep = 32, kSums = 32, kRows = 4, kInputs = 8;
   struct Weights { __m512i lanes; };
   using Sums = FloatSums;
 
+  INLINE uint64_t part(uint64_t word, int step) { return part_of<kStep>(word, step); }
   INLINE Weights expand(const BFloat16* values, uint64_t bits) { return {expand_words(values, bits)}; }
+  INLINE const BFloat16* inputs(const BFloat16* x) { return x; }
   INLINE void add(Sums& sums, const Weights& weights, const BFloat16* x) {
     sums.lane = _mm512_dpbf16_ps(sums.lane, (__m512bh)weights.lanes, (__m512bh)_mm512_loadu_si512(x));
   }
@@ -47,14 +53,16 @@ struct BFloat16Lanes {
 struct Float16Lanes {
   using Weight = Float16;
   using Input = float;
-  static constexpr int kStep = 32, kSums = 24;
+  static constexpr int kStep = 32, kSums = 24, kRows = 4, kInputs = 8;
   struct Weights { __m512 low, high; };
   using Sums = FloatSums;
 
+  INLINE uint64_t part(uint64_t word, int step) { return part_of<kStep>(word, step); }
   INLINE Weights expand(const Float16* values, uint64_t bits) {
     const __m512i words = expand_words(values, bits);
     return {_mm512_cvtph_ps(_mm512_castsi512_si256(words)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1))};
   }
+  INLINE const float* inputs(const float* x) { return x; }
   INLINE void add(Sums& sums, const Weights& weights, const float* x) {
     sums.lane = _mm512_fmadd_ps(weights.low, _mm512_loadu_ps(x), sums.lane);
     sums.lane = _mm512_fmadd_ps(weights.high, _mm512_loadu_ps(x + 16), sums.lane);
@@ -65,13 +73,15 @@ struct Float16Lanes {
 struct Float32Lanes {
   using Weight = Float32;
   using Input = float;
-  static constexpr int kStep = 16, kSums = 24;
+  static constexpr int kStep = 16, kSums = 24, kRows = 4, kInputs = 8;
   struct Weights { __m512 lanes; };
   using Sums = FloatSums;
 
+  INLINE uint64_t part(uint64_t word, int step) { return part_of<kStep>(word, step); }
   INLINE Weights expand(const Float32* values, uint64_t bits) {
     return {_mm512_maskz_expand_ps(__mmask16(bits), _mm512_castsi512_ps(load(values)))};
   }
+  INLINE const float* inputs(const float* x) { return x; }
   INLINE void add(Sums& sums, const Weights& weights, const float* x) {
     sums.lane = _mm512_fmadd_ps(weights.lanes, _mm512_loadu_ps(x), sums.lane);
   }

@@ -26,11 +26,4 @@ struct Product {
 // Widest register that a kernel loads at a place of the values, in elements: what may lie behind a row's last value.
 constexpr int64_t kLookahead = 32;
 
-// Inputs that a kernel multiplies at once.
-constexpr int kMaxBatch = 8;
-
-inline int64_t inputs_at_once(int64_t batch) {
-  return batch <= kMaxBatch ? batch : batch < 2 * kMaxBatch ? (batch + 1) / 2 : kMaxBatch;
-}
-
 }  // namespace fista

@@ -16,15 +16,19 @@ namespace fista::portable {
 template <class T> struct Lanes {
   using Weight = T;
   using Input = float;
-  static constexpr int kStep = 64, kSums = 1;
+  static constexpr int kStep = 64, kSums = 1, kRows = 1, kInputs = 8;
   struct Weights { float lane[64]; };
   struct Sums { float lane[16]; };
+
+  static uint64_t part(uint64_t word, int) { return word; }
 
   static Weights expand(const T* values, uint64_t bits) {
     Weights weights = {};
     for (; bits; bits &= bits - 1) weights.lane[__builtin_ctzll(bits)] = widen(*values++);
     return weights;
   }
+
+  static const float* inputs(const float* x) { return x; }
 
   static void add(Sums& sums, const Weights& weights, const float* x) {
     for (int i = 0; i < 64; i++) sums.lane[i % 16] += weights.lane[i] * x[i];

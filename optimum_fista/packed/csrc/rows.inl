@@ -5,9 +5,14 @@
 //     using Weight = ..., Input = ...;           // what the values and the prepared inputs are made of
 //     static constexpr int kStep = ...;          // columns of one step, a divisor of 64
 //     static constexpr int kSums = ...;          // sums to keep at a time
+//     static constexpr int kRows = ...;          // most rows to read side by side
+//     static constexpr int kInputs = ...;        // most inputs to multiply at once
 //     struct Weights, Sums;                      // registers
-//     static Weights expand(const Weight* values, uint64_t bits);  // may read kLookahead weights, uses kStep bits
-//     static void add(Sums&, const Weights&, const Input*);        // Sums += Weights * Input
+//     static uint64_t part(uint64_t word, int step);               // bits of one step of a word of the mask, moved to
+//                                                                  // where expand wants them
+//     static Weights expand(const Weight* values, uint64_t part);  // may read kLookahead weights
+//     static Inputs inputs(const Input*);                          // inputs of one step
+//     static void add(Sums&, const Weights&, const Inputs&);       // Sums += Weights * Inputs
 //     static float total(const Sums&);
 //   };
 
@@ -17,7 +22,6 @@ TARGET void multiply_rows(const Product& product, const typename Lanes::Weight* 
   using Weight = typename Lanes::Weight;
   using Input = typename Lanes::Input;
   constexpr int kStep = Lanes::kStep;
-  constexpr uint64_t kBits = kStep == 64 ? ~uint64_t(0) : (uint64_t(1) << (kStep & 63)) - 1;
   constexpr int U = R * B >= 4 || kStep == 64 ? 1 : 4 / (R * B) < 64 / kStep ? 4 / (R * B) : 64 / kStep;
   const int64_t words = product.matrix.words();
   const uint8_t* mask = product.matrix.mask + row * words * 8;
@@ -37,15 +41,16 @@ TARGET void multiply_rows(const Product& product, const typename Lanes::Weight* 
       typename Lanes::Weights weights[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
-        const uint64_t here = bits[r] & kBits;
-        weights[r] = Lanes::expand(place[r], here);
-        place[r] += __builtin_popcountll(here);
-        bits[r] >>= kStep & 63;
+        const uint64_t part = Lanes::part(bits[r], step);
+        weights[r] = Lanes::expand(place[r], part);
+        place[r] += __builtin_popcountll(part);
       }
 #pragma GCC unroll 16
-      for (int b = 0; b < B; b++)
+      for (int b = 0; b < B; b++) {
+        const auto inputs = Lanes::inputs(x + b * 64 + step * kStep);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) Lanes::add(sums[r][b][step % U], weights[r], x + b * 64 + step * kStep);
+        for (int r = 0; r < R; r++) Lanes::add(sums[r][b][step % U], weights[r], inputs);
+      }
     }
   }
   const Weight* bias = static_cast<const Weight*>(product.bias);
@@ -63,10 +68,15 @@ TARGET void multiply_rows(const Product& product, const typename Lanes::Weight* 
 
 // Rows read side by side for a batch: as many sums as there are registers for.
 template <class Lanes> constexpr int rows_for(int batch) {
-  return 4 * batch <= Lanes::kSums ? 4 : 2 * batch <= Lanes::kSums ? 2 : 1;
+  return Lanes::kRows >= 4 && 4 * batch <= Lanes::kSums ? 4 : 2 * batch <= Lanes::kSums ? 2 : 1;
 }
 
-template <class Lanes, int R, int B = kMaxBatch>
+template <class Lanes> constexpr int64_t inputs_at_once(int64_t batch) {
+  constexpr int kMost = Lanes::kInputs;
+  return batch <= kMost ? batch : batch < 2 * kMost ? (batch + 1) / 2 : kMost;
+}
+
+template <class Lanes, int R, int B = Lanes::kInputs>
 TARGET void multiply_inputs(const Product& product, const typename Lanes::Weight* const* values, int64_t row,
                             int64_t apart, int64_t first_input, int64_t inputs) {
   if constexpr (R <= rows_for<Lanes>(B))
@@ -77,7 +87,7 @@ TARGET void multiply_inputs(const Product& product, const typename Lanes::Weight
 template <class Lanes, int R>
 TARGET void multiply_batch(const Product& product, const typename Lanes::Weight* const* values, int64_t row,
                            int64_t apart) {
-  const int64_t size = inputs_at_once(product.batch);
+  const int64_t size = inputs_at_once<Lanes>(product.batch);
   for (int64_t first = 0; first < product.batch; first += size)
     multiply_inputs<Lanes, R>(product, values, row, apart, first, std::min(size, product.batch - first));
 }
@@ -112,7 +122,7 @@ template <class Lanes, int R> TARGET void multiply_runs(const Product& product, 
 }
 
 template <class Lanes> TARGET void multiply(const Product& product, int64_t first_row, int64_t last_row) {
-  switch (rows_for<Lanes>(int(inputs_at_once(product.batch)))) {
+  switch (rows_for<Lanes>(int(inputs_at_once<Lanes>(product.batch)))) {
     case 4: return multiply_runs<Lanes, 4>(product, first_row, last_row);
     case 2: return multiply_runs<Lanes, 2>(product, first_row, last_row);
     default: return multiply_runs<Lanes, 1>(product, first_row, last_row);
