@@ -1,6 +1,8 @@
 import json
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +108,19 @@ def test_a_comparison_measures_tasks_once_for_the_dense_model(tasks, tmp_path):
         ("magnitude", 0, 1),
         ("magnitude", 1, 1),
     ]
+
+
+def test_task_files_of_the_docs(tasks):
+    page = (Path(__file__).resolve().parents[3] / "docs" / "compare.md").read_text()
+    for number, content in enumerate(re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)):
+        for name in ("choices.jsonl", "passages.jsonl"):
+            content = content.replace(name, str(tasks / name))
+        (tasks / f"docs-{number}.yaml").write_text(content)
+    (tasks / "choices.jsonl").write_text((tasks / "sea.jsonl").read_text())
+    (tasks / "passages.jsonl").write_text('{"text": "the sea is deep"}\n{"text": "look at the sky"}\n')
+    suite = TaskSuite(["my_choices", "my_last_words"], include_path=tasks)
+    scores = suite.measure(tiny_llama(), tiny_tokenizer())
+    assert [next(iter(scores[name])) for name in suite.names] == ["acc", "acc"]
 
 
 def test_unknown_tasks(tasks, monkeypatch):
