@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from optimum_fista.run.comparison.row import Row
 
 # Perplexities beyond this many times the dense model's are cut off: the others could not be told apart.
 _CUT = 4.0
+
+# Matplotlib's colours before they repeat.
+_COLOURS = 10
 
 
 def plot_bars(rows: Sequence[Row], texts: Sequence[str], folder: Path) -> Path | None:
@@ -51,31 +55,36 @@ def plot_bars(rows: Sequence[Row], texts: Sequence[str], folder: Path) -> Path |
 
 
 def plot_lines(rows: Sequence[Row], texts: Sequence[str], folder: Path) -> Path | None:
-    """Perplexity against sparsity by method, one panel a text.
+    """Perplexity against sparsity, one panel a text, for the methods with several unstructured sparsities.
 
     Returns:
-        `sparsity.png` in `folder`; `None` with fewer than two unstructured sparsities.
+        `sparsity.png` in `folder`; `None` where there is no such method.
     """
     import matplotlib.pyplot as plt
 
     lines = [line for line in averages(rows) if line.rows]
     unstructured = [line for line in lines if line.pattern != NO_PATTERN and ":" not in line.pattern]
-    if len({float(line.pattern) for line in unstructured}) < 2:
+    counts = Counter(line.method for line in unstructured)
+    methods = [method for method, count in counts.items() if count > 1]
+    if not methods:
         return None
     limit = _limit(lines, texts)
     figure, axes = plt.subplots(1, len(texts), figsize=(4.5 * len(texts), 4), squeeze=False, layout="constrained")
     for axis, text in zip(axes[0], texts, strict=True):
-        for method in dict.fromkeys(line.method for line in unstructured):
+        for number, method in enumerate(methods):
             found = [(float(line.pattern), line.perplexity(text)) for line in unstructured if line.method == method]
             points = sorted((x, spread.mean, spread.deviation or 0.0) for x, spread in found if spread is not None)
             if points:
                 sparsities, means, deviations = zip(*points, strict=True)
-                axis.errorbar(sparsities, means, deviations, marker="o", markersize=4, capsize=2, label=method)
+                style = "-" if number < _COLOURS else ":"
+                axis.errorbar(sparsities, means, deviations, marker="o", markersize=4, linestyle=style, label=method)
         dense = [spread for line in lines if line.method == DENSE and (spread := line.perplexity(text)) is not None]
         if dense:
             axis.axhline(dense[0].mean, color="gray", linestyle="--", linewidth=1, label=DENSE)
             axis.set_ylim(0.95 * dense[0].mean, limit)
         axis.set(title=text, xlabel="sparsity", ylabel="perplexity, lower is better", yscale="log")
+        for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formatted("{x:g}")
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     path = folder / "sparsity.png"

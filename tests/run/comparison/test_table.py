@@ -96,6 +96,7 @@ def test_plots(tmp_path):
     folder = tmp_path / "one"
     folder.mkdir()
     assert Comparison(rows=ROWS).write_plots(folder) == [folder / "perplexity.png"]
+    assert Comparison(rows=[*ROWS, row("alps", "0.6", 30.0)]).write_plots(folder) == [folder / "perplexity.png"]
     several = [*ROWS, row("fista", "0.6", 30.0)]
     assert Comparison(rows=several).write_plots(folder) == [folder / "perplexity.png", folder / "sparsity.png"]
     assert all((folder / f"{name}.png").stat().st_size > 5000 for name in ("perplexity", "sparsity"))
