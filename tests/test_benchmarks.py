@@ -1,10 +1,12 @@
-"""The tables of docs/scale.md are what their commands print."""
+"""The tables of the docs are what their commands print, or what is kept in benchmarks/results."""
 
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+
+from optimum_fista.run.comparison.comparison import Comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "scale.md").read_text()
@@ -39,3 +41,14 @@ def test_estimates_beside_real_runs(benchmark):
         assert row["memory_ratio"] == row["planned_bytes"] / row["measured"]["peak_bytes"]
         assert 0.8 < row["memory_ratio"] < 1.2
         assert 0.5 < row["time_ratio"] < 2
+
+
+def test_perplexities_of_the_results_are_those_kept():
+    kept = Comparison.read(ROOT / "benchmarks" / "results" / "perplexity.json")
+    patterns = {"": "-", "50%": "0.5", "60%": "0.6", "2:4": "2:4"}
+    values = {(row.pattern, row.method): [f"{p:.2f}" for p in row.perplexity.values()] for row in kept.rows}
+    section = (ROOT / "docs" / "results.md").read_text().split("## Perplexity")[1].split("## ")[0]
+    lines = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
+    assert len(lines[2:]) > 20
+    for zeros, method, *cells in lines[2:]:
+        assert values[patterns[zeros], method] == cells

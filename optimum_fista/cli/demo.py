@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from optimum_fista.run.comparison.row import Row
+
 DESCRIPTION = """\
 Prune a real model to 50% and to 2:4 by every method and compare perplexities.
 
@@ -24,6 +26,7 @@ lets it write.
 
 _METHODS = ("magnitude", "wanda", "sparsegpt", "fista", "obs_admm")
 _SAVED = "obs_admm"
+_PATTERNS = {"0.5": "pruned-50", "2:4": "pruned-2-4"}
 
 _PROMPT = "The most important thing to know about the sea is"
 
@@ -43,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prune by every method, print one table, save, verify, reload and generate."""
     from optimum_fista.run.calibration_source import calibration_tokens
+    from optimum_fista.run.comparison.table import markdown_table
     from optimum_fista.run.loading import load_model
     from optimum_fista.run.text import load_text
     from optimum_fista.run.windows import evaluation_windows
@@ -53,11 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
     print(f"{arguments.model or 'SmolLM2-135M-Instruct'}: the model samples its own calibration text")
     tokens = calibration_tokens("self", model, tokenizer, arguments.num_samples, arguments.sequence_length, 0)
-    rows = _compare(model, tokenizer, tokens, windows, arguments.output)
+    rows = _compare(model, tokenizer, tokens, {text.name: windows}, arguments.output)
     print(f"\nPerplexity on {arguments.text} ({len(windows)} windows of {arguments.sequence_length} tokens)\n")
-    print(f"{'':<12}{'50%':>10}{'seconds':>10}{'zeros':>10}{'2:4':>12}{'seconds':>10}{'zeros':>10}")
-    for row in rows:
-        print(row)
+    print(markdown_table(rows, [text.name]))
     _generate(arguments.output / "pruned-50")
     seconds = time.perf_counter() - started
     print(f"\nsaved {arguments.output}/pruned-50 and {arguments.output}/pruned-2-4; {seconds:.0f} s in all")
@@ -65,31 +67,29 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _compare(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tensor, windows: Tensor, output: Path
-) -> list[str]:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tensor,
+    texts: dict[str, Tensor],
+    output: Path,
+) -> list[Row]:
     """Rows of the table; the models pruned by the default method are saved to `output` and verified."""
-    from optimum_fista.run.config import FistaPruningConfig
-    from optimum_fista.run.perplexity import evaluate_perplexity
+    from optimum_fista.run.comparison.candidates import DENSE, NO_PATTERN, parse_config
+    from optimum_fista.run.comparison.compare import measure_row
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.verification import verify_checkpoint
 
-    dense = evaluate_perplexity(model, windows, progress=False).perplexity
-    rows = [f"{'dense':<12}{dense:>10.2f}{'':>10}{'':>10}{dense:>12.2f}"]
+    rows = [measure_row(DENSE, NO_PATTERN, model, texts, progress=False)]
     for method in _METHODS:
-        cells = []
-        for pattern, width, name in (("unstructured", 10, "50"), ("2:4", 12, "2-4")):
-            print(f"pruning by {method}, {'50%' if name == '50' else pattern}")
+        for pattern, name in _PATTERNS.items():
+            print(f"pruning by {method}, {pattern}")
             pruned = copy.deepcopy(model)
-            pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method=method))
+            pruner = FistaPruner(parse_config(method, pattern))
             report = pruner.prune(pruned, tokens.split(1), calibration_source="self")
-            perplexity = evaluate_perplexity(pruned, windows, progress=False).perplexity
-            sparsity = report.totals["sparsity"]
-            cells.append(f"{perplexity:>{width}.2f}{report.seconds['total']:>10.1f}{sparsity:>10.4%}")
+            rows.append(measure_row(method, pattern, pruned, texts, report, progress=False))
             if method == _SAVED:
-                folder = output / f"pruned-{name}"
-                pruner.save_pretrained(pruned, folder, tokenizer, overwrite=True)
-                verify_checkpoint(folder)
-        rows.append(f"{method:<12}{''.join(cells)}")
+                pruner.save_pretrained(pruned, output / name, tokenizer, overwrite=True)
+                verify_checkpoint(output / name)
     return rows
 
 

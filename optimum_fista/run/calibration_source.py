@@ -89,11 +89,16 @@ def calibration_tokens_by_name(
     return tokens
 
 
+def usual_length(config: PreTrainedConfig) -> int:
+    """Tokens a sequence where nothing else is said: 2048, or the model's context where that is shorter."""
+    return min(_USUAL_LENGTH, getattr(config, "max_position_embeddings", None) or _USUAL_LENGTH)
+
+
 def _length(config: PreTrainedConfig, num_samples: int, sequence_length: int | None) -> int:
     """Tokens a sequence, checked."""
     length = sequence_length
     if length is None:
-        length = min(_USUAL_LENGTH, getattr(config, "max_position_embeddings", None) or _USUAL_LENGTH)
+        length = usual_length(config)
     for name, value in (("num_samples", num_samples), ("sequence_length", length)):
         if value < 1:
             raise ValueError(f"{name}={value}: pass at least 1.")

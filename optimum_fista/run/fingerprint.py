@@ -21,7 +21,7 @@ def run_fingerprint(name: str, pruning: ModelPruning) -> dict[str, Any]:
     """Everything that the bytes of a run depend on: weights, configuration, calibration tokens, versions."""
     versions = library_versions()
     fingerprint = {
-        "model": _identity(name) | {"dtype": str(pruning.model.dtype)},
+        "model": weight_files(name) | {"dtype": str(pruning.model.dtype)},
         "config": pruning.config.to_dict(),
         "calibration": pruning.report.calibration["sha256"],
         "batches": [list(batch.input_ids.shape) for batch in pruning.batches],
@@ -36,7 +36,7 @@ def is_of_another_run(folder: Path, fingerprint: dict[str, Any]) -> bool:
     return folder.exists() and (not file.exists() or json.loads(file.read_text()) != fingerprint)
 
 
-def _identity(name: str) -> dict[str, Any]:
+def weight_files(name: str) -> dict[str, Any]:
     """What tells one set of weights from another without reading all of them.
 
     Names and sizes of the weight files, and a digest of blocks spread over each, headers included.

@@ -13,7 +13,11 @@ from optimum_fista.model.offload import is_offloaded
 
 
 def load_model(
-    name: str, *, device: str | None = None, dtype: str | torch.dtype = "auto"
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -21,6 +25,7 @@ def load_model(
         name: Hub id, model folder, or a folder that holds one GGUF file, which is dequantized.
         device: Device to load to; `None`: the first GPU when there is one, otherwise the CPU.
         dtype: Floating dtype, `"auto"` takes the checkpoint's.
+        device_map: Accelerate's, such as `"auto"`, for a model that doesn't fit `device`, which is then not used.
 
     Raises:
         ValueError: If `name` is a folder without a model, or the device or dtype can't be used.
@@ -28,14 +33,33 @@ def load_model(
     target = usable_device(device)
     if dtype != "auto":
         dtype = floating_dtype(dtype)
-    file = gguf_file(name)
-    options = {} if file is None else {"gguf_file": file}
+    options = gguf_options(name)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **options)
     if "gguf_file" in options:
         forget_gguf(model)
-    torch.nn.Module.to(model, target)
+    if device_map is None:
+        torch.nn.Module.to(model, target)
     return model, tokenizer
+
+
+def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hub id, a model folder, or a folder with one GGUF file, without the model.
+
+    Raises:
+        ValueError: If `name` is a folder without a model.
+    """
+    return AutoTokenizer.from_pretrained(name, **gguf_options(name))
+
+
+def gguf_options(name: str) -> dict[str, str]:
+    """Arguments of `from_pretrained` where `name` is a folder with one GGUF file and no configuration; else none.
+
+    Raises:
+        ValueError: If it is a folder with neither.
+    """
+    file = gguf_file(name)
+    return {} if file is None else {"gguf_file": file}
 
 
 def gguf_file(name: str) -> str | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 Split = Literal["calibration", "test"]
+
+_SEPARATOR = "\n\n"
 
 FILE_SUFFIXES = (".txt", ".jsonl")
 ACCEPTED_SOURCES = (
@@ -27,11 +30,15 @@ class TextSource:
         name: Short name for reports: the file's name, or the data set's usual name.
         documents: At least one text.
         separator: What stands between two documents when the source is read as one text.
+        origin: Where the documents come from and how they are joined, for people.
+        max_windows: Windows that perplexity is measured on at most, by the literature's protocol; None = all.
     """
 
     name: str
     documents: tuple[str, ...]
     separator: str
+    origin: str = ""
+    max_windows: int | None = None
 
     @property
     def joined(self) -> str:
@@ -56,6 +63,7 @@ class HubRecipe:
         options: Further arguments of `datasets.load_dataset`.
         max_rows: Use only the first rows; None = all.
         rows_are_documents: False when the rows are lines of one running text, which become one document.
+        max_windows: Windows that perplexity is measured on at most; None = all.
     """
 
     repository: str
@@ -65,15 +73,26 @@ class HubRecipe:
     options: Mapping[str, Any]
     max_rows: int | None = None
     rows_are_documents: bool = False
+    max_windows: int | None = None
+
+    def __str__(self) -> str:
+        """For people: repository, files, split, rows and how they are joined."""
+        files = self.options.get("data_files", {}).get(self.split)
+        parts = [self.repository, self.options.get("name"), self.options.get("revision"), files]
+        rows = "all rows" if self.max_rows is None else f"first {self.max_rows} rows"
+        place = " ".join(part for part in parts if part)
+        return f"{place}, split {self.split}, {rows} joined by {self.separator!r}"
 
 
 def _wikitext2(split: str, separator: str) -> HubRecipe:
     return HubRecipe("Salesforce/wikitext", split, "text", separator, {"name": "wikitext-2-raw-v1"})
 
 
-def _c4(split: str, file: str, max_rows: int, rows_are_documents: bool) -> HubRecipe:
+def _c4(
+    split: str, file: str, max_rows: int, *, rows_are_documents: bool = False, max_windows: int | None = None
+) -> HubRecipe:
     options = {"data_files": {split: file}}
-    return HubRecipe("allenai/c4", split, "text", " ", options, max_rows, rows_are_documents)
+    return HubRecipe("allenai/c4", split, "text", " ", options, max_rows, rows_are_documents, max_windows)
 
 
 def _ptb(split: str) -> HubRecipe:
@@ -85,12 +104,13 @@ def _ptb(split: str) -> HubRecipe:
 
 
 # As in SparseGPT's datautils.py and Wanda's lib/data.py, under the names the data sets have on today's Hub.
-# C4's files are shuffled: the first documents of one (10 million tokens) stand for all and fit in memory.
+# C4's files are shuffled: the first documents of one (10 million tokens) stand for all and fit in memory. Its test
+# text ends after 256 windows there.
 HUB_RECIPES: dict[tuple[str, Split], HubRecipe] = {
     ("wikitext2", "calibration"): _wikitext2("train", " "),
     ("wikitext2", "test"): _wikitext2("test", "\n\n"),
-    ("c4", "calibration"): _c4("train", "en/c4-train.00000-of-01024.json.gz", 20_000, True),
-    ("c4", "test"): _c4("validation", "en/c4-validation.00000-of-00008.json.gz", 1100, False),
+    ("c4", "calibration"): _c4("train", "en/c4-train.00000-of-01024.json.gz", 20_000, rows_are_documents=True),
+    ("c4", "test"): _c4("validation", "en/c4-validation.00000-of-00008.json.gz", 1100, max_windows=256),
     ("ptb", "calibration"): _ptb("train"),
     ("ptb", "test"): _ptb("test"),
 }
@@ -129,14 +149,16 @@ def load_text(source: str, split: Split) -> TextSource:
 def _read_pydoc() -> TextSource:
     from pydoc_data.topics import topics
 
-    return TextSource("pydoc", tuple(topics[key] for key in sorted(topics)), "\n\n")
+    documents = tuple(topics[key] for key in sorted(topics))
+    origin = f"Python {platform.python_version()}'s help topics joined by {_SEPARATOR!r}"
+    return TextSource("pydoc", documents, _SEPARATOR, origin)
 
 
 def _read_txt(path: Path) -> TextSource:
     content = _decode(path)
     if not content.strip():
         raise ValueError(f"source={str(path)!r} is empty; pass a file with text.")
-    return TextSource(path.name, (content,), "\n\n")
+    return TextSource(path.name, (content,), _SEPARATOR, f"file {path.name}")
 
 
 def _read_jsonl(path: Path) -> TextSource:
@@ -148,7 +170,8 @@ def _read_jsonl(path: Path) -> TextSource:
     )
     if not any(document.strip() for document in documents):
         raise ValueError(f'source={str(path)!r} holds no text; pass a file with text under "text" in its lines.')
-    return TextSource(path.name, documents, "\n\n")
+    origin = f"file {path.name}, {len(documents)} documents joined by {_SEPARATOR!r}"
+    return TextSource(path.name, documents, _SEPARATOR, origin)
 
 
 def _document(line: str, place: str) -> str:
@@ -191,4 +214,4 @@ def _read_hub(name: str, recipe: HubRecipe) -> TextSource:
             ".jsonl file."
         ) from error
     documents = texts if recipe.rows_are_documents else (recipe.separator.join(texts),)
-    return TextSource(name, documents, recipe.separator)
+    return TextSource(name, documents, recipe.separator, str(recipe), recipe.max_windows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -31,8 +33,7 @@ def calibration_windows(
         num_samples: Number of windows N.
         sequence_length: Tokens per window T, BOS included.
         seed: Decides every random choice; the global random state is neither used nor changed.
-        add_bos: Start every window with BOS. None = if the tokenizer's `add_bos_token` is True or its class
-            is Gemma's.
+        add_bos: Start every window with BOS. None = if the tokenizer starts texts with it or its class is Gemma's.
 
     Returns:
         Token ids, int64, [N, T].
@@ -58,19 +59,19 @@ def evaluation_windows(
     sequence_length: int,
     max_windows: int | None = None,
     *,
-    add_bos: bool | None = None,
+    add_bos: bool | Literal["start"] | None = None,
 ) -> torch.Tensor:
     """Cut the joined text into consecutive windows from its start, as pruning papers measure perplexity.
 
-    The whole text is tokenised at once without special tokens; the tail shorter than a window is dropped.
+    The whole text is tokenised at once; the tail shorter than a window is dropped.
 
     Args:
         tokenizer: Tokenizer of the model.
         text: Where the tokens come from.
         sequence_length: Tokens per window T, BOS included.
-        max_windows: Keep only the first windows; None = all.
-        add_bos: Start every window with BOS. None = if the tokenizer's `add_bos_token` is True or its class
-            is Gemma's.
+        max_windows: Keep only the first windows; None = all, or as many as the text's protocol says.
+        add_bos: Start every window with BOS. None = if the tokenizer starts texts with it or its class is Gemma's.
+            "start": only the text starts with the tokenizer's special tokens, as in the scripts of SparseGPT and Wanda.
 
     Returns:
         Token ids, int64, [N, T].
@@ -81,16 +82,17 @@ def evaluation_windows(
     """
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows}; pass 1 or more, or None for all.")
-    bos = _bos(tokenizer, add_bos)
+    at_start = add_bos == "start"
+    bos = None if add_bos == "start" else _bos(tokenizer, add_bos)
     length = _content_length(sequence_length, bos)
-    ids = _tokenise(tokenizer, text.joined)
+    ids = _tokenise(tokenizer, text.joined, special=at_start)
     if len(ids) < length:
         raise ValueError(
             f"text {text.name!r} has {len(ids)} tokens, fewer than one window of {length}; "
             "pass a longer text or a smaller sequence_length."
         )
     count = len(ids) // length
-    windows = ids[: count * length].view(count, length)[:max_windows]
+    windows = ids[: count * length].view(count, length)[: text.max_windows][:max_windows]
     return _with_bos(windows, bos)
 
 
@@ -98,13 +100,19 @@ def _bos(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> int | None
     """BOS id that every window starts with; None = none."""
     if add_bos is None:
         # Gemma's perplexity without BOS is meaningless, whatever its tokenizer's attribute says.
-        wanted = getattr(tokenizer, "add_bos_token", False) is True or "Gemma" in type(tokenizer).__name__
+        wanted = _starts_texts_with_bos(tokenizer) or "Gemma" in type(tokenizer).__name__
         return tokenizer.bos_token_id if wanted else None
     if not add_bos:
         return None
     if tokenizer.bos_token_id is None:
         raise ValueError("add_bos=True, but the tokenizer has no BOS token; pass add_bos=False.")
     return tokenizer.bos_token_id
+
+
+def _starts_texts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    # Llama 3's tokenizer adds BOS in its post-processor and leaves the attribute False.
+    started = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return started or getattr(tokenizer, "add_bos_token", False) is True
 
 
 def _content_length(sequence_length: int, bos: int | None) -> int:
@@ -118,9 +126,9 @@ def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
     return windows if bos is None else torch.nn.functional.pad(windows, (1, 0), value=bos)
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> torch.Tensor:
     # verbose=False: a text longer than the model's context is no mistake here.
-    encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 

@@ -17,6 +17,11 @@ FLAGS = {
         "--batch-size --seed --device --dtype --storage-device --push-to-hub --private"
     ),
     "evaluate": "MODEL --text --sequence-length --max-windows --batch-size --device --dtype",
+    "compare": (
+        "MODEL --output -o --render --methods --patterns --seeds --texts --tasks --include-path --limit "
+        "--sequence-length --max-windows --held-out --bos --calibration --num-samples --calibration-length "
+        "--batch-size --device --device-map --dtype --storage-device"
+    ),
     "verify": "DIR",
     "demo": "--model --text --output --num-samples --sequence-length --max-windows",
 }

@@ -142,6 +142,17 @@ def test_c4_uses_its_first_rows(hub, split, rows):
     assert load_text("c4", split).joined == " ".join(str(i) for i in range(rows))
 
 
+def test_origins_name_the_protocol(hub, tmp_path):
+    hub.rows = {"text": ["a", "b"], "sentence": ["a", "b"]}
+    wikitext = load_text("wikitext2", "test")
+    assert wikitext.origin == r"Salesforce/wikitext wikitext-2-raw-v1, split test, all rows joined by '\n\n'"
+    c4 = load_text("c4", "test")
+    assert c4.origin.startswith("allenai/c4 en/c4-validation.00000-of-00008.json.gz, split validation, first 1100 rows")
+    assert [t.max_windows for t in (wikitext, c4, load_text("ptb", "test"))] == [None, 256, None]
+    (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert load_text(str(tmp_path / "lines.jsonl"), "test").origin == r"file lines.jsonl, 2 documents joined by '\n\n'"
+
+
 def test_hub_text_and_its_local_copy_have_the_same_hash(hub, tmp_path):
     hub.rows = {"text": ["", " = Title = \n", "Café.\n"]}
     path = tmp_path / "copy.txt"

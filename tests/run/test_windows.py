@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
@@ -28,8 +30,8 @@ class CountingTokenizer(PreTrainedTokenizerFast):
         return super().__call__(text, **kwargs)
 
 
-def tokenizer(unit=word, kind=CountingTokenizer, **kwargs) -> CountingTokenizer:
-    """Word (or letter) number i is token i. Special tokens are added unless they are refused."""
+def tokenizer(unit=word, kind=CountingTokenizer, special=False, **kwargs) -> CountingTokenizer:
+    """Word (or letter) number i is token i. `special`: BOS and EOS are added unless they are refused."""
     vocabulary = {unit(i): i for i in range(WORDS)} | {"<unk>": WORDS, "<s>": BOS, "</s>": EOS}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     pattern = Regex(r"\S") if unit is letter else Regex(r"\S+")
@@ -37,9 +39,10 @@ def tokenizer(unit=word, kind=CountingTokenizer, **kwargs) -> CountingTokenizer:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(pattern, "isolated")]
     )
     result = kind(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", **kwargs)
-    result.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
-    )
+    if special:
+        result.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+        )
     return result
 
 
@@ -162,24 +165,38 @@ class GemmaTokenizer(CountingTokenizer):
 
 
 @pytest.mark.parametrize(
-    ("kind", "add_bos_token", "add_bos", "expected"),
+    ("kind", "options", "add_bos", "expected"),
     [
-        (CountingTokenizer, False, None, False),
-        (CountingTokenizer, True, None, True),
-        (GemmaTokenizer, False, None, True),
-        (CountingTokenizer, False, True, True),
-        (CountingTokenizer, True, False, False),
-        (GemmaTokenizer, True, False, False),
+        (CountingTokenizer, {}, None, False),
+        (CountingTokenizer, {"add_bos_token": True}, None, True),
+        (CountingTokenizer, {"special": True}, None, True),
+        (GemmaTokenizer, {}, None, True),
+        (CountingTokenizer, {}, True, True),
+        (CountingTokenizer, {"special": True}, True, True),
+        (CountingTokenizer, {"special": True}, False, False),
+        (GemmaTokenizer, {"add_bos_token": True}, False, False),
     ],
 )
-def test_bos(kind, add_bos_token, add_bos, expected):
-    chosen = tokenizer(kind=kind, add_bos_token=add_bos_token)
+def test_bos(kind, options, add_bos, expected):
+    chosen = tokenizer(kind=kind, **options)
     evaluation = evaluation_windows(chosen, source(range(8)), 4, add_bos=add_bos)
     assert evaluation.tolist() == ([[BOS, 0, 1, 2], [BOS, 3, 4, 5]] if expected else [[0, 1, 2, 3], [4, 5, 6, 7]])
     calibration = calibration_windows(chosen, source(range(500)), 5, 20, seed=0, add_bos=add_bos)
     assert calibration.shape == (5, 20)
     assert ((calibration[:, 0] == BOS) == expected).all()
     assert_disjoint_runs(calibration[:, 1:])
+
+
+def test_bos_at_the_start_of_the_text_only():
+    windows = evaluation_windows(tokenizer(special=True), source(range(8)), 4, add_bos="start")
+    assert windows.tolist() == [[BOS, 0, 1, 2], [3, 4, 5, 6]]
+    assert evaluation_windows(tokenizer(), source(range(8)), 4, add_bos="start").tolist()[0] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("asked", "windows"), [(None, 3), (2, 2), (5, 3)])
+def test_the_protocol_of_a_text_may_end_it(asked, windows):
+    text = replace(source(range(40)), max_windows=3)
+    assert evaluation_windows(tokenizer(), text, 4, asked).shape == (windows, 4)
 
 
 def test_bos_that_does_not_exist():

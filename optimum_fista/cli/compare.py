@@ -1,0 +1,110 @@
+"""`optimum-fista compare`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optimum_fista.run.comparison.comparison import Comparison
+
+DESCRIPTION = """\
+Prune a model by several methods, measure every result, and write one table and plots.
+
+Every row (method, pattern, seed) is kept in --output; the same command given again goes on where it was interrupted.
+A method is name:option=value:..., with the options of FistaPruningConfig or of the method; default is
+FistaPruningConfig() and paper the published settings of FISTAPruner. See docs/compare.md.
+
+examples:
+  optimum-fista compare facebook/opt-125m --output opt --calibration c4 --texts wikitext2,c4,ptb --bos start
+  optimum-fista compare ./model --output out --methods wanda,default:allocation=uniform --seeds 0,1,2
+  optimum-fista compare ./model --output out --patterns 0.5,0.6,0.7 --tasks arc_easy,lambada_openai --held-out 16
+  optimum-fista compare --render out/table.json --output again
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
+    parser.add_argument("--output", "-o", type=Path, required=True, metavar="DIR", help="folder for rows, table, plots")
+    parser.add_argument("--render", type=Path, metavar="FILE", help="only table and plots of a table.json; no MODEL")
+    what = parser.add_argument_group("what to compare")
+    what.add_argument("--methods", type=_words, metavar="A,B", help="default magnitude,wanda,sparsegpt,fista,default")
+    what.add_argument("--patterns", type=_words, metavar="A,B", help="fractions of zeros or N:M (default 0.5,2:4)")
+    what.add_argument("--seeds", type=_numbers, metavar="A,B", help="mean and deviation over several (default 0)")
+    measured = parser.add_argument_group("what to measure")
+    measured.add_argument(
+        "--texts",
+        type=_words,
+        metavar="A,B",
+        help="perplexity on .txt or .jsonl files, wikitext2, c4, ptb, pydoc (default wikitext2; '' for none)",
+    )
+    measured.add_argument("--tasks", type=_words, metavar="A,B", help="zero-shot accuracy on tasks of lm-eval")
+    measured.add_argument("--include-path", type=Path, metavar="DIR", help="folder of further task files (YAML)")
+    measured.add_argument("--limit", type=int, help="only the first documents of every task")
+    measured.add_argument(
+        "--sequence-length", type=int, help="tokens a window (default: 2048 or the model's context if shorter)"
+    )
+    measured.add_argument("--max-windows", type=int, help="only the first windows of every text")
+    measured.add_argument(
+        "--held-out", type=int, metavar="N", help="perplexity on N windows of the calibration text left out of it, too"
+    )
+    measured.add_argument(
+        "--bos",
+        choices=("auto", "every", "start", "none"),
+        help="BOS in every window, at the start of a text only (as SparseGPT's and Wanda's scripts), or nowhere "
+        "(default auto: in every window if the tokenizer starts texts with it)",
+    )
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument(
+        "--calibration", metavar="SOURCE", help="self (default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
+    )
+    calibration.add_argument("--num-samples", type=int, help="calibration sequences (default 128)")
+    calibration.add_argument("--calibration-length", type=int, help="tokens a sequence (default: those of a window)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--batch-size", type=int, help="sequences, windows or answers a forward pass (default 1)")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: the first GPU, otherwise the CPU)")
+    machine.add_argument("--device-map", metavar="MAP", help="Accelerate's, such as auto, for models larger than a GPU")
+    machine.add_argument("--dtype", help="float32, bfloat16, float16 or auto, as stored (default)")
+    machine.add_argument("--storage-device", metavar="PLACE", help="where activations wait: see prune --help")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, or render a finished comparison; 1 if a row failed."""
+    from optimum_fista.run.comparison.comparison import Comparison
+
+    if arguments.render is not None:
+        if arguments.model is not None:
+            raise ValueError("--render takes everything from its file: pass it without MODEL.")
+        comparison = Comparison.read(arguments.render)
+        comparison.write_tables(arguments.output)
+        comparison.write_plots(arguments.output)
+    else:
+        comparison = _compare(arguments)
+    print(comparison.to_markdown(), end="")
+    print(f"\nwritten to {arguments.output}")
+    for failure in comparison.failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if comparison.failures else 0
+
+
+def _compare(arguments: argparse.Namespace) -> Comparison:
+    from optimum_fista.run.comparison.compare import compare
+    from optimum_fista.run.comparison.settings import ComparisonSettings
+
+    if arguments.model is None:
+        raise ValueError("MODEL is missing: pass a Hub id or a model folder, or --render FILE.")
+    given = {field.name: getattr(arguments, field.name) for field in fields(ComparisonSettings)}
+    settings = ComparisonSettings(**{name: value for name, value in given.items() if value is not None})
+    return compare(settings, arguments.output)
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in _words(text)]

@@ -1,0 +1,1 @@
+"""Comparing pruning methods: every method and pattern pruned and measured in one run, one table and plots."""

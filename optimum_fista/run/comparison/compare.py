@@ -1,0 +1,209 @@
+"""Comparing pruning methods in one run that can be interrupted and started again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_fista.run.atomic import write_text
+from optimum_fista.run.comparison.candidates import DENSE, NO_PATTERN, Candidate, candidates
+from optimum_fista.run.comparison.comparison import Comparison
+from optimum_fista.run.comparison.row import Row
+from optimum_fista.run.comparison.settings import CALIBRATED, HELD_OUT, ComparisonSettings
+from optimum_fista.run.comparison.texts import Material, prepare, windows_sha256
+from optimum_fista.run.comparison.zero_shot import TaskSuite
+from optimum_fista.run.fingerprint import weight_files
+from optimum_fista.run.free_memory import release_free_memory
+from optimum_fista.run.loading import gguf_options, load_model, require_tokenizer
+from optimum_fista.run.perplexity import evaluate_perplexity
+from optimum_fista.run.pruner import FistaPruner
+from optimum_fista.run.report import PruningReport, library_versions
+
+
+def compare(settings: ComparisonSettings, output: str | Path, *, progress: bool = True) -> Comparison:
+    """Prune a model by every method, pattern and seed, and measure the dense and every pruned one.
+
+    One model is in memory at a time. Every row is kept in `output`/rows under a digest of all it depends on (weights,
+    configuration, tokens, tasks), so that the same call after an interrupt goes on with the first unfinished row. A
+    row that fails is recorded with its error, and tried again by the next call. `output`/table.md, .csv and .json are
+    written anew behind every row, pictures at the end.
+
+    Args:
+        settings: What to compare.
+        output: Folder to write to and to take finished rows from.
+        progress: Show progress bars.
+
+    Returns:
+        The comparison; its `failures` say which rows failed.
+
+    Raises:
+        ValueError: If a text or a task is unknown or too short, or nothing of a method can work.
+        ImportError: If tasks are to be measured and lm-eval is missing.
+        OSError: If `output` can't be written to.
+    """
+    output = Path(output)
+    suite = None
+    if settings.tasks:
+        suite = TaskSuite(
+            settings.tasks,
+            include_path=settings.include_path,
+            limit=settings.limit,
+            batch_size=settings.batch_size,
+        )
+    tokenizer = require_tokenizer(settings.model)
+    material = prepare(settings, tokenizer, output / "calibration")
+    recipe = list(dict.fromkeys(line for seed in settings.seeds for line in material[seed].recipe))
+    comparison = Comparison(settings.to_dict(), [*recipe, *([suite.recipe] if suite is not None else [])])
+    run = _Run(settings, tokenizer, material, suite, output / "rows", progress)
+    with tqdm(run.wanted(), desc="Comparing", unit="row", disable=not progress) as bar:
+        for candidate in bar:
+            bar.set_postfix_str(f"{candidate.method}, {candidate.pattern}, seed {candidate.seed}")
+            comparison.rows.append(run.row(candidate))
+            comparison.write_tables(output)
+    comparison.write_plots(output)
+    return comparison
+
+
+def measure_row(
+    method: str,
+    pattern: str,
+    model: PreTrainedModel,
+    texts: dict[str, Tensor],
+    report: PruningReport | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> Row:
+    """Perplexities of a model, and what the report of its pruning says."""
+    perplexity = {
+        name: evaluate_perplexity(model, windows, batch_size=batch_size, progress=progress).perplexity
+        for name, windows in texts.items()
+    }
+    row = Row(method, pattern, seed, perplexity, versions=library_versions())
+    if report is None:
+        return row
+    return replace(
+        row, totals=report.totals, seconds=report.seconds, config=report.config, calibration=report.calibration
+    )
+
+
+class _Run:
+    """Rows of one comparison, from their files where they are finished."""
+
+    def __init__(
+        self,
+        settings: ComparisonSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        material: dict[int, Material],
+        suite: TaskSuite | None,
+        folder: Path,
+        progress: bool,
+    ) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.material = material
+        self.suite = suite
+        self.folder = folder
+        self.progress = progress
+        self.weights = _identity(settings.model)
+
+    def wanted(self) -> list[Candidate]:
+        """All rows; the dense one of another seed is measured on windows of that seed alone, if there are any."""
+        settings = self.settings
+        seeds = settings.seeds if settings.held_out else settings.seeds[:1]
+        found = [Candidate(DENSE, NO_PATTERN, seed) for seed in seeds]
+        return found + candidates(settings.methods, settings.patterns, settings.seeds)
+
+    def row(self, candidate: Candidate) -> Row:
+        """The finished row, or a new one; a pruned row that fails says why."""
+        key = self._key(candidate)
+        name = re.sub(r"[^\w.=]+", "-", f"{candidate.method}-{candidate.pattern}-{candidate.seed}")
+        file = self.folder / f"{name[:80]}-{key[:12]}.json"
+        if file.exists():
+            row = Row.from_dict(json.loads(file.read_text()))
+            if row.key == key and row.error is None:
+                return row
+        row = replace(self._measure_or_fail(candidate), key=key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(row.to_dict(), indent=1) + "\n")
+        return row
+
+    def _measure_or_fail(self, candidate: Candidate) -> Row:
+        if candidate.method == DENSE:
+            return self._measure(candidate)
+        try:
+            return self._measure(candidate)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+        release_free_memory(collect=True)
+        return Row(candidate.method, candidate.pattern, candidate.seed, versions=library_versions(), error=reason)
+
+    def _measure(self, candidate: Candidate) -> Row:
+        settings, material = self.settings, self.material[candidate.seed]
+        if candidate.error is not None:
+            raise ValueError(candidate.error)
+        model, _ = load_model(
+            settings.model, device=settings.device, dtype=settings.dtype, device_map=settings.device_map
+        )
+        report = None
+        if candidate.config is not None:
+            pruner = FistaPruner(candidate.config, progress=self.progress, storage_device=settings.storage_device)
+            batches = material.calibration.split(settings.batch_size)
+            report = pruner.prune(model, batches, calibration_source=settings.calibration)
+        row = measure_row(
+            candidate.method,
+            candidate.pattern,
+            model,
+            self._texts(candidate),
+            report,
+            seed=candidate.seed,
+            batch_size=settings.batch_size,
+            progress=self.progress,
+        )
+        if self.suite is not None and self._is_complete(candidate):
+            row = replace(row, accuracy=self.suite.measure(model, self.tokenizer))
+        del model
+        release_free_memory(collect=True)
+        return row
+
+    def _is_complete(self, candidate: Candidate) -> bool:
+        """Whether everything is measured, and not only what a seed changes of the dense model."""
+        return candidate.method != DENSE or candidate.seed == self.settings.seeds[0]
+
+    def _texts(self, candidate: Candidate) -> dict[str, Tensor]:
+        texts = self.material[candidate.seed].texts
+        if self._is_complete(candidate):
+            return texts
+        return {name: windows for name, windows in texts.items() if name in (CALIBRATED, HELD_OUT)}
+
+    def _key(self, candidate: Candidate) -> str:
+        settings = self.settings
+        parts: dict[str, Any] = {
+            "model": self.weights,
+            "dtype": settings.dtype,
+            "batch_size": settings.batch_size,
+            "texts": {name: windows_sha256(windows) for name, windows in self._texts(candidate).items()},
+            "tasks": self.suite.identity if self.suite is not None and self._is_complete(candidate) else None,
+            "candidate": [candidate.method, candidate.pattern, candidate.seed],
+        }
+        if candidate.config is not None:
+            parts["config"] = candidate.config.resolved().to_dict()
+            parts["calibration"] = windows_sha256(self.material[candidate.seed].calibration)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(name: str) -> dict[str, Any]:
+    """What tells one set of weights from another: digests of a folder's files, or the Hub's commit."""
+    if Path(name).is_dir():
+        return weight_files(name)
+    config = AutoConfig.from_pretrained(name, **gguf_options(name))
+    return {"name": name, "commit": getattr(config, "_commit_hash", None)}

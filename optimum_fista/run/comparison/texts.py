@@ -1,0 +1,124 @@
+"""Windows of a comparison: those to calibrate on and those to measure perplexity on, with their recipe."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from optimum_fista.run.calibration_source import calibration_tokens_by_name, usual_length
+from optimum_fista.run.comparison.settings import CALIBRATED, HELD_OUT, Bos, ComparisonSettings
+from optimum_fista.run.loading import gguf_options
+from optimum_fista.run.text import load_text
+from optimum_fista.run.windows import calibration_windows, evaluation_windows
+
+_EVALUATION_BOS: dict[Bos, bool | Literal["start"] | None]
+_EVALUATION_BOS = {"auto": None, "every": True, "start": "start", "none": False}
+_CALIBRATION_BOS: dict[Bos, bool | None] = {"auto": None, "every": True, "start": False, "none": False}
+
+
+@dataclass(frozen=True)
+class Material:
+    """Windows of one seed.
+
+    Attributes:
+        calibration: Token ids to calibrate on, int64 [N, T].
+        texts: Token ids to measure perplexity on, by name.
+        recipe: How they were made, a line each.
+    """
+
+    calibration: torch.Tensor
+    texts: dict[str, torch.Tensor]
+    recipe: list[str]
+
+
+def prepare(settings: ComparisonSettings, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[int, Material]:
+    """Cut the windows of every seed; text that the model samples itself is kept in `folder`.
+
+    Raises:
+        ValueError: If a source is unknown or too short, or two texts have the same name.
+    """
+    length = settings.sequence_length
+    if length is None:
+        length = usual_length(AutoConfig.from_pretrained(settings.model, **gguf_options(settings.model)))
+    texts, recipe = _measured_texts(settings, tokenizer, length)
+    return {seed: _draw(settings, tokenizer, seed, length, texts, recipe, folder) for seed in settings.seeds}
+
+
+def windows_sha256(windows: torch.Tensor) -> str:
+    """Digest of token ids [N, T]."""
+    shape = ",".join(map(str, windows.shape)).encode()
+    return hashlib.sha256(shape + windows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+
+
+def _measured_texts(
+    settings: ComparisonSettings, tokenizer: PreTrainedTokenizerBase, length: int
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    texts: dict[str, torch.Tensor] = {}
+    recipe = []
+    for source in settings.texts:
+        text, name = load_text(source, "test"), Path(source).stem
+        if name in texts or name in (CALIBRATED, HELD_OUT):
+            raise ValueError(f"texts: two are called {name!r}; rename a file.")
+        whole = evaluation_windows(tokenizer, text, length, add_bos=_EVALUATION_BOS[settings.bos])
+        texts[name] = whole[: settings.max_windows]
+        recipe.append(
+            f"Perplexity on {name}: {text.origin} (sha256 {text.sha256[:16]}), the first {len(texts[name])} of "
+            f"{len(whole)} windows of {length} tokens, no overlap, {_bos_of(tokenizer, whole)}; every window is scored "
+            "on its own, exp of the mean negative log-likelihood of its tokens behind the first."
+        )
+    return texts, recipe
+
+
+def _draw(
+    settings: ComparisonSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    length: int,
+    texts: dict[str, torch.Tensor],
+    recipe: list[str],
+    folder: Path,
+) -> Material:
+    """Calibration sequences of one seed, and windows of the same text beside them."""
+    length, count = settings.calibration_length or length, settings.num_samples + settings.held_out
+    if settings.calibration == "self":
+        windows = calibration_tokens_by_name(
+            settings.model,
+            "self",
+            count,
+            length,
+            seed,
+            device=settings.device,
+            dtype=settings.dtype,
+            keep_in=folder / f"seed-{seed}",
+        )
+        origin = "text that the model samples itself"
+    else:
+        text = load_text(settings.calibration, "calibration")
+        windows = calibration_windows(tokenizer, text, count, length, seed, add_bos=_CALIBRATION_BOS[settings.bos])
+        origin = f"{text.origin} (sha256 {text.sha256[:16]})"
+    calibration, held_out = windows[: settings.num_samples], windows[settings.num_samples :]
+    lines = [
+        f"Calibration, seed {seed}: {settings.num_samples} random windows of {length} tokens of {origin}, "
+        f"{_bos_of(tokenizer, windows)}, sha256 of the tokens {windows_sha256(calibration)[:16]}."
+    ]
+    own = {}
+    if settings.held_out:
+        own = {CALIBRATED: calibration[: settings.held_out], HELD_OUT: held_out}
+        lines.append(
+            f"Perplexity on {HELD_OUT}: {settings.held_out} further windows of that text, not calibrated on; on "
+            f"{CALIBRATED}: the first {len(own[CALIBRATED])} of those calibrated on."
+        )
+    return Material(calibration, texts | own, [*recipe, *lines])
+
+
+def _bos_of(tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor) -> str:
+    """Where BOS stands in windows, for people."""
+    first = windows[:, 0] == (-1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+    if bool(first.all()):
+        return "BOS at the start of every window"
+    return "BOS at the start of the text only" if bool(first[0]) else "no BOS"

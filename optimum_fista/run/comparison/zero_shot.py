@@ -1,0 +1,137 @@
+"""Zero-shot accuracy on tasks of lm-eval."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_fista.run.comparison.row import Score
+from optimum_fista.run.perplexity import evaluation_mode
+
+# Metrics of a task in the order in which the table prefers them.
+_PREFERRED = ("acc", "exact_match", "acc_norm")
+
+
+class TaskSuite:
+    """Tasks to measure models on, found by their names.
+
+    Args:
+        names: Tasks as lm-eval names them.
+        include_path: Folder of further task files. Where it has all the tasks, nothing else is looked at.
+        limit: Only the first documents of every task; `None`: all.
+        batch_size: Requests a forward pass.
+
+    Raises:
+        ImportError: If lm-eval is missing.
+        ValueError: If there is no such task.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        include_path: str | Path | None = None,
+        limit: int | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ImportError(
+                f"tasks={list(names)!r} need the package lm-eval, which is not installed: "
+                "pip install 'optimum-fista[eval]', or pass no tasks."
+            )
+        self.names = list(names)
+        self.include_path = None if include_path is None else Path(include_path)
+        self.limit = limit
+        self.batch_size = batch_size
+        self._manager = self._find_tasks()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a result depends on, besides the model and versions."""
+        return {"tasks": self.names, "limit": self.limit, "files": self._digest_of_files()}
+
+    @property
+    def recipe(self) -> str:
+        """How accuracy is measured, for people."""
+        documents = "all documents" if self.limit is None else f"the first {self.limit} documents"
+        version = importlib.metadata.version("lm_eval")
+        return (
+            f"Accuracy on {', '.join(self.names)}: lm-eval {version}, no examples in the prompt, {documents} of each."
+        )
+
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Score]]:
+        """Metrics of every task by name, that of the table first.
+
+        Raises:
+            ValueError: If lm-eval gives no result for a task, such as for a tag that stands for several.
+        """
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        with evaluation_mode(model):
+            results = lm_eval.simple_evaluate(
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
+                tasks=self.names,
+                num_fewshot=0,
+                limit=self.limit,
+                bootstrap_iters=1,  # accuracies have a formula for the standard error
+                log_samples=False,
+                task_manager=self._manager,
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+            )
+        found = {} if results is None else results["results"]
+        return {name: _scores(name, found.get(name, {})) for name in self.names}
+
+    def _find_tasks(self) -> Any:
+        for name in ("lm_eval", "lm-eval"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        from lm_eval.tasks import TaskManager
+
+        known: Any = None
+        if self.include_path is not None:
+            known = TaskManager(include_path=self.include_path, include_defaults=False)
+        if known is None or not set(self.names) <= set(known.all_tasks):
+            with tqdm(total=1, desc="Reading lm-eval's tasks", bar_format="{desc} [{elapsed}]"):
+                known = TaskManager(include_path=self.include_path)
+        missing = [name for name in self.names if name not in known.all_tasks]
+        if missing:
+            raise ValueError(
+                f"tasks: {', '.join(map(repr, missing))} not found; pass names of lm-eval (lm-eval ls tasks), or "
+                "include_path with a folder of task files."
+            )
+        return known
+
+    def _digest_of_files(self) -> str | None:
+        """Digest of everything in the folder of further task files."""
+        if self.include_path is None:
+            return None
+        digest = hashlib.sha256()
+        for path in sorted(path for path in self.include_path.rglob("*") if path.is_file()):
+            digest.update(path.relative_to(self.include_path).as_posix().encode() + b"\0")
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+
+def _scores(task: str, result: dict[str, Any]) -> dict[str, Score]:
+    """Metrics from lm-eval's `{"acc,none": 0.5, "acc_stderr,none": 0.1}`."""
+    scores: dict[str, Score] = {}
+    for key, value in result.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = result.get(f"{metric}_stderr,{filtered}")
+        scores.setdefault(metric, Score(float(value), float(stderr) if isinstance(stderr, int | float) else None))
+    if not scores:
+        raise ValueError(f"tasks: lm-eval has no metric of its own for {task!r}; pass the tasks it stands for.")
+    first = next((metric for metric in _PREFERRED if metric in scores), next(iter(scores)))
+    return {first: scores.pop(first)} | scores

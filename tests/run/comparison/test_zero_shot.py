@@ -1,0 +1,149 @@
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer
+
+from optimum_fista.run.comparison.compare import compare
+from optimum_fista.run.comparison.settings import ComparisonSettings
+from optimum_fista.run.comparison.zero_shot import TaskSuite
+
+QUESTIONS = [
+    {"question": "the sea is", "choices": ["deep", "a ship"], "label": 0},
+    {"question": "the ships are", "choices": ["the sky", "small"], "label": 1},
+    {"question": "the sailors", "choices": ["count the days", "look"], "label": 1},
+    {"question": "look at", "choices": ["the sky", "the days"], "label": 0},
+]
+TASK = """
+task: sea_choice
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: FILE
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: label
+doc_to_choice: "{{choices}}"
+metric_list:
+  - metric: acc_norm
+  - metric: acc
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """A folder with one task and its documents."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'optimum-fista[eval]'")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+    monkeypatch.setattr("optimum_fista.run.comparison.comparison.Comparison.write_plots", lambda self, folder: [])
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "sea.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    (folder / "sea.yaml").write_text(TASK.replace("FILE", str(folder / "sea.jsonl")))
+    return folder
+
+
+def log_likelihood(model, tokenizer, question, choice):
+    start, end = tokenizer(question).input_ids, tokenizer(f" {choice}").input_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([start + end])).logits[0].log_softmax(-1)
+    return sum(float(logits[len(start) + i - 1, token]) for i, token in enumerate(end))
+
+
+def test_accuracy_is_that_of_the_likelihoods(tasks):
+    suite = TaskSuite(["sea_choice"], include_path=tasks, batch_size=2)
+    model, tokenizer = tiny_llama().train(), tiny_tokenizer()
+    scores = suite.measure(model, tokenizer)["sea_choice"]
+    assert model.training
+    model.eval()
+    right = [
+        max((0, 1), key=lambda i: log_likelihood(model, tokenizer, q["question"], q["choices"][i])) == q["label"]
+        for q in QUESTIONS
+    ]
+    assert list(scores) == ["acc", "acc_norm"]
+    assert scores["acc"].value == sum(right) / 4
+    share = sum(right) / 4
+    assert scores["acc"].stderr == pytest.approx((share * (1 - share) / 3) ** 0.5)
+
+
+def test_the_limit_takes_the_first_documents(tasks):
+    suite = TaskSuite(["sea_choice"], include_path=tasks, limit=1)
+    assert suite.measure(tiny_llama(), tiny_tokenizer())["sea_choice"]["acc"].value in (0.0, 1.0)
+    assert "the first 1 documents" in suite.recipe
+    assert suite.identity != TaskSuite(["sea_choice"], include_path=tasks).identity
+
+
+def test_a_comparison_measures_tasks_once_for_the_dense_model(tasks, tmp_path):
+    (tmp_path / "sea.txt").write_text(TEXT)
+    save_tiny_folder(tmp_path / "model")
+    settings = ComparisonSettings(
+        str(tmp_path / "model"),
+        methods=("magnitude",),
+        patterns=("0.5",),
+        texts=(),
+        tasks=("sea_choice",),
+        include_path=tasks,
+        calibration=str(tmp_path / "sea.txt"),
+        num_samples=4,
+        sequence_length=32,
+        device="cpu",
+    )
+    comparison = compare(settings, tmp_path / "out", progress=False)
+    assert [list(row.accuracy) for row in comparison.rows] == [["sea_choice"], ["sea_choice"]]
+    assert "sea_choice, %" in (tmp_path / "out" / "table.md").read_text()
+    with (tasks / "sea.jsonl").open("a") as file:
+        file.write(json.dumps(QUESTIONS[0]) + "\n")
+    again = compare(settings, tmp_path / "out", progress=False)
+    assert [a.key == b.key for a, b in zip(comparison.rows, again.rows, strict=True)] == [False, False]
+    seeds = compare(replace(settings, seeds=(0, 1), held_out=1), tmp_path / "out", progress=False)
+    assert [(r.method, r.seed, len(r.accuracy)) for r in seeds.rows] == [
+        ("dense", 0, 1),
+        ("dense", 1, 0),
+        ("magnitude", 0, 1),
+        ("magnitude", 1, 1),
+    ]
+
+
+def test_task_files_of_the_docs(tasks):
+    page = (Path(__file__).resolve().parents[3] / "docs" / "compare.md").read_text()
+    for number, content in enumerate(re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)):
+        for name in ("choices.jsonl", "passages.jsonl"):
+            content = content.replace(name, str(tasks / name))
+        (tasks / f"docs-{number}.yaml").write_text(content)
+    (tasks / "choices.jsonl").write_text((tasks / "sea.jsonl").read_text())
+    (tasks / "passages.jsonl").write_text('{"text": "the sea is deep"}\n{"text": "look at the sky"}\n')
+    suite = TaskSuite(["my_choices", "my_last_words"], include_path=tasks)
+    scores = suite.measure(tiny_llama(), tiny_tokenizer())
+    assert [next(iter(scores[name])) for name in suite.names] == ["acc", "acc"]
+
+
+def test_unknown_tasks(tasks, monkeypatch):
+    class NoTasks:
+        all_tasks = ("arc_easy",)
+
+        def __init__(self, **options):
+            pass
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", NoTasks)
+    with pytest.raises(ValueError, match="'sea_chioce' not found; pass names of lm-eval"):
+        TaskSuite(["sea_chioce", "arc_easy"], include_path=tasks)
+
+
+def test_a_task_without_a_metric(tasks, monkeypatch):
+    suite = TaskSuite(["sea_choice"], include_path=tasks)
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda *arguments, **options: {"results": {"sea_choice": {}}})
+    with pytest.raises(ValueError, match="no metric of its own for 'sea_choice'"):
+        suite.measure(tiny_llama(), tiny_tokenizer())
+
+
+def test_lm_eval_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'optimum-fista\[eval\]', or pass no tasks"):
+        TaskSuite(["arc_easy"])
