@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from pathlib import Path
 
+from optimum_fista.run.operator_grid import OperatorGrid
 from optimum_fista.run.report import OperatorReport, PruningReport
 
 _TEMPLATE = """---
@@ -104,12 +104,11 @@ def _allocation(report: PruningReport) -> str:
 
 
 def _rows(operators: list[OperatorReport]) -> list[str]:
-    """One row for the operators of the same name in every decoder layer."""
-    kinds: dict[str, list[OperatorReport]] = defaultdict(list)
-    for operator in operators:
-        kinds[re.sub(r"^.*?\.\d+\.", "", operator.name).removesuffix(".weight")].append(operator)
+    """One row for the operators of the same kind in every decoder layer."""
+    grid = OperatorGrid.of(operators)
     rows = []
-    for kind, group in kinds.items():
+    for kind in grid.kinds:
+        group = grid.of_kind(kind)
         errors = [o.relative_error for o in group]
         sparsity = sum(o.sparsity for o in group) / len(group)
         shape = " x ".join(map(str, group[0].shape))

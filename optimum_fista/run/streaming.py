@@ -36,8 +36,9 @@ from optimum_fista.run.loading import (
 )
 from optimum_fista.run.model_pruning import ModelPruning
 from optimum_fista.run.perplexity import evaluation_mode
+from optimum_fista.run.pruning_callback import PruningCallback
 from optimum_fista.run.ranks import RankError, Ranks, joined_ranks, require_independent_layers
-from optimum_fista.run.report import PruningReport
+from optimum_fista.run.report import LayerReport, PruningReport
 from optimum_fista.run.shares import share_layers
 from optimum_fista.run.stored_names import as_stored
 from optimum_fista.solve.bitmask import pack_mask
@@ -63,6 +64,7 @@ def prune_files(
     overwrite: bool = False,
     progress: bool = True,
     storage_device: str | torch.device | Path | None = None,
+    callbacks: Sequence[PruningCallback] = (),
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
@@ -80,7 +82,9 @@ def prune_files(
             require_independent_layers(config, ranks.count)
             model, tokenizer = load_lazily(str(name), Path(offload_folder), device=ranks.device, dtype=dtype)
             shown = progress and not ranks.index
-            run = _Streaming(model, tokenizer, calib_dataloader, config, calibration_source, shown, storage_device)
+            run = _Streaming(
+                model, tokenizer, calib_dataloader, config, calibration_source, shown, storage_device, callbacks
+            )
             run.store_beside(folder)
             if ranks.count > 1:
                 run.pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
@@ -89,8 +93,9 @@ def prune_files(
         run, fingerprint = ranks.each(begin)
         run.open(folder, fingerprint, overwrite, ranks)
         try:
+            ranks.each(run.begin)
             run.prune(ranks)
-            return ranks.first(lambda: run.complete(output_dir, started))
+            report = ranks.first(lambda: run.complete(output_dir, started))
         except OSError as error:
             advice = "make it writable" if error.errno in _REFUSED else "make room"
             raise OSError(
@@ -100,6 +105,9 @@ def prune_files(
             ) from error
         except RankError as error:
             raise RankError(f"{error}; {run.kept()}; start again with the same output") from error
+    for callback in callbacks:
+        callback.on_prune_end(report)
+    return report
 
 
 def load_lazily(
@@ -137,6 +145,7 @@ class _Streaming:
         source: str | None,
         progress: bool,
         storage_device: str | torch.device | Path | None,
+        callbacks: Sequence[PruningCallback],
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -151,6 +160,7 @@ class _Streaming:
             progress=progress,
             storage_device=storage_device,
             undo=self._undo,
+            callbacks=callbacks,
         )
         self._dense: dict[str, Tensor] = {}
 
@@ -185,6 +195,11 @@ class _Streaming:
         self.journal = ranks.each(lambda: join(begun))
         self.finished = ranks.first(self._finished)
 
+    def begin(self) -> None:
+        """Tell callbacks that the run is about to prune."""
+        for callback in self.pruning.callbacks:
+            callback.on_prune_begin(self.pruning.report)
+
     def prune(self, ranks: Ranks) -> None:
         """Prune this process's share of the decoder layers that are left, and write each for good."""
         unfinished = [index for index in range(len(self.pruning.layers)) if index not in self.finished]
@@ -205,6 +220,10 @@ class _Streaming:
         if len(layers) < len(self.pruning.layers):
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators = [operator for _, layer in sorted(layers.items()) for operator in layer.operators]
+        report.layers = [
+            LayerReport(name, layers[index].hidden_state_error, layers[index].seconds)
+            for index, (name, _) in enumerate(self.pruning.layers)
+        ]
         report.seconds["total"] = time.perf_counter() - started + sum(o.seconds for o in self.finished.values())
         self.pruning.budgets = journal.budgets(self.pruning.config)
         report.left_dense = {k: why for _, layer in sorted(layers.items()) for k, why in layer.left_dense.items()}
@@ -259,7 +278,8 @@ class _Streaming:
             carried = index < pruning.last_layer and not pruning.config.independent_layers
             states = pruning.states if carried else None
             left_dense = {key: why for key, why in pruning.report.left_dense.items() if key.startswith(f"{name}.")}
-            journal.keep_layer(index, tensors, masks, reports, left_dense, states, time.perf_counter() - started)
+            seconds, drift = time.perf_counter() - started, pruning.report.layers[-1].hidden_state_error
+            journal.keep_layer(index, tensors, masks, reports, left_dense, states, seconds, drift)
             del tensors
             started = time.perf_counter()
 
