@@ -65,7 +65,7 @@ class LayerReport:
         name: Its name in the model.
         hidden_state_error: `|| H* - H ||_F / || H ||_F` of the hidden states behind it, `H*` in the pruned network and
             `H` in the dense one, on the calibration tokens. `None` where the two are not both carried on
-            (`error_correction` `"none"`, `"intra"`, or 0), and behind the last operator that is pruned.
+            (`error_correction` `"none"` or `"intra"`, or nothing corrected), and behind the last operator pruned.
         seconds: Wall time of the layer.
     """
 

@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import kept_tensor, move_execution, stored_tensor
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.run.atomic import write_atomically, write_tensors, write_text
+from optimum_fista.run.atomic import write_atomically, write_bytes, write_tensors, write_text
 from optimum_fista.run.card import model_card
 from optimum_fista.run.checkpoint import MASKS_FILE, MASKS_METADATA, REPORT_FILE, require_free_folder, summary
 from optimum_fista.run.config import FistaPruningConfig
@@ -36,6 +36,7 @@ from optimum_fista.run.loading import (
 )
 from optimum_fista.run.model_pruning import ModelPruning
 from optimum_fista.run.perplexity import evaluation_mode
+from optimum_fista.run.picture import PICTURE_FILE, error_picture
 from optimum_fista.run.pruning_callback import PruningCallback
 from optimum_fista.run.ranks import RankError, Ranks, joined_ranks, require_independent_layers
 from optimum_fista.run.report import LayerReport, PruningReport
@@ -332,7 +333,10 @@ def _complete(
     (folder / "fista").mkdir(exist_ok=True)
     write_tensors(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
     write_text(folder / REPORT_FILE, report.to_json())
-    write_text(folder / "README.md", model_card(report))
+    picture = error_picture(report)
+    if picture is not None:
+        write_bytes(folder / PICTURE_FILE, picture)
+    write_text(folder / "README.md", model_card(report, None if picture is None else PICTURE_FILE))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     forget_gguf(model)
