@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from optimum_fista import __version__
-from optimum_fista.cli import demo, evaluate, pack, prune, unpack, verify
+from optimum_fista.cli import demo, evaluate, pack, prune, report, unpack, verify
 
-_COMMANDS = (prune, evaluate, verify, pack, unpack, demo)
+_COMMANDS = (prune, evaluate, report, verify, pack, unpack, demo)
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.

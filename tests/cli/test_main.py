@@ -16,7 +16,8 @@ FLAGS = {
         "--calibration --num-samples --sequence-length "
         "--batch-size --seed --device --dtype --storage-device --push-to-hub --private"
     ),
-    "evaluate": "MODEL --text --sequence-length --max-windows --batch-size --device --dtype",
+    "evaluate": "MODEL --text --sequence-length --max-windows --batch-size --device --dtype --output -o",
+    "report": "DIR --output -o --evaluations --dense --prompt --max-new-tokens --device --dtype",
     "verify": "DIR",
     "demo": "--model --text --output --num-samples --sequence-length --max-windows",
 }
