@@ -30,11 +30,10 @@ class Histogram:
     name: str
     bars: tuple[Bar, ...]
     summary: str
-    marker: float
 
 
 def histogram(name: str, rows: RowSparsities) -> Histogram:
-    """The histogram of a kind; `marker` is the median in percent."""
+    """The histogram of a kind."""
     counts = rows.counts.reshape(_BARS, BINS // _BARS).sum(1)
     highest, width = int(counts.max()), 100 / _BARS
     bars = []
@@ -46,4 +45,4 @@ def histogram(name: str, rows: RowSparsities) -> Histogram:
         summary = f"{share(rows.low)} in every row"
     else:
         summary = f"{share(rows.low)} to {share(rows.high)}, median {share(rows.median)}"
-    return Histogram(name, tuple(bars), summary, 100 * rows.median)
+    return Histogram(name, tuple(bars), summary)
