@@ -31,6 +31,8 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     names["train_dataset"] = [{"input_ids": row, "labels": row} for row in tiny_tokens()]
     if "from peft" in snippet:
         pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
+    if "tensorboard" in snippet:
+        pytest.importorskip("tensorboard", reason="needs TensorBoard: pip install 'optimum-fista[tracking]'")
     if '"pruned-2-4"' in snippet or '"model-50-packed"' in snippet:
         pruner, model = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False), tiny_llama()
         pruner.prune(model, tiny_tokens().split(4))

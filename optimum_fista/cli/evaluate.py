@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 DESCRIPTION = """\
 Measure the perplexity of a model on a text.
@@ -11,7 +12,7 @@ Non-overlapping windows from the start of the text, the mean negative log likeli
 protocol of the pruning literature. Use the same windows to compare models.
 
 example:
-  optimum-fista evaluate ./model-50 --text wikitext2 --sequence-length 2048
+  optimum-fista evaluate ./model-50 --text wikitext2 --sequence-length 2048 --output ./model-50/fista/evaluation.json
 """
 
 
@@ -26,21 +27,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="windows a forward pass (default 1)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the first GPU, otherwise the CPU)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
+    parser.add_argument(
+        "--output",
+        "-o",
+        type=Path,
+        metavar="FILE.json",
+        help="add the result to this file; `report DIR` looks for DIR/fista/evaluation.json",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
+    from optimum_fista.run.evaluation_file import Evaluation, add_evaluation, read_evaluations
     from optimum_fista.run.loading import load_model
     from optimum_fista.run.perplexity import evaluate_perplexity
     from optimum_fista.run.text import load_text
     from optimum_fista.run.windows import evaluation_windows
 
+    if arguments.output is not None and arguments.output.exists():
+        read_evaluations(arguments.output)  # a file that can't be added to is refused before the work
     text = load_text(arguments.text, "test")
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
-    result = evaluate_perplexity(model, windows, batch_size=arguments.batch_size)
+    result = evaluate_perplexity(model, windows, batch_size=arguments.batch_size, text=text)
     print(
         f"perplexity {result.perplexity:.3f} on {arguments.text}: {result.num_windows} windows of "
         f"{result.sequence_length} tokens, {result.num_tokens} predicted, {result.seconds:.1f} s"
     )
+    if arguments.output is not None:
+        add_evaluation(arguments.output, Evaluation(arguments.model, result))
     return 0

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from optimum_fista import __version__
-from optimum_fista.cli import bench, compare, demo, evaluate, pack, prune, unpack, verify
+from optimum_fista.cli import bench, compare, demo, evaluate, pack, prune, report, unpack, verify
 
-_COMMANDS = (prune, evaluate, compare, verify, pack, unpack, bench, demo)
+_COMMANDS = (prune, evaluate, compare, report, verify, pack, unpack, bench, demo)
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.

@@ -36,6 +36,11 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda partial: _write_text(partial, text))
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a binary file, whole or not at all."""
+    write_atomically(path, lambda partial: _write_bytes(partial, data))
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all."""
     write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
@@ -43,6 +48,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def _flush(path: Path) -> None:

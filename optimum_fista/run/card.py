@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from pathlib import Path
 
+from optimum_fista.run.operator_grid import OperatorGrid
 from optimum_fista.run.report import OperatorReport, PruningReport
 
 _TEMPLATE = """---
@@ -49,7 +49,7 @@ model = AutoModelForCausalLM.from_pretrained("THIS-REPOSITORY-OR-FOLDER")
 
 `|| W* X* - W X ||_F / || W X ||_F` on the calibration tokens, over the decoder layers.
 
-| operator | shape | sparsity | mean error | largest error |
+{picture}| operator | shape | sparsity | mean error | largest error |
 |---|---|---|---|---|
 {rows}
 
@@ -63,15 +63,20 @@ Calibration tokens: SHA-256 `{sha256}`. Versions: {versions}.
 """
 
 
-def model_card(report: PruningReport) -> str:
-    """Markdown of the model card, with the metadata the Hub reads."""
+def model_card(report: PruningReport, picture: str | None = None) -> str:
+    """Markdown of the model card, with the metadata the Hub reads.
+
+    Args:
+        report: The report of the pruning.
+        picture: Path of the picture of the relative errors, relative to the card; `None`: there is none.
+    """
     name = report.model["name"]
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
     config = report.config
     tokens = report.calibration
     return _TEMPLATE.format(
         base=f"base_model: {name}\n" if is_hub_id else "",
-        title=f"{(name.split('/')[-1] or report.model['class'])}, {_pattern(report)}",
+        title=model_title(report),
         version=report.versions["optimum-fista"],
         retraining="then retrained under its masks" if report.retrained else "without retraining",
         before=", before retraining" if report.retrained else "",
@@ -83,12 +88,18 @@ def model_card(report: PruningReport) -> str:
         calibration=f"{tokens['num_tokens']:,} tokens in {tokens['num_sequences']} sequences"
         + (f" of {tokens['source']}" if tokens.get("source") else ""),
         seconds=report.seconds.get("total", 0.0),
+        picture=f"![Relative error by decoder layer and operator]({picture})\n\n" if picture else "",
         rows="\n".join(_rows(report.operators)),
         config=json.dumps(config, indent=2),
         sha256=tokens["sha256"],
         versions=", ".join(f"{key} {value}" for key, value in report.versions.items()),
         **report.totals,
     )
+
+
+def model_title(report: PruningReport) -> str:
+    """The name of the dense model and the sparsity pattern."""
+    return f"{(report.model['name'].split('/')[-1] or report.model['class'])}, {_pattern(report)}"
 
 
 def _pattern(report: PruningReport) -> str:
@@ -104,12 +115,11 @@ def _allocation(report: PruningReport) -> str:
 
 
 def _rows(operators: list[OperatorReport]) -> list[str]:
-    """One row for the operators of the same name in every decoder layer."""
-    kinds: dict[str, list[OperatorReport]] = defaultdict(list)
-    for operator in operators:
-        kinds[re.sub(r"^.*?\.\d+\.", "", operator.name).removesuffix(".weight")].append(operator)
+    """One row for the operators of the same kind in every decoder layer."""
+    grid = OperatorGrid.of(operators)
     rows = []
-    for kind, group in kinds.items():
+    for kind in grid.kinds:
+        group = grid.of_kind(kind)
         errors = [o.relative_error for o in group]
         sparsity = sum(o.sparsity for o in group) / len(group)
         shape = " x ".join(map(str, group[0].shape))

@@ -21,6 +21,7 @@ from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.card import model_card
 from optimum_fista.run.loading import forget_gguf
+from optimum_fista.run.picture import PICTURE_FILE, error_picture
 from optimum_fista.run.report import PruningReport
 from optimum_fista.run.stored_names import as_stored, stored_names
 from optimum_fista.solve.bitmask import unpack_mask
@@ -109,7 +110,10 @@ def save_checkpoint(
         (partial / "fista").mkdir()
         save_file(masks, partial / MASKS_FILE, metadata=MASKS_METADATA)
         (partial / REPORT_FILE).write_text(report.to_json())
-        (partial / "README.md").write_text(model_card(report))
+        picture = error_picture(report)
+        if picture is not None:
+            (partial / PICTURE_FILE).write_bytes(picture)
+        (partial / "README.md").write_text(model_card(report, None if picture is None else PICTURE_FILE))
         partial.chmod(0o755)
         if folder.exists():
             _move_files(partial, folder)

@@ -37,6 +37,7 @@ class FinishedLayer:
         seconds: Time spent on the layer.
         operators: Reports of its operators.
         left_dense: Its operators that were left dense, with the reason.
+        hidden_state_error: As in `LayerReport`.
     """
 
     shard: str
@@ -46,6 +47,7 @@ class FinishedLayer:
     seconds: float
     operators: list[OperatorReport]
     left_dense: dict[str, str] = field(default_factory=dict)
+    hidden_state_error: float | None = None
 
 
 class Journal:
@@ -97,6 +99,7 @@ class Journal:
         left_dense: Mapping[str, str],
         states: HiddenStates | None,
         seconds: float,
+        hidden_state_error: float | None = None,
     ) -> None:
         """Write a decoder layer for good.
 
@@ -108,6 +111,7 @@ class Journal:
             left_dense: Operators left dense, with the reason.
             states: Hidden states behind it; `None` where the next layer does not need them.
             seconds: Time spent on it.
+            hidden_state_error: As in `LayerReport`.
         """
         if masks:
             write_tensors(self._file("masks", index), masks, {})
@@ -117,7 +121,14 @@ class Journal:
             write_tensors(self._file("states", index + 1), hidden, {})
         shard = self.keep_shard(index, tensors)
         record = FinishedLayer(
-            shard.name, shard.stat().st_size, _digest(shard), list(tensors), seconds, list(operators), dict(left_dense)
+            shard.name,
+            shard.stat().st_size,
+            _digest(shard),
+            list(tensors),
+            seconds,
+            list(operators),
+            dict(left_dense),
+            hidden_state_error,
         )
         write_text(self._journal / f"layer-{index:05}.json", json.dumps(dataclasses.asdict(record)))
         self._file("states", index).unlink(missing_ok=True)

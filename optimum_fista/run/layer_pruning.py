@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,6 +75,28 @@ class HiddenStates:
         found = self.dense if self.pruned is None else self.pruned
         assert found is not None
         return found
+
+
+def hidden_state_error(states: HiddenStates, token_masks: Sequence[Tensor | None]) -> float | None:
+    """`|| H* - H ||_F / || H ||_F` over the real tokens; `None` where there is only one stream.
+
+    Args:
+        states: `H` and `H*` [batch, sequence, hidden], a batch each.
+        token_masks: bool [batch, sequence], a batch each; `None`: all tokens are real.
+    """
+    if states.dense is None or states.pruned is None:
+        return None
+    squares = []
+    for dense, pruned, mask in zip(states.dense, states.pruned, token_masks, strict=True):
+        dense, pruned = (h.reshape(-1, h.shape[-1]) for h in (dense, pruned))
+        if mask is not None:
+            real = mask.reshape(-1).to(dense.device)
+            dense, pruned = dense[real], pruned[real]
+        wanted = dense.float()
+        norms = [torch.linalg.vector_norm(h) for h in (pruned.float() - wanted, wanted)]
+        squares.append(torch.stack(norms).double().square())
+    error, energy = torch.stack(squares).sum(0).tolist()
+    return math.sqrt(error / energy) if energy else 0.0
 
 
 def stored(stream: Sequence[Tensor] | None) -> list[Tensor]:

@@ -31,11 +31,12 @@ from optimum_fista.run.batch_size import cut_batches, cut_states, halved_sizes
 from optimum_fista.run.budgets import Budgets, share_budgets
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.free_memory import release_free_memory, release_memory_of
-from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, StarvedRule, report_group
+from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, StarvedRule, hidden_state_error, report_group
 from optimum_fista.run.loading import require_unquantized, storage_place
 from optimum_fista.run.operators import choose_operators, require_finite
 from optimum_fista.run.planning.batches import FittedBatches, fit_batches
-from optimum_fista.run.report import PruningReport
+from optimum_fista.run.pruning_callback import PruningCallback
+from optimum_fista.run.report import LayerReport, PruningReport
 from optimum_fista.run.stored_names import stored_names
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.pruned import PrunedOperator
@@ -51,7 +52,8 @@ class ModelPruning:
         operators: The operators to prune.
         stored_names: Where a checkpoint keeps their weights.
         batches: Calibration batches.
-        report: The report; operators are added as they are pruned.
+        report: The report; operators and decoder layers are added as they are pruned.
+        callbacks: What is told of it.
         states: Hidden states that enter the next decoder layer; `None` before the first.
         budgets: The operators' sparsity patterns; `None` before they are shared.
         title: What the progress bar is called.
@@ -68,6 +70,7 @@ class ModelPruning:
         progress: bool = True,
         storage_device: str | torch.device | Path | None = None,
         undo: Callable[[Sequence[LinearOperator]], None],
+        callbacks: Sequence[PruningCallback] = (),
     ) -> None:
         require_unquantized(model)
         self.model = model
@@ -84,6 +87,7 @@ class ModelPruning:
         )
         self.write = write
         self.undo = undo
+        self.callbacks = callbacks
         self.progress = progress
         self.title = "Pruning"
         self.storage_device = storage_device
@@ -127,8 +131,8 @@ class ModelPruning:
                 otherwise the layers must be independent of each other, and those that are not to do stay dense.
 
         Yields:
-            Index, name and module of every such layer when it is pruned, before its weights leave the device.
-            Layers behind the last operator to prune are not run.
+            Index, name and module of every such layer when it is pruned, before its weights leave the device, and
+            before callbacks are told of it. Layers behind the last operator to prune are not run.
 
         Raises:
             ValueError: If weights or activations are not finite.
@@ -151,14 +155,20 @@ class ModelPruning:
                     recorded.calls[index] = []
                     continue
                 work = self._prune_layer if index in todo else self._pass_on
+                done = len(self.report.operators)
                 with onloaded(layer):
                     while index <= last and not self._try_layer(work, pruning, recorded, name, index, bar):
                         recorded = self._record()
                         recorded.hidden_states.clear()
                     recorded.calls[index] = []
                     if index in todo:
+                        if index > last:
+                            self.report.layers.append(LayerReport(name, None, 0.0))
                         yield index, name, layer
                 release_memory_of(layer)
+                if index in todo:
+                    for callback in self.callbacks:
+                        callback.on_layer_end(index, self.report.layers[-1], self.report.operators[done:])
 
     def complete_report(self) -> None:
         """Add what the user should know once all operators are pruned.
@@ -306,6 +316,7 @@ class ModelPruning:
     ) -> None:
         """Prune the operators of one decoder layer, group by group, and move on the hidden states."""
         assert self.states is not None
+        started = time.perf_counter()
         layer, operators = activations.layer, self.operators[name]
         for operator in operators.values():
             if operator.is_offloaded:
@@ -322,7 +333,12 @@ class ModelPruning:
                 error = reports[-1].relative_error
                 bar.set_postfix_str(f"layer {index + 1}/{len(self.layers)} {last} error {error:.4f}")
                 bar.update(len(reports))
+                for callback in self.callbacks:
+                    for report in reports:
+                        callback.on_operator_end(report)
                 del group  # its matrices, before those of the next group are made
+        drift = hidden_state_error(self.states, activations.token_masks)
+        self.report.layers.append(LayerReport(name, drift, time.perf_counter() - started))
 
 
 def _describe(model: PreTrainedModel) -> dict[str, Any]:

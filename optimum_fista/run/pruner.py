@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +20,7 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.hub import push_folder
 from optimum_fista.run.model_pruning import ModelPruning
 from optimum_fista.run.perplexity import evaluation_mode
+from optimum_fista.run.pruning_callback import PruningCallback
 from optimum_fista.run.ranks import launched_processes
 from optimum_fista.run.report import PruningReport
 from optimum_fista.run.rollback import Rollback
@@ -44,6 +45,7 @@ class FistaPruner:
         storage_device: Where hidden states and recorded activations wait between passes: a device, `"disk"` for
             memory-mapped files in the temporary folder, or another folder for them. `None`: on the model's device, but
             beside the output where a model given by name is pruned on the CPU. `"cpu"` spares the memory of a GPU.
+        callbacks: What is told of every operator and decoder layer while a model is pruned.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class FistaPruner:
         *,
         progress: bool = True,
         storage_device: str | torch.device | Path | None = None,
+        callbacks: Sequence[PruningCallback] = (),
     ) -> None:
         self.config = config if config is not None else FistaPruningConfig()
         self.progress = progress
         self.storage_device = storage_device
+        self.callbacks = tuple(callbacks)
         self._results: WeakKeyDictionary[PreTrainedModel, tuple[PruningReport, dict[str, Tensor]]] = WeakKeyDictionary()
 
     def prune(
@@ -116,6 +120,7 @@ class FistaPruner:
                 overwrite=overwrite,
                 progress=self.progress,
                 storage_device=self.storage_device,
+                callbacks=self.callbacks,
             )
         if output_dir is not None:
             raise ValueError("output_dir is for a model given by name: save a loaded model by save_pretrained.")
@@ -142,8 +147,11 @@ class FistaPruner:
                 progress=self.progress,
                 storage_device=self.storage_device,
                 undo=rollback.undo,
+                callbacks=self.callbacks,
             )
             pruning.use_batches(pruning.fitted_batches())
+            for callback in self.callbacks:
+                callback.on_prune_begin(pruning.report)
             with evaluation_mode(model), torch.no_grad():
                 for _ in pruning.run():
                     rollback.settle()
@@ -153,6 +161,8 @@ class FistaPruner:
         model.config.fista_pruning = summary(report)
         self._results[model] = (report, masks)
         logger.info("%s", report)
+        for callback in self.callbacks:
+            callback.on_prune_end(report)
         return report
 
     def prune_weight(self, weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None = None) -> PrunedOperator:

@@ -57,6 +57,23 @@ class OperatorReport:
     solve_seconds: float
 
 
+@dataclass(frozen=True)
+class LayerReport:
+    """What pruning made of one decoder layer.
+
+    Attributes:
+        name: Its name in the model.
+        hidden_state_error: `|| H* - H ||_F / || H ||_F` of the hidden states behind it, `H*` in the pruned network and
+            `H` in the dense one, on the calibration tokens. `None` where the two are not both carried on
+            (`error_correction` `"none"` or `"intra"`, or nothing corrected), and behind the last operator pruned.
+        seconds: Wall time of the layer.
+    """
+
+    name: str
+    hidden_state_error: float | None
+    seconds: float
+
+
 @dataclass
 class PruningReport:
     """What a pruning run did.
@@ -66,6 +83,7 @@ class PruningReport:
         model: Class, type, name and number of parameters of the model.
         calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` where known.
         operators: One report an operator, in pruning order.
+        layers: One report a decoder layer; empty in reports of older versions.
         left_dense: Linear operators of the decoder layers that were left dense, with the reason.
         warnings: What the user should know.
         seconds: Wall time of the parts of the run.
@@ -77,6 +95,7 @@ class PruningReport:
     model: dict[str, Any]
     calibration: dict[str, Any]
     operators: list[OperatorReport] = field(default_factory=list)
+    layers: list[LayerReport] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -114,7 +133,8 @@ class PruningReport:
         """Inverse of `to_dict`."""
         values = {key: value for key, value in values.items() if key != "totals"}
         operators = [OperatorReport(**o | {"shape": tuple(o["shape"])}) for o in values.pop("operators")]
-        return cls(operators=operators, **values)
+        layers = [LayerReport(**layer) for layer in values.pop("layers", [])]
+        return cls(operators=operators, layers=layers, **values)
 
     def __str__(self) -> str:
         """A few lines for people."""

@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import kept_tensor, move_execution, stored_tensor
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.run.atomic import write_atomically, write_tensors, write_text
+from optimum_fista.run.atomic import write_atomically, write_bytes, write_tensors, write_text
 from optimum_fista.run.card import model_card
 from optimum_fista.run.checkpoint import MASKS_FILE, MASKS_METADATA, REPORT_FILE, require_free_folder, summary
 from optimum_fista.run.config import FistaPruningConfig
@@ -36,9 +36,11 @@ from optimum_fista.run.loading import (
 )
 from optimum_fista.run.model_pruning import ModelPruning
 from optimum_fista.run.perplexity import evaluation_mode
+from optimum_fista.run.picture import PICTURE_FILE, error_picture
 from optimum_fista.run.planning.batches import FittedBatches
+from optimum_fista.run.pruning_callback import PruningCallback
 from optimum_fista.run.ranks import RankError, Ranks, joined_ranks, require_independent_layers
-from optimum_fista.run.report import PruningReport
+from optimum_fista.run.report import LayerReport, PruningReport
 from optimum_fista.run.shares import share_layers
 from optimum_fista.run.stored_names import as_stored
 from optimum_fista.solve.bitmask import pack_mask
@@ -64,6 +66,7 @@ def prune_files(
     overwrite: bool = False,
     progress: bool = True,
     storage_device: str | torch.device | Path | None = None,
+    callbacks: Sequence[PruningCallback] = (),
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
@@ -81,7 +84,9 @@ def prune_files(
             require_independent_layers(config, ranks.count)
             model, tokenizer = load_lazily(str(name), Path(offload_folder), device=ranks.device, dtype=dtype)
             shown = progress and not ranks.index
-            run = _Streaming(model, tokenizer, calib_dataloader, config, calibration_source, shown, storage_device)
+            run = _Streaming(
+                model, tokenizer, calib_dataloader, config, calibration_source, shown, storage_device, callbacks
+            )
             run.store_beside(folder)
             if ranks.count > 1:
                 run.pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
@@ -90,8 +95,9 @@ def prune_files(
         run, fingerprint = ranks.each(begin)
         run.open(folder, fingerprint, overwrite, ranks)
         try:
+            ranks.each(run.begin)
             run.prune(ranks)
-            return ranks.first(lambda: run.complete(output_dir, started))
+            report = ranks.first(lambda: run.complete(output_dir, started))
         except OSError as error:
             advice = "make it writable" if error.errno in _REFUSED else "make room"
             raise OSError(
@@ -101,6 +107,9 @@ def prune_files(
             ) from error
         except RankError as error:
             raise RankError(f"{error}; {run.kept()}; start again with the same output") from error
+    for callback in callbacks:
+        callback.on_prune_end(report)
+    return report
 
 
 def load_lazily(
@@ -138,6 +147,7 @@ class _Streaming:
         source: str | None,
         progress: bool,
         storage_device: str | torch.device | Path | None,
+        callbacks: Sequence[PruningCallback],
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -152,6 +162,7 @@ class _Streaming:
             progress=progress,
             storage_device=storage_device,
             undo=self._undo,
+            callbacks=callbacks,
         )
         self._dense: dict[str, Tensor] = {}
 
@@ -188,6 +199,11 @@ class _Streaming:
         ranks.each(lambda: self.pruning.use_batches(fitted))
         self.finished = ranks.first(self._finished)
 
+    def begin(self) -> None:
+        """Tell callbacks that the run is about to prune."""
+        for callback in self.pruning.callbacks:
+            callback.on_prune_begin(self.pruning.report)
+
     def prune(self, ranks: Ranks) -> None:
         """Prune this process's share of the decoder layers that are left, and write each for good."""
         unfinished = [index for index in range(len(self.pruning.layers)) if index not in self.finished]
@@ -208,6 +224,10 @@ class _Streaming:
         if len(layers) < len(self.pruning.layers):
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators = [operator for _, layer in sorted(layers.items()) for operator in layer.operators]
+        report.layers = [
+            LayerReport(name, layers[index].hidden_state_error, layers[index].seconds)
+            for index, (name, _) in enumerate(self.pruning.layers)
+        ]
         report.seconds["total"] = time.perf_counter() - started + sum(o.seconds for o in self.finished.values())
         self.pruning.budgets = journal.budgets(self.pruning.config)
         report.left_dense = {k: why for _, layer in sorted(layers.items()) for k, why in layer.left_dense.items()}
@@ -270,7 +290,8 @@ class _Streaming:
             carried = index < pruning.last_layer and not pruning.config.independent_layers
             states = pruning.states if carried else None
             left_dense = {key: why for key, why in pruning.report.left_dense.items() if key.startswith(f"{name}.")}
-            journal.keep_layer(index, tensors, masks, reports, left_dense, states, time.perf_counter() - started)
+            seconds, drift = time.perf_counter() - started, pruning.report.layers[-1].hidden_state_error
+            journal.keep_layer(index, tensors, masks, reports, left_dense, states, seconds, drift)
             del tensors
             started = time.perf_counter()
 
@@ -323,7 +344,10 @@ def _complete(
     (folder / "fista").mkdir(exist_ok=True)
     write_tensors(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
     write_text(folder / REPORT_FILE, report.to_json())
-    write_text(folder / "README.md", model_card(report))
+    picture = error_picture(report)
+    if picture is not None:
+        write_bytes(folder / PICTURE_FILE, picture)
+    write_text(folder / "README.md", model_card(report, None if picture is None else PICTURE_FILE))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     forget_gguf(model)

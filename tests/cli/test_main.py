@@ -16,13 +16,18 @@ FLAGS = {
         "--calibration --num-samples --sequence-length "
         "--batch-size --seed --device --dtype --storage-device --push-to-hub --private"
     ),
-    "evaluate": "MODEL --text --sequence-length --max-windows --batch-size --device --dtype",
+    "evaluate": "MODEL --text --sequence-length --max-windows --batch-size --device --dtype --output -o",
     "compare": (
         "MODEL --output -o --render --methods --patterns --seeds --texts --tasks --include-path --limit "
         "--sequence-length --max-windows --held-out --bos --calibration --num-samples --calibration-length "
         "--batch-size --device --device-map --dtype --storage-device"
     ),
+    "report": "DIR --output -o --evaluations --dense --prompt --max-new-tokens --device --dtype",
     "verify": "DIR",
+    "bench": (
+        "DIR --variants --batch-sizes --new-tokens --prompt-tokens --prefill-tokens --rounds --threads --device --output "
+        "-o --plot"
+    ),
     "demo": "--model --text --output --num-samples --sequence-length --max-windows",
 }
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_llama import tiny_llama
 
+from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.hidden_states import record_inputs
@@ -93,3 +94,41 @@ def test_hidden_states_behind_the_layer(layer, llama, error_correction):
         assert not torch.allclose(pruned, expected, atol=1e-2)
     else:
         assert states.pruned is None
+
+
+def hidden_states_of(model, ids, mask) -> list[torch.Tensor]:
+    """Outputs [batch, sequence, hidden] of every decoder layer."""
+    seen = []
+    handles = [layer.register_forward_hook(lambda *given: seen.append(given[2])) for layer in model.model.layers]
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "wanda", "error_correction": "full"}, {"residual_correction": 1.0}, {"exclude": ("*.layers.1.*",)}],
+)
+def test_hidden_state_errors_are_those_of_the_two_models_on_real_tokens(llama, tokens, options):
+    mask = torch.ones_like(tokens)
+    mask[5, 10:] = mask[7, 3:] = 0
+    dense = hidden_states_of(llama, tokens, mask)
+    batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(tokens.split(3), mask.split(3), strict=True)]
+    report = FistaPruner(FistaPruningConfig(**options), progress=False).prune(llama, batches)
+    assert [layer.name for layer in report.layers] == ["model.layers.0", "model.layers.1"]
+    for layer, pruned, wanted in zip(report.layers, hidden_states_of(llama, tokens, mask), dense, strict=True):
+        pruned, wanted = pruned[mask.bool()], wanted[mask.bool()]
+        if "exclude" in options and layer.name.endswith("1"):
+            assert layer.hidden_state_error is None  # behind the last operator nothing runs
+        else:
+            assert layer.hidden_state_error == pytest.approx(float((pruned - wanted).norm() / wanted.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("error_correction", ["none", "intra", 0])
+def test_without_both_streams_there_is_no_hidden_state_error(llama, tokens, error_correction):
+    config = FistaPruningConfig(method="wanda", error_correction=error_correction)
+    report = FistaPruner(config, progress=False).prune(llama, tokens.split(4))
+    assert [layer.hidden_state_error for layer in report.layers] == [None, None]
+    assert all(layer.seconds > 0 for layer in report.layers)

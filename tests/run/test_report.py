@@ -6,7 +6,7 @@ import platform
 import pytest
 
 import optimum_fista
-from optimum_fista.run.report import OperatorReport, PruningReport, library_versions
+from optimum_fista.run.report import LayerReport, OperatorReport, PruningReport, library_versions
 
 
 def operator(name: str, **changes) -> OperatorReport:
@@ -37,6 +37,7 @@ def report(*operators: OperatorReport) -> PruningReport:
         model={"num_parameters": 400},
         calibration={"sha256": "ab", "num_tokens": 128, "num_sequences": 8},
         operators=list(operators),
+        layers=[LayerReport("layers.0", 0.25, 1.0), LayerReport("layers.1", None, 0.5)],
         left_dense={"layers.0.gate": "exclude"},
         warnings=["few tokens"],
         seconds={"total": 1.5},
@@ -76,6 +77,12 @@ def test_json_round_trip():
     assert read == TWO
     assert read.operators[1].shape == (2, 4)
     assert [f.name for f in dataclasses.fields(OperatorReport)] == list(values["operators"][0])
+
+
+def test_reports_of_older_versions_have_no_layers():
+    values = TWO.to_dict()
+    del values["layers"]
+    assert PruningReport.from_dict(values) == dataclasses.replace(TWO, layers=[])
 
 
 def test_from_dict_leaves_its_argument_alone():

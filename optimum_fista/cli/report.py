@@ -1,0 +1,69 @@
+"""`optimum-fista report`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DESCRIPTION = """\
+Write one HTML page about a pruned model: what was pruned, where the errors are, how long it took.
+
+The page needs nothing else: no network, no scripts. It is made from the masks and the report in the folder, packed or
+not; perplexities come from DIR/fista/evaluation.json, where `evaluate --output` has written them.
+
+examples:
+  optimum-fista evaluate MODEL --text wikitext2 --output ./model-50/fista/evaluation.json
+  optimum-fista evaluate ./model-50 --text wikitext2 --output ./model-50/fista/evaluation.json
+  optimum-fista report ./model-50
+  optimum-fista report ./model-50 --output page.html --dense MODEL --prompt "The sea is"
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
+    parser.add_argument(
+        "--output", "-o", type=Path, metavar="FILE.html", help="page to write (default DIR/fista/report.html)"
+    )
+    parser.add_argument(
+        "--evaluations",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="files written by evaluate --output (default DIR/fista/evaluation.json where it exists)",
+    )
+    parser.add_argument("--dense", metavar="MODEL", help="the model before pruning, to continue every --prompt as well")
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="text for both models to continue; repeatable"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens a continuation (default 48)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, for --prompt (default: the first GPU, otherwise the CPU)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read the folder, write the page, print where it is."""
+    from tqdm.auto import tqdm
+
+    from optimum_fista.run.atomic import write_text
+    from optimum_fista.run.html_report.contents import read_contents, with_continuations
+    from optimum_fista.run.html_report.page import render_page
+
+    if bool(arguments.dense) != bool(arguments.prompt):
+        raise ValueError("--dense MODEL and --prompt TEXT belong together: pass both, or none.")
+    with tqdm(desc="Reading masks", unit="operator") as bar:
+        contents = read_contents(arguments.folder, arguments.evaluations, lambda _: bar.update())
+    if arguments.dense:
+        contents = with_continuations(
+            contents,
+            arguments.dense,
+            arguments.prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            device=arguments.device,
+            dtype=arguments.dtype,
+        )
+    output = arguments.output or arguments.folder / "fista" / "report.html"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, render_page(contents))
+    print(f"saved to {output}")
+    return 0

@@ -1,0 +1,155 @@
+"""The page itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from optimum_fista.run.card import model_title
+from optimum_fista.run.html_report import numbers
+from optimum_fista.run.html_report.contents import ReportContents
+from optimum_fista.run.html_report.heat_map import STEPS, heat_map
+from optimum_fista.run.html_report.histogram import HEIGHT as HISTOGRAM_HEIGHT
+from optimum_fista.run.html_report.histogram import histogram
+from optimum_fista.run.html_report.line_chart import HEIGHT as CHART_HEIGHT
+from optimum_fista.run.html_report.line_chart import line_chart
+from optimum_fista.run.operator_grid import OperatorGrid
+from optimum_fista.run.report import OperatorReport, PruningReport
+
+_SHOWN = 10
+_LONGEST_LIST = 300
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class PerplexityTable:
+    """Models beside each other, a row a text and its windows; a cell is `None` where nothing was measured."""
+
+    models: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[float | None, ...]], ...]
+
+
+def render_page(contents: ReportContents) -> str:
+    """HTML of the page; everything that comes from files is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "share": numbers.share,
+        "error": numbers.error,
+        "count": numbers.count,
+        "duration": numbers.duration,
+        "breakable": _breakable,
+    }
+    report = contents.report
+    grid = OperatorGrid.of(report.operators)
+    sparsities = contents.sparsities.operators
+    drifts = [layer.hidden_state_error for layer in report.layers]
+    by_time = sorted(report.operators, key=lambda o: o.solve_seconds, reverse=True)
+    return environment.get_template("page.html").render(
+        steps=range(STEPS),
+        report=report,
+        totals=report.totals,
+        title=model_title(report),
+        worst=max(report.operators, key=lambda o: o.relative_error),
+        errors=heat_map(
+            grid, "relative error", lambda o: o.relative_error, numbers.error, _short_error, from_zero=True
+        ),
+        zeros=heat_map(grid, "zeros", lambda o: sparsities[o.name], _two_digits, numbers.share, from_zero=False),
+        even=max(sparsities.values()) - min(sparsities.values()) < 5e-4,
+        even_rows=all(map(_has_even_rows, report.operators)),
+        histograms=[histogram(kind, contents.sparsities.rows[kind]) for kind in grid.kinds],
+        histogram_height=HISTOGRAM_HEIGHT,
+        chart=line_chart([layer.name.rpartition(".")[2] for layer in report.layers], drifts),
+        chart_height=CHART_HEIGHT,
+        drift_reason=_drift_reason(report),
+        perplexities=_perplexity_table(contents),
+        continuations=contents.continuations,
+        slowest=by_time[:_SHOWN],
+        unconverged=[o for o in by_time if not o.converged][:_SHOWN],
+        seconds=_seconds(report),
+        longest_list=_LONGEST_LIST,
+        config=json.dumps(report.config, indent=2),
+        command=_command(report),
+    )
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may be broken behind its dots."""
+    return Markup(str(escape(name)).replace(".", ".<wbr>"))
+
+
+def _short_error(value: float) -> str:
+    return numbers.error(value, 3) if math.isfinite(value) else "?"
+
+
+def _has_even_rows(operator: OperatorReport) -> bool:
+    """Whether the pattern gives every row the same number of zeros."""
+    return operator.pattern != "unstructured" or operator.scope == "row"
+
+
+def _two_digits(value: float) -> str:
+    return numbers.share(value, 2)
+
+
+def _drift_reason(report: PruningReport) -> str:
+    """Why there are no errors of hidden states."""
+    if not report.layers:
+        return "this report is of a version that did not measure it"
+    correction = report.config["error_correction"]
+    return (
+        f"with error_correction={correction!r} the hidden states of the dense and of the pruned model were not both "
+        "carried from layer to layer"
+    )
+
+
+def _perplexity_table(contents: ReportContents) -> PerplexityTable | None:
+    """Perplexities by text and model; `None` without any."""
+    if not contents.evaluations:
+        return None
+
+    def name(model: str) -> str:
+        same = Path(model).exists() and Path(model).resolve() == contents.folder.resolve()
+        return "this model" if same else Path(model).name or model
+
+    models = list(dict.fromkeys(evaluation.model for evaluation in contents.evaluations))
+    rows = []
+    for protocol in dict.fromkeys(evaluation.protocol for evaluation in contents.evaluations):
+        text, _, windows, length = protocol
+        found = {e.model: e.result.perplexity for e in contents.evaluations if e.protocol == protocol}
+        label = f"{text or 'a text'}, {windows:,} windows of {length:,} tokens"
+        rows.append((label, tuple(found.get(model) for model in models)))
+    return PerplexityTable(tuple(map(name, models)), tuple(rows))
+
+
+def _seconds(report: PruningReport) -> list[tuple[str, float]]:
+    """The parts of the run that were timed, and the rest."""
+    parts = [("sharing the zeros over the operators", report.seconds.get("allocation", 0.0))]
+    parts.append(("solving", report.totals["solve_seconds"]))
+    rest = report.seconds.get("total", 0.0) - sum(seconds for _, seconds in parts)
+    parts.append(("forward passes, Gram matrices, reading and writing", max(0.0, rest)))
+    return [(name, seconds) for name, seconds in parts if seconds > 0]
+
+
+def _command(report: PruningReport) -> str:
+    """The command that prunes the same model in the same way, with the configuration in a file."""
+    tokens, sequences = report.calibration["num_tokens"], report.calibration["num_sequences"]
+    model = [
+        "optimum-fista",
+        "prune",
+        report.model.get("name") or "MODEL",
+        "--output",
+        "DIR",
+        "--config",
+        "config.json",
+    ]
+    calibration = ["--calibration", report.calibration.get("source") or "SOURCE", "--num-samples", str(sequences)]
+    if sequences and tokens % sequences == 0:
+        calibration += ["--sequence-length", str(tokens // sequences)]
+    return f"{shlex.join(model)} \\\n    {shlex.join(calibration)}"

@@ -1,0 +1,115 @@
+"""Sparsity of operators and of their rows, read from the masks of a pruned folder, one mask in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from optimum_fista.packed.format import unpack_mask
+from optimum_fista.run.checkpoint import MASKS_FILE
+from optimum_fista.run.operator_grid import layer_and_kind
+from optimum_fista.run.packed_folder import PackedFolder, is_packed
+from optimum_fista.run.report import OperatorReport, PruningReport
+from optimum_fista.run.stored_names import split_index
+from optimum_fista.solve.bitmask import count_kept
+
+BINS = 1000
+
+
+@dataclass
+class RowSparsities:
+    """Sparsities of the rows (outputs) of all operators of a kind.
+
+    Attributes:
+        counts: Rows by thousandths of zeros, int64 [1000].
+        low: The smallest.
+        high: The largest.
+    """
+
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
+    low: float = 1.0
+    high: float = 0.0
+
+    def add(self, sparsities: np.ndarray) -> None:
+        """Count rows of one operator, float64 [out]."""
+        bins = np.minimum((sparsities * BINS).astype(np.int64), BINS - 1)
+        self.counts += np.bincount(bins, minlength=BINS)
+        self.low, self.high = min(self.low, float(sparsities.min())), max(self.high, float(sparsities.max()))
+
+    @property
+    def median(self) -> float:
+        """The median, to a thousandth."""
+        if self.low == self.high:
+            return self.low
+        return (int(np.searchsorted(self.counts.cumsum(), self.counts.sum() / 2)) + 0.5) / BINS
+
+
+@dataclass(frozen=True)
+class MaskSparsities:
+    """What the masks of a folder say.
+
+    Attributes:
+        operators: Fraction of zeros by the name of the operator in the report.
+        rows: Sparsities of rows by kind of operator.
+    """
+
+    operators: Mapping[str, float]
+    rows: Mapping[str, RowSparsities]
+
+
+def read_sparsities(
+    folder: Path, report: PruningReport, progress: Callable[[str], None] = lambda _: None
+) -> MaskSparsities:
+    """Read all masks of a pruned folder, packed or not.
+
+    Raises:
+        FileNotFoundError: If the folder holds no masks.
+        ValueError: If a mask is missing or does not fit its operator.
+    """
+    operators: dict[str, float] = {}
+    rows: dict[str, RowSparsities] = {}
+    for operator, kept in _kept_by_row(folder, report):
+        sparsities = 1 - kept.numpy() / operator.shape[1]
+        operators[operator.name] = float(sparsities.mean())
+        rows.setdefault(layer_and_kind(operator.name)[1], RowSparsities()).add(sparsities)
+        progress(operator.name)
+    return MaskSparsities(operators, rows)
+
+
+def _kept_by_row(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor]]:
+    """Every operator with the number of weights that each of its rows keeps, int64 [out]."""
+    if is_packed(folder):
+        yield from _of_packed(folder, report)
+        return
+    file = folder / MASKS_FILE
+    if not file.exists():
+        raise FileNotFoundError(f"{str(folder)!r} holds no {MASKS_FILE}: pass a folder saved by optimum-fista.")
+    with safe_open(file, "pt") as masks:
+        names = set(masks.keys())
+        for operator in report.operators:
+            _require(operator.name, names)
+            shape = operator.shape[::-1] if operator.stored_transposed else operator.shape
+            dim = 1 if operator.stored_transposed else 0
+            yield operator, count_kept(masks.get_tensor(operator.name), shape, dim)
+
+
+def _of_packed(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor]]:
+    reader = PackedFolder(folder)
+    name, mask, names = "", torch.empty(0), set(reader.names)
+    for operator in report.operators:
+        tensor, index = split_index(operator.name)
+        _require(tensor, names)
+        if tensor != name:
+            name, mask = tensor, unpack_mask(reader.packed(tensor))
+        yield operator, mask[index].sum(0 if operator.stored_transposed else 1)
+
+
+def _require(name: str, names: set[str]) -> None:
+    if name not in names:
+        raise ValueError(f"{name} is in the report and has no mask: `optimum-fista verify` tells what is wrong.")

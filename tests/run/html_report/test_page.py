@@ -1,0 +1,196 @@
+"""The page says what the folder holds, and nothing from the folder becomes markup."""
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from optimum_fista.run.evaluation_file import Evaluation
+from optimum_fista.run.html_report.contents import Continuation, read_contents
+from optimum_fista.run.html_report.page import render_page
+from optimum_fista.run.perplexity import PerplexityResult
+from optimum_fista.run.report import PruningReport
+
+HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
+
+
+class Outline(HTMLParser):
+    """Tags and texts of a page; every tag must be closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open_tags: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert not self.open_tags
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "wbr"):
+            self.open_tags.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open_tags.pop() == tag
+        self.text += " "
+
+    def handle_data(self, data):
+        if self.open_tags[-1:] != ["style"]:
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def contents(saved):
+    return read_contents(saved.folder)
+
+
+def changed(contents, **changes):
+    return dataclasses.replace(contents, report=dataclasses.replace(contents.report, **changes))
+
+
+def text_of(contents) -> str:
+    return " ".join(Outline(render_page(contents)).text.split())
+
+
+def test_headline_numbers_and_all_operators_are_there(contents, saved):
+    text, totals = text_of(contents), saved.report.totals
+    assert f"{totals['sparsity']:.2%}" in text
+    assert f"Mean relative error {totals['mean_relative_error']:.3f}" in text
+    assert f"Largest relative error {totals['max_relative_error']:.3f}" in text
+    assert f"Not converged {totals['num_not_converged']}" in text
+    for operator in saved.report.operators:
+        name = operator.name.removesuffix(".weight")
+        assert f"{name}: relative error {operator.relative_error:.4f}" in text
+        assert f"{name}: zeros {operator.sparsity:.2%}" in text
+    assert saved.report.calibration["sha256"] in text
+    config = json.dumps(saved.report.config, indent=2)
+    assert " ".join(config.split()) in text
+
+
+def test_the_page_needs_nothing_else(contents):
+    page = render_page(contents)
+    tags = Outline(page).tags
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in tags}
+    assert not [attrs for _, attrs in tags if {"src", "href", "onclick", "onload"} & set(attrs)]
+    assert not re.findall(r"url\(|@import|https?://", page)
+    assert "default-src 'none'" in page
+
+
+def test_hostile_texts_are_escaped(contents):
+    report = contents.report
+    first, second, *others = report.operators
+    name = f"model.layers.0.{HOSTILE}.weight"
+    operators = [
+        dataclasses.replace(first, name=name, message=HOSTILE, converged=False, solve_seconds=1e9),
+        second,
+        *others,
+    ]
+    sparsities = dataclasses.replace(
+        contents.sparsities,
+        operators=contents.sparsities.operators | {name: 0.9},
+        rows=contents.sparsities.rows | {HOSTILE: next(iter(contents.sparsities.rows.values()))},
+    )
+    hostile = dataclasses.replace(
+        changed(
+            contents,
+            operators=operators,
+            warnings=[HOSTILE],
+            left_dense={HOSTILE: HOSTILE},
+            model=report.model | {"name": HOSTILE, "class": HOSTILE, "dtype": HOSTILE},
+            config=report.config | {"method": HOSTILE, "include": [HOSTILE]},
+            calibration=report.calibration | {"source": HOSTILE, "sha256": HOSTILE},
+            versions=report.versions | {HOSTILE: HOSTILE},
+        ),
+        sparsities=sparsities,
+        evaluations=(Evaluation(HOSTILE, PerplexityResult(9.0, 1, 1, 2, 1.0, HOSTILE)),),
+        continuations=(Continuation(HOSTILE, HOSTILE, HOSTILE),),
+    )
+    page = render_page(hostile)
+    assert not re.search(r"<script|<img", page)
+    assert not {"script", "img"} & {tag for tag, _ in Outline(page).tags}
+    assert Outline(page).text.count("<script>alert(1)</script>") > 20
+
+
+@pytest.mark.parametrize("error_correction", ["intra", "none", 0])
+def test_what_was_not_measured_is_said(contents, error_correction):
+    config = contents.report.config | {"error_correction": error_correction}
+    assert f"Not measured: with error_correction={error_correction!r} the hidden" in text_of(
+        changed(contents, config=config)
+    )
+
+
+def test_reports_of_older_versions_have_no_curve(contents):
+    values = contents.report.to_dict()
+    del values["layers"]
+    older = dataclasses.replace(contents, report=PruningReport.from_dict(values))
+    assert "Not measured: this report is of a version that did not measure it" in text_of(older)
+
+
+def test_errors_of_the_hidden_states_are_a_curve(contents):
+    layers = [dataclasses.replace(layer, hidden_state_error=0.125) for layer in contents.report.layers]
+    text = text_of(changed(contents, layers=layers))
+    assert "layer 0: 0.1250" in text
+    assert "layer 1: 0.1250" in text
+
+
+def test_warnings_and_operators_that_did_not_converge_are_in_plain_sight(contents):
+    operators = [dataclasses.replace(o, converged=False, message="take more steps") for o in contents.report.operators]
+    text = text_of(changed(contents, operators=operators, warnings=[f"careful {i}" for i in range(15)]))
+    assert "15 warnings" in text
+    assert all(f"careful {i}" in text for i in range(15))
+    assert "Not converged, slowest first (10 of 14)" in text
+    assert "take more steps" in text
+
+
+def test_endless_lists_are_cut_and_say_so(contents):
+    long = changed(
+        contents,
+        warnings=[f"careful {i}" for i in range(400)],
+        left_dense={f"operator-{i}": "exclude" for i in range(310)},
+    )
+    text = text_of(long)
+    assert "careful 299" in text
+    assert "careful 300" not in text
+    assert "and 100 more, in fista/report.json" in text
+    assert "operator-299" in text
+    assert "operator-300" not in text
+    assert "and 10 more, in fista/report.json" in text
+
+
+def test_perplexities_are_beside_each_other_by_text(contents):
+    def measured(model, perplexity, text="sea"):
+        return Evaluation(model, PerplexityResult(perplexity, 5, 155, 32, 1.0, text, "ab"))
+
+    found = [measured("org/dense", 10.0), measured(str(contents.folder), 12.5), measured("org/dense", 20.0, "sky")]
+    text = text_of(dataclasses.replace(contents, evaluations=tuple(found)))
+    assert "text dense this model sea, 5 windows of 32 tokens 10.000 12.500 sky, 5 windows of 32 tokens 20.000" in text
+    assert "Perplexity" not in text_of(contents)
+
+
+def test_a_retrained_model_and_its_texts(contents):
+    retrained = dataclasses.replace(
+        changed(contents, retrained=True), continuations=(Continuation("The sea", " is deep", " is"),)
+    )
+    text = text_of(retrained)
+    assert "then retrained under its masks: relative errors are those before" in text
+    assert "The sea dense is deep pruned is" in text
+
+
+def test_folders_that_are_not_pruned_are_refused(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no fista/report\.json: pass a folder saved by"):
+        read_contents(tmp_path)
+    (tmp_path / "fista").mkdir()
+    for text, message in (("{", "is no report"), ("{}", "is no report"), ("[]", "is no report")):
+        (tmp_path / "fista" / "report.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_contents(tmp_path)
+    empty = json.dumps(dataclasses.replace(saved.report, operators=[]).to_dict())
+    (tmp_path / "fista" / "report.json").write_text(empty)
+    with pytest.raises(ValueError, match="names no pruned operator"):
+        read_contents(tmp_path)
