@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 TEXT ?=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint demo clean
+.PHONY: help setup test lint demo docs clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,5 +32,9 @@ test: lint ## Lint, types, import rules and the tests
 demo: $(READY) ## Prune SmolLM2-135M to 50% and to 2:4 and compare the methods (TEXT=file to choose the text)
 	$(BIN)/optimum-fista demo $(if $(TEXT),--text '$(TEXT)')
 
+docs: $(READY) ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo 'open site/index.html, or for its search: $(BIN)/python -m http.server --directory site'
+
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

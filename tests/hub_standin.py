@@ -263,6 +263,14 @@ def hub_fixture() -> Iterator[HubStandIn]:
         yield running
 
 
+def connect(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the stand-in the Hub of this process."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
 def run_with_hub(hub: HubStandIn, code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """Run Python code in a fresh process, with its cache in `tmp_path`, whose Hub is the stand-in."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSF"))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -43,7 +42,6 @@ def execute(arguments: argparse.Namespace) -> int:
     Returns:
         0, or 1 after an error, 130 after an interrupt.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         return int(arguments.fista_run(arguments))
     except (ValueError, OSError, ImportError) as error:

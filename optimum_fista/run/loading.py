@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.activation_store import Storage
@@ -66,9 +67,13 @@ def gguf_file(name: str) -> str | None:
     """Name of the GGUF file where `name` is a folder with one and no configuration.
 
     Raises:
-        ValueError: If it is a folder with neither.
+        ValueError: If it is a folder with neither, a file other than a configuration, or neither there nor a Hub id.
     """
     folder = Path(name)
+    if folder.is_file() and folder.suffix != ".json":
+        raise ValueError(f"model={name!r} is a file: pass the folder that holds it, or a Hub id.")
+    if not folder.exists():
+        _require_hub_id(name)
     if not folder.is_dir() or (folder / "config.json").exists():
         return None
     files = sorted(folder.glob("*.gguf"))
@@ -78,6 +83,15 @@ def gguf_file(name: str) -> str | None:
             "folder or a Hub id."
         )
     return files[0].name
+
+
+def _require_hub_id(name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(
+            f"model={name!r} is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'."
+        ) from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:

@@ -19,6 +19,7 @@ from optimum_fista.model.architecture import (
     UnsupportedArchitectureError,
     find_decoder_layers,
     input_embedding,
+    matches,
 )
 from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
 from optimum_fista.model.experts import split_experts
@@ -94,6 +95,7 @@ class ModelPruning:
         self.states: HiddenStates | None = None
         self.budgets: Budgets | None = None
         self._warn_if_rank_deficient()
+        self._warn_if_patterns_match_nothing()
 
     @property
     def storage(self) -> Storage:
@@ -213,6 +215,16 @@ class ModelPruning:
                 f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
                 "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
             )
+
+    def _warn_if_patterns_match_nothing(self) -> None:
+        """Warn of name patterns that say something about no operator, such as those that end with ".weight"."""
+        pruned = [name for group in self.operators.values() for name in group]
+        names = [*pruned, *self.report.left_dense]
+        for option in ("include", "exclude", "overrides"):
+            idle = [p for p in getattr(self.config, option) if not any(matches(name, (p,)) for name in names)]
+            if idle:
+                shown = ", ".join(map(repr, idle))
+                self._warn(f"{option}: {shown} matches no linear operator of the decoder layers: {pruned[0]!r} is one.")
 
     def _warn(self, message: str) -> None:
         self.report.warnings.append(message)

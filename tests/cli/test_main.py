@@ -25,8 +25,8 @@ FLAGS = {
     "report": "DIR --output -o --evaluations --dense --prompt --max-new-tokens --device --dtype",
     "verify": "DIR",
     "bench": (
-        "DIR --variants --batch-sizes --new-tokens --prompt-tokens --prefill-tokens --rounds --threads --device --output "
-        "-o --plot"
+        "DIR --variants --batch-sizes --new-tokens --prompt-tokens --prefill-tokens --rounds --threads --device "
+        "--output -o --plot"
     ),
     "demo": "--model --text --output --num-samples --sequence-length --max-windows",
 }

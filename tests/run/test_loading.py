@@ -121,6 +121,15 @@ def test_folders_without_one_model(tmp_path):
             load_model(str(tmp_path))
 
 
+def test_names_that_are_no_model(tmp_path):
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(ValueError, match=r"a\.gguf' is a file: pass the folder that holds it"):
+        load_model(str(tmp_path / "a.gguf"))
+    for name in (str(tmp_path / "absent"), "./absent"):
+        with pytest.raises(ValueError, match="absent' is neither a folder that exists nor a Hub id: pass"):
+            load_model(name)
+
+
 @pytest.mark.parametrize("device", ["gpu", "cpu:x", "cuda:99"])
 def test_unusable_device_is_found_before_the_model_is_read(device):
     with pytest.raises(ValueError, match=rf"device='{device}' can't be used: .*Pass 'cpu', 'cuda' or 'cuda:N'"):

@@ -343,6 +343,13 @@ def test_progress_bar_can_be_switched_off(llama, tokens, capsys):
     assert "layer 2/2 mlp.down_proj" in shown
 
 
+def test_patterns_that_match_nothing_are_named(llama, tokens):
+    with pytest.warns(UserWarning, match=r"exclude: 'lm_head', '\*\.weight' matches no linear operator"):
+        report = prune(llama, tokens.split(4), method="wanda", exclude=("*.q_proj", "lm_head", "*.weight"))
+    assert len(report.operators) == 12
+    assert [message.split(" ")[0] for message in report.warnings] == ["exclude:"]
+
+
 def test_attention_of_a_model_with_fused_experts_can_be_pruned(tokens):
     torch.manual_seed(0)
     settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}

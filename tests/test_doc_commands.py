@@ -1,0 +1,89 @@
+"""Commands of the README and the docs parse by the programs' own parsers."""
+
+import argparse
+import re
+import shlex
+import tomllib
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from doc_pages import PAGES, ROOT, commands
+from torch.distributed.run import get_args_parser
+
+from optimum_fista.cli.main import build_parser
+
+COMMANDS = sorted({command for page in PAGES for command in commands(page)})
+OF_OTHERS = {"source", "hf", "chmod"}
+
+
+def arguments_of(command: str) -> list[str]:
+    """Words of a command without assignments in front of it."""
+    return shlex.split(re.sub(r"^(\w+=(\$\([^)]*\)|\S*)\s*)+", "", command))
+
+
+def parse_own(arguments: list[str]) -> None:
+    if arguments[-1:] in (["--help"], ["--version"]):
+        with pytest.raises(SystemExit, match="0"):
+            build_parser().parse_args(arguments)
+    else:
+        assert callable(build_parser().parse_args(arguments).fista_run)
+
+
+def parse_launched(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    launched = parser.parse_args(arguments)
+    assert launched.module
+    assert launched.training_script == "optimum_fista"
+    parse_own(launched.training_script_args)
+
+
+def parse_script(script: str, *arguments: str) -> None:
+    source = (ROOT / script).read_text()
+    for flag in (word for word in arguments if word.startswith("--")):
+        assert f'"{flag}"' in source, flag
+
+
+def extras_exist(arguments: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for names in re.findall(r"\[(.+?)\]", " ".join(arguments)):
+        assert set(names.split(",")) <= set(extras)
+
+
+def targets_exist(arguments: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in (word for word in arguments if "=" not in word):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_docs_parse(command):
+    program, *arguments = arguments_of(command) or [None]
+    match [program, *arguments[:1]]:
+        case ["optimum-fista", *_]:
+            parse_own(arguments)
+        case ["optimum-cli", "fista"]:
+            parse_own(arguments[1:])
+        case ["accelerate", "launch"]:
+            parse_launched(launch_command_parser(), arguments[1:])
+        case ["torchrun", *_]:
+            parse_launched(get_args_parser(), arguments)
+        case ["python", *_]:
+            parse_script(*arguments)
+        case ["pip", "install"]:
+            extras_exist(arguments)
+        case ["make", *_]:
+            targets_exist(arguments)
+        case _:
+            assert program in {None, *OF_OTHERS}
+
+
+def test_every_kind_of_command_is_found():
+    programs = {(arguments_of(command) or [None])[0] for command in COMMANDS}
+    assert {"optimum-fista", "accelerate", "torchrun", "python", "make"} <= programs
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_options_named_in_sentences_exist(page):
+    sources = [*(ROOT / "optimum_fista" / "cli").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    known = " ".join(source.read_text() for source in sources) + ' "--help" "--max-restarts" "--machine_rank"'
+    for flag in re.findall(r"`(--[\w-]+)", page.read_text()):
+        assert f'"{flag}"' in known, flag

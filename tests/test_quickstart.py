@@ -1,0 +1,44 @@
+"""The quickstart runs from top to bottom, on a tiny model and with a stand-in of the Hub."""
+
+import shlex
+
+import torch
+from doc_pages import QUICKSTART, code_blocks, commands
+from hub_standin import HubStandIn, connect
+from tiny_llama import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from optimum_fista.cli.main import main
+from optimum_fista.run.planning.machine import MachineRates
+from optimum_fista.run.verification import verify_checkpoint
+
+
+def test_the_quickstart_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("hub-id-or-folder", "model"):
+        tiny_llama(max_position_embeddings=512).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    rates = MachineRates.of(1e11, 1e10)  # measuring the machine takes ten seconds
+    monkeypatch.setattr("optimum_fista.run.planning.plan.measure_for", lambda *_: (rates, ""))
+    run = {"python": run_snippet, "bash": run_commands}
+    with HubStandIn(user="your-name") as hub:
+        connect(hub, monkeypatch)
+        for language, text in code_blocks(QUICKSTART):
+            run[language](text)
+    printed = capsys.readouterr().out
+    assert "operators keep their pattern" in printed
+    assert printed.count("perplexity ") == 2
+    assert f"{hub.endpoint}/your-name/smollm2-50/commit/" in printed
+    assert verify_checkpoint(tmp_path / "pruned").num_operators == 14
+    weights = AutoModelForCausalLM.from_pretrained("runs/smollm2-50").model.layers[0].mlp.up_proj.weight
+    assert torch.count_nonzero(weights) == weights.numel() / 2
+
+
+def run_snippet(text: str) -> None:
+    exec(compile(text, "snippet", "exec"), {})
+
+
+def run_commands(text: str) -> None:
+    for command in (command for command in commands(QUICKSTART) if command in text):
+        if command.startswith("optimum-fista ") and "--version" not in command:
+            assert main(shlex.split(command.replace("$MODEL", "model"))[1:]) == 0, command
