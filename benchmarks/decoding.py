@@ -18,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.loading import gguf_file, load_model
-from optimum_fista.run.packed_folder import pack_folder
 from optimum_fista.run.speed.measure import VARIANTS, SpeedSettings, measure_speed
 from optimum_fista.run.speed.table import draw_speed, speed_table
 
@@ -30,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--variants", default=",".join(VARIANTS[:3]))
     parser.add_argument("--batch-sizes", default="1,4,16")
+    parser.add_argument("--prefill-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -66,6 +66,7 @@ def main() -> None:
         variants=arguments.variants.split(","),
         batch_sizes=[int(size) for size in arguments.batch_sizes.split(",")],
         new_tokens=arguments.new_tokens,
+        prefill_tokens=arguments.prefill_tokens,
         rounds=arguments.rounds,
         threads=arguments.threads,
     )
@@ -79,12 +80,10 @@ def main() -> None:
         config = FistaPruningConfig(
             sparsity=arguments.sparsity, method="magnitude", allocation="uniform", error_correction="none"
         )
-        FistaPruner(config).prune(dense, torch.arange(64).view(1, 64), output_dir=folder / "pruned")
-        packing = pack_folder(folder / "pruned", folder / name)
-        print(packing)
+        FistaPruner(config).prune(dense, torch.arange(64).view(1, 64), output_dir=folder / name)
         report = measure_speed(folder / name, settings, progress=print)
     print(speed_table(report))
-    values = report.to_dict() | {"sparsity": arguments.sparsity, "packing": vars(packing)}
+    values = report.to_dict() | {"sparsity": arguments.sparsity}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(values, indent=1) + "\n")
     if arguments.plot is not None:

@@ -60,9 +60,17 @@ def test_a_table_and_a_picture(report, tmp_path):
     assert json.loads(json.dumps(report.to_dict()))["variants"]["dense float32"]["tokens_per_second"]
 
 
-def test_a_worker_says_what_went_wrong(saved, tmp_path):
+def test_a_packed_folder_is_measured_dense_from_an_unpacked_one(saved, tmp_path):
     pack_folder(saved.folder, tmp_path / "packed")
-    worker = Worker(Variant("dense float32", tmp_path / "packed", "float32", "dense"), "cpu", 1)
+    lines: list[str] = []
+    settings = dataclasses.replace(SETTINGS, variants=["dense float32"], batch_sizes=[1], rounds=1)
+    report = measure_speed(tmp_path / "packed", settings, lines.append)
+    assert lines[0] == f"unpacking {tmp_path / 'packed'}"
+    assert report.variants["dense float32"].weight_bytes == 4 * saved.model.num_parameters()
+
+
+def test_a_worker_says_what_went_wrong(saved):
+    worker = Worker(Variant("dense float32", saved.folder, "float32", "dense"), "cpu", 1)
     try:
         with pytest.raises(RuntimeError, match="dense float32: IndexError"):
             worker.ask("prefill", torch.tensor([[10**6]]))

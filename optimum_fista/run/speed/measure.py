@@ -6,7 +6,7 @@ import dataclasses
 import platform
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optimum_fista.packed.kernels import kernels
-from optimum_fista.run.packed_folder import is_packed, pack_folder
+from optimum_fista.run.packed_folder import is_packed, pack_folder, unpack_folder
 from optimum_fista.run.report import library_versions
 from optimum_fista.run.speed.worker import Variant, Worker
 
@@ -121,7 +121,7 @@ def measure_speed(
     The prompts are random tokens. Dense variants are those of the same weights.
 
     Args:
-        folder: Pruned model folder, packed or not; one that is not is packed to a temporary folder first.
+        folder: Pruned model folder, packed or not; what is missing of the two is written to a temporary folder first.
         settings: What to measure.
         progress: Called with a line before each step.
 
@@ -130,7 +130,7 @@ def measure_speed(
         RuntimeError: If a variant can't be loaded or run.
     """
     settings = settings or SpeedSettings()
-    with _packed(folder, progress) as packed, _workers(packed, settings) as workers:
+    with _folders(folder, progress) as folders, _workers(folders, settings) as workers:
         sizes = {}
         for worker in workers:
             progress(f"loading {worker.variant.name}")
@@ -153,24 +153,27 @@ def describe_machine(settings: SpeedSettings) -> dict[str, Any]:
 
 
 @contextmanager
-def _packed(folder: Path, progress: Callable[[str], None]) -> Iterator[Path]:
-    if is_packed(folder):
-        yield folder
-        return
+def _folders(folder: Path, progress: Callable[[str], None]) -> Iterator[dict[str, Path]]:
+    """The model as a dense and as a packed folder."""
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as temporary:
-        target = Path(temporary) / folder.name
-        progress(f"packing {folder}")
-        pack_folder(folder, target)
-        yield target
+        made = Path(temporary) / folder.name
+        if is_packed(folder):
+            progress(f"unpacking {folder}")
+            unpack_folder(folder, made)
+            yield {"dense": made, "packed": folder}
+        else:
+            progress(f"packing {folder}")
+            pack_folder(folder, made)
+            yield {"dense": folder, "packed": made}
 
 
 @contextmanager
-def _workers(folder: Path, settings: SpeedSettings) -> Iterator[list[Worker]]:
+def _workers(folders: Mapping[str, Path], settings: SpeedSettings) -> Iterator[list[Worker]]:
     workers: list[Worker] = []
     try:
         for name in settings.variants:
             runtime, dtype = name.split()
-            workers.append(Worker(Variant(name, folder, dtype, runtime), settings.device, settings.threads))
+            workers.append(Worker(Variant(name, folders[runtime], dtype, runtime), settings.device, settings.threads))
         yield workers
     finally:
         for worker in workers:

@@ -26,7 +26,7 @@ class Variant:
 
     Attributes:
         name: What it is called.
-        folder: Packed model folder.
+        folder: Model folder, a packed one where the runtime is packed.
         dtype: Floating dtype.
         runtime: `"dense"` or `"packed"`.
     """
@@ -136,10 +136,8 @@ class _Runner:
 
 
 def _load(variant: Variant, device: str) -> Any:
-    config: Any = FistaPackedConfig(runtime=variant.runtime)
-    model = AutoModelForCausalLM.from_pretrained(
-        variant.folder, dtype=getattr(torch, variant.dtype), quantization_config=config
-    )
+    config = {"quantization_config": FistaPackedConfig(runtime="packed")} if variant.runtime == "packed" else {}
+    model = AutoModelForCausalLM.from_pretrained(variant.folder, dtype=getattr(torch, variant.dtype), **config)
     settings = model.generation_config
     for name in ("temperature", "top_p", "top_k"):
         setattr(settings, name, None)  # of sampling, which greedy decoding would warn of
