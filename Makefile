@@ -26,8 +26,8 @@ lint: $(READY) ## Style, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint ## Lint, types, import rules and the tests
-	$(BIN)/python -m pytest
+test: lint ## Lint, types, import rules and the tests, one process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 demo: $(READY) ## Prune SmolLM2-135M to 50% and to 2:4 and compare the methods (TEXT=file to choose the text)
 	$(BIN)/optimum-fista demo $(if $(TEXT),--text '$(TEXT)')

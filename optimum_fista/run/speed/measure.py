@@ -110,6 +110,16 @@ class SpeedReport:
         """Plain values, ready for JSON."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SpeedReport:
+        """Inverse of `to_dict`, after JSON too."""
+        variants = {}
+        for name, found in values["variants"].items():
+            speeds = {int(size): speed for size, speed in found["tokens_per_second"].items()}
+            variants[name] = VariantSpeed(**found | {"tokens_per_second": speeds})
+        settings = SpeedSettings(**values["settings"])
+        return cls(values["model"], settings, variants, values["machine"], values["versions"])
+
 
 def measure_speed(
     folder: Path,
