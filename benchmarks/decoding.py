@@ -25,6 +25,7 @@ from optimum_fista.run.speed.table import draw_speed, speed_table
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model folder, or a folder with one GGUF file, instead of the random Llama")
+    parser.add_argument("--name", help="what the table calls it")
     parser.add_argument("--layers", type=int, default=22, help="decoder layers of the random Llama (default 22)")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--variants", default=",".join(VARIANTS[:3]))
@@ -72,7 +73,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        name = Path(arguments.model or "random Llama").name
+        name = arguments.name or Path(arguments.model or "random Llama").name
         made = arguments.model is None or gguf_file(arguments.model) is not None
         dense = folder / "dense" if made else Path(arguments.model)
         if made:

@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 
 from optimum_fista.run.comparison.comparison import Comparison
+from optimum_fista.run.speed.measure import SpeedReport
+from optimum_fista.run.speed.table import speed_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "scale.md").read_text()
@@ -52,3 +55,23 @@ def test_perplexities_of_the_results_are_those_kept():
     assert len(lines[2:]) > 20
     for zeros, method, *cells in lines[2:]:
         assert values[patterns[zeros], method] == cells
+
+
+@pytest.mark.parametrize("name", ["decoding", "decoding_smollm2"])
+def test_decoding_speeds(name):
+    report = SpeedReport.from_dict(json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()))
+    assert speed_table(report) in (ROOT / "docs" / "speed.md").read_text()
+    for found in report.variants.values():
+        for size, speed in found.tokens_per_second.items():
+            median = statistics.median(found.seconds[f"batch {size}"])
+            assert speed == pytest.approx(size * report.settings.new_tokens / median)
+
+
+def test_two_ranks_against_two_threads():
+    values = json.loads((ROOT / "benchmarks" / "results" / "ranks.json").read_text())
+    medians = {way: statistics.median(run["seconds"] for run in runs) for way, runs in values["runs"].items()}
+    _, threads, together = medians.values()
+    page = (ROOT / "docs" / "ranks.md").read_text()
+    assert f"take {together / threads:.2f} times as long" in page
+    for seconds in medians.values():
+        assert f"{seconds:.1f} s" in page.replace("\n", " ")
