@@ -129,6 +129,21 @@ def text_of(line: dict) -> str:
     return text
 
 
+def table(lines: list[dict], threads: int) -> list[str]:
+    """Times as fast as the dense products, with `threads` threads."""
+    kinds = " | ".join(KINDS)
+    found = [f"| weight | inputs | {kinds} | 50%: own dense kernel | 50%: reading |", "|---" * (len(KINDS) + 4) + "|"]
+    for line in lines:
+        if line["threads"] != threads:
+            continue
+        cells = [line["shape"].replace("x", " x "), str(line["batch"])]
+        cells += [f"{line['times_faster_than_pytorch'][kind]:.2f}x" for kind in KINDS]
+        own = line.get("times_faster_than_own_dense")
+        cells += [f"{own['50%']:.2f}x", f"{line['share_of_bandwidth_at_50%']:.0%}"] if own else ["", ""]
+        found.append(f"| {' | '.join(cells)} |")
+    return found
+
+
 def main() -> None:
     arguments = parse_arguments()
     if find_library() is None:

@@ -57,7 +57,7 @@ def test_perplexities_of_the_results_are_those_kept():
         assert values[patterns[zeros], method] == cells
 
 
-@pytest.mark.parametrize("name", ["decoding", "decoding_smollm2"])
+@pytest.mark.parametrize("name", ["decoding", "decoding_avx2", "decoding_smollm2", "decoding_smollm2_avx2"])
 def test_decoding_speeds(name):
     report = SpeedReport.from_dict(json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()))
     assert speed_table(report) in (ROOT / "docs" / "speed.md").read_text()
@@ -65,6 +65,11 @@ def test_decoding_speeds(name):
         for size, speed in found.tokens_per_second.items():
             median = statistics.median(found.seconds[f"batch {size}"])
             assert speed == pytest.approx(size * report.settings.new_tokens / median)
+
+
+def test_single_products(benchmark):
+    lines = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())["lines"]
+    assert "\n".join(benchmark("kernels").table(lines, threads=2)) in (ROOT / "docs" / "speed.md").read_text()
 
 
 def test_two_ranks_against_two_threads():

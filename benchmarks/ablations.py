@@ -1,0 +1,197 @@
+"""Ablations: perplexity of a whole model when one part of the method, or of the calibration, is changed.
+
+Every study is a few comparisons (`optimum_fista.run.comparison`) that share their finished rows in `--folder`: the same
+command goes on where it was stopped, and several studies can be run side by side in processes of their own. `--output`
+keeps the studies it already has.
+
+    python benchmarks/ablations.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --folder runs/ablations
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimum_fista.run.atomic import write_text
+from optimum_fista.run.comparison.averages import spread
+from optimum_fista.run.comparison.compare import compare
+from optimum_fista.run.comparison.row import Row
+from optimum_fista.run.comparison.settings import ComparisonSettings
+
+_PIPELINE = "error_correction=0.5:residual_correction=1"
+_WHOLE = f"{_PIPELINE}:allocation=fisher"
+_BARE = "obs_admm:allocation=uniform:residual_correction=0"
+Case = tuple[str, dict[str, Any]]
+"""What the table calls it, and the settings it changes."""
+
+
+def _methods(patterns: Sequence[str], methods: Iterable[str], seeds: Sequence[int] = (0,)) -> Case:
+    return "", {"patterns": patterns, "methods": tuple(methods), "seeds": seeds}
+
+
+STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
+    "parts": lambda arguments: [
+        _methods(
+            ["0.5"],
+            [
+                "default",
+                "default:error_correction=0",
+                "default:error_correction=1",
+                "default:residual_correction=0",
+                "default:allocation=uniform",
+                "default:scope=row",
+                "default:refit_iterations=0",
+                f"alps:{_WHOLE}",
+                f"sparsegpt:{_WHOLE}",
+                f"wanda:{_WHOLE}",
+            ],
+            arguments.seeds,
+        ),
+        _methods(
+            ["2:4"],
+            [
+                "default",
+                "default:error_correction=0",
+                "default:error_correction=1",
+                "default:residual_correction=0",
+                "default:refit_iterations=0",
+                f"alps:{_PIPELINE}",
+                f"sparsegpt:{_PIPELINE}",
+                f"wanda:{_PIPELINE}",
+            ],
+            arguments.seeds,
+        ),
+    ],
+    "correction": lambda _: [
+        _methods([pattern], [f"{_BARE}:error_correction={value}" for value in ("none", "intra", "0.5", "full")])
+        for pattern in ("0.05", "0.1", "0.2", "0.5", "2:4")
+    ],
+    "samples": lambda arguments: [
+        (f"{count} windows", {"num_samples": count, "patterns": ["0.5"], "methods": ["default"]})
+        for count in arguments.sample_counts
+    ],
+    "calibration": lambda arguments: [
+        (Path(source).stem, {"calibration": source, "patterns": ["0.5"], "methods": ["default"]})
+        for source in (arguments.calibration, *arguments.other_calibrations)
+    ],
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True, help="text source to calibrate on")
+    parser.add_argument("--other-calibrations", type=_names, default=[], help="others for the study `calibration`")
+    parser.add_argument("--texts", type=_names, required=True, help="text sources to measure on")
+    parser.add_argument("--studies", type=_names, default=list(STUDIES))
+    parser.add_argument("--seeds", type=_numbers, default=[0], help="of the study `parts`")
+    parser.add_argument("--sample-counts", type=_numbers, default=[8, 16, 32, 64, 128], help="of the study `samples`")
+    parser.add_argument("--num-samples", type=int, default=16)
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a window, here and in the texts")
+    parser.add_argument("--max-windows", type=int, default=16, help="of every text")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=Path("runs/ablations"), help="where finished rows are kept")
+    parser.add_argument("--output", type=Path, default=Path("runs/ablations.json"))
+    arguments = parser.parse_args()
+    for study in arguments.studies:
+        if study not in STUDIES:
+            parser.error(f"--studies: {study!r} is unknown; pass some of {', '.join(STUDIES)}.")
+    return arguments
+
+
+def run_study(study: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All rows of a study, labelled, with the recipes of its comparisons."""
+    base = ComparisonSettings(
+        model=arguments.model,
+        methods=["default"],
+        texts=arguments.texts,
+        calibration=arguments.calibration,
+        num_samples=arguments.num_samples,
+        calibration_length=arguments.sequence_length,
+        sequence_length=arguments.sequence_length,
+        max_windows=arguments.max_windows,
+        batch_size=arguments.batch_size,
+        device="cpu",
+        dtype="float32",
+    )
+    rows: list[dict[str, Any]] = []
+    recipe: list[str] = []
+    for label, changes in STUDIES[study](arguments):
+        comparison = compare(replace(base, **changes), arguments.folder)
+        recipe += [line for line in comparison.recipe if line not in recipe]
+        for row in comparison.rows:
+            if row.error is not None:
+                raise SystemExit(f"{row.method}, {row.pattern}: {row.error}")
+            if row.method != "dense" or not rows:
+                rows.append({"label": label or row.method.removeprefix("default:"), **_kept(row)})
+    return {"recipe": recipe, "rows": rows}
+
+
+def table(study: dict[str, Any]) -> list[str]:
+    """Means over the seeds, and perplexity against the first line of the same pattern, paired by seed.
+
+    The last column is the geometric mean over the texts.
+    """
+    rows = study["rows"]
+    texts = list(rows[0]["perplexity"])
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["pattern"], row["label"]), []).append(row)
+    lines = [f"| zeros | | {' | '.join(texts)} | against the first |", f"|---|---|{'---|' * (len(texts) + 1)}"]
+    first: dict[str, dict[int, float]] = {}
+    for (pattern, label), found in groups.items():
+        mean = {row["seed"]: _geometric_mean(row["perplexity"].values()) for row in found}
+        reference = first.setdefault(pattern, mean)
+        shown = "" if pattern == "-" else pattern
+        cells = [_shown([row["perplexity"][text] for row in found]) for text in texts]
+        ratio = "" if reference is mean else _shown([mean[s] / reference[s] for s in mean if s in reference], 3)
+        lines.append(f"| {shown} | {label} | {' | '.join(cells)} | {ratio} |")
+    return lines
+
+
+def _kept(row: Row) -> dict[str, Any]:
+    values = row.to_dict()
+    return {key: values[key] for key in ("method", "pattern", "seed", "perplexity", "totals", "seconds", "versions")}
+
+
+def _shown(values: Sequence[float], digits: int = 2) -> str:
+    found = spread(values)
+    assert found is not None
+    deviation = "" if found.deviation is None else f" ± {found.deviation:.{digits}f}"
+    return f"{found.mean:.{digits}f}{deviation}"
+
+
+def _geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(math.log(value) for value in values))
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    for study in arguments.studies:
+        found = run_study(study, arguments)
+        print("\n".join(["", study, "", *table(found)]), flush=True)
+        kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(arguments.output, json.dumps(kept | {study: found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
