@@ -48,7 +48,6 @@ STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
                 "default:residual_correction=0",
                 "default:allocation=uniform",
                 "default:scope=row",
-                "default:refit_iterations=0",
                 f"alps:{_WHOLE}",
                 f"sparsegpt:{_WHOLE}",
                 f"wanda:{_WHOLE}",
@@ -62,7 +61,6 @@ STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
                 "default:error_correction=0",
                 "default:error_correction=1",
                 "default:residual_correction=0",
-                "default:refit_iterations=0",
                 f"alps:{_PIPELINE}",
                 f"sparsegpt:{_PIPELINE}",
                 f"wanda:{_PIPELINE}",
@@ -71,7 +69,7 @@ STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
         ),
     ],
     "correction": lambda _: [
-        _methods([pattern], [f"{_BARE}:error_correction={value}" for value in ("none", "intra", "0.5", "full")])
+        _methods([pattern], [f"{_BARE}:error_correction={value}" for value in ("none", "intra", "full")])
         for pattern in ("0.05", "0.1", "0.2", "0.5", "2:4")
     ],
     "samples": lambda arguments: [
@@ -93,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=_names, required=True, help="text sources to measure on")
     parser.add_argument("--studies", type=_names, default=list(STUDIES))
     parser.add_argument("--seeds", type=_numbers, default=[0], help="of the study `parts`")
-    parser.add_argument("--sample-counts", type=_numbers, default=[8, 16, 32, 64, 128], help="of the study `samples`")
+    parser.add_argument("--sample-counts", type=_numbers, default=[4, 8, 16, 32, 64], help="of the study `samples`")
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a window, here and in the texts")
     parser.add_argument("--max-windows", type=int, default=16, help="of every text")

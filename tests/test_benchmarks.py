@@ -80,3 +80,13 @@ def test_two_ranks_against_two_threads():
     assert f"take {together / threads:.2f} times as long" in page
     for seconds in medians.values():
         assert f"{seconds:.1f} s" in page.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["streaming", "streaming_wanda"])
+def test_files_against_memory(name):
+    values = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    medians = [statistics.median(run["seconds"] for run in runs) for runs in values["measured"].values()]
+    page = (ROOT / "docs" / "streaming.md").read_text().replace("\n", " ")
+    in_memory, from_files = medians
+    assert f"{from_files / in_memory:.2f} times" in page
+    assert f"({from_files:.1f} s against {in_memory:.1f} s" in page
