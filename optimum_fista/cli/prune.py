@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.packed_folder import pack_folder
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
-    from optimum_fista.run.streaming import unfinished_folder
+    from optimum_fista.run.unfinished import unfinished_folder
 
     config = _config(arguments)
     if arguments.dry_run:

@@ -24,7 +24,7 @@ def run_fingerprint(name: str, pruning: ModelPruning) -> dict[str, Any]:
         "model": weight_files(name) | {"dtype": str(pruning.model.dtype)},
         "config": pruning.config.to_dict(),
         "calibration": pruning.report.calibration["sha256"],
-        "batches": [list(batch.input_ids.shape) for batch in pruning.batches],
+        "batches": [list(batch.input_ids.shape) for batch in pruning.batches.all],
         "versions": {name: versions[name] for name in _VERSIONS},
     }
     return dict(json.loads(json.dumps(fingerprint)))

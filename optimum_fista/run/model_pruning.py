@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
@@ -15,29 +14,24 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.architecture import (
-    UnsupportedArchitectureError,
-    find_decoder_layers,
-    input_embedding,
-    matches,
-)
-from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
+from optimum_fista.model.architecture import find_decoder_layers, input_embedding
+from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.experts import split_experts
-from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
+from optimum_fista.model.hidden_states import RecordedInputs
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.model.statistics import LayerActivations
-from optimum_fista.run.batch_size import cut_batches, cut_states, halved_sizes
 from optimum_fista.run.budgets import Budgets, share_budgets
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.free_memory import release_free_memory, release_memory_of
+from optimum_fista.run.free_memory import release_memory_of
 from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, StarvedRule, hidden_state_error, report_group
 from optimum_fista.run.loading import require_unquantized, storage_place
 from optimum_fista.run.operators import choose_operators, require_finite
-from optimum_fista.run.planning.batches import FittedBatches, fit_batches
 from optimum_fista.run.pruning_callback import PruningCallback
-from optimum_fista.run.report import LayerReport, PruningReport
+from optimum_fista.run.report import LayerReport
+from optimum_fista.run.run_batches import RunBatches
+from optimum_fista.run.run_report import begin_report, complete_report
 from optimum_fista.run.stored_names import stored_names
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.pruned import PrunedOperator
@@ -52,7 +46,7 @@ class ModelPruning:
         layers: The decoder layers.
         operators: The operators to prune.
         stored_names: Where a checkpoint keeps their weights.
-        batches: Calibration batches.
+        batches: The calibration batches.
         report: The report; operators and decoder layers are added as they are pruned.
         callbacks: What is told of it.
         states: Hidden states that enter the next decoder layer; `None` before the first.
@@ -79,13 +73,9 @@ class ModelPruning:
         self.config = config.resolved()
         self.operators, left_dense = choose_operators(self.layers, config)
         self.stored_names = stored_names(model, (o for group in self.operators.values() for o in group.values()))
-        self.batches = read_batches(calib_dataloader, input_embedding(model).shape[0])
-        self.report = PruningReport(
-            config=self.config.to_dict(),
-            model=_describe(model),
-            calibration=_describe_calibration(self.batches, calibration_source),
-            left_dense=left_dense,
-        )
+        batches = read_batches(calib_dataloader, input_embedding(model).shape[0])
+        self.report = begin_report(model, batches, calibration_source, self.config, self.operators, left_dense)
+        self.batches = RunBatches(model, self.layers, batches, self.report)
         self.write = write
         self.undo = undo
         self.callbacks = callbacks
@@ -94,8 +84,6 @@ class ModelPruning:
         self.storage_device = storage_device
         self.states: HiddenStates | None = None
         self.budgets: Budgets | None = None
-        self._warn_if_rank_deficient()
-        self._warn_if_patterns_match_nothing()
 
     @property
     def storage(self) -> Storage:
@@ -111,19 +99,6 @@ class ModelPruning:
         """What pruning each decoder layer costs besides its forward pass, in forward passes of the largest."""
         weights = [sum(o.shape[0] * o.shape[1] for o in group.values()) for group in self.operators.values()]
         return [_PRUNING_COST * count / max(weights) for count in weights]
-
-    def fitted_batches(self) -> FittedBatches:
-        """Batches that the plan of this run finds memory for.
-
-        It is a forecast: where it does not suffice, batches are halved once the memory has run out.
-        """
-        return fit_batches(self.model, self.config, self.batches, self.storage)
-
-    def use_batches(self, fitted: FittedBatches) -> None:
-        """Cut the batches to other sizes."""
-        self.batches = cut_batches(self.batches, fitted.sizes)
-        if fitted.message:
-            self._warn(fitted.message)
 
     def run(self, todo: Collection[int] | None = None) -> Iterator[tuple[int, str, nn.Module]]:
         """Prune decoder layers in place.
@@ -178,57 +153,7 @@ class ModelPruning:
         Raises:
             UnsupportedArchitectureError: If there is no other.
         """
-        if self.budgets is not None and self.budgets.unseen:
-            self.report.warnings.append(
-                f"the loss does not feel {len(self.budgets.unseen)} operators on the first "
-                f"{self.config.allocation_tokens} calibration tokens, so they keep the average sparsity: "
-                f"{', '.join(self.budgets.unseen[:4])}"
-            )
-        chosen = ("router", "exclude")
-        reasons = {name: reason for name, reason in self.report.left_dense.items() if reason not in chosen}
-        left = {name: reason for name, reason in reasons.items() if self.config.reason_left_dense(name) is None}
-        if not self.report.operators:
-            name = next(iter(left))
-            raise UnsupportedArchitectureError(
-                f"no linear operator of {self.layers.name} can be pruned; {name}, for one: {left[name]}."
-            )
-        if left:
-            shown = ", ".join(f"{name} ({reason})" for name, reason in list(left.items())[:4])
-            self._warn(f"{len(left)} operators were left dense: {shown}{', ...' if len(left) > 4 else ''}")
-        operators = self.report.operators
-        self.report.warnings.extend(f"{o.name}: {o.message}" for o in operators if o.message and not o.converged)
-        starved = [o for o in operators if o.method != self.config.method]
-        if starved:
-            least = min(starved, key=lambda o: o.num_tokens)
-            self._warn(
-                f"{len(starved)} of {len(operators)} operators belong to experts that fewer than "
-                f"{self.config.starved_tokens} calibration tokens reached, and were pruned by "
-                f"{self.config.starved_method} ({least.name}: {least.num_tokens}). Pass more calibration tokens."
-            )
-
-    def _warn_if_rank_deficient(self) -> None:
-        """Warn once when an operator has more inputs than there are calibration tokens."""
-        tokens = self.report.calibration["num_tokens"]
-        widest = max((o for group in self.operators.values() for o in group.values()), key=lambda o: o.shape[1])
-        if tokens < widest.shape[1]:
-            self._warn(
-                f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
-                "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
-            )
-
-    def _warn_if_patterns_match_nothing(self) -> None:
-        """Warn of name patterns that say something about no operator, such as those that end with ".weight"."""
-        pruned = [name for group in self.operators.values() for name in group]
-        names = [*pruned, *self.report.left_dense]
-        for option in ("include", "exclude", "overrides"):
-            idle = [p for p in getattr(self.config, option) if not any(matches(name, (p,)) for name in names)]
-            if idle:
-                shown = ", ".join(map(repr, idle))
-                self._warn(f"{option}: {shown} matches no linear operator of the decoder layers: {pruned[0]!r} is one.")
-
-    def _warn(self, message: str) -> None:
-        self.report.warnings.append(message)
-        warnings.warn(message, stacklevel=5)
+        complete_report(self.report, self.config, self.layers.name, self.budgets)
 
     def shared_budgets(self) -> Budgets:
         """The operators' sparsity patterns; the first call shares the zeros.
@@ -240,7 +165,9 @@ class ModelPruning:
             started = time.perf_counter()
             flat = {name: operator for group in self.operators.values() for name, operator in group.items()}
             with self._split_experts():
-                self.budgets = share_budgets(self.model, self.layers, flat, self.batches, self.config, self.progress)
+                self.budgets = share_budgets(
+                    self.model, self.layers, flat, self.batches.all, self.config, self.progress
+                )
             release_memory_of(self.model)
             self.report.seconds["allocation"] = time.perf_counter() - started
         return self.budgets
@@ -260,33 +187,9 @@ class ModelPruning:
             StarvedRule(self.config.starved_tokens, create_method(self.config.starved_method)),
         )
 
-    def take_batches_of(self, states: HiddenStates) -> None:
-        """Cut the calibration batches as those of hidden states that a run before has left."""
-        sizes = [hidden.shape[0] for hidden in states.entering]
-        if sizes != [batch.input_ids.shape[0] for batch in self.batches]:
-            self.batches = cut_batches(self.batches, sizes)
-            self.report.warnings.append(f"goes on with the batches of the run before, {max(sizes)} sequences at most")
-
-    def _halve_batches(self, where: str, reason: str, states: HiddenStates | None) -> None:
-        """Cut every batch in two after the device ran out of memory; `states` enter the decoder layer at hand."""
-        sizes = halved_sizes(self.batches, reason)
-        self.batches = cut_batches(self.batches, sizes)
-        if states is not None:
-            device = execution_device(self.model.get_input_embeddings())
-            self.states = cut_states(states, sizes, self.storage, device)
-        release_free_memory(collect=True)
-        message = f"out of memory in {where}: batches of {max(sizes)} sequences from here on ({reason.splitlines()[0]})"
-        self.report.warnings.append(message)
-        warnings.warn(message, stacklevel=5)
-
     def _record(self) -> RecordedInputs:
-        """What the decoder layers are called with, in batches that fit into the memory."""
-        while True:
-            try:
-                return record_inputs(self.model, self.layers, self.batches, self.storage)
-            except torch.OutOfMemoryError as error:
-                reason = str(error)
-            self._halve_batches("the embeddings", reason, self.states)
+        recorded, self.states = self.batches.record(self.states, self.storage)
+        return recorded
 
     def _try_layer(
         self,
@@ -311,7 +214,7 @@ class ModelPruning:
         self.undo(self._written)
         bar.update(done - len(self.report.operators))
         del self.report.operators[done:]
-        self._halve_batches(name, reason, entering)
+        self.states = self.batches.halve(name, reason, entering, self.storage)
         return False
 
     def _pass_on(self, pruning: LayerPruning, activations: LayerActivations, *_: object) -> None:
@@ -351,22 +254,3 @@ class ModelPruning:
                 del group  # its matrices, before those of the next group are made
         drift = hidden_state_error(self.states, activations.token_masks)
         self.report.layers.append(LayerReport(name, drift, time.perf_counter() - started))
-
-
-def _describe(model: PreTrainedModel) -> dict[str, Any]:
-    return {
-        "class": type(model).__name__,
-        "model_type": model.config.model_type,
-        "name": getattr(model.config, "_name_or_path", "") or "",
-        "num_parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
-def _describe_calibration(batches: list[CalibrationBatch], source: str | None) -> dict[str, Any]:
-    return {
-        "source": source,
-        "sha256": tokens_sha256(batches),
-        "num_sequences": sum(batch.input_ids.shape[0] for batch in batches),
-        "num_tokens": sum(batch.num_tokens for batch in batches),
-    }

@@ -149,7 +149,7 @@ class FistaPruner:
                 undo=rollback.undo,
                 callbacks=self.callbacks,
             )
-            pruning.use_batches(pruning.fitted_batches())
+            pruning.batches.use(pruning.batches.fitted(pruning.config, pruning.storage))
             for callback in self.callbacks:
                 callback.on_prune_begin(pruning.report)
             with evaluation_mode(model), torch.no_grad():

@@ -200,7 +200,8 @@ def test_a_resumed_mixture_is_the_same(tokens, tmp_path, monkeypatch):
         if name == "cut":
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    "optimum_fista.run.streaming._complete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+                    "optimum_fista.run.streamed_run.write_remaining",
+                    lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
                 )
                 with pytest.raises(KeyboardInterrupt):
                     run.prune(tmp_path / "in", tokens.split(4), output_dir=tmp_path / name)

@@ -7,7 +7,7 @@ import torch
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
-from optimum_fista.run.streaming import unfinished_folder
+from optimum_fista.run.unfinished import unfinished_folder
 from optimum_fista.run.verification import verify_checkpoint
 
 LAYERS = 3

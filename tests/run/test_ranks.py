@@ -15,7 +15,7 @@ from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.ranks import Ranks, joined_ranks, launched_processes
-from optimum_fista.run.streaming import unfinished_folder
+from optimum_fista.run.unfinished import unfinished_folder
 from optimum_fista.run.verification import verify_checkpoint
 
 LAYERS = 5

@@ -18,8 +18,8 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run import atomic, journal, streaming
-from optimum_fista.run.streaming import unfinished_folder
+from optimum_fista.run import atomic, journal, streamed_run, streaming
+from optimum_fista.run.unfinished import unfinished_folder
 from optimum_fista.run.verification import verify_checkpoint
 
 TIMED = ("README.md", "fista/report.json")  # they tell how long it took
@@ -201,14 +201,14 @@ def test_killed_at_random_moments(source, tmp_path):
 
 
 def test_a_run_cut_off_before_the_last_rename_only_renames(source, whole, tmp_path, monkeypatch):
-    cut_off(monkeypatch, streaming, "_move", stop, source, tmp_path / "pruned")
+    cut_off(monkeypatch, streamed_run, "give_name", stop, source, tmp_path / "pruned")
     monkeypatch.setattr("optimum_fista.solve.methods.obs_admm.ObsAdmm.prune", None)
     prune(source, tmp_path / "pruned")
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
 def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, monkeypatch):
-    cut_off(monkeypatch, streaming, "_complete", stop, source, tmp_path / "pruned")
+    cut_off(monkeypatch, streamed_run, "write_remaining", stop, source, tmp_path / "pruned")
     for name in (".tmpq7NgZZ", ".model-00009-of-00009.safetensors.partial"):
         (unfinished_folder(tmp_path / "pruned") / name).write_bytes(b"half a shard")
     prune(source, tmp_path / "pruned")
@@ -217,7 +217,7 @@ def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
 def test_a_damaged_shard_is_made_again(source, whole, tmp_path, monkeypatch, damage):
-    cut_off(monkeypatch, streaming, "_complete", stop, source, tmp_path / "pruned")
+    cut_off(monkeypatch, streamed_run, "write_remaining", stop, source, tmp_path / "pruned")
     shard = unfinished_folder(tmp_path / "pruned") / f"model-00002-of-0000{LAYERS + 1}.safetensors"
     data = bytearray(shard.read_bytes())
     data[-9] ^= 1
