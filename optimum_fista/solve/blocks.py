@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-_ROWS = 384
-_VALUES = 2**20
+_ROWS = 192
+_VALUES = 2**19
 
 
 def rows_in_block(rows: int, columns: int, scale: int = 1) -> int:
@@ -17,11 +17,11 @@ def rows_in_block(rows: int, columns: int, scale: int = 1) -> int:
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Slices of the rows of a matrix: about a million values each, but enough rows for a product to be efficient.
+    """Slices of the rows of a matrix: about half a million values each, but enough rows for a product to be efficient.
 
-    On other devices than the CPU all rows are one block up to 64 times that size.
+    On other devices than the CPU all rows are one block up to 128 times that size.
     """
     rows, columns = matrix.shape
-    step = rows_in_block(rows, columns, 1 if matrix.device.type == "cpu" else 64)
+    step = rows_in_block(rows, columns, 1 if matrix.device.type == "cpu" else 128)
     for start in range(0, rows, max(1, step)):
         yield slice(start, min(rows, start + step))

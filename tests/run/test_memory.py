@@ -27,7 +27,7 @@ def bound(hidden: int, ffn: int) -> int:
     layer = 2 * (4 * hidden**2 + 3 * hidden * ffn)
     down = 4 * (2 * ffn**2 + 3 * hidden * ffn)
     gate_and_up = 4 * (2 * hidden**2 + 6 * hidden * ffn)
-    blocks = 4 * 4 * 2**20 + 2 * hidden * ffn * 3
+    blocks = 4 * 4 * max(2**19, 192 * ffn) + 2 * hidden * ffn * 3
     rest = 36 * MIB  # left by allocators, MKL's buffers, one batch, the report, what Python loads on the way
     return layer + max(down, gate_and_up) + blocks + rest
 
@@ -42,6 +42,6 @@ def test_peak_memory_does_not_grow_with_the_depth_and_is_what_the_formula_says()
 @pytest.mark.slow
 def test_a_model_of_24_layers_takes_about_two_fifths_of_its_size():
     of_24, of_48 = peaks((24, 48), 768, 3072, 512)
-    assert of_24["peak_bytes"] <= 0.42 * of_24["model_bytes"]
+    assert of_24["peak_bytes"] <= 0.40 * of_24["model_bytes"]
     assert of_24["peak_bytes"] <= bound(768, 3072)
     assert of_48["peak_bytes"] == pytest.approx(of_24["peak_bytes"], rel=0.05)
