@@ -122,7 +122,7 @@ class ModelPruning:
             self._split_experts(),
             tqdm(total=sum(counts.values()), desc=self.title, unit="operator", disable=not self.progress) as bar,
         ):
-            recorded = self._record()
+            recorded, self.states = self.batches.record(self.states, self.storage)
             first = 0 if self.states is None else min(todo)
             if self.states is None:
                 self.states = pruning.enter(recorded.hidden_states)
@@ -135,7 +135,7 @@ class ModelPruning:
                 done = len(self.report.operators)
                 with onloaded(layer):
                     while index <= last and not self._try_layer(work, pruning, recorded, name, index, bar):
-                        recorded = self._record()
+                        recorded, self.states = self.batches.record(self.states, self.storage)
                         recorded.hidden_states.clear()
                     recorded.calls[index] = []
                     if index in todo:
@@ -186,10 +186,6 @@ class ModelPruning:
             budgets.output_weights if self.config.scope == "matrix" else None,
             StarvedRule(self.config.starved_tokens, create_method(self.config.starved_method)),
         )
-
-    def _record(self) -> RecordedInputs:
-        recorded, self.states = self.batches.record(self.states, self.storage)
-        return recorded
 
     def _try_layer(
         self,
