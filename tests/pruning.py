@@ -1,6 +1,7 @@
 """Pruning a model in one call, and what its linear operators see."""
 
 import torch
+from tiny_llama import tiny_llama
 from torch import Tensor, nn
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
@@ -35,3 +36,16 @@ def inputs_of(model, tokens: Tensor) -> dict[str, Tensor]:
 def error_of(pruned: Tensor, dense: Tensor, inputs: Tensor, dense_inputs: Tensor) -> float:
     wanted = dense_inputs.double() @ dense.double().T
     return float((inputs.double() @ pruned.double().T - wanted).norm() / wanted.norm())
+
+
+def inputs_seen(pruned, tokens: Tensor, error_correction: str | float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs of all operators in the dense tiny Llama, and those on which a correction says they are pruned."""
+    dense_inputs = inputs_of(tiny_llama(), tokens)
+    inputs = dict(dense_inputs) if error_correction == "none" else inputs_of(pruned, tokens)
+    if error_correction == "intra":  # one decoder layer is pruned, the others are dense
+        for index, layer in enumerate(pruned.model.layers):
+            mixed = tiny_llama()
+            mixed.model.layers[index] = layer
+            seen = inputs_of(mixed, tokens)
+            inputs |= {name: value for name, value in seen.items() if name.startswith(f"model.layers.{index}.")}
+    return dense_inputs, inputs

@@ -100,6 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     calibration.add_argument("--num-samples", type=int, default=128, help="number of sequences (default 128)")
     calibration.add_argument(
+        "--held-out",
+        type=int,
+        metavar="N",
+        help="N further sequences that nothing is fitted to: the report has every operator's error on them as well",
+    )
+    calibration.add_argument(
         "--sequence-length", type=int, help="tokens a sequence (default: 2048 or the model's maximum)"
     )
     calibration.add_argument("--batch-size", type=int, default=1, help="sequences a forward pass (default 1)")
@@ -163,7 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
                 lambda: calibration_tokens_by_name(
                     arguments.model,
                     arguments.calibration,
-                    arguments.num_samples,
+                    arguments.num_samples + config.held_out,
                     arguments.sequence_length,
                     config.seed,
                     device=ranks.device,
@@ -206,7 +212,7 @@ def _plan(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
     plan = plan_pruning(
         arguments.model,
         config,
-        num_samples=arguments.num_samples,
+        num_samples=arguments.num_samples + config.held_out,
         sequence_length=arguments.sequence_length,
         batch_size=arguments.batch_size,
         calibration=arguments.calibration,
@@ -230,7 +236,7 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
     from optimum_fista.run.config import FistaPruningConfig
 
     names = ["sparsity", "pattern", "scope", "include", "exclude", "method", "error_correction", "residual_correction"]
-    names += ["allocation", "starved_tokens", "starved_method", "warm_start", "max_iterations", "seed"]
+    names += ["allocation", "held_out", "starved_tokens", "starved_method", "warm_start", "max_iterations", "seed"]
     flags: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.paper and (arguments.config or flags.get("method", "fista") != "fista"):
         raise ValueError("--paper sets method and options of the paper: pass it without --config and --method.")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,15 +19,22 @@ class CalibrationBatch:
     Attributes:
         input_ids: int64 [batch, sequence].
         attention_mask: bool [batch, sequence], True = a real token; `None` when all are.
+        held_out: Whether errors are measured on it and nothing is fitted to it.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
+    held_out: bool = False
 
     @property
     def num_tokens(self) -> int:
         """Number of real tokens."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    def sequences(self, start: int, stop: int) -> CalibrationBatch:
+        """A batch of some of the sequences."""
+        mask = None if self.attention_mask is None else self.attention_mask[start:stop]
+        return replace(self, input_ids=self.input_ids[start:stop], attention_mask=mask)
 
 
 def read_batches(loader: Iterable[Any], vocab_size: int) -> list[CalibrationBatch]:
@@ -64,7 +71,38 @@ def read_batches(loader: Iterable[Any], vocab_size: int) -> list[CalibrationBatc
     return batches
 
 
-def tokens_sha256(batches: list[CalibrationBatch]) -> str:
+def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[CalibrationBatch]:
+    """Mark the last sequences as held out; a batch that they begin in is cut in two.
+
+    Raises:
+        ValueError: If no real token is left to calibrate on, or none is held out although sequences are.
+    """
+    if not num_sequences:
+        return list(batches)
+    total = sum(batch.input_ids.shape[0] for batch in batches)
+    if num_sequences >= total:
+        raise ValueError(
+            f"held_out={num_sequences}: calib_dataloader holds {total} sequences, so none is left to calibrate on: "
+            "pass a smaller number, or more sequences."
+        )
+    found, left = [], total - num_sequences
+    for batch in batches:
+        size = batch.input_ids.shape[0]
+        cut = min(left, size)
+        if cut:
+            found.append(_without_idle_mask(batch.sequences(0, cut)))
+        if cut < size:
+            found.append(replace(_without_idle_mask(batch.sequences(cut, size)), held_out=True))
+        left -= cut
+    for held_out, name in ((False, "other"), (True, "held-out")):
+        if not any(batch.num_tokens for batch in found if batch.held_out == held_out):
+            raise ValueError(
+                f"held_out={num_sequences}: the {name} sequences hold no real token, every attention_mask is zero."
+            )
+    return found
+
+
+def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:
     """SHA-256 of all real tokens with the sequence boundaries, whatever the batch size."""
     digest = hashlib.sha256()
     for batch in batches:
@@ -72,6 +110,12 @@ def tokens_sha256(batches: list[CalibrationBatch]) -> str:
             real = ids if batch.attention_mask is None else ids[batch.attention_mask[row].cpu()]
             digest.update(real.to(torch.int64).numpy().tobytes() + b"|")
     return digest.hexdigest()
+
+
+def _without_idle_mask(batch: CalibrationBatch) -> CalibrationBatch:
+    """The batch without a mask where all its tokens are real."""
+    mask = batch.attention_mask
+    return batch if mask is None or not bool(mask.all()) else replace(batch, attention_mask=None)
 
 
 def _items(loader: Iterable[Any]) -> Iterable[Any]:

@@ -26,11 +26,13 @@ class RecordedInputs:
         hidden_states: Input of the first decoder layer, a batch each, [batch, sequence, hidden], as it is stored.
         calls: Other arguments, `calls[layer][batch]`; equal tensors are stored once.
         token_masks: bool [batch, sequence] on the model's device, a batch each; `None` when all are real.
+        held_out: Whether a batch is held out, a batch each.
     """
 
     hidden_states: ActivationStore
     calls: list[list[LayerCall]]
     token_masks: list[Tensor | None]
+    held_out: list[bool]
 
 
 def record_inputs(
@@ -78,7 +80,7 @@ def _record(
                 )
             hidden_states.append(first)
             token_masks.append(mask)
-    return RecordedInputs(hidden_states, recorder.calls, token_masks)
+    return RecordedInputs(hidden_states, recorder.calls, token_masks, [batch.held_out for batch in batches])
 
 
 class _HandsOnMore(Exception):

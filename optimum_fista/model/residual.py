@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from optimum_fista.model.activation_store import ActivationStore
-from optimum_fista.model.gram import GramAccumulator
+from optimum_fista.model.layer_sums import add_energies
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.paused import PausedForwards
 from optimum_fista.model.replay import watching
-from optimum_fista.model.statistics import DenseRecord, LayerActivations, checked_statistics
+from optimum_fista.model.statistics import DenseRecord, LayerActivations
 from optimum_fista.solve.problem import LayerProblem
 
 
@@ -76,7 +76,7 @@ def residual_problem(
     Args:
         activations: The decoder layer, all other groups pruned.
         operator: Its last operator, still dense.
-        record: What the dense network showed of the operator; used up.
+        record: What the dense network showed of the operator; used up. It gets the sums over held-out tokens.
         dense_outputs: Output hidden states of the dense layer, a batch each.
         forwards: Passes paused in front of the operator or before.
         stop: The operator's index among the stops.
@@ -84,10 +84,9 @@ def residual_problem(
         residual_share: `b` above.
         keep: Whether the outputs of the pruned layer will be asked for.
     """
-    device, (rows_out, size) = operator.parameter.device, operator.shape
-    gram = GramAccumulator(size, device)
-    target = torch.zeros(rows_out, size, device=device)
-    energies = torch.zeros(rows_out, dtype=torch.float64, device=device)
+    device = operator.parameter.device
+    record.energies, record.held_out_energies = {}, {}  # of the dense outputs, which are no longer the target
+    sums = record.begin_sums(activations, [operator], narrow=True, dense_share=1.0)
     kept_rest, kept_inputs = activations.store(), activations.store()
     weight = operator.read()
     put_out: list[Tensor] = []  # by the operator, in the pass that runs to the end
@@ -100,14 +99,13 @@ def residual_problem(
             kept = kept if record.narrow else kept @ weight.T
             drift = activations.rows(output - dense_outputs[batch].to(device), batch, operator).float() - same + kept
             wanted = same.mul(1 - dense_share).add_(kept, alpha=dense_share).sub_(drift, alpha=residual_share)
-            rows = activations.rows(inputs, batch, operator).float()
-            gram.add(rows)
-            target.addmm_(wanted.T, rows)
-            energies += wanted.square().sum(0)
+            into = record.held_out if activations.is_held_out(batch) else sums
+            assert into is not None
+            into.add(activations.rows(inputs, batch, operator).float(), wanted)
+            add_energies(into.energies, operator.name, wanted)
             if keep:
                 kept_inputs.append(inputs)
                 kept_rest.append(output - own)
     record.kept.clear()
-    statistics = checked_statistics([operator], gram)
-    problem = LayerProblem(weight, statistics, target, energies, operator.name)
+    (problem,) = sums.problems([operator], [weight])
     return ResidualProblem(problem, kept_rest, kept_inputs)

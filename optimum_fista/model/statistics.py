@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,12 +12,10 @@ from torch import Tensor, nn
 
 from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.gram import GramAccumulator
+from optimum_fista.model.layer_sums import Group, LayerSums, add_energies, checked_statistics
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.replay import LayerCall, watching
-from optimum_fista.solve.blocks import row_blocks
-from optimum_fista.solve.problem import InputStatistics, LayerProblem, inner_by_rows
-
-Group = list[LinearOperator]
+from optimum_fista.solve.problem import LayerProblem
 
 
 @dataclass
@@ -29,12 +28,18 @@ class LayerActivations:
         token_masks: bool [batch, sequence] or `None`, a batch each; False tokens count nowhere.
         storage: Where hidden states and recorded activations are kept between passes: a device, or a folder for
             memory-mapped files.
+        held_out: Whether a batch is held out, a batch each; empty: none is.
     """
 
     layer: nn.Module
     calls: Sequence[LayerCall]
     token_masks: Sequence[Tensor | None]
     storage: Storage
+    held_out: Sequence[bool] = ()
+
+    def is_held_out(self, batch: int) -> bool:
+        """Whether nothing is fitted to a batch."""
+        return bool(self.held_out) and self.held_out[batch]
 
     def store(self) -> ActivationStore:
         """An empty list of activations that are kept at `storage` and needed on the layer's device."""
@@ -70,12 +75,16 @@ class DenseRecord:
             in the model's dtype.
         tokens: Indices of the tokens seen, a batch each, where these are not all.
         energies: Squared norms of the rows of `W X`, [out], float64, by operator that sees all tokens.
+        held_out_energies: The same over held-out tokens.
+        held_out: Sums over held-out tokens; `None` without any, and before the inputs X* have been seen.
     """
 
     narrow: bool
     kept: list[Tensor] | ActivationStore = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
     energies: dict[str, Tensor] = field(default_factory=dict)
+    held_out_energies: dict[str, Tensor] = field(default_factory=dict)
+    held_out: LayerSums | None = None
 
     @classmethod
     def of(cls, group: Group, activations: LayerActivations) -> DenseRecord:
@@ -85,6 +94,19 @@ class DenseRecord:
         device = next(activations.layer.parameters()).device
         in_files = isinstance(activations.storage, Path)
         return cls(False, ActivationStore(torch.device("cpu") if in_files else activations.storage, device))
+
+    def begin_sums(self, activations: LayerActivations, group: Group, *, narrow: bool, dense_share: float) -> LayerSums:
+        """Sums over the tokens that problems are made from, and beside them `held_out` where tokens are held out."""
+        size, device = group[0].shape[1], group[0].parameter.device
+        make = partial(LayerSums, size, device, narrow=narrow, dense_share=dense_share)
+        if any(activations.held_out):
+            self.held_out = make(energies=self.held_out_energies)
+        return make(energies=self.energies)
+
+    def take_held_out(self) -> LayerSums | None:
+        """The sums over held-out tokens, which are kept here no longer."""
+        sums, self.held_out = self.held_out, None
+        return sums
 
     def inputs_of(self, batch: int, tokens: Tensor | None, later: Tensor) -> Tensor:
         """Dense inputs of the tokens that the rows of `later` [tokens, in] are of; those not seen are taken from it."""
@@ -110,8 +132,8 @@ def record_dense(
         activations: The decoder layer, still dense.
         groups: Its groups of operators.
         hidden_states: Dense inputs of the layer, a batch each.
-        with_gram: By group: True accumulates the Gram matrix of the dense inputs, False records the
-            activations for a cross-Gram against later inputs.
+        with_gram: By group: True accumulates the Gram matrix of the dense inputs (in the record where tokens are held
+            out), False records the activations for a cross-Gram against later inputs.
 
     Returns:
         Dense outputs of the layer, records by group, and Gram matrices by group (`None` without).
@@ -119,6 +141,9 @@ def record_dense(
     device = next(activations.layer.parameters()).device
     records = [DenseRecord.of(group, activations) for group in groups]
     grams = [GramAccumulator(g[0].shape[1], device) if w else None for g, w in zip(groups, with_gram, strict=True)]
+    for group, record, gram in zip(groups, records, grams, strict=True):
+        if gram is not None and any(activations.held_out):
+            record.held_out = LayerSums(group[0].shape[1], device)
     batch = 0
     outputs: dict[str, Tensor] = {}
 
@@ -127,7 +152,8 @@ def record_dense(
         rows = activations.rows(inputs, batch, operator)
         gram = grams[index]
         if gram is not None:
-            gram.add(rows.float())
+            held_out = records[index].held_out if activations.is_held_out(batch) else None
+            (gram if held_out is None else held_out).add(rows.float())
         elif not records[index].narrow:
             store = records[index].kept
             assert isinstance(store, ActivationStore)
@@ -141,9 +167,9 @@ def record_dense(
             rows = operator.outputs_without_bias(activations.rows(output, batch, operator))
             if records[index].narrow:
                 outputs[operator.name] = rows.to(output.dtype, copy=True)  # Falcon adds to it in place
-            energies = records[index].energies
-            squares = rows.float().square().sum(0).double()
-            energies[operator.name] = energies[operator.name] + squares if operator.name in energies else squares
+            record = records[index]
+            energies = record.held_out_energies if activations.is_held_out(batch) else record.energies
+            add_energies(energies, operator.name, rows.float())
 
     watch_inputs = {g[0].module: (lambda x, i=i: see_input(i, x)) for i, g in enumerate(groups)}
     watch_outputs = {o.module: (lambda y, i=i, o=o: see_output(i, o, y)) for i, g in enumerate(groups) for o in g}
@@ -181,67 +207,23 @@ def problems_corrected(
     Args:
         activations: The decoder layer, its earlier groups already pruned.
         group: Operators that share an input and are still dense.
-        record: What the dense network showed of the group; used up, and not read when `dense_share` is 0.
+        record: What the dense network showed of the group; used up, and not read when `dense_share` is 0. It gets the
+            sums over held-out tokens.
         inputs: X* of the group [batch, sequence, in], a batch each.
         dense_share: In [0, 1].
     """
-    device = group[0].parameter.device
-    size = group[0].shape[1]
-    gram = GramAccumulator(size, device)
-    width = sum(operator.shape[0] for operator in group) if record.narrow else size
-    cross = torch.zeros(width, size, device=device) if dense_share else None
+    sums = record.begin_sums(activations, group, narrow=record.narrow, dense_share=dense_share)
     weights = [] if group[0].tokens is None else [operator.read() for operator in group]
     for batch, activation in enumerate(inputs):
-        rows = activations.rows(activation, batch, group[0]).float()
-        gram.add(rows)
-        if cross is not None:
+        into = record.held_out if activations.is_held_out(batch) else sums
+        assert into is not None
+        rows, kept = activations.rows(activation, batch, group[0]).float(), None
+        if dense_share:
             tokens = activations.tokens(batch, group[0])
             kept = record.inputs_of(batch, tokens, rows)
-            cross.addmm_(kept.T, rows)
             if tokens is not None:
                 for operator, weight in zip(group, weights, strict=True):
-                    squares = (kept @ weight.T).square().sum(0).double()
-                    record.energies[operator.name] = record.energies.get(operator.name, 0) + squares
+                    add_energies(into.energies, operator.name, kept @ weight.T)
+        into.add(rows, kept)
     record.kept.clear()
-    statistics = checked_statistics(group, gram)
-    problems, row = [], 0
-    for index, operator in enumerate(group):
-        weight = weights[index] if weights else operator.read()
-        if cross is None:
-            problems.append(LayerProblem(weight, statistics, name=operator.name))
-            continue
-        target = cross[row : row + weight.shape[0]] if record.narrow else weight @ cross
-        row += weight.shape[0]
-        energies = record.energies[operator.name]
-        problems.append(_mixed(weight, statistics, target, energies, dense_share, operator.name))
-    return problems
-
-
-def _mixed(
-    weight: Tensor, statistics: InputStatistics, target: Tensor, energies: Tensor, share: float, name: str
-) -> LayerProblem:
-    """The problem of target outputs `W (a X + (1 - a) X*)` from `W X X*^T` and the squared norms of the rows of W X."""
-    if share == 1:
-        return LayerProblem(weight, statistics, target, energies, name)
-    mixed, remade = inner_by_rows(weight, target), torch.empty_like(energies)
-    for rows in row_blocks(weight):
-        same = weight[rows] @ statistics.gram
-        remade[rows] = inner_by_rows(weight[rows], same)
-        target[rows].mul_(share).add_(same, alpha=1 - share)
-    energies = share**2 * energies + 2 * share * (1 - share) * mixed + (1 - share) ** 2 * remade
-    return LayerProblem(weight, statistics, target, energies, name, same_energies=remade)
-
-
-def checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:
-    """The finished statistics of a group's inputs.
-
-    Raises:
-        ValueError: If they hold NaN or Inf.
-    """
-    statistics = gram.finish()
-    if not all(bool(torch.isfinite(extreme)) for extreme in statistics.gram.aminmax()):
-        raise ValueError(
-            f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32): the model is "
-            "damaged there, or its activations overflow its dtype; try dtype=torch.float32 or torch.bfloat16."
-        )
-    return statistics
+    return list(sums.problems(group, weights or [operator.read() for operator in group]))

@@ -39,10 +39,9 @@ def cut_batches(batches: Sequence[CalibrationBatch], sizes: Sequence[int]) -> li
     for batch in batches:
         row = 0
         while row < batch.input_ids.shape[0]:
-            rows = slice(row, row + next(wanted))
-            mask = None if batch.attention_mask is None else batch.attention_mask[rows]
-            cut.append(CalibrationBatch(batch.input_ids[rows], mask))
-            row = rows.stop
+            end = row + next(wanted)
+            cut.append(batch.sequences(row, end))
+            row = end
     return cut
 
 

@@ -31,7 +31,7 @@ the language-model head are dense.
 | method | {method}; error correction `{error_correction}`, residual correction `{residual_correction}` |
 | zeros | {allocation} |
 | relative error of the operators{before} | {mean_relative_error:.4f} on average, {max_relative_error:.4f} at most |
-| calibration | {calibration} |
+{held_out}| calibration | {calibration} |
 | time | {seconds:.0f} s, of which solving {solve_seconds:.0f} s |
 
 It is a plain dense checkpoint with zeros in it and loads without any further package:
@@ -49,9 +49,7 @@ model = AutoModelForCausalLM.from_pretrained("THIS-REPOSITORY-OR-FOLDER")
 
 `|| W* X* - W X ||_F / || W X ||_F` on the calibration tokens, over the decoder layers.
 
-{picture}| operator | shape | sparsity | mean error | largest error |
-|---|---|---|---|---|
-{rows}
+{picture}{rows}
 
 ## To make it again
 
@@ -87,6 +85,7 @@ def model_card(report: PruningReport, picture: str | None = None) -> str:
         allocation=_allocation(report),
         calibration=f"{tokens['num_tokens']:,} tokens in {tokens['num_sequences']} sequences"
         + (f" of {tokens['source']}" if tokens.get("source") else ""),
+        held_out=_held_out(report),
         seconds=report.seconds.get("total", 0.0),
         picture=f"![Relative error by decoder layer and operator]({picture})\n\n" if picture else "",
         rows="\n".join(_rows(report.operators)),
@@ -115,13 +114,37 @@ def _allocation(report: PruningReport) -> str:
 
 
 def _rows(operators: list[OperatorReport]) -> list[str]:
-    """One row for the operators of the same kind in every decoder layer."""
+    """One row for the operators of the same kind in every decoder layer, below a header."""
     grid = OperatorGrid.of(operators)
-    rows = []
+    measured = any(o.held_out_error is not None for o in operators)
+    header = ["operator", "shape", "sparsity", "mean error", "largest error"]
+    header += ["mean held-out error"] if measured else []
+    rows = [_line(header), "|---" * len(header) + "|"]
     for kind in grid.kinds:
         group = grid.of_kind(kind)
         errors = [o.relative_error for o in group]
+        held_out = [o.held_out_error for o in group if o.held_out_error is not None]
         sparsity = sum(o.sparsity for o in group) / len(group)
         shape = " x ".join(map(str, group[0].shape))
-        rows.append(f"| {kind} | {shape} | {sparsity:.2%} | {sum(errors) / len(errors):.4f} | {max(errors):.4f} |")
+        cells = [kind, shape, f"{sparsity:.2%}", f"{sum(errors) / len(errors):.4f}", f"{max(errors):.4f}"]
+        if measured:
+            cells.append(f"{sum(held_out) / len(held_out):.4f}" if held_out else "")
+        rows.append(_line(cells))
     return rows
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _held_out(report: PruningReport) -> str:
+    """The line of the held-out errors; empty without any."""
+    totals = report.totals
+    if totals["held_out_ratio"] is None:
+        return ""
+    tokens = report.calibration["held_out"]
+    return (
+        f"| the same on held-out tokens | {totals['mean_held_out_error']:.4f} on average, "
+        f"{totals['max_held_out_error']:.4f} at most, on {tokens['num_tokens']:,} tokens in "
+        f"{tokens['num_sequences']} further sequences |\n"
+    )

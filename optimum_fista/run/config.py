@@ -37,6 +37,8 @@ class FistaPruningConfig:
             loss of the model, as its gradients foretell it, grows least; `sparsity` holds for all of them together.
             Operators with an n:m pattern or an entry in `overrides` are left out of it.
         allocation_tokens: Calibration tokens the gradients are taken on.
+        held_out: So many of the calibration sequences, counted from the end, are held out: they run through the network
+            like the others, nothing is fitted to them, and the report has every operator's error on them as well.
         warm_start: `"dense"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or `"auto"`, the paper's rule: SparseGPT
             for OPT, Wanda for other families. `None`: the method's default.
         max_iterations: Iteration limit of the method; `None`: the method's default.
@@ -60,6 +62,7 @@ class FistaPruningConfig:
     residual_correction: float | None = None
     allocation: Allocation | None = None
     allocation_tokens: int = 2048
+    held_out: int = 0
     warm_start: str | None = None
     max_iterations: int | None = None
     tolerance: float | None = None
@@ -85,7 +88,7 @@ class FistaPruningConfig:
             raise ValueError(f"residual_correction={self.residual_correction!r}: pass a number in [0, 1].")
         if self.allocation not in (None, "uniform", "fisher"):
             raise ValueError(f"allocation={self.allocation!r}: pass 'uniform' or 'fisher'.")
-        for name, least in (("allocation_tokens", 2), ("starved_tokens", 0), ("seed", 0)):
+        for name, least in (("allocation_tokens", 2), ("held_out", 0), ("starved_tokens", 0), ("seed", 0)):
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise ValueError(f"{name}={number!r}: pass a whole number of at least {least}.")

@@ -19,11 +19,14 @@ _BLOCKS = 64
 
 def run_fingerprint(name: str, pruning: ModelPruning) -> dict[str, Any]:
     """Everything that the bytes of a run depend on: weights, configuration, calibration tokens, versions."""
-    versions = library_versions()
+    versions, calibration = library_versions(), pruning.report.calibration
+    tokens = calibration["sha256"]
+    if "held_out" in calibration:
+        tokens = [tokens, calibration["held_out"]["sha256"]]
     fingerprint = {
         "model": weight_files(name) | {"dtype": str(pruning.model.dtype)},
         "config": pruning.config.to_dict(),
-        "calibration": pruning.report.calibration["sha256"],
+        "calibration": tokens,
         "batches": [list(batch.input_ids.shape) for batch in pruning.batches.all],
         "versions": {name: versions[name] for name in _VERSIONS},
     }

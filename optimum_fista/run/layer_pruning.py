@@ -12,36 +12,24 @@ from torch import Tensor
 
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.gram import GramAccumulator
+from optimum_fista.model.layer_sums import Group
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.paused import PausedForwards
 from optimum_fista.model.residual import is_added_to_output, residual_problem
 from optimum_fista.model.statistics import (
     DenseRecord,
-    Group,
     LayerActivations,
     problems_corrected,
     problems_same_input,
     record_dense,
 )
 from optimum_fista.run.free_memory import release_free_memory
-from optimum_fista.run.report import OperatorReport
+from optimum_fista.run.pruned_group import PrunedGroup
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
 from optimum_fista.solve.stacking import prune_stacked
-
-
-@dataclass
-class PrunedGroup:
-    """Operators that share an input, their problems and what became of them, in patterns of their own."""
-
-    operators: Group
-    problems: Sequence[LayerProblem]
-    pruned: Sequence[PrunedOperator]
-    patterns: Sequence[SparsityPattern]
-    method: str
-    solve_seconds: float
 
 
 @dataclass
@@ -77,17 +65,20 @@ class HiddenStates:
         return found
 
 
-def hidden_state_error(states: HiddenStates, token_masks: Sequence[Tensor | None]) -> float | None:
-    """`|| H* - H ||_F / || H ||_F` over the real tokens; `None` where there is only one stream.
+def hidden_state_error(states: HiddenStates, activations: LayerActivations) -> float | None:
+    """`|| H* - H ||_F / || H ||_F` over the real tokens that are not held out; `None` where there is only one stream.
 
     Args:
         states: `H` and `H*` [batch, sequence, hidden], a batch each.
-        token_masks: bool [batch, sequence], a batch each; `None`: all tokens are real.
+        activations: Says which tokens are real, and which batches are held out.
     """
     if states.dense is None or states.pruned is None:
         return None
     squares = []
-    for dense, pruned, mask in zip(states.dense, states.pruned, token_masks, strict=True):
+    for batch, (dense, pruned) in enumerate(zip(states.dense, states.pruned, strict=True)):
+        if activations.is_held_out(batch):
+            continue
+        mask = activations.token_masks[batch]
         dense, pruned = (h.reshape(-1, h.shape[-1]) for h in (dense, pruned))
         if mask is not None:
             real = mask.reshape(-1).to(dense.device)
@@ -160,7 +151,7 @@ class LayerPruning:
         for index, group in enumerate(groups):
             gram, grams[index] = grams[index], None
             if gram is not None:
-                yield self._solve(group, problems_same_input(group, gram))
+                yield self._solve(group, problems_same_input(group, gram), records[index])
         corrected = [index for index, seen in enumerate(sees_dense) if not seen]
         stops = [groups[index][0].module for index in corrected]
         waiting = activations.storage
@@ -170,10 +161,8 @@ class LayerPruning:
                     yield self._last(activations, groups[index], records[index], outputs, forwards, stop, states)
                     break
                 inputs = forwards.inputs(stop)
-                yield self._solve(
-                    groups[index],
-                    problems_corrected(activations, groups[index], records[index], inputs, self._dense_share),
-                )
+                problems = problems_corrected(activations, groups[index], records[index], inputs, self._dense_share)
+                yield self._solve(groups[index], problems, records[index])
             else:
                 if states.pruned is not None:
                     left = activations.store()
@@ -216,7 +205,7 @@ class LayerPruning:
             residual_share=self.residual_share,
             keep=states.pruned is not None,
         )
-        pruned = self._solve(group, [made.problem])
+        pruned = self._solve(group, [made.problem], record)
         if states.pruned is not None:
             states.pruned = made.outputs(activations, group[0])
         return pruned
@@ -225,7 +214,7 @@ class LayerPruning:
         """Whether X* = X for a group: always without correction, for the first group with "intra"."""
         return self.error_correction == "none" or (self.error_correction == "intra" and index == 0)
 
-    def _solve(self, group: Group, problems: Sequence[LayerProblem]) -> PrunedGroup:
+    def _solve(self, group: Group, problems: Sequence[LayerProblem], record: DenseRecord) -> PrunedGroup:
         patterns = [self.pattern_for(operator.name) for operator in group]
         method, message = self._method(group, problems[0].statistics.num_tokens)
         release_free_memory()
@@ -248,7 +237,7 @@ class LayerPruning:
                 )
             result.weight.masked_fill_(~result.mask, 0.0)  # no -0.0
             self.write(operator, result)
-        return PrunedGroup(group, problems, pruned, patterns, method.name, seconds)
+        return PrunedGroup(group, problems, pruned, patterns, method.name, seconds, record.take_held_out())
 
     def _method(self, group: Group, num_tokens: int) -> tuple[PruningMethod, str]:
         """The method for a group, and what to say where it is not the usual one."""
@@ -256,33 +245,3 @@ class LayerPruning:
             return self.method, ""
         method = self.starved.method
         return method, f"starved expert: {num_tokens} calibration tokens reached it, so {method.name} pruned it"
-
-
-def report_group(group: PrunedGroup) -> list[OperatorReport]:
-    """Reports of the operators of a group, with the error of the weights as they were written."""
-    reports = []
-    parts = zip(group.operators, group.problems, group.pruned, group.patterns, strict=True)
-    for operator, problem, pruned, pattern in parts:
-        exact = operator.parameter.dtype == problem.weight.dtype
-        kept = int(pruned.mask.sum())
-        reports.append(
-            OperatorReport(
-                name=f"{operator.name}.weight",
-                shape=operator.shape,
-                stored_transposed=operator.transposed,
-                pattern=pattern.text,
-                target_sparsity=pattern.sparsity,
-                scope=pattern.scope,
-                num_kept=kept,
-                sparsity=1 - kept / pruned.mask.numel(),
-                method=group.method,
-                relative_error=pruned.relative_error if exact else problem.relative_error(operator.read()),
-                l1_penalty=pruned.l1_penalty,
-                iterations=pruned.iterations,
-                converged=pruned.converged,
-                message=pruned.message,
-                num_tokens=problem.statistics.num_tokens,
-                solve_seconds=group.solve_seconds / len(group.operators),
-            )
-        )
-    return reports

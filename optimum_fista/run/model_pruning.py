@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.architecture import find_decoder_layers, input_embedding
-from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.experts import split_experts
 from optimum_fista.model.hidden_states import RecordedInputs
 from optimum_fista.model.offload import execution_device, onloaded
@@ -25,9 +25,10 @@ from optimum_fista.model.statistics import LayerActivations
 from optimum_fista.run.budgets import Budgets, share_budgets
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.free_memory import release_memory_of
-from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, StarvedRule, hidden_state_error, report_group
+from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, StarvedRule, hidden_state_error
 from optimum_fista.run.loading import require_unquantized, storage_place
 from optimum_fista.run.operators import choose_operators, require_finite
+from optimum_fista.run.pruned_group import report_group
 from optimum_fista.run.pruning_callback import PruningCallback
 from optimum_fista.run.report import LayerReport
 from optimum_fista.run.run_batches import RunBatches
@@ -73,7 +74,7 @@ class ModelPruning:
         self.config = config.resolved()
         self.operators, left_dense = choose_operators(self.layers, config)
         self.stored_names = stored_names(model, (o for group in self.operators.values() for o in group.values()))
-        batches = read_batches(calib_dataloader, input_embedding(model).shape[0])
+        batches = hold_out(read_batches(calib_dataloader, input_embedding(model).shape[0]), config.held_out)
         self.report = begin_report(model, batches, calibration_source, self.config, self.operators, left_dense)
         self.batches = RunBatches(model, self.layers, batches, self.report)
         self.write = write
@@ -122,7 +123,7 @@ class ModelPruning:
             self._split_experts(),
             tqdm(total=sum(counts.values()), desc=self.title, unit="operator", disable=not self.progress) as bar,
         ):
-            recorded = self._record()
+            recorded, self.states = self.batches.record(self.states, self.storage)
             first = 0 if self.states is None else min(todo)
             if self.states is None:
                 self.states = pruning.enter(recorded.hidden_states)
@@ -135,7 +136,7 @@ class ModelPruning:
                 done = len(self.report.operators)
                 with onloaded(layer):
                     while index <= last and not self._try_layer(work, pruning, recorded, name, index, bar):
-                        recorded = self._record()
+                        recorded, self.states = self.batches.record(self.states, self.storage)
                         recorded.hidden_states.clear()
                     recorded.calls[index] = []
                     if index in todo:
@@ -166,7 +167,7 @@ class ModelPruning:
             flat = {name: operator for group in self.operators.values() for name, operator in group.items()}
             with self._split_experts():
                 self.budgets = share_budgets(
-                    self.model, self.layers, flat, self.batches.all, self.config, self.progress
+                    self.model, self.layers, flat, self.batches.calibration, self.config, self.progress
                 )
             release_memory_of(self.model)
             self.report.seconds["allocation"] = time.perf_counter() - started
@@ -187,10 +188,6 @@ class ModelPruning:
             StarvedRule(self.config.starved_tokens, create_method(self.config.starved_method)),
         )
 
-    def _record(self) -> RecordedInputs:
-        recorded, self.states = self.batches.record(self.states, self.storage)
-        return recorded
-
     def _try_layer(
         self,
         work: Callable[[LayerPruning, LayerActivations, str, int, tqdm], None],
@@ -204,7 +201,8 @@ class ModelPruning:
         assert self.states is not None
         entering = HiddenStates(self.states.dense, self.states.pruned)
         layer, done = self.layers.modules[index], len(self.report.operators)
-        activations = LayerActivations(layer, recorded.calls[index], recorded.token_masks, self.storage)
+        calls, masks = recorded.calls[index], recorded.token_masks
+        activations = LayerActivations(layer, calls, masks, self.storage, recorded.held_out)
         self._written: list[LinearOperator] = []
         try:
             work(pruning, activations, name, index, bar)
@@ -245,12 +243,13 @@ class ModelPruning:
                 reports = report_group(group)
                 self.report.operators.extend(reports)
                 last = group.operators[-1].name.removeprefix(f"{name}.")
-                error = reports[-1].relative_error
-                bar.set_postfix_str(f"layer {index + 1}/{len(self.layers)} {last} error {error:.4f}")
+                error, held_out = reports[-1].relative_error, reports[-1].held_out_error
+                beside = "" if held_out is None else f", held out {held_out:.4f}"
+                bar.set_postfix_str(f"layer {index + 1}/{len(self.layers)} {last} error {error:.4f}{beside}")
                 bar.update(len(reports))
                 for callback in self.callbacks:
                     for report in reports:
                         callback.on_operator_end(report)
                 del group  # its matrices, before those of the next group are made
-        drift = hidden_state_error(self.states, activations.token_masks)
+        drift = hidden_state_error(self.states, activations)
         self.report.layers.append(LayerReport(name, drift, time.perf_counter() - started))

@@ -30,13 +30,16 @@ class OperatorReport:
         num_kept: Weights kept.
         sparsity: Fraction of zeros.
         method: Pruning method.
-        relative_error: `|| W* X* - W X ||_F / || W X ||_F` on the calibration tokens, weights as saved.
+        relative_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, weights as saved; `Y` are the outputs
+            that the error correction aims at, those of the dense network `W X` or others.
         l1_penalty: Penalty of the solution, where the method has one.
         iterations: Iterations over all trials.
         converged: False when an iteration limit or a numerical failure ended the method.
         message: Advice or remark of the method.
         num_tokens: Calibration tokens seen.
         solve_seconds: Time of the method, shared evenly over the operators it solved together.
+        held_out_error: `relative_error` on held-out tokens, to which nothing was fitted; `None` where there are none.
+        held_out_tokens: Held-out tokens seen.
     """
 
     name: str
@@ -55,6 +58,8 @@ class OperatorReport:
     message: str
     num_tokens: int
     solve_seconds: float
+    held_out_error: float | None = None
+    held_out_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ class PruningReport:
     Attributes:
         config: The configuration, as plain values.
         model: Class, type, name and number of parameters of the model.
-        calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` where known.
+        calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` where known; the same of the
+            tokens held out under `held_out`, where there are any.
         operators: One report an operator, in pruning order.
         layers: One report a decoder layer; empty in reports of older versions.
         left_dense: Linear operators of the decoder layers that were left dense, with the reason.
@@ -104,10 +110,16 @@ class PruningReport:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Sums and means over the pruned operators; `model_sparsity` counts every parameter of the model."""
+        """Sums and means over the pruned operators; `model_sparsity` counts every parameter of the model.
+
+        `held_out_ratio` is the mean held-out error over the mean relative error of the same operators: 1 where nothing
+        is over-fitted. Without held-out tokens it and the held-out errors are `None`.
+        """
         weights = sum(o.shape[0] * o.shape[1] for o in self.operators)
         zeros = sum(o.shape[0] * o.shape[1] - o.num_kept for o in self.operators)
         errors = [o.relative_error for o in self.operators]
+        both = [(o.held_out_error, o.relative_error) for o in self.operators if o.held_out_error is not None]
+        held_out, fitted = [pair[0] for pair in both], sum(pair[1] for pair in both)
         return {
             "num_operators": len(self.operators),
             "num_weights": weights,
@@ -116,6 +128,9 @@ class PruningReport:
             "model_sparsity": zeros / self.model["num_parameters"],
             "mean_relative_error": sum(errors) / len(errors) if errors else 0.0,
             "max_relative_error": max(errors, default=0.0),
+            "mean_held_out_error": sum(held_out) / len(held_out) if held_out else None,
+            "max_held_out_error": max(held_out, default=None),
+            "held_out_ratio": sum(held_out) / fitted if fitted else None,
             "solve_seconds": sum(o.solve_seconds for o in self.operators),
             "num_not_converged": sum(not o.converged for o in self.operators),
         }
@@ -138,12 +153,18 @@ class PruningReport:
 
     def __str__(self) -> str:
         """A few lines for people."""
-        totals = self.totals
+        totals, held_out = self.totals, ""
+        if totals["held_out_ratio"] is not None:
+            tokens = self.calibration["held_out"]["num_tokens"]
+            held_out = (
+                f", {totals['held_out_ratio']:.2f} times that on {tokens:,} held-out tokens "
+                f"({totals['mean_held_out_error']:.4f} on average)"
+            )
         return (
             f"{totals['num_operators']} operators pruned by {self.config['method']}, "
             f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%}); "
             f"relative error {totals['mean_relative_error']:.4f} on average, "
-            f"{totals['max_relative_error']:.4f} at most{', before retraining' if self.retrained else ''}; "
+            f"{totals['max_relative_error']:.4f} at most{held_out}{', before retraining' if self.retrained else ''}; "
             f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"
         )
 

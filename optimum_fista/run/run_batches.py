@@ -24,7 +24,7 @@ class RunBatches:
     """Calibration batches of one run; every cut is a line of its report.
 
     Attributes:
-        all: The batches.
+        all: The batches, held-out ones at the end.
     """
 
     def __init__(
@@ -34,6 +34,11 @@ class RunBatches:
         self._model = model
         self._layers = layers
         self._report = report
+
+    @property
+    def calibration(self) -> list[CalibrationBatch]:
+        """Those that weights are fitted to."""
+        return [batch for batch in self.all if not batch.held_out]
 
     def fitted(self, config: FistaPruningConfig, storage: Storage) -> FittedBatches:
         """Batches that the plan of the run finds memory for.

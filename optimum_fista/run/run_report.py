@@ -130,8 +130,13 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _describe_calibration(batches: list[CalibrationBatch], source: str | None) -> dict[str, Any]:
+    found = {"source": source} | _describe_tokens([batch for batch in batches if not batch.held_out])
+    held_out = [batch for batch in batches if batch.held_out]
+    return found | ({"held_out": _describe_tokens(held_out)} if held_out else {})
+
+
+def _describe_tokens(batches: list[CalibrationBatch]) -> dict[str, Any]:
     return {
-        "source": source,
         "sha256": tokens_sha256(batches),
         "num_sequences": sum(batch.input_ids.shape[0] for batch in batches),
         "num_tokens": sum(batch.num_tokens for batch in batches),

@@ -17,8 +17,9 @@ class TrackingCallback(PruningCallback):
     """Logs curves over the decoder layers: the step is the index of the layer.
 
     They are `relative_error/KIND`, `sparsity/KIND` and `solve_seconds/KIND` for every kind of operator
-    (`self_attn.q_proj`; the mean over the experts of a mixture), `hidden_state_error` where it is known, and
-    `layer_seconds`. A tracker that fails is warned of once and no longer used: a run of hours does not end for a curve.
+    (`self_attn.q_proj`; the mean over the experts of a mixture), `held_out_error/KIND` and `hidden_state_error` where
+    they are known, and `layer_seconds`. A tracker that fails is warned of once and no longer used: a run of hours does
+    not end for a curve.
 
     Args:
         tracker: A `torch.utils.tensorboard.SummaryWriter`, or anything with `log(values, step=)`, such as the module
@@ -37,8 +38,10 @@ class TrackingCallback(PruningCallback):
         if layer.hidden_state_error is not None:
             values["hidden_state_error"] = layer.hidden_state_error
         for (_, kind), found in OperatorGrid.of(operators).cells.items():
-            for name in ("relative_error", "sparsity", "solve_seconds"):
-                values[f"{name}/{kind}"] = sum(getattr(operator, name) for operator in found) / len(found)
+            for name in ("relative_error", "held_out_error", "sparsity", "solve_seconds"):
+                known = [value for operator in found if (value := getattr(operator, name)) is not None]
+                if known:
+                    values[f"{name}/{kind}"] = sum(known) / len(known)
         try:
             self._log(values, index)
         except Exception as error:

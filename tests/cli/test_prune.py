@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,16 @@ def test_default_method_with_its_dials_turned(prune, tmp_path):
 def test_error_correction_is_a_word_or_a_number(prune, tmp_path, flag, value):
     assert prune("--method", "wanda", "--error-correction", flag) == 0
     assert config_of(tmp_path / "out").error_correction == value
+
+
+def test_further_sequences_are_held_out(prune, tmp_path, capsys):
+    assert prune("--held-out", "3", "--method", "wanda", "--batch-size", "4") == 0
+    assert re.search(r" times that on 48 held-out tokens \(0\.\d+ on average\); ", capsys.readouterr().out)
+    report = report_of(tmp_path / "out")
+    assert report["config"]["held_out"] == 3
+    assert (report["calibration"]["num_sequences"], report["calibration"]["held_out"]["num_sequences"]) == (8, 3)
+    assert all(operator["held_out_tokens"] == 48 for operator in report["operators"])
+    assert "| the same on held-out tokens |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_seed_batch_size_and_dtype(prune, tmp_path):
@@ -290,6 +301,8 @@ def test_a_dry_run_takes_the_flags_of_a_run(tiny_folder, capsys, monkeypatch):
     assert "measured: " in shown
     assert main(["prune", str(tiny_folder), "--dry-run", "--sparsity", "2"]) == 1
     assert "sparsity=2.0 is outside [0, 1)" in capsys.readouterr().err
+    assert main(["prune", str(tiny_folder), *flags, "--device", "cpu", "--held-out", "2"]) == 0
+    assert "6 x 32 calibration tokens (2 sequences held out), batches of 2, on cpu" in capsys.readouterr().out
 
 
 def test_a_run_without_an_output_is_refused(tiny_folder, capsys):

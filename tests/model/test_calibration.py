@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import BatchEncoding
 
-from optimum_fista.model.calibration import CalibrationBatch, read_batches, tokens_sha256
+from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches, tokens_sha256
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
 MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]])
@@ -160,3 +160,34 @@ def test_ids_at_the_edges_of_the_vocabulary_are_accepted():
 def test_number_of_tokens_counts_real_ones():
     assert CalibrationBatch(IDS).num_tokens == 12
     assert CalibrationBatch(IDS, MASK.bool()).num_tokens == 9
+
+
+@pytest.mark.parametrize("held_out", [1, 2, 3, 4])
+def test_sequences_are_held_out_from_the_end(held_out):
+    batches = read_batches([IDS, {"input_ids": IDS[:2], "attention_mask": MASK[:2]}], 13)
+    found = hold_out(batches, held_out)
+    assert [batch.held_out for batch in found] == sorted(batch.held_out for batch in found)
+    ids = [torch.cat([b.input_ids for b in found if b.held_out == kind]) for kind in (False, True)]
+    assert torch.equal(torch.cat(ids), torch.cat([batch.input_ids for batch in batches]))
+    assert len(ids[1]) == held_out
+    assert len(found) == (2 if held_out == 2 else 3)
+    assert sum(batch.num_tokens for batch in found) == sum(batch.num_tokens for batch in batches)
+
+
+def test_cut_batches_have_a_mask_only_where_they_need_one():
+    first, second = hold_out([CalibrationBatch(IDS, MASK.bool())], 2)
+    assert first.attention_mask is None
+    assert torch.equal(second.attention_mask, MASK[1:].bool())
+
+
+def test_nothing_held_out_changes_nothing():
+    batches = read_batches(IDS, 13)
+    assert all(left is right for left, right in zip(hold_out(batches, 0), batches, strict=True))
+
+
+@pytest.mark.parametrize(("row", "name"), [(0, "other"), (1, "held-out")])
+def test_both_parts_need_a_real_token(row, name):
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    mask[row] = False
+    with pytest.raises(ValueError, match=f"held_out=1: the {name} sequences hold no real token"):
+        hold_out([CalibrationBatch(IDS[:2], mask)], 1)

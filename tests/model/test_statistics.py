@@ -182,3 +182,52 @@ def test_rows_that_do_not_belong_to_tokens_are_refused_only_where_padding_must_b
     assert activations.rows(torch.zeros(5, 2), 0, operator).shape == (5, 2)
     with pytest.raises(ValueError, match=r"layer\.up sees 5 rows for 12 tokens.*exclude=\['layer\.up'\]"):
         activations.rows(torch.zeros(5, 2), 2, operator)
+
+
+@pytest.mark.parametrize("dense_share", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("index", GROUPS)
+def test_held_out_batches_have_sums_of_their_own(index, dense_share):
+    layer = toy_layer()
+    group: Group = layer.groups()[index]
+    dense, changed = hidden_states(), hidden_states(0.7)
+    batches = list(split_like_batches(layer, short(group[0]), changed))
+    everything = activations_of(layer)
+
+    def made(chosen: list[int], held_out: list[int]):
+        order = sorted(chosen + held_out)
+        picked = LayerActivations(
+            layer,
+            [everything.calls[i] for i in order],
+            [everything.token_masks[i] for i in order],
+            CPU,
+            [i in held_out for i in order],
+        )
+        _, (record,), _ = record_dense(picked, [group], [dense[i] for i in order], [False])
+        return problems_corrected(picked, group, record, [batches[i] for i in order], dense_share), record
+
+    problems, record = made([0, 2], [1])
+    sums = record.take_held_out()
+    assert record.held_out is None
+    held_out = list(sums.problems(group, [problem.weight for problem in problems]))
+    for found, chosen in ((problems, [0, 2]), (held_out, [1])):
+        alone, empty = made(chosen, [])
+        assert empty.take_held_out() is None
+        for left, right in zip(found, alone, strict=True):
+            assert left.name == right.name
+            assert left.statistics.num_tokens == right.statistics.num_tokens
+            assert torch.equal(left.gram, right.gram)
+            assert torch.equal(left.target, right.target)
+            assert torch.equal(left.output_energies, right.output_energies)
+            assert left.drift_energy == right.drift_energy
+
+
+def test_held_out_batches_have_a_gram_matrix_of_their_own():
+    layer, states = toy_layer(), hidden_states()
+    group: Group = layer.groups()[0]
+    activations = activations_of(layer)
+    activations.held_out = [False, False, True]
+    _, (record,), (gram,) = record_dense(activations, [group], states, [True])
+    X, _ = reference(layer, "left", states)
+    for sums, seen in ((gram, X[: 3 + 5]), (record.take_held_out().gram, X[3 + 5 :])):
+        assert sums.num_tokens == len(seen)
+        assert torch.allclose(sums.finish().gram, seen.T @ seen, rtol=1e-5, atol=1e-5)

@@ -166,12 +166,13 @@ def test_a_streamed_run_goes_on_with_the_smaller_batches(streamed, tmp_path, mon
 
 def test_batches_and_states_are_cut_alike():
     ids, mask = torch.arange(18).view(6, 3), torch.tensor([[True, True, False]])
-    batches = [CalibrationBatch(ids[:5]), CalibrationBatch(ids[5:], mask)]
+    batches = [CalibrationBatch(ids[:5]), CalibrationBatch(ids[5:], mask, held_out=True)]
     sizes = halved_sizes(batches, "")
     assert sizes == [3, 2, 1]
     cut = cut_batches(batches, sizes)
     assert torch.equal(torch.cat([b.input_ids for b in cut[:2]]), batches[0].input_ids)
     assert torch.equal(cut[2].attention_mask, mask)
+    assert [batch.held_out for batch in cut] == [False, False, True]
     dense = [torch.rand(5, 3, 2), torch.rand(1, 3, 2)]
     states = cut_states(HiddenStates(dense, dense), sizes, torch.device("cpu"), torch.device("cpu"))
     assert states.dense is states.pruned

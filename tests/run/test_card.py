@@ -86,3 +86,22 @@ def test_calibration_of_unknown_source(saved):
 
 def test_unstructured_sparsity_in_the_title(saved_by_rows):
     assert "# LlamaForCausalLM, 30% unstructured" in model_card(saved_by_rows.report)
+
+
+def test_held_out_errors_have_a_line_and_a_column(saved):
+    report = saved.report
+    assert "held-out" not in model_card(report)
+    operators = [dataclasses.replace(o, held_out_error=2 * o.relative_error) for o in report.operators]
+    held_out = {"sha256": "cd", "num_tokens": 1234, "num_sequences": 3}
+    text = model_card(
+        dataclasses.replace(report, operators=operators, calibration=report.calibration | {"held_out": held_out})
+    )
+    totals = report.totals
+    assert (
+        f"| the same on held-out tokens | {2 * totals['mean_relative_error']:.4f} on average, "
+        f"{2 * totals['max_relative_error']:.4f} at most, on 1,234 tokens in 3 further sequences |"
+    ) in text
+    assert "| operator | shape | sparsity | mean error | largest error | mean held-out error |" in text
+    errors = [o.held_out_error for o in operators if o.name.endswith("mlp.down_proj.weight")]
+    (line,) = [line for line in text.splitlines() if line.startswith("| mlp.down_proj |")]
+    assert line.endswith(f"| {sum(errors) / 2:.4f} |")

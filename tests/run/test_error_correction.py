@@ -1,6 +1,6 @@
 import pytest
 import torch
-from pruning import error_of, inputs_of, prune, weights
+from pruning import error_of, inputs_of, inputs_seen, prune, weights
 from tiny_llama import tiny_llama
 
 
@@ -9,14 +9,7 @@ from tiny_llama import tiny_llama
 def test_errors_are_those_of_the_inputs_that_the_correction_promises(tokens, error_correction, method):
     dense, pruned = tiny_llama(), tiny_llama()
     report = prune(pruned, tokens.split(4), method=method, error_correction=error_correction)
-    dense_inputs = inputs_of(dense, tokens)
-    inputs = dict(dense_inputs) if error_correction == "none" else inputs_of(pruned, tokens)
-    if error_correction == "intra":  # one decoder layer is pruned, the others are dense
-        for index, layer in enumerate(pruned.model.layers):
-            mixed = tiny_llama()
-            mixed.model.layers[index] = layer
-            seen = inputs_of(mixed, tokens)
-            inputs |= {name: value for name, value in seen.items() if name.startswith(f"model.layers.{index}.")}
+    dense_inputs, inputs = inputs_seen(pruned, tokens, error_correction)
     dense_weights, pruned_weights = weights(dense), weights(pruned)
     for operator in report.operators:
         name = operator.name

@@ -10,7 +10,8 @@ from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.model.statistics import LayerActivations
-from optimum_fista.run.layer_pruning import LayerPruning, report_group
+from optimum_fista.run.layer_pruning import LayerPruning
+from optimum_fista.run.pruned_group import report_group
 from optimum_fista.solve.methods import METHODS
 from optimum_fista.solve.pattern import SparsityPattern
 

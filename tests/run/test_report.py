@@ -59,6 +59,9 @@ def test_totals_are_sums_and_means():
         "model_sparsity": 22 / 400,
         "mean_relative_error": pytest.approx(0.4),
         "max_relative_error": 0.6,
+        "mean_held_out_error": None,
+        "max_held_out_error": None,
+        "held_out_ratio": None,
         "solve_seconds": 0.5,
         "num_not_converged": 1,
     }
@@ -96,6 +99,26 @@ def test_summary_for_people():
         "2 operators pruned by fista, 22 of 40 weights zero (55.00%); relative error 0.4000 on average, "
         "0.6000 at most; 1.5 s, of which solving 0.5 s"
     )
+
+
+def test_held_out_errors_are_compared_with_those_of_the_same_operators():
+    first, second = TWO.operators
+    third = dataclasses.replace(first, name="layers.0.gate.weight", relative_error=0.4, held_out_error=0.5)
+    held_out = report(dataclasses.replace(first, held_out_error=0.25), second, third)
+    held_out.calibration["held_out"] = {"sha256": "cd", "num_tokens": 1024, "num_sequences": 2}
+    totals = held_out.totals
+    assert totals["mean_held_out_error"] == pytest.approx(0.375)
+    assert totals["max_held_out_error"] == 0.5
+    assert totals["held_out_ratio"] == pytest.approx(0.75 / 0.6)
+    assert "0.6000 at most, 1.25 times that on 1,024 held-out tokens (0.3750 on average); 1.5 s" in str(held_out)
+    assert PruningReport.from_dict(json.loads(held_out.to_json())) == held_out
+
+
+def test_reports_of_older_versions_have_no_held_out_errors():
+    values = TWO.to_dict()
+    for entry in values["operators"]:
+        del entry["held_out_error"], entry["held_out_tokens"]
+    assert PruningReport.from_dict(values) == TWO
 
 
 def test_versions_are_those_installed():

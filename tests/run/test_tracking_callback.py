@@ -35,6 +35,13 @@ def test_every_layer_is_one_step():
         assert values["relative_error/mlp.down_proj"] == report.operators[7 * layer + 6].relative_error
 
 
+def test_held_out_errors_are_curves():
+    tracker = Tracker()
+    report = prune(tiny_llama(), tracker, method="wanda", held_out=2)
+    logged = [values["held_out_error/mlp.up_proj"] for _, values in tracker.logged]
+    assert logged == [o.held_out_error for o in report.operators if o.name.endswith("mlp.up_proj.weight")]
+
+
 def test_experts_are_one_curve_and_what_is_not_known_is_none():
     tracker = Tracker()
     report = prune(tiny_model("mixtral"), tracker, method="wanda")

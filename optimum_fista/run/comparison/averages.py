@@ -58,6 +58,11 @@ class Average:
         return self._spread(lambda row: row.totals.get("mean_relative_error"))
 
     @property
+    def held_out_error(self) -> Spread | None:
+        """The same on held-out tokens."""
+        return self._spread(lambda row: row.totals.get("mean_held_out_error"))
+
+    @property
     def sparsity(self) -> Spread | None:
         """Fraction of zeros in the pruned operators."""
         return self._spread(lambda row: row.totals.get("sparsity"))

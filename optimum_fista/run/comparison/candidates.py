@@ -33,7 +33,7 @@ class Candidate:
     error: str | None = None
 
 
-def parse_config(method: str, pattern: str, seed: int = 0) -> FistaPruningConfig:
+def parse_config(method: str, pattern: str, seed: int = 0, held_out: int = 0) -> FistaPruningConfig:
     """A configuration from `name:option=value:...` and `0.5` or `2:4`.
 
     Options are those of `FistaPruningConfig` or of the method, their values JSON or text. `default` is
@@ -43,7 +43,10 @@ def parse_config(method: str, pattern: str, seed: int = 0) -> FistaPruningConfig
         ValueError: If the method, an option or the pattern is not known, or they don't go together.
     """
     name, *pairs = method.split(":")
-    options = {"seed": seed} | dict(_option(method, pair) for pair in pairs)
+    given = dict(_option(method, pair) for pair in pairs)
+    if "held_out" in given:
+        raise ValueError(f"method={method!r}: held_out is the same for all methods; pass --held-out N instead.")
+    options = {"seed": seed, "held_out": held_out} | given
     fields = {field.name for field in dataclasses.fields(FistaPruningConfig)}
     settings: dict[str, Any] = {key: value for key, value in options.items() if key in fields}
     settings |= {"pattern": pattern} if ":" in pattern else {"sparsity": _sparsity(pattern)}
@@ -56,13 +59,19 @@ def parse_config(method: str, pattern: str, seed: int = 0) -> FistaPruningConfig
     return FistaPruningConfig(method_options=own, **settings)
 
 
-def candidates(methods: Sequence[str], patterns: Sequence[str], seeds: Sequence[int]) -> list[Candidate]:
+def candidates(
+    methods: Sequence[str], patterns: Sequence[str], seeds: Sequence[int], held_out: int = 0
+) -> list[Candidate]:
     """Every method in every pattern and seed, seeds outermost, so that one seed is complete early.
+
+    `held_out` is an option of all their configurations.
 
     Raises:
         ValueError: If a method works with none of the patterns, or a pattern with none of the methods.
     """
-    found = [_candidate(method, pattern, seed) for seed in seeds for pattern in patterns for method in methods]
+    found = [
+        _candidate(method, pattern, seed, held_out) for seed in seeds for pattern in patterns for method in methods
+    ]
     for name, values in (("method", methods), ("pattern", patterns)):
         for value in values:
             those = [candidate for candidate in found if getattr(candidate, name) == value]
@@ -71,9 +80,9 @@ def candidates(methods: Sequence[str], patterns: Sequence[str], seeds: Sequence[
     return found
 
 
-def _candidate(method: str, pattern: str, seed: int) -> Candidate:
+def _candidate(method: str, pattern: str, seed: int, held_out: int) -> Candidate:
     try:
-        return Candidate(method, pattern, seed, parse_config(method, pattern, seed))
+        return Candidate(method, pattern, seed, parse_config(method, pattern, seed, held_out))
     except ValueError as error:
         return Candidate(method, pattern, seed, error=str(error))
 

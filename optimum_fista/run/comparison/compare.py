@@ -121,7 +121,7 @@ class _Run:
         settings = self.settings
         seeds = settings.seeds if settings.held_out else settings.seeds[:1]
         found = [Candidate(DENSE, NO_PATTERN, seed) for seed in seeds]
-        return found + candidates(settings.methods, settings.patterns, settings.seeds)
+        return found + candidates(settings.methods, settings.patterns, settings.seeds, settings.held_out)
 
     def row(self, candidate: Candidate) -> Row:
         """The finished row, or a new one; a pruned row that fails says why."""
@@ -157,7 +157,9 @@ class _Run:
         report = None
         if candidate.config is not None:
             pruner = FistaPruner(candidate.config, progress=self.progress, storage_device=settings.storage_device)
-            batches = material.calibration.split(settings.batch_size)
+            batches = list(material.calibration.split(settings.batch_size))
+            if candidate.config.held_out:
+                batches += material.texts[HELD_OUT].split(settings.batch_size)
             report = pruner.prune(model, batches, calibration_source=settings.calibration)
         row = measure_row(
             candidate.method,

@@ -33,7 +33,8 @@ class ComparisonSettings:
         sequence_length: Tokens a window of perplexity; `None`: 2048, or the model's context where that is shorter.
         max_windows: Only the first windows of every text; `None`: all.
         held_out: Windows drawn with the calibration sequences, of their length, and not calibrated on. Perplexity is
-            measured on them (`"held-out"`) and on as many of those calibrated on (`"calibrated"`).
+            measured on them (`"held-out"`) and on as many of those calibrated on (`"calibrated"`), and the relative
+            error of the operators on both.
         bos: Where BOS stands: `"auto"` in every window if the tokenizer starts texts with it or the model is a Gemma;
             `"every"` window; at the `"start"` of a text only and not in calibration, as in the scripts of SparseGPT
             and Wanda; `"none"`.

@@ -17,7 +17,7 @@ Column = tuple[str, Callable[[Average], Spread | None], str, Callable[[list[floa
 
 def markdown_table(rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[str] = ()) -> str:
     """A line for each method and pattern, means over the seeds, the best of every pattern in bold."""
-    lines, columns = averages(rows), _columns(texts, tasks)
+    lines, columns = averages(rows), _columns(texts, tasks, _has_held_out(rows))
     best = {
         (pattern, header): _best(lines, pattern, value, choose, form)
         for pattern in {line.pattern for line in lines}
@@ -41,26 +41,35 @@ def csv_table(rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[str] = 
     metrics = list(dict.fromkeys((t, metric) for t in tasks for row in rows for metric in row.accuracy.get(t, {})))
     header = ["pattern", "method", "seed", *(f"perplexity {text}" for text in texts)]
     header += [name for task, metric in metrics for name in (f"{task} {metric}", f"{task} {metric} stderr")]
-    header += ["mean relative error", "sparsity", "seconds", "solve seconds", "error"]
+    errors = {"mean relative error": "mean_relative_error"}
+    errors |= {"mean held-out error": "mean_held_out_error"} if _has_held_out(rows) else {}
+    header += [*errors, "sparsity", "seconds", "solve seconds", "error"]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)
     for row in rows:
         scores = [row.accuracy.get(task, {}).get(metric) for task, metric in metrics]
         cells = [row.pattern, row.method, row.seed, *(row.perplexity.get(text) for text in texts)]
         cells += [value for s in scores for value in ((None, None) if s is None else (s.value, s.stderr))]
-        cells += [row.totals.get("mean_relative_error"), row.totals.get("sparsity"), row.seconds.get("total")]
+        cells += [row.totals.get(key) for key in (*errors.values(), "sparsity")] + [row.seconds.get("total")]
         writer.writerow([*cells, row.totals.get("solve_seconds"), row.error])
     return file.getvalue()
 
 
-def _columns(texts: Sequence[str], tasks: Sequence[str]) -> list[Column]:
+def _has_held_out(rows: Sequence[Row]) -> bool:
+    """Whether relative errors on held-out tokens were measured."""
+    return any(row.totals.get("mean_held_out_error") is not None for row in rows)
+
+
+def _columns(texts: Sequence[str], tasks: Sequence[str], held_out: bool) -> list[Column]:
     columns: list[Column] = [(text, partial(Average.perplexity, text=text), "{:.2f}", min) for text in texts]
     columns += [(f"{task}, %", partial(Average.accuracy, task=task), "{:.1%}", max) for task in tasks]
     if len(tasks) > 1:
         columns.append(("mean of tasks, %", lambda line: line.mean_accuracy(tasks), "{:.1%}", max))
+    columns.append(("relative error", lambda line: line.relative_error, "{:.4f}", None))
+    if held_out:
+        columns.append(("on held-out tokens", lambda line: line.held_out_error, "{:.4f}", None))
     return [
         *columns,
-        ("relative error", lambda line: line.relative_error, "{:.4f}", None),
         ("zeros, %", lambda line: line.sparsity, "{:.2%}", None),
         ("seconds", lambda line: line.seconds, "{:.0f}", None),
         ("solving", lambda line: line.solve_seconds, "{:.0f}", None),

@@ -14,7 +14,8 @@ from markupsafe import Markup, escape
 from optimum_fista.run.card import model_title
 from optimum_fista.run.html_report import numbers
 from optimum_fista.run.html_report.contents import ReportContents
-from optimum_fista.run.html_report.heat_map import STEPS, heat_map
+from optimum_fista.run.html_report.heat_map import STEPS, HeatMap, heat_map
+from optimum_fista.run.html_report.held_out import held_out_by_kind, held_out_ratio
 from optimum_fista.run.html_report.histogram import HEIGHT as HISTOGRAM_HEIGHT
 from optimum_fista.run.html_report.histogram import histogram
 from optimum_fista.run.html_report.line_chart import HEIGHT as CHART_HEIGHT
@@ -49,6 +50,7 @@ def render_page(contents: ReportContents) -> str:
     }
     report = contents.report
     grid = OperatorGrid.of(report.operators)
+    held_out = [operator for operator in report.operators if operator.held_out_error is not None]
     sparsities = contents.sparsities.operators
     drifts = [layer.hidden_state_error for layer in report.layers]
     by_time = sorted(report.operators, key=lambda o: o.solve_seconds, reverse=True)
@@ -61,6 +63,8 @@ def render_page(contents: ReportContents) -> str:
         errors=heat_map(
             grid, "relative error", lambda o: o.relative_error, numbers.error, _short_error, from_zero=True
         ),
+        held_out=_held_out_map(held_out) if held_out else None,
+        held_out_kinds=held_out_by_kind(held_out),
         zeros=heat_map(grid, "zeros", lambda o: sparsities[o.name], _two_digits, numbers.share, from_zero=False),
         even=max(sparsities.values()) - min(sparsities.values()) < 5e-4,
         even_rows=all(map(_has_even_rows, report.operators)),
@@ -77,6 +81,18 @@ def render_page(contents: ReportContents) -> str:
         longest_list=_LONGEST_LIST,
         config=json.dumps(report.config, indent=2),
         command=_command(report),
+    )
+
+
+def _held_out_map(operators: list[OperatorReport]) -> HeatMap:
+    """By how much errors grow on held-out tokens."""
+    return heat_map(
+        OperatorGrid.of(operators),
+        "held-out error over calibration error",
+        held_out_ratio,
+        numbers.error,
+        _short_error,
+        from_zero=False,
     )
 
 

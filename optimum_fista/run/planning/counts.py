@@ -67,8 +67,10 @@ def notes_on(planned: PlannedModel, settings: PlanSettings) -> list[str]:
     if planned.in_memory:
         notes.append("a GGUF file can't be read a weight at a time: it is dequantized, and the whole model is held.")
     widest = max((s[1] for _, s, _ in _matrices(planned, settings.config)), default=0)
-    if settings.tokens < widest:
-        notes.append(f"{settings.tokens} calibration tokens for {widest} inputs: the Gram matrix is rank-deficient.")
+    if settings.fitted_tokens < widest:
+        notes.append(
+            f"{settings.fitted_tokens} calibration tokens for {widest} inputs: the Gram matrix is rank-deficient."
+        )
     if any(kind.experts for kind in planned.kinds):
         notes.append(
             "fused experts are counted one by one, each solved on the tokens that it sees on average; no trained "

@@ -182,6 +182,7 @@ class _Layer:
             rows, columns = sum(out for out, _ in group), group[0][1]
             if index not in corrected:
                 ledger.hold(f"Gram matrix {index}", 4 * columns**2)
+                self._hold_out(index, 4 * columns**2)
                 passing.append(4 * settings.batch_tokens * columns)
             else:
                 kept = self.size * min(rows, columns)
@@ -200,6 +201,7 @@ class _Layer:
         for index, expert in enumerate(self.kind.experts, len(self.groups)):
             gram = 4 * expert.shape[1] ** 2
             cross = 4 * expert.shape[1] * min(expert.shape)
+            self._hold_out(index, gram + cross)
             self.ledger.moment("statistics", (f"Gram matrix {index}", 2.5 * gram), ("cross-Gram matrix", cross))
             self._solve(index, [expert.shape])
         self.ledger.free("inputs of the experts")
@@ -219,6 +221,7 @@ class _Layer:
             place = settings.storage if copies else "device"
             ledger.hold("kept for the last operator", kept + self.hidden, place)
         weight = 4 * rows * columns if last else 0
+        self._hold_out(index, gram + cross)
         ledger.moment(
             "statistics",
             (f"Gram matrix {index}", gram),
@@ -253,4 +256,11 @@ class _Layer:
         results = 4 * columns * 1.25 * rows
         if self.size < 4:
             ledger.moment("report", ("results", results), ("solver's working set", 4 * columns * 3 * largest))
-        ledger.free(f"Gram matrix {index}", "layer problems")
+        if settings.config.held_out:
+            ledger.moment("report", ("results", results), ("held-out problem", 4 * columns * 3 * largest))
+        ledger.free(f"Gram matrix {index}", "layer problems", f"sums over held-out tokens {index}")
+
+    def _hold_out(self, index: int, size: int) -> None:
+        """Gram and cross-Gram matrices of held-out tokens, kept until the group's errors are measured."""
+        if self.settings.config.held_out:
+            self.ledger.hold(f"sums over held-out tokens {index}", size)

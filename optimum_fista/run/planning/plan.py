@@ -96,7 +96,7 @@ def plan_pruning(
     Args:
         model: Hub id, model folder, folder with one GGUF file, a configuration file alone, or a configuration.
         config: What to prune and how; `FistaPruningConfig()` by default.
-        num_samples: Calibration sequences.
+        num_samples: Calibration sequences, held-out ones (`config.held_out`) included.
         sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum where that is shorter.
         batch_size: Sequences a forward pass.
         calibration: Source of the text; `"self"` has the model, held whole, sample it.
@@ -114,6 +114,11 @@ def plan_pruning(
     for name, value in (("num_samples", num_samples), ("sequence_length", sequence_length), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: pass at least 1.")
+    if chosen.held_out >= num_samples:
+        raise ValueError(
+            f"held_out={chosen.held_out}: of num_samples={num_samples} sequences none is left to calibrate on: pass a "
+            "smaller number, or more sequences."
+        )
     where = (device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
     loaded, in_memory = load_config(model)
     length = sequence_length or min(_USUAL_LENGTH, getattr(loaded, "max_position_embeddings", None) or _USUAL_LENGTH)
@@ -149,6 +154,7 @@ def plan_pruning(
         config=chosen.to_dict(),
         settings={
             "num_samples": num_samples,
+            "held_out": chosen.held_out,
             "sequence_length": length,
             "batch_size": batch_size,
             "calibration": calibration,

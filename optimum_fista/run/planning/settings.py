@@ -21,7 +21,7 @@ class PlanSettings:
     Attributes:
         config: The configuration, with the method's defaults filled in.
         cost: Cost of the method.
-        num_samples: Calibration sequences.
+        num_samples: Calibration sequences, held-out ones included.
         sequence_length: Tokens a sequence.
         batch_size: Sequences a forward pass.
         element_size: Bytes of a weight.
@@ -44,8 +44,13 @@ class PlanSettings:
 
     @property
     def tokens(self) -> int:
-        """Calibration tokens."""
+        """Calibration tokens, held-out ones included."""
         return self.num_samples * self.sequence_length
+
+    @property
+    def fitted_tokens(self) -> int:
+        """Calibration tokens without those held out."""
+        return (self.num_samples - self.config.held_out) * self.sequence_length
 
     @property
     def batches(self) -> float:
@@ -61,7 +66,7 @@ class PlanSettings:
     def allocation_tokens(self) -> int:
         """Tokens of the sequences that gradients are taken on."""
         sequences = -(-self.config.allocation_tokens // self.sequence_length)
-        return min(self.num_samples, sequences) * self.sequence_length
+        return min(self.fitted_tokens, sequences * self.sequence_length)
 
     @property
     def allocates(self) -> bool:

@@ -19,13 +19,14 @@ def plan_text(plan: PruningPlan) -> str:
 
 def _lines(plan: PruningPlan) -> Iterator[str]:
     model, settings = plan.model, plan.settings
+    held_out = f" ({settings['held_out']} sequences held out)" if settings["held_out"] else ""
     yield (
         f"{model['class']}: {model['num_parameters']:,} parameters in {model['dtype']} ({size(model['bytes'])}), "
         f"{model['decoder_layers']} decoder layers"
     )
     yield (
         f"{plan.config['method']}, error correction {plan.config['error_correction']}, "
-        f"{settings['num_samples']} x {settings['sequence_length']} calibration tokens, "
+        f"{settings['num_samples']} x {settings['sequence_length']} calibration tokens{held_out}, "
         f"batches of {settings['batch_size']}, on {settings['device']}"
     )
     yield ""

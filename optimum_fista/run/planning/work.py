@@ -150,6 +150,9 @@ def _statistics(
         products += rows * columns**2 * (settings.dense_share < 1 and not last)
         if last:
             moved += 6 * _SWEEP * tokens * rows
+    if settings.config.held_out:  # their problem, and the error of what is written
+        products += rows * columns**2 * (2 + (corrected and not narrow and settings.dense_share > 0))
+        moved += _SWEEP * (5 * columns**2 + 6 * rows * columns)
     stage.float_products += times * 2.0 * products
     stage.forward.moved_bytes += times * moved
     stage.forward.operations += times * _OPERATIONS * (1 + settings.batches)

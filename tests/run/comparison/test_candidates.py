@@ -49,3 +49,10 @@ def test_a_method_that_lacks_one_pattern_is_a_row_with_an_error():
     failed = [c for c in found if c.config is None]
     assert [(c.method, c.pattern) for c in failed] == [("wanda:scope=row", "2:4")] * 2
     assert "scope='row' has no meaning for pattern='2:4'" in failed[0].error
+
+
+def test_all_hold_out_the_same_windows():
+    found = candidates(["wanda", "default"], ["0.5"], [0], held_out=3)
+    assert [candidate.config.held_out for candidate in found] == [3, 3]
+    with pytest.raises(ValueError, match="held_out is the same for all methods; pass --held-out N instead"):
+        parse_config("wanda:held_out=2", "0.5")

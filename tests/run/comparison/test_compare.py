@@ -181,12 +181,17 @@ def test_seeds_draw_tokens_of_their_own(settings, tmp_path):
 
 
 def test_held_out_windows_are_not_calibrated_on(settings, tmp_path):
-    both = replace(settings, methods=("wanda",), patterns=("0.5",), held_out=2, texts=())
-    dense = compare(both, tmp_path, progress=False).rows[0]
+    both = replace(settings, methods=("wanda",), patterns=("0.5",), held_out=2, texts=(), batch_size=4)
+    dense, wanda = compare(both, tmp_path, progress=False).rows
     model, tokenizer = load_model(settings.model, device="cpu")
     windows = calibration_windows(tokenizer, load_text(settings.calibration, "calibration"), 8, 32, 0)
     assert dense.perplexity["held-out"] == evaluate_perplexity(model, windows[6:]).perplexity
     assert dense.perplexity["calibrated"] == evaluate_perplexity(model, windows[:2]).perplexity
+    pruner = FistaPruner(FistaPruningConfig(method="wanda", held_out=2), progress=False)
+    report = pruner.prune(model, [windows[:4], windows[4:6], windows[6:]])
+    assert wanda.totals["mean_relative_error"] == report.totals["mean_relative_error"]
+    assert wanda.totals["mean_held_out_error"] == report.totals["mean_held_out_error"] > 0
+    assert wanda.calibration["num_sequences"] == 6
 
 
 def test_text_that_the_model_samples_is_kept(settings, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import csv
 import io
+from dataclasses import replace
 
 import pytest
 
@@ -101,3 +102,15 @@ def test_plots(tmp_path):
     assert Comparison(rows=several).write_plots(folder) == [folder / "perplexity.png", folder / "sparsity.png"]
     assert all((folder / f"{name}.png").stat().st_size > 5000 for name in ("perplexity", "sparsity"))
     assert Comparison(rows=ROWS[:1]).write_plots(folder) == []
+
+
+def test_held_out_errors_have_a_column_where_there_are_any():
+    totals = {**ROWS[1].totals, "mean_held_out_error": 0.1875}
+    rows = [ROWS[0], replace(ROWS[1], totals=totals), ROWS[2]]
+    header, _, dense, wanda = markdown_table(rows, ["sea"]).splitlines()
+    assert header == "| pattern | method | sea | relative error | on held-out tokens | zeros, % | seconds | solving |"
+    assert dense == "|  | `dense` | 10.00 |  |  |  |  |  |"
+    assert " | 0.1250 ± 0.0000 | 0.1875 | 50.00 ± 0.00 |" in wanda
+    lines = list(csv.DictReader(io.StringIO(csv_table(rows, ["sea"]))))
+    assert [line["mean held-out error"] for line in lines] == ["", "0.1875", ""]
+    assert [line["sparsity"] for line in lines] == ["", "0.5", "0.5"]

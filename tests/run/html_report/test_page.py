@@ -194,3 +194,20 @@ def test_folders_that_are_not_pruned_are_refused(saved, tmp_path):
     (tmp_path / "fista" / "report.json").write_text(empty)
     with pytest.raises(ValueError, match="names no pruned operator"):
         read_contents(tmp_path)
+
+
+def test_held_out_errors_are_beside_the_others(contents):
+    report = contents.report
+    assert "held-out" not in text_of(contents).lower()
+    operators = [dataclasses.replace(o, held_out_error=1.25 * o.relative_error) for o in report.operators]
+    operators[0] = dataclasses.replace(operators[0], held_out_error=None)
+    held_out = {"sha256": "cd", "num_tokens": 1234, "num_sequences": 3}
+    text = text_of(changed(contents, operators=operators, calibration=report.calibration | {"held_out": held_out}))
+    assert "on average on 1,234 tokens that nothing was fitted to: 1.25 times that on the calibration tokens" in text
+    assert "1,234 tokens of 3 sequences" in text
+    for index, operator in enumerate(operators):
+        shown = f"{operator.name.removesuffix('.weight')}: held-out error over calibration error 1.2500"
+        assert (shown in text) == bool(index)
+    errors = [o.relative_error for o in operators if o.name.endswith("mlp.up_proj.weight")]
+    mean = sum(errors) / len(errors)
+    assert f"mlp.up_proj {mean:.4f} {1.25 * mean:.4f} 1.25" in text

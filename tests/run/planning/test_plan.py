@@ -118,6 +118,25 @@ def test_what_costs_more_is_planned_to_cost_more():
     assert none.stages["forward passes"].products < 0.6 * planned(config).stages["forward passes"].products
 
 
+@pytest.mark.parametrize("method", ["wanda", "obs_admm"])
+def test_held_out_sequences_cost_memory_and_products(method):
+    config = llama(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
+    without, held_out = (
+        planned(config, FistaPruningConfig(method=method, held_out=n), num_samples=64, rates=RATES) for n in (0, 8)
+    )
+    assert held_out.peaks["host"].total > without.peaks["host"].total
+    assert held_out.stages["statistics"].products > without.stages["statistics"].products
+    assert held_out.seconds["statistics"] > without.seconds["statistics"]
+    assert held_out.stages["solving"].products == without.stages["solving"].products
+    assert "64 x 16 calibration tokens (8 sequences held out)" in str(held_out)
+    assert "held out" not in str(without)
+
+
+def test_tokens_held_out_do_not_count_against_rank_deficiency():
+    notes = planned(config=FistaPruningConfig(held_out=7), num_samples=9).notes
+    assert any(note.startswith("32 calibration tokens for 48 inputs") for note in notes)
+
+
 def test_self_sampling_and_rank_deficiency_are_told():
     plan = planned(calibration="self")
     assert any("--calibration self" in note for note in plan.notes)
@@ -153,6 +172,7 @@ def test_plain_values_and_text():
     [
         ({"num_samples": 0}, "num_samples=0: pass at least 1"),
         ({"batch_size": 0}, "batch_size=0: pass at least 1"),
+        ({"config": FistaPruningConfig(held_out=8)}, "held_out=8: of num_samples=8 sequences none is left"),
         ({"config": FistaPruningConfig(pattern="2:5")}, "which 2:5 does not divide"),
         ({"config": FistaPruningConfig(include="*.nothing")}, "no linear operator to prune"),
         ({"dtype": "int8"}, "dtype='int8'"),
