@@ -201,7 +201,7 @@ def test_killed_at_random_moments(source, tmp_path):
 
 
 def test_a_run_cut_off_before_the_last_rename_only_renames(source, whole, tmp_path, monkeypatch):
-    cut_off(monkeypatch, streamed_run, "give_name", stop, source, tmp_path / "pruned")
+    cut_off(monkeypatch, streamed_run, "replace_folder", stop, source, tmp_path / "pruned")
     monkeypatch.setattr("optimum_fista.solve.methods.obs_admm.ObsAdmm.prune", None)
     prune(source, tmp_path / "pruned")
     assert files_of(tmp_path / "pruned") == files_of(whole)
