@@ -283,6 +283,7 @@ def report_group(group: PrunedGroup) -> list[OperatorReport]:
                 message=pruned.message,
                 num_tokens=problem.statistics.num_tokens,
                 solve_seconds=group.solve_seconds / len(group.operators),
+                convergence=pruned.convergence,
             )
         )
     return reports

@@ -121,7 +121,7 @@ class StreamedRun:
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators = [operator for _, layer in sorted(layers.items()) for operator in layer.operators]
         report.layers = [
-            LayerReport(name, layers[index].hidden_state_error, layers[index].seconds)
+            LayerReport(name, layers[index].hidden_state_error, layers[index].seconds, layers[index].memory)
             for index, (name, _) in enumerate(self.pruning.layers)
         ]
         report.seconds["total"] = time.perf_counter() - started + sum(o.seconds for o in self.finished.values())
@@ -186,8 +186,9 @@ class StreamedRun:
             carried = index < pruning.last_layer and not pruning.config.independent_layers
             states = pruning.states if carried else None
             left_dense = {key: why for key, why in pruning.report.left_dense.items() if key.startswith(f"{name}.")}
-            seconds, drift = time.perf_counter() - started, pruning.report.layers[-1].hidden_state_error
-            journal.keep_layer(index, tensors, masks, reports, left_dense, states, seconds, drift)
+            seconds, found = time.perf_counter() - started, pruning.report.layers[-1]
+            drift, memory = found.hidden_state_error, found.memory
+            journal.keep_layer(index, tensors, masks, reports, left_dense, states, seconds, drift, memory)
             del tensors
             started = time.perf_counter()
 

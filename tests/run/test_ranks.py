@@ -20,7 +20,7 @@ from optimum_fista.run.verification import verify_checkpoint
 
 LAYERS = 5
 INTRA = FistaPruningConfig(0.5, error_correction="intra")
-TIMED = re.compile(r'seconds|\| time \||"(total|allocation)": \d')
+TIMED = re.compile(r'seconds|_bytes|\| time \||"(total|allocation)": \d')
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -31,7 +31,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     for name in TIMED:
         lines = files[name].decode().splitlines()
-        timed = re.compile(r'seconds|\| time \||"(total|allocation)": \d')
+        timed = re.compile(r'seconds|_bytes|\| time \||"(total|allocation)": \d')
         files[name] = "\n".join(line for line in lines if not timed.search(line)).encode()
     return files
 
