@@ -38,11 +38,10 @@ def main() -> None:
     tokens = calibration_tokens("self", model, tokenizer, arguments.num_samples, arguments.sequence_length)
 
     pruner = FistaPruner(FistaPruningConfig(sparsity=0.5), storage_device="cpu")
-    if has_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    print(pruner.prune(model, tokens.split(1), calibration_source="self"))  # batches of 1: least memory
-    if has_gpu:
-        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    report = pruner.prune(model, tokens.split(1), calibration_source="self")  # batches of 1: least memory
+    print(report)
+    peaks = [layer.memory.device_bytes or layer.memory.resident_bytes for layer in report.layers if layer.memory]
+    print(f"peak memory {max(peaks) / 2**30:.1f} GiB {'on the GPU' if has_gpu else 'of the process'}")
     pruner.save_pretrained(model, arguments.output, tokenizer)
 
 

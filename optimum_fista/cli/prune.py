@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimum_fista.run.config import FistaPruningConfig
+    from optimum_fista.run.ranks import Ranks
+    from optimum_fista.run.tracking_callback import TrackingCallback
 
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
@@ -25,6 +28,7 @@ examples:
   optimum-fista prune meta-llama/Llama-3.2-1B --output llama-50 --sparsity 0.5 --calibration c4
   optimum-fista prune ./model --output model-24 --pattern 2:4 --calibration texts.jsonl --num-samples 64
   optimum-fista prune ./model --output model-50 --method wanda --device cpu --dtype float32
+  optimum-fista prune ./model --output model-50 --report-to tensorboard --logging-dir runs/model-50
   accelerate launch --num_processes 8 -m optimum_fista prune ./model --output model-50 --error-correction intra
   optimum-fista prune meta-llama/Llama-3.1-70B --dry-run --calibration c4 --device cuda --storage-device cpu
 """
@@ -119,6 +123,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where activations wait between passes: a device (cpu spares the GPU's memory), disk for memory-mapped "
         "files beside --output, or a folder for them (default: --device; on the CPU disk)",
     )
+    tracking = parser.add_argument_group("tracking")
+    tracking.add_argument(
+        "--report-to",
+        action="append",
+        default=[],
+        metavar="TRACKER",
+        help="draw curves over the decoder layers in tensorboard or trackio while the run goes on; repeatable",
+    )
+    tracking.add_argument(
+        "--logging-dir",
+        type=Path,
+        metavar="DIR",
+        help="where --report-to keeps them (default runs/ and --output's name)",
+    )
     hub = parser.add_argument_group("hub")
     hub.add_argument("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
     hub.add_argument("--private", action="store_true", default=None, help="make a new repository private")
@@ -138,6 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.packed_folder import pack_folder
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
+    from optimum_fista.run.trackers import require_tracker
     from optimum_fista.run.unfinished import unfinished_folder
 
     config = _config(arguments)
@@ -150,6 +169,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
     storage_place(arguments.storage_device, torch.device("cpu"))
+    if arguments.logging_dir and not arguments.report_to:
+        raise ValueError("--logging-dir makes sense with --report-to tensorboard or --report-to trackio only.")
+    for name in arguments.report_to:
+        require_tracker(name)
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
     output = arguments.output
@@ -160,7 +183,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{str(output)!r} is there, of a run that was cut off while it packed: `optimum-fista pack {output} "
                 f"--output {arguments.output}` finishes it, or delete it."
             )
-    with joined_ranks(arguments.device) as ranks:
+    with joined_ranks(arguments.device) as ranks, ExitStack() as trackers:
         if ranks.index:
             set_verbosity_error()
             disable_progress_bar()
@@ -177,7 +200,8 @@ def run(arguments: argparse.Namespace) -> int:
                     keep_in=unfinished_folder(output) / FOLDER,
                 )
             )
-            report = FistaPruner(config, storage_device=arguments.storage_device).prune(
+            callbacks = _trackers(arguments, config, ranks, trackers)
+            report = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks).prune(
                 arguments.model,
                 tokens.split(arguments.batch_size),
                 calibration_source=arguments.calibration,
@@ -222,6 +246,21 @@ def _plan(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
     )
     print(plan)
     return 0
+
+
+def _trackers(
+    arguments: argparse.Namespace, config: FistaPruningConfig, ranks: Ranks, opened: ExitStack
+) -> list[TrackingCallback]:
+    """The trackers asked for, closed with `opened`; among several processes each has a run and a folder of its own."""
+    from optimum_fista.run.trackers import open_tracker
+
+    folder, run = arguments.logging_dir or Path("runs") / arguments.output.name, arguments.output.name
+    if ranks.count > 1:
+        folder, run = folder / f"rank-{ranks.index}", f"{run}-rank-{ranks.index}"
+    values = config.resolved().to_dict()
+    return [
+        opened.enter_context(open_tracker(name, folder, run, values)) for name in dict.fromkeys(arguments.report_to)
+    ]
 
 
 def _number_or_word(text: str) -> str | float:

@@ -10,7 +10,7 @@ DESCRIPTION = """\
 Prove from the files that a pruned model keeps its sparsity pattern.
 
 Reads the checkpoint, the masks and the report again: exact counts, the pattern in every group or row, zeros outside
-the masks. Exits with 1 and the name of the first operator that breaks it.
+the masks, the totals of the report. Exits with 1 and the name of the first operator that breaks it.
 
 example:
   optimum-fista verify ./model-24
@@ -38,4 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.folder}: {proven.num_operators} operators keep their pattern, {proven.num_zeros:,} of "
         f"{proven.num_weights:,} weights zero ({proven.num_zeros / max(1, proven.num_weights):.4%})"
     )
+    if proven.num_parameters is None:
+        print("its parameters were not counted: Transformers can't make a model of its class without weights")
     return 0

@@ -1,9 +1,11 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +46,46 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all."""
     write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give a complete folder the name of another, which is thrown away; `folder` need not be there.
+
+    The old folder is moved aside, the new one gets its name, and only then the old one goes: at no time is there a
+    mixture of the two under the name. Where the process is killed in between, there is nothing under it, and the old
+    folder is beside it in one called `.NAME.old.*`.
+
+    Args:
+        new: The new folder, on the same file system.
+        folder: The old folder.
+
+    Raises:
+        OSError: If a folder can't be renamed; the old one then has its name again.
+    """
+    if not folder.exists():
+        new.rename(folder)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    old = aside / folder.name
+    try:
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
+        _flush(folder.parent)
+    finally:
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until all files of a folder are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file() or path.is_dir():
+            _flush(path)
+    _flush(folder)
 
 
 def _write_text(path: Path, text: str) -> None:

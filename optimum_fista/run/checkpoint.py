@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.run.atomic import flush_folder, replace_folder
 from optimum_fista.run.card import model_card
 from optimum_fista.run.loading import forget_gguf
 from optimum_fista.run.picture import PICTURE_FILE, error_picture
@@ -88,6 +90,9 @@ def save_checkpoint(
 ) -> None:
     """Write the model folder; it appears under its name only when it is complete.
 
+    A model that `folder` holds is replaced as a whole, so that nothing ever loads a mixture of the two. Files of other
+    names are kept.
+
     Raises:
         FileExistsError: If the folder holds a model and `overwrite` is False.
         ValueError: If a weight outside its mask is no longer zero, or the checkpoint has no name for a weight.
@@ -101,6 +106,7 @@ def save_checkpoint(
     _require_zeros(operators, masks)
     report, masks = as_stored(report, masks, stored_names(model, operators))
     forget_gguf(model)
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -116,9 +122,9 @@ def save_checkpoint(
         (partial / "README.md").write_text(model_card(report, None if picture is None else PICTURE_FILE))
         partial.chmod(0o755)
         if folder.exists():
-            _move_files(partial, folder)
-        else:
-            partial.rename(folder)
+            _keep_other_files(folder, partial)
+        flush_folder(partial)
+        replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -156,10 +162,22 @@ def _require_zeros(operators: Iterable[LinearOperator], masks: Mapping[str, Tens
             )
 
 
-def _move_files(source: Path, target: Path) -> None:
-    """Replace the model in `target`; files of other names stay, old weights go."""
-    for old in [*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")]:
-        old.unlink()
-    shutil.rmtree(target / "fista", ignore_errors=True)
-    for path in sorted(source.iterdir()):
-        path.replace(target / path.name)
+def _keep_other_files(source: Path, target: Path) -> None:
+    """Put what a folder holds besides its old model into the new one: files of names that the new one has not."""
+    for path in source.iterdir():
+        is_weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
+        if is_weights or path.name == "fista" or (target / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, target / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, target / path.name)
+    shutil.copymode(source, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)

@@ -19,6 +19,7 @@ from optimum_fista.run.atomic import write_tensors, write_text
 from optimum_fista.run.budgets import Budgets
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.layer_pruning import HiddenStates, stored
+from optimum_fista.run.peak_memory import MemoryPeak
 from optimum_fista.run.planning.batches import FittedBatches
 from optimum_fista.run.report import OperatorReport
 
@@ -38,6 +39,7 @@ class FinishedLayer:
         operators: Reports of its operators.
         left_dense: Its operators that were left dense, with the reason.
         hidden_state_error: As in `LayerReport`.
+        memory: As in `LayerReport`.
     """
 
     shard: str
@@ -48,6 +50,7 @@ class FinishedLayer:
     operators: list[OperatorReport]
     left_dense: dict[str, str] = field(default_factory=dict)
     hidden_state_error: float | None = None
+    memory: MemoryPeak | None = None
 
 
 class Journal:
@@ -100,6 +103,7 @@ class Journal:
         states: HiddenStates | None,
         seconds: float,
         hidden_state_error: float | None = None,
+        memory: MemoryPeak | None = None,
     ) -> None:
         """Write a decoder layer for good.
 
@@ -112,6 +116,7 @@ class Journal:
             states: Hidden states behind it; `None` where the next layer does not need them.
             seconds: Time spent on it.
             hidden_state_error: As in `LayerReport`.
+            memory: As in `LayerReport`.
         """
         if masks:
             write_tensors(self._file("masks", index), masks, {})
@@ -129,6 +134,7 @@ class Journal:
             list(operators),
             dict(left_dense),
             hidden_state_error,
+            memory,
         )
         write_text(self._journal / f"layer-{index:05}.json", json.dumps(dataclasses.asdict(record)))
         self._file("states", index).unlink(missing_ok=True)
@@ -194,7 +200,9 @@ class Journal:
         if not file.exists():
             return None
         values = json.loads(file.read_text())
-        values["operators"] = [OperatorReport(**o | {"shape": tuple(o["shape"])}) for o in values["operators"]]
+        values["operators"] = [OperatorReport.from_dict(operator) for operator in values["operators"]]
+        if values.get("memory") is not None:
+            values["memory"] = MemoryPeak(**values["memory"])
         record = FinishedLayer(**values)
         shard = self.folder / record.shard
         whole = shard.exists() and shard.stat().st_size == record.size

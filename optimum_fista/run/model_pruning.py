@@ -28,6 +28,7 @@ from optimum_fista.run.free_memory import release_memory_of
 from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, StarvedRule, hidden_state_error
 from optimum_fista.run.loading import require_unquantized, storage_place
 from optimum_fista.run.operators import choose_operators, require_finite
+from optimum_fista.run.peak_memory import PeakMemory
 from optimum_fista.run.pruned_group import report_group
 from optimum_fista.run.pruning_callback import PruningCallback
 from optimum_fista.run.report import LayerReport
@@ -238,7 +239,10 @@ class ModelPruning:
         groups, left_dense = trace_groups(layer, operators, activations.calls[0], entering)
         self.report.left_dense |= left_dense
         bar.update(len(left_dense))
-        with closing(pruning.prune(activations, groups, self.states)) as pruned_groups:
+        with (
+            PeakMemory(execution_device(layer)) as memory,
+            closing(pruning.prune(activations, groups, self.states)) as pruned_groups,
+        ):
             for group in pruned_groups:
                 reports = report_group(group)
                 self.report.operators.extend(reports)
@@ -252,4 +256,5 @@ class ModelPruning:
                         callback.on_operator_end(report)
                 del group  # its matrices, before those of the next group are made
         drift = hidden_state_error(self.states, activations)
-        self.report.layers.append(LayerReport(name, drift, time.perf_counter() - started))
+        peak = memory.peak if operators else None
+        self.report.layers.append(LayerReport(name, drift, time.perf_counter() - started, peak))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from optimum_fista.model.architecture import (
@@ -9,6 +11,7 @@ from optimum_fista.model.architecture import (
     UnsupportedArchitectureError,
     find_operators,
     left_out,
+    matches,
     shared_weights,
 )
 from optimum_fista.model.operator import LinearOperator
@@ -57,3 +60,19 @@ def choose_operators(
             f"{len(left_dense)}, all left dense: {', '.join(list(left_dense)[:4]) or 'none'}."
         )
     return chosen, left_dense
+
+
+def idle_patterns(config: FistaPruningConfig, pruned: Sequence[str], left_dense: Sequence[str]) -> Iterator[str]:
+    """What to say of name patterns that match no operator, such as those that end with ".weight".
+
+    Args:
+        config: The configuration, with its patterns in `include`, `exclude` and `overrides`.
+        pruned: Names of the operators to prune.
+        left_dense: Names of those left dense.
+    """
+    names = [*pruned, *left_dense]
+    for option in ("include", "exclude", "overrides"):
+        idle = [p for p in getattr(config, option) if not any(matches(name, (p,)) for name in names)]
+        if idle:
+            shown = ", ".join(map(repr, idle))
+            yield f"{option}: {shown} matches no linear operator of the decoder layers: {names[0]!r} is one."

@@ -56,6 +56,7 @@ def report_group(group: PrunedGroup) -> list[OperatorReport]:
                 solve_seconds=group.solve_seconds / len(group.operators),
                 held_out_error=None if held_out is None else held_out.relative_error(written),
                 held_out_tokens=0 if held_out is None else held_out.statistics.num_tokens,
+                convergence=pruned.convergence,
             )
         )
     return reports

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 import optimum_fista
+from optimum_fista.run.peak_memory import MemoryPeak
+from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.pattern import Scope
 
 
@@ -40,6 +42,7 @@ class OperatorReport:
         solve_seconds: Time of the method, shared evenly over the operators it solved together.
         held_out_error: `relative_error` on held-out tokens, to which nothing was fitted; `None` where there are none.
         held_out_tokens: Held-out tokens seen.
+        convergence: How the method came to rest; `None` where it takes no steps, or its residual is not known.
     """
 
     name: str
@@ -60,6 +63,15 @@ class OperatorReport:
     solve_seconds: float
     held_out_error: float | None = None
     held_out_tokens: int = 0
+    convergence: Convergence | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> OperatorReport:
+        """Inverse of `dataclasses.asdict`, read from JSON."""
+        found = values.get("convergence")
+        if found is not None:
+            found = Convergence(found["measure"], tuple(found["steps"]), tuple(found["residuals"]))
+        return cls(**{**values, "shape": tuple(values["shape"]), "convergence": found})
 
 
 @dataclass(frozen=True)
@@ -72,11 +84,20 @@ class LayerReport:
             `H` in the dense one, on the calibration tokens. `None` where the two are not both carried on
             (`error_correction` `"none"` or `"intra"`, or nothing corrected), and behind the last operator pruned.
         seconds: Wall time of the layer.
+        memory: The most memory that the process held while the layer's operators were pruned; `None` where there are
+            none, and in reports of older versions.
     """
 
     name: str
     hidden_state_error: float | None
     seconds: float
+    memory: MemoryPeak | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
+        """Inverse of `dataclasses.asdict`, read from JSON."""
+        found = values.get("memory")
+        return cls(**{**values, "memory": None if found is None else MemoryPeak(**found)})
 
 
 @dataclass
@@ -147,8 +168,8 @@ class PruningReport:
     def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
         """Inverse of `to_dict`."""
         values = {key: value for key, value in values.items() if key != "totals"}
-        operators = [OperatorReport(**o | {"shape": tuple(o["shape"])}) for o in values.pop("operators")]
-        layers = [LayerReport(**layer) for layer in values.pop("layers", [])]
+        operators = [OperatorReport.from_dict(operator) for operator in values.pop("operators")]
+        layers = [LayerReport.from_dict(layer) for layer in values.pop("layers", [])]
         return cls(operators=operators, layers=layers, **values)
 
     def __str__(self) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from optimum_fista.model.architecture import UnsupportedArchitectureError, matches
+from optimum_fista.model.architecture import UnsupportedArchitectureError
 from optimum_fista.model.calibration import CalibrationBatch, tokens_sha256
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.budgets import Budgets
 from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.operators import idle_patterns
 from optimum_fista.run.report import PruningReport
 
 
@@ -43,7 +44,8 @@ def begin_report(
         left_dense=left_dense,
     )
     pruned = [operator for group in operators.values() for operator in group.values()]
-    for message in (*_rank_deficiency(report, pruned), *_idle_patterns(report, config, pruned)):
+    names = [operator.name for operator in pruned]
+    for message in (*_rank_deficiency(report, pruned), *idle_patterns(config, names, list(left_dense))):
         _warn(report, message, stacklevel=5)
     return report
 
@@ -102,16 +104,6 @@ def _rank_deficiency(report: PruningReport, operators: list[LinearOperator]) -> 
             f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
             "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
         )
-
-
-def _idle_patterns(report: PruningReport, config: FistaPruningConfig, operators: list[LinearOperator]) -> Iterator[str]:
-    """What to say of name patterns that match no operator, such as those that end with ".weight"."""
-    names = [*(operator.name for operator in operators), *report.left_dense]
-    for option in ("include", "exclude", "overrides"):
-        idle = [p for p in getattr(config, option) if not any(matches(name, (p,)) for name in names)]
-        if idle:
-            shown = ", ".join(map(repr, idle))
-            yield f"{option}: {shown} matches no linear operator of the decoder layers: {names[0]!r} is one."
 
 
 def _warn(report: PruningReport, message: str, stacklevel: int) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.offload import kept_tensor
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.run.atomic import replace_folder
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.fingerprint import is_of_another_run
 from optimum_fista.run.journal import FOLDER, FinishedLayer, Journal
@@ -26,7 +27,6 @@ from optimum_fista.run.remaining_files import as_saved, write_remaining
 from optimum_fista.run.report import LayerReport, PruningReport
 from optimum_fista.run.shares import share_layers
 from optimum_fista.run.stored_names import as_stored
-from optimum_fista.run.unfinished import give_name
 from optimum_fista.solve.bitmask import pack_mask
 from optimum_fista.solve.pruned import PrunedOperator
 
@@ -121,7 +121,7 @@ class StreamedRun:
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators = [operator for _, layer in sorted(layers.items()) for operator in layer.operators]
         report.layers = [
-            LayerReport(name, layers[index].hidden_state_error, layers[index].seconds)
+            LayerReport(name, layers[index].hidden_state_error, layers[index].seconds, layers[index].memory)
             for index, (name, _) in enumerate(self.pruning.layers)
         ]
         report.seconds["total"] = time.perf_counter() - started + sum(o.seconds for o in self.finished.values())
@@ -133,7 +133,7 @@ class StreamedRun:
         write_remaining(self.model, self.tokenizer, report, masks, journal, layers)
         for left in [*journal.folder.glob(".tmp*"), *journal.folder.glob(".*.partial")]:
             left.unlink()  # of a process that was killed while safetensors wrote
-        give_name(journal.folder, output_dir)
+        replace_folder(journal.folder, output_dir)
         shutil.rmtree(output_dir / FOLDER)
         return report
 
@@ -186,8 +186,9 @@ class StreamedRun:
             carried = index < pruning.last_layer and not pruning.config.independent_layers
             states = pruning.states if carried else None
             left_dense = {key: why for key, why in pruning.report.left_dense.items() if key.startswith(f"{name}.")}
-            seconds, drift = time.perf_counter() - started, pruning.report.layers[-1].hidden_state_error
-            journal.keep_layer(index, tensors, masks, reports, left_dense, states, seconds, drift)
+            seconds, found = time.perf_counter() - started, pruning.report.layers[-1]
+            drift, memory = found.hidden_state_error, found.memory
+            journal.keep_layer(index, tensors, masks, reports, left_dense, states, seconds, drift, memory)
             del tensors
             started = time.perf_counter()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -27,15 +26,3 @@ def require_writable(folder: Path, output_dir: Path) -> None:
             "folder, or make this one writable",
             error.filename,
         ) from error
-
-
-def give_name(folder: Path, output_dir: Path) -> None:
-    """Give the finished folder its name; an older model there goes only now."""
-    if output_dir.exists():
-        old = output_dir.with_name(f"{output_dir.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        output_dir.rename(old)
-        folder.rename(output_dir)
-        shutil.rmtree(old)
-    else:
-        folder.rename(output_dir)

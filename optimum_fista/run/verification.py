@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +18,7 @@ from optimum_fista.packed.format import unpack_mask as unpack_packed_mask
 from optimum_fista.packed.validation import PackedFormatError
 from optimum_fista.run.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE, checkpoint_files, read_tensors
 from optimum_fista.run.packed_folder import PackedFolder, is_packed
+from optimum_fista.run.parameter_count import count_parameters
 from optimum_fista.run.report import OperatorReport, PruningReport
 from optimum_fista.run.stored_names import split_index
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
@@ -34,11 +37,13 @@ class Verification:
         num_operators: Operators checked.
         num_weights: Their weights.
         num_zeros: Weights that are zero by their masks and in the files.
+        num_parameters: Parameters of the model; `None` where they could not be counted.
     """
 
     num_operators: int
     num_weights: int
     num_zeros: int
+    num_parameters: int | None = None
 
 
 def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Verification:
@@ -46,7 +51,7 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
 
     Checks: the mask keeps exactly the number of weights the pattern asks for, in every row or group where the
     pattern says so; every weight outside the mask is zero and every weight finite; shapes, counts and totals
-    agree between masks, report, config and checkpoint.
+    agree between masks, report, config and checkpoint; the report's number of parameters is that of the model.
 
     Args:
         folder: The model folder.
@@ -63,8 +68,10 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
     if config is None:
         raise VerificationError(f"config.json has no {CONFIG_KEY!r}.")
     try:
-        report = PruningReport.from_dict(json.loads((folder / REPORT_FILE).read_text()))
+        values = json.loads((folder / REPORT_FILE).read_text())
+        report = PruningReport.from_dict(values)
         zeros, weights = _verify_operators(folder, report, progress)
+        parameters = _verify_totals(folder, report, values["totals"], zeros, weights)
     except (KeyError, TypeError) as error:
         raise VerificationError(f"{REPORT_FILE} lacks a field, or has one too many: {error}.") from error
     except PackedFormatError as error:
@@ -73,7 +80,31 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
         raise VerificationError(f"a safetensors file is damaged or incomplete: {error}.") from error
     if zeros != config.get("num_zeros"):
         raise VerificationError(f"config.json promises {config.get('num_zeros')} zeros, the masks make {zeros}.")
-    return Verification(len(report.operators), weights, zeros)
+    return Verification(len(report.operators), weights, zeros, parameters)
+
+
+def _verify_totals(
+    folder: Path, report: PruningReport, promised: Mapping[str, Any], zeros: int, weights: int
+) -> int | None:
+    """Check what the report says of all operators together; returns the number of parameters where it is known."""
+    claimed = report.model["num_parameters"]
+    parameters = count_parameters(folder, report.model["class"])
+    if parameters is not None and parameters != claimed:
+        raise VerificationError(f"{REPORT_FILE} promises {claimed} parameters, the model has {parameters}.")
+    counted = {"num_zeros": zeros, "num_weights": weights, "sparsity": zeros / weights if weights else 0.0}
+    for name, value in (report.totals | counted | {"model_sparsity": zeros / claimed}).items():
+        if not _agree(promised[name], value):
+            raise VerificationError(
+                f"{REPORT_FILE}: totals promise {name} {promised[name]}, the operators make {value}."
+            )
+    return parameters
+
+
+def _agree(promised: float | None, value: float | None) -> bool:
+    """Whether two totals are equal but for rounding; `None` stands for what was not measured."""
+    if promised is None or value is None:
+        return promised is value
+    return math.isclose(promised, value, rel_tol=1e-9)
 
 
 def _verify_operators(folder: Path, report: PruningReport, progress: Callable[[str], None]) -> tuple[int, int]:
@@ -138,4 +169,8 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
     kept = int(mask.sum())
     if kept != operator.num_kept:
         raise VerificationError(f"{name}: its mask keeps {kept} weights, the report says {operator.num_kept}.")
+    if not math.isclose(operator.sparsity, 1 - kept / mask.numel(), rel_tol=1e-9, abs_tol=1e-12):
+        raise VerificationError(
+            f"{name}: its mask has {1 - kept / mask.numel():.6%} zeros, the report says {operator.sparsity:.6%}."
+        )
     return mask.numel() - kept

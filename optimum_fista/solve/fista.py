@@ -18,11 +18,13 @@ class FistaSolution:
         weight: [out, in].
         iterations: Steps taken.
         converged: Whether the iterates stopped moving before the limit.
+        changes: `|| W_{k+1} - W_k ||_F / || W_{k+1} ||_F` of every step.
     """
 
     weight: Tensor
     iterations: int
     converged: bool
+    changes: tuple[float, ...] = ()
 
 
 def soft_threshold(values: Tensor, threshold: float) -> Tensor:
@@ -63,6 +65,7 @@ def fista(
     if lipschitz <= 0:
         return FistaSolution(torch.zeros_like(start), 0, True)
     W, Y, t = start, start, 1.0
+    changes = []
     for iteration in range(1, max_iterations + 1):
         V = torch.addmm(Y, Y, gram, alpha=-1 / lipschitz).add_(target, alpha=1 / lipschitz)
         W_next = soft_threshold(V, l1_penalty / lipschitz)
@@ -72,6 +75,8 @@ def fista(
         t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
         Y = torch.add(W_next, step, alpha=(t - 1) / t_next)
         W, t = W_next, t_next
-        if float(step.norm()) <= tolerance * float(W.norm()):
-            return FistaSolution(W, iteration, True)
-    return FistaSolution(W, max_iterations, False)
+        moved, size = float(step.norm()), float(W.norm())
+        changes.append(moved / size if size else 0.0)
+        if moved <= tolerance * size:
+            return FistaSolution(W, iteration, True, tuple(changes))
+    return FistaSolution(W, max_iterations, False, tuple(changes))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from optimum_fista.solve.convergence import Convergence
+
 
 @dataclass(frozen=True)
 class PrunedOperator:
@@ -19,6 +21,7 @@ class PrunedOperator:
         l1_penalty: Penalty of the solution kept, where the method has one.
         converged: False when an iteration limit or a numerical failure ended the method.
         message: Advice when not converged, or what else a reader of the report should know.
+        convergence: How the iterations came to rest, where the method knows it without further work.
     """
 
     weight: Tensor
@@ -28,6 +31,7 @@ class PrunedOperator:
     l1_penalty: float | None = None
     converged: bool = True
     message: str = ""
+    convergence: Convergence | None = None
 
     @property
     def sparsity(self) -> float:

@@ -1,7 +1,11 @@
 import json
+import sys
+
+import pytest
 
 from optimum_fista.cli import demo
 from optimum_fista.cli.main import main
+from optimum_fista.run.comparison.row import Row
 from optimum_fista.run.verification import verify_checkpoint
 
 
@@ -16,10 +20,44 @@ def test_demo_on_another_model(tiny_folder, text_file, tmp_path, capsys):
     zeros = lines[0].index("zeros, %")
     assert all(float(line[2]) > 1 and line[zeros] == "50.00" for line in lines[3:])
     assert "reloaded, writes:" in shown
+    picture = tmp_path / "demo" / "perplexity.png"
+    assert shown.splitlines()[-1] == f"picture: {picture}"
+    assert picture.read_bytes().startswith(b"\x89PNG")
     for name, pattern in (("pruned-50", "unstructured"), ("pruned-2-4", "2:4")):
         assert verify_checkpoint(tmp_path / "demo" / name).num_operators == 14
         config = json.loads((tmp_path / "demo" / name / "config.json").read_text())["fista_pruning"]
         assert (config["pattern"], config["method"]) == (pattern, "obs_admm")
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    perplexities = {"0.5": (483.0, 59.9, 41.6), "2:4": (2000.0, 211.6, 83.2)}
+    pruned = [
+        Row(method, pattern, perplexity={"sea": value}, totals={"sparsity": 0.5})
+        for pattern, values in perplexities.items()
+        for method, value in zip(("magnitude", "wanda", "obs_admm"), values, strict=True)
+    ]
+    return [Row("dense", "-", perplexity={"sea": 26.4}), *pruned]
+
+
+def test_the_picture_has_a_panel_a_pattern_and_a_bar_a_method(rows, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
+    assert demo._draw(rows, "sea", tmp_path) == f"picture: {tmp_path / 'perplexity.png'}"
+    panels = drawn[0].axes
+    assert [axes.get_title() for axes in panels] == ["sparsity 0.5", "sparsity 2:4"]
+    for axes, values in zip(panels, ((26.4, 483.0, 59.9, 41.6), (26.4, 2000.0, 211.6, 83.2)), strict=True):
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["dense", "magnitude", "wanda", "obs_admm"]
+        assert [bar.get_width() for bar in axes.patches] == [min(value, 4 * 26.4) for value in values]
+        assert [text.get_text() for text in axes.texts] == [f"{value:.1f}" for value in values]
+
+
+def test_without_matplotlib_the_demo_says_what_to_install(rows, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert "pip install 'optimum-fista[plots]'" in demo._draw(rows, "sea", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_demo_without_its_model_says_what_to_install(monkeypatch, capsys):

@@ -305,6 +305,38 @@ def test_a_dry_run_takes_the_flags_of_a_run(tiny_folder, capsys, monkeypatch):
     assert "6 x 32 calibration tokens (2 sequences held out), batches of 2, on cpu" in capsys.readouterr().out
 
 
+def test_a_dry_run_names_patterns_that_match_nothing(tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr("optimum_fista.run.planning.machine.SECONDS", 0.1)
+    flags = ["--dry-run", "--device", "cpu", "--exclude", "*.q_proj.weight", "--exclude", "*.k_proj"]
+    assert main(["prune", str(tiny_folder), *flags]) == 0
+    expected = "note: exclude: '*.q_proj.weight' matches no linear operator of the decoder layers: "
+    assert expected + "'model.layers.0.self_attn.q_proj' is one." in capsys.readouterr().out
+
+
+def test_curves_in_tensorboard(tiny_folder, text_file, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--method", "wanda", "--calibration", str(text_file), "--report-to", "tensorboard", *QUICK]
+    assert main(["prune", str(tiny_folder), "-o", "model-50", *flags]) == 0
+    assert main(["prune", str(tiny_folder), "-o", "other", *flags, "--logging-dir", str(tmp_path / "logs")]) == 0
+    for folder in ("runs/model-50", "logs"):
+        (events,) = (tmp_path / folder).iterdir()
+        assert events.stat().st_size > 1000
+
+
+def test_trackers_that_can_t_be_had_are_refused_before_any_work(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("optimum_fista.run.loading.load_model", None)
+    command = ["prune", str(tiny_folder), "-o", str(tmp_path / "pruned"), *QUICK]
+    assert main([*command, "--report-to", "mlflow"]) == 1
+    assert "report_to='mlflow': pass one of 'tensorboard', 'trackio'" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([*command, "--report-to", "trackio"]) == 1
+    assert "trackio is not installed, run: pip install trackio" in capsys.readouterr().err
+    assert main([*command, "--logging-dir", "logs"]) == 1
+    assert "--logging-dir makes sense with --report-to" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_without_an_output_is_refused(tiny_folder, capsys):
     assert main(["prune", str(tiny_folder), *QUICK]) == 1
     assert "--output is missing: pass the folder to write the model to, or --dry-run" in capsys.readouterr().err

@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from killed import Killed, killed_at
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_llama import tiny_llama
@@ -190,6 +192,44 @@ def test_a_crash_while_saving_leaves_nothing_half_done(tokens, tmp_path, monkeyp
     assert bytes_of(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == (["model"] if overwrite else [])
     pruner.save_pretrained(model, tmp_path / "model", overwrite=overwrite)  # a second try works
+
+
+def test_whenever_it_is_killed_the_old_model_loads_the_new_one_or_none(saved, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "error_picture", lambda report: None)
+    pruner, model = pruned_model(tokens)
+    pruner.save_pretrained(model, tmp_path / "whole")
+    old, new = bytes_of(saved.folder), bytes_of(tmp_path / "whole")
+    new |= {name: data for name, data in old.items() if name.startswith("tokenizer")}  # it is saved without one
+    found = []
+    for step in itertools.count():
+        folder = tmp_path / str(step) / "model"
+        shutil.copytree(saved.folder, folder)
+        (folder / "mine").mkdir()
+        (folder / "mine" / "notes.txt").write_text("kept")
+        try:
+            with killed_at(step):
+                pruner.save_pretrained(model, folder, overwrite=True)
+        except Killed:
+            files = bytes_of(folder)
+            assert files.pop("mine/notes.txt", b"kept") == b"kept"
+            found.append("none" if not files else "old" if files == old else "new")
+            assert files in ({}, old, new)
+            continue
+        break
+    assert set(found) == {"old", "none", "new"}
+    assert (folder / "mine" / "notes.txt").read_text() == "kept"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_link_to_a_folder_stays_a_link(saved, tokens, tmp_path):
+    shutil.copytree(saved.folder, tmp_path / "disk" / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    (tmp_path / "disk" / "model").chmod(0o700)
+    pruner, model = pruned_model(tokens)
+    pruner.save_pretrained(model, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "link" / "config.json").read_text())["fista_pruning"]["method"] == "wanda"
+    assert (tmp_path / "disk" / "model").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_model_changed_after_pruning_is_refused(tokens, tmp_path):

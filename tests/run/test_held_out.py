@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from accelerate import cpu_offload
+from folder_files import files_of
 from pruning import error_of, inputs_of, inputs_seen, prune, same, weights
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import VOCAB_SIZE, tiny_model
@@ -204,15 +205,6 @@ def test_offloaded_models_and_stored_activations(tokens, tmp_path, error_correct
     report = pruner.prune(model, tokens.split(4))
     for left, right in zip(report.operators, expected.operators, strict=True):
         assert left.held_out_error == right.held_out_error
-
-
-def files_of(folder):
-    """The files of a folder; the report without times."""
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    del files["README.md"]
-    lines = files["fista/report.json"].decode().splitlines()
-    files["fista/report.json"] = [line for line in lines if not re.search(r'seconds|"(total|allocation)": \d', line)]
-    return files
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "wanda", "error_correction": "intra"}], ids=["carried on", "intra"])

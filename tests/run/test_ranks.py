@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folder_files import files_of
 from launched import exit_codes, launch, prune, prune_other_tokens, prune_until
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 
@@ -20,16 +21,6 @@ from optimum_fista.run.verification import verify_checkpoint
 
 LAYERS = 5
 INTRA = FistaPruningConfig(0.5, error_correction="intra")
-TIMED = re.compile(r'seconds|\| time \||"(total|allocation)": \d')
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """The files of a folder; without the times in the two that tell them."""
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    for name in ("README.md", "fista/report.json"):
-        lines = files[name].decode().splitlines()
-        files[name] = "\n".join(line for line in lines if not TIMED.search(line)).encode()
-    return files
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,9 @@ import platform
 import pytest
 
 import optimum_fista
+from optimum_fista.run.peak_memory import MemoryPeak
 from optimum_fista.run.report import LayerReport, OperatorReport, PruningReport, library_versions
+from optimum_fista.solve.convergence import Convergence
 
 
 def operator(name: str, **changes) -> OperatorReport:
@@ -37,7 +39,7 @@ def report(*operators: OperatorReport) -> PruningReport:
         model={"num_parameters": 400},
         calibration={"sha256": "ab", "num_tokens": 128, "num_sequences": 8},
         operators=list(operators),
-        layers=[LayerReport("layers.0", 0.25, 1.0), LayerReport("layers.1", None, 0.5)],
+        layers=[LayerReport("layers.0", 0.25, 1.0, MemoryPeak(5, 3)), LayerReport("layers.1", None, 0.5)],
         left_dense={"layers.0.gate": "exclude"},
         warnings=["few tokens"],
         seconds={"total": 1.5},
@@ -45,7 +47,7 @@ def report(*operators: OperatorReport) -> PruningReport:
 
 
 TWO = report(
-    operator("layers.0.up.weight"),
+    operator("layers.0.up.weight", convergence=Convergence("change", (1, 2), (0.5, 0.25))),
     operator("layers.0.down.weight", shape=(2, 4), num_kept=2, sparsity=0.75, relative_error=0.6, converged=False),
 )
 

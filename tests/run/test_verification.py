@@ -54,7 +54,7 @@ def test_what_was_saved_is_proven(name, request):
     proven = verify_checkpoint(example.folder, seen.append)
     zeros = sum(int((example.model.state_dict()[o.name] == 0).sum()) for o in example.report.operators)
     weights = sum(example.model.state_dict()[o.name].numel() for o in example.report.operators)
-    assert proven == Verification(len(example.report.operators), weights, zeros)
+    assert proven == Verification(len(example.report.operators), weights, zeros, example.model.num_parameters())
     assert seen == [o.name for o in example.report.operators]
 
 
@@ -177,6 +177,45 @@ def test_wrong_promises_of_config_and_report(folder):
     assert "has shape (16, 32), the report says (1, 2)" in broken(folder)
     change_json(report, lambda values: values["operators"][0].pop("num_kept"))
     assert "report.json lacks a field" in broken(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_zeros", 7424),
+        ("num_weights", 1),
+        ("num_operators", 13),
+        ("sparsity", 0.5),
+        ("model_sparsity", 0.4),
+        ("mean_relative_error", 0.01),
+        ("num_not_converged", 99),
+    ],
+)
+def test_wrong_totals_of_the_report(folder, saved, name, value):
+    change_json(folder / "fista/report.json", lambda values: values["totals"].update({name: value}))
+    found = saved.report.totals[name]
+    assert broken(folder) == f"fista/report.json: totals promise {name} {value}, the operators make {found}."
+
+
+def test_totals_that_agree_with_a_wrong_number_of_parameters(folder, saved):
+    def edit(values):
+        values["model"]["num_parameters"] *= 2
+        values["totals"]["model_sparsity"] /= 2
+
+    change_json(folder / "fista/report.json", edit)
+    real = saved.model.num_parameters()
+    assert broken(folder) == f"fista/report.json promises {2 * real} parameters, the model has {real}."
+
+
+def test_a_wrong_sparsity_of_an_operator(folder, saved):
+    change_json(folder / "fista/report.json", lambda values: values["operators"][1].update(sparsity=0.6))
+    name = saved.report.operators[1].name
+    assert broken(folder) == f"{name}: its mask has 50.000000% zeros, the report says 60.000000%."
+
+
+def test_a_class_that_transformers_does_not_have_is_not_counted(folder):
+    change_json(folder / "fista/report.json", lambda values: values["model"].update({"class": "OfMyOwn"}))
+    assert verify_checkpoint(folder).num_parameters is None
 
 
 def test_masks_report_and_checkpoint_name_the_same_operators(folder):

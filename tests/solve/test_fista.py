@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -99,6 +100,21 @@ def ista(gram: np.ndarray, target: np.ndarray, l1_penalty: float) -> np.ndarray:
             break
         weight = following
     return weight
+
+
+def test_the_change_of_every_step_is_told():
+    made = example(4, 9)
+    l1_penalty, lipschitz = 0.1 * critical_penalty(made), made.problem.statistics.lipschitz
+    weights = [made.weight]
+    for steps in (1, 2, 3):
+        solution = fista(
+            made.problem.gram, made.problem.target, made.weight, l1_penalty, lipschitz, max_iterations=steps
+        )
+        weights.append(solution.weight)
+    changes = [float((new - old).norm() / new.norm()) for old, new in itertools.pairwise(weights)]
+    assert solution.changes == pytest.approx(changes)
+    zero = fista(made.problem.gram, made.problem.target, 0 * made.weight, 2 * critical_penalty(made), lipschitz)
+    assert zero.changes == (0.0,)
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.03])

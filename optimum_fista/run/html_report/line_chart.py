@@ -1,15 +1,15 @@
-"""A number by decoder layer as a line."""
+"""Numbers by decoder layer as lines."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 HEIGHT = 200
 """Pixels between the axis and the highest tick."""
 
-_LABELS = 16
+_LABELS = 12
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,15 @@ class Point:
     y: float
     label: str
     value: float
+    title: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points by decoder layer; those next to each other are joined."""
+
+    name: str
+    points: tuple[Point, ...]
 
 
 @dataclass(frozen=True)
@@ -27,30 +36,63 @@ class LineChart:
     """What is drawn.
 
     Attributes:
-        points: By decoder layer; those next to each other are joined.
+        lines: One a quantity.
         ticks: Places and texts of the horizontal lines.
-        labelled: Points whose label is written below the axis.
+        labelled: Places and texts below the axis.
+        unit: What the texts of the ticks count.
     """
 
-    points: tuple[Point, ...]
+    lines: tuple[Line, ...]
     ticks: tuple[tuple[float, str], ...]
-    labelled: tuple[Point, ...]
+    labelled: tuple[tuple[float, str], ...]
+    unit: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the lines, where there are several to tell apart."""
+        return tuple(line.name for line in self.lines) if len(self.lines) > 1 else ()
 
 
-def line_chart(labels: Sequence[str], values: Sequence[float | None]) -> LineChart | None:
-    """The chart of finite values; `None` where there are none."""
-    known = [(index, value) for index, value in enumerate(values) if value is not None and math.isfinite(value)]
+def line_chart(
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    text_of: Callable[[float], str],
+    unit: tuple[float, str] = (1.0, ""),
+) -> LineChart | None:
+    """The chart of all finite values, from zero up; `None` where there are none.
+
+    Args:
+        labels: Names of the decoder layers.
+        series: By name, a value a layer; `None` where it is not known.
+        text_of: How a value is written.
+        unit: How much one of the axis is, and its name.
+    """
+    known = {
+        name: [(index, value) for index, value in enumerate(values) if value is not None and math.isfinite(value)]
+        for name, values in series.items()
+    }
+    known = {name: found for name, found in known.items() if found}
     if not known:
         return None
-    step = _nice_step(max(value for _, value in known))
-    top = step * max(1, math.ceil(max(value for _, value in known) / step - 1e-9))
+    highest = max(value for found in known.values() for _, value in found) / unit[0]
+    step = _nice_step(highest)
+    top = step * max(1, math.ceil(highest / step - 1e-9))
     digits = max(0, -math.floor(math.log10(step)))
     ticks = [(HEIGHT * (1 - step * i / top), f"{step * i:.{digits}f}") for i in range(round(top / step) + 1)]
-    points = tuple(
-        Point(100 * (index + 0.5) / len(labels), HEIGHT * (1 - value / top), labels[index], value)
-        for index, value in known
-    )
-    return LineChart(points, tuple(ticks), points[:: math.ceil(len(points) / _LABELS)])
+
+    def point(name: str, index: int, value: float) -> Point:
+        of = f", {name}" if len(known) > 1 else ""
+        y = HEIGHT * (1 - value / unit[0] / top)
+        return Point(_place(index, labels), y, labels[index], value, f"layer {labels[index]}{of}: {text_of(value)}")
+
+    lines = tuple(Line(name, tuple(point(name, *at) for at in found)) for name, found in known.items())
+    indices = sorted({index for found in known.values() for index, _ in found})
+    labelled = tuple((_place(index, labels), labels[index]) for index in indices[:: math.ceil(len(indices) / _LABELS)])
+    return LineChart(lines, tuple(ticks), labelled, unit[1])
+
+
+def _place(index: int, labels: Sequence[str]) -> float:
+    return 100 * (index + 0.5) / len(labels)
 
 
 def _nice_step(highest: float) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+MIB, GIB = 2**20, 2**30
+
 
 def share(value: float, digits: int = 1) -> str:
     """`50.0%`."""
@@ -21,6 +23,11 @@ def count(value: int) -> str:
         if value >= size:
             return f"{value / size:.{max(0, 2 - int(math.log10(value / size)))}f}{unit}"
     return str(value)
+
+
+def size(value: float) -> str:
+    """`1.4 GiB`, `178 MiB`."""
+    return f"{value / GIB:.1f} GiB" if value >= GIB else f"{value / MIB:.0f} MiB"
 
 
 def duration(seconds: float) -> str:

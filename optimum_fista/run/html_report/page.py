@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +15,20 @@ from markupsafe import Markup, escape
 from optimum_fista.run.card import model_title
 from optimum_fista.run.html_report import numbers
 from optimum_fista.run.html_report.contents import ReportContents
+from optimum_fista.run.html_report.convergence_charts import HEIGHT as CONVERGENCE_HEIGHT
+from optimum_fista.run.html_report.convergence_charts import convergence_charts
 from optimum_fista.run.html_report.heat_map import STEPS, HeatMap, heat_map
 from optimum_fista.run.html_report.held_out import held_out_by_kind, held_out_ratio
 from optimum_fista.run.html_report.histogram import HEIGHT as HISTOGRAM_HEIGHT
 from optimum_fista.run.html_report.histogram import histogram
 from optimum_fista.run.html_report.line_chart import HEIGHT as CHART_HEIGHT
-from optimum_fista.run.html_report.line_chart import line_chart
+from optimum_fista.run.html_report.line_chart import LineChart, line_chart
 from optimum_fista.run.operator_grid import OperatorGrid
+from optimum_fista.run.peak_memory import MemoryPeak
 from optimum_fista.run.report import OperatorReport, PruningReport
 
 _SHOWN = 10
+_KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
 _LONGEST_LIST = 300
 _HERE = Path(__file__).parent
 
@@ -46,13 +51,15 @@ def render_page(contents: ReportContents) -> str:
         "error": numbers.error,
         "count": numbers.count,
         "duration": numbers.duration,
+        "size": numbers.size,
         "breakable": _breakable,
     }
     report = contents.report
     grid = OperatorGrid.of(report.operators)
     held_out = [operator for operator in report.operators if operator.held_out_error is not None]
     sparsities = contents.sparsities.operators
-    drifts = [layer.hidden_state_error for layer in report.layers]
+    labels = [layer.name.rpartition(".")[2] for layer in report.layers]
+    drifts, peaks = [layer.hidden_state_error for layer in report.layers], [layer.memory for layer in report.layers]
     by_time = sorted(report.operators, key=lambda o: o.solve_seconds, reverse=True)
     return environment.get_template("page.html").render(
         steps=range(STEPS),
@@ -70,8 +77,15 @@ def render_page(contents: ReportContents) -> str:
         even_rows=all(map(_has_even_rows, report.operators)),
         histograms=[histogram(kind, contents.sparsities.rows[kind]) for kind in grid.kinds],
         histogram_height=HISTOGRAM_HEIGHT,
-        chart=line_chart([layer.name.rpartition(".")[2] for layer in report.layers], drifts),
+        drifts=line_chart(labels, {"error": drifts}, numbers.error),
+        times=line_chart(labels, {"seconds": [layer.seconds for layer in report.layers]}, numbers.duration, (1.0, "s")),
+        memory=_memory_chart(labels, peaks),
+        memory_peak=_memory_peak(peaks),
+        kinds_of_memory=_KINDS_OF_MEMORY,
         chart_height=CHART_HEIGHT,
+        convergence=convergence_charts(report.operators),
+        convergence_height=CONVERGENCE_HEIGHT,
+        convergence_reason=_convergence_reason(report),
         drift_reason=_drift_reason(report),
         perplexities=_perplexity_table(contents),
         continuations=contents.continuations,
@@ -123,6 +137,33 @@ def _drift_reason(report: PruningReport) -> str:
         f"with error_correction={correction!r} the hidden states of the dense and of the pruned model were not both "
         "carried from layer to layer"
     )
+
+
+def _convergence_reason(report: PruningReport) -> str:
+    """Why there are no residuals."""
+    methods = ", ".join(dict.fromkeys(operator.method for operator in report.operators))
+    if any(operator.iterations for operator in report.operators):
+        return f"the residuals of {methods} are not in this report"
+    return f"{methods} takes no steps that could converge"
+
+
+def _memory_chart(labels: Sequence[str], peaks: Sequence[MemoryPeak | None]) -> LineChart | None:
+    """Peaks by decoder layer and kind of memory; `None` where the report has none."""
+    series = {
+        name: [None if peak is None else getattr(peak, key) for peak in peaks] for name, key in _KINDS_OF_MEMORY.items()
+    }
+    known = [value for values in series.values() for value in values if value is not None]
+    large = max(known, default=0) >= numbers.GIB
+    return line_chart(labels, series, numbers.size, (numbers.GIB, "GiB") if large else (numbers.MIB, "MiB"))
+
+
+def _memory_peak(peaks: Sequence[MemoryPeak | None]) -> list[tuple[str, int]]:
+    """The largest value of each kind of memory that is known."""
+    found = {
+        name: [value for peak in peaks if peak is not None and (value := getattr(peak, key)) is not None]
+        for name, key in _KINDS_OF_MEMORY.items()
+    }
+    return [(name, max(values)) for name, values in found.items() if values]
 
 
 def _perplexity_table(contents: ReportContents) -> PerplexityTable | None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.planning.model import PlannedModel
+from optimum_fista.run.operators import idle_patterns
+from optimum_fista.run.planning.model import PlannedModel, operator_names
 from optimum_fista.run.planning.settings import PlanSettings
 
 
@@ -59,7 +60,7 @@ def disk_bytes(planned: PlannedModel, settings: PlanSettings) -> dict[str, int]:
 
 def notes_on(planned: PlannedModel, settings: PlanSettings) -> list[str]:
     """What the reader should know."""
-    notes = []
+    notes = list(idle_patterns(settings.config, *operator_names(planned, settings.config)))
     if settings.calibration == "self":
         notes.append(
             "--calibration self has the model sample its text, for which it is loaded whole; with a text it never is."

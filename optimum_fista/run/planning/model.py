@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers
+from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers, left_out
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.experts import is_fused_experts
+from optimum_fista.model.experts import FusedExperts, can_be_split, is_fused_experts
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.probe import AnswerYes, LayerProbe, probe_layer
@@ -186,6 +186,19 @@ def fused_experts(layer_name: str, layer: nn.Module, settings: PreTrainedConfig)
                 shape = (columns, rows) if getattr(module, "is_transposed", False) else (rows, columns)
                 found.append(PlannedExperts(f"{names[id(module)]}.{leaf}", count, shape, min(active, count)))
     return found
+
+
+def operator_names(planned: PlannedModel, config: FistaPruningConfig) -> tuple[list[str], list[str]]:
+    """Names of the operators that a run prunes, every matrix of every expert for itself, and of those left dense."""
+    pruned = [name for operators in planned.operators.values() for name in operators]
+    left_dense = list(planned.left_dense)
+    for layer_name, layer in planned.layers:
+        left_dense += left_out(layer_name, layer, config.exclude)
+        for name, module in layer.named_modules(prefix=layer_name):
+            if is_fused_experts(module) and can_be_split(module):
+                for operator in FusedExperts(name, module).operators:
+                    (left_dense if config.reason_left_dense(operator.name) else pruned).append(operator.name)
+    return pruned, left_dense
 
 
 def _expert_modules(layer: nn.Module) -> list[nn.Module]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+
+from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
 from optimum_fista.solve.scaling import unit_diagonal
-from optimum_fista.solve.splitting import damped_inverse
+from optimum_fista.solve.splitting import FIXED_POINT_RESIDUAL, damped_inverse
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Admm(PruningMethod):
     def cost(self) -> SolveCost:
         """A product an iteration, and one for the error; one factorisation and inverse."""
         return SolveCost(
-            products=self.max_iterations + 1, factor=1, sweeps=16 * self.max_iterations, working=((1, 3), (8.75, 2))
+            products=self.max_iterations + 1, factor=1, sweeps=18 * self.max_iterations, working=((1, 3), (8.75, 2))
         )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
@@ -48,8 +51,11 @@ class Admm(PruningMethod):
         Z = problem.weight / scale
         U = Z.new_zeros(Z.shape)
         mask = pattern.mask(Z.abs())
+        size, moves = Z.norm().clamp_min(torch.finfo(Z.dtype).tiny), []
         for k in range(1, self.max_iterations + 1):
             W = (target + self.rho * (Z - U)) @ inverse
+            if k > 1:  # before, nothing has been projected yet
+                moves.append((W - Z).norm() / size)
             V = W + U
             if k <= self.ramp_iterations:
                 share = 1 - (1 - k / self.ramp_iterations) ** 3
@@ -59,4 +65,11 @@ class Admm(PruningMethod):
             U = V - Z
         final = pattern.mask(Z.abs())
         weight = Z * final * scale
-        return PrunedOperator(weight, final, problem.relative_error(weight), iterations=self.max_iterations)
+        residuals = torch.stack(moves).tolist() if moves else []
+        return PrunedOperator(
+            weight,
+            final,
+            problem.relative_error(weight),
+            iterations=self.max_iterations,
+            convergence=Convergence.of(FIXED_POINT_RESIDUAL, residuals, first=2),
+        )

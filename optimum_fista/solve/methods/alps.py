@@ -47,7 +47,7 @@ class Alps(PruningMethod):
         return SolveCost(
             products=iterations + self.refit_iterations + 2,
             factor=9 + 2 * iterations / self.period,
-            sweeps=16 * iterations + 12 * self.refit_iterations,
+            sweeps=18 * iterations + 12 * self.refit_iterations,
             working=((2.25, 5), (8.25, 2.25)),
         )
 
@@ -80,4 +80,5 @@ class Alps(PruningMethod):
             iterations=iteration + steps,
             converged=settled,
             message=message,
+            convergence=state.convergence,
         )

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.method import MethodDefaults, PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
@@ -45,9 +46,15 @@ class Dsnot(PruningMethod):
         mask = pattern.mask(scores)
         mean = statistics.mean
         variance = (statistics.diagonal / max(1, statistics.num_tokens) - mean.square()).clamp_min(1e-12)
-        cycles = self._swap(problem.weight * mean, problem.weight * (mean / variance), scores, mask, pattern)
+        errors = self._swap(problem.weight * mean, problem.weight * (mean / variance), scores, mask, pattern)
         weight = problem.weight * mask
-        return PrunedOperator(weight, mask, problem.relative_error(weight), iterations=cycles)
+        return PrunedOperator(
+            weight,
+            mask,
+            problem.relative_error(weight),
+            iterations=len(errors),
+            convergence=Convergence.of("expected output error of the rows, relative to that of Wanda's mask", errors),
+        )
 
     def cost(self) -> SolveCost:
         """A dozen passes a cycle; most rows stop before the last."""
@@ -55,12 +62,13 @@ class Dsnot(PruningMethod):
 
     def _swap(
         self, contribution: Tensor, growth: Tensor, scores: Tensor, mask: Tensor, pattern: SparsityPattern
-    ) -> int:
-        """Swap in place until no row moves; returns the number of cycles."""
+    ) -> list[float]:
+        """Swap in place until no row moves; returns `|| e ||` behind every cycle, relative to that before the first."""
         error = contribution.masked_fill(mask, 0).sum(1)
+        norms = [error.norm()]
         rows = torch.arange(len(error), device=error.device)
         infinity = float("inf")
-        for cycle in range(self.max_cycles):
+        for _ in range(self.max_cycles):
             sign = error.sign()[:, None]
             grown = (growth * sign).masked_fill(mask, -infinity).argmax(1)
             allowed = mask & (contribution * sign < 0)
@@ -72,9 +80,10 @@ class Dsnot(PruningMethod):
             after = error - contribution[rows, grown] + contribution[rows, pruned]
             move = (error.abs() > self.threshold) & torch.isfinite(lowest) & (after.abs() < error.abs())
             if not bool(move.any()):
-                return cycle
+                break
             chosen = rows[move]
             mask[chosen, grown[move]] = True
             mask[chosen, pruned[move]] = False
             error = torch.where(move, after, error)
-        return self.max_cycles
+            norms.append(error.norm())
+        return (torch.stack(norms[1:]) / norms[0]).tolist() if len(norms) > 1 else []

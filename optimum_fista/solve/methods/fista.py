@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
+from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.fista import FistaSolution, fista
 from optimum_fista.solve.method import MethodDefaults, PruningMethod
@@ -110,6 +111,7 @@ class Fista(PruningMethod):
             l1_penalty=found.l1_penalty,
             converged=found.converged and rounded.converged,
             message="; ".join(filter(None, (rounded.message, advice))),
+            convergence=Convergence.of("relative change of the weights in a FISTA step", found.changes),
         )
 
 

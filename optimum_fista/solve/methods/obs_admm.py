@@ -101,7 +101,7 @@ class ObsAdmm(PruningMethod):
         return SolveCost(
             products=iterations + self.refit_iterations + 2,
             factor=self.stages + 1,
-            sweeps=16 * iterations + 12 * self.refit_iterations + 10,
+            sweeps=18 * iterations + 12 * self.refit_iterations + 10,
             working=((2.6, 1),),
             block=1.9,
             shares_factor=True,
@@ -149,6 +149,7 @@ class ObsAdmm(PruningMethod):
             iterations=self.stages * self.iterations + steps,
             converged=not message,
             message=message,
+            convergence=state.convergence,
         )
 
 

@@ -9,6 +9,7 @@ from browser import CHROMIUM, BrowserError, browser
 from optimum_fista.run.evaluation_file import Evaluation
 from optimum_fista.run.html_report.contents import Continuation, read_contents
 from optimum_fista.run.html_report.page import render_page
+from optimum_fista.run.peak_memory import MemoryPeak
 from optimum_fista.run.perplexity import PerplexityResult
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -30,7 +31,8 @@ def page(tmp_path_factory):
 def file(saved, tmp_path_factory):
     """A page with all that a page can have, and long words."""
     contents = read_contents(saved.folder)
-    layers = [dataclasses.replace(layer, hidden_state_error=0.125) for layer in contents.report.layers]
+    memory = MemoryPeak(3 << 30, 2 << 30, 1 << 30)
+    layers = [dataclasses.replace(layer, hidden_state_error=0.125, memory=memory) for layer in contents.report.layers]
     long = "<script>document.title = 'run'</script>" + 40 * "long"
     operators = [dataclasses.replace(o, converged=False, message=long) for o in contents.report.operators]
     model = contents.report.model | {"name": f"org/{long}"}
@@ -73,6 +75,21 @@ def test_the_heat_map_is_drawn_where_it_should_be(page, file):
         "[...new Set([...document.querySelectorAll('.heat rect')].map(r => getComputedStyle(r).fill))].length"
     )
     assert colours > 3
+
+
+@pytest.mark.parametrize("width", [320, 1440])
+def test_lines_are_inside_their_boxes_and_tell_each_other_apart(page, file, width):
+    page.open(file, width=width)
+    outside = page.evaluate(
+        "[...document.querySelectorAll('.chart circle, .steps circle, .steps text, .chart text')].filter(c => {"
+        "const [a, b] = [c, c.closest('.box')].map(e => e.getBoundingClientRect());"
+        "return a.left < b.left || a.right > b.right || a.top < b.top || a.bottom > b.bottom}).length"
+    )
+    assert outside == 0
+    strokes = "[...document.querySelectorAll('.legend line')].map(l => getComputedStyle(l)).map(s => "
+    assert len(set(page.evaluate(f"{strokes}s.stroke)"))) == 3
+    assert len(set(page.evaluate(f"{strokes}s.strokeDasharray)"))) == 3
+    assert page.evaluate("document.querySelectorAll('.steps svg').length") == 12
 
 
 def test_wide_tables_scroll_in_their_boxes(page, file):

@@ -10,6 +10,7 @@ import pytest
 from optimum_fista.run.evaluation_file import Evaluation
 from optimum_fista.run.html_report.contents import Continuation, read_contents
 from optimum_fista.run.html_report.page import render_page
+from optimum_fista.run.peak_memory import MemoryPeak
 from optimum_fista.run.perplexity import PerplexityResult
 from optimum_fista.run.report import PruningReport
 
@@ -137,6 +138,50 @@ def test_errors_of_the_hidden_states_are_a_curve(contents):
     text = text_of(changed(contents, layers=layers))
     assert "layer 0: 0.1250" in text
     assert "layer 1: 0.1250" in text
+
+
+def test_reports_of_older_versions_say_that_memory_and_residuals_are_not_in_them(contents):
+    values = contents.report.to_dict()
+    for layer in values["layers"]:
+        del layer["memory"]
+    for operator in values["operators"]:
+        del operator["convergence"]
+    text = text_of(dataclasses.replace(contents, report=PruningReport.from_dict(values)))
+    assert "Memory: not measured, this report is of a version that did not" in text
+    assert "Not shown: the residuals of fista are not in this report" in text
+    assert "Peak memory" not in text
+
+
+def test_methods_without_steps_have_no_residuals(contents):
+    operators = [
+        dataclasses.replace(o, method="wanda", iterations=0, convergence=None) for o in contents.report.operators
+    ]
+    assert "Not shown: wanda takes no steps that could converge" in text_of(changed(contents, operators=operators))
+
+
+def test_the_slowest_operators_residuals_are_drawn(contents):
+    text = text_of(contents)
+    assert "Residual: relative change of the weights in a FISTA step" in text
+    slowest = max(contents.report.operators, key=lambda o: o.solve_seconds)
+    for step, residual in zip(slowest.convergence.steps, slowest.convergence.residuals, strict=True):
+        assert f"step {step}: {residual:g}" in text
+        assert f"{step}: {residual:g}" in text.split("step: residual")[1]
+
+
+def test_time_and_memory_by_layer(contents):
+    layers = [
+        dataclasses.replace(layer, seconds=90.0 + index, memory=MemoryPeak(3 << 30, (2 + index) << 29, device))
+        for index, (layer, device) in enumerate(zip(contents.report.layers, (None, 7 << 28), strict=True))
+    ]
+    text = text_of(changed(contents, layers=layers))
+    assert "layer 0: 1 min 30 s" in text
+    assert "layer 0, anonymous: 1.0 GiB" in text
+    assert "layer 1, anonymous: 1.5 GiB" in text
+    assert "layer 1, on the GPU: 1.8 GiB" in text
+    assert (
+        "Peak memory 1.8 GiB 1.5 GiB anonymous, 3.0 GiB resident, 1.8 GiB on the GPU, while a layer was pruned" in text
+    )
+    assert "model.layers.1 1 min 31 s 1.5 GiB 3.0 GiB 1.8 GiB" in text
 
 
 def test_warnings_and_operators_that_did_not_converge_are_in_plain_sight(contents):

@@ -144,6 +144,23 @@ def test_self_sampling_and_rank_deficiency_are_told():
     assert any("rank-deficient" in note for note in planned(num_samples=1).notes)
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+def test_patterns_that_match_nothing_are_named_as_by_the_run(family):
+    config = FistaPruningConfig(
+        method="magnitude",
+        include=("*.layers.*", "*.nowhere"),
+        exclude=("lm_head", "*.0.self_attn.q_proj", "*.experts.1.down_proj", "*.mlp.gate"),
+        overrides={"*.experts.0.*": 0.25, "*.up_proj.weight": 0.5},
+    )
+    model = tiny_model(family)
+    notes = [note for note in planned(model.config, config).notes if "matches no linear operator" in note]
+    with pytest.warns(UserWarning, match="matches no linear operator"):
+        report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+    assert notes == [warning for warning in report.warnings if "matches no linear operator" in warning]
+    assert [note.partition(":")[0] for note in notes] == ["include", "exclude", "overrides"]
+    assert ("experts" in "".join(notes)) == (family == "llama")
+
+
 def test_fused_experts_are_counted_one_by_one():
     model = tiny_model("mixtral")
     plan = planned(model.config)

@@ -75,6 +75,16 @@ def test_alps_settles_and_says_when_it_does_not():
     assert "max_iterations=6" in hurried.message
 
 
+@pytest.mark.parametrize("name", SPLITTING)
+def test_the_residual_of_the_iterations_is_kept(name):
+    made = example(16, 24, correlation=2.0)
+    found = create_method(name).prune(made.problem, SparsityPattern(0.5)).convergence
+    assert found.steps[0] == 2
+    assert found.steps[-1] == {"admm": 20, "obs_admm": 12}.get(name, found.steps[-1])
+    assert 0 < found.residuals[-1] < 0.3 * max(found.residuals)
+    assert "ADMM step" in found.measure
+
+
 def test_obs_admm_shares_work_without_changing_results():
     made = example(10, 12, corrected=True)
     statistics = made.problem.statistics
@@ -142,5 +152,5 @@ def test_obs_admm_keeps_to_its_working_set(pattern):
             create_method("obs_admm").prune(problem, pattern)
         assert memory.peak <= 4 * (matrices * rows * columns + 1.03 * columns**2)
         algebra = [name for name in memory.operations if "linalg" in name and "check_errors" not in name]
-        assert set(algebra) <= {"linalg_cholesky_ex", "linalg_vecdot"}
+        assert set(algebra) <= {"linalg_cholesky_ex", "linalg_vecdot", "linalg_vector_norm"}
         assert 1 < algebra.count("linalg_cholesky_ex") <= 8

@@ -1,0 +1,74 @@
+"""The most memory that this process holds while something runs."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+import psutil
+import torch
+
+_INTERVAL = 0.02
+"""Seconds between two looks."""
+
+
+@dataclass(frozen=True)
+class MemoryPeak:
+    """Largest memory of a process, in bytes.
+
+    Attributes:
+        resident_bytes: All that is in physical memory, pages of files that are read or mapped included.
+        anonymous_bytes: Of these what no file backs, so that the system can't drop it; `None` where that is not told.
+        device_bytes: Tensors on the CUDA device; `None` elsewhere.
+    """
+
+    resident_bytes: int
+    anonymous_bytes: int | None = None
+    device_bytes: int | None = None
+
+
+class PeakMemory:
+    """As a context: watches this process, 50 times a second, and on CUDA what PyTorch counts itself, which is exact.
+
+    PyTorch's peak (`torch.cuda.max_memory_allocated`) starts anew with it.
+
+    Attributes:
+        peak: The largest values, known when the context ends.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._process = psutil.Process()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="peak memory")
+        self.peak = MemoryPeak(0)
+
+    def __enter__(self) -> PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        self._look()
+        if self._device.type == "cuda":
+            self.peak = replace(self.peak, device_bytes=torch.cuda.max_memory_allocated(self._device))
+
+    def _watch(self) -> None:
+        while not self._done.wait(_INTERVAL):
+            self._look()
+
+    def _look(self) -> None:
+        memory = self._process.memory_info()
+        anonymous = memory.rss - memory.shared if hasattr(memory, "shared") else None
+        seen = self.peak
+        self.peak = MemoryPeak(
+            max(seen.resident_bytes, memory.rss),
+            None if anonymous is None else max(seen.anonymous_bytes or 0, anonymous),
+        )
