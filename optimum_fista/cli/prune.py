@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.hub import push_folder
     from optimum_fista.run.journal import FOLDER
     from optimum_fista.run.loading import storage_place
-    from optimum_fista.run.packed_folder import pack_folder
+    from optimum_fista.run.packed_folder import PackedFolder
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
     from optimum_fista.run.unfinished import unfinished_folder
@@ -152,14 +151,6 @@ def run(arguments: argparse.Namespace) -> int:
     storage_place(arguments.storage_device, torch.device("cpu"))
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
-    output = arguments.output
-    if arguments.packed:
-        output = output.with_name(f"{output.name}.dense")
-        if output.exists():
-            raise FileExistsError(
-                f"{str(output)!r} is there, of a run that was cut off while it packed: `optimum-fista pack {output} "
-                f"--output {arguments.output}` finishes it, or delete it."
-            )
     with joined_ranks(arguments.device) as ranks:
         if ranks.index:
             set_verbosity_error()
@@ -174,17 +165,18 @@ def run(arguments: argparse.Namespace) -> int:
                     config.seed,
                     device=ranks.device,
                     dtype=arguments.dtype,
-                    keep_in=unfinished_folder(output) / FOLDER,
+                    keep_in=unfinished_folder(arguments.output) / FOLDER,
                 )
             )
             report = FistaPruner(config, storage_device=arguments.storage_device).prune(
                 arguments.model,
                 tokens.split(arguments.batch_size),
                 calibration_source=arguments.calibration,
-                output_dir=output,
+                output_dir=arguments.output,
                 device=arguments.device,
                 dtype=arguments.dtype,
                 overwrite=arguments.overwrite,
+                packed=arguments.packed,
             )
         except KeyboardInterrupt:
             print("\nfinished decoder layers are kept: give the same command again to go on", file=sys.stderr)
@@ -198,8 +190,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(report)
     if arguments.packed:
-        print(pack_folder(output, arguments.output, overwrite=arguments.overwrite))
-        shutil.rmtree(output)
+        print(PackedFolder(arguments.output).packing)
     print(f"saved to {arguments.output}")
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
@@ -219,6 +210,7 @@ def _plan(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
         device=arguments.device,
         dtype=arguments.dtype,
         storage_device=arguments.storage_device,
+        packed=arguments.packed,
     )
     print(plan)
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from streamed_files import files_of
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -22,18 +23,7 @@ from optimum_fista.run import atomic, journal, streamed_run, streaming
 from optimum_fista.run.unfinished import unfinished_folder
 from optimum_fista.run.verification import verify_checkpoint
 
-TIMED = ("README.md", "fista/report.json")  # they tell how long it took
 LAYERS = 4
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """The files of a folder; without the times in the two that tell them."""
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    for name in TIMED:
-        lines = files[name].decode().splitlines()
-        timed = re.compile(r'seconds|\| time \||"(total|allocation)": \d')
-        files[name] = "\n".join(line for line in lines if not timed.search(line)).encode()
-    return files
 
 
 @pytest.fixture(scope="module")
