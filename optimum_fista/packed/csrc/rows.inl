@@ -33,8 +33,8 @@ TARGET void multiply_rows(const Product& product, const typename Lanes::Weight* 
     uint64_t bits[R];
     for (int r = 0; r < R; r++) {
       std::memcpy(&bits[r], mask + (r * apart * words + word) * 8, 8);
-      PREFETCH(mask + (r * apart * words + word) * 8 + 512);
-      PREFETCH(reinterpret_cast<const char*>(place[r]) + 1024);
+      if (word % 8 == 0) PREFETCH(mask + (r * apart * words + word) * 8 + 512);
+      PREFETCH(reinterpret_cast<const char*>(place[r]) + 2048);
     }
 #pragma GCC unroll 8
     for (int step = 0; step < 64 / kStep; step++) {
