@@ -8,8 +8,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
+#include "avx512.h"
 #include "matrix.h"
 #include "numbers.h"
 #include "threads.h"
@@ -22,15 +24,27 @@ namespace fista::avx512 {
 
 namespace blocks {
 
-constexpr int64_t kRows = 48;                          // of a block
-constexpr int64_t kWords = 8, kColumns = 64 * kWords;  // of a block
-constexpr int64_t kInputs = 48;                      // of a tile, three registers
-constexpr int64_t kMostInputs = 512;                 // at a time
+constexpr int64_t kRows = 48;                                             // of a block
+constexpr int64_t kWords = 8, kColumns = 64 * kWords;                     // of a block
+constexpr int64_t kInputs = 48;                                           // of a tile, three registers
+constexpr int64_t kMostInputs = 512;                                      // at a time
 constexpr int64_t kPitch = kColumns + 32, kSumsPitch = kMostInputs + 16;  // so that rows are not a power of two apart
+constexpr int64_t kLinesOfRow = 10, kLines = 512;  // to bring near, of a row's values and mask, and of a block
 
 struct alignas(64) Scratch {
   uint16_t weights[kRows * kPitch];
   float sums[kRows * kSumsPitch];
+  const char* lines[kLines];
+};
+
+static_assert(kRows * kLinesOfRow <= kLines && kLines % (kColumns / 2) == 0);
+
+// What is read soon, to be brought near while tiles are multiplied, a line a pair of columns: first the next values of
+// the rows, then the next tile of inputs.
+struct Ahead {
+  const char* const* lines;
+  int64_t count;
+  const uint32_t* inputs;
 };
 
 INLINE void transpose(__m512i (&rows)[16]) {
@@ -90,39 +104,40 @@ TARGET inline void arrange(const uint16_t* x, int64_t count, int64_t columns, in
   }
 }
 
+INLINE __m512i load_some(const uint16_t* values, int64_t count) {
+  return _mm512_maskz_loadu_epi16(count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1, values);
+}
+
 // The next `words` words of one row, dense; returns where its values go on.
 TARGET inline const uint16_t* unpack(const uint16_t* values, const uint16_t* end, const uint8_t* mask, int64_t words,
                                      uint16_t* dense) {
-  for (int64_t word = 0; word < words; word++) {
+  for (int64_t word = 0; word < words; word++, dense += 64) {
     uint64_t bits;
     std::memcpy(&bits, mask + 8 * word, 8);
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-      const __mmask32 kept = __mmask32(bits >> (32 * half));
-      __m512i loaded;
-      if (end - values >= 32) {
-        loaded = _mm512_loadu_si512(values);
-      } else {
-        loaded = _mm512_maskz_loadu_epi16((__mmask32(1) << (end - values)) - 1, values);
-      }
-      __asm__("" : "+v"(loaded));
-      _mm512_store_si512(dense + 64 * word + 32 * half, _mm512_maskz_expand_epi16(kept, loaded));
-      values += __builtin_popcount(kept);
-    }
+    const uint16_t* second = values + __builtin_popcount(uint32_t(bits));
+    const bool all = end - values >= 64;
+    const __m512i low = all ? load(values) : load_some(values, end - values);
+    const __m512i high = all ? load(second) : load_some(second, end - second);
+    _mm512_store_si512(dense, _mm512_maskz_expand_epi16(__mmask32(bits), low));
+    _mm512_store_si512(dense + 32, _mm512_maskz_expand_epi16(__mmask32(bits >> 32), high));
+    values += __builtin_popcountll(bits);
   }
   return values;
 }
 
-// Adds R rows of a block times 16 V inputs to their sums. `next` is what is read soon: a line of it a pair is brought near.
-template <int R, int V>
-TARGET void multiply_tile(const uint16_t* weights, const uint32_t* x, const uint32_t* next, int64_t pairs, float* to) {
+// Adds R rows of a block times 16 V inputs to their sums.
+template <int R, int V, class Line>
+TARGET void multiply_tile(const uint16_t* weights, const uint32_t* x, const Line* next, int64_t pairs, float* to) {
   __m512 sums[R][V];
 #pragma GCC unroll 24
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
     for (int v = 0; v < V; v++) sums[r][v] = _mm512_load_ps(to + r * kSumsPitch + 16 * v);
-  for (int64_t pair = 0; pair < pairs; pair++, x += 16 * V, weights += 2, next += 16) {
-    _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+  for (int64_t pair = 0; pair < pairs; pair++, x += 16 * V, weights += 2) {
+    const void* line;
+    if constexpr (std::is_same_v<Line, uint32_t>) line = next + 16 * pair;
+    else line = next[pair];
+    _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1);
     __m512i inputs[V];
 #pragma GCC unroll 3
     for (int v = 0; v < V; v++) inputs[v] = _mm512_loadu_si512(x + 16 * v);
@@ -142,13 +157,25 @@ TARGET void multiply_tile(const uint16_t* weights, const uint32_t* x, const uint
 }
 
 template <int R, int V>
-TARGET void multiply_tiles(const uint16_t* weights, int64_t rows, const uint32_t* x, const uint32_t* next, int64_t pairs,
+TARGET void multiply_rows_of_tile(const uint16_t* weights, const uint32_t* x, int64_t pairs, Ahead& ahead, float* to) {
+  if (ahead.count >= pairs) {
+    multiply_tile<R, V>(weights, x, ahead.lines, pairs, to);
+    ahead.lines += pairs;
+    ahead.count -= pairs;
+  } else {
+    multiply_tile<R, V>(weights, x, ahead.inputs, pairs, to);
+    ahead.inputs += 16 * pairs;
+  }
+}
+
+template <int R, int V>
+TARGET void multiply_tiles(const uint16_t* weights, int64_t rows, const uint32_t* x, int64_t pairs, Ahead& ahead,
                            float* to) {
   int64_t row = 0;
-  for (; row + R <= rows; row += R, next += 16 * pairs)
-    multiply_tile<R, V>(weights + row * kPitch, x, next, pairs, to + row * kSumsPitch);
-  for (; row < rows; row += 8, next += 16 * pairs)
-    multiply_tile<8, V>(weights + row * kPitch, x, next, pairs, to + row * kSumsPitch);
+  for (; row + R <= rows; row += R)
+    multiply_rows_of_tile<R, V>(weights + row * kPitch, x, pairs, ahead, to + row * kSumsPitch);
+  for (; row < rows; row += 8)
+    multiply_rows_of_tile<8, V>(weights + row * kPitch, x, pairs, ahead, to + row * kSumsPitch);
 }
 
 // Sums of `count` inputs and `rows` rows to y, whose rows of outputs are `pitch` apart.
@@ -185,22 +212,24 @@ TARGET inline void multiply_block(const Product& product, const uint32_t* x, int
   std::fill_n(scratch.weights + rows * kPitch, (padded - rows) * kPitch, uint16_t{0});
   for (int64_t word = 0; word < words; word += kWords) {
     const int64_t some = std::min(kWords, words - word), pairs = 32 * some;
+    const char** line = scratch.lines;
     for (int64_t r = 0; r < rows; r++) {
       const uint8_t* mask = matrix.mask + ((first + r) * words + word) * 8;
       place[r] = unpack(place[r], end, mask, some, scratch.weights + r * kPitch);
-      for (int64_t ahead = 0; ahead < kColumns; ahead += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(place[r]) + ahead, _MM_HINT_T1);
-      _mm_prefetch(mask + 8 * kWords, _MM_HINT_T1);
+      for (int64_t i = 0; i + 1 < kLinesOfRow; i++) *line++ = reinterpret_cast<const char*>(place[r]) + 64 * i;
+      *line++ = reinterpret_cast<const char*>(mask + 8 * kWords);
     }
+    std::fill(line, scratch.lines + kLines, line[-1]);
+    Ahead ahead = {scratch.lines, some == kWords ? kLines : 0, nullptr};
     for (int64_t input = 0; input < count; input += kInputs) {
       const int64_t registers = registers_of(count, input);
       const uint32_t* tile = tile_of(x, count, words, input, word);
-      const uint32_t* next = input + kInputs < count ? tile_of(x, count, words, input + kInputs, word)
-                                                     : tile_of(x, count, words, 0, word + some);
+      ahead.inputs = input + kInputs < count ? tile_of(x, count, words, input + kInputs, word)
+                                             : tile_of(x, count, words, 0, word + some);
       float* sums = scratch.sums + input;
-      if (registers == 3) multiply_tiles<8, 3>(scratch.weights, padded, tile, next, pairs, sums);
-      else if (registers == 2) multiply_tiles<12, 2>(scratch.weights, padded, tile, next, pairs, sums);
-      else multiply_tiles<24, 1>(scratch.weights, padded, tile, next, pairs, sums);
+      if (registers == 3) multiply_tiles<8, 3>(scratch.weights, padded, tile, pairs, ahead, sums);
+      else if (registers == 2) multiply_tiles<12, 2>(scratch.weights, padded, tile, pairs, ahead, sums);
+      else multiply_tiles<24, 1>(scratch.weights, padded, tile, pairs, ahead, sums);
     }
   }
   write(scratch.sums, rows, count, y + first, matrix.rows);

@@ -30,7 +30,7 @@ enum Path { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 enum Type { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 constexpr int64_t kWorkOfAThread = 1 << 18;
-constexpr int64_t kManyInputs = 17;  // from where blocks are faster than rows
+constexpr int64_t kManyInputs = 16;  // from where blocks are faster than rows
 
 // Row where a part starts, such that the parts read about the same number of bytes.
 int64_t row_of_part(const Matrix& matrix, int64_t part, int64_t parts, int64_t bytes_of_a_value) {
