@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fista.packed.linear import PackedLinear
 from optimum_fista.run.packed_folder import pack_folder
 from optimum_fista.run.packed_loading import FistaPackedConfig
+from optimum_fista.run.packed_modules import _execution_device
 
 IDS = torch.arange(24).view(2, 12)
 NUM_PACKED = {
@@ -152,3 +153,19 @@ def test_other_implementations_of_experts_stop(pruned, tmp_path):
         logits(model)
     model.set_experts_implementation("fista_packed")
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "place"),
+    [
+        ({"": "disk"}, "cpu"),
+        ({"model.layers.0": "cuda:0", "model.layers.1": "cpu", "lm_head": "disk"}, "cuda:0"),
+        ({"model.layers.0": "cuda:1", "model.layers.1": "cuda:0"}, "cuda:0"),
+        ({"model.layers.1.mlp": "cuda:3", "model.layers.1": "cuda:0"}, "cuda:3"),
+        ({}, "cpu"),
+    ],
+)
+def test_experts_go_where_their_module_computes(device_map, place):
+    model = nn.Linear(1, 1)
+    model.hf_device_map, model.device = device_map, torch.device("cpu")
+    assert _execution_device(model, "model.layers.1.mlp.experts.down_proj") == torch.device(place)
