@@ -5,7 +5,8 @@ import sys
 from setuptools import Extension, setup
 
 SOURCES = "optimum_fista/packed/csrc"
-HEADERS = ["avx2.h", "avx512.h", "matrix.h", "numbers.h", "portable.h", "rows.inl", "threads.h", "yardsticks.h"]
+NAMES = ["avx2", "avx512", "blocks", "matrix", "numbers", "portable", "threads", "yardsticks"]
+HEADERS = [f"{name}.h" for name in NAMES] + ["rows.inl"]
 
 setup(
     ext_modules=[

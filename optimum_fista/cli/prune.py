@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -153,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.hub import push_folder
     from optimum_fista.run.journal import FOLDER
     from optimum_fista.run.loading import storage_place
-    from optimum_fista.run.packed_folder import pack_folder
+    from optimum_fista.run.packed_folder import PackedFolder
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
     from optimum_fista.run.trackers import require_tracker
@@ -175,14 +174,6 @@ def run(arguments: argparse.Namespace) -> int:
         require_tracker(name)
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
-    output = arguments.output
-    if arguments.packed:
-        output = output.with_name(f"{output.name}.dense")
-        if output.exists():
-            raise FileExistsError(
-                f"{str(output)!r} is there, of a run that was cut off while it packed: `optimum-fista pack {output} "
-                f"--output {arguments.output}` finishes it, or delete it."
-            )
     with joined_ranks(arguments.device) as ranks, ExitStack() as trackers:
         if ranks.index:
             set_verbosity_error()
@@ -197,7 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
                     config.seed,
                     device=ranks.device,
                     dtype=arguments.dtype,
-                    keep_in=unfinished_folder(output) / FOLDER,
+                    keep_in=unfinished_folder(arguments.output) / FOLDER,
                 )
             )
             callbacks = _trackers(arguments, config, ranks, trackers)
@@ -205,10 +196,11 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.model,
                 tokens.split(arguments.batch_size),
                 calibration_source=arguments.calibration,
-                output_dir=output,
+                output_dir=arguments.output,
                 device=arguments.device,
                 dtype=arguments.dtype,
                 overwrite=arguments.overwrite,
+                packed=arguments.packed,
             )
         except KeyboardInterrupt:
             print("\nfinished decoder layers are kept: give the same command again to go on", file=sys.stderr)
@@ -222,8 +214,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(report)
     if arguments.packed:
-        print(pack_folder(output, arguments.output, overwrite=arguments.overwrite))
-        shutil.rmtree(output)
+        print(PackedFolder(arguments.output).packing)
     print(f"saved to {arguments.output}")
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
@@ -243,6 +234,7 @@ def _plan(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
         device=arguments.device,
         dtype=arguments.dtype,
         storage_device=arguments.storage_device,
+        packed=arguments.packed,
     )
     print(plan)
     return 0

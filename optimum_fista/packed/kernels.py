@@ -43,6 +43,10 @@ class Kernels:
         self._path = PATHS.index(self.path)
         self._use_threads_of_torch()
 
+    def takes_many(self, dtype: torch.dtype) -> bool:
+        """Whether `linear` is at least about as fast as a dense product with any number of inputs of a dtype."""
+        return self.path == "avx512" and dtype == torch.bfloat16
+
     def linear(self, x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
         """Product y = W x + b of checked tensors.
 

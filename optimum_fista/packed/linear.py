@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
-from optimum_fista.packed.bits import mask_bytes, pack_bits
-from optimum_fista.packed.format import VERSION, PackedTensor, check, pack, unpack, unpack_mask
+from optimum_fista.packed.bits import mask_bytes
+from optimum_fista.packed.format import VERSION, PackedTensor, check, pack, unpack
 from optimum_fista.packed.operation import packed_linear, row_starts
+from optimum_fista.packed.rearranged import transposed, with_bits
 from optimum_fista.packed.validation import SUFFIXES, PackedFormatError
 
 _PARTS = tuple("weight" + suffix for suffix in SUFFIXES)
@@ -77,8 +78,7 @@ class PackedLinear(nn.Module):
             raise PackedFormatError(f"weight_layout says shape {packed.shape}: a linear layer needs a matrix.")
         rows, columns = packed.shape
         layer = cls(columns, rows, packed.values.numel(), False, packed.n_of_m, device="meta")
-        for name, tensor in packed.named("weight").items():
-            setattr(layer, name, tensor)
+        layer._hold(packed)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         layer.prepare()
@@ -138,19 +138,27 @@ class PackedLinear(nn.Module):
                 f"weight_layout says shape {self.packed.shape}: this layer's weight is "
                 f"{(self.out_features, self.in_features)}."
             )
-        if self.packed.n_of_m is not None:
-            mask = torch.zeros(self.out_features, mask_bytes(self.in_features, None), dtype=torch.uint8)
-            pack_bits(unpack_mask(self.packed).cpu(), mask)
-            layout = torch.tensor([VERSION, 0, 0, self.out_features, self.in_features])
-            self.weight_mask, self.weight_layout = (
-                mask.to(self.weight_mask.device),
-                layout.to(self.weight_layout.device),
-            )
+        self._hold(with_bits(self.packed))
         self.weight_starts = row_starts(self.weight_mask)
+
+    def transpose_(self) -> None:
+        """Become the layer of the transposed weight; the bias is that of the new one. The weight is dense on the way.
+
+        Raises:
+            PackedFormatError: If the tensors are malformed.
+        """
+        self.in_features, self.out_features = self.out_features, self.in_features
+        self._hold(transposed(self.packed))
+        self.prepare()
+
+    def _hold(self, packed: PackedTensor) -> None:
+        """Take the three tensors of another packed weight."""
+        for name, tensor in packed.named("weight").items():
+            setattr(self, name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], sums in float32."""
-        if self.weight_starts is None:
+        if self.weight_starts is None or self.weight_starts.is_meta > self.weight_mask.is_meta:
             self.prepare()
         return packed_linear(x, self.weight_values, self.weight_mask, self.weight_starts, self.bias)  # type: ignore[arg-type]
 

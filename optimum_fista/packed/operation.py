@@ -68,6 +68,8 @@ def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
 
 def _check(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> None:
     rows, columns = mask.shape[0], x.shape[-1]
+    if x.device != values.device:
+        raise ValueError(f"x is on {x.device}, the packed weight on {values.device}: bring them to one device.")
     if x.dtype != values.dtype or (bias is not None and bias.dtype != x.dtype):
         raise ValueError(
             f"x is {x.dtype}, the weight {values.dtype}{'' if bias is None else f', the bias {bias.dtype}'}: pass "
@@ -86,14 +88,14 @@ def _multiply(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Ten
 
 
 def _multiply_on_cpu(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
-    """Kernels for a few inputs; for more, tiles of rows are unpacked and multiplied as dense ones."""
+    """Kernels for a few inputs; for more, where they have none, tiles of rows are multiplied as dense ones."""
     compiled = kernels()
     if compiled is None or x.dtype not in KERNEL_DTYPES or x.numel() == 0:
         return _multiply(x, values, mask, starts, bias)
     _check(x, values, mask, starts, bias)
     rows, columns = mask.shape[0], x.shape[-1]
     inputs = x.reshape(-1, columns).contiguous()
-    if inputs.shape[0] <= _MAX_BATCH:
+    if inputs.shape[0] <= _MAX_BATCH or compiled.takes_many(x.dtype):
         return compiled.linear(inputs, values, mask, starts, bias).view(*x.shape[:-1], rows)
     return _multiply_by_tiles(compiled, inputs, values, mask, starts, bias).view(*x.shape[:-1], rows)
 

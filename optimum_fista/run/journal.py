@@ -63,9 +63,10 @@ class Journal:
     Attributes:
         folder: Holds the final shards, and the journal in a folder of its own until the run is complete.
         num_shards: Shards of the finished model: one a decoder layer, and one for the rest.
+        packed: Whether the shards are those of a packed folder.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], num_layers: int) -> None:
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], num_layers: int, packed: bool = False) -> None:
         """Open the journal of a folder, or begin it.
 
         Raises:
@@ -73,6 +74,7 @@ class Journal:
         """
         self.folder = folder
         self.num_shards = num_layers + 1
+        self.packed = packed
         self._journal = folder / FOLDER
         self._journal.mkdir(parents=True, exist_ok=True)
         file = self._journal / "fingerprint.json"
@@ -147,7 +149,12 @@ class Journal:
 
     def shard_name(self, index: int) -> str:
         """File name of a shard."""
-        return f"model-{index + 1:05}-of-{self.num_shards:05}.safetensors"
+        return f"{self._stem}-{index + 1:05}-of-{self.num_shards:05}.safetensors"
+
+    @property
+    def index_name(self) -> str:
+        """File name of the shards' index."""
+        return f"{self._stem}.safetensors.index.json"
 
     def masks(self, index: int) -> dict[str, Tensor]:
         """Packed masks of a finished decoder layer."""
@@ -190,6 +197,10 @@ class Journal:
             values = json.loads(tensors.metadata()["budgets"])
             weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         return Budgets(config, values["sparsities"], weights, values["unseen"])
+
+    @property
+    def _stem(self) -> str:
+        return "packed" if self.packed else "model"
 
     def _file(self, kind: str, index: int) -> Path:
         return self._journal / f"{kind}-{index:05}.safetensors"

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from optimum_fista.packed.format import PackedTensor, check, pack, packed_names, unpack, unpack_mask
+from optimum_fista.packed.format import PackedTensor, check, packed_names, unpack, unpack_mask
 from optimum_fista.packed.validation import SUFFIXES
 from optimum_fista.run.atomic import write_tensors, write_text
 from optimum_fista.run.checkpoint import (
@@ -25,41 +23,10 @@ from optimum_fista.run.checkpoint import (
     checkpoint_files,
     require_free_folder,
 )
+from optimum_fista.run.packing import CARD_NOTE, QUANT_METHOD, Packer, Packing, packed_settings
 from optimum_fista.run.report import PruningReport
 from optimum_fista.run.stored_names import split_index
 from optimum_fista.solve.bitmask import pack_mask
-from optimum_fista.solve.bitmask import unpack_mask as unpack_stored_mask
-
-QUANT_METHOD = "fista_packed"
-_NOTE = """
-## Packed
-
-The pruned weights of this folder are stored without their zeros. `import optimum_fista` (`pip install optimum-fista`)
-before `from_pretrained` loads it as a dense model, bit for bit; `optimum-fista unpack` writes that as a plain folder.
-"""
-
-
-@dataclass(frozen=True)
-class Packing:
-    """What packing or unpacking did.
-
-    Attributes:
-        num_tensors: Weights that are stored packed.
-        dense_bytes: Their bytes as dense tensors.
-        packed_bytes: Their bytes packed.
-    """
-
-    num_tensors: int
-    dense_bytes: int
-    packed_bytes: int
-
-    def __str__(self) -> str:
-        """A line for people."""
-        share = self.packed_bytes / max(1, self.dense_bytes)
-        return (
-            f"{self.num_tensors} weights: {self.dense_bytes / 2**20:,.1f} MiB dense, "
-            f"{self.packed_bytes / 2**20:,.1f} MiB packed ({share:.3f})"
-        )
 
 
 def is_packed(folder: Path) -> bool:
@@ -90,34 +57,18 @@ def pack_folder(
         if not (folder / file).exists():
             raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
     files = checkpoint_files(folder)
-    masks = _Masks(folder, files)
-    sizes: list[tuple[int, int]] = []
+    with safe_open(folder / MASKS_FILE, "pt") as masks:
+        packer = Packer(_report(folder).operators, files, masks.get_tensor)
 
-    def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        written: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            if name not in masks.packed:
-                written[name] = tensor
-                continue
-            try:
-                packed = pack(tensor, masks.of(name, tensor), masks.patterns.get(name))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            sizes.append((packed.dense_bytes, packed.num_bytes))
-            written |= packed.named(name)
-        return written
+        def finish(partial: Path, weights: str, config: dict[str, Any]) -> None:
+            (partial / MASKS_FILE).unlink()
+            config["quantization_config"] = packed_settings(weights, packer.names)
+            card = partial / "README.md"
+            if card.exists():
+                card.write_text(card.read_text() + CARD_NOTE)
 
-    def finish(partial: Path, weights: str, config: dict[str, Any]) -> None:
-        (partial / MASKS_FILE).unlink()
-        parameters = sorted({name.rpartition(".")[2] for name in masks.packed})
-        settings = {"quant_method": QUANT_METHOD, "runtime": "dense", "weights": weights, "parameters": parameters}
-        config["quantization_config"] = settings
-        card = partial / "README.md"
-        if card.exists():
-            card.write_text(card.read_text() + _NOTE)
-
-    _convert_folder(folder, output, files, ("model", "packed"), convert, finish, overwrite, progress)
-    return Packing(len(sizes), sum(dense for dense, _ in sizes), sum(packed for _, packed in sizes))
+        _convert_folder(folder, output, files, ("model", "packed"), packer.pack, finish, overwrite, progress)
+    return packer.packing
 
 
 def unpack_folder(
@@ -158,7 +109,7 @@ def unpack_folder(
         write_tensors(partial / MASKS_FILE, masks, MASKS_METADATA)
         card = partial / "README.md"
         if card.exists():
-            card.write_text(card.read_text().replace(_NOTE, ""))
+            card.write_text(card.read_text().replace(CARD_NOTE, ""))
 
     _convert_folder(folder, output, reader.files, ("packed", "model"), convert, finish, overwrite, progress)
     return Packing(len(sizes), sum(dense for dense, _ in sizes), sum(packed for _, packed in sizes))
@@ -177,6 +128,19 @@ class PackedFolder:
         self.files = checkpoint_files(folder, settings["weights"].partition(".")[0])
         self.names = packed_names(self.files)
 
+    @property
+    def packing(self) -> Packing:
+        """The sizes of the packed weights; only headers and layouts are read."""
+        dense = packed = 0
+        for name in self.names:
+            with safe_open(self.files[name + SUFFIXES[0]], "pt") as file:
+                values, mask = (file.get_slice(name + suffix) for suffix in SUFFIXES[:2])
+                layout = file.get_tensor(name + SUFFIXES[2])
+            size = values[:0].element_size()
+            dense += prod(layout[3:].tolist()) * size
+            packed += prod(values.get_shape()) * size + prod(mask.get_shape()) + layout.numel() * layout.element_size()
+        return Packing(len(self.names), dense, packed)
+
     def packed(self, name: str) -> PackedTensor:
         """A packed weight, checked.
 
@@ -190,41 +154,6 @@ class PackedFolder:
         packed = PackedTensor(*parts)
         check(packed, name)
         return packed
-
-
-class _Masks:
-    """The masks of a pruned folder by the tensors of its checkpoint."""
-
-    def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
-        self._file = folder / MASKS_FILE
-        self._operators: dict[str, list[str]] = {}
-        self.patterns: dict[str, tuple[int, int]] = {}
-        for operator in _report(folder).operators:
-            name, index = split_index(operator.name)
-            self._operators.setdefault(name, []).append(operator.name)
-            if ":" in operator.pattern and not operator.stored_transposed and not index:
-                n, _, m = operator.pattern.partition(":")
-                self.patterns[name] = (int(n), int(m))
-        self.packed = {*self._operators, *_siblings(self._operators, files)}
-
-    def of(self, name: str, tensor: Tensor) -> Tensor:
-        """The mask of a tensor of the checkpoint; what belongs to no operator is kept."""
-        mask = torch.ones(tensor.shape, dtype=torch.bool)
-        with safe_open(self._file, "pt") as file:
-            for operator in self._operators.get(name, []):
-                part = mask[split_index(operator)[1]]
-                part.copy_(unpack_stored_mask(file.get_tensor(operator), tuple(part.shape)))
-        return mask
-
-
-def _siblings(packed: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Weights of other experts of a mixture that has packed ones: loading merges them, so all are packed."""
-
-    def mixture(name: str) -> str:
-        return re.sub(r"\.\d+\.(?=[^.]+\.[^.]+$)", ".*.", name) if ".experts." in name else name
-
-    kinds = {mixture(name) for name in packed if ".experts." in name}
-    return [name for name in names if mixture(name) in kinds]
 
 
 def _convert_folder(

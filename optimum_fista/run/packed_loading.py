@@ -15,6 +15,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from optimum_fista.run.packed_modules import PackedModules
+
 QUANT_METHOD = "fista_packed"
 RUNTIMES = ("dense", "packed")
 
@@ -23,8 +25,8 @@ class FistaPackedConfig(QuantizationConfigMixin):
     """How a packed checkpoint is stored and loaded; pass one to `from_pretrained(quantization_config=)` to choose.
 
     Args:
-        runtime: `"dense"`: the model that was packed, bit for bit. `"packed"`: its `nn.Linear` modules stay packed and
-            compute from there; other packed weights (experts, `Conv1D`) become dense.
+        runtime: `"dense"`: the model that was packed, bit for bit. `"packed"`: `nn.Linear` and `Conv1D` modules and the
+            experts of a mixture stay packed and compute from there; other packed weights become dense.
         weights: The weight file, or the index of the weight files, in the model folder.
         parameters: Last parts of the names of the parameters that are packed, such as `"weight"`.
 
@@ -68,14 +70,14 @@ class FistaPackedQuantizer(HfQuantizer):
                 "quantization_config is a FistaPackedConfig, but the model is not packed: pack the folder of a pruned "
                 "model with `optimum-fista pack`."
             )
-        self._becoming_dense: list[str] | None = None
+        self._modules: PackedModules | None = None
 
     @property
     def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
-        """The tensors that a packed parameter is stored as."""
+        """The tensors that a parameter is stored as: three where it is packed, itself where it was left dense."""
         from optimum_fista.packed.validation import SUFFIXES
 
-        return {name: [name + suffix for suffix in SUFFIXES] for name in self.quantization_config.parameters}
+        return {name: [name + suffix for suffix in (*SUFFIXES, "")] for name in self.quantization_config.parameters}
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The first call with the configuration: point it to the packed files, which no loader finds by itself."""
@@ -108,7 +110,7 @@ class FistaPackedQuantizer(HfQuantizer):
 
         from optimum_fista.packed.validation import SUFFIXES
 
-        names = self.quantization_config.parameters if self._becoming_dense is None else self._becoming_dense
+        names = self.quantization_config.parameters if self._modules is None else self._modules.becoming_dense
         operation = self.get_load_operations()["dequantize"]
         return [WeightConverter([name + s for s in SUFFIXES], name, [operation(self)]) for name in names]
 
@@ -116,21 +118,19 @@ class FistaPackedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         """Refuse files that are not whole, and make room for weights that stay packed."""
+        from optimum_fista.run.packed_modules import PackedModules
         from optimum_fista.run.unpacking import PackedFiles
 
         files = PackedFiles(checkpoint_files or [])
         kept = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.ndim > 1}
         self.quantization_config.parameters = sorted(kept.union(self.quantization_config.parameters))
         if self.quantization_config.runtime == "packed":
-            self._becoming_dense = files.replace_linears(model)
+            self._modules = PackedModules(model, files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        from optimum_fista.packed.linear import PackedLinear
-
         model.config.__dict__.pop("transformers_weights", None)
-        for module in model.modules():
-            if isinstance(module, PackedLinear):
-                module.prepare()
+        if self._modules is not None:
+            self._modules.complete(model)
         return model
 
     def is_serializable(self) -> bool:

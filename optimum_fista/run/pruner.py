@@ -72,6 +72,7 @@ class FistaPruner:
         device: str | None = None,
         dtype: str | torch.dtype = "auto",
         overwrite: bool = False,
+        packed: bool = False,
     ) -> PruningReport:
         """Prune a model in place, or from its files to the files of `output_dir`.
 
@@ -93,6 +94,7 @@ class FistaPruner:
                 among several), otherwise the CPU.
             dtype: Dtype of a model given by name; `"auto"` takes the checkpoint's.
             overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
+            packed: Make `output_dir` a packed folder (docs/formats.md); the zeros are never written.
 
         Returns:
             The report; `save_pretrained` and `push_to_hub` save it with the model.
@@ -121,9 +123,11 @@ class FistaPruner:
                 progress=self.progress,
                 storage_device=self.storage_device,
                 callbacks=self.callbacks,
+                packed=packed,
             )
-        if output_dir is not None:
-            raise ValueError("output_dir is for a model given by name: save a loaded model by save_pretrained.")
+        if output_dir is not None or packed:
+            option = "packed=True" if packed else "output_dir"
+            raise ValueError(f"{option} is for a model given by name: save a loaded model by save_pretrained.")
         if (count := launched_processes()) > 1:
             warnings.warn(
                 f"model is in memory, so each of {count} processes that calls prune works on a copy of its own: pass "

@@ -12,11 +12,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
-from optimum_fista.run.atomic import write_atomically, write_bytes, write_tensors, write_text
+from optimum_fista.packed.format import packed_names
+from optimum_fista.run.atomic import write_bytes, write_tensors, write_text
 from optimum_fista.run.card import model_card
 from optimum_fista.run.checkpoint import MASKS_FILE, MASKS_METADATA, REPORT_FILE, summary
 from optimum_fista.run.journal import FinishedLayer, Journal
 from optimum_fista.run.loading import forget_gguf
+from optimum_fista.run.packing import CARD_NOTE, packed_settings
 from optimum_fista.run.picture import PICTURE_FILE, error_picture
 from optimum_fista.run.report import PruningReport
 
@@ -32,11 +34,14 @@ def write_remaining(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     report: PruningReport,
-    masks: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None,
     journal: Journal,
     layers: dict[int, FinishedLayer],
 ) -> None:
-    """Write all that is not a decoder layer; the configuration, without which nothing loads, comes last."""
+    """Write all that is not a decoder layer; the configuration, without which nothing loads, comes last.
+
+    Without masks the folder is a packed one, whose weights bring theirs.
+    """
     folder, prefix = journal.folder, f"{find_decoder_layers(model).name}."
     modules = dict(model.named_modules())
     rest = {}
@@ -50,14 +55,16 @@ def write_remaining(
     weight_map |= dict.fromkeys(rest, last.name)
     metadata = {"total_parameters": model.num_parameters(), "total_size": _total_size(folder)}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    write_text(folder / journal.index_name, json.dumps(index, indent=2) + "\n")
     (folder / "fista").mkdir(exist_ok=True)
-    write_tensors(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
+    if masks is not None:
+        write_tensors(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
     write_text(folder / REPORT_FILE, report.to_json())
     picture = error_picture(report)
     if picture is not None:
         write_bytes(folder / PICTURE_FILE, picture)
-    write_text(folder / "README.md", model_card(report, None if picture is None else PICTURE_FILE))
+    card = model_card(report, None if picture is None else PICTURE_FILE)
+    write_text(folder / "README.md", card if masks is not None else card + CARD_NOTE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     forget_gguf(model)
@@ -66,7 +73,10 @@ def write_remaining(
     model.config.fista_pruning = summary(report)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
-    write_atomically(folder / "config.json", lambda partial: model.config.to_json_file(partial))
+    config = json.loads(model.config.to_json_string())
+    if masks is None:
+        config["quantization_config"] = packed_settings(journal.index_name, packed_names(weight_map))
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _total_size(folder: Path) -> int:

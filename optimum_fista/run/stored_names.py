@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from optimum_fista.run.report import PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
 
 _SHAPE = (2, 3)  # of a stand-in for a weight [out, in]
+_NO_OPERATOR = -1  # what a stand-in holds where no operator's weight is
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def stored_names(model: PreTrainedModel, operators: Iterable[LinearOperator]) ->
         UnsupportedArchitectureError: If a weight is not kept as one matrix.
     """
     found = list(operators)
-    names = _find_names(model, found)
+    names = find_names(model, found)
     for operator in found:
         if f"{operator.name}.weight" not in names:
             name = operator.name
@@ -57,7 +58,7 @@ def stored_names(model: PreTrainedModel, operators: Iterable[LinearOperator]) ->
     return names
 
 
-def _find_names(model: PreTrainedModel, found: list[LinearOperator]) -> dict[str, StoredName]:
+def find_names(model: PreTrainedModel, found: Sequence[LinearOperator]) -> dict[str, StoredName]:
     """The names of `stored_names`, without the weights that are not kept as one matrix."""
     prefixes = {id(module): name for name, module in model.named_modules()}
     stand_ins: dict[str, Tensor] = {}
@@ -71,8 +72,10 @@ def _find_names(model: PreTrainedModel, found: list[LinearOperator]) -> dict[str
         part.fill_(number)
     names: dict[str, StoredName] = {}
     for tensor, numbers in revert_weight_conversion(model, dict(stand_ins)).items():
-        held = [int(number) for number in numbers.unique()]
-        if len(held) == 1 and tuple(numbers.shape) in (_SHAPE, _SHAPE[::-1]):
+        held = [int(number) for number in numbers.unique() if number != _NO_OPERATOR]
+        if not held:
+            continue
+        if len(numbers.unique()) == 1 and tuple(numbers.shape) in (_SHAPE, _SHAPE[::-1]):
             operator = found[held[0]]
             names.setdefault(f"{operator.name}.weight", StoredName(tensor, tuple(numbers.shape) != _SHAPE))
         elif torch.equal(numbers, stand_ins[origins[held[0]]]):  # renamed only
@@ -108,7 +111,7 @@ def as_in_model(
         ValueError: If the report names a weight that the model does not have, or in another shape.
     """
     found = list(operators)
-    names = _find_names(model, found)
+    names = find_names(model, found)
     by_name = {names[key].name: operator for operator in found if (key := f"{operator.name}.weight") in names}
     entries, kept = [], {}
     for entry in report.operators:
@@ -155,7 +158,7 @@ def _slice_text(part: slice) -> str:
 
 
 def _matrix(transposed: bool) -> Tensor:
-    return torch.zeros(_SHAPE[::-1] if transposed else _SHAPE, dtype=torch.int32)
+    return torch.full(_SHAPE[::-1] if transposed else _SHAPE, _NO_OPERATOR, dtype=torch.int32)
 
 
 def _stand_in(operator: ExpertOperator) -> Tensor:
@@ -164,4 +167,4 @@ def _stand_in(operator: ExpertOperator) -> Tensor:
     halves = 2 if experts.gated and operator.kind != "down_proj" else 1
     out, inputs = halves * _SHAPE[0], _SHAPE[1]
     shape = (inputs, out) if experts.transposed else (out, inputs)
-    return torch.zeros(len(experts), *shape, dtype=torch.int32)
+    return torch.full((len(experts), *shape), _NO_OPERATOR, dtype=torch.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -19,12 +20,13 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.fingerprint import is_of_another_run
 from optimum_fista.run.journal import FOLDER, FinishedLayer, Journal
 from optimum_fista.run.model_pruning import ModelPruning
+from optimum_fista.run.packing import Packer
 from optimum_fista.run.perplexity import evaluation_mode
 from optimum_fista.run.planning.batches import FittedBatches
 from optimum_fista.run.pruning_callback import PruningCallback
 from optimum_fista.run.ranks import RankError, Ranks
 from optimum_fista.run.remaining_files import as_saved, write_remaining
-from optimum_fista.run.report import LayerReport, PruningReport
+from optimum_fista.run.report import LayerReport, OperatorReport, PruningReport
 from optimum_fista.run.shares import share_layers
 from optimum_fista.run.stored_names import as_stored
 from optimum_fista.solve.bitmask import pack_mask
@@ -44,9 +46,11 @@ class StreamedRun:
         progress: bool,
         storage_device: str | torch.device | Path | None,
         callbacks: Sequence[PruningCallback],
+        packed: bool,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.packed = packed
         self.masks: dict[str, Tensor] = {}
         self.finished: dict[int, FinishedLayer] = {}
         self.pruning = ModelPruning(
@@ -75,7 +79,7 @@ class StreamedRun:
         def begin() -> dict[str, Any]:
             if overwrite and is_of_another_run(folder, fingerprint):
                 shutil.rmtree(folder)
-            Journal(folder, fingerprint, num_layers)
+            Journal(folder, fingerprint, num_layers, self.packed)
             return fingerprint
 
         def join(begun: dict[str, Any]) -> Journal:
@@ -87,7 +91,7 @@ class StreamedRun:
                 )
             if not (folder / FOLDER).exists():
                 raise ValueError(f"output: rank 0 began {str(folder)!r}, and it isn't here: pass a shared folder.")
-            return Journal(folder, fingerprint, num_layers)
+            return Journal(folder, fingerprint, num_layers, self.packed)
 
         begun = ranks.first(begin)
         self.journal = ranks.each(lambda: join(begun))
@@ -130,7 +134,7 @@ class StreamedRun:
         self.pruning.complete_report()
         masks = {name: mask for index in sorted(layers) for name, mask in journal.masks(index).items()}
         report, masks = as_stored(report, masks, self.pruning.stored_names)
-        write_remaining(self.model, self.tokenizer, report, masks, journal, layers)
+        write_remaining(self.model, self.tokenizer, report, None if self.packed else masks, journal, layers)
         for left in [*journal.folder.glob(".tmp*"), *journal.folder.glob(".*.partial")]:
             left.unlink()  # of a process that was killed while safetensors wrote
         replace_folder(journal.folder, output_dir)
@@ -183,6 +187,8 @@ class StreamedRun:
             tensors = as_saved(self.model, tensors)
             masks, self.masks, self._dense = self.masks, {}, {}
             reports = [o for o in pruning.report.operators if o.name.startswith(f"{name}.")]
+            if self.packed:
+                tensors = self._pack(tensors, reports, masks)
             carried = index < pruning.last_layer and not pruning.config.independent_layers
             states = pruning.states if carried else None
             left_dense = {key: why for key, why in pruning.report.left_dense.items() if key.startswith(f"{name}.")}
@@ -191,6 +197,14 @@ class StreamedRun:
             journal.keep_layer(index, tensors, masks, reports, left_dense, states, seconds, drift, memory)
             del tensors
             started = time.perf_counter()
+
+    def _pack(
+        self, tensors: dict[str, Tensor], operators: list[OperatorReport], masks: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors of a decoder layer as a packed folder stores them."""
+        layer = dataclasses.replace(self.pruning.report, operators=operators)
+        report, stored = as_stored(layer, masks, self.pruning.stored_names)
+        return Packer(report.operators, tensors, stored.__getitem__).pack(tensors)
 
     def _write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
         if not operator.is_offloaded:  # the others can be read again

@@ -38,6 +38,7 @@ def prune_files(
     progress: bool = True,
     storage_device: str | torch.device | Path | None = None,
     callbacks: Sequence[PruningCallback] = (),
+    packed: bool = False,
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
@@ -56,12 +57,12 @@ def prune_files(
             model, tokenizer = load_lazily(str(name), Path(offload_folder), device=ranks.device, dtype=dtype)
             shown = progress and not ranks.index
             run = StreamedRun(
-                model, tokenizer, calib_dataloader, config, calibration_source, shown, storage_device, callbacks
+                model, tokenizer, calib_dataloader, config, calibration_source, shown, storage_device, callbacks, packed
             )
             run.store_beside(folder)
             if ranks.count > 1:
                 run.pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
-            return run, run_fingerprint(str(name), run.pruning)
+            return run, run_fingerprint(str(name), run.pruning) | ({"packed": True} if packed else {})
 
         run, fingerprint = ranks.each(begin)
         run.open(folder, fingerprint, overwrite, ranks)

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, _IdentityOp
 
 from optimum_fista.packed.format import PackedTensor, check, packed_names, unpack
-from optimum_fista.packed.linear import PackedLinear
 from optimum_fista.packed.validation import SUFFIXES
 
 
@@ -33,14 +32,19 @@ class Unpack(ConversionOps):
     ) -> dict[str, list[Tensor]]:
         """Lists of values, masks and layouts by their patterns -> lists of dense tensors, in the model's dtype.
 
-        They are named by the target, or, where other operations follow that merge several sources, as the values were.
+        Tensors that are dense already keep their names. The others are named by the target, or, where other operations
+        follow that merge several sources, as the values were.
 
         Raises:
             PackedFormatError: If the parts are not those of a packed tensor.
         """
         dtype = None if model is None else model.get_parameter_or_buffer(full_layer_name).dtype
         stems = [pattern.removesuffix(SUFFIXES[0]) for pattern in input_dict if pattern.endswith(SUFFIXES[0])]
-        found = {}
+        found = {
+            pattern: [tensor.to(dtype or tensor.dtype) for tensor in tensors]
+            for pattern, tensors in input_dict.items()
+            if not pattern.endswith(SUFFIXES)
+        }
         for stem in stems:
             parts = [input_dict[stem + suffix] for suffix in SUFFIXES]
             parts = [part if isinstance(part, list) else [part] for part in parts]
@@ -73,6 +77,19 @@ class PackedFiles:
             values, mask, layout = (name + suffix for suffix in SUFFIXES)
             check(PackedTensor(self._empty(values), self._read(mask), self._read(layout)), name)
 
+    def read(self, name: str) -> PackedTensor:
+        """A packed tensor."""
+        return PackedTensor(*(self._read(name + suffix) for suffix in SUFFIXES))
+
+    def num_kept(self, name: str) -> int:
+        """Number of weights that a packed tensor keeps."""
+        return self._empty(name + SUFFIXES[0]).numel()
+
+    def layout(self, name: str) -> list[int]:
+        """The layout of a packed tensor: version, n, m and the shape."""
+        numbers: list[int] = self._read(name + SUFFIXES[2]).tolist()
+        return numbers
+
     def _read(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], "pt") as tensors:
             return tensors.get_tensor(name)
@@ -81,27 +98,3 @@ class PackedFiles:
         with safe_open(self._file_of[name], "pt") as tensors:
             part = tensors.get_slice(name)
             return torch.empty(part.get_shape(), dtype=part[:0].dtype, device="meta")
-
-    def replace_linears(self, model: PreTrainedModel) -> list[str]:
-        """Make every `nn.Linear` whose weight is packed a `PackedLinear`; returns the packed names that remain."""
-        remain = []
-        modules = dict(model.named_modules())
-        for name in self.names:
-            owner, _, leaf = name.rpartition(".")
-            module = modules.get(owner)
-            if leaf != "weight" or type(module) is not nn.Linear:
-                remain.append(name)
-                continue
-            kept, layout = self._empty(name + SUFFIXES[0]).numel(), self._read(name + SUFFIXES[2]).tolist()
-            packed = PackedLinear(
-                module.in_features,
-                module.out_features,
-                kept,
-                module.bias is not None,
-                (layout[1], layout[2]) if layout[2] else None,
-                device="meta",
-                dtype=module.weight.dtype,
-            )
-            parent, _, child = owner.rpartition(".")
-            setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
-        return remain

@@ -65,9 +65,9 @@ int main() {
   for (int path = 0; path <= optimum_fista_best_path(); path++)
     for (const auto& shape : shapes)
       for (double share : {0.0, 0.5, 1.0})
-        for (int64_t batch : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17})
+        for (int64_t batch : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 70})
           for (int threads : {1, 3}) {
-            if (shape[0] == 600 ? batch != 1 && batch != 13 : threads > 1) continue;
+            if (shape[0] == 600 ? batch != 1 && batch != 13 && batch != 70 : threads > 1) continue;
             if (!one<fista::Float32>(path, 0, shape[0], shape[1], share, batch, threads) ||
                 !one<fista::Float16>(path, 1, shape[0], shape[1], share, batch, threads) ||
                 !one<fista::BFloat16>(path, 2, shape[0], shape[1], share, batch, threads)) {

@@ -64,6 +64,21 @@ def test_products_are_right(path, dtype, shape):
 
 @needs_library
 @pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("shape", [(1, 1), (7, 513), (50, 1100), (150, 64), (100, 575)])
+def test_products_of_many_inputs_are_right(path, shape):
+    """Blocks of rows, columns and inputs that are full and that are not, and more inputs than are taken at a time."""
+    compiled = Kernels(find_library(), path)
+    weight, mask, bias = problem(*shape, torch.bfloat16)
+    packed = pack(weight, mask)
+    for batch in (16, 31, 32, 33, 48, 49, 96, 515):
+        x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch)).bfloat16()
+        for given in (None, bias):
+            y = compiled.linear(x, packed.values, packed.mask, row_starts(packed.mask), given)
+            assert_within_rounding(y, x, weight, given)
+
+
+@needs_library
+@pytest.mark.parametrize("path", paths())
 @pytest.mark.parametrize("kept", [0.0, 0.02, 1.0])
 def test_empty_and_full_matrices(path, kept):
     weight, mask, bias = problem(2, 200, torch.bfloat16, kept)
@@ -78,7 +93,7 @@ def test_empty_and_full_matrices(path, kept):
 @needs_library
 @pytest.mark.parametrize("openmp", [True, False])
 @pytest.mark.parametrize("path", paths())
-@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("batch", [1, 3, 16, 40])
 def test_threads_compute_the_same_bits(path, batch, openmp, monkeypatch):
     """With rows whose share of kept weights differs widely, over OpenMP and over std::thread."""
     if not openmp:

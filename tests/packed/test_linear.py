@@ -107,3 +107,19 @@ def test_modes_and_what_is_trained():
     assert not layer.training
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
     assert "in_features=80, out_features=24, bias=True, sparsity=0.485" in repr(layer)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_transposed_in_place(pattern):
+    linear, mask = sparse_linear(bias=False, pattern=pattern)
+    layer = PackedLinear.from_linear(linear, mask, pattern)
+    layer.transpose_()
+    assert (layer.in_features, layer.out_features) == (24, 80)
+    assert torch.equal(layer.weight, linear.weight.T)
+    assert torch.equal(layer(torch.eye(24)), linear.weight.detach())
+
+
+def test_inputs_on_another_device_are_refused():
+    linear, mask = sparse_linear()
+    with pytest.raises(ValueError, match="x is on meta, the packed weight on cpu: bring them to one device"):
+        PackedLinear.from_linear(linear, mask)(torch.ones(1, 80, device="meta"))

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
+from tiny_models import VOCAB_SIZE, tiny_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -73,3 +74,23 @@ def saved_gpt2(tmp_path_factory) -> Saved:
     save_whole = model.save_pretrained
     model.save_pretrained = lambda folder: save_whole(folder, max_shard_size="20KB")
     return prune_and_save(model, tmp_path_factory.mktemp("saved") / "gpt2-1-4", pattern="1:4", method="wanda")
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory):
+    """A pruned folder by family and pattern, bfloat16."""
+    found: dict[tuple[str, str, tuple], Path] = {}
+    tokens = torch.randint(0, VOCAB_SIZE, (4, 24), generator=torch.Generator().manual_seed(1))
+
+    def make(family: str, pattern: str = "unstructured", exclude: tuple[str, ...] = ()) -> Path:
+        key = family, pattern, exclude
+        if key not in found:
+            model = tiny_model(family)
+            config = FistaPruningConfig(pattern=pattern, starved_tokens=0, exclude=exclude)
+            pruner = FistaPruner(config, progress=False)
+            pruner.prune(model, tokens.split(2))
+            found[key] = tmp_path_factory.mktemp("pruned") / family
+            pruner.save_pretrained(model.to(torch.bfloat16), found[key])
+        return found[key]
+
+    return make

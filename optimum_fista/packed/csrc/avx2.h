@@ -69,7 +69,7 @@ template <class T> struct Lanes {
 
   INLINE uint64_t part(uint64_t word, int step) { return part_of(word, step); }
   INLINE Weights expand(const T* values, uint64_t part) { return {avx2::expand(values, part)}; }
-  INLINE __m256 inputs(const float* x) {
+  template <int> INLINE __m256 inputs(const float* x) {
     __m256 loaded = _mm256_loadu_ps(x);
     __asm__("" : "+x"(loaded));  // once for all rows: loads are what limits this path
     return loaded;

@@ -17,7 +17,8 @@ namespace fista::avx512 {
 #define INLINE TARGET __attribute__((always_inline)) static inline
 #define PREFETCH(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0)
 
-// The load stays an instruction of its own: an expansion straight from memory is many times slower on AMD.
+// The load stays an instruction of its own: an expansion straight from memory is many times slower on AMD, and inputs
+// are loaded once for all rows where there are registers left.
 INLINE __m512i load(const void* values) {
   __m512i loaded = _mm512_loadu_si512(values);
   __asm__("" : "+v"(loaded));
@@ -43,9 +44,9 @@ struct BFloat16Lanes {
 
   INLINE uint64_t part(uint64_t word, int step) { return part_of<kStep>(word, step); }
   INLINE Weights expand(const BFloat16* values, uint64_t bits) { return {expand_words(values, bits)}; }
-  INLINE const BFloat16* inputs(const BFloat16* x) { return x; }
-  INLINE void add(Sums& sums, const Weights& weights, const BFloat16* x) {
-    sums.lane = _mm512_dpbf16_ps(sums.lane, (__m512bh)weights.lanes, (__m512bh)_mm512_loadu_si512(x));
+  template <int kHeld> INLINE __m512i inputs(const BFloat16* x) { return kHeld < 28 ? load(x) : _mm512_loadu_si512(x); }
+  INLINE void add(Sums& sums, const Weights& weights, const __m512i& inputs) {
+    sums.lane = _mm512_dpbf16_ps(sums.lane, (__m512bh)weights.lanes, (__m512bh)inputs);
   }
   INLINE float total(const Sums& sums) { return _mm512_reduce_add_ps(sums.lane); }
 };
@@ -62,7 +63,7 @@ struct Float16Lanes {
     const __m512i words = expand_words(values, bits);
     return {_mm512_cvtph_ps(_mm512_castsi512_si256(words)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1))};
   }
-  INLINE const float* inputs(const float* x) { return x; }
+  template <int> INLINE const float* inputs(const float* x) { return x; }
   INLINE void add(Sums& sums, const Weights& weights, const float* x) {
     sums.lane = _mm512_fmadd_ps(weights.low, _mm512_loadu_ps(x), sums.lane);
     sums.lane = _mm512_fmadd_ps(weights.high, _mm512_loadu_ps(x + 16), sums.lane);
@@ -81,9 +82,9 @@ struct Float32Lanes {
   INLINE Weights expand(const Float32* values, uint64_t bits) {
     return {_mm512_maskz_expand_ps(__mmask16(bits), _mm512_castsi512_ps(load(values)))};
   }
-  INLINE const float* inputs(const float* x) { return x; }
-  INLINE void add(Sums& sums, const Weights& weights, const float* x) {
-    sums.lane = _mm512_fmadd_ps(weights.lanes, _mm512_loadu_ps(x), sums.lane);
+  template <int> INLINE __m512 inputs(const float* x) { return _mm512_castsi512_ps(load(x)); }
+  INLINE void add(Sums& sums, const Weights& weights, const __m512& inputs) {
+    sums.lane = _mm512_fmadd_ps(weights.lanes, inputs, sums.lane);
   }
   INLINE float total(const Sums& sums) { return _mm512_reduce_add_ps(sums.lane); }
 };

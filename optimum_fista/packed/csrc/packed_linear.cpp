@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "matrix.h"
@@ -16,6 +17,7 @@
 #if defined(__x86_64__)
 #include "avx2.h"
 #include "avx512.h"
+#include "blocks.h"
 #include "yardsticks.h"
 #endif
 
@@ -28,6 +30,7 @@ enum Path { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 enum Type { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 constexpr int64_t kWorkOfAThread = 1 << 18;
+constexpr int64_t kManyInputs = 16;  // from where blocks are faster than rows
 
 // Row where a part starts, such that the parts read about the same number of bytes.
 int64_t row_of_part(const Matrix& matrix, int64_t part, int64_t parts, int64_t bytes_of_a_value) {
@@ -60,13 +63,16 @@ template <class T, class Input> const void* prepare(const T* x, int64_t batch, c
   return prepared.data();
 }
 
+int threads_for(const Product& product, int threads) {
+  return product.matrix.rows * product.matrix.columns * product.batch < kWorkOfAThread ? 1 : threads;
+}
+
 template <class Lanes> using Rows = void (*)(const Product&, int64_t, int64_t);
 
 template <class Lanes> void run(Product product, Rows<Lanes> rows, int threads) {
   using Weight = typename Lanes::Weight;
   product.x = prepare<Weight, typename Lanes::Input>(static_cast<const Weight*>(product.x), product.batch, product.matrix);
-  if (product.matrix.rows * product.matrix.columns * product.batch < kWorkOfAThread) threads = 1;
-  in_parallel(threads, [&](int64_t part, int64_t parts) {
+  in_parallel(threads_for(product, threads), [&](int64_t part, int64_t parts) {
     rows(product, row_of_part(product.matrix, part, parts, sizeof(Weight)),
          row_of_part(product.matrix, part + 1, parts, sizeof(Weight)));
   });
@@ -74,6 +80,11 @@ template <class Lanes> void run(Product product, Rows<Lanes> rows, int threads) 
 
 template <class T> void multiply(int path, const Product& product, int threads) {
 #if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (path == kAvx512 && product.batch >= kManyInputs)
+      return avx512::multiply_by_blocks(product, threads_for(product, threads), [&](int64_t part, int64_t parts) {
+        return row_of_part(product.matrix, part, parts, sizeof(T));
+      });
   if (path == kAvx512) return run<avx512::Lanes<T>>(product, avx512::multiply<avx512::Lanes<T>>, threads);
   if (path == kAvx2) return run<avx2::Lanes<T>>(product, avx2::multiply<avx2::Lanes<T>>, threads);
 #endif

@@ -28,7 +28,7 @@ template <class T> struct Lanes {
     return weights;
   }
 
-  static const float* inputs(const float* x) { return x; }
+  template <int> static const float* inputs(const float* x) { return x; }
 
   static void add(Sums& sums, const Weights& weights, const float* x) {
     for (int i = 0; i < 64; i++) sums.lane[i % 16] += weights.lane[i] * x[i];

@@ -11,7 +11,7 @@
 //     static uint64_t part(uint64_t word, int step);               // bits of one step of a word of the mask, moved to
 //                                                                  // where expand wants them
 //     static Weights expand(const Weight* values, uint64_t part);  // may read kLookahead weights
-//     static Inputs inputs(const Input*);                          // inputs of one step
+//     template <int sums> static Inputs inputs(const Input*);      // inputs of one step, beside so many sums
 //     static void add(Sums&, const Weights&, const Inputs&);       // Sums += Weights * Inputs
 //     static float total(const Sums&);
 //   };
@@ -33,8 +33,8 @@ TARGET void multiply_rows(const Product& product, const typename Lanes::Weight* 
     uint64_t bits[R];
     for (int r = 0; r < R; r++) {
       std::memcpy(&bits[r], mask + (r * apart * words + word) * 8, 8);
-      PREFETCH(mask + (r * apart * words + word) * 8 + 512);
-      PREFETCH(reinterpret_cast<const char*>(place[r]) + 1024);
+      if (word % 8 == 0) PREFETCH(mask + (r * apart * words + word) * 8 + 512);
+      PREFETCH(reinterpret_cast<const char*>(place[r]) + 2048);
     }
 #pragma GCC unroll 8
     for (int step = 0; step < 64 / kStep; step++) {
@@ -47,7 +47,7 @@ TARGET void multiply_rows(const Product& product, const typename Lanes::Weight* 
       }
 #pragma GCC unroll 16
       for (int b = 0; b < B; b++) {
-        const auto inputs = Lanes::inputs(x + b * 64 + step * kStep);
+        const auto inputs = Lanes::template inputs<R * B>(x + b * 64 + step * kStep);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) Lanes::add(sums[r][b][step % U], weights[r], inputs);
       }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from optimum_fista.packed.bits import mask_bytes
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.operators import idle_patterns
 from optimum_fista.run.planning.model import PlannedModel, operator_names
@@ -44,18 +45,30 @@ def masked_weights(planned: PlannedModel, config: FistaPruningConfig) -> int:
     return sum(group.parameters for group in count_groups(planned, config).values())
 
 
-def disk_bytes(planned: PlannedModel, settings: PlanSettings) -> dict[str, int]:
-    """Bytes on disk by part, when the last decoder layer is written."""
+def disk_bytes(planned: PlannedModel, settings: PlanSettings, packed: bool = False) -> dict[str, int]:
+    """Bytes on disk by part, when the last decoder layer is written; packed weights bring their masks."""
     pruned = masked_weights(planned, settings.config)
     states = int(planned.hidden_bytes * settings.batches) * settings.streams
     masks = 2 * (pruned // 8)  # in the journal, and in the finished folder
     experts = sum(e.count * e.shape[0] * e.shape[1] for e in planned.experts) * settings.element_size
+    saved = _packed_away(planned, settings) if packed else 0
     return {
-        "model": planned.weight_bytes,
+        "model, packed" if packed else "model": planned.weight_bytes - saved,
         "hidden states (two layers' at a time)": 2 * states,
-        "masks (journal and model folder)": masks,
+        "masks (journal and model folder)": masks // 2 if packed else masks,
         "fused experts, copied by the lazy reader": experts,
     }
+
+
+def _packed_away(planned: PlannedModel, settings: PlanSettings) -> int:
+    """Bytes that the pruned weights are smaller by when they are packed."""
+    saved = 0
+    for name, shape, count in _matrices(planned, settings.config):
+        pattern = settings.config.pattern_for(name)
+        mask = min(mask_bytes(shape[1], kind) for kind in (None, pattern.n_of_m))
+        zeros = shape[0] * shape[1] - pattern.num_kept(shape)
+        saved += count * (zeros * settings.element_size - shape[0] * mask)
+    return saved
 
 
 def notes_on(planned: PlannedModel, settings: PlanSettings) -> list[str]:

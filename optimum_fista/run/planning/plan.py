@@ -90,6 +90,7 @@ def plan_pruning(
     storage_device: str | None = None,
     rates: MachineRates | None = None,
     measure: bool = True,
+    packed: bool = False,
 ) -> PruningPlan:
     """Plan a run from files to files; nothing is read but the model's configuration, nothing is written.
 
@@ -106,6 +107,7 @@ def plan_pruning(
         storage_device: Where hidden states wait, as in `FistaPruner`; `None`: on the device, in files on the CPU.
         rates: Rates of the machine; `None` measures the device.
         measure: Whether to measure, about ten seconds; without it there are no times.
+        packed: Whether a packed folder is to be written.
 
     Raises:
         ValueError: If the model or an option can't be used.
@@ -165,7 +167,7 @@ def plan_pruning(
         left_dense=planned.left_dense,
         other_parameters=planned.model.num_parameters() - sum(group.parameters for group in groups.values()),
         peaks=plan_memory(planned, settings).peaks,
-        disk_bytes=disk_bytes(planned, settings),
+        disk_bytes=disk_bytes(planned, settings, packed),
         stages=plan_work(planned, settings),
         rates=rates,
         notes=notes,
