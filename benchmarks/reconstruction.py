@@ -10,6 +10,7 @@ from the output file.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--texts", required=True, help="text sources to measure on")
     parser.add_argument("--patterns", default="0.5")
     parser.add_argument("--rows", default="default,default+48,wanda,wanda+48", help="method, or method+steps")
+    parser.add_argument("--include", default="*", help="name pattern of the operators to prune, such as *.layers.?.*")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=8, help="windows of the calibration text to measure on besides")
@@ -55,6 +57,7 @@ def measure(
         method, _, steps = name.partition("+")
         options = f":finetune=layer:finetune_steps={steps}:finetune_learning_rate={arguments.learning_rate}"
         config = parse_config(method + (options if steps else ""), pattern, arguments.seed)
+        config = dataclasses.replace(config, include=(arguments.include,))
         started, processor = time.perf_counter(), time.process_time()
         report = FistaPruner(config).prune(model, windows.split(1))
         row |= {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - processor}
