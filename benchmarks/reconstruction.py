@@ -1,8 +1,8 @@
 """Fine-tuning of decoder layers after pruning (`finetune="layer"`): perplexity and time, with it and without.
 
-One row a method and number of steps: `wanda`, or `wanda+48` with 48 steps a decoder layer. Every row prunes the model
-anew. Seconds are those of the processor, which other programs of the machine don't lengthen. Finished rows are read
-from the output file.
+One row a method, `wanda`; with 32 steps a decoder layer, `wanda+32`; or on 32 instead of `--num-samples` windows,
+`wanda@32`. Every row prunes the model anew. Seconds are those of the processor, which other programs of the machine
+lengthen less. Finished rows are read from the output file.
 
     python benchmarks/reconstruction.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --patterns 0.5,2:4
 """
@@ -14,7 +14,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", required=True, help="text source, to prune and fine-tune on")
     parser.add_argument("--texts", required=True, help="text sources to measure on")
     parser.add_argument("--patterns", default="0.5")
-    parser.add_argument("--rows", default="default,default+48,wanda,wanda+48", help="method, or method+steps")
+    parser.add_argument(
+        "--rows", default="default,default+32,default@32,wanda,wanda+32", help="method, method+steps, method@windows"
+    )
     parser.add_argument("--include", default="*", help="name pattern of the operators to prune, such as *.layers.?.*")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--num-samples", type=int, default=16)
@@ -47,16 +49,37 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Way(NamedTuple):
+    """How a row prunes, from its name.
+
+    Attributes:
+        method: A method as `optimum-fista compare` takes it.
+        steps: Steps a decoder layer; 0: no fine-tuning.
+        num_samples: Windows to calibrate on; 0: as many as `--num-samples`.
+    """
+
+    method: str
+    steps: int
+    num_samples: int
+
+    @classmethod
+    def of(cls, name: str) -> Way:
+        """From `method`, `method+steps` or `method@windows`."""
+        rest, _, samples = name.partition("@")
+        method, _, steps = rest.partition("+")
+        return cls(method, int(steps or 0), int(samples or 0))
+
+
 def measure(
     arguments: argparse.Namespace, pattern: str, name: str, windows: Tensor, texts: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Prune by one method and measure; `name` is `dense`, a method, or a method and steps."""
+    """Prune on `windows` in one way and measure."""
     row: dict[str, Any] = {"pattern": pattern, "row": name}
     model, _ = load_model(arguments.model, dtype="float32", device="cpu")
     if name != "dense":
-        method, _, steps = name.partition("+")
-        options = f":finetune=layer:finetune_steps={steps}:finetune_learning_rate={arguments.learning_rate}"
-        config = parse_config(method + (options if steps else ""), pattern, arguments.seed)
+        way = Way.of(name)
+        options = f":finetune=layer:finetune_steps={way.steps}:finetune_learning_rate={arguments.learning_rate}"
+        config = parse_config(way.method + (options if way.steps else ""), pattern, arguments.seed)
         config = dataclasses.replace(config, include=(arguments.include,))
         started, processor = time.perf_counter(), time.process_time()
         report = FistaPruner(config).prune(model, windows.split(1))
@@ -83,17 +106,19 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     _, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
-    text, number = load_text(arguments.calibration, "calibration"), arguments.num_samples
-    windows = calibration_windows(
-        tokenizer, text, number + arguments.held_out, arguments.sequence_length, arguments.seed
-    )
+    wanted = [("", "dense")]
+    wanted += [(pattern, row) for pattern in arguments.patterns.split(",") for row in arguments.rows.split(",")]
+    text, number, held_out = load_text(arguments.calibration, "calibration"), arguments.num_samples, arguments.held_out
+    most = max(number, *(Way.of(name).num_samples for _, name in wanted))
+    windows = calibration_windows(tokenizer, text, most + held_out, arguments.sequence_length, arguments.seed)
     texts = {
         Path(source).stem: evaluation_windows(
             tokenizer, load_text(source, "test"), arguments.sequence_length, arguments.max_windows
         )
         for source in arguments.texts.split(",")
     }
-    texts["held out"] = windows[number:]
+    texts["held out"] = windows[number : number + held_out]
+    windows = torch.cat([windows[:number], windows[number + held_out :]])
     unnamed = ("rows", "patterns", "output")
     settings = {key: str(value) for key, value in vars(arguments).items() if key not in unnamed}
     settings["model"], settings["calibration"] = Path(arguments.model).name, Path(arguments.calibration).name
@@ -105,11 +130,10 @@ def main() -> None:
             raise SystemExit(f"{arguments.output} holds rows with other settings: pass another --output.")
         record["rows"] = previous["rows"]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    wanted = [("", "dense")]
-    wanted += [(pattern, row) for pattern in arguments.patterns.split(",") for row in arguments.rows.split(",")]
     for pattern, name in wanted:
         if (pattern, name) not in {(row["pattern"], row["row"]) for row in record["rows"]}:
-            record["rows"].append(measure(arguments, pattern, name, windows[:number], texts))
+            calibration = windows[: Way.of(name).num_samples or number]
+            record["rows"].append(measure(arguments, pattern, name, calibration, texts))
             arguments.output.write_text(json.dumps(record, indent=1, default=vars))
     print("\n".join(table(record["rows"])))
 

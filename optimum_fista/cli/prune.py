@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("layer",),
         help="train the kept weights of every pruned decoder layer on the dense hidden states behind it (default: not)",
     )
-    how.add_argument("--finetune-steps", type=int, metavar="N", help="steps a decoder layer, a batch each (default 64)")
+    how.add_argument("--finetune-steps", type=int, metavar="N", help="steps a decoder layer, a batch each (default 32)")
     how.add_argument("--finetune-learning-rate", type=float, metavar="RATE", help="the largest of them (default 3e-4)")
     how.add_argument("--config", type=Path, metavar="FILE", help="a configuration saved as JSON; flags override it")
     calibration = parser.add_argument_group("calibration")

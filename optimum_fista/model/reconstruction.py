@@ -28,11 +28,15 @@ class Reconstruction:
         error: The same with the weights that it has now: never more.
         outputs: Its output hidden states now, a batch each; `None` where the trained weights were worse or not finite,
             and those from before were put back.
+        held_out_error_before: `error_before` on held-out tokens; `None` where there are none.
+        held_out_error: `error` on held-out tokens.
     """
 
     error_before: float
     error: float
     outputs: ActivationStore | None
+    held_out_error_before: float | None
+    held_out_error: float | None
 
 
 def reconstruct(
@@ -52,8 +56,8 @@ def reconstruct(
     It minimizes `sum over tokens of || h* - h ||^2 / || h ||^2` by Adam (arXiv 1412.6980), one batch a step in an order
     that `seed` decides, a pass over all batches before any comes again. The learning rate rises over the first tenth
     of the steps and falls to zero on a cosine. Weights outside the masks stay zero; all other parameters of the
-    layer stay as they are. EBFT (arXiv 2402.12419, equation 4) is this with squared distances that are not relative
-    to each token's, where a few tokens with huge hidden states outweigh all others.
+    layer stay as they are, and nothing is fitted to held-out batches. It is EBFT (arXiv 2402.12419), but EBFT's squared
+    distances are not relative to each token's, so that a few tokens with huge hidden states outweigh all others.
 
     Adam works in float32 whatever the dtype of the weights, which are rounded before every forward pass.
 
@@ -71,14 +75,15 @@ def reconstruct(
     device = next(activations.layer.parameters()).device
     trained = _trained(operators, masks)
     before = [weights.parameter.detach().clone() for weights in trained]
-    error_before = _error(activations, outputs or _outputs(activations, entering), wanted)
+    error_before, held_out_before = _errors(activations, outputs or _outputs(activations, entering), wanted)
     optimizer = torch.optim.Adam([weights.master for weights in trained], lr=learning_rate)
+    fitted = [batch for batch in range(len(activations.calls)) if not activations.is_held_out(batch)]
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     with _training(activations.layer, trained), torch.enable_grad():
         for step in range(steps):
-            order = order or torch.randperm(len(activations.calls), generator=generator).tolist()
-            batch = order.pop()
+            order = order or torch.randperm(len(fitted), generator=generator).tolist()
+            batch = fitted[order.pop()]
             output = activations.calls[batch].run(activations.layer, entering[batch].to(device))
             assert output is not None
             _squares(activations, batch, output, wanted[batch].to(device)).sum().backward()
@@ -91,12 +96,12 @@ def reconstruct(
                 weights.round()
     del optimizer
     remade = _outputs(activations, entering)
-    error = _error(activations, remade, wanted)
+    error, held_out = _errors(activations, remade, wanted)
     if error < error_before:
-        return Reconstruction(error_before, error, remade)
+        return Reconstruction(error_before, error, remade, held_out_before, held_out)
     for weights, old in zip(trained, before, strict=True):
         weights.parameter.data.copy_(old)
-    return Reconstruction(error_before, error_before, None)
+    return Reconstruction(error_before, error_before, None, held_out_before, held_out_before)
 
 
 class _Trained:
@@ -164,12 +169,17 @@ def _squares(activations: LayerActivations, batch: int, output: Tensor, wanted: 
     return (output - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(_TINY)
 
 
-def _error(activations: LayerActivations, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    total, tokens = 0.0, 0
+def _errors(
+    activations: LayerActivations, outputs: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> tuple[float, float | None]:
+    """The error on the tokens that are fitted, and on those that are held out."""
+    sums = {False: [0.0, 0.0], True: [0.0, 0.0]}
     for batch, (output, target) in enumerate(zip(outputs, wanted, strict=True)):
         squares = _squares(activations, batch, output, target.to(output.device))
-        total, tokens = total + float(squares.double().sum()), tokens + squares.numel()
-    return math.sqrt(total / max(1, tokens))
+        into = sums[activations.is_held_out(batch)]
+        into[0], into[1] = into[0] + float(squares.double().sum()), into[1] + squares.numel()
+    fitted, held_out = (math.sqrt(total / tokens) if tokens else None for total, tokens in sums.values())
+    return fitted or 0.0, held_out
 
 
 def _outputs(activations: LayerActivations, entering: Sequence[Tensor]) -> ActivationStore:

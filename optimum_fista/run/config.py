@@ -78,7 +78,7 @@ class FistaPruningConfig:
     starved_tokens: int = 128
     starved_method: str = "magnitude"
     finetune: Literal["layer"] | None = None
-    finetune_steps: int = 64
+    finetune_steps: int = 32
     finetune_learning_rate: float = 3e-4
     seed: int = 0
 

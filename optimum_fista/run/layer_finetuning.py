@@ -48,4 +48,5 @@ def finetune_layer(
     )
     if behind.pruned is not None and made.outputs is not None:
         behind.pruned = made.outputs
-    return FinetuningReport(made.error_before, made.error, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return FinetuningReport(made.error_before, made.error, seconds, made.held_out_error_before, made.held_out_error)

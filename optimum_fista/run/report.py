@@ -84,11 +84,15 @@ class FinetuningReport:
             its operators were pruned: `h*` those of the pruned layer, `h` those wanted.
         error: The same after fine-tuning; equal where that gained nothing, and the weights from before were put back.
         seconds: Its wall time.
+        held_out_error_before: `error_before` on held-out tokens; `None` where there are none.
+        held_out_error: `error` on held-out tokens.
     """
 
     error_before: float
     error: float
     seconds: float
+    held_out_error_before: float | None = None
+    held_out_error: float | None = None
 
 
 @dataclass(frozen=True)

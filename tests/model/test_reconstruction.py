@@ -162,3 +162,24 @@ def test_steps_below_the_resolution_of_bfloat16_add_up():
     moved = (operator.read() - before).abs()[masks["linear"]]
     assert 5e-3 < float(moved.max()) < 400 * 2e-4
     assert layer.linear.weight.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_held_out_batches_are_measured_and_not_fitted_to():
+    tuned = []
+    for held_out in (1.0, 3.0):
+        layer, entering = toy_layer(), hidden()
+        entering[3] = entering[3] * held_out
+        wanted = [layer(h) for h in entering]
+        operators = [operator for group in layer.groups() for operator in group]
+        masks = halve(operators)
+        before = relative_error([layer(entering[3])], wanted[3:])
+        activations = activations_of(layer)
+        activations.held_out = [False, False, False, True]
+        made = reconstruct(activations, operators, masks, entering, wanted, steps=30, learning_rate=1e-2, seed=0)
+        assert made.held_out_error_before == pytest.approx(before, rel=1e-5)
+        assert made.held_out_error == pytest.approx(relative_error([layer(entering[3])], wanted[3:]), rel=1e-5)
+        assert made.error == pytest.approx(relative_error([layer(h) for h in entering[:3]], wanted[:3]), rel=1e-5)
+        assert len(made.outputs) == 4
+        tuned.append(layer.up.weight.clone())
+    assert torch.equal(*tuned)
