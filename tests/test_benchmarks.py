@@ -90,3 +90,30 @@ def test_files_against_memory(name):
     in_memory, from_files = medians
     assert f"{from_files / in_memory:.2f} times" in page
     assert f"({from_files:.1f} s against {in_memory:.1f} s" in page
+
+
+def test_fine_tuning_of_decoder_layers(benchmark):
+    rows = json.loads((ROOT / "benchmarks" / "results" / "reconstruction.json").read_text())["rows"]
+    page = (ROOT / "docs" / "reconstruction.md").read_text()
+    assert "\n".join(benchmark("reconstruction").table(rows)) in page
+    found = {row["row"]: row for row in rows}
+    for name, row in found.items():
+        if "+" in name:
+            errors = [layer["finetuning"] for layer in row["layers"] if layer["finetuning"]]
+            assert len(errors) == 10
+            assert all(error["error"] <= error["error_before"] for error in errors)
+
+    def gains(name: str) -> list[float]:
+        before, after = found[name]["perplexity"], found[f"{name}+32"]["perplexity"]
+        return [100 * (1 - after[text] / before[text]) for text in before]
+
+    assert f"gains {min(gains('default')):.0f} to {max(gains('default')):.0f}% for twice" in page
+    assert f"After Wanda it gains {min(gains('wanda')):.0f} to {max(gains('wanda')):.0f}%" in page
+    means = {name: statistics.geometric_mean(row["perplexity"].values()) for name, row in found.items()}
+    seconds = {name: row["processor_seconds"] for name, row in found.items() if name != "dense"}
+    text = f"from {means['default']:.1f} to {means['default@32']:.1f} in {seconds['default@32']:.0f} seconds, with "
+    text += f"fine-tuning to {means['default+32']:.1f} in {seconds['default+32']:.0f}."
+    assert text in page.replace("\n ", "")
+    assert seconds["default"] < seconds["wanda+32"]
+    for text in found["default"]["perplexity"]:
+        assert found["default"]["perplexity"][text] < found["wanda+32"]["perplexity"][text]

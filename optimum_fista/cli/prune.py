@@ -93,6 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--starved-method", help="the method that prunes starved experts (default magnitude)")
     how.add_argument("--warm-start", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
     how.add_argument("--max-iterations", type=int, help="iteration limit of the method")
+    how.add_argument(
+        "--finetune",
+        choices=("layer",),
+        help="train the kept weights of every pruned decoder layer on the dense hidden states behind it (default: not)",
+    )
+    how.add_argument("--finetune-steps", type=int, metavar="N", help="steps a decoder layer, a batch each (default 32)")
+    how.add_argument("--finetune-learning-rate", type=float, metavar="RATE", help="the largest of them (default 3e-4)")
     how.add_argument("--config", type=Path, metavar="FILE", help="a configuration saved as JSON; flags override it")
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
@@ -268,6 +275,7 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
 
     names = ["sparsity", "pattern", "scope", "include", "exclude", "method", "error_correction", "residual_correction"]
     names += ["allocation", "held_out", "starved_tokens", "starved_method", "warm_start", "max_iterations", "seed"]
+    names += ["finetune", "finetune_steps", "finetune_learning_rate"]
     flags: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.paper and (arguments.config or flags.get("method", "fista") != "fista"):
         raise ValueError("--paper sets method and options of the paper: pass it without --config and --method.")

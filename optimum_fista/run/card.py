@@ -76,8 +76,8 @@ def model_card(report: PruningReport, picture: str | None = None) -> str:
         base=f"base_model: {name}\n" if is_hub_id else "",
         title=model_title(report),
         version=report.versions["optimum-fista"],
-        retraining="then retrained under its masks" if report.retrained else "without retraining",
-        before=", before retraining" if report.retrained else "",
+        retraining=_retraining(report),
+        before=report.before,
         pattern=_pattern(report),
         method=config["method"],
         error_correction=config["error_correction"],
@@ -99,6 +99,12 @@ def model_card(report: PruningReport, picture: str | None = None) -> str:
 def model_title(report: PruningReport) -> str:
     """The name of the dense model and the sparsity pattern."""
     return f"{(report.model['name'].split('/')[-1] or report.model['class'])}, {_pattern(report)}"
+
+
+def _retraining(report: PruningReport) -> str:
+    if report.retrained:
+        return "then retrained under its masks"
+    return "with every decoder layer fine-tuned under its masks" if report.finetuned else "without retraining"
 
 
 def _pattern(report: PruningReport) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from optimum_fista.model.architecture import matches
 from optimum_fista.solve.method import Allocation, ErrorCorrection, PruningMethod
@@ -51,7 +52,11 @@ class FistaPruningConfig:
             0 leaves an operator dense.
         starved_tokens: Experts of a mixture that the router sends fewer calibration tokens are starved.
         starved_method: The method that prunes starved experts, with its default options.
-        seed: Seed of everything random (sampling of calibration windows and texts).
+        finetune: `"layer"`: once a decoder layer is pruned, its kept weights are trained together by Adam on the
+            calibration tokens, so that it puts out the hidden states of the dense network. `None`: they are not.
+        finetune_steps: Steps a decoder layer, a calibration batch each.
+        finetune_learning_rate: The largest learning rate of these steps.
+        seed: Seed of everything random (sampling of calibration windows and texts, order of batches).
     """
 
     sparsity: float | None = None
@@ -72,6 +77,9 @@ class FistaPruningConfig:
     overrides: Mapping[str, float | str] = field(default_factory=dict)
     starved_tokens: int = 128
     starved_method: str = "magnitude"
+    finetune: Literal["layer"] | None = None
+    finetune_steps: int = 32
+    finetune_learning_rate: float = 3e-4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,7 +96,13 @@ class FistaPruningConfig:
             raise ValueError(f"residual_correction={self.residual_correction!r}: pass a number in [0, 1].")
         if self.allocation not in (None, "uniform", "fisher"):
             raise ValueError(f"allocation={self.allocation!r}: pass 'uniform' or 'fisher'.")
-        for name, least in (("allocation_tokens", 2), ("held_out", 0), ("starved_tokens", 0), ("seed", 0)):
+        if self.finetune not in (None, "layer"):
+            raise ValueError(f"finetune={self.finetune!r}: pass 'layer', or None for no fine-tuning.")
+        rate = self.finetune_learning_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise ValueError(f"finetune_learning_rate={rate!r}: pass a number above 0, such as 3e-4.")
+        wholes = {"allocation_tokens": 2, "held_out": 0, "starved_tokens": 0, "finetune_steps": 1, "seed": 0}
+        for name, least in wholes.items():
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise ValueError(f"{name}={number!r}: pass a whole number of at least {least}.")

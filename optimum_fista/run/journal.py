@@ -21,7 +21,7 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.layer_pruning import HiddenStates, stored
 from optimum_fista.run.peak_memory import MemoryPeak
 from optimum_fista.run.planning.batches import FittedBatches
-from optimum_fista.run.report import OperatorReport
+from optimum_fista.run.report import FinetuningReport, OperatorReport
 
 FOLDER = "journal"
 
@@ -40,6 +40,7 @@ class FinishedLayer:
         left_dense: Its operators that were left dense, with the reason.
         hidden_state_error: As in `LayerReport`.
         memory: As in `LayerReport`.
+        finetuning: As in `LayerReport`.
     """
 
     shard: str
@@ -51,6 +52,7 @@ class FinishedLayer:
     left_dense: dict[str, str] = field(default_factory=dict)
     hidden_state_error: float | None = None
     memory: MemoryPeak | None = None
+    finetuning: FinetuningReport | None = None
 
 
 class Journal:
@@ -106,6 +108,7 @@ class Journal:
         seconds: float,
         hidden_state_error: float | None = None,
         memory: MemoryPeak | None = None,
+        finetuning: FinetuningReport | None = None,
     ) -> None:
         """Write a decoder layer for good.
 
@@ -119,6 +122,7 @@ class Journal:
             seconds: Time spent on it.
             hidden_state_error: As in `LayerReport`.
             memory: As in `LayerReport`.
+            finetuning: As in `LayerReport`.
         """
         if masks:
             write_tensors(self._file("masks", index), masks, {})
@@ -137,6 +141,7 @@ class Journal:
             dict(left_dense),
             hidden_state_error,
             memory,
+            finetuning,
         )
         write_text(self._journal / f"layer-{index:05}.json", json.dumps(dataclasses.asdict(record)))
         self._file("states", index).unlink(missing_ok=True)
@@ -214,6 +219,8 @@ class Journal:
         values["operators"] = [OperatorReport.from_dict(operator) for operator in values["operators"]]
         if values.get("memory") is not None:
             values["memory"] = MemoryPeak(**values["memory"])
+        if values.get("finetuning") is not None:
+            values["finetuning"] = FinetuningReport(**values["finetuning"])
         record = FinishedLayer(**values)
         shard = self.folder / record.shard
         whole = shard.exists() and shard.stat().st_size == record.size

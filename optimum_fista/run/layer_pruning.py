@@ -105,6 +105,7 @@ class LayerPruning:
         residual_share: Share of the error of the rest of the decoder layer that its last operator is to make up for.
         output_weights: Weights of the outputs, [out], of operators that share the zeros of their group.
         starved: The rule for starved experts; `None`: they are pruned like the others.
+        keeps_dense: Whether the dense hidden states are needed behind the layer even where nothing is corrected.
         write: Called with an operator and its pruned weights before anything behind it runs.
     """
 
@@ -117,6 +118,7 @@ class LayerPruning:
         residual_share: float = 0.0,
         output_weights: Mapping[str, Tensor] | None = None,
         starved: StarvedRule | None = None,
+        keeps_dense: bool = False,
     ) -> None:
         self.method = method
         self.pattern_for = pattern_for
@@ -127,13 +129,13 @@ class LayerPruning:
         self.residual_share = residual_share
         self.output_weights = output_weights or {}
         self.starved = starved
+        self.keeps_dense = keeps_dense
 
     def enter(self, hidden_states: Sequence[Tensor]) -> HiddenStates:
         """The hidden states that enter the first decoder layer, in the streams that are needed."""
         if not self._carries_on:
             return HiddenStates(hidden_states)
-        corrects = self._dense_share > 0 or self.residual_share > 0
-        return HiddenStates(hidden_states if corrects else None, hidden_states)
+        return HiddenStates(hidden_states if self._corrects or self.keeps_dense else None, hidden_states)
 
     def prune(
         self, activations: LayerActivations, groups: Sequence[Group], states: HiddenStates
@@ -146,8 +148,10 @@ class LayerPruning:
         sees_dense = [self._sees_dense_input(index) for index in range(len(groups))]
         outputs, records = None, [DenseRecord(False) for _ in groups]
         grams: list[GramAccumulator | None] = [None for _ in groups]
-        if states.dense is not None:
+        if states.dense is not None and (self._corrects or not self._carries_on):
             outputs, records, grams = record_dense(activations, groups, states.dense, sees_dense)
+        elif states.dense is not None:
+            outputs, _, _ = record_dense(activations, [], states.dense, [])
         for index, group in enumerate(groups):
             gram, grams[index] = grams[index], None
             if gram is not None:
@@ -209,6 +213,11 @@ class LayerPruning:
         if states.pruned is not None:
             states.pruned = made.outputs(activations, group[0])
         return pruned
+
+    @property
+    def _corrects(self) -> bool:
+        """Whether operators aim at anything that only the dense stream shows."""
+        return self._dense_share > 0 or self.residual_share > 0
 
     def _sees_dense_input(self, index: int) -> bool:
         """Whether X* = X for a group: always without correction, for the first group with "intra"."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -25,6 +25,7 @@ from optimum_fista.model.statistics import LayerActivations
 from optimum_fista.run.budgets import Budgets, share_budgets
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.free_memory import release_memory_of
+from optimum_fista.run.layer_finetuning import finetune_layer
 from optimum_fista.run.layer_pruning import HiddenStates, LayerPruning, StarvedRule, hidden_state_error
 from optimum_fista.run.loading import require_unquantized, storage_place
 from optimum_fista.run.operators import choose_operators, require_finite
@@ -187,6 +188,7 @@ class ModelPruning:
             self.config.residual_correction or 0.0,
             budgets.output_weights if self.config.scope == "matrix" else None,
             StarvedRule(self.config.starved_tokens, create_method(self.config.starved_method)),
+            keeps_dense=self.config.finetune is not None,
         )
 
     def _try_layer(
@@ -239,6 +241,8 @@ class ModelPruning:
         groups, left_dense = trace_groups(layer, operators, activations.calls[0], entering)
         self.report.left_dense |= left_dense
         bar.update(len(left_dense))
+        before, finetuning = HiddenStates(self.states.dense, self.states.pruned), None
+        masks: dict[str, Tensor] = {}
         with (
             PeakMemory(execution_device(layer)) as memory,
             closing(pruning.prune(activations, groups, self.states)) as pruned_groups,
@@ -254,7 +258,12 @@ class ModelPruning:
                 for callback in self.callbacks:
                     for report in reports:
                         callback.on_operator_end(report)
+                if self.config.finetune is not None:
+                    masks |= {o.name: p.mask for o, p in zip(group.operators, group.pruned, strict=True)}
                 del group  # its matrices, before those of the next group are made
+            if masks:
+                chosen = [operators[operator] for operator in masks]
+                finetuning = finetune_layer(activations, chosen, masks, before, self.states, self.config)
         drift = hidden_state_error(self.states, activations)
         peak = memory.peak if operators else None
-        self.report.layers.append(LayerReport(name, drift, time.perf_counter() - started, peak))
+        self.report.layers.append(LayerReport(name, drift, time.perf_counter() - started, peak, finetuning))

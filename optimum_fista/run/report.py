@@ -32,8 +32,9 @@ class OperatorReport:
         num_kept: Weights kept.
         sparsity: Fraction of zeros.
         method: Pruning method.
-        relative_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, weights as saved; `Y` are the outputs
-            that the error correction aims at, those of the dense network `W X` or others.
+        relative_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, weights as saved, or as they
+            were before fine-tuning or retraining; `Y` are the outputs that the error correction aims at, those of the
+            dense network `W X` or others.
         l1_penalty: Penalty of the solution, where the method has one.
         iterations: Iterations over all trials.
         converged: False when an iteration limit or a numerical failure ended the method.
@@ -75,6 +76,26 @@ class OperatorReport:
 
 
 @dataclass(frozen=True)
+class FinetuningReport:
+    """What fine-tuning made of one decoder layer.
+
+    Attributes:
+        error_before: `sqrt(mean over tokens of || h* - h ||^2 / || h ||^2)` of the hidden states behind the layer when
+            its operators were pruned: `h*` those of the pruned layer, `h` those wanted.
+        error: The same after fine-tuning; equal where that gained nothing, and the weights from before were put back.
+        seconds: Its wall time.
+        held_out_error_before: `error_before` on held-out tokens; `None` where there are none.
+        held_out_error: `error` on held-out tokens.
+    """
+
+    error_before: float
+    error: float
+    seconds: float
+    held_out_error_before: float | None = None
+    held_out_error: float | None = None
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """What pruning made of one decoder layer.
 
@@ -86,18 +107,21 @@ class LayerReport:
         seconds: Wall time of the layer.
         memory: The most memory that the process held while the layer's operators were pruned; `None` where there are
             none, and in reports of older versions.
+        finetuning: What fine-tuning made of it; `None` where it was not fine-tuned.
     """
 
     name: str
     hidden_state_error: float | None
     seconds: float
     memory: MemoryPeak | None = None
+    finetuning: FinetuningReport | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
         """Inverse of `dataclasses.asdict`, read from JSON."""
-        found = values.get("memory")
-        return cls(**{**values, "memory": None if found is None else MemoryPeak(**found)})
+        records = {"memory": MemoryPeak, "finetuning": FinetuningReport}
+        found = {name: kind(**values[name]) for name, kind in records.items() if values.get(name) is not None}
+        return cls(**{**values, **found})
 
 
 @dataclass
@@ -128,6 +152,18 @@ class PruningReport:
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     retrained: bool = False
+
+    @property
+    def finetuned(self) -> bool:
+        """Whether decoder layers were fine-tuned once pruned, so that the relative errors are those before it."""
+        return any(layer.finetuning is not None for layer in self.layers)
+
+    @property
+    def before(self) -> str:
+        """What the relative errors were measured before: `", before ..."`, or nothing."""
+        if self.retrained:
+            return ", before retraining"
+        return ", before fine-tuning" if self.finetuned else ""
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -185,7 +221,7 @@ class PruningReport:
             f"{totals['num_operators']} operators pruned by {self.config['method']}, "
             f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%}); "
             f"relative error {totals['mean_relative_error']:.4f} on average, "
-            f"{totals['max_relative_error']:.4f} at most{held_out}{', before retraining' if self.retrained else ''}; "
+            f"{totals['max_relative_error']:.4f} at most{held_out}{self.before}; "
             f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"
         )
 

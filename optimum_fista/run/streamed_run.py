@@ -125,8 +125,8 @@ class StreamedRun:
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators = [operator for _, layer in sorted(layers.items()) for operator in layer.operators]
         report.layers = [
-            LayerReport(name, layers[index].hidden_state_error, layers[index].seconds, layers[index].memory)
-            for index, (name, _) in enumerate(self.pruning.layers)
+            LayerReport(name, done.hidden_state_error, done.seconds, done.memory, done.finetuning)
+            for (_, done), (name, _) in zip(sorted(layers.items()), self.pruning.layers, strict=True)
         ]
         report.seconds["total"] = time.perf_counter() - started + sum(o.seconds for o in self.finished.values())
         self.pruning.budgets = journal.budgets(self.pruning.config)
@@ -193,8 +193,8 @@ class StreamedRun:
             states = pruning.states if carried else None
             left_dense = {key: why for key, why in pruning.report.left_dense.items() if key.startswith(f"{name}.")}
             seconds, found = time.perf_counter() - started, pruning.report.layers[-1]
-            drift, memory = found.hidden_state_error, found.memory
-            journal.keep_layer(index, tensors, masks, reports, left_dense, states, seconds, drift, memory)
+            numbers = (found.hidden_state_error, found.memory, found.finetuning)
+            journal.keep_layer(index, tensors, masks, reports, left_dense, states, seconds, *numbers)
             del tensors
             started = time.perf_counter()
 

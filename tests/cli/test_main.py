@@ -12,9 +12,10 @@ FLAGS = {
         "MODEL --output -o --dry-run --overwrite --packed --sparsity --pattern --scope --include "
         "--exclude --method --paper "
         "--error-correction --residual-correction --allocation --starved-tokens "
-        "--starved-method --warm-start --max-iterations --config "
+        "--starved-method --warm-start --max-iterations "
+        "--finetune --finetune-steps --finetune-learning-rate --config "
         "--calibration --num-samples --sequence-length "
-        "--batch-size --seed --device --dtype --storage-device --push-to-hub --private"
+        "--held-out --batch-size --seed --device --dtype --storage-device --report-to --logging-dir --push-to-hub --private"
     ),
     "evaluate": "MODEL --text --sequence-length --max-windows --batch-size --device --dtype --output -o",
     "compare": (

@@ -145,7 +145,7 @@ class _Layer:
         sees_dense = [settings.sees_dense(index) for index in range(len(self.groups))]
         corrected = [index for index, sees in enumerate(sees_dense) if not sees]
         if settings.runs_dense:
-            self._record(corrected)
+            self._record(corrected, range(len(self.groups) if settings.records_dense else 0))
         for index, group in enumerate(self.groups):
             if sees_dense[index]:
                 self._solve(index, group)
@@ -166,6 +166,8 @@ class _Layer:
                 ("one batch", max(probe.running_bytes)),
                 ("hidden states, pruned, behind the layer", self.hidden, storage),
             )
+        if settings.finetunes:
+            self._finetune()
         written = 0 if settings.on_cpu else self.kind.weight_bytes
         states = 0 if settings.on_cpu or storage == "host" else self.hidden * settings.streams
         ledger.free("paused activations", *(f"recorded activations {i}" for i in corrected))
@@ -174,11 +176,28 @@ class _Layer:
         ledger.free("hidden states, dense, behind the layer", "hidden states, dense", "hidden states, pruned")
         ledger.free("decoder layer")
 
-    def _record(self, corrected: Sequence[int]) -> None:
-        """`model.statistics.record_dense`."""
+    def _finetune(self) -> None:
+        """`model.reconstruction.reconstruct`: masks, weights from before, gradients, two moments, float32 weights."""
+        settings, kind = self.settings, self.kind
+        self.ledger.free("paused activations", "kept for the last operator")
+        self.ledger.free(*(f"recorded activations {index}" for index in range(len(self.groups))))
+        a_weight = 2 + self.size + 4 * (3 if self.size == 4 else 4)
+        inputs = sum(group[0][1] for group in self.groups)
+        inputs += sum(expert.active * sum(expert.shape) for expert in kind.experts)
+        saved = kind.probe.saved_bytes + self.size * settings.batch_tokens * inputs
+        self.ledger.moment(
+            "fine-tuning",
+            ("trained weights, their gradients and moments", a_weight * kind.pruned_weights),
+            ("activations of one batch", saved),
+            ("hidden states, pruned, behind the layer", self.hidden * settings.streams, settings.storage),
+        )
+
+    def _record(self, corrected: Sequence[int], seen: Sequence[int]) -> None:
+        """`model.statistics.record_dense` of the groups `seen`."""
         settings, ledger = self.settings, self.ledger
         tokens, passing = settings.tokens, [0.0]
-        for index, group in enumerate(self.groups):
+        for index in seen:
+            group = self.groups[index]
             rows, columns = sum(out for out, _ in group), group[0][1]
             if index not in corrected:
                 ledger.hold(f"Gram matrix {index}", 4 * columns**2)

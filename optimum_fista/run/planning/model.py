@@ -59,6 +59,12 @@ class LayerKind:
     probe: LayerProbe
     experts: list[PlannedExperts]
 
+    @property
+    def pruned_weights(self) -> int:
+        """Weights of the operators to prune of one."""
+        linear = sum(o.shape[0] * o.shape[1] for group in self.probe.groups for o in group)
+        return linear + sum(e.count * e.shape[0] * e.shape[1] for e in self.experts)
+
 
 @dataclass
 class PlannedModel:

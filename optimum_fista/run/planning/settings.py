@@ -95,9 +95,19 @@ class PlanSettings:
         return self.config.residual_correction or 0.0
 
     @property
+    def records_dense(self) -> bool:
+        """Whether operators need anything that only the dense hidden states show."""
+        return not self.carries_on or self.dense_share > 0 or self.residual > 0
+
+    @property
     def runs_dense(self) -> bool:
         """Whether the dense hidden states are needed."""
-        return not self.carries_on or self.dense_share > 0 or self.residual > 0
+        return self.records_dense or self.finetunes
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether decoder layers are fine-tuned."""
+        return self.config.finetune is not None
 
     @property
     def streams(self) -> int:

@@ -12,6 +12,7 @@ from optimum_fista.run.planning.settings import PlanSettings
 
 _SWEEP = 8  # bytes: a float32 read and written
 _READ = 200  # operations that take as long as reading a weight from its file
+_ADAM = 12  # passes over all weights a step: masks, Adam in single operations, rounding
 _OPERATIONS = 20  # Python and kernel launches a column step or product brings along
 
 
@@ -60,12 +61,15 @@ def plan_work(model: PlannedModel, settings: PlanSettings) -> dict[str, StageWor
         "forward passes": StageWork(Work()),
         "statistics": StageWork(Work()),
         "solving": StageWork(Work()),
+        **({"fine-tuning": StageWork(Work())} if settings.finetunes else {}),
         "files": StageWork(Work()),
     }
     if settings.calibration == "self":
         stages = {"calibration text": _sampling(model, settings)} | stages
     for kind in model.kinds:
         _layer(stages, settings, kind)
+        if settings.finetunes:
+            _finetune(stages["fine-tuning"], settings, kind)
         streams = model.hidden_bytes * settings.batches * settings.streams
         stages["files"].file_bytes += kind.count * (kind.weight_bytes * 2 + streams)
     return stages
@@ -125,6 +129,18 @@ def _layer(stages: dict[str, StageWork], settings: PlanSettings, kind: LayerKind
         forward.forward.products += 2 * times * 2.0 * tokens * expert.shape[0] * expert.shape[1]
         _statistics(stages["statistics"], settings, [expert.shape], times, tokens, bool(corrected), False)
         _solve(stages["solving"], settings, [expert.shape], times)
+
+
+def _finetune(stage: StageWork, settings: PlanSettings, kind: LayerKind) -> None:
+    """A pass forwards and one backwards a step, with the gradients of the weights, and one pass over all batches."""
+    probe, steps, weights = kind.probe, settings.config.finetune_steps, kind.pruned_weights
+    found = (probe.forward + probe.backward).scaled(steps) + probe.forward.scaled(settings.batches)
+    found.attention += 2.5 * probe.forward.attention * steps
+    linear = sum(o.shape[0] * o.shape[1] for group in probe.groups for o in group)
+    routed = sum(e.active * e.shape[0] * e.shape[1] for e in kind.experts)
+    found.products += 2.0 * settings.batch_tokens * (steps * (linear + 3 * routed) + settings.batches * routed)
+    found.moved_bytes += steps * _SWEEP * _ADAM * weights
+    stage.forward += found.scaled(kind.count)
 
 
 def _statistics(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -5,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from live_memory import LiveMemory
 from tiny_llama import tiny_llama, tiny_tokens
 from tiny_models import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run import layer_finetuning
 from optimum_fista.run.planning.machine import MachineRates
 from optimum_fista.run.planning.plan import PruningPlan, plan_pruning
 
@@ -226,3 +230,31 @@ def test_a_real_run_keeps_to_its_plan(tmp_path):
     assert 0.5 < case["time_ratio"] < 2
     above_imports = case["measured"]["peak_bytes"] - case["measured"]["import_bytes"]
     assert case["planned_bytes"] - case["measured"]["import_bytes"] == pytest.approx(above_imports, rel=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fine_tuning_is_planned_as_it_runs(dtype, monkeypatch):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 64}
+    config = FistaPruningConfig(0.5, method="magnitude", finetune="layer", finetune_steps=6)
+    train, seen = layer_finetuning.reconstruct, []
+
+    def watched(*arguments, **options):
+        with FlopCounterMode(display=False) as products, LiveMemory() as memory:
+            made = train(*arguments, **options)
+        seen.append((products.get_total_flops(), memory.peak))
+        return made
+
+    monkeypatch.setattr(layer_finetuning, "reconstruct", watched)
+    ids = torch.randint(4, 64, (8, 32), generator=torch.Generator().manual_seed(0))
+    FistaPruner(config, progress=False).prune(tiny_llama(**sizes).to(dtype), ids.split(2))
+    (products, memory), *_ = seen
+    plan = planned(
+        tiny_llama(**sizes).config, config, num_samples=8, sequence_length=32, batch_size=2, dtype=dtype, rates=RATES
+    )
+    without = planned(tiny_llama(**sizes).config, dataclasses.replace(config, finetune=None))
+    assert plan.stages["fine-tuning"].products == pytest.approx(products, rel=0.1)
+    assert "fine-tuning" not in without.stages
+    assert plan.peaks["host"].moment == "fine-tuning"
+    parts = plan.peaks["host"].parts
+    foretold = parts["trained weights, their gradients and moments"] + parts["activations of one batch"]
+    assert 0.8 < foretold / memory < 1.25
