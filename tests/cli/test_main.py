@@ -15,7 +15,8 @@ FLAGS = {
         "--starved-method --warm-start --max-iterations "
         "--finetune --finetune-steps --finetune-learning-rate --config "
         "--calibration --num-samples --sequence-length "
-        "--held-out --batch-size --seed --device --dtype --storage-device --report-to --logging-dir --push-to-hub --private"
+        "--held-out --batch-size --seed --device --dtype --storage-device --report-to --logging-dir "
+        "--push-to-hub --private"
     ),
     "evaluate": "MODEL --text --sequence-length --max-windows --batch-size --device --dtype --output -o",
     "compare": (
