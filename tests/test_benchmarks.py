@@ -117,3 +117,16 @@ def test_fine_tuning_of_decoder_layers(benchmark):
     assert seconds["default"] < seconds["wanda+32"]
     for text in found["default"]["perplexity"]:
         assert found["default"]["perplexity"][text] < found["wanda+32"]["perplexity"][text]
+
+
+def test_ablations_are_paired_by_seed(benchmark):
+    def row(label, pattern, seed, perplexity):
+        return {"label": label, "pattern": pattern, "seed": seed, "perplexity": {"a": perplexity, "b": 4 * perplexity}}
+
+    rows = [row("dense", "-", 0, 2.0)]
+    rows += [row("default", "0.5", 0, 3.0), row("default", "0.5", 1, 5.0)]
+    rows += [row("worse", "0.5", 0, 3.3), row("worse", "0.5", 1, 6.0)]
+    *_, dense, default, worse = benchmark("ablations").table({"rows": rows})
+    assert dense == "|  | dense | 2.00 | 8.00 |  |"
+    assert default == "| 0.5 | default | 4.00 ± 1.41 | 16.00 ± 5.66 |  |"
+    assert worse == "| 0.5 | worse | 4.65 ± 1.91 | 18.60 ± 7.64 | 1.150 ± 0.071 |"
