@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optimum_fista.packed.format import PackedTensor, check, packed_names, unpack, unpack_mask
 from optimum_fista.packed.validation import SUFFIXES
-from optimum_fista.run.atomic import write_tensors, write_text
+from optimum_fista.run.atomic import flush_folder, replace_folder, write_tensors, write_text
 from optimum_fista.run.checkpoint import (
     MASKS_FILE,
     MASKS_METADATA,
@@ -202,9 +202,8 @@ def _convert_folder(
         finish(partial, weights_name, config)
         write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
         partial.chmod(0o755)
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
+        flush_folder(partial)
+        replace_folder(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,5 +1,6 @@
 """Packed folders: bytes, round trips, verification, loading with and without this package."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
+from killed import Killed, killed_at
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -266,3 +268,28 @@ def test_what_the_folder_says(pruned, tmp_path):
     assert settings["quantization_config"]["quant_method"] == "fista_packed"
     assert settings["fista_pruning"]["num_zeros"] > 0
     assert "import optimum_fista" in (tmp_path / "packed" / "README.md").read_text()
+
+
+def test_whenever_it_is_killed_there_is_the_old_folder_the_new_one_or_none(pruned, tmp_path):
+    def files_of(folder):
+        return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
+
+    pack_folder(pruned("llama", "2:4"), tmp_path / "whole")
+    old, new = files_of(pruned("llama", "unstructured")), files_of(tmp_path / "whole")
+    found = set()
+    for step in itertools.count():
+        folder = tmp_path / str(step) / "model"
+        shutil.copytree(pruned("llama", "unstructured"), folder)
+        try:
+            with killed_at(step):
+                pack_folder(pruned("llama", "2:4"), folder, overwrite=True)
+        except Killed:
+            files = (
+                {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} if folder.exists() else {}
+            )
+            assert files in ({}, old, new)
+            found.add(len(files))
+            continue
+        break
+    assert found == {0, len(old), len(new)}
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
