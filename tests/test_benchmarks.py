@@ -3,13 +3,19 @@
 import importlib.util
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from layer_problems import example
+from tiny_llama import TEXT, save_tiny_folder
 
 from optimum_fista.run.comparison.comparison import Comparison
 from optimum_fista.run.speed.measure import SpeedReport
 from optimum_fista.run.speed.table import speed_table
+from optimum_fista.solve.methods.fista import Fista
+from optimum_fista.solve.pattern import SparsityPattern
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "scale.md").read_text()
@@ -23,6 +29,7 @@ def benchmark(monkeypatch):
     def load(name):
         spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
         return module
 
@@ -130,3 +137,87 @@ def test_ablations_are_paired_by_seed(benchmark):
     assert dense == "|  | dense | 2.00 | 8.00 |  |"
     assert default == "| 0.5 | default | 4.00 ± 1.41 | 16.00 ± 5.66 |  |"
     assert worse == "| 0.5 | worse | 4.65 ± 1.91 | 18.60 ± 7.64 | 1.150 ± 0.071 |"
+
+
+def test_penalty_search_of_the_docs(benchmark):
+    rows = json.loads((ROOT / "benchmarks" / "results" / "penalty_search.json").read_text())["rows"]
+    assert "\n".join(benchmark("penalty_search").table(rows)) in (ROOT / "docs" / "penalty.md").read_text()
+
+
+@pytest.fixture
+def penalty_search(benchmark, tmp_path, monkeypatch):
+    """`penalty_search(output)` runs the script on a tiny model and returns it and what it wrote."""
+    pytest.importorskip("optuna", reason="needs Optuna: pip install 'optimum-fista[benchmarks]'")
+    save_tiny_folder(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    given = [str(tmp_path / "model"), "--calibration", str(tmp_path / "text.txt"), "--plot", str(tmp_path / "plot.png")]
+    small = "--num-samples 6 --num-fresh 2 --sequence-length 16 --layers 1 --operators q_proj,down_proj --seeds 2"
+    budgets = "--budget 200 --chained-budget 100"
+
+    def run(name):
+        output = tmp_path / name
+        monkeypatch.setattr(sys, "argv", ["_", *given, *small.split(), *budgets.split(), "--output", str(output)])
+        script = benchmark("penalty_search")
+        script.main()
+        return script, json.loads(output.read_text())
+
+    return run
+
+
+def test_penalty_search_on_a_tiny_model(penalty_search, tmp_path, capsys):
+    script, record = penalty_search("first.json")
+    assert "\n".join(script.table(record["rows"])) in capsys.readouterr().out
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    rows = record["rows"]
+    assert len(rows) == 2 * 2 * (8 + 5 * 2)
+    for row in rows:
+        alike = [r for r in rows if (r["pattern"], r["operator"]) == (row["pattern"], row["operator"])]
+        ends = {r["way"]: r["curve"][-1][1] for r in alike}
+        steps, errors = zip(*row["curve"], strict=True)
+        assert list(steps) == sorted(steps)
+        assert list(errors) == sorted(errors, reverse=True)
+        assert steps[-1] <= row["steps"]
+        assert errors[0] == ends["SparseGPT, no trial"]
+        if row["way"] in ("TPE", "random"):
+            assert errors[-1] >= ends["grid, 20 steps"]
+            assert 200 <= row["steps"] < 220
+        if row["way"] == "TPE with Hyperband":
+            assert errors[-1] >= ends["grid, up to 80 steps"]
+    for entry in record["by_penalty"]:
+        assert len(entry["errors"]) == 13
+        assert entry["errors"]["0.0"] == pytest.approx([1] * 4, abs=0.02)
+    _, again = penalty_search("second.json")
+    assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in again["rows"]]
+
+
+@pytest.mark.parametrize("correlation", [1.0, 4.0])
+def test_ways_to_the_penalty(benchmark, correlation):
+    """The package's own method takes the same trials; those of the table are those of FISTA."""
+    trials, made = benchmark("penalty_trials"), example(24, 48, correlation=correlation)
+    pattern = SparsityPattern(0.5)
+    task = trials.Task(trials.Data(made.problem, made.problem, pattern))
+    for settings, search in (
+        ({"max_trials": 4}, trials.bisection(task, 3, 4)),
+        ({"max_trials": 30}, trials.bisection(task, 3, 30)),
+    ):
+        pruned = Fista(**settings).prune(made.problem, pattern)
+        assert pruned.relative_error**2 == pytest.approx(search.best.refitted["calibration"], rel=1e-9)
+        assert pruned.l1_penalty is None or search.steps > 0
+    for exponent, by_rung in task.table.items():
+        for rung, trial in zip(trials.RUNGS, by_rung, strict=True):
+            solution = task.solve(task.start.weight, task.penalty(exponent), rung)
+            expected = trials.Rounded(task.data, solution.weight)
+            assert trial.steps == solution.iterations
+            assert torch.equal(trial.rounded.weight, expected.weight)
+    chain, alone, longer = trials.constant(task, 100), trials.grid(task, (20,)), trials.grid(task, trials.RUNGS)
+    assert alone.best.error == min(by_rung[1].rounded.error for by_rung in task.table.values()) < task.start.error
+    assert chain.curve[1] == (20, alone.best)
+    assert longer.best.error <= alone.best.error
+    judged = trials.grid(task, trials.RUNGS, after_refit=True).best.refitted["calibration"]
+    assert judged <= min(s.best.refitted["calibration"] for s in (alone, longer, trials.Search(task)))
+
+
+def test_penalty_search_names_the_missing_library(benchmark, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(SystemExit, match=r"optimum-fista\[benchmarks\]"):
+        benchmark("penalty_search").import_optuna()

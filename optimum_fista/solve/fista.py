@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,8 @@ def fista(
     max_iterations: int = 20,
     tolerance: float = 1e-6,
     restart: bool = False,
+    momentum: bool = True,
+    see: Callable[[int, Tensor], None] | None = None,
 ) -> FistaSolution:
     """Solve the LASSO of a layer problem by FISTA.
 
@@ -58,6 +61,8 @@ def fista(
         max_iterations: At most this many steps.
         tolerance: Stop when `|| W_{k+1} - W_k ||_F <= tolerance * || W_{k+1} ||_F`.
         restart: Drop the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme).
+        momentum: Whether to extrapolate; without it t stays 1 and the steps are plain proximal gradient steps (ISTA).
+        see: Called after every step with its number, from 1, and the iterate [out, in], which later steps leave alone.
 
     Returns:
         The solution; symbols: W iterates, Y extrapolated points, t momentum.
@@ -72,9 +77,11 @@ def fista(
         step = W_next - W
         if restart and inner(Y - W_next, step) > 0:
             t = 1.0
-        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2 if momentum else 1.0
         Y = torch.add(W_next, step, alpha=(t - 1) / t_next)
         W, t = W_next, t_next
+        if see is not None:
+            see(iteration, W)
         moved, size = float(step.norm()), float(W.norm())
         changes.append(moved / size if size else 0.0)
         if moved <= tolerance * size:

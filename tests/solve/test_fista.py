@@ -151,6 +151,39 @@ def test_every_iterate_is_the_published_one(iterations):
     assert (solution.iterations, solution.converged) == (iterations, False)
 
 
+def test_every_iterate_can_be_seen():
+    made = example(4, 8, corrected=True, seed=3)
+    problem, l1_penalty = made.problem, 0.02 * critical_penalty(made)
+    given = (problem.gram, problem.target, made.weight, l1_penalty, problem.statistics.lipschitz)
+    seen = {}
+    last = fista(*given, max_iterations=20, tolerance=0, see=seen.__setitem__)
+    assert list(seen) == list(range(1, 21))
+    assert torch.equal(seen[20], last.weight)
+    for steps in (1, 7):
+        assert torch.equal(seen[steps], fista(*given, max_iterations=steps, tolerance=0).weight)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_steps_without_momentum_are_plain_proximal_steps(restart):
+    made = example(4, 8, corrected=True, seed=3)
+    problem, l1_penalty = made.problem, 0.02 * critical_penalty(made)
+    lipschitz = problem.statistics.lipschitz
+    found = fista(
+        problem.gram,
+        problem.target,
+        made.weight,
+        l1_penalty,
+        lipschitz,
+        tolerance=0,
+        restart=restart,
+        momentum=False,
+    )
+    slow = made.weight
+    for _ in range(20):
+        slow = soft_threshold(slow - problem.gradient(slow) / lipschitz, l1_penalty / lipschitz)
+    assert torch.allclose(found.weight, slow, rtol=1e-10, atol=1e-12)
+
+
 def test_the_warm_start_does_not_change_the_solution():
     made = example(5, 8, seed=7)
     l1_penalty = 0.1 * critical_penalty(made)

@@ -36,6 +36,7 @@ class Fista(PruningMethod):
         rounding_share: Share of the rounding error above which the penalty rises, the paper's xi.
         refit_iterations: Conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing.
         restart: Adaptive restart of FISTA's momentum; the paper has none.
+        momentum: FISTA's extrapolation; without it the steps are ISTA's.
     """
 
     warm_start: WarmStart = "sparsegpt"
@@ -46,6 +47,7 @@ class Fista(PruningMethod):
     rounding_share: float = 0.3
     refit_iterations: int = 20
     restart: bool = False
+    momentum: bool = True
     name: ClassVar[str] = "fista"
     defaults: ClassVar[MethodDefaults] = MethodDefaults(error_correction="intra")
 
@@ -86,6 +88,7 @@ class Fista(PruningMethod):
                 max_iterations=self.max_iterations,
                 tolerance=self.tolerance,
                 restart=self.restart,
+                momentum=self.momentum,
             )
 
         rounded = _WARM_STARTS[self.warm_start]().prune(problem, pattern)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from layer_problems import Example, example
 
+from optimum_fista.solve.fista import fista
 from optimum_fista.solve.methods.fista import Fista
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
@@ -118,6 +119,18 @@ def test_result_tells_the_penalty_and_whether_it_converged():
     assert 0 < long.l1_penalty < critical
     assert long.converged
     assert long.message == ""
+
+
+@pytest.mark.parametrize("options", [{"momentum": False}, {"restart": True}])
+def test_options_of_the_steps_reach_fista(options):
+    made = example(10, 20, corrected=True)
+    settings = {"warm_start": "magnitude", "refit_iterations": 0, "max_trials": 1, "max_iterations": 100}
+    given = (made.problem.gram, made.problem.target, Magnitude().prune(made.problem, PATTERNS[0]).weight)
+    pruned = Fista(**settings, **options).prune(made.problem, PATTERNS[0])
+    lipschitz = made.problem.statistics.lipschitz
+    solution = fista(*given, pruned.l1_penalty, lipschitz, max_iterations=100, **options)
+    assert torch.equal(pruned.weight, solution.weight * pruned.mask)
+    assert not torch.equal(pruned.weight, Fista(**settings).prune(made.problem, PATTERNS[0]).weight)
 
 
 def test_a_warm_start_that_needed_help_is_told():

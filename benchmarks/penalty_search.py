@@ -1,0 +1,224 @@
+"""The adaptive penalty of FISTAPruner against hyper-parameter search: error by FISTA steps spent.
+
+Every way of choosing the l1 penalty gets the same operators of a real model, the same interval, SparseGPT's weights
+to start from, and the same rounding. Prints one table of geometric means over operators of the squared
+relative error, with the range over seeds, and writes every curve as JSON; `--plot` draws them.
+
+    python benchmarks/penalty_search.py MODEL --calibration TEXT --plot docs/penalty_search.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from penalty_trials import (
+    RUNGS,
+    STEPS,
+    Data,
+    Search,
+    Task,
+    bisection,
+    constant,
+    grid,
+    import_optuna,
+    optuna_search,
+    random_search,
+)
+from solvers import geometric_mean, layer_problems
+from tqdm.auto import tqdm
+
+from optimum_fista.run.loading import load_model
+from optimum_fista.run.report import library_versions
+from optimum_fista.run.text import load_text
+from optimum_fista.run.windows import calibration_windows
+from optimum_fista.solve.pattern import SparsityPattern
+
+EARLY = 80
+"""Steps that the package's default spends at most: four trials of 20."""
+Way = Callable[[Task, int], Search]
+
+
+def ways(budget: int, chained: int) -> dict[str, Way]:
+    """Functions of a task and a seed; `budget` and `chained` limit the steps of those that have no end of their own."""
+    return {
+        "SparseGPT, no trial": lambda task, _: Search(task),
+        "bisection, four trials (default)": lambda task, _: bisection(task, 3, 4),
+        "bisection, published": lambda task, _: bisection(task, 3, 30),
+        "bisection, four trials, half the interval": lambda task, _: bisection(task, 3, 4, highest=-3.0),
+        "best single penalty, chained": lambda task, _: constant(task, chained),
+        "TPE, chained": lambda task, seed: optuna_search(task, chained, seed, chained=True),
+        "random, chained": lambda task, seed: random_search(task, chained, seed, chained=True),
+        "TPE": lambda task, seed: optuna_search(task, budget, seed),
+        "TPE with Hyperband": lambda task, seed: optuna_search(task, budget, seed, hyperband=True),
+        "random": lambda task, seed: random_search(task, budget, seed),
+        "grid, 20 steps": lambda task, _: grid(task, (STEPS,)),
+        "grid, up to 80 steps": lambda task, _: grid(task, RUNGS),
+        "grid, up to 80 steps, judged after the refit": lambda task, _: grid(task, RUNGS, after_refit=True),
+    }
+
+
+def seeds_of(way: str, seeds: int) -> int:
+    return seeds if "TPE" in way or "random" in way else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True, help="text source; its windows are split into two sets")
+    parser.add_argument("--num-samples", type=int, default=24)
+    parser.add_argument("--num-fresh", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--layers", default="3,15,26", help="decoder layers")
+    parser.add_argument("--operators", default="q_proj,o_proj,gate_proj", help="ends of names")
+    parser.add_argument("--patterns", default="0.5,2:4")
+    parser.add_argument("--budget", type=int, default=600, help="FISTA steps of the searches without a chain")
+    parser.add_argument("--chained-budget", type=int, default=160, help="FISTA steps of the searches in a chain")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the random ways")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
+    parser.add_argument("--output", type=Path, default=Path("runs/penalty_search.json"))
+    parser.add_argument("--plot", type=Path)
+    return parser.parse_args()
+
+
+def tasks(arguments: argparse.Namespace) -> Iterator[Task]:
+    """One an operator and pattern."""
+    model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
+    text = load_text(arguments.calibration, "calibration")
+    count = arguments.num_samples + arguments.num_fresh
+    windows = calibration_windows(tokenizer, text, count, arguments.sequence_length, arguments.seed)
+    sets = [windows[: arguments.num_samples], windows[arguments.num_samples :]]
+    layers = {int(index) for index in arguments.layers.split(",")}
+    for group in layer_problems(model, sets, layers):
+        for problem, fresh in zip(*group, strict=True):
+            if problem.name.endswith(tuple(arguments.operators.split(","))):
+                for pattern in arguments.patterns.split(","):
+                    kind, sparsity = (pattern, None) if ":" in pattern else ("unstructured", float(pattern))
+                    yield Task(Data(problem, fresh, SparsityPattern.parse(kind, sparsity)))
+
+
+def compare(task: Task, found: dict[str, Way], seeds: int) -> list[dict]:
+    """One row a way and seed; the draws differ from operator to operator."""
+    rows = []
+    for name, way in found.items():
+        for seed in range(seeds_of(name, seeds)):
+            search = way(task, crc32(f"{task.problem.name} {seed}".encode()))
+            row = {"pattern": str(task.pattern), "way": name, "operator": task.problem.name, "seed": seed}
+            row |= {"steps": search.steps, "seconds": search.seconds, "rounded": search.best.error}
+            row |= {"refitted": search.best.refitted["calibration"], "fresh": search.best.refitted["fresh"]}
+            rows.append(row | {"curve": [(steps, kept.error) for steps, kept in search.curve]})
+    return rows
+
+
+def by_penalty(task: Task) -> dict:
+    """Errors of single trials from the start: by exponent, one a rung."""
+    errors = {exponent: [trial.rounded.error for trial in trials] for exponent, trials in task.table.items()}
+    return {"pattern": str(task.pattern), "operator": task.problem.name, "rungs": RUNGS, "errors": errors}
+
+
+def error_at(curve: list[tuple[int, float]], steps: float) -> float:
+    return [error for spent, error in curve if spent <= steps][-1]
+
+
+def over_seeds(rows: list[dict], value: Callable[[dict], float]) -> list[float]:
+    """Geometric mean over operators, one a seed."""
+    seeds = sorted({row["seed"] for row in rows})
+    return [geometric_mean([value(row) for row in rows if row["seed"] == seed]) for seed in seeds]
+
+
+def cell(values: list[float]) -> str:
+    """The mean, and the range of several."""
+    shown = [f"{value:.5f}".removeprefix("0") for value in (statistics.fmean(values), min(values), max(values))]
+    return shown[0] if len(values) == 1 else f"{shown[0]} ({shown[1]}-{shown[2]})"
+
+
+def by_pattern_and_way(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    found: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["pattern"], row["way"]), []).append(row)
+    return dict(sorted(found.items(), key=lambda item: item[0][0], reverse=True))
+
+
+def table(rows: list[dict]) -> list[str]:
+    titles = ["zeros", "way", "steps", "CPU seconds", f"rounded, {EARLY} steps", "rounded, end", "refitted", "fresh"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for (pattern, way), group in by_pattern_and_way(rows).items():
+        seeds = len({row["seed"] for row in group})
+        early = cell(over_seeds(group, lambda row: error_at(row["curve"], EARLY)))
+        ends = [cell(over_seeds(group, lambda row, key=key: row[key])) for key in ("rounded", "refitted", "fresh")]
+        steps, seconds = (sum(row[key] for row in group) for key in ("steps", "seconds"))
+        shown = [pattern, way, f"{steps / len(group):.0f}", f"{seconds / seeds:.1f}", early, *ends]
+        lines.append("| " + " | ".join(shown) + " |")
+    return lines
+
+
+def plot(record: dict, path: Path) -> None:
+    """Error by steps for each pattern, then error by penalty for the first one."""
+    import matplotlib.pyplot as plt
+
+    groups = by_pattern_and_way(record["rows"])
+    patterns = list(dict.fromkeys(pattern for pattern, _ in groups))
+    figure, axes = plt.subplots(1, len(patterns) + 1, figsize=(5.2 * (len(patterns) + 1), 5), layout="constrained")
+    for axis, pattern in zip(axes, patterns, strict=False):
+        for (its, way), group in groups.items():
+            if its == pattern:
+                draw_way(axis, way, group)
+        axis.set(title=pattern, xlabel="FISTA steps", ylabel="squared relative error after rounding")
+    for index, rung in enumerate(record["by_penalty"][0]["rungs"]):
+        chosen = [entry["errors"] for entry in record["by_penalty"] if entry["pattern"] == patterns[0]]
+        means = {float(e): geometric_mean([errors[e][index] for errors in chosen]) for e in chosen[0]}
+        axes[-1].plot([10**e for e in means], list(means.values()), marker=".", label=f"{rung} steps")
+    axes[-1].set(title=f"one trial, {patterns[0]}", xlabel="penalty / max |C|", xscale="log", yscale="log")
+    axes[-2].legend(fontsize=7, loc="upper right")
+    axes[-1].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def draw_way(axis, way: str, rows: list[dict]) -> None:
+    """A step curve with the range over seeds, dashed without a chain; a dotted level for a grid."""
+    if way.startswith("grid"):
+        if "refit" not in way:
+            level = geometric_mean([row["rounded"] for row in rows])
+            axis.axhline(level, color="black", linestyle=":" if "80" in way else "-.", linewidth=1, label=way)
+        return
+    places = range(0, max(row["steps"] for row in rows) + 1, 10)
+    values = [over_seeds(rows, lambda row, steps=steps: error_at(row["curve"], steps)) for steps in places]
+    means = [statistics.fmean(v) for v in values]
+    if "four" in way:
+        axis.plot(places[-1], means[-1], "o" if "half" in way else "D", zorder=5, markersize=5, label=way)
+    elif len(places) > 1:
+        style = "-" if "chained" in way or "published" in way else "--"
+        (line,) = axis.step(places, means, style, where="post", label=way)
+        lows, highs = [min(v) for v in values], [max(v) for v in values]
+        axis.fill_between(places, lows, highs, step="post", color=line.get_color(), alpha=0.12)
+
+
+@torch.no_grad()
+def main() -> None:
+    arguments = parse_arguments()
+    versions = library_versions() | {"optuna": import_optuna().__version__}
+    rows: list[dict] = []
+    penalties: list[dict] = []
+    found = ways(arguments.budget, arguments.chained_budget)
+    for task in tqdm(tasks(arguments), desc="Operators and patterns"):
+        rows += compare(task, found, arguments.seeds)
+        penalties.append(by_penalty(task))
+    settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("output", "plot")}
+    record = {"settings": settings, "versions": versions, "threads": torch.get_num_threads()}
+    record = json.loads(json.dumps(record | {"rows": rows, "by_penalty": penalties}))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(record))
+    print("\n".join(table(record["rows"])))
+    if arguments.plot:
+        plot(record, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
