@@ -79,6 +79,17 @@ def test_single_products(benchmark):
     assert "\n".join(benchmark("kernels").table(lines, threads=2)) in (ROOT / "docs" / "speed.md").read_text()
 
 
+def test_solver_ablations():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "solver_ablations.json").read_text())["rows"]
+    section = (ROOT / "docs" / "solver.md").read_text().split("## What each part")[1].split("## ")[0]
+    lines = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
+    assert len(lines[2:]) == len({row["method"] for row in rows})
+    for _, method, *cells in lines[2:]:
+        found = [row for row in rows if row["method"] == method]
+        for text, cell in zip(("calibration", "fresh", "other"), cells, strict=True):
+            assert f"{statistics.geometric_mean(row[text] for row in found):.5f}"[1:] == cell
+
+
 def test_two_ranks_against_two_threads():
     values = json.loads((ROOT / "benchmarks" / "results" / "ranks.json").read_text())
     medians = {way: statistics.median(run["seconds"] for run in runs) for way, runs in values["runs"].items()}
