@@ -34,9 +34,8 @@ def bound(hidden: int, ffn: int) -> int:
 
 def test_peak_memory_does_not_grow_with_the_depth_and_is_what_the_formula_says():
     eight, sixteen = peaks((8, 16), 384, 1536, 64, fewer_steps=True)  # a step needs the memory of many
-    assert sixteen["peak_bytes"] == pytest.approx(
-        eight["peak_bytes"], rel=0.05, abs=6 * MIB
-    )  # 8 more layers are 36 MiB
+    # Single runs differ by up to 10 MiB; 8 more layers would be 36 MiB.
+    assert sixteen["peak_bytes"] == pytest.approx(eight["peak_bytes"], abs=18 * MIB)
     assert sixteen["model_bytes"] > 1.9 * eight["model_bytes"]
     assert max(eight["peak_bytes"], sixteen["peak_bytes"]) <= bound(384, 1536)
 
