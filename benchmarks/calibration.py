@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from machine import matrix_rate
-from torch.utils.flop_counter import FlopCounterMode
+from products import counted_products
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
@@ -60,7 +60,7 @@ def plain_flops(model, tokens: torch.Tensor) -> float:
     decoder = find_decoder_layers(model)
     name, layer = next(iter(decoder))
     operators = find_operators(name, layer)
-    with FlopCounterMode(display=False) as counter:
+    with counted_products() as counter:
         recorded = record_inputs(model, decoder, read_batches(tokens[:1].split(1), model.config.vocab_size))
         before = counter.get_total_flops()
         output = recorded.calls[0][0].run(layer, recorded.hidden_states[0])
@@ -90,7 +90,7 @@ def main() -> None:
     plain = plain_flops(model, tokens) * layers
     rows = []
     for name, options in VARIANTS.items():
-        with FlopCounterMode(display=False) as counter:
+        with counted_products() as counter:
             prune(options)
         flops = counter.get_total_flops()
         rates, seconds = [], []

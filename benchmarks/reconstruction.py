@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from kept_rows import open_record, texts_of
 from torch import Tensor
 
 from optimum_fista import FistaPruner
 from optimum_fista.run.comparison.candidates import parse_config
 from optimum_fista.run.loading import load_model
 from optimum_fista.run.perplexity import evaluate_perplexity
-from optimum_fista.run.report import library_versions
 from optimum_fista.run.text import load_text
-from optimum_fista.run.windows import calibration_windows, evaluation_windows
+from optimum_fista.run.windows import calibration_windows
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -111,25 +111,10 @@ def main() -> None:
     text, number, held_out = load_text(arguments.calibration, "calibration"), arguments.num_samples, arguments.held_out
     most = max(number, *(Way.of(name).num_samples for _, name in wanted))
     windows = calibration_windows(tokenizer, text, most + held_out, arguments.sequence_length, arguments.seed)
-    texts = {
-        Path(source).stem: evaluation_windows(
-            tokenizer, load_text(source, "test"), arguments.sequence_length, arguments.max_windows
-        )
-        for source in arguments.texts.split(",")
-    }
+    texts = texts_of(arguments, tokenizer, arguments.sequence_length)
     texts["held out"] = windows[number : number + held_out]
     windows = torch.cat([windows[:number], windows[number + held_out :]])
-    unnamed = ("rows", "patterns", "output")
-    settings = {key: str(value) for key, value in vars(arguments).items() if key not in unnamed}
-    settings["model"], settings["calibration"] = Path(arguments.model).name, Path(arguments.calibration).name
-    settings["texts"] = ",".join(Path(source).name for source in arguments.texts.split(","))
-    record: dict[str, Any] = {"settings": settings, "versions": library_versions(), "rows": []}
-    if arguments.output.exists():
-        previous = json.loads(arguments.output.read_text())
-        if previous["settings"] != settings:
-            raise SystemExit(f"{arguments.output} holds rows with other settings: pass another --output.")
-        record["rows"] = previous["rows"]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    record = open_record(arguments, ("rows", "patterns"))
     for pattern, name in wanted:
         if (pattern, name) not in {(row["pattern"], row["row"]) for row in record["rows"]}:
             calibration = windows[: Way.of(name).num_samples or number]

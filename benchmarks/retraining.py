@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept_rows import open_record, texts_of
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from tqdm import trange
@@ -24,10 +25,9 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup, set_s
 from optimum_fista import FistaPruner, FistaPruningConfig, mask_adapters, masked_training, merge_adapters, save_masked
 from optimum_fista.run.loading import load_model
 from optimum_fista.run.perplexity import evaluate_perplexity
-from optimum_fista.run.report import library_versions
 from optimum_fista.run.text import load_text
 from optimum_fista.run.verification import verify_checkpoint
-from optimum_fista.run.windows import calibration_windows, evaluation_windows
+from optimum_fista.run.windows import calibration_windows
 
 RATES = {"norms": 2e-3, "adapters": 1e-3, "full": 5e-5}
 
@@ -123,24 +123,8 @@ def main() -> None:
     number = arguments.num_samples + arguments.steps
     text = load_text(arguments.calibration, "calibration")
     windows = calibration_windows(tokenizer, text, number, arguments.sequence_length, arguments.seed)
-    texts = {
-        Path(source).stem: evaluation_windows(
-            tokenizer, load_text(source, "test"), arguments.test_length, arguments.max_windows
-        )
-        for source in arguments.texts.split(",")
-    }
-    unnamed = ("rows", "folder", "output")
-    settings = {key: str(value) for key, value in vars(arguments).items() if key not in unnamed}
-    settings["model"] = Path(arguments.model).name
-    settings["calibration"] = Path(arguments.calibration).name
-    settings["texts"] = ",".join(Path(source).name for source in arguments.texts.split(","))
-    record: dict[str, Any] = {"settings": settings, "versions": library_versions(), "rows": []}
-    if arguments.output.exists():
-        previous = json.loads(arguments.output.read_text())
-        if previous["settings"] != settings:
-            raise SystemExit(f"{arguments.output} holds rows with other settings: pass another --output.")
-        record["rows"] = previous["rows"]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    texts = texts_of(arguments, tokenizer, arguments.test_length)
+    record = open_record(arguments, ("rows", "folder"))
     for kind in ("dense", "pruned", *arguments.rows.split(",")):
         if kind not in {row["row"] for row in record["rows"]}:
             record["rows"].append(measure(arguments, kind, windows, texts))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from machine import matrix_rate
-from torch.utils.flop_counter import FlopCounterMode
+from products import counted_products
 from tqdm.auto import tqdm
 
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
@@ -37,8 +37,6 @@ from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 
 TEXTS = ("calibration", "fresh", "other")
-IN_PLACE = {torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]}
-"""Products that PyTorch's counter leaves out."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -94,7 +92,7 @@ def measure(text: str, problems: list[list[LayerProblem]], pattern: str) -> list
     sparsity, shape = (None, pattern) if ":" in pattern else (float(pattern), "unstructured")
     wanted = SparsityPattern.parse(shape, sparsity, method.defaults.scope)
     calibration, *fresh = problems
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+    with counted_products() as counter:
         started, busy = time.perf_counter(), time.process_time()
         pruned = method.prune_sharing(calibration, [wanted] * len(calibration))
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - busy

@@ -232,3 +232,11 @@ def test_penalty_search_names_the_missing_library(benchmark, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(SystemExit, match=r"optimum-fista\[benchmarks\]"):
         benchmark("penalty_search").import_optuna()
+
+
+def test_products_in_place_are_counted(benchmark):
+    left, right = torch.ones(3, 4), torch.ones(4, 5)
+    with benchmark("products").counted_products() as counter:
+        torch.zeros(3, 5).addmm_(left, right)
+        left @ right
+    assert counter.get_total_flops() == 2 * (2 * 3 * 4 * 5)
