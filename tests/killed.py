@@ -3,6 +3,9 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
 
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.mkdir", "os.chmod", "shutil.rmtree"}
 _left: list[int] = []
@@ -20,6 +23,22 @@ def killed_at(step: int) -> Iterator[None]:
         yield
     finally:
         _left.clear()
+
+
+@contextmanager
+def killed_at_write(number: int) -> Iterator[None]:
+    """Raise `Killed` in place of the `number`-th rename of a file that is whole, from 1."""
+    replace, done = Path.replace, []
+
+    def counted(self: Path, target: Path) -> Path:
+        done.append(target)
+        if len(done) == number:
+            raise Killed(str(target))
+        return replace(self, target)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Path, "replace", counted)
+        yield
 
 
 def _watch(event: str, arguments: tuple) -> None:

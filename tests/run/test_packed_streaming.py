@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from folder_files import files_of
+from killed import Killed, killed_at_write
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -82,22 +83,9 @@ def test_dense_bytes_of_pruned_operators_are_never_written(source, tmp_path, mon
 
 
 @pytest.mark.parametrize("writes", range(1, 21, 3))
-def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp_path, monkeypatch, writes):
-    class Stop(BaseException):
-        pass
-
-    replace, done = Path.replace, []
-
-    def cut(self, target):
-        done.append(target)
-        if len(done) == writes:
-            raise Stop
-        return replace(self, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", cut)
-        with pytest.raises(Stop):
-            prune(source, tmp_path / "packed", packed=True)
+def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp_path, writes):
+    with killed_at_write(writes), pytest.raises(Killed):
+        prune(source, tmp_path / "packed", packed=True)
     assert not (tmp_path / "packed").exists()
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(unfinished_folder(tmp_path / "packed"))

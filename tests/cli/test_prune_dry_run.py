@@ -1,0 +1,59 @@
+"""`optimum-fista prune --dry-run`."""
+
+from optimum_fista.cli.main import main
+
+QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
+
+
+def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
+    monkeypatch.setattr("optimum_fista.run.loading.load_model", None)
+    monkeypatch.setattr("optimum_fista.run.planning.machine.SECONDS", 0.1)
+    monkeypatch.chdir(tmp_path)
+    flags = [
+        "--dry-run",
+        "--method",
+        "wanda",
+        "--pattern",
+        "2:4",
+        "--exclude",
+        "*.0.*",
+        "--num-samples",
+        "8",
+        "--sequence-length",
+        "16",
+        "--device",
+        "cpu",
+    ]
+    shown = []
+    for model in ("config.json", ".", str(tiny_folder)):
+        assert main(["prune", model, *flags, "--calibration", "c4"]) == 0
+        shown.append(capsys.readouterr().out.split("products and time")[0])
+    assert shown[0] == shown[1] == shown[2]
+    assert "together                       7               7,680               3,840" in shown[0]
+    assert "left dense (exclude): model.layers.0.self_attn.q_proj" in shown[0]
+    assert "wanda, error correction 0.0, 8 x 16 calibration tokens, batches of 1, on cpu" in shown[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_dry_run_takes_the_flags_of_a_run(tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr("optimum_fista.run.planning.machine.SECONDS", 0.1)
+    flags = ["--dry-run", "--num-samples", "4", "--sequence-length", "32", "--batch-size", "2", "--dtype", "bfloat16"]
+    assert main(["prune", str(tiny_folder), *flags, "--device", "cpu", "--storage-device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "in bfloat16" in shown
+    assert "4 x 32 calibration tokens, batches of 2, on cpu" in shown
+    assert "note: --calibration self has the model sample its text" in shown
+    assert "measured: " in shown
+    assert main(["prune", str(tiny_folder), "--dry-run", "--sparsity", "2"]) == 1
+    assert "sparsity=2.0 is outside [0, 1)" in capsys.readouterr().err
+    assert main(["prune", str(tiny_folder), *flags, "--device", "cpu", "--held-out", "2"]) == 0
+    assert "6 x 32 calibration tokens (2 sequences held out), batches of 2, on cpu" in capsys.readouterr().out
+
+
+def test_a_dry_run_names_patterns_that_match_nothing(tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr("optimum_fista.run.planning.machine.SECONDS", 0.1)
+    flags = ["--dry-run", "--device", "cpu", "--exclude", "*.q_proj.weight", "--exclude", "*.k_proj"]
+    assert main(["prune", str(tiny_folder), *flags]) == 0
+    expected = "note: exclude: '*.q_proj.weight' matches no linear operator of the decoder layers: "
+    assert expected + "'model.layers.0.self_attn.q_proj' is one." in capsys.readouterr().out
