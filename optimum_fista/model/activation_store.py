@@ -20,8 +20,9 @@ class ActivationStore(Sequence[Tensor]):
     """A list of tensors that live at `storage` and are handed out on `device`.
 
     Tensors keep their dtype. Between a CUDA device and the CPU or a file they go through two pinned buffers on a
-    stream and a thread of their own: writing does not wait, and reading one tensor starts the copy of the next. A
-    file has no name, so that nothing of it is left when the store, or the process, ends in whatever way.
+    stream and a thread of their own: writing does not wait, and reading one tensor starts the copy of the next (of the
+    one before, where they are read backwards). A file has no name, so that nothing of it is left when the store, or
+    the process, ends in whatever way.
 
     Args:
         storage: A device, or a folder.
@@ -124,6 +125,7 @@ class _Staging:
         self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
         self._writes: list[Future[None]] = []
         self._next: tuple[int, Future[tuple[Tensor, Any]]] | None = None
+        self._last = 0
 
     def write(self, tensor: Tensor) -> None:
         while len(self._writes) > 1:  # both buffers are taken
@@ -142,6 +144,7 @@ class _Staging:
                 made = self._stream.record_event()
         self._writes.append(self._thread.submit(self._keep, buffer, made))
         self.count += 1
+        self._last = self.count
 
     def read(self, index: int) -> Tensor:
         self.finish()
@@ -151,8 +154,10 @@ class _Staging:
         if copied is not None:
             torch.cuda.current_stream(self._device).wait_event(copied)
             tensor.record_stream(torch.cuda.current_stream(self._device))
-        if index + 1 < self.count:
-            self._next = (index + 1, self._thread.submit(self._load, index + 1))
+        expected = index - 1 if 0 < index < self._last else index + 1
+        self._last = index
+        if 0 <= expected < self.count:
+            self._next = (expected, self._thread.submit(self._load, expected))
         return tensor
 
     def finish(self) -> None:
@@ -165,7 +170,7 @@ class _Staging:
         self.finish()
         if self._next is not None:
             self._next[1].result()
-        self._next, self.count = None, 0
+        self._next, self._last, self.count = None, 0, 0
 
     def _keep(self, buffer: Tensor, made: Any) -> None:
         if made is not None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.recomputation import recomputed_layers
 from optimum_fista.model.replay import watching
 
 _TYPICAL = 2.0
@@ -70,11 +69,13 @@ def measure_sensitivities(
     batches: Sequence[CalibrationBatch],
     num_tokens: int,
     progress: bool = False,
+    storage: Storage | None = None,
 ) -> dict[str, Sensitivity]:
     """Run the model forwards and backwards on the first sequences, one at a time.
 
     The loss is the cross-entropy of the next token. Decoder layers are recomputed on the way back, so that the
-    activations of one layer and the hidden states between layers are held at a time. No weight gets a gradient.
+    activations of one layer are held at a time, and the hidden states between layers, at `storage`. No weight gets a
+    gradient.
 
     Args:
         model: The dense model.
@@ -83,6 +84,7 @@ def measure_sensitivities(
         batches: Calibration batches.
         num_tokens: Sequences are taken in order until they hold as many real tokens.
         progress: Whether to show a progress bar.
+        storage: Where the hidden states between decoder layers wait; `None`: on the device.
 
     Returns:
         Sensitivities by operator, with zero gradients where the loss does not feel an operator, or it is called more
@@ -99,9 +101,10 @@ def measure_sensitivities(
     columns = {name: operator.read().square().sum(0) for name, operator in operators.items()}
     sequences = list(_sequences(batches, num_tokens))
     bar = tqdm(sequences, desc="Gradients of the loss", unit="sequence", disable=not progress)
-    with _differentiable(model, layers), torch.enable_grad():
+    with recomputed_layers(model, layers, storage) as waiting, torch.enable_grad():
         for ids, mask in bar:
             _run(model, operators, found, columns, ids.to(device), None if mask is None else mask.to(device))
+            waiting.clear()
     for name, sensitivity in found.items():
         if not bool(torch.isfinite(sensitivity.gradients).all()):
             raise ValueError(
@@ -169,39 +172,6 @@ def _run(
         loss = nn.functional.cross_entropy(logits[0, :-1].float(), labels, reduction="sum")
         forwards = False
         loss.backward()
-
-
-@contextmanager
-def _differentiable(model: PreTrainedModel, layers: DecoderLayers) -> Iterator[None]:
-    """Gradients flow from the embeddings on, not into weights; decoder layers are recomputed when they flow back."""
-
-    def recomputed(forward: Any) -> Any:
-        return lambda *arguments, **keywords: checkpoint(forward, *arguments, use_reentrant=False, **keywords)
-
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    overridden = ["forward" in vars(layer) for layer in layers.modules]
-    originals = [layer.forward for layer in layers.modules]
-    handle = model.get_input_embeddings().register_forward_hook(_with_gradient)
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        for layer, original in zip(layers.modules, originals, strict=True):
-            layer.forward = recomputed(original)
-        yield
-    finally:
-        handle.remove()
-        for layer, original, was in zip(layers.modules, originals, overridden, strict=True):
-            if was:
-                layer.forward = original
-            else:
-                del layer.forward
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def _with_gradient(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-    """The output as a tensor with a gradient that may be overwritten in place, as a leaf may not."""
-    return output.requires_grad_(True).clone()
 
 
 def _sequences(batches: Sequence[CalibrationBatch], num_tokens: int) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.experts import ExpertOperator
@@ -51,10 +52,12 @@ def share_budgets(
     batches: Sequence[CalibrationBatch],
     config: FistaPruningConfig,
     progress: bool = False,
+    storage: Storage | None = None,
 ) -> Budgets:
     """Share the zeros of `config` over those operators that take part; uniform budgets run nothing.
 
-    Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity.
+    Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity. Hidden states
+    between decoder layers wait at `storage`; `None`: on the device.
 
     Raises:
         ValueError: If gradients of the loss are not finite.
@@ -65,7 +68,7 @@ def share_budgets(
     if not sharing or not config.sparsity:
         return budgets
     try:
-        found = measure_sensitivities(model, layers, sharing, batches, config.allocation_tokens, progress)
+        found = measure_sensitivities(model, layers, sharing, batches, config.allocation_tokens, progress, storage)
     except torch.OutOfMemoryError as error:  # one sequence at a time already
         raise torch.OutOfMemoryError(
             "the device ran out of memory in the gradients of the loss on one sequence: pass allocation='uniform' "

@@ -168,8 +168,9 @@ class ModelPruning:
             started = time.perf_counter()
             flat = {name: operator for group in self.operators.values() for name, operator in group.items()}
             with self._split_experts():
+                calibration, config = self.batches.calibration, self.config
                 self.budgets = share_budgets(
-                    self.model, self.layers, flat, self.batches.calibration, self.config, self.progress
+                    self.model, self.layers, flat, calibration, config, self.progress, self.storage
                 )
             release_memory_of(self.model)
             self.report.seconds["allocation"] = time.perf_counter() - started

@@ -29,7 +29,7 @@ def open_files() -> set[str]:
     return {str(name.readlink()) for name in names if name.exists() or name.is_symlink()}
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 0, 0, 3, 4, 2, 1]])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [5, 0, 0, 3, 4, 2, 1]])
 def test_what_was_appended_is_read_back_in_any_order(store, order):
     wanted = activations()
     for tensor in wanted:
@@ -91,6 +91,21 @@ def test_files_have_no_name_and_go_with_the_store(tmp_path, staged):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         ActivationStore(tmp_path / "nowhere", CPU)
+
+
+@pytest.mark.parametrize(
+    ("order", "foreseen"), [([0, 1, 2, 3], [True] * 3), ([5, 4, 3, 2], [True] * 3), ([0, 3, 1], [False, False])]
+)
+def test_the_next_tensor_is_read_ahead_in_the_direction_of_reading(order, foreseen):
+    store = ActivationStore(CPU, CPU, staged=True)
+    for tensor in activations():
+        store.append(tensor)
+    found = []
+    for index in order:
+        ahead = store._staging._next
+        found.append(ahead is not None and ahead[0] == index)
+        store[index]
+    assert found[1:] == foreseen
 
 
 @pytest.mark.gpu

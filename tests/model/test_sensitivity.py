@@ -4,6 +4,7 @@ from families import family_model, family_tokens
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from torch import nn
 
+from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.sensitivity import Sensitivity, measure_sensitivities
@@ -26,12 +27,12 @@ def operators_of(model):
     return layers, {k: v for name, layer in layers for k, v in find_operators(name, layer).items()}
 
 
-def measure(model, num_tokens=10_000, sizes=(2, 3, 1), padded=True):
+def measure(model, num_tokens=10_000, sizes=(2, 3, 1), padded=True, storage=None):
     layers, operators = operators_of(model)
     parts = zip(*(tensor.split(sizes) for tensor in data(padded).values()), strict=True)
     batches = read_batches([{"input_ids": i, "attention_mask": m} for i, m in parts], VOCAB_SIZE)
     with torch.no_grad():
-        return operators, measure_sensitivities(model, layers, operators, batches, num_tokens)
+        return operators, measure_sensitivities(model, layers, operators, batches, num_tokens, storage=storage)
 
 
 def by_hand(model, operators, rows, padded):
@@ -136,6 +137,31 @@ def test_gradients_that_are_not_finite_are_an_error():
         measure(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all("forward" not in vars(layer) for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_hidden_states_wait_does_not_matter(family, tmp_path):
+    _, on_device = measure(tiny_model(family))
+    _, in_files = measure(tiny_model(family), storage=tmp_path)
+    for name in on_device:
+        assert torch.equal(on_device[name].gradients, in_files[name].gradients)
+        assert torch.equal(on_device[name].inputs, in_files[name].inputs)
+
+
+def test_hidden_states_of_one_sequence_wait_in_files(tmp_path, monkeypatch):
+    kept = []
+    append, clear = ActivationStore.append, ActivationStore.clear
+
+    def count(store, tensor, **keywords):
+        append(store, tensor, **keywords)
+        kept.append(tuple(tensor.shape))
+
+    monkeypatch.setattr(ActivationStore, "append", count)
+    monkeypatch.setattr(ActivationStore, "clear", lambda store: (kept.append(len(store)), clear(store)))
+    model = tiny_model("llama")
+    measure(model, num_tokens=2 * LENGTH, padded=False, storage=tmp_path)
+    hidden = (1, LENGTH, model.config.hidden_size)
+    assert kept == [hidden, hidden, 2] * 2
 
 
 def test_layers_are_recomputed_rather_than_kept():

@@ -110,14 +110,14 @@ def _allocation(ledger: Ledger, model: PlannedModel, settings: PlanSettings) -> 
             "gradients of the loss",
             ("decoder layer", weights),
             ("activations of one sequence", kind.probe.saved_bytes * share + 3 * hidden),
-            ("hidden states between layers", len(model.layers) * hidden),
+            ("hidden states between layers", len(model.layers) * hidden, settings.storage),
         )
     head = 0 if model.in_memory or settings.maps_files else settings.embedding_bytes(model.model)
     logits = settings.sequence_length * settings.vocabulary(model.model)
     ledger.moment(
         "loss",
         ("logits and their gradients", logits * (2 * settings.element_size + 3 * 4)),
-        ("hidden states between layers", len(model.layers) * hidden),
+        ("hidden states between layers", len(model.layers) * hidden, settings.storage),
         ("head", head),
     )
     largest = max(o.shape[0] * o.shape[1] for group in model.operators.values() for o in group.values())
