@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from optimum_fista.run.atomic import write_text
+from optimum_fista.run.checkpoints.atomic import write_text
 from optimum_fista.run.comparison.averages import spread
 from optimum_fista.run.comparison.compare import compare
 from optimum_fista.run.comparison.row import Row
@@ -38,7 +38,7 @@ def _methods(patterns: Sequence[str], methods: Iterable[str], seeds: Sequence[in
 
 
 STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
-    "parts": lambda arguments: [
+    "parts": lambda _: [
         _methods(
             ["0.5"],
             [
@@ -52,7 +52,6 @@ STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
                 f"sparsegpt:{_WHOLE}",
                 f"wanda:{_WHOLE}",
             ],
-            arguments.seeds,
         ),
         _methods(
             ["2:4"],
@@ -65,8 +64,21 @@ STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
                 f"sparsegpt:{_PIPELINE}",
                 f"wanda:{_PIPELINE}",
             ],
+        ),
+    ],
+    "seeds": lambda arguments: [
+        _methods(
+            ["0.5"],
+            [
+                "default",
+                "default:error_correction=0",
+                "default:residual_correction=0",
+                "default:allocation=uniform",
+                f"alps:{_WHOLE}",
+            ],
             arguments.seeds,
         ),
+        _methods(["2:4"], ["default", "default:error_correction=0", "default:residual_correction=0"], arguments.seeds),
     ],
     "correction": lambda _: [
         _methods([pattern], [f"{_BARE}:error_correction={value}" for value in ("none", "intra", "full")])
@@ -90,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--other-calibrations", type=_names, default=[], help="others for the study `calibration`")
     parser.add_argument("--texts", type=_names, required=True, help="text sources to measure on")
     parser.add_argument("--studies", type=_names, default=list(STUDIES))
-    parser.add_argument("--seeds", type=_numbers, default=[0], help="of the study `parts`")
+    parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], help="of the study `seeds`")
     parser.add_argument("--sample-counts", type=_numbers, default=[4, 8, 16, 32, 64], help="of the study `samples`")
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a window, here and in the texts")

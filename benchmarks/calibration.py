@@ -24,10 +24,10 @@ from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.sharing import trace_groups
-from optimum_fista.run.loading import load_model
-from optimum_fista.run.report import library_versions
-from optimum_fista.run.text import load_text
-from optimum_fista.run.windows import calibration_windows
+from optimum_fista.run.checkpoints.loading import load_model
+from optimum_fista.run.reports.report import library_versions
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import calibration_windows
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"error_correction": "none"},

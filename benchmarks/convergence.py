@@ -22,10 +22,10 @@ import torch
 from solvers import layer_problems
 from torch import Tensor
 
-from optimum_fista.run.loading import load_model
-from optimum_fista.run.report import library_versions
-from optimum_fista.run.text import load_text
-from optimum_fista.run.windows import calibration_windows
+from optimum_fista.run.checkpoints.loading import load_model
+from optimum_fista.run.reports.report import library_versions
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import calibration_windows
 from optimum_fista.solve.cholesky import damped_cholesky
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.pattern import SparsityPattern

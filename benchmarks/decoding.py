@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.loading import gguf_file, load_model
+from optimum_fista.run.checkpoints.loading import gguf_file, load_model
 from optimum_fista.run.speed.measure import VARIANTS, SpeedSettings, measure_speed
 from optimum_fista.run.speed.table import draw_speed, speed_table
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from optimum_fista.run.report import library_versions
-from optimum_fista.run.text import load_text
-from optimum_fista.run.windows import evaluation_windows
+from optimum_fista.run.reports.report import library_versions
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import evaluation_windows
 
 
 def texts_of(arguments: Namespace, tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Tensor]:

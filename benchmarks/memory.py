@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 _RUN = """
 import json, sys, torch
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run import streaming
+from optimum_fista.run.streamed import streaming
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import transformers.core_model_loading
 samples, length, options = int(sys.argv[3]), int(sys.argv[4]), json.loads(sys.argv[5])

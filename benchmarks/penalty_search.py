@@ -33,10 +33,10 @@ from penalty_trials import (
 from solvers import geometric_mean, layer_problems
 from tqdm.auto import tqdm
 
-from optimum_fista.run.loading import load_model
-from optimum_fista.run.report import library_versions
-from optimum_fista.run.text import load_text
-from optimum_fista.run.windows import calibration_windows
+from optimum_fista.run.checkpoints.loading import load_model
+from optimum_fista.run.reports.report import library_versions
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import calibration_windows
 from optimum_fista.solve.pattern import SparsityPattern
 
 EARLY = 80

@@ -21,11 +21,11 @@ from kept_rows import open_record, texts_of
 from torch import Tensor
 
 from optimum_fista import FistaPruner
+from optimum_fista.run.checkpoints.loading import load_model
 from optimum_fista.run.comparison.candidates import parse_config
-from optimum_fista.run.loading import load_model
-from optimum_fista.run.perplexity import evaluate_perplexity
-from optimum_fista.run.text import load_text
-from optimum_fista.run.windows import calibration_windows
+from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import calibration_windows
 
 
 def parse_arguments() -> argparse.Namespace:

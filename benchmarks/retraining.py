@@ -23,11 +23,11 @@ from tqdm import trange
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup, set_seed
 
 from optimum_fista import FistaPruner, FistaPruningConfig, mask_adapters, masked_training, merge_adapters, save_masked
-from optimum_fista.run.loading import load_model
-from optimum_fista.run.perplexity import evaluate_perplexity
-from optimum_fista.run.text import load_text
-from optimum_fista.run.verification import verify_checkpoint
-from optimum_fista.run.windows import calibration_windows
+from optimum_fista.run.checkpoints.loading import load_model
+from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import calibration_windows
 
 RATES = {"norms": 2e-3, "adapters": 1e-3, "full": 5e-5}
 

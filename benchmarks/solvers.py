@@ -28,10 +28,10 @@ from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.model.statistics import LayerActivations, problems_same_input, record_dense
-from optimum_fista.run.loading import load_model
-from optimum_fista.run.report import library_versions
-from optimum_fista.run.text import load_text
-from optimum_fista.run.windows import calibration_windows, evaluation_windows
+from optimum_fista.run.checkpoints.loading import load_model
+from optimum_fista.run.reports.report import library_versions
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem

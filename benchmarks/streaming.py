@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from machine import matrix_rate
 
-from optimum_fista.run.checkpoint import checkpoint_files, read_tensors
-from optimum_fista.run.loading import gguf_file, load_model
+from optimum_fista.run.checkpoints.checkpoint import checkpoint_files, read_tensors
+from optimum_fista.run.checkpoints.loading import gguf_file, load_model
 
 _RUN = """
 import sys, time, torch
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.loading import load_model
+from optimum_fista.run.checkpoints.loading import load_model
 way, source, output, sequences, length, method = sys.argv[1:]
 tokens = torch.randint(0, 40000, (int(sequences), int(length)), generator=torch.Generator().manual_seed(0))
 pruner = FistaPruner(FistaPruningConfig(method=method), progress=False)

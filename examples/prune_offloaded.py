@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.calibration_source import calibration_tokens
+from optimum_fista.run.texts.calibration_source import calibration_tokens
 
 
 def main() -> None:

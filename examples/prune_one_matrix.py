@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.text import load_text
-from optimum_fista.run.windows import calibration_windows
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import calibration_windows
 
 
 def main() -> None:

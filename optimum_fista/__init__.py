@@ -12,16 +12,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from optimum_fista.run.callbacks.pruning_callback import PruningCallback
+    from optimum_fista.run.callbacks.tracking_callback import TrackingCallback
     from optimum_fista.run.config import FistaPruningConfig
-    from optimum_fista.run.lora import mask_adapters, merge_adapters
-    from optimum_fista.run.packed_loading import FistaPackedConfig
+    from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
     from optimum_fista.run.pruner import FistaPruner
-    from optimum_fista.run.pruning_callback import PruningCallback
-    from optimum_fista.run.report import PruningReport
-    from optimum_fista.run.retrained import save_masked
-    from optimum_fista.run.tracking_callback import TrackingCallback
-    from optimum_fista.run.training import masked_training
-    from optimum_fista.run.training_callback import MaskedTrainingCallback
+    from optimum_fista.run.reports.report import PruningReport
+    from optimum_fista.run.retraining.lora import mask_adapters, merge_adapters
+    from optimum_fista.run.retraining.retrained import save_masked
+    from optimum_fista.run.retraining.training import masked_training
+    from optimum_fista.run.retraining.training_callback import MaskedTrainingCallback
     from optimum_fista.solve.pruned import PrunedOperator
 
 __version__ = "0.1.0"
@@ -41,18 +41,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FistaPackedConfig": "optimum_fista.run.packed_loading",
+    "FistaPackedConfig": "optimum_fista.run.packed_folders.packed_loading",
     "FistaPruner": "optimum_fista.run.pruner",
     "FistaPruningConfig": "optimum_fista.run.config",
-    "MaskedTrainingCallback": "optimum_fista.run.training_callback",
+    "MaskedTrainingCallback": "optimum_fista.run.retraining.training_callback",
     "PrunedOperator": "optimum_fista.solve.pruned",
-    "PruningCallback": "optimum_fista.run.pruning_callback",
-    "PruningReport": "optimum_fista.run.report",
-    "TrackingCallback": "optimum_fista.run.tracking_callback",
-    "mask_adapters": "optimum_fista.run.lora",
-    "masked_training": "optimum_fista.run.training",
-    "merge_adapters": "optimum_fista.run.lora",
-    "save_masked": "optimum_fista.run.retrained",
+    "PruningCallback": "optimum_fista.run.callbacks.pruning_callback",
+    "PruningReport": "optimum_fista.run.reports.report",
+    "TrackingCallback": "optimum_fista.run.callbacks.tracking_callback",
+    "mask_adapters": "optimum_fista.run.retraining.lora",
+    "masked_training": "optimum_fista.run.retraining.training",
+    "merge_adapters": "optimum_fista.run.retraining.lora",
+    "save_masked": "optimum_fista.run.retraining.retrained",
 }
 
 
@@ -92,7 +92,7 @@ class _PackedLoading(importlib.abc.MetaPathFinder):
 
 
 def _register(module: ModuleType) -> None:
-    from optimum_fista.run.packed_loading import register
+    from optimum_fista.run.packed_folders.packed_loading import register
 
     register(module)
 

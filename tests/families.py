@@ -17,7 +17,7 @@ from optimum_fista.model.architecture import UnsupportedArchitectureError, find_
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.experts import can_be_split, is_fused_experts
 from optimum_fista.model.hidden_states import record_inputs
-from optimum_fista.run.verification import VerificationError, verify_checkpoint
+from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 

@@ -13,7 +13,7 @@ import torch
 from tiny_llama import tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run import journal
+from optimum_fista.run.streamed import journal
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["launched", "transformers.models.llama.modeling_llama"])

@@ -10,7 +10,7 @@ import pytest
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from tiny_llama import TEXT, save_tiny_folder
 
-from optimum_fista.run.verification import verify_checkpoint
+from optimum_fista.run.evaluation.verification import verify_checkpoint
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SMALL = ["--num-samples", "6", "--sequence-length", "32"]

@@ -8,7 +8,7 @@ import pytest
 from optimum_fista.run.comparison.compare import compare
 from optimum_fista.run.comparison.comparison import Comparison
 from optimum_fista.run.comparison.settings import ComparisonSettings
-from optimum_fista.run.text import load_text
+from optimum_fista.run.texts.text import load_text
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print the table, and write what was asked for."""
     import torch
 
-    from optimum_fista.run.loading import usable_device
+    from optimum_fista.run.checkpoints.loading import usable_device
     from optimum_fista.run.speed.measure import SpeedSettings, measure_speed
     from optimum_fista.run.speed.table import draw_speed, speed_table
 

@@ -45,11 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune by every method, print one table, draw it, save, verify, reload and generate."""
-    from optimum_fista.run.calibration_source import calibration_tokens
+    from optimum_fista.run.checkpoints.loading import load_model
     from optimum_fista.run.comparison.table import markdown_table
-    from optimum_fista.run.loading import load_model
-    from optimum_fista.run.text import load_text
-    from optimum_fista.run.windows import evaluation_windows
+    from optimum_fista.run.texts.calibration_source import calibration_tokens
+    from optimum_fista.run.texts.text import load_text
+    from optimum_fista.run.texts.windows import evaluation_windows
 
     started = time.perf_counter()
     text = load_text(arguments.text, "test")
@@ -87,8 +87,8 @@ def _compare(
     """Rows of the table; the models pruned by the default method are saved to `output` and verified."""
     from optimum_fista.run.comparison.candidates import DENSE, NO_PATTERN, parse_config
     from optimum_fista.run.comparison.compare import measure_row
+    from optimum_fista.run.evaluation.verification import verify_checkpoint
     from optimum_fista.run.pruner import FistaPruner
-    from optimum_fista.run.verification import verify_checkpoint
 
     rows = [measure_row(DENSE, NO_PATTERN, model, texts, progress=False)]
     for method in _METHODS:

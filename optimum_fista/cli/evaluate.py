@@ -38,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
-    from optimum_fista.run.evaluation_file import Evaluation, add_evaluation, read_evaluations
-    from optimum_fista.run.loading import load_model
-    from optimum_fista.run.perplexity import evaluate_perplexity
-    from optimum_fista.run.text import load_text
-    from optimum_fista.run.windows import evaluation_windows
+    from optimum_fista.run.checkpoints.loading import load_model
+    from optimum_fista.run.evaluation.evaluation_file import Evaluation, add_evaluation, read_evaluations
+    from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+    from optimum_fista.run.texts.text import load_text
+    from optimum_fista.run.texts.windows import evaluation_windows
 
     if arguments.output is not None and arguments.output.exists():
         read_evaluations(arguments.output)  # a file that can't be added to is refused before the work

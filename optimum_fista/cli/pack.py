@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Pack, and print what it saved."""
-    from optimum_fista.run.packed_folder import pack_folder
+    from optimum_fista.run.packed_folders.packed_folder import pack_folder
 
     print(pack_folder(arguments.folder, arguments.output, overwrite=arguments.overwrite, progress=print))
     print(f"saved to {arguments.output}")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from optimum_fista.run.callbacks.tracking_callback import TrackingCallback
     from optimum_fista.run.config import FistaPruningConfig
-    from optimum_fista.run.ranks import Ranks
-    from optimum_fista.run.tracking_callback import TrackingCallback
+    from optimum_fista.run.streamed.ranks import Ranks
 
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
@@ -154,16 +154,16 @@ def run(arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from optimum_fista.run.calibration_source import calibration_tokens_by_name
-    from optimum_fista.run.checkpoint import require_free_folder
+    from optimum_fista.run.callbacks.trackers import require_tracker
+    from optimum_fista.run.checkpoints.checkpoint import require_free_folder
+    from optimum_fista.run.checkpoints.loading import storage_place
     from optimum_fista.run.hub import push_folder
-    from optimum_fista.run.journal import FOLDER
-    from optimum_fista.run.loading import storage_place
-    from optimum_fista.run.packed_folder import PackedFolder
+    from optimum_fista.run.packed_folders.packed_folder import PackedFolder
     from optimum_fista.run.pruner import FistaPruner
-    from optimum_fista.run.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
-    from optimum_fista.run.trackers import require_tracker
-    from optimum_fista.run.unfinished import unfinished_folder
+    from optimum_fista.run.streamed.journal import FOLDER
+    from optimum_fista.run.streamed.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
+    from optimum_fista.run.streamed.unfinished import unfinished_folder
+    from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
 
     config = _config(arguments)
     if arguments.dry_run:
@@ -251,7 +251,7 @@ def _trackers(
     arguments: argparse.Namespace, config: FistaPruningConfig, ranks: Ranks, opened: ExitStack
 ) -> list[TrackingCallback]:
     """The trackers asked for, closed with `opened`; among several processes each has a run and a folder of its own."""
-    from optimum_fista.run.trackers import open_tracker
+    from optimum_fista.run.callbacks.trackers import open_tracker
 
     folder, run = arguments.logging_dir or Path("runs") / arguments.output.name, arguments.output.name
     if ranks.count > 1:

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Read the folder, write the page, print where it is."""
     from tqdm.auto import tqdm
 
-    from optimum_fista.run.atomic import write_text
+    from optimum_fista.run.checkpoints.atomic import write_text
     from optimum_fista.run.html_report.contents import read_contents, with_continuations
     from optimum_fista.run.html_report.page import render_page
 

@@ -18,7 +18,7 @@ add_arguments = pack.add_arguments
 
 def run(arguments: argparse.Namespace) -> int:
     """Unpack, and print the sizes."""
-    from optimum_fista.run.packed_folder import unpack_folder
+    from optimum_fista.run.packed_folders.packed_folder import unpack_folder
 
     print(unpack_folder(arguments.folder, arguments.output, overwrite=arguments.overwrite, progress=print))
     print(f"saved to {arguments.output}")

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify and print what was proven."""
     from tqdm.auto import tqdm
 
-    from optimum_fista.run.verification import VerificationError, verify_checkpoint
+    from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 
     try:
         with tqdm(desc="Verifying", unit="operator") as bar:

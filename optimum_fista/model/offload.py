@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, offload_weight, set_module_tensor_to_device
 from accelerate.utils.modeling import named_module_tensors
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -24,6 +25,12 @@ def execution_device(module: nn.Module) -> torch.device:
             if hook.weights_map is not None and hook.execution_device is not None:
                 return torch.device(hook.execution_device)
     return parameter.device
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Device that token ids go to: the input embedding's, or the CPU when its weight is offloaded."""
+    weight = cast(Tensor, model.get_input_embeddings().weight)
+    return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
 
 def is_offloaded(module: nn.Module) -> bool:

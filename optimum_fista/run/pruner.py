@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.run.checkpoint import save_checkpoint, summary
+from optimum_fista.run.callbacks.pruning_callback import PruningCallback
+from optimum_fista.run.checkpoints.checkpoint import save_checkpoint, summary
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.hub import push_folder
-from optimum_fista.run.model_pruning import ModelPruning
-from optimum_fista.run.perplexity import evaluation_mode
-from optimum_fista.run.pruning_callback import PruningCallback
-from optimum_fista.run.ranks import launched_processes
-from optimum_fista.run.report import PruningReport
+from optimum_fista.run.pruning.model_pruning import ModelPruning
+from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.rollback import Rollback
 from optimum_fista.run.single_weight import single_problem
-from optimum_fista.run.streaming import prune_files
+from optimum_fista.run.streamed.ranks import launched_processes
+from optimum_fista.run.streamed.streaming import prune_files
 from optimum_fista.solve.bitmask import pack_mask
 from optimum_fista.solve.pruned import PrunedOperator
 

@@ -9,9 +9,9 @@ from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from optimum_fista.cli.main import main
-from optimum_fista.run import journal
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.verification import verify_checkpoint
+from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista.run.streamed import journal
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
@@ -145,7 +145,7 @@ def test_a_model_that_is_there_is_refused_before_any_work(prune, tmp_path, capsy
     assert prune("--method", "wanda") == 0
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr("optimum_fista.run.loading.load_model", None)
+        patch.setattr("optimum_fista.run.checkpoints.loading.load_model", None)
         assert prune("--method", "magnitude") == 1
     assert "already holds a model: pass another folder, or overwrite=True (--overwrite)" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
@@ -232,7 +232,7 @@ def test_a_model_of_the_hub_is_pruned_by_its_id(hub, tiny_folder, text_file, tmp
         *QUICK,
     ]
     code = f"""if True:
-        from optimum_fista.run import journal
+        from optimum_fista.run.streamed import journal
         from optimum_fista.run.hub import push_folder
         from optimum_fista.cli.main import main
         push_folder({str(tiny_folder)!r}, "tester/dense")
@@ -267,7 +267,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_
     assert "finished decoder layers are kept: give the same command again to go on" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(journal.Journal, "keep_layer", keep)
-    monkeypatch.setattr("optimum_fista.run.calibration_source.sample_text_from_model", None)
+    monkeypatch.setattr("optimum_fista.run.texts.calibration_source.sample_text_from_model", None)
     assert prune("--calibration", "self", "--method", "wanda") == 0
     assert verify_checkpoint(tmp_path / "out").num_operators == 14
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
@@ -297,7 +297,7 @@ def test_curves_in_tensorboard(tiny_folder, text_file, tmp_path, monkeypatch):
 
 
 def test_trackers_that_can_t_be_had_are_refused_before_any_work(tiny_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("optimum_fista.run.loading.load_model", None)
+    monkeypatch.setattr("optimum_fista.run.checkpoints.loading.load_model", None)
     command = ["prune", str(tiny_folder), "-o", str(tmp_path / "pruned"), *QUICK]
     assert main([*command, "--report-to", "mlflow"]) == 1
     assert "report_to='mlflow': pass one of 'tensorboard', 'trackio'" in capsys.readouterr().err

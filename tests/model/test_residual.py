@@ -86,6 +86,6 @@ def test_the_hidden_states_carried_on_are_those_of_the_pruned_model(family, monk
             entered.append(list(hidden_states))
             super().__init__(layer, stops, calls, hidden_states, waiting)
 
-    monkeypatch.setattr("optimum_fista.run.layer_pruning.PausedForwards", Spy)
+    monkeypatch.setattr("optimum_fista.run.pruning.layer_pruning.PausedForwards", Spy)
     model = prune(tiny_model(family), residual_correction=1.0, error_correction="full")
     assert torch.allclose(torch.cat(entered[1]), first_output(model), atol=1e-4)

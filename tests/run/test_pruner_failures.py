@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import UnsupportedArchitectureError
-from optimum_fista.run import model_pruning
+from optimum_fista.run.pruning import model_pruning
 from optimum_fista.solve.methods import METHODS
 
 Wanda = METHODS["wanda"]

@@ -13,19 +13,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_fista.run.atomic import write_text
+from optimum_fista.run.checkpoints.atomic import write_text
+from optimum_fista.run.checkpoints.loading import gguf_options, load_model, require_tokenizer
 from optimum_fista.run.comparison.candidates import DENSE, NO_PATTERN, Candidate, candidates
 from optimum_fista.run.comparison.comparison import Comparison
 from optimum_fista.run.comparison.row import Row
 from optimum_fista.run.comparison.settings import CALIBRATED, HELD_OUT, ComparisonSettings
 from optimum_fista.run.comparison.texts import Material, prepare, windows_sha256
 from optimum_fista.run.comparison.zero_shot import TaskSuite
-from optimum_fista.run.fingerprint import weight_files
-from optimum_fista.run.free_memory import release_free_memory
-from optimum_fista.run.loading import gguf_options, load_model, require_tokenizer
-from optimum_fista.run.perplexity import evaluate_perplexity
+from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+from optimum_fista.run.memory.free_memory import release_free_memory
 from optimum_fista.run.pruner import FistaPruner
-from optimum_fista.run.report import PruningReport, library_versions
+from optimum_fista.run.reports.report import PruningReport, library_versions
+from optimum_fista.run.streamed.fingerprint import weight_files
 
 
 def compare(settings: ComparisonSettings, output: str | Path, *, progress: bool = True) -> Comparison:

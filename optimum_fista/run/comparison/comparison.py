@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optimum_fista.run.atomic import write_text
+from optimum_fista.run.checkpoints.atomic import write_text
 from optimum_fista.run.comparison.plots import plot_bars, plot_lines
 from optimum_fista.run.comparison.row import Row
 from optimum_fista.run.comparison.table import csv_table, markdown_table

@@ -24,7 +24,7 @@ class ComparisonSettings:
         model: Hub id, model folder, or a folder with one GGUF file.
         methods: `name:option=value:...`, `default` or `paper`: see `candidates.parse_config`.
         patterns: Fractions of zeros such as `"0.5"`, or `"n:m"`.
-        texts: Sources of `run.text.load_text` to measure perplexity on.
+        texts: Sources of `run.texts.text.load_text` to measure perplexity on.
         tasks: Tasks as lm-eval names them, to measure zero-shot accuracy on.
         seeds: Each draws calibration tokens of its own; the table shows mean and standard deviation.
         calibration: Source of the calibration text, or `"self"`.

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from optimum_fista.run.calibration_source import calibration_tokens_by_name, usual_length
+from optimum_fista.run.checkpoints.loading import gguf_options
 from optimum_fista.run.comparison.settings import CALIBRATED, HELD_OUT, Bos, ComparisonSettings
-from optimum_fista.run.loading import gguf_options
-from optimum_fista.run.text import load_text
-from optimum_fista.run.windows import calibration_windows, evaluation_windows
+from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
 
 _EVALUATION_BOS: dict[Bos, bool | Literal["start"] | None]
 _EVALUATION_BOS = {"auto": None, "every": True, "start": "start", "none": False}

@@ -13,8 +13,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.run.comparison.row import Score
-from optimum_fista.run.perplexity import evaluation_mode
 
 # Metrics of a task in the order in which the table prefers them.
 _PREFERRED = ("acc", "exact_match", "acc_norm")

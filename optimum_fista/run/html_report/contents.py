@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimum_fista.run.checkpoint import REPORT_FILE
-from optimum_fista.run.evaluation_file import EVALUATION_FILE, Evaluation, read_evaluations
-from optimum_fista.run.generation import continue_prompts
+from optimum_fista.run.checkpoints.checkpoint import REPORT_FILE
+from optimum_fista.run.evaluation.evaluation_file import EVALUATION_FILE, Evaluation, read_evaluations
+from optimum_fista.run.evaluation.generation import continue_prompts
 from optimum_fista.run.html_report.row_sparsity import MaskSparsities, read_sparsities
-from optimum_fista.run.report import PruningReport
+from optimum_fista.run.reports.report import PruningReport
 
 
 @dataclass(frozen=True)

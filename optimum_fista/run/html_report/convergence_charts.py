@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from optimum_fista.run.operator_grid import layer_and_kind, layer_index
-from optimum_fista.run.report import OperatorReport
+from optimum_fista.run.reports.operator_grid import layer_and_kind, layer_index
+from optimum_fista.run.reports.report import OperatorReport
 from optimum_fista.solve.convergence import Convergence
 
 HEIGHT = 84

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from optimum_fista.run.operator_grid import OperatorGrid, layer_index
-from optimum_fista.run.report import OperatorReport
+from optimum_fista.run.reports.operator_grid import OperatorGrid, layer_index
+from optimum_fista.run.reports.report import OperatorReport
 
 STEPS = 9
 """Colours of the scale."""

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optimum_fista.run.operator_grid import OperatorGrid
-from optimum_fista.run.report import OperatorReport
+from optimum_fista.run.reports.operator_grid import OperatorGrid
+from optimum_fista.run.reports.report import OperatorReport
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from optimum_fista.run.card import model_title
 from optimum_fista.run.html_report import numbers
 from optimum_fista.run.html_report.contents import ReportContents
 from optimum_fista.run.html_report.convergence_charts import HEIGHT as CONVERGENCE_HEIGHT
@@ -23,9 +22,10 @@ from optimum_fista.run.html_report.histogram import HEIGHT as HISTOGRAM_HEIGHT
 from optimum_fista.run.html_report.histogram import histogram
 from optimum_fista.run.html_report.line_chart import HEIGHT as CHART_HEIGHT
 from optimum_fista.run.html_report.line_chart import LineChart, line_chart
-from optimum_fista.run.operator_grid import OperatorGrid
-from optimum_fista.run.peak_memory import MemoryPeak
-from optimum_fista.run.report import OperatorReport, PruningReport
+from optimum_fista.run.memory.peak_memory import MemoryPeak
+from optimum_fista.run.reports.card import model_title
+from optimum_fista.run.reports.operator_grid import OperatorGrid
+from optimum_fista.run.reports.report import OperatorReport, PruningReport
 
 _SHOWN = 10
 _KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from optimum_fista.packed.format import unpack_mask
-from optimum_fista.run.checkpoint import MASKS_FILE
-from optimum_fista.run.operator_grid import layer_and_kind
-from optimum_fista.run.packed_folder import PackedFolder, is_packed
-from optimum_fista.run.report import OperatorReport, PruningReport
-from optimum_fista.run.stored_names import split_index
+from optimum_fista.run.checkpoints.checkpoint import MASKS_FILE
+from optimum_fista.run.checkpoints.stored_names import split_index
+from optimum_fista.run.packed_folders.packed_folder import PackedFolder, is_packed
+from optimum_fista.run.reports.operator_grid import layer_and_kind
+from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import count_kept
 
 BINS = 1000

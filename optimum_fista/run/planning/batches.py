@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.offload import execution_device
-from optimum_fista.run.available_memory import available_bytes
-from optimum_fista.run.batch_size import halves
 from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.memory.available_memory import available_bytes
 from optimum_fista.run.planning.memory import LIBRARIES_PART
 from optimum_fista.run.planning.plan import plan_pruning
+from optimum_fista.run.pruning.batch_size import halves
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from optimum_fista.packed.bits import mask_bytes
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.operators import idle_patterns
 from optimum_fista.run.planning.model import PlannedModel, operator_names
 from optimum_fista.run.planning.settings import PlanSettings
+from optimum_fista.run.pruning.operators import idle_patterns
 
 
 @dataclass

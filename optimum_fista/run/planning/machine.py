@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from optimum_fista.model.gram import GramAccumulator
-from optimum_fista.run.loading import usable_device
+from optimum_fista.run.checkpoints.loading import usable_device
 from optimum_fista.run.planning.model import PlannedModel
 from optimum_fista.run.planning.settings import PlanSettings
 

@@ -1,4 +1,4 @@
-"""Peak memory of a run, foretold: what is held when, in the order in which `run.layer_pruning` holds it."""
+"""Peak memory of a run, foretold: what is held when, in the order in which `run.pruning.layer_pruning` holds it."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _allocation(ledger: Ledger, model: PlannedModel, settings: PlanSettings) -> 
 
 
 class _Layer:
-    """One decoder layer, as `run.layer_pruning.LayerPruning.prune` goes through it."""
+    """One decoder layer, as `run.pruning.layer_pruning.LayerPruning.prune` goes through it."""
 
     def __init__(self, ledger: Ledger, model: PlannedModel, settings: PlanSettings, kind: LayerKind) -> None:
         self.ledger, self.settings, self.kind = ledger, settings, kind
@@ -257,7 +257,7 @@ class _Layer:
         )
 
     def _solve(self, index: int, group: list[tuple[int, int]]) -> None:
-        """`run.layer_pruning.LayerPruning._solve`, and the report after it."""
+        """`run.pruning.layer_pruning.LayerPruning._solve`, and the report after it."""
         settings, ledger = self.settings, self.ledger
         rows, columns = sum(out for out, _ in group), group[0][1]
         largest = max(out for out, _ in group)

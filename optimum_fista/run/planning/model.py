@@ -19,9 +19,9 @@ from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.probe import AnswerYes, LayerProbe, probe_layer
 from optimum_fista.model.replay import LayerCall
+from optimum_fista.run.checkpoints.loading import floating_dtype, gguf_file, refuse_quantized
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.loading import floating_dtype, gguf_file, refuse_quantized
-from optimum_fista.run.operators import choose_operators
+from optimum_fista.run.pruning.operators import choose_operators
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def planned_model(
     """Build a model on the meta device and run its decoder layers there, a batch and a kind each.
 
     Raises:
-        ValueError: If the model or an option can't be used; see `run.operators.choose_operators`.
+        ValueError: If the model or an option can't be used; see `run.pruning.operators.choose_operators`.
     """
     settings = copy.deepcopy(settings)
     settings.pad_token_id = None  # no padding is planned, and Transformers would look for it in the values

@@ -11,7 +11,7 @@ from optimum_fista.run.planning.model import LayerKind
 from optimum_fista.solve.cost import SolveCost
 
 _SAMPLED_TOGETHER = 32
-"""Sequences that `run.self_sampling` writes at a time."""
+"""Sequences that `run.texts.self_sampling` writes at a time."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from optimum_fista.packed.kernels import kernels
-from optimum_fista.run.packed_folder import is_packed, pack_folder, unpack_folder
-from optimum_fista.run.report import library_versions
+from optimum_fista.run.packed_folders.packed_folder import is_packed, pack_folder, unpack_folder
+from optimum_fista.run.reports.report import library_versions
 from optimum_fista.run.speed.worker import Variant, Worker
 
 VARIANTS = ("dense bfloat16", "dense float32", "packed bfloat16", "packed float32", "dense float16", "packed float16")

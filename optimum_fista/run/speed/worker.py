@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from optimum_fista.model.architecture import input_embedding
-from optimum_fista.run.free_memory import release_free_memory
-from optimum_fista.run.packed_loading import FistaPackedConfig
+from optimum_fista.run.memory.free_memory import release_free_memory
+from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
 
 
 @dataclass(frozen=True)

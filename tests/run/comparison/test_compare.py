@@ -7,13 +7,13 @@ import pytest
 from tiny_llama import TEXT, save_tiny_folder
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.checkpoints.loading import load_model
 from optimum_fista.run.comparison import compare as module
 from optimum_fista.run.comparison.compare import compare
 from optimum_fista.run.comparison.settings import ComparisonSettings
-from optimum_fista.run.loading import load_model
-from optimum_fista.run.perplexity import evaluate_perplexity
-from optimum_fista.run.text import load_text
-from optimum_fista.run.windows import calibration_windows, evaluation_windows
+from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_held_out_windows_are_not_calibrated_on(settings, tmp_path):
 def test_text_that_the_model_samples_is_kept(settings, tmp_path, monkeypatch):
     own = replace(settings, methods=("wanda",), patterns=("0.5",), calibration="self")
     first = compare(own, tmp_path, progress=False)
-    monkeypatch.setattr("optimum_fista.run.calibration_source.sample_text_from_model", None)
+    monkeypatch.setattr("optimum_fista.run.texts.calibration_source.sample_text_from_model", None)
     assert compare(own, tmp_path, progress=False) == first
     assert "samples itself" in first.recipe[1]
 

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from optimum_fista.run.html_report.heat_map import STEPS, heat_map
-from optimum_fista.run.operator_grid import OperatorGrid
+from optimum_fista.run.reports.operator_grid import OperatorGrid
 
 
 @pytest.fixture

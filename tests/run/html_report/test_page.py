@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from optimum_fista.run.evaluation_file import Evaluation
+from optimum_fista.run.evaluation.evaluation_file import Evaluation
+from optimum_fista.run.evaluation.perplexity import PerplexityResult
 from optimum_fista.run.html_report.contents import Continuation, read_contents
 from optimum_fista.run.html_report.page import render_page
-from optimum_fista.run.peak_memory import MemoryPeak
-from optimum_fista.run.perplexity import PerplexityResult
-from optimum_fista.run.report import PruningReport
+from optimum_fista.run.memory.peak_memory import MemoryPeak
+from optimum_fista.run.reports.report import PruningReport
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
 

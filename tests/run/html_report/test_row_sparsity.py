@@ -8,8 +8,8 @@ from optimum_fista.model.operator import is_linear
 from optimum_fista.run.html_report.contents import read_contents
 from optimum_fista.run.html_report.histogram import HEIGHT, histogram
 from optimum_fista.run.html_report.row_sparsity import RowSparsities, read_sparsities
-from optimum_fista.run.operator_grid import layer_and_kind
-from optimum_fista.run.packed_folder import pack_folder
+from optimum_fista.run.packed_folders.packed_folder import pack_folder
+from optimum_fista.run.reports.operator_grid import layer_and_kind
 
 
 def rows_of(model) -> dict[str, np.ndarray]:

@@ -7,11 +7,11 @@ import torch
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run import available_memory
-from optimum_fista.run.available_memory import available_bytes
-from optimum_fista.run.journal import Journal
+from optimum_fista.run.memory import available_memory
+from optimum_fista.run.memory.available_memory import available_bytes
 from optimum_fista.run.planning import batches as planning_batches
 from optimum_fista.run.planning.batches import fit_batches, fitting_sizes
+from optimum_fista.run.streamed.journal import Journal
 
 CONFIG = FistaPruningConfig(method="wanda")
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run import layer_finetuning
 from optimum_fista.run.planning.machine import MachineRates
 from optimum_fista.run.planning.plan import PruningPlan, plan_pruning
+from optimum_fista.run.pruning import layer_finetuning
 
 ROOT = Path(__file__).resolve().parents[3]
 RATES = MachineRates.of(products=1e12, moved_bytes=1e11)

@@ -1,0 +1,1 @@
+"""Telling others of a run as it goes on."""

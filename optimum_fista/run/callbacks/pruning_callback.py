@@ -1,0 +1,39 @@
+"""What a pruning run tells while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport
+
+
+class PruningCallback:
+    """Follows a pruning run; override what is needed, every method does nothing by itself.
+
+    Methods are called in the process that prunes, between two pieces of work. With several processes each calls its own
+    callbacks for the decoder layers of its share. Layers that a run before has finished are not told again.
+
+    An exception of a callback ends the run like any other error, so that raising one is the way to stop a run that goes
+    wrong, and no failure hides in the log of a run of hours. From files to files nothing finished is lost by it: the
+    decoder layers before are kept, that of `on_layer_end` included, and the same call goes on behind them. A model in
+    memory is put back as it was, as after an interrupt; behind `on_prune_end` it is pruned, and can be saved. Where a
+    failure should not matter, the callback catches it itself, as `TrackingCallback` does.
+    """
+
+    def on_prune_begin(self, report: PruningReport) -> None:
+        """The run is about to prune; the report has the configuration, the model and the calibration."""
+
+    def on_operator_end(self, report: OperatorReport) -> None:
+        """An operator is pruned. Where the device then runs out of memory, its decoder layer is done once more."""
+
+    def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:
+        """A decoder layer is pruned for good, in files where a model is pruned from its files.
+
+        Args:
+            index: Its index.
+            layer: Its report.
+            operators: Those of its operators; none where it stays dense.
+        """
+
+    def on_prune_end(self, report: PruningReport) -> None:
+        """The run is done; the report is complete."""

@@ -1,0 +1,183 @@
+"""Saving a pruned model as a folder that plain Transformers loads, with masks, report and model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.offload import stored_tensor
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.run.checkpoints.atomic import flush_folder, replace_folder
+from optimum_fista.run.checkpoints.loading import forget_gguf
+from optimum_fista.run.checkpoints.stored_names import as_stored, stored_names
+from optimum_fista.run.reports.card import model_card
+from optimum_fista.run.reports.picture import PICTURE_FILE, error_picture
+from optimum_fista.run.reports.report import PruningReport
+from optimum_fista.solve.bitmask import unpack_mask
+
+CONFIG_KEY = "fista_pruning"
+MASKS_FILE = "fista/masks.safetensors"
+REPORT_FILE = "fista/report.json"
+MASKS_FORMAT = "bitmask-1"
+MASKS_METADATA = {"format": MASKS_FORMAT}  # one key only: safetensors writes several in any order
+
+
+def summary(report: PruningReport) -> dict[str, Any]:
+    """What `config.json` says under `fista_pruning`."""
+    totals = report.totals
+    return {
+        "format": MASKS_FORMAT,
+        "method": report.config["method"],
+        "pattern": report.config["pattern"],
+        "sparsity": report.config["sparsity"],
+        "error_correction": report.config["error_correction"],
+        "num_operators": totals["num_operators"],
+        "num_zeros": totals["num_zeros"],
+        "mean_relative_error": totals["mean_relative_error"],
+        "masks": MASKS_FILE,
+        "report": REPORT_FILE,
+        "version": report.versions["optimum-fista"],
+    } | ({"retrained": True} if report.retrained else {})
+
+
+def is_retrained(model: PreTrainedModel) -> bool:
+    """Whether the model's configuration says that its weights were trained after pruning."""
+    return bool((getattr(model.config, CONFIG_KEY, None) or {}).get("retrained"))
+
+
+def mark_retrained(model: PreTrainedModel) -> None:
+    """Note in the configuration of a pruned model that its weights were trained after pruning."""
+    entry = getattr(model.config, CONFIG_KEY, None)
+    if entry is not None and not entry.get("retrained"):
+        setattr(model.config, CONFIG_KEY, entry | {"retrained": True})
+
+
+def require_free_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is a file, or that holds a model unless `overwrite`.
+
+    Raises:
+        FileExistsError: If so.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {str(folder)!r} is a file: pass a folder.")
+    if folder.is_dir() and any(folder.glob("*.safetensors")) | (folder / "config.json").exists() and not overwrite:
+        raise FileExistsError(
+            f"output {str(folder)!r} already holds a model: pass another folder, or overwrite=True (--overwrite)."
+        )
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    folder: Path,
+    report: PruningReport,
+    masks: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write the model folder; it appears under its name only when it is complete.
+
+    A model that `folder` holds is replaced as a whole, so that nothing ever loads a mixture of the two. Files of other
+    names are kept.
+
+    Raises:
+        FileExistsError: If the folder holds a model and `overwrite` is False.
+        ValueError: If a weight outside its mask is no longer zero, or the checkpoint has no name for a weight.
+    """
+    require_free_folder(folder, overwrite)
+    if is_retrained(model) and not report.retrained:
+        report = dataclasses.replace(report, retrained=True)
+    layers = find_decoder_layers(model)
+    found = {k: o for name, layer in layers for k, o in find_operators(name, layer, report.config["exclude"]).items()}
+    operators = [found[o.name.removesuffix(".weight")] for o in report.operators]
+    _require_zeros(operators, masks)
+    report, masks = as_stored(report, masks, stored_names(model, operators))
+    forget_gguf(model)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        (partial / "fista").mkdir()
+        save_file(masks, partial / MASKS_FILE, metadata=MASKS_METADATA)
+        (partial / REPORT_FILE).write_text(report.to_json())
+        picture = error_picture(report)
+        if picture is not None:
+            (partial / PICTURE_FILE).write_bytes(picture)
+        (partial / "README.md").write_text(model_card(report, None if picture is None else PICTURE_FILE))
+        partial.chmod(0o755)
+        if folder.exists():
+            _keep_other_files(folder, partial)
+        flush_folder(partial)
+        replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
+    """The safetensors file of every tensor of a model folder; `stem` is the first part of the files' names.
+
+    Raises:
+        FileNotFoundError: If the folder holds no safetensors checkpoint.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if index.exists() and not single.exists():  # Transformers prefers the single file as well
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    if not single.exists():
+        raise FileNotFoundError(f"{str(folder)!r} holds no {stem}.safetensors: pass a pruned model folder.")
+    with safe_open(single, "pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def read_tensors(files: dict[str, Path], names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors one at a time, in the order of `names`."""
+    for name in names:
+        with safe_open(files[name], "pt") as file:
+            yield name, file.get_tensor(name)
+
+
+def _require_zeros(operators: Iterable[LinearOperator], masks: Mapping[str, Tensor]) -> None:
+    for operator in operators:
+        weight = operator.select(stored_tensor(operator.owner, operator.tensor))
+        mask = unpack_mask(masks[f"{operator.name}.weight"], tuple(weight.shape)).to(weight.device)
+        if bool(torch.any(weight.masked_select(~mask) != 0)):
+            raise ValueError(
+                f"{operator.name}.weight is no longer zero outside its mask: the model was changed after pruning. "
+                "Save it right after prune(), or keep the mask while training."
+            )
+
+
+def _keep_other_files(source: Path, target: Path) -> None:
+    """Put what a folder holds besides its old model into the new one: files of names that the new one has not."""
+    for path in source.iterdir():
+        is_weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
+        if is_weights or path.name == "fista" or (target / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, target / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, target / path.name)
+    shutil.copymode(source, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)

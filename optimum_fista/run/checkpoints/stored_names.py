@@ -1,0 +1,170 @@
+"""Operators under the names that a checkpoint gives their weights, where these differ from the model's."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from optimum_fista.model.architecture import UnsupportedArchitectureError
+from optimum_fista.model.experts import ExpertOperator
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.run.reports.report import PruningReport
+from optimum_fista.solve.bitmask import pack_mask, unpack_mask
+
+_SHAPE = (2, 3)  # of a stand-in for a weight [out, in]
+_NO_OPERATOR = -1  # what a stand-in holds where no operator's weight is
+
+
+@dataclass(frozen=True)
+class StoredName:
+    """Where a checkpoint keeps a weight.
+
+    Attributes:
+        name: Name of its tensor; with an index, such as `experts.gate_up_proj[3, :, 0::2]`, where it is a part of it.
+        transposed: Whether it is stored as [in, out].
+    """
+
+    name: str
+    transposed: bool
+
+
+def stored_names(model: PreTrainedModel, operators: Iterable[LinearOperator]) -> dict[str, StoredName]:
+    """Names that `save_pretrained` gives the weights of operators, by their names in the model.
+
+    Transformers renames, splits and merges tensors when it saves. Small stand-ins, filled with the number of the
+    operator, go the same way.
+
+    Raises:
+        UnsupportedArchitectureError: If a weight is not kept as one matrix.
+    """
+    found = list(operators)
+    names = find_names(model, found)
+    for operator in found:
+        if f"{operator.name}.weight" not in names:
+            name = operator.name
+            if isinstance(operator, ExpertOperator):
+                name = f"*.{operator.experts.name.rsplit('.', 1)[-1]}"
+            raise UnsupportedArchitectureError(
+                f"{operator.name}: the checkpoint does not keep its weight as one matrix, so its mask can't be saved. "
+                f"Pass exclude=['{name}'] to leave it dense."
+            )
+    return names
+
+
+def find_names(model: PreTrainedModel, found: Sequence[LinearOperator]) -> dict[str, StoredName]:
+    """The names of `stored_names`, without the weights that are not kept as one matrix."""
+    prefixes = {id(module): name for name, module in model.named_modules()}
+    stand_ins: dict[str, Tensor] = {}
+    origins: list[str] = []
+    for number, operator in enumerate(found):
+        tensor = f"{prefixes[id(operator.owner)]}.{operator.tensor}"
+        origins.append(tensor)
+        if isinstance(operator, ExpertOperator):
+            stand_ins.setdefault(tensor, _stand_in(operator))
+        part = operator.select(stand_ins.setdefault(tensor, _matrix(operator.transposed)))
+        part.fill_(number)
+    names: dict[str, StoredName] = {}
+    for tensor, numbers in revert_weight_conversion(model, dict(stand_ins)).items():
+        held = [int(number) for number in numbers.unique() if number != _NO_OPERATOR]
+        if not held:
+            continue
+        if len(numbers.unique()) == 1 and tuple(numbers.shape) in (_SHAPE, _SHAPE[::-1]):
+            operator = found[held[0]]
+            names.setdefault(f"{operator.name}.weight", StoredName(tensor, tuple(numbers.shape) != _SHAPE))
+        elif torch.equal(numbers, stand_ins[origins[held[0]]]):  # renamed only
+            for operator in (found[number] for number in held):
+                if isinstance(operator, ExpertOperator):
+                    place = operator.module.place(getattr(operator.owner, operator.tensor))
+                    names[f"{operator.name}.weight"] = StoredName(f"{tensor}[{_text(place)}]", operator.transposed)
+    return names
+
+
+def as_stored(
+    report: PruningReport, masks: Mapping[str, Tensor], names: Mapping[str, StoredName]
+) -> tuple[PruningReport, dict[str, Tensor]]:
+    """A report and packed masks under the names of the checkpoint."""
+    operators, stored = [], {}
+    for operator in report.operators:
+        found = names[operator.name]
+        mask = masks[operator.name]
+        if found.transposed != operator.stored_transposed:
+            shape = operator.shape[::-1] if operator.stored_transposed else operator.shape
+            mask = pack_mask(unpack_mask(mask, shape).T)
+        operators.append(dataclasses.replace(operator, name=found.name, stored_transposed=found.transposed))
+        stored[found.name] = mask
+    return dataclasses.replace(report, operators=operators), stored
+
+
+def as_in_model(
+    model: PreTrainedModel, operators: Iterable[LinearOperator], report: PruningReport, masks: Mapping[str, Tensor]
+) -> tuple[PruningReport, dict[str, Tensor]]:
+    """A report and packed masks, read from a checkpoint, under the names of the model: undoes `as_stored`.
+
+    Raises:
+        ValueError: If the report names a weight that the model does not have, or in another shape.
+    """
+    found = list(operators)
+    names = find_names(model, found)
+    by_name = {names[key].name: operator for operator in found if (key := f"{operator.name}.weight") in names}
+    entries, kept = [], {}
+    for entry in report.operators:
+        operator = by_name.get(entry.name)
+        if operator is None or operator.shape != entry.shape:
+            has = "no such weight" if operator is None else f"it in shape {operator.shape}"
+            raise ValueError(
+                f"{entry.name} of shape {entry.shape} has a mask, but {type(model).__name__} has {has}: pass the "
+                "folder or Hub id that this model was loaded from."
+            )
+        name, mask = f"{operator.name}.weight", masks[entry.name]
+        if entry.stored_transposed != operator.transposed:
+            shape = entry.shape[::-1] if entry.stored_transposed else entry.shape
+            mask = pack_mask(unpack_mask(mask, shape).T)
+        entries.append(dataclasses.replace(entry, name=name, stored_transposed=operator.transposed))
+        kept[name] = mask
+    return dataclasses.replace(report, operators=entries), kept
+
+
+def split_index(name: str) -> tuple[str, tuple[int | slice, ...]]:
+    """The tensor of a stored name, and the index of its part; an empty index is all of it.
+
+    Raises:
+        ValueError: If the index can't be read.
+    """
+    match = re.fullmatch(r"(.+)\[([\d:, ]+)\]", name)
+    if match is None:
+        return name, ()
+    index: list[int | slice] = []
+    for part in match[2].split(","):
+        numbers = [int(number) if number.strip() else None for number in part.split(":")]
+        index.append(slice(*numbers) if len(numbers) > 1 else int(part))
+    return match[1], tuple(index)
+
+
+def _text(index: tuple[int | slice, ...]) -> str:
+    """An index as it is written in Python."""
+    return ", ".join(str(i) if isinstance(i, int) else _slice_text(i) for i in index)
+
+
+def _slice_text(part: slice) -> str:
+    text = ":".join("" if number is None else str(number) for number in (part.start, part.stop))
+    return text if part.step is None else f"{text}:{part.step}"
+
+
+def _matrix(transposed: bool) -> Tensor:
+    return torch.full(_SHAPE[::-1] if transposed else _SHAPE, _NO_OPERATOR, dtype=torch.int32)
+
+
+def _stand_in(operator: ExpertOperator) -> Tensor:
+    """A small [experts, ...] tensor laid out as that which holds the operator's weight."""
+    experts = operator.experts
+    halves = 2 if experts.gated and operator.kind != "down_proj" else 1
+    out, inputs = halves * _SHAPE[0], _SHAPE[1]
+    shape = (inputs, out) if experts.transposed else (out, inputs)
+    return torch.full((len(experts), *shape), _NO_OPERATOR, dtype=torch.int32)

@@ -1,0 +1,1 @@
+"""How good a saved model is: perplexity, generated text, verification."""

@@ -1,0 +1,176 @@
+"""Proving from the files that a saved model keeps its sparsity pattern."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from optimum_fista.packed.format import unpack
+from optimum_fista.packed.format import unpack_mask as unpack_packed_mask
+from optimum_fista.packed.validation import PackedFormatError
+from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE, checkpoint_files, read_tensors
+from optimum_fista.run.checkpoints.stored_names import split_index
+from optimum_fista.run.evaluation.parameter_count import count_parameters
+from optimum_fista.run.packed_folders.packed_folder import PackedFolder, is_packed
+from optimum_fista.run.reports.report import OperatorReport, PruningReport
+from optimum_fista.solve.bitmask import pack_mask, unpack_mask
+from optimum_fista.solve.pattern import SparsityPattern
+
+
+class VerificationError(ValueError):
+    """A saved model breaks what its masks and report promise; the message names the first operator."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was proven.
+
+    Attributes:
+        num_operators: Operators checked.
+        num_weights: Their weights.
+        num_zeros: Weights that are zero by their masks and in the files.
+        num_parameters: Parameters of the model; `None` where they could not be counted.
+    """
+
+    num_operators: int
+    num_weights: int
+    num_zeros: int
+    num_parameters: int | None = None
+
+
+def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Verification:
+    """Read a pruned model's files again and check every operator, one tensor in memory at a time.
+
+    Checks: the mask keeps exactly the number of weights the pattern asks for, in every row or group where the
+    pattern says so; every weight outside the mask is zero and every weight finite; shapes, counts and totals
+    agree between masks, report, config and checkpoint; the report's number of parameters is that of the model.
+
+    Args:
+        folder: The model folder.
+        progress: Called with each operator's name once it is checked.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        VerificationError: If something does not hold.
+    """
+    for file in ("config.json", *(() if is_packed(folder) else (MASKS_FILE,)), REPORT_FILE):
+        if not (folder / file).exists():
+            raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
+    config = json.loads((folder / "config.json").read_text()).get(CONFIG_KEY)
+    if config is None:
+        raise VerificationError(f"config.json has no {CONFIG_KEY!r}.")
+    try:
+        values = json.loads((folder / REPORT_FILE).read_text())
+        report = PruningReport.from_dict(values)
+        zeros, weights = _verify_operators(folder, report, progress)
+        parameters = _verify_totals(folder, report, values["totals"], zeros, weights)
+    except (KeyError, TypeError) as error:
+        raise VerificationError(f"{REPORT_FILE} lacks a field, or has one too many: {error}.") from error
+    except PackedFormatError as error:
+        raise VerificationError(str(error)) from error
+    except SafetensorError as error:
+        raise VerificationError(f"a safetensors file is damaged or incomplete: {error}.") from error
+    if zeros != config.get("num_zeros"):
+        raise VerificationError(f"config.json promises {config.get('num_zeros')} zeros, the masks make {zeros}.")
+    return Verification(len(report.operators), weights, zeros, parameters)
+
+
+def _verify_totals(
+    folder: Path, report: PruningReport, promised: Mapping[str, Any], zeros: int, weights: int
+) -> int | None:
+    """Check what the report says of all operators together; returns the number of parameters where it is known."""
+    claimed = report.model["num_parameters"]
+    parameters = count_parameters(folder, report.model["class"])
+    if parameters is not None and parameters != claimed:
+        raise VerificationError(f"{REPORT_FILE} promises {claimed} parameters, the model has {parameters}.")
+    counted = {"num_zeros": zeros, "num_weights": weights, "sparsity": zeros / weights if weights else 0.0}
+    counted |= {"model_sparsity": zeros / claimed}
+    for name, value in (report.totals | counted).items():
+        found = promised[name] if name in counted else promised.get(name, value)  # older versions had fewer
+        if not _agree(found, value):
+            raise VerificationError(f"{REPORT_FILE}: totals promise {name} {found}, the operators make {value}.")
+    return parameters
+
+
+def _agree(promised: float | None, value: float | None) -> bool:
+    """Whether two totals are equal but for rounding; `None` stands for what was not measured."""
+    if promised is None or value is None:
+        return promised is value
+    return math.isclose(promised, value, rel_tol=1e-9)
+
+
+def _verify_operators(folder: Path, report: PruningReport, progress: Callable[[str], None]) -> tuple[int, int]:
+    """Check every operator of the report; returns the numbers of zeros and of weights."""
+    zeros = weights = 0
+    read = _read_packed if is_packed(folder) else _read_dense
+    for operator, weight, mask in read(folder, report):
+        zeros += _verify_operator(operator, weight, mask)
+        weights += weight.numel()
+        progress(operator.name)
+    return zeros, weights
+
+
+def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
+    """Every operator with its weight and its mask, packed to bits."""
+    files = checkpoint_files(folder)
+    names = [operator.name for operator in report.operators]
+    tensors = [split_index(name)[0] for name in names]
+    missing = [name for name in tensors if name not in files]
+    if missing:
+        raise VerificationError(f"{missing[0]} is in the report but not in the checkpoint.")
+    with safe_open(folder / MASKS_FILE, "pt") as masks:
+        if sorted(masks.keys()) != sorted(names):
+            raise VerificationError("the masks and the report name different operators.")
+        for operator, (_, tensor) in zip(report.operators, read_tensors(files, tensors), strict=True):
+            yield operator, tensor[split_index(operator.name)[1]], masks.get_tensor(operator.name)
+
+
+def _read_packed(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
+    """The same from a packed folder, whose weights bring their masks."""
+    reader = PackedFolder(folder)
+    name, dense, mask = "", torch.empty(0), torch.empty(0)
+    for operator in report.operators:
+        tensor, index = split_index(operator.name)
+        if tensor not in reader.names:
+            raise VerificationError(f"{tensor} is in the report but not packed in the checkpoint.")
+        if tensor != name:
+            packed = reader.packed(tensor)
+            name, dense, mask = tensor, unpack(packed), unpack_packed_mask(packed)
+        yield operator, dense[index], pack_mask(mask[index])
+
+
+def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -> int:
+    """Check one operator; returns its number of zeros by the mask."""
+    name = operator.name
+    shape = tuple(weight.T.shape) if operator.stored_transposed else tuple(weight.shape)
+    if shape != operator.shape:
+        raise VerificationError(f"{name} has shape {shape}, the report says {operator.shape}.")
+    try:
+        mask = unpack_mask(packed, tuple(weight.shape))
+    except ValueError as error:
+        raise VerificationError(f"{name}: {error}") from error
+    if not bool(torch.isfinite(weight).all()):
+        raise VerificationError(f"{name} holds NaN or Inf.")
+    stray = int(torch.count_nonzero(weight.masked_select(~mask)))
+    if stray:
+        raise VerificationError(f"{name} has {stray} weights outside its mask that are not zero.")
+    pattern = SparsityPattern.parse(operator.pattern, operator.target_sparsity, operator.scope)
+    broken = pattern.violation(mask.T if operator.stored_transposed else mask)
+    if broken:
+        raise VerificationError(f"{name}: its mask {broken}.")
+    kept = int(mask.sum())
+    if kept != operator.num_kept:
+        raise VerificationError(f"{name}: its mask keeps {kept} weights, the report says {operator.num_kept}.")
+    if not math.isclose(operator.sparsity, 1 - kept / mask.numel(), rel_tol=1e-9, abs_tol=1e-12):
+        raise VerificationError(
+            f"{name}: its mask has {1 - kept / mask.numel():.6%} zeros, the report says {operator.sparsity:.6%}."
+        )
+    return mask.numel() - kept

@@ -1,0 +1,1 @@
+"""Memory: what is free, what was held, what is given back."""

@@ -1,0 +1,1 @@
+"""Model folders in the packed format: writing, loading, unpacking."""

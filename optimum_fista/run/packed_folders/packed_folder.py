@@ -1,0 +1,216 @@
+"""Pruned model folders packed, and packed ones made dense again, one weight file in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from optimum_fista.packed.format import PackedTensor, check, packed_names, unpack, unpack_mask
+from optimum_fista.packed.validation import SUFFIXES
+from optimum_fista.run.checkpoints.atomic import flush_folder, replace_folder, write_tensors, write_text
+from optimum_fista.run.checkpoints.checkpoint import (
+    MASKS_FILE,
+    MASKS_METADATA,
+    REPORT_FILE,
+    checkpoint_files,
+    require_free_folder,
+)
+from optimum_fista.run.checkpoints.stored_names import split_index
+from optimum_fista.run.packed_folders.packing import CARD_NOTE, QUANT_METHOD, Packer, Packing, packed_settings
+from optimum_fista.run.reports.report import PruningReport
+from optimum_fista.solve.bitmask import pack_mask
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a model folder is packed."""
+    file = folder / "config.json"
+    return file.exists() and _quant_method(json.loads(file.read_text())) == QUANT_METHOD
+
+
+def pack_folder(
+    folder: Path, output: Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda _: None
+) -> Packing:
+    """Pack a folder saved by optimum-fista; `output` appears when it is complete.
+
+    Args:
+        folder: The pruned model folder.
+        output: The packed folder.
+        overwrite: Replace a model that `output` already holds.
+        progress: Called with the name of each weight file that is written.
+
+    Raises:
+        FileNotFoundError: If `folder` holds no pruned model.
+        FileExistsError: If `output` holds a model and `overwrite` is False.
+        ValueError: If `folder` is packed already, or a weight is not zero outside its mask.
+    """
+    if is_packed(folder):
+        raise ValueError(f"folder {str(folder)!r} is packed already: pass a folder with dense weights.")
+    for file in ("config.json", MASKS_FILE, REPORT_FILE):
+        if not (folder / file).exists():
+            raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
+    files = checkpoint_files(folder)
+    with safe_open(folder / MASKS_FILE, "pt") as masks:
+        packer = Packer(_report(folder).operators, files, masks.get_tensor)
+
+        def finish(partial: Path, weights: str, config: dict[str, Any]) -> None:
+            (partial / MASKS_FILE).unlink()
+            config["quantization_config"] = packed_settings(weights, packer.names)
+            card = partial / "README.md"
+            if card.exists():
+                card.write_text(card.read_text() + CARD_NOTE)
+
+        _convert_folder(folder, output, files, ("model", "packed"), packer.pack, finish, overwrite, progress)
+    return packer.packing
+
+
+def unpack_folder(
+    folder: Path, output: Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda _: None
+) -> Packing:
+    """Make a packed folder dense again, masks and all; the inverse of `pack_folder`.
+
+    Raises:
+        FileExistsError: If `output` holds a model and `overwrite` is False.
+        ValueError: If `folder` is not packed, or malformed (a PackedFormatError).
+    """
+    if not is_packed(folder):
+        raise ValueError(f"folder {str(folder)!r} is not packed: pass a folder made by `optimum-fista pack`.")
+    reader = PackedFolder(folder)
+    sizes: list[tuple[int, int]] = []
+    masks: dict[str, Tensor] = {}
+    operators: dict[str, list[str]] = {}
+    for operator in _report(folder).operators:
+        operators.setdefault(split_index(operator.name)[0], []).append(operator.name)
+
+    def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        written: dict[str, Tensor] = {}
+        parts = {name + suffix: name for name in reader.names for suffix in SUFFIXES}
+        for key, tensor in tensors.items():
+            if key not in parts:
+                written[key] = tensor
+            elif key.endswith(SUFFIXES[0]):
+                name = parts[key]
+                packed = reader.packed(name)
+                written[name] = unpack(packed)
+                mask = unpack_mask(packed)
+                masks.update({o: pack_mask(mask[split_index(o)[1]]) for o in operators.get(name, [])})
+                sizes.append((packed.dense_bytes, packed.num_bytes))
+        return written
+
+    def finish(partial: Path, _: str, config: dict[str, Any]) -> None:
+        del config["quantization_config"]
+        write_tensors(partial / MASKS_FILE, masks, MASKS_METADATA)
+        card = partial / "README.md"
+        if card.exists():
+            card.write_text(card.read_text().replace(CARD_NOTE, ""))
+
+    _convert_folder(folder, output, reader.files, ("packed", "model"), convert, finish, overwrite, progress)
+    return Packing(len(sizes), sum(dense for dense, _ in sizes), sum(packed for _, packed in sizes))
+
+
+class PackedFolder:
+    """The weights of a packed folder.
+
+    Attributes:
+        files: File of every stored tensor.
+        names: Dense names of the packed weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+        self.files = checkpoint_files(folder, settings["weights"].partition(".")[0])
+        self.names = packed_names(self.files)
+
+    @property
+    def packing(self) -> Packing:
+        """The sizes of the packed weights; only headers and layouts are read."""
+        dense = packed = 0
+        for name in self.names:
+            with safe_open(self.files[name + SUFFIXES[0]], "pt") as file:
+                values, mask = (file.get_slice(name + suffix) for suffix in SUFFIXES[:2])
+                layout = file.get_tensor(name + SUFFIXES[2])
+            size = values[:0].element_size()
+            dense += prod(layout[3:].tolist()) * size
+            packed += prod(values.get_shape()) * size + prod(mask.get_shape()) + layout.numel() * layout.element_size()
+        return Packing(len(self.names), dense, packed)
+
+    def packed(self, name: str) -> PackedTensor:
+        """A packed weight, checked.
+
+        Raises:
+            PackedFormatError: If its parts are not those of a packed tensor.
+        """
+        parts = []
+        for suffix in SUFFIXES:
+            with safe_open(self.files[name + suffix], "pt") as file:
+                parts.append(file.get_tensor(name + suffix))
+        packed = PackedTensor(*parts)
+        check(packed, name)
+        return packed
+
+
+def _convert_folder(
+    folder: Path,
+    output: Path,
+    files: Mapping[str, Path],
+    rename: tuple[str, str],
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    finish: Callable[[Path, str, dict[str, Any]], None],
+    overwrite: bool,
+    progress: Callable[[str], None],
+) -> None:
+    """Copy a folder with its weight files converted one after another; it gets its name when it is complete."""
+    require_free_folder(output, overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    old, new = rename
+    try:
+        weight_map: dict[str, str] = {}
+        total, index = 0, None
+        for source in sorted(set(files.values())):
+            with safe_open(source, "pt") as file:
+                names = [name for name in files if files[name] == source]
+                tensors = convert({name: file.get_tensor(name) for name in names})
+                metadata = file.metadata() or {}
+            target = source.name.replace(old, new, 1)
+            write_tensors(partial / target, tensors, metadata)
+            weight_map |= dict.fromkeys(tensors, target)
+            total += sum(t.numel() * t.element_size() for t in tensors.values())
+            progress(target)
+        weights = {path.name for path in set(files.values())}
+        for path in folder.iterdir():
+            if path.name == f"{old}.safetensors.index.json":
+                index = json.loads(path.read_text())
+            elif path.is_dir():
+                shutil.copytree(path, partial / path.name)
+            elif path.name not in weights:
+                shutil.copy2(path, partial / path.name)
+        weights_name = f"{new}.safetensors"
+        if index is not None:
+            weights_name = f"{new}.safetensors.index.json"
+            index["metadata"]["total_size"] = total
+            index["weight_map"] = dict(sorted(weight_map.items()))
+            write_text(partial / weights_name, json.dumps(index, indent=2) + "\n")
+        config = json.loads((folder / "config.json").read_text())
+        finish(partial, weights_name, config)
+        write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        partial.chmod(0o755)
+        flush_folder(partial)
+        replace_folder(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _report(folder: Path) -> PruningReport:
+    return PruningReport.from_dict(json.loads((folder / REPORT_FILE).read_text()))
+
+
+def _quant_method(config: Mapping[str, Any]) -> str | None:
+    return (config.get("quantization_config") or {}).get("quant_method")

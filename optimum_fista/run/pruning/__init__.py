@@ -1,0 +1,1 @@
+"""Pruning decoder layers: one after another, group by group of operators."""

@@ -1,0 +1,100 @@
+"""The calibration batches of a run, cut smaller where the memory of the device does not suffice."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from transformers import PreTrainedModel
+
+from optimum_fista.model.activation_store import Storage
+from optimum_fista.model.architecture import DecoderLayers
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
+from optimum_fista.model.offload import execution_device
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.memory.free_memory import release_free_memory
+from optimum_fista.run.planning.batches import FittedBatches, fit_batches
+from optimum_fista.run.pruning.batch_size import cut_batches, cut_states, halved_sizes
+from optimum_fista.run.pruning.layer_pruning import HiddenStates
+from optimum_fista.run.reports.report import PruningReport
+
+
+class RunBatches:
+    """Calibration batches of one run; every cut is a line of its report.
+
+    Attributes:
+        all: The batches, held-out ones at the end.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layers: DecoderLayers, batches: list[CalibrationBatch], report: PruningReport
+    ) -> None:
+        self.all = batches
+        self._model = model
+        self._layers = layers
+        self._report = report
+
+    @property
+    def calibration(self) -> list[CalibrationBatch]:
+        """Those that weights are fitted to."""
+        return [batch for batch in self.all if not batch.held_out]
+
+    def fitted(self, config: FistaPruningConfig, storage: Storage) -> FittedBatches:
+        """Batches that the plan of the run finds memory for.
+
+        It is a forecast: where it does not suffice, batches are halved once the memory has run out.
+        """
+        return fit_batches(self._model, config, self.all, storage)
+
+    def use(self, fitted: FittedBatches) -> None:
+        """Cut the batches to other sizes."""
+        self.all = cut_batches(self.all, fitted.sizes)
+        if fitted.message:
+            self._warn(fitted.message, stacklevel=4)
+
+    def use_sizes_of(self, states: HiddenStates) -> None:
+        """Cut the batches as those of hidden states that a run before has left."""
+        sizes = [hidden.shape[0] for hidden in states.entering]
+        if sizes != [batch.input_ids.shape[0] for batch in self.all]:
+            self.all = cut_batches(self.all, sizes)
+            self._report.warnings.append(f"goes on with the batches of the run before, {max(sizes)} sequences at most")
+
+    def halve(self, where: str, reason: str, states: HiddenStates | None, storage: Storage) -> HiddenStates | None:
+        """Cut every batch in two after the device ran out of memory.
+
+        Args:
+            where: What did not fit.
+            reason: What the device said.
+            states: Hidden states that enter the decoder layer at hand.
+            storage: Where they are kept.
+
+        Returns:
+            The hidden states in the new batches.
+
+        Raises:
+            torch.OutOfMemoryError: If every batch is one sequence already.
+        """
+        sizes = halved_sizes(self.all, reason)
+        self.all = cut_batches(self.all, sizes)
+        if states is not None:
+            states = cut_states(states, sizes, storage, execution_device(self._model.get_input_embeddings()))
+        release_free_memory(collect=True)
+        self._warn(
+            f"out of memory in {where}: batches of {max(sizes)} sequences from here on ({reason.splitlines()[0]})",
+            stacklevel=6,
+        )
+        return states
+
+    def record(self, states: HiddenStates | None, storage: Storage) -> tuple[RecordedInputs, HiddenStates | None]:
+        """What the decoder layers are called with, in batches that fit into the memory, and `states` cut like them."""
+        while True:
+            try:
+                return record_inputs(self._model, self._layers, self.all, storage), states
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            states = self.halve("the embeddings", reason, states, storage)
+
+    def _warn(self, message: str, stacklevel: int) -> None:
+        self._report.warnings.append(message)
+        warnings.warn(message, stacklevel=stacklevel)

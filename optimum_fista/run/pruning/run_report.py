@@ -1,0 +1,135 @@
+"""What the report of a run says of it besides its operators and decoder layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from optimum_fista.model.architecture import UnsupportedArchitectureError
+from optimum_fista.model.calibration import CalibrationBatch, tokens_sha256
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.pruning.budgets import Budgets
+from optimum_fista.run.pruning.operators import idle_patterns
+from optimum_fista.run.reports.report import PruningReport
+
+
+def begin_report(
+    model: PreTrainedModel,
+    batches: list[CalibrationBatch],
+    source: str | None,
+    config: FistaPruningConfig,
+    operators: Mapping[str, Mapping[str, LinearOperator]],
+    left_dense: dict[str, str],
+) -> PruningReport:
+    """The report of a run that has pruned nothing yet.
+
+    Warns when an operator has more inputs than there are calibration tokens, and of name patterns that match nothing.
+
+    Args:
+        model: The model.
+        batches: Its calibration batches.
+        source: Where they are from.
+        config: The configuration, resolved.
+        operators: The operators to prune, by decoder layer.
+        left_dense: Those left dense, with the reason.
+    """
+    report = PruningReport(
+        config=config.to_dict(),
+        model=_describe(model),
+        calibration=_describe_calibration(batches, source),
+        left_dense=left_dense,
+    )
+    pruned = [operator for group in operators.values() for operator in group.values()]
+    names = [operator.name for operator in pruned]
+    for message in (*_rank_deficiency(report, pruned), *idle_patterns(config, names, list(left_dense))):
+        _warn(report, message, stacklevel=5)
+    return report
+
+
+def complete_report(
+    report: PruningReport, config: FistaPruningConfig, decoder_layers: str, budgets: Budgets | None
+) -> None:
+    """Add what the user should know once all operators are pruned.
+
+    Args:
+        report: The report.
+        config: The configuration, resolved.
+        decoder_layers: Name of the decoder layers in the model.
+        budgets: The operators' sparsity patterns.
+
+    Raises:
+        UnsupportedArchitectureError: If no operator could be pruned.
+    """
+    if budgets is not None and budgets.unseen:
+        report.warnings.append(
+            f"the loss does not feel {len(budgets.unseen)} operators on the first {config.allocation_tokens} "
+            f"calibration tokens, so they keep the average sparsity: {', '.join(budgets.unseen[:4])}"
+        )
+    chosen = ("router", "exclude")
+    reasons = {name: reason for name, reason in report.left_dense.items() if reason not in chosen}
+    left = {name: reason for name, reason in reasons.items() if config.reason_left_dense(name) is None}
+    if not report.operators:
+        name = next(iter(left))
+        raise UnsupportedArchitectureError(
+            f"no linear operator of {decoder_layers} can be pruned; {name}, for one: {left[name]}."
+        )
+    if left:
+        shown = ", ".join(f"{name} ({reason})" for name, reason in list(left.items())[:4])
+        more = ", ..." if len(left) > 4 else ""
+        _warn(report, f"{len(left)} operators were left dense: {shown}{more}", stacklevel=5)
+    operators = report.operators
+    report.warnings.extend(f"{o.name}: {o.message}" for o in operators if o.message and not o.converged)
+    starved = [o for o in operators if o.method != config.method]
+    if starved:
+        least = min(starved, key=lambda o: o.num_tokens)
+        _warn(
+            report,
+            f"{len(starved)} of {len(operators)} operators belong to experts that fewer than "
+            f"{config.starved_tokens} calibration tokens reached, and were pruned by "
+            f"{config.starved_method} ({least.name}: {least.num_tokens}). Pass more calibration tokens.",
+            stacklevel=5,
+        )
+
+
+def _rank_deficiency(report: PruningReport, operators: list[LinearOperator]) -> Iterator[str]:
+    """What to say when an operator has more inputs than there are calibration tokens."""
+    tokens = report.calibration["num_tokens"]
+    widest = max(operators, key=lambda o: o.shape[1])
+    if tokens < widest.shape[1]:
+        yield (
+            f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
+            "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
+        )
+
+
+def _warn(report: PruningReport, message: str, stacklevel: int) -> None:
+    report.warnings.append(message)
+    warnings.warn(message, stacklevel=stacklevel)
+
+
+def _describe(model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "class": type(model).__name__,
+        "model_type": model.config.model_type,
+        "name": getattr(model.config, "_name_or_path", "") or "",
+        "num_parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _describe_calibration(batches: list[CalibrationBatch], source: str | None) -> dict[str, Any]:
+    found = {"source": source} | _describe_tokens([batch for batch in batches if not batch.held_out])
+    held_out = [batch for batch in batches if batch.held_out]
+    return found | ({"held_out": _describe_tokens(held_out)} if held_out else {})
+
+
+def _describe_tokens(batches: list[CalibrationBatch]) -> dict[str, Any]:
+    return {
+        "sha256": tokens_sha256(batches),
+        "num_sequences": sum(batch.input_ids.shape[0] for batch in batches),
+        "num_tokens": sum(batch.num_tokens for batch in batches),
+    }

@@ -1,0 +1,156 @@
+"""The model card of a pruned model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from optimum_fista.run.reports.operator_grid import OperatorGrid
+from optimum_fista.run.reports.report import OperatorReport, PruningReport
+
+_TEMPLATE = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- optimum-fista
+- pruned
+- sparse
+{base}---
+
+# {title}
+
+Pruned after training, in one shot and {retraining}, by
+[optimum-fista](https://pypi.org/project/optimum-fista/) {version}: {num_zeros:,} of the {num_weights:,} weights of
+its decoder layers' linear operators are zero ({sparsity:.2%}; {model_sparsity:.2%} of all parameters). Embeddings and
+the language-model head are dense.
+
+| | |
+|---|---|
+| pattern | {pattern} |
+| method | {method}; error correction `{error_correction}`, residual correction `{residual_correction}` |
+| zeros | {allocation} |
+| relative error of the operators{before} | {mean_relative_error:.4f} on average, {max_relative_error:.4f} at most |
+{held_out}| calibration | {calibration} |
+| time | {seconds:.0f} s, of which solving {solve_seconds:.0f} s |
+
+It is a plain dense checkpoint with zeros in it and loads without any further package:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS-REPOSITORY-OR-FOLDER")
+```
+
+`fista/masks.safetensors` holds the masks (one bit a weight, row-major, lowest bit first, 1 = kept),
+`fista/report.json` every operator's numbers; `optimum-fista verify FOLDER` proves the pattern from the files.
+
+## Relative error by operator{before}
+
+`|| W* X* - W X ||_F / || W X ||_F` on the calibration tokens, over the decoder layers.
+
+{picture}{rows}
+
+## To make it again
+
+```json
+{config}
+```
+
+Calibration tokens: SHA-256 `{sha256}`. Versions: {versions}.
+"""
+
+
+def model_card(report: PruningReport, picture: str | None = None) -> str:
+    """Markdown of the model card, with the metadata the Hub reads.
+
+    Args:
+        report: The report of the pruning.
+        picture: Path of the picture of the relative errors, relative to the card; `None`: there is none.
+    """
+    name = report.model["name"]
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    config = report.config
+    tokens = report.calibration
+    return _TEMPLATE.format(
+        base=f"base_model: {name}\n" if is_hub_id else "",
+        title=model_title(report),
+        version=report.versions["optimum-fista"],
+        retraining=_retraining(report),
+        before=report.before,
+        pattern=_pattern(report),
+        method=config["method"],
+        error_correction=config["error_correction"],
+        residual_correction=config["residual_correction"],
+        allocation=_allocation(report),
+        calibration=f"{tokens['num_tokens']:,} tokens in {tokens['num_sequences']} sequences"
+        + (f" of {tokens['source']}" if tokens.get("source") else ""),
+        held_out=_held_out(report),
+        seconds=report.seconds.get("total", 0.0),
+        picture=f"![Relative error by decoder layer and operator]({picture})\n\n" if picture else "",
+        rows="\n".join(_rows(report.operators)),
+        config=json.dumps(config, indent=2),
+        sha256=tokens["sha256"],
+        versions=", ".join(f"{key} {value}" for key, value in report.versions.items()),
+        **report.totals,
+    )
+
+
+def model_title(report: PruningReport) -> str:
+    """The name of the dense model and the sparsity pattern."""
+    return f"{(report.model['name'].split('/')[-1] or report.model['class'])}, {_pattern(report)}"
+
+
+def _retraining(report: PruningReport) -> str:
+    if report.retrained:
+        return "then retrained under its masks"
+    return "with every decoder layer fine-tuned under its masks" if report.finetuned else "without retraining"
+
+
+def _pattern(report: PruningReport) -> str:
+    config = report.config
+    return config["pattern"] if config["pattern"] != "unstructured" else f"{config['sparsity']:.0%} unstructured"
+
+
+def _allocation(report: PruningReport) -> str:
+    shares = [o.sparsity for o in report.operators]
+    if report.config["allocation"] != "fisher" or report.config["pattern"] != "unstructured":
+        return "the same share in every operator"
+    return f"shared over the operators by gradients of the loss, {min(shares):.1%} to {max(shares):.1%}"
+
+
+def _rows(operators: list[OperatorReport]) -> list[str]:
+    """One row for the operators of the same kind in every decoder layer, below a header."""
+    grid = OperatorGrid.of(operators)
+    measured = any(o.held_out_error is not None for o in operators)
+    header = ["operator", "shape", "sparsity", "mean error", "largest error"]
+    header += ["mean held-out error"] if measured else []
+    rows = [_line(header), "|---" * len(header) + "|"]
+    for kind in grid.kinds:
+        group = grid.of_kind(kind)
+        errors = [o.relative_error for o in group]
+        held_out = [o.held_out_error for o in group if o.held_out_error is not None]
+        sparsity = sum(o.sparsity for o in group) / len(group)
+        shape = " x ".join(map(str, group[0].shape))
+        cells = [kind, shape, f"{sparsity:.2%}", f"{sum(errors) / len(errors):.4f}", f"{max(errors):.4f}"]
+        if measured:
+            cells.append(f"{sum(held_out) / len(held_out):.4f}" if held_out else "")
+        rows.append(_line(cells))
+    return rows
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _held_out(report: PruningReport) -> str:
+    """The line of the held-out errors; empty without any."""
+    totals = report.totals
+    if totals["held_out_ratio"] is None:
+        return ""
+    tokens = report.calibration["held_out"]
+    return (
+        f"| the same on held-out tokens | {totals['mean_held_out_error']:.4f} on average, "
+        f"{totals['max_held_out_error']:.4f} at most, on {tokens['num_tokens']:,} tokens in "
+        f"{tokens['num_sequences']} further sequences |\n"
+    )

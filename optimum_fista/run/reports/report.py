@@ -1,0 +1,236 @@
+"""The report of a pruning run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import optimum_fista
+from optimum_fista.run.memory.peak_memory import MemoryPeak
+from optimum_fista.solve.convergence import Convergence
+from optimum_fista.solve.pattern import Scope
+
+
+@dataclass(frozen=True)
+class OperatorReport:
+    """How one linear operator was pruned.
+
+    Attributes:
+        name: Name of its weight in the model and the checkpoint.
+        shape: (out, in).
+        stored_transposed: Whether the checkpoint stores the weight as [in, out].
+        pattern: `"unstructured"` or `"n:m"`.
+        target_sparsity: Fraction of zeros asked for.
+        scope: What an unstructured budget is shared over, `"matrix"` or `"row"`.
+        num_kept: Weights kept.
+        sparsity: Fraction of zeros.
+        method: Pruning method.
+        relative_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, weights as saved, or as they
+            were before fine-tuning or retraining; `Y` are the outputs that the error correction aims at, those of the
+            dense network `W X` or others.
+        l1_penalty: Penalty of the solution, where the method has one.
+        iterations: Iterations over all trials.
+        converged: False when an iteration limit or a numerical failure ended the method.
+        message: Advice or remark of the method.
+        num_tokens: Calibration tokens seen.
+        solve_seconds: Time of the method, shared evenly over the operators it solved together.
+        held_out_error: `relative_error` on held-out tokens, to which nothing was fitted; `None` where there are none.
+        held_out_tokens: Held-out tokens seen.
+        convergence: How the method came to rest; `None` where it takes no steps, or its residual is not known.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    stored_transposed: bool
+    pattern: str
+    target_sparsity: float
+    scope: Scope
+    num_kept: int
+    sparsity: float
+    method: str
+    relative_error: float
+    l1_penalty: float | None
+    iterations: int
+    converged: bool
+    message: str
+    num_tokens: int
+    solve_seconds: float
+    held_out_error: float | None = None
+    held_out_tokens: int = 0
+    convergence: Convergence | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> OperatorReport:
+        """Inverse of `dataclasses.asdict`, read from JSON."""
+        found = values.get("convergence")
+        if found is not None:
+            found = Convergence(found["measure"], tuple(found["steps"]), tuple(found["residuals"]))
+        return cls(**{**values, "shape": tuple(values["shape"]), "convergence": found})
+
+
+@dataclass(frozen=True)
+class FinetuningReport:
+    """What fine-tuning made of one decoder layer.
+
+    Attributes:
+        error_before: `sqrt(mean over tokens of || h* - h ||^2 / || h ||^2)` of the hidden states behind the layer when
+            its operators were pruned: `h*` those of the pruned layer, `h` those wanted.
+        error: The same after fine-tuning; equal where that gained nothing, and the weights from before were put back.
+        seconds: Its wall time.
+        held_out_error_before: `error_before` on held-out tokens; `None` where there are none.
+        held_out_error: `error` on held-out tokens.
+    """
+
+    error_before: float
+    error: float
+    seconds: float
+    held_out_error_before: float | None = None
+    held_out_error: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What pruning made of one decoder layer.
+
+    Attributes:
+        name: Its name in the model.
+        hidden_state_error: `|| H* - H ||_F / || H ||_F` of the hidden states behind it, `H*` in the pruned network and
+            `H` in the dense one, on the calibration tokens. `None` where the two are not both carried on
+            (`error_correction` `"none"` or `"intra"`, or nothing corrected), and behind the last operator pruned.
+        seconds: Wall time of the layer.
+        memory: The most memory that the process held while the layer's operators were pruned; `None` where there are
+            none, and in reports of older versions.
+        finetuning: What fine-tuning made of it; `None` where it was not fine-tuned.
+    """
+
+    name: str
+    hidden_state_error: float | None
+    seconds: float
+    memory: MemoryPeak | None = None
+    finetuning: FinetuningReport | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
+        """Inverse of `dataclasses.asdict`, read from JSON."""
+        records = {"memory": MemoryPeak, "finetuning": FinetuningReport}
+        found = {name: kind(**values[name]) for name, kind in records.items() if values.get(name) is not None}
+        return cls(**{**values, **found})
+
+
+@dataclass
+class PruningReport:
+    """What a pruning run did.
+
+    Attributes:
+        config: The configuration, as plain values.
+        model: Class, type, name and number of parameters of the model.
+        calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` where known; the same of the
+            tokens held out under `held_out`, where there are any.
+        operators: One report an operator, in pruning order.
+        layers: One report a decoder layer; empty in reports of older versions.
+        left_dense: Linear operators of the decoder layers that were left dense, with the reason.
+        warnings: What the user should know.
+        seconds: Wall time of the parts of the run.
+        versions: Versions of the libraries that matter.
+        retrained: Whether weights were trained after pruning, so that the relative errors are those before it.
+    """
+
+    config: dict[str, Any]
+    model: dict[str, Any]
+    calibration: dict[str, Any]
+    operators: list[OperatorReport] = field(default_factory=list)
+    layers: list[LayerReport] = field(default_factory=list)
+    left_dense: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    retrained: bool = False
+
+    @property
+    def finetuned(self) -> bool:
+        """Whether decoder layers were fine-tuned once pruned, so that the relative errors are those before it."""
+        return any(layer.finetuning is not None for layer in self.layers)
+
+    @property
+    def before(self) -> str:
+        """What the relative errors were measured before: `", before ..."`, or nothing."""
+        if self.retrained:
+            return ", before retraining"
+        return ", before fine-tuning" if self.finetuned else ""
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Sums and means over the pruned operators; `model_sparsity` counts every parameter of the model.
+
+        `held_out_ratio` is the mean held-out error over the mean relative error of the same operators: 1 where nothing
+        is over-fitted. Without held-out tokens it and the held-out errors are `None`.
+        """
+        weights = sum(o.shape[0] * o.shape[1] for o in self.operators)
+        zeros = sum(o.shape[0] * o.shape[1] - o.num_kept for o in self.operators)
+        errors = [o.relative_error for o in self.operators]
+        both = [(o.held_out_error, o.relative_error) for o in self.operators if o.held_out_error is not None]
+        held_out, fitted = [pair[0] for pair in both], sum(pair[1] for pair in both)
+        return {
+            "num_operators": len(self.operators),
+            "num_weights": weights,
+            "num_zeros": zeros,
+            "sparsity": zeros / weights if weights else 0.0,
+            "model_sparsity": zeros / self.model["num_parameters"],
+            "mean_relative_error": sum(errors) / len(errors) if errors else 0.0,
+            "max_relative_error": max(errors, default=0.0),
+            "mean_held_out_error": sum(held_out) / len(held_out) if held_out else None,
+            "max_held_out_error": max(held_out, default=None),
+            "held_out_ratio": sum(held_out) / fitted if fitted else None,
+            "solve_seconds": sum(o.solve_seconds for o in self.operators),
+            "num_not_converged": sum(not o.converged for o in self.operators),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self) | {"totals": self.totals}
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
+        """Inverse of `to_dict`."""
+        values = {key: value for key, value in values.items() if key != "totals"}
+        operators = [OperatorReport.from_dict(operator) for operator in values.pop("operators")]
+        layers = [LayerReport.from_dict(layer) for layer in values.pop("layers", [])]
+        return cls(operators=operators, layers=layers, **values)
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        totals, held_out = self.totals, ""
+        if totals["held_out_ratio"] is not None:
+            tokens = self.calibration["held_out"]["num_tokens"]
+            held_out = (
+                f", {totals['held_out_ratio']:.2f} times that on {tokens:,} held-out tokens "
+                f"({totals['mean_held_out_error']:.4f} on average)"
+            )
+        return (
+            f"{totals['num_operators']} operators pruned by {self.config['method']}, "
+            f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%}); "
+            f"relative error {totals['mean_relative_error']:.4f} on average, "
+            f"{totals['max_relative_error']:.4f} at most{held_out}{self.before}; "
+            f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"
+        )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries whose numbers or files depend on them."""
+    names = ("torch", "transformers", "accelerate", "optimum", "safetensors", "huggingface-hub")
+    versions = {"python": platform.python_version(), "optimum-fista": optimum_fista.__version__}
+    versions |= {name: importlib.metadata.version(name) for name in names}
+    if torch.cuda.is_available():
+        versions["gpu"] = torch.cuda.get_device_name()
+    return versions

@@ -1,0 +1,1 @@
+"""Training a pruned model with its zeros kept."""

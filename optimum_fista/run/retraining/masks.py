@@ -1,0 +1,151 @@
+"""The masks of a pruned model, by the names of its parameters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.experts import is_fused_experts
+from optimum_fista.model.operator import LinearOperator, is_linear
+from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE
+from optimum_fista.run.checkpoints.loading import require_unquantized
+from optimum_fista.run.checkpoints.stored_names import as_in_model
+from optimum_fista.run.pruner import FistaPruner
+from optimum_fista.run.reports.report import PruningReport
+from optimum_fista.solve.bitmask import unpack_mask
+
+MaskSource: TypeAlias = FistaPruner | str | Path | Mapping[str, Tensor] | None
+
+_LEAST_ZEROS = 1e-3
+"""Share of zeros below which a model counts as dense: a few weights of a dense model may be zero by chance."""
+
+
+def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, Tensor]:
+    """Masks of the parameters that hold pruned weights.
+
+    Args:
+        model: A pruned model.
+        source: Where the masks come from: the `FistaPruner` that pruned this model; a folder or Hub id saved by
+            optimum-fista; boolean masks by parameter name, True = kept; `None`: the zeros that the linear operators
+            of the decoder layers have.
+
+    Returns:
+        By parameter name, bool of the parameter's shape and device, True = kept.
+
+    Raises:
+        ValueError: If the model is quantized, offloaded or not pruned, or the masks are not those of this model.
+        FileNotFoundError: If the folder or repository holds no masks.
+    """
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        raise ValueError(f"model is a {type(model).__name__}: pass it to mask_adapters, or merge its adapters first.")
+    require_unquantized(model)
+    if source is None:
+        masks = _from_zeros(model)
+    elif isinstance(source, Mapping):
+        masks = _as_given(model, source)
+    else:
+        masks = _assemble(model, *find_record(model, source))
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        weight = parameters[name]
+        if weight.device.type == "meta":
+            raise ValueError(f"{name} is offloaded, and offloaded weights can't be trained: load the model without it.")
+        masks[name] = mask.to(weight.device)
+        stray = int(torch.count_nonzero(weight.detach().masked_fill(masks[name], 0)))
+        if stray:
+            raise ValueError(
+                f"{name} has {stray} weights outside its mask that are not zero: the model was changed after pruning, "
+                "or the masks are those of another model. Load the pruned model, or pass its own masks."
+            )
+    return masks
+
+
+def find_record(model: PreTrainedModel, source: FistaPruner | str | Path) -> tuple[PruningReport, dict[str, Tensor]]:
+    """The report and the packed masks of a pruned model, under the names of the model.
+
+    Raises:
+        ValueError: If they are not those of this model.
+        FileNotFoundError: If the folder or repository holds none.
+    """
+    if isinstance(source, FistaPruner):
+        return source.result(model)
+    files = []
+    for file in (REPORT_FILE, MASKS_FILE):
+        try:
+            files.append(Path(str(cached_file(str(source), file))))
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{str(source)!r} holds no {file}: pass a folder or Hub id saved by optimum-fista."
+            ) from error
+    report = PruningReport.from_dict(json.loads(files[0].read_text()))
+    operators = _operators(model, report).values()
+    return as_in_model(model, operators, report, load_file(files[1]))
+
+
+def _operators(model: PreTrainedModel, report: PruningReport) -> dict[str, LinearOperator]:
+    layers = find_decoder_layers(model)
+    return {k: o for name, layer in layers for k, o in find_operators(name, layer, report.config["exclude"]).items()}
+
+
+def _assemble(model: PreTrainedModel, report: PruningReport, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of parameters from those of operators; several operators may share a parameter."""
+    operators = _operators(model, report)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    masks: dict[str, Tensor] = {}
+    for entry in report.operators:
+        operator = operators[entry.name.removesuffix(".weight")]
+        parameter = getattr(operator.owner, operator.tensor)
+        mask = masks.setdefault(names[id(parameter)], torch.ones(parameter.shape, dtype=torch.bool))
+        part = operator.select(mask)
+        part.copy_(unpack_mask(packed[entry.name], tuple(part.shape)))
+    return masks
+
+
+def _from_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
+    masks: dict[str, Tensor] = {}
+    zeros = weights = 0
+    for name, weight in _candidates(model):
+        kept = weight.detach() != 0
+        found = weight.numel() - int(kept.sum())
+        zeros, weights = zeros + found, weights + weight.numel()
+        if found:
+            masks[name] = kept
+    promised = int((getattr(model.config, CONFIG_KEY, None) or {}).get("num_zeros", 0))
+    if zeros < max(promised, _LEAST_ZEROS * weights):
+        raise ValueError(
+            f"{type(model).__name__} is not pruned, or no longer: {zeros:,} of the {weights:,} weights of its decoder "
+            f"layers' linear operators are zero" + (f", its configuration says {promised:,}." if promised else ".")
+        )
+    return masks
+
+
+def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of the decoder layers that pruning may have written to."""
+    for layer_name, layer in find_decoder_layers(model):
+        for name, module in layer.named_modules(prefix=layer_name):
+            if is_linear(module) or is_fused_experts(module):
+                for key, parameter in module.named_parameters(recurse=False):
+                    if parameter.ndim > 1 and parameter.device.type != "meta":
+                        yield f"{name}.{key}", parameter
+
+
+def _as_given(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise ValueError(f"masks name {name!r}, which is no parameter of {type(model).__name__}.")
+        if mask.dtype != torch.bool or mask.shape != parameters[name].shape:
+            raise ValueError(
+                f"masks[{name!r}] has shape {tuple(mask.shape)} and dtype {mask.dtype}: pass torch.bool of shape "
+                f"{tuple(parameters[name].shape)}, True = kept."
+            )
+    return dict(masks)

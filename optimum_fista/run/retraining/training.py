@@ -1,0 +1,124 @@
+"""Training a pruned model without losing its zeros."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from optimum_fista.run.checkpoints.checkpoint import mark_retrained
+from optimum_fista.run.retraining.masks import MaskSource, find_masks
+
+
+class MaskedTraining:
+    """Keeps pruned weights zero while a model is trained, until `remove` or the end of its `with` block.
+
+    Two kinds of hooks do it, and nothing about the model, its names or its checkpoints changes:
+
+    - a hook on every pruned parameter sets its gradients outside the mask to zero before they are accumulated, so that
+      clipping, accumulation, loss scaling, the other processes and the optimizer's moments never see them;
+    - a hook behind every optimizer step sets the weights themselves to zero, for optimizers that move weights without a
+      gradient. State that an optimizer brings along is masked after its first step.
+    """
+
+    def __init__(self, model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
+        parameters = dict(model.named_parameters())
+        self._names = list(masks)
+        self._model = model
+        self._parameters = {id(parameter): parameter for parameter in parameters.values()}
+        self._pruned = {id(parameters[name]): ~mask for name, mask in masks.items()}
+        self._clean: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._handles: list[RemovableHandle] = []
+        for name in masks:
+            if parameters[name].requires_grad:
+                self._handles.append(parameters[name].register_hook(self._gradient_hook(parameters[name])))
+        # The hooks of the parameters keep this object alive, with the model; the hook on all optimizers must not.
+        this = weakref.ref(self)
+
+        def after_step(optimizer: Optimizer, *_: Any) -> None:
+            training = this()
+            if training is not None:
+                training._after_step(optimizer)
+
+        handle = register_optimizer_step_post_hook(after_step)
+        self._handles.append(handle)
+        weakref.finalize(self, handle.remove)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Masks by parameter name, bool, True = kept."""
+        return {name: ~self._pruned_of(self._model.get_parameter(name)) for name in self._names}
+
+    def apply(self) -> None:
+        """Set every weight outside its mask to zero."""
+        for key, parameter in self._parameters.items():
+            if key in self._pruned:
+                parameter.data.masked_fill_(self._pruned_of(parameter), 0)
+
+    def remove(self) -> None:
+        """Apply the masks once more and let go of the model."""
+        if self._handles:
+            self.apply()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> MaskedTraining:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _gradient_hook(self, parameter: Tensor) -> Any:
+        return lambda gradient: gradient.masked_fill(self._pruned_of(parameter), 0)
+
+    def _pruned_of(self, parameter: Tensor) -> Tensor:
+        """Where a parameter is pruned, on its device of now."""
+        pruned = self._pruned[id(parameter)]
+        if pruned.device != parameter.device:
+            pruned = self._pruned[id(parameter)] = pruned.to(parameter.device)
+        return pruned
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        trained = [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._parameters]
+        if not trained:
+            return
+        mark_retrained(self._model)
+        for parameter in trained:
+            if id(parameter) in self._pruned:
+                pruned = self._pruned_of(parameter)
+                parameter.data.masked_fill_(pruned, 0)
+                if optimizer not in self._clean:
+                    for value in optimizer.state.get(parameter, {}).values():
+                        if isinstance(value, Tensor) and value.shape == pruned.shape:
+                            value.masked_fill_(pruned.to(value.device), 0)
+        if optimizer not in self._clean:
+            self._clean.add(optimizer)
+            self._handles.append(optimizer.register_load_state_dict_post_hook(self._clean.discard))
+
+
+def masked_training(model: PreTrainedModel, masks: MaskSource = None) -> MaskedTraining:
+    """Keep the zeros of a pruned model zero while it is trained, with any PyTorch optimizer.
+
+    Use it in a `with` block around the training loop, or keep what it returns and call its `remove`. Costs a byte a
+    pruned parameter's weight and one pass over these weights a backward pass and a step. Weights that are sharded
+    over processes (FSDP, DeepSpeed ZeRO-3) are not supported.
+
+    Args:
+        model: A pruned model, in memory.
+        masks: The `FistaPruner` that pruned it; the folder or Hub id it was loaded from; boolean masks by parameter
+            name, True = kept; `None`: the zeros that the weights have now.
+
+    Raises:
+        ValueError: If the model is quantized, offloaded or not pruned, or the masks are not those of this model.
+        FileNotFoundError: If the folder or repository holds no masks.
+    """
+    return MaskedTraining(model, find_masks(model, masks))

@@ -1,0 +1,84 @@
+"""From a model's files to the files of the pruned model, one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimum_fista.run.callbacks.pruning_callback import PruningCallback
+from optimum_fista.run.checkpoints.checkpoint import require_free_folder
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.memory.free_memory import keep_large_blocks_apart
+from optimum_fista.run.reports.report import PruningReport
+from optimum_fista.run.streamed.fingerprint import run_fingerprint
+from optimum_fista.run.streamed.lazy_loading import load_lazily
+from optimum_fista.run.streamed.ranks import RankError, joined_ranks, require_independent_layers
+from optimum_fista.run.streamed.streamed_run import StreamedRun
+from optimum_fista.run.streamed.unfinished import require_writable, unfinished_folder
+
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def prune_files(
+    name: str | Path,
+    calib_dataloader: Iterable[Any],
+    output_dir: Path,
+    config: FistaPruningConfig,
+    *,
+    calibration_source: str | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    overwrite: bool = False,
+    progress: bool = True,
+    storage_device: str | torch.device | Path | None = None,
+    callbacks: Sequence[PruningCallback] = (),
+    packed: bool = False,
+) -> PruningReport:
+    """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
+    started = time.perf_counter()
+    folder = unfinished_folder(output_dir)
+    keep_large_blocks_apart()
+    with (
+        joined_ranks(device) as ranks,
+        tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload_folder,
+    ):
+
+        def begin() -> tuple[StreamedRun, dict[str, Any]]:
+            require_free_folder(output_dir, overwrite)
+            if not ranks.index:
+                require_writable(folder, output_dir)
+            require_independent_layers(config, ranks.count)
+            model, tokenizer = load_lazily(str(name), Path(offload_folder), device=ranks.device, dtype=dtype)
+            shown = progress and not ranks.index
+            run = StreamedRun(
+                model, tokenizer, calib_dataloader, config, calibration_source, shown, storage_device, callbacks, packed
+            )
+            run.store_beside(folder)
+            if ranks.count > 1:
+                run.pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
+            return run, run_fingerprint(str(name), run.pruning) | ({"packed": True} if packed else {})
+
+        run, fingerprint = ranks.each(begin)
+        run.open(folder, fingerprint, overwrite, ranks)
+        try:
+            ranks.each(run.begin)
+            run.prune(ranks)
+            report = ranks.first(lambda: run.complete(output_dir, started))
+        except OSError as error:
+            advice = "make it writable" if error.errno in _REFUSED else "make room"
+            raise OSError(
+                error.errno,
+                f"{error.strerror or error}: {run.kept()}; {advice}, and start again with the same output",
+                error.filename,
+            ) from error
+        except RankError as error:
+            raise RankError(f"{error}; {run.kept()}; start again with the same output") from error
+    for callback in callbacks:
+        callback.on_prune_end(report)
+    return report

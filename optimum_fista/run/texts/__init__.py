@@ -1,0 +1,1 @@
+"""Texts, and the windows of tokens made from them."""

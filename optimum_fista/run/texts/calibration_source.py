@@ -1,0 +1,105 @@
+"""Calibration tokens from any source a user can name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_fista.run.checkpoints.atomic import write_tensors
+from optimum_fista.run.checkpoints.loading import gguf_file, load_model
+from optimum_fista.run.texts.self_sampling import sample_text_from_model
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import calibration_windows
+
+_USUAL_LENGTH = 2048
+
+
+def calibration_tokens(
+    source: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    sequence_length: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Token ids int64 [num_samples, sequence_length] to calibrate a model with.
+
+    Args:
+        source: `"self"` (the model samples its own text), or a source of `run.texts.text.load_text`.
+        model: The model to prune, still dense.
+        tokenizer: Its tokenizer.
+        num_samples: Number of sequences.
+        sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum where that is shorter.
+        seed: Seed of the sampling.
+
+    Raises:
+        ValueError: If the source is unknown, too short, or a number is not positive.
+    """
+    length = _length(model.config, num_samples, sequence_length)
+    if source == "self":
+        return sample_text_from_model(model, tokenizer, num_samples, length, seed)
+    return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
+
+
+def calibration_tokens_by_name(
+    name: str,
+    source: str,
+    num_samples: int,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    keep_in: Path | None = None,
+) -> Tensor:
+    """The same for a model given by name, which is loaded only where it samples its own text.
+
+    Args:
+        name: Hub id, model folder, or a folder with one GGUF file.
+        source: As above.
+        num_samples: Number of sequences.
+        sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum where that is shorter.
+        seed: Seed of the sampling.
+        device: Where the model samples its text.
+        dtype: In which dtype.
+        keep_in: Folder to keep sampled text in, and to take it from when a run is started again.
+
+    Raises:
+        ValueError: If the source is unknown, too short, or a number is not positive.
+    """
+    if source != "self" and gguf_file(name) is None:
+        length = _length(AutoConfig.from_pretrained(name), num_samples, sequence_length)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
+    settings = json.dumps([name, source, num_samples, sequence_length, seed, dtype])
+    file = keep_in / "calibration.safetensors" if keep_in is not None else None
+    if file is not None and file.exists():
+        with safe_open(file, "pt") as kept:
+            if kept.metadata()["settings"] == settings:
+                return kept.get_tensor("tokens")
+    model, own_tokenizer = load_model(name, device=device, dtype=dtype)
+    tokens = calibration_tokens(source, model, own_tokenizer, num_samples, sequence_length, seed)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, {"tokens": tokens}, {"settings": settings})
+    return tokens
+
+
+def usual_length(config: PreTrainedConfig) -> int:
+    """Tokens a sequence where nothing else is said: 2048, or the model's context where that is shorter."""
+    return min(_USUAL_LENGTH, getattr(config, "max_position_embeddings", None) or _USUAL_LENGTH)
+
+
+def _length(config: PreTrainedConfig, num_samples: int, sequence_length: int | None) -> int:
+    """Tokens a sequence, checked."""
+    length = sequence_length
+    if length is None:
+        length = usual_length(config)
+    for name, value in (("num_samples", num_samples), ("sequence_length", length)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: pass at least 1.")
+    return length

@@ -1,0 +1,160 @@
+"""Self-sampling: the model writes its own calibration tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from optimum_fista.model.evaluation_mode import evaluation_mode
+from optimum_fista.model.offload import input_device
+
+# SmolLM2-135M's samples from its whole distribution drift into word salad (3.2 to 4.3 nats per token under the
+# model itself); those from the nucleus of 0.95 stay readable, differ from each other and are about as likely as
+# real text (2.3 to 3.3 nats; WikiText-2 has 3.1).
+TOP_P = 0.95
+
+
+def sample_text_from_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    sequence_length: int,
+    seed: int,
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> torch.Tensor:
+    """Let the model write calibration tokens.
+
+    Every sample starts with BOS (EOS if there is none). The next token of each is drawn without replacement from
+    the model's distribution over ordinary tokens, so that no two samples start alike even where the model is sure
+    how a text starts. Without BOS and EOS, the first tokens are ordinary ones, drawn uniformly without
+    replacement. The rest is sampled at temperature 1 from the nucleus of probability 0.95. EOS does not end a
+    sample: the model goes on with the next document.
+
+    The global random state, the model's modes and its generation config are afterwards as before. The same seed
+    gives the same tokens for the same model, device and batch size.
+
+    Args:
+        model: Causal language model, on any device.
+        tokenizer: Tokenizer of the model.
+        num_samples: Number of samples N.
+        sequence_length: Tokens per sample T, the start token included.
+        seed: Decides every random choice.
+        batch_size: Samples written at a time; bounds the memory of the key-value cache.
+        progress: Show a progress bar.
+
+    Returns:
+        Token ids, int64, [N, T], on the CPU.
+
+    Raises:
+        ValueError: If `sequence_length` exceeds the model's `max_position_embeddings`, or an argument is out of
+            range.
+    """
+    _check_sizes(model, num_samples, sequence_length, batch_size)
+    with (
+        evaluation_mode(model),
+        _plain_generation(model),
+        _seeded(input_device(model), seed),
+        torch.no_grad(),
+    ):
+        beginnings = _beginnings(model, tokenizer, num_samples, torch.Generator().manual_seed(seed))
+        new_tokens = sequence_length - beginnings.shape[1]
+        if new_tokens == 0:
+            return beginnings
+        with tqdm(total=num_samples * new_tokens, desc="Self-sampling", unit="token", disable=not progress) as bar:
+            batches = [_continue(model, batch, new_tokens, bar) for batch in beginnings.split(batch_size)]
+    return torch.cat(batches)
+
+
+def _check_sizes(model: PreTrainedModel, num_samples: int, sequence_length: int, batch_size: int) -> None:
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value}; pass 1 or more.")
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length={sequence_length}; pass 2 or more.")
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and sequence_length > limit:
+        raise ValueError(
+            f"sequence_length={sequence_length} exceeds the model's max_position_embeddings={limit}; "
+            f"pass {limit} or less."
+        )
+
+
+def _beginnings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_samples: int, generator: torch.Generator
+) -> torch.Tensor:
+    """First tokens of every sample [N, 1 or 2]."""
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
+        weights = torch.ones(len(tokenizer), dtype=torch.float64)
+    else:
+        prompt = torch.full((1, 1), start, device=input_device(model))
+        logits = model(input_ids=prompt, use_cache=False).logits[0, -1]
+        # Some heads have more rows than the tokenizer has tokens. The floor keeps every token drawable.
+        weights = logits[: len(tokenizer)].cpu().double().softmax(dim=0).clamp(min=1e-30)
+    weights[[token for token in tokenizer.all_special_ids if token < len(weights)]] = 0
+    replacement = num_samples > int(weights.count_nonzero())
+    draws = torch.multinomial(weights, num_samples, replacement=replacement, generator=generator).unsqueeze(1)
+    return draws if start is None else torch.cat([torch.full_like(draws, start), draws], dim=1)
+
+
+def _continue(model: PreTrainedModel, beginnings: torch.Tensor, new_tokens: int, bar: tqdm) -> torch.Tensor:
+    ids = beginnings.to(input_device(model))
+    samples = model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=TOP_P,
+        max_new_tokens=new_tokens,
+        use_cache=True,
+        streamer=_ProgressStreamer(bar),
+    )
+    return samples.cpu()
+
+
+class _ProgressStreamer(BaseStreamer):
+    """Counts the tokens that `generate` writes."""
+
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Count the new tokens; the first call brings the prompt."""
+        if self.prompt_seen:
+            self.bar.update(value.numel())
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing to do: one bar serves all batches."""
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Replace the model's generation config, whose EOS, penalties and lengths `generate` would obey."""
+    original = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = original
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the generators that sampling on `device` uses; afterwards they are in their previous state."""
+    cuda_devices = range(torch.cuda.device_count()) if device.type == "cuda" else ()
+    with torch.random.fork_rng(devices=cuda_devices, device_type="cuda"):
+        if device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the accelerators as well
+        else:
+            torch.manual_seed(seed)
+        yield

@@ -1,0 +1,144 @@
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from optimum_fista.model.offload import input_device
+from optimum_fista.run.evaluation import perplexity
+from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+from optimum_fista.run.texts.text import TextSource
+
+VOCABULARY = 50
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, attention_dropout=0.5))
+    with torch.no_grad():
+        model.lm_head.weight *= 20  # a model with opinions
+    return model
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    return torch.randint(VOCABULARY, (5, 20), generator=torch.Generator().manual_seed(1))
+
+
+def oracle(model, windows) -> float:
+    """exp of the mean negative log-likelihood, one token after the other, with log_softmax in float64."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for window in windows:
+            logits = model.eval()(window[None]).logits[0].double()
+            for t in range(1, len(window)):
+                total -= torch.log_softmax(logits[t - 1], dim=0)[window[t]].item()
+                count += 1
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+@pytest.mark.parametrize("positions", [1, 7, 19, 256])
+def test_perplexity_is_the_oracles(model, windows, batch_size, positions, monkeypatch):
+    monkeypatch.setattr(perplexity, "POSITIONS_PER_CHUNK", positions)
+    result = evaluate_perplexity(model.train(), windows, batch_size=batch_size, progress=False)
+    assert result.perplexity == pytest.approx(oracle(model, windows), rel=1e-5)
+    assert (result.num_windows, result.num_tokens, result.sequence_length) == (5, 95, 20)
+    assert result.seconds > 0
+
+
+def test_log_likelihoods_of_a_half_precision_model_are_float32(model, windows):
+    model.to(torch.bfloat16)
+    result = evaluate_perplexity(model, windows, progress=False)
+    assert result.perplexity == pytest.approx(oracle(model, windows), rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(model, windows):
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert evaluate_perplexity(model, windows, progress=False).perplexity == pytest.approx(VOCABULARY)
+
+
+def test_an_impossible_text_has_infinite_perplexity(model, windows):
+    torch.nn.init.constant_(model.lm_head.weight, 1e30)
+    model.lm_head.weight.data[::2] *= -1
+    assert evaluate_perplexity(model, windows, progress=False).perplexity == math.inf
+
+
+def test_the_model_is_left_as_it_was(model, windows):
+    model.train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((module.training, kwargs["use_cache"], torch.is_grad_enabled())),
+        with_kwargs=True,
+    )
+    evaluate_perplexity(model, windows, progress=False)
+    hook.remove()
+    assert seen == [(False, False, False)] * 5
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+def test_the_modes_are_restored_after_an_error(model, windows):
+    model.train().lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        evaluate_perplexity(model, windows, progress=False)
+    assert all(module.training for module in model.modules())
+
+
+def test_nan_logits_are_located(model, windows):
+    windows[:, :] = 3
+    windows[3, 4] = 7
+    model.model.embed_tokens.weight.data[7] = torch.nan
+    with pytest.raises(ValueError, match="NaN logits in windows 2 to 3: look for NaN in its weights"):
+        evaluate_perplexity(model, windows, batch_size=2, progress=False)
+
+
+def test_the_result_names_its_text(model, windows):
+    text = TextSource("some.txt", ("a", "b"), "\n\n")
+    result = evaluate_perplexity(model, windows, progress=False, text=text)
+    assert (result.text_name, result.text_sha256) == ("some.txt", text.sha256)
+    nameless = evaluate_perplexity(model, windows, progress=False)
+    assert (nameless.text_name, nameless.text_sha256) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.zeros(5, dtype=torch.int64),
+        torch.zeros(5, 1, dtype=torch.int64),
+        torch.zeros(0, 9, dtype=torch.int64),
+        torch.zeros(5, 9),
+    ],
+)
+def test_windows_of_a_wrong_shape_or_dtype(model, bad):
+    with pytest.raises(ValueError, match="windows has shape"):
+        evaluate_perplexity(model, bad, progress=False)
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_ids_outside_the_vocabulary(model, windows, token):
+    windows[2, 3] = token
+    with pytest.raises(ValueError, match=rf"token ids from .*{token}.*the model knows 0 to {VOCABULARY - 1}"):
+        evaluate_perplexity(model, windows, progress=False)
+
+
+def test_batch_size_out_of_range(model, windows):
+    with pytest.raises(ValueError, match="batch_size=0"):
+        evaluate_perplexity(model, windows, batch_size=0)
+
+
+def test_progress_is_shown_on_request(model, windows, capsys):
+    evaluate_perplexity(model, windows, progress=False)
+    assert capsys.readouterr() == ("", "")
+    evaluate_perplexity(model, windows)
+    assert "5/5" in capsys.readouterr().err
+
+
+def test_ids_go_to_the_cpu_when_the_embedding_is_offloaded(model):
+    assert input_device(model) == torch.device("cpu")
+    assert input_device(model.to("meta")) == torch.device("cpu")

@@ -1,0 +1,295 @@
+"""Packed folders: bytes, round trips, verification, loading with and without this package."""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_standin import hub_fixture, run_with_hub  # noqa: F401
+from killed import Killed, killed_at
+from safetensors.torch import load_file, save_file
+from tiny_models import VOCAB_SIZE, tiny_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
+from optimum_fista.run.packed_folders.packed_folder import is_packed, pack_folder, unpack_folder
+from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
+
+FAMILIES = ["llama", "gpt2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "granitemoe"]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_and_loading(family, pattern, pruned, tmp_path):
+    dense, packed = pruned(family, pattern), tmp_path / "packed"
+    packing = pack_folder(dense, packed)
+    assert packing.packed_bytes < packing.dense_bytes
+    assert is_packed(packed)
+    assert not list(packed.glob("model*.safetensors"))
+    assert verify_checkpoint(packed) == verify_checkpoint(dense)
+    unpack_folder(packed, tmp_path / "again")
+    for file in sorted(path.relative_to(dense) for path in dense.rglob("*") if path.is_file()):
+        assert (tmp_path / "again" / file).read_bytes() == (dense / file).read_bytes(), file
+    expected = AutoModelForCausalLM.from_pretrained(dense).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    model.save_pretrained(tmp_path / "saved")  # a dense model like any other
+    assert not is_packed(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_other_dtypes_and_device_maps(family, pruned, tmp_path):
+    pack_folder(pruned(family), tmp_path / "packed")
+    expected = AutoModelForCausalLM.from_pretrained(pruned(family), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", dtype=torch.float32, device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, expected(ids).logits, atol=1e-5)
+    assert {p.device.type for p in model.model.layers.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("exclude", ["*.down_proj", "*.up_proj", "*.layers.0.*", "*.experts.*", "*.experts.[1-9].*"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_that_were_left_dense(family, exclude, pruned, tmp_path):
+    folder = pruned(family, exclude=(exclude,))
+    pack_folder(folder, tmp_path / "packed")
+    expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_sizes_of_a_matrix_of_usual_width(tmp_path):
+    model = tiny_model("llama", hidden_size=256, intermediate_size=512, num_attention_heads=4).to(torch.bfloat16)
+    tokens = torch.randint(0, VOCAB_SIZE, (4, 128), generator=torch.Generator().manual_seed(1))
+    for pattern in ("unstructured", "2:4"):
+        pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="wanda"), progress=False)
+        pruner.prune(model, tokens.split(2))
+        pruner.save_pretrained(model, tmp_path / pattern)
+        packing = pack_folder(tmp_path / pattern, tmp_path / f"{pattern}-packed")
+        assert packing.packed_bytes <= 0.57 * packing.dense_bytes
+        files = [
+            sum(f.stat().st_size for f in (tmp_path / name).glob("*.safetensors"))
+            for name in (pattern, f"{pattern}-packed")
+        ]
+        assert files[0] - files[1] >= 0.42 * packing.dense_bytes
+
+
+WITHOUT = """
+import sys
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+for cls in (AutoModelForCausalLM, LlamaForCausalLM):
+    for options in ({}, {"use_safetensors": True}, {"device_map": "cpu"}, {"ignore_mismatched_sizes": True}):
+        try:
+            cls.from_pretrained(sys.argv[1], **options)
+        except OSError as error:
+            assert "no file named model.safetensors" in str(error), error
+        else:
+            sys.exit(f"{cls.__name__} loaded it with {options}")
+assert "optimum_fista" not in sys.modules
+print("refused")
+"""
+
+
+def run(code: str, *arguments: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_process_without_this_package_can_not_load_it(pruned, tmp_path):
+    pack_folder(pruned("llama"), tmp_path / "packed")
+    result = run(WITHOUT, tmp_path / "packed")
+    assert result.stdout == "refused\n", result.stdout + result.stderr
+
+
+WITH = """
+import sys
+{imports}
+import torch
+found = AutoModelForCausalLM.from_pretrained(sys.argv[1]).state_dict()
+expected = AutoModelForCausalLM.from_pretrained(sys.argv[2]).state_dict()
+assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+print("equal")
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import optimum_fista\nfrom transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM\nimport transformers.quantizers\nimport optimum_fista",
+    ],
+)
+def test_the_import_is_enough_before_or_behind_transformers(imports, pruned, tmp_path):
+    pack_folder(pruned("llama"), tmp_path / "packed")
+    result = run(WITH.format(imports=imports), tmp_path / "packed", pruned("llama"))
+    assert result.stdout == "equal\n", result.stdout + result.stderr
+
+
+def test_pushed_and_pulled_like_any_model(hub, pruned, tmp_path):
+    """By name, bit for bit with the import; not at all without it, even where a dense model lay there before."""
+    pack_folder(pruned("llama"), tmp_path / "packed")
+    for folder in (pruned("llama"), tmp_path / "packed"):
+        push = f"from optimum_fista.run.hub import push_folder\npush_folder({str(folder)!r}, 'tester/packed')"
+        pushed = run_with_hub(hub, push, tmp_path)
+        assert pushed.returncode == 0, pushed.stderr
+    assert "packed.safetensors" in hub.files("tester/packed")
+    assert "model.safetensors" not in hub.files("tester/packed")
+    load = f"""
+        import sys
+        import torch
+        import optimum_fista
+        from transformers import AutoModelForCausalLM
+
+        found = AutoModelForCausalLM.from_pretrained("tester/packed").state_dict()
+        expected = AutoModelForCausalLM.from_pretrained({str(pruned("llama"))!r}).state_dict()
+        print(all(torch.equal(found[name], tensor) for name, tensor in expected.items()))
+        config = optimum_fista.FistaPackedConfig(runtime="packed")
+        packed = AutoModelForCausalLM.from_pretrained("tester/packed", quantization_config=config)
+        print(type(packed.model.layers[0].mlp.up_proj).__name__)
+    """
+    loaded = run_with_hub(hub, load, tmp_path)
+    assert loaded.stdout == "True\nPackedLinear\n", loaded.stderr
+    without = "from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained('tester/packed')"
+    refused = run_with_hub(hub, without, tmp_path)
+    assert refused.returncode == 1
+    assert "does not appear to have a file named" in refused.stderr
+
+
+def test_sharded_folders_keep_their_shards(pruned, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(pruned("llama"))
+    sharded = tmp_path / "sharded"
+    shutil.copytree(pruned("llama"), sharded)
+    (sharded / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="12KB")
+    for file in (tmp_path / "shards").glob("model*"):
+        shutil.copy(file, sharded / file.name)
+    shards = len(list(sharded.glob("model-*.safetensors")))
+    assert shards > 2
+    pack_folder(sharded, tmp_path / "packed")
+    assert len(list((tmp_path / "packed").glob("packed-*.safetensors"))) == shards
+    verify_checkpoint(tmp_path / "packed")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    for file in sharded.glob("model*"):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def edit(folder: Path, change) -> None:
+    file = folder / "packed.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+def drop_part(tensors):
+    del tensors[f"{NAME}_mask"]
+
+
+def one_value_less(tensors):
+    tensors[f"{NAME}_values"] = tensors[f"{NAME}_values"][:-1].clone()
+
+
+def flip_a_bit(tensors):
+    tensors[f"{NAME}_mask"][0, 0] ^= 1
+
+
+def hostile_shape(tensors):
+    tensors[f"{NAME}_layout"][3] = 2**62
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_part, "up_proj.weight is packed, but .*_mask is missing"),
+        (one_value_less, "up_proj.weight_values holds"),
+        (flip_a_bit, "up_proj.weight_values holds"),
+        (hostile_shape, "up_proj.weight"),
+    ],
+)
+def test_malformed_folders_are_refused_and_named(change, message, pruned, tmp_path):
+    pack_folder(pruned("llama"), tmp_path / "packed")
+    edit(tmp_path / "packed", change)
+    with pytest.raises(VerificationError, match=message):
+        verify_checkpoint(tmp_path / "packed")
+    with pytest.raises(ValueError, match=message):
+        unpack_folder(tmp_path / "packed", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_arguments_that_make_no_sense(pruned, tmp_path, tiny_folder):
+    pack_folder(pruned("llama"), tmp_path / "packed")
+    with pytest.raises(ValueError, match="is packed already"):
+        pack_folder(tmp_path / "packed", tmp_path / "twice")
+    with pytest.raises(ValueError, match="is not packed"):
+        unpack_folder(pruned("llama"), tmp_path / "twice")
+    with pytest.raises(FileNotFoundError, match=r"holds no fista/masks\.safetensors"):
+        pack_folder(tiny_folder, tmp_path / "twice")
+    with pytest.raises(FileExistsError, match="already holds a model"):
+        pack_folder(pruned("gpt2"), pruned("llama"))
+    with pytest.raises(ValueError, match="runtime='sparse': pass 'dense' or 'packed'"):
+        FistaPackedConfig(runtime="sparse")
+    with pytest.raises(ValueError, match="the model is not packed: pack the folder"):
+        LlamaForCausalLM.from_pretrained(tiny_folder, quantization_config=FistaPackedConfig())
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_weight_outside_its_mask_is_not_lost_in_silence(pruned, tmp_path):
+    folder = shutil.copytree(pruned("llama"), tmp_path / "changed")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[NAME][tensors[NAME] == 0] = 1.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"up_proj\.weight: weight has values other than zero outside of mask"):
+        pack_folder(folder, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_what_the_folder_says(pruned, tmp_path):
+    pack_folder(pruned("llama"), tmp_path / "packed")
+    settings = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert settings["quantization_config"]["quant_method"] == "fista_packed"
+    assert settings["fista_pruning"]["num_zeros"] > 0
+    assert "import optimum_fista" in (tmp_path / "packed" / "README.md").read_text()
+
+
+def test_whenever_it_is_killed_there_is_the_old_folder_the_new_one_or_none(pruned, tmp_path):
+    def files_of(folder):
+        return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
+
+    pack_folder(pruned("llama", "2:4"), tmp_path / "whole")
+    old, new = files_of(pruned("llama", "unstructured")), files_of(tmp_path / "whole")
+    found = set()
+    for step in itertools.count():
+        folder = tmp_path / str(step) / "model"
+        shutil.copytree(pruned("llama", "unstructured"), folder)
+        try:
+            with killed_at(step):
+                pack_folder(pruned("llama", "2:4"), folder, overwrite=True)
+        except Killed:
+            files = (
+                {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} if folder.exists() else {}
+            )
+            assert files in ({}, old, new)
+            found.add(len(files))
+            continue
+        break
+    assert found == {0, len(old), len(new)}
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]

@@ -1,0 +1,182 @@
+"""A device that runs out of memory: smaller batches, the same result, and a warning; or an error that helps."""
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.run.pruning.batch_size import cut_batches, cut_states, halved_sizes
+from optimum_fista.run.pruning.layer_pruning import HiddenStates
+from optimum_fista.run.streamed import journal, streaming
+
+CONFIGS = [FistaPruningConfig(), FistaPruningConfig(method="sparsegpt", error_correction="intra")]
+
+
+def fail_above(module, most, when=lambda: True):
+    """Have a module run out of memory on batches of more than `most` sequences; returns the sizes that failed."""
+    failed: list[int] = []
+
+    def check(_, arguments, keywords):
+        tensor = arguments[0] if arguments else next(iter(keywords.values()))
+        if tensor.shape[0] > most and when():
+            failed.append(tensor.shape[0])
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    module.register_forward_pre_hook(check, with_kwargs=True)
+    return failed
+
+
+def fail_late(model, most):
+    """Run out of memory in front of the second layer's last operator, when those before it are pruned."""
+    mlp = model.model.layers[1].mlp
+    return fail_above(mlp.down_proj, most, lambda: bool((mlp.gate_proj.weight == 0).any()))
+
+
+def same(model, expected, report, expected_report):
+    assert report.totals["num_zeros"] == expected_report.totals["num_zeros"]
+    for ours, theirs in zip(report.operators, expected_report.operators, strict=True):
+        assert ours.name == theirs.name
+        assert ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-2)
+        assert ours.num_tokens == theirs.num_tokens
+    pairs = zip(model.parameters(), expected.parameters(), strict=True)
+    difference = sum(float((a - b).detach().norm() ** 2) for a, b in pairs)
+    assert difference < 1e-4 * sum(float(p.detach().norm() ** 2) for p in expected.parameters())
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
+@pytest.mark.parametrize("place", ["embeddings", "first pass", "half pruned", "gradients"])
+def test_batches_are_halved_until_they_fit(config, place):
+    model, expected = tiny_llama(), tiny_llama()
+    if place == "half pruned":
+        failed = fail_late(model, 2)
+    else:
+        layer = model.model.layers[1]
+        modules = {"embeddings": model.model, "first pass": layer.self_attn.q_proj, "gradients": model.lm_head}
+        failed = fail_above(modules[place], 2)
+    expected_report = FistaPruner(config, progress=False).prune(expected, tiny_tokens().split(8))
+    if place == "gradients":  # one sequence at a time, whatever the batches
+        report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(8))
+        assert failed == report.warnings == []
+    else:
+        with pytest.warns(UserWarning, match=r"out of memory in .*: batches of 2 sequences from here on \(CUDA out"):
+            report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(8))
+        assert failed == [8, 4]
+        where = "the embeddings" if place == "embeddings" else "model.layers.1"
+        assert [w.partition(":")[0] for w in report.warnings] == [f"out of memory in {where}"] * 2
+    same(model, expected, report, expected_report)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
+def test_a_layer_that_starts_again_starts_from_its_dense_weights(config):
+    early, late = tiny_llama(), tiny_llama()
+    fail_above(early.model.layers[1].self_attn.q_proj, 2, lambda: not torch.is_grad_enabled())
+    assert fail_late(late, 2) == []
+    for model in (early, late):
+        with pytest.warns(UserWarning, match=r"in model\.layers\.1: batches of 2"):
+            FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+    assert all(map(torch.equal, early.parameters(), late.parameters()))
+
+
+def test_padding_is_cut_along(llama, tokens):
+    expected = tiny_llama()
+    mask = torch.ones_like(tokens)
+    mask[5, :4] = mask[1, :2] = 0
+    batches = [{"input_ids": tokens, "attention_mask": mask}]
+    config = FistaPruningConfig(method="sparsegpt")
+    fail_above(llama.model.layers[1], 2)
+    with pytest.warns(UserWarning, match="out of memory"):
+        report = FistaPruner(config, progress=False).prune(llama, batches)
+    same(llama, expected, report, FistaPruner(config, progress=False).prune(expected, batches))
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+@pytest.mark.parametrize("place", ["layer", "gradients"])
+def test_one_sequence_that_is_too_long_is_an_error_that_helps(llama, tokens, place):
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    if place == "layer":
+        fail_above(llama.model.layers[1].mlp, 0, lambda: not torch.is_grad_enabled())
+        expected = r"one sequence of 16 tokens: pass storage_device='cpu' \(--storage-device cpu\) or shorter sequences"
+    else:
+        fail_above(llama.model.layers[1].mlp, 0)
+        expected = r"gradients of the loss on one sequence: pass allocation='uniform'"
+    with pytest.raises(torch.OutOfMemoryError, match=expected):
+        FistaPruner(progress=False).prune(llama, tokens.split(4))
+    assert all(torch.equal(before[name], value) for name, value in llama.state_dict().items())
+
+
+def test_offloaded_models(tokens):
+    model, expected = tiny_llama(), tiny_llama()
+    cpu_offload(
+        model, execution_device=torch.device("cpu"), state_dict={k: v.clone() for k, v in model.state_dict().items()}
+    )
+    fail_late(model, 2)
+    with pytest.warns(UserWarning, match="out of memory in model.layers.1"):
+        FistaPruner(progress=False).prune(model, tokens.split(8))
+    FistaPruner(progress=False).prune(expected, tokens.split(8))
+    stored = model.model.layers[1].mlp.down_proj._hf_hook.weights_map["weight"]
+    wanted = expected.model.layers[1].mlp.down_proj.weight
+    assert float((stored - wanted).detach().norm()) < 1e-2 * float(wanted.detach().norm())
+
+
+@pytest.fixture
+def streamed(tmp_path, monkeypatch):
+    """Prune four layers from files, the second of which runs out of memory when it is half pruned."""
+    source = tmp_path / "source"
+    save_tiny_folder(source)
+    tiny_llama(num_hidden_layers=4).to(torch.bfloat16).save_pretrained(source)
+    load = streaming.load_lazily
+
+    def load_and_watch(*arguments, **options):
+        model, tokenizer = load(*arguments, **options)
+        fail_late(model, 2)
+        return model, tokenizer
+
+    monkeypatch.setattr(streaming, "load_lazily", load_and_watch)
+
+    def prune(output):
+        return FistaPruner(progress=False).prune(str(source), tiny_tokens().split(8), output_dir=tmp_path / output)
+
+    return prune
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_a_streamed_run_goes_on_with_the_smaller_batches(streamed, tmp_path, monkeypatch):
+    report = streamed("whole")
+    assert [w.partition(":")[0] for w in report.warnings] == ["out of memory in model.layers.1"] * 2
+    keep, kept = journal.Journal.keep_layer, []
+
+    def stop(self, index, *arguments):
+        if index == 2:
+            raise KeyboardInterrupt
+        kept.append(index)
+        keep(self, index, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "keep_layer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            streamed("cut")
+    assert kept == [0, 1]
+    report = streamed("cut")
+    assert report.warnings == ["goes on with the batches of the run before, 2 sequences at most"]
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes(), shard.name
+
+
+def test_batches_and_states_are_cut_alike():
+    ids, mask = torch.arange(18).view(6, 3), torch.tensor([[True, True, False]])
+    batches = [CalibrationBatch(ids[:5]), CalibrationBatch(ids[5:], mask, held_out=True)]
+    sizes = halved_sizes(batches, "")
+    assert sizes == [3, 2, 1]
+    cut = cut_batches(batches, sizes)
+    assert torch.equal(torch.cat([b.input_ids for b in cut[:2]]), batches[0].input_ids)
+    assert torch.equal(cut[2].attention_mask, mask)
+    assert [batch.held_out for batch in cut] == [False, False, True]
+    dense = [torch.rand(5, 3, 2), torch.rand(1, 3, 2)]
+    states = cut_states(HiddenStates(dense, dense), sizes, torch.device("cpu"), torch.device("cpu"))
+    assert states.dense is states.pruned
+    assert [h.shape[0] for h in states.dense] == sizes
+    assert torch.equal(torch.cat(list(states.dense)), torch.cat(dense))
+    with pytest.raises(torch.OutOfMemoryError, match=r"one sequence of 3 tokens.*\[no room\]"):
+        halved_sizes([batches[1]], "no room")

@@ -1,0 +1,210 @@
+"""Pruning mixtures of experts: budgets, starved experts, saving, streaming, offloading, rollback."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import MOE_FAMILIES, VOCAB_SIZE, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.run.checkpoints.stored_names import split_index
+from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
+from optimum_fista.solve.methods import METHODS
+
+STREAMED = [family for family in MOE_FAMILIES if family != "llama4_text"]
+"""Transformers can't run Llama-4 offloaded to disk: its complex position embeddings stay on the meta device."""
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, VOCAB_SIZE, (8, 24), generator=torch.Generator().manual_seed(1))
+
+
+def pruner(**options) -> FistaPruner:
+    return FistaPruner(FistaPruningConfig(**{"starved_tokens": 0} | options), progress=False)
+
+
+def same(model: PreTrainedModel, other: PreTrainedModel) -> bool:
+    state, expected = model.state_dict(), other.state_dict()
+    return all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"pattern": "2:4"}])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_a_saved_mixture_is_verified_and_reloaded_weight_for_weight(family, options, tokens, tmp_path):
+    model = tiny_model(family)
+    prune = pruner(**options)
+    report = prune.prune(model, tokens.split(4))
+    prune.save_pretrained(model, tmp_path / "out")
+    found = verify_checkpoint(tmp_path / "out")
+    experts = sum(o.shape[0] * o.shape[1] for o in report.operators if ".experts." in o.name)
+    fused = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3)
+    assert experts == fused
+    assert found.num_operators == len(report.operators)
+    assert abs(found.num_zeros - found.num_weights / 2) <= 1
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
+    if family == "mixtral":
+        with safe_open(tmp_path / "out" / "fista" / "masks.safetensors", "pt") as masks:
+            assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in masks.keys()  # noqa: SIM118
+
+
+@pytest.mark.parametrize("family", STREAMED)
+def test_streaming_a_mixture_gives_what_pruning_in_memory_gives(family, tokens, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "in")
+    in_memory, streamed = pruner(), pruner()
+    in_memory.prune(model, tokens.split(4))
+    in_memory.save_pretrained(model, tmp_path / "memory")
+    streamed.prune(tmp_path / "in", tokens.split(4), output_dir=tmp_path / "streamed")
+    verify_checkpoint(tmp_path / "streamed")
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "streamed"), model)
+    masks = [load_file(tmp_path / kind / "fista" / "masks.safetensors") for kind in ("memory", "streamed")]
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+
+
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_an_offloaded_mixture_is_pruned_where_it_is_kept(family, place, tokens, tmp_path):
+    expected, model = tiny_model(family), tiny_model(family)
+    pruner().prune(expected, tokens.split(4))
+    if place == "disk":
+        model.save_pretrained(tmp_path / "in")
+        places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+        places |= {"model.rotary_emb": "cpu"}
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "in", device_map=places, offload_folder=tmp_path / "offload"
+        )
+    else:
+        cpu_offload(model, execution_device="cpu", state_dict={k: v.clone() for k, v in model.state_dict().items()})
+    prune = pruner()
+    prune.prune(model, tokens.split(4))
+    with torch.no_grad():
+        assert torch.allclose(model(tokens[:2]).logits, expected(tokens[:2]).logits, atol=1e-5)
+    if place == "disk":
+        prune.save_pretrained(model, tmp_path / "out")
+        verify_checkpoint(tmp_path / "out")
+        assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_failed_run_leaves_a_mixture_as_it_was(offloaded, tokens, monkeypatch):
+    model, dense = tiny_model("mixtral"), tiny_model("mixtral")
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    if offloaded:
+        cpu_offload(model, execution_device="cpu", state_dict=kept)
+    method = METHODS["obs_admm"]
+    solve = method.prune_sharing
+
+    def failing(self, problems, patterns):
+        if problems[0].name.endswith("layers.1.mlp.experts.2.down_proj"):
+            raise RuntimeError("no more")
+        return solve(self, problems, patterns)
+
+    monkeypatch.setattr(method, "prune_sharing", failing)
+    with pytest.raises(RuntimeError, match="no more"):
+        pruner(pattern="2:4").prune(model, tokens.split(4))
+    state = kept if offloaded else model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in dense.state_dict().items())
+    assert not any("forward" in vars(m) and not offloaded for m in model.modules())
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_prunes_experts(method, tokens):
+    model = tiny_model("qwen3_moe")
+    report = pruner(method=method, pattern="2:4").prune(model, tokens.split(4))
+    experts = [o for o in report.operators if ".experts." in o.name]
+    assert len(experts) == 2 * 4 * 3
+    assert all(o.method == method and o.sparsity == 0.5 for o in experts)
+    seen = [o.num_tokens for o in experts if o.name.endswith("up_proj.weight") and ".layers.0." in o.name]
+    assert sum(seen) == 2 * tokens.numel()  # two experts a token
+
+
+def test_starved_experts_are_pruned_by_the_named_method_and_reported(tokens):
+    model = tiny_model("mixtral")
+    report = pruner(method="sparsegpt", starved_tokens=10**6, starved_method="wanda").prune(model, tokens.split(4))
+    experts = [o for o in report.operators if ".experts." in o.name]
+    assert {o.method for o in experts} == {"wanda"}
+    assert {o.method for o in report.operators if o not in experts} == {"sparsegpt"}
+    assert all(f"{o.num_tokens} calibration tokens" in o.message and "wanda" in o.message for o in experts)
+    assert any(w.startswith(f"{len(experts)} of {len(report.operators)} operators") for w in report.warnings)
+    partly = pruner(method="sparsegpt", starved_tokens=sorted(o.num_tokens for o in experts)[12]).prune(
+        tiny_model("mixtral"), tokens.split(4)
+    )
+    assert {o.method for o in partly.operators if ".experts." in o.name} == {"sparsegpt", "magnitude"}
+
+
+def test_zeros_shared_by_gradients_are_the_same_for_all_experts_of_a_kind(tokens):
+    report = pruner(sparsity=0.5).prune(tiny_model("mixtral"), tokens.split(4))
+    totals = report.totals
+    assert abs(totals["num_zeros"] - totals["num_weights"] / 2) <= 1
+    assert report.warnings == []
+    sparsities = {o.name: o.target_sparsity for o in report.operators if "down_proj" in o.name}
+    for layer in range(2):
+        found = [value for name, value in sparsities.items() if f"layers.{layer}." in name]
+        assert max(found) - min(found) <= 1 / (32 * 48) + 1e-9
+    assert len({round(value, 3) for value in sparsities.values()}) > 1
+
+
+def test_a_weight_that_came_back_in_a_fused_tensor_is_found(tokens, tmp_path):
+    model = tiny_model("gpt_oss")
+    prune = pruner(pattern="2:4")
+    prune.prune(model, tokens.split(4))
+    prune.save_pretrained(model, tmp_path / "out")
+    names = [o["name"] for o in json.loads((tmp_path / "out" / "fista" / "report.json").read_text())["operators"]]
+    assert "model.layers.1.mlp.experts.gate_up_proj[2, :, 1:96:2]" in names
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    part = tensors["model.layers.1.mlp.experts.gate_up_proj"][2, :, 1:96:2]
+    place = (part == 0).nonzero()[0]
+    part[place[0], place[1]] = 1.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match=r"gate_up_proj\[2, :, 1:96:2\] has 1 weights outside its mask"):
+        verify_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "index"),
+    [
+        ("a.weight", "a.weight", ()),
+        ("a.up[3, :, 1:96:2]", "a.up", (3, slice(None), slice(1, 96, 2))),
+        ("a.up[0, 0:48, :]", "a.up", (0, slice(0, 48), slice(None))),
+    ],
+)
+def test_names_of_parts_of_tensors(name, tensor, index):
+    assert split_index(name) == (tensor, index)
+
+
+def test_layers_of_a_mixture_are_found():
+    assert len(find_decoder_layers(tiny_model("gpt_oss"))) == 2
+
+
+def test_starved_options_are_checked():
+    with pytest.raises(ValueError, match=r"starved_method='cheapest': pass one of 'admm'"):
+        FistaPruningConfig(starved_method="cheapest")
+    with pytest.raises(ValueError, match=r"starved_tokens=-1: pass a whole number of at least 0"):
+        FistaPruningConfig(starved_tokens=-1)
+
+
+def test_a_resumed_mixture_is_the_same(tokens, tmp_path, monkeypatch):
+    tiny_model("mixtral").save_pretrained(tmp_path / "in")
+    for name in ("whole", "cut"):
+        run = pruner()
+        if name == "cut":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    "optimum_fista.run.streamed.streamed_run.write_remaining",
+                    lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
+                )
+                with pytest.raises(KeyboardInterrupt):
+                    run.prune(tmp_path / "in", tokens.split(4), output_dir=tmp_path / name)
+        run.prune(tmp_path / "in", tokens.split(4), output_dir=tmp_path / name)
+    for file in (tmp_path / "whole").rglob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "cut" / Path(file).relative_to(tmp_path / "whole")).read_bytes()

@@ -1,0 +1,107 @@
+import dataclasses
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from optimum_fista.run.reports.card import model_card
+
+
+def card_of(saved, **model) -> ModelCard:
+    return ModelCard(model_card(dataclasses.replace(saved.report, model=saved.report.model | model)))
+
+
+def test_saved_card_has_metadata_that_the_hub_reads(saved):
+    card = ModelCard.load(saved.folder / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert {"optimum-fista", "pruned", "sparse"} <= set(card.data.tags)
+    assert card.data.base_model is None
+
+
+def test_saved_card_has_the_numbers(saved):
+    text = ModelCard.load(saved.folder / "README.md").text
+    totals = saved.report.totals
+    assert f"{totals['num_zeros']:,} of the {totals['num_weights']:,} weights" in text
+    assert f"{totals['sparsity']:.2%}" in text
+    assert f"{totals['mean_relative_error']:.4f} on average" in text
+    assert f"{totals['max_relative_error']:.4f} at most" in text
+    assert "128 tokens in 8 sequences of random tokens" in text
+    assert saved.report.calibration["sha256"] in text
+    for name, version in saved.report.versions.items():
+        assert f"{name} {version}" in text
+    assert "| pattern | 2:4 |" in text
+    assert "| method | fista; error correction `intra`, residual correction `0.0` |" in text
+    assert "| zeros | the same share in every operator |" in text
+
+
+def test_card_tells_how_the_zeros_were_shared(saved_by_rows):
+    first, second, *_ = saved_by_rows.report.operators
+    operators = [dataclasses.replace(first, sparsity=0.125), dataclasses.replace(second, sparsity=0.6)]
+    config = saved_by_rows.report.config | {"allocation": "fisher"}
+    text = model_card(dataclasses.replace(saved_by_rows.report, operators=operators, config=config))
+    assert "| zeros | shared over the operators by gradients of the loss, 12.5% to 60.0% |" in text
+
+
+def test_saved_card_has_one_row_for_every_kind_of_operator(saved):
+    text = ModelCard.load(saved.folder / "README.md").text
+    rows = [line for line in text.splitlines() if "_proj |" in line]
+    assert len(rows) == 7
+    errors = [o.relative_error for o in saved.report.operators if o.name.endswith("mlp.down_proj.weight")]
+    assert f"| mlp.down_proj | 32 x 48 | 75.00% | {sum(errors) / 2:.4f} | {max(errors):.4f} |" in rows
+
+
+def test_the_configuration_in_the_card_makes_the_model_again(saved):
+    text = ModelCard.load(saved.folder / "README.md").text
+    block = text.split("```json\n")[1].split("```")[0]
+    assert json.loads(block) == saved.pruner.config.resolved().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "base_model", "title"),
+    [
+        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B", "Llama-3.2-1B, 2:4"),
+        ("gpt2", None, "gpt2, 2:4"),
+        ("/home/me/models/tiny", None, "tiny, 2:4"),
+        ("", None, "LlamaForCausalLM, 2:4"),
+    ],
+)
+def test_base_model_is_a_hub_id(saved, name, base_model, title):
+    card = card_of(saved, name=name)
+    assert card.data.base_model == base_model
+    assert f"# {title}\n" in card.text
+
+
+def test_a_local_folder_of_two_parts_is_no_hub_id(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    assert card_of(saved, name="models/tiny").data.base_model is None
+
+
+def test_calibration_of_unknown_source(saved):
+    calibration = saved.report.calibration | {"source": None}
+    text = model_card(dataclasses.replace(saved.report, calibration=calibration))
+    assert "| calibration | 128 tokens in 8 sequences |" in text
+
+
+def test_unstructured_sparsity_in_the_title(saved_by_rows):
+    assert "# LlamaForCausalLM, 30% unstructured" in model_card(saved_by_rows.report)
+
+
+def test_held_out_errors_have_a_line_and_a_column(saved):
+    report = saved.report
+    assert "held-out" not in model_card(report)
+    operators = [dataclasses.replace(o, held_out_error=2 * o.relative_error) for o in report.operators]
+    held_out = {"sha256": "cd", "num_tokens": 1234, "num_sequences": 3}
+    text = model_card(
+        dataclasses.replace(report, operators=operators, calibration=report.calibration | {"held_out": held_out})
+    )
+    totals = report.totals
+    assert (
+        f"| the same on held-out tokens | {2 * totals['mean_relative_error']:.4f} on average, "
+        f"{2 * totals['max_relative_error']:.4f} at most, on 1,234 tokens in 3 further sequences |"
+    ) in text
+    assert "| operator | shape | sparsity | mean error | largest error | mean held-out error |" in text
+    errors = [o.held_out_error for o in operators if o.name.endswith("mlp.down_proj.weight")]
+    (line,) = [line for line in text.splitlines() if line.startswith("| mlp.down_proj |")]
+    assert line.endswith(f"| {sum(errors) / 2:.4f} |")

@@ -1,0 +1,131 @@
+import dataclasses
+import importlib.metadata
+import json
+import platform
+
+import pytest
+
+import optimum_fista
+from optimum_fista.run.memory.peak_memory import MemoryPeak
+from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport, library_versions
+from optimum_fista.solve.convergence import Convergence
+
+
+def operator(name: str, **changes) -> OperatorReport:
+    values = {
+        "name": name,
+        "shape": (4, 8),
+        "stored_transposed": False,
+        "pattern": "unstructured",
+        "target_sparsity": 0.5,
+        "scope": "matrix",
+        "num_kept": 16,
+        "sparsity": 0.5,
+        "method": "fista",
+        "relative_error": 0.2,
+        "l1_penalty": 0.03,
+        "iterations": 40,
+        "converged": True,
+        "message": "",
+        "num_tokens": 128,
+        "solve_seconds": 0.25,
+    }
+    return OperatorReport(**values | changes)
+
+
+def report(*operators: OperatorReport) -> PruningReport:
+    return PruningReport(
+        config={"method": "fista"},
+        model={"num_parameters": 400},
+        calibration={"sha256": "ab", "num_tokens": 128, "num_sequences": 8},
+        operators=list(operators),
+        layers=[LayerReport("layers.0", 0.25, 1.0, MemoryPeak(5, 3)), LayerReport("layers.1", None, 0.5)],
+        left_dense={"layers.0.gate": "exclude"},
+        warnings=["few tokens"],
+        seconds={"total": 1.5},
+    )
+
+
+TWO = report(
+    operator("layers.0.up.weight", convergence=Convergence("change", (1, 2), (0.5, 0.25))),
+    operator("layers.0.down.weight", shape=(2, 4), num_kept=2, sparsity=0.75, relative_error=0.6, converged=False),
+)
+
+
+def test_totals_are_sums_and_means():
+    assert TWO.totals == {
+        "num_operators": 2,
+        "num_weights": 40,
+        "num_zeros": 22,
+        "sparsity": 22 / 40,
+        "model_sparsity": 22 / 400,
+        "mean_relative_error": pytest.approx(0.4),
+        "max_relative_error": 0.6,
+        "mean_held_out_error": None,
+        "max_held_out_error": None,
+        "held_out_ratio": None,
+        "solve_seconds": 0.5,
+        "num_not_converged": 1,
+    }
+
+
+def test_totals_of_nothing():
+    totals = report().totals
+    assert totals["num_weights"] == totals["sparsity"] == totals["mean_relative_error"] == 0
+
+
+def test_json_round_trip():
+    values = json.loads(TWO.to_json())
+    assert values["totals"] == TWO.totals
+    assert values["operators"][1]["shape"] == [2, 4]
+    read = PruningReport.from_dict(values)
+    assert read == TWO
+    assert read.operators[1].shape == (2, 4)
+    assert [f.name for f in dataclasses.fields(OperatorReport)] == list(values["operators"][0])
+
+
+def test_reports_of_older_versions_have_no_layers():
+    values = TWO.to_dict()
+    del values["layers"]
+    assert PruningReport.from_dict(values) == dataclasses.replace(TWO, layers=[])
+
+
+def test_from_dict_leaves_its_argument_alone():
+    values = TWO.to_dict()
+    PruningReport.from_dict(values)
+    assert values == TWO.to_dict()
+
+
+def test_summary_for_people():
+    assert str(TWO) == (
+        "2 operators pruned by fista, 22 of 40 weights zero (55.00%); relative error 0.4000 on average, "
+        "0.6000 at most; 1.5 s, of which solving 0.5 s"
+    )
+
+
+def test_held_out_errors_are_compared_with_those_of_the_same_operators():
+    first, second = TWO.operators
+    third = dataclasses.replace(first, name="layers.0.gate.weight", relative_error=0.4, held_out_error=0.5)
+    held_out = report(dataclasses.replace(first, held_out_error=0.25), second, third)
+    held_out.calibration["held_out"] = {"sha256": "cd", "num_tokens": 1024, "num_sequences": 2}
+    totals = held_out.totals
+    assert totals["mean_held_out_error"] == pytest.approx(0.375)
+    assert totals["max_held_out_error"] == 0.5
+    assert totals["held_out_ratio"] == pytest.approx(0.75 / 0.6)
+    assert "0.6000 at most, 1.25 times that on 1,024 held-out tokens (0.3750 on average); 1.5 s" in str(held_out)
+    assert PruningReport.from_dict(json.loads(held_out.to_json())) == held_out
+
+
+def test_reports_of_older_versions_have_no_held_out_errors():
+    values = TWO.to_dict()
+    for entry in values["operators"]:
+        del entry["held_out_error"], entry["held_out_tokens"]
+    assert PruningReport.from_dict(values) == TWO
+
+
+def test_versions_are_those_installed():
+    versions = library_versions()
+    assert versions["python"] == platform.python_version()
+    assert versions["optimum-fista"] == optimum_fista.__version__
+    for name in ("torch", "transformers", "safetensors"):
+        assert versions[name] == importlib.metadata.version(name)

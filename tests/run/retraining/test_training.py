@@ -1,0 +1,245 @@
+import contextlib
+import gc
+import weakref
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from tiny_llama import tiny_tokens
+from tiny_models import tiny_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optimum_fista import FistaPruner, FistaPruningConfig, masked_training
+from optimum_fista.run.retraining.masks import find_masks
+
+
+class Noise(torch.optim.Optimizer):
+    """Moves every weight, whatever its gradient."""
+
+    def __init__(self, parameters, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(torch.randn_like(parameter), alpha=group["lr"])
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "fused adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-1, weight_decay=0.1),
+    "noise": lambda p: Noise(p, lr=1e-2),
+}
+
+
+def reload(saved, **options) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(saved.folder, **options).train()
+
+
+def train(model: PreTrainedModel, optimizer, steps: int = 4, accumulate: int = 2, clip: float = 0.5) -> list[Tensor]:
+    """Returns the norms of the gradients."""
+    norms = []
+    for _ in range(steps):
+        for ids in tiny_tokens().split(4)[:accumulate]:
+            model(ids, labels=ids).loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def strays(model: PreTrainedModel, masks: dict[str, Tensor]) -> int:
+    """Weights outside the masks with any bit set, a sign included."""
+    kinds = {2: torch.int16, 4: torch.int32}
+    weights = {name: model.get_parameter(name).data for name in masks}
+    return sum(int(w.view(kinds[w.element_size()])[~masks[name]].count_nonzero()) for name, w in weights.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_zeros_stay_zero_bit_for_bit_and_the_rest_is_trained(optimizer, dtype, saved):
+    model = reload(saved, dtype=dtype)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with masked_training(model, saved.folder) as training:
+        train(model, OPTIMIZERS[optimizer](model.parameters()))
+        assert strays(model, training.masks) == 0
+    for name, parameter in model.named_parameters():
+        kept = training.masks.get(name, torch.ones(()).bool().expand_as(parameter))
+        assert bool(torch.isfinite(parameter).all())
+        assert (parameter != before[name])[kept].float().mean() > 0.1, name
+    assert strays(model, training.masks) == 0
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_without_it_zeros_fill(optimizer, saved):
+    model = reload(saved)
+    train(model, OPTIMIZERS[optimizer](model.parameters()), steps=1)
+    assert strays(model, find_masks(saved.model, saved.pruner)) > 8000
+
+
+def test_moments_and_clipping_never_see_pruned_weights(saved):
+    models = [reload(saved), reload(saved)]
+    masks = find_masks(models[0], saved.folder)
+    norms, states = [], []
+    for model, is_masked in zip(models, (True, False), strict=True):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, amsgrad=True)
+        if is_masked:
+            with masked_training(model, masks):
+                norms.append(train(model, optimizer, steps=1)[0])
+        else:  # the same by hand
+            for ids in tiny_tokens().split(4)[:2]:
+                model(ids, labels=ids).loss.backward()
+            for name, mask in masks.items():
+                model.get_parameter(name).grad.mul_(mask)
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+            optimizer.step()
+        states.append(optimizer.state[model.get_parameter("model.layers.0.mlp.up_proj.weight")])
+    assert torch.equal(*norms)
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        assert torch.equal(states[0][key], states[1][key])
+        assert not bool(states[0][key][~masks["model.layers.0.mlp.up_proj.weight"]].any())
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("moment", ["before", "during"])
+def test_state_from_dense_training_is_masked(moment, saved):
+    name = "model.layers.0.mlp.up_proj.weight"
+    dense = reload(saved)
+    old = torch.optim.AdamW(dense.parameters(), lr=1e-3)
+    train(dense, old, steps=2)
+    model = reload(saved)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with masked_training(model) as training:
+        if moment == "during":
+            train(model, optimizer, steps=1)
+        optimizer.load_state_dict(old.state_dict())
+        assert bool(optimizer.state[model.get_parameter(name)]["exp_avg"][~training.masks[name]].any())
+        train(model, optimizer, steps=1)
+        assert not bool(optimizer.state[model.get_parameter(name)]["exp_avg"][~training.masks[name]].any())
+        assert strays(model, training.masks) == 0
+
+
+def test_nan_gradients_of_pruned_weights_do_not_spread(saved):
+    model = reload(saved)
+    name = "model.layers.0.mlp.up_proj.weight"
+    with masked_training(model) as training:
+        weight = model.get_parameter(name)
+        (weight * torch.where(training.masks[name], 1.0, float("nan"))).sum().backward()
+        assert bool(torch.isfinite(weight.grad).all())
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps its settings for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_gradient_checkpointing_and_accelerate(saved):
+    model = reload(saved)
+    model.gradient_checkpointing_enable()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+    wrapped, optimizer = accelerator.prepare(model, Noise(model.parameters(), lr=1e-3))
+    with masked_training(accelerator.unwrap_model(wrapped)) as training:
+        for ids in tiny_tokens().split(2):
+            with accelerator.accumulate(wrapped):
+                accelerator.backward(wrapped(ids, labels=ids).loss)
+                gradient = model.get_parameter("model.layers.0.mlp.up_proj.weight").grad
+                assert bool(gradient.any())
+                assert not bool(gradient[~training.masks["model.layers.0.mlp.up_proj.weight"]].any())
+                optimizer.step()
+                optimizer.zero_grad()
+        assert strays(model, training.masks) == 0
+
+
+def test_data_parallel_processes_reduce_masked_gradients(saved):
+    model = reload(saved)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        with masked_training(model) as training:
+            ids = tiny_tokens()
+            wrapped(ids, labels=ids).loss.backward()
+            for name, mask in training.masks.items():
+                gradient = model.get_parameter(name).grad
+                assert bool(gradient[mask].any())
+                assert not bool(gradient[~mask].any())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gpt2"])
+def test_fused_experts_and_transposed_weights(family, tokens, tmp_path):
+    model = tiny_model(family)
+    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda", starved_tokens=0), progress=False)
+    pruner.prune(model, tokens.split(4))
+    pruner.save_pretrained(model, tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = {name: parameter.clone() for name, parameter in reloaded.named_parameters()}
+    with masked_training(reloaded, tmp_path / "out") as training:
+        train(reloaded, OPTIMIZERS["adamw"](reloaded.parameters()))
+    assert strays(reloaded, training.masks) == 0
+    assert all(bool((reloaded.get_parameter(name) != before[name])[m].any()) for name, m in training.masks.items())
+
+
+def test_a_handle_is_let_go(saved):
+    model = reload(saved)
+    training = masked_training(model, saved.folder)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    train(model, optimizer, steps=1)
+    assert strays(model, training.masks) == 0
+    training.remove()
+    training.remove()
+    train(model, optimizer, steps=1)
+    assert strays(model, training.masks) > 8000
+
+
+def test_an_error_in_the_loop_ends_it(saved):
+    model = reload(saved)
+    with contextlib.suppress(KeyboardInterrupt), masked_training(model) as training:
+        model.get_parameter("model.layers.0.mlp.up_proj.weight").data.add_(1.0)
+        raise KeyboardInterrupt
+    assert strays(model, training.masks) == 0
+    train(model, OPTIMIZERS["adamw"](model.parameters()), steps=1)
+    assert strays(model, training.masks) > 8000
+
+
+def test_a_handle_that_nobody_keeps_works_and_does_not_keep_the_model(saved):
+    model = reload(saved)
+    masks = find_masks(model)
+    masked_training(model)
+    gc.collect()
+    train(model, OPTIMIZERS["noise"](model.parameters()), steps=1)
+    assert strays(model, masks) == 0
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_other_models_are_left_alone(saved):
+    model, other = reload(saved), reload(saved)
+    with masked_training(model) as training:
+        train(other, OPTIMIZERS["adamw"](other.parameters()), steps=1)
+    assert strays(other, training.masks) > 8000
+    assert "retrained" not in model.config.fista_pruning
+
+
+def test_frozen_weights_are_no_trouble(saved):
+    model = reload(saved)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.ndim == 1)
+    weight = model.model.layers[0].mlp.up_proj.weight.clone()
+    norm = model.model.norm.weight.clone()
+    with masked_training(model):
+        train(model, OPTIMIZERS["adamw"]([p for p in model.parameters() if p.requires_grad]))
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weight)
+    assert not torch.equal(model.model.norm.weight, norm)
+    assert model.config.fista_pruning["retrained"]

@@ -1,0 +1,98 @@
+"""Speed of pruned models: processes that answer in turn, figures that add up, a table and a picture."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from optimum_fista.run.packed_folders.packed_folder import pack_folder
+from optimum_fista.run.speed.measure import SpeedReport, SpeedSettings, measure_speed
+from optimum_fista.run.speed.table import draw_speed, speed_table
+from optimum_fista.run.speed.worker import Variant, Worker
+
+SETTINGS = SpeedSettings(
+    variants=["dense float32", "packed float32"],
+    batch_sizes=[1, 2],
+    new_tokens=4,
+    prompt_tokens=3,
+    prefill_tokens=5,
+    rounds=2,
+    threads=1,
+)
+
+
+@pytest.fixture(scope="module")
+def report(saved):
+    lines: list[str] = []
+    report = measure_speed(saved.folder, SETTINGS, lines.append)
+    assert lines[:3] == [f"packing {saved.folder}", "loading dense float32", "loading packed float32"]
+    assert lines[-1] == "round 2 of 2, prefill"
+    return report
+
+
+def test_the_figures_are_those_of_the_times(report, saved):
+    dense, packed = report.variants["dense float32"], report.variants["packed float32"]
+    for found in (dense, packed):
+        times = found.seconds["batch 2"]
+        assert len(times) == 2
+        assert found.tokens_per_second[2] == pytest.approx(8 / (sum(times) / 2))
+        assert found.prefill_tokens_per_second == pytest.approx(5 / (sum(found.seconds["prefill"]) / 2))
+    assert dense.weight_bytes == 4 * saved.model.num_parameters()
+    assert packed.weight_bytes < dense.weight_bytes
+
+
+def test_packed_decoding_is_dense_decoding(report):
+    dense, packed = report.variants["dense float32"], report.variants["packed float32"]
+    assert dense.same_tokens is None
+    assert packed.same_tokens == 1
+    assert 0 <= packed.logits_difference < 1e-5
+
+
+def test_a_table_and_a_picture(report, tmp_path):
+    lines = speed_table(report).splitlines()
+    assert lines[2].startswith("| dense float32 | ")
+    assert "(1.00x)" in lines[2]
+    assert "100%" in lines[3]
+    assert "1 threads" in lines[-1]
+    draw_speed(report, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    again = SpeedReport.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert speed_table(again) == speed_table(report)
+
+
+def test_a_packed_folder_is_measured_dense_from_an_unpacked_one(saved, tmp_path):
+    pack_folder(saved.folder, tmp_path / "packed")
+    lines: list[str] = []
+    settings = dataclasses.replace(SETTINGS, variants=["dense float32"], batch_sizes=[1], rounds=1)
+    report = measure_speed(tmp_path / "packed", settings, lines.append)
+    assert lines[0] == f"unpacking {tmp_path / 'packed'}"
+    assert report.variants["dense float32"].weight_bytes == 4 * saved.model.num_parameters()
+
+
+def test_a_worker_says_what_went_wrong(saved):
+    worker = Worker(Variant("dense float32", saved.folder, "float32", "dense"), "cpu", 1)
+    try:
+        with pytest.raises(RuntimeError, match="dense float32: IndexError"):
+            worker.ask("prefill", torch.tensor([[10**6]]))
+        assert worker.ask("prefill", torch.tensor([[1]]))[0] > 0
+        worker._process.kill()
+        with pytest.raises(RuntimeError, match="its process has ended"):
+            worker.ask("memory")
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"variants": ["packed int8"]}, "variants='packed int8'"),
+        ({"variants": []}, "variants"),
+        ({"variants": ["dense float32"] * 2}, "once"),
+        ({"batch_sizes": [1, 0]}, "batch_sizes=0"),
+        ({"rounds": 0}, "rounds=0"),
+    ],
+)
+def test_settings_are_checked(changes, named):
+    with pytest.raises(ValueError, match=named):
+        dataclasses.replace(SETTINGS, **changes)

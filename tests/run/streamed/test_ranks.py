@@ -1,0 +1,165 @@
+"""Several processes make the same folder as one, and what one of them loses is only its current layer."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from folder_files import files_of
+from launched import exit_codes, launch, prune, prune_other_tokens, prune_until
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista.run.streamed.ranks import Ranks, joined_ranks, launched_processes
+from optimum_fista.run.streamed.unfinished import unfinished_folder
+
+LAYERS = 5
+INTRA = FistaPruningConfig(0.5, error_correction="intra")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = save_tiny_folder(tmp_path_factory.mktemp("source"))
+    tiny_llama(num_hidden_layers=LAYERS).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def whole(source: Path, output: Path, config: FistaPruningConfig) -> dict[str, bytes]:
+    """What one process writes."""
+    FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=output)
+    return files_of(output)
+
+
+@pytest.fixture(scope="module")
+def expected(source, tmp_path_factory) -> dict[str, bytes]:
+    return whole(source, tmp_path_factory.mktemp("whole") / "pruned", INTRA)
+
+
+@pytest.mark.parametrize("count", [2, LAYERS + 1])
+def test_processes_write_what_one_writes(source, expected, tmp_path, count):
+    assert exit_codes(launch(count, prune, source, tmp_path / "pruned", INTRA)) == [0] * count
+    assert files_of(tmp_path / "pruned") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FistaPruningConfig(pattern="2:4", method="sparsegpt", error_correction="none"),
+        FistaPruningConfig(0.5, method="magnitude", exclude=("*.layers.0.*", "*.layers.2.*", "*.layers.4.*")),
+        FistaPruningConfig(0.5, method="wanda", error_correction="intra", held_out=3),
+    ],
+    ids=["2:4", "layers left dense", "held out"],
+)
+def test_other_configurations(source, tmp_path, config):
+    assert exit_codes(launch(2, prune, source, tmp_path / "pruned", config)) == [0, 0]
+    assert files_of(tmp_path / "pruned") == whole(source, tmp_path / "whole", config)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_loses_its_current_layer(source, expected, tmp_path, victim):
+    output, log = tmp_path / "pruned", tmp_path / "log"
+    codes = exit_codes(launch(2, prune_until, "killed", victim, 1, source, output, INTRA, log))
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] == 3
+    finished = sorted((unfinished_folder(output) / "journal").glob("layer-*.json"))
+    assert len(finished) == (4 if victim else 3)  # of shares of three and two
+    assert not output.exists()
+    said = log.with_name(f"log-{1 - victim}").read_text()
+    assert re.search(
+        rf"RankError: rank {1 - victim} of 2 has lost the others: one has ended .*; {len(finished)} of 5 decoder "
+        r"layers are finished and kept in .*pruned.unfinished.*; start again with the same output",
+        said,
+    )
+    for count in (1, 3):
+        again = tmp_path / f"again-{count}"
+        shutil.copytree(unfinished_folder(output), unfinished_folder(again))
+        if count == 1:
+            whole(source, again, INTRA)
+        else:
+            assert exit_codes(launch(count, prune, source, again, INTRA)) == [0] * count
+        assert files_of(again) == expected
+
+
+def test_a_rank_that_fails_lets_the_others_finish_their_layers(source, expected, tmp_path):
+    output, log = tmp_path / "pruned", tmp_path / "log"
+    assert exit_codes(launch(2, prune_until, "fails", 0, 1, source, output, INTRA, log)) == [3, 3]
+    assert (tmp_path / "log-0").read_text() == "RuntimeError: no more of this"
+    assert re.fullmatch(
+        r"RankError: rank 0 of 2 failed: RuntimeError: no more of this; 3 of 5 decoder layers are finished and kept in "
+        r"'.*pruned.unfinished'; start again with the same output",
+        (tmp_path / "log-1").read_text(),
+    )
+    assert exit_codes(launch(2, prune, source, output, INTRA)) == [0, 0]
+    assert files_of(output) == expected
+
+
+def test_layers_that_wait_for_each_other_are_not_shared(source, tmp_path):
+    log = tmp_path / "log"
+    for name in ("default", "full"):
+        config = FistaPruningConfig() if name == "default" else FistaPruningConfig(error_correction=name)
+        assert exit_codes(launch(2, prune, source, tmp_path / "pruned", config, log)) == [3, 3]
+        shown = 0.5 if name == "default" else name
+        assert f"error_correction={shown!r} prunes every decoder layer on what" in (tmp_path / "log-1").read_text()
+        assert "pass error_correction='intra' (--error-correction intra)" in (tmp_path / "log-0").read_text()
+    assert not unfinished_folder(tmp_path / "pruned").exists()
+
+
+def test_calibration_that_differs_by_rank_is_refused(source, tmp_path):
+    codes = exit_codes(launch(2, prune_other_tokens, source, tmp_path / "pruned", INTRA, tmp_path / "log"))
+    assert codes == [3, 3]
+    message = "ValueError: calibration differ from those of rank 0: start every process with the same model"
+    assert (tmp_path / "log-1").read_text().startswith(message)
+    assert "rank 1 of 2 failed: ValueError: calibration differ" in (tmp_path / "log-0").read_text()
+
+
+def test_one_process_is_a_run_of_its_own(monkeypatch):
+    assert launched_processes() == 1
+    with joined_ranks("cpu") as ranks:
+        assert ranks == Ranks(device="cpu")
+        assert ranks.first(lambda: 3) == ranks.each(lambda: 3) == 3
+        with pytest.raises(KeyError):
+            ranks.each({}.popitem)
+
+
+def test_accelerate_launches_the_command(source, tmp_path):
+    arguments = ["prune", str(source), "--error-correction", "intra", "--num-samples", "8", "--sequence-length", "16"]
+    arguments += ["--calibration", "self", "--device", "cpu"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launcher, "-m", "optimum_fista", *arguments, "--output", str(tmp_path / "pruned")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    shown = process.stdout.splitlines()
+    assert [line for line in shown if line] == [shown[0], f"saved to {tmp_path / 'pruned'}"]
+    assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
+
+
+_SCRIPT = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from launched import prune, prune_until
+from optimum_fista import FistaPruningConfig
+rank, again = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+arguments = [Path(sys.argv[2]), Path(sys.argv[3]), FistaPruningConfig(0.5, error_correction="intra")]
+prune(rank, *arguments) if again else prune_until(rank, "killed", 1, 1, *arguments)
+"""
+
+
+def test_torchrun_starts_again_by_itself(source, expected, tmp_path):
+    (tmp_path / "script.py").write_text(_SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(tmp_path / "script.py"), str(Path(__file__).parents[2]), str(source), str(tmp_path / "pruned")]
+    command = [*launcher, "--max-restarts", "1", *arguments]
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/ranks.md
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert "Signal 9 (SIGKILL)" in process.stderr or "exitcode: -9" in process.stderr
+    assert files_of(tmp_path / "pruned") == expected

@@ -1,0 +1,301 @@
+"""From files to files: the same model as in memory, and no finished layer lost, whatever happens."""
+
+import errno
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from folder_files import files_of
+from killed import Killed, killed_at_write
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.checkpoints import atomic
+from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista.run.streamed import journal, streamed_run, streaming
+from optimum_fista.run.streamed.unfinished import unfinished_folder
+
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A model of four decoder layers in bfloat16, in two shards, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("source")
+    save_tiny_folder(folder)
+    tiny_llama(num_hidden_layers=LAYERS).to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    return folder
+
+
+def prune(source: Path, output: Path, config: FistaPruningConfig | None = None, **options):
+    batches = tiny_tokens().split(4)
+    return FistaPruner(config, progress=False).prune(str(source), batches, output_dir=output, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory) -> Path:
+    """What an uninterrupted run writes."""
+    output = tmp_path_factory.mktemp("whole") / "pruned"
+    prune(source, output)
+    return output
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FistaPruningConfig(0.5),
+        FistaPruningConfig(pattern="2:4", method="sparsegpt", error_correction="none"),
+        FistaPruningConfig(0.5, method="wanda", error_correction="intra", exclude=("*.layers.3.*", "*.layers.1.*")),
+    ],
+    ids=["default", "2:4", "layers left dense"],
+)
+def test_files_become_what_the_model_becomes_in_memory(source, tmp_path, config):
+    model = AutoModelForCausalLM.from_pretrained(source)
+    in_memory = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+    report = prune(source, tmp_path / "out", config)
+    assert report.totals["num_zeros"] == in_memory.totals["num_zeros"]
+    assert [o.relative_error for o in report.operators] == [o.relative_error for o in in_memory.operators]
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert reloaded.dtype == torch.bfloat16
+    for (name, expected), found in zip(model.named_parameters(), reloaded.parameters(), strict=True):
+        assert torch.equal(expected, found), name
+    assert verify_checkpoint(tmp_path / "out").num_operators == len(report.operators)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == LAYERS + 1
+    assert index["metadata"]["total_size"] == sum(p.numel() * 2 for p in reloaded.parameters())
+    assert not unfinished_folder(tmp_path / "out").exists()
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma3_text", "qwen3"])
+def test_other_families_and_tied_heads(name, tmp_path):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "source")
+    tokens = tiny_tokens()
+    FistaPruner(FistaPruningConfig(0.5), progress=False).prune(model, tokens.split(4))
+    FistaPruner(FistaPruningConfig(0.5), progress=False).prune(
+        tmp_path / "source", tokens.split(4), output_dir=tmp_path / "out"
+    )
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found = dict(reloaded.named_parameters())
+    for key, expected in model.named_parameters():
+        assert torch.allclose(expected, found[key], atol=1e-6), key
+
+
+class Stop(BaseException):
+    """An end that nothing catches."""
+
+
+def stop(*arguments):
+    raise Stop
+
+
+def cut_off(monkeypatch, target, name, replacement, *arguments, error=Stop, **options) -> BaseException:
+    """Prune until a replaced function raises."""
+    with monkeypatch.context() as patched:
+        patched.setattr(target, name, replacement)
+        with pytest.raises(error) as raised:
+            prune(*arguments, **options)
+    return raised.value
+
+
+@pytest.mark.parametrize("writes", range(1, 24, 3))
+def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp_path, writes):
+    with killed_at_write(writes), pytest.raises(Killed):
+        prune(source, tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(unfinished_folder(tmp_path / "pruned"))
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+def test_finished_layers_are_not_pruned_again(source, whole, tmp_path, monkeypatch):
+    keep = journal.Journal.keep_layer
+
+    def cut(self, index, *arguments):
+        keep(self, index, *arguments)
+        if index == 1:
+            raise Stop
+
+    cut_off(monkeypatch, journal.Journal, "keep_layer", cut, source, tmp_path / "pruned")
+    pruned = []
+    solve = FistaPruningConfig().create_method("").prune
+
+    def watched(self, problem, pattern):
+        pruned.append(problem.name)
+        return solve(problem, pattern)
+
+    monkeypatch.setattr("optimum_fista.solve.methods.obs_admm.ObsAdmm.prune", watched)
+    prune(source, tmp_path / "pruned")
+    assert pruned
+    assert all(".layers.2." in name or ".layers.3." in name for name in pruned)
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+_SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+from tiny_llama import tiny_tokens
+from optimum_fista import FistaPruner
+print("ready", flush=True)
+FistaPruner(progress=False).prune(sys.argv[2], tiny_tokens().split(4), output_dir=sys.argv[3])
+"""
+
+
+def start(source: Path, output: Path) -> subprocess.Popen:
+    arguments = [sys.executable, "-c", _SCRIPT, str(Path(__file__).parents[2]), str(source), str(output)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def test_killed_at_random_moments(source, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        prune(source, tmp_path / "whole")
+    finally:
+        torch.set_num_threads(threads)
+    generator = random.Random(0)
+    output, kills = tmp_path / "pruned", 0
+    for _ in range(6):
+        process = start(source, output)
+        process.stdout.readline()
+        time.sleep(generator.uniform(0.05, 0.6))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if output.exists():
+            break
+    assert kills
+    if not output.exists():
+        assert start(source, output).wait() == 0
+    assert files_of(output) == files_of(tmp_path / "whole")
+
+
+def test_a_run_cut_off_before_the_last_rename_only_renames(source, whole, tmp_path, monkeypatch):
+    cut_off(monkeypatch, streamed_run, "replace_folder", stop, source, tmp_path / "pruned")
+    monkeypatch.setattr("optimum_fista.solve.methods.obs_admm.ObsAdmm.prune", None)
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, monkeypatch):
+    cut_off(monkeypatch, streamed_run, "write_remaining", stop, source, tmp_path / "pruned")
+    for name in (".tmpq7NgZZ", ".model-00009-of-00009.safetensors.partial"):
+        (unfinished_folder(tmp_path / "pruned") / name).write_bytes(b"half a shard")
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
+def test_a_damaged_shard_is_made_again(source, whole, tmp_path, monkeypatch, damage):
+    cut_off(monkeypatch, streamed_run, "write_remaining", stop, source, tmp_path / "pruned")
+    shard = unfinished_folder(tmp_path / "pruned") / f"model-00002-of-0000{LAYERS + 1}.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-9] ^= 1
+    shard.write_bytes(data[:-100] if damage == "truncated" else data)
+    if damage == "gone":
+        shard.unlink()
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch):
+    flush, flushed = atomic._flush, []
+
+    def full(path):
+        flushed.append(path)
+        if len(flushed) > 22:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        flush(path)
+
+    refused = cut_off(monkeypatch, atomic, "_flush", full, source, tmp_path / "pruned", error=OSError)
+    assert refused.errno == errno.ENOSPC
+    assert re.search(
+        r"No space left on device.*: 2 of 4 decoder layers are finished and kept in .*pruned", str(refused)
+    )
+    assert not [*unfinished_folder(tmp_path / "pruned").rglob("*.partial")]
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+def test_a_disk_that_turns_read_only_keeps_what_is_finished(source, whole, tmp_path, monkeypatch):
+    write, written = atomic.save_file, []
+
+    def refuse(tensors, path, metadata):
+        written.append(path)
+        if len(written) > 8:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        write(tensors, path, metadata)
+
+    refused = cut_off(monkeypatch, atomic, "save_file", refuse, source, tmp_path / "pruned", error=OSError)
+    assert re.search(r"Read-only file system.*: 2 of 4 decoder layers are finished.*; make it writable", str(refused))
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+def test_an_output_that_cannot_be_written_to_is_refused_before_any_work(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "load_lazily", None)
+    (tmp_path / "file").write_text("kept")
+    for output in (tmp_path / "file" / "pruned", tmp_path / "taken"):
+        unfinished_folder(tmp_path / "taken").write_text("kept")
+        with pytest.raises(
+            OSError, match=r"output_dir='.*' can't be written to \(.*\), nothing was done: pass another"
+        ):
+            prune(source, output)
+    assert (tmp_path / "file").read_text() == unfinished_folder(tmp_path / "taken").read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permission bits do not bind root")
+def test_a_read_only_folder_is_refused_before_any_work(source, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(PermissionError, match=r"can't be written to \(Permission denied\), nothing was done"):
+        prune(source, tmp_path / "locked" / "pruned")
+
+
+def test_another_run_in_the_same_folder_is_refused_by_its_differences(source, whole, tmp_path, monkeypatch):
+    cut_off(monkeypatch, journal.Journal, "keep_layer", stop, source, tmp_path / "pruned")
+    with pytest.raises(ValueError, match=r"unfinished run in .* was another one \(config was .*, is .*\)\. Start it"):
+        prune(source, tmp_path / "pruned", FistaPruningConfig(0.25))
+    with pytest.raises(ValueError, match=r"another one \(batches was"):
+        FistaPruner(progress=False).prune(source, tiny_tokens().split(2), output_dir=tmp_path / "pruned")
+    other = tmp_path / "other"
+    tiny_llama(num_hidden_layers=LAYERS, initializer_range=0.1).to(torch.bfloat16).save_pretrained(other)
+    with pytest.raises(ValueError, match=r"another one \(model was"):
+        prune(other, tmp_path / "pruned")
+    prune(source, tmp_path / "pruned", FistaPruningConfig(0.25), overwrite=True)
+    assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
+
+
+def test_an_older_model_goes_only_when_the_new_one_is_whole(source, whole, tmp_path, monkeypatch):
+    output = tmp_path / "pruned"
+    prune(source, output, FistaPruningConfig(0.25))
+    before = files_of(output)
+    with pytest.raises(FileExistsError, match="already holds a model"):
+        prune(source, output)
+
+    cut_off(monkeypatch, journal.Journal, "keep_shard", stop, source, output, overwrite=True)
+    assert files_of(output) == before
+    prune(source, output, overwrite=True)
+    assert files_of(output) == files_of(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["pruned"]
+
+
+def test_names_and_models_are_told_apart(source, llama, tokens, tmp_path):
+    with pytest.raises(ValueError, match=r"model='.*' is a name: pass output_dir as well"):
+        FistaPruner(progress=False).prune(str(source), tokens.split(4))
+    with pytest.raises(ValueError, match="output_dir is for a model given by name"):
+        FistaPruner(progress=False).prune(llama, tokens.split(4), output_dir=tmp_path / "out")

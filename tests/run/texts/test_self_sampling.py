@@ -1,0 +1,167 @@
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from optimum_fista.run.texts.self_sampling import sample_text_from_model
+
+VOCABULARY = 40
+BOS, EOS = 0, 1
+ORDINARY = VOCABULARY - 2
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    names = ["<s>", "</s>", *(f"word{i}" for i in range(2, VOCABULARY))]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="word2"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCABULARY + 8}
+    config = LlamaConfig(**shape, num_attention_heads=2, max_position_embeddings=64, eos_token_id=EOS)
+    return LlamaForCausalLM(config)
+
+
+def set_distribution(model: LlamaForCausalLM, logits: torch.Tensor) -> None:
+    """Make the model predict the same next-token logits (the rest -1000) whatever it has read."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.ones_like(model.model.embed_tokens.weight))
+        hidden = model.model(input_ids=torch.tensor([[BOS]])).last_hidden_state[0, 0]
+        padded = torch.cat([logits, torch.full((len(model.lm_head.weight) - len(logits),), -1000.0)])
+        model.lm_head.weight.copy_(torch.outer(padded, hidden / hidden.dot(hidden)))
+
+
+def sample(model, tokenizer, num_samples=6, sequence_length=24, seed=0, **kwargs) -> torch.Tensor:
+    return sample_text_from_model(model, tokenizer, num_samples, sequence_length, seed, **{"progress": False} | kwargs)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+@pytest.mark.parametrize("sequence_length", [2, 3, 24, 64])
+def test_samples_start_with_bos_and_differ_from_the_next_token_on(model, tokenizer, batch_size, sequence_length):
+    samples = sample(model, tokenizer, 6, sequence_length, batch_size=batch_size)
+    assert samples.shape == (6, sequence_length)
+    assert samples.dtype == torch.int64
+    assert (samples[:, 0] == BOS).all()
+    assert samples[:, 1].unique().numel() == 6
+    assert samples[:, 1].min() > EOS
+    assert samples[:, 1].max() < VOCABULARY  # the head has more rows than the tokenizer has tokens
+
+
+def test_eos_starts_where_there_is_no_bos(model, tokenizer):
+    tokenizer.bos_token = None
+    assert (sample(model, tokenizer)[:, 0] == EOS).all()
+
+
+def test_ordinary_tokens_start_where_there_is_neither(model, tokenizer):
+    tokenizer.bos_token = tokenizer.eos_token = None
+    first = sample(model, tokenizer, num_samples=10)[:, 0]
+    assert first.unique().numel() == 10
+    assert not torch.equal(first, sample(model, tokenizer, num_samples=10, seed=1)[:, 0])
+
+
+def test_a_model_that_is_sure_of_the_beginning_still_starts_differently(model, tokenizer):
+    logits = torch.zeros(VOCABULARY)
+    logits[5] = 2000.0
+    set_distribution(model, logits)
+    samples = sample(model, tokenizer, num_samples=ORDINARY)
+    assert sorted(samples[:, 1].tolist()) == list(range(2, VOCABULARY))
+    assert (samples[:, 2:] == 5).all()
+
+
+def test_likely_tokens_start_more_often(model, tokenizer):
+    logits = torch.zeros(VOCABULARY)
+    logits[10:14] = 12.0
+    set_distribution(model, logits)
+    assert sorted(sample(model, tokenizer, num_samples=4)[:, 1].tolist()) == [10, 11, 12, 13]
+
+
+def test_more_samples_than_ordinary_tokens(model, tokenizer):
+    samples = sample(model, tokenizer, num_samples=ORDINARY + 1, sequence_length=4)
+    assert samples.shape == (ORDINARY + 1, 4)
+    assert samples[:, 1].min() > EOS
+
+
+def test_the_rest_comes_from_the_nucleus_at_temperature_1(model, tokenizer):
+    probabilities = torch.full((VOCABULARY,), 0.03 / (VOCABULARY - 2))
+    probabilities[[20, 30]] = torch.tensor([0.67, 0.30])
+    set_distribution(model, probabilities.log())
+    rest = sample(model, tokenizer, num_samples=32, sequence_length=64)[:, 2:]
+    assert rest.unique().tolist() == [20, 30]
+    # 1,984 draws: a standard error of 0.010
+    assert (rest == 20).double().mean().item() == pytest.approx(0.67 / 0.97, abs=0.04)
+
+
+def test_eos_does_not_end_a_sample(model, tokenizer):
+    logits = torch.full((VOCABULARY,), -1000.0)
+    logits[[EOS, 7]] = 0.0
+    set_distribution(model, logits)
+    model.generation_config.eos_token_id = EOS
+    rest = sample(model, tokenizer, sequence_length=64)[:, 2:]
+    assert rest.shape == (6, 62)
+    assert rest.unique().tolist() == [EOS, 7]
+    assert 0.3 < (rest == EOS).double().mean() < 0.7
+
+
+def test_the_generation_config_is_neither_obeyed_nor_changed(model, tokenizer):
+    expected = sample(model, tokenizer)
+    config = model.generation_config
+    config.suppress_tokens = list(range(2, 30))
+    config.repetition_penalty = 5.0
+    config.max_length = 10
+    before = config.to_dict()
+    assert torch.equal(sample(model, tokenizer), expected)
+    assert model.generation_config is config
+    assert config.to_dict() == before
+
+
+def test_the_seed_decides_and_the_global_state_neither_matters_nor_changes(model, tokenizer):
+    torch.manual_seed(1)
+    first = sample(model, tokenizer)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert torch.equal(sample(model, tokenizer), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = sample(model, tokenizer, seed=1)
+    assert not torch.equal(other[:, 1], first[:, 1])
+    assert not torch.equal(other[:, 2:], first[:, 2:])
+
+
+def test_the_modes_are_restored_even_after_an_error(model, tokenizer):
+    model.train()
+    model.model.layers[1].eval()
+    modes, config = [module.training for module in model.modules()], model.generation_config
+    seen = []
+    hook = model.register_forward_hook(lambda module, args, output: seen.append(module.training))
+    sample(model, tokenizer)
+    hook.remove()
+    assert seen
+    assert not any(seen)
+    assert [module.training for module in model.modules()] == modes
+    model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(RuntimeError):
+        sample(model, tokenizer)
+    assert [module.training for module in model.modules()] == modes
+    assert model.generation_config is config
+
+
+def test_longer_than_the_model_reads(model, tokenizer):
+    with pytest.raises(ValueError, match="sequence_length=65 exceeds the model's max_position_embeddings=64"):
+        sample(model, tokenizer, sequence_length=65)
+
+
+@pytest.mark.parametrize("sizes", [{"num_samples": 0}, {"sequence_length": 1}, {"batch_size": 0}])
+def test_sizes_out_of_range(model, tokenizer, sizes):
+    ((name, value),) = sizes.items()
+    with pytest.raises(ValueError, match=f"{name}={value}; pass"):
+        sample(model, tokenizer, **sizes)
+
+
+def test_progress_counts_the_new_tokens(model, tokenizer, capsys):
+    sample(model, tokenizer)
+    assert capsys.readouterr() == ("", "")
+    sample(model, tokenizer, 5, 12, batch_size=2, progress=True)
+    assert "50/50" in capsys.readouterr().err
