@@ -1,7 +1,8 @@
 """Packed products beside PyTorch's bfloat16 linear, a dense kernel of our own, and memory that is only read.
 
-All are measured in turn, over and over, in one run; the median of each is reported. On a machine shared with others the
-ratios of one run mean something, times do not.
+All are measured in turn, over and over, in one run; the median of each is reported. Where a dense matrix is larger than
+`--cache`, other memory is read before each of them, so that none finds in the cache what another has left there. On a
+machine shared with others the ratios of one run mean something, times do not.
 
     python benchmarks/kernels.py --output benchmarks/results/kernels.json
 """
@@ -33,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batches", default="1,4,16,512")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--seconds", type=float, default=3, help="time for one line of the table")
+    parser.add_argument("--cache", type=int, default=32, help="MiB of the last cache")
     parser.add_argument("--output", type=Path, default=Path("runs/kernels.json"))
     return parser.parse_args()
 
@@ -47,14 +49,18 @@ def sparse_weight(rows: int, columns: int, kind: str) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, columns).masked_fill(~mask, 0).bfloat16(), mask
 
 
-def medians(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median seconds of each, measured in turn."""
+def medians(
+    runs: dict[str, Callable[[], object]], seconds: float, before: Callable[[], object] | None = None
+) -> dict[str, float]:
+    """Median seconds of each, measured in turn, with `before` run before each."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     ends = time.perf_counter() + seconds
     while time.perf_counter() < ends or len(times[next(iter(runs))]) < 9:
         for name, run in runs.items():
+            if before is not None:
+                before()
             started = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - started)
@@ -87,7 +93,9 @@ def reading(library: ctypes.CDLL, num_bytes: int) -> Callable[[], object]:
     return run
 
 
-def measure(rows: int, columns: int, batches: list[int], threads: list[int], seconds: float) -> list[dict]:
+def measure(
+    rows: int, columns: int, batches: list[int], threads: list[int], seconds: float, cache_bytes: int
+) -> list[dict]:
     library = ctypes.CDLL(str(find_library()))
     operators, num_bytes = {}, 0
     for kind in KINDS:
@@ -96,6 +104,7 @@ def measure(rows: int, columns: int, batches: list[int], threads: list[int], sec
         operators[kind] = (packed.values, packed.mask, row_starts(packed.mask))
         if kind == "50%":
             dense, num_bytes = weight, packed.values.numel() * 2 + packed.mask.numel()
+    emptied = reading(library, 4 * cache_bytes) if 2 * rows * columns > cache_bytes else None
     lines = []
     for count in threads:
         torch.set_num_threads(count)
@@ -107,7 +116,7 @@ def measure(rows: int, columns: int, batches: list[int], threads: list[int], sec
                 runs["reading the bytes of 50%"] = reading(library, num_bytes)
             for kind, operator in operators.items():
                 runs[kind] = lambda x=x, operator=operator: packed_linear(x, *operator)
-            found = medians(runs, seconds)
+            found = medians(runs, seconds, emptied)
             line = {"shape": f"{rows}x{columns}", "threads": count, "batch": batch, "seconds": found}
             line["times_faster_than_pytorch"] = {kind: found["PyTorch"] / found[kind] for kind in KINDS}
             if batch == 1:
@@ -154,7 +163,7 @@ def main() -> None:
     with torch.no_grad():
         for shape in arguments.shapes.split(","):
             rows, columns = (int(size) for size in shape.split("x"))
-            lines += measure(rows, columns, batches, threads, arguments.seconds)
+            lines += measure(rows, columns, batches, threads, arguments.seconds, arguments.cache * 2**20)
     result = {"path": Kernels(find_library()).path, "torch": torch.__version__, "lines": lines}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")

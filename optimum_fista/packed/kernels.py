@@ -51,18 +51,18 @@ class Kernels:
         """Product y = W x + b of checked tensors.
 
         Args:
-            x: [batch, columns], float32, float16 or bfloat16, contiguous; sums are taken in float32.
+            x: [..., columns], float32, float16 or bfloat16, contiguous; sums are taken in float32.
             values: [kept], the dtype of `x`.
             mask: uint8 [rows, 8 ceil(columns / 64)].
             starts: int64 [rows + 1], where the values of each row start.
             bias: [rows], the dtype of `x`, or `None`.
 
         Returns:
-            [batch, rows] of the dtype of `x`.
+            [..., rows] of the dtype of `x`.
         """
-        batch, columns = x.shape
+        *leading, columns = x.shape
         rows = mask.shape[0]
-        y = torch.empty(batch, rows, dtype=x.dtype)
+        y = torch.empty(*leading, rows, dtype=x.dtype)
         failed = self._linear(
             self._path,
             _TYPES[x.dtype],
@@ -73,7 +73,7 @@ class Kernels:
             mask.data_ptr(),
             starts.data_ptr(),
             x.data_ptr(),
-            batch,
+            x.numel() // columns,
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),

@@ -44,6 +44,7 @@ class PackedLinear(nn.Module):
     weight_mask: Tensor
     weight_layout: Tensor
     weight_starts: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -64,7 +65,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight_mask", torch.empty(out_features, width, device=device, dtype=torch.uint8))
         self.register_buffer("weight_layout", layout)
         self.register_buffer("weight_starts", None, persistent=False)
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
 
     @classmethod
     def from_packed(cls, packed: PackedTensor, bias: Tensor | None = None) -> PackedLinear:
@@ -158,9 +161,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], sums in float32."""
-        if self.weight_starts is None or self.weight_starts.is_meta > self.weight_mask.is_meta:
+        tensors = self._buffers  # quicker than attributes, which small layers would notice
+        starts, mask = tensors["weight_starts"], tensors["weight_mask"]
+        if starts is None or starts.is_meta > mask.is_meta:  # type: ignore[union-attr]
             self.prepare()
-        return packed_linear(x, self.weight_values, self.weight_mask, self.weight_starts, self.bias)  # type: ignore[arg-type]
+            starts, mask = self.weight_starts, self.weight_mask
+        return packed_linear(x, tensors["weight_values"], mask, starts, self._parameters["bias"])  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """Sizes, share of zeros and dtype."""

@@ -93,11 +93,11 @@ def _multiply_on_cpu(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bi
     if compiled is None or x.dtype not in KERNEL_DTYPES or x.numel() == 0:
         return _multiply(x, values, mask, starts, bias)
     _check(x, values, mask, starts, bias)
-    rows, columns = mask.shape[0], x.shape[-1]
-    inputs = x.reshape(-1, columns).contiguous()
-    if inputs.shape[0] <= _MAX_BATCH or compiled.takes_many(x.dtype):
-        return compiled.linear(inputs, values, mask, starts, bias).view(*x.shape[:-1], rows)
-    return _multiply_by_tiles(compiled, inputs, values, mask, starts, bias).view(*x.shape[:-1], rows)
+    inputs = x.contiguous()
+    if x.numel() <= _MAX_BATCH * x.shape[-1] or compiled.takes_many(x.dtype):
+        return compiled.linear(inputs, values, mask, starts, bias)
+    product = _multiply_by_tiles(compiled, inputs.view(-1, x.shape[-1]), values, mask, starts, bias)
+    return product.view(*x.shape[:-1], mask.shape[0])
 
 
 def _multiply_by_tiles(

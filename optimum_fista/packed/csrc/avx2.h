@@ -63,7 +63,7 @@ INLINE __m256 expand(const Float32* values, uint64_t part) {
 template <class T> struct Lanes {
   using Weight = T;
   using Input = float;
-  static constexpr int kStep = 8, kSums = 12, kRows = 2, kInputs = 6;
+  static constexpr int kStep = 8, kSums = 12, kRows = 2, kStreams = 2, kInputs = 6;
   struct Weights { __m256 lanes; };
   struct Sums { __m256 lanes; };
 

@@ -38,7 +38,7 @@ template <int kStep> INLINE uint64_t part_of(uint64_t word, int step) {
 struct BFloat16Lanes {
   using Weight = BFloat16;
   using Input = BFloat16;
-  static constexpr int kStep = 32, kSums = 32, kRows = 4, kInputs = 8;
+  static constexpr int kStep = 32, kSums = 32, kRows = 4, kStreams = 2, kInputs = 8;
   struct Weights { __m512i lanes; };
   using Sums = FloatSums;
 
@@ -54,7 +54,7 @@ struct BFloat16Lanes {
 struct Float16Lanes {
   using Weight = Float16;
   using Input = float;
-  static constexpr int kStep = 32, kSums = 24, kRows = 4, kInputs = 8;
+  static constexpr int kStep = 32, kSums = 24, kRows = 4, kStreams = 4, kInputs = 8;
   struct Weights { __m512 low, high; };
   using Sums = FloatSums;
 
@@ -74,7 +74,7 @@ struct Float16Lanes {
 struct Float32Lanes {
   using Weight = Float32;
   using Input = float;
-  static constexpr int kStep = 16, kSums = 24, kRows = 4, kInputs = 8;
+  static constexpr int kStep = 16, kSums = 24, kRows = 4, kStreams = 4, kInputs = 8;
   struct Weights { __m512 lanes; };
   using Sums = FloatSums;
 

@@ -16,7 +16,7 @@ namespace fista::portable {
 template <class T> struct Lanes {
   using Weight = T;
   using Input = float;
-  static constexpr int kStep = 64, kSums = 1, kRows = 1, kInputs = 8;
+  static constexpr int kStep = 64, kSums = 1, kRows = 1, kStreams = 1, kInputs = 8;
   struct Weights { float lane[64]; };
   struct Sums { float lane[16]; };
 

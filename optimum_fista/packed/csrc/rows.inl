@@ -6,6 +6,7 @@
 //     static constexpr int kStep = ...;          // columns of one step, a divisor of 64
 //     static constexpr int kSums = ...;          // sums to keep at a time
 //     static constexpr int kRows = ...;          // most rows to read side by side
+//     static constexpr int kStreams = ...;       // most rows to read side by side from memory, for one input
 //     static constexpr int kInputs = ...;        // most inputs to multiply at once
 //     struct Weights, Sums;                      // registers
 //     static uint64_t part(uint64_t word, int step);               // bits of one step of a word of the mask, moved to
@@ -16,6 +17,9 @@
 //     static float total(const Sums&);
 //   };
 
+// Bytes of values from which a matrix is taken to come from memory, not from a cache.
+constexpr int64_t kStreamedBytes = 4 << 20;
+
 template <class Lanes, int R, int B>
 TARGET void multiply_rows(const Product& product, const typename Lanes::Weight* const* values, int64_t row,
                           int64_t apart, int64_t first_input) {
@@ -23,6 +27,7 @@ TARGET void multiply_rows(const Product& product, const typename Lanes::Weight* 
   using Input = typename Lanes::Input;
   constexpr int kStep = Lanes::kStep;
   constexpr int U = R * B >= 4 || kStep == 64 ? 1 : 4 / (R * B) < 64 / kStep ? 4 / (R * B) : 64 / kStep;
+  constexpr int kAhead = R >= 4 ? 2048 : 3072;  // bytes; all rows together 6 to 8 KiB
   const int64_t words = product.matrix.words();
   const uint8_t* mask = product.matrix.mask + row * words * 8;
   const Input* x = static_cast<const Input*>(product.x) + first_input * 64;
@@ -34,7 +39,7 @@ TARGET void multiply_rows(const Product& product, const typename Lanes::Weight* 
     for (int r = 0; r < R; r++) {
       std::memcpy(&bits[r], mask + (r * apart * words + word) * 8, 8);
       if (word % 8 == 0) PREFETCH(mask + (r * apart * words + word) * 8 + 512);
-      PREFETCH(reinterpret_cast<const char*>(place[r]) + 2048);
+      PREFETCH(reinterpret_cast<const char*>(place[r]) + kAhead);
     }
 #pragma GCC unroll 8
     for (int step = 0; step < 64 / kStep; step++) {
@@ -122,7 +127,10 @@ template <class Lanes, int R> TARGET void multiply_runs(const Product& product, 
 }
 
 template <class Lanes> TARGET void multiply(const Product& product, int64_t first_row, int64_t last_row) {
-  switch (rows_for<Lanes>(int(inputs_at_once<Lanes>(product.batch)))) {
+  int rows = rows_for<Lanes>(int(inputs_at_once<Lanes>(product.batch)));
+  const bool is_streamed = product.matrix.kept() * int64_t(sizeof(typename Lanes::Weight)) >= kStreamedBytes;
+  if (product.batch == 1 && is_streamed) rows = std::min(rows, Lanes::kStreams);
+  switch (rows) {
     case 4: return multiply_runs<Lanes, 4>(product, first_row, last_row);
     case 2: return multiply_runs<Lanes, 2>(product, first_row, last_row);
     default: return multiply_runs<Lanes, 1>(product, first_row, last_row);
