@@ -79,6 +79,29 @@ def test_products_of_many_inputs_are_right(path, shape):
 
 @needs_library
 @pytest.mark.parametrize("path", paths())
+def test_products_of_a_matrix_that_no_cache_holds(path):
+    """From 4 MiB of values up, one input is multiplied by fewer rows at a time."""
+    weight, mask, bias = problem(1501, 3001, torch.bfloat16)
+    packed = pack(weight, mask)
+    assert packed.values.nbytes > 4 << 20
+    x = torch.randn(1, 3001, generator=torch.Generator().manual_seed(1)).bfloat16()
+    y = Kernels(find_library(), path).linear(x, packed.values, packed.mask, row_starts(packed.mask), bias)
+    assert_within_rounding(y, x, weight, bias)
+
+
+@needs_library
+@pytest.mark.parametrize("path", paths())
+def test_leading_dimensions_stay(path):
+    weight, mask, bias = problem(17, 130, torch.float32)
+    packed = pack(weight, mask)
+    x = torch.randn(2, 3, 130, generator=torch.Generator().manual_seed(1))
+    y = Kernels(find_library(), path).linear(x, packed.values, packed.mask, row_starts(packed.mask), bias)
+    assert y.shape == (2, 3, 17)
+    assert_within_rounding(y, x, weight, bias)
+
+
+@needs_library
+@pytest.mark.parametrize("path", paths())
 @pytest.mark.parametrize("kept", [0.0, 0.02, 1.0])
 def test_empty_and_full_matrices(path, kept):
     weight, mask, bias = problem(2, 200, torch.bfloat16, kept)
