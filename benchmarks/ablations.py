@@ -49,8 +49,11 @@ STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
                 "default:allocation=uniform",
                 "default:scope=row",
                 f"alps:{_WHOLE}",
-                f"sparsegpt:{_WHOLE}",
                 f"wanda:{_WHOLE}",
+                "sparsegpt",
+                "sparsegpt:allocation=fisher:scope=row",
+                "sparsegpt:allocation=fisher",
+                f"sparsegpt:{_WHOLE}",
             ],
         ),
         _methods(
@@ -69,23 +72,16 @@ STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
     "seeds": lambda arguments: [
         _methods(
             ["0.5"],
-            [
-                "default",
-                "default:error_correction=0",
-                "default:residual_correction=0",
-                "default:allocation=uniform",
-                f"alps:{_WHOLE}",
-            ],
+            ["default", "default:error_correction=0", "default:residual_correction=0"],
             arguments.seeds,
-        ),
-        _methods(["2:4"], ["default", "default:error_correction=0", "default:residual_correction=0"], arguments.seeds),
+        )
     ],
     "correction": lambda _: [
         _methods([pattern], [f"{_BARE}:error_correction={value}" for value in ("none", "intra", "full")])
         for pattern in ("0.05", "0.1", "0.2", "0.5", "2:4")
     ],
     "samples": lambda arguments: [
-        (f"{count} windows", {"num_samples": count, "patterns": ["0.5"], "methods": ["default"]})
+        (f"{count} windows", {"num_samples": count, "patterns": ["0.5", "0.7"], "methods": ["default"]})
         for count in arguments.sample_counts
     ],
     "calibration": lambda arguments: [
@@ -103,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=_names, required=True, help="text sources to measure on")
     parser.add_argument("--studies", type=_names, default=list(STUDIES))
     parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], help="of the study `seeds`")
-    parser.add_argument("--sample-counts", type=_numbers, default=[4, 8, 16, 32, 64], help="of the study `samples`")
+    parser.add_argument("--sample-counts", type=_numbers, default=[8, 16, 32], help="of the study `samples`")
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a window, here and in the texts")
     parser.add_argument("--max-windows", type=int, default=16, help="of every text")
@@ -111,6 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("runs/ablations"), help="where finished rows are kept")
     parser.add_argument("--output", type=Path, default=Path("runs/ablations.json"))
+    parser.add_argument("--plot", type=Path, help="picture of the study `parts`, once --output has it")
     arguments = parser.parse_args()
     for study in arguments.studies:
         if study not in STUDIES:
@@ -168,6 +165,30 @@ def table(study: dict[str, Any]) -> list[str]:
     return lines
 
 
+def plot(study: dict[str, Any], path: Path) -> None:
+    """Geometric mean of the perplexities over that of the first line, a panel a pattern."""
+    import matplotlib.pyplot as plt
+
+    panels: dict[str, dict[str, float]] = {}
+    for row in study["rows"]:
+        if row["pattern"] != "-":
+            panels.setdefault(row["pattern"], {})[row["label"]] = _geometric_mean(row["perplexity"].values())
+    heights = [len(found) for found in panels.values()]
+    size = (9, 0.34 * sum(heights) + 1.2)
+    figure, axes = plt.subplots(len(panels), 1, figsize=size, layout="constrained", sharex=True, height_ratios=heights)
+    for axis, (pattern, found) in zip(axes, panels.items(), strict=True):
+        labels, means = list(found)[::-1], list(found.values())[::-1]
+        ratios = [mean / means[-1] for mean in means]
+        axis.barh(labels, [ratio - 1 for ratio in ratios], left=1, color="tab:blue")
+        for place, ratio in enumerate(ratios):
+            axis.annotate(f" {ratio:.3f}", (max(ratio, 1), place), va="center", fontsize=8)
+        axis.tick_params(axis="y", labelsize=8)
+        axis.set(title=f"{pattern} zeros", xscale="log")
+    axes[-1].set_xlabel("perplexity, times that of the default")
+    axes[-1].margins(x=0.1)
+    figure.savefig(path, dpi=110)
+
+
 def _kept(row: Row) -> dict[str, Any]:
     values = row.to_dict()
     return {key: values[key] for key in ("method", "pattern", "seed", "perplexity", "totals", "seconds", "versions")}
@@ -201,6 +222,8 @@ def main() -> None:
         kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(arguments.output, json.dumps(kept | {study: found}, indent=1) + "\n")
+    if arguments.plot:
+        plot(json.loads(arguments.output.read_text())["parts"], arguments.plot)
 
 
 if __name__ == "__main__":
