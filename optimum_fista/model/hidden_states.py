@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers, UnsupportedArchitectureError
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.offload import execution_device, onloaded
-from optimum_fista.model.replay import LayerCall, StopForward
+from optimum_fista.model.replay import LayerCall, StopForward, replaced_forwards
 
 
 @dataclass
@@ -63,7 +63,7 @@ def _record(
 ) -> RecordedInputs:
     device = execution_device(model.get_input_embeddings())
     hidden_states, token_masks = ActivationStore(storage or device, device), []
-    with recorder:
+    with recorder.recording():
         for batch in batches:
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             recorder.start_batch()
@@ -104,18 +104,10 @@ class _Recorder:
     def start_batch(self) -> None:
         self.hidden_states, self._expected, self._next = None, None, 0
 
-    def __enter__(self) -> None:
+    def recording(self) -> AbstractContextManager[None]:
+        """The model's forward pass is recorded inside."""
         self._originals = [layer.forward for layer in self.layers.modules]
-        self._overridden = ["forward" in vars(layer) for layer in self.layers.modules]
-        for index, layer in enumerate(self.layers.modules):
-            layer.forward = self._stub(index)
-
-    def __exit__(self, *exception: object) -> None:
-        for layer, original, was in zip(self.layers.modules, self._originals, self._overridden, strict=True):
-            if was:
-                layer.forward = original
-            else:
-                del layer.forward
+        return replaced_forwards(self.layers.modules, [self._stub(index) for index in range(len(self.layers))])
 
     def _stub(self, index: int) -> Any:
         def forward(*arguments: Any, **keywords: Any) -> Any:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.offload import execution_device
+from optimum_fista.model.replay import replaced_forwards
 
 
 class WaitingInputs:
@@ -72,22 +73,14 @@ def recomputed_layers(
         return run if stays else waiting.around(run)
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    overridden = ["forward" in vars(layer) for layer in layers.modules]
-    originals = [layer.forward for layer in layers.modules]
     handle = model.get_input_embeddings().register_forward_hook(_with_gradient)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        for layer, original in zip(layers.modules, originals, strict=True):
-            layer.forward = recomputed(original)
-        yield waiting
+        with replaced_forwards(layers.modules, [recomputed(layer.forward) for layer in layers.modules]):
+            yield waiting
     finally:
         handle.remove()
-        for layer, original, was in zip(layers.modules, originals, overridden, strict=True):
-            if was:
-                layer.forward = original
-            else:
-                del layer.forward
         for parameter in trained:
             parameter.requires_grad_(True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,22 @@ class LayerCall:
 def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
     """The input of a linear operator from the arguments of its call."""
     return arguments[0] if arguments else next(iter(keywords.values()))
+
+
+@contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], forwards: Iterable[Callable[..., Any]]) -> Iterator[None]:
+    """Have modules run other functions for their forward pass; afterwards each has its own back."""
+    own = [vars(module).get("forward") for module in modules]  # of the instance, such as Accelerate's
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
+        yield
+    finally:
+        for module, original in zip(modules, own, strict=True):
+            if original is not None:
+                module.forward = original
+            else:
+                vars(module).pop("forward", None)
 
 
 @contextmanager
