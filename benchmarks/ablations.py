@@ -52,8 +52,8 @@ STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
                 f"wanda:{_WHOLE}",
                 "sparsegpt",
                 "sparsegpt:allocation=fisher:scope=row",
-                "sparsegpt:allocation=fisher",
-                f"sparsegpt:{_WHOLE}",
+                "sparsegpt:allocation=fisher:scope=matrix",
+                f"sparsegpt:{_WHOLE}:scope=matrix",
             ],
         ),
         _methods(
@@ -69,13 +69,7 @@ STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
             ],
         ),
     ],
-    "seeds": lambda arguments: [
-        _methods(
-            ["0.5"],
-            ["default", "default:error_correction=0", "default:residual_correction=0"],
-            arguments.seeds,
-        )
-    ],
+    "seeds": lambda arguments: [_methods(["0.5"], ["default", "default:error_correction=0"], arguments.seeds)],
     "correction": lambda _: [
         _methods([pattern], [f"{_BARE}:error_correction={value}" for value in ("none", "intra", "full")])
         for pattern in ("0.05", "0.1", "0.2", "0.5", "2:4")
@@ -139,7 +133,8 @@ def run_study(study: str, arguments: argparse.Namespace) -> dict[str, Any]:
             if row.error is not None:
                 raise SystemExit(f"{row.method}, {row.pattern}: {row.error}")
             if row.method != "dense" or not rows:
-                rows.append({"label": label or row.method.removeprefix("default:"), **_kept(row)})
+                is_labelled = label and row.method != "dense"
+                rows.append({"label": label if is_labelled else row.method.removeprefix("default:"), **_kept(row)})
     return {"recipe": recipe, "rows": rows}
 
 
@@ -185,7 +180,7 @@ def plot(study: dict[str, Any], path: Path) -> None:
         axis.tick_params(axis="y", labelsize=8)
         axis.set(title=f"{pattern} zeros", xscale="log")
     axes[-1].set_xlabel("perplexity, times that of the default")
-    axes[-1].margins(x=0.1)
+    axes[-1].margins(x=0.2)
     figure.savefig(path, dpi=110)
 
 

@@ -90,6 +90,14 @@ def test_solver_ablations():
             assert f"{statistics.geometric_mean(row[text] for row in found):.5f}"[1:] == cell
 
 
+def test_ablations(benchmark):
+    studies = json.loads((ROOT / "benchmarks" / "results" / "ablations.json").read_text())
+    page = (ROOT / "docs" / "ablations.md").read_text()
+    assert set(studies) == set(benchmark("ablations").STUDIES)
+    for study in studies.values():
+        assert "\n".join(benchmark("ablations").table(study)) in page
+
+
 def test_two_ranks_against_two_threads():
     values = json.loads((ROOT / "benchmarks" / "results" / "ranks.json").read_text())
     medians = {way: statistics.median(run["seconds"] for run in runs) for way, runs in values["runs"].items()}
