@@ -41,6 +41,18 @@ def flip(bit: int):
     return edit
 
 
+def move(folder: Path, kept: int, pruned: int) -> None:
+    """Move a kept weight to the place of a pruned one, in the weight and in its mask."""
+
+    def edit(weight: Tensor) -> Tensor:
+        flat = weight.view(-1)
+        flat[pruned], flat[kept] = flat[kept].clone(), 0
+        return weight
+
+    change(folder / "model.safetensors", UP, edit)
+    change(folder / MASKS, UP, lambda packed: flip(kept)(flip(pruned)(packed)))
+
+
 def broken(folder: Path, error: type[Exception] = VerificationError) -> str:
     with pytest.raises(error) as caught:
         verify_checkpoint(folder)
@@ -97,14 +109,7 @@ def test_a_weight_moved_to_another_group_of_its_row(folder, saved):
     weight = saved.model.state_dict()[UP].view(-1)  # the first row: groups 0..3 and 4..7
     kept = next(i for i in range(4) if weight[i] != 0)
     pruned = next(i for i in range(4, 8) if weight[i] == 0)
-
-    def move(weight: Tensor) -> Tensor:
-        flat = weight.view(-1)
-        flat[pruned], flat[kept] = flat[kept].clone(), 0
-        return weight
-
-    change(folder / "model.safetensors", UP, move)
-    change(folder / MASKS, UP, lambda packed: flip(kept)(flip(pruned)(packed)))
+    move(folder, kept, pruned)
     assert broken(folder) == f"{UP}: its mask row 0, group 0 keeps 1 of 4 weights."
 
 
@@ -114,14 +119,7 @@ def test_a_weight_moved_to_another_row(saved_by_rows, tmp_path):
     weight = saved_by_rows.model.state_dict()[UP].view(-1)
     kept = next(i for i in range(columns) if weight[i] != 0)
     pruned = next(i for i in range(columns, 2 * columns) if weight[i] == 0)
-
-    def move(weight: Tensor) -> Tensor:
-        flat = weight.view(-1)
-        flat[pruned], flat[kept] = flat[kept].clone(), 0
-        return weight
-
-    change(folder / "model.safetensors", UP, move)
-    change(folder / MASKS, UP, lambda packed: flip(kept)(flip(pruned)(packed)))
+    move(folder, kept, pruned)
     assert f"{UP}: its mask row 0 keeps" in broken(folder)
 
 

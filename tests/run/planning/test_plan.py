@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.planning.machine import MachineRates
+from optimum_fista.run.planning.memory import Ledger
 from optimum_fista.run.planning.plan import PruningPlan, plan_pruning
 from optimum_fista.run.pruning import layer_finetuning
 
@@ -104,6 +105,19 @@ def test_hidden_states_wait_where_they_are_told_to():
     far = planned(HUGE, num_samples=128, sequence_length=2048, device="cuda", storage_device="cpu")
     assert near.peaks["device"].total > far.peaks["device"].total
     assert near.peaks["host"].total < far.peaks["host"].total
+
+
+def test_hidden_states_on_the_way_to_the_gradients_wait_there_too(monkeypatch):
+    held = {}
+
+    def note(ledger, label, *passing):
+        for name, _, *where in passing:
+            if name == "hidden states between layers":
+                held.setdefault(label, set()).add(*(where or ["device"]))
+
+    monkeypatch.setattr(Ledger, "moment", note)
+    planned(HUGE, device="cuda", storage_device="cpu")
+    assert held == {"gradients of the loss": {"host"}, "loss": {"host"}}
 
 
 def test_what_costs_more_is_planned_to_cost_more():

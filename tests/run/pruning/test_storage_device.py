@@ -6,6 +6,7 @@ from pruning import same, weights
 from tiny_llama import tiny_llama
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.pruning import budgets
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "wanda", "error_correction": "intra"}, {"pattern": "2:4"}])
@@ -18,6 +19,21 @@ def test_activations_may_wait_elsewhere(tokens, tmp_path, settings):
         results.append(weights(model))
         assert not [*tmp_path.iterdir()]
     assert all(same(results[0], result) for result in results[1:])
+
+
+@pytest.mark.parametrize("storage_device", [None, "folder"])
+def test_hidden_states_on_the_way_to_the_gradients_wait_there_too(tokens, tmp_path, monkeypatch, storage_device):
+    places = []
+    measure = budgets.measure_sensitivities
+
+    def spy(*arguments):
+        places.append(arguments[-1])
+        return measure(*arguments)
+
+    monkeypatch.setattr(budgets, "measure_sensitivities", spy)
+    place = tmp_path if storage_device else None
+    FistaPruner(FistaPruningConfig(), progress=False, storage_device=place).prune(tiny_llama(), tokens.split(4))
+    assert places == [tmp_path if storage_device else torch.device("cpu")]
 
 
 @pytest.mark.parametrize("place", ["moon", Path("no/such/folder")])
