@@ -98,6 +98,14 @@ def test_ablations(benchmark):
         assert "\n".join(benchmark("ablations").table(study)) in page
 
 
+def test_heads_that_gradients_miss(benchmark):
+    rows = json.loads((ROOT / "benchmarks" / "results" / "heads.json").read_text())["rows"]
+    assert "\n".join(benchmark("heads").table(rows)) in (ROOT / "docs" / "ablations.md").read_text()
+    dearest, *others = sorted(rows, key=lambda row: -row["measured"])
+    assert dearest["measured"] > 1e6 * dearest["foretold"]
+    assert all(row["measured"] < 100 * row["foretold"] for row in others)
+
+
 def test_two_ranks_against_two_threads():
     values = json.loads((ROOT / "benchmarks" / "results" / "ranks.json").read_text())
     medians = {way: statistics.median(run["seconds"] for run in runs) for way, runs in values["runs"].items()}

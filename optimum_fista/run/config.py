@@ -217,8 +217,6 @@ class FistaPruningConfig:
         if self.pattern != "unstructured" and not self.overrides:
             chosen.pop("scope")
         missing = {name: getattr(defaults, name) for name, value in chosen.items() if value is None}
-        if "scope" in missing:
-            missing["scope"] = self._scope()
         return dataclasses.replace(self, **missing)
 
     @property
@@ -234,11 +232,7 @@ class FistaPruningConfig:
     def _scope(self) -> Scope:
         if self.scope is not None:
             return self.scope
-        if self.method not in METHODS:
-            return "matrix"
-        method = METHODS[self.method]
-        is_allocated = (self.allocation or method.defaults.allocation) == "fisher"
-        return (method.allocated_scope if is_allocated else None) or method.defaults.scope
+        return METHODS[self.method].defaults.scope if self.method in METHODS else "matrix"
 
     def _default_pattern(self) -> SparsityPattern:
         return SparsityPattern.parse(self.pattern, self.sparsity, self._scope())

@@ -35,8 +35,6 @@ class PruningMethod(ABC):
 
     name: ClassVar[str]
     defaults: ClassVar[MethodDefaults] = MethodDefaults()
-    allocated_scope: ClassVar[Scope | None] = None
-    """The scope with `allocation="fisher"` where the caller does not choose; `None`: that of `defaults`."""
 
     @abstractmethod
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:

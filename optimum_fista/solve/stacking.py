@@ -13,8 +13,12 @@ from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
 
-_LEAST = 1e-3
-"""Smallest scale of an output, in units of their root mean square."""
+_LEAST = 0.3
+"""Smallest scale of an output, in units of their root mean square.
+
+Gradients say little about outputs that saturate: a query head whose attention rests on one token hardly feels a small
+change of its queries, and needs them all the same. Without a bound it loses all of its weights.
+"""
 
 
 def prune_stacked(
@@ -26,8 +30,9 @@ def prune_stacked(
     """Prune operators that share their inputs as one problem with weighted outputs.
 
     It minimizes `sum_i v_i || row i of (W* X* - Y) ||^2` over the rows of all operators. The rows are problems of
-    their own but for the budget, which they share: rows whose errors weigh more keep more weights. Weights and
-    targets of the problems move into one matrix each and change by rounding.
+    their own but for the budget, which they share: rows whose errors weigh more keep more weights. No `sqrt(v_i)` is
+    taken for less than 0.3 times their root mean square. Weights and targets of the problems move into one matrix each
+    and change by rounding.
 
     Args:
         method: The pruning method.

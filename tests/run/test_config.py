@@ -92,14 +92,6 @@ def test_options_left_open_are_as_the_method_has_them(name):
     assert resolved.resolved() == resolved
 
 
-def test_sparsegpt_shares_the_zeros_of_the_model_by_rows():
-    allocated = FistaPruningConfig(method="sparsegpt", allocation="fisher")
-    assert allocated.resolved().scope == allocated.pattern_for(DOWN).scope == "row"
-    assert FistaPruningConfig(method="sparsegpt").resolved().scope == "matrix"
-    assert FistaPruningConfig(method="sparsegpt", allocation="fisher", scope="matrix").resolved().scope == "matrix"
-    assert FistaPruningConfig().resolved().scope == "matrix"
-
-
 def test_resolved_n_m_has_no_scope():
     assert FistaPruningConfig(pattern="2:4").resolved().scope is None
     assert FistaPruningConfig(pattern="2:4", overrides={"*.q_proj": 0.5}).resolved().scope == "matrix"

@@ -11,7 +11,7 @@ from torch import Tensor
 from optimum_fista.solve.cholesky import damped_cholesky, inverse_in_place
 from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.method import PruningMethod
-from optimum_fista.solve.pattern import Scope, SparsityPattern
+from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
 from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows
@@ -34,7 +34,6 @@ class SparseGPT(PruningMethod):
     damping: float = 0.01
     block_size: int = 128
     name: ClassVar[str] = "sparsegpt"
-    allocated_scope: ClassVar[Scope] = "row"  # weighted rows that compete ruin it: docs/ablations.md
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`. The target is not looked at: SparseGPT aims at W X*."""

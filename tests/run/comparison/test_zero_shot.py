@@ -1,5 +1,4 @@
 import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -110,17 +109,32 @@ def test_a_comparison_measures_tasks_once_for_the_dense_model(tasks, tmp_path):
     ]
 
 
-def test_task_files_of_the_docs(tasks):
-    page = (Path(__file__).resolve().parents[3] / "docs" / "compare.md").read_text()
-    for number, content in enumerate(re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)):
-        for name in ("choices.jsonl", "passages.jsonl"):
-            content = content.replace(name, str(tasks / name))
-        (tasks / f"docs-{number}.yaml").write_text(content)
-    (tasks / "choices.jsonl").write_text((tasks / "sea.jsonl").read_text())
-    (tasks / "passages.jsonl").write_text('{"text": "the sea is deep"}\n{"text": "look at the sky"}\n')
-    suite = TaskSuite(["my_choices", "my_last_words"], include_path=tasks)
-    scores = suite.measure(tiny_llama(), tiny_tokenizer())
+def model_that_writes_a_behind_every_word():
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    space, letter = tokenizer(" a").input_ids
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight", "lm_head.weight")):
+                parameter.zero_()
+        model.model.embed_tokens.weight[:, 0] = 1
+        model.model.embed_tokens.weight[space] = torch.eye(model.config.hidden_size)[1]
+        model.lm_head.weight[space, 0] = 1
+        model.lm_head.weight[letter, 1] = 1
+    return model, tokenizer
+
+
+def test_task_files_of_the_benchmarks(tasks):
+    for path in (Path(__file__).resolve().parents[3] / "benchmarks" / "tasks").iterdir():
+        lines = path.read_text()
+        for name in ("arc-easy.test.jsonl", "lambada_test.jsonl"):
+            lines = lines.replace(name, str(tasks / name))
+        (tasks / path.name).write_text(lines)
+    (tasks / "arc-easy.test.jsonl").write_text((tasks / "sea.jsonl").read_text())
+    (tasks / "lambada_test.jsonl").write_text('{"text": "the sea is a"}\n{"text": "look at b"}\n')
+    suite = TaskSuite(["arc_easy_lines", "lambada_lines"], include_path=tasks)
+    scores = suite.measure(*model_that_writes_a_behind_every_word())
     assert [next(iter(scores[name])) for name in suite.names] == ["acc", "acc"]
+    assert scores["lambada_lines"]["acc"].value == 0.5
 
 
 def test_unknown_tasks(tasks, monkeypatch):

@@ -1,0 +1,157 @@
+"""What the gradients of the loss foretell of every query head, and what losing its queries really costs.
+
+Weights of a pruned model are shared out by the diagonal of the Fisher information. Where a softmax is saturated it
+sees nothing: the cost that it foretells of setting the queries of a head to zero is compared here with the loss
+measured without them.
+
+    python benchmarks/heads.py MODEL --calibration TEXT --texts TEXT --plot docs/heads.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from kept_rows import open_record, texts_of
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers, find_operators
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.replay import watching
+from optimum_fista.model.sensitivity import measure_sensitivities
+from optimum_fista.run.checkpoints.loading import load_model
+from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import calibration_windows
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True, help="text source to take gradients on")
+    parser.add_argument("--texts", required=True, help="text source to measure the loss on")
+    parser.add_argument("--num-samples", type=int, default=4)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--max-windows", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/heads.json"))
+    parser.add_argument("--plot", type=Path, help="picture of the table")
+    return parser.parse_args()
+
+
+def queries(layers: DecoderLayers) -> dict[str, LinearOperator]:
+    """Operators that make the queries, by name."""
+    found = {name: o for layer_name, layer in layers for name, o in find_operators(layer_name, layer).items()}
+    chosen = {name: operator for name, operator in found.items() if name.endswith("q_proj")}
+    if not chosen:
+        raise SystemExit(f"no operator is called q_proj: {', '.join(found)}.")
+    return chosen
+
+
+def foretold(model: PreTrainedModel, windows: Tensor, head_size: int) -> dict[str, list[float]]:
+    """Rise of the loss in nats a token when the queries of a head are zero, to second order, by operator and head."""
+    layers = find_decoder_layers(model)
+    operators = queries(layers)
+    batches = [CalibrationBatch(window[None], None) for window in windows]
+    found = measure_sensitivities(model, layers, operators, batches, windows.numel())
+    energies = {name: torch.zeros(operator.shape[0]) for name, operator in operators.items()}
+
+    def add(name: str, output: Tensor) -> None:
+        energies[name] += output.reshape(-1, output.shape[-1]).square().sum(0) / windows.numel()
+
+    watched = {o.module: (lambda y, n=name: add(n, y)) for name, o in operators.items()}
+    with torch.no_grad(), watching({}, watched):
+        for window in windows:
+            model(window[None], use_cache=False)
+    return {n: (found[n].outputs * energies[n]).view(-1, head_size).sum(1).tolist() for n in operators}
+
+
+def attention_on_first(model: PreTrainedModel, ids: Tensor) -> list[list[float]]:
+    """Mean attention that tokens of the second half of a window pay its first one, by decoder layer and head."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(ids, use_cache=False, output_attentions=True).attentions
+    model.set_attn_implementation(implementation)
+    return [a[:, :, ids.shape[1] // 2 :, 0].mean((0, 2)).tolist() for a in attentions]
+
+
+def measure(model: PreTrainedModel, windows: Tensor, ids: Tensor) -> list[dict[str, Any]]:
+    """A row for every query head."""
+    head_size = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    expected, attention = foretold(model, windows, head_size), attention_on_first(model, ids)
+
+    def loss() -> float:
+        return math.log(evaluate_perplexity(model, ids, progress=False).perplexity)
+
+    dense, rows = loss(), []
+    operators = queries(find_decoder_layers(model))
+    heads = [(layer, name, head) for layer, name in enumerate(operators) for head in range(len(expected[name]))]
+    for layer, name, head in tqdm(heads, desc="Heads", unit="head"):
+        weight = operators[name].read()
+        without = weight.clone()
+        without[head * head_size : (head + 1) * head_size] = 0
+        operators[name].write(without)
+        rise = loss() - dense
+        operators[name].write(weight)
+        row = {"layer": layer, "head": head, "attention": attention[layer][head]}
+        rows.append(row | {"foretold": expected[name][head], "measured": rise})
+    return rows
+
+
+def table(rows: list[dict[str, Any]], number: int = 5) -> list[str]:
+    """The heads that cost most."""
+    lines = [
+        "| decoder layer | head | attention on the first token | foretold, nats | measured, nats |",
+        "|---" * 5 + "|",
+    ]
+    for row in sorted(rows, key=lambda row: -row["measured"])[:number]:
+        cells = f"{row['attention']:.3f} | {row['foretold']:.2g} | {row['measured']:.2g}"
+        lines.append(f"| {row['layer']} | {row['head']} | {cells} |")
+    return lines
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Foretold and measured rise of the loss, coloured by the attention on the first token."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
+    expected, measured = [row["foretold"] for row in rows], [max(row["measured"], 1e-4) for row in rows]
+    points = axis.scatter(expected, measured, c=[row["attention"] for row in rows], s=16, cmap="viridis")
+    ends = min(expected), max(expected)
+    axis.plot(ends, ends, color="gray", linewidth=1)
+    axis.set(
+        xscale="log", yscale="log", xlabel="foretold by gradients, nats a token", ylabel="measured (1e-4: or less)"
+    )
+    axis.set_title("Rise of the loss when the queries of one head are zero")
+    figure.colorbar(points, label="attention on the first token")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    record = open_record(arguments, ("plot",))
+    if not record["rows"]:
+        model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
+        text = load_text(arguments.calibration, "calibration")
+        number, length = arguments.num_samples, arguments.sequence_length
+        windows = calibration_windows(tokenizer, text, number, length, arguments.seed)
+        (ids,) = texts_of(arguments, tokenizer, length).values()
+        record["rows"] = measure(model, windows, ids)
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    print("\n".join(table(record["rows"])))
+    if arguments.plot:
+        plot(record["rows"], arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
