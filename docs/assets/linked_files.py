@@ -6,8 +6,8 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-_PATTERNS = ("benchmarks/results/*.json", "examples/*.py")
-_LINK = re.compile(r"\]\(\.\./((?:\.\./)*(?:benchmarks/results|examples)/)")
+_PATTERNS = ("benchmarks/results/*.json", "benchmarks/tasks/*.yaml", "examples/*.py")
+_LINK = re.compile(r"\]\(\.\./((?:\.\./)*(?:benchmarks/(?:results|tasks)|examples)/)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

