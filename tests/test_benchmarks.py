@@ -53,15 +53,35 @@ def test_estimates_beside_real_runs(benchmark):
         assert 0.5 < row["time_ratio"] < 2
 
 
+PATTERNS = {"": "-", "50%": "0.5", "60%": "0.6", "70%": "0.7", "2:4": "2:4"}
+
+
+def table_of_the_results(title):
+    section = (ROOT / "docs" / "results.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    lines = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
+    return {(PATTERNS[zeros], method): cells for zeros, method, *cells in lines[2:]}
+
+
 def test_perplexities_of_the_results_are_those_kept():
     kept = Comparison.read(ROOT / "benchmarks" / "results" / "perplexity.json")
-    patterns = {"": "-", "50%": "0.5", "60%": "0.6", "70%": "0.7", "2:4": "2:4"}
-    values = {(row.pattern, row.method): [f"{p:.2f}" for p in row.perplexity.values()] for row in kept.rows}
-    section = (ROOT / "docs" / "results.md").read_text().split("## Perplexity")[1].split("## ")[0]
-    lines = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
-    assert len(lines[2:]) > 20
-    for zeros, method, *cells in lines[2:]:
-        assert values[patterns[zeros], method] == cells
+    table = table_of_the_results("Perplexity")
+    assert len(table) > 20
+    for row in kept.rows:
+        shown = [row.perplexity[text] for text in ("wikitext2-raw-test", "lambada", "held-out")]
+        assert table.pop((row.pattern, row.method)) == [f"{perplexity:.2f}" for perplexity in shown]
+    assert not table
+
+
+def test_accuracies_of_the_results_are_those_kept():
+    kept = Comparison.read(ROOT / "benchmarks" / "results" / "zero_shot.json")
+    table = table_of_the_results("Accuracy")
+    for row in kept.rows:
+        scores = [row.accuracy["arc_easy_lines"]["acc"], row.accuracy["arc_easy_lines"]["acc_norm"]]
+        scores.append(row.accuracy["lambada_lines"]["acc"])
+        shown = [f"{row.perplexity['wikitext2-test']:.2f}"]
+        shown += [f"{100 * score.value:.1f} ± {100 * score.stderr:.1f}" for score in scores]
+        assert table.pop((row.pattern, row.method)) == shown
+    assert not table
 
 
 @pytest.mark.parametrize("name", ["decoding", "decoding_avx2", "decoding_smollm2", "decoding_smollm2_avx2"])
