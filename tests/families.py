@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,10 +193,8 @@ def require_saved(pruner: FistaPruner, model: PreTrainedModel, report: PruningRe
     assert verified.num_operators == len(report.operators)
     assert verified.num_zeros == report.totals["num_zeros"]
     assert type(again) is type(model)
-    kept, loaded = model.state_dict(), again.state_dict()
-    assert [name for name in kept if name not in loaded or not torch.equal(kept[name], loaded[name])] == []
-    # products of the same numbers may differ in the last bit where tensors lie at other addresses
-    torch.testing.assert_close(logits(again), pruned, rtol=1e-5, atol=1e-5)
+    # a copy, because loaded tensors lie unaligned in memory, where products may differ in the last bit
+    assert torch.equal(logits(copy.deepcopy(again)), pruned)
 
 
 def what_stays_dense(report: PruningReport, excluded: list[str]) -> tuple[str, ...]:

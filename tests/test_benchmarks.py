@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from layer_problems import example
-from tiny_llama import TEXT, save_tiny_folder
+from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista.run.comparison.comparison import Comparison
 from optimum_fista.run.speed.measure import SpeedReport
@@ -124,6 +124,22 @@ def test_heads_that_gradients_miss(benchmark):
     dearest, *others = sorted(rows, key=lambda row: -row["measured"])
     assert dearest["measured"] > 1e6 * dearest["foretold"]
     assert all(row["measured"] < 100 * row["foretold"] for row in others)
+    ratios = [row["measured"] / row["foretold"] for row in rows]
+    assert (sum(0.1 <= r <= 10 for r in ratios), sum(r < 0.1 for r in ratios), sum(r > 10 for r in ratios)) == (
+        186,
+        81,
+        3,
+    )
+
+
+def test_every_head_is_measured_and_put_back(benchmark):
+    model, tokens = tiny_llama(), tiny_tokens(3, 16)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    rows = benchmark("heads").measure(model, tokens[:2], tokens[2:])
+    heads = [(i, j) for i in range(model.config.num_hidden_layers) for j in range(model.config.num_attention_heads)]
+    assert [(row["layer"], row["head"]) for row in rows] == heads
+    assert all(row["foretold"] > 0 and row["measured"] != 0 and 0 < row["attention"] < 1 for row in rows)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_two_ranks_against_two_threads():
