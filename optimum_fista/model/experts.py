@@ -72,6 +72,7 @@ class ExpertOperator(LinearOperator):
     Attributes:
         experts: The experts that it belongs to.
         kind: `"gate_proj"`, `"up_proj"` or `"down_proj"`.
+        expert: Number of its expert.
     """
 
     module: ExpertLinear
@@ -81,6 +82,7 @@ class ExpertOperator(LinearOperator):
         super().__init__(name, module, experts.module, module.tensor, experts.transposed)
         self.experts = experts
         self.kind = kind
+        self.expert = expert
 
     @property
     def tokens(self) -> Tensor:

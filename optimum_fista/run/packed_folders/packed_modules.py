@@ -73,6 +73,8 @@ class PackedModules:
             matrices = self._read(experts, self._dtypes[name], device)
             setattr(module, tensor, nn.ModuleList(map(PackedLinear.from_packed, matrices)).eval())
             module.config._experts_implementation = EXPERTS_IMPLEMENTATION  # type: ignore[union-attr]
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in self._experts):
+            model.get_submodule(owner).register_forward_pre_hook(_require_packed_implementation)
 
     def _replace(self, model: PreTrainedModel, name: str) -> bool:
         """Make the `nn.Linear` or `Conv1D` of a packed weight a `PackedLinear`; False if it is neither."""
@@ -151,6 +153,16 @@ def _stored_experts(
     each = len(operators) // num_experts
     experts = [known[i * each : (i + 1) * each] for i in range(num_experts)]
     return [expert[:1] if split_index(expert[0].name)[1] else expert for expert in experts]
+
+
+def _require_packed_implementation(experts: nn.Module, _: Any) -> None:
+    """The others would multiply by a tensor that is not there."""
+    set_to = experts.config._experts_implementation  # type: ignore[union-attr]
+    if set_to != EXPERTS_IMPLEMENTATION:
+        raise ValueError(
+            f"experts_implementation={set_to!r} can't compute with packed experts: pass {EXPERTS_IMPLEMENTATION!r} to "
+            "model.set_experts_implementation, or load the folder with runtime='dense'."
+        )
 
 
 def _execution_device(model: PreTrainedModel, name: str) -> torch.device:

@@ -30,13 +30,13 @@ class GroupCount:
 def count_groups(planned: PlannedModel, config: FistaPruningConfig) -> dict[str, GroupCount]:
     """Operators to prune by their last name, in the order of their first."""
     found: dict[str, GroupCount] = {}
-    for name, shape, count in _matrices(planned, config):
+    for name, shape in _matrices(planned):
         pattern = config.pattern_for(name)
         pattern.require_shape(shape, name)
         group = found.setdefault(name.rsplit(".", 1)[-1], GroupCount())
-        group.operators += count
-        group.parameters += count * shape[0] * shape[1]
-        group.zeros += count * (shape[0] * shape[1] - pattern.num_kept(shape))
+        group.operators += 1
+        group.parameters += shape[0] * shape[1]
+        group.zeros += shape[0] * shape[1] - pattern.num_kept(shape)
     return found
 
 
@@ -63,29 +63,29 @@ def disk_bytes(planned: PlannedModel, settings: PlanSettings, packed: bool = Fal
 def _packed_away(planned: PlannedModel, settings: PlanSettings) -> int:
     """Bytes that the pruned weights are smaller by when they are packed."""
     saved = 0
-    for name, shape, count in _matrices(planned, settings.config):
+    for name, shape in _matrices(planned):
         pattern = settings.config.pattern_for(name)
         mask = min(mask_bytes(shape[1], kind) for kind in (None, pattern.n_of_m))
         zeros = shape[0] * shape[1] - pattern.num_kept(shape)
-        saved += count * (zeros * settings.element_size - shape[0] * mask)
+        saved += zeros * settings.element_size - shape[0] * mask
     return saved
 
 
 def notes_on(planned: PlannedModel, settings: PlanSettings) -> list[str]:
     """What the reader should know."""
-    notes = list(idle_patterns(settings.config, *operator_names(planned, settings.config)))
+    notes = list(idle_patterns(settings.config, *operator_names(planned)))
     if settings.calibration == "self":
         notes.append(
             "--calibration self has the model sample its text, for which it is loaded whole; with a text it never is."
         )
     if planned.in_memory:
         notes.append("a GGUF file can't be read a weight at a time: it is dequantized, and the whole model is held.")
-    widest = max((s[1] for _, s, _ in _matrices(planned, settings.config)), default=0)
+    widest = max((shape[1] for _, shape in _matrices(planned)), default=0)
     if settings.fitted_tokens < widest:
         notes.append(
             f"{settings.fitted_tokens} calibration tokens for {widest} inputs: the Gram matrix is rank-deficient."
         )
-    if any(kind.experts for kind in planned.kinds):
+    if any(experts.pruned for experts in planned.experts):
         notes.append(
             "fused experts are counted one by one, each solved on the tokens that it sees on average; no trained "
             "mixture has been pruned yet."
@@ -95,11 +95,11 @@ def notes_on(planned: PlannedModel, settings: PlanSettings) -> list[str]:
     return notes
 
 
-def _matrices(planned: PlannedModel, config: FistaPruningConfig) -> Iterator[tuple[str, tuple[int, int], int]]:
-    """Names, shapes and numbers of operators to prune."""
+def _matrices(planned: PlannedModel) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Names and shapes of operators to prune."""
     for operators in planned.operators.values():
         for name, operator in operators.items():
-            yield name, operator.shape, 1
-    for expert in planned.experts:
-        if config.reason_left_dense(expert.name) is None:
-            yield expert.name, expert.shape, expert.count
+            yield name, operator.shape
+    for experts in planned.experts:
+        for pruned in experts.pruned:
+            yield from pruned

@@ -213,16 +213,17 @@ class _Layer:
 
     def _experts(self, paused: float) -> None:
         """Experts, one at a time, from the inputs of all of them."""
-        if not self.kind.experts:
+        pruned = [experts for experts in self.kind.experts if experts.pruned]
+        if not pruned:
             return
         self.ledger.hold("paused activations", paused)
         self.ledger.hold("inputs of the experts", self.hidden * self.settings.streams, self.settings.storage)
-        for index, expert in enumerate(self.kind.experts, len(self.groups)):
+        for index, expert in enumerate(pruned, len(self.groups)):
             gram = 4 * expert.shape[1] ** 2
             cross = 4 * expert.shape[1] * min(expert.shape)
             self._hold_out(index, gram + cross)
             self.ledger.moment("statistics", (f"Gram matrix {index}", 2.5 * gram), ("cross-Gram matrix", cross))
-            self._solve(index, [expert.shape])
+            self._solve(index, list(max(expert.groups, key=lambda shapes: sum(rows for rows, _ in shapes))))
         self.ledger.free("inputs of the experts")
 
     def _statistics(self, index: int, group: list[tuple[int, int]], last: bool) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers, left_out
+from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers, find_operators, left_out
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.experts import FusedExperts, can_be_split, is_fused_experts
+from optimum_fista.model.experts import ExpertOperator, is_fused_experts
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.probe import AnswerYes, LayerProbe, probe_layer
@@ -26,19 +27,29 @@ from optimum_fista.run.pruning.operators import choose_operators
 
 @dataclass(frozen=True)
 class PlannedExperts:
-    """Operators that a decoder layer keeps in one 3-D parameter.
+    """A 3-D parameter of a decoder layer: a matrix an expert, of one operator or of gate and up projection together.
 
     Attributes:
-        name: Name of the parameter in the model.
         count: Number of experts.
-        shape: (out, in) of each.
+        shape: (out, in) of a matrix.
         active: Experts that see a token.
+        pruned: Names and shapes of the operators to prune, by experts that have any.
     """
 
-    name: str
     count: int
     shape: tuple[int, int]
     active: int
+    pruned: tuple[tuple[tuple[str, tuple[int, int]], ...], ...]
+
+    @property
+    def pruned_weights(self) -> int:
+        """Weights of the operators to prune."""
+        return sum(out * columns for operators in self.pruned for _, (out, columns) in operators)
+
+    @property
+    def groups(self) -> dict[tuple[tuple[int, int], ...], int]:
+        """Shapes of the operators to prune of an expert, with the number of experts that have such."""
+        return Counter(tuple(shape for _, shape in operators) for operators in self.pruned)
 
 
 @dataclass
@@ -63,7 +74,7 @@ class LayerKind:
     def pruned_weights(self) -> int:
         """Weights of the operators to prune of one."""
         linear = sum(o.shape[0] * o.shape[1] for group in self.probe.groups for o in group)
-        return linear + sum(e.count * e.shape[0] * e.shape[1] for e in self.experts)
+        return linear + sum(expert.pruned_weights for expert in self.experts)
 
 
 @dataclass
@@ -75,6 +86,7 @@ class PlannedModel:
         layers: Its decoder layers.
         operators: Operators to prune by decoder layer.
         left_dense: Operators left dense, with the reason.
+        experts: Fused experts of all decoder layers.
         kinds: Decoder layers by kind.
         hidden_bytes: Bytes of the hidden states of one batch.
         call_bytes: Bytes of the other arguments of the decoder layers, stored once.
@@ -85,6 +97,7 @@ class PlannedModel:
     layers: DecoderLayers
     operators: dict[str, dict[str, LinearOperator]]
     left_dense: dict[str, str]
+    experts: list[PlannedExperts]
     kinds: list[LayerKind]
     hidden_bytes: int
     call_bytes: int
@@ -94,11 +107,6 @@ class PlannedModel:
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
-
-    @property
-    def experts(self) -> list[PlannedExperts]:
-        """Fused experts of all decoder layers."""
-        return [expert for name, layer in self.layers for expert in fused_experts(name, layer, self.model.config)]
 
     @property
     def tied(self) -> bool:
@@ -152,6 +160,8 @@ def planned_model(
     experts = {id(module) for name, layer in layers for module in _expert_modules(layer)}
     quiet = tuple(name for name, module in made.named_modules() if id(module) in experts)
     operators, left_dense = choose_operators(layers, _also_dense(config, quiet))
+    fused = {name: fused_experts(name, layer, settings, config) for name, layer in layers}
+    left_dense = {name: why for name, why in left_dense.items() if name not in quiet} | _dense_experts(layers, config)
     for module in made.modules():
         if id(module) in experts:
             module.forward = lambda hidden_states, *_, **__: torch.empty_like(hidden_states)
@@ -161,18 +171,20 @@ def planned_model(
     hidden = recorded.hidden_states[0]
     kinds: dict[Any, LayerKind] = {}
     for (name, layer), calls in zip(layers, recorded.calls, strict=True):
-        key = _kind(name, layer, operators[name], calls[0])
+        chosen = [*operators[name], *(operator for experts in fused[name] for e in experts.pruned for operator, _ in e)]
+        key = _kind(name, layer, chosen, calls[0])
         if key in kinds:
             kinds[key].count += 1
             continue
         weights = sum(p.numel() * p.element_size() for p in layer.parameters())
         probe = probe_layer(layer, operators[name], calls[0], hidden)
-        kinds[key] = LayerKind(name, 1, weights, probe, _pruned(fused_experts(name, layer, settings), config))
+        kinds[key] = LayerKind(name, 1, weights, probe, fused[name])
     return PlannedModel(
         made,
         layers,
         operators,
-        {name: why for name, why in left_dense.items() if name not in quiet} | _dense_experts(made, layers, config),
+        left_dense,
+        [experts for found in fused.values() for experts in found],
         list(kinds.values()),
         hidden.numel() * hidden.element_size(),
         _call_bytes(recorded.calls),
@@ -180,31 +192,36 @@ def planned_model(
     )
 
 
-def fused_experts(layer_name: str, layer: nn.Module, settings: PreTrainedConfig) -> list[PlannedExperts]:
-    """Experts of a decoder layer from the shapes of its 3-D parameters."""
-    found = []
+def fused_experts(
+    layer_name: str, layer: nn.Module, settings: PreTrainedConfig, config: FistaPruningConfig
+) -> list[PlannedExperts]:
+    """Experts of a decoder layer by its 3-D parameters.
+
+    Raises:
+        UnsupportedArchitectureError: If their form is unknown and they are not excluded.
+    """
+    by_parameter: dict[tuple[int, str], dict[int, list[tuple[str, tuple[int, int]]]]] = {}
+    for operator in _expert_operators(layer_name, layer, config):
+        if config.reason_left_dense(operator.name) is None:
+            experts = by_parameter.setdefault((id(operator.experts.module), operator.tensor), {})
+            experts.setdefault(operator.expert, []).append((operator.name, operator.shape))
     active = getattr(settings.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
-    names = {id(module): name for name, module in layer.named_modules(prefix=layer_name)}
+    found = []
     for module in _expert_modules(layer):
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3:
                 count, rows, columns = parameter.shape
                 shape = (columns, rows) if getattr(module, "is_transposed", False) else (rows, columns)
-                found.append(PlannedExperts(f"{names[id(module)]}.{leaf}", count, shape, min(active, count)))
+                pruned = tuple(map(tuple, by_parameter.get((id(module), leaf), {}).values()))
+                found.append(PlannedExperts(count, shape, min(active, count), pruned))
     return found
 
 
-def operator_names(planned: PlannedModel, config: FistaPruningConfig) -> tuple[list[str], list[str]]:
+def operator_names(planned: PlannedModel) -> tuple[list[str], list[str]]:
     """Names of the operators that a run prunes, every matrix of every expert for itself, and of those left dense."""
     pruned = [name for operators in planned.operators.values() for name in operators]
-    left_dense = list(planned.left_dense)
-    for layer_name, layer in planned.layers:
-        left_dense += left_out(layer_name, layer, config.exclude)
-        for name, module in layer.named_modules(prefix=layer_name):
-            if is_fused_experts(module) and can_be_split(module):
-                for operator in FusedExperts(name, module).operators:
-                    (left_dense if config.reason_left_dense(operator.name) else pruned).append(operator.name)
-    return pruned, left_dense
+    pruned += [name for experts in planned.experts for operators in experts.pruned for name, _ in operators]
+    return pruned, list(planned.left_dense)
 
 
 def _expert_modules(layer: nn.Module) -> list[nn.Module]:
@@ -216,17 +233,23 @@ def _also_dense(config: FistaPruningConfig, names: tuple[str, ...]) -> FistaPrun
     return FistaPruningConfig.from_dict(values | {"exclude": (*config.exclude, *names)})
 
 
-def _pruned(experts: list[PlannedExperts], config: FistaPruningConfig) -> list[PlannedExperts]:
-    return [expert for expert in experts if config.reason_left_dense(expert.name) is None]
+def _expert_operators(layer_name: str, layer: nn.Module, config: FistaPruningConfig) -> list[ExpertOperator]:
+    """Operators of the experts that are not excluded as a whole."""
+    operators = find_operators(layer_name, layer, config.exclude).values()
+    return [operator for operator in operators if isinstance(operator, ExpertOperator)]
 
 
-def _dense_experts(model: PreTrainedModel, layers: DecoderLayers, config: FistaPruningConfig) -> dict[str, str]:
-    found = [expert for name, layer in layers for expert in fused_experts(name, layer, model.config)]
-    reasons = {expert.name: config.reason_left_dense(expert.name) for expert in found}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+def _dense_experts(layers: DecoderLayers, config: FistaPruningConfig) -> dict[str, str]:
+    """Experts and their operators that stay dense, with the reason."""
+    found: dict[str, str] = {}
+    for name, layer in layers:
+        found |= left_out(name, layer, config.exclude)
+        reasons = {o.name: config.reason_left_dense(o.name) for o in _expert_operators(name, layer, config)}
+        found |= {operator: reason for operator, reason in reasons.items() if reason is not None}
+    return found
 
 
-def _kind(name: str, layer: nn.Module, operators: Mapping[str, LinearOperator], call: LayerCall) -> Any:
+def _kind(name: str, layer: nn.Module, operators: Iterable[str], call: LayerCall) -> Any:
     """What tells one kind of decoder layer from another."""
     shapes = tuple((key, tuple(p.shape)) for key, p in layer.named_parameters())
     chosen = tuple(key.removeprefix(name) for key in operators)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optimum_fista.model.probe import Work
@@ -102,7 +102,7 @@ def _allocation(model: PlannedModel, settings: PlanSettings) -> StageWork:
         for expert in kind.experts:
             products = 3 * 2.0 * settings.allocation_tokens * expert.active * expert.shape[0] * expert.shape[1]
             found.forward.products += kind.count * products
-            found.forward.moved_bytes += kind.count * _SWEEP * 24 * expert.count * expert.shape[0] * expert.shape[1]
+            found.forward.moved_bytes += kind.count * _SWEEP * 24 * expert.pruned_weights
     embedding = settings.embedding_bytes(model.model) / settings.element_size
     vocabulary = settings.vocabulary(model.model)
     found.forward.products += 4.0 * embedding * settings.allocation_tokens
@@ -125,10 +125,12 @@ def _layer(stages: dict[str, StageWork], settings: PlanSettings, kind: LayerKind
         _solve(stages["solving"], settings, shapes, kind.count)
     for expert in kind.experts:
         tokens = settings.tokens * expert.active / expert.count
-        times = kind.count * expert.count
-        forward.forward.products += 2 * times * 2.0 * tokens * expert.shape[0] * expert.shape[1]
-        _statistics(stages["statistics"], settings, [expert.shape], times, tokens, bool(corrected), False)
-        _solve(stages["solving"], settings, [expert.shape], times)
+        products = 2.0 * tokens * expert.shape[0] * expert.shape[1]
+        forward.forward.products += 2 * kind.count * expert.count * products
+        for solved, count in expert.groups.items():
+            times = kind.count * count
+            _statistics(stages["statistics"], settings, solved, times, tokens, bool(corrected), False)
+            _solve(stages["solving"], settings, solved, times)
 
 
 def _finetune(stage: StageWork, settings: PlanSettings, kind: LayerKind) -> None:
@@ -146,7 +148,7 @@ def _finetune(stage: StageWork, settings: PlanSettings, kind: LayerKind) -> None
 def _statistics(
     stage: StageWork,
     settings: PlanSettings,
-    shapes: list[tuple[int, int]],
+    shapes: Sequence[tuple[int, int]],
     times: int,
     tokens: float,
     corrected: bool,
@@ -174,9 +176,8 @@ def _statistics(
     stage.forward.operations += times * _OPERATIONS * (1 + settings.batches)
 
 
-def _solve(stage: StageWork, settings: PlanSettings, shapes: Iterable[tuple[int, int]], times: int) -> None:
+def _solve(stage: StageWork, settings: PlanSettings, shapes: Sequence[tuple[int, int]], times: int) -> None:
     """Solving a group of operators, and measuring the error of what is written."""
-    shapes = list(shapes)
     cost, columns = settings.cost, shapes[0][1]
     rows = sum(out for out, _ in shapes)
     shares = cost.shares_factor or settings.stacks

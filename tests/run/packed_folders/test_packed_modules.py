@@ -143,13 +143,14 @@ def test_packed_weights_on_disk_are_refused(pruned, tmp_path):
     assert logits(load(tmp_path / "packed", "dense", **options)).isfinite().all()
 
 
-def test_other_implementations_of_experts_stop(pruned, tmp_path):
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_other_implementations_of_experts_stop(implementation, pruned, tmp_path):
     """They expect tensors; the one for packed experts can be set again."""
     pack_folder(pruned("mixtral"), tmp_path / "packed")
     model = load(tmp_path / "packed")
     before = logits(model)
-    model.set_experts_implementation("eager")
-    with pytest.raises(TypeError):
+    model.set_experts_implementation(implementation)
+    with pytest.raises(ValueError, match=f"experts_implementation='{implementation}' can't compute .* 'fista_packed'"):
         logits(model)
     model.set_experts_implementation("fista_packed")
     assert torch.equal(logits(model), before)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.run.planning.machine import MachineRates
 from optimum_fista.run.planning.memory import Ledger
 from optimum_fista.run.planning.plan import PruningPlan, plan_pruning
@@ -179,17 +180,48 @@ def test_patterns_that_match_nothing_are_named_as_by_the_run(family):
     assert ("experts" in "".join(notes)) == (family == "llama")
 
 
-def test_fused_experts_are_counted_one_by_one():
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text"])
+def test_fused_experts_are_counted_as_by_the_run(family):
+    config = FistaPruningConfig(
+        method="magnitude",
+        scope="row",
+        exclude=("*.experts.1.down_proj", "*.k_proj"),
+        overrides={"*.experts.0.*": 0.25, "*.up_proj": "2:4"},
+    )
+    model = tiny_model(family)
+    plan = planned(model.config, config)
+    report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+    assert set(plan.groups) == {
+        operator.name.removesuffix(".weight").rsplit(".", 1)[-1] for operator in report.operators
+    }
+    for last, group in plan.groups.items():
+        found = [o for o in report.operators if o.name.endswith((f".{last}", f".{last}.weight"))]
+        assert group.operators == len(found)
+        assert group.parameters == sum(o.shape[0] * o.shape[1] for o in found)
+        assert group.zeros == sum(o.shape[0] * o.shape[1] - o.num_kept for o in found)
+    assert plan.left_dense == report.left_dense
+    assert plan.other_parameters + sum(g.parameters for g in plan.groups.values()) == model.num_parameters()
+
+
+def test_experts_that_stay_dense_cost_no_solving():
     model = tiny_model("mixtral")
     plan = planned(model.config)
-    assert plan.groups["down_proj"].operators == 2 * 4
-    assert plan.groups["down_proj"].parameters == 2 * 4 * 32 * 48
-    assert plan.groups["gate_up_proj"].parameters == 2 * 4 * 2 * 48 * 32
-    assert plan.other_parameters + sum(g.parameters for g in plan.groups.values()) == model.num_parameters()
     dense = planned(model.config, FistaPruningConfig(exclude=("*.experts*",)))
+    half = planned(model.config, FistaPruningConfig(exclude=("*.experts.[01].*",)))
     assert set(dense.groups) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert set(dense.left_dense.values()) == {"exclude"}
-    assert dense.products < plan.products
+    for stage in ("statistics", "solving"):
+        whole, some, none = (p.stages[stage].products for p in (plan, half, dense))
+        assert whole - some == pytest.approx((whole - none) / 2)
+    assert dense.stages["forward passes"].products == plan.stages["forward passes"].products
+
+
+def test_experts_in_an_unknown_form_are_refused_as_by_the_run(monkeypatch):
+    monkeypatch.setattr("optimum_fista.model.architecture.can_be_split", lambda _: False)
+    model = tiny_model("mixtral")
+    with pytest.raises(UnsupportedArchitectureError, match=r"in a form that can't be pruned.*pass exclude"):
+        planned(model.config)
+    assert "down_proj" not in planned(model.config, FistaPruningConfig(exclude=("*.experts",))).groups
 
 
 def test_plain_values_and_text():
