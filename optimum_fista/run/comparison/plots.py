@@ -76,17 +76,19 @@ def plot_lines(rows: Sequence[Row], texts: Sequence[str], folder: Path) -> Path 
             points = sorted((x, spread.mean, spread.deviation or 0.0) for x, spread in found if spread is not None)
             if points:
                 sparsities, means, deviations = zip(*points, strict=True)
-                style = "-" if number < _COLOURS else ":"
-                axis.errorbar(sparsities, means, deviations, marker="o", markersize=4, linestyle=style, label=method)
+                style = {"linestyle": "-" if number < _COLOURS else ":", "color": f"C{number % _COLOURS}"}
+                axis.errorbar(sparsities, means, deviations, marker="o", markersize=4, label=method, **style)
         dense = [spread for line in lines if line.method == DENSE and (spread := line.perplexity(text)) is not None]
         if dense:
             axis.axhline(dense[0].mean, color="gray", linestyle="--", linewidth=1, label=DENSE)
             axis.set_ylim(0.95 * dense[0].mean, limit)
         axis.set(title=text, xlabel="sparsity", ylabel="perplexity, lower is better", yscale="log")
+        axis.set_xticks(sorted({float(line.pattern) for line in unstructured if line.method in methods}))
         for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             formatted("{x:g}")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    shown = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=8)
     path = folder / "sparsity.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -6,6 +6,7 @@ import pytest
 
 from optimum_fista.run.comparison.averages import Spread, averages
 from optimum_fista.run.comparison.comparison import Comparison
+from optimum_fista.run.comparison.plots import plot_lines
 from optimum_fista.run.comparison.row import Row, Score
 from optimum_fista.run.comparison.table import csv_table, markdown_table
 
@@ -102,6 +103,36 @@ def test_plots(tmp_path):
     assert Comparison(rows=several).write_plots(folder) == [folder / "perplexity.png", folder / "sparsity.png"]
     assert all((folder / f"{name}.png").stat().st_size > 5000 for name in ("perplexity", "sparsity"))
     assert Comparison(rows=ROWS[:1]).write_plots(folder) == []
+
+
+def test_a_method_has_one_colour_and_a_place_in_the_legend(tmp_path, monkeypatch):
+    """Also where it was not measured on every text."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'optimum-fista[plots]'")
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    colours, legends = {}, []
+    errorbar, legend = Axes.errorbar, Figure.legend
+
+    def draw(axis, *values, **style):
+        colours.setdefault(style["label"], []).append(style["color"])
+        return errorbar(axis, *values, **style)
+
+    def tell(figure, handles, labels, **style):
+        legends.append(list(labels))
+        return legend(figure, handles, labels, **style)
+
+    def measured(method, pattern, *texts):
+        return replace(row(method, pattern, None), perplexity=dict.fromkeys(texts, 12.0))
+
+    monkeypatch.setattr(Axes, "errorbar", draw)
+    monkeypatch.setattr(Figure, "legend", tell)
+    rows = [measured(method, p, "sea", "lake") for method in ("wanda", "fista") for p in ("0.5", "0.6")]
+    rows[:2] = [measured("wanda", p, "sea") for p in ("0.5", "0.6")]
+    rows += [measured("alps", p, "lake") for p in ("0.5", "0.6")]
+    assert plot_lines(rows, ["sea", "lake"], tmp_path) == tmp_path / "sparsity.png"
+    assert colours == {"wanda": ["C0"], "fista": ["C1", "C1"], "alps": ["C2"]}
+    assert legends == [["wanda", "fista", "alps"]]
 
 
 def test_held_out_errors_have_a_column_where_there_are_any():
