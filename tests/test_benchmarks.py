@@ -118,6 +118,20 @@ def test_ablations(benchmark):
         assert "\n".join(benchmark("ablations").table(study)) in page
 
 
+def test_processors():
+    """The same rows on two kinds: what differs, as docs/ablations.md says it."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "processors.json").read_text())["rows"]
+    section = (ROOT / "docs" / "ablations.md").read_text().split("## Processors")[1].split("\n## ")[0]
+    differences = {}
+    for row in rows:
+        one, other = (statistics.geometric_mean(found.values()) for found in row["perplexity"].values())
+        differences.setdefault(row["pattern"], []).append(100 * abs(other / one - 1))
+    assert f"{len(rows)} rows" in section
+    for pattern in ("0.5", "0.7", "2:4"):
+        found = differences[pattern]
+        assert f"| {pattern} | {len(found)} | {statistics.median(found):.1f}% | {max(found):.1f}% |" in section
+
+
 def test_heads_that_gradients_miss(benchmark):
     rows = json.loads((ROOT / "benchmarks" / "results" / "heads.json").read_text())["rows"]
     assert "\n".join(benchmark("heads").table(rows)) in (ROOT / "docs" / "ablations.md").read_text()
