@@ -193,7 +193,9 @@ def plot(study: dict[str, Any], path: Path) -> None:
         axis.tick_params(axis="y", labelsize=8)
         axis.set(title=f"{pattern} zeros", xscale="log")
     axes[-1].set_xlabel("perplexity, times that of the default")
-    axes[-1].margins(x=0.2)
+    axes[-1].set_xlim(right=1.15 * axes[-1].get_xlim()[1])
+    axes[-1].xaxis.set_major_formatter("{x:g}")
+    axes[-1].xaxis.set_minor_formatter("{x:g}")
     figure.savefig(path, dpi=110)
 
 
