@@ -83,6 +83,7 @@ STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
         ),
         _methods(["2:4"], ["default", "default:error_correction=0", f"alps:{_PIPELINE}"], arguments.seeds),
     ],
+    "gradients": lambda arguments: [_methods(["0.5"], ["default", "default:allocation_tokens=8192"], arguments.seeds)],
     "correction": lambda _: [
         _methods([pattern], [f"{_BARE}:error_correction={value}" for value in ("none", "intra", "full")])
         for pattern in ("0.05", "0.1", "0.2", "0.5", "2:4")
@@ -105,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--other-calibrations", type=_names, default=[], help="others for the study `calibration`")
     parser.add_argument("--texts", type=_names, required=True, help="text sources to measure on")
     parser.add_argument("--studies", type=_names, default=list(STUDIES))
-    parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], help="of the study `seeds`")
+    parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], help="of the studies `seeds` and `gradients`")
     parser.add_argument("--sample-counts", type=_numbers, default=[8, 16, 32, 64, 128], help="of the study `samples`")
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a window, here and in the texts")

@@ -156,7 +156,7 @@ def _stored_experts(
 
 
 def _require_packed_implementation(experts: nn.Module, _: Any) -> None:
-    """The others would multiply by a tensor that is not there."""
+    """Refuse to compute by another implementation, which would look for a tensor that is not there."""
     set_to = experts.config._experts_implementation  # type: ignore[union-attr]
     if set_to != EXPERTS_IMPLEMENTATION:
         raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers, find_operators, left_out
+from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.experts import ExpertOperator, is_fused_experts
 from optimum_fista.model.hidden_states import record_inputs
@@ -33,7 +33,7 @@ class PlannedExperts:
         count: Number of experts.
         shape: (out, in) of a matrix.
         active: Experts that see a token.
-        pruned: Names and shapes of the operators to prune, by experts that have any.
+        pruned: Names and shapes of the operators to prune, one entry for each expert that has any.
     """
 
     count: int
@@ -48,7 +48,7 @@ class PlannedExperts:
 
     @property
     def groups(self) -> dict[tuple[tuple[int, int], ...], int]:
-        """Shapes of the operators to prune of an expert, with the number of experts that have such."""
+        """How many experts have operators to prune of these shapes."""
         return Counter(tuple(shape for _, shape in operators) for operators in self.pruned)
 
 
@@ -157,11 +157,13 @@ def planned_model(
         made = AutoModelForCausalLM.from_config(settings, dtype=wanted).eval().requires_grad_(False)
     refuse_quantized(made)
     layers = find_decoder_layers(made)
-    experts = {id(module) for name, layer in layers for module in _expert_modules(layer)}
-    quiet = tuple(name for name, module in made.named_modules() if id(module) in experts)
-    operators, left_dense = choose_operators(layers, _also_dense(config, quiet))
-    fused = {name: fused_experts(name, layer, settings, config) for name, layer in layers}
-    left_dense = {name: why for name, why in left_dense.items() if name not in quiet} | _dense_experts(layers, config)
+    chosen, left_dense = choose_operators(layers, config)
+    fused = {name: fused_experts(layer, settings, chosen[name].values()) for name, layer in layers}
+    operators = {
+        name: {key: operator for key, operator in found.items() if not isinstance(operator, ExpertOperator)}
+        for name, found in chosen.items()
+    }
+    experts = {id(module) for _, layer in layers for module in _expert_modules(layer)}
     for module in made.modules():
         if id(module) in experts:
             module.forward = lambda hidden_states, *_, **__: torch.empty_like(hidden_states)
@@ -171,8 +173,7 @@ def planned_model(
     hidden = recorded.hidden_states[0]
     kinds: dict[Any, LayerKind] = {}
     for (name, layer), calls in zip(layers, recorded.calls, strict=True):
-        chosen = [*operators[name], *(operator for experts in fused[name] for e in experts.pruned for operator, _ in e)]
-        key = _kind(name, layer, chosen, calls[0])
+        key = _kind(name, layer, chosen[name], calls[0])
         if key in kinds:
             kinds[key].count += 1
             continue
@@ -193,16 +194,12 @@ def planned_model(
 
 
 def fused_experts(
-    layer_name: str, layer: nn.Module, settings: PreTrainedConfig, config: FistaPruningConfig
+    layer: nn.Module, settings: PreTrainedConfig, operators: Iterable[LinearOperator]
 ) -> list[PlannedExperts]:
-    """Experts of a decoder layer by its 3-D parameters.
-
-    Raises:
-        UnsupportedArchitectureError: If their form is unknown and they are not excluded.
-    """
+    """Experts of a decoder layer by its 3-D parameters, given its operators to prune."""
     by_parameter: dict[tuple[int, str], dict[int, list[tuple[str, tuple[int, int]]]]] = {}
-    for operator in _expert_operators(layer_name, layer, config):
-        if config.reason_left_dense(operator.name) is None:
+    for operator in operators:
+        if isinstance(operator, ExpertOperator):
             experts = by_parameter.setdefault((id(operator.experts.module), operator.tensor), {})
             experts.setdefault(operator.expert, []).append((operator.name, operator.shape))
     active = getattr(settings.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
@@ -211,7 +208,7 @@ def fused_experts(
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3:
                 count, rows, columns = parameter.shape
-                shape = (columns, rows) if getattr(module, "is_transposed", False) else (rows, columns)
+                shape = (columns, rows) if getattr(module, "is_transposed", True) else (rows, columns)
                 pruned = tuple(map(tuple, by_parameter.get((id(module), leaf), {}).values()))
                 found.append(PlannedExperts(count, shape, min(active, count), pruned))
     return found
@@ -226,27 +223,6 @@ def operator_names(planned: PlannedModel) -> tuple[list[str], list[str]]:
 
 def _expert_modules(layer: nn.Module) -> list[nn.Module]:
     return [module for module in layer.modules() if is_fused_experts(module)]
-
-
-def _also_dense(config: FistaPruningConfig, names: tuple[str, ...]) -> FistaPruningConfig:
-    values = config.to_dict()
-    return FistaPruningConfig.from_dict(values | {"exclude": (*config.exclude, *names)})
-
-
-def _expert_operators(layer_name: str, layer: nn.Module, config: FistaPruningConfig) -> list[ExpertOperator]:
-    """Operators of the experts that are not excluded as a whole."""
-    operators = find_operators(layer_name, layer, config.exclude).values()
-    return [operator for operator in operators if isinstance(operator, ExpertOperator)]
-
-
-def _dense_experts(layers: DecoderLayers, config: FistaPruningConfig) -> dict[str, str]:
-    """Experts and their operators that stay dense, with the reason."""
-    found: dict[str, str] = {}
-    for name, layer in layers:
-        found |= left_out(name, layer, config.exclude)
-        reasons = {o.name: config.reason_left_dense(o.name) for o in _expert_operators(name, layer, config)}
-        found |= {operator: reason for operator, reason in reasons.items() if reason is not None}
-    return found
 
 
 def _kind(name: str, layer: nn.Module, operators: Iterable[str], call: LayerCall) -> Any:

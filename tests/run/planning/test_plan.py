@@ -212,15 +212,27 @@ def test_experts_that_stay_dense_cost_no_solving():
     assert set(dense.left_dense.values()) == {"exclude"}
     for stage in ("statistics", "solving"):
         whole, some, none = (p.stages[stage].products for p in (plan, half, dense))
+        assert none < some < whole
         assert whole - some == pytest.approx((whole - none) / 2)
     assert dense.stages["forward passes"].products == plan.stages["forward passes"].products
+
+
+@pytest.mark.parametrize("options", [{"include": ("*.experts.*",)}, {"exclude": ("*.self_attn.*",)}])
+def test_experts_alone(options):
+    config = FistaPruningConfig(method="magnitude", **options)
+    model = tiny_model("mixtral")
+    plan = planned(model.config, config)
+    report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+    assert sum(group.operators for group in plan.groups.values()) == len(report.operators) == 2 * 4 * 3
+    assert plan.left_dense == report.left_dense
 
 
 def test_experts_in_an_unknown_form_are_refused_as_by_the_run(monkeypatch):
     monkeypatch.setattr("optimum_fista.model.architecture.can_be_split", lambda _: False)
     model = tiny_model("mixtral")
-    with pytest.raises(UnsupportedArchitectureError, match=r"in a form that can't be pruned.*pass exclude"):
-        planned(model.config)
+    for run in (planned, lambda _: FistaPruner(progress=False).prune(model, tiny_tokens().split(4))):
+        with pytest.raises(UnsupportedArchitectureError, match=r"in a form that can't be pruned.*pass exclude"):
+            run(model.config)
     assert "down_proj" not in planned(model.config, FistaPruningConfig(exclude=("*.experts",))).groups
 
 
