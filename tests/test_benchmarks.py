@@ -127,6 +127,11 @@ def test_processors():
         one, other = (statistics.geometric_mean(found.values()) for found in row["perplexity"].values())
         differences.setdefault(row["pattern"], []).append(100 * abs(other / one - 1))
     assert f"{len(rows)} rows" in section
+    studies = json.loads((ROOT / "benchmarks" / "results" / "ablations.json").read_text()).values()
+    kept = [row["perplexity"] for study in studies for row in study["rows"]]
+    assert all(row["perplexity"]["Intel Xeon"] in kept for row in rows)
+    (widest,) = [r["perplexity"] for r in rows if (r["method"], r["pattern"]) == ("default:error_correction=0", "2:4")]
+    assert " and ".join(f"{found['wikitext2-test']:.1f}" for found in widest.values()) in section
     for pattern in ("0.5", "0.7", "2:4"):
         found = differences[pattern]
         assert f"| {pattern} | {len(found)} | {statistics.median(found):.1f}% | {max(found):.1f}% |" in section

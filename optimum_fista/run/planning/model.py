@@ -84,7 +84,7 @@ class PlannedModel:
     Attributes:
         model: The model on the meta device.
         layers: Its decoder layers.
-        operators: Operators to prune by decoder layer.
+        operators: Operators to prune by decoder layer, without those of fused experts.
         left_dense: Operators left dense, with the reason.
         experts: Fused experts of all decoder layers.
         kinds: Decoder layers by kind.

@@ -16,6 +16,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.run.planning.machine import MachineRates
 from optimum_fista.run.planning.memory import Ledger
+from optimum_fista.run.planning.model import planned_model
 from optimum_fista.run.planning.plan import PruningPlan, plan_pruning
 from optimum_fista.run.pruning import layer_finetuning
 
@@ -201,6 +202,18 @@ def test_fused_experts_are_counted_as_by_the_run(family):
         assert group.zeros == sum(o.shape[0] * o.shape[1] - o.num_kept for o in found)
     assert plan.left_dense == report.left_dense
     assert plan.other_parameters + sum(g.parameters for g in plan.groups.values()) == model.num_parameters()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
+def test_operators_of_an_expert_fill_its_matrix(family):
+    """Also where matrices are stored as [in, out]."""
+    found = planned_model(tiny_model(family).config, FistaPruningConfig(), 1, 16).experts
+    assert len(found) == 2 * 2
+    for experts in found:
+        assert len(experts.pruned) == experts.count == 4
+        for operators in experts.pruned:
+            assert {columns for _, (_, columns) in operators} == {experts.shape[1]}
+            assert sum(rows for _, (rows, _) in operators) == experts.shape[0]
 
 
 def test_experts_that_stay_dense_cost_no_solving():
