@@ -26,7 +26,9 @@ lint: $(READY) ## Style, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The simulated accelerator belongs to a whole process, so its tests have processes of their own.
 test: lint ## Lint, types, import rules and the tests, one process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile tests/simulated_device
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 demo: $(READY) ## Prune SmolLM2-135M to 50% and to 2:4 and compare the methods (TEXT=file to choose the text)
@@ -37,4 +39,4 @@ docs: $(READY) ## Build the documentation into site/
 	@echo 'open site/index.html, or for its search: $(BIN)/python -m http.server --directory site'
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) build site tests/simulated_device/build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,301 @@
+"""A simulated accelerator, `torch.device("simulated")`: two devices, to find on a CPU what fails on a GPU.
+
+It refuses operations that mix devices and tensors whose storage was freed, limits memory, and counts copies,
+synchronisations and operations. It computes by the CPU's kernels, so results agree with the CPU's. Tests for it live in
+this folder, for which `make test` starts a process of its own: once imported, it is PyTorch's accelerator until the end
+of the process. Without a C++ compiler they are skipped.
+
+    from simulated_device.backend import counted, failing_allocation, memory_limit
+
+    model.to("simulated:0")
+    with memory_limit(2**20, "simulated:0"):            # torch.OutOfMemoryError beyond a megabyte
+        ...
+    with failing_allocation(3, at_least=4096) as failure:  # the third allocation of at least 4096 bytes fails, once
+        ...
+    failure.seen, failure.happened                      # allocations of that size in the block; whether one failed
+    with counted() as counts:
+        ...
+    counts.waits, counts.copies, counts.bytes, counts.runs  # Counters: by cause, by way, by way, by operation
+    counts.synchronisations                             # sum of `waits`
+    torch.simulated.max_memory_allocated("simulated:0")   # and the other functions of torch.cuda, torch.accelerator too
+
+The ways of a copy are "host to device", "device to host" and "device to device". Every test begins with device 0 as the
+current one, no limits but 16 GiB a device, and high-water marks at what is allocated.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.cpp_extension import include_paths, library_paths
+
+SOURCE = Path(__file__).with_name("backend.cpp")
+FOLDER = Path(__file__).with_name("build")
+MEMORY = 16 * 2**30  # bytes of each device if no test sets another limit
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+MISSING = None if COMPILER else "no C++ compiler builds the simulated accelerator (set CXX to name one)"
+
+_ops: Any = torch.ops.simulated
+_Device = torch.device | str | int | None
+
+
+def _library() -> Path:
+    """Build the library unless this source was built for this PyTorch, and return its path."""
+    key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    library = FOLDER / f"simulated-{key}.so"
+    FOLDER.mkdir(exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others wait; a killed one leaves no lock
+        if not library.exists():
+            unfinished = library.with_suffix(".unfinished")
+            folders = [f"-I{folder}" for folder in include_paths()] + [f"-L{folder}" for folder in library_paths()]
+            options = ["-std=c++20", "-O1", "-fPIC", "-shared", *folders, str(SOURCE), "-lc10", "-ltorch_cpu"]
+            options += ["-o", str(unfinished)]
+            subprocess.run([str(COMPILER), *options], check=True)
+            unfinished.rename(library)
+    return library
+
+
+def _index(device: _Device = None) -> int:
+    index = device if isinstance(device, int) or device is None else torch.device(device).index
+    return current_device() if index is None else index
+
+
+# ----------------------------------------------------------------------------------- the interface of torch.cuda
+
+
+def is_available() -> bool:
+    return True
+
+
+def is_initialized() -> bool:
+    return True
+
+
+def init() -> None:
+    pass
+
+
+_lazy_init = init
+
+
+def _is_in_bad_fork() -> bool:
+    return False
+
+
+def device_count() -> int:
+    return 2
+
+
+def current_device() -> int:
+    return torch.accelerator.current_device_index()
+
+
+def set_device(device: _Device) -> None:
+    torch.accelerator.set_device_index(_index(device))
+
+
+class device:
+    """As a context: another device is the current one."""
+
+    def __init__(self, device: _Device) -> None:
+        self._index, self._before = _index(device), -1
+
+    def __enter__(self) -> None:
+        self._before = current_device()
+        set_device(self._index)
+
+    def __exit__(self, *error: object) -> None:
+        set_device(self._before)
+
+
+def get_device_name(device: _Device = None) -> str:
+    return f"Simulated accelerator {_index(device)}"
+
+
+def get_device_properties(device: _Device = None) -> SimpleNamespace:
+    return SimpleNamespace(name=get_device_name(device), total_memory=mem_get_info(device)[1])
+
+
+def is_bf16_supported() -> bool:
+    return True
+
+
+def get_amp_supported_dtype() -> list[torch.dtype]:
+    return [torch.bfloat16, torch.float16]
+
+
+def mem_get_info(device: _Device = None) -> tuple[int, int]:
+    free, total = torch.accelerator.get_memory_info(_index(device))
+    return free, total
+
+
+def memory_stats(device: _Device = None) -> dict[str, Any]:
+    return torch.accelerator.memory_stats(_index(device))
+
+
+def memory_allocated(device: _Device = None) -> int:
+    return torch.accelerator.memory_allocated(_index(device))
+
+
+def max_memory_allocated(device: _Device = None) -> int:
+    return torch.accelerator.max_memory_allocated(_index(device))
+
+
+def reset_peak_memory_stats(device: _Device = None) -> None:
+    torch.accelerator.reset_peak_memory_stats(_index(device))
+
+
+memory_reserved, max_memory_reserved = memory_allocated, max_memory_allocated  # nothing is cached
+
+
+def empty_cache() -> None:
+    pass
+
+
+def synchronize(device: _Device = None) -> None:
+    torch.accelerator.synchronize(_index(device))
+
+
+def Stream(device: _Device = None, priority: int = 0) -> torch.Stream:
+    return torch.Stream(torch.device("simulated", _index(device)), priority=priority)
+
+
+def Event(**options: Any) -> torch.Event:
+    return torch.Event("simulated", **options)
+
+
+def current_stream(device: _Device = None) -> torch.Stream:
+    return torch.accelerator.current_stream(_index(device))
+
+
+default_stream = current_stream
+
+
+def stream(stream: torch.Stream | None) -> Any:
+    return nullcontext() if stream is None else stream
+
+
+def manual_seed(seed: int) -> None:
+    _ops.seed(seed, current_device())
+
+
+def manual_seed_all(seed: int) -> None:
+    for index in range(device_count()):
+        _ops.seed(seed, index)
+
+
+def initial_seed() -> int:
+    return _ops.initial_seed(current_device())
+
+
+def get_rng_state(device: _Device = None) -> Tensor:
+    return _ops.get_rng_state(_index(device))
+
+
+def set_rng_state(new_state: Tensor, device: _Device = None) -> None:
+    _ops.set_rng_state(new_state, _index(device))
+
+
+def get_rng_state_all() -> list[Tensor]:
+    return [get_rng_state(index) for index in range(device_count())]
+
+
+def set_rng_state_all(new_states: list[Tensor]) -> None:
+    for index, state in enumerate(new_states):
+        set_rng_state(state, index)
+
+
+# ----------------------------------------------------------------------------------------------- for the tests
+
+
+@dataclass
+class Counts:
+    """What happened on both devices; filled when the block ends."""
+
+    waits: Counter[str] = field(default_factory=Counter)
+    copies: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+    runs: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def synchronisations(self) -> int:
+        """Times that the host waited for a device."""
+        return self.waits.total()
+
+
+@contextmanager
+def counted() -> Iterator[Counts]:
+    """Count copies, synchronisations and operations in the block (blocks do not nest)."""
+    counts = Counts()
+    _ops.start_counting()
+    try:
+        yield counts
+    finally:
+        for name, number in _ops.stop_counting().items():
+            kind, _, cause = name.partition(" ")
+            getattr(counts, kind)[cause.removeprefix("for ").removeprefix("aten::")] += number
+
+
+@contextmanager
+def memory_limit(bytes: int, device: _Device = None) -> Iterator[None]:
+    """Give a device (the current one by default) this many bytes in the block, what it holds already included."""
+    index = _index(device)
+    before = mem_get_info(index)[1]
+    _ops.set_memory_limit(index, bytes)
+    try:
+        yield
+    finally:
+        _ops.set_memory_limit(index, before)
+
+
+@dataclass
+class Failure:
+    """Allocations of at least the size asked for, on both devices, and whether one was refused."""
+
+    number: int
+    seen: int = 0
+
+    @property
+    def happened(self) -> bool:
+        return 0 < self.number <= self.seen
+
+
+@contextmanager
+def failing_allocation(number: int, at_least: int = 1) -> Iterator[Failure]:
+    """Refuse the allocation with this number, from 1, of those of `at_least` bytes in the block; 0 refuses none."""
+    failure = Failure(number)
+    _ops.fail_allocation(number, at_least)
+    try:
+        yield failure
+    finally:
+        failure.seen = _ops.allocations_seen()
+        _ops.fail_allocation(0, 0)
+
+
+def reset() -> None:
+    """Put both devices in the state that every test begins with."""
+    set_device(0)
+    _ops.fail_allocation(0, 0)
+    for index in range(device_count()):
+        _ops.set_memory_limit(index, MEMORY)
+        reset_peak_memory_stats(index)
+
+
+if MISSING is None:
+    torch.ops.load_library(_library())
+    torch.utils.rename_privateuse1_backend("simulated")
+    torch._register_device_module("simulated", sys.modules[__name__])
+    torch.utils.generate_methods_for_privateuse1_backend()
