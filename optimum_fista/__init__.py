@@ -64,6 +64,7 @@ def __getattr__(name: str) -> Any:
 
 
 _QUANTIZERS = "transformers.quantizers.auto"
+_PACKED_LOADING = "optimum_fista.run.packed_folders.packed_loading"  # registers itself
 
 
 class _PackedLoading(importlib.abc.MetaPathFinder):
@@ -85,19 +86,13 @@ class _PackedLoading(importlib.abc.MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
-                _register(module)
+                importlib.import_module(_PACKED_LOADING)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _register(module: ModuleType) -> None:
-    from optimum_fista.run.packed_folders.packed_loading import register
-
-    register(module)
-
-
 if _QUANTIZERS in sys.modules:
-    _register(sys.modules[_QUANTIZERS])
+    importlib.import_module(_PACKED_LOADING)
 else:
     sys.meta_path.insert(0, _PackedLoading())

@@ -1,14 +1,15 @@
 """Packed checkpoints in plain `from_pretrained`: as a dense model, or with linears that stay packed.
 
-Transformers imports this module while it is itself half imported, so everything heavier is imported when it is needed.
+Whichever is imported first, Transformers' list of quantizers or this module, imports the other: classes are registered
+as they are defined, and everything heavier is imported when it is needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -21,6 +22,7 @@ QUANT_METHOD = "fista_packed"
 RUNTIMES = ("dense", "packed")
 
 
+@auto.register_quantization_config(QUANT_METHOD)
 class FistaPackedConfig(QuantizationConfigMixin):
     """How a packed checkpoint is stored and loaded; pass one to `from_pretrained(quantization_config=)` to choose.
 
@@ -58,6 +60,7 @@ class FistaPackedConfig(QuantizationConfigMixin):
         return {"runtime": self.runtime}
 
 
+@auto.register_quantizer(QUANT_METHOD)
 class FistaPackedQuantizer(HfQuantizer):
     """Loads packed checkpoints; Transformers calls it a quantizer, but nothing is rounded."""
 
@@ -143,11 +146,5 @@ class FistaPackedQuantizer(HfQuantizer):
         return self.quantization_config.runtime == "dense"
 
 
-def register(auto: ModuleType) -> None:
-    """Make the classes above known to `transformers.quantizers.auto`; once is enough."""
-    if QUANT_METHOD in auto.AUTO_QUANTIZER_MAPPING:
-        return
-    auto.register_quantization_config(QUANT_METHOD)(FistaPackedConfig)
-    auto.register_quantizer(QUANT_METHOD)(FistaPackedQuantizer)
-    known = auto.LOADING_ATTRIBUTES_CONFIG_TYPES  # what a caller chooses for other types is ignored
-    vars(auto)["LOADING_ATTRIBUTES_CONFIG_TYPES"] = (*known, FistaPackedConfig)
+# What a caller chooses for configurations of other types is ignored.
+vars(auto)["LOADING_ATTRIBUTES_CONFIG_TYPES"] = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, FistaPackedConfig)

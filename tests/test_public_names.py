@@ -1,0 +1,30 @@
+"""Every public name can be the first thing that a process imports of Transformers and of this package."""
+
+import subprocess
+import sys
+
+import optimum_fista
+
+# One interpreter, with what takes long and imports neither, copied for every name.
+_SCRIPT = """
+import os, sys
+import accelerate, jinja2, scipy.optimize, tokenizers
+import torch._dynamo.convert_frame, torch.distributed.tensor, torch.export
+import transformers.loss.loss_utils, transformers.models.auto, transformers.tokenization_utils_tokenizers
+from huggingface_hub import HfApi
+assert not {"optimum_fista", "transformers.quantizers"} & set(sys.modules)
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        exec(f"from optimum_fista import {name}")
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+        os._exit(0 if "fista_packed" in AUTO_QUANTIZER_MAPPING else 1)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"from optimum_fista import {name} failed")
+"""
+
+
+def test_every_public_name_can_be_imported_first():
+    command = [sys.executable, "-c", _SCRIPT, *optimum_fista.__all__]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
