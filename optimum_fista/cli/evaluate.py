@@ -55,5 +55,5 @@ def run(arguments: argparse.Namespace) -> int:
         f"{result.sequence_length} tokens, {result.num_tokens} predicted, {result.seconds:.1f} s"
     )
     if arguments.output is not None:
-        add_evaluation(arguments.output, Evaluation(arguments.model, result))
+        add_evaluation(arguments.output, Evaluation.of(arguments.model, result))
     return 0

@@ -12,7 +12,7 @@ def test_from_measurements_to_a_page(pruned_folder, tiny_folder, text_file, tmp_
     for model in (tiny_folder, pruned_folder):
         assert main(["evaluate", str(model), *flags, "--output", str(file)]) == 0
     records = json.loads(file.read_text())
-    assert [record["model"] for record in records] == [str(tiny_folder), str(pruned_folder)]
+    assert [record["model"] for record in records] == [tiny_folder.name, pruned_folder.name]
     assert records[0]["text_name"] == "sea.txt"
     prompts = ["--dense", str(tiny_folder), "--prompt", "the sea", "--prompt", "days", "--max-new-tokens", "4"]
     arguments = ["report", str(pruned_folder), "-o", str(page), "--evaluations", str(file), "--device", "cpu"]

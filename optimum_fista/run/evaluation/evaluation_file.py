@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from optimum_fista.run.checkpoints.atomic import write_text
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
+from optimum_fista.run.reports.report import public_name
 
 EVALUATION_FILE = "fista/evaluation.json"
 """Where a report of a model folder looks for them."""
@@ -16,16 +18,34 @@ EVALUATION_FILE = "fista/evaluation.json"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A perplexity and the model that has it, by the name it was given to `optimum-fista evaluate`."""
+    """A perplexity and the model that has it.
+
+    Attributes:
+        model: A Hub id, or the last part of a path.
+        result: The perplexity.
+        place: Digest of the path, which tells models of one name apart; empty for a Hub id.
+    """
 
     model: str
     result: PerplexityResult
+    place: str = ""
+
+    @classmethod
+    def of(cls, model: str, result: PerplexityResult) -> Evaluation:
+        """A perplexity of a Hub id or a folder."""
+        return cls(public_name(model), result, place_of(model))
 
     @property
     def protocol(self) -> tuple[str | None, str | None, int, int]:
         """What must be equal in two measurements for a comparison."""
         result = self.result
         return result.text_name, result.text_sha256, result.num_windows, result.sequence_length
+
+
+def place_of(model: str | Path) -> str:
+    """Digest of a folder's path; empty where there is no such folder."""
+    path = Path(model)
+    return hashlib.sha256(str(path.resolve()).encode()).hexdigest() if path.exists() else ""
 
 
 def add_evaluation(file: Path, evaluation: Evaluation) -> None:
@@ -35,8 +55,9 @@ def add_evaluation(file: Path, evaluation: Evaluation) -> None:
         ValueError: If the file holds something else.
     """
     known = read_evaluations(file) if file.exists() else []
-    kept = [e for e in known if (e.model, e.protocol) != (evaluation.model, evaluation.protocol)]
-    records = [{"model": e.model} | dataclasses.asdict(e.result) for e in [*kept, evaluation]]
+    key = (evaluation.model, evaluation.place, evaluation.protocol)
+    kept = [e for e in known if (e.model, e.place, e.protocol) != key]
+    records = [{"model": e.model, "place": e.place} | dataclasses.asdict(e.result) for e in [*kept, evaluation]]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(records, indent=1) + "\n")
 
@@ -51,7 +72,11 @@ def read_evaluations(file: Path) -> list[Evaluation]:
     try:
         records = json.loads(file.read_text())
         names = [field.name for field in dataclasses.fields(PerplexityResult)]
-        return [Evaluation(str(r["model"]), PerplexityResult(**{name: r[name] for name in names})) for r in records]
+        results = [PerplexityResult(**{name: record[name] for name in names}) for record in records]
+        return [
+            Evaluation(str(r["model"]), result, str(r.get("place", "")))
+            for r, result in zip(records, results, strict=True)
+        ]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{str(file)!r} holds no measurements ({type(error).__name__}: {error}): pass a file written by "

@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from optimum_fista.run.evaluation.evaluation_file import place_of
 from optimum_fista.run.html_report import numbers
 from optimum_fista.run.html_report.contents import ReportContents
 from optimum_fista.run.html_report.convergence_charts import HEIGHT as CONVERGENCE_HEIGHT
@@ -171,18 +172,15 @@ def _perplexity_table(contents: ReportContents) -> PerplexityTable | None:
     if not contents.evaluations:
         return None
 
-    def name(model: str) -> str:
-        same = Path(model).exists() and Path(model).resolve() == contents.folder.resolve()
-        return "this model" if same else Path(model).name or model
-
-    models = list(dict.fromkeys(evaluation.model for evaluation in contents.evaluations))
+    models = list(dict.fromkeys((evaluation.model, evaluation.place) for evaluation in contents.evaluations))
+    names = ["this model" if place == place_of(contents.folder) else Path(name).name or name for name, place in models]
     rows = []
     for protocol in dict.fromkeys(evaluation.protocol for evaluation in contents.evaluations):
         text, _, windows, length = protocol
-        found = {e.model: e.result.perplexity for e in contents.evaluations if e.protocol == protocol}
+        found = {(e.model, e.place): e.result.perplexity for e in contents.evaluations if e.protocol == protocol}
         label = f"{text or 'a text'}, {windows:,} windows of {length:,} tokens"
         rows.append((label, tuple(found.get(model) for model in models)))
-    return PerplexityTable(tuple(map(name, models)), tuple(rows))
+    return PerplexityTable(tuple(names), tuple(rows))
 
 
 def _seconds(report: PruningReport) -> list[tuple[str, float]]:

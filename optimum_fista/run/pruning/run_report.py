@@ -14,7 +14,7 @@ from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.pruning.operators import idle_patterns
-from optimum_fista.run.reports.report import PruningReport
+from optimum_fista.run.reports.report import PruningReport, public_name
 
 
 def begin_report(
@@ -115,14 +115,16 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "class": type(model).__name__,
         "model_type": model.config.model_type,
-        "name": getattr(model.config, "_name_or_path", "") or "",
+        "name": public_name(getattr(model.config, "_name_or_path", "") or ""),
         "num_parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 
 
 def _describe_calibration(batches: list[CalibrationBatch], source: str | None) -> dict[str, Any]:
-    found = {"source": source} | _describe_tokens([batch for batch in batches if not batch.held_out])
+    found = {"source": source and public_name(source)} | _describe_tokens(
+        [batch for batch in batches if not batch.held_out]
+    )
     held_out = [batch for batch in batches if batch.held_out]
     return found | ({"held_out": _describe_tokens(held_out)} if held_out else {})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 from optimum_fista.run.reports.operator_grid import OperatorGrid
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
@@ -69,7 +68,7 @@ def model_card(report: PruningReport, picture: str | None = None) -> str:
         picture: Path of the picture of the relative errors, relative to the card; `None`: there is none.
     """
     name = report.model["name"]
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
     config = report.config
     tokens = report.calibration
     return _TEMPLATE.format(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ class PruningReport:
 
     Attributes:
         config: The configuration, as plain values.
-        model: Class, type, name and number of parameters of the model.
+        model: Class, type, name (a Hub id, or the last part of a path) and number of parameters of the model.
         calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` where known; the same of the
             tokens held out under `held_out`, where there are any.
         operators: One report an operator, in pruning order.
@@ -224,6 +225,12 @@ class PruningReport:
             f"{totals['max_relative_error']:.4f} at most{held_out}{self.before}; "
             f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"
         )
+
+
+def public_name(name: str) -> str:
+    """What a folder that is uploaded may say of a Hub id, a data set or a path: of a path only its last part."""
+    is_path = os.path.exists(name) or os.path.isabs(name) or name.startswith(("~", "."))
+    return os.path.basename(os.path.abspath(name)) if is_path else name
 
 
 def library_versions() -> dict[str, str]:

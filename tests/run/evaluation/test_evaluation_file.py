@@ -32,6 +32,15 @@ def test_other_files_are_refused_and_left_alone(tmp_path, text):
     assert file.read_text() == text
 
 
+def test_folders_of_one_name_are_told_apart_without_their_paths(tmp_path):
+    file, result = tmp_path / "evaluation.json", measured("", 10.0).result
+    for folder in ("a", "b", "a"):
+        (tmp_path / folder / "tiny").mkdir(parents=True, exist_ok=True)
+        add_evaluation(file, Evaluation.of(str(tmp_path / folder / "tiny"), result))
+    assert [evaluation.model for evaluation in read_evaluations(file)] == ["tiny", "tiny"]
+    assert str(tmp_path) not in file.read_text()
+
+
 def test_records_of_later_versions_may_hold_more(tmp_path):
     file = tmp_path / "evaluation.json"
     add_evaluation(file, measured("dense", 10.0))

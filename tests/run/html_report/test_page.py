@@ -210,7 +210,7 @@ def test_endless_lists_are_cut_and_say_so(contents):
 
 def test_perplexities_are_beside_each_other_by_text(contents):
     def measured(model, perplexity, text="sea"):
-        return Evaluation(model, PerplexityResult(perplexity, 5, 155, 32, 1.0, text, "ab"))
+        return Evaluation.of(model, PerplexityResult(perplexity, 5, 155, 32, 1.0, text, "ab"))
 
     found = [measured("org/dense", 10.0), measured(str(contents.folder), 12.5), measured("org/dense", 20.0, "sky")]
     text = text_of(dataclasses.replace(contents, evaluations=tuple(found)))

@@ -72,12 +72,6 @@ def test_base_model_is_a_hub_id(saved, name, base_model, title):
     assert f"# {title}\n" in card.text
 
 
-def test_a_local_folder_of_two_parts_is_no_hub_id(saved, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "tiny").mkdir(parents=True)
-    assert card_of(saved, name="models/tiny").data.base_model is None
-
-
 def test_calibration_of_unknown_source(saved):
     calibration = saved.report.calibration | {"source": None}
     text = model_card(dataclasses.replace(saved.report, calibration=calibration))

@@ -7,7 +7,7 @@ import pytest
 
 import optimum_fista
 from optimum_fista.run.memory.peak_memory import MemoryPeak
-from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport, library_versions
+from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport, library_versions, public_name
 from optimum_fista.solve.convergence import Convergence
 
 
@@ -129,3 +129,25 @@ def test_versions_are_those_installed():
     assert versions["optimum-fista"] == optimum_fista.__version__
     for name in ("torch", "transformers", "safetensors"):
         assert versions[name] == importlib.metadata.version(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
+        ("c4", "c4"),
+        ("random tokens, half 1/2", "random tokens, half 1/2"),
+        ("", ""),
+        ("models/tiny", "tiny"),
+        ("models/tiny/", "tiny"),
+        ("./gone/tiny", "tiny"),
+        ("~/gone/tiny", "tiny"),
+        ("/gone/texts/sea.txt", "sea.txt"),
+        ("models/tiny/..", "models"),
+        ("x" * 5000, "x" * 5000),
+    ],
+)
+def test_only_the_last_part_of_a_path_is_public(name, shown, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    assert public_name(name) == shown
