@@ -48,7 +48,9 @@ def execute(arguments: argparse.Namespace) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "allocate" not in str(error):
+        from optimum_fista.run.memory.available_memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         advice = (
             "pass a smaller --batch-size, shorter --sequence-length, fewer --num-samples, --storage-device cpu, "

@@ -12,8 +12,8 @@ from torch import nn
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode; afterwards each module has its own mode back."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module in training:

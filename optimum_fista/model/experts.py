@@ -232,6 +232,6 @@ def split_experts(operators: Iterable[LinearOperator]) -> Iterator[None]:
     finally:
         for module, name, original in replaced:
             if original is None:
-                delattr(module, name)
+                vars(module).pop(name, None)
             else:
                 setattr(module, name, original)

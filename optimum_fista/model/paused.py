@@ -64,10 +64,12 @@ class PausedForwards:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for forward in self._passes:
-            if forward and not forward.dead:
-                forward.throw(GreenletExit)
-        self._watch.__exit__(None, None, None)
+        try:
+            for forward in self._passes:
+                if forward and not forward.dead:
+                    forward.throw(GreenletExit)
+        finally:
+            self._watch.__exit__(None, None, None)
 
     def inputs(self, stop: int) -> Iterator[Tensor]:
         """Run every batch on to the stop of this index; yields the module's input, a batch each."""

@@ -73,14 +73,15 @@ def recomputed_layers(
         return run if stays else waiting.around(run)
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handle = model.get_input_embeddings().register_forward_hook(_with_gradient)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with replaced_forwards(layers.modules, [recomputed(layer.forward) for layer in layers.modules]):
+        with (
+            model.get_input_embeddings().register_forward_hook(_with_gradient),
+            replaced_forwards(layers.modules, [recomputed(layer.forward) for layer in layers.modules]),
+        ):
             yield waiting
     finally:
-        handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
 

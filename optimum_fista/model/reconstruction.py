@@ -139,14 +139,14 @@ def _trained(operators: Sequence[LinearOperator], masks: Mapping[str, Tensor]) -
 def _training(layer: nn.Module, trained: Sequence[_Trained]) -> Iterator[None]:
     """Gradients flow into the trained parameters of a layer alone."""
     chosen = {id(weights.parameter) for weights in trained}
-    changed = [p for p in layer.parameters() if p.requires_grad != (id(p) in chosen)]
+    before = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
     try:
-        for parameter in changed:
-            parameter.requires_grad_(not parameter.requires_grad)
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in chosen)
         yield
     finally:
-        for parameter in changed:
-            parameter.requires_grad_(not parameter.requires_grad)
+        for parameter, needed in before:
+            parameter.requires_grad_(needed)
         for weights in trained:
             weights.parameter.grad = None
 

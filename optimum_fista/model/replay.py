@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,21 +60,17 @@ def watching(
 
     A callback may raise `StopForward` to end the forward pass there.
     """
-    handles = []
-    for module, callback in inputs.items():
+    with ExitStack() as handles:
+        for module, callback in inputs.items():
 
-        def before(_: nn.Module, args: Any, kwargs: Any, callback: Callable[[Tensor], None] = callback) -> None:
-            callback(operator_input(args, kwargs))
+            def before(_: nn.Module, args: Any, kwargs: Any, callback: Callable[[Tensor], None] = callback) -> None:
+                callback(operator_input(args, kwargs))
 
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-    for module, callback in (outputs or {}).items():
+            handles.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+        for module, callback in (outputs or {}).items():
 
-        def after(_: nn.Module, __: Any, output: Tensor, callback: Callable[[Tensor], None] = callback) -> None:
-            callback(output)
+            def after(_: nn.Module, __: Any, output: Tensor, callback: Callable[[Tensor], None] = callback) -> None:
+                callback(output)
 
-        handles.append(module.register_forward_hook(after))
-    try:
+            handles.enter_context(module.register_forward_hook(after))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -24,12 +24,10 @@ def is_added_to_output(activations: LayerActivations, operator: LinearOperator, 
     call = activations.calls[0]
     device = operator.parameter.device
     seen: list[Tensor] = []
-    handle = operator.module.register_forward_hook(lambda _, __, output: seen.append(output.clone()))
-    output = call.run(activations.layer, hidden_states.to(device))
-    handle.remove()
-    handle = operator.module.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
-    rest = call.run(activations.layer, hidden_states.to(device))
-    handle.remove()
+    with operator.module.register_forward_hook(lambda _, __, output: seen.append(output.clone())):
+        output = call.run(activations.layer, hidden_states.to(device))
+    with operator.module.register_forward_hook(lambda _, __, output: torch.zeros_like(output)):
+        rest = call.run(activations.layer, hidden_states.to(device))
     if output is None or rest is None or len(seen) != 1 or seen[0].numel() != rest.numel():
         return False
     difference = (rest.float() + seen[0].float().view(rest.shape) - output.float()).abs().max()

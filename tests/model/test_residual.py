@@ -1,5 +1,6 @@
 import pytest
 import torch
+from raising import RaiseAt
 from tiny_models import tiny_model
 from torch import Tensor
 
@@ -53,6 +54,23 @@ def test_the_operator_that_is_added_to_the_output_is_found(family):
     else:
         assert ADDED[family] in added
         assert not any("up" in operator or "q_" in operator for operator in added)
+
+
+def test_a_trial_that_runs_out_of_memory_leaves_no_hook():
+    model = tiny_model("llama")
+    layers = find_decoder_layers(model)
+    name, layer = next(iter(layers))
+    operator = find_operators(name, layer)[f"{name}.mlp.down_proj"]
+    with torch.no_grad():
+        recorded = record_inputs(model, layers, read_batches(ids(), 64))
+        activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, torch.device("cpu"))
+        hidden = recorded.hidden_states[0]
+        with RaiseAt() as whole:
+            assert is_added_to_output(activations, operator, hidden)
+        for number in range(1, whole.count + 1):
+            with RaiseAt(number, torch.OutOfMemoryError()), pytest.raises(torch.OutOfMemoryError):
+                is_added_to_output(activations, operator, hidden)
+            assert not operator.module._forward_hooks, f"operation {number} of {whole.count}"
 
 
 @pytest.mark.parametrize("family", list(ADDED))

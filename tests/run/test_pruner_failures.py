@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_llama import tiny_llama
 from torch import Tensor, nn
+from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import UnsupportedArchitectureError
@@ -14,28 +15,6 @@ from optimum_fista.run.pruning import model_pruning
 from optimum_fista.solve.methods import METHODS
 
 Wanda = METHODS["wanda"]
-
-
-class Untouched:
-    """`with Untouched(model):` asserts that the model is bit-identical, unmarked and without hooks afterwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.before = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        self.training = [module.training for module in self.model.modules()]
-
-    def __exit__(self, *exception: object) -> None:
-        after = self.model.state_dict()
-        for name, value in self.before.items():
-            assert torch.equal(after[name].nan_to_num(), value.nan_to_num()), name
-        assert [module.training for module in self.model.modules()] == self.training
-        assert not hasattr(self.model.config, "fista_pruning")
-        for name, module in self.model.named_modules():
-            assert not module._forward_hooks, name
-            assert not module._forward_pre_hooks, name
-            assert "forward" not in vars(module), name
 
 
 def refuse(model, batches, error=ValueError, match=None, **options) -> str:

@@ -1,4 +1,4 @@
-"""Memory that a device has to give."""
+"""Memory that a device has to give, and what it says when there is no more."""
 
 from __future__ import annotations
 
@@ -8,6 +8,25 @@ import psutil
 import torch
 
 _GROUP = Path("/sys/fs/cgroup")
+_EXHAUSTED = (
+    "out of memory",  # CUDA, ROCm, XPU, MPS
+    "_status_alloc_failed",  # cuBLAS, cuSOLVER, cuDNN, hipBLAS
+    "calling `cublascreate",  # a library's own memory, which it asks for at its first use
+    "calling `cusolverdncreate",
+    "rocblas_status_memory_error",
+    "ur_result_error_out_of_",  # XPU: device memory, host memory, resources
+    "allocate memory",  # CPU
+    "not enough memory",  # CPU on Windows
+    "bad_alloc",
+)
+"""What errors without a type of their own say, in lower case."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, one of its libraries, or the CPU has no more memory to give."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _EXHAUSTED)
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -16,6 +16,7 @@ from optimum_fista.model.experts import ExpertOperator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.memory.available_memory import is_out_of_memory
 from optimum_fista.solve.allocation import RemovalCost, allocate
 from optimum_fista.solve.pattern import SparsityPattern
 
@@ -69,7 +70,10 @@ def share_budgets(
         return budgets
     try:
         found = measure_sensitivities(model, layers, sharing, batches, config.allocation_tokens, progress, storage)
-    except torch.OutOfMemoryError as error:  # one sequence at a time already
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # It is one sequence at a time already.
         raise torch.OutOfMemoryError(
             "the device ran out of memory in the gradients of the loss on one sequence: pass allocation='uniform' "
             f"(--allocation uniform) or shorter sequences (--sequence-length) [{error}]"

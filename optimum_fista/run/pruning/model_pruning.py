@@ -26,6 +26,7 @@ from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.loading import require_unquantized, storage_place
 from optimum_fista.run.checkpoints.stored_names import stored_names
 from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.memory.available_memory import is_out_of_memory
 from optimum_fista.run.memory.free_memory import release_memory_of
 from optimum_fista.run.memory.peak_memory import PeakMemory
 from optimum_fista.run.pruning.budgets import Budgets, share_budgets
@@ -211,8 +212,10 @@ class ModelPruning:
         try:
             work(pruning, activations, name, index, bar)
             return True
-        except torch.OutOfMemoryError as error:
-            reason = str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error) or repr(error)
         self.undo(self._written)
         bar.update(done - len(self.report.operators))
         del self.report.operators[done:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import Storage
@@ -13,6 +12,7 @@ from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 from optimum_fista.model.offload import execution_device
 from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.memory.available_memory import is_out_of_memory
 from optimum_fista.run.memory.free_memory import release_free_memory
 from optimum_fista.run.planning.batches import FittedBatches, fit_batches
 from optimum_fista.run.pruning.batch_size import cut_batches, cut_states, halved_sizes
@@ -91,8 +91,10 @@ class RunBatches:
         while True:
             try:
                 return record_inputs(self._model, self._layers, self.all, storage), states
-            except torch.OutOfMemoryError as error:
-                reason = str(error)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error) or repr(error)
             states = self.halve("the embeddings", reason, states, storage)
 
     def _warn(self, message: str, stacklevel: int) -> None:

@@ -14,7 +14,15 @@ from optimum_fista.run.streamed import journal, streaming
 CONFIGS = [FistaPruningConfig(), FistaPruningConfig(method="sparsegpt", error_correction="intra")]
 
 
-def fail_above(module, most, when=lambda: True):
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+LIBRARIES = [
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+def fail_above(module, most, when=lambda: True, error=CUDA):
     """Have a module run out of memory on batches of more than `most` sequences; returns the sizes that failed."""
     failed: list[int] = []
 
@@ -22,7 +30,7 @@ def fail_above(module, most, when=lambda: True):
         tensor = arguments[0] if arguments else next(iter(keywords.values()))
         if tensor.shape[0] > most and when():
             failed.append(tensor.shape[0])
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise error
 
     module.register_forward_pre_hook(check, with_kwargs=True)
     return failed
@@ -77,6 +85,23 @@ def test_a_layer_that_starts_again_starts_from_its_dense_weights(config):
         with pytest.warns(UserWarning, match=r"in model\.layers\.1: batches of 2"):
             FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
     assert all(map(torch.equal, early.parameters(), late.parameters()))
+
+
+@pytest.mark.parametrize("error", LIBRARIES, ids=lambda error: type(error).__name__)
+def test_libraries_that_run_out_of_memory_say_so_in_their_own_words(llama, tokens, error):
+    failed = fail_above(llama.model.layers[1], 2, error=error)
+    with pytest.warns(UserWarning, match="out of memory in the embeddings: batches of 2"):
+        FistaPruner(FistaPruningConfig(method="wanda", allocation="uniform"), progress=False).prune(
+            llama, tokens.split(4)
+        )
+    assert failed == [4]
+
+
+def test_other_errors_are_raised_as_they_are(llama, tokens):
+    failed = fail_above(llama.model.layers[1], 2, error=RuntimeError("shape mismatch"))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        FistaPruner(FistaPruningConfig(allocation="uniform"), progress=False).prune(llama, tokens.split(4))
+    assert failed == [4]
 
 
 def test_padding_is_cut_along(llama, tokens):

@@ -1,0 +1,85 @@
+"""Memory that runs out, and interrupts, at any moment of a run: its result is the same, or nothing has changed."""
+
+from contextlib import suppress
+
+import pytest
+import torch
+from raising import RaiseAt
+from tiny_llama import tiny_llama, tiny_tokens
+from transformers import AutoModelForCausalLM
+from untouched import Untouched
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+
+CONFIG = FistaPruningConfig(
+    method="wanda", error_correction="full", residual_correction=1.0, finetune="layer", finetune_steps=2
+)
+"""All that a run may do, in few operations."""
+
+pytestmark = pytest.mark.filterwarnings("ignore:out of memory")
+
+
+def prune(model, **options):
+    return FistaPruner(CONFIG, progress=False).prune(model, tiny_tokens().split(4), **options)
+
+
+def prune_with(error, moment, model, **options):
+    """The report, or None after the error."""
+    with RaiseAt(moment, error), suppress(type(error)):
+        return prune(model, **options)
+    return None
+
+
+def moments(count, share):
+    """Every `share`-th of all moments; the slow tests take them all."""
+    return range(1 + share // 2, count + 1, share)
+
+
+def assert_same_result(model, report, expected, expected_report):
+    """The result with memory enough, up to rounding, and a report that says that batches were cut."""
+    pairs = zip(model.parameters(), expected.parameters(), strict=True)
+    difference = sum(float((a - b).detach().norm() ** 2) for a, b in pairs)
+    assert difference < 1e-4 * sum(float(p.detach().norm() ** 2) for p in expected.parameters())
+    assert ["no room" in warning for warning in report.warnings] == [True]
+    assert [layer.name for layer in report.layers] == [layer.name for layer in expected_report.layers]
+    for ours, theirs in zip(report.operators, expected_report.operators, strict=True):
+        assert ours.name == theirs.name
+        assert ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-2)
+
+
+def assert_same_files(folder, expected):
+    shards = sorted(path.name for path in expected.glob("*.safetensors"))
+    assert shards == sorted(path.name for path in folder.glob("*.safetensors"))
+    for name in shards:
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("share", [301, pytest.param(1, marks=pytest.mark.slow)])
+def test_out_of_memory_in_memory(share):
+    expected = tiny_llama()
+    with RaiseAt() as whole:
+        expected_report = prune(expected)
+    for moment in moments(whole.count, share):
+        model = tiny_llama()
+        untouched = Untouched(model)
+        report = prune_with(torch.OutOfMemoryError("no room"), moment, model)
+        if report is None:
+            untouched.check()
+        else:
+            assert_same_result(model, report, expected, expected_report)
+
+
+@pytest.mark.parametrize("share", [401, pytest.param(1, marks=pytest.mark.slow)])
+def test_out_of_memory_streamed(share, tmp_path, tiny_folder):
+    with RaiseAt() as whole:
+        expected_report = prune(tiny_folder, output_dir=tmp_path / "expected")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "expected")
+    for moment in moments(whole.count, share):
+        output = tmp_path / str(moment)
+        report = prune_with(torch.OutOfMemoryError("no room"), moment, tiny_folder, output_dir=output)
+        if report is None:
+            assert not output.exists()
+            prune(tiny_folder, output_dir=output)
+            assert_same_files(output, tmp_path / "expected")
+        else:
+            assert_same_result(AutoModelForCausalLM.from_pretrained(output), report, expected, expected_report)
