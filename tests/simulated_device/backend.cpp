@@ -353,7 +353,8 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
     if (!tensor.defined()) return;
     const bool is_mask = tensor.scalar_type() == at::kBool || tensor.scalar_type() == at::kByte;
     reads_mask |= is_index && is_mask && name != "aten::index";  // before aten::index itself runs aten::nonzero
-    if (tensor.is_cpu() && !written && (is_index || (tensor.dim() == 0 && (pointwise || is_value)))) return;
+    const bool is_number = tensor.dim() == 0 && (pointwise || is_value || tensor.unsafeGetTensorImpl()->is_wrapped_number());
+    if (tensor.is_cpu() && !written && (is_index || is_number)) return;
     if (!device) device = tensor.device();
     TORCH_CHECK(*device == tensor.device(), "Expected all tensors to be on the same device, but found at least two: ",
                 *device, " and ", tensor.device(), " (in ", name, ")");

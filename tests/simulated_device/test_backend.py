@@ -37,6 +37,7 @@ def test_numbers_and_indices_may_come_from_the_cpu():
     assert torch.equal((x * torch.tensor(2.0)).cpu(), x.cpu() * 2)
     assert torch.equal(torch.where(x > 4, x, torch.tensor(0.0)).cpu()[0], torch.zeros(3))
     assert torch.equal(x[torch.tensor([2, 0])].cpu(), x.cpu()[[2, 0]])
+    assert torch.equal((torch.arange(9, device=ONE) // 4).cpu(), torch.arange(9) // 4)
     x[torch.tensor([1])] = torch.tensor(7.0)
     assert torch.equal(x[1].cpu(), torch.full((3,), 7.0))
 
