@@ -34,12 +34,12 @@ class RemovalCost:
     @classmethod
     def of(cls, saliency: Tensor, sparsity: float) -> RemovalCost:
         """Sum of the smallest saliencies [out, in], a share `sparsity` of all, `0 < sparsity < 1`."""
-        flat = saliency.flatten()
-        count = min(flat.numel(), max(1, round(sparsity * flat.numel())))
-        threshold = kth_smallest(flat[None], count)
-        below = flat < threshold
-        ties = count - int(below.sum())
-        return cls(float((flat * below).sum(dtype=torch.float64)) + ties * float(threshold), flat.numel())
+        count = min(saliency.numel(), max(1, round(sparsity * saliency.numel())))
+        threshold = kth_smallest(saliency, count)
+        below = saliency < threshold
+        sums = (saliency * below).sum(dtype=torch.float64), below.sum().double(), threshold.double()
+        cost, smaller, largest = torch.stack(sums).tolist()  # one transfer
+        return cls(cost + (count - smaller) * largest, saliency.numel())
 
 
 def allocate(costs: Mapping[str, RemovalCost], sparsity: float) -> dict[str, float]:

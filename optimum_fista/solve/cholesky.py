@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-def damped_cholesky(copy: Callable[[], Tensor], damping: float) -> tuple[Tensor, str]:
-    """Lower Cholesky factor of `G + damping * mean(diag G) I`.
+def damped_cholesky(copy: Callable[[], Tensor], damping: float, shares: Tensor | float = 1.0) -> tuple[Tensor, str]:
+    """Lower Cholesky factor of `G + damping * mean(diag G) diag(shares)`.
 
     When the factorisation breaks down numerically the damping is raised tenfold, at most four times, and the
     returned message says so.
@@ -17,6 +17,7 @@ def damped_cholesky(copy: Callable[[], Tensor], damping: float) -> tuple[Tensor,
     Args:
         copy: Makes a copy of `G` [n, n], symmetric positive semidefinite, which is used up: `gram.clone`.
         damping: Fraction of the mean diagonal added to the diagonal.
+        shares: What that is multiplied by, [n] (`InputStatistics.energy_shares`), unless it has to be raised.
 
     Returns:
         The factor [n, n], and a message that is empty unless the damping had to be raised.
@@ -28,17 +29,23 @@ def damped_cholesky(copy: Callable[[], Tensor], damping: float) -> tuple[Tensor,
     for _ in range(5):
         damped = copy()
         size = damped.shape[0]
-        damped.diagonal().add_(damping * (float(damped.diagonal().mean()) or 1.0))
+        damped.diagonal().add_(mean_damping(damped.diagonal(), damping) * shares)
         factor, failed = cholesky_in_place(damped)
         if not failed:
             raised = f"the Gram matrix needed damping {damping:g} instead of {wanted:g}"
             return factor, "" if damping == wanted else raised
         del damped, factor  # before the next copy is made
-        damping = max(10 * damping, 1e-4)
+        damping, shares = max(10 * damping, 1e-4), 1.0
     raise torch.linalg.LinAlgError(
         f"the Gram matrix of {size} inputs is not positive semidefinite: "
         f"Cholesky failed with damping up to {damping / 10:g}"
     )
+
+
+def mean_damping(diagonal: Tensor, damping: float) -> Tensor:
+    """`damping * mean(diagonal)`, or `damping` where that vanishes; a scalar on the device."""
+    mean = diagonal.mean().double()  # a Python number times the mean, without a transfer
+    return (damping * torch.where(mean == 0, torch.ones_like(mean), mean)).to(diagonal.dtype)
 
 
 def cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:

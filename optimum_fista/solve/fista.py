@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.problem import inner
+from optimum_fista.solve.problem import inner_by_rows
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def fista(
         l1_penalty: Penalty, at least zero. At `max |C|` and above the solution is zero.
         lipschitz: `L`, at least `lambda_max(G)`.
         max_iterations: At most this many steps.
-        tolerance: Stop when `|| W_{k+1} - W_k ||_F <= tolerance * || W_{k+1} ||_F`.
+        tolerance: Stop when `|| W_{k+1} - W_k ||_F <= tolerance * || W_{k+1} ||_F`; other devices than the CPU are
+            asked after every tenth step, and the last.
         restart: Drop the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme).
         momentum: Whether to extrapolate; without it t stays 1 and the steps are plain proximal gradient steps (ISTA).
         see: Called after every step with its number, from 1, and the iterate [out, in], which later steps leave alone.
@@ -69,21 +70,34 @@ def fista(
     """
     if lipschitz <= 0:
         return FistaSolution(torch.zeros_like(start), 0, True)
-    W, Y, t = start, start, 1.0
-    changes = []
+    W, Y = start, start
+    t: float | Tensor = torch.ones((), dtype=torch.float64, device=start.device) if restart else 1.0
+    moves: list[Tensor] = []
+    changes: list[float] = []
+    converged = False
+    look = 1 if start.device.type == "cpu" else 10
     for iteration in range(1, max_iterations + 1):
         V = torch.addmm(Y, Y, gram, alpha=-1 / lipschitz).add_(target, alpha=1 / lipschitz)
         W_next = soft_threshold(V, l1_penalty / lipschitz)
         step = W_next - W
-        if restart and inner(Y - W_next, step) > 0:
-            t = 1.0
+        if isinstance(t, Tensor):
+            t = t.masked_fill(inner_by_rows(Y - W_next, step).sum() > 0, 1.0)
         t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2 if momentum else 1.0
-        Y = torch.add(W_next, step, alpha=(t - 1) / t_next)
+        share = (t - 1) / t_next
+        if isinstance(share, Tensor):
+            Y = torch.addcmul(W_next, step, share.to(step.dtype))
+        else:
+            Y = torch.add(W_next, step, alpha=share)
         W, t = W_next, t_next
         if see is not None:
             see(iteration, W)
-        moved, size = float(step.norm()), float(W.norm())
-        changes.append(moved / size if size else 0.0)
-        if moved <= tolerance * size:
-            return FistaSolution(W, iteration, True, tuple(changes))
-    return FistaSolution(W, max_iterations, False, tuple(changes))
+        moves.append(torch.stack([step.norm(), W.norm()]))
+        if iteration % look and iteration < max_iterations:
+            continue
+        for moved, size in torch.stack(moves).tolist():
+            changes.append(moved / size if size else 0.0)
+            converged |= moved <= tolerance * size
+        moves.clear()
+        if converged:
+            break
+    return FistaSolution(W, len(changes), converged, tuple(changes))

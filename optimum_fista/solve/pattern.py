@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.blocks import row_blocks
-from optimum_fista.solve.selection import (
-    keep_largest,
-    keep_largest_in_groups,
-    keep_largest_in_rows,
-    keep_largest_magnitudes,
-)
+from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows
 
 Scope = Literal["matrix", "row"]
 
@@ -123,7 +118,7 @@ class SparsityPattern:
         """`mask(matrix.abs())` for `matrix` [out, in], without a copy of the whole matrix where that can be."""
         rows, columns = matrix.shape
         if self.n_of_m is None and self.scope == "matrix":
-            return keep_largest_magnitudes(matrix, self.num_kept((rows, columns)))
+            return keep_largest(matrix, self.num_kept((rows, columns)), magnitude=True)
         return torch.cat([self.mask(matrix[part].abs()) for part in row_blocks(matrix)])
 
     def violation(self, mask: Tensor) -> str | None:

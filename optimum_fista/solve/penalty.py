@@ -74,6 +74,7 @@ def search_penalty(
         The best weights found and how they were found.
     """
     best = PenaltySearch(rounded.weight, rounded.mask, math.sqrt(problem.squared_error(rounded.weight)))
+    standing = problem.statistics.energy_shares.sqrt()  # below 1 for nearly dead inputs alone
     critical = float(problem.target.abs().max())
     if critical == 0.0:
         return best
@@ -82,7 +83,7 @@ def search_penalty(
     for _ in range(max_trials):
         l1_penalty = math.exp((low + high) / 2)
         solution = solve(start, l1_penalty)
-        mask = pattern.mask(solution.weight.abs())
+        mask = pattern.mask(solution.weight.abs() * standing)
         weight = solution.weight * mask
         error = math.sqrt(problem.squared_error(weight))
         best.iterations += solution.iterations

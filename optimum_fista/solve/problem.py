@@ -13,9 +13,20 @@ from torch import Tensor
 from optimum_fista.solve.blocks import row_blocks
 from optimum_fista.solve.spectrum import largest_eigenvalue
 
+_NEARLY_DEAD = 5e-6
+"""Share of the mean energy below which an input is nearly dead: the root of it is a 450th."""
+_DEAD = 1e-12
+"""Share of the mean energy that an input counts with at least."""
+
 
 class InputStatistics:
     """Second-order statistics of the inputs that one or more operators share.
+
+    A dead input is zero on all calibration tokens, a nearly dead one has less than 5e-6 of the mean energy. Neither do
+    their weights change the outputs much, nor do the outputs tell what they should be. Such an input stands alone
+    (`decoupled`): its weights are the first to be removed, those that a pattern keeps all the same keep their dense
+    values, in case other text brings the input to life, and none grows to stand for others. Scores and damping know its
+    true energy (`diagonal`, `energy_shares`). Magnitude pruning looks at no input, and not at these either.
 
     Attributes:
         gram: Gram matrix `G = X* X*^T` [in, in], float32 or better, symmetric, summed over tokens.
@@ -42,8 +53,34 @@ class InputStatistics:
 
     @cached_property
     def diagonal(self) -> Tensor:
-        """Squared norms of the inputs over the tokens, [in]."""
-        return self.gram.diagonal().clone()
+        """Squared norms of the inputs over the tokens, [in]; of dead ones 1e-12 of the mean, to divide by."""
+        diagonal = self.gram.diagonal()
+        return torch.maximum(diagonal, _DEAD * self._mean_energy)
+
+    @property
+    def _mean_energy(self) -> Tensor:
+        """Mean of the squared norms, a scalar on the device; 1 if all inputs are dead."""
+        mean = self.gram.diagonal().mean()
+        return torch.where(mean == 0, torch.ones_like(mean), mean)
+
+    @cached_property
+    def energy_shares(self) -> Tensor:
+        """Squared norms of nearly dead inputs as shares of the mean, and 1 for all others, [in].
+
+        Damping is multiplied by it, so that it stays a fraction of what it is added to.
+        """
+        shares = self.diagonal / self._mean_energy
+        return torch.where(shares < _NEARLY_DEAD, shares, torch.ones_like(shares))
+
+    @cached_property
+    def decoupled(self) -> InputStatistics:
+        """Statistics in which nearly dead inputs are uncorrelated with all others; the same where there are none."""
+        live = self.energy_shares == 1
+        if bool(live.all()):
+            return self
+        gram = self.gram.mul(live).mul_(live[:, None])
+        gram.diagonal().copy_(self.diagonal)
+        return InputStatistics(gram, self.num_tokens, self._mean)
 
     @cached_property
     def lipschitz(self) -> float:
@@ -95,6 +132,7 @@ class LayerProblem:
         self.statistics = statistics
         self.name = name
         self.corrected = target is not None
+        self._errors_of: LayerProblem | None = None
         if target is None or output_energies is None:
             self.target = weight @ statistics.gram
             self.output_energies = inner_by_rows(self.target, weight)
@@ -138,7 +176,7 @@ class LayerProblem:
     @property
     def drift_energy(self) -> float:
         """`e0 = || W X* - Y ||_F^2`, zero when Y = W X*."""
-        return max(float(self._drifts.sum()), 0.0)
+        return max(float(self._drifts.sum()), 0.0)  # this order keeps NaN
 
     @property
     def target_energy(self) -> float:
@@ -150,24 +188,40 @@ class LayerProblem:
         """Gram matrix `G` [in, in] of the inputs `X*`."""
         return self.statistics.gram
 
+    def decoupled(self) -> LayerProblem:
+        """The problem that methods solve: nearly dead inputs stand alone (`InputStatistics`), errors are this one's.
+
+        The same where there are no such inputs, otherwise with a Gram matrix and a target of its own.
+        """
+        statistics = self.statistics.decoupled
+        if statistics is self.statistics:
+            return self
+        problem = copy.copy(self)
+        problem.statistics, problem._errors_of = statistics, self
+        live = statistics.energy_shares == 1
+        problem.target = torch.where(live, self.target, self.weight * statistics.diagonal)
+        return problem
+
     def gradient(self, weight: Tensor) -> Tensor:
         """Gradient of the objective, `W* G - C` [out, in]."""
         return torch.addmm(self.target, weight, self.gram, beta=-1)
 
     def squared_error(self, weight: Tensor) -> float:
         """`|| W* X* - Y ||_F^2`."""
-        error = self.drift_energy if self.corrected else 0.0
+        if self._errors_of is not None:
+            return self._errors_of.squared_error(weight)
+        error = self._drifts.sum().clamp_min(0.0)  # zero when Y = W X*
         for rows in row_blocks(weight):
             new, dense = weight[rows], self.weight[rows]
             if self.corrected:  # <D G, D> - 2 <D, C - W G> with one product, in two matrices
                 difference = new + dense
                 residual = torch.addmm(self.target[rows], difference, self.gram, beta=-2)
                 torch.sub(new, dense, out=difference)
-                error += inner(residual, difference)
+                error += inner_by_rows(residual, difference).sum()
             else:
                 difference = new - dense
-                error += inner(difference @ self.gram, difference)
-        return max(error, 0.0)  # this order keeps NaN
+                error += inner_by_rows(difference @ self.gram, difference).sum()
+        return max(float(error), 0.0)  # this order keeps NaN
 
     def relative_error(self, weight: Tensor) -> float:
         """`|| W* X* - Y ||_F / || Y ||_F`; zero for outputs that vanish and are reproduced."""

@@ -17,7 +17,7 @@ def refit(
     max_iterations: int = 10,
     tolerance: float = 1e-5,
     in_place: bool = False,
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, Tensor]:
     """Minimize `1/2 <W G, W> - <W, C>` over weights that vanish outside a fixed mask.
 
     Every row is a least-squares problem of its own; all rows take a conjugate-gradient step together, each
@@ -30,11 +30,11 @@ def refit(
         mask: Boolean [out, in], True = kept.
         max_iterations: Products with `G`, besides the one for the first gradient.
         tolerance: Stop when the preconditioned residual of all rows together has fallen by this factor.
-
         in_place: Whether `target` and `start` may be used up; two matrices of their shape are then made, else four.
 
     Returns:
-        Weights [out, in], zero outside the mask, and the number of steps taken.
+        Weights [out, in], zero outside the mask, and the number of steps taken, a scalar on the device: other devices
+        than the CPU are asked every tenth step only whether to stop, and steps after the last one change nothing.
     """
     diagonal = gram.diagonal()
     scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal()
@@ -43,13 +43,17 @@ def refit(
     direction = residual * scale
     energy = inner_by_rows(residual, direction).to(residual.dtype)
     product = torch.empty_like(residual)
-    stop = tolerance**2 * float(energy.sum())
-    for iteration in range(max_iterations):
-        if float(energy.sum()) <= stop:
-            return weight, iteration
+    stop = tolerance**2 * energy.sum().double()
+    steps = torch.zeros((), dtype=torch.int64, device=gram.device)
+    look = 1 if gram.device.type == "cpu" else 10
+    for iteration in range(1, max_iterations + 1):
+        at_rest = energy.sum() <= stop
+        if iteration % look == 0 and bool(at_rest):
+            break
+        steps += ~at_rest
         torch.mm(direction, gram, out=product).mul_(mask)
         curvature = inner_by_rows(direction, product).to(residual.dtype)
-        length = torch.where(curvature > 0, energy / curvature.clamp_min(1e-38), torch.zeros_like(energy))
+        length = torch.where((curvature > 0) & ~at_rest, energy / curvature.clamp_min(1e-38), torch.zeros_like(energy))
         weight.addcmul_(length[:, None], direction)
         residual.addcmul_(length[:, None], product, value=-1)
         preconditioned = torch.mul(residual, scale, out=product)
@@ -57,4 +61,4 @@ def refit(
         momentum = torch.where(energy > 0, energy_next / energy.clamp_min(1e-38), torch.zeros_like(energy))
         direction.mul_(momentum[:, None]).add_(preconditioned)
         energy = energy_next
-    return weight, max_iterations
+    return weight, steps

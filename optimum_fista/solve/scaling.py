@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optimum_fista.solve.cholesky import mean_damping
 from optimum_fista.solve.problem import LayerProblem
 
 
@@ -12,7 +13,8 @@ def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor
     """Damp `G` and `C` alike and scale the inputs so that the damped Gram matrix has unit diagonal.
 
     With `d = damping * mean(diag G)`: `G_d = G + d I`, `C_d = C + d W` (a ridge towards the dense weights), and
-    `s_j = 1 / sqrt([G_d]_jj)`; scaled weights are `W_ij / s_j`.
+    `s_j = 1 / sqrt([G_d]_jj)`; scaled weights are `W_ij / s_j`. For nearly dead inputs `d` is the same fraction of
+    their own energy (`InputStatistics.energy_shares`).
 
     Args:
         problem: The layer problem.
@@ -22,10 +24,10 @@ def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor
         `s_i s_j [G_d]_ij` [in, in], `[C_d]_ij s_j` [out, in], and `s` [in].
     """
     diagonal = problem.statistics.diagonal
-    amount = damping * float(diagonal.mean()) or 1.0
-    scale = (diagonal + amount).rsqrt()
+    amounts = mean_damping(diagonal, damping) * problem.statistics.energy_shares
+    scale = (diagonal + amounts).rsqrt()
     gram = problem.gram.clone()
-    gram.diagonal().add_(amount)
+    gram.diagonal().add_(amounts)
     gram.mul_(scale).mul_(scale[:, None])
-    target = torch.add(problem.target, problem.weight, alpha=amount).mul_(scale)
+    target = torch.addcmul(problem.target, problem.weight, amounts).mul_(scale)
     return gram, target, scale

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,14 +20,37 @@ _PART = 2**18
 """Scores ranked within their groups at a time, on a CPU."""
 
 
-def kth_smallest(values: Tensor, k: int) -> Tensor:
-    """The `k`-th smallest value (k from 1) along the last dimension; shape `values.shape[:-1]`."""
-    if values.device.type == "cpu" and values.dtype == torch.float32:
-        array = values.detach().numpy()
-        if array.size == array.shape[-1] > 8 * _SAMPLE:
-            return torch.full(values.shape[:-1], _kth_by_bracket(array.reshape(-1), k))
-        return torch.from_numpy(np.ascontiguousarray(np.partition(array, k - 1, axis=-1)[..., k - 1]))
-    return torch.kthvalue(values, k, dim=-1).values
+def kth_smallest(values: Tensor, k: int, *, magnitude: bool = False) -> Tensor:
+    """The `k`-th smallest (k from 1) of all values [rows, columns], a scalar on their device.
+
+    With `magnitude`, of their absolute values, taken a block of rows at a time.
+    """
+    if values.device.type == "cpu":
+        array = _as_array(values).reshape(-1)
+        if array.size > 8 * _SAMPLE:
+            return values.new_tensor(_kth_by_bracket(array, k, magnitude=magnitude))
+        return values.new_tensor(np.partition(np.abs(array) if magnitude else array, k - 1)[k - 1])
+    parts = [values[rows] for rows in row_blocks(values)]
+
+    def count(threshold: Tensor) -> Tensor:
+        return torch.stack([((part.abs() if magnitude else part) <= threshold).sum() for part in parts]).sum()
+
+    return _kth_by_halving(count, k, values.new_empty(()))
+
+
+def kth_smallest_in_rows(values: Tensor, k: int) -> Tensor:
+    """The `k`-th smallest value (k from 1) of every row, [rows, 1]."""
+    if values.device.type == "cpu":
+        found = np.partition(_as_array(values), k - 1, axis=1)[:, k - 1 : k]
+        return torch.from_numpy(np.ascontiguousarray(found)).to(values.dtype)
+    count = partial(torch.sum, dim=1, keepdim=True)
+    return _kth_by_halving(lambda threshold: count(values <= threshold), k, values.new_empty(len(values), 1))
+
+
+def _as_array(values: Tensor) -> np.ndarray:
+    """The values in a dtype that NumPy knows."""
+    values = values.detach()
+    return (values if values.dtype in (torch.float32, torch.float64) else values.float()).numpy()
 
 
 def _kth_by_bracket(array: np.ndarray, k: int, *, magnitude: bool = False) -> float:
@@ -54,46 +79,71 @@ def _kth_by_bracket(array: np.ndarray, k: int, *, magnitude: bool = False) -> fl
     return float(np.partition(array, k - 1)[k - 1])
 
 
-def keep_largest(scores: Tensor, count: int) -> Tensor:
-    """Boolean mask, True for exactly the `count` largest of all scores; ties go to the first positions."""
-    flat = scores.reshape(1, -1)
-    return keep_largest_in_rows(flat, count).view(scores.shape)
+def _kth_by_halving(count: Callable[[Tensor], Tensor], k: int, like: Tensor) -> Tensor:
+    """The smallest number that at least `k` values do not exceed, exactly, in as many passes as it has bits.
+
+    `torch.kthvalue` ranks a whole matrix on one processor of a GPU, and has no deterministic form. Counting needs
+    neither, and no number reaches the host: floating-point numbers are ordered as their bit patterns are, so that the
+    patterns can be halved as integers.
+
+    Args:
+        count: Says how many values do not exceed a number.
+        k: From 1.
+        like: Shape, dtype and device of the numbers sought.
+    """
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[like.element_size()]
+    low, high = (_ordered(torch.full_like(like, end).view(whole)) for end in (-math.inf, math.inf))
+    for _ in range(8 * like.element_size()):
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without the sum, which may overflow
+        enough = count(_ordered(middle).view(like.dtype)) >= k
+        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
+    return _ordered(high).view(like.dtype)
 
 
-def keep_largest_magnitudes(matrix: Tensor, count: int) -> Tensor:
-    """`keep_largest(matrix.abs(), count)`, on a CPU without a copy of a large matrix where no two scores tie."""
-    if matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.numel() > 8 * _SAMPLE:
-        mask = torch.ones(matrix.shape, dtype=torch.bool)
-        if 0 < count < matrix.numel():
-            array = matrix.contiguous().view(-1).numpy()
-            threshold = _kth_by_bracket(array, array.size - count + 1, magnitude=True)
-            for rows in row_blocks(matrix):
-                torch.ge(matrix[rows].abs(), threshold, out=mask[rows])
-        if int(torch.count_nonzero(mask)) == count:
-            return mask
-        del mask
-    return keep_largest(matrix.abs(), count)
+def _ordered(bits: Tensor) -> Tensor:
+    """Bit patterns of floating-point numbers as integers in the order of the numbers; its own inverse."""
+    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
+
+
+def keep_largest(scores: Tensor, count: int, *, magnitude: bool = False) -> Tensor:
+    """Boolean mask, True for exactly the `count` largest of all scores [rows, columns]; ties by position.
+
+    With `magnitude`, of their absolute values, taken a block of rows at a time.
+    """
+    mask = torch.full(scores.shape, count > 0, dtype=torch.bool, device=scores.device)
+    if not 0 < count < scores.numel():
+        return mask
+    threshold = kth_smallest(scores, scores.numel() - count + 1, magnitude=magnitude)
+    blocks = [(scores[rows], mask[rows]) for rows in row_blocks(scores)]
+    for part, kept in blocks:
+        torch.ge(part.abs() if magnitude else part, threshold, out=kept)
+    if scores.device.type == "cpu" and int(torch.count_nonzero(mask)) == count:
+        return mask
+    left = count - torch.stack([((p.abs() if magnitude else p) > threshold).sum() for p, _ in blocks]).sum()
+    for part, kept in blocks:
+        ties = (part.abs() if magnitude else part) == threshold
+        place = ties.flatten().cumsum(0, dtype=torch.int32).view(ties.shape)
+        kept.logical_and_(ties.logical_not_().logical_or_(place <= left))
+        left = left - place[-1, -1]
+    return mask
 
 
 def keep_largest_in_rows(scores: Tensor, count: int) -> Tensor:
     """Boolean mask [rows, columns], True for exactly the `count` largest of every row; ties by position."""
-    rows, columns = scores.shape
-    if count <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if count >= columns:
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = kth_smallest(scores, columns - count + 1).view(rows, 1)
-    mask = scores >= threshold
-    if int(torch.count_nonzero(mask)) == count * rows:  # no row keeps fewer
+    columns = scores.shape[1]
+    mask = torch.full(scores.shape, count > 0, dtype=torch.bool, device=scores.device)
+    if not 0 < count < columns:
         return mask
-    mask = scores > threshold
-    missing = count - mask.sum(1, keepdim=True)
-    ties = scores == threshold
-    if rows == 1:  # a whole matrix: a running count of all its positions would be twice its size
-        mask[0, ties[0].nonzero()[: int(missing), 0]] = True
-        return mask
-    place = ties.cumsum(1, dtype=torch.int32 if columns < 2**31 else torch.int64)
-    return mask.logical_or_(ties.logical_and_(place <= missing))
+    for rows in row_blocks(scores):
+        part, kept = scores[rows], mask[rows]
+        threshold = kth_smallest_in_rows(part, columns - count + 1)
+        torch.ge(part, threshold, out=kept)
+        if scores.device.type == "cpu" and int(torch.count_nonzero(kept)) == count * len(part):
+            continue  # no row keeps fewer
+        ties = part == threshold
+        left = count - (part > threshold).sum(1, keepdim=True)
+        kept.logical_and_(ties.logical_not().logical_or_(ties.cumsum(1, dtype=torch.int32) <= left))
+    return mask
 
 
 def keep_largest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:

@@ -46,6 +46,7 @@ class Admm(PruningMethod):
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`. Symbols as in the paper: W, Z, U (scaled dual)."""
+        problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)
         inverse = damped_inverse(gram, self.rho, in_place=True)
         Z = problem.weight / scale

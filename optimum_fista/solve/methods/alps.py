@@ -53,10 +53,12 @@ class Alps(PruningMethod):
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""
+        problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)
         values, vectors = torch.linalg.eigh(gram)
         state = SplitState(target, problem.weight / scale)
         rho, iteration, settled = self.first_rho, 0, False
+        shape = (problem.weight.shape[0], problem.weight.shape[1])
         support: Tensor | None = None
         while iteration < self.max_iterations and not settled:
             inverse = (vectors / (values.clamp_min(0) + rho)) @ vectors.T
@@ -66,7 +68,7 @@ class Alps(PruningMethod):
             assert state.mask is not None
             if support is not None:
                 # The support's size is the unit in which ALPS counts its changes.
-                changed = float((support & ~state.mask).sum()) / max(1, int(support.sum()))
+                changed = float((support & ~state.mask).sum()) / max(1, pattern.num_kept(shape))
                 settled = changed == 0
                 rho *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
             support = state.mask
@@ -77,7 +79,7 @@ class Alps(PruningMethod):
             weight,
             support,  # type: ignore[arg-type]
             problem.relative_error(weight),
-            iterations=iteration + steps,
+            iterations=iteration + int(steps),
             converged=settled,
             message=message,
             convergence=state.convergence,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
@@ -28,7 +28,9 @@ class Fista(PruningMethod):
     """LASSO by FISTA, rounding, bisection of the penalty (Algorithm 1), and a refit of the kept weights.
 
     Attributes:
-        warm_start: Where the first trial starts: the weights pruned by another method, or the dense weights.
+        warm_start: Where the first trial starts: the weights pruned by another method, or the dense weights. Wanda
+            gives every row the same number of zeros, as its authors do, whatever the scope of the pattern; the trials
+            then move zeros between rows.
         max_iterations: FISTA steps a trial, the paper's K.
         tolerance: Relative change of the iterates at which FISTA stops.
         patience: Trials without improvement, the paper's T.
@@ -77,6 +79,7 @@ class Fista(PruningMethod):
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""
         pattern.require_shape((problem.weight.shape[0], problem.weight.shape[1]), problem.name)
+        problem = problem.decoupled()
 
         def solve(start: Tensor, l1_penalty: float) -> FistaSolution:
             return fista(
@@ -91,7 +94,7 @@ class Fista(PruningMethod):
                 momentum=self.momentum,
             )
 
-        rounded = _WARM_STARTS[self.warm_start]().prune(problem, pattern)
+        rounded = self._rounded_start(problem, pattern)
         found = search_penalty(
             problem,
             pattern,
@@ -110,12 +113,23 @@ class Fista(PruningMethod):
             weight,
             found.mask,
             problem.relative_error(weight),
-            iterations=found.iterations + steps,
+            iterations=found.iterations + int(steps),
             l1_penalty=found.l1_penalty,
             converged=found.converged and rounded.converged,
             message="; ".join(filter(None, (rounded.message, advice))),
             convergence=Convergence.of("relative change of the weights in a FISTA step", found.changes),
         )
+
+    def _rounded_start(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
+        """The warm start in the pattern, its zeros counted as in its source: Wanda's by row, the others' by matrix."""
+        start = _WARM_STARTS[self.warm_start]()
+        counted = replace(pattern, scope="row" if pattern.scope == "row" else start.defaults.scope)
+        rounded = start.prune(problem, counted)
+        shape = (problem.weight.shape[0], problem.weight.shape[1])
+        if counted.num_kept(shape) == pattern.num_kept(shape):
+            return rounded
+        mask = pattern.mask(rounded.weight.abs())  # rows of an odd number of inputs have half a zero more or less
+        return replace(rounded, weight=rounded.weight * mask, mask=mask)
 
 
 _WARM_STARTS: dict[WarmStart, type[PruningMethod]] = {

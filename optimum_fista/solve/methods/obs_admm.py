@@ -82,10 +82,9 @@ class ObsAdmm(PruningMethod):
         self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedOperator]:
         """Prune operators that share their inputs, with shared factorisations."""
+        problems = [problem.decoupled() for problem in problems]
         statistics = problems[0].statistics
-        diagonal = statistics.diagonal
-        penalty = diagonal * self.ridge_of(statistics.num_tokens, diagonal.shape[0])
-        penalty = torch.where(penalty > 0, penalty, torch.ones_like(penalty) * (float(penalty.mean()) or 1.0))
+        penalty = statistics.diagonal * self.ridge_of(statistics.num_tokens, statistics.gram.shape[0])
         scale, message = _surgeon_scale(statistics.gram, penalty, self.scale_damping)
         copy = partial(_scaled, statistics.gram, penalty, scale)
         states = [SplitState(_ScaledTarget(p, penalty, scale), p.weight / scale) for p in problems]
@@ -121,7 +120,7 @@ class ObsAdmm(PruningMethod):
 
     def _refit(self, gram: Tensor, states: Sequence[SplitState]) -> int:
         """Refit in the scaled coordinates, a block of rows at a time, in place; returns the most steps taken."""
-        most = 0
+        taken = []
         for state in states:
             assert state.mask is not None
             for rows in row_blocks(state.point):
@@ -133,8 +132,8 @@ class ObsAdmm(PruningMethod):
                     max_iterations=self.refit_iterations,
                     in_place=True,
                 )
-                most = max(most, steps)
-        return most
+                taken.append(steps)
+        return int(torch.stack(taken).max())
 
     def _finish(
         self, problem: LayerProblem, state: SplitState, scale: Tensor, steps: int, message: str

@@ -21,10 +21,10 @@ from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, 
 class SparseGPT(PruningMethod):
     """Prune columns from left to right and let the columns on the right make up for each (Algorithm 1).
 
-    `H = G + damping * mean(diag G) I`, `U` the upper Cholesky factor of `H^-1`. Weight j of a row is scored
-    `w_j^2 / U_jj^2`; n:m groups are decided one by one, unstructured masks a block of columns at a time with
-    one threshold over all rows of the block (`scope="row"`: over each row). After column j is decided, its
-    error `e = (w_j - w*_j) / U_jj` changes the columns to the right by `- e U_j,right`.
+    `H = G + damping * mean(diag G) I`, less for nearly dead inputs (`InputStatistics`), `U` the upper Cholesky factor
+    of `H^-1`. Weight j of a row is scored `w_j^2 / U_jj^2`; n:m groups are decided one by one, unstructured masks a
+    block of columns at a time with one threshold over all rows of the block (`scope="row"`: over each row). After
+    column j is decided, its error `e = (w_j - w*_j) / U_jj` changes the columns to the right by `- e U_j,right`.
 
     Attributes:
         damping: Fraction of the mean diagonal added to the Gram matrix.
@@ -39,7 +39,8 @@ class SparseGPT(PruningMethod):
         """Prune one operator to `pattern`. The target is not looked at: SparseGPT aims at W X*."""
         rows, columns = problem.weight.shape
         pattern.require_shape((rows, columns), problem.name)
-        factor, message = damped_cholesky(problem.gram.clone, self.damping)
+        problem = problem.decoupled()
+        factor, message = damped_cholesky(problem.gram.clone, self.damping, problem.statistics.energy_shares)
         upper = torch.linalg.cholesky(inverse_in_place(factor), upper=True)
         weight = problem.weight.clone()
         mask = torch.ones_like(weight, dtype=torch.bool)

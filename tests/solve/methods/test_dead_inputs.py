@@ -1,0 +1,73 @@
+"""Inputs that are zero on all calibration tokens, or next to it: every method but magnitude does without them."""
+
+import pytest
+import torch
+from layer_problems import correlated_inputs
+
+from optimum_fista.solve.methods import METHODS, create_method
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
+
+SEEING = sorted(set(METHODS) - {"magnitude"})  # magnitude pruning looks at no input
+METHOD_OPTIONS = [(name, {}) for name in SEEING]
+METHOD_OPTIONS += [("fista", {"warm_start": start}) for start in ("wanda", "magnitude", "dense")]
+ROWS, COLUMNS, DEAD = 48, 96, 36
+
+
+def inputs_and_weight():
+    generator = torch.Generator().manual_seed(0)
+    inputs = correlated_inputs(600, COLUMNS, generator, torch.float32, 1.0)
+    weight = torch.randn(ROWS, COLUMNS, generator=generator)
+    return inputs, weight, torch.randperm(COLUMNS, generator=generator)[:DEAD]
+
+
+def problem_of(inputs, weight):
+    return LayerProblem(weight, InputStatistics(inputs.T @ inputs, len(inputs), inputs.mean(0)))
+
+
+@pytest.mark.parametrize("loudness", [0.0, 1e-6, 5e-4])
+@pytest.mark.parametrize(("name", "options"), METHOD_OPTIONS, ids=str)
+def test_their_weights_go_first(name, options, loudness):
+    inputs, weight, dead = inputs_and_weight()
+    inputs[:, dead] *= loudness
+    scope = METHODS[name].defaults.scope
+    pruned = create_method(name, **options).prune(problem_of(inputs, weight), SparsityPattern(0.5, None, scope))
+    live = torch.ones(COLUMNS, dtype=torch.bool)
+    live[dead] = False
+    rest = SparsityPattern(1 - 0.5 * COLUMNS / (COLUMNS - DEAD), None, scope)  # keeps as many of the live weights
+    alone = create_method(name, **options).prune(problem_of(inputs[:, live], weight[:, live]), rest)
+    assert int(pruned.mask[:, dead].sum()) == 0
+    assert pruned.relative_error < 1.1 * alone.relative_error
+
+
+@pytest.mark.parametrize("loudness", [0.0, 1e-6])
+@pytest.mark.parametrize("name", SEEING)
+def test_groups_remove_them_first_and_keep_dense_weights(name, loudness):
+    inputs, weight, dead = inputs_and_weight()
+    inputs[:, dead] *= loudness
+    pruned = create_method(name).prune(problem_of(inputs, weight), SparsityPattern.parse("2:4"))
+    is_dead = torch.zeros(COLUMNS, dtype=torch.bool)
+    is_dead[dead] = True
+    kept = (pruned.mask & is_dead).view(ROWS, -1, 4).sum(-1)
+    assert (kept == (is_dead.view(-1, 4).sum(-1) - 2).clamp_min(0)).all()
+    assert int(kept.sum()) > 0
+    left = pruned.mask & is_dead
+    assert (pruned.weight - weight)[left].norm() < 0.02 * weight[left].norm()  # ALPS does not come to rest
+    outputs = inputs.double() @ torch.stack([pruned.weight, weight]).double().mT
+    error = float((outputs[0] - outputs[1]).norm() / outputs[1].norm())
+    assert pruned.relative_error == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_nothing_but_dead_inputs(name):
+    pruned = create_method(name).prune(problem_of(torch.zeros(40, 8), torch.ones(6, 8)), SparsityPattern(0.5))
+    assert int(pruned.mask.sum()) == 24
+    assert bool(torch.isfinite(pruned.weight).all())
+    assert pruned.relative_error == 0
+
+
+def test_statistics_of_inputs_that_are_alive_are_as_they_were():
+    inputs, _, _ = inputs_and_weight()
+    statistics = InputStatistics(inputs.T @ inputs, len(inputs))
+    assert torch.equal(statistics.diagonal, statistics.gram.diagonal())
+    assert torch.equal(statistics.energy_shares, torch.ones(COLUMNS))
