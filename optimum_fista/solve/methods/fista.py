@@ -79,7 +79,6 @@ class Fista(PruningMethod):
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""
         pattern.require_shape((problem.weight.shape[0], problem.weight.shape[1]), problem.name)
-        problem = problem.decoupled()
 
         def solve(start: Tensor, l1_penalty: float) -> FistaSolution:
             return fista(
@@ -95,6 +94,7 @@ class Fista(PruningMethod):
             )
 
         rounded = self._rounded_start(problem, pattern)
+        problem = problem.decoupled()
         found = search_penalty(
             problem,
             pattern,

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.penalty import search_penalty
 
 STARTS = {"dense": Magnitude, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
 PATTERNS = [SparsityPattern(0.5), SparsityPattern(0.7, None, "row"), SparsityPattern.parse("2:4")]
@@ -66,7 +68,8 @@ def test_is_never_worse_than_its_warm_start(warm_start, pattern, corrected, refi
     for seed in range(3):
         made = example(12, 20, corrected=corrected, seed=seed)
         pruned = Fista(warm_start=warm_start, refit_iterations=refit_iterations).prune(made.problem, pattern)
-        start = STARTS[warm_start]().prune(made.problem, pattern)
+        by_row = warm_start == "wanda" and pattern.n_of_m is None
+        start = STARTS[warm_start]().prune(made.problem, replace(pattern, scope="row") if by_row else pattern)
         assert pruned.relative_error <= start.relative_error * (1 + 1e-9)
         assert pattern.violation(pruned.mask) is None
         assert (pruned.weight[~pruned.mask] == 0).all()
@@ -96,6 +99,23 @@ def test_the_best_subset_bounds_it_from_below_and_is_near(pattern, corrected):
         ours, best = ours + error, best + bound
         wanda += made.squared_error(Wanda().prune(made.problem, pattern).weight)
     assert ours - best < 0.25 * (wanda - best)
+
+
+@pytest.mark.parametrize("columns", [20, 21])
+def test_wanda_as_a_start_counts_its_zeros_by_row(columns, monkeypatch):
+    made, pattern = example(12, columns), SparsityPattern(0.5)
+    given = {}
+
+    def search(problem, pattern, start, rounded, solve, **options):
+        given.update(start=start, rounded=rounded)
+        return search_penalty(problem, pattern, start, rounded, solve, **options)
+
+    monkeypatch.setattr("optimum_fista.solve.methods.fista.search_penalty", search)
+    Fista(warm_start="wanda").prune(made.problem, pattern)
+    by_row = Wanda().prune(made.problem, SparsityPattern(0.5, None, "row"))
+    assert pattern.violation(given["rounded"].mask) is None
+    assert torch.equal(given["start"] != 0, given["rounded"].mask & by_row.mask)
+    assert abs(int(by_row.mask.sum()) - int((given["start"] != 0).sum())) <= 12 * (columns % 2)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

@@ -1,0 +1,104 @@
+"""Every method solves on a device as on the CPU, and hardly ever makes the host wait for the device."""
+
+import pytest
+import torch
+from layer_problems import example
+from simulated_device.backend import counted
+
+from optimum_fista.solve.methods import METHODS, create_method
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
+from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows, kth_smallest
+
+PATTERNS = [SparsityPattern(0.5), SparsityPattern(0.5, None, "row"), SparsityPattern.parse("2:4")]
+WAITS = {  # an operator of any size and pattern: two for its error, one for the statistics, one a factorisation
+    "magnitude": 2,
+    "wanda": 2,
+    "sparsegpt": 5,
+    "admm": 5,
+    "dsnot": 5,
+    "obs_admm": 9,
+    "alps": 8,
+    "fista": 15,
+}
+WAITS_IN_LOOPS = [  # method, options of a short and of a long loop, waits that the second has more at most
+    ("sparsegpt", {"block_size": 128}, {"block_size": 4}, 0),
+    ("admm", {"max_iterations": 20}, {"max_iterations": 60}, 0),
+    ("dsnot", {"threshold": 0.0, "max_cycles": 10}, {"threshold": 0.0, "max_cycles": 20}, 1),  # every ten cycles
+    ("obs_admm", {"iterations": 4}, {"iterations": 20}, 0),
+    ("obs_admm", {"refit_iterations": 11}, {"refit_iterations": 31}, 2),  # every ten steps
+    ("alps", {"max_iterations": 6}, {"max_iterations": 18}, 4),  # every three: rho grows by what the support changed
+    ("fista", {"max_trials": 1}, {"max_trials": 1, "max_iterations": 60}, 4),  # every ten steps
+    ("fista", {"max_trials": 1, "patience": 9}, {"max_trials": 5, "patience": 9}, 4 * 4),  # two a trial besides
+]
+
+
+def on(device, problem):
+    given = problem.statistics
+    statistics = InputStatistics(given.gram.to(device), given.num_tokens, given.mean.to(device))
+    if not problem.corrected:
+        return LayerProblem(problem.weight.to(device), statistics)
+    target, energies = problem.target.to(device), problem.output_energies.to(device)
+    return LayerProblem(problem.weight.to(device), statistics, target, energies)
+
+
+@pytest.fixture
+def _deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.parametrize(("corrected", "dead"), [(False, 0), (True, 12)])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=["matrix", "row", "2:4"])
+@pytest.mark.parametrize("name", METHODS)
+def test_results_are_those_of_the_cpu(name, pattern, corrected, dead):
+    problem = example(24, 32, corrected=corrected, dtype=torch.float32).problem
+    for part in (problem.gram, problem.gram.mT, problem.target):
+        part[:, :dead] = 0
+    problem = on("cpu", problem)
+    expected = create_method(name).prune(problem, pattern)
+    problem = on("simulated:1", problem)
+    with counted() as counts:
+        pruned = create_method(name).prune(problem, pattern)
+    assert pruned.weight.device == torch.device("simulated:1")
+    assert torch.equal(pruned.mask.cpu(), expected.mask)
+    assert torch.allclose(pruned.weight.cpu(), expected.weight, atol=1e-4)
+    assert pruned.relative_error == pytest.approx(expected.relative_error, abs=1e-4)
+    assert (pruned.iterations, pruned.converged) == (expected.iterations, expected.converged)
+    assert "kthvalue" not in counts.runs
+    in_loops = {"alps": pruned.iterations // 3, "fista": 4 * (2 + 2) + 30 // 10}  # power iteration: every ten products
+    assert counts.synchronisations <= WAITS[name] + in_loops.get(name, 0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=["matrix", "row", "2:4"])
+@pytest.mark.parametrize(("name", "short", "long", "more"), WAITS_IN_LOOPS)
+def test_loops_do_not_wait(name, short, long, more, pattern):
+    problem = on("simulated:0", example(24, 32, corrected=True, dtype=torch.float32).problem)
+    float(problem.statistics.lipschitz)
+    waits = []
+    for options in (short, long):
+        with counted() as counts:
+            create_method(name, **options).prune(problem, pattern)
+        waits.append(counts.synchronisations)
+    assert waits[1] - waits[0] <= more
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("levels", [1, 3, 1000])
+def test_selection_is_exact_and_never_waits(levels, dtype):
+    scores = torch.randint(-levels, levels, (40, 60), generator=torch.Generator().manual_seed(0)).to(dtype) / 4
+    there = scores.to("simulated:0")
+    for count in (0, 7, 60, 1200, 2400):
+        with counted() as counts:
+            found = keep_largest(there, count), keep_largest(there, count, magnitude=True)
+            found += keep_largest_in_rows(there, count), keep_largest_in_groups(there, 2, 4)
+            smallest = kth_smallest(there, max(1, count))
+        assert counts.synchronisations == 0
+        assert "kthvalue" not in counts.runs
+        assert torch.equal(found[0].cpu(), keep_largest(scores, count))
+        assert torch.equal(found[1].cpu(), keep_largest(scores.abs(), count))
+        assert torch.equal(found[2].cpu(), keep_largest_in_rows(scores, count))
+        assert torch.equal(found[3].cpu(), keep_largest_in_groups(scores, 2, 4))
+        assert float(smallest) == float(scores.flatten().sort().values[max(1, count) - 1])
