@@ -63,6 +63,12 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     return DecoderLayers(name, tuple(modules))
 
 
+def modules_around(model: PreTrainedModel, layers: DecoderLayers) -> list[nn.Module]:
+    """Modules of the decoder that are in none of its layers and not the head: embeddings, norms and the like."""
+    others = {module for layer in layers.modules for module in layer.modules()} | {model.get_output_embeddings()}
+    return [module for module in model.get_decoder().modules() if module not in others]
+
+
 def require_causal(model: PreTrainedModel) -> None:
     """Refuse models whose tokens see what follows them, and models without a language-model head.
 

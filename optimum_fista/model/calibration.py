@@ -38,7 +38,7 @@ class CalibrationBatch:
 
 
 def read_batches(loader: Iterable[Any], vocab_size: int) -> list[CalibrationBatch]:
-    """Read every batch of a calibration loader once.
+    """Read every batch of a calibration loader once; padding in front of tokens moves to the end of their sequence.
 
     Args:
         loader: Iterable of dicts with `input_ids` (and `attention_mask`), tensors of ids [batch, sequence] or
@@ -147,7 +147,11 @@ def _read_batch(item: Any, index: int, vocab_size: int) -> CalibrationBatch:
                 f"{where}: attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}: "
                 "pass one mask value a token."
             )
-        mask = None if bool(mask.all()) else mask
+        if bool(mask.all()):
+            mask = None
+        else:  # real tokens first: models count positions, and recurrent ones carry states, from the first token on
+            order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+            ids, mask = ids.gather(1, order), mask.gather(1, order)
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import ActivationStore, Storage
-from optimum_fista.model.architecture import DecoderLayers, UnsupportedArchitectureError
+from optimum_fista.model.architecture import DecoderLayers, UnsupportedArchitectureError, modules_around
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.replay import LayerCall, StopForward, replaced_forwards
@@ -24,7 +24,7 @@ class RecordedInputs:
 
     Attributes:
         hidden_states: Input of the first decoder layer, a batch each, [batch, sequence, hidden], as it is stored.
-        calls: Other arguments, `calls[layer][batch]`; equal tensors are stored once.
+        calls: Other arguments, `calls[layer][batch]`, where the layer computes; equal tensors are stored once a device.
         token_masks: bool [batch, sequence] on the model's device, a batch each; `None` when all are real.
         held_out: Whether a batch is held out, a batch each.
     """
@@ -63,7 +63,7 @@ def _record(
 ) -> RecordedInputs:
     device = execution_device(model.get_input_embeddings())
     hidden_states, token_masks = ActivationStore(storage or device, device), []
-    with recorder.recording():
+    with onloaded(modules_around(model, recorder.layers), copy=False), recorder.recording():
         for batch in batches:
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             recorder.start_batch()
@@ -100,9 +100,11 @@ class _Recorder:
         self._rest: tuple[Any, ...] = ()
         self._is_tuple: bool | None = None
         self._interned: dict[tuple[Any, ...], Tensor] = {}
+        self._met: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def start_batch(self) -> None:
         self.hidden_states, self._expected, self._next = None, None, 0
+        self._met.clear()
 
     def recording(self) -> AbstractContextManager[None]:
         """The model's forward pass is recorded inside."""
@@ -119,19 +121,20 @@ class _Recorder:
             if self.hidden_states is None:
                 self.hidden_states = hidden_states
             self._require_next(index, hidden_states, (*others, *keywords.values()))
-            call = LayerCall(tuple(self._intern(a) for a in others), {k: self._intern(v) for k, v in keywords.items()})
-            self.calls[index].append(call)
+            device = execution_device(self.layers.modules[index])
+            kept = {name: self._intern(value, device) for name, value in keywords.items()}
+            self.calls[index].append(LayerCall(tuple(self._intern(value, device) for value in others), kept))
             if index == len(self.layers) - 1:
                 raise StopForward
             layer = self.layers.modules[index]
             if self.runs_layers:
-                with onloaded(layer):
+                with onloaded(layer.modules()):
                     output = self._originals[index](hidden_states, *others, **keywords)
                 self._expected = output[0] if isinstance(output, tuple) else output
                 return output
             self._expected = hidden_states
             if self._is_tuple is None:
-                with onloaded(layer):
+                with onloaded(layer.modules()):
                     output = self._originals[index](hidden_states, *others, **keywords)
                 self._is_tuple = isinstance(output, tuple)
                 self._rest = tuple(output[1:]) if isinstance(output, tuple) else ()
@@ -157,12 +160,15 @@ class _Recorder:
             raise _HandsOnMore
         self._next += 1
 
-    def _intern(self, value: Any) -> Any:
-        """Share equal tensors (masks, position embeddings) between layers and batches."""
+    def _intern(self, value: Any, device: torch.device) -> Any:
+        """Share equal tensors (masks, position embeddings) between the layers of a device, and between batches."""
         if isinstance(value, tuple | list):
-            return type(value)(self._intern(item) for item in value)
+            return type(value)(self._intern(item, device) for item in value)
         if not isinstance(value, Tensor):
             return value
-        key = (tuple(value.shape), value.dtype, value.flatten()[-1].item() if value.numel() else 0.0)
-        known = self._interned.setdefault(key, value)
-        return known if known is value or torch.equal(known, value) else value
+        if (id(value), device) not in self._met:  # most layers of a batch get the same tensor: compare it once
+            moved = value.to(device)
+            key = (device, tuple(moved.shape), moved.dtype, moved.flatten()[-1].item() if moved.numel() else 0.0)
+            known = self._interned.setdefault(key, moved)
+            self._met[id(value), device] = (value, known if known is moved or torch.equal(known, moved) else moved)
+        return self._met[id(value), device][1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -86,21 +86,22 @@ def store_tensor(module: nn.Module, name: str, value: Tensor) -> Callable[[], No
 
 
 @contextmanager
-def onloaded(layer: nn.Module) -> Iterator[None]:
-    """Keep all weights of a module on its device, as copies; the hooks of Accelerate then leave them there.
+def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[None]:
+    """Keep the weights of modules on their device; the hooks of Accelerate then leave them there.
 
-    What is written to them in the meantime is lost at the end unless it was stored by `store_tensor`.
+    They are copies also where they are kept on that device, unless `copy` is False and nothing is written to them.
+    What is written to copies is lost at the end unless it was stored by `store_tensor`.
     """
     brought: list[tuple[nn.Module, AlignDevicesHook, list[str]]] = []
     try:
-        for module in layer.modules():
+        for module in modules:
             hook = _offload_hook(module)
             if hook is not None and hook.offload:
                 names = _names(module, hook)
                 brought.append((module, hook, names))
                 for name in names:
-                    value = hook.weights_map[name].to(hook.execution_device, copy=True)
-                    set_module_tensor_to_device(module, name, hook.execution_device, value=value)
+                    value = hook.weights_map[name].to(hook.execution_device, copy=copy)
+                    set_module_tensor_to_device(module, name, hook.execution_device, value=value, clear_cache=False)
                 hook.offload = False
         yield
     finally:
@@ -111,11 +112,14 @@ def onloaded(layer: nn.Module) -> Iterator[None]:
 
 
 def move_execution(model: nn.Module, device: torch.device) -> None:
-    """Make an offloaded model compute on another device."""
+    """Make an offloaded model compute on another device, and move there what is not offloaded, such as buffers."""
     for module in model.modules():
         for hook in _hooks(module):
             if hook.execution_device is not None:
                 hook.execution_device = device
+        for name, tensor in named_module_tensors(module):
+            if tensor.device.type != "meta":
+                set_module_tensor_to_device(module, name, device)
 
 
 def _hooks(module: nn.Module) -> list[AlignDevicesHook]:

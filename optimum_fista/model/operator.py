@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from optimum_fista.model.offload import is_offloaded, stored_tensor
+from optimum_fista.model.offload import execution_device, is_offloaded, stored_tensor
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -50,6 +50,11 @@ class LinearOperator:
         return is_offloaded(self.owner)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes, also while the weight is kept elsewhere."""
+        return execution_device(self.owner)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         rows, columns = self.parameter.shape
@@ -65,9 +70,10 @@ class LinearOperator:
         return stored
 
     def read(self) -> Tensor:
-        """A float32 copy of the weight, [out, in], read from where it is kept."""
-        weight = self.select(stored_tensor(self.owner, self.tensor))
-        return (weight.T if self.transposed else weight).to(torch.float32, copy=True).contiguous()
+        """A float32 copy of the weight on `device`, [out, in], read from where it is kept."""
+        kept = self.select(stored_tensor(self.owner, self.tensor))
+        weight = kept.to(self.device)  # in its own dtype, which may be half as many bytes
+        return (weight.T if self.transposed else weight).to(torch.float32, copy=weight is kept).contiguous()
 
     def write(self, weight: Tensor) -> None:
         """Overwrite the weight in place with `weight` [out, in], rounded to the parameter's dtype."""

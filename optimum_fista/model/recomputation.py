@@ -72,18 +72,23 @@ def recomputed_layers(
 
         return run if stays else waiting.around(run)
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [  # by name: Accelerate makes parameters anew whenever it brings or offloads a weight
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
+        for module, name in trained:
+            getattr(module, name).requires_grad_(False)
         with (
             model.get_input_embeddings().register_forward_hook(_with_gradient),
             replaced_forwards(layers.modules, [recomputed(layer.forward) for layer in layers.modules]),
         ):
             yield waiting
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for module, name in trained:
+            getattr(module, name).requires_grad_(True)
 
 
 def _with_gradient(_: nn.Module, __: Any, output: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def reconstruct(
         learning_rate: The largest learning rate.
         seed: Decides the order of the batches.
     """
-    device = next(activations.layer.parameters()).device
+    device = activations.device
     trained = _trained(operators, masks)
     before = [weights.parameter.detach().clone() for weights in trained]
     error_before, held_out_before = _errors(activations, outputs or _outputs(activations, entering), wanted)
@@ -161,11 +161,7 @@ def _rate(step: int, steps: int) -> float:
 
 def _squares(activations: LayerActivations, batch: int, output: Tensor, wanted: Tensor) -> Tensor:
     """`|| h* - h ||^2 / || h ||^2` of every real token of a batch, float32, [tokens]."""
-    output, wanted = (h.reshape(-1, h.shape[-1]).float() for h in (output, wanted))
-    mask = activations.token_masks[batch]
-    if mask is not None:
-        real = mask.reshape(-1).to(output.device)
-        output, wanted = output[real], wanted[real]
+    output, wanted = (activations.real_tokens(h, batch).float() for h in (output, wanted))
     return (output - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(_TINY)
 
 
@@ -183,10 +179,9 @@ def _errors(
 
 
 def _outputs(activations: LayerActivations, entering: Sequence[Tensor]) -> ActivationStore:
-    device = next(activations.layer.parameters()).device
     outputs = activations.store()
     for hidden, call in zip(entering, activations.calls, strict=True):
-        output = call.run(activations.layer, hidden.to(device))
+        output = call.run(activations.layer, hidden.to(activations.device))
         assert output is not None
         outputs.append(output)
     return outputs

@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.architecture import DecoderLayers
+from optimum_fista.model.architecture import DecoderLayers, modules_around
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.offload import execution_device
+from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.recomputation import recomputed_layers
 from optimum_fista.model.replay import watching
@@ -33,14 +33,14 @@ class Sensitivity:
         gradients: `sum_t e_t g_ti^2` [out], with the energy `e_t = sum_j x_tj^2 sum_i w_ij^2` that a token has in the
             operator, float32.
         inputs: `sum_t x_tj^2` [in], float32.
-        energy: `sum_t e_t`.
+        energy: `sum_t e_t`, float64, no dimensions.
         num_tokens: Tokens the loss was summed over.
         seen: Those of them that the operator saw: fewer than all for an expert of a mixture.
     """
 
     gradients: Tensor
     inputs: Tensor
-    energy: float = 0.0
+    energy: Tensor
     num_tokens: int = 0
     seen: int = 0
 
@@ -51,7 +51,7 @@ class Sensitivity:
         The error of a pruned operator is about in proportion to the energy `e` that a token has in it. Without this
         weighting, the few tokens whose gradients are huge and whose inputs are small (attention sinks) decide.
         """
-        return self.gradients * (0.5 / max(self.energy, 1e-30))
+        return self.gradients * (0.5 / max(float(self.energy), 1e-30))
 
     def saliency(self, weight: Tensor) -> Tensor:
         """Expected increase of the loss per token, in nats, when a weight alone is set to zero, [out, in].
@@ -94,16 +94,17 @@ def measure_sensitivities(
         ValueError: If a gradient is not finite.
     """
     device = execution_device(model.get_input_embeddings())
-    found = {
-        name: Sensitivity(torch.zeros(o.shape[0], device=device), torch.zeros(o.shape[1], device=device))
-        for name, o in operators.items()
-    }
+    found = {name: _nothing(*operator.shape, operator.device) for name, operator in operators.items()}
     columns = {name: operator.read().square().sum(0) for name, operator in operators.items()}
     sequences = list(_sequences(batches, num_tokens))
     bar = tqdm(sequences, desc="Gradients of the loss", unit="sequence", disable=not progress)
-    with recomputed_layers(model, layers, storage) as waiting, torch.enable_grad():
-        for ids, mask in bar:
-            _run(model, operators, found, columns, ids.to(device), None if mask is None else mask.to(device))
+    with (
+        onloaded(modules_around(model, layers), copy=False),
+        recomputed_layers(model, layers, storage) as waiting,
+        torch.enable_grad(),
+    ):
+        for ids in bar:
+            _run(model, operators, found, columns, ids.to(device))
             waiting.clear()
     for name, sensitivity in found.items():
         if not bool(torch.isfinite(sensitivity.gradients).all()):
@@ -114,49 +115,45 @@ def measure_sensitivities(
     return found
 
 
+def _nothing(rows: int, columns: int, device: torch.device) -> Sensitivity:
+    """The sums before any token."""
+    energy = torch.zeros((), dtype=torch.float64, device=device)
+    return Sensitivity(torch.zeros(rows, device=device), torch.zeros(columns, device=device), energy)
+
+
 def _run(
     model: PreTrainedModel,
     operators: Mapping[str, LinearOperator],
     found: Mapping[str, Sensitivity],
     columns: Mapping[str, Tensor],
     ids: Tensor,
-    mask: Tensor | None,
 ) -> None:
     """Add what one sequence [1, sequence] shows; `columns` are the squared norms of the columns of the weights."""
-    real = None if mask is None else mask.reshape(-1)
     forwards = True
     energies: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
 
-    def real_rows(operator: LinearOperator) -> Tensor | None:
-        return real if real is None or operator.tokens is None else real[operator.tokens]
-
-    def rows(values: Tensor, wanted: Tensor | None) -> Tensor:
-        flat = values.detach().reshape(-1, values.shape[-1]).float()
-        return flat[wanted] if wanted is not None and wanted.numel() == flat.shape[0] else flat
+    def rows(values: Tensor) -> Tensor:
+        return values.detach().reshape(-1, values.shape[-1]).float()
 
     def see_input(operator: LinearOperator, inputs: Tensor) -> None:
         if forwards:  # not when a layer is recomputed
             calls[operator.name] += 1
-            squares = rows(inputs, real_rows(operator)).square()
+            squares = rows(inputs).square()
             sums = found[operator.name]
-            sums.num_tokens += ids.numel() if real is None else int(real.sum())
-            energy = squares @ columns[operator.name].to(squares.device)
+            sums.num_tokens += ids.numel()
+            energy = squares @ columns[operator.name]
             if energy.numel():
-                energy.clamp_(max=_TYPICAL * float(energy.median()))
-                sums.inputs += squares.sum(0).to(sums.inputs.device)
-                sums.energy += float(energy.double().sum())
+                energy.clamp_(max=_TYPICAL * energy.median())
+                sums.inputs += squares.sum(0)
+                sums.energy += energy.double().sum()
                 sums.seen += squares.shape[0]
             energies[operator.name] = energy
 
     def see_output(operator: LinearOperator, output: Tensor) -> None:
-        wanted = real_rows(operator)
-
         def see_gradient(gradient: Tensor) -> None:
-            if calls[operator.name] > 1:
-                return
-            sums = found[operator.name]
-            sums.gradients += (energies.pop(operator.name) @ rows(gradient, wanted).square()).to(sums.gradients.device)
+            if calls[operator.name] == 1:
+                found[operator.name].gradients += energies.pop(operator.name) @ rows(gradient).square()
 
         is_matrix_product = isinstance(output, Tensor) and output.shape[-1] == operator.shape[0]
         if forwards and is_matrix_product and output.requires_grad:
@@ -165,25 +162,21 @@ def _run(
     inputs = {o.module: (lambda x, o=o: see_input(o, x)) for o in operators.values()}
     outputs = {o.module: (lambda y, o=o: see_output(o, y)) for o in operators.values()}
     with watching(inputs, outputs):
-        logits = model(input_ids=ids, attention_mask=None if mask is None else mask.long(), use_cache=False).logits
-        labels = ids[0, 1:].to(logits.device)
-        if real is not None:
-            labels = labels.masked_fill(~(real[1:] & real[:-1]).to(labels.device), -100)
-        loss = nn.functional.cross_entropy(logits[0, :-1].float(), labels, reduction="sum")
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum")
         forwards = False
         loss.backward()
 
 
-def _sequences(batches: Sequence[CalibrationBatch], num_tokens: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Ids and masks [1, sequence] in order, until they hold `num_tokens` real tokens."""
+def _sequences(batches: Sequence[CalibrationBatch], num_tokens: int) -> Iterator[Tensor]:
+    """Ids [1, sequence] without padding, in order, until they hold `num_tokens` tokens."""
     seen = 0
     for batch in batches:
-        for row in range(batch.input_ids.shape[0]):
-            mask = None if batch.attention_mask is None else batch.attention_mask[row : row + 1]
-            real = batch.input_ids.shape[1] if mask is None else int(mask.sum())
-            if real < 2:
+        for row, ids in enumerate(batch.input_ids):
+            ids = ids if batch.attention_mask is None else ids[batch.attention_mask[row]]
+            if len(ids) < 2:
                 continue
-            yield batch.input_ids[row : row + 1], mask
-            seen += real
+            yield ids[None]
+            seen += len(ids)
             if seen >= num_tokens:
                 return

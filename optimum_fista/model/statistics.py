@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.layer_sums import Group, LayerSums, add_energies, checked_statistics
+from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.replay import LayerCall, watching
 from optimum_fista.solve.problem import LayerProblem
@@ -29,6 +30,7 @@ class LayerActivations:
         storage: Where hidden states and recorded activations are kept between passes: a device, or a folder for
             memory-mapped files.
         held_out: Whether a batch is held out, a batch each; empty: none is.
+        device: Where the layer computes.
     """
 
     layer: nn.Module
@@ -36,6 +38,13 @@ class LayerActivations:
     token_masks: Sequence[Tensor | None]
     storage: Storage
     held_out: Sequence[bool] = ()
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Find the real tokens once, on the layer's device: picking rows by a mask makes the host wait each time."""
+        self.device = execution_device(self.layer)
+        self.token_masks = [None if mask is None else mask.to(self.device) for mask in self.token_masks]
+        self._real = [None if mask is None else mask.reshape(-1).nonzero()[:, 0] for mask in self.token_masks]
 
     def is_held_out(self, batch: int) -> bool:
         """Whether nothing is fitted to a batch."""
@@ -43,7 +52,12 @@ class LayerActivations:
 
     def store(self) -> ActivationStore:
         """An empty list of activations that are kept at `storage` and needed on the layer's device."""
-        return ActivationStore(self.storage, next(self.layer.parameters()).device)
+        return ActivationStore(self.storage, self.device)
+
+    def real_tokens(self, hidden_states: Tensor, batch: int) -> Tensor:
+        """Real tokens of hidden states [batch, sequence, n] as [tokens, n]."""
+        flat, real = hidden_states.reshape(-1, hidden_states.shape[-1]), self._real[batch]
+        return flat if real is None else flat[real]
 
     def rows(self, activations: Tensor, batch: int, operator: LinearOperator) -> Tensor:
         """Real tokens of an operator's activation [batch, sequence, n] or [batch * sequence, n] as [tokens, n]."""
@@ -51,13 +65,13 @@ class LayerActivations:
         mask = self.token_masks[batch]
         if mask is None:
             return flat
-        real = mask.reshape(-1) if operator.tokens is None else mask.reshape(-1)[operator.tokens]
-        if flat.shape[0] != real.numel():
+        seen = mask.numel() if operator.tokens is None else operator.tokens.numel()
+        if flat.shape[0] != seen:
             raise ValueError(
-                f"{operator.name} sees {flat.shape[0]} rows for {real.numel()} tokens, so padding can't be told apart: "
+                f"{operator.name} sees {flat.shape[0]} rows for {seen} tokens, so padding can't be told apart: "
                 f"pass batches without padding, or exclude=['{operator.name}']."
             )
-        return flat[real]
+        return self.real_tokens(flat, batch) if operator.tokens is None else flat[mask.reshape(-1)[operator.tokens]]
 
     def tokens(self, batch: int, operator: LinearOperator) -> Tensor | None:
         """Indices of the rows of `rows`, where the operator does not see all tokens."""
@@ -91,9 +105,9 @@ class DenseRecord:
         """An empty record in the smaller form; experts, many and small, keep inputs, and no files of their own."""
         if group[0].tokens is None:
             return cls(sum(o.shape[0] for o in group) < group[0].shape[1], activations.store())
-        device = next(activations.layer.parameters()).device
         in_files = isinstance(activations.storage, Path)
-        return cls(False, ActivationStore(torch.device("cpu") if in_files else activations.storage, device))
+        storage = torch.device("cpu") if in_files else activations.storage
+        return cls(False, ActivationStore(storage, activations.device))
 
     def begin_sums(self, activations: LayerActivations, group: Group, *, narrow: bool, dense_share: float) -> LayerSums:
         """Sums over the tokens that problems are made from, and beside them `held_out` where tokens are held out."""
@@ -113,7 +127,7 @@ class DenseRecord:
         kept = self.kept[batch].to(later.device, non_blocking=True).float()
         if tokens is None:
             return kept
-        before = self.tokens[batch].to(later.device)
+        before = self.tokens[batch]
         if not before.numel():
             return later
         place = torch.searchsorted(before, tokens).clamp_max(before.numel() - 1)
@@ -138,7 +152,7 @@ def record_dense(
     Returns:
         Dense outputs of the layer, records by group, and Gram matrices by group (`None` without).
     """
-    device = next(activations.layer.parameters()).device
+    device = activations.device
     records = [DenseRecord.of(group, activations) for group in groups]
     grams = [GramAccumulator(g[0].shape[1], device) if w else None for g, w in zip(groups, with_gram, strict=True)]
     for group, record, gram in zip(groups, records, grams, strict=True):
@@ -160,7 +174,7 @@ def record_dense(
             store.append(rows, copy=True)  # the layer may overwrite it
             tokens = activations.tokens(batch, operator)
             if tokens is not None:
-                records[index].tokens.append(tokens.cpu())
+                records[index].tokens.append(tokens)
 
     def see_output(index: int, operator: LinearOperator, output: Tensor) -> None:
         if grams[index] is None and operator.tokens is None:

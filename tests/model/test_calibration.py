@@ -74,10 +74,15 @@ def test_masks_are_kept_as_booleans_where_anything_is_masked(batch_size, dtype):
     masks = [
         torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask for batch in batches
     ]
-    assert torch.equal(torch.cat(masks).bool(), MASK.bool())
+    assert torch.equal(torch.cat(masks).bool(), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]).bool())
     assert sum(batch.num_tokens for batch in batches) == 9
     assert all(batch.attention_mask is None or batch.attention_mask.dtype == torch.bool for batch in batches)
     assert (batches[0].attention_mask is None) is (batch_size == 1)
+
+
+def test_padding_in_front_moves_to_the_end():
+    (batch,) = read_batches([{"input_ids": IDS, "attention_mask": MASK}], 16)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 5], [9, 10, 11, 12]]
 
 
 def test_hash_does_not_depend_on_the_batch_size_or_the_padding():

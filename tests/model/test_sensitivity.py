@@ -36,7 +36,7 @@ def measure(model, num_tokens=10_000, sizes=(2, 3, 1), padded=True, storage=None
 
 
 def by_hand(model, operators, rows, padded):
-    """Inputs and gradients of every operator, sequence by sequence, without hooks on recomputed layers."""
+    """Inputs and gradients of every operator, by sequences without padding, and no hooks on recomputed layers."""
     seen = {name: [] for name in operators}
     handles = []
     for name, operator in operators.items():
@@ -49,17 +49,14 @@ def by_hand(model, operators, rows, padded):
         handles.append(operator.module.register_forward_hook(keep))
     ids, mask = data(padded).values()
     for row in rows:
-        output = model(input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1], use_cache=False)
-        real = mask[row].bool()
-        pairs = (real[1:] & real[:-1]).float()
-        losses = nn.functional.cross_entropy(output.logits[0, :-1], ids[row, 1:], reduction="none")
-        (losses * pairs).sum().backward()
+        real = ids[row][mask[row].bool()]
+        logits = model(input_ids=real[None], use_cache=False).logits[0]
+        nn.functional.cross_entropy(logits[:-1], real[1:], reduction="sum").backward()
     for handle in handles:
         handle.remove()
     return {
         name: [
-            (x.reshape(LENGTH, -1)[mask[row].bool()], y.grad.reshape(LENGTH, -1)[mask[row].bool()])
-            for row, (x, y) in zip(rows, calls, strict=True)
+            (x.reshape(-1, x.shape[-1]), y.grad.reshape(-1, y.shape[-1])) for x, y in calls
         ]
         for name, calls in seen.items()
     }
@@ -124,7 +121,7 @@ def test_saliency_is_the_loss_of_one_weight_set_to_zero():
     x = torch.randn(200_000, 4, generator=generator) * torch.tensor([1.0, 2.0, 0.5, 3.0])
     g = torch.randn(200_000, 3, generator=generator) * torch.tensor([1.0, 0.1, 4.0])
     energies = torch.ones(len(x))
-    found = Sensitivity(energies @ g.square(), x.square().sum(0), float(energies.sum()), len(x))
+    found = Sensitivity(energies @ g.square(), x.square().sum(0), energies.sum(), len(x))
     fisher = torch.einsum("ti,tj->ij", g.square(), x.square()) / len(x)
     assert torch.allclose(found.saliency(weight), 0.5 * weight.square() * fisher, rtol=2e-2)
 

@@ -71,6 +71,13 @@ def test_offloaded_models_become_what_they_become_in_memory(offloaded, config, t
     assert all(h.offload for m in offloaded.modules() for h in hooks_of(m) if h.weights_map is not None)
 
 
+def test_they_can_be_trained_afterwards(offloaded, tokens):
+    offloaded.lm_head.weight.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in offloaded.named_parameters()}
+    FistaPruner(FistaPruningConfig(0.5), progress=False).prune(offloaded, tokens.split(4))
+    assert {name: parameter.requires_grad for name, parameter in offloaded.named_parameters()} == before
+
+
 def hooks_of(module) -> list[AlignDevicesHook]:
     hook = getattr(module, "_hf_hook", None)
     return [h for h in getattr(hook, "hooks", [hook]) if isinstance(h, AlignDevicesHook)]

@@ -78,13 +78,8 @@ def hidden_state_error(states: HiddenStates, activations: LayerActivations) -> f
     for batch, (dense, pruned) in enumerate(zip(states.dense, states.pruned, strict=True)):
         if activations.is_held_out(batch):
             continue
-        mask = activations.token_masks[batch]
-        dense, pruned = (h.reshape(-1, h.shape[-1]) for h in (dense, pruned))
-        if mask is not None:
-            real = mask.reshape(-1).to(dense.device)
-            dense, pruned = dense[real], pruned[real]
-        wanted = dense.float()
-        norms = [torch.linalg.vector_norm(h) for h in (pruned.float() - wanted, wanted)]
+        wanted, found = (activations.real_tokens(h, batch).float() for h in (dense, pruned))
+        norms = [torch.linalg.vector_norm(h) for h in (found - wanted, wanted)]
         squares.append(torch.stack(norms).double().square())
     error, energy = torch.stack(squares).sum(0).tolist()
     return math.sqrt(error / energy) if energy else 0.0

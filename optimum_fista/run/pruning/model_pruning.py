@@ -137,7 +137,7 @@ class ModelPruning:
                     continue
                 work = self._prune_layer if index in todo else self._pass_on
                 done = len(self.report.operators)
-                with onloaded(layer):
+                with onloaded(layer.modules()):
                     while index <= last and not self._try_layer(work, pruning, recorded, name, index, bar):
                         recorded, self.states = self.batches.record(self.states, self.storage)
                         recorded.hidden_states.clear()

@@ -110,15 +110,16 @@ def test_seen_tokens_that_are_held_out_as_well_have_the_same_error(tokens):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("error_correction", ["none", "intra", 0.5])
-def test_padding_counts_nowhere(tokens, side, error_correction):
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # positions relative to each other, and absolute ones
+def test_padding_counts_nowhere(tokens, family, side, error_correction):
     short, padding = tokens[6:, :10], torch.full((2, 6), 5)
     order = (padding, short) if side == "left" else (short, padding)
     ids = torch.cat([tokens[:6], torch.cat(order, dim=1)])
     mask = torch.ones_like(ids)
     mask[6:] = torch.cat([torch.full_like(part, int(part is short)) for part in order], dim=1)
     options = {"error_correction": error_correction, "method": "sparsegpt", "held_out": 2}
-    padded = prune(tiny_llama(), [{"input_ids": ids, "attention_mask": mask}], **options)
-    plain = prune(tiny_llama(), [tokens[:6], short], **options)
+    padded = prune(tiny_model(family), [{"input_ids": ids, "attention_mask": mask}], **options)
+    plain = prune(tiny_model(family), [tokens[:6], short], **options)
     assert padded.calibration == plain.calibration
     assert padded.calibration["held_out"]["num_tokens"] == 20
     for left, right in zip(padded.operators, plain.operators, strict=True):
