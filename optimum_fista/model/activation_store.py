@@ -19,15 +19,15 @@ Storage = torch.device | Path
 class ActivationStore(Sequence[Tensor]):
     """A list of tensors that live at `storage` and are handed out on `device`.
 
-    Tensors keep their dtype. Between a CUDA device and the CPU or a file they go through two pinned buffers on a
-    stream and a thread of their own: writing does not wait, and reading one tensor starts the copy of the next (of the
-    one before, where they are read backwards). A file has no name, so that nothing of it is left when the store, or
+    Tensors keep their dtype. Between a device with streams and the CPU or a file they go through two pinned buffers on
+    a stream and a thread of their own: writing does not wait, and reading one tensor starts the copy of the next (of
+    the one before, if they are read backwards). A file has no name, so that nothing of it is left when the store, or
     the process, ends in whatever way.
 
     Args:
         storage: A device, or a folder.
         device: Where the tensors are needed.
-        staged: Whether to go through buffers; `None`: where the device is a CUDA device and the storage is not.
+        staged: Whether to go through buffers; `None`: if the device has streams and the storage is not a device.
     """
 
     def __init__(self, storage: Storage, device: torch.device, *, staged: bool | None = None) -> None:
@@ -35,7 +35,7 @@ class ActivationStore(Sequence[Tensor]):
         self._storage = torch.device("cpu") if isinstance(storage, Path) else storage
         self._kept: list[Tensor] | _MappedFile = _MappedFile(storage) if isinstance(storage, Path) else []
         if staged is None:
-            staged = device.type == "cuda" and self._storage.type == "cpu"
+            staged = _has_streams(device) and self._storage.type == "cpu"
         self._staging = _Staging(self._kept, device) if staged else None
 
     @property
@@ -44,14 +44,14 @@ class ActivationStore(Sequence[Tensor]):
         return self._staging is not None
 
     def append(self, tensor: Tensor, *, copy: bool = False) -> None:
-        """Keep a tensor; a copy of it where it is not `copy`d by the way.
+        """Keep a tensor; with `copy`, the caller may overwrite it afterwards.
 
         Raises:
             OSError: If the disk is full.
         """
         tensor = tensor.detach()
         if self._staging is not None:
-            self._staging.write(tensor)
+            self._staging.write(tensor.clone() if copy else tensor)  # the stream reads it at any time from now on
         else:
             self._kept.append(tensor.to(self._storage, copy=copy and isinstance(self._kept, list)))
 
@@ -60,6 +60,18 @@ class ActivationStore(Sequence[Tensor]):
         if self._staging is not None:
             self._staging.finish()
         return list(self._kept)
+
+    def move(self, storage: Storage, device: torch.device) -> None:
+        """Hand the tensors out on another device from now on, and keep them at `storage` if that is a device."""
+        kept = self.kept()
+        if isinstance(self._kept, list) and isinstance(storage, torch.device) and storage != self._storage:
+            for index, tensor in enumerate(kept):
+                self._kept[index] = tensor.to(storage)
+            self._storage = storage
+        if device != self.device:
+            self.device = device
+            staged = _has_streams(device) and self._storage.type == "cpu"
+            self._staging = _Staging(self._kept, device) if staged else None
 
     def clear(self) -> None:
         """Let go of all tensors."""
@@ -113,14 +125,19 @@ class _MappedFile(Sequence[Tensor]):
         return torch.frombuffer(self._map, dtype=dtype, count=shape.numel(), offset=place).view(shape)
 
 
+def _has_streams(device: torch.device) -> bool:
+    return device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
+
+
 class _Staging:
     """Copies between a device and `kept`, through two pinned buffers each way, by one thread in the order asked for."""
 
     def __init__(self, kept: list[Tensor] | _MappedFile, device: torch.device) -> None:
-        self.count = 0
+        self.count = len(kept)
         self._kept = kept
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._module = torch.get_device_module(device)
+        self._stream = self._module.Stream(device) if _has_streams(device) else None
         self._thread = ThreadPoolExecutor(1, "activations")
         self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
         self._writes: list[Future[None]] = []
@@ -136,8 +153,8 @@ class _Staging:
         buffer = self._buffer(self.count, tensor)
         made = None
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+            self._stream.wait_stream(self._module.current_stream(self._device))
+        with self._module.stream(self._stream):
             buffer.copy_(tensor, non_blocking=True)
             if self._stream is not None:
                 tensor.record_stream(self._stream)
@@ -152,8 +169,9 @@ class _Staging:
         found = known[1] if known is not None and known[0] == index else self._thread.submit(self._load, index)
         tensor, copied = found.result()
         if copied is not None:
-            torch.cuda.current_stream(self._device).wait_event(copied)
-            tensor.record_stream(torch.cuda.current_stream(self._device))
+            current = self._module.current_stream(self._device)
+            current.wait_event(copied)
+            tensor.record_stream(current)
         expected = index - 1 if 0 < index < self._last else index + 1
         self._last = index
         if 0 <= expected < self.count:
@@ -179,7 +197,7 @@ class _Staging:
 
     def _load(self, index: int) -> tuple[Tensor, Any]:
         stored = self._kept[index]
-        with torch.cuda.stream(self._stream):
+        with self._module.stream(self._stream):
             buffer = self._buffer(index, stored)
             if self._stream is not None:
                 self._stream.synchronize()  # the buffer's last copy is done
@@ -191,6 +209,5 @@ class _Staging:
         """A pinned tensor of the form of `like` in one of the two buffers."""
         size = like.numel() * like.element_size()
         if self._buffers[turn % 2].numel() < size:
-            pinned = self._device.type == "cuda"
-            self._buffers[turn % 2] = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            self._buffers[turn % 2] = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)
         return self._buffers[turn % 2][:size].view(like.dtype).view(like.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,22 +16,38 @@ from optimum_fista.model.replay import watching
 from optimum_fista.model.statistics import DenseRecord, LayerActivations
 from optimum_fista.solve.problem import LayerProblem
 
+_ROUNDED = 0.5
+"""Largest error of a rounded sum, in units of its last place; layers of 172 families that add show at most .32."""
+
 
 def is_added_to_output(activations: LayerActivations, operator: LinearOperator, hidden_states: Tensor) -> bool:
-    """Whether the decoder layer's output is something plus this operator's output, tried on one batch."""
+    """Whether the decoder layer's output is something plus this operator's output, tried on one batch.
+
+    Its own output may be smaller than a rounding error of the layer's in half precision, so an output as large as the
+    rest takes its place: a wave, because a norm may leave a constant as it is; a copy, because some layers add in place.
+    """
     if operator.tokens is not None:
         return False
-    call = activations.calls[0]
-    device = operator.parameter.device
     seen: list[Tensor] = []
-    with operator.module.register_forward_hook(lambda _, __, output: seen.append(output.clone())):
-        output = call.run(activations.layer, hidden_states.to(device))
-    with operator.module.register_forward_hook(lambda _, __, output: torch.zeros_like(output)):
-        rest = call.run(activations.layer, hidden_states.to(device))
-    if output is None or rest is None or len(seen) != 1 or seen[0].numel() != rest.numel():
+
+    def run(replace: Callable[[Tensor], Tensor]) -> Tensor:
+        def hook(_: object, __: object, output: Tensor) -> Tensor:
+            seen.append(output)
+            return replace(output)
+
+        with operator.module.register_forward_hook(hook):
+            output = activations.calls[0].run(activations.layer, hidden_states.to(activations.device))
+        assert output is not None
+        return output.float()
+
+    rest = run(torch.zeros_like)
+    if len(seen) != 1 or seen[0].numel() != rest.numel():
         return False
-    difference = (rest.float() + seen[0].float().view(rest.shape) - output.float()).abs().max()
-    return float(difference) <= 2e-2 * float(output.float().abs().max()) * torch.finfo(output.dtype).eps ** 0.5
+    wave = torch.arange(rest.numel(), device=rest.device).float().sin_().view(seen[0].shape)
+    wave = wave.mul_(rest.abs().max()).to(seen[0].dtype)
+    error = run(lambda _: wave.clone()) - rest - wave.float().view(rest.shape)
+    size = torch.linalg.vector_norm(wave.float()) + torch.linalg.vector_norm(rest)
+    return bool(torch.linalg.vector_norm(error) <= _ROUNDED * torch.finfo(wave.dtype).eps * size)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optimum_fista.model.activation_store import ActivationStore
+from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.layer_sums import Group
 from optimum_fista.model.operator import LinearOperator
@@ -63,6 +63,12 @@ class HiddenStates:
         found = self.dense if self.pruned is None else self.pruned
         assert found is not None
         return found
+
+    def move(self, storage: Storage, device: torch.device) -> None:
+        """Bring them to another layer's device, and there or to its storage if they were kept on a device before."""
+        for stream in (self.dense, self.pruned):
+            if isinstance(stream, ActivationStore):
+                stream.move(storage, device)
 
 
 def hidden_state_error(states: HiddenStates, activations: LayerActivations) -> float | None:
@@ -230,8 +236,8 @@ class LayerPruning:
         else:
             pruned = method.prune_sharing(problems, patterns)
             pruned = [replace(p, message=message or p.message) for p in pruned]
-        if problems[0].weight.is_cuda:
-            torch.cuda.synchronize()
+        if problems[0].weight.device.type != "cpu":
+            torch.accelerator.synchronize(problems[0].weight.device)
         seconds = time.perf_counter() - started
         for operator, pattern, result in zip(group, patterns, pruned, strict=True):
             broken = pattern.violation(result.mask)

@@ -207,9 +207,11 @@ class ModelPruning:
         entering = HiddenStates(self.states.dense, self.states.pruned)
         layer, done = self.layers.modules[index], len(self.report.operators)
         calls, masks = recorded.calls[index], recorded.token_masks
-        activations = LayerActivations(layer, calls, masks, self.storage, recorded.held_out)
+        storage = storage_place(self.storage_device, execution_device(layer))
         self._written: list[LinearOperator] = []
         try:
+            self.states.move(storage, execution_device(layer))
+            activations = LayerActivations(layer, calls, masks, storage, recorded.held_out)
             work(pruning, activations, name, index, bar)
             return True
         except (RuntimeError, MemoryError) as error:
