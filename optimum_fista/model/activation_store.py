@@ -126,7 +126,7 @@ class _MappedFile(Sequence[Tensor]):
 
 
 def _has_streams(device: torch.device) -> bool:
-    return device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
+    return device.type not in ("cpu", "meta") and hasattr(torch.get_device_module(device), "Stream")
 
 
 class _Staging:

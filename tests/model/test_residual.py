@@ -1,5 +1,6 @@
 import pytest
 import torch
+from families import family_model
 from raising import RaiseAt
 from tiny_models import tiny_model
 from torch import Tensor
@@ -35,9 +36,10 @@ def prune(model, **options):
     return model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", [*ADDED, "gemma3_text"])
-def test_the_operator_that_is_added_to_the_output_is_found(family):
-    model = tiny_model(family)
+def test_the_operator_that_is_added_to_the_output_is_found(family, dtype):
+    model = tiny_model(family).to(dtype)
     layers = find_decoder_layers(model)
     name, layer = next(iter(layers))
     with torch.no_grad():
@@ -54,6 +56,29 @@ def test_the_operator_that_is_added_to_the_output_is_found(family):
     else:
         assert ADDED[family] in added
         assert not any("up" in operator or "q_" in operator for operator in added)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_before_the_sum_is_seen(dtype):
+    """MiniCPM3 multiplies outputs by .99, less than the rounding of the layer's output in bfloat16."""
+    model = family_model("minicpm3").to(dtype)
+    layers = find_decoder_layers(model)
+    name, layer = next(iter(layers))
+    operator = find_operators(name, layer)[f"{name}.mlp.down_proj"]
+    with torch.no_grad():
+        recorded = record_inputs(model, layers, read_batches(ids(), 64))
+        activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, torch.device("cpu"))
+        assert not is_added_to_output(activations, operator, recorded.hidden_states[0])
+
+
+@pytest.mark.parametrize(("family", "corrected"), [("llama", 2), ("gemma3_text", 0)])
+def test_the_report_says_where_nothing_was_corrected(family, corrected):
+    model = tiny_model(family).bfloat16()
+    config = FistaPruningConfig(method="wanda", error_correction=0.5, residual_correction=1.0)
+    report = FistaPruner(config, progress=False).prune(model, ids().split(4))
+    assert sum(operator.residual_corrected for operator in report.operators) == corrected
+    said = [warning for warning in report.warnings if "no residual correction in 2 of 2 decoder layers" in warning]
+    assert len(said) == (not corrected)
 
 
 def test_a_trial_that_runs_out_of_memory_leaves_no_hook():

@@ -104,21 +104,22 @@ def _allocation(ledger: Ledger, model: PlannedModel, settings: PlanSettings) -> 
     """The pass forwards and backwards, and the costs of zeros."""
     share = 1 / settings.batch_size  # one sequence at a time
     hidden = model.hidden_bytes * share
+    embedding = 0 if model.in_memory or settings.maps_files else settings.embedding_bytes(model.model)
     for kind in model.kinds:
         weights = 0 if model.in_memory or settings.maps_files else kind.weight_bytes
         ledger.moment(
             "gradients of the loss",
+            ("embedding", embedding),
             ("decoder layer", weights),
             ("activations of one sequence", kind.probe.saved_bytes * share + 3 * hidden),
             ("hidden states between layers", len(model.layers) * hidden, settings.storage),
         )
-    head = 0 if model.in_memory or settings.maps_files else settings.embedding_bytes(model.model)
     logits = settings.sequence_length * settings.vocabulary(model.model)
     ledger.moment(
         "loss",
         ("logits and their gradients", logits * (2 * settings.element_size + 3 * 4)),
         ("hidden states between layers", len(model.layers) * hidden, settings.storage),
-        ("head", head),
+        ("embedding and head", 2 * embedding),
     )
     largest = max(o.shape[0] * o.shape[1] for group in model.operators.values() for o in group.values())
     ledger.moment("costs of zeros", ("saliencies of one operator", 4 * 4.25 * largest))

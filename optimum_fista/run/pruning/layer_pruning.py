@@ -211,6 +211,7 @@ class LayerPruning:
             keep=states.pruned is not None,
         )
         pruned = self._solve(group, [made.problem], record)
+        pruned.residual_corrected = True
         if states.pruned is not None:
             states.pruned = made.outputs(activations, group[0])
         return pruned

@@ -16,7 +16,7 @@ from optimum_fista.solve.pruned import PrunedOperator
 class PrunedGroup:
     """Operators that share an input, their problems and what became of them, in patterns of their own.
 
-    `held_out` are sums over held-out tokens; `None` where none is held out.
+    `held_out` are sums over held-out tokens; `None` where none is held out. `residual_corrected` as in the report.
     """
 
     operators: Group
@@ -26,6 +26,7 @@ class PrunedGroup:
     method: str
     solve_seconds: float
     held_out: LayerSums | None = None
+    residual_corrected: bool = False
 
 
 def report_group(group: PrunedGroup) -> list[OperatorReport]:
@@ -57,6 +58,7 @@ def report_group(group: PrunedGroup) -> list[OperatorReport]:
                 held_out_error=None if held_out is None else held_out.relative_error(written),
                 held_out_tokens=0 if held_out is None else held_out.statistics.num_tokens,
                 convergence=pruned.convergence,
+                residual_corrected=group.residual_corrected,
             )
         )
     return reports

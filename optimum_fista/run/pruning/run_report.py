@@ -82,6 +82,8 @@ def complete_report(
         more = ", ..." if len(left) > 4 else ""
         _warn(report, f"{len(left)} operators were left dense: {shown}{more}", stacklevel=5)
     operators = report.operators
+    if config.residual_correction and config.error_correction != "none":
+        report.warnings.extend(_without_residual_correction(report))
     report.warnings.extend(f"{o.name}: {o.message}" for o in operators if o.message and not o.converged)
     starved = [o for o in operators if o.method != config.method]
     if starved:
@@ -92,6 +94,23 @@ def complete_report(
             f"{config.starved_tokens} calibration tokens reached, and were pruned by "
             f"{config.starved_method} ({least.name}: {least.num_tokens}). Pass more calibration tokens.",
             stacklevel=5,
+        )
+
+
+def _without_residual_correction(report: PruningReport) -> Iterator[str]:
+    """What to say of decoder layers with pruned operators, none of which was residual-corrected."""
+    corrected: dict[str, bool] = {}
+    for layer in report.layers:
+        for operator in report.operators:
+            if operator.name.startswith(f"{layer.name}."):
+                corrected[layer.name] = corrected.get(layer.name, False) or operator.residual_corrected
+    without = [name for name, done in corrected.items() if not done]
+    if without:
+        shown = ", ".join(without[:4]) + (", ..." if len(without) > 4 else "")
+        yield (
+            f"no residual correction in {len(without)} of {len(corrected)} decoder layers ({shown}): the output of one "
+            "pruned operator, the last, is not added to the layer's output there (a norm or a scale comes between, or "
+            "it is a mixture of experts)"
         )
 
 

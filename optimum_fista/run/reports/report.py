@@ -45,6 +45,7 @@ class OperatorReport:
         held_out_error: `relative_error` on held-out tokens, to which nothing was fitted; `None` where there are none.
         held_out_tokens: Held-out tokens seen.
         convergence: How the method came to rest; `None` where it takes no steps, or its residual is not known.
+        residual_corrected: Whether it made up for what the rest of its decoder layer lost (`residual_correction`).
     """
 
     name: str
@@ -66,6 +67,7 @@ class OperatorReport:
     held_out_error: float | None = None
     held_out_tokens: int = 0
     convergence: Convergence | None = None
+    residual_corrected: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OperatorReport:
