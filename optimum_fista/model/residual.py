@@ -24,7 +24,7 @@ def is_added_to_output(activations: LayerActivations, operator: LinearOperator, 
     """Whether the decoder layer's output is something plus this operator's output, tried on one batch.
 
     Its own output may be smaller than a rounding error of the layer's in half precision, so an output as large as the
-    rest takes its place: a wave, because a norm may leave a constant as it is; a copy, because some layers add in place.
+    rest takes its place: a wave, because a norm may leave a constant as it is. Some layers add to it in place.
     """
     if operator.tokens is not None:
         return False
