@@ -55,9 +55,7 @@ def by_hand(model, operators, rows, padded):
     for handle in handles:
         handle.remove()
     return {
-        name: [
-            (x.reshape(-1, x.shape[-1]), y.grad.reshape(-1, y.shape[-1])) for x, y in calls
-        ]
+        name: [(x.reshape(-1, x.shape[-1]), y.grad.reshape(-1, y.shape[-1])) for x, y in calls]
         for name, calls in seen.items()
     }
 
