@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from safetensors import SafetensorError
+
 from optimum_fista import __version__
 from optimum_fista.cli import bench, compare, demo, evaluate, pack, prune, report, unpack, verify
 
@@ -44,23 +46,28 @@ def execute(arguments: argparse.Namespace) -> int:
     """
     try:
         return int(arguments.fista_run(arguments))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        from optimum_fista.run.memory.available_memory import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        advice = (
-            "pass a smaller --batch-size, shorter --sequence-length, fewer --num-samples, --storage-device cpu, "
-            "or --device cpu"
-        )
-        print(f"error: out of memory ({' '.join(str(error).split())[:200]}): {advice}.", file=sys.stderr)
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _one_line(error: Exception) -> str:
+    """What to say of an error."""
+    from optimum_fista.run.memory.available_memory import is_out_of_memory
+
+    text = " ".join(str(error).split())
+    if is_out_of_memory(error):
+        advice = (
+            "pass a smaller --batch-size, shorter --sequence-length, fewer --num-samples, --storage-device cpu, "
+            "or --device cpu"
+        )
+        return f"out of memory ({text[:200]}): {advice}."
+    if isinstance(error, SafetensorError):
+        return f"a safetensors file is damaged, or a pointer of Git LFS ({text}): download it again (git lfs pull)."
+    return text or type(error).__name__
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,15 +5,46 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from optimum_fista.model.architecture import matches
 from optimum_fista.solve.method import Allocation, ErrorCorrection, PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
+
+
+def wrong_field(record: Any) -> str | None:
+    """What to say of the first field of a dataclass that holds another type than declared; `None` if none does."""
+    hints = get_type_hints(type(record))
+    for name in (f.name for f in dataclasses.fields(record)):
+        value, hint = getattr(record, name), hints[name]
+        if not _fits(value, hint):
+            return f"{name}={value!r}: pass {getattr(hint, '__name__', None) or hint}."
+    return None
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value, as it is or as JSON has it, is of a declared type."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, kind) for kind in inner)
+    if origin is Literal:  # which of the words is checked where they are known
+        return isinstance(value, str)
+    if origin is tuple and inner[1:] != (...,):
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(_fits(part, inner[0]) for part in value)
+    if origin is not None:
+        return isinstance(value, origin) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 @dataclass(frozen=True)
@@ -85,9 +116,14 @@ class FistaPruningConfig:
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            if isinstance(value, Iterable):
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         for name in ("method_options", "overrides"):
-            object.__setattr__(self, name, dict(getattr(self, name)))
+            if isinstance(value := getattr(self, name), Mapping):
+                object.__setattr__(self, name, dict(value))
+        wrong = wrong_field(self)
+        if wrong is not None:
+            raise ValueError(wrong)
         if self.error_correction is not None and not _is_error_correction(self.error_correction):
             raise ValueError(
                 f"error_correction={self.error_correction!r}: pass 'none', 'intra', 'full', or a number in [0, 1]."
@@ -99,12 +135,12 @@ class FistaPruningConfig:
         if self.finetune not in (None, "layer"):
             raise ValueError(f"finetune={self.finetune!r}: pass 'layer', or None for no fine-tuning.")
         rate = self.finetune_learning_rate
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        if not 0 < rate < math.inf:
             raise ValueError(f"finetune_learning_rate={rate!r}: pass a number above 0, such as 3e-4.")
         wholes = {"allocation_tokens": 2, "held_out": 0, "starved_tokens": 0, "finetune_steps": 1, "seed": 0}
         for name, least in wholes.items():
             number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            if number < least:
                 raise ValueError(f"{name}={number!r}: pass a whole number of at least {least}.")
         if self.starved_method not in METHODS:
             raise ValueError(f"starved_method={self.starved_method!r}: pass one of {', '.join(map(repr, METHODS))}.")
@@ -144,7 +180,7 @@ class FistaPruningConfig:
         """The method with its options; `model_type` (as in a model's config) decides `warm_start="auto"`.
 
         Raises:
-            ValueError: If the method does not exist or does not take one of the options given.
+            ValueError: If the method does not exist or does not take one of the options given, or not of its type.
         """
         options = dict(self.method_options)
         named = {
@@ -155,7 +191,14 @@ class FistaPruningConfig:
         options |= {key: value for key, value in named.items() if value is not None}
         if options.get("warm_start") == "auto":
             options["warm_start"] = "sparsegpt" if model_type == "opt" else "wanda"
-        return create_method(self.method, **options)
+        try:
+            method = create_method(self.method, **options)
+            wrong = wrong_field(method)
+        except TypeError as error:  # a method's own checks compare numbers
+            wrong = f"method_options={options!r}: pass numbers where method {self.method!r} takes them ({error})."
+        if wrong is not None:
+            raise ValueError(wrong)
+        return method
 
     def pattern_for(self, name: str) -> SparsityPattern:
         """The sparsity pattern of the operator called `name`."""

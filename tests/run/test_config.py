@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 
@@ -61,6 +62,20 @@ def test_scope_is_that_of_the_method_unless_given():
 def test_options_are_checked_when_constructed(options, message):
     with pytest.raises(ValueError, match=message):
         FistaPruningConfig(**options)
+
+
+@pytest.mark.parametrize("option", [f.name for f in dataclasses.fields(FistaPruningConfig)])
+@pytest.mark.parametrize("value", [{"a": []}, [3], "", "word", 3, 2.5, True, None])
+def test_values_of_any_type_are_options_or_named(option, value):
+    with contextlib.suppress(ValueError):
+        config = FistaPruningConfig.from_json(json.dumps({"method": "fista"} | {option: value}))
+        assert FistaPruningConfig.from_json(config.to_json()) == config
+
+
+def test_options_of_methods_have_types():
+    for options in ({"patience": "3"}, {"rounding_share": None}, {"restart": "no"}, {"warm_start": 3}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}|method_options"):
+            FistaPruningConfig(method="fista", method_options=options)
 
 
 def test_options_are_frozen_and_detached_from_the_callers():

@@ -31,6 +31,8 @@ from optimum_fista.solve.bitmask import unpack_mask
 CONFIG_KEY = "fista_pruning"
 MASKS_FILE = "fista/masks.safetensors"
 REPORT_FILE = "fista/report.json"
+_CONFIG_KEYS = {"method", "pattern", "error_correction"}
+_CALIBRATION_KEYS = {"num_sequences", "num_tokens"}
 MASKS_FORMAT = "bitmask-1"
 MASKS_METADATA = {"format": MASKS_FORMAT}  # one key only: safetensors writes several in any order
 
@@ -51,6 +53,42 @@ def summary(report: PruningReport) -> dict[str, Any]:
         "report": REPORT_FILE,
         "version": report.versions["optimum-fista"],
     } | ({"retrained": True} if report.retrained else {})
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        OSError: If the file can't be read.
+        ValueError: If it holds something else.
+    """
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{str(file)!r} is damaged: it is not JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(file)!r} is damaged: it holds a JSON {type(values).__name__}, not an object.")
+    return values
+
+
+def read_report(folder: Path) -> PruningReport:
+    """The report in a pruned model's folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is none of optimum-fista.
+    """
+    file = folder / REPORT_FILE
+    if not file.exists():
+        raise FileNotFoundError(f"{str(folder)!r} holds no {REPORT_FILE}: pass a folder saved by optimum-fista.")
+    try:
+        report = PruningReport.from_dict(read_json(file))
+        for record, keys in ((report.config, _CONFIG_KEYS), (report.calibration, _CALIBRATION_KEYS)):
+            if missing := sorted(keys - set(record)):
+                raise KeyError(*missing)
+        return report
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(file)!r} is no report of optimum-fista ({error}).") from error
 
 
 def is_retrained(model: PreTrainedModel) -> bool:
@@ -134,10 +172,14 @@ def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: If the folder holds no safetensors checkpoint.
+        ValueError: If its index is damaged.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.exists() and not single.exists():  # Transformers prefers the single file as well
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{str(index)!r} is damaged: it has no weight_map.")
+        return {name: folder / file for name, file in weight_map.items()}
     if not single.exists():
         raise FileNotFoundError(f"{str(folder)!r} holds no {stem}.safetensors: pass a pruned model folder.")
     with safe_open(single, "pt") as file:

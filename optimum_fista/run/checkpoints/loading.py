@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.offload import is_offloaded
+from optimum_fista.run.memory.available_memory import is_out_of_memory
 
 
 def load_model(
@@ -29,16 +40,14 @@ def load_model(
         device_map: Accelerate's, such as `"auto"`, for a model that doesn't fit `device`, which is then not used.
 
     Raises:
-        ValueError: If `name` is a folder without a model, or the device or dtype can't be used.
+        ValueError: If `name` is a folder without a model, its files are damaged, or the device or dtype can't be used.
     """
     target = usable_device(device)
     if dtype != "auto":
         dtype = floating_dtype(dtype)
-    options = gguf_options(name)
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **options)
-    if "gguf_file" in options:
-        forget_gguf(model)
+    tokenizer = require_tokenizer(name)
+    model = read_model(name, dtype=dtype, device_map=device_map)
+    forget_gguf(model)
     if device_map is None:
         torch.nn.Module.to(model, target)
     return model, tokenizer
@@ -48,9 +57,59 @@ def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hub id, a model folder, or a folder with one GGUF file, without the model.
 
     Raises:
-        ValueError: If `name` is a folder without a model.
+        ValueError: If `name` is a folder without a model, or its files are damaged.
     """
-    return AutoTokenizer.from_pretrained(name, **gguf_options(name))
+    options = gguf_options(name)
+    with reading(name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The configuration of a Hub id, a model folder, or a folder with one GGUF file.
+
+    Raises:
+        ValueError: If `name` is a folder without a model, or its files are damaged.
+    """
+    options = gguf_options(name)
+    with reading(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def read_model(name: str, **options: Any) -> PreTrainedModel:
+    """A causal language model from its files, with further options of `from_pretrained`.
+
+    Raises:
+        ValueError: If `name` is a folder without a model, or its files are damaged or lack a weight.
+    """
+    options |= gguf_options(name)
+    with reading(name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, trust_remote_code=False, output_loading_info=True, **options
+        )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:  # Transformers warns and takes random values
+        raise ValueError(
+            f"model={name!r} can't be loaded: its files lack {len(missing)} tensors that its config.json asks for, "
+            f"such as {missing[0]}. Download it again."
+        )
+    return model
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn what Transformers raises on damaged files, whatever it is, into one error that names the model."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        if type(error) is ValueError or is_out_of_memory(error):  # parsers raise subclasses of ValueError
+            raise
+        raise ValueError(
+            f"model={name!r} can't be loaded ({type(error).__name__}: {error}). If its files are damaged, or pointers "
+            "of Git LFS, download them again (git lfs pull)."
+        ) from error
 
 
 def gguf_options(name: str) -> dict[str, str]:
@@ -99,7 +158,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
         return None
-    return AutoTokenizer.from_pretrained(name)
+    return require_tokenizer(name)
 
 
 def usable_device(device: str | None) -> torch.device:
@@ -110,7 +169,10 @@ def usable_device(device: str | None) -> torch.device:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
+        return found
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
         raise ValueError(f"device={device!r} can't be used: {error}. Pass 'cpu', 'cuda' or 'cuda:N'.") from error
 
@@ -145,7 +207,7 @@ def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
         ValueError: If it is none.
     """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise ValueError(f"dtype={dtype!r}: pass 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.run.checkpoints.atomic import write_text
-from optimum_fista.run.checkpoints.loading import gguf_options, load_model, require_tokenizer
+from optimum_fista.run.checkpoints.loading import load_model, read_config, require_tokenizer
 from optimum_fista.run.comparison.candidates import DENSE, NO_PATTERN, Candidate, candidates
 from optimum_fista.run.comparison.comparison import Comparison
 from optimum_fista.run.comparison.row import Row
@@ -207,5 +207,5 @@ def _identity(name: str) -> dict[str, Any]:
     """What tells one set of weights from another: digests of a folder's files, or the Hub's commit."""
     if Path(name).is_dir():
         return weight_files(name)
-    config = AutoConfig.from_pretrained(name, **gguf_options(name))
+    config = read_config(name)
     return {"name": name, "commit": getattr(config, "_commit_hash", None)}

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from optimum_fista.run.checkpoints.loading import gguf_options
+from optimum_fista.run.checkpoints.loading import read_config
 from optimum_fista.run.comparison.settings import CALIBRATED, HELD_OUT, Bos, ComparisonSettings
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
 from optimum_fista.run.texts.text import load_text
@@ -44,7 +44,7 @@ def prepare(settings: ComparisonSettings, tokenizer: PreTrainedTokenizerBase, fo
     """
     length = settings.sequence_length
     if length is None:
-        length = usual_length(AutoConfig.from_pretrained(settings.model, **gguf_options(settings.model)))
+        length = usual_length(read_config(settings.model))
     texts, recipe = _measured_texts(settings, tokenizer, length)
     return {seed: _draw(settings, tokenizer, seed, length, texts, recipe, folder) for seed in settings.seeds}
 

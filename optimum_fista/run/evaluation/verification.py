@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,15 @@ from torch import Tensor
 from optimum_fista.packed.format import unpack
 from optimum_fista.packed.format import unpack_mask as unpack_packed_mask
 from optimum_fista.packed.validation import PackedFormatError
-from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE, checkpoint_files, read_tensors
+from optimum_fista.run.checkpoints.checkpoint import (
+    CONFIG_KEY,
+    MASKS_FILE,
+    REPORT_FILE,
+    checkpoint_files,
+    read_json,
+    read_report,
+    read_tensors,
+)
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.evaluation.parameter_count import count_parameters
 from optimum_fista.run.packed_folders.packed_folder import PackedFolder, is_packed
@@ -64,15 +71,17 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
     for file in ("config.json", *(() if is_packed(folder) else (MASKS_FILE,)), REPORT_FILE):
         if not (folder / file).exists():
             raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
-    config = json.loads((folder / "config.json").read_text()).get(CONFIG_KEY)
-    if config is None:
+    config = read_json(folder / "config.json").get(CONFIG_KEY)
+    if not isinstance(config, dict):
         raise VerificationError(f"config.json has no {CONFIG_KEY!r}.")
     try:
-        values = json.loads((folder / REPORT_FILE).read_text())
-        report = PruningReport.from_dict(values)
+        report = read_report(folder)
+    except ValueError as error:
+        raise VerificationError(str(error)) from error
+    try:
         zeros, weights = _verify_operators(folder, report, progress)
-        parameters = _verify_totals(folder, report, values["totals"], zeros, weights)
-    except (KeyError, TypeError) as error:
+        parameters = _verify_totals(folder, report, read_json(folder / REPORT_FILE)["totals"], zeros, weights)
+    except (AttributeError, KeyError, TypeError) as error:
         raise VerificationError(f"{REPORT_FILE} lacks a field, or has one too many: {error}.") from error
     except PackedFormatError as error:
         raise VerificationError(str(error)) from error

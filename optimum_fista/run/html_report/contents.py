@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimum_fista.run.checkpoints.checkpoint import REPORT_FILE
+from optimum_fista.run.checkpoints.checkpoint import REPORT_FILE, read_report
 from optimum_fista.run.evaluation.evaluation_file import EVALUATION_FILE, Evaluation, read_evaluations
 from optimum_fista.run.evaluation.generation import continue_prompts
 from optimum_fista.run.html_report.row_sparsity import MaskSparsities, read_sparsities
@@ -57,15 +56,9 @@ def read_contents(
         FileNotFoundError: If a file is missing.
         ValueError: If a file holds something else.
     """
-    file = folder / REPORT_FILE
-    if not file.exists():
-        raise FileNotFoundError(f"{str(folder)!r} holds no {REPORT_FILE}: pass a folder saved by optimum-fista.")
-    try:
-        report = PruningReport.from_dict(json.loads(file.read_text()))
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(file)!r} is no report of optimum-fista ({error}).") from error
+    report = read_report(folder)
     if not report.operators:
-        raise ValueError(f"{str(file)!r} names no pruned operator: pass the folder of a pruned model.")
+        raise ValueError(f"{str(folder / REPORT_FILE)!r} names no pruned operator: pass the folder of a pruned model.")
     if evaluation_files is None:
         usual = folder / EVALUATION_FILE
         evaluation_files = [usual] if usual.exists() else []

@@ -21,18 +21,20 @@ from optimum_fista.run.checkpoints.checkpoint import (
     MASKS_METADATA,
     REPORT_FILE,
     checkpoint_files,
+    read_json,
+    read_report,
     require_free_folder,
 )
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.packed_folders.packing import CARD_NOTE, QUANT_METHOD, Packer, Packing, packed_settings
-from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.solve.bitmask import pack_mask
 
 
 def is_packed(folder: Path) -> bool:
     """Whether a model folder is packed."""
     file = folder / "config.json"
-    return file.exists() and _quant_method(json.loads(file.read_text())) == QUANT_METHOD
+    settings = read_json(file).get("quantization_config") if file.exists() else None
+    return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD
 
 
 def pack_folder(
@@ -58,7 +60,7 @@ def pack_folder(
             raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
     files = checkpoint_files(folder)
     with safe_open(folder / MASKS_FILE, "pt") as masks:
-        packer = Packer(_report(folder).operators, files, masks.get_tensor)
+        packer = Packer(read_report(folder).operators, files, masks.get_tensor)
 
         def finish(partial: Path, weights: str, config: dict[str, Any]) -> None:
             (partial / MASKS_FILE).unlink()
@@ -86,7 +88,7 @@ def unpack_folder(
     sizes: list[tuple[int, int]] = []
     masks: dict[str, Tensor] = {}
     operators: dict[str, list[str]] = {}
-    for operator in _report(folder).operators:
+    for operator in read_report(folder).operators:
         operators.setdefault(split_index(operator.name)[0], []).append(operator.name)
 
     def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,7 +126,7 @@ class PackedFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+        settings = read_json(folder / "config.json")["quantization_config"]
         self.files = checkpoint_files(folder, settings["weights"].partition(".")[0])
         self.names = packed_names(self.files)
 
@@ -187,7 +189,7 @@ def _convert_folder(
         weights = {path.name for path in set(files.values())}
         for path in folder.iterdir():
             if path.name == f"{old}.safetensors.index.json":
-                index = json.loads(path.read_text())
+                index = read_json(path)
             elif path.is_dir():
                 shutil.copytree(path, partial / path.name)
             elif path.name not in weights:
@@ -198,7 +200,7 @@ def _convert_folder(
             index["metadata"]["total_size"] = total
             index["weight_map"] = dict(sorted(weight_map.items()))
             write_text(partial / weights_name, json.dumps(index, indent=2) + "\n")
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         finish(partial, weights_name, config)
         write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
         partial.chmod(0o755)
@@ -206,11 +208,3 @@ def _convert_folder(
         replace_folder(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _report(folder: Path) -> PruningReport:
-    return PruningReport.from_dict(json.loads((folder / REPORT_FILE).read_text()))
-
-
-def _quant_method(config: Mapping[str, Any]) -> str | None:
-    return (config.get("quantization_config") or {}).get("quant_method")

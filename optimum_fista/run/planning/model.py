@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers
 from optimum_fista.model.calibration import CalibrationBatch
@@ -20,7 +20,7 @@ from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.probe import AnswerYes, LayerProbe, probe_layer
 from optimum_fista.model.replay import LayerCall
-from optimum_fista.run.checkpoints.loading import floating_dtype, gguf_file, refuse_quantized
+from optimum_fista.run.checkpoints.loading import floating_dtype, gguf_file, read_config, reading, refuse_quantized
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.operators import choose_operators
 
@@ -127,8 +127,7 @@ def load_config(model: str | Path | PreTrainedConfig) -> tuple[PreTrainedConfig,
     if isinstance(model, PreTrainedConfig):
         return model, False
     file = gguf_file(str(model))
-    options = {} if file is None else {"gguf_file": file}
-    return AutoConfig.from_pretrained(str(model), **options), file is not None
+    return read_config(str(model)), file is not None
 
 
 def stored_dtype(settings: PreTrainedConfig, in_memory: bool) -> torch.dtype:
@@ -153,8 +152,9 @@ def planned_model(
     settings = copy.deepcopy(settings)
     settings.pad_token_id = None  # no padding is planned, and Transformers would look for it in the values
     wanted = stored_dtype(settings, in_memory) if dtype == "auto" else floating_dtype(dtype)
-    with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(settings, dtype=wanted).eval().requires_grad_(False)
+    with reading(settings.name_or_path or type(settings).__name__), torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(settings, dtype=wanted, trust_remote_code=False)
+    made.eval().requires_grad_(False)
     refuse_quantized(made)
     layers = find_decoder_layers(made)
     chosen, left_dense = choose_operators(layers, config)

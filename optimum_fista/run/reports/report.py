@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import optimum_fista
+from optimum_fista.run.config import wrong_field
 from optimum_fista.run.memory.peak_memory import MemoryPeak
 from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.pattern import Scope
@@ -75,7 +76,7 @@ class OperatorReport:
         found = values.get("convergence")
         if found is not None:
             found = Convergence(found["measure"], tuple(found["steps"]), tuple(found["residuals"]))
-        return cls(**{**values, "shape": tuple(values["shape"]), "convergence": found})
+        return _checked(cls(**{**values, "shape": tuple(values["shape"]), "convergence": found}))
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class LayerReport:
         """Inverse of `dataclasses.asdict`, read from JSON."""
         records = {"memory": MemoryPeak, "finetuning": FinetuningReport}
         found = {name: kind(**values[name]) for name, kind in records.items() if values.get(name) is not None}
-        return cls(**{**values, **found})
+        return _checked(cls(**{**values, **found}))
 
 
 @dataclass
@@ -205,11 +206,19 @@ class PruningReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`.
+
+        Raises:
+            TypeError: If a field is missing, unknown, or of another type.
+            KeyError: If a field of a part is missing.
+        """
         values = {key: value for key, value in values.items() if key != "totals"}
         operators = [OperatorReport.from_dict(operator) for operator in values.pop("operators")]
         layers = [LayerReport.from_dict(layer) for layer in values.pop("layers", [])]
-        return cls(operators=operators, layers=layers, **values)
+        report = _checked(cls(operators=operators, layers=layers, **values))
+        if not report.model["num_parameters"] > 0:
+            raise TypeError(f"model has {report.model['num_parameters']} parameters")
+        return report
 
     def __str__(self) -> str:
         """A few lines for people."""
@@ -233,6 +242,14 @@ def public_name(name: str) -> str:
     """What a folder that is uploaded may say of a Hub id, a data set or a path: of a path only its last part."""
     is_path = os.path.exists(name) or os.path.isabs(name) or name.startswith(("~", "."))
     return os.path.basename(os.path.abspath(name)) if is_path else name
+
+
+def _checked(record: Any) -> Any:
+    """A record that was read, if its fields are of the types declared."""
+    wrong = wrong_field(record)
+    if wrong is not None:
+        raise TypeError(wrong)
+    return record
 
 
 def library_versions() -> dict[str, str]:

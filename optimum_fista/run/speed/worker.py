@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from optimum_fista.model.architecture import input_embedding
+from optimum_fista.run.checkpoints.loading import read_model
 from optimum_fista.run.memory.free_memory import release_free_memory
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
 
@@ -137,7 +137,7 @@ class _Runner:
 
 def _load(variant: Variant, device: str) -> Any:
     config = {"quantization_config": FistaPackedConfig(runtime="packed")} if variant.runtime == "packed" else {}
-    model = AutoModelForCausalLM.from_pretrained(variant.folder, dtype=getattr(torch, variant.dtype), **config)
+    model = read_model(str(variant.folder), dtype=getattr(torch, variant.dtype), **config)
     settings = model.generation_config
     for name in ("temperature", "top_p", "top_k"):
         setattr(settings, name, None)  # of sampling, which greedy decoding would warn of

@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.offload import move_execution
-from optimum_fista.run.checkpoints.loading import floating_dtype, gguf_file, load_model, load_tokenizer, usable_device
+from optimum_fista.run.checkpoints.loading import (
+    floating_dtype,
+    gguf_file,
+    load_model,
+    load_tokenizer,
+    read_model,
+    usable_device,
+)
 
 
 def load_lazily(
@@ -19,12 +26,12 @@ def load_lazily(
     The weights of a GGUF file are dequantized in memory, because they can't be read one at a time.
 
     Raises:
-        ValueError: If `name` is a folder without a model, or the device or dtype can't be used.
+        ValueError: If `name` is a folder without a model, its files are damaged, or the device or dtype can't be used.
     """
     if gguf_file(name) is not None:
         return load_model(name, device=device, dtype=dtype)
     target = usable_device(device)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = read_model(
         name,
         dtype=dtype if dtype == "auto" else floating_dtype(dtype),
         device_map={"": "disk"},

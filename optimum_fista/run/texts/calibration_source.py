@@ -7,10 +7,10 @@ from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.run.checkpoints.atomic import write_tensors
-from optimum_fista.run.checkpoints.loading import gguf_file, load_model
+from optimum_fista.run.checkpoints.loading import gguf_file, load_model, read_config, require_tokenizer
 from optimum_fista.run.texts.self_sampling import sample_text_from_model
 from optimum_fista.run.texts.text import load_text
 from optimum_fista.run.texts.windows import calibration_windows
@@ -72,8 +72,8 @@ def calibration_tokens_by_name(
         ValueError: If the source is unknown, too short, or a number is not positive.
     """
     if source != "self" and gguf_file(name) is None:
-        length = _length(AutoConfig.from_pretrained(name), num_samples, sequence_length)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        length = _length(read_config(name), num_samples, sequence_length)
+        tokenizer = require_tokenizer(name)
         return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
     settings = json.dumps([name, source, num_samples, sequence_length, seed, dtype])
     file = keep_in / "calibration.safetensors" if keep_in is not None else None

@@ -130,13 +130,13 @@ def test_names_that_are_no_model(tmp_path):
             load_model(name)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cpu:x", "cuda:99"])
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", "cuda:99", "meta"])
 def test_unusable_device_is_found_before_the_model_is_read(device):
     with pytest.raises(ValueError, match=rf"device='{device}' can't be used: .*Pass 'cpu', 'cuda' or 'cuda:N'"):
         load_model("no-such-model", device=device)
 
 
-@pytest.mark.parametrize("dtype", ["float33", "int8", "nn", torch.int8, "AUTO"])
+@pytest.mark.parametrize("dtype", ["float33", "int8", "nn", torch.int8, "AUTO", "float8_e4m3fn"])
 def test_unusable_dtype_is_found_before_the_model_is_read(dtype):
     with pytest.raises(ValueError, match=r"dtype=.*: pass 'auto', 'float32', 'bfloat16' or 'float16'"):
         load_model("no-such-model", device="cpu", dtype=dtype)

@@ -1,0 +1,238 @@
+"""Damaged model folders: one line that says so and exit code 1, whatever is damaged and whatever command reads it."""
+
+import io
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from optimum_fista.cli.main import main
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1234\n"
+Damage = Callable[[Path], object]
+
+
+def weights(folder: Path) -> Path:
+    return next(folder.glob("*.safetensors"))
+
+
+def cut(share: float) -> Damage:
+    return lambda folder: os.truncate(weights(folder), int(share * weights(folder).stat().st_size))
+
+
+def tensors(file: str, edit: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        path = folder / file if file else weights(folder)
+        with safe_open(path, "pt") as opened:
+            metadata = opened.metadata()
+        found = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        edit(found)
+        save_file(found, path, metadata=metadata)
+
+    return damage
+
+
+def drop(found: dict[str, torch.Tensor]) -> None:
+    del found[next(name for name in found if "q_proj" in name)]
+
+
+def reshape(found: dict[str, torch.Tensor]) -> None:
+    found[next(name for name in found if "q_proj" in name)] = torch.ones(7)
+
+
+def index(text: str) -> Damage:
+    def damage(folder: Path) -> None:
+        path = weights(folder)
+        path.rename(folder / "other.safetensors")
+        (folder / f"{path.name}.index.json").write_text(text)
+
+    return damage
+
+
+def text(file: str, content: str | bytes) -> Damage:
+    return lambda folder: (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def values(file: str, **changes: Any) -> Damage:
+    def damage(folder: Path) -> None:
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def operator(**changes: Any) -> Damage:
+    def damage(folder: Path) -> None:
+        path = folder / REPORT
+        report = json.loads(path.read_text())
+        report["operators"][0] |= changes
+        path.write_text(json.dumps(report))
+
+    return damage
+
+
+CONFIG, REPORT, MASKS = "config.json", "fista/report.json", "fista/masks.safetensors"
+WEIGHTS = {
+    "header cut": cut(0.01),
+    "half": cut(0.5),
+    "empty": cut(0),
+    "Git LFS": lambda folder: weights(folder).write_text(LFS),
+    "noise": lambda folder: weights(folder).write_bytes(random.Random(0).randbytes(4000)),
+    "absent": lambda folder: weights(folder).unlink(),
+    "a tensor is missing": tensors("", drop),
+    "a tensor has another shape": tensors("", reshape),
+    "index is no JSON": index("{"),
+    "index without files": index("{}"),
+    "index of absent files": index(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "absent"}})),
+}
+ANY_CONFIG = {
+    "no JSON": text(CONFIG, "{"),
+    "a list": text(CONFIG, "[1]"),
+    "Git LFS": text(CONFIG, LFS),
+    "no text": text(CONFIG, b"\xff\xfe\x00"),
+}
+MODEL_CONFIG = ANY_CONFIG | {
+    "no fields": text(CONFIG, "{}"),
+    "unknown type": values(CONFIG, model_type="nosuch"),
+    "type is a number": values(CONFIG, model_type=3),
+    "size is a word": values(CONFIG, hidden_size="abc"),
+    "size is negative": values(CONFIG, hidden_size=-4),
+    "no heads": values(CONFIG, num_attention_heads=0),
+    "unknown activation": values(CONFIG, hidden_act="nope"),
+    "unknown dtype": values(CONFIG, dtype="nope"),
+    "quantized by a number": values(CONFIG, quantization_config=3),
+}
+TOKENIZER = {
+    "no JSON": text("tokenizer.json", "{"),
+    "a list": text("tokenizer_config.json", "[]"),
+    "Git LFS": text("tokenizer.json", LFS),
+}
+REPORTS = {
+    "no JSON": text(REPORT, "{"),
+    "a list": text(REPORT, "[1]"),
+    "no fields": text(REPORT, "{}"),
+    "operators are numbers": values(REPORT, operators=[1]),
+    "shape is a number": operator(shape=3),
+    "error is a word": operator(relative_error="small"),
+    "config is a number": values(REPORT, config=3),
+    "config is empty": values(REPORT, config={}),
+    "model is a list": values(REPORT, model=[]),
+    "no parameters": values(REPORT, model={"class": "LlamaForCausalLM", "num_parameters": 0}),
+    "calibration is empty": values(REPORT, calibration={}),
+    "seconds are a number": values(REPORT, seconds=3),
+    "layers are numbers": values(REPORT, layers=[1]),
+}
+MASK_FILES = {
+    "Git LFS": text(MASKS, LFS),
+    "a mask is missing": tensors(MASKS, drop),
+    "a mask has another shape": tensors(MASKS, reshape),
+}
+# which commands read what; `bench` reads a folder to pack or unpack it before a model is loaded
+CASES = [
+    *(("dense", command, WEIGHTS) for command in ("prune", "evaluate", "compare")),
+    *(("dense", command, MODEL_CONFIG | TOKENIZER) for command in ("prune", "evaluate", "compare")),
+    ("dense", "dry run", MODEL_CONFIG),
+    *(("pruned", command, WEIGHTS) for command in ("evaluate", "verify", "pack", "bench")),
+    *(("pruned", command, ANY_CONFIG | REPORTS) for command in ("verify", "pack", "report", "bench")),
+    *(("pruned", command, MASK_FILES) for command in ("verify", "pack", "report", "bench")),
+    *(("packed", command, WEIGHTS) for command in ("evaluate", "verify", "unpack", "report", "bench")),
+    *(("packed", command, ANY_CONFIG | REPORTS) for command in ("verify", "unpack", "report", "bench")),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_folder, pruned_folder, tmp_path_factory) -> dict[str, Path]:
+    packed = tmp_path_factory.mktemp("packed") / "model"
+    assert main(["pack", str(pruned_folder), "--output", str(packed)]) == 0
+    return {"dense": tiny_folder, "pruned": pruned_folder, "packed": packed}
+
+
+@pytest.fixture
+def run(folders, text_file, tmp_path, monkeypatch, capsys):
+    """`run(kind, command, damage)` damages a copy and runs a command on it; exit code and lines of errors."""
+
+    def no_worker(*_):
+        pytest.fail("the damage was not found before a model was to be loaded")
+
+    monkeypatch.setattr("optimum_fista.run.speed.measure.Worker", no_worker)
+    folder, out = tmp_path / "model", tmp_path / "out"
+    quick = ["--num-samples", "4", "--calibration", text_file, "--device", "cpu"]
+    evaluate = ["--text", text_file, "--sequence-length", "16", "--max-windows", "2", "--device", "cpu"]
+    compare = ["--output", out, "--methods", "magnitude", "--patterns", "0.5", "--texts", text_file]
+    arguments = {
+        "prune": ["prune", folder, "--output", out, "--method", "magnitude", "--sequence-length", "16", *quick],
+        "dry run": ["prune", folder, "--dry-run", "--method", "magnitude", "--sequence-length", "16", *quick],
+        "evaluate": ["evaluate", folder, *evaluate],
+        "compare": ["compare", folder, *compare, *quick],
+        "verify": ["verify", folder],
+        "report": ["report", folder, "--output", out / "page.html"],
+        "pack": ["pack", folder, "--output", out],
+        "unpack": ["unpack", folder, "--output", out],
+        "bench": ["bench", folder],
+    }
+
+    def contents() -> dict[Path, bytes | None]:
+        return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+    def damaged(kind: str, command: str, damage: Damage) -> tuple[int, list[str]]:
+        for path in (folder, out):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(folders[kind], folder)
+        damage(folder)
+        before = contents()
+        code = main(list(map(str, arguments[command])))
+        assert contents() == before
+        lines = capsys.readouterr().err.splitlines()
+        return code, [line for line in lines if line.startswith("error: ") or ": BROKEN: " in line]
+
+    return damaged
+
+
+@pytest.mark.parametrize(("kind", "command", "damages"), CASES, ids=lambda value: value if type(value) is str else "")
+def test_damage_is_one_line_and_exit_code_1(run, kind, command, damages):
+    for name, damage in damages.items():
+        code, lines = run(kind, command, damage)
+        assert (code, len(lines)) == (1, 1), f"{name}: exit code {code}, {lines}"
+
+
+@pytest.mark.parametrize("command", ["prune", "dry run", "evaluate", "compare"])
+def test_code_of_a_model_is_never_run_nor_asked_for(run, command, tmp_path, monkeypatch):
+    def evil(folder: Path) -> None:
+        classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": "code.Tokenizer"}
+        values(CONFIG, model_type="evil", auto_map=classes)(folder)
+        (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+
+    answers = io.StringIO("y\n" * 10)
+    monkeypatch.setattr("sys.stdin", answers)
+    code, lines = run("dense", command, evil)
+    assert (code, len(lines)) == (1, 1)
+    assert "contains custom code" in lines[0]
+    assert answers.tell() == 0
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+def test_any_bytes_are_a_model_or_one_line(run, kind):
+    chance = random.Random(0)
+
+    def damage(folder: Path) -> None:
+        path = chance.choice([weights(folder), folder / CONFIG, folder / "tokenizer.json"])
+        content = bytearray(path.read_bytes())
+        for _ in range(chance.choice([1, 3])):
+            content[chance.randrange(min(len(content), chance.choice([2000, 60000])))] = chance.randrange(32, 127)
+        path.write_bytes(content)
+
+    codes = set()
+    for _ in range(60):
+        code, lines = run(kind, "evaluate", damage)
+        assert len(lines) == code
+        codes.add(code)
+    assert codes == {0, 1}
