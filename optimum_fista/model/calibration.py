@@ -175,4 +175,4 @@ def _as_rows(values: Any, where: str, key: str) -> Tensor:
             f"{where}: {key} has shape {tuple(rows.shape)} and dtype {rows.dtype}: pass integers "
             "[batch, sequence] or [sequence], at least one."
         )
-    return rows
+    return rows.clone() if rows.is_inference() else rows  # gradients can't be taken with tensors of inference mode

@@ -55,7 +55,7 @@ class PausedForwards:
                 memory.add(hidden)
             return None, calls[batch].run(layer, hidden)
 
-        self._passes = [greenlet(partial(forward, batch)) for batch in range(len(calls))]
+        self._passes = [_Pass(partial(forward, batch)) for batch in range(len(calls))]
 
     def __enter__(self) -> PausedForwards:
         self._watch.__enter__()
@@ -102,7 +102,11 @@ class PausedForwards:
             yield self.output(batch)
 
 
+class _Pass(greenlet):
+    """A forward pass that can be paused; callers may run in greenlets of their own."""
+
+
 def _pause(stop: int, inputs: Tensor) -> None:
-    parent = getcurrent().parent
-    if parent is not None:
-        parent.switch((stop, inputs))
+    current = getcurrent()
+    if isinstance(current, _Pass):
+        current.parent.switch((stop, inputs))

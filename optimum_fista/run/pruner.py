@@ -19,6 +19,7 @@ from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.checkpoint import save_checkpoint, summary
 from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.environment import numerical_environment
 from optimum_fista.run.hub import push_folder
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import PruningReport
@@ -62,6 +63,7 @@ class FistaPruner:
         self.callbacks = tuple(callbacks)
         self._results: WeakKeyDictionary[PreTrainedModel, tuple[PruningReport, dict[str, Tensor]]] = WeakKeyDictionary()
 
+    @numerical_environment()
     def prune(
         self,
         model: PreTrainedModel | str | Path,
@@ -81,6 +83,9 @@ class FistaPruner:
         the same result; until all is done, what is finished lies in `output_dir` + ".unfinished", which can't be
         loaded as a model. Processes that were launched together (`accelerate launch`, `torchrun`) and all make this
         call share the decoder layers of a model given by name; a model in memory is a copy in each of them.
+
+        The run sets its own numerical environment (autocast, inference mode, default dtype and device, precision of
+        float32 products) and restores the caller's.
 
         Args:
             model: Decoder-only model with a language-model head, in memory or offloaded by Accelerate, in any
@@ -132,8 +137,10 @@ class FistaPruner:
             warnings.warn(
                 f"model is in memory, so each of {count} processes that calls prune works on a copy of its own: pass "
                 "its name and output_dir, and they share its decoder layers.",
-                stacklevel=2,
+                stacklevel=3,
             )
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise ValueError("model was loaded in inference mode, so it can't be changed: load it outside of that.")
         started = time.perf_counter()
         masks: dict[str, Tensor] = {}
         with Rollback() as rollback:
@@ -169,6 +176,7 @@ class FistaPruner:
             callback.on_prune_end(report)
         return report
 
+    @numerical_environment()
     def prune_weight(self, weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None = None) -> PrunedOperator:
         """Prune one matrix without a model.
 
