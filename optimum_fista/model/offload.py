@@ -21,7 +21,7 @@ def execution_device(module: nn.Module) -> torch.device:
     if parameter.device.type != "meta":
         return parameter.device
     for part in module.modules():
-        for hook in _hooks(part):
+        for hook in alignment_hooks(part):
             if hook.weights_map is not None and hook.execution_device is not None:
                 return torch.device(hook.execution_device)
     return parameter.device
@@ -60,8 +60,8 @@ def kept_tensor(module: nn.Module, name: str) -> Tensor:
     return hook.weights_map[name]
 
 
-def store_tensor(module: nn.Module, name: str, value: Tensor) -> Callable[[], None]:
-    """Replace an offloaded parameter where it is kept; returns what puts the old one back.
+def store_tensor(module: nn.Module, name: str, value: Tensor, keep_undo: Callable[[Callable[[], None]], None]) -> None:
+    """Replace an offloaded parameter where it is kept; before, `keep_undo` is called with what puts the old one back.
 
     A file of the checkpoint that the model was loaded from is never written to: the new value goes to a file of its
     own.
@@ -76,13 +76,14 @@ def store_tensor(module: nn.Module, name: str, value: Tensor) -> Callable[[], No
         data, key = data.dataset, f"{data.prefix}{key}"
     if isinstance(data, OffloadedWeightsLoader):
         if key not in data.state_dict:
-            return _store_on_disk(data, key, value)
+            _store_on_disk(data, key, value, keep_undo)
+            return
         data = data.state_dict
     if not isinstance(data, MutableMapping):
         raise ValueError(f"{key} is offloaded to a {type(data).__name__}, which can't be written: load the model anew.")
     old = data[key]
+    keep_undo(lambda: data.__setitem__(key, old))
     data[key] = value.detach().to("cpu", old.dtype, copy=True)
-    return lambda: data.__setitem__(key, old)
 
 
 @contextmanager
@@ -114,7 +115,7 @@ def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[Non
 def move_execution(model: nn.Module, device: torch.device) -> None:
     """Make an offloaded model compute on another device, and move there what is not offloaded, such as buffers."""
     for module in model.modules():
-        for hook in _hooks(module):
+        for hook in alignment_hooks(module):
             if hook.execution_device is not None:
                 hook.execution_device = device
         for name, tensor in named_module_tensors(module):
@@ -122,14 +123,15 @@ def move_execution(model: nn.Module, device: torch.device) -> None:
                 set_module_tensor_to_device(module, name, device)
 
 
-def _hooks(module: nn.Module) -> list[AlignDevicesHook]:
+def alignment_hooks(module: nn.Module) -> list[AlignDevicesHook]:
+    """The hooks by which Accelerate brings a module's weights and inputs to its device."""
     hook = getattr(module, "_hf_hook", None)
     found = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     return [h for h in found if isinstance(h, AlignDevicesHook)]
 
 
 def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
-    return next((hook for hook in _hooks(module) if hook.weights_map is not None), None)
+    return next((hook for hook in alignment_hooks(module) if hook.weights_map is not None), None)
 
 
 def _names(module: nn.Module, hook: AlignDevicesHook) -> list[str]:
@@ -139,7 +141,9 @@ def _names(module: nn.Module, hook: AlignDevicesHook) -> list[str]:
     return [name for name, _ in tensors]
 
 
-def _store_on_disk(data: OffloadedWeightsLoader, key: str, value: Tensor) -> Callable[[], None]:
+def _store_on_disk(
+    data: OffloadedWeightsLoader, key: str, value: Tensor, keep_undo: Callable[[Callable[[], None]], None]
+) -> None:
     old: dict[str, Any] = dict(data.index[key])
     in_checkpoint = old.get("safetensors_file") is not None
     previous = None if in_checkpoint else data[key].clone()
@@ -147,11 +151,11 @@ def _store_on_disk(data: OffloadedWeightsLoader, key: str, value: Tensor) -> Cal
         folder = tempfile.TemporaryDirectory(prefix="optimum-fista-")
         data.save_folder, data.kept_by = folder.name, folder  # removed with the model
     dtype = getattr(torch, old["dtype"], value.dtype) if "dtype" in old else data[key].dtype
-    offload_weight(value.detach().to("cpu", dtype), key, data.save_folder, data.index)
 
     def restore() -> None:
         if previous is not None:
             offload_weight(previous, key, data.save_folder, data.index)
         data.index[key] = old
 
-    return restore
+    keep_undo(restore)
+    offload_weight(value.detach().to("cpu", dtype), key, data.save_folder, data.index)

@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -143,34 +144,34 @@ class FistaPruner:
             raise ValueError("model was loaded in inference mode, so it can't be changed: load it outside of that.")
         started = time.perf_counter()
         masks: dict[str, Tensor] = {}
-        with Rollback() as rollback:
+        rollback = Rollback(model, evaluation_mode(model), torch.no_grad())
 
-            def write(operator: LinearOperator, pruned: PrunedOperator) -> None:
-                rollback.write(operator, pruned.weight)
-                masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
+        def write(operator: LinearOperator, pruned: PrunedOperator) -> None:
+            rollback.write(operator, pruned.weight)
+            masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
 
-            pruning = ModelPruning(
-                model,
-                calib_dataloader,
-                self.config,
-                write,
-                calibration_source=calibration_source,
-                progress=self.progress,
-                storage_device=self.storage_device,
-                undo=rollback.undo,
-                callbacks=self.callbacks,
-            )
-            pruning.batches.use(pruning.batches.fitted(pruning.config, pruning.storage))
-            for callback in self.callbacks:
-                callback.on_prune_begin(pruning.report)
-            with evaluation_mode(model), torch.no_grad():
-                for _ in pruning.run():
-                    rollback.settle()
-            pruning.complete_report()
+        pruning = ModelPruning(
+            model,
+            calib_dataloader,
+            self.config,
+            write,
+            calibration_source=calibration_source,
+            progress=self.progress,
+            storage_device=self.storage_device,
+            undo=rollback.undo,
+            callbacks=self.callbacks,
+        )
+        pruning.batches.use(pruning.batches.fitted(pruning.config, pruning.storage))
+        for callback in self.callbacks:
+            callback.on_prune_begin(pruning.report)
         report = pruning.report
-        report.seconds["total"] = time.perf_counter() - started
-        model.config.fista_pruning = summary(report)
-        self._results[model] = (report, masks)
+        with rollback, closing(pruning.run()) as layers:
+            for _ in layers:
+                rollback.settle()
+            pruning.complete_report()
+            report.seconds["total"] = time.perf_counter() - started
+            model.config.fista_pruning = summary(report)
+            self._results[model] = (report, masks)
         logger.info("%s", report)
         for callback in self.callbacks:
             callback.on_prune_end(report)

@@ -1,10 +1,12 @@
 """Memory that runs out, and interrupts, at any moment of a run: its result is the same, or nothing has changed."""
 
+import signal
 from contextlib import suppress
 
 import pytest
 import torch
-from raising import RaiseAt
+from accelerate import cpu_offload
+from raising import InterruptAt, RaiseAt
 from tiny_llama import tiny_llama, tiny_tokens
 from transformers import AutoModelForCausalLM
 from untouched import Untouched
@@ -54,7 +56,7 @@ def assert_same_files(folder, expected):
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("share", [301, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [401, pytest.param(1, marks=pytest.mark.slow)])
 def test_out_of_memory_in_memory(share):
     expected = tiny_llama()
     with RaiseAt() as whole:
@@ -69,7 +71,7 @@ def test_out_of_memory_in_memory(share):
             assert_same_result(model, report, expected, expected_report)
 
 
-@pytest.mark.parametrize("share", [401, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [501, pytest.param(1, marks=pytest.mark.slow)])
 def test_out_of_memory_streamed(share, tmp_path, tiny_folder):
     with RaiseAt() as whole:
         expected_report = prune(tiny_folder, output_dir=tmp_path / "expected")
@@ -83,3 +85,52 @@ def test_out_of_memory_streamed(share, tmp_path, tiny_folder):
             assert_same_files(output, tmp_path / "expected")
         else:
             assert_same_result(AutoModelForCausalLM.from_pretrained(output), report, expected, expected_report)
+
+
+def offloaded_llama():
+    model = tiny_llama()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    cpu_offload(model, execution_device=torch.device("cpu"), state_dict=weights)
+    return model
+
+
+@pytest.mark.parametrize("make", [tiny_llama, offloaded_llama])
+@pytest.mark.parametrize("share", [301, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_interrupt_in_memory(share, make):
+    with RaiseAt() as whole:
+        prune(make())
+    for moment in moments(whole.count, share):
+        with Untouched(model := make()):
+            assert prune_with(KeyboardInterrupt(), moment, model) is None
+
+
+@pytest.mark.parametrize("make", [tiny_llama, offloaded_llama])
+@pytest.mark.parametrize("share", [15000, pytest.param(1000, marks=pytest.mark.slow)])
+def test_one_interrupt_after_another(share, make):
+    """The second one finds the run while it takes off what it has installed, or puts weights back."""
+
+    def interrupted(*lines):
+        with Untouched(model := make()), InterruptAt(*lines) as run, suppress(KeyboardInterrupt):
+            prune(model)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        return run.count
+
+    prune(make())  # what is done once a process
+    with InterruptAt() as whole:
+        prune(make())
+    for first in moments(whole.count - 1000, share):
+        end = interrupted(first)
+        for second in moments(end - first, share // 50):
+            interrupted(first, first + second)
+
+
+@pytest.mark.parametrize("share", [501, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_interrupted_streamed_run_resumes_to_the_same_bytes(share, tmp_path, tiny_folder):
+    with RaiseAt() as whole:
+        prune(tiny_folder, output_dir=tmp_path / "expected")
+    for moment in moments(whole.count, share):
+        output = tmp_path / str(moment)
+        assert prune_with(KeyboardInterrupt(), moment, tiny_folder, output_dir=output) is None
+        assert not output.exists()
+        prune(tiny_folder, output_dir=output)
+        assert_same_files(output, tmp_path / "expected")

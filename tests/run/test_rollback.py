@@ -1,5 +1,9 @@
+import signal
+from contextlib import contextmanager, suppress
+
 import pytest
 import torch
+from raising import InterruptAt
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,7 +17,7 @@ def operator(request) -> LinearOperator:
 
 
 def write_and_fail(operator: LinearOperator, error: type[BaseException]) -> None:
-    with Rollback() as rollback:
+    with Rollback(operator.module) as rollback:
         rollback.write(operator, torch.zeros(3, 4))
         rollback.write(operator, torch.ones(3, 4))
         raise error
@@ -30,6 +34,43 @@ def test_any_exception_restores_the_bits_in_place(operator, error):
 
 
 def test_success_keeps_what_was_written(operator):
-    with Rollback() as rollback:
+    with Rollback(operator.module) as rollback:
         rollback.write(operator, torch.ones(3, 4))
     assert torch.equal(operator.parameter, torch.ones_like(operator.parameter))
+
+
+@contextmanager
+def marked(model: nn.Module):
+    """Something that a run installs and takes off."""
+    model.mark = True
+    try:
+        yield
+    finally:
+        del model.mark
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_an_interrupt_at_any_line_restores_all_or_comes_after_the_end(error):
+    model = nn.Linear(4, 3)
+    before = model.weight.detach().clone()
+
+    def run(interrupts: InterruptAt) -> None:
+        with interrupts, Rollback(model, marked(model), torch.no_grad()) as rollback:
+            rollback.write(LinearOperator("mlp", model), torch.ones(3, 4))
+            model.register_forward_hook(print)
+            if error is not None:
+                raise error
+            model._forward_hooks.clear()
+
+    whole = InterruptAt()
+    with suppress(ValueError, KeyboardInterrupt):
+        run(whole)
+    for line in range(1, whole.count + 1):
+        model.weight.data.copy_(before)
+        with pytest.raises((error or KeyboardInterrupt, KeyboardInterrupt)):
+            run(InterruptAt(line))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert torch.is_grad_enabled()
+        assert "mark" not in vars(model)
+        assert not model._forward_hooks
+        assert torch.equal(model.weight, before) or (error is None and torch.equal(model.weight, torch.ones(3, 4)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ class ModelPruning:
         weights = [sum(o.shape[0] * o.shape[1] for o in group.values()) for group in self.operators.values()]
         return [_PRUNING_COST * count / max(weights) for count in weights]
 
-    def run(self, todo: Collection[int] | None = None) -> Iterator[tuple[int, str, nn.Module]]:
+    def run(self, todo: Collection[int] | None = None) -> Generator[tuple[int, str, nn.Module]]:
         """Prune decoder layers in place.
 
         Args:

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.evaluation_mode import evaluation_mode
-from optimum_fista.model.offload import kept_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.atomic import replace_folder
@@ -24,6 +23,7 @@ from optimum_fista.run.packed_folders.packing import Packer
 from optimum_fista.run.planning.batches import FittedBatches
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport
+from optimum_fista.run.rollback import Rollback
 from optimum_fista.run.streamed.fingerprint import is_of_another_run
 from optimum_fista.run.streamed.journal import FOLDER, FinishedLayer, Journal
 from optimum_fista.run.streamed.ranks import RankError, Ranks
@@ -53,6 +53,7 @@ class StreamedRun:
         self.packed = packed
         self.masks: dict[str, Tensor] = {}
         self.finished: dict[int, FinishedLayer] = {}
+        self.rollback = Rollback(model, evaluation_mode(model), torch.no_grad())
         self.pruning = ModelPruning(
             model,
             calib_dataloader,
@@ -61,10 +62,9 @@ class StreamedRun:
             calibration_source=source,
             progress=progress,
             storage_device=storage_device,
-            undo=self._undo,
+            undo=self.rollback.undo,
             callbacks=callbacks,
         )
-        self._dense: dict[str, Tensor] = {}
 
     def store_beside(self, folder: Path) -> None:
         """Keep activations in files of the output's disk, where files are asked for or the device is the CPU."""
@@ -108,7 +108,7 @@ class StreamedRun:
         """Prune this process's share of the decoder layers that are left, and write each for good."""
         unfinished = [index for index in range(len(self.pruning.layers)) if index not in self.finished]
         if unfinished:
-            with evaluation_mode(self.model), torch.no_grad():
+            with self.rollback:
                 ranks.first(self._share_budgets)
                 todo = share_layers(unfinished, self.pruning.costs(), ranks.count)[ranks.index]
                 ranks.each(lambda: self._prune_layers(todo))
@@ -183,9 +183,10 @@ class StreamedRun:
             return
         started = time.perf_counter()
         for index, name, layer in pruning.run(todo):
+            self.rollback.forget()
             tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
             tensors = as_saved(self.model, tensors)
-            masks, self.masks, self._dense = self.masks, {}, {}
+            masks, self.masks = self.masks, {}
             reports = [o for o in pruning.report.operators if o.name.startswith(f"{name}.")]
             if self.packed:
                 tensors = self._pack(tensors, reports, masks)
@@ -207,16 +208,5 @@ class StreamedRun:
         return Packer(report.operators, tensors, stored.__getitem__).pack(tensors)
 
     def _write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
-        if not operator.is_offloaded:  # the others can be read again
-            self._dense[operator.name] = operator.parameter.detach().to("cpu", copy=True)
-        operator.write(pruned.weight)
+        self.rollback.write(operator, pruned.weight)
         self.masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
-
-    def _undo(self, operators: Sequence[LinearOperator]) -> None:
-        """Put back the weights of operators of the current decoder layer."""
-        for operator in operators:
-            if operator.is_offloaded:
-                kept = kept_tensor(operator.owner, operator.tensor)
-                operator.parameter.data.copy_(operator.select(kept))
-            elif operator.name in self._dense:
-                operator.parameter.data.copy_(self._dense.pop(operator.name))
