@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -157,6 +158,59 @@ def shared_weights(layers: DecoderLayers) -> dict[str, str]:
                 names.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
     shared = [group for group in names.values() if len(group) > 1]
     return {name: f"shares its weight with {group[name == group[0]]}" for group in shared for name in group}
+
+
+def require_bare(model: nn.Module) -> None:
+    """Refuse compiled models, whose hooks may not run, and adapters, whose matrices look like operators.
+
+    Raises:
+        UnsupportedArchitectureError: If a module is compiled or has an adapter.
+    """
+    for name, module in model.named_modules():
+        where = f"model.{name}" if name else "model"
+        forward: Any = module.forward
+        by_dynamo = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+        if by_dynamo or "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise UnsupportedArchitectureError(
+                f"{where} is compiled (torch.compile): prune the model before it is compiled, and compile the pruned "
+                "one. What torch.compile was given is the attribute _orig_mod of what it returned."
+            )
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise UnsupportedArchitectureError(
+                f"{where} has an adapter of PEFT: prune the model first and add the adapter then, or merge it before "
+                "(model = peft_model.merge_and_unload(); unload() drops it)."
+            )
+
+
+def require_own_weights(model: PreTrainedModel, layers: DecoderLayers) -> None:
+    """Refuse parameters of the decoder layers whose memory is that of others too, unless the model declares them tied.
+
+    Pruning one would change the other, and Transformers can't save them.
+
+    Raises:
+        UnsupportedArchitectureError: If there are any.
+    """
+    declared = getattr(model, "all_tied_weights_keys", {})
+    tied = {*declared, *declared.values()}
+    spans = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.device.type != "meta" and parameter.numel():
+            sizes = zip(parameter.shape, parameter.stride(), strict=True)
+            length = 1 + sum((count - 1) * step for count, step in sizes)
+            first = parameter.data_ptr()
+            spans.append((str(parameter.device), first, first + length * parameter.element_size(), name))
+            if length < parameter.numel():
+                raise UnsupportedArchitectureError(f"{name} repeats its own memory (expand): pass a model with copies.")
+    before = ("", 0, 0, "")
+    for span in sorted(spans):
+        names = {before[3], span[3]}
+        overlap = span[0] == before[0] and span[1] < before[2]
+        if overlap and not names <= tied and any(name.startswith(f"{layers.name}.") for name in names):
+            raise UnsupportedArchitectureError(
+                f"{span[3]} and {before[3]} share memory, and {type(model).__name__} does not declare them tied: give "
+                "each a tensor of its own (nn.Parameter(weight.clone())), or they could not be saved."
+            )
+        before = max(before, span, key=lambda s: (s[0], s[2]))
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -61,7 +61,7 @@ def share_budgets(
     between decoder layers wait at `storage`; `None`: on the device.
 
     Raises:
-        ValueError: If gradients of the loss are not finite.
+        ValueError: If gradients of the loss can't be computed, or are not finite.
         torch.OutOfMemoryError: If one sequence is too long for them.
     """
     budgets = Budgets(config)
@@ -72,7 +72,10 @@ def share_budgets(
         found = measure_sensitivities(model, layers, sharing, batches, config.allocation_tokens, progress, storage)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
-            raise
+            raise ValueError(
+                f"allocation='fisher' takes gradients of the loss, and they can't be computed: {error}. If the model "
+                "runs but can't be differentiated, pass allocation='uniform' (--allocation uniform)."
+            ) from error
         # It is one sequence at a time already.
         raise torch.OutOfMemoryError(
             "the device ran out of memory in the gradients of the loss on one sequence: pass allocation='uniform' "

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.architecture import find_decoder_layers, input_embedding
+from optimum_fista.model.architecture import find_decoder_layers, input_embedding, require_bare, require_own_weights
 from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.experts import split_experts
 from optimum_fista.model.hidden_states import RecordedInputs
@@ -71,11 +71,13 @@ class ModelPruning:
         undo: Callable[[Sequence[LinearOperator]], None],
         callbacks: Sequence[PruningCallback] = (),
     ) -> None:
+        require_bare(model)
         require_unquantized(model)
         self.model = model
         self.layers = find_decoder_layers(model)
         self.config = config.resolved()
         self.operators, left_dense = choose_operators(self.layers, config)
+        require_own_weights(model, self.layers)
         self.stored_names = stored_names(model, (o for group in self.operators.values() for o in group.values()))
         batches = hold_out(read_batches(calib_dataloader, input_embedding(model).shape[0]), config.held_out)
         self.report = begin_report(model, batches, calibration_source, self.config, self.operators, left_dense)

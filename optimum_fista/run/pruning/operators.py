@@ -28,6 +28,20 @@ def require_finite(operator: LinearOperator) -> None:
         raise ValueError(f"the weight of {operator.name} holds NaN or Inf: the model is damaged, load it again.")
 
 
+def require_parameter(operator: LinearOperator) -> None:
+    """Refuse a weight that is computed from other tensors in every forward pass: zeros in it would not last.
+
+    Raises:
+        UnsupportedArchitectureError: If it is.
+    """
+    if operator.tensor not in operator.owner._parameters:
+        raise UnsupportedArchitectureError(
+            f"the weight of {operator.name} is computed from other tensors (weight_norm, spectral_norm, "
+            "torch.nn.utils.prune or a parametrization): make it a parameter again (remove_weight_norm, "
+            "remove_spectral_norm, prune.remove, remove_parametrizations), or leave it dense by exclude."
+        )
+
+
 def choose_operators(
     layers: DecoderLayers, config: FistaPruningConfig
 ) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
@@ -35,7 +49,7 @@ def choose_operators(
 
     Raises:
         ValueError: If a pattern does not fit, or a weight in memory is not finite.
-        UnsupportedArchitectureError: If nothing is left to prune.
+        UnsupportedArchitectureError: If nothing is left to prune, or a weight is no parameter.
     """
     chosen: dict[str, dict[str, LinearOperator]] = {}
     left_dense: dict[str, str] = {}
@@ -48,6 +62,7 @@ def choose_operators(
             if reason is not None:
                 left_dense[name] = reason
                 continue
+            require_parameter(operator)
             config.pattern_for(name).require_shape(operator.shape, name)
             # others are checked when they are onloaded; a plan has no weights
             if not operator.is_offloaded and not operator.parameter.is_meta:

@@ -1,0 +1,121 @@
+"""What can't be pruned, or not be saved then, is refused by name before anything is changed."""
+
+import pytest
+import torch
+from tiny_llama import tiny_llama, tiny_tokens
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+def refused(model: nn.Module, **options) -> str:
+    """The message, with every weight as it was."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError) as caught:
+        FistaPruner(FistaPruningConfig(**options), progress=False).prune(model, tiny_tokens().split(4))
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    return str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        weight_norm,
+        spectral_norm,
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        lambda module: prune.l1_unstructured(module, "weight", 0.2),
+    ],
+)
+def test_weights_that_are_computed(change):
+    model = tiny_llama()
+    change(model.get_submodule(UP))
+    message = refused(model, method="wanda")
+    assert message.startswith(f"the weight of {UP} is computed from other tensors (weight_norm, ")
+    FistaPruner(FistaPruningConfig(method="wanda", exclude=(UP,)), progress=False).prune(model, tiny_tokens().split(4))
+
+
+@pytest.mark.parametrize("prune_base", [True, False])
+def test_adapters(prune_base):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["v_proj"]))
+    message = refused(adapted.get_base_model() if prune_base else adapted, method="wanda")
+    assert "layers.0.self_attn.v_proj has an adapter of PEFT: prune the model first" in message
+    report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
+        adapted.merge_and_unload(), tiny_tokens().split(4)
+    )
+    assert len(report.operators) == 14
+
+
+def test_compiled_models():
+    compiled = "is compiled (torch.compile): prune the model before it is compiled"
+    model = tiny_llama()
+    assert refused(torch.compile(model), method="wanda").startswith(f"model {compiled}")
+    model.model.layers[1].compile()
+    assert refused(model, method="wanda").startswith(f"model.model.layers.1 {compiled}")
+    model = tiny_llama()
+    model.model.layers[0].mlp.forward = torch.compile(model.model.layers[0].mlp.forward)
+    assert refused(model, method="wanda").startswith(f"model.model.layers.0.mlp {compiled}")
+
+
+def tie(model):
+    model.get_submodule(UP).weight = model.model.layers[0].mlp.up_proj.weight
+
+
+def tie_to_embedding(model):
+    model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(model.model.embed_tokens.weight[:32].detach())
+
+
+def overlap(model):
+    both = torch.randn(80, 32)
+    model.get_submodule(UP).weight = nn.Parameter(both[:48])
+    model.model.layers[1].mlp.gate_proj.weight = nn.Parameter(both[32:])
+
+
+def expand(model):
+    model.get_submodule(UP).weight = nn.Parameter(torch.randn(1, 32).expand(48, 32))
+
+
+@pytest.mark.parametrize("change", [tie, tie_to_embedding, overlap])
+def test_weights_that_share_memory(change):
+    model = tiny_llama(tie_word_embeddings=True)
+    change(model)
+    assert "share memory, and LlamaForCausalLM does not declare them tied" in refused(model, method="wanda")
+
+
+def test_a_weight_that_repeats_its_memory():
+    model = tiny_llama()
+    expand(model)
+    assert refused(model, method="wanda").startswith(f"{UP}.weight repeats its own memory")
+
+
+def test_parts_of_one_tensor_that_do_not_overlap_are_pruned():
+    model = tiny_llama()
+    both = torch.randn(96, 32)
+    model.get_submodule(UP).weight = nn.Parameter(both[:48])
+    model.model.layers[1].mlp.gate_proj.weight = nn.Parameter(both[48:])
+    report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(model, tiny_tokens().split(4))
+    assert len(report.operators) == 14
+    assert float((both == 0).float().mean()) == 0.5
+
+
+class Blind(torch.autograd.Function):
+    @staticmethod
+    def forward(context, values):
+        return values.clone()
+
+
+@pytest.mark.parametrize("blind", [Blind.apply, torch.no_grad()(lambda values: values.clone())])
+def test_models_that_can_not_be_differentiated_name_uniform(blind):
+    model = tiny_llama()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: blind(output))
+    message = refused(model)
+    assert message.startswith("allocation='fisher' takes gradients of the loss, and they can't be computed: ")
+    assert message.endswith("pass allocation='uniform' (--allocation uniform).")
+    config = FistaPruningConfig(allocation="uniform", method="wanda")
+    assert FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4)).operators
