@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,3 +224,21 @@ def family_kind(family: str) -> str:
 def _first_sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text.split(": only models")[0].split(". Pass")[0].split("; its module lists")[0][:160]
+
+
+def stream_family(family: str, folder: Path, devices: Sequence[str]) -> list[PruningReport]:
+    """Prune a family from the files in `folder` on one device after another, with all corrections."""
+    model = family_model(family)
+    excluded = stacked_weights(model)
+    model.save_pretrained(folder / "source")
+    config = FistaPruningConfig(
+        0.5, method="sparsegpt", error_correction=0.5, residual_correction=1.0, exclude=excluded, starved_tokens=0
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [
+            FistaPruner(config, progress=False).prune(
+                folder / "source", family_tokens(), output_dir=folder / f"output-{number}", device=device
+            )
+            for number, device in enumerate(devices)
+        ]

@@ -35,7 +35,7 @@ def load_model(
 
     Args:
         name: Hub id, model folder, or a folder that holds one GGUF file, which is dequantized.
-        device: Device to load to; `None`: the first GPU when there is one, otherwise the CPU.
+        device: Device to load to; `None`: the accelerator if there is one, otherwise the CPU.
         dtype: Floating dtype, `"auto"` takes the checkpoint's.
         device_map: Accelerate's, such as `"auto"`, for a model that doesn't fit `device`, which is then not used.
 
@@ -161,13 +161,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     return require_tokenizer(name)
 
 
+def default_device() -> str:
+    """Type of the accelerator if there is one, otherwise the CPU; MPS is not chosen, because it has no float64."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None or found.type == "mps" else found.type
+
+
 def usable_device(device: str | None) -> torch.device:
-    """A device by name; `None`: the first GPU when there is one, otherwise the CPU.
+    """A device by name; `None`: `default_device()`.
 
     Raises:
         ValueError: If it can't be used.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     try:
         found = torch.empty(0, device=device).device
         if found.type == "meta":

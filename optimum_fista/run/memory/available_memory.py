@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -35,12 +36,18 @@ def available_bytes(device: torch.device) -> int | None:
     On the CPU it is what the system can give without swapping, or less where the process's control group (Linux,
     version 2; containers) may use less. `None` where the device does not say.
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "cpu":
         return int(min(psutil.virtual_memory().available, _left_to_group()))
-    return None
+    counts = device_counts(device)
+    if counts is None or not hasattr(counts, "mem_get_info"):
+        return None
+    return counts.mem_get_info(device)[0] + counts.memory_reserved(device) - counts.memory_allocated(device)
+
+
+def device_counts(device: torch.device) -> Any:
+    """What counts the memory of tensors on a device: `torch.cuda` and its like; `None` if nothing does."""
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "max_memory_allocated") else None
 
 
 def _left_to_group() -> float:

@@ -27,12 +27,12 @@ def release_free_memory(*, collect: bool = False) -> None:
     unused remains of the operators before, of other sizes.
 
     Args:
-        collect: Whether to look for unused cycles of Python objects first, and to empty PyTorch's cache on CUDA.
+        collect: Whether to look for unused cycles of Python objects first, and to empty the accelerator's cache.
     """
     if collect:
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.get_device_module().empty_cache()
     if _glibc() is not None:
         _glibc().malloc_trim(0)
 

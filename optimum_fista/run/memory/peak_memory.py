@@ -9,6 +9,8 @@ from types import TracebackType
 import psutil
 import torch
 
+from optimum_fista.run.memory.available_memory import device_counts
+
 _INTERVAL = 0.02
 """Seconds between two looks."""
 
@@ -20,7 +22,7 @@ class MemoryPeak:
     Attributes:
         resident_bytes: All that is in physical memory, pages of files that are read or mapped included.
         anonymous_bytes: Of these what no file backs, so that the system can't drop it; `None` where that is not told.
-        device_bytes: Tensors on the CUDA device; `None` elsewhere.
+        device_bytes: Tensors on the accelerator; `None` on the CPU, and if PyTorch does not count them.
     """
 
     resident_bytes: int
@@ -29,9 +31,9 @@ class MemoryPeak:
 
 
 class PeakMemory:
-    """As a context: watches this process, 50 times a second, and on CUDA what PyTorch counts itself, which is exact.
+    """As a context: watches this process, 50 times a second, and takes PyTorch's exact count on an accelerator.
 
-    PyTorch's peak (`torch.cuda.max_memory_allocated`) starts anew with it.
+    That count (`torch.cuda.max_memory_allocated` and its like) starts anew with it.
 
     Attributes:
         peak: The largest values, known when the context ends.
@@ -39,14 +41,15 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._counts = device_counts(device)
         self._process = psutil.Process()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="peak memory")
         self.peak = MemoryPeak(0)
 
     def __enter__(self) -> PeakMemory:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._counts is not None:
+            self._counts.reset_peak_memory_stats(self._device)
         self._look()
         self._thread.start()
         return self
@@ -57,8 +60,8 @@ class PeakMemory:
         self._done.set()
         self._thread.join()
         self._look()
-        if self._device.type == "cuda":
-            self.peak = replace(self.peak, device_bytes=torch.cuda.max_memory_allocated(self._device))
+        if self._counts is not None:
+            self.peak = replace(self.peak, device_bytes=self._counts.max_memory_allocated(self._device))
 
     def _watch(self) -> None:
         while not self._done.wait(_INTERVAL):

@@ -132,8 +132,8 @@ class _Clock:
         return min(times)
 
     def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
 
 def _rough_rate(clock: _Clock, device: torch.device) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from optimum_fista.run.checkpoints.loading import default_device
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.planning.counts import GroupCount, count_groups, disk_bytes, notes_on
 from optimum_fista.run.planning.machine import MachineRates, measure_for
@@ -101,7 +102,7 @@ def plan_pruning(
         sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum where that is shorter.
         batch_size: Sequences a forward pass.
         calibration: Source of the text; `"self"` has the model, held whole, sample it.
-        device: `None`: the first GPU when there is one, otherwise the CPU. A GPU may be named where there is none;
+        device: `None`: the accelerator if there is one, otherwise the CPU. A GPU may be named where there is none;
             its time is then not estimated.
         dtype: Dtype of the model; `"auto"` takes the checkpoint's.
         storage_device: Where hidden states wait, as in `FistaPruner`; `None`: on the device, in files on the CPU.
@@ -121,7 +122,7 @@ def plan_pruning(
             f"held_out={chosen.held_out}: of num_samples={num_samples} sequences none is left to calibrate on: pass a "
             "smaller number, or more sequences."
         )
-    where = (device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
+    where = (device or default_device()).partition(":")[0]
     loaded, in_memory = load_config(model)
     length = sequence_length or min(_USUAL_LENGTH, getattr(loaded, "max_position_embeddings", None) or _USUAL_LENGTH)
     planned = planned_model(loaded, chosen, batch_size, length, dtype, in_memory)

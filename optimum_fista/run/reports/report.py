@@ -257,6 +257,11 @@ def library_versions() -> dict[str, str]:
     names = ("torch", "transformers", "accelerate", "optimum", "safetensors", "huggingface-hub")
     versions = {"python": platform.python_version(), "optimum-fista": optimum_fista.__version__}
     versions |= {name: importlib.metadata.version(name) for name in names}
-    if torch.cuda.is_available():
-        versions["gpu"] = torch.cuda.get_device_name()
-    return versions
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return versions if found is None else versions | {"gpu": device_name(found)}
+
+
+def device_name(device: torch.device) -> str:
+    """What a device calls itself, its type if it does not say."""
+    module = torch.get_device_module(device)
+    return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from optimum_fista.packed.kernels import kernels
 from optimum_fista.run.packed_folders.packed_folder import is_packed, pack_folder, unpack_folder
-from optimum_fista.run.reports.report import library_versions
+from optimum_fista.run.reports.report import device_name, library_versions
 from optimum_fista.run.speed.worker import Variant, Worker
 
 VARIANTS = ("dense bfloat16", "dense float32", "packed bfloat16", "packed float32", "dense float16", "packed float16")
@@ -157,7 +157,7 @@ def measure_speed(
 def describe_machine(settings: SpeedSettings) -> dict[str, Any]:
     """Processor, device, threads, and path of the kernels."""
     compiled = kernels()
-    device = torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else "cpu"
+    device = device_name(torch.device(settings.device))
     path = compiled.path if compiled else "none"
     return {"processor": _processor(), "device": device, "threads": settings.threads, "kernels": path}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from optimum_fista.model.architecture import input_embedding
 from optimum_fista.run.checkpoints.loading import read_model
+from optimum_fista.run.memory.available_memory import device_counts
 from optimum_fista.run.memory.free_memory import release_free_memory
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
 
@@ -101,8 +102,9 @@ class _Runner:
 
     def memory(self) -> int:
         """Bytes that loading and running the model have added: on the device, or resident in this process."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
+        counts = device_counts(self.device)
+        if counts is not None:
+            return int(counts.max_memory_allocated(self.device))
         release_free_memory(collect=True)
         return int(psutil.Process().memory_info().rss) - self._before
 
@@ -130,8 +132,8 @@ class _Runner:
         return self._now() - started, logits.float().cpu()
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
 

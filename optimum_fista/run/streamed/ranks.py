@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import get_int_from_env
 
+from optimum_fista.run.checkpoints.loading import default_device
 from optimum_fista.run.config import FistaPruningConfig
 
 T = TypeVar("T")
@@ -111,7 +111,7 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
     if count == 1:
         yield Ranks(device=device)
         return
-    state = PartialState(cpu=(device or "").startswith("cpu") or not torch.cuda.is_available())
+    state = PartialState(cpu=(device or default_device()).startswith("cpu"))
     if state.num_processes != count:
         raise ValueError(
             f"the environment tells of {count} processes and Accelerate finds {state.num_processes}: start them by "

@@ -151,8 +151,8 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the generators that sampling on `device` uses; afterwards they are in their previous state."""
-    cuda_devices = range(torch.cuda.device_count()) if device.type == "cuda" else ()
-    with torch.random.fork_rng(devices=cuda_devices, device_type="cuda"):
+    devices = range(torch.accelerator.device_count()) if device.type != "cpu" else ()
+    with torch.random.fork_rng(devices=devices, device_type=device.type):
         if device.type == "cpu":
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the accelerators as well
         else:

@@ -1,0 +1,51 @@
+"""What was asked of CUDA alone is asked of whatever accelerator there is."""
+
+import pytest
+import torch
+from simulated_device import backend
+from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.checkpoints.loading import usable_device
+from optimum_fista.run.memory.available_memory import available_bytes
+from optimum_fista.run.memory.free_memory import release_free_memory
+from optimum_fista.run.planning.plan import plan_pruning
+from optimum_fista.run.reports.report import device_name, library_versions
+from optimum_fista.run.texts.self_sampling import sample_text_from_model
+
+
+def test_it_is_the_default_device():
+    assert usable_device(None) == torch.device("simulated:0")
+    plan = plan_pruning(tiny_llama().config, num_samples=8, sequence_length=16, measure=False)
+    assert plan.settings["device"] == plan.settings["storage_device"] == "simulated"
+    assert set(plan.peaks) == {"device", "host"}
+
+
+def test_its_memory_is_counted():
+    device = torch.device("simulated:1")
+    with backend.memory_limit(2**20, device):
+        held = torch.empty(1000, device=device)
+        assert available_bytes(device) == 2**20 - backend.memory_allocated(device)
+        del held
+    report = FistaPruner(FistaPruningConfig(0.5), progress=False).prune(tiny_llama().to(device), tiny_tokens().split(4))
+    weights = sum(parameter.nbytes for parameter in tiny_llama().parameters())
+    assert all(layer.memory.device_bytes > weights for layer in report.layers)
+
+
+def test_its_cache_is_emptied_and_its_name_is_told(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(backend, "empty_cache", lambda: emptied.append(True))
+    release_free_memory(collect=True)
+    assert emptied
+    assert library_versions()["gpu"] == "Simulated accelerator 0"
+    assert device_name(torch.device("simulated:1")) == "Simulated accelerator 1"
+    assert device_name(torch.device("cpu")) == "cpu"
+
+
+@pytest.mark.parametrize("device", ["simulated:0", "simulated:1"])
+def test_sampling_leaves_its_generators_as_they_were(device):
+    model = tiny_llama().to(device)
+    before = [state.clone() for state in (*backend.get_rng_state_all(), torch.get_rng_state())]
+    drawn = [sample_text_from_model(model, tiny_tokenizer(), 2, 8, seed=7, progress=False) for _ in range(2)]
+    assert torch.equal(*drawn)
+    assert all(map(torch.equal, before, (*backend.get_rng_state_all(), torch.get_rng_state())))
