@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from optimum_fista.cli.main import main
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.streamed import journal
+from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
@@ -275,13 +277,35 @@ def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_
     assert len(report["operators"]) == 14
 
 
+@pytest.mark.parametrize("change", ["flipped", "truncated", "another model"])
+def test_sampled_text_that_is_damaged_or_of_another_model_is_sampled_again(tiny_folder, tmp_path, change):
+    source, keep = Path(shutil.copytree(tiny_folder, tmp_path / "model")), tmp_path / "journal"
+    file = keep / "calibration.safetensors"
+
+    def tokens(kept: Path | None) -> torch.Tensor:
+        return calibration_tokens_by_name(str(source), "self", 4, 8, device="cpu", keep_in=kept)
+
+    first = tokens(keep)
+    data = bytearray(file.read_bytes())
+    if change == "another model":
+        tiny_llama(initializer_range=1.0).save_pretrained(source)
+    elif change == "flipped":
+        data[-8] ^= 1
+        file.write_bytes(data)
+    else:
+        file.write_bytes(data[:20])
+    wanted = tokens(None)
+    assert torch.equal(first, wanted) == (change != "another model")
+    assert torch.equal(tokens(keep), wanted)
+
+
 def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(journal.Journal, "keep_shard", None)
         with pytest.raises(TypeError):
             prune("--method", "wanda")
     assert prune("--method", "wanda", "--sparsity", "0.25") == 1
-    assert "was another one (config was" in capsys.readouterr().err
+    assert "was another one (config.sparsity was 0.5, is 0.25)" in capsys.readouterr().err
     assert prune("--method", "wanda", "--sparsity", "0.25", "--overwrite") == 0
 
 

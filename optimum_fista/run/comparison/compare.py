@@ -25,7 +25,8 @@ from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.memory.free_memory import release_free_memory
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.reports.report import PruningReport, library_versions
-from optimum_fista.run.streamed.fingerprint import weight_files
+from optimum_fista.run.streamed.fingerprint import digests, hash_weights
+from optimum_fista.run.streamed.journal import digest_of
 
 
 def compare(settings: ComparisonSettings, output: str | Path, *, progress: bool = True) -> Comparison:
@@ -206,6 +207,6 @@ class _Run:
 def _identity(name: str) -> dict[str, Any]:
     """What tells one set of weights from another: digests of a folder's files, or the Hub's commit."""
     if Path(name).is_dir():
-        return weight_files(name)
-    config = read_config(name)
-    return {"name": name, "commit": getattr(config, "_commit_hash", None)}
+        file = Path(name) / "config.json"
+        return digests(hash_weights(Path(name), {})) | ({file.name: digest_of(file)} if file.exists() else {})
+    return {"name": name, "commit": getattr(read_config(name), "_commit_hash", None)}

@@ -1,16 +1,16 @@
-"""What a streamed run has finished, on disk, so that it can go on after a crash."""
+"""What a streamed run has finished, on disk, so that it can resume after a crash."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,6 +24,9 @@ from optimum_fista.run.pruning.layer_pruning import HiddenStates, stored
 from optimum_fista.run.reports.report import FinetuningReport, OperatorReport
 
 FOLDER = "journal"
+WEIGHTS_FILE = "weights.json"
+_SHOWN = 6  # differences between two runs
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,6 +44,10 @@ class FinishedLayer:
         hidden_state_error: As in `LayerReport`.
         memory: As in `LayerReport`.
         finetuning: As in `LayerReport`.
+        masks_sha256: Digest of its masks; `None` where it has none.
+        states_sha256: Digest of the hidden states behind it; `None` where the next layer does not need them.
+        entered_sha256: Digest of the hidden states that it was pruned on; `None` where none were read or kept.
+        budgets_sha256: Digest of the budgets that it was pruned with.
     """
 
     shard: str
@@ -53,6 +60,10 @@ class FinishedLayer:
     hidden_state_error: float | None = None
     memory: MemoryPeak | None = None
     finetuning: FinetuningReport | None = None
+    masks_sha256: str | None = None
+    states_sha256: str | None = None
+    entered_sha256: str | None = None
+    budgets_sha256: str | None = None
 
 
 class Journal:
@@ -60,40 +71,47 @@ class Journal:
 
     A decoder layer is finished when its record is there and its shard is whole. What the next layer needs is written
     before: masks, hidden states, then the shard, then the record. Nothing is written in place, and every layer has
-    files of its own, so that several processes can write layers at the same time.
+    files of its own, so that several processes can write layers at the same time. Every file has its digest in a
+    record, and every record its own: what is damaged is not taken.
 
     Attributes:
         folder: Holds the final shards, and the journal in a folder of its own until the run is complete.
         num_shards: Shards of the finished model: one a decoder layer, and one for the rest.
         packed: Whether the shards are those of a packed folder.
+        budgets_sha256: Digest of the budgets that were last written or read.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any], num_layers: int, packed: bool = False) -> None:
         """Open the journal of a folder, or begin it.
 
         Raises:
-            ValueError: If it was begun with another fingerprint; the message names the parts that differ.
+            ValueError: If it was begun with another fingerprint, or that is damaged; the message names what differs.
         """
         self.folder = folder
         self.num_shards = num_layers + 1
         self.packed = packed
+        self.budgets_sha256: str | None = None
+        self._states_sha256: dict[int, str] = {}
         self._journal = folder / FOLDER
         self._journal.mkdir(parents=True, exist_ok=True)
         file = self._journal / "fingerprint.json"
         wanted = json.loads(json.dumps(fingerprint))
         if not file.exists():
-            write_text(file, json.dumps(wanted, indent=1))
-        found = json.loads(file.read_text())
-        different = [key for key in wanted | found if wanted.get(key) != found.get(key)]
+            write_record(file, wanted)
+        found = read_record(file)
+        advice = "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
+        if found is None:
+            raise ValueError(f"output: {str(file)!r} is damaged, so nobody can tell which run it belongs to: {advice}")
+        different = list(_differences(found, wanted))
         if different:
-            shown = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(wanted.get(key))}" for key in different)
+            shown = "; ".join(different[:_SHOWN]) + ("; ..." if len(different) > _SHOWN else "")
             raise ValueError(
                 f"output: the unfinished run in {str(folder)!r} was another one ({shown}). Start it again as it was, "
-                "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
+                f"{advice}"
             )
 
     def finished(self, *, read_shards: bool = True) -> dict[int, FinishedLayer]:
-        """The decoder layers that are finished, by index; `read_shards=False` trusts their size."""
+        """The decoder layers that are finished, by index; `read_shards=False` trusts the size of their files."""
         records = {index: self._record(index, read_shards) for index in range(self.num_shards - 1)}
         return {index: record for index, record in records.items() if record is not None}
 
@@ -124,17 +142,16 @@ class Journal:
             memory: As in `LayerReport`.
             finetuning: As in `LayerReport`.
         """
-        if masks:
-            write_tensors(self._file("masks", index), masks, {})
+        masks_sha256 = _write(self._file("masks", index), masks) if masks else None
         if states is not None:
             streams = {"dense": stored(states.dense), "pruned": stored(states.pruned)}
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
-            write_tensors(self._file("states", index + 1), hidden, {})
+            self._states_sha256[index + 1] = _write(self._file("states", index + 1), hidden)
         shard = self.keep_shard(index, tensors)
         record = FinishedLayer(
             shard.name,
             shard.stat().st_size,
-            _digest(shard),
+            digest_of(shard),
             list(tensors),
             seconds,
             list(operators),
@@ -142,8 +159,12 @@ class Journal:
             hidden_state_error,
             memory,
             finetuning,
+            masks_sha256,
+            self._states_sha256.get(index + 1),
+            self._states_sha256.get(index),
+            self.budgets_sha256,
         )
-        write_text(self._journal / f"layer-{index:05}.json", json.dumps(dataclasses.asdict(record)))
+        write_record(self._journal / f"layer-{index:05}.json", dataclasses.asdict(record))
         self._file("states", index).unlink(missing_ok=True)
 
     def keep_shard(self, index: int, tensors: dict[str, Tensor]) -> Path:
@@ -166,13 +187,13 @@ class Journal:
         file = self._file("masks", index)
         return load_file(file) if file.exists() else {}
 
-    def states(self, index: int, storage: Storage) -> HiddenStates | None:
-        """Hidden states that enter a decoder layer; `None` where they are not there whole."""
-        try:
-            device = "cpu" if isinstance(storage, Path) else str(storage)
-            tensors = load_file(self._file("states", index), device=device)
-        except (OSError, SafetensorError):
+    def states(self, index: int, sha256: str | None, storage: Storage) -> HiddenStates | None:
+        """Hidden states that enter a decoder layer; `None` where they are not there whole, with this digest."""
+        file = self._file("states", index)
+        if sha256 is None or not _is_whole(file, sha256):
             return None
+        tensors = load_file(file, device="cpu" if isinstance(storage, Path) else str(storage))
+        self._states_sha256[index] = sha256
         streams: dict[str, list[Tensor]] = {"dense": [], "pruned": []}
         for name in sorted(tensors, key=lambda name: int(name.partition(".")[2])):
             streams[name.partition(".")[0]].append(tensors[name])
@@ -180,28 +201,32 @@ class Journal:
 
     def keep_batches(self, fitted: FittedBatches) -> None:
         """Write the batches that the run works with."""
-        write_text(self._journal / "batches.json", json.dumps(dataclasses.asdict(fitted)))
+        write_record(self._journal / "batches.json", dataclasses.asdict(fitted))
 
     def batches(self) -> FittedBatches | None:
-        """The batches that the run works with; `None` before."""
-        file = self._journal / "batches.json"
-        return FittedBatches(**json.loads(file.read_text())) if file.exists() else None
+        """The batches that the run works with; `None` before, or where they are damaged."""
+        values = read_record(self._journal / "batches.json")
+        return None if values is None else FittedBatches(**values)
+
+    def keep_weights(self, files: Mapping[str, Any]) -> None:
+        """Write what tells whether the weight files are still the same."""
+        write_record(self._journal / WEIGHTS_FILE, dict(files))
 
     def keep_budgets(self, budgets: Budgets) -> None:
         """Write the sparsities that the operators were given."""
-        metadata = {"budgets": json.dumps({"sparsities": budgets.sparsities, "unseen": budgets.unseen})}
         weights = {name: value.cpu().contiguous() for name, value in budgets.output_weights.items()}
-        write_tensors(self._journal / "budgets.safetensors", weights, metadata)
+        sha256 = _write(self._journal / "budgets.safetensors", weights)
+        values = {"sparsities": budgets.sparsities, "unseen": budgets.unseen, "weights_sha256": sha256}
+        write_record(self._journal / "budgets.json", values)
+        self.budgets_sha256 = _text_digest(values)
 
     def budgets(self, config: FistaPruningConfig) -> Budgets | None:
-        """The sparsities that the operators were given; `None` before."""
-        file = self._journal / "budgets.safetensors"
-        if not file.exists():
+        """The sparsities that the operators were given; `None` before, or where they are damaged."""
+        values, file = read_record(self._journal / "budgets.json"), self._journal / "budgets.safetensors"
+        if values is None or not _is_whole(file, values["weights_sha256"]):
             return None
-        with safe_open(file, "pt") as tensors:
-            values = json.loads(tensors.metadata()["budgets"])
-            weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-        return Budgets(config, values["sparsities"], weights, values["unseen"])
+        self.budgets_sha256 = _text_digest(values)
+        return Budgets(config, values["sparsities"], load_file(file), values["unseen"])
 
     @property
     def _stem(self) -> str:
@@ -211,11 +236,10 @@ class Journal:
         return self._journal / f"{kind}-{index:05}.safetensors"
 
     def _record(self, index: int, read_shard: bool) -> FinishedLayer | None:
-        """The record of a decoder layer whose shard is whole."""
-        file = self._journal / f"layer-{index:05}.json"
-        if not file.exists():
+        """The record of a decoder layer whose shard and masks are whole."""
+        values = read_record(self._journal / f"layer-{index:05}.json")
+        if values is None:
             return None
-        values = json.loads(file.read_text())
         values["operators"] = [OperatorReport.from_dict(operator) for operator in values["operators"]]
         if values.get("memory") is not None:
             values["memory"] = MemoryPeak(**values["memory"])
@@ -224,12 +248,65 @@ class Journal:
         record = FinishedLayer(**values)
         shard = self.folder / record.shard
         whole = shard.exists() and shard.stat().st_size == record.size
-        return record if whole and (not read_shard or _digest(shard) == record.sha256) else None
+        if whole and read_shard:
+            whole = _is_whole(shard, record.sha256)
+            if record.masks_sha256 is not None:
+                whole = _is_whole(self._file("masks", index), record.masks_sha256) and whole
+        return record if whole else None
 
 
-def _digest(path: Path) -> str:
+def write_record(path: Path, values: Mapping[str, Any]) -> None:
+    """Write plain values as JSON, with their digest."""
+    write_text(path, json.dumps({"sha256": _text_digest(values), "values": values}, indent=1))
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The values of a record; `None` where there is none, or it is damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+        values: dict[str, Any] = found["values"]
+        if found["sha256"] == _text_digest(values):
+            return values
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        pass
+    logger.warning("%s is damaged and not used", path)
+    return None
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text_digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    """Whether a file is there with the bytes that were written."""
+    if path.exists() and digest_of(path) == sha256:
+        return True
+    logger.warning("%s is damaged and not used", path)
+    return False
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a safetensors file and return its digest."""
+    write_tensors(path, tensors, {"format": "pt"})  # no metadata and no tensors would make a file that can't be read
+    return digest_of(path)
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """What differs between two dictionaries of dictionaries, for people."""
+    for key in {**found, **wanted}:
+        was, now = found.get(key), wanted.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _differences(was, now, f"{prefix}{key}.")
+        elif was != now:
+            yield f"{prefix}{key} was {_short(was)}, is {_short(now)}"
 
 
 def _short(value: Any) -> str:

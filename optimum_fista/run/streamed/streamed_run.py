@@ -24,8 +24,8 @@ from optimum_fista.run.planning.batches import FittedBatches
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport
 from optimum_fista.run.rollback import Rollback
-from optimum_fista.run.streamed.fingerprint import is_of_another_run
-from optimum_fista.run.streamed.journal import FOLDER, FinishedLayer, Journal
+from optimum_fista.run.streamed.fingerprint import digests, hash_weights, is_of_another_run, run_fingerprint
+from optimum_fista.run.streamed.journal import FOLDER, WEIGHTS_FILE, FinishedLayer, Journal, read_record
 from optimum_fista.run.streamed.ranks import RankError, Ranks
 from optimum_fista.run.streamed.remaining_files import as_saved, write_remaining
 from optimum_fista.run.streamed.shares import share_layers
@@ -72,14 +72,18 @@ class StreamedRun:
         if on_cpu or self.pruning.storage_device == "disk":
             self.pruning.storage_device = folder
 
-    def open(self, folder: Path, fingerprint: dict[str, Any], overwrite: bool, ranks: Ranks) -> None:
-        """Open the journal, and take up what is finished."""
+    def open(self, folder: Path, source: Path, overwrite: bool, ranks: Ranks) -> None:
+        """Open the journal of the run that prunes the weights in `source` as this one."""
         num_layers = len(self.pruning.layers)
+        self.source = source
+        known = ranks.first(lambda: hash_weights(source, read_record(folder / FOLDER / WEIGHTS_FILE) or {}))
+        self.weights = ranks.each(lambda: hash_weights(source, known))
+        fingerprint = run_fingerprint(self.weights, self.pruning) | ({"packed": True} if self.packed else {})
 
         def begin() -> dict[str, Any]:
             if overwrite and is_of_another_run(folder, fingerprint):
                 shutil.rmtree(folder)
-            Journal(folder, fingerprint, num_layers, self.packed)
+            Journal(folder, fingerprint, num_layers, self.packed).keep_weights(self.weights)
             return fingerprint
 
         def join(begun: dict[str, Any]) -> Journal:
@@ -97,7 +101,6 @@ class StreamedRun:
         self.journal = ranks.each(lambda: join(begun))
         fitted = ranks.first(self._fitted_batches)
         ranks.each(lambda: self.pruning.batches.use(fitted))
-        self.finished = ranks.first(self._finished)
 
     def begin(self) -> None:
         """Tell callbacks that the run is about to prune."""
@@ -106,10 +109,11 @@ class StreamedRun:
 
     def prune(self, ranks: Ranks) -> None:
         """Prune this process's share of the decoder layers that are left, and write each for good."""
-        unfinished = [index for index in range(len(self.pruning.layers)) if index not in self.finished]
-        if unfinished:
-            with self.rollback:
-                ranks.first(self._share_budgets)
+        with self.rollback:
+            ranks.first(self._share_budgets)
+            self.finished = ranks.first(self._finished)
+            unfinished = [index for index in range(len(self.pruning.layers)) if index not in self.finished]
+            if unfinished:
                 todo = share_layers(unfinished, self.pruning.costs(), ranks.count)[ranks.index]
                 ranks.each(lambda: self._prune_layers(todo))
 
@@ -117,6 +121,7 @@ class StreamedRun:
         """Write all that is not a decoder layer, and give the folder its name.
 
         Raises:
+            ValueError: If the weights changed meanwhile.
             RankError: If decoder layers are not there.
         """
         report, journal = self.pruning.report, self.journal
@@ -129,12 +134,12 @@ class StreamedRun:
             for (_, done), (name, _) in zip(sorted(layers.items()), self.pruning.layers, strict=True)
         ]
         report.seconds["total"] = time.perf_counter() - started + sum(o.seconds for o in self.finished.values())
-        self.pruning.budgets = journal.budgets(self.pruning.config)
         report.left_dense = {k: why for _, layer in sorted(layers.items()) for k, why in layer.left_dense.items()}
         self.pruning.complete_report()
         masks = {name: mask for index in sorted(layers) for name, mask in journal.masks(index).items()}
         report, masks = as_stored(report, masks, self.pruning.stored_names)
         write_remaining(self.model, self.tokenizer, report, None if self.packed else masks, journal, layers)
+        self._require_same_weights()
         for left in [*journal.folder.glob(".tmp*"), *journal.folder.glob(".*.partial")]:
             left.unlink()  # of a process that was killed while safetensors wrote
         replace_folder(journal.folder, output_dir)
@@ -156,13 +161,22 @@ class StreamedRun:
         return fitted
 
     def _finished(self) -> dict[int, FinishedLayer]:
-        """The decoder layers that need not be pruned again."""
-        finished, pruning = self.journal.finished(), self.pruning
+        """The decoder layers that need not be pruned again.
+
+        They were pruned with the budgets at hand. If layers depend on each other, these are the first ones, each pruned
+        on the hidden states that the layer before it left.
+        """
+        journal, pruning = self.journal, self.pruning
+        finished = {
+            i: layer for i, layer in journal.finished().items() if layer.budgets_sha256 == journal.budgets_sha256
+        }
         if pruning.config.independent_layers:
             return finished
-        first = next(index for index in range(len(pruning.layers) + 1) if index not in finished)
+        first, states = 0, None
+        while first in finished and finished[first].entered_sha256 == states:
+            first, states = first + 1, finished[first].states_sha256
         if 0 < first <= pruning.last_layer:
-            pruning.states = self.journal.states(first, pruning.storage)
+            pruning.states = journal.states(first, states, pruning.storage)
             if pruning.states is None:
                 first = 0  # they can't be made again without the layers before
             else:
@@ -173,7 +187,9 @@ class StreamedRun:
         """Share the zeros over the operators, or take up how they were shared."""
         self.pruning.budgets = self.journal.budgets(self.pruning.config)
         if self.pruning.budgets is None:
-            self.journal.keep_budgets(self.pruning.shared_budgets())
+            budgets = self.pruning.shared_budgets()
+            self._require_same_weights()
+            self.journal.keep_budgets(budgets)
 
     def _prune_layers(self, todo: Sequence[int]) -> None:
         pruning, journal = self.pruning, self.journal
@@ -195,9 +211,20 @@ class StreamedRun:
             left_dense = {key: why for key, why in pruning.report.left_dense.items() if key.startswith(f"{name}.")}
             seconds, found = time.perf_counter() - started, pruning.report.layers[-1]
             numbers = (found.hidden_state_error, found.memory, found.finetuning)
+            self._require_same_weights()
             journal.keep_layer(index, tensors, masks, reports, left_dense, states, seconds, *numbers)
             del tensors
             started = time.perf_counter()
+
+    def _require_same_weights(self) -> None:
+        """Refuse what was made of weights that changed after they were hashed."""
+        found = hash_weights(self.source, self.weights)
+        if digests(found) != digests(self.weights):
+            raise ValueError(
+                f"the weight files in {str(self.source)!r} changed while they were pruned: put them back and start "
+                "again with the same output, or pass overwrite=True (--overwrite) to begin with what they are now."
+            )
+        self.weights = found
 
     def _pack(
         self, tensors: dict[str, Tensor], operators: list[OperatorReport], masks: dict[str, Tensor]

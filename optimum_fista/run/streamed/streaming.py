@@ -16,7 +16,7 @@ from optimum_fista.run.checkpoints.checkpoint import require_free_folder
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory.free_memory import keep_large_blocks_apart
 from optimum_fista.run.reports.report import PruningReport
-from optimum_fista.run.streamed.fingerprint import run_fingerprint
+from optimum_fista.run.streamed.fingerprint import model_folder
 from optimum_fista.run.streamed.lazy_loading import load_lazily
 from optimum_fista.run.streamed.ranks import RankError, joined_ranks, require_independent_layers
 from optimum_fista.run.streamed.streamed_run import StreamedRun
@@ -49,7 +49,7 @@ def prune_files(
         tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload_folder,
     ):
 
-        def begin() -> tuple[StreamedRun, dict[str, Any]]:
+        def begin() -> tuple[StreamedRun, Path]:
             require_free_folder(output_dir, overwrite)
             if not ranks.index:
                 require_writable(folder, output_dir)
@@ -62,10 +62,10 @@ def prune_files(
             run.store_beside(folder)
             if ranks.count > 1:
                 run.pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
-            return run, run_fingerprint(str(name), run.pruning) | ({"packed": True} if packed else {})
+            return run, model_folder(str(name))
 
-        run, fingerprint = ranks.each(begin)
-        run.open(folder, fingerprint, overwrite, ranks)
+        run, source = ranks.each(begin)
+        run.open(folder, source, overwrite, ranks)
         try:
             ranks.each(run.begin)
             run.prune(ranks)

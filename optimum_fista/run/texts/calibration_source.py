@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -66,7 +67,7 @@ def calibration_tokens_by_name(
         seed: Seed of the sampling.
         device: Where the model samples its text.
         dtype: In which dtype.
-        keep_in: Folder to keep sampled text in, and to take it from when a run is started again.
+        keep_in: Folder to keep sampled text in, and to take it from when a run is started again on the same files.
 
     Raises:
         ValueError: If the source is unknown, too short, or a number is not positive.
@@ -75,18 +76,31 @@ def calibration_tokens_by_name(
         length = _length(read_config(name), num_samples, sequence_length)
         tokenizer = require_tokenizer(name)
         return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
-    settings = json.dumps([name, source, num_samples, sequence_length, seed, dtype])
+    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(name).glob("*") if p.is_file())
+    settings = json.dumps([name, files, source, num_samples, sequence_length, seed, dtype])
     file = keep_in / "calibration.safetensors" if keep_in is not None else None
-    if file is not None and file.exists():
-        with safe_open(file, "pt") as kept:
-            if kept.metadata()["settings"] == settings:
-                return kept.get_tensor("tokens")
+    if file is not None and (kept := _kept_tokens(file, settings)) is not None:
+        return kept
     model, own_tokenizer = load_model(name, device=device, dtype=dtype)
     tokens = calibration_tokens(source, model, own_tokenizer, num_samples, sequence_length, seed)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(file, {"tokens": tokens}, {"settings": settings})
+        write_tensors(file, {"tokens": tokens}, {"sha256": _digest(settings, tokens)})
     return tokens
+
+
+def _kept_tokens(file: Path, settings: str) -> Tensor | None:
+    """Tokens that were kept whole, with these settings."""
+    try:
+        with safe_open(file, "pt") as kept:
+            tokens, sha256 = kept.get_tensor("tokens"), (kept.metadata() or {}).get("sha256")
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return tokens if sha256 == _digest(settings, tokens) else None
+
+
+def _digest(settings: str, tokens: Tensor) -> str:
+    return hashlib.sha256(f"{settings} {tokens.dtype} {tokens.tolist()}".encode()).hexdigest()
 
 
 def usual_length(config: PreTrainedConfig) -> int:

@@ -71,7 +71,7 @@ def test_a_resumed_run_keeps_its_batches(monkeypatch, tmp_path):
     with pytest.warns(UserWarning, match="batches of 2"), pytest.raises(KeyboardInterrupt):
         pruner.prune(source, tiny_tokens().split(8), output_dir=tmp_path / "pruned")
     file = tmp_path / "pruned.unfinished" / "journal" / "batches.json"
-    assert max(json.loads(file.read_text())["sizes"]) == 2
+    assert max(json.loads(file.read_text())["values"]["sizes"]) == 2
     monkeypatch.setattr(Journal, "keep_layer", kept)
     have_free(monkeypatch, 2**40)
     with pytest.warns(UserWarning, match="batches of 2"):

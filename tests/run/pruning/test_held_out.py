@@ -227,7 +227,7 @@ def test_a_run_from_files_that_is_cut_off_goes_on_to_the_same_bytes(tmp_path, mo
         patch.setattr(streamed_run.Journal, "keep_layer", cut_off)
         with pytest.raises(KeyboardInterrupt):
             run("cut")
-    with pytest.raises(ValueError, match=r"the unfinished run in .* was another one .config was"):
+    with pytest.raises(ValueError, match=r"the unfinished run in .* was another one .config.held_out was"):
         run("cut", FistaPruningConfig(held_out=2, **options))
     run("cut")
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")

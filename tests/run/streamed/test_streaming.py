@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,14 @@ from optimum_fista.run.streamed import journal, streamed_run, streaming
 from optimum_fista.run.streamed.unfinished import unfinished_folder
 
 LAYERS = 4
+_READ_AGAIN = [
+    f"model-00002-of-0000{LAYERS + 1}.safetensors",
+    "journal/masks-00001.safetensors",
+    "journal/states-00002.safetensors",
+    "journal/budgets.safetensors",
+    "journal/budgets.json",
+    "journal/layer-00001.json",
+]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +119,7 @@ def cut_off(monkeypatch, target, name, replacement, *arguments, error=Stop, **op
     return raised.value
 
 
-@pytest.mark.parametrize("writes", range(1, 24, 3))
+@pytest.mark.parametrize("writes", range(1, 26, 3))
 def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp_path, writes):
     with killed_at_write(writes), pytest.raises(Killed):
         prune(source, tmp_path / "pruned")
@@ -119,6 +128,21 @@ def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp
         AutoModelForCausalLM.from_pretrained(unfinished_folder(tmp_path / "pruned"))
     prune(source, tmp_path / "pruned")
     assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+@pytest.fixture(scope="module")
+def cut_off_half_way(source, tmp_path_factory) -> Path:
+    """What a run leaves that was cut off after the second of four decoder layers; do not write to it."""
+    output, keep = tmp_path_factory.mktemp("half") / "pruned", journal.Journal.keep_layer
+
+    def cut(self, index, *arguments):
+        keep(self, index, *arguments)
+        if index == 1:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patched:
+        cut_off(patched, journal.Journal, "keep_layer", cut, source, output)
+    return unfinished_folder(output)
 
 
 def test_finished_layers_are_not_pruned_again(source, whole, tmp_path, monkeypatch):
@@ -200,17 +224,61 @@ def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, 
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
-def test_a_damaged_shard_is_made_again(source, whole, tmp_path, monkeypatch, damage):
-    cut_off(monkeypatch, streamed_run, "write_remaining", stop, source, tmp_path / "pruned")
-    shard = unfinished_folder(tmp_path / "pruned") / f"model-00002-of-0000{LAYERS + 1}.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-9] ^= 1
-    shard.write_bytes(data[:-100] if damage == "truncated" else data)
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, "flipped") for name in [*_READ_AGAIN, "journal/batches.json", "journal/weights.json"]),
+        *((name, "gone") for name in _READ_AGAIN),
+        ("journal/states-00002.safetensors", "truncated"),
+        ("journal/layer-00001.json", "truncated"),
+    ],
+)
+def test_what_is_damaged_is_made_again(source, whole, cut_off_half_way, tmp_path, name, damage):
+    shutil.copytree(cut_off_half_way, unfinished_folder(tmp_path / "pruned"))
+    file = unfinished_folder(tmp_path / "pruned") / name
+    data = bytearray(file.read_bytes())
+    data[-len(data) // 3] ^= 1
+    file.write_bytes(data[: len(data) // 2] if damage == "truncated" else data)
     if damage == "gone":
-        shard.unlink()
+        file.unlink()
     prune(source, tmp_path / "pruned")
     assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_fingerprint_is_one_error(source, cut_off_half_way, tmp_path, damage):
+    shutil.copytree(cut_off_half_way, unfinished_folder(tmp_path / "pruned"))
+    file = unfinished_folder(tmp_path / "pruned") / "journal" / "fingerprint.json"
+    text = file.read_text()
+    file.write_text(text[:100] if damage == "truncated" else text.replace("0.5", "0.6"))
+    with pytest.raises(ValueError, match=r"fingerprint\.json' is damaged.*pass another folder, or pass overwrite=True"):
+        prune(source, tmp_path / "pruned")
+    prune(source, tmp_path / "pruned", overwrite=True)
+
+
+def test_hidden_states_of_another_chain_of_layers_are_not_taken(source, whole, cut_off_half_way, tmp_path, monkeypatch):
+    """Layer 0 is made again and comes out otherwise; the layers after it, which are whole, do not fit it."""
+    output = unfinished_folder(tmp_path / "pruned")
+    shutil.copytree(cut_off_half_way, output)
+    (output / f"model-00001-of-0000{LAYERS + 1}.safetensors").unlink()
+    write = streamed_run.StreamedRun._write
+
+    def otherwise(self, operator, pruned):
+        pruned.weight.mul_(0.5)
+        write(self, operator, pruned)
+
+    keep = journal.Journal.keep_layer
+    with monkeypatch.context() as patched:
+        patched.setattr(streamed_run.StreamedRun, "_write", otherwise)
+        patched.setattr(journal.Journal, "keep_layer", lambda *arguments: [keep(*arguments), stop()])
+        with pytest.raises(Stop):
+            prune(source, tmp_path / "pruned")
+    kept = []
+    monkeypatch.setattr(
+        journal.Journal, "keep_layer", lambda self, index, *a: [kept.append(index), keep(self, index, *a)]
+    )
+    prune(source, tmp_path / "pruned")
+    assert kept == [1, 2, 3]
 
 
 def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch):
@@ -218,7 +286,7 @@ def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch
 
     def full(path):
         flushed.append(path)
-        if len(flushed) > 22:
+        if len(flushed) > 26:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         flush(path)
 
@@ -268,13 +336,15 @@ def test_a_read_only_folder_is_refused_before_any_work(source, tmp_path):
 
 def test_another_run_in_the_same_folder_is_refused_by_its_differences(source, whole, tmp_path, monkeypatch):
     cut_off(monkeypatch, journal.Journal, "keep_layer", stop, source, tmp_path / "pruned")
-    with pytest.raises(ValueError, match=r"unfinished run in .* was another one \(config was .*, is .*\)\. Start it"):
+    with pytest.raises(
+        ValueError, match=r"unfinished run in .* was another one \(config\.sparsity was 0\.5, is 0\.25\)\. Start it"
+    ):
         prune(source, tmp_path / "pruned", FistaPruningConfig(0.25))
     with pytest.raises(ValueError, match=r"another one \(batches was"):
         FistaPruner(progress=False).prune(source, tiny_tokens().split(2), output_dir=tmp_path / "pruned")
     other = tmp_path / "other"
     tiny_llama(num_hidden_layers=LAYERS, initializer_range=0.1).to(torch.bfloat16).save_pretrained(other)
-    with pytest.raises(ValueError, match=r"another one \(model was"):
+    with pytest.raises(ValueError, match=r"another one \(weights\.model-"):
         prune(other, tmp_path / "pruned")
     prune(source, tmp_path / "pruned", FistaPruningConfig(0.25), overwrite=True)
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
