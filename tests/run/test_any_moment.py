@@ -6,23 +6,13 @@ from contextlib import suppress
 import pytest
 import torch
 from accelerate import cpu_offload
+from any_moment import assert_same_files, assert_same_result, moments, prune
 from raising import InterruptAt, RaiseAt
-from tiny_llama import tiny_llama, tiny_tokens
+from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
 from untouched import Untouched
 
-from optimum_fista import FistaPruner, FistaPruningConfig
-
-CONFIG = FistaPruningConfig(
-    method="wanda", error_correction="full", residual_correction=1.0, finetune="layer", finetune_steps=2
-)
-"""All that a run may do, in few operations."""
-
 pytestmark = pytest.mark.filterwarnings("ignore:out of memory")
-
-
-def prune(model, **options):
-    return FistaPruner(CONFIG, progress=False).prune(model, tiny_tokens().split(4), **options)
 
 
 def prune_with(error, moment, model, **options):
@@ -30,30 +20,6 @@ def prune_with(error, moment, model, **options):
     with RaiseAt(moment, error), suppress(type(error)):
         return prune(model, **options)
     return None
-
-
-def moments(count, share):
-    """Every `share`-th of all moments; the slow tests take them all."""
-    return range(1 + share // 2, count + 1, share)
-
-
-def assert_same_result(model, report, expected, expected_report):
-    """The result with memory enough, up to rounding, and a report that says that batches were cut."""
-    pairs = zip(model.parameters(), expected.parameters(), strict=True)
-    difference = sum(float((a - b).detach().norm() ** 2) for a, b in pairs)
-    assert difference < 1e-4 * sum(float(p.detach().norm() ** 2) for p in expected.parameters())
-    assert ["no room" in warning for warning in report.warnings] == [True]
-    assert [layer.name for layer in report.layers] == [layer.name for layer in expected_report.layers]
-    for ours, theirs in zip(report.operators, expected_report.operators, strict=True):
-        assert ours.name == theirs.name
-        assert ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-2)
-
-
-def assert_same_files(folder, expected):
-    shards = sorted(path.name for path in expected.glob("*.safetensors"))
-    assert shards == sorted(path.name for path in folder.glob("*.safetensors"))
-    for name in shards:
-        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("share", [401, pytest.param(1, marks=pytest.mark.slow)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -44,7 +45,8 @@ class PeakMemory:
         self._counts = device_counts(device)
         self._process = psutil.Process()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="peak memory")
+        # The thread must not keep this object, so that it ends with it if an interrupt hits the context itself.
+        self._thread = threading.Thread(target=_watch, args=(weakref.ref(self), self._done), daemon=True)
         self.peak = MemoryPeak(0)
 
     def __enter__(self) -> PeakMemory:
@@ -63,10 +65,6 @@ class PeakMemory:
         if self._counts is not None:
             self.peak = replace(self.peak, device_bytes=self._counts.max_memory_allocated(self._device))
 
-    def _watch(self) -> None:
-        while not self._done.wait(_INTERVAL):
-            self._look()
-
     def _look(self) -> None:
         memory = self._process.memory_info()
         anonymous = memory.rss - memory.shared if hasattr(memory, "shared") else None
@@ -75,3 +73,12 @@ class PeakMemory:
             max(seen.resident_bytes, memory.rss),
             None if anonymous is None else max(seen.anonymous_bytes or 0, anonymous),
         )
+
+
+def _watch(peak: weakref.ref[PeakMemory], done: threading.Event) -> None:
+    while not done.wait(_INTERVAL):
+        watched = peak()
+        if watched is None:
+            return
+        watched._look()
+        del watched

@@ -63,11 +63,13 @@ class MaskedTraining:
 
     def remove(self) -> None:
         """Apply the masks once more and let go of the model."""
-        if self._handles:
-            self.apply()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        try:
+            if self._handles:
+                self.apply()
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
 
     def __enter__(self) -> MaskedTraining:
         return self

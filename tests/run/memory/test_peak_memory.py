@@ -33,6 +33,15 @@ def test_it_ends_with_an_error(monkeypatch):
     assert not memory._thread.is_alive()
 
 
+def test_the_thread_of_a_context_that_was_never_left_ends_as_well():
+    memory = PeakMemory(CPU)
+    memory.__enter__()
+    thread = memory._thread
+    del memory
+    thread.join(5)
+    assert not thread.is_alive()
+
+
 def test_on_cuda_the_count_of_pytorch_starts_anew(monkeypatch):
     peaks = {"now": 5}
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.update(now=0))

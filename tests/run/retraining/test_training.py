@@ -211,6 +211,19 @@ def test_an_error_in_the_loop_ends_it(saved):
     assert strays(model, training.masks) > 8000
 
 
+def test_hooks_go_also_if_the_masks_can_not_be_applied(saved, monkeypatch):
+    model = reload(saved)
+    training = masked_training(model)
+
+    def fail():
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(training, "apply", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        training.remove()
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+
+
 def test_a_handle_that_nobody_keeps_works_and_does_not_keep_the_model(saved):
     model = reload(saved)
     masks = find_masks(model)
