@@ -7,7 +7,7 @@ import functools
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,12 +30,12 @@ class Kernels:
 
     def __init__(self, library: Path, path: str | None = None) -> None:
         self._library = ctypes.CDLL(str(library))
-        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        matrix: list[Any] = [number, number, size, size, pointer, size, pointer, pointer]
-        self._linear = self._library.optimum_fista_packed_linear
-        self._linear.argtypes = [*matrix, pointer, size, pointer, pointer, number]
-        self._unpack = self._library.optimum_fista_unpack_rows
-        self._unpack.argtypes = [*matrix, size, size, pointer, number]
+        number, size, buffer = ctypes.c_int, ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int64)
+        matrix: list[Any] = [number, number, size, *buffer, *buffer, *buffer]
+        self._linear = self._library.optimum_fista_multiply
+        self._linear.argtypes = [*matrix, *buffer, *buffer, *buffer, number]
+        self._unpack = self._library.optimum_fista_unpack
+        self._unpack.argtypes = [*matrix, size, *buffer, number]
         best = self._library.optimum_fista_best_path()
         if path is not None and path not in PATHS[: best + 1]:
             raise ValueError(f"path={path!r}: this CPU has {', '.join(PATHS[: best + 1])}.")
@@ -48,10 +48,10 @@ class Kernels:
         return self.path == "avx512" and dtype == torch.bfloat16
 
     def linear(self, x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
-        """Product y = W x + b of checked tensors.
+        """Product y = W x + b of contiguous tensors on the CPU.
 
         Args:
-            x: [..., columns], float32, float16 or bfloat16, contiguous; sums are taken in float32.
+            x: [..., columns], float32, float16 or bfloat16; sums are taken in float32.
             values: [kept], the dtype of `x`.
             mask: uint8 [rows, 8 ceil(columns / 64)].
             starts: int64 [rows + 1], where the values of each row start.
@@ -59,44 +59,50 @@ class Kernels:
 
         Returns:
             [..., rows] of the dtype of `x`.
+
+        Raises:
+            ValueError: If sizes do not fit each other, or the mask keeps other numbers of weights than `starts` says.
         """
         *leading, columns = x.shape
-        rows = mask.shape[0]
-        y = torch.empty(*leading, rows, dtype=x.dtype)
+        y = torch.empty((*leading, mask.shape[0]), dtype=x.dtype)
         failed = self._linear(
             self._path,
             _TYPES[x.dtype],
-            rows,
             columns,
             values.data_ptr(),
-            values.numel(),
+            values.nbytes,
             mask.data_ptr(),
+            mask.nbytes,
             starts.data_ptr(),
+            starts.nbytes,
             x.data_ptr(),
-            x.numel() // columns,
+            x.nbytes,
             None if bias is None else bias.data_ptr(),
+            0 if bias is None else bias.nbytes,
             y.data_ptr(),
+            y.nbytes,
             torch.get_num_threads(),
         )
-        return _or_raise(failed, y)
+        return y if not failed else _refuse(failed, columns, values, mask, starts, bias)
 
-    def unpack_rows(self, values: Tensor, mask: Tensor, starts: Tensor, first: int, last: int, dense: Tensor) -> Tensor:
-        """Write rows `first` to `last - 1` into `dense`, contiguous [last - first, columns] of the values' dtype."""
+    def unpack_rows(self, values: Tensor, mask: Tensor, starts: Tensor, first: int, dense: Tensor) -> Tensor:
+        """Write rows from `first` on into `dense`, [count, columns] of the values' dtype; raises as `linear` does."""
         failed = self._unpack(
             self._path,
-            values.element_size(),
-            mask.shape[0],
+            _TYPES[values.dtype],
             dense.shape[1],
             values.data_ptr(),
-            values.numel(),
+            values.nbytes,
             mask.data_ptr(),
+            mask.nbytes,
             starts.data_ptr(),
+            starts.nbytes,
             first,
-            last,
             dense.data_ptr(),
+            dense.nbytes,
             torch.get_num_threads(),
         )
-        return _or_raise(failed, dense)
+        return dense if not failed else _refuse(failed, dense.shape[1], values, mask, starts, None)
 
     def _use_threads_of_torch(self) -> None:
         """Take OpenMP's functions from the very library that PyTorch is linked to; without one, std::thread serves."""
@@ -136,7 +142,7 @@ def kernels() -> Kernels | None:
     if library is not None:
         try:
             return Kernels(library, wanted)
-        except OSError as error:
+        except (OSError, AttributeError) as error:  # the latter from a library that another version compiled
             reason = f"could not be loaded ({error})"
     else:
         reason = "were not compiled when optimum-fista was installed"
@@ -149,7 +155,12 @@ def kernels() -> Kernels | None:
     return None
 
 
-def _or_raise(failed: int, result: Tensor) -> Tensor:
-    if failed:
-        raise ValueError("starts does not end with the number of values: pass the row starts of this mask.")
-    return result
+def _refuse(failed: int, columns: int, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> NoReturn:
+    sizes = f"a mask of shape {tuple(mask.shape)}, {starts.numel()} row starts and {values.numel()} values"
+    sizes += "" if bias is None else f" with a bias of shape {tuple(bias.shape)}"
+    if failed == 1:
+        raise ValueError(f"x has {columns} columns, which {sizes} do not fit: pass the tensors of one such matrix.")
+    raise ValueError(
+        f"The mask keeps other numbers of weights than its row starts say ({sizes}, {columns} columns): pass the row "
+        "starts of this mask; PackedLinear.prepare finds them."
+    )

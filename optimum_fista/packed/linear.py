@@ -162,6 +162,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], sums in float32."""
         tensors = self._buffers  # quicker than attributes, which small layers would notice
+        if x.shape[-1] != self.in_features:  # the operation knows the width only to the next multiple of 64
+            raise ValueError(f"x has shape {tuple(x.shape)}: pass one of shape (..., {self.in_features}).")
         starts, mask = tensors["weight_starts"], tensors["weight_mask"]
         if starts is None or starts.is_meta > mask.is_meta:  # type: ignore[union-attr]
             self.prepare()

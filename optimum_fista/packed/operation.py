@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from optimum_fista.packed.bits import as_words, count_bits, mask_bytes, place, unpack_bits
@@ -28,6 +29,9 @@ _library.define("unpack(Tensor values, Tensor mask, Tensor starts, int columns) 
 def packed_linear(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
     """Product W x + b with a packed matrix; differentiable in `x` and `bias`, not in the values.
 
+    Under autocast it is taken in autocast's dtype, as `nn.functional.linear` does. Under forward-mode differentiation
+    and `torch.func` the weight is dense for the length of the product.
+
     Args:
         x: [..., columns], the dtype and device of the values.
         values: [kept].
@@ -39,10 +43,14 @@ def packed_linear(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias:
         [..., rows].
 
     Raises:
-        ValueError: If a dtype, device or size does not fit.
+        ValueError: If a dtype, device or size does not fit, or the mask is not that of the row starts.
     """
+    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(x.device.type):
+        x, values, bias = _as_autocast(x), _as_autocast(values), None if bias is None else _as_autocast(bias)
     if _is_plain(x, bias):
         return _multiply_on_cpu(x, values, mask, starts, bias)
+    if _is_transformed():
+        return functional.linear(x, torch.ops.optimum_fista.unpack(values, mask, starts, x.shape[-1]), bias)
     return torch.ops.optimum_fista.packed_linear(x, values, mask, starts, bias)
 
 
@@ -53,28 +61,47 @@ def row_starts(mask: Tensor) -> Tensor:
     return starts
 
 
+def _as_autocast(tensor: Tensor) -> Tensor:
+    """A tensor in the dtype of its device's autocast, if that is on; float64 stays, as for PyTorch's own operations."""
+    device = tensor.device.type
+    is_cast = torch.is_autocast_enabled(device) and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(device)) if is_cast else tensor
+
+
 def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing traces, wraps or differentiates this product, so that the dispatcher can be passed by."""
     return (
         type(x) is Tensor
-        and x.device.type == "cpu"
+        and x.is_cpu
         and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_tracing()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not _is_transformed()
+        and not x.is_neg()  # a view of memory with the other sign
+        and not (bias is not None and bias.is_neg())
     )
+
+
+def _is_transformed() -> bool:
+    """Whether forward-mode differentiation or `torch.func` is at work, for which the operation has no rules."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.get_dynamic_layer_stack_depth() > 0
 
 
 def _check(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> None:
     rows, columns = mask.shape[0], x.shape[-1]
-    if x.device != values.device:
+    device, dtype = x.device, x.dtype
+    if not device == values.device == mask.device == starts.device == (device if bias is None else bias.device):
         raise ValueError(f"x is on {x.device}, the packed weight on {values.device}: bring them to one device.")
-    if x.dtype != values.dtype or (bias is not None and bias.dtype != x.dtype):
+    if dtype != values.dtype or (bias is not None and bias.dtype != dtype):
         raise ValueError(
             f"x is {x.dtype}, the weight {values.dtype}{'' if bias is None else f', the bias {bias.dtype}'}: pass "
             "tensors of one dtype."
         )
+    if mask.dtype != torch.uint8 or starts.dtype != torch.int64:
+        raise ValueError(f"mask is {mask.dtype}, starts {starts.dtype}: pass torch.uint8 and torch.int64.")
+    if not (values.is_contiguous() and mask.is_contiguous() and starts.is_contiguous()):
+        raise ValueError("values, mask and starts must be contiguous: pass them as PackedLinear.prepare leaves them.")
     if mask.shape[1] != mask_bytes(columns, None) or starts.numel() != rows + 1:
         raise ValueError(f"x has {columns} columns, which a mask of shape {tuple(mask.shape)} does not fit.")
     if bias is not None and tuple(bias.shape) != (rows,):
@@ -89,13 +116,20 @@ def _multiply(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Ten
 
 def _multiply_on_cpu(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
     """Kernels for a few inputs; for more, where they have none, tiles of rows are multiplied as dense ones."""
-    compiled = kernels()
-    if compiled is None or x.dtype not in KERNEL_DTYPES or x.numel() == 0:
+    compiled, dtype = kernels(), x.dtype
+    if compiled is None or dtype not in KERNEL_DTYPES or x.numel() == 0:
         return _multiply(x, values, mask, starts, bias)
-    _check(x, values, mask, starts, bias)
-    inputs = x.contiguous()
-    if x.numel() <= _MAX_BATCH * x.shape[-1] or compiled.takes_many(x.dtype):
+    inputs, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    if x.numel() <= _MAX_BATCH * x.shape[-1] or compiled.takes_many(dtype):
+        if not (
+            dtype == values.dtype
+            and (bias is None or (bias.dtype == dtype and bias.is_cpu))
+            and (values.is_cpu and mask.is_cpu and starts.is_cpu)
+            and (values.is_contiguous() and mask.is_contiguous() and starts.is_contiguous())
+        ):  # all that the kernels can't see themselves; the rest of _check would take longer than a small product
+            _check(x, values, mask, starts, bias)
         return compiled.linear(inputs, values, mask, starts, bias)
+    _check(x, values, mask, starts, bias)
     product = _multiply_by_tiles(compiled, inputs.view(-1, x.shape[-1]), values, mask, starts, bias)
     return product.view(*x.shape[:-1], mask.shape[0])
 
@@ -112,7 +146,7 @@ def _multiply_by_tiles(
     scratch = torch.empty(min(height, rows), columns, dtype=values.dtype)
     for first in range(0, rows, height):
         last = min(first + height, rows)
-        tile = compiled.unpack_rows(values, mask, starts, first, last, scratch[: last - first]).to(computed).t()
+        tile = compiled.unpack_rows(values, mask, starts, first, scratch[: last - first]).to(computed).t()
         if bias is None:
             torch.mm(inputs, tile, out=y[:, first:last])
         else:
@@ -132,7 +166,7 @@ def _unpack(values: Tensor, mask: Tensor, starts: Tensor, columns: int) -> Tenso
     dense = torch.zeros(mask.shape[0], columns, dtype=values.dtype, device=values.device)
     compiled = kernels() if values.device.type == "cpu" and values.dtype in KERNEL_DTYPES else None
     if compiled is not None:
-        return compiled.unpack_rows(values, mask, starts, 0, mask.shape[0], dense)
+        return compiled.unpack_rows(values, mask, starts, 0, dense)
     place(as_words(values), unpack_bits(mask, columns), as_words(dense))
     return dense
 

@@ -152,7 +152,7 @@ def test_rows_are_unpacked_bit_for_bit(path, dtype, shape):
     packed = pack(weight, mask)
     first, last = shape[0] // 3, shape[0]
     dense = torch.full((last - first, shape[1]), 7, dtype=dtype)
-    Kernels(find_library(), path).unpack_rows(packed.values, packed.mask, row_starts(packed.mask), first, last, dense)
+    Kernels(find_library(), path).unpack_rows(packed.values, packed.mask, row_starts(packed.mask), first, dense)
     assert torch.equal(dense, weight[first:last])
 
 
@@ -182,8 +182,47 @@ def test_numbers_out_of_range_are_rounded_as_pytorch_does():
 @needs_library
 def test_starts_of_another_mask_are_refused():
     packed, other = pack(torch.ones(4, 64)), pack(torch.eye(4, 64))
-    with pytest.raises(ValueError, match="starts does not end with the number of values"):
+    with pytest.raises(ValueError, match=r"a mask of shape .* 256 values do not fit"):
         kernels().linear(torch.ones(1, 64), packed.values, packed.mask, row_starts(other.mask), None)
+
+
+@needs_library
+@pytest.mark.parametrize("inputs", [1, 40])
+@pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("row", [3, 90])
+def test_masks_that_are_not_those_of_the_starts_are_refused(path, row, inputs):
+    """Bits behind the columns would be written behind the last row; others would move all values that follow."""
+    compiled, columns = Kernels(find_library(), path), 60
+    packed = pack(torch.ones(100, columns).bfloat16())
+    starts, x = row_starts(packed.mask), torch.ones(inputs, columns).bfloat16()
+    for bit in (0, 63):
+        mask = packed.mask.clone()
+        mask[row, bit // 8] ^= 1 << bit % 8
+        for given in (starts, row_starts(mask)) if bit == 63 else (starts,):
+            values = torch.ones(int(given[-1])).bfloat16()
+            with pytest.raises(ValueError, match="mask keeps other numbers of weights"):
+                compiled.linear(x, values, mask, given, None)
+            with pytest.raises(ValueError, match="mask keeps other numbers of weights"):
+                compiled.unpack_rows(values, mask, given, 0, torch.empty(100, columns).bfloat16())
+    wild = starts.clone()
+    wild[row] = 2**62
+    with pytest.raises(ValueError, match="mask keeps other numbers of weights"):
+        compiled.linear(x, packed.values, packed.mask, wild, None)
+
+
+@needs_library
+@pytest.mark.parametrize("path", paths())
+def test_sizes_are_compared_where_they_are_used(path):
+    compiled, packed = Kernels(find_library(), path), pack(torch.ones(4, 64))
+    starts, x, bias = row_starts(packed.mask), torch.ones(2, 64), torch.ones(4)
+    good = (x, packed.values, packed.mask, starts, bias)
+    for place, wrong in enumerate((torch.ones(2, 65), bias, packed.mask[:3], starts[1:], bias[1:])):
+        with pytest.raises(ValueError, match=r"x has 6. columns, which .* do not fit"):
+            compiled.linear(*good[:place], wrong, *good[place + 1 :])
+    for first, shape in ((0, (4, 65)), (1, (4, 64)), (-1, (1, 64)), (5, (0, 64))):
+        with pytest.raises(ValueError, match=r"x has 6. columns, which .* do not fit"):
+            compiled.unpack_rows(packed.values, packed.mask, starts, first, torch.ones(shape))
+    assert torch.equal(compiled.linear(*good), linear(x, torch.ones(4, 64), bias))
 
 
 @needs_library
@@ -202,8 +241,12 @@ def test_paths_are_chosen_by_name(monkeypatch):
 
 @pytest.mark.parametrize(
     ("library", "reason"),
-    [(None, "were not compiled"), (Path(__file__), "could not be loaded")],
-    ids=["none", "broken"],
+    [
+        (None, "were not compiled"),
+        (Path(__file__), "could not be loaded"),
+        (Path(torch._C.__file__), "could not be loaded .*undefined symbol"),
+    ],
+    ids=["none", "broken", "of another version"],
 )
 def test_missing_kernels_are_said_once(library, reason, monkeypatch):
     monkeypatch.setattr(module, "find_library", lambda: library)
@@ -218,10 +261,12 @@ def test_missing_kernels_are_said_once(library, reason, monkeypatch):
         kernels.cache_clear()
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-def test_kernels_are_clean_under_the_sanitizers(tmp_path):
-    """A driver in C++ with buffers of exact size: every path, dtype, batch, thread count and kind of tail."""
-    program = tmp_path / "driver"
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """The kernels with a driver in C++, compiled with the sanitizers."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path_factory.mktemp("driver") / "driver"
     build = subprocess.run(
         [
             COMPILER,
@@ -241,6 +286,25 @@ def test_kernels_are_clean_under_the_sanitizers(tmp_path):
     if "cannot find -l" in build.stderr or "cannot find lib" in build.stderr:
         pytest.skip("the compiler has no sanitizers")
     assert build.returncode == 0, build.stderr
-    done = subprocess.run([str(program)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("right: ")
+
+    def run(*arguments):
+        done = subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("right: ")
+
+    return run
+
+
+def test_kernels_are_clean_under_the_sanitizers(driver):
+    """Buffers of exact size: every path, dtype, batch, thread count and kind of tail."""
+    driver()
+
+
+def test_damaged_matrices_are_refused_by_every_path(driver):
+    driver(2, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_damaged_matrices_are_refused_for_minutes(driver, seed):
+    driver(60, seed)

@@ -119,6 +119,15 @@ def test_transposed_in_place(pattern):
     assert torch.equal(layer(torch.eye(24)), linear.weight.detach())
 
 
+@pytest.mark.parametrize("columns", [79, 81, 96])
+def test_inputs_of_another_width_are_refused(columns):
+    """Also those that fill the same words of a mask as the layer's do."""
+    linear, mask = sparse_linear()
+    layer = PackedLinear.from_linear(linear, mask)
+    with pytest.raises(ValueError, match=rf"x has shape \(3, {columns}\): pass one of shape \(\.\.\., 80\)"):
+        layer(torch.ones(3, columns))
+
+
 def test_inputs_on_another_device_are_refused():
     linear, mask = sparse_linear()
     with pytest.raises(ValueError, match="x is on meta, the packed weight on cpu: bring them to one device"):

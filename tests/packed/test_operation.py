@@ -69,6 +69,75 @@ def test_gradients_reach_the_input_and_the_bias(inputs):
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
 
 
+def assert_equal_derivatives(derivative, packed, dense):
+    torch.testing.assert_close(derivative(packed), derivative(dense), rtol=1e-4, atol=1e-4)
+
+
+def test_derivatives_of_every_kind():
+    """Forward-mode and those of torch.func, alone, nested and beside gradients."""
+    packed, dense = layer()
+    x, direction = torch.randn(3, 100), torch.randn(3, 100)
+
+    def dual(f):
+        with torch.autograd.forward_ad.dual_level():
+            y = f(torch.autograd.forward_ad.make_dual(x.clone().requires_grad_(), direction))
+            return torch.autograd.forward_ad.unpack_dual(y).tangent
+
+    def squared(f):
+        return lambda x: f(x).square().sum()
+
+    for derivative in (
+        dual,
+        lambda f: torch.func.jvp(f, (x,), (direction,)),
+        lambda f: torch.func.grad(squared(f))(x),
+        lambda f: torch.func.hessian(squared(f))(x[0]),
+        lambda f: torch.func.vmap(torch.func.grad(squared(f)))(x),
+        lambda f: torch.func.grad(lambda b: torch.func.functional_call(f, b, (x,)).square().sum())({"bias": f.bias}),
+    ):
+        assert_equal_derivatives(derivative, packed, dense)
+    with torch.no_grad():
+        assert_equal_derivatives(lambda f: torch.func.jvp(f, (x,), (direction,)), packed, dense)
+
+
+@pytest.mark.usefixtures("_with_and_without_kernels")
+@pytest.mark.parametrize("inputs", [1, 40])
+def test_views_of_memory_with_other_strides_and_signs(inputs):
+    weight, packed, bias = problem()
+    x = torch.randn(inputs, 100)
+    spread = torch.stack([bias, torch.full_like(bias, 1e6)], 1)[:, 0]
+    negative = torch.view_as_complex(torch.stack([bias, -bias], 1)).conj().imag
+    assert negative.is_neg()
+    assert not spread.is_contiguous()
+    for given_x, given in ((x, spread), (x, negative), (torch._neg_view(-x), bias), (x[:, ::1].T.contiguous().T, None)):
+        expected = linear(x, weight, None if given is None else bias)
+        torch.testing.assert_close(packed_linear(given_x, *packed, given), expected)
+        product = torch.ops.optimum_fista.packed_linear(given_x, *packed, given)
+        torch.testing.assert_close(product, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_as_a_dense_layer(dtype):
+    packed, dense = layer()
+    x = torch.randn(3, 100)
+    grads = []
+    for module in (packed, dense):
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype):
+            y = module(given)
+            assert y.dtype == module(x.to(dtype)).dtype == dtype
+            with torch.autocast("cpu", enabled=False):
+                assert module(x).dtype == torch.float32
+        y.float().square().sum().backward()
+        grads.append((y, given.grad))
+    torch.testing.assert_close(grads[0], grads[1], rtol=2e-2, atol=2e-2)
+    with torch.autocast("cpu", dtype):
+        compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), grads[1][0], rtol=2e-2, atol=2e-2)
+        wide, _ = layer(torch.float64)
+        assert wide(x.double()).dtype == torch.float64
+        assert wide.to("meta")(x.double().to("meta")).shape == (3, 40)
+
+
 def test_operations_are_registered_as_pytorch_wants_them():
     _, packed, bias = problem()
     x = torch.randn(3, 100, requires_grad=True)
@@ -125,10 +194,17 @@ def test_what_does_not_fit_is_said():
         packed_linear(torch.randn(1, 100).double(), *packed)
     with pytest.raises(ValueError, match=r"the bias torch\.float16"):
         packed_linear(torch.randn(1, 100), *packed, bias.half())
-    with pytest.raises(ValueError, match=r"x has 30 columns, which a mask of shape \(40, 16\) does not fit"):
+    with pytest.raises(ValueError, match=r"x has 30 columns, which a mask of shape \(40, 16\), .* do not fit"):
         packed_linear(torch.randn(1, 30), *packed)
-    with pytest.raises(ValueError, match=r"bias has shape \(39,\): pass one of shape \(40,\)"):
+    with pytest.raises(ValueError, match=r"a bias of shape \(39,\) do not fit"):
         packed_linear(torch.randn(1, 100), *packed, bias[1:])
+    values, mask, starts = packed
+    for wrong in ((values, mask.int(), starts), (values, mask, starts.int())):
+        for inputs, message in ((1, "do not fit"), (40, r"pass torch\.uint8 and torch\.int64")):
+            with pytest.raises(ValueError, match=message):
+                packed_linear(torch.randn(inputs, 100), *wrong)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        packed_linear(torch.randn(1, 100), values.repeat(2)[::2], mask, starts)
 
 
 @pytest.mark.skipif(find_library() is None, reason="the kernels are not compiled")

@@ -1,4 +1,4 @@
-"""The Triton kernel under Triton's interpreter, in a process of its own; skipped, and said so, without Triton."""
+"""The Triton kernel: right under Triton's interpreter, compiled for three generations of GPUs, right on one."""
 
 import importlib.util
 import os
@@ -8,7 +8,10 @@ import sys
 import pytest
 import torch
 
+from optimum_fista.packed import triton_kernel
 from optimum_fista.packed.linear import PackedLinear
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 _CHECK = """
 import torch
@@ -21,7 +24,7 @@ for rows, columns, kept in ((3, 64, 0.5), (5, 130, 0.3), (4, 1000, 0.9), (2, 513
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
         weight = torch.randn(rows, columns, generator=generator).masked_fill(~mask, 0).to(dtype)
         x = torch.randn(columns, generator=generator).to(dtype)
-        for bias in (None, torch.randn(rows, generator=generator).to(dtype)):
+        for bias in (None, torch.randn(rows, 2, generator=generator).to(dtype)[:, 0]):
             packed = pack(weight, mask)
             y = multiply_one(x, packed.values, packed.mask, row_starts(packed.mask), bias)
             expected = weight.double() @ x.double() + (0 if bias is None else bias.double())
@@ -31,11 +34,31 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_products_are_right_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", _CHECK], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "equal", done.stderr
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets here, it does not compile")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("generation", [80, 90, 100])
+def test_it_compiles_without_a_gpu(generation, dtype, tmp_path, monkeypatch):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    number = f"*{dtype}"
+    types = {"values": number, "mask": "*u8", "starts": "*i64", "x": number, "bias": number, "y": number}
+    constants = {"words": 64, "at_once": 8, "has_bias": True}
+    types |= {"columns": "i32", **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(fn=triton_kernel._multiply_one, signature=types, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32))
+    assert f".target sm_{generation}" in compiled.asm["ptx"]
+    assert compiled.asm["cubin"]
 
 
 @pytest.mark.gpu

@@ -107,9 +107,9 @@ INLINE void store(uint32_t* dense, uint64_t bits, const uint32_t* values, int64_
   _mm512_mask_storeu_epi32(dense, room, _mm512_maskz_expand_epi32(__mmask16(bits), _mm512_maskz_loadu_epi32(there, values)));
 }
 
-// One dense row out of `left` values, those of the row and all behind it.
+// One dense row out of `left` values, those of the row and all behind it; returns where the row's end.
 template <class T>
-TARGET void unpack_row(const T* values, int64_t left, const uint8_t* mask, T* dense, int64_t columns) {
+TARGET const T* unpack_row(const T* values, int64_t left, const uint8_t* mask, T* dense, int64_t columns) {
   using Word = decltype(T::bits);
   constexpr int kStep = 64 / sizeof(T);
   for (int64_t start = 0; start < columns; start += kStep) {
@@ -117,10 +117,11 @@ TARGET void unpack_row(const T* values, int64_t left, const uint8_t* mask, T* de
     std::memcpy(&bits, mask + start / 8, kStep / 8);
     const uint64_t room = columns - start >= kStep ? ~uint64_t(0) : (uint64_t(1) << (columns - start)) - 1;
     store(reinterpret_cast<Word*>(dense + start), bits, reinterpret_cast<const Word*>(values), left, room);
-    const int kept = __builtin_popcountll(bits);
+    const int kept = __builtin_popcountll(bits & room);
     values += kept;
     left -= kept;
   }
+  return values;
 }
 
 #undef TARGET

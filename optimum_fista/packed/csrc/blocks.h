@@ -204,7 +204,13 @@ TARGET inline void multiply_block(const Product& product, const uint32_t* x, int
   const uint16_t* values = static_cast<const uint16_t*>(matrix.values);
   const uint16_t *end = values + matrix.kept(), *place[kRows];
   const BFloat16* bias = static_cast<const BFloat16*>(product.bias);
-  for (int64_t r = 0; r < rows; r++) place[r] = values + matrix.starts[first + r];
+  for (int64_t r = 0; r < rows; r++) {
+    if (!matrix.may_read(first + r, 0)) {
+      *product.is_wrong = true;
+      return;
+    }
+    place[r] = values + matrix.starts[first + r];
+  }
   for (int64_t r = 0; r < (rows + 15) / 16 * 16; r++) {
     const float start = bias && r < rows ? widen(bias[first + r]) : 0;
     std::fill_n(scratch.sums + r * kSumsPitch, (count + 15) / 16 * 16, start);
@@ -219,6 +225,9 @@ TARGET inline void multiply_block(const Product& product, const uint32_t* x, int
       for (int64_t i = 0; i + 1 < kLinesOfRow; i++) *line++ = reinterpret_cast<const char*>(place[r]) + 64 * i;
       *line++ = reinterpret_cast<const char*>(mask + 8 * kWords);
     }
+    if (word + some == words)
+      for (int64_t r = 0; r < rows; r++)
+        if (matrix.surplus(first + r, place[r] - values - matrix.starts[first + r])) *product.is_wrong = true;
     std::fill(line, scratch.lines + kLines, line[-1]);
     Ahead ahead = {scratch.lines, some == kWords ? kLines : 0, nullptr};
     for (int64_t input = 0; input < count; input += kInputs) {

@@ -1,9 +1,11 @@
 // Products with packed matrices on the CPU: a plain C interface, tied to no version of PyTorch.
 //
 // The format is that of docs/formats.md with one bit a weight. Weights, inputs, bias and outputs have the same dtype;
-// sums are taken in float32. The caller has checked sizes, masks and counts (packed/validation.py).
+// sums are taken in float32. Sizes are compared here, and no content of a mask or of row starts makes a kernel touch what
+// lies beside its buffers: what does not fit is refused, before the product or, row by row, within it.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -32,15 +34,33 @@ enum Type { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 constexpr int64_t kWorkOfAThread = 1 << 18;
 constexpr int64_t kManyInputs = 16;  // from where blocks are faster than rows
 
-// Row where a part starts, such that the parts read about the same number of bytes.
+// What a call returns.
+enum Outcome { kDone = 0, kSizesDiffer = 1, kMaskIsWrong = 2 };
+
+int64_t bytes_of(int type) { return type == kFloat32 ? 4 : type == kFloat16 || type == kBFloat16 ? 2 : 0; }
+
+// Whether total = factor * other, by divisions, which can't overflow.
+bool is_product(int64_t total, int64_t factor, int64_t other) {
+  return factor > 0 && total % factor == 0 && total / factor == other;
+}
+
+// Whether buffers of these bytes are a matrix of at least one row and one column.
+bool sizes_fit(const Matrix& matrix, int64_t size, int64_t value_bytes, int64_t mask_bytes, int64_t start_bytes) {
+  return matrix.rows > 0 && matrix.columns > 0 && matrix.columns <= 8 * mask_bytes && size > 0 &&
+         is_product(start_bytes, 8, matrix.rows + 1) && is_product(mask_bytes, matrix.rows, matrix.words() * 8) &&
+         matrix.starts[0] == 0 && is_product(value_bytes, size, matrix.kept());
+}
+
+// Row where a part starts, such that the parts read about the same number of bytes if the starts rise; whatever they
+// hold, the parts together are all rows.
 int64_t row_of_part(const Matrix& matrix, int64_t part, int64_t parts, int64_t bytes_of_a_value) {
   const int64_t of_a_row = matrix.words() * 8;
   const int64_t wanted = (matrix.kept() * bytes_of_a_value + matrix.rows * of_a_row) / parts * part;
-  if (part == parts) return matrix.rows;
+  if (part == 0 || part == parts) return part ? matrix.rows : 0;
   int64_t low = 0, high = matrix.rows;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (matrix.starts[middle] * bytes_of_a_value + middle * of_a_row < wanted) low = middle + 1;
+    if (int64_t(uint64_t(matrix.starts[middle]) * bytes_of_a_value) < wanted - middle * of_a_row) low = middle + 1;
     else high = middle;
   }
   return low;
@@ -91,7 +111,8 @@ template <class T> void multiply(int path, const Product& product, int threads) 
   run<portable::Lanes<T>>(product, portable::multiply<portable::Lanes<T>>, threads);
 }
 
-template <class T> void unpack(int path, const Matrix& matrix, int64_t first, int64_t last, void* dense, int threads) {
+template <class T> bool unpack(int path, const Matrix& matrix, int64_t first, int64_t last, void* dense, int threads) {
+  std::atomic<bool> is_wrong{false};
   const T* values = static_cast<const T*>(matrix.values);
   in_parallel((last - first) * matrix.columns < kWorkOfAThread ? 1 : threads, [&](int64_t part, int64_t parts) {
     for (int64_t row = first + (last - first) * part / parts; row < first + (last - first) * (part + 1) / parts; row++) {
@@ -99,11 +120,17 @@ template <class T> void unpack(int path, const Matrix& matrix, int64_t first, in
 #if defined(__x86_64__)
       if (path == kAvx512) unpack_row = avx512::unpack_row<T>;
 #endif
-      unpack_row(values + matrix.starts[row], matrix.kept() - matrix.starts[row],
-                 matrix.mask + row * matrix.words() * 8, static_cast<T*>(dense) + (row - first) * matrix.columns,
-                 matrix.columns);
+      if (!matrix.may_read(row, 0)) {
+        is_wrong = true;
+        return;
+      }
+      const T* start = values + matrix.starts[row];
+      const T* end = unpack_row(start, matrix.kept() - matrix.starts[row], matrix.mask + row * matrix.words() * 8,
+                                static_cast<T*>(dense) + (row - first) * matrix.columns, matrix.columns);
+      if (matrix.surplus(row, end - start)) is_wrong = true;
     }
   });
+  return !is_wrong;
 }
 
 }  // namespace
@@ -128,28 +155,43 @@ EXPORT void optimum_fista_use_openmp(void* parallel, void* thread_number, void* 
   fista::open_mp.number_of_threads = reinterpret_cast<int (*)()>(number_of_threads);
 }
 
-// y [batch, rows] = x [batch, columns] times the matrix transposed, plus bias [rows] where it is not null.
-// Returns 1 without doing anything where `kept` values are not what `starts` ends with, else 0.
-EXPORT int optimum_fista_packed_linear(int path, int type, int64_t rows, int64_t columns, const void* values,
-                                       int64_t kept, const uint8_t* mask, const int64_t* starts, const void* x,
-                                       int64_t batch, const void* bias, void* y, int threads) {
-  if (starts[rows] != kept) return 1;
-  const fista::Product product = {{values, mask, starts, rows, columns}, x, bias, y, batch};
-  if (type == fista::kBFloat16) fista::multiply<fista::BFloat16>(path, product, threads);
-  else if (type == fista::kFloat16) fista::multiply<fista::Float16>(path, product, threads);
-  else fista::multiply<fista::Float32>(path, product, threads);
-  return 0;
+// y [batch, rows] = x [batch, columns] times the matrix transposed, plus bias [rows] where it is not null. Each buffer
+// comes with its bytes; rows and batch follow from them. Returns an Outcome; y holds the product where that is kDone.
+EXPORT int optimum_fista_multiply(int path, int type, int64_t columns, const void* values, int64_t value_bytes,
+                                       const uint8_t* mask, int64_t mask_bytes, const int64_t* starts,
+                                       int64_t start_bytes, const void* x, int64_t x_bytes, const void* bias,
+                                       int64_t bias_bytes, void* y, int64_t y_bytes, int threads) {
+  using namespace fista;
+  const Matrix matrix = {values, mask, starts, start_bytes / 8 - 1, columns};
+  const int64_t size = bytes_of(type);
+  if (!sizes_fit(matrix, size, value_bytes, mask_bytes, start_bytes)) return kSizesDiffer;
+  const int64_t batch = x_bytes / (columns * size);
+  if (batch < 1 || x_bytes % (columns * size) || !is_product(y_bytes, matrix.rows * size, batch) ||
+      (bias && bias_bytes != matrix.rows * size))
+    return kSizesDiffer;
+  std::atomic<bool> is_wrong{false};
+  const Product product = {matrix, x, bias, y, batch, &is_wrong};
+  if (type == kBFloat16) multiply<BFloat16>(path, product, threads);
+  else if (type == kFloat16) multiply<Float16>(path, product, threads);
+  else multiply<Float32>(path, product, threads);
+  return is_wrong ? kMaskIsWrong : kDone;
 }
 
-// Rows first to last - 1 as a dense matrix [last - first, columns]; returns as above.
-EXPORT int optimum_fista_unpack_rows(int path, int bytes_of_a_value, int64_t rows, int64_t columns, const void* values,
-                                     int64_t kept, const uint8_t* mask, const int64_t* starts, int64_t first,
-                                     int64_t last, void* dense, int threads) {
-  if (starts[rows] != kept) return 1;
-  const fista::Matrix matrix = {values, mask, starts, rows, columns};
-  if (bytes_of_a_value == 2) fista::unpack<fista::BFloat16>(path, matrix, first, last, dense, threads);
-  else fista::unpack<fista::Float32>(path, matrix, first, last, dense, threads);
-  return 0;
+// Rows from `first` on as a dense matrix of `columns` columns and dense_bytes bytes; returns as above.
+EXPORT int optimum_fista_unpack(int path, int type, int64_t columns, const void* values, int64_t value_bytes,
+                                     const uint8_t* mask, int64_t mask_bytes, const int64_t* starts,
+                                     int64_t start_bytes, int64_t first, void* dense, int64_t dense_bytes,
+                                     int threads) {
+  using namespace fista;
+  const Matrix matrix = {values, mask, starts, start_bytes / 8 - 1, columns};
+  const int64_t size = bytes_of(type);
+  if (!sizes_fit(matrix, size, value_bytes, mask_bytes, start_bytes)) return kSizesDiffer;
+  const int64_t count = dense_bytes / (columns * size);
+  if (dense_bytes % (columns * size) || first < 0 || first > matrix.rows || count > matrix.rows - first)
+    return kSizesDiffer;
+  const bool is_right = size == 2 ? unpack<BFloat16>(path, matrix, first, first + count, dense, threads)
+                                  : unpack<Float32>(path, matrix, first, first + count, dense, threads);
+  return is_right ? kDone : kMaskIsWrong;
 }
 
 // For benchmarks, on CPUs with AVX2 or AVX-512: y [rows] = dense W [rows, columns] x in bfloat16, columns a multiple of

@@ -58,6 +58,10 @@ TARGET void multiply_rows(const Product& product, const typename Lanes::Weight* 
       }
     }
   }
+  uint64_t surplus = 0;
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) surplus |= product.matrix.surplus(row + r * apart, place[r] - values[r]);
+  if (surplus) *product.is_wrong = true;
   const Weight* bias = static_cast<const Weight*>(product.bias);
   Weight* y = static_cast<Weight*>(product.y);
 #pragma GCC unroll 4
@@ -100,6 +104,10 @@ TARGET void multiply_batch(const Product& product, const typename Lanes::Weight*
 // A row from a copy with room behind it: a register would reach behind the last value.
 template <class Lanes> TARGET void multiply_copied(const Product& product, int64_t row) {
   using Weight = typename Lanes::Weight;
+  if (!product.matrix.is_counted(row)) {
+    *product.is_wrong = true;
+    return;
+  }
   const Weight* values = static_cast<const Weight*>(product.matrix.values);
   std::vector<Weight> copy(values + product.matrix.starts[row], values + product.matrix.starts[row + 1]);
   copy.resize(copy.size() + kLookahead, Weight{0});
@@ -112,15 +120,25 @@ template <class Lanes, int R> TARGET void multiply_runs(const Product& product, 
   using Weight = typename Lanes::Weight;
   const Matrix& matrix = product.matrix;
   const Weight* values = static_cast<const Weight*>(matrix.values);
-  while (last_row > first_row && matrix.starts[last_row] + kLookahead > matrix.kept())
+  while (last_row > first_row && matrix.starts[last_row] > matrix.kept() - kLookahead)
     multiply_copied<Lanes>(product, --last_row);
   const int64_t apart = (last_row - first_row) / R;
   for (int64_t row = first_row; row < first_row + apart; row++) {
     const Weight* starts[R];
-    for (int r = 0; r < R; r++) starts[r] = values + matrix.starts[row + r * apart];
+    for (int r = 0; r < R; r++) {
+      if (!matrix.may_read(row + r * apart, kLookahead)) {
+        *product.is_wrong = true;
+        return;
+      }
+      starts[r] = values + matrix.starts[row + r * apart];
+    }
     multiply_batch<Lanes, R>(product, starts, row, apart);
   }
   for (int64_t row = first_row + R * apart; row < last_row; row++) {
+    if (!matrix.may_read(row, kLookahead)) {
+      *product.is_wrong = true;
+      return;
+    }
     const Weight* start = values + matrix.starts[row];
     multiply_batch<Lanes, 1>(product, &start, row, 1);
   }
