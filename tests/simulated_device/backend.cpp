@@ -545,6 +545,14 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(
   return {back(a), back(b), back(c)};
 }
 
+// Whole numbers too, as on CUDA: mixtures of experts count the tokens of each by it.
+Tensor histogram(const Tensor& tensor, int64_t bins, const at::Scalar& low, const at::Scalar& high) {
+  c10::DeviceGuard on(tensor.device());
+  count("runs aten::histc");
+  if (low.equal(high.toDouble())) count("waits for histc");  // its range is that of the values
+  return bring(lend(tensor).to(at::kDouble).histc(bins, low, high).to(tensor.scalar_type()));
+}
+
 void record_stream(Tensor&, c10::Stream) {}
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&compute>()); }
@@ -562,6 +570,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Tensor", set_tensor);
   m.impl("convolution_overrideable", convolution);
   m.impl("convolution_backward_overrideable", convolution_backward);
+  m.impl("histc", histogram);
   m.impl("record_stream", record_stream);
 }
 

@@ -1,0 +1,77 @@
+"""Wherever a model and its activations lie, it is pruned as on the CPU, with every method and option of the pruning.
+
+`make test` runs a covering array, in which every two values of the options meet; `-m slow` runs all combinations.
+"""
+
+from functools import cache
+from itertools import product
+
+import pytest
+from simulated_device.backend import counted
+from simulated_device.places import PLACES, pruned_at, require_the_same
+from tiny_llama import tiny_llama, tiny_tokens
+from torch import Tensor
+
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
+from optimum_fista.solve.methods import METHODS
+
+PATTERNS = ({"sparsity": 0.5, "scope": "matrix"}, {"sparsity": 0.6, "scope": "row"}, {"pattern": "2:4"})
+CORRECTIONS = (
+    {"error_correction": "none", "residual_correction": 0.0},
+    {"error_correction": "intra", "residual_correction": 1.0},
+    {"error_correction": "full", "residual_correction": 0.5},
+    {"error_correction": 0.5, "residual_correction": 1.0},
+)
+ALLOCATIONS = ({"allocation": "uniform"}, {"allocation": "fisher"})
+OPTIONS = list(product(range(len(PATTERNS)), range(len(CORRECTIONS)), range(len(ALLOCATIONS))))
+COVERING = [
+    (method, place, (m + p) % len(PATTERNS), (m + p) // 2 % len(CORRECTIONS), (m + p) % len(ALLOCATIONS))
+    for (m, method), (p, place) in product(enumerate(METHODS), enumerate(PLACES))
+]
+BATCHES = tiny_tokens(16, 64).split(4)  # so many tokens that rounding changes no mask
+
+
+@cache
+def on_cpu(config: str) -> tuple[dict[str, Tensor], PruningReport]:
+    model = tiny_llama()
+    report = FistaPruner(FistaPruningConfig.from_json(config), progress=False).prune(model, BATCHES)
+    return dict(model.state_dict()), report
+
+
+def require_pruned_as_on_the_cpu(method, place, pattern, correction, allocation, tmp_path):
+    config = FistaPruningConfig(
+        method=method, **PATTERNS[pattern], **CORRECTIONS[correction], **ALLOCATIONS[allocation]
+    )
+    expected, expected_report = on_cpu(config.to_json())
+    with counted() as counts:
+        found, report = pruned_at(place, config, tiny_llama(), BATCHES, tmp_path)
+    assert counts.runs["mm"] + counts.runs["addmm"] > 0
+    assert report.totals["num_zeros"] == expected_report.totals["num_zeros"]
+    if method == "alps":  # rounding decides how its penalty grows, and so in which of two good masks it ends
+        same = [((found[name] == 0) == (weight == 0)).float().mean() for name, weight in expected.items()]
+        assert min(same) > 0.98
+        error = expected_report.totals["mean_relative_error"]
+        assert report.totals["mean_relative_error"] == pytest.approx(error, rel=1e-3)
+    else:
+        require_the_same(found, expected)
+
+
+@pytest.mark.parametrize(("method", "place", "pattern", "correction", "allocation"), COVERING)
+def test_pruned_as_on_the_cpu(method, place, pattern, correction, allocation, tmp_path):
+    require_pruned_as_on_the_cpu(method, place, pattern, correction, allocation, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", METHODS)
+def test_all_combinations(method, place, tmp_path):
+    for number, options in enumerate(OPTIONS):
+        (tmp_path / str(number)).mkdir()
+        require_pruned_as_on_the_cpu(method, place, *options, tmp_path / str(number))
+
+
+def test_every_two_options_meet():
+    cases = [(method, place, *options) for method, place, options in product(METHODS, PLACES, OPTIONS)]
+    for one, other in product(range(5), range(5)):
+        met = {(case[one], case[other]) for case in COVERING}
+        assert met == {(case[one], case[other]) for case in cases}

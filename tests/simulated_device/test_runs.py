@@ -1,0 +1,119 @@
+"""What else a run may be, on the simulated device: experts, padding, fine-tuning, several processes, packed models."""
+
+import pytest
+import torch
+from launched import exit_codes, launch
+from simulated_device.places import PLACES, dispatched, placed, pruned_at, require_the_same, weights_of
+from simulated_device.ranks import prune_on_device
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_models import MOE_FAMILIES, VOCAB_SIZE, tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from optimum_fista import FistaPruner, FistaPruningConfig, masked_training
+from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+from optimum_fista.run.packed_folders.packed_folder import pack_folder
+from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
+
+ALL = {"sparsity": 0.5, "error_correction": 0.5, "allocation": "fisher", "starved_tokens": 0}
+
+
+def tokens(num_sequences: int, length: int) -> torch.Tensor:
+    return torch.randint(3, VOCAB_SIZE, (num_sequences, length), generator=torch.Generator().manual_seed(1))
+
+
+def prune_on_cpu(model, config, batches):
+    report = FistaPruner(config, progress=False).prune(model, batches)
+    return dict(model.state_dict()), report
+
+
+@pytest.mark.parametrize(
+    ("place", "family"), [(place, MOE_FAMILIES[index % len(MOE_FAMILIES)]) for index, place in enumerate(PLACES)]
+)
+def test_experts_are_pruned_as_on_the_cpu(place, family, tmp_path):
+    if family == "llama4_text" and not place.startswith("in memory"):
+        family = "gpt_oss"  # Transformers can't run Llama-4 offloaded
+    config = FistaPruningConfig(**ALL)
+    batches = tokens(32, 64).split(8)
+    expected, _ = prune_on_cpu(tiny_model(family), config, batches)
+    found, _ = pruned_at(place, config, tiny_model(family), batches, tmp_path)
+    require_the_same(found, expected)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_nowhere(side, place, tmp_path):
+    ids, mask = tiny_tokens(16, 48), torch.ones(16, 48, dtype=torch.long)
+    for row, length in enumerate(torch.linspace(0, 24, 16).long().tolist()):
+        mask[row, slice(0, length) if side == "left" else slice(48 - length, 48)] = 0
+    batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(4), mask.split(4), strict=True)]
+    config = FistaPruningConfig(**ALL)
+    expected, _ = prune_on_cpu(tiny_llama(), config, batches)
+    found, _ = pruned_at(place, config, tiny_llama(), batches, tmp_path)
+    require_the_same(found, expected)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_layers_are_finetuned_as_on_the_cpu(place, tmp_path):
+    config = FistaPruningConfig(**ALL, finetune="layer", finetune_steps=8, held_out=2)
+    batches = tiny_tokens(16, 64).split(4)
+    expected, expected_report = prune_on_cpu(tiny_llama(), config, batches)
+    found, report = pruned_at(place, config, tiny_llama(), batches, tmp_path)
+    require_the_same(found, expected, 1e-3)  # Adam divides by gradients, small ones too
+    for layer, expected_layer in zip(report.layers, expected_report.layers, strict=True):
+        assert layer.finetuning.error == pytest.approx(expected_layer.finetuning.error, rel=1e-4)
+        assert layer.finetuning.held_out_error == pytest.approx(expected_layer.finetuning.held_out_error, rel=1e-4)
+
+
+@pytest.mark.parametrize("place", ["in memory", "on two devices"])
+def test_masked_training_and_perplexity(place, tmp_path):
+    results = []
+    for where in ("on the cpu", place):
+        model, batches = tiny_llama(), tiny_tokens(16, 64)
+        FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False).prune(model, batches.split(4))
+        zeros = {name: weight == 0 for name, weight in weights_of(model).items()}
+        if where != "on the cpu":
+            model = placed(model, where, tmp_path)
+        device = next(model.parameters()).device
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        with masked_training(model):
+            for ids in batches.to(device).split(4):
+                model(ids, labels=ids).loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        trained = weights_of(model)
+        assert all(int(trained[name][zero].count_nonzero()) == 0 for name, zero in zeros.items())
+        results.append((trained, evaluate_perplexity(model, batches, progress=False).perplexity))
+    (expected, wanted), (found, measured) = results
+    assert measured == pytest.approx(wanted, rel=1e-4)
+    require_the_same(found, expected, 1e-3)
+
+
+def test_processes_share_a_model_on_their_devices(tmp_path):
+    save_tiny_folder(tmp_path / "dense")
+    config = FistaPruningConfig(error_correction="intra", allocation="fisher")
+    expected, _ = prune_on_cpu(tiny_llama(), config, tiny_tokens().split(4))
+    processes = launch(2, prune_on_device, tmp_path / "dense", tmp_path / "pruned", config)
+    assert exit_codes(processes) == [0, 0]
+    require_the_same(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict(), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_packed_models_run_on_devices(family, tmp_path):
+    model, ids = tiny_model(family), tokens(4, 24)
+    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda", starved_tokens=0), progress=False)
+    pruner.prune(model, ids.split(2))
+    pruner.save_pretrained(model, tmp_path / "pruned")
+    pack_folder(tmp_path / "pruned", tmp_path / "packed")
+    with torch.no_grad():
+        expected = model(ids).logits
+        for where in ("one", "two"):
+            quantization = FistaPackedConfig(runtime="packed")
+            packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=quantization)
+            if where == "one":
+                packed = packed.to("simulated:1")
+            else:
+                packed = dispatched(packed, tmp_path, "simulated:0", "simulated:1")
+            found = packed(ids.to(next(packed.parameters()).device)).logits
+            torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-4)
