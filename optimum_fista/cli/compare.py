@@ -80,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.model is not None:
             raise ValueError("--render takes everything from its file: pass it without MODEL.")
         comparison = Comparison.read(arguments.render)
+        Comparison.require_own(arguments.output)
         comparison.write_tables(arguments.output)
         comparison.write_plots(arguments.output)
     else:

@@ -45,13 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune by every method, print one table, draw it, save, verify, reload and generate."""
+    from optimum_fista.run.checkpoints.checkpoint import REPORT_FILE
     from optimum_fista.run.checkpoints.loading import load_model
+    from optimum_fista.run.checkpoints.output_folder import require_output
     from optimum_fista.run.comparison.table import markdown_table
     from optimum_fista.run.texts.calibration_source import calibration_tokens
     from optimum_fista.run.texts.text import load_text
     from optimum_fista.run.texts.windows import evaluation_windows
 
     started = time.perf_counter()
+    for name in _PATTERNS.values():  # an earlier demo's are replaced
+        require_output(arguments.output / name, (arguments.output / name / REPORT_FILE).exists())
+    if (arguments.output / "perplexity.png").exists() and not (arguments.output / _PATTERNS["0.5"]).exists():
+        raise FileExistsError(f"--output {str(arguments.output)!r} holds a perplexity.png: pass another folder.")
     text = load_text(arguments.text, "test")
     model, tokenizer = load_model(arguments.model or _smollm2_folder(), dtype="float32")
     windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)

@@ -155,14 +155,18 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from optimum_fista.run.callbacks.trackers import require_tracker
-    from optimum_fista.run.checkpoints.checkpoint import require_free_folder
     from optimum_fista.run.checkpoints.loading import storage_place
-    from optimum_fista.run.hub import push_folder
+    from optimum_fista.run.checkpoints.output_folder import (
+        FOLDER,
+        MODEL_FILES,
+        locked_output,
+        require_output,
+        unfinished_folder,
+    )
+    from optimum_fista.run.hub import push_folder, require_repo_id
     from optimum_fista.run.packed_folders.packed_folder import PackedFolder
     from optimum_fista.run.pruner import FistaPruner
-    from optimum_fista.run.streamed.journal import FOLDER
     from optimum_fista.run.streamed.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
-    from optimum_fista.run.streamed.unfinished import unfinished_folder
     from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
 
     config = _config(arguments)
@@ -171,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         raise ValueError("--output is missing: pass the folder to write the model to, or --dry-run for a plan.")
     require_independent_layers(config, launched_processes())
-    require_free_folder(arguments.output, arguments.overwrite)
+    require_output(arguments.output, arguments.overwrite, source=arguments.model, names=MODEL_FILES)
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
     storage_place(arguments.storage_device, torch.device("cpu"))
@@ -181,11 +185,14 @@ def run(arguments: argparse.Namespace) -> int:
         require_tracker(name)
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
-    with joined_ranks(arguments.device) as ranks, ExitStack() as trackers:
+    if arguments.push_to_hub:
+        require_repo_id(arguments.push_to_hub)
+    with joined_ranks(arguments.device) as ranks, ExitStack() as opened:
         if ranks.index:
             set_verbosity_error()
             disable_progress_bar()
         try:
+            ranks.first(lambda: opened.enter_context(locked_output(arguments.output)) and None)
             tokens = ranks.first(
                 lambda: calibration_tokens_by_name(
                     arguments.model,
@@ -198,7 +205,7 @@ def run(arguments: argparse.Namespace) -> int:
                     keep_in=unfinished_folder(arguments.output) / FOLDER,
                 )
             )
-            callbacks = _trackers(arguments, config, ranks, trackers)
+            callbacks = _trackers(arguments, config, ranks, opened)
             report = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks).prune(
                 arguments.model,
                 tokens.split(arguments.batch_size),

@@ -9,13 +9,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-logger = logging.getLogger(__name__)
+from optimum_fista.run.checkpoints.output_folder import WEIGHTS
 
-# Weights that `from_pretrained` finds by name. One left over from an earlier push would be loaded instead
-# of the pruned weights: a lone `model.safetensors` wins over an index with its shards.
-_STANDARD_WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
-_STANDARD_WEIGHTS += ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"]
-_STANDARD_WEIGHTS += ["packed.safetensors", "packed-*-of-*.safetensors", "packed.safetensors.index.json"]
+logger = logging.getLogger(__name__)
 
 
 def push_folder(
@@ -65,7 +61,7 @@ def push_folder(
             folder_path=folder,
             commit_message=commit_message,
             revision=revision,
-            delete_patterns=_STANDARD_WEIGHTS,
+            delete_patterns=WEIGHTS,
         )
     logger.info("Pushed %s to %s", folder, commit.commit_url)
     return commit.commit_url
@@ -77,6 +73,15 @@ def _check_arguments(folder: Path, repo_id: str) -> None:
             raise ValueError(
                 f"folder='{folder}' holds no {pattern}: pass a model folder as `save_pretrained` writes it"
             )
+    require_repo_id(repo_id)
+
+
+def require_repo_id(repo_id: str) -> None:
+    """Refuse what is no name of a repository.
+
+    Raises:
+        ValueError: If so.
+    """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

@@ -21,7 +21,7 @@ from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.checkpoint import save_checkpoint, summary
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.environment import numerical_environment
-from optimum_fista.run.hub import push_folder
+from optimum_fista.run.hub import push_folder, require_repo_id
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.rollback import Rollback
@@ -110,7 +110,9 @@ class FistaPruner:
                 the sparsity pattern does not fit an operator, or an unfinished run in `output_dir` had other settings;
                 with several processes, if decoder layers depend on each other or the loaders differ.
             RankError: If another process failed or is gone; finished decoder layers are kept (a RuntimeError).
-            FileExistsError: If `output_dir` already holds a model and `overwrite` is False.
+            FileExistsError: If `output_dir` already holds a model and `overwrite` is False, or a file that is none of a
+                model's under the name of one.
+            BlockingIOError: If another run writes to `output_dir`; the message says which.
             OSError: If the disk is full, or can't be written to; finished decoder layers are kept.
             UnsupportedArchitectureError: If the model's structure can't be pruned (a ValueError).
         """
@@ -225,11 +227,13 @@ class FistaPruner:
         """Save a model this pruner has pruned, as a folder that plain Transformers loads.
 
         Besides the usual files it holds `fista/masks.safetensors` (one bit a weight, 1 = kept),
-        `fista/report.json`, and a model card.
+        `fista/report.json`, and a model card. Other files in the folder stay as they are.
 
         Raises:
             ValueError: If this pruner has not pruned the model, or its zeros were filled since.
-            FileExistsError: If the folder already holds a model and `overwrite` is False.
+            FileExistsError: If the folder already holds a model and `overwrite` is False, or a file that is none of a
+                model's under the name of one.
+            BlockingIOError: If another run writes the folder.
         """
         report, masks = self.result(model)
         save_checkpoint(model, Path(folder), report, masks, tokenizer, overwrite=overwrite)
@@ -258,9 +262,11 @@ class FistaPruner:
             URL of the commit.
 
         Raises:
+            ValueError: If `repo_id` is no name of a repository; nothing is saved.
             FileExistsError: If the folder already holds a model and `overwrite` is False.
             OSError: If the Hub refused or was not reached; the folder is complete.
         """
+        require_repo_id(repo_id)
         target = Path(folder) if folder is not None else Path(repo_id.split("/")[-1])
         self.save_pretrained(model, target, tokenizer, overwrite=overwrite)
         return push_folder(target, repo_id, **options)

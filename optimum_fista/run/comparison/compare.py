@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.run.checkpoints.atomic import write_text
 from optimum_fista.run.checkpoints.loading import load_model, read_config, require_tokenizer
+from optimum_fista.run.checkpoints.output_folder import locked_output
 from optimum_fista.run.comparison.candidates import DENSE, NO_PATTERN, Candidate, candidates
 from optimum_fista.run.comparison.comparison import Comparison
 from optimum_fista.run.comparison.row import Row
@@ -48,9 +49,16 @@ def compare(settings: ComparisonSettings, output: str | Path, *, progress: bool 
     Raises:
         ValueError: If a text or a task is unknown or too short, or nothing of a method can work.
         ImportError: If tasks are to be measured and lm-eval is missing.
-        OSError: If `output` can't be written to.
+        OSError: If `output` can't be written to, another run writes to it, or it holds files of something else under
+            the names of a comparison's.
     """
-    output = Path(output)
+    with locked_output(Path(output)):
+        Path(output).mkdir(exist_ok=True)
+        Comparison.require_own(Path(output))
+        return _compare(settings, Path(output), progress)
+
+
+def _compare(settings: ComparisonSettings, output: Path, progress: bool) -> Comparison:
     suite = None
     if settings.tasks:
         suite = TaskSuite(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from optimum_fista.run.checkpoints.atomic import write_text
 from optimum_fista.run.comparison.plots import plot_bars, plot_lines
 from optimum_fista.run.comparison.row import Row
 from optimum_fista.run.comparison.table import csv_table, markdown_table
+
+_FILES = ("table.json", "table.csv", "table.md", "perplexity.png", "sparsity.png")
 
 
 @dataclass
@@ -78,6 +81,23 @@ class Comparison:
             return cls.from_dict(json.loads(file.read_text()))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{str(file)!r} is no table.json of a comparison ({error}): pass one.") from error
+
+    @classmethod
+    def require_own(cls, folder: Path) -> None:
+        """Refuse a folder in which something else has the name of a comparison's file.
+
+        Raises:
+            FileExistsError: If so.
+        """
+        taken = [name for name in _FILES if os.path.lexists(folder / name)]
+        try:
+            if taken:
+                cls.read(folder / "table.json")
+        except (OSError, ValueError) as error:
+            raise FileExistsError(
+                f"output {str(folder)!r} holds {', '.join(taken)} of something else than a comparison: pass another "
+                "folder, or move them away."
+            ) from error
 
     def write_tables(self, folder: Path) -> None:
         """Write `table.md`, `table.csv` and `table.json`."""

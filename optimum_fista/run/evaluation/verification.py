@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,9 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
     stray = int(torch.count_nonzero(weight.masked_select(~mask)))
     if stray:
         raise VerificationError(f"{name} has {stray} weights outside its mask that are not zero.")
-    pattern = SparsityPattern.parse(operator.pattern, operator.target_sparsity, operator.scope)
+    whole = operator.target_sparsity == 1  # operators with the same inputs share their zeros: one may get them all
+    pattern = SparsityPattern.parse(operator.pattern, None if whole else operator.target_sparsity, operator.scope)
+    pattern = replace(pattern, sparsity=operator.target_sparsity)
     broken = pattern.violation(mask.T if operator.stored_transposed else mask)
     if broken:
         raise VerificationError(f"{name}: its mask {broken}.")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from optimum_fista.packed.format import PackedTensor, check, packed_names, unpack, unpack_mask
 from optimum_fista.packed.validation import SUFFIXES
-from optimum_fista.run.checkpoints.atomic import flush_folder, replace_folder, write_tensors, write_text
+from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
 from optimum_fista.run.checkpoints.checkpoint import (
     MASKS_FILE,
     MASKS_METADATA,
@@ -23,7 +24,14 @@ from optimum_fista.run.checkpoints.checkpoint import (
     checkpoint_files,
     read_json,
     read_report,
-    require_free_folder,
+)
+from optimum_fista.run.checkpoints.output_folder import (
+    FOLDER,
+    discard,
+    install,
+    is_model_file,
+    locked_output,
+    require_output,
 )
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.packed_folders.packing import CARD_NOTE, QUANT_METHOD, Packer, Packing, packed_settings
@@ -40,7 +48,7 @@ def is_packed(folder: Path) -> bool:
 def pack_folder(
     folder: Path, output: Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda _: None
 ) -> Packing:
-    """Pack a folder saved by optimum-fista; `output` appears when it is complete.
+    """Pack a folder saved by optimum-fista, and copy its other files.
 
     Args:
         folder: The pruned model folder.
@@ -50,8 +58,9 @@ def pack_folder(
 
     Raises:
         FileNotFoundError: If `folder` holds no pruned model.
-        FileExistsError: If `output` holds a model and `overwrite` is False.
-        ValueError: If `folder` is packed already, or a weight is not zero outside its mask.
+        FileExistsError: If `output` holds a model and `overwrite` is False, or other files that would be replaced.
+        BlockingIOError: If another run writes to `output`.
+        ValueError: If `folder` is packed already or has `output` in it, or a weight is not zero outside its mask.
     """
     if is_packed(folder):
         raise ValueError(f"folder {str(folder)!r} is packed already: pass a folder with dense weights.")
@@ -79,7 +88,8 @@ def unpack_folder(
     """Make a packed folder dense again, masks and all; the inverse of `pack_folder`.
 
     Raises:
-        FileExistsError: If `output` holds a model and `overwrite` is False.
+        FileExistsError: As `pack_folder`.
+        BlockingIOError: If another run writes to `output`.
         ValueError: If `folder` is not packed, or malformed (a PackedFormatError).
     """
     if not is_packed(folder):
@@ -168,43 +178,61 @@ def _convert_folder(
     overwrite: bool,
     progress: Callable[[str], None],
 ) -> None:
-    """Copy a folder with its weight files converted one after another; it gets its name when it is complete."""
-    require_free_folder(output, overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    """Copy a folder with its weight files converted one after another, and files that are no model's."""
     old, new = rename
-    try:
-        weight_map: dict[str, str] = {}
-        total, index = 0, None
-        for source in sorted(set(files.values())):
-            with safe_open(source, "pt") as file:
-                names = [name for name in files if files[name] == source]
-                tensors = convert({name: file.get_tensor(name) for name in names})
-                metadata = file.metadata() or {}
-            target = source.name.replace(old, new, 1)
-            write_tensors(partial / target, tensors, metadata)
-            weight_map |= dict.fromkeys(tensors, target)
-            total += sum(t.numel() * t.element_size() for t in tensors.values())
-            progress(target)
-        weights = {path.name for path in set(files.values())}
-        for path in folder.iterdir():
-            if path.name == f"{old}.safetensors.index.json":
-                index = read_json(path)
-            elif path.is_dir():
-                shutil.copytree(path, partial / path.name)
-            elif path.name not in weights:
-                shutil.copy2(path, partial / path.name)
-        weights_name = f"{new}.safetensors"
-        if index is not None:
-            weights_name = f"{new}.safetensors.index.json"
-            index["metadata"]["total_size"] = total
-            index["weight_map"] = dict(sorted(weight_map.items()))
-            write_text(partial / weights_name, json.dumps(index, indent=2) + "\n")
-        config = read_json(folder / "config.json")
-        finish(partial, weights_name, config)
-        write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-        partial.chmod(0o755)
-        flush_folder(partial)
-        replace_folder(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    index_name = f"{old}.safetensors.index.json"
+    weights = sorted(set(files.values()))
+    targets = {source: source.name.replace(old, new, 1) for source in weights}
+    copied = _others(folder, {index_name, *targets.values(), *(source.name for source in weights)})
+    require_output(output, overwrite, source=folder, names=[*copied, *targets.values()])
+    copied = [name for name in copied if not _is_kept(folder / name, output, name)]
+    with locked_output(output) as partial:
+        discard(partial, overwrite)
+        try:
+            for name in copied:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(folder / name, partial / name)
+            weight_map: dict[str, str] = {}
+            total, weights_name = 0, f"{new}.safetensors"
+            for source, target in targets.items():
+                with safe_open(source, "pt") as file:
+                    names = [name for name in files if files[name] == source]
+                    tensors = convert({name: file.get_tensor(name) for name in names})
+                    metadata = file.metadata() or {}
+                write_tensors(partial / target, tensors, metadata)
+                weight_map |= dict.fromkeys(tensors, target)
+                total += sum(t.numel() * t.element_size() for t in tensors.values())
+                progress(target)
+            if (folder / index_name).exists():
+                index = read_json(folder / index_name)
+                weights_name = f"{new}.safetensors.index.json"
+                index["metadata"]["total_size"] = total
+                index["weight_map"] = dict(sorted(weight_map.items()))
+                write_text(partial / weights_name, json.dumps(index, indent=2) + "\n")
+            config = read_json(folder / "config.json")
+            finish(partial, weights_name, config)
+            write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+            install(partial, output, overwrite)
+        finally:
+            discard(partial, True)
+
+
+def _others(folder: Path, but: set[str]) -> list[str]:
+    """Names of a folder's files, those in its folders included, without `but`."""
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return sorted(name for name in found if name not in but and not name.startswith(f"{FOLDER}/"))
+
+
+def _is_kept(file: Path, output: Path, name: str) -> bool:
+    """Whether the output has a file that is no model's already.
+
+    Raises:
+        FileExistsError: If it has another one of the same name.
+    """
+    if is_model_file(name) or not os.path.lexists(output / name):
+        return False
+    if (output / name).is_file() and filecmp.cmp(file, output / name, shallow=False):
+        return True
+    raise FileExistsError(
+        f"output {str(output)!r} holds another {name} than {str(file.parent)!r}: move it away, or pass another folder."
+    )

@@ -73,7 +73,7 @@ def model_card(report: PruningReport, picture: str | None = None) -> str:
     tokens = report.calibration
     return _TEMPLATE.format(
         base=f"base_model: {name}\n" if is_hub_id else "",
-        title=model_title(report),
+        title=_escaped(model_title(report)),
         version=report.versions["optimum-fista"],
         retraining=_retraining(report),
         before=report.before,
@@ -83,7 +83,7 @@ def model_card(report: PruningReport, picture: str | None = None) -> str:
         residual_correction=config["residual_correction"],
         allocation=_allocation(report),
         calibration=f"{tokens['num_tokens']:,} tokens in {tokens['num_sequences']} sequences"
-        + (f" of {tokens['source']}" if tokens.get("source") else ""),
+        + (f" of {_escaped(tokens['source'])}" if tokens.get("source") else ""),
         held_out=_held_out(report),
         seconds=report.seconds.get("total", 0.0),
         picture=f"![Relative error by decoder layer and operator]({picture})\n\n" if picture else "",
@@ -98,6 +98,11 @@ def model_card(report: PruningReport, picture: str | None = None) -> str:
 def model_title(report: PruningReport) -> str:
     """The name of the dense model and the sparsity pattern."""
     return f"{(report.model['name'].split('/')[-1] or report.model['class'])}, {_pattern(report)}"
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    return re.sub(r"([\\`*{}\[\]<>|~$&]|\b_|_\b)", r"\\\1", " ".join(text.split()))
 
 
 def _retraining(report: PruningReport) -> str:

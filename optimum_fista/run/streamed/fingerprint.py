@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_fista.model.offload import execution_device
+from optimum_fista.run.checkpoints.output_folder import FOLDER
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import library_versions
-from optimum_fista.run.streamed.journal import FOLDER, digest_of, read_record
+from optimum_fista.run.streamed.journal import digest_of, read_record
 
 _VERSIONS = ("optimum-fista", "torch", "transformers")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
+from optimum_fista.run.checkpoints.output_folder import FOLDER
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory.peak_memory import MemoryPeak
 from optimum_fista.run.planning.batches import FittedBatches
@@ -23,7 +24,6 @@ from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.pruning.layer_pruning import HiddenStates, stored
 from optimum_fista.run.reports.report import FinetuningReport, OperatorReport
 
-FOLDER = "journal"
 WEIGHTS_FILE = "weights.json"
 _SHOWN = 6  # differences between two runs
 logger = logging.getLogger(__name__)

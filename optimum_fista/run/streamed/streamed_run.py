@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-from optimum_fista.run.checkpoints.atomic import replace_folder
+from optimum_fista.run.checkpoints.output_folder import FOLDER, discard, install
 from optimum_fista.run.checkpoints.stored_names import as_stored
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.packed_folders.packing import Packer
@@ -25,7 +24,7 @@ from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport
 from optimum_fista.run.rollback import Rollback
 from optimum_fista.run.streamed.fingerprint import digests, hash_weights, is_of_another_run, run_fingerprint
-from optimum_fista.run.streamed.journal import FOLDER, WEIGHTS_FILE, FinishedLayer, Journal, read_record
+from optimum_fista.run.streamed.journal import WEIGHTS_FILE, FinishedLayer, Journal, read_record
 from optimum_fista.run.streamed.ranks import RankError, Ranks
 from optimum_fista.run.streamed.remaining_files import as_saved, write_remaining
 from optimum_fista.run.streamed.shares import share_layers
@@ -82,7 +81,7 @@ class StreamedRun:
 
         def begin() -> dict[str, Any]:
             if overwrite and is_of_another_run(folder, fingerprint):
-                shutil.rmtree(folder)
+                discard(folder, overwrite)
             Journal(folder, fingerprint, num_layers, self.packed).keep_weights(self.weights)
             return fingerprint
 
@@ -93,8 +92,6 @@ class StreamedRun:
                     f"{' and '.join(different)} differ from those of rank 0: start every process with the same "
                     "model, configuration and calibration batches."
                 )
-            if not (folder / FOLDER).exists():
-                raise ValueError(f"output: rank 0 began {str(folder)!r}, and it isn't here: pass a shared folder.")
             return Journal(folder, fingerprint, num_layers, self.packed)
 
         begun = ranks.first(begin)
@@ -117,8 +114,8 @@ class StreamedRun:
                 todo = share_layers(unfinished, self.pruning.costs(), ranks.count)[ranks.index]
                 ranks.each(lambda: self._prune_layers(todo))
 
-    def complete(self, output_dir: Path, started: float) -> PruningReport:
-        """Write all that is not a decoder layer, and give the folder its name.
+    def complete(self, output_dir: Path, overwrite: bool, started: float) -> PruningReport:
+        """Write all that is not a decoder layer, and bring the model into `output_dir`.
 
         Raises:
             ValueError: If the weights changed meanwhile.
@@ -138,12 +135,13 @@ class StreamedRun:
         self.pruning.complete_report()
         masks = {name: mask for index in sorted(layers) for name, mask in journal.masks(index).items()}
         report, masks = as_stored(report, masks, self.pruning.stored_names)
+        ours = {layer.shard for layer in layers.values()}
+        for pattern in (".tmp*", ".*.partial", "*.safetensors"):
+            for left in [path for path in journal.folder.glob(pattern) if path.name not in ours]:
+                left.unlink()  # of a process that was killed while it wrote, or of a run with more layers
         write_remaining(self.model, self.tokenizer, report, None if self.packed else masks, journal, layers)
         self._require_same_weights()
-        for left in [*journal.folder.glob(".tmp*"), *journal.folder.glob(".*.partial")]:
-            left.unlink()  # of a process that was killed while safetensors wrote
-        replace_folder(journal.folder, output_dir)
-        shutil.rmtree(output_dir / FOLDER)
+        install(journal.folder, output_dir, overwrite)
         return report
 
     def kept(self) -> str:

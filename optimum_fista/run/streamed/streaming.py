@@ -6,13 +6,20 @@ import errno
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-from optimum_fista.run.checkpoints.checkpoint import require_free_folder
+from optimum_fista.run.checkpoints.output_folder import (
+    FOLDER,
+    MODEL_FILES,
+    locked_output,
+    require_output,
+    unfinished_folder,
+)
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory.free_memory import keep_large_blocks_apart
 from optimum_fista.run.reports.report import PruningReport
@@ -20,9 +27,9 @@ from optimum_fista.run.streamed.fingerprint import model_folder
 from optimum_fista.run.streamed.lazy_loading import load_lazily
 from optimum_fista.run.streamed.ranks import RankError, joined_ranks, require_independent_layers
 from optimum_fista.run.streamed.streamed_run import StreamedRun
-from optimum_fista.run.streamed.unfinished import require_writable, unfinished_folder
 
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_ADVICE = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, and ")
+_ADVICE |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and ")
 
 
 def prune_files(
@@ -42,19 +49,23 @@ def prune_files(
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
+    require_output(output_dir, overwrite, source=name, names=MODEL_FILES)
     folder = unfinished_folder(output_dir)
     keep_large_blocks_apart()
-    with (
-        joined_ranks(device) as ranks,
-        tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload_folder,
-    ):
+    with joined_ranks(device) as ranks, ExitStack() as opened:
+
+        def lock() -> None:
+            opened.enter_context(locked_output(output_dir))
+            require_output(output_dir, overwrite, names=MODEL_FILES)  # another run may just have ended
 
         def begin() -> tuple[StreamedRun, Path]:
-            require_free_folder(output_dir, overwrite)
-            if not ranks.index:
-                require_writable(folder, output_dir)
+            if not (folder / FOLDER).exists():
+                raise ValueError(f"output: rank 0 began {str(folder)!r}, and it isn't here: pass a shared folder.")
             require_independent_layers(config, ranks.count)
-            model, tokenizer = load_lazily(str(name), Path(offload_folder), device=ranks.device, dtype=dtype)
+            offload = tempfile.TemporaryDirectory(prefix="offload-", dir=folder / FOLDER)
+            model, tokenizer = load_lazily(
+                str(name), Path(opened.enter_context(offload)), device=ranks.device, dtype=dtype
+            )
             shown = progress and not ranks.index
             run = StreamedRun(
                 model, tokenizer, calib_dataloader, config, calibration_source, shown, storage_device, callbacks, packed
@@ -64,19 +75,18 @@ def prune_files(
                 run.pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
             return run, model_folder(str(name))
 
+        ranks.first(lock)
         run, source = ranks.each(begin)
         run.open(folder, source, overwrite, ranks)
         try:
             ranks.each(run.begin)
             run.prune(ranks)
-            report = ranks.first(lambda: run.complete(output_dir, started))
+            report = ranks.first(lambda: run.complete(output_dir, overwrite, started))
         except OSError as error:
-            advice = "make it writable" if error.errno in _REFUSED else "make room"
-            raise OSError(
-                error.errno,
-                f"{error.strerror or error}: {run.kept()}; {advice}, and start again with the same output",
-                error.filename,
-            ) from error
+            advice = f"{run.kept()}; {_ADVICE.get(error.errno or 0, '')}start again with the same output"
+            if error.errno is None:
+                raise type(error)(f"{error} {advice}") from error
+            raise OSError(error.errno, f"{error.strerror}: {advice}", error.filename) from error
         except RankError as error:
             raise RankError(f"{error}; {run.kept()}; start again with the same output") from error
     for callback in callbacks:

@@ -7,8 +7,8 @@ import torch
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
+from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.streamed.unfinished import unfinished_folder
 
 LAYERS = 3
 

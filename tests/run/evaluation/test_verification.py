@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_llama import tiny_llama
 from torch import Tensor
 
+from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints.checkpoint import checkpoint_files
 from optimum_fista.run.evaluation.verification import Verification, VerificationError, verify_checkpoint
 
@@ -261,3 +263,11 @@ def test_zeros_inside_the_mask_are_no_fault(folder):
 def test_embeddings_may_hold_anything(folder):
     change(folder / "model.safetensors", "lm_head.weight", torch.zeros_like)
     verify_checkpoint(folder)
+
+
+def test_an_operator_may_get_all_the_zeros_of_its_group(tokens, tmp_path):
+    model, pruner = tiny_llama(), FistaPruner(FistaPruningConfig(0.998), progress=False)
+    report = pruner.prune(model, tokens.split(4))
+    assert max(operator.target_sparsity for operator in report.operators) == 1
+    pruner.save_pretrained(model, tmp_path / "model")
+    assert verify_checkpoint(tmp_path / "model").num_zeros == report.totals["num_zeros"]

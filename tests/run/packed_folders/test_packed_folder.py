@@ -284,12 +284,32 @@ def test_whenever_it_is_killed_there_is_the_old_folder_the_new_one_or_none(prune
             with killed_at(step):
                 pack_folder(pruned("llama", "2:4"), folder, overwrite=True)
         except Killed:
-            files = (
-                {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} if folder.exists() else {}
-            )
+            files = files_of(folder) if (folder / "config.json").exists() else {}  # without it nothing loads
             assert files in ({}, old, new)
             found.add(len(files))
             continue
         break
     assert found == {0, len(old), len(new)}
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_files_of_others_come_along_and_replace_none(pruned, tmp_path):
+    folder, output = tmp_path / "folder", tmp_path / "packed"
+    shutil.copytree(pruned("llama"), folder)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "notes.txt").write_text("mine")
+    (folder / "nowhere").symlink_to("nothing")
+    output.mkdir()
+    (output / "model.bin").write_text("of others")
+    pack_folder(folder, output)
+    assert (output / "sub" / "notes.txt").read_text() == "mine"
+    pack_folder(folder, output, overwrite=True)
+    (output / "sub" / "notes.txt").write_text("theirs")
+    before = (output / "packed.safetensors").stat()
+    with pytest.raises(FileExistsError, match=r"holds another sub/notes\.txt than '.*': move it away, or pass another"):
+        pack_folder(folder, output, overwrite=True)
+    assert (output / "packed.safetensors").stat() == before
+    assert (output / "model.bin").read_text() == "of others"
+    for place in (folder, folder / "packed"):
+        with pytest.raises(ValueError, match="lies in the folder that is read"):
+            pack_folder(folder, place, overwrite=True)

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints import atomic
+from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import PackedFolder, is_packed, pack_folder, unpack_folder
 from optimum_fista.run.planning.plan import plan_pruning
-from optimum_fista.run.streamed.unfinished import unfinished_folder
 
 LAYERS = 3
 

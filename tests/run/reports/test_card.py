@@ -99,3 +99,12 @@ def test_held_out_errors_have_a_line_and_a_column(saved):
     errors = [o.held_out_error for o in operators if o.name.endswith("mlp.down_proj.weight")]
     (line,) = [line for line in text.splitlines() if line.startswith("| mlp.down_proj |")]
     assert line.endswith(f"| {sum(errors) / 2:.4f} |")
+
+
+def test_text_of_others_is_no_markdown(saved):
+    name, source = "/models/a|b *c* <img src=x> `d`", "[click](http://x)\n# Title\n__e__ $1$"
+    calibration = saved.report.calibration | {"source": source}
+    report = dataclasses.replace(saved.report, model=saved.report.model | {"name": name}, calibration=calibration)
+    text = model_card(report)
+    assert r"# a\|b \*c\* \<img src=x\> \`d\`, 2:4" in text
+    assert r"of \[click\](http://x) # Title \__e_\_ \$1\$ |" in text

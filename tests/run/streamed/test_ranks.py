@@ -15,9 +15,9 @@ from launched import exit_codes, launch, prune, prune_other_tokens, prune_until
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.streamed.ranks import Ranks, joined_ranks, launched_processes
-from optimum_fista.run.streamed.unfinished import unfinished_folder
 
 LAYERS = 5
 INTRA = FistaPruningConfig(0.5, error_correction="intra")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,9 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints import atomic
+from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.streamed import journal, streamed_run, streaming
-from optimum_fista.run.streamed.unfinished import unfinished_folder
 
 LAYERS = 4
 _READ_AGAIN = [
@@ -210,7 +211,7 @@ def test_killed_at_random_moments(source, tmp_path):
 
 
 def test_a_run_cut_off_before_the_last_rename_only_renames(source, whole, tmp_path, monkeypatch):
-    cut_off(monkeypatch, streamed_run, "replace_folder", stop, source, tmp_path / "pruned")
+    cut_off(monkeypatch, streamed_run, "install", stop, source, tmp_path / "pruned")
     monkeypatch.setattr("optimum_fista.solve.methods.obs_admm.ObsAdmm.prune", None)
     prune(source, tmp_path / "pruned")
     assert files_of(tmp_path / "pruned") == files_of(whole)
@@ -282,7 +283,7 @@ def test_hidden_states_of_another_chain_of_layers_are_not_taken(source, whole, c
 
 
 def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch):
-    flush, flushed = atomic._flush, []
+    flush, flushed = atomic.flush, []
 
     def full(path):
         flushed.append(path)
@@ -290,7 +291,7 @@ def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         flush(path)
 
-    refused = cut_off(monkeypatch, atomic, "_flush", full, source, tmp_path / "pruned", error=OSError)
+    refused = cut_off(monkeypatch, atomic, "flush", full, source, tmp_path / "pruned", error=OSError)
     assert refused.errno == errno.ENOSPC
     assert re.search(
         r"No space left on device.*: 2 of 4 decoder layers are finished and kept in .*pruned", str(refused)
@@ -362,6 +363,73 @@ def test_an_older_model_goes_only_when_the_new_one_is_whole(source, whole, tmp_p
     prune(source, output, overwrite=True)
     assert files_of(output) == files_of(whole)
     assert [p.name for p in tmp_path.iterdir()] == ["pruned"]
+
+
+def test_a_folder_that_is_there_keeps_its_files_wherever_the_run_is_cut_off(source, whole, tmp_path):
+    disk, output = tmp_path / "disk", tmp_path / "link"
+    (disk / "mine").mkdir(parents=True)
+    output.symlink_to("disk")
+    foreign = {disk / "notes.txt": "a", disk / "mine" / "model.safetensors": "b", disk / "old.safetensors": "c"}
+    for path, text in foreign.items():
+        path.write_text(text)
+    for writes, arrived in {12: False, 22: True, 16: True}.items():  # in a layer, then on the way into the folder
+        with killed_at_write(writes), pytest.raises(Killed):
+            prune(source, output)
+        assert any(disk.glob("model-*.safetensors")) == arrived
+        assert not (disk / "config.json").exists()
+    prune(source, output)
+    assert {path: path.read_text() for path in foreign} == foreign
+    for path in foreign:
+        path.unlink()
+    assert files_of(output) == files_of(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_a_second_run_into_the_same_output_is_told_who_writes_it(source, whole, tmp_path, monkeypatch):
+    keep, refused = journal.Journal.keep_layer, []
+
+    def second() -> None:
+        with pytest.raises(BlockingIOError, match=rf"being written by process {os.getpid()} on ") as raised:
+            prune(source, tmp_path / "pruned", FistaPruningConfig(0.25), overwrite=True)
+        refused.append(raised)
+
+    def watched(self, *arguments):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        keep(self, *arguments)
+
+    monkeypatch.setattr(journal.Journal, "keep_layer", watched)
+    prune(source, tmp_path / "pruned")
+    assert len(refused) == LAYERS
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+def test_weights_that_are_unpacked_to_be_read_lie_in_the_unfinished_folder(tmp_path, monkeypatch):
+    save_tiny_folder(tmp_path / "source")
+    torch.save(tiny_llama().state_dict(), tmp_path / "source" / "pytorch_model.bin")
+    (tmp_path / "source" / "model.safetensors").unlink()
+    keep, seen = journal.Journal.keep_layer, []
+
+    def watched(self, *arguments):
+        seen.extend((unfinished_folder(tmp_path / "out") / "journal").glob("offload-*/*"))
+        keep(self, *arguments)
+
+    monkeypatch.setattr(journal.Journal, "keep_layer", watched)
+    prune(tmp_path / "source", tmp_path / "out", FistaPruningConfig(method="magnitude"))
+    assert seen
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_fewer_layers_leave_no_shard_of_more(source, tmp_path, monkeypatch):
+    shutil.copytree(source, tmp_path / "source")
+    cut_off(monkeypatch, streamed_run, "write_remaining", stop, tmp_path / "source", tmp_path / "pruned")
+    config = tmp_path / "source" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
+    prune(tmp_path / "source", tmp_path / "pruned", overwrite=True)
+    index = json.loads((tmp_path / "pruned" / "model.safetensors.index.json").read_text())
+    assert {path.name for path in (tmp_path / "pruned").glob("*.safetensors")} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == sum(p.numel() * 2 for p in tiny_llama().parameters())
 
 
 def test_names_and_models_are_told_apart(source, llama, tokens, tmp_path):
