@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from safetensors import SafetensorError
 
 from optimum_fista import __version__
-from optimum_fista.cli import bench, compare, demo, evaluate, pack, prune, report, unpack, verify
+from optimum_fista.cli import bench, compare, demo, doctor, evaluate, pack, prune, report, unpack, verify
 
-_COMMANDS = (prune, evaluate, compare, report, verify, pack, unpack, bench, demo)
+_COMMANDS = (prune, evaluate, compare, report, verify, pack, unpack, bench, demo, doctor)
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.

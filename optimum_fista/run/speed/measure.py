@@ -159,7 +159,7 @@ def describe_machine(settings: SpeedSettings) -> dict[str, Any]:
     compiled = kernels()
     device = device_name(torch.device(settings.device))
     path = compiled.path if compiled else "none"
-    return {"processor": _processor(), "device": device, "threads": settings.threads, "kernels": path}
+    return {"processor": processor_name(), "device": device, "threads": settings.threads, "kernels": path}
 
 
 @contextmanager
@@ -244,7 +244,7 @@ def _speed(
     )
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """Name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
