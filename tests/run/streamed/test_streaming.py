@@ -373,7 +373,7 @@ def test_a_folder_that_is_there_keeps_its_files_wherever_the_run_is_cut_off(sour
     for path, text in foreign.items():
         path.write_text(text)
     install = streamed_run.install
-    for writes, arrived in {1: False, 3: True, 8: True}.items():
+    for writes, arrived in {1: False, 9: True, 8: True}.items():
 
         def killed(*arguments, writes=writes) -> None:
             with killed_at_write(writes):
