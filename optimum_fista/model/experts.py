@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,20 +20,60 @@ _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Largest relative difference from the model's own experts; 2e-2 in other dtypes."""
 
 
+@dataclass
+class AssignedTokens:
+    """What the experts of a mixture get of one batch.
+
+    Attributes:
+        hidden_states: [rows, hidden].
+        rows: Which of them the experts get, one expert after the other, int64.
+        tokens: The tokens that these are of, int64, indices into the flattened batch, rising for each expert.
+        places: Places of these among the router's choices [tokens * k].
+        bounds: Where each expert begins in the three, and their length.
+    """
+
+    hidden_states: Tensor
+    rows: Tensor
+    tokens: Tensor
+    places: Tensor
+    bounds: list[int]
+
+    def part(self, expert: int) -> slice:
+        """The place of an expert in `rows`, `tokens` and `places`."""
+        return slice(self.bounds[expert], self.bounds[expert + 1])
+
+
 class ExpertLinear(nn.Module):
     """One matrix of one expert: a view of a parameter [experts, ...] that holds those of all.
 
     Attributes:
+        tensor: Name of that parameter.
+        kind: `"gate_proj"`, `"up_proj"` or `"down_proj"`.
         tokens: int64, the tokens of the latest call as indices into the flattened batch, in rising order.
     """
 
-    def __init__(self, experts: FusedExperts, tensor: str, expert: int, half: int | None) -> None:
+    def __init__(self, experts: FusedExperts, tensor: str, kind: str, expert: int, half: int | None) -> None:
         super().__init__()
         self._experts = (experts,)
         self.tensor = tensor
+        self.kind = kind
         self._expert = expert
         self._half = half
         self.tokens = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def experts(self) -> FusedExperts:
+        """All experts of its module."""
+        return self._experts[0]
+
+    def inputs(self, batch: AssignedTokens, device: torch.device) -> Tensor:
+        """What it is called with in a batch, [tokens, in], on a device where its expert computes."""
+        part = batch.part(self._expert)
+        hidden_states = batch.hidden_states[batch.rows[part]].to(device)
+        self.tokens = batch.tokens[part]
+        if self.kind != "down_proj":
+            return hidden_states
+        return self.experts.middle(self._expert, hidden_states, self.tokens)
 
     @property
     def weight(self) -> Tensor:
@@ -121,7 +162,7 @@ class FusedExperts:
             parts = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": parts["down_proj"]}
         down: Tensor = module.down_proj  # type: ignore[assignment]
         self._experts = [
-            {kind: ExpertLinear(self, tensor, expert, half) for kind, (tensor, half) in parts.items()}
+            {kind: ExpertLinear(self, tensor, kind, expert, half) for kind, (tensor, half) in parts.items()}
             for expert in range(down.shape[0])
         ]
         self.operators = [
@@ -140,57 +181,75 @@ class FusedExperts:
         Raises:
             UnsupportedArchitectureError: If the module computes something else.
         """
-        bound = inspect.signature(type(self.module).forward).bind(self.module, *arguments, **keywords)
-        values = list(bound.arguments.values())[1:]
+        values = self._values(arguments, keywords)
         output = self._routed(*values) if self._is_routed else self._sorted(*values)
         if not self._checked:
             with torch.no_grad():
                 self._require_agreement(output, original(*arguments, **keywords))
         return output
 
+    def assigned(self, *arguments: Any, **keywords: Any) -> AssignedTokens:
+        """What every expert gets of the batch that the module is called with; the host waits once."""
+        hidden_states, *routing = self._values(arguments, keywords)
+        flat, count = hidden_states.reshape(-1, hidden_states.shape[-1]), len(self._experts)
+        if self._is_routed:
+            experts, places = routing[0].flatten().sort(stable=True)
+            rows = tokens = places // (routing[0].numel() // flat.shape[0])
+        else:  # every expert has rows for all tokens, zero where it was not chosen (Llama-4)
+            rows = places = flat.ne(0).any(dim=-1).nonzero()[:, 0]
+            experts, tokens = rows // (flat.shape[0] // count), rows % (flat.shape[0] // count)
+        first = torch.arange(count + 1, device=experts.device, dtype=experts.dtype)
+        return AssignedTokens(flat, rows, tokens, places, torch.searchsorted(experts, first).tolist())
+
+    def _values(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
+        bound = inspect.signature(type(self.module).forward).bind(self.module, *arguments, **keywords)
+        return list(bound.arguments.values())[1:]
+
     def _routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Experts of tokens [tokens, hidden] by the router's choice [tokens, k] and its weights."""
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        index = top_k_index.reshape(flat.shape[0], -1)
-        weights = top_k_weights.reshape(index.shape)
-        output = torch.zeros_like(flat)
+        batch = self.assigned(hidden_states, top_k_index, top_k_weights)
+        weights = top_k_weights.flatten()[batch.places, None]
+        output = torch.zeros_like(batch.hidden_states)
         for expert in range(len(self._experts)):
-            tokens, choice = torch.where(index == expert)
-            found = self._run(expert, flat[tokens], tokens) * weights[tokens, choice, None]
+            part = batch.part(expert)
+            tokens = batch.tokens[part]
+            found = self._run(expert, batch.hidden_states[tokens], tokens) * weights[part]
             output = output.index_add(0, tokens, found.to(output.dtype))
         return output.view(hidden_states.shape)
 
     def _sorted(self, hidden_states: Tensor) -> Tensor:
         """Experts that each get all tokens, [experts * tokens, hidden], zero where they were not chosen (Llama-4)."""
-        by_expert = hidden_states.view(len(self._experts), -1, hidden_states.shape[-1])
-        outputs = []
-        for expert, inputs in enumerate(by_expert):
-            tokens = inputs.ne(0).any(dim=-1).nonzero()[:, 0]
-            found = self._run(expert, inputs[tokens], tokens)
-            outputs.append(torch.zeros_like(inputs).index_add(0, tokens, found.to(inputs.dtype)))
-        return torch.stack(outputs).view(hidden_states.shape)
+        batch = self.assigned(hidden_states)
+        output = torch.zeros_like(batch.hidden_states)
+        for expert in range(len(self._experts)):
+            part = batch.part(expert)
+            found = self._run(expert, batch.hidden_states[batch.rows[part]], batch.tokens[part])
+            output = output.index_add(0, batch.rows[part], found.to(output.dtype))
+        return output.view(hidden_states.shape)
 
     def _run(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
-        """One expert [tokens, hidden]; each matrix learns the tokens right before it is called."""
+        """One expert [tokens, hidden]."""
+        output = self._call(expert, "down_proj", self.middle(expert, inputs, tokens), tokens)
+        module: Any = self.module
+        return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
 
-        def call(kind: str, values: Tensor) -> Tensor:
-            linear = self._experts[expert][kind]
-            linear.tokens = tokens
-            return linear(values)
-
+    def middle(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
+        """What the down projection of one expert gets, [tokens, intermediate]."""
         module: Any = self.module
         if not self.gated:
-            hidden = module.act_fn(call("up_proj", inputs))
-        else:
-            gate, up = call("gate_proj", inputs), call("up_proj", inputs)
-            if not self._is_routed:
-                hidden = up * module.act_fn(gate)
-            elif self.interleaved:
-                hidden = module._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
-            else:
-                hidden = module._apply_gate(torch.cat((gate, up), dim=-1))
-        output = call("down_proj", hidden)
-        return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
+            return module.act_fn(self._call(expert, "up_proj", inputs, tokens))
+        gate, up = (self._call(expert, kind, inputs, tokens) for kind in ("gate_proj", "up_proj"))
+        if not self._is_routed:
+            return up * module.act_fn(gate)
+        if self.interleaved:
+            return module._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
+        return module._apply_gate(torch.cat((gate, up), dim=-1))
+
+    def _call(self, expert: int, kind: str, values: Tensor, tokens: Tensor) -> Tensor:
+        """One matrix; it learns the tokens right before it is called."""
+        linear = self._experts[expert][kind]
+        linear.tokens = tokens
+        return linear(values)
 
     def _require_agreement(self, output: Tensor, original: Tensor) -> None:
         self._checked = True

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from optimum_fista.model.activation_store import ActivationStore, Storage
+from optimum_fista.model.experts import AssignedTokens, ExpertLinear, FusedExperts
 from optimum_fista.model.pass_memory import PassMemory
 from optimum_fista.model.replay import LayerCall, watching
 
@@ -22,6 +24,9 @@ class PausedForwards:
     for every group would run the first operators again and again. The price is memory: the intermediate
     activations of all batches wait, on the layer's device, or in `waiting`, so that those of one batch at a time
     are on the device.
+
+    In front of a mixture of experts every batch is paused once, whatever the number of experts: what an expert is
+    called with is made from the hidden states that enter the mixture, of which no other copy is moved.
 
     Greenlets share one thread, so that PyTorch's thread pools and thread-local state stay as they are. Use it
     as a context manager: passes that were not finished are unwound at its end.
@@ -42,7 +47,12 @@ class PausedForwards:
         hidden_states: Sequence[Tensor],
         waiting: Storage | None = None,
     ) -> None:
-        self._watch = watching({module: partial(_pause, index) for index, module in enumerate(stops)})
+        self._stops = list(stops)
+        dense = {module: partial(_pause, i) for i, module in enumerate(stops) if not isinstance(module, ExpertLinear)}
+        self._watch = watching(dense)
+        self._assigned: dict[FusedExperts, dict[int, AssignedTokens]] = {  # by batch, while it waits there
+            module.experts: {} for module in stops if isinstance(module, ExpertLinear)
+        }
         device = self._device = next(layer.parameters()).device
 
         self._layer = layer
@@ -59,6 +69,10 @@ class PausedForwards:
 
     def __enter__(self) -> PausedForwards:
         self._watch.__enter__()
+        self._handles = [
+            experts.module.register_forward_pre_hook(partial(_pause_mixture, experts), with_kwargs=True)
+            for experts in self._assigned
+        ]
         return self
 
     def __exit__(
@@ -69,10 +83,30 @@ class PausedForwards:
                 if forward and not forward.dead:
                     forward.throw(GreenletExit)
         finally:
+            for handle in self._handles:
+                handle.remove()
             self._watch.__exit__(None, None, None)
 
     def inputs(self, stop: int) -> Iterator[Tensor]:
         """Run every batch on to the stop of this index; yields the module's input, a batch each."""
+        module = self._stops[stop]
+        return self._expert_inputs(module) if isinstance(module, ExpertLinear) else self._reach(stop)
+
+    def _expert_inputs(self, module: ExpertLinear) -> Iterator[Tensor]:
+        assigned = self._assigned[module.experts]
+        if not assigned:
+            store = ActivationStore(self._waiting or self._device, self._device)
+            for arguments, keywords in self._reach(module.experts):
+                batch = module.experts.assigned(*arguments, **keywords)
+                store.append(batch.hidden_states)
+                assigned[len(assigned)] = batch
+            for batch, kept in zip(assigned.values(), store.kept(), strict=True):
+                batch.hidden_states, batch.rows = kept, batch.rows.to(kept.device)
+        for batch in assigned.values():
+            yield module.inputs(batch, self._device)
+
+    def _reach(self, stop: object) -> Iterator[Any]:
+        """Run every batch on to a stop; yields what is handed out there."""
         store = None if self._waiting is None else ActivationStore(self._waiting, self._device)
         for batch, forward in enumerate(self._passes):
             reached, inputs = self._run_on(batch)
@@ -89,6 +123,8 @@ class PausedForwards:
         return output
 
     def _run_on(self, batch: int) -> tuple[int | None, Tensor]:
+        for assigned in self._assigned.values():
+            assigned.pop(batch, None)
         memory = self._memories[batch]
         if memory is None:
             return self._passes[batch].switch()
@@ -106,7 +142,11 @@ class _Pass(greenlet):
     """A forward pass that can be paused; callers may run in greenlets of their own."""
 
 
-def _pause(stop: int, inputs: Tensor) -> None:
+def _pause(stop: object, inputs: Any) -> None:
     current = getcurrent()
     if isinstance(current, _Pass):
         current.parent.switch((stop, inputs))
+
+
+def _pause_mixture(experts: FusedExperts, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    _pause(experts, (arguments, keywords))

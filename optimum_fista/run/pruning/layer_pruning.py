@@ -162,7 +162,7 @@ class LayerPruning:
         waiting = activations.storage
         with PausedForwards(activations.layer, stops, activations.calls, states.entering, waiting) as forwards:
             for stop, index in enumerate(corrected):
-                if outputs is not None and self._corrects_residual(activations, groups, index, states.entering[0]):
+                if outputs is not None and self._corrects_residual(activations, groups, index, states):
                     yield self._last(activations, groups[index], records[index], outputs, forwards, stop, states)
                     break
                 inputs = forwards.inputs(stop)
@@ -182,11 +182,11 @@ class LayerPruning:
         states.dense, _, _ = record_dense(activations, [], states.dense, [])
 
     def _corrects_residual(
-        self, activations: LayerActivations, groups: Sequence[Group], index: int, hidden_states: Tensor
+        self, activations: LayerActivations, groups: Sequence[Group], index: int, states: HiddenStates
     ) -> bool:
         """Whether a group is the last of its layer, a single operator whose output is added to the layer's."""
         last = self.residual_share > 0 and index == len(groups) - 1 and len(groups[index]) == 1
-        return last and is_added_to_output(activations, groups[index][0], hidden_states)
+        return last and is_added_to_output(activations, groups[index][0], states.entering[0])
 
     def _last(
         self,
