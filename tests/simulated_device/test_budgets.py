@@ -1,0 +1,82 @@
+"""How often the host waits for the device in a run, and what is moved between them: each number is the most allowed."""
+
+import pytest
+import torch
+from simulated_device import backend
+from tiny_llama import tiny_llama, tiny_tokens
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+
+OPERATORS = 7  # of a decoder layer
+
+
+def counts_of(model, *, batch_size=8, storage=None, **options):
+    config = FistaPruningConfig(0.5, starved_tokens=0, **{"method": "wanda"} | options)
+    with backend.counted() as counts:
+        FistaPruner(config, progress=False, storage_device=storage).prune(model, tiny_tokens(16).split(batch_size))
+    return counts
+
+
+def nbytes(module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("allocation", "most"), [("uniform", 12), ("fisher", 16)])
+def test_the_host_waits_for_an_operator_as_often_whatever_the_batches(allocation, most):
+    """Most of it for its report; numbers of batches make no difference."""
+    waits = {
+        (layers, size): counts_of(
+            tiny_llama(num_hidden_layers=layers).to("simulated:0"), batch_size=size, allocation=allocation
+        ).synchronisations
+        for layers in (2, 4)
+        for size in (2, 8)
+    }
+    assert waits[4, 8] - waits[2, 8] <= 2 * most * OPERATORS
+    assert waits[4, 2] - waits[2, 2] == waits[4, 8] - waits[2, 8], "only the recording of inputs sees batches"
+    assert waits[2, 2] - waits[2, 8] <= 10 * 6, "batches more, each of them recorded once"
+
+
+def test_weights_of_files_cross_once_each_way(tmp_path):
+    model = tiny_llama(num_hidden_layers=4)
+    model.save_pretrained(tmp_path / "source")
+    tokens = tiny_tokens(16)
+    config = FistaPruningConfig(0.5, method="wanda", allocation="uniform")
+    with backend.counted() as counts:
+        FistaPruner(config, progress=False).prune(
+            tmp_path / "source", tokens.split(4), output_dir=tmp_path / "output", device="simulated:1"
+        )
+    layers, first, embedding = (
+        nbytes(part) for part in (model.model.layers, model.model.layers[0], model.get_input_embeddings())
+    )
+    masks = 4 * sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim > 1)
+    states = 3 * tokens.numel() * model.config.hidden_size * 4  # kept for a run that resumes
+    # the first layer comes once more, to learn the form of its output
+    assert counts.bytes["host to device"] <= layers + first + embedding + tokens.nbytes + 1024
+    assert counts.bytes["device to host"] <= layers + masks + states + 1024
+    assert not counts.bytes["device to device"]
+
+
+def mixture(experts: int):
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=experts, num_experts_per_tok=2, max_position_embeddings=64,
+        bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval().to("simulated:0")
+
+
+def test_bytes_moved_for_a_mixture_do_not_grow_with_its_experts():
+    """The tokens of each batch are shared by the experts, so each brings its own share and no more."""
+    moved = {}
+    for experts in (4, 32):
+        model = mixture(experts)
+        weights = nbytes(model.model.layers)  # kept on the host, so that they can be put back
+        counts = counts_of(
+            model, storage="cpu", batch_size=4, allocation="uniform", error_correction=0.5, residual_correction=1.0
+        )
+        masks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+        moved[experts] = counts.bytes["host to device"] + counts.bytes["device to host"] - weights - masks
+    assert moved[32] <= 1.1 * moved[4]
