@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:out of memory")
 
 def prune_with(error, moment, model, **options):
     """The report, or None after the error."""
-    with RaiseAt(moment, error), suppress(type(error)):
+    with RaiseAt(moment, error), suppress(type(error), ValueError):  # which PyTorch turns it into as safetensors loads
         return prune(model, **options)
     return None
 
