@@ -5,6 +5,7 @@ All functions are pure. Nothing here needs more memory than its result and a few
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -22,9 +23,16 @@ from optimum_fista.packed.bits import (
     unpack_bits,
     unpack_places,
 )
-from optimum_fista.packed.validation import MAX_GROUP, SUFFIXES, PackedFormatError, check_tensors
+from optimum_fista.packed.validation import (
+    MAX_GROUP,
+    PLAIN_VERSION,
+    SUFFIXES,
+    VERSION,
+    PackedFormatError,
+    check_tensors,
+    shape_of,
+)
 
-VERSION = 1
 _CHUNK = 1 << 22
 
 
@@ -35,7 +43,8 @@ class PackedTensor:
     Attributes:
         values: D [kept], the kept weights, row-major.
         mask: uint8 [rows, bytes], one bit a weight, or for n:m the places of the kept weights inside their groups.
-        layout: int64 [3 + ndim]: version, n, m (0, 0: one bit a weight), and the shape.
+        layout: int64 [4 + ndim]: version (2), n, m (0, 0: one bit a weight), the checksum, and the shape; version 1,
+            [3 + ndim], has no checksum.
     """
 
     values: Tensor
@@ -45,7 +54,7 @@ class PackedTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense tensor."""
-        return tuple(self.layout[3:].tolist())
+        return shape_of(self.layout)
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
@@ -62,6 +71,14 @@ class PackedTensor:
     def dense_bytes(self) -> int:
         """Bytes of the dense tensor."""
         return prod(self.shape) * self.values.element_size()
+
+    def without_checksum(self) -> PackedTensor:
+        """The same tensor for use in memory, where its values may change their dtype; of checked tensors."""
+        version, n, m, *_ = self.layout.tolist()
+        if version == PLAIN_VERSION:
+            return self
+        layout = torch.tensor([PLAIN_VERSION, n, m, *self.shape], device=self.layout.device)
+        return PackedTensor(self.values, self.mask, layout)
 
     def named(self, name: str) -> dict[str, Tensor]:
         """The three tensors under the names that they have in a file, for a dense tensor called `name`."""
@@ -115,17 +132,21 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
     values = torch.empty(sum(counts), dtype=dense.dtype)
     for chunk, target in zip(_chunks(rows, columns), as_words(values).split(counts), strict=True):
         target.copy_(select(as_words(dense[chunk]).cpu(), _kept(dense, kept, chunk)))
-    layout = torch.tensor([VERSION, *(n_of_m or (0, 0)), *weight.shape])
+    layout = torch.tensor([VERSION, *(n_of_m or (0, 0)), 0, *weight.shape])
+    layout[3] = _checksum(PackedTensor(values, packed_mask, layout))
     return PackedTensor(*(t.to(weight.device) for t in (values, packed_mask, layout)))
 
 
 def check(packed: PackedTensor, name: str = "weight") -> None:
-    """Check that three tensors of unknown origin are a packed tensor, before anything reads the values.
+    """Check that three tensors of unknown origin are a packed tensor, and those that were packed if they say so.
 
     Raises:
-        PackedFormatError: If the version, a dtype, a size or a count is wrong, or the mask is malformed.
+        PackedFormatError: If the version, a dtype, a size or a count is wrong, the mask is malformed, or the checksum
+            is another one.
     """
-    check_tensors(packed.values, packed.mask, packed.layout, name, VERSION)
+    check_tensors(packed.values, packed.mask, packed.layout, name)
+    if packed.layout[0] == VERSION and packed.layout[3] != _checksum(packed):
+        raise PackedFormatError(f"{name} has another checksum than its layout says: the file is damaged.")
 
 
 def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
@@ -242,6 +263,14 @@ def unpack_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             packed.discard(name)
             result[name] = unpack(PackedTensor(*(state[name + suffix] for suffix in SUFFIXES)), name)
     return result
+
+
+def _checksum(packed: PackedTensor) -> int:
+    """CRC-32 of the layout's other numbers, the mask and the values, as they are in a file."""
+    found = 0
+    for part in (packed.layout[:3], packed.layout[4:], packed.mask.view(-1), packed.values):
+        found = zlib.crc32(part.cpu().view(torch.uint8).numpy().data, found)
+    return found
 
 
 def _chunks(rows: int, columns: int) -> Iterator[slice]:

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
 from optimum_fista.packed.bits import mask_bytes
-from optimum_fista.packed.format import VERSION, PackedTensor, check, pack, unpack
+from optimum_fista.packed.format import PackedTensor, check, pack, unpack
 from optimum_fista.packed.operation import packed_linear, row_starts
 from optimum_fista.packed.rearranged import transposed, with_bits
-from optimum_fista.packed.validation import SUFFIXES, PackedFormatError
+from optimum_fista.packed.validation import PLAIN_VERSION, SUFFIXES, PackedFormatError, check_tensors
 
 _PARTS = tuple("weight" + suffix for suffix in SUFFIXES)
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` with a sparse weight, kept as the three tensors of docs/formats.md.
+    """`nn.Linear` with a sparse weight, kept as the three tensors of docs/formats.md, without their checksum.
 
     The weight is fixed; gradients reach the input and the bias. On the CPU the products are those of the compiled
     kernels. n:m masks become one bit a weight when the layer is prepared, which is as large for 2:4.
@@ -60,7 +60,7 @@ class PackedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         width = mask_bytes(in_features, n_of_m)
-        layout = torch.tensor([VERSION, *(n_of_m or (0, 0)), out_features, in_features], device=device)
+        layout = torch.tensor([PLAIN_VERSION, *(n_of_m or (0, 0)), out_features, in_features], device=device)
         self.register_buffer("weight_values", torch.empty(num_kept, device=device, dtype=dtype))
         self.register_buffer("weight_mask", torch.empty(out_features, width, device=device, dtype=torch.uint8))
         self.register_buffer("weight_layout", layout)
@@ -123,8 +123,8 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self) -> PackedTensor:
-        """The weight's three tensors."""
-        return PackedTensor(self.weight_values, self.weight_mask, self.weight_layout)
+        """The weight's three tensors; their values may have another dtype than in a file, so there is no checksum."""
+        return PackedTensor(self.weight_values, self.weight_mask, self.weight_layout).without_checksum()
 
     def prepare(self) -> None:
         """Check the tensors and find the row starts. Call it after replacing a tensor by hand; loading a state does.
@@ -135,7 +135,7 @@ class PackedLinear(nn.Module):
         if self.weight_mask.is_meta:
             self.weight_starts = torch.empty(self.out_features + 1, dtype=torch.int64, device="meta")
             return
-        check(self.packed)
+        check_tensors(self.weight_values, self.weight_mask, self.weight_layout, "weight")
         if self.packed.shape != (self.out_features, self.in_features):
             raise PackedFormatError(
                 f"weight_layout says shape {self.packed.shape}: this layer's weight is "
@@ -179,7 +179,10 @@ class PackedLinear(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Take tensors of any number of kept weights, then check them."""
+        """Take tensors of any number of kept weights, checked before and after."""
+        parts = [state_dict.get(prefix + name) for name in _PARTS]
+        if all(part is not None and not part.is_meta for part in parts):
+            check(PackedTensor(*parts), prefix + "weight")  # type: ignore[arg-type]
         for name in _PARTS:
             loaded, present = state_dict.get(prefix + name), getattr(self, name)
             if loaded is not None and loaded.shape != present.shape:
@@ -188,5 +191,5 @@ class PackedLinear(nn.Module):
                 )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         self.weight_starts = None
-        if all(prefix + name in state_dict for name in _PARTS):
+        if all(part is not None for part in parts):
             self.prepare()

@@ -1,4 +1,4 @@
-"""Packed tensors cut, joined and transposed; masks of all results have one bit a weight."""
+"""Packed tensors cut, joined and transposed, for use in memory: masks of one bit a weight, and no checksums."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from optimum_fista.packed.bits import count_bits, mask_bytes, pack_bits
-from optimum_fista.packed.format import VERSION, PackedTensor, pack, unpack, unpack_mask
+from optimum_fista.packed.format import PackedTensor, pack, unpack, unpack_mask
+from optimum_fista.packed.validation import PLAIN_VERSION
 
 
 def with_bits(packed: PackedTensor) -> PackedTensor:
@@ -17,7 +18,7 @@ def with_bits(packed: PackedTensor) -> PackedTensor:
         PackedFormatError: If the tensors are malformed.
     """
     if packed.n_of_m is None:
-        return packed
+        return packed.without_checksum()
     columns = packed.shape[-1]
     mask = torch.zeros(packed.mask.shape[0], mask_bytes(columns, None), dtype=torch.uint8)
     pack_bits(unpack_mask(packed).view(-1, columns).cpu(), mask)
@@ -52,8 +53,8 @@ def transposed(packed: PackedTensor) -> PackedTensor:
     Raises:
         PackedFormatError: If the tensors are malformed.
     """
-    return pack(unpack(packed).t(), unpack_mask(packed).t())
+    return pack(unpack(packed).t(), unpack_mask(packed).t()).without_checksum()
 
 
 def _layout(shape: Sequence[int]) -> torch.Tensor:
-    return torch.tensor([VERSION, 0, 0, *shape])
+    return torch.tensor([PLAIN_VERSION, 0, 0, *shape])

@@ -10,6 +10,8 @@ from torch import Tensor
 from optimum_fista.packed.bits import count_bits, mask_bits, mask_bytes, unpack_places
 
 SUFFIXES = ("_values", "_mask", "_layout")
+VERSION = 2
+PLAIN_VERSION = 1  # without a checksum: older files, and tensors in memory
 MAX_DIMENSIONS = 8
 MAX_GROUP = 256
 _CHUNK = 1 << 22
@@ -19,8 +21,8 @@ class PackedFormatError(ValueError):
     """Tensors that are not what docs/formats.md describes."""
 
 
-def check_tensors(values: Tensor, mask: Tensor, layout: Tensor, name: str, version: int) -> None:
-    """Check the three tensors of the packed tensor called `name`.
+def check_tensors(values: Tensor, mask: Tensor, layout: Tensor, name: str) -> None:
+    """Check the three tensors of the packed tensor called `name`, all but its checksum.
 
     Sizes are compared with those of the tensors before anything is computed from them, in Python's integers, so
     that no number in `layout` can make this allocate much or overflow.
@@ -28,8 +30,8 @@ def check_tensors(values: Tensor, mask: Tensor, layout: Tensor, name: str, versi
     Raises:
         PackedFormatError: With what is wrong, and the tensor's name.
     """
-    columns, n_of_m = _check_layout(layout, name, version)
-    rows = prod(layout[3:-1].tolist())
+    shape, n_of_m = _check_layout(layout, name)
+    rows, columns = prod(shape[:-1]), shape[-1]
     width = mask_bytes(columns, n_of_m)
     if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, width):
         raise PackedFormatError(
@@ -41,8 +43,8 @@ def check_tensors(values: Tensor, mask: Tensor, layout: Tensor, name: str, versi
             f"{name}_values is {values.dtype} of shape {tuple(values.shape)}: a floating dtype and one dimension "
             "are needed."
         )
-    if not (mask.is_contiguous() and values.is_contiguous()):
-        raise PackedFormatError(f"{name}_values and {name}_mask must be contiguous.")
+    if not (mask.is_contiguous() and values.is_contiguous()) or values.is_neg():
+        raise PackedFormatError(f"{name}_values and {name}_mask must be contiguous, and no negative views.")
     used = mask_bits(columns, n_of_m)
     tail = mask[:, used // 8 :]
     if tail.shape[1]:
@@ -56,29 +58,39 @@ def check_tensors(values: Tensor, mask: Tensor, layout: Tensor, name: str, versi
         _check_places(mask, columns, n_of_m, name)
 
 
-def _check_layout(layout: Tensor, name: str, version: int) -> tuple[int, tuple[int, int] | None]:
-    """Number of columns and the pattern of a layout that makes sense by itself."""
-    if layout.dtype != torch.int64 or layout.dim() != 1 or not 4 <= layout.numel() <= 3 + MAX_DIMENSIONS:
+def shape_of(layout: Tensor) -> tuple[int, ...]:
+    """The dense shape that a layout says."""
+    version, _, _, *numbers = layout.tolist()
+    return tuple(numbers[1:] if version == VERSION else numbers)
+
+
+def _check_layout(layout: Tensor, name: str) -> tuple[tuple[int, ...], tuple[int, int] | None]:
+    """The shape and the pattern of a layout that makes sense by itself."""
+    if layout.dtype != torch.int64 or layout.dim() != 1 or not 4 <= layout.numel() <= 4 + MAX_DIMENSIONS:
         raise PackedFormatError(
             f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: torch.int64 of one dimension and 4 to "
-            f"{3 + MAX_DIMENSIONS} numbers is needed."
+            f"{4 + MAX_DIMENSIONS} numbers is needed."
         )
-    found, n, m, *shape = layout.tolist()
-    if found != version:
+    version, n, m = layout[:3].tolist()
+    if version not in (PLAIN_VERSION, VERSION):
         raise PackedFormatError(
-            f"{name} is packed in version {found} of the format; this package reads version {version}. "
-            "Update it, or pack the model again."
+            f"{name} is packed in version {version} of the format; this package reads versions {PLAIN_VERSION} and "
+            f"{VERSION}. Update it, or pack the model again."
         )
-    if min(shape) < 1:
-        raise PackedFormatError(f"{name}_layout says shape {tuple(shape)}: every dimension must be positive.")
+    shape = shape_of(layout)
+    if not 1 <= len(shape) <= MAX_DIMENSIONS or min(shape) < 1:
+        raise PackedFormatError(
+            f"{name}_layout says shape {shape}: 1 to {MAX_DIMENSIONS} dimensions are needed, and every dimension must "
+            "be positive."
+        )
     if (n, m) == (0, 0):
-        return shape[-1], None
+        return shape, None
     if not 0 < n < m <= MAX_GROUP or shape[-1] % m:
         raise PackedFormatError(
             f"{name}_layout says {n} kept of every {m} in rows of {shape[-1]}: 0 < n < m <= {MAX_GROUP} and m dividing "
             "the row are needed."
         )
-    return shape[-1], (n, m)
+    return shape, (n, m)
 
 
 def _check_places(mask: Tensor, columns: int, n_of_m: tuple[int, int], name: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import tracemalloc
+import zlib
 
 import pytest
 import torch
@@ -96,12 +97,16 @@ def test_bytes_of_both_kinds_are_as_documented():
     packed = pack(weight)
     assert packed.values.tolist() == [1.5, -2, 3, 4, 5]
     assert packed.mask.tolist() == [[0b1010, 1, 0, 0, 0, 0, 0, 0], [0b10000001, 0, 0, 0, 0, 0, 0, 0]]
-    assert packed.layout.tolist() == [1, 0, 0, 2, 9]
+    checksum = zlib.crc32(
+        b"".join(t.numpy().tobytes() for t in (packed.layout[[0, 1, 2, 4, 5]], packed.mask, packed.values))
+    )
+    assert packed.layout.tolist() == [2, 0, 0, checksum, 2, 9]
+    assert packed.without_checksum().layout.tolist() == [1, 0, 0, 2, 9]
     grouped = torch.tensor([[0, 1, 0, 2, 3, 4, 0, 0]], dtype=torch.float32)
     packed = pack(grouped, pattern=(2, 4))
     assert packed.values.tolist() == [1, 2, 3, 4]
     assert packed.mask.tolist() == [[0b01_00_11_01, 0, 0, 0, 0, 0, 0, 0]]
-    assert packed.layout.tolist() == [1, 2, 4, 1, 8]
+    assert packed.without_checksum().layout.tolist() == [1, 2, 4, 1, 8]
     assert packed.layout.dtype == torch.int64
 
 
@@ -167,7 +172,7 @@ def test_state_dicts_are_packed_where_that_is_smaller():
         *("experts" + s for s in suffixes),
         *("b.weight" + s for s in suffixes),
     ]
-    assert packed["b.weight_layout"].tolist() == [1, 2, 4, 64, 128]
+    assert packed["b.weight_layout"][[0, 1, 2, 4, 5]].tolist() == [2, 2, 4, 64, 128]
     assert packed_names(packed) == ["a.weight", "experts", "b.weight"]
     restored = unpack_state_dict(packed)
     assert list(restored) == list(state)

@@ -63,6 +63,11 @@ def test_malformed_states_are_refused():
         layer.load_state_dict({**state, "weight_values": state["weight_values"][1:]})
     with pytest.raises(PackedFormatError, match=r"says shape \(24, 80\): this layer's weight is \(24, 79\)"):
         PackedLinear(79, 24, 10).load_state_dict(state)
+    changed = state["weight_values"].clone()
+    changed[7] += 1
+    with pytest.raises(PackedFormatError, match=r"0\.weight has another checksum"):
+        nn.Sequential(layer).load_state_dict({f"0.{k}": v for k, v in {**state, "weight_values": changed}.items()})
+    PackedLinear(80, 24, 10, dtype=torch.bfloat16).load_state_dict(state)  # in another dtype than the file's
     with pytest.raises(RuntimeError, match="weight_mask"):
         PackedLinear(80, 24, 10).load_state_dict({k: v for k, v in state.items() if k != "weight_mask"})
     with pytest.raises(PackedFormatError, match="needs a matrix"):

@@ -28,7 +28,9 @@ def with_layout(packed, *numbers):
 
 HUGE = 2**62
 CASES = {
-    "version": (with_layout(packed_bits(), 2, 0, 0, 6, 70), "version 2 of the format; this package reads version 1"),
+    "version": (with_layout(packed_bits(), 3, 0, 0, 0, 6, 70), "version 3 of the format; .* reads versions 1 and 2"),
+    "checksum": (with_layout(packed_bits(), 2, 0, 0, 5, 6, 70), "weight has another checksum than its layout says"),
+    "version without checksum": (with_layout(packed_bits(), 2, 0, 0, 6, 70), r"needs torch.uint8 of shape \(1, 16\)"),
     "negative": (with_layout(packed_bits(), 1, 0, 0, -6, -70), "every dimension must be positive"),
     "zero": (with_layout(packed_bits(), 1, 0, 0, 0, 70), "every dimension must be positive"),
     "other rows": (with_layout(packed_bits(), 1, 0, 0, 7, 70), r"needs torch.uint8 of shape \(7, 16\)"),
@@ -41,8 +43,10 @@ CASES = {
     "negative n": (with_layout(packed_groups(), 1, -2, 4, 6, 48), "-2 kept of every 4"),
     "m of zero": (with_layout(packed_groups(), 1, 2, 0, 6, 48), "2 kept of every 0"),
     "m not dividing": (with_layout(packed_groups(), 1, 2, 4, 6, 47), "m dividing the row"),
-    "short layout": (with_layout(packed_bits(), 1, 0, 0), "4 to 11 numbers"),
-    "long layout": (with_layout(packed_bits(), 1, 0, 0, *[1] * 9), "4 to 11 numbers"),
+    "short layout": (with_layout(packed_bits(), 1, 0, 0), "4 to 12 numbers"),
+    "long layout": (with_layout(packed_bits(), 1, 0, 0, *[1] * 10), "4 to 12 numbers"),
+    "too many dimensions": (with_layout(packed_bits(), 1, 0, 0, *[1] * 9), "1 to 8 dimensions"),
+    "no dimensions": (with_layout(packed_bits(), 2, 0, 0, 6), "1 to 8 dimensions"),
     "layout dtype": (broken(packed_bits(), layout=packed_bits().layout.int()), "weight_layout is torch.int32"),
     "layout shape": (broken(packed_bits(), layout=packed_bits().layout.view(1, -1)), "one dimension"),
     "mask dtype": (broken(packed_bits(), mask=packed_bits().mask.view(torch.int8)), "weight_mask is torch.int8"),
@@ -71,6 +75,16 @@ def test_what_is_wrong_is_said(case):
 def test_the_tensor_is_named():
     with pytest.raises(PackedFormatError, match=r"layers\.0\.q_proj\.weight_values holds"):
         check(broken(packed_bits(), values=torch.ones(3)), "layers.0.q_proj.weight")
+
+
+@pytest.mark.parametrize("packed", [packed_bits(), packed_groups()], ids=["bits", "groups"])
+def test_every_changed_value_is_found_by_the_checksum(packed):
+    for place in (0, len(packed.values) // 2, -1):
+        changed = packed.values.clone()
+        changed.view(torch.int32)[place] ^= 1
+        with pytest.raises(PackedFormatError, match=r"a\.weight has another checksum than its layout says"):
+            check(broken(packed, values=changed), "a.weight")
+        check(broken(packed, values=changed).without_checksum())  # as older files have it
 
 
 @pytest.mark.parametrize("bit", [70, 71, 72, 100, 127])
@@ -103,7 +117,7 @@ def test_places_must_be_inside_the_group():
     with pytest.raises(PackedFormatError, match="not smaller than 5"):
         check(packed)
     packed.mask[0, 0] = 4
-    check(packed)
+    check(packed.without_checksum())
 
 
 def checks(packed: PackedTensor) -> bool:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from optimum_fista.packed.format import PackedTensor, check, packed_names, unpack, unpack_mask
-from optimum_fista.packed.validation import SUFFIXES
+from optimum_fista.packed.validation import SUFFIXES, shape_of
 from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
 from optimum_fista.run.checkpoints.checkpoint import (
     MASKS_FILE,
@@ -149,7 +149,7 @@ class PackedFolder:
                 values, mask = (file.get_slice(name + suffix) for suffix in SUFFIXES[:2])
                 layout = file.get_tensor(name + SUFFIXES[2])
             size = values[:0].element_size()
-            dense += prod(layout[3:].tolist()) * size
+            dense += prod(shape_of(layout)) * size
             packed += prod(values.get_shape()) * size + prod(mask.get_shape()) + layout.numel() * layout.element_size()
         return Packing(len(self.names), dense, packed)
 
@@ -165,7 +165,7 @@ class PackedFolder:
                 parts.append(file.get_tensor(name + suffix))
         packed = PackedTensor(*parts)
         check(packed, name)
-        return packed
+        return packed.without_checksum()
 
 
 def _convert_folder(

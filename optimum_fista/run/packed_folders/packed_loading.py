@@ -6,6 +6,7 @@ as they are defined, and everything heavier is imported when it is needed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,10 @@ class FistaPackedConfig(QuantizationConfigMixin):
         runtime: `"dense"`: the model that was packed, bit for bit. `"packed"`: `nn.Linear` and `Conv1D` modules and the
             experts of a mixture stay packed and compute from there; other packed weights become dense.
         weights: The weight file, or the index of the weight files, in the model folder.
-        parameters: Last parts of the names of the parameters that are packed, such as `"weight"`.
+        parameters: Last parts of the names of the parameters that are packed, such as `"weight"`: names, not patterns.
 
     Raises:
-        ValueError: If the runtime is not known.
+        ValueError: If the runtime is not known, or `weights` or `parameters` are not such names.
     """
 
     def __init__(
@@ -45,6 +46,13 @@ class FistaPackedConfig(QuantizationConfigMixin):
     ) -> None:
         if runtime not in RUNTIMES:
             raise ValueError(f"runtime={runtime!r}: pass 'dense' or 'packed'.")
+        if not isinstance(weights, str) or not re.fullmatch(r"[^/\\]+\.safetensors(\.index\.json)?", weights):
+            raise ValueError(
+                f"weights={weights!r}: pass the name of a safetensors file in the folder, or of its index."
+            )
+        # Transformers makes regular expressions of them: a name, which has none of their signs, matches itself alone.
+        if isinstance(parameters, str) or not all(isinstance(p, str) and p.isidentifier() for p in parameters):
+            raise ValueError(f"parameters={parameters!r}: pass a list of names such as 'weight'.")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.runtime = runtime
         self.weights = weights

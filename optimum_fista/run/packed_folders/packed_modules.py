@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +17,7 @@ from optimum_fista.packed.experts import packed_experts_forward
 from optimum_fista.packed.format import PackedTensor
 from optimum_fista.packed.linear import PackedLinear
 from optimum_fista.packed.rearranged import matrices_of, stacked_rows, transposed
+from optimum_fista.packed.validation import PackedFormatError
 from optimum_fista.run.checkpoints.stored_names import StoredName, find_names, split_index
 from optimum_fista.run.packed_folders.unpacking import PackedFiles
 
@@ -31,6 +32,9 @@ class PackedModules:
 
     Attributes:
         becoming_dense: Names of the packed weights that belong to none of these modules.
+
+    Raises:
+        PackedFormatError: If a packed weight has another shape than the module's.
     """
 
     def __init__(self, model: PreTrainedModel, files: PackedFiles) -> None:
@@ -42,9 +46,11 @@ class PackedModules:
         ignored = model._keys_to_ignore_on_load_unexpected or set()
         model._keys_to_ignore_on_load_unexpected = {*ignored, *(rf"{re.escape(name)}(_|$)" for name in self._experts)}
         self._dtypes = {name: model.get_parameter(name).dtype for name in self._experts}
-        for name in self._experts:
+        for name, experts in self._experts.items():
             owner, _, tensor = name.rpartition(".")
             module = model.get_submodule(owner)
+            _, *matrix = model.get_parameter(name).shape
+            self._check_shapes(name, experts, matrix[::-1] if module.is_transposed else matrix)
             delattr(module, tensor)
             vars(module)["_is_hf_initialized"] = True
 
@@ -85,16 +91,14 @@ class PackedModules:
             return False
         if leaf != "weight" or type(module) not in (nn.Linear, Conv1D):
             return False
-        _, n, m, rows, columns = self._files.layout(name)
+        outline, dense = self._files.outlines[name], cast(Tensor, module.weight)
+        if outline.shape != tuple(dense.shape):
+            raise PackedFormatError(f"{name}_layout says shape {outline.shape}: the model's is {tuple(dense.shape)}.")
+        rows, columns = outline.shape
         packed = PackedLinear(
-            columns,
-            rows,
-            self._files.num_kept(name),
-            False,
-            (n, m) if m else None,
-            device="meta",
-            dtype=module.weight.dtype,  # type: ignore[arg-type]
+            columns, rows, outline.values.numel(), False, outline.n_of_m, device="meta", dtype=dense.dtype
         )
+        packed.weight_layout = torch.empty_like(outline.layout, device="meta")
         packed.bias = module.bias  # type: ignore[assignment]
         packed.weight_starts = torch.empty(0, dtype=torch.int64, device="meta")  # Accelerate wants a tensor
         if type(module) is Conv1D:
@@ -102,6 +106,24 @@ class PackedModules:
         parent, _, child = owner.rpartition(".")
         setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
         return True
+
+    def _check_shapes(self, name: str, experts: list[list[StoredName]], matrix: Sequence[int]) -> None:
+        """Compare what is stored with one matrix [out, in] an expert."""
+        for stored in experts:
+            rows, columns = 0, set()
+            for part in stored:
+                tensor, index = split_index(part.name)
+                shape = self._files.outlines[tensor].shape
+                if index and shape[0] != len(experts):
+                    raise PackedFormatError(f"{tensor} holds {shape[0]} experts: the model has {len(experts)}.")
+                height, *width = shape[-2:][::-1] if part.transposed else shape[-2:]
+                rows += height
+                columns.add((*shape[: -2 - bool(index)], *width))
+            if rows != matrix[0] or columns != {(matrix[1],)}:
+                raise PackedFormatError(
+                    f"{', '.join(split_index(part.name)[0] for part in stored)} have other shapes than the matrices "
+                    f"{tuple(matrix)} of {name}."
+                )
 
     def _read(
         self, experts: list[list[StoredName]], dtype: torch.dtype, device: torch.device

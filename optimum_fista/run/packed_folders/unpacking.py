@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -50,7 +49,8 @@ class Unpack(ConversionOps):
             parts = [part if isinstance(part, list) else [part] for part in parts]
             dense = []
             for values, mask, layout in zip(*parts, strict=True):
-                dense.append(unpack(PackedTensor(values, mask, layout)).to(dtype or values.dtype))
+                packed = PackedTensor(values, mask, layout).without_checksum()  # compared when the files were checked
+                dense.append(unpack(packed, full_layer_name or stem).to(dtype or values.dtype))
             found[stem if stem in target_patterns else stem + SUFFIXES[0]] = dense
         return found
 
@@ -61,7 +61,11 @@ class Unpack(ConversionOps):
 
 
 class PackedFiles:
-    """The packed tensors of a checkpoint's files, checked: masks and layouts are read, values are not.
+    """The packed tensors of a checkpoint's files, each read once and checked.
+
+    Attributes:
+        names: Their names.
+        outlines: By these, their layouts, with values and masks on the meta device.
 
     Raises:
         PackedFormatError: If one of the parts of a tensor is missing, or they are not those of a packed tensor.
@@ -73,28 +77,19 @@ class PackedFiles:
             with safe_open(file, "pt") as tensors:
                 self._file_of |= dict.fromkeys(tensors.keys(), str(file))
         self.names = packed_names(self._file_of)
+        self.outlines: dict[str, PackedTensor] = {}
         for name in self.names:
-            values, mask, layout = (name + suffix for suffix in SUFFIXES)
-            check(PackedTensor(self._empty(values), self._read(mask), self._read(layout)), name)
+            packed = self._stored(name)
+            check(packed, name)
+            self.outlines[name] = PackedTensor(packed.values.to("meta"), packed.mask.to("meta"), packed.layout)
 
     def read(self, name: str) -> PackedTensor:
-        """A packed tensor."""
-        return PackedTensor(*(self._read(name + suffix) for suffix in SUFFIXES))
+        """A packed tensor, without its checksum."""
+        return self._stored(name).without_checksum()
 
-    def num_kept(self, name: str) -> int:
-        """Number of weights that a packed tensor keeps."""
-        return self._empty(name + SUFFIXES[0]).numel()
-
-    def layout(self, name: str) -> list[int]:
-        """The layout of a packed tensor: version, n, m and the shape."""
-        numbers: list[int] = self._read(name + SUFFIXES[2]).tolist()
-        return numbers
-
-    def _read(self, name: str) -> Tensor:
-        with safe_open(self._file_of[name], "pt") as tensors:
-            return tensors.get_tensor(name)
-
-    def _empty(self, name: str) -> Tensor:
-        with safe_open(self._file_of[name], "pt") as tensors:
-            part = tensors.get_slice(name)
-            return torch.empty(part.get_shape(), dtype=part[:0].dtype, device="meta")
+    def _stored(self, name: str) -> PackedTensor:
+        parts = []
+        for suffix in SUFFIXES:
+            with safe_open(self._file_of[name + suffix], "pt") as tensors:
+                parts.append(tensors.get_tensor(name + suffix))
+        return PackedTensor(*parts)

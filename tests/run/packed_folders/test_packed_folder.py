@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.packed.bits import unpack_bits
+from optimum_fista.packed.format import PackedTensor, pack, unpack
+from optimum_fista.packed.validation import SUFFIXES
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import is_packed, pack_folder, unpack_folder
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
@@ -211,7 +215,11 @@ def flip_a_bit(tensors):
 
 
 def hostile_shape(tensors):
-    tensors[f"{NAME}_layout"][3] = 2**62
+    tensors[f"{NAME}_layout"][-2] = 2**62
+
+
+def one_value_changed(tensors):
+    tensors[f"{NAME}_values"][0] *= 2
 
 
 @pytest.mark.parametrize(
@@ -221,6 +229,7 @@ def hostile_shape(tensors):
         (one_value_less, "up_proj.weight_values holds"),
         (flip_a_bit, "up_proj.weight_values holds"),
         (hostile_shape, "up_proj.weight"),
+        (one_value_changed, r"layers\.1\.mlp\.up_proj\.weight has another checksum"),
     ],
 )
 def test_malformed_folders_are_refused_and_named(change, message, pruned, tmp_path):
@@ -232,6 +241,103 @@ def test_malformed_folders_are_refused_and_named(change, message, pruned, tmp_pa
         unpack_folder(tmp_path / "packed", tmp_path / "again")
     assert not (tmp_path / "again").exists()
     with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def without_checksums(tensors):
+    for name in [name for name in tensors if name.endswith("_layout")]:
+        _, n, m, _, *shape = tensors[name].tolist()
+        tensors[name] = torch.tensor([1, n, m, *shape])
+
+
+@pytest.mark.parametrize("runtime", ["dense", "packed"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_folders_without_checksums_are_read(family, runtime, pruned, tmp_path):
+    pack_folder(pruned(family), tmp_path / "packed")
+    config = FistaPackedConfig(runtime=runtime)
+    ids = torch.arange(20)[None]
+    found = []
+    for change in (lambda _: None, without_checksums):
+        edit(tmp_path / "packed", change)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the kernels may not be compiled
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=config)
+            found.append(model(ids).logits)
+    assert torch.equal(*found)
+    verify_checkpoint(tmp_path / "packed")
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (pruned(family) / "model.safetensors").read_bytes()
+
+
+def widened(name):
+    """A tensor that is right by itself, of another shape than the model's: its rows end in bits that were padding."""
+
+    def change(tensors):
+        mask, layout = tensors[f"{name}_mask"], tensors[f"{name}_layout"]
+        layout[-1], mask[..., -1] = mask.shape[-1] * 8, 0xFF
+        tensors[f"{name}_layout"] = torch.tensor([1, 0, 0, *layout[4:].tolist()])
+        tensors[f"{name}_values"] = torch.ones(int(unpack_bits(mask, int(layout[-1])).sum()), dtype=torch.bfloat16)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", NAME),
+        ("gpt2", "transformer.h.1.mlp.c_fc.weight"),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w1.weight"),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w3.weight"),
+        ("gpt_oss", "model.layers.1.mlp.experts.down_proj"),
+    ],
+)
+def test_shapes_are_those_of_the_model(family, name, pruned, tmp_path):
+    pack_folder(pruned(family), tmp_path / "packed")
+    edit(tmp_path / "packed", widened(name))
+    with pytest.raises(ValueError, match=rf"{name}(_layout says shape| have other shapes|, .*have other shapes)"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "packed", quantization_config=FistaPackedConfig(runtime="packed")
+        )
+    with pytest.raises(RuntimeError):  # Transformers' own, of mismatched or unequal sizes
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_other_numbers_of_experts_are_refused(pruned, tmp_path):
+    pack_folder(pruned("gpt_oss"), tmp_path / "packed")
+    name = "model.layers.0.mlp.experts.down_proj"
+
+    def drop_one(tensors):
+        packed = pack(unpack(PackedTensor(*(tensors[name + suffix] for suffix in SUFFIXES)))[1:])
+        tensors.update(packed.named(name))
+
+    edit(tmp_path / "packed", drop_one)
+    with pytest.raises(ValueError, match=f"{name} holds 3 experts: the model has 4"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "packed", quantization_config=FistaPackedConfig(runtime="packed")
+        )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parameters": ["(.*)+$"]},
+        {"parameters": ["weight", "a.b"]},
+        {"parameters": "weight"},
+        {"parameters": [1]},
+        {"weights": "../packed.safetensors"},
+        {"weights": "weights.bin"},
+        {"weights": None},
+    ],
+)
+def test_names_in_the_configuration_are_names(settings, pruned, tmp_path):
+    """A pattern that takes for ever would hang `from_pretrained`; another file would be read."""
+    pack_folder(pruned("llama"), tmp_path / "packed")
+    file = tmp_path / "packed" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= settings
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}="):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 
