@@ -16,6 +16,8 @@ from optimum_fista.solve.method import Allocation, ErrorCorrection, PruningMetho
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+
 
 def wrong_field(record: Any) -> str | None:
     """What to say of the first field of a dataclass that holds another type than declared; `None` if none does."""
@@ -23,7 +25,7 @@ def wrong_field(record: Any) -> str | None:
     for name in (f.name for f in dataclasses.fields(record)):
         value, hint = getattr(record, name), hints[name]
         if not _fits(value, hint):
-            return f"{name}={value!r}: pass {getattr(hint, '__name__', None) or hint}."
+            return f"{name}={value!r}: pass {_WORDS.get(hint) or getattr(hint, '__name__', hint)}."
     return None
 
 

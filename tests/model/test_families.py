@@ -39,8 +39,11 @@ def observe(model: PreTrainedModel, names: list[str]) -> dict[str, Tensor]:
         )
         for name in names
     ]
+    places = {}
+    if model.config.model_type == "gpt2":  # counts padding as well unless it is told the positions
+        places = {"position_ids": (data["attention_mask"].cumsum(1) - 1).clamp_min(0)}
     with torch.no_grad():
-        model(**data, use_cache=False)
+        model(**data, **places, use_cache=False)
     for handle in handles:
         handle.remove()
     return {name: inputs[data["attention_mask"].bool()] for name, inputs in seen.items()}

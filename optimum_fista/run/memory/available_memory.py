@@ -46,7 +46,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 def device_counts(device: torch.device) -> Any:
     """What counts the memory of tensors on a device: `torch.cuda` and its like; `None` if nothing does."""
-    module = torch.get_device_module(device)
+    module = getattr(torch, device.type, None)  # the meta device has none
     return module if hasattr(module, "max_memory_allocated") else None
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import Storage
@@ -51,7 +49,7 @@ class RunBatches:
         """Cut the batches to other sizes."""
         self.all = cut_batches(self.all, fitted.sizes)
         if fitted.message:
-            self._warn(fitted.message, stacklevel=4)
+            self._report.warn(fitted.message)
 
     def use_sizes_of(self, states: HiddenStates) -> None:
         """Cut the batches as those of hidden states that a run before has left."""
@@ -80,9 +78,8 @@ class RunBatches:
         if states is not None:
             states = cut_states(states, sizes, storage, execution_device(self._model.get_input_embeddings()))
         release_free_memory(collect=True)
-        self._warn(
+        self._report.warn(
             f"out of memory in {where}: batches of {max(sizes)} sequences from here on ({reason.splitlines()[0]})",
-            stacklevel=6,
         )
         return states
 
@@ -96,7 +93,3 @@ class RunBatches:
                     raise
                 reason = str(error) or repr(error)
             states = self.halve("the embeddings", reason, states, storage)
-
-    def _warn(self, message: str, stacklevel: int) -> None:
-        self._report.warnings.append(message)
-        warnings.warn(message, stacklevel=stacklevel)

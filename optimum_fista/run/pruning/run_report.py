@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,7 +45,7 @@ def begin_report(
     pruned = [operator for group in operators.values() for operator in group.values()]
     names = [operator.name for operator in pruned]
     for message in (*_rank_deficiency(report, pruned), *idle_patterns(config, names, list(left_dense))):
-        _warn(report, message, stacklevel=5)
+        report.warn(message)
     return report
 
 
@@ -80,7 +79,7 @@ def complete_report(
     if left:
         shown = ", ".join(f"{name} ({reason})" for name, reason in list(left.items())[:4])
         more = ", ..." if len(left) > 4 else ""
-        _warn(report, f"{len(left)} operators were left dense: {shown}{more}", stacklevel=5)
+        report.warn(f"{len(left)} operators were left dense: {shown}{more}")
     operators = report.operators
     if config.residual_correction and config.error_correction != "none":
         report.warnings.extend(_without_residual_correction(report))
@@ -88,12 +87,10 @@ def complete_report(
     starved = [o for o in operators if o.method != config.method]
     if starved:
         least = min(starved, key=lambda o: o.num_tokens)
-        _warn(
-            report,
+        report.warn(
             f"{len(starved)} of {len(operators)} operators belong to experts that fewer than "
             f"{config.starved_tokens} calibration tokens reached, and were pruned by "
-            f"{config.starved_method} ({least.name}: {least.num_tokens}). Pass more calibration tokens.",
-            stacklevel=5,
+            f"{config.starved_method} ({least.name}: {least.num_tokens}). Pass more calibration tokens."
         )
 
 
@@ -123,11 +120,6 @@ def _rank_deficiency(report: PruningReport, operators: list[LinearOperator]) -> 
             f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
             "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
         )
-
-
-def _warn(report: PruningReport, message: str, stacklevel: int) -> None:
-    report.warnings.append(message)
-    warnings.warn(message, stacklevel=stacklevel)
 
 
 def _describe(model: PreTrainedModel) -> dict[str, Any]:

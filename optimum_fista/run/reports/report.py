@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,6 +158,16 @@ class PruningReport:
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     retrained: bool = False
+
+    def warn(self, message: str) -> None:
+        """Add what the user should know, and warn of it at the line outside this package that began the run."""
+        self.warnings.append(message)
+        frame, level = sys._getframe(1), 2
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+            ("optimum_fista.", "contextlib")
+        ):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(message, stacklevel=level)
 
     @property
     def finetuned(self) -> bool:

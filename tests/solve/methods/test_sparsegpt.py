@@ -114,10 +114,12 @@ def test_target_of_a_corrected_problem_is_not_looked_at():
 
 def test_raised_damping_is_told():
     made = example(4, 8)
-    diagonal = made.problem.gram.diagonal()
-    # The smallest eigenvalue becomes minus 3% of the mean diagonal, which 1% of damping does not mend.
-    diagonal.sub_(torch.linalg.eigvalsh(made.problem.gram)[0])
-    diagonal.sub_(0.03 * diagonal.mean())
+    # Two strong inputs correlate more than they can: an eigenvalue that 1% of damping does not mend, but 10% does.
+    gram = made.problem.gram
+    first, second = gram.diagonal().topk(2).indices.tolist()
+    gram[first, second] = gram[second, first] = gram.diagonal().max() + 0.05 * gram.diagonal().mean()
+    lowest = float(torch.linalg.eigvalsh(gram)[0] / gram.diagonal().mean())
+    assert -0.1 < lowest < -0.01
     pruned = SparseGPT(damping=0.01).prune(made.problem, SparsityPattern(0.5))
     assert not pruned.converged
     assert pruned.message == "the Gram matrix needed damping 0.1 instead of 0.01"
