@@ -1,0 +1,206 @@
+"""Results that a change of structure must not change: hashes of pruned weights, masks and reports.
+
+`python tests/test_golden.py --record` writes `golden.json` anew. Sums of floating-point numbers differ between kinds of
+processors, so the file holds one set of hashes for each arithmetic it was recorded on; on others the test is skipped.
+"""
+
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launched import exit_codes, launch, prune
+from safetensors.torch import load_file
+from tiny_llama import tiny_llama, tiny_tokens
+from tiny_models import VOCAB_SIZE, tiny_model
+from transformers import PreTrainedModel
+
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback, PruningReport
+
+GOLDEN = Path(__file__).with_name("golden.json")
+Digest = dict[str, str]
+
+
+def arithmetic() -> str:
+    """What tells this machine's floating-point sums from another's."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(200, 300, generator=generator)
+    gram = a @ a.T + torch.eye(200)
+    results = [gram, torch.linalg.cholesky(gram), torch.linalg.eigh(gram)[1], a.bfloat16() @ a.T.bfloat16(), a.exp()]
+    return _sha(*(t.float().numpy().tobytes() for t in results), torch.__version__.encode())[:16]
+
+
+def _sha(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _tensors_sha(tensors: dict[str, torch.Tensor]) -> str:
+    parts = []
+    for name, tensor in sorted(tensors.items()):
+        content = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        parts += [name.encode(), str(tuple(tensor.shape)).encode(), content.numpy().tobytes()]
+    return _sha(*parts)
+
+
+def _report_sha(report: PruningReport) -> str:
+    """Hash of what a report says of operators and layers, without times and memory."""
+    operators = [
+        (o.name, o.shape, o.num_kept, o.method, o.relative_error, o.l1_penalty, o.iterations, o.converged, o.num_tokens)
+        for o in report.operators
+    ]
+    layers = [(layer.name, layer.hidden_state_error) for layer in report.layers]
+    return _sha(json.dumps([operators, layers, report.left_dense]).encode())
+
+
+def _tokens(family: str) -> torch.Tensor:
+    if family == "llama":
+        return tiny_tokens()
+    return torch.randint(0, VOCAB_SIZE, (8, 24), generator=torch.Generator().manual_seed(1))
+
+
+def _model(family: str) -> PreTrainedModel:
+    return tiny_llama() if family == "llama" else tiny_model(family)
+
+
+def in_memory(
+    family: str = "llama", dtype: torch.dtype = torch.float32, padded: bool = False, **options: Any
+) -> Digest:
+    """Prune a model where it is."""
+    model, tokens = _model(family).to(dtype), _tokens(family)
+    batches: list[Any] = list(tokens.split(4))
+    if padded:
+        mask = torch.ones_like(tokens)
+        mask[::2, -5:] = 0
+        batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(tokens.split(4), mask.split(4), strict=True)]
+    pruner = FistaPruner(FistaPruningConfig(**options), progress=False)
+    report = pruner.prune(model, batches)
+    return {
+        "weights": _tensors_sha(dict(model.named_parameters())),
+        "masks": _tensors_sha(pruner.result(model)[1]),
+        "report": _report_sha(report),
+    }
+
+
+class _Failure(Exception):
+    """The run ends here."""
+
+
+class _FailsInTheSecondLayer(PruningCallback):
+    def on_operator_end(self, operator: Any) -> None:
+        if ".1." in operator.name:
+            raise _Failure
+
+
+def _folder_digest(folder: Path) -> Digest:
+    weights = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    masks = folder / "fista" / "masks.safetensors"
+    return {"weights": _tensors_sha(weights), "masks": _tensors_sha(load_file(masks) if masks.exists() else {})}
+
+
+def streamed(family: str = "llama", packed: bool = False, resumed: bool = False, **options: Any) -> Digest:
+    """Prune from files to files, `resumed` after a failure in the second decoder layer."""
+    config = FistaPruningConfig(**options)
+    with tempfile.TemporaryDirectory() as scratch:
+        source, output = Path(scratch, "source"), Path(scratch, "out")
+        _model(family).save_pretrained(source)
+        where: dict[str, Any] = {"output_dir": output, "packed": packed}
+        batches = list(_tokens(family).split(4))
+        if resumed:
+            pruner = FistaPruner(config, progress=False, callbacks=[_FailsInTheSecondLayer()])
+            with pytest.raises(_Failure):
+                pruner.prune(source, batches, **where)
+        report = FistaPruner(config, progress=False).prune(source, batches, **where)
+        return _folder_digest(output) | {"report": _report_sha(report)}
+
+
+def by_ranks(**options: Any) -> Digest:
+    """Prune from files to files by two processes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source, output = Path(scratch, "source"), Path(scratch, "out")
+        tiny_llama().save_pretrained(source)
+        assert exit_codes(launch(2, prune, source, output, FistaPruningConfig(**options))) == [0, 0]
+        return _folder_digest(output)
+
+
+METHODS = ("fista", "magnitude", "wanda", "sparsegpt", "dsnot", "admm", "alps", "obs_admm")
+CASES: dict[str, Callable[[], Digest]] = {}
+for _method in METHODS:
+    for _pattern in ("unstructured", "2:4"):
+        CASES[f"{_method} {_pattern}"] = lambda m=_method, p=_pattern: in_memory(method=m, pattern=p)
+    CASES[f"{_method} streamed"] = lambda m=_method: streamed(method=m, sparsity=0.6)
+for _correction in ("none", "intra", "full", 0.25):
+    for _allocation in ("uniform", "fisher"):
+        CASES[f"correction {_correction} {_allocation}"] = lambda c=_correction, a=_allocation: in_memory(
+            error_correction=c, allocation=a, sparsity=0.6
+        )
+for _family in ("gpt2", "gemma3_text", "opt", "mixtral", "gpt_oss", "llama4_text", "deepseek_v3"):
+    CASES[f"{_family} in memory"] = lambda f=_family: in_memory(f)
+    CASES[f"{_family} streamed"] = lambda f=_family: streamed(f)
+CASES |= {
+    "paper": lambda: in_memory(**_paper()),
+    "paper 2:4": lambda: in_memory(**_paper(pattern="2:4")),
+    "by rows": lambda: in_memory(scope="row", method="sparsegpt", allocation="uniform"),
+    "1:4 and overrides": lambda: in_memory(pattern="1:4", overrides={"*.down_proj": 0.3, "*.q_proj": "4:8"}),
+    "residual only": lambda: in_memory(error_correction=0.0, residual_correction=1.0),
+    "no residual": lambda: in_memory(residual_correction=0.0),
+    "finetuned": lambda: in_memory(finetune="layer", finetune_steps=8, held_out=2),
+    "padded": lambda: in_memory(padded=True),
+    "padded gpt2": lambda: in_memory("gpt2", padded=True),
+    "bfloat16": lambda: in_memory(dtype=torch.bfloat16),
+    "held out": lambda: in_memory(held_out=3),
+    "some left dense": lambda: in_memory(exclude=("*.layers.1.*",)),
+    "starved experts": lambda: in_memory("mixtral", starved_tokens=60),
+    "streamed": lambda: streamed(),
+    "streamed 2:4": lambda: streamed(pattern="2:4"),
+    "streamed intra": lambda: streamed(error_correction="intra"),
+    "resumed": lambda: streamed(resumed=True),
+    "resumed intra 2:4": lambda: streamed(resumed=True, error_correction="intra", pattern="2:4"),
+    "resumed finetuned": lambda: streamed(resumed=True, finetune="layer", finetune_steps=4),
+    "packed": lambda: streamed(packed=True),
+    "packed 2:4 gpt2": lambda: streamed("gpt2", packed=True, pattern="2:4"),
+    "packed mixtral": lambda: streamed("mixtral", packed=True),
+    "ranks intra": lambda: by_ranks(error_correction="intra"),
+    "ranks none 2:4": lambda: by_ranks(error_correction="none", pattern="2:4"),
+}
+
+
+def _paper(**options: Any) -> dict[str, Any]:
+    config = FistaPruningConfig.paper(**options)
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def _kept() -> dict[str, dict[str, Digest]]:
+    return json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(CASES))
+def test_results_are_those_recorded(name):
+    kept = _kept().get(arithmetic())
+    if kept is None:
+        pytest.skip("no results were recorded on this kind of processor: python tests/test_golden.py --record")
+    assert CASES[name]() == kept[name]
+
+
+def test_at_least_forty_configurations():
+    assert len(CASES) >= 40
+    assert all(set(kept) == set(CASES) for kept in _kept().values())
+
+
+if __name__ == "__main__":
+    assert sys.argv[1:] == ["--record"], "usage: python tests/test_golden.py --record"
+    torch.set_num_threads(1)
+    import warnings
+
+    warnings.simplefilter("ignore")
+    record = {name: run() for name, run in CASES.items()}
+    GOLDEN.write_text(json.dumps(_kept() | {arithmetic(): record}, indent=1, sort_keys=True) + "\n")
+    sys.stdout.write(f"{len(record)} configurations recorded for {arithmetic()}\n")
