@@ -399,9 +399,10 @@ def test_a_second_run_into_the_same_output_is_told_who_writes_it(source, whole, 
         refused.append(raised)
 
     def watched(self, *arguments):
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join()
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
         keep(self, *arguments)
 
     monkeypatch.setattr(journal.Journal, "keep_layer", watched)
