@@ -19,6 +19,14 @@ from optimum_fista.solve.cost import SolveCost
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "dtype": "bfloat16"}
 MODELS: dict[str, dict[str, Any]] = {
+    "Llama-3-8B": _LLAMA
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 8192,
+    },
     "Llama-3-70B": _LLAMA
     | {
         "hidden_size": 8192,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import ActivationStore, Storage
@@ -68,7 +68,8 @@ def recomputed_layers(
 
     def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **keywords: Any) -> Any:
-            return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+            with set_checkpoint_early_stop(False):  # cut short, a layer would keep weights that Accelerate brought
+                return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
         return run if stays else waiting.around(run)
 

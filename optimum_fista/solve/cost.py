@@ -30,10 +30,10 @@ class SolveCost:
     block: float = 0.0
     shares_factor: bool = False
 
-    def working_bytes(self, rows: int, columns: int) -> int:
-        """Most bytes held at a time for an operator [rows, columns]."""
+    def working_bytes(self, rows: int, columns: int, scale: int = 1) -> int:
+        """Most bytes held at a time for an operator [rows, columns], in blocks `scale` times as large as on a CPU."""
         held = max(int(4 * columns * (operator * rows + gram * columns)) for operator, gram in self.working)
-        return held + int(4 * columns * self.block * rows_in_block(rows, columns))
+        return held + int(4 * columns * self.block * rows_in_block(rows, columns, scale))
 
     def product_operations(self, rows: int, columns: int) -> float:
         """Floating-point operations of `products`."""

@@ -72,12 +72,17 @@ class InputStatistics:
         shares = self.diagonal / self._mean_energy
         return torch.where(shares < _NEARLY_DEAD, shares, torch.ones_like(shares))
 
-    @cached_property
+    @property
     def decoupled(self) -> InputStatistics:
         """Statistics in which nearly dead inputs are uncorrelated with all others; the same where there are none."""
+        return self._decoupled or self
+
+    @cached_property
+    def _decoupled(self) -> InputStatistics | None:
+        """`None` where they are the same: kept in itself, an object would live on until cycles are collected."""
         live = self.energy_shares == 1
         if bool(live.all()):
-            return self
+            return None
         gram = self.gram.mul(live).mul_(live[:, None])
         gram.diagonal().copy_(self.diagonal)
         return InputStatistics(gram, self.num_tokens, self._mean)

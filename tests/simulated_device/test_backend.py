@@ -1,11 +1,18 @@
 """The simulated accelerator itself: it refuses what a GPU refuses, and its counters and limits say the truth."""
 
+import gc
+
 import pytest
 import torch
 from simulated_device.backend import counted, failing_allocation, memory_limit
 from torch import nn
 
 ONE, TWO = torch.device("simulated:0"), torch.device("simulated:1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_on_the_devices():
+    gc.collect()  # models of other tests
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from optimum_fista.run.planning.counts import masked_weights
 from optimum_fista.run.planning.model import LayerKind, PlannedModel
 from optimum_fista.run.planning.settings import PlanSettings
+from optimum_fista.solve.blocks import SCALE_ON_DEVICES
 from optimum_fista.solve.cost import SolveCost
 
 LIBRARIES_PART = "Python and libraries"
@@ -264,15 +265,16 @@ class _Layer:
         rows, columns = sum(out for out, _ in group), group[0][1]
         largest = max(out for out, _ in group)
         problem = 4 * columns * 2 * rows
+        scale = 1 if settings.on_cpu else SCALE_ON_DEVICES
         ledger.hold(f"Gram matrix {index}", 4 * columns**2)
         ledger.hold("layer problems", problem)
         if settings.stacks:
-            working = self.cost.working_bytes(rows, columns)
+            working = self.cost.working_bytes(rows, columns, scale)
             ledger.moment("stacking", ("stacked problems", 4 * columns * 2 * largest))
             ledger.moment("solving", ("solver's working set", working))
         else:
             others = 4 * columns * 1.25 * (rows - largest)
-            working = self.cost.working_bytes(rows if self.cost.shares_factor else largest, columns)
+            working = self.cost.working_bytes(rows if self.cost.shares_factor else largest, columns, scale)
             ledger.moment("solving", ("solver's working set", working), ("results", others))
         results = 4 * columns * 1.25 * rows
         if self.size < 4:

@@ -165,9 +165,9 @@ class LayerPruning:
                 if outputs is not None and self._corrects_residual(activations, groups, index, states):
                     yield self._last(activations, groups[index], records[index], outputs, forwards, stop, states)
                     break
-                inputs = forwards.inputs(stop)
-                problems = problems_corrected(activations, groups[index], records[index], inputs, self._dense_share)
-                yield self._solve(groups[index], problems, records[index])
+                given = activations, groups[index], records[index], forwards.inputs(stop), self._dense_share
+                # no name for the problems: it would keep them while those of the next group are made
+                yield self._solve(groups[index], problems_corrected(*given), records[index])
             else:
                 if states.pruned is not None:
                     left = activations.store()

@@ -1,0 +1,120 @@
+"""The memory that plans foretell for a device is what it holds: Llamas of a tenth of the width of 8B and of 70B."""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from tiny_llama import tiny_llama, tiny_tokens
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.sensitivity import measure_sensitivities
+from optimum_fista.run.planning import memory
+from optimum_fista.run.planning.plan import plan_pruning
+from optimum_fista.run.pruning import layer_pruning, model_pruning
+from optimum_fista.solve.blocks import SCALE_ON_DEVICES, row_blocks, rows_in_block
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
+
+TENTH_OF_8B = {"hidden_size": 416, "intermediate_size": 1440, "num_attention_heads": 4, "num_key_value_heads": 1}
+TENTH_OF_70B = {"hidden_size": 832, "intermediate_size": 2880, "num_attention_heads": 8, "num_key_value_heads": 1}
+WATCHED = (  # functions, and the moment of the plan in which they are at work
+    (model_pruning, "share_budgets", "loss"),
+    (layer_pruning, "record_dense", "recording the dense decoder layer"),
+    (layer_pruning, "problems_corrected", "statistics"),
+    (layer_pruning, "residual_problem", "statistics"),
+    (layer_pruning.LayerPruning, "_solve", "solving"),
+)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The largest peak of every moment on the device, as planned."""
+    largest: dict[str, memory.Peak] = {}
+
+    class Ledger(memory.Ledger):
+        def moment(self, label, *passing):
+            self.peaks = {place: memory.Peak() for place in self.peaks}  # of this moment alone
+            super().moment(label, *passing)
+            if self.peaks["device"].total > largest.get(label, memory.Peak()).total:
+                largest[label] = self.peaks["device"]
+
+    monkeypatch.setattr(memory, "Ledger", Ledger)
+    return largest
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The same as measured, in bytes; with "more while " before the label: those on top of what was held before."""
+    largest: dict[str, int] = {}
+
+    def watched(label, function):
+        def call(*given, **options):
+            before = torch.simulated.memory_allocated()
+            torch.simulated.reset_peak_memory_stats()
+            try:
+                return function(*given, **options)
+            finally:
+                peak = torch.simulated.max_memory_allocated()
+                for key, size in ((label, peak), (f"more while {label}", peak - before)):
+                    largest[key] = max(largest.get(key, 0), size)
+
+        return call
+
+    for owner, name, label in WATCHED:
+        monkeypatch.setattr(owner, name, watched(label, getattr(owner, name)))
+    return largest
+
+
+@pytest.mark.parametrize("storage", ["cpu", None])
+@pytest.mark.parametrize("shape", [TENTH_OF_8B, pytest.param(TENTH_OF_70B, marks=pytest.mark.slow)], ids=["8B", "70B"])
+def test_the_device_holds_what_is_planned(shape, storage, planned, measured, tmp_path):
+    config = AutoConfig.for_model("llama", vocab_size=12800, num_hidden_layers=2, dtype="bfloat16", **shape)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    settings = {"num_samples": 4, "sequence_length": 512, "storage_device": storage}
+    plan_pruning(config, FistaPruningConfig(), device="simulated", measure=False, **settings)
+    ids = torch.randint(0, 12800, (4, 512), generator=torch.Generator().manual_seed(0))
+    pruner = FistaPruner(FistaPruningConfig(), progress=False, storage_device=storage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so few tokens
+        pruner.prune(tmp_path / "dense", ids.split(1), output_dir=tmp_path / "pruned", device="simulated:0")
+    for label, peak in planned.items():
+        if label in measured:
+            assert measured[label] < 1.12 * peak.total, label
+            assert peak.total < 1.35 * measured[label], label
+    working = planned["solving"].parts["solver's working set"]
+    assert measured["more while solving"] == pytest.approx(working, rel=0.2)
+
+
+def test_blocks_of_rows_on_a_device_are_a_quarter_of_a_gibibyte():
+    rows, columns = 8192, 28672  # the down projection of 70B
+    on_device, on_cpu = rows_in_block(rows, columns, SCALE_ON_DEVICES), rows_in_block(rows, columns)
+    assert 2**26 < 4 * on_device * columns <= 2**28
+    assert on_cpu < 200
+    weight = torch.empty(rows, columns, device="meta")
+    assert next(row_blocks(weight)) == slice(0, on_device)
+
+
+def test_statistics_go_when_nobody_needs_them():
+    before = torch.simulated.memory_allocated()
+    statistics = InputStatistics(torch.eye(64, device="simulated:0"), 64)
+    problem = LayerProblem(torch.ones(4, 64, device="simulated:0"), statistics)
+    assert problem.decoupled() is problem
+    gc.disable()  # a reference to itself would keep them until cycles are collected
+    try:
+        del problem, statistics
+        assert torch.simulated.memory_allocated() == before
+    finally:
+        gc.enable()
+
+
+def test_gradients_leave_no_offloaded_weight_on_the_device():
+    model = cpu_offload(tiny_llama(num_hidden_layers=4), execution_device=torch.device("simulated:0"))
+    layers = find_decoder_layers(model)
+    operators = {name: o for layer in layers for name, o in find_operators(*layer).items()}
+    found = measure_sensitivities(model, layers, operators, [CalibrationBatch(tiny_tokens())], 64)
+    assert all(sensitivity.seen for sensitivity in found.values())
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
