@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import get_int_from_env
@@ -111,7 +112,9 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
     if count == 1:
         yield Ranks(device=device)
         return
-    state = PartialState(cpu=(device or default_device()).startswith("cpu"))
+    kind = torch.device(device or default_device()).type
+    # Accelerate can't start processes on an accelerator that PyTorch has no backend for; gloo does on any machine.
+    state = PartialState(cpu=kind == "cpu" or kind not in dist.Backend.default_device_backend_map)
     if state.num_processes != count:
         raise ValueError(
             f"the environment tells of {count} processes and Accelerate finds {state.num_processes}: start them by "
