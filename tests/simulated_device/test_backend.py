@@ -96,11 +96,19 @@ def test_the_current_device_is_the_default():
     assert torch.accelerator.current_accelerator(check_available=True).type == "simulated"
 
 
-def test_freed_storage_is_refused_and_poisoned():
+@pytest.fixture
+def before():
+    """Bytes that tests before have left on each device, once nothing more can be collected."""
+    gc.collect()
+    torch.accelerator.reset_peak_memory_stats(0)
+    return torch.simulated.memory_allocated(ONE), torch.simulated.memory_allocated(TWO)
+
+
+def test_freed_storage_is_refused_and_poisoned(before):
     x = torch.ones(4, device=ONE)
     view, size = x[1:], x.untyped_storage().nbytes()
     x.untyped_storage().resize_(0)
-    assert torch.simulated.memory_allocated(ONE) == 0
+    assert torch.simulated.memory_allocated(ONE) == before[0]
     with pytest.raises(RuntimeError, match="freed"):
         view + 1
     x.untyped_storage().resize_(size)
@@ -108,35 +116,37 @@ def test_freed_storage_is_refused_and_poisoned():
     assert torch.empty(5, device=TWO).isnan().all()
 
 
-def test_memory_is_accounted_for_by_device():
+def test_memory_is_accounted_for_by_device(before):
     modules = torch.get_device_module("simulated"), torch.accelerator
-    assert [module.memory_allocated(0) for module in modules] == [0, 0]
+    assert [module.memory_allocated(0) for module in modules] == [before[0]] * 2
     kept = torch.ones(256, device=ONE)
     other = kept.to(TWO)[:1]
     (kept + kept).sum()
     for module in modules:
-        assert module.memory_allocated(ONE) == module.memory_allocated(TWO) == 1024
-        assert module.max_memory_allocated(ONE) == 2048 + 4
+        assert module.memory_allocated(ONE) == before[0] + 1024
+        assert module.memory_allocated(TWO) == before[1] + 1024
+        assert module.max_memory_allocated(ONE) == before[0] + 2048 + 4
         module.reset_peak_memory_stats(ONE)
-        assert module.max_memory_allocated(ONE) == 1024
+        assert module.max_memory_allocated(ONE) == before[0] + 1024
         (kept + kept).sum()
     free, total = torch.simulated.mem_get_info(ONE)
-    assert total - free == 1024
+    assert total - free == before[0] + 1024
     del other
-    assert torch.accelerator.memory_allocated(TWO) == 0
+    assert torch.accelerator.memory_allocated(TWO) == before[1]
 
 
-def test_a_memory_limit_raises_and_leaves_memory_as_it_was():
+def test_a_memory_limit_raises_and_leaves_memory_as_it_was(before):
+    limit = before[0] + 1000
     x = torch.ones(100, device=ONE)
-    with memory_limit(1000, ONE):
+    with memory_limit(limit, ONE):
         y = x + 1
         with pytest.raises(torch.OutOfMemoryError, match="simulated out of memory"):
             x + y
         with pytest.raises(torch.OutOfMemoryError):
             torch.ones(51).to(ONE)
         torch.ones(51).to(TWO)
-        assert torch.simulated.memory_allocated(ONE) == 800
-        assert torch.simulated.mem_get_info(ONE) == (200, 1000)
+        assert torch.simulated.memory_allocated(ONE) == before[0] + 800
+        assert torch.simulated.mem_get_info(ONE) == (200, limit)
     x + y
 
 
