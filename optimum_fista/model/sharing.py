@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.operator import LinearOperator, is_linear
 from optimum_fista.model.replay import LayerCall, watching
 
@@ -30,6 +31,9 @@ def trace_groups(
     Returns:
         Groups in the order of their first call, inside a group in the order of the calls; and the operators that are
         in no group, with the reason.
+
+    Raises:
+        UnsupportedArchitectureError: If the layer overwrites its input.
     """
     seen: list[tuple[LinearOperator, Tensor]] = []
 
@@ -45,10 +49,16 @@ def trace_groups(
         if not _is_product(operator, seen[-1][1], output):
             others.append(operator.name)
 
-    special = [operator for operator in operators.values() if _has_own_forward(operator.module)]
+    special = [operator for operator in operators.values() if _may_change_its_product(operator.module)]
     outputs = {operator.module: partial(compare, operator) for operator in special}
+    version = hidden_states._version
     with watching(callbacks, outputs):
         call.run(layer, hidden_states)
+    if hidden_states._version != version:
+        raise UnsupportedArchitectureError(
+            f"{type(layer).__name__} overwrites the hidden states that it is called with, so it can't be run on them "
+            "again: have it work on a copy."
+        )
     calls = Counter(operator.name for operator, _ in seen)
     left_dense = {name: _reason(calls[name]) for name in operators if calls[name] != 1}
     left_dense |= dict.fromkeys(others, "puts out something else than W x + b")
@@ -62,8 +72,11 @@ def trace_groups(
     return list(groups.values()), left_dense
 
 
-def _has_own_forward(module: nn.Module) -> bool:
-    return is_linear(module) and type(module).forward not in (nn.Linear.forward, Conv1D.forward)
+def _may_change_its_product(module: nn.Module) -> bool:
+    """Whether a linear module has another forward pass than its type's, or hooks, which may change the output."""
+    forward = vars(module).get("_old_forward", module.forward)  # what the hooks of Accelerate call
+    is_plain = getattr(forward, "__func__", None) in (nn.Linear.forward, Conv1D.forward)
+    return is_linear(module) and (not is_plain or bool(module._forward_hooks))
 
 
 def _is_product(operator: LinearOperator, inputs: Tensor, output: object) -> bool:

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 from toy_layer import toy_layer
 
+from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.replay import LayerCall
 from optimum_fista.model.sharing import trace_groups
@@ -118,3 +119,17 @@ def test_hooks_are_removed():
     trace(layer, "left", "up")
     assert trace(Calls(lambda layer, x: x), "a") == []
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in layer.modules())
+
+
+def test_an_operator_whose_output_is_changed_by_others_is_left_dense():
+    layer = Calls(lambda layer, x: layer.a(x) + layer.b(x) + layer.c(x))
+    layer.a.register_forward_hook(lambda module, arguments, output: 3 * output)
+    layer.b.forward = lambda x: 2 * nn.functional.linear(x, layer.b.weight)
+    layer.c.register_forward_hook(lambda module, arguments, output: None)  # only looks on
+    assert left_dense(layer, "a", "b", "c") == dict.fromkeys("ab", "puts out something else than W x + b")
+
+
+def test_a_layer_that_overwrites_its_hidden_states_is_refused():
+    layer = Calls(lambda layer, x: layer.c(x.add_(layer.b(layer.a(x)))))
+    with pytest.raises(UnsupportedArchitectureError, match="Calls overwrites the hidden states"):
+        trace(layer, "a", "b", "c")

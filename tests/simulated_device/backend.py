@@ -19,8 +19,9 @@ of the process. Without a C++ compiler they are skipped.
     counts.synchronisations                             # sum of `waits`
     torch.simulated.max_memory_allocated("simulated:0")   # and the other functions of torch.cuda, torch.accelerator too
 
-The ways of a copy are "host to device", "device to host" and "device to device". Every test begins with device 0 as the
-current one, no limits but 16 GiB a device, and high-water marks at what is allocated.
+The ways of a copy are "host to device", "device to host" and "device to device". Every test begins with no limits but
+16 GiB a device, high-water marks at what is allocated, and device 1 as the current one: a device that is forgotten
+somewhere is another one than the model's. Tests of the backend itself begin with device 0.
 """
 
 import fcntl

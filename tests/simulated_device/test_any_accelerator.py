@@ -14,8 +14,8 @@ from optimum_fista.run.reports.report import device_name, library_versions
 from optimum_fista.run.texts.self_sampling import sample_text_from_model
 
 
-def test_it_is_the_default_device():
-    assert usable_device(None) == torch.device("simulated:0")
+def test_the_current_device_is_the_default():
+    assert usable_device(None) == torch.device("simulated:1")
     plan = plan_pruning(tiny_llama().config, num_samples=8, sequence_length=16, measure=False)
     assert plan.settings["device"] == plan.settings["storage_device"] == "simulated"
     assert set(plan.peaks) == {"device", "host"}
@@ -37,8 +37,8 @@ def test_its_cache_is_emptied_and_its_name_is_told(monkeypatch):
     monkeypatch.setattr(backend, "empty_cache", lambda: emptied.append(True))
     release_free_memory(collect=True)
     assert emptied
-    assert library_versions()["gpu"] == "Simulated accelerator 0"
-    assert device_name(torch.device("simulated:1")) == "Simulated accelerator 1"
+    assert library_versions()["gpu"] == "Simulated accelerator 1"
+    assert device_name(torch.device("simulated:0")) == "Simulated accelerator 0"
     assert device_name(torch.device("cpu")) == "cpu"
 
 

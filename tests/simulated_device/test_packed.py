@@ -19,9 +19,9 @@ def layer():
 @pytest.mark.parametrize("inputs", [1, 5])
 def test_products_and_gradients_are_those_of_the_cpu(inputs):
     on_cpu, x = layer(), torch.randn(inputs, 100)
-    on_device = copy.deepcopy(on_cpu).to("simulated:1")
+    on_device = copy.deepcopy(on_cpu).to("simulated:0")
     found = []
-    for module, given in ((on_cpu, x), (on_device, x.to("simulated:1"))):
+    for module, given in ((on_cpu, x), (on_device, x.to("simulated:0"))):
         given.requires_grad_()
         y = module(given)
         y.square().sum().backward()
@@ -40,9 +40,9 @@ def test_triton_launches_on_the_device_of_the_tensors(monkeypatch):
 
     monkeypatch.setattr(triton_kernel, "_multiply_one", Kernel(), raising=False)
     monkeypatch.setattr(operation, "triton_is_here", lambda: True)
-    module = layer().to("simulated:1")
-    x = torch.randn(1, 100, device="simulated:1")
+    module = layer().to("simulated:0")
+    x = torch.randn(1, 100, device="simulated:0")
     tensors = (module.weight_values, module.weight_mask, module.weight_starts, module.bias)
     operation._multiply_on_cuda(x, *tensors)
-    assert launches == [(1, 1)]
-    assert torch.accelerator.current_device_index() == 0
+    assert launches == [(0, 0)]
+    assert torch.accelerator.current_device_index() == 1
