@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--calibration-length", type=int, help="tokens a sequence (default: those of a window)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch-size", type=int, help="sequences, windows or answers a forward pass (default 1)")
-    machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: the first GPU, otherwise the CPU)")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
     machine.add_argument("--device-map", metavar="MAP", help="Accelerate's, such as auto, for models larger than a GPU")
     machine.add_argument("--dtype", help="float32, bfloat16, float16 or auto, as stored (default)")
     machine.add_argument("--storage-device", metavar="PLACE", help="where activations wait: see prune --help")

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens a window (default 1024)")
     parser.add_argument("--max-windows", type=int, help="stop after this many windows (default: the whole text)")
     parser.add_argument("--batch-size", type=int, default=1, help="windows a forward pass (default 1)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the first GPU, otherwise the CPU)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
     parser.add_argument(
         "--output",

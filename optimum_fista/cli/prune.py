@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
 
-The model is read, pruned and written one decoder layer at a time. A run that was cut off goes on behind its last
+The model is read, pruned and written one decoder layer at a time. A run that was cut off resumes after its last
 finished decoder layer when the same command is given again. Several processes, started by accelerate launch or
-torchrun, share the decoder layers where those are independent (--error-correction none or intra): see docs/ranks.md.
+torchrun, share the decoder layers if those are independent (--error-correction none or intra): see docs/ranks.md.
 
 MODEL is a Hub id, a model folder, or a folder that holds one GGUF file. Without calibration text at hand the model
 samples its own (--calibration self, the default), so nothing but the model is needed.
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--residual-correction",
         type=float,
-        help="share of a decoder layer's error that its last operator makes up for (default: obs_admm 1, others 0)",
+        help="share of a decoder layer's error that its last operator compensates (default: obs_admm 1, others 0)",
     )
     how.add_argument(
         "--allocation",
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--finetune",
         choices=("layer",),
-        help="train the kept weights of every pruned decoder layer on the dense hidden states behind it (default: not)",
+        help="train the kept weights of every pruned decoder layer to give the dense layer's outputs (default: not)",
     )
     how.add_argument("--finetune-steps", type=int, metavar="N", help="steps a decoder layer, a batch each (default 32)")
     how.add_argument("--finetune-learning-rate", type=float, metavar="RATE", help="the largest of them (default 3e-4)")
@@ -121,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--batch-size", type=int, default=1, help="sequences a forward pass (default 1)")
     calibration.add_argument("--seed", type=int, help="seed of the sampling (default 0)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: the first GPU, otherwise the CPU)")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
     machine.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
     machine.add_argument(
         "--storage-device",
@@ -135,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TRACKER",
-        help="draw curves over the decoder layers in tensorboard or trackio while the run goes on; repeatable",
+        help="draw curves over the decoder layers in tensorboard or trackio during the run; repeatable",
     )
     tracking.add_argument(
         "--logging-dir",
@@ -217,7 +217,7 @@ def run(arguments: argparse.Namespace) -> int:
                 packed=arguments.packed,
             )
         except KeyboardInterrupt:
-            print("\nfinished decoder layers are kept: give the same command again to go on", file=sys.stderr)
+            print("\nfinished decoder layers are kept: give the same command again to resume", file=sys.stderr)
             raise
         except RankError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", action="append", default=[], metavar="TEXT", help="text for both models to continue; repeatable"
     )
     parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens a continuation (default 48)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, for --prompt (default: the first GPU, otherwise the CPU)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, for --prompt (default: the accelerator, or the CPU)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
 
 

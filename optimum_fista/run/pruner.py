@@ -45,8 +45,9 @@ class FistaPruner:
         config: What to prune and how; 50% unstructured by default.
         progress: Whether to show a progress bar.
         storage_device: Where hidden states and recorded activations wait between passes: a device, `"disk"` for
-            memory-mapped files in the temporary folder, or another folder for them. `None`: on the model's device, but
-            beside the output where a model given by name is pruned on the CPU. `"cpu"` spares the memory of a GPU.
+            memory-mapped files beside the output (of a model in memory: in the temporary folder), or another folder for
+            them. `None`: on the model's device, but in files beside the output if a model given by name is pruned on
+            the CPU. `"cpu"` spares the memory of a GPU.
         callbacks: What is told of every operator and decoder layer while a model is pruned.
     """
 
@@ -80,7 +81,7 @@ class FistaPruner:
         """Prune a model in place, or from its files to the files of `output_dir`.
 
         Given a name, the model is never held: each decoder layer is read, pruned, and written for good as a shard of
-        its own. After a crash or an interrupt the same call goes on behind the last finished decoder layer, with
+        its own. After a crash or an interrupt the same call resumes after the last finished decoder layer, with
         the same result; until all is done, what is finished lies in `output_dir` + ".unfinished", which can't be
         loaded as a model. Processes that were launched together (`accelerate launch`, `torchrun`) and all make this
         call share the decoder layers of a model given by name; a model in memory is a copy in each of them.
@@ -96,8 +97,8 @@ class FistaPruner:
                 [batch, sequence] or lists of ids. Padding counts nowhere. It is read once.
             calibration_source: Name of the text, for the report.
             output_dir: Where to write the pruned model, for a model given by name only.
-            device: Where a model given by name computes; `None`: the first GPU when there is one (that of the process
-                among several), otherwise the CPU.
+            device: Where a model given by name computes; `None`: the accelerator if there is one (that of the process
+                among several; MPS has to be named), otherwise the CPU.
             dtype: Dtype of a model given by name; `"auto"` takes the checkpoint's.
             overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
             packed: Make `output_dir` a packed folder (docs/formats.md); the zeros are never written.

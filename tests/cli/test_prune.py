@@ -266,7 +266,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_
 
     monkeypatch.setattr(journal.Journal, "keep_layer", interrupted)
     assert prune("--calibration", "self", "--method", "wanda") == 130
-    assert "finished decoder layers are kept: give the same command again to go on" in capsys.readouterr().err
+    assert "finished decoder layers are kept: give the same command again to resume" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(journal.Journal, "keep_layer", keep)
     monkeypatch.setattr("optimum_fista.run.texts.calibration_source.sample_text_from_model", None)

@@ -63,7 +63,7 @@ def require_output(
     Args:
         output_dir: The output folder.
         overwrite: Whether a model in it may be replaced.
-        source: The model that is read, which must not lie in the output or around it.
+        source: The model that is read; the output must not be its folder or lie in it.
         names: Names, or patterns of names, that are about to be written.
 
     Raises:

@@ -41,7 +41,7 @@ class ComparisonSettings:
         include_path: Folder of further lm-eval tasks (YAML files).
         limit: Only the first documents of every task; `None`: all.
         batch_size: Sequences, windows and answers a forward pass.
-        device: Device to compute on; `None`: the first GPU when there is one, otherwise the CPU.
+        device: Device to compute on; `None`: the accelerator if there is one, otherwise the CPU.
         device_map: Accelerate's `device_map` for models that don't fit the device, such as `"auto"`.
         dtype: Floating dtype, `"auto"` takes the checkpoint's.
         storage_device: Where activations wait while pruning: see `FistaPruner`.

@@ -27,7 +27,7 @@ def continue_prompts(
         name: Hub id, model folder, or folder with one GGUF file.
         prompts: Texts; those of chat models are not put in a template.
         max_new_tokens: Tokens at most.
-        device: Where to compute; `None`: the first GPU when there is one, otherwise the CPU.
+        device: Where to compute; `None`: the accelerator if there is one, otherwise the CPU.
         dtype: Dtype of the model; `"auto"` takes the checkpoint's.
         progress: Whether to show a progress bar.
 
