@@ -29,6 +29,7 @@ from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.model.statistics import LayerActivations, problems_same_input, record_dense
 from optimum_fista.run.checkpoints.loading import load_model
+from optimum_fista.run.config import method_defaults
 from optimum_fista.run.reports.report import library_versions
 from optimum_fista.run.texts.text import load_text
 from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
@@ -90,7 +91,7 @@ def measure(text: str, problems: list[list[LayerProblem]], pattern: str) -> list
     """One row an operator."""
     method = parse_method(text)
     sparsity, shape = (None, pattern) if ":" in pattern else (float(pattern), "unstructured")
-    wanted = SparsityPattern.parse(shape, sparsity, method.defaults.scope)
+    wanted = SparsityPattern.parse(shape, sparsity, method_defaults(method.name).scope)
     calibration, *fresh = problems
     with counted_products() as counter:
         started, busy = time.perf_counter(), time.process_time()

@@ -12,11 +12,45 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from optimum_fista.model.architecture import matches
-from optimum_fista.solve.method import Allocation, ErrorCorrection, PruningMethod
+from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+ErrorCorrection = Literal["none", "intra", "full"] | float
+Allocation = Literal["uniform", "fisher"]
+
+
+@dataclass(frozen=True)
+class MethodDefaults:
+    """Options of `FistaPruningConfig` that are as the method's source has them, unless the caller chooses."""
+
+    scope: Scope = "matrix"
+    error_correction: ErrorCorrection = 0.0
+    residual_correction: float = 0.0
+    allocation: Allocation = "uniform"
+
+
+_METHOD_DEFAULTS = {
+    "dsnot": MethodDefaults(scope="row"),
+    "fista": MethodDefaults(error_correction="intra"),
+    "magnitude": MethodDefaults(error_correction="none"),
+    "obs_admm": MethodDefaults(error_correction=0.5, residual_correction=1.0, allocation="fisher"),
+    "wanda": MethodDefaults(scope="row"),
+}
+
+
+def method_defaults(name: str) -> MethodDefaults:
+    """How a method is run unless the caller chooses."""
+    return _METHOD_DEFAULTS.get(name, MethodDefaults())
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "True or False",
+    str | PruningMethod: "text, or an instance of a PruningMethod",
+}
 
 
 def wrong_field(record: Any) -> str | None:
@@ -58,8 +92,9 @@ class FistaPruningConfig:
         pattern: `"unstructured"`, or `"n:m"`: n weights kept of every m consecutive inputs, such as `"2:4"`.
         scope: Unstructured only: `"matrix"` shares the zeros over a whole operator, `"row"` gives every output
             the same number. `None`: as the method's source does (Wanda by row, the others by matrix).
-        method: One of `optimum_fista.solve.methods.METHODS`. Options that are `None` are then as its source has them
-            (`optimum_fista.solve.method.MethodDefaults`); `resolved()` fills them in.
+        method: One of `optimum_fista.solve.methods.METHODS`, or an instance of a registered method
+            (`optimum_fista.solve.method.register`), which is kept as its name and `method_options`. Options that are
+            `None` are then as the method's source has them (`MethodDefaults`); `resolved()` fills them in.
         error_correction: `"none"`: every operator sees the dense network's inputs. `"intra"`: inputs come from
             the already pruned operators of the same decoder layer, targets from the dense network. `"full"`:
             the pruned hidden states are carried on between decoder layers as well. A number `a` in [0, 1]: carried
@@ -95,7 +130,7 @@ class FistaPruningConfig:
     sparsity: float | None = None
     pattern: str = "unstructured"
     scope: Scope | None = None
-    method: str = "obs_admm"
+    method: str | PruningMethod = "obs_admm"
     error_correction: ErrorCorrection | None = None
     residual_correction: float | None = None
     allocation: Allocation | None = None
@@ -123,6 +158,8 @@ class FistaPruningConfig:
         for name in ("method_options", "overrides"):
             if isinstance(value := getattr(self, name), Mapping):
                 object.__setattr__(self, name, dict(value))
+        if isinstance(self.method, PruningMethod):
+            self._name_the_method(self.method)
         wrong = wrong_field(self)
         if wrong is not None:
             raise ValueError(wrong)
@@ -145,7 +182,9 @@ class FistaPruningConfig:
             if number < least:
                 raise ValueError(f"{name}={number!r}: pass a whole number of at least {least}.")
         if self.starved_method not in METHODS:
-            raise ValueError(f"starved_method={self.starved_method!r}: pass one of {', '.join(map(repr, METHODS))}.")
+            raise ValueError(
+                f"starved_method={self.starved_method!r}: pass one of {', '.join(map(repr, sorted(METHODS)))}."
+            )
         object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
         if self.scope is not None and self.pattern != "unstructured" and not self.overrides:
             raise ValueError(
@@ -194,13 +233,28 @@ class FistaPruningConfig:
         if options.get("warm_start") == "auto":
             options["warm_start"] = "sparsegpt" if model_type == "opt" else "wanda"
         try:
-            method = create_method(self.method, **options)
+            method = create_method(str(self.method), **options)
             wrong = wrong_field(method)
         except TypeError as error:  # a method's own checks compare numbers
             wrong = f"method_options={options!r}: pass numbers where method {self.method!r} takes them ({error})."
         if wrong is not None:
             raise ValueError(wrong)
         return method
+
+    def _name_the_method(self, method: PruningMethod) -> None:
+        """Keep an instance as its name and options, which JSON can hold."""
+        if METHODS.get(getattr(method, "name", "")) is not type(method):
+            raise ValueError(
+                f"method={method!r}: {type(method).__qualname__} has no registered name, which a report needs: "
+                "decorate the class with optimum_fista.solve.method.register."
+            )
+        if self.method_options:
+            raise ValueError(f"method_options={self.method_options!r}: give them to the instance passed as method.")
+        fields = {f.name: (getattr(method, f.name), f.default) for f in dataclasses.fields(method) if f.init}  # type: ignore[arg-type]
+        object.__setattr__(self, "method", method.name)
+        object.__setattr__(
+            self, "method_options", {name: value for name, (value, default) in fields.items() if value != default}
+        )
 
     def pattern_for(self, name: str) -> SparsityPattern:
         """The sparsity pattern of the operator called `name`."""
@@ -257,7 +311,7 @@ class FistaPruningConfig:
 
     def resolved(self) -> FistaPruningConfig:
         """The same configuration with the method's own choice for every option of `MethodDefaults` that is `None`."""
-        defaults = METHODS[self.method].defaults
+        defaults = method_defaults(str(self.method))
         chosen = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(defaults))}
         if self.pattern != "unstructured" and not self.overrides:
             chosen.pop("scope")
@@ -275,9 +329,7 @@ class FistaPruningConfig:
         return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
 
     def _scope(self) -> Scope:
-        if self.scope is not None:
-            return self.scope
-        return METHODS[self.method].defaults.scope if self.method in METHODS else "matrix"
+        return self.scope or method_defaults(str(self.method)).scope
 
     def _default_pattern(self) -> SparsityPattern:
         return SparsityPattern.parse(self.pattern, self.sparsity, self._scope())

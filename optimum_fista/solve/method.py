@@ -4,37 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, TypeVar
 
 from optimum_fista.solve.cost import SolveCost
-from optimum_fista.solve.pattern import Scope, SparsityPattern
+from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
 
-ErrorCorrection = Literal["none", "intra", "full"] | float
-Allocation = Literal["uniform", "fisher"]
-
-
-@dataclass(frozen=True)
-class MethodDefaults:
-    """How a method is run where the caller does not choose: as its source does. Options of `FistaPruningConfig`."""
-
-    scope: Scope = "matrix"
-    error_correction: ErrorCorrection = 0.0
-    residual_correction: float = 0.0
-    allocation: Allocation = "uniform"
+Method = TypeVar("Method", bound="PruningMethod")
 
 
 class PruningMethod(ABC):
     """A frozen dataclass whose fields are the method's options; the problem is an argument of the call.
 
-    To add one, write `optimum_fista/solve/methods/NAME.py` with a subclass that has a `name`: it is found
-    by its presence there.
+    To add one, write `optimum_fista/solve/methods/NAME.py` with a subclass that has a `name` and the decorator
+    `register`.
     """
 
     name: ClassVar[str]
-    defaults: ClassVar[MethodDefaults] = MethodDefaults()
 
     @abstractmethod
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
@@ -49,3 +36,24 @@ class PruningMethod(ABC):
     def cost(self) -> SolveCost:
         """What pruning one operator costs, for plans; the default scores the weights once and measures the error."""
         return SolveCost()
+
+
+METHODS: dict[str, type[PruningMethod]] = {}
+"""Registered methods by name; `optimum_fista.solve.methods` registers the package's own."""
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Make a method known by its name, so that configurations and reports can name it. A decorator of classes.
+
+    Raises:
+        ValueError: If the class has no name, or another class has the same.
+    """
+    name = getattr(method, "name", None)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{method.__qualname__}.name={name!r}: give the class a name, such as 'wanda'.")
+    known = METHODS.setdefault(name, method)
+    # A notebook's cell that runs again defines its class anew.
+    if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
+        raise ValueError(f"name={name!r} of {method.__qualname__} is that of {known.__qualname__}: choose another.")
+    METHODS[name] = method
+    return method

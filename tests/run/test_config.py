@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.config import FistaPruningConfig, method_defaults
 from optimum_fista.solve.methods import METHODS
 from optimum_fista.solve.pattern import SparsityPattern
 
@@ -78,6 +78,31 @@ def test_options_of_methods_have_types():
             FistaPruningConfig(method="fista", method_options=options)
 
 
+def test_an_instance_is_kept_as_its_name_and_options():
+    config = FistaPruningConfig(method=METHODS["fista"](max_iterations=7, restart=True))
+    assert config == FistaPruningConfig(method="fista", method_options={"max_iterations": 7, "restart": True})
+    assert config.create_method("llama") == METHODS["fista"](max_iterations=7, restart=True)
+    assert FistaPruningConfig.from_json(config.to_json()) == config
+    assert FistaPruningConfig(method=METHODS["wanda"]()).resolved().scope == "row"
+    with pytest.raises(ValueError, match=r"method_options=.*: give them to the instance"):
+        FistaPruningConfig(method=METHODS["fista"](), method_options={"patience": 2})
+
+
+def test_an_instance_of_a_class_without_a_registered_name_is_refused(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Louder(METHODS["wanda"]):
+        share: float = 0.5
+        name = "louder"
+
+    with pytest.raises(
+        ValueError, match=r"method=.*Louder.*decorate the class with optimum_fista.solve.method.register"
+    ):
+        FistaPruningConfig(method=Louder())
+    monkeypatch.setitem(METHODS, "louder", Louder)
+    config = FistaPruningConfig(method=Louder(0.25))
+    assert (config.method, config.method_options, config.resolved().scope) == ("louder", {"share": 0.25}, "matrix")
+
+
 def test_options_are_frozen_and_detached_from_the_callers():
     overrides = {"*q_proj": 0.25}
     config = FistaPruningConfig(overrides=overrides)
@@ -98,7 +123,7 @@ def test_overrides_first_match_wins():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_options_left_open_are_as_the_method_has_them(name):
-    defaults = METHODS[name].defaults
+    defaults = method_defaults(name)
     resolved = FistaPruningConfig(method=name).resolved()
     for field in dataclasses.fields(defaults):
         assert getattr(resolved, field.name) == getattr(defaults, field.name)

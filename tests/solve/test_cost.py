@@ -3,6 +3,7 @@ import torch
 from layer_problems import example
 
 from optimum_fista.model.probe import Meter
+from optimum_fista.run.config import method_defaults
 from optimum_fista.solve import selection
 from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.methods import METHODS, create_method
@@ -32,7 +33,7 @@ def test_working_set_is_the_one_foretold(name, shape, ties):
     method = create_method(name)
     given = problem(*shape)
     with Meter() as meter:
-        method.prune(given, SparsityPattern(0.5, None, method.defaults.scope))
+        method.prune(given, SparsityPattern(0.5, None, method_defaults(method.name).scope))
     assert method.cost().working_bytes(*shape) == pytest.approx(meter.take_peak(), rel=0.25)
 
 
@@ -42,7 +43,7 @@ def test_products_are_those_foretold(name):
     method = create_method(name)
     given = problem(rows, columns)
     with Meter() as meter:
-        pruned = method.prune(given, SparsityPattern(0.5, None, method.defaults.scope))
+        pruned = method.prune(given, SparsityPattern(0.5, None, method_defaults(method.name).scope))
     cost = method.cost()
     counted = meter.work.products
     if name == "alps":  # its iterations depend on the problem

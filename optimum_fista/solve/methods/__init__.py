@@ -1,4 +1,4 @@
-"""Pruning methods, one a file; every subclass of `PruningMethod` in this folder is registered by its name."""
+"""Pruning methods, one a file; importing this package registers those of its folder."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ import importlib
 import pkgutil
 from typing import Any
 
-from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.method import METHODS, PruningMethod
 
+__all__ = ["METHODS", "create_method"]
 
-def _discover() -> dict[str, type[PruningMethod]]:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    return {method.name: method for method in sorted(PruningMethod.__subclasses__(), key=lambda m: m.name)}
-
-
-METHODS: dict[str, type[PruningMethod]] = _discover()
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def create_method(name: str, **options: Any) -> PruningMethod:
@@ -26,7 +22,7 @@ def create_method(name: str, **options: Any) -> PruningMethod:
         ValueError: If there is no such method, or it has no such option.
     """
     if name not in METHODS:
-        raise ValueError(f"method={name!r}: pass one of {', '.join(map(repr, METHODS))}.")
+        raise ValueError(f"method={name!r}: pass one of {', '.join(map(repr, sorted(METHODS)))}.")
     known = [field.name for field in dataclasses.fields(METHODS[name])]  # type: ignore[arg-type]
     unknown = sorted(set(options) - set(known))
     if unknown:

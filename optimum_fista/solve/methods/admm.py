@@ -9,7 +9,7 @@ import torch
 
 from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.cost import SolveCost
-from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
@@ -17,6 +17,7 @@ from optimum_fista.solve.scaling import unit_diagonal
 from optimum_fista.solve.splitting import FIXED_POINT_RESIDUAL, damped_inverse
 
 
+@register
 @dataclass(frozen=True)
 class Admm(PruningMethod):
     """ADMM in coordinates of unit Gram diagonal with one inverse, `rho = 1`, and a mask that is then frozen.

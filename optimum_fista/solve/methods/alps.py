@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.cost import SolveCost
-from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
@@ -18,6 +18,7 @@ from optimum_fista.solve.scaling import unit_diagonal
 from optimum_fista.solve.splitting import SplitState
 
 
+@register
 @dataclass(frozen=True)
 class Alps(PruningMethod):
     """ADMM in coordinates of unit Gram diagonal, `rho` growing as the support settles (Algorithm 1).

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.cost import SolveCost
-from optimum_fista.solve.method import MethodDefaults, PruningMethod
+from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
 
 
+@register
 @dataclass(frozen=True)
 class Dsnot(PruningMethod):
     """Swap weights in Wanda's mask so that the expected output error of every row shrinks; no weight changes.
@@ -33,7 +34,6 @@ class Dsnot(PruningMethod):
     max_cycles: int = 50
     threshold: float = 0.1
     name: ClassVar[str] = "dsnot"
-    defaults: ClassVar[MethodDefaults] = MethodDefaults(scope="row")
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`.

@@ -10,7 +10,7 @@ from torch import Tensor
 from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.fista import FistaSolution, fista
-from optimum_fista.solve.method import MethodDefaults, PruningMethod
+from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
@@ -23,6 +23,7 @@ from optimum_fista.solve.refit import refit
 WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt"]
 
 
+@register
 @dataclass(frozen=True)
 class Fista(PruningMethod):
     """LASSO by FISTA, rounding, bisection of the penalty (Algorithm 1), and a refit of the kept weights.
@@ -51,7 +52,6 @@ class Fista(PruningMethod):
     restart: bool = False
     momentum: bool = True
     name: ClassVar[str] = "fista"
-    defaults: ClassVar[MethodDefaults] = MethodDefaults(error_correction="intra")
 
     def __post_init__(self) -> None:
         if self.warm_start not in get_args(WarmStart):
@@ -123,7 +123,9 @@ class Fista(PruningMethod):
     def _rounded_start(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """The warm start in the pattern, its zeros counted as in its source: Wanda's by row, the others' by matrix."""
         start = _WARM_STARTS[self.warm_start]()
-        counted = replace(pattern, scope="row" if pattern.scope == "row" else start.defaults.scope)
+        counted = replace(
+            pattern, scope="row" if pattern.scope == "row" else "row" if self.warm_start == "wanda" else "matrix"
+        )
         rounded = start.prune(problem, counted)
         shape = (problem.weight.shape[0], problem.weight.shape[1])
         if counted.num_kept(shape) == pattern.num_kept(shape):

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from optimum_fista.solve.method import MethodDefaults, PruningMethod
+from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
 
 
+@register
 @dataclass(frozen=True)
 class Magnitude(PruningMethod):
     """Keep the largest `|W_ij|`; the inputs are not looked at and no weight is updated."""
 
     name: ClassVar[str] = "magnitude"
-    defaults: ClassVar[MethodDefaults] = MethodDefaults(error_correction="none")
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from optimum_fista.solve.blocks import row_blocks
 from optimum_fista.solve.cholesky import damped_cholesky, inverse_in_place
 from optimum_fista.solve.cost import SolveCost
-from optimum_fista.solve.method import MethodDefaults, PruningMethod
+from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
@@ -21,6 +21,7 @@ from optimum_fista.solve.refit import refit
 from optimum_fista.solve.splitting import SplitState, split_in_stages
 
 
+@register
 @dataclass(frozen=True)
 class ObsAdmm(PruningMethod):
     """Splitting (ADMM) in coordinates where magnitude is the optimal-brain-surgeon saliency, then a refit.
@@ -61,9 +62,6 @@ class ObsAdmm(PruningMethod):
     last_rho: float = 1.5
     refit_iterations: int = 5
     name: ClassVar[str] = "obs_admm"
-    defaults: ClassVar[MethodDefaults] = MethodDefaults(
-        error_correction=0.5, residual_correction=1.0, allocation="fisher"
-    )
 
     def __post_init__(self) -> None:
         for option, least in (("stages", 1), ("iterations", 1), ("refit_iterations", 0)):

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from optimum_fista.solve.cholesky import damped_cholesky, inverse_in_place
 from optimum_fista.solve.cost import SolveCost
-from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
 from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows
 
 
+@register
 @dataclass(frozen=True)
 class SparseGPT(PruningMethod):
     """Prune columns from left to right and let the columns on the right make up for each (Algorithm 1).

@@ -4,6 +4,7 @@ import pytest
 import torch
 from layer_problems import correlated_inputs
 
+from optimum_fista.run.config import method_defaults
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
@@ -30,7 +31,7 @@ def problem_of(inputs, weight):
 def test_their_weights_go_first(name, options, loudness):
     inputs, weight, dead = inputs_and_weight()
     inputs[:, dead] *= loudness
-    scope = METHODS[name].defaults.scope
+    scope = method_defaults(name).scope
     pruned = create_method(name, **options).prune(problem_of(inputs, weight), SparsityPattern(0.5, None, scope))
     live = torch.ones(COLUMNS, dtype=torch.bool)
     live[dead] = False

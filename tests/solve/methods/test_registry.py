@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from layer_problems import example
 
 from optimum_fista.solve import methods
+from optimum_fista.solve.cost import SolveCost
+from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -24,8 +27,39 @@ def test_every_file_of_the_folder_registers_its_method():
     files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__"}
     assert {method.__module__.rpartition(".")[2] for method in METHODS.values()} == files
     assert {"fista", "magnitude", "sparsegpt", "wanda"} <= set(METHODS)
-    assert list(METHODS) == sorted(METHODS)
     assert all(method.name == name for name, method in METHODS.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Quieter(METHODS["wanda"]):
+    """A subclass of a subclass."""
+
+    share: float = 0.5
+    name = "quieter"
+
+
+def test_the_decorator_alone_registers(monkeypatch):
+    monkeypatch.setattr("optimum_fista.solve.method.METHODS", METHODS.copy())
+    known = sys.modules["optimum_fista.solve.method"].METHODS
+    assert "quieter" not in known
+    assert register(Quieter) is Quieter
+    assert known["quieter"] is Quieter
+    assert register(Quieter) is Quieter, "a notebook's cell that runs again"
+    assert Quieter().cost() == SolveCost()
+
+
+def test_names_are_given_and_of_one_class():
+    class Impostor(Quieter):
+        name = "wanda"
+
+    class Nameless(PruningMethod):
+        pass
+
+    with pytest.raises(ValueError, match=r"name='wanda' of .*Impostor is that of Wanda: choose another"):
+        register(Impostor)
+    with pytest.raises(ValueError, match=r"Nameless\.name=None: give the class a name"):
+        register(Nameless)
+    assert METHODS["wanda"].__name__ == "Wanda"
 
 
 def test_unknown_method_lists_the_known():
@@ -54,7 +88,6 @@ def test_options_reach_the_method():
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_are_frozen_and_say_what_they_do(name):
     method = create_method(name)
-    assert method.defaults.scope in ("matrix", "row")
     assert not type(method).__doc__.startswith(f"{type(method).__name__}("), "the signature that dataclasses fill in"
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.name = "other"

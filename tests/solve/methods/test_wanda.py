@@ -40,8 +40,3 @@ def test_inputs_of_equal_norm_make_it_magnitude_pruning():
     made.problem.statistics.gram.diagonal().fill_(3.0)
     pattern = SparsityPattern(0.5)
     assert torch.equal(Wanda().prune(made.problem, pattern).mask, Magnitude().prune(made.problem, pattern).mask)
-
-
-def test_its_source_compares_weights_by_row():
-    assert Wanda.defaults.scope == "row"
-    assert Magnitude.defaults.scope == "matrix"
