@@ -30,6 +30,7 @@ except ImportError:  # no POSIX system
 
 FOLDER = "journal"
 """What an unfinished folder holds besides the files of the model."""
+_UNFINISHED, _LOCKED = ".unfinished", "process "  # how its name ends, how the text of its lock begins
 _OFFLOADED = "offload-*"  # in it: weights that a rank of a running run reads again and again
 
 # Weights that `from_pretrained` finds by name: those of another model would be loaded instead of the new ones.
@@ -50,7 +51,7 @@ _held: dict[Path, int] = {}  # the thread that holds a folder in this process
 def unfinished_folder(output_dir: Path) -> Path:
     """Where a run keeps what it has written until it is complete: beside `output_dir`, or inside a mount point."""
     output = Path(os.path.realpath(output_dir))
-    name = f"{output.name}.unfinished"
+    name = f"{output.name}{_UNFINISHED}"
     inside = output.is_dir() and (os.path.ismount(output) or not os.access(output.parent, os.W_OK))
     return output / name if inside else output.with_name(name)
 
@@ -75,12 +76,14 @@ def require_output(
     shown = f"output {str(output_dir)!r}"
     if output_dir.name in ("", ".."):
         raise ValueError(f"{shown} has no name of its own: pass a folder by its name, such as 'model-50'.")
+    if os.path.realpath(output_dir).endswith(_UNFINISHED):
+        raise ValueError(f"{shown} has the name of an unfinished run: pass a name that doesn't end in {_UNFINISHED!r}.")
     if output_dir.is_symlink() and not output_dir.exists():
         raise FileNotFoundError(f"{shown} is a link that leads nowhere: pass a folder, or remove the link.")
     output, unfinished = Path(os.path.realpath(output_dir)), unfinished_folder(output_dir)
     if source is not None and Path(source).is_dir():
-        home = Path(os.path.realpath(source))
-        if any(home in (place, *place.parents) for place in (output, unfinished)):
+        places = [path for place in (output, unfinished) for path in (place, *place.parents)]
+        if any(path.exists() and path.samefile(source) for path in places):  # whatever names and mounts lead there
             raise ValueError(f"{shown} lies in the folder that is read, {str(source)!r}: pass a folder outside of it.")
     if not output.exists():
         return
@@ -95,7 +98,7 @@ def require_output(
             )
         taken = [name for name in _there(output, names) if (output / name).is_dir()]
     else:
-        taken = [name for name in _there(output, names) if name not in ours]
+        taken = [name for name in _there(output, {*names, "config.json", *WEIGHTS}) if name not in ours]
     # A link is never written through, and no folder takes the place of a file.
     above = {parent for name in names for parent in Path(name).parents if parent.name}
     taken += [str(p) for p in sorted(above) if os.path.lexists(output / p) and _is_no_folder(output / p)]
@@ -135,7 +138,7 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
         if not _is_streamed(folder):
             _empty(folder)
         _remove_offloaded(folder)
-        if _lock_of(output_dir).exists():  # it was killed after the rename
+        if _is_lock(_lock_of(output_dir)) and (output_dir / "config.json").exists():  # it was killed after the rename
             shutil.rmtree(output_dir / FOLDER, ignore_errors=True)
         yield folder
     finally:
@@ -167,13 +170,14 @@ def discard(folder: Path, overwrite: bool) -> None:
 def install(folder: Path, output_dir: Path, overwrite: bool) -> None:
     """Bring the whole model in an unfinished folder into `output_dir`, and end the unfinished folder.
 
-    If there is no such folder, it appears by one rename. Otherwise the old configuration goes first and the new one
-    comes last, so that nothing loads a mixture of two models; every file comes by one rename, and what was begun is
-    written down: if the process is killed in between, the next run into the same output finds all files in `folder`,
-    may replace what this one wrote, and finishes.
+    If there is no such folder, it appears by one rename. Otherwise all files are brought there under other names first,
+    so that a full disk leaves the old model whole. Then the old configuration goes first and the new one comes last, so
+    that nothing loads a mixture of two models; every file comes by one rename, and what was begun is written down: if
+    the process is killed in between, the next run into the same output finds all files in `folder`, may replace what
+    this one wrote, and finishes.
 
     Raises:
-        OSError: As `require_output`, before anything is changed; or if a file can't be written.
+        OSError: As `require_output`, or if a file can't be written; nothing is changed then.
     """
     output = Path(os.path.realpath(output_dir))
     files = [path for path in _files(folder) if (folder / FOLDER) not in path.parents]
@@ -192,25 +196,37 @@ def install(folder: Path, output_dir: Path, overwrite: bool) -> None:
     old = [name for name in _there(output, MODEL_FILES + _LATER) if not (output / name).is_dir()]
     if not _holds_model(output, begun):
         old = [name for name in old if name in begun]
-    write_text(_list_of(folder), json.dumps(sorted({*begun, *old, *names})))
+    partials = {name: output / Path(name).with_name(f".{Path(name).name}.partial") for name in names}
+    made = {path.relative_to(output).as_posix() for path in partials.values()}
+    for name in begun:
+        if name.endswith(".partial"):
+            (output / name).unlink(missing_ok=True)
+    for name in made - begun:
+        if os.path.lexists(output / name):
+            raise FileExistsError(f"output {str(output_dir)!r} holds {name}, which is in the way: move it away.")
+    try:
+        write_text(_list_of(folder), json.dumps(sorted({*begun, *made})))
+        for name, partial in partials.items():
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            _link(folder / name, partial)
+            flush(partial)
+        write_text(_list_of(folder), json.dumps(sorted({*begun, *made, *old, *names})))
+    except OSError:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+        if not begun:
+            _list_of(folder).unlink(missing_ok=True)
+        raise
     if "tokenizer_config.json" not in names:  # a model that brings none keeps the tokenizer that is there
         old = [name for name in old if name not in _TOKENIZER]
     (output / "config.json").unlink(missing_ok=True)
     flush(output)
     for name in set(old) - {"config.json", *names}:
         (output / name).unlink()
-    for target in [output / name for name in {*begun, *names}]:
-        target.with_name(f".{target.name}.partial").unlink(missing_ok=True)
-    for name in names:
-        target = output / name
-        if target.exists() and target.samefile(folder / name):  # renaming one to the other would do nothing
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        _link(folder / name, partial)
-        flush(partial)
-        partial.replace(target)
-        flush(target.parent)
+    for name, partial in partials.items():
+        partial.replace(output / name)
+        partial.unlink(missing_ok=True)  # renaming one name of a file to another of it does nothing
+        flush(partial.parent)
     _list_of(folder).unlink()
     discard(folder, True)
     _remove_offloaded(folder)
@@ -256,8 +272,8 @@ def _lock(folder: Path, output_dir: Path) -> int:
         except OSError as error:
             warnings.warn(f"{shown} can't be locked ({error.strerror}): don't start two runs into it.", stacklevel=3)
         if _is_same(_lock_of(folder), file):
-            os.ftruncate(file, 0)
-            os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            holder = f"{_LOCKED}{os.getpid()} on {socket.gethostname()}".encode()
+            os.ftruncate(file, os.pwrite(file, holder, 0))  # in this order: it is never empty again
             return file
         os.close(file)  # its holder has ended and removed it
     raise OSError(errno.EAGAIN, f"{shown} is written by others again and again", str(folder))
@@ -277,9 +293,15 @@ def _being_installed(folder: Path) -> set[str]:
     return set(json.loads(file.read_text())) if file.exists() else set()
 
 
+def _is_lock(lock: Path) -> bool:
+    """Whether there is a lock of this package, and not somebody's file of that name."""
+    return lock.is_file() and lock.read_bytes().startswith(_LOCKED.encode())
+
+
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder is none, without files, or an unfinished one of this package."""
-    return _lock_of(folder).exists() or _is_streamed(folder) or not (folder.is_dir() and _files(folder))
+    """Whether a folder is none, without files but a new lock, or an unfinished one of this package."""
+    lock = _lock_of(folder)
+    return _is_lock(lock) or _is_streamed(folder) or not (folder.is_dir() and {*_files(folder)} - {lock})
 
 
 def _is_streamed(folder: Path) -> bool:
@@ -298,16 +320,22 @@ def _is_no_folder(path: Path) -> bool:
 
 
 def _holds_model(output: Path, ours: set[str]) -> bool:
-    return any(name not in ours for name in _there(output, ["config.json", *WEIGHTS]))
+    """Whether there are a configuration and weights; one alone is somebody's file."""
+    found = {*_there(output, ["config.json", *WEIGHTS])} - ours
+    return "config.json" in found and len(found) > 1
 
 
 def _there(output: Path, names: Iterable[str]) -> list[str]:
-    """Those of the names, or patterns of names, that a folder has; links that lead nowhere are there as well."""
+    """Those of the names, or patterns of names, that a folder has; links that lead nowhere are there as well.
+
+    Only `WEIGHTS` are patterns: in a name of a user's file, `[` and `*` are letters.
+    """
     names = list(names)
+    patterns = [name for name in names if name in WEIGHTS]
     listed = [path.name for path in output.iterdir()]
     if (output / "fista").is_dir():
         listed += [f"fista/{path.name}" for path in (output / "fista").iterdir()]
-    found = [name for name in listed if any(fnmatch(name, pattern) for pattern in names)]
+    found = [name for name in listed if any(fnmatch(name, pattern) for pattern in patterns)]
     return sorted({*found, *(name for name in names if os.path.lexists(output / name))})
 
 

@@ -96,6 +96,7 @@ class Journal:
         self._journal.mkdir(parents=True, exist_ok=True)
         file = self._journal / "fingerprint.json"
         wanted = json.loads(json.dumps(fingerprint))
+        self._run_sha256 = _text_digest(wanted)
         if not file.exists():
             write_record(file, wanted)
         found = read_record(file)
@@ -217,13 +218,16 @@ class Journal:
         weights = {name: value.cpu().contiguous() for name, value in budgets.output_weights.items()}
         sha256 = _write(self._journal / "budgets.safetensors", weights)
         values = {"sparsities": budgets.sparsities, "unseen": budgets.unseen, "weights_sha256": sha256}
+        values["run_sha256"] = self._run_sha256  # ties budgets, and by their digest every layer, to this run
         write_record(self._journal / "budgets.json", values)
         self.budgets_sha256 = _text_digest(values)
 
     def budgets(self, config: FistaPruningConfig) -> Budgets | None:
-        """The sparsities that the operators were given; `None` before, or where they are damaged."""
+        """The sparsities that the operators were given; `None` before, or if they are damaged or another run's."""
         values, file = read_record(self._journal / "budgets.json"), self._journal / "budgets.safetensors"
-        if values is None or not _is_whole(file, values["weights_sha256"]):
+        if values is None or values.get("run_sha256") != self._run_sha256:
+            return None
+        if not _is_whole(file, values["weights_sha256"]):
             return None
         self.budgets_sha256 = _text_digest(values)
         return Budgets(config, values["sparsities"], load_file(file), values["unseen"])

@@ -196,9 +196,74 @@ def test_files_of_something_else_are_not_replaced(tmp_path, overwrite):
         message = refused(tmp_path, name, overwrite=overwrite, names=MODEL_FILES)
         assert f"holds {shown} of something else" in message
     require_output(tmp_path / "readme", overwrite, names=["config.json"])
-    (write(tmp_path / "odd", ("config.json",), "old") / "README.md").mkdir()
+    (write(tmp_path / "odd", ("config.json", "model.safetensors"), "old") / "README.md").mkdir()
     if overwrite:
         assert "holds README.md of" in refused(tmp_path, "odd", overwrite=True, names=MODEL_FILES)
+
+
+@pytest.mark.parametrize(
+    "names", [("config.json", "README.md"), ("model-00001-of-00002.safetensors",), ("model.safetensors",)]
+)
+def test_a_configuration_or_weights_alone_are_no_model_that_is_replaced(tmp_path, names):
+    write(tmp_path / "model", names, "foreign")
+    with pytest.raises(FileExistsError, match="of something else"):
+        put(tmp_path / "model")
+    assert contents(tmp_path / "model") == dict.fromkeys(names, "foreign")
+
+
+def test_a_folder_with_the_name_of_the_journal_is_kept(tmp_path):
+    foreign = dict.fromkeys(("journal/lock", "journal/monday.txt"), "foreign")
+    put(write(tmp_path / "model", tuple(foreign), "foreign"), overwrite=False)
+    assert contents(tmp_path / "model") == foreign | dict.fromkeys(NEW, "new")
+
+
+def test_the_unfinished_folder_of_another_run_is_no_output(tmp_path):
+    write(tmp_path / "model.unfinished", ("journal/lock", "journal/calibration.safetensors"), "process 1 on here")
+    assert "has the name of an unfinished run" in refused(tmp_path, "model.unfinished", overwrite=True)
+
+
+def test_brackets_in_names_stand_for_themselves(tmp_path):
+    write(tmp_path / "model", ("notes1.txt",), "foreign")
+    require_output(tmp_path / "model", False, names=["notes[1].txt", "*"])
+    write(tmp_path / "model", ("notes[1].txt",), "foreign")
+    assert "holds notes[1].txt of" in refused(tmp_path, "model", overwrite=False, names=["notes[1].txt"])
+
+
+def test_a_source_is_known_under_another_mount(tmp_path):
+    source, output = write(tmp_path / "source", OLD, "old"), tmp_path / "output"
+    output.mkdir()
+    if subprocess.run(["mount", "--bind", str(source), str(output)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting takes rights that this user does not have")
+    try:
+        assert "lies in the folder that is read" in refused(tmp_path, "output", overwrite=True, source=source)
+    finally:
+        subprocess.run(["umount", str(output)], check=True)
+
+
+@pytest.mark.parametrize("full_at", range(len(NEW)))
+def test_a_full_disk_leaves_the_old_model_whole(tmp_path, monkeypatch, full_at):
+    output, copied = write(tmp_path / "model", OLD, "old"), []
+
+    def full(source: Path, target: Path) -> None:
+        target.write_text("half")
+        copied.append(target)
+        if len(copied) > full_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(output_folder, "_link", full)
+        with pytest.raises(OSError, match="No space left"):
+            put(output)
+    assert contents(output) == dict.fromkeys(OLD, "old")
+    with pytest.raises(FileExistsError, match="already holds a model"):
+        put(output, overwrite=False)
+
+
+def test_a_partial_file_of_others_is_kept(tmp_path):
+    write(tmp_path / "model", (*OLD, ".README.md.partial"), "old")
+    with pytest.raises(FileExistsError, match=r"\.README\.md\.partial, which is in the way"):
+        put(tmp_path / "model")
+    assert contents(tmp_path / "model") == dict.fromkeys((*OLD, ".README.md.partial"), "old")
 
 
 def test_a_file_that_came_in_the_meantime_is_kept_and_the_model_as_well(tmp_path):
@@ -211,12 +276,14 @@ def test_a_file_that_came_in_the_meantime_is_kept_and_the_model_as_well(tmp_path
     assert {"config.json", "README.md"} <= set(contents(unfinished_folder(tmp_path / "model")))
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+@pytest.mark.parametrize("kind", ["folder", "folder with a lock", "file", "link"])
 def test_what_has_the_name_of_the_unfinished_folder_is_not_touched(tmp_path, kind):
     unfinished = tmp_path / "model.unfinished"
     write(tmp_path / "elsewhere", ("journal/lock",), "foreign")
     if kind == "folder":
         write(unfinished, ("journal/notes.txt",), "foreign")
+    elif kind == "folder with a lock":
+        write(unfinished, ("journal/lock", "notes.txt"), "foreign")
     elif kind == "file":
         unfinished.write_text("foreign")
     else:
@@ -239,7 +306,9 @@ def test_layers_of_a_streamed_run_are_not_thrown_away_unasked(tmp_path):
 def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
     write(tmp_path / ".model.old.mine", ("notes.txt",), "foreign")
     write(
-        tmp_path / "model.unfinished", ("pytorch_model.bin", "journal/offload-abc/weight.dat", "journal/lock"), "left"
+        tmp_path / "model.unfinished",
+        ("pytorch_model.bin", "journal/offload-abc/weight.dat", "journal/lock"),
+        "process 1 on here",
     )
     assert len(contents(tmp_path / "model.unfinished")) == 3
     put(tmp_path / "model", overwrite=False)

@@ -282,6 +282,20 @@ def test_hidden_states_of_another_chain_of_layers_are_not_taken(source, whole, c
     assert kept == [1, 2, 3]
 
 
+def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monkeypatch):
+    """Files of two runs with other methods, copied from one unfinished folder into the other."""
+    configs = {name: FistaPruningConfig(method=name, error_correction="none") for name in ("magnitude", "wanda")}
+    for name, config in configs.items():
+        cut_off(monkeypatch, streamed_run, "write_remaining", stop, source, tmp_path / name, config)
+    prune(source, tmp_path / "whole", configs["wanda"])
+    other, mine = (unfinished_folder(tmp_path / name) for name in configs)
+    for file in [*other.glob("model-*"), *other.glob("journal/*.json"), *other.glob("journal/[mb]*.safetensors")]:
+        if file.name not in ("fingerprint.json", "weights.json"):
+            shutil.copy2(file, mine / file.relative_to(other))
+    prune(source, tmp_path / "wanda", configs["wanda"])
+    assert files_of(tmp_path / "wanda") == files_of(tmp_path / "whole")
+
+
 def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch):
     flush, flushed = atomic.flush, []
 
