@@ -272,8 +272,8 @@ def _lock(folder: Path, output_dir: Path) -> int:
         except OSError as error:
             warnings.warn(f"{shown} can't be locked ({error.strerror}): don't start two runs into it.", stacklevel=3)
         if _is_same(_lock_of(folder), file):
-            holder = f"{_LOCKED}{os.getpid()} on {socket.gethostname()}".encode()
-            os.ftruncate(file, os.pwrite(file, holder, 0))  # in this order: it is never empty again
+            text = f"{_LOCKED}{os.getpid()} on {socket.gethostname()}".encode()
+            os.ftruncate(file, os.pwrite(file, text, 0))  # in this order: it is never empty again
             return file
         os.close(file)  # its holder has ended and removed it
     raise OSError(errno.EAGAIN, f"{shown} is written by others again and again", str(folder))

@@ -378,7 +378,10 @@ def test_what_the_folder_says(pruned, tmp_path):
 
 def test_whenever_it_is_killed_there_is_the_old_folder_the_new_one_or_none(pruned, tmp_path):
     def files_of(folder):
-        return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
+        files = [
+            path for path in folder.glob("*") if path.is_file() and path.suffix != ".partial"
+        ]  # those load nothing
+        return {path.name: path.read_bytes() for path in files}
 
     pack_folder(pruned("llama", "2:4"), tmp_path / "whole")
     old, new = files_of(pruned("llama", "unstructured")), files_of(tmp_path / "whole")
