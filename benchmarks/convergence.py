@@ -28,13 +28,13 @@ from optimum_fista.run.texts.text import load_text
 from optimum_fista.run.texts.windows import calibration_windows
 from optimum_fista.solve.cholesky import damped_cholesky
 from optimum_fista.solve.methods import create_method
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured
 from optimum_fista.solve.problem import LayerProblem, inner
 from optimum_fista.solve.refit import refit
 from optimum_fista.solve.spectrum import largest_eigenvalue
 from optimum_fista.solve.splitting import SplitState, damped_inverse
 
-HALF = SparsityPattern(0.5)
+HALF = Unstructured(0.5)
 RIDGE = 0.03
 RHOS = (0.03, 0.06, 0.12, 0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 6.0, 12.0)
 

@@ -37,7 +37,7 @@ from optimum_fista.run.checkpoints.loading import load_model
 from optimum_fista.run.reports.report import library_versions
 from optimum_fista.run.texts.text import load_text
 from optimum_fista.run.texts.windows import calibration_windows
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import parse_pattern
 
 EARLY = 80
 """Steps that the package's default spends at most: four trials of 20."""
@@ -99,7 +99,7 @@ def tasks(arguments: argparse.Namespace) -> Iterator[Task]:
             if problem.name.endswith(tuple(arguments.operators.split(","))):
                 for pattern in arguments.patterns.split(","):
                     kind, sparsity = (pattern, None) if ":" in pattern else ("unstructured", float(pattern))
-                    yield Task(Data(problem, fresh, SparsityPattern.parse(kind, sparsity)))
+                    yield Task(Data(problem, fresh, parse_pattern(kind, sparsity)))
 
 
 def compare(task: Task, found: dict[str, Way], seeds: int) -> list[dict]:

@@ -34,7 +34,7 @@ from optimum_fista.run.reports.report import library_versions
 from optimum_fista.run.texts.text import load_text
 from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
 from optimum_fista.solve.methods import METHODS, create_method
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import parse_pattern
 from optimum_fista.solve.problem import LayerProblem
 
 TEXTS = ("calibration", "fresh", "other")
@@ -91,7 +91,7 @@ def measure(text: str, problems: list[list[LayerProblem]], pattern: str) -> list
     """One row an operator."""
     method = parse_method(text)
     sparsity, shape = (None, pattern) if ":" in pattern else (float(pattern), "unstructured")
-    wanted = SparsityPattern.parse(shape, sparsity, method_defaults(method.name).scope)
+    wanted = parse_pattern(shape, sparsity, method_defaults(method.name).scope)
     calibration, *fresh = problems
     with counted_products() as counter:
         started, busy = time.perf_counter(), time.process_time()

@@ -15,7 +15,7 @@ from optimum_fista.run.comparison.comparison import Comparison
 from optimum_fista.run.speed.measure import SpeedReport
 from optimum_fista.run.speed.table import speed_table
 from optimum_fista.solve.methods.fista import Fista
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "scale.md").read_text()
@@ -276,7 +276,7 @@ def test_penalty_search_on_a_tiny_model(penalty_search, tmp_path, capsys):
 def test_ways_to_the_penalty(benchmark, correlation):
     """The package's own method takes the same trials; those of the table are those of FISTA."""
     trials, made = benchmark("penalty_trials"), example(24, 48, correlation=correlation)
-    pattern = SparsityPattern(0.5)
+    pattern = Unstructured(0.5)
     task = trials.Task(trials.Data(made.problem, made.problem, pattern))
     for settings, search in (
         ({"max_trials": 4}, trials.bisection(task, 3, 4)),

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--render", type=Path, metavar="FILE", help="only table and plots of a table.json; no MODEL")
     what = parser.add_argument_group("what to compare")
     what.add_argument("--methods", type=_words, metavar="A,B", help="default magnitude,wanda,sparsegpt,fista,default")
-    what.add_argument("--patterns", type=_words, metavar="A,B", help="fractions of zeros or N:M (default 0.5,2:4)")
+    what.add_argument(
+        "--patterns", type=_words, metavar="A,B", help="fractions of zeros, N:M, 4:8-pairs (default 0.5,2:4)"
+    )
     what.add_argument("--seeds", type=_numbers, metavar="A,B", help="mean and deviation over several (default 0)")
     measured = parser.add_argument_group("what to measure")
     measured.add_argument(

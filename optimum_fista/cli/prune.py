@@ -48,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_argument_group("what to prune")
     what.add_argument("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
-    what.add_argument("--pattern", metavar="N:M", help="keep N of every M consecutive inputs of a row, such as 2:4")
+    what.add_argument(
+        "--pattern",
+        metavar="N:M",
+        help="keep N of every M consecutive inputs of a row, such as 2:4; 4:8-pairs keeps two whole pairs of four",
+    )
     what.add_argument(
         "--scope",
         choices=("matrix", "row"),

@@ -15,6 +15,7 @@ from optimum_fista.model.architecture import matches
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
+from optimum_fista.solve.patterns import parse_pattern
 
 ErrorCorrection = Literal["none", "intra", "full"] | float
 Allocation = Literal["uniform", "fisher"]
@@ -88,8 +89,9 @@ class FistaPruningConfig:
     """Options of a pruning run, validated when constructed.
 
     Attributes:
-        sparsity: Fraction of zeros in [0, 1); 0.5 when neither it nor an n:m pattern is given.
-        pattern: `"unstructured"`, or `"n:m"`: n weights kept of every m consecutive inputs, such as `"2:4"`.
+        sparsity: Fraction of zeros in [0, 1); 0.5 when neither it nor another pattern is given.
+        pattern: `"unstructured"`, or `"n:m"`: n weights kept of every m consecutive inputs, such as `"2:4"`, or
+            `"4:8-pairs"`: two whole pairs of the four in every eight consecutive inputs.
         scope: Unstructured only: `"matrix"` shares the zeros over a whole operator, `"row"` gives every output
             the same number. `None`: as the method's source does (Wanda by row, the others by matrix).
         method: One of `optimum_fista.solve.methods.METHODS`, or an instance of a registered method
@@ -104,7 +106,7 @@ class FistaPruningConfig:
             operator (the down projection) is to make up for, where its output is added to the residual stream.
         allocation: `"uniform"`: every operator gets `sparsity`. `"fisher"`: the operators share the zeros, so that the
             loss of the model, as its gradients foretell it, grows least; `sparsity` holds for all of them together.
-            Operators with an n:m pattern or an entry in `overrides` are left out of it.
+            Operators with another pattern than unstructured or an entry in `overrides` are left out of it.
         allocation_tokens: Calibration tokens the gradients are taken on.
         held_out: So many of the calibration sequences, counted from the end, are held out: they run through the network
             like the others, nothing is fitted to them, and the report has every operator's error on them as well.
@@ -116,7 +118,7 @@ class FistaPruningConfig:
         include: Shell-style name patterns of the operators to prune; empty means every linear operator of the
             decoder layers.
         exclude: Shell-style name patterns of the operators to leave dense.
-        overrides: Sparsity (a number) or n:m pattern (text) by shell-style name pattern, the first match wins;
+        overrides: Sparsity (a number) or pattern (text) by shell-style name pattern, the first match wins;
             0 leaves an operator dense.
         starved_tokens: Experts of a mixture that the router sends fewer calibration tokens are starved.
         starved_method: The method that prunes starved experts, with its default options.
@@ -186,7 +188,7 @@ class FistaPruningConfig:
                 f"starved_method={self.starved_method!r}: pass one of {', '.join(map(repr, sorted(METHODS)))}."
             )
         object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
-        if self.scope is not None and self.pattern != "unstructured" and not self.overrides:
+        if self.scope is not None and self._default_pattern().fixed and not self.overrides:
             raise ValueError(
                 f"scope={self.scope!r} has no meaning for pattern={self.pattern!r}: pass only one of them."
             )
@@ -313,7 +315,7 @@ class FistaPruningConfig:
         """The same configuration with the method's own choice for every option of `MethodDefaults` that is `None`."""
         defaults = method_defaults(str(self.method))
         chosen = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(defaults))}
-        if self.pattern != "unstructured" and not self.overrides:
+        if self._default_pattern().fixed and not self.overrides:
             chosen.pop("scope")
         missing = {name: getattr(defaults, name) for name, value in chosen.items() if value is None}
         return dataclasses.replace(self, **missing)
@@ -325,19 +327,19 @@ class FistaPruningConfig:
 
     def shares_budget(self, name: str) -> bool:
         """Whether the operator called `name` takes part in the sharing of zeros."""
-        allocated = self.resolved().allocation == "fisher" and self.pattern == "unstructured"
+        allocated = self.resolved().allocation == "fisher" and not self._default_pattern().fixed
         return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
 
     def _scope(self) -> Scope:
         return self.scope or method_defaults(str(self.method)).scope
 
     def _default_pattern(self) -> SparsityPattern:
-        return SparsityPattern.parse(self.pattern, self.sparsity, self._scope())
+        return parse_pattern(self.pattern, self.sparsity, self._scope())
 
     def _override_pattern(self, value: float | str) -> SparsityPattern:
         if isinstance(value, str):
-            return SparsityPattern.parse(value)
-        return SparsityPattern.parse("unstructured", value, self._scope())
+            return parse_pattern(value)
+        return parse_pattern(sparsity=value, scope=self._scope())
 
 
 def _is_error_correction(value: object) -> bool:

@@ -1,141 +1,119 @@
-"""Sparsity patterns: which weights of a matrix may be kept, and how the largest scores become a mask."""
+"""The interface of sparsity patterns: scores in, a mask of the weights to keep out."""
 
 from __future__ import annotations
 
-import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from optimum_fista.solve.blocks import row_blocks
-from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows
 
 Scope = Literal["matrix", "row"]
 
 
 @dataclass(frozen=True)
-class SparsityPattern:
-    """Unstructured sparsity, or n:m (n kept of every m consecutive inputs of a row).
+class SparsityPattern(ABC):
+    """Which weights of a matrix may be kept together.
+
+    To add one, write `optimum_fista/solve/patterns/NAME.py` and name the class in `solve.patterns.PATTERNS`.
 
     Attributes:
         sparsity: Fraction of zeros in [0, 1).
-        n_of_m: `(n, m)` for an n:m pattern, `None` for unstructured sparsity.
-        scope: Unstructured only: `"matrix"` shares the budget over the whole matrix, `"row"` gives each
-            row (output) the same number of zeros.
+        scope: `"matrix"` shares the zeros over the whole matrix, `"row"` gives each row (output) the same number.
+            Without meaning if `fixed`.
+        form: What users write, for messages.
+        fixed: Whether the pattern itself sets the number of zeros of every row.
+        unit: Consecutive weights of a row that are kept or removed together.
     """
 
     sparsity: float
-    n_of_m: tuple[int, int] | None = None
     scope: Scope = "matrix"
+    form: ClassVar[str]
+    fixed: ClassVar[bool] = True
+    unit: ClassVar[int] = 1
 
     @classmethod
-    def parse(
-        cls, pattern: str = "unstructured", sparsity: float | None = None, scope: Scope = "matrix"
-    ) -> SparsityPattern:
-        """Build a pattern from its text form, `"unstructured"` or `"n:m"`.
+    @abstractmethod
+    def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:
+        """The pattern that `text` stands for; `None` if the text has another form.
 
         Raises:
-            ValueError: If the text is neither, if n >= m, if `sparsity` is outside [0, 1), or if both are
-                given and disagree.
+            ValueError: If the text has this form and makes no sense.
         """
-        if scope not in ("matrix", "row"):
-            raise ValueError(f"scope={scope!r}: pass 'matrix' or 'row'.")
-        if sparsity is not None and (isinstance(sparsity, bool) or not 0 <= float(sparsity) < 1):
-            raise ValueError(f"sparsity={sparsity!r} is outside [0, 1): pass the fraction of zeros, such as 0.5.")
-        if pattern == "unstructured":
-            return cls(0.5 if sparsity is None else float(sparsity), None, scope)
-        found = re.fullmatch(r"(\d+):(\d+)", str(pattern))
-        if found is None:
-            raise ValueError(f"pattern={pattern!r}: pass 'unstructured' or 'n:m' such as '2:4'.")
-        n, m = int(found[1]), int(found[2])
-        if not 0 < n < m:
-            raise ValueError(
-                f"pattern={pattern!r} keeps {n} of every {m} weights: n must be positive and smaller than m, "
-                "such as '2:4' (2 kept of 4)."
-            )
-        if sparsity is not None and abs(float(sparsity) - (1 - n / m)) > 1e-9:
-            raise ValueError(
-                f"sparsity={sparsity!r} and pattern={pattern!r} disagree: {pattern} means a sparsity of "
-                f"{1 - n / m:g}. Pass only one of them."
-            )
-        return cls(1 - n / m, (n, m), scope)
 
     @property
+    @abstractmethod
     def text(self) -> str:
-        """`"unstructured"` or `"n:m"`, as `parse` takes it."""
-        return "unstructured" if self.n_of_m is None else f"{self.n_of_m[0]}:{self.n_of_m[1]}"
+        """What `read` takes, for reports."""
 
     def __str__(self) -> str:
-        """For people: `"2:4"` or `"50% unstructured"`."""
-        return f"{100 * self.sparsity:g}% unstructured" if self.n_of_m is None else self.text
+        """For people."""
+        return self.text
 
-    def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """`(n, m)` if n of every m consecutive weights of a row are kept: packed masks may then be shorter."""
+        return None
+
+    def at(self, sparsity: float) -> Self:  # noqa: ARG002, patterns that are not fixed use it
+        """The same pattern with another fraction of zeros; itself if `fixed`."""
+        return self
+
+    def group_size(self, most: int) -> int:
+        """Consecutive weights of a row among which the kept ones are counted; `most` if there are no groups."""
+        return most
+
+    def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:  # noqa: B027, most shapes fit
         """Check that the pattern fits a matrix of `shape` [out, in].
 
         Raises:
-            ValueError: If m does not divide the row length.
+            ValueError: If it does not.
         """
-        if self.n_of_m is not None and shape[1] % self.n_of_m[1]:
-            raise ValueError(
-                f"{name} has rows of {shape[1]} inputs, which {self} does not divide: choose a pattern whose "
-                f"m divides {shape[1]}, an unstructured sparsity, or exclude this operator."
-            )
 
+    @abstractmethod
     def num_kept(self, shape: tuple[int, int]) -> int:
         """Exact number of weights kept in a matrix of `shape` [out, in]."""
-        rows, columns = shape
-        if self.n_of_m is not None:
-            return rows * (columns // self.n_of_m[1]) * self.n_of_m[0]
-        if self.scope == "row":
-            return rows * (columns - round(self.sparsity * columns))
-        return rows * columns - round(self.sparsity * rows * columns)
 
+    @abstractmethod
     def mask(self, scores: Tensor) -> Tensor:
-        """Keep the largest scores.
+        """Keep the weights with the largest sum of scores.
 
         Ties are broken by position, so that the count is exact.
 
         Args:
-            scores: [out, in], any floating dtype, finite.
+            scores: [out, in], any floating dtype, finite. Scores of weights that are kept together are added, so
+                they should be additive: squared saliencies. Methods with roots of them call `mask_of`.
 
         Returns:
             Boolean mask [out, in], True = kept, with exactly `num_kept` True values.
 
         Raises:
-            ValueError: If an n:m pattern does not divide the row length.
+            ValueError: If the pattern does not fit the shape.
         """
-        rows, columns = scores.shape
-        self.require_shape((rows, columns), "scores")
-        if self.n_of_m is not None:
-            return keep_largest_in_groups(scores, *self.n_of_m)
-        if self.scope == "row":
-            return keep_largest_in_rows(scores, self.num_kept((1, columns)))
-        return keep_largest(scores, self.num_kept((rows, columns)))
 
     def mask_of(self, matrix: Tensor) -> Tensor:
-        """`mask(matrix.abs())` for `matrix` [out, in], without a copy of the whole matrix where that can be."""
-        rows, columns = matrix.shape
-        if self.n_of_m is None and self.scope == "matrix":
-            return keep_largest(matrix, self.num_kept((rows, columns)), magnitude=True)
+        """Mask of the nearest matrix in the pattern: `mask(matrix ** 2)` for `matrix` [out, in].
+
+        A weight of its own needs no square, which could make a tie of two numbers.
+        """
         return torch.cat([self.mask(matrix[part].abs()) for part in row_blocks(matrix)])
+
+    def mask_of_columns(self, scores: Tensor, left: int, columns: int) -> Tensor:  # noqa: ARG002, see `at`
+        """`mask` of a part of whole groups, so that the counts of all parts add up to `num_kept`.
+
+        Args:
+            scores: [out, width].
+            left: The part's first column in the matrix.
+            columns: Columns of the matrix.
+        """
+        return self.mask(scores)
 
     def violation(self, mask: Tensor) -> str | None:
         """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it."""
         kept, expected = int(mask.sum()), self.num_kept((mask.shape[0], mask.shape[1]))
         if kept != expected:
             return f"keeps {kept} weights where {self} of {tuple(mask.shape)} keeps exactly {expected}"
-        if self.n_of_m is not None:
-            counts = mask.view(mask.shape[0], -1, self.n_of_m[1]).sum(-1)
-            wrong = torch.nonzero(counts != self.n_of_m[0])
-            if len(wrong):
-                row, group = wrong[0].tolist()
-                return f"row {row}, group {group} keeps {int(counts[row, group])} of {self.n_of_m[1]} weights"
-        elif self.scope == "row":
-            counts = mask.sum(1)
-            wrong = torch.nonzero(counts != expected // mask.shape[0])
-            if len(wrong):
-                row = int(wrong[0])
-                return f"row {row} keeps {int(counts[row])} weights, not {expected // mask.shape[0]}"
         return None

@@ -83,7 +83,7 @@ def search_penalty(
     for _ in range(max_trials):
         l1_penalty = math.exp((low + high) / 2)
         solution = solve(start, l1_penalty)
-        mask = pattern.mask(solution.weight.abs() * standing)
+        mask = pattern.mask_of(solution.weight * standing)
         weight = solution.weight * mask
         error = math.sqrt(problem.squared_error(weight))
         best.iterations += solution.iterations

@@ -6,7 +6,7 @@ import pytest
 
 from optimum_fista.run.config import FistaPruningConfig, method_defaults
 from optimum_fista.solve.methods import METHODS
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
 DOWN = "model.layers.3.mlp.down_proj"
 QUERY = "model.layers.3.self_attn.q_proj"
@@ -15,7 +15,7 @@ QUERY = "model.layers.3.self_attn.q_proj"
 def test_default_is_half_of_all_operators_together():
     config = FistaPruningConfig()
     assert (config.sparsity, config.method, config.error_correction) == (0.5, "obs_admm", None)
-    assert config.pattern_for(DOWN) == SparsityPattern(0.5, None, "matrix")
+    assert config.pattern_for(DOWN) == Unstructured(0.5, "matrix")
     assert config.reason_left_dense(DOWN) is None
 
 
@@ -114,9 +114,9 @@ def test_options_are_frozen_and_detached_from_the_callers():
 
 def test_overrides_first_match_wins():
     config = FistaPruningConfig(0.6, overrides={"*.3.*.down_proj": "1:4", "*.down_proj": 0.25, "*.q_proj": 0})
-    assert config.pattern_for(DOWN) == SparsityPattern(0.75, (1, 4))
-    assert config.pattern_for("model.layers.4.mlp.down_proj") == SparsityPattern(0.25)
-    assert config.pattern_for("model.layers.4.mlp.up_proj") == SparsityPattern(0.6)
+    assert config.pattern_for(DOWN) == parse_pattern("1:4")
+    assert config.pattern_for("model.layers.4.mlp.down_proj") == Unstructured(0.25)
+    assert config.pattern_for("model.layers.4.mlp.up_proj") == Unstructured(0.6)
     assert config.reason_left_dense(QUERY) == "sparsity 0"
     assert config.reason_left_dense(DOWN) is None
 

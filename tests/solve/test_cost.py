@@ -7,7 +7,7 @@ from optimum_fista.run.config import method_defaults
 from optimum_fista.solve import selection
 from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.methods import METHODS, create_method
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured
 
 SHAPES = [(256, 128), (64, 256), (192, 192)]
 
@@ -33,7 +33,7 @@ def test_working_set_is_the_one_foretold(name, shape, ties):
     method = create_method(name)
     given = problem(*shape)
     with Meter() as meter:
-        method.prune(given, SparsityPattern(0.5, None, method_defaults(method.name).scope))
+        method.prune(given, Unstructured(0.5, method_defaults(method.name).scope))
     assert method.cost().working_bytes(*shape) == pytest.approx(meter.take_peak(), rel=0.25)
 
 
@@ -43,13 +43,13 @@ def test_products_are_those_foretold(name):
     method = create_method(name)
     given = problem(rows, columns)
     with Meter() as meter:
-        pruned = method.prune(given, SparsityPattern(0.5, None, method_defaults(method.name).scope))
+        pruned = method.prune(given, Unstructured(0.5, method_defaults(method.name).scope))
     cost = method.cost()
     counted = meter.work.products
     if name == "alps":  # its iterations depend on the problem
         cost = create_method(name, max_iterations=9).cost()
         with Meter() as meter:
-            pruned = create_method(name, max_iterations=9).prune(given, SparsityPattern(0.5))
+            pruned = create_method(name, max_iterations=9).prune(given, Unstructured(0.5))
         counted = meter.work.products - 3 * 2 * columns**3  # an inverse a period, counted as a factor
         assert pruned.iterations == 9 + 10
     assert counted == pytest.approx(cost.product_operations(rows, columns), rel=0.2)

@@ -6,11 +6,11 @@ from layer_problems import Example, example
 
 from optimum_fista.solve.fista import FistaSolution, fista
 from optimum_fista.solve.methods.wanda import Wanda
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.penalty import search_penalty
 from optimum_fista.solve.refit import refit
 
-PATTERNS = [SparsityPattern(0.5), SparsityPattern(0.5, None, "row"), SparsityPattern.parse("2:4")]
+PATTERNS = [Unstructured(0.5), Unstructured(0.5, "row"), parse_pattern("2:4")]
 
 
 def fista_solver(made: Example):

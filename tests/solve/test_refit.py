@@ -4,7 +4,7 @@ import pytest
 import torch
 from layer_problems import Example, example
 
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import parse_pattern
 from optimum_fista.solve.refit import refit
 
 
@@ -40,7 +40,7 @@ def test_agrees_with_least_squares_on_every_rows_support(corrected, start):
 
 def test_float32_comes_close_in_the_default_number_of_iterations():
     made = example(8, 24, dtype=torch.float32)
-    mask = SparsityPattern.parse("2:4").mask(made.weight.abs())
+    mask = parse_pattern("2:4").mask(made.weight.abs())
     problem = made.problem
     weight, _ = refit(problem.gram, problem.target, made.weight, mask, max_iterations=20)
     best = made.squared_error(least_squares(made, mask))

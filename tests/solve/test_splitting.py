@@ -2,7 +2,7 @@ import pytest
 import torch
 from layer_problems import example
 
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.splitting import SplitState, damped_inverse, split_in_stages
 
 
@@ -15,7 +15,7 @@ def test_damped_inverse_is_the_inverse():
 def test_iterations_by_hand():
     made = example(4, 8)
     gram, target = made.problem.gram, made.problem.target
-    pattern = SparsityPattern(0.5)
+    pattern = Unstructured(0.5)
     state = SplitState(target, made.weight.clone())
     sparse, dual = made.weight.clone(), torch.zeros_like(target)
     residuals, size = [], float(made.weight.norm())
@@ -37,7 +37,7 @@ def test_iterations_by_hand():
 
 def test_a_large_rho_converges_to_a_point_where_both_sides_agree():
     made = example(4, 8, corrected=True)
-    rho, pattern = float(made.problem.gram.diagonal().mean()), SparsityPattern(0.5)
+    rho, pattern = float(made.problem.gram.diagonal().mean()), Unstructured(0.5)
     state = SplitState(made.problem.target, made.weight.clone())
     split_in_stages(made.problem.gram.clone, [state], [pattern], [rho], 4000)
     assert state.convergence.residuals[-1] < 1e-6 < state.convergence.residuals[0]
@@ -50,7 +50,7 @@ def test_a_large_rho_converges_to_a_point_where_both_sides_agree():
 
 def test_operators_that_share_inputs_are_solved_as_alone():
     made = example(6, 8)
-    pattern = SparsityPattern.parse("2:4")
+    pattern = parse_pattern("2:4")
 
     def run(rows):
         return SplitState(made.problem.target[rows].clone(), made.weight[rows].clone())

@@ -6,11 +6,11 @@ import torch
 from layer_problems import example
 
 from optimum_fista.solve.methods import METHODS, create_method
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.stacking import prune_stacked
 
-HALF = SparsityPattern(0.5)
+HALF = Unstructured(0.5)
 
 
 def parts(made, *sizes):
@@ -41,7 +41,7 @@ def test_zeros_are_shared_exactly_and_errors_are_those_of_the_operators(name, co
     made = example(12, 16, corrected=corrected, correlation=2.0, dtype=torch.float32)
     problems = parts(made, 5, 7)
     before = [p.weight.clone() for p in problems]
-    patterns = [SparsityPattern(0.3), SparsityPattern(0.7)]
+    patterns = [Unstructured(0.3), Unstructured(0.7)]
     weights = [torch.rand(5) + 0.1, 10 * torch.rand(7)]
     stacked = prune_stacked(create_method(name), problems, patterns, weights)
     zeros = sum(int((~p.mask).sum()) for p in stacked)

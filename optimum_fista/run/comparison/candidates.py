@@ -34,7 +34,7 @@ class Candidate:
 
 
 def parse_config(method: str, pattern: str, seed: int = 0, held_out: int = 0) -> FistaPruningConfig:
-    """A configuration from `name:option=value:...` and `0.5` or `2:4`.
+    """A configuration from `name:option=value:...` and a fraction of zeros or a pattern: `0.5`, `2:4`.
 
     Options are those of `FistaPruningConfig` or of the method, their values JSON or text. `default` is
     `FistaPruningConfig()`, `paper` `FistaPruningConfig.paper()`.
@@ -49,7 +49,8 @@ def parse_config(method: str, pattern: str, seed: int = 0, held_out: int = 0) ->
     options = {"seed": seed, "held_out": held_out} | given
     fields = {field.name for field in dataclasses.fields(FistaPruningConfig)}
     settings: dict[str, Any] = {key: value for key, value in options.items() if key in fields}
-    settings |= {"pattern": pattern} if ":" in pattern else {"sparsity": _sparsity(pattern)}
+    sparsity = sparsity_of(pattern)
+    settings |= {"pattern": pattern} if sparsity is None else {"sparsity": sparsity}
     own = {key: value for key, value in options.items() if key not in fields}
     if name == "paper":
         config = FistaPruningConfig.paper(**settings)
@@ -97,8 +98,9 @@ def _option(method: str, pair: str) -> tuple[str, Any]:
         return key, value
 
 
-def _sparsity(pattern: str) -> float:
+def sparsity_of(pattern: str) -> float | None:
+    """The fraction of zeros, if the text of a pattern is one."""
     try:
         return float(pattern)
     except ValueError:
-        raise ValueError(f"pattern={pattern!r}: pass a fraction of zeros such as 0.5, or n:m such as 2:4.") from None
+        return None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from optimum_fista.run.comparison.averages import Average, averages
-from optimum_fista.run.comparison.candidates import DENSE, NO_PATTERN
+from optimum_fista.run.comparison.candidates import DENSE, NO_PATTERN, sparsity_of
 from optimum_fista.run.comparison.row import Row
 
 # Perplexities beyond this many times the dense model's are cut off: the others could not be told apart.
@@ -63,7 +63,7 @@ def plot_lines(rows: Sequence[Row], texts: Sequence[str], folder: Path) -> Path 
     import matplotlib.pyplot as plt
 
     lines = [line for line in averages(rows) if line.rows]
-    unstructured = [line for line in lines if line.pattern != NO_PATTERN and ":" not in line.pattern]
+    unstructured = [line for line in lines if sparsity_of(line.pattern) is not None]
     counts = Counter(line.method for line in unstructured)
     methods = [method for method, count in counts.items() if count > 1]
     if not methods:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from optimum_fista.run.evaluation.parameter_count import count_parameters
 from optimum_fista.run.packed_folders.packed_folder import PackedFolder, is_packed
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import parse_pattern
 
 
 class VerificationError(ValueError):
@@ -172,9 +172,8 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
     if stray:
         raise VerificationError(f"{name} has {stray} weights outside its mask that are not zero.")
     whole = operator.target_sparsity == 1  # operators with the same inputs share their zeros: one may get them all
-    pattern = SparsityPattern.parse(operator.pattern, None if whole else operator.target_sparsity, operator.scope)
-    pattern = replace(pattern, sparsity=operator.target_sparsity)
-    broken = pattern.violation(mask.T if operator.stored_transposed else mask)
+    pattern = parse_pattern(operator.pattern, None if whole else operator.target_sparsity, operator.scope)
+    broken = pattern.at(operator.target_sparsity).violation(mask.T if operator.stored_transposed else mask)
     if broken:
         raise VerificationError(f"{name}: its mask {broken}.")
     kept = int(mask.sum())

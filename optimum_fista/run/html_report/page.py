@@ -27,6 +27,7 @@ from optimum_fista.run.memory.peak_memory import MemoryPeak
 from optimum_fista.run.reports.card import model_title
 from optimum_fista.run.reports.operator_grid import OperatorGrid
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
+from optimum_fista.solve.patterns import parse_pattern
 
 _SHOWN = 10
 _KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
@@ -122,7 +123,7 @@ def _short_error(value: float) -> str:
 
 def _has_even_rows(operator: OperatorReport) -> bool:
     """Whether the pattern gives every row the same number of zeros."""
-    return operator.pattern != "unstructured" or operator.scope == "row"
+    return parse_pattern(operator.pattern).fixed or operator.scope == "row"
 
 
 def _two_digits(value: float) -> str:

@@ -14,6 +14,7 @@ from optimum_fista.packed.format import pack
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.reports.report import OperatorReport
 from optimum_fista.solve.bitmask import unpack_mask
+from optimum_fista.solve.patterns import parse_pattern
 
 QUANT_METHOD = "fista_packed"
 CARD_NOTE = """
@@ -64,13 +65,12 @@ class Packer:
     ) -> None:
         self._read_mask = read_mask
         self._operators: dict[str, list[str]] = {}
-        self._patterns: dict[str, tuple[int, int]] = {}
+        self._patterns: dict[str, tuple[int, int] | None] = {}
         for operator in operators:
             name, index = split_index(operator.name)
             self._operators.setdefault(name, []).append(operator.name)
-            if ":" in operator.pattern and not operator.stored_transposed and not index:
-                n, _, m = operator.pattern.partition(":")
-                self._patterns[name] = (int(n), int(m))
+            if not operator.stored_transposed and not index:
+                self._patterns[name] = parse_pattern(operator.pattern).n_of_m
         self.names = {*self._operators, *_siblings(self._operators, names)}
         self._sizes: list[tuple[int, int]] = []
 

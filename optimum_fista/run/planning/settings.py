@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.planning.model import LayerKind
 from optimum_fista.solve.cost import SolveCost
+from optimum_fista.solve.patterns import parse_pattern
 
 _SAMPLED_TOGETHER = 32
 """Sequences that `run.texts.self_sampling` writes at a time."""
@@ -71,7 +72,7 @@ class PlanSettings:
     @property
     def allocates(self) -> bool:
         """Whether zeros are shared by gradients of the loss."""
-        return self.config.allocation == "fisher" and self.config.pattern == "unstructured"
+        return self.config.allocation == "fisher" and not parse_pattern(self.config.pattern).fixed
 
     @property
     def stacks(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Budgets:
     def pattern_for(self, name: str) -> SparsityPattern:
         """The sparsity pattern of the operator called `name`."""
         pattern = self.config.pattern_for(name)
-        return replace(pattern, sparsity=self.sparsities[name]) if name in self.sparsities else pattern
+        return pattern.at(self.sparsities[name]) if name in self.sparsities else pattern
 
 
 def share_budgets(

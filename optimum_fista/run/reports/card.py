@@ -7,6 +7,8 @@ import re
 
 from optimum_fista.run.reports.operator_grid import OperatorGrid
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import parse_pattern
 
 _TEMPLATE = """---
 library_name: transformers
@@ -111,14 +113,13 @@ def _retraining(report: PruningReport) -> str:
     return "with every decoder layer fine-tuned under its masks" if report.finetuned else "without retraining"
 
 
-def _pattern(report: PruningReport) -> str:
-    config = report.config
-    return config["pattern"] if config["pattern"] != "unstructured" else f"{config['sparsity']:.0%} unstructured"
+def _pattern(report: PruningReport) -> SparsityPattern:
+    return parse_pattern(report.config["pattern"], report.config["sparsity"])
 
 
 def _allocation(report: PruningReport) -> str:
     shares = [o.sparsity for o in report.operators]
-    if report.config["allocation"] != "fisher" or report.config["pattern"] != "unstructured":
+    if report.config["allocation"] != "fisher" or _pattern(report).fixed:
         return "the same share in every operator"
     return f"shared over the operators by gradients of the loss, {min(shares):.1%} to {max(shares):.1%}"
 

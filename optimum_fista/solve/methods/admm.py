@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -52,7 +52,7 @@ class Admm(PruningMethod):
         inverse = damped_inverse(gram, self.rho, in_place=True)
         Z = problem.weight / scale
         U = Z.new_zeros(Z.shape)
-        mask = pattern.mask(Z.abs())
+        mask = pattern.mask_of(Z)
         size, moves = Z.norm().clamp_min(torch.finfo(Z.dtype).tiny), []
         for k in range(1, self.max_iterations + 1):
             W = (target + self.rho * (Z - U)) @ inverse
@@ -61,11 +61,10 @@ class Admm(PruningMethod):
             V = W + U
             if k <= self.ramp_iterations:
                 share = 1 - (1 - k / self.ramp_iterations) ** 3
-                step = pattern if pattern.n_of_m else replace(pattern, sparsity=pattern.sparsity * share)
-                mask = step.mask(V.abs())
+                mask = pattern.at(pattern.sparsity * share).mask_of(V)
             Z = V * mask
             U = V - Z
-        final = pattern.mask(Z.abs())
+        final = pattern.mask_of(Z)
         weight = Z * final * scale
         residuals = torch.stack(moves).tolist() if moves else []
         return PrunedOperator(

@@ -23,8 +23,9 @@ class Dsnot(PruningMethod):
 
     With input means `mu` and variances `v`, the error of a row is `e = sum over pruned w_j mu_j`. A cycle grows
     the pruned weight with the largest `sign(e) w_i mu_i / v_i` and prunes, of the kept weights whose removal
-    moves e towards zero, the one with the smallest Wanda score (eqs. 3-5; n:m: in the same group). A row stops
-    when `|e|` is below `threshold`, or no swap shrinks it.
+    moves e towards zero, the one with the smallest Wanda score (eqs. 3-5; n:m: in the same group). Weights that the
+    pattern keeps together (pairs) are swapped together. A row stops when `|e|` is below `threshold`, or no swap shrinks
+    it.
 
     Attributes:
         max_cycles: Swaps a row at most.
@@ -42,13 +43,23 @@ class Dsnot(PruningMethod):
             ValueError: If the statistics hold no mean.
         """
         statistics = problem.statistics
-        scores = problem.weight.abs() * statistics.diagonal.sqrt()
-        mask = pattern.mask(scores)
+        scores = problem.weight * statistics.diagonal.sqrt()
+        mask = pattern.mask_of(scores)
         mean = statistics.mean
         variance = (statistics.diagonal / max(1, statistics.num_tokens) - mean.square()).clamp_min(1e-12)
         live = statistics.energy_shares == 1  # others would grow first: their variance, a divisor, is next to nothing
-        growth = problem.weight * (mean / variance * live)
-        errors = self._swap(problem.weight * mean, growth, live, scores, mask, pattern)
+
+        def of_units(matrix: Tensor) -> Tensor:  # [out, in] -> [out, in / unit]; no copy if each weight is a unit
+            return matrix if pattern.unit == 1 else matrix.unflatten(1, (-1, pattern.unit)).sum(-1)
+
+        kept = mask[:, :: pattern.unit].contiguous()
+        # Contributions to the error add up over a unit, and so do the squares of Wanda's scores.
+        scores = of_units(scores.square_()).sqrt_()
+        growth = of_units(problem.weight * (mean / variance * live))
+        whole = live.view(-1, pattern.unit).all(1)
+        group = pattern.group_size(mask.shape[1]) // pattern.unit
+        errors = self._swap(of_units(problem.weight * mean), growth, whole, scores, kept, group)
+        mask = kept.repeat_interleave(pattern.unit, dim=1)
         weight = problem.weight * mask
         return PrunedOperator(
             weight,
@@ -63,21 +74,22 @@ class Dsnot(PruningMethod):
         return SolveCost(sweeps=12 * self.max_cycles, working=((5.25, 0),))
 
     def _swap(
-        self, contribution: Tensor, growth: Tensor, live: Tensor, scores: Tensor, mask: Tensor, pattern: SparsityPattern
+        self, contribution: Tensor, growth: Tensor, live: Tensor, scores: Tensor, mask: Tensor, group: int
     ) -> list[float]:
-        """Swap in place until no row moves; returns `|| e ||` after every cycle, relative to that before the first."""
+        """Swap in place, within groups, until no row moves.
+
+        Returns `|| e ||` after every cycle, relative to that before the first.
+        """
         error = contribution.masked_fill(mask, 0).sum(1)
         norms, moved = [error.norm()], []
         rows = torch.arange(len(error), device=error.device)
+        groups = torch.arange(mask.shape[1], device=error.device) // group
         infinity = float("inf")
         look = 1 if error.device.type == "cpu" else 10  # a cycle after the last move changes nothing
         for cycle in range(1, self.max_cycles + 1):
             sign = error.sign()[:, None]
             grown = (growth * sign).masked_fill(mask, -infinity).argmax(1)
-            allowed = mask & (contribution * sign < 0)
-            if pattern.n_of_m is not None:
-                group = torch.arange(mask.shape[1], device=mask.device) // pattern.n_of_m[1]
-                allowed &= group == (grown // pattern.n_of_m[1])[:, None]
+            allowed = mask & (contribution * sign < 0) & (groups == (grown // group)[:, None])
             candidates = scores.masked_fill(~allowed, infinity)
             lowest, pruned = candidates.min(1)
             after = error - contribution[rows, grown] + contribution[rows, pruned]

@@ -130,7 +130,7 @@ class Fista(PruningMethod):
         shape = (problem.weight.shape[0], problem.weight.shape[1])
         if counted.num_kept(shape) == pattern.num_kept(shape):
             return rounded
-        mask = pattern.mask(rounded.weight.abs())  # rows of an odd number of inputs have half a zero more or less
+        mask = pattern.mask_of(rounded.weight)  # rows of an odd number of inputs have half a zero more or less
         return replace(rounded, weight=rounded.weight * mask, mask=mask)
 
 

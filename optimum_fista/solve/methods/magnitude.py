@@ -20,6 +20,6 @@ class Magnitude(PruningMethod):
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""
-        mask = pattern.mask(problem.weight.abs())
+        mask = pattern.mask_of(problem.weight)
         weight = problem.weight * mask
         return PrunedOperator(weight, mask, problem.relative_error(weight))

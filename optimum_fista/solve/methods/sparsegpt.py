@@ -14,7 +14,6 @@ from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
-from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows
 
 
 @register
@@ -45,8 +44,8 @@ class SparseGPT(PruningMethod):
         upper = torch.linalg.cholesky(inverse_in_place(factor), upper=True)
         weight = problem.weight.clone()
         mask = torch.ones_like(weight, dtype=torch.bool)
-        m = pattern.n_of_m[1] if pattern.n_of_m else 1
-        width = max(m, self.block_size - self.block_size % m)
+        group = pattern.group_size(self.block_size)
+        width = max(group, self.block_size - self.block_size % group)
         for left in range(0, columns, width):
             right = min(left + width, columns)
             errors = self._prune_block(weight, mask, upper, left, right, pattern)
@@ -71,26 +70,17 @@ class SparseGPT(PruningMethod):
         local = upper[left:right, left:right]
         saliency = local.diagonal().square()
         block_mask = mask[:, left:right]
-        if pattern.n_of_m is None:
-            block_mask.copy_(_block_mask(block.square() / saliency, pattern, left, right, weight.shape[1]))
-        errors = torch.zeros_like(block)
+        width = pattern.group_size(self.block_size)
+        errors = []
         for j in range(right - left):
-            if pattern.n_of_m is not None and j % pattern.n_of_m[1] == 0:
-                group = slice(j, j + pattern.n_of_m[1])
-                scores = block[:, group].square() / saliency[group]
-                block_mask[:, group] = keep_largest_in_groups(scores, *pattern.n_of_m)
+            if j % width == 0:  # a group is decided when its first column is reached
+                group = slice(j, j + width)
+                block_mask[:, group] = pattern.mask_of_columns(
+                    block[:, group].square().div_(saliency[group]), left + j, weight.shape[1]
+                )
             column = block[:, j].clone()
             block[:, j] *= block_mask[:, j]
-            errors[:, j] = (column - block[:, j]) / local[j, j]
-            block[:, j + 1 :].addr_(errors[:, j], local[j, j + 1 :], alpha=-1)
+            errors.append((column - block[:, j]) / local[j, j])
+            block[:, j + 1 :].addr_(errors[-1], local[j, j + 1 :], alpha=-1)
         weight[:, left:right] = block
-        return errors
-
-
-def _block_mask(scores: Tensor, pattern: SparsityPattern, left: int, right: int, columns: int) -> Tensor:
-    """Mask of one block whose counts add up to the pattern's exact count over all blocks."""
-    rows = scores.shape[0] if pattern.scope == "matrix" else 1
-    pruned = rows * columns - pattern.num_kept((rows, columns))
-    share = round(pruned * right / columns) - round(pruned * left / columns)
-    kept = rows * (right - left) - share
-    return keep_largest(scores, kept) if pattern.scope == "matrix" else keep_largest_in_rows(scores, kept)
+        return torch.stack(errors, dim=1)

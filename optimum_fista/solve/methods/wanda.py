@@ -20,6 +20,6 @@ class Wanda(PruningMethod):
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""
-        mask = pattern.mask(problem.weight.abs() * problem.statistics.diagonal.sqrt())
+        mask = pattern.mask_of(problem.weight * problem.statistics.diagonal.sqrt())
         weight = problem.weight * mask
         return PrunedOperator(weight, mask, problem.relative_error(weight))

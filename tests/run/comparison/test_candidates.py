@@ -30,7 +30,7 @@ def test_the_papers_own_options_can_be_changed_one_by_one():
     [
         ("wnada", "0.5", "wnada"),
         ("wanda", "24", "sparsity=24.0 is outside"),
-        ("wanda", "half", "pattern='half': pass a fraction"),
+        ("wanda", "half", "pattern='half': pass 'unstructured' or 'n:m'"),
         ("wanda:scope", "0.5", "'scope' is no option; pass name:option=value"),
         ("wanda:nothing=1", "0.5", "nothing"),
     ],

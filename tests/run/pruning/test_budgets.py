@@ -8,7 +8,7 @@ from optimum_fista.model.calibration import read_batches
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.pruning.budgets import share_budgets
 from optimum_fista.solve.methods import METHODS
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
 
 def budgets_of(model, tokens, **options):
@@ -33,7 +33,7 @@ def test_sparsities_add_up_to_the_whole(llama, tokens, sparsity):
     assert zeros == pytest.approx(round(sparsity * total), abs=1e-6)
     for name, operator in operators.items():
         pattern = budgets.pattern_for(name)
-        assert pattern == SparsityPattern(budgets.sparsities[name])
+        assert pattern == Unstructured(budgets.sparsities[name])
         assert budgets.output_weights[name].shape == (operator.shape[0],)
 
 
@@ -49,8 +49,8 @@ def test_uniform_budgets_run_nothing(llama, tokens, options):
 def test_overrides_keep_their_own(llama, tokens):
     operators, budgets = budgets_of(llama, tokens, overrides={"*.q_proj": 0.25, "*.down_proj": "2:4"})
     assert set(budgets.sparsities) == {n for n in operators if not n.endswith(("q_proj", "down_proj"))}
-    assert budgets.pattern_for("model.layers.0.self_attn.q_proj") == SparsityPattern(0.25)
-    assert budgets.pattern_for("model.layers.0.mlp.down_proj") == SparsityPattern(0.5, (2, 4))
+    assert budgets.pattern_for("model.layers.0.self_attn.q_proj") == Unstructured(0.25)
+    assert budgets.pattern_for("model.layers.0.mlp.down_proj") == parse_pattern("2:4")
 
 
 def test_operators_the_loss_does_not_feel_keep_the_average(llama, tokens):

@@ -14,9 +14,10 @@ from optimum_fista.run.pruning.layer_pruning import LayerPruning
 from optimum_fista.run.pruning.pruned_group import report_group
 from optimum_fista.solve.methods import METHODS
 from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured
 
 GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-HALF = SparsityPattern(0.5)
+HALF = Unstructured(0.5)
 
 
 def half(name: str) -> SparsityPattern:

@@ -6,7 +6,7 @@ from layer_problems import correlated_inputs
 
 from optimum_fista.run.config import method_defaults
 from optimum_fista.solve.methods import METHODS, create_method
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 SEEING = sorted(set(METHODS) - {"magnitude"})  # magnitude pruning looks at no input
@@ -32,10 +32,10 @@ def test_their_weights_go_first(name, options, loudness):
     inputs, weight, dead = inputs_and_weight()
     inputs[:, dead] *= loudness
     scope = method_defaults(name).scope
-    pruned = create_method(name, **options).prune(problem_of(inputs, weight), SparsityPattern(0.5, None, scope))
+    pruned = create_method(name, **options).prune(problem_of(inputs, weight), Unstructured(0.5, scope))
     live = torch.ones(COLUMNS, dtype=torch.bool)
     live[dead] = False
-    rest = SparsityPattern(1 - 0.5 * COLUMNS / (COLUMNS - DEAD), None, scope)  # keeps as many of the live weights
+    rest = Unstructured(1 - 0.5 * COLUMNS / (COLUMNS - DEAD), scope)  # keeps as many of the live weights
     alone = create_method(name, **options).prune(problem_of(inputs[:, live], weight[:, live]), rest)
     assert int(pruned.mask[:, dead].sum()) == 0
     assert pruned.relative_error < 1.1 * alone.relative_error
@@ -46,7 +46,7 @@ def test_their_weights_go_first(name, options, loudness):
 def test_groups_remove_them_first_and_keep_dense_weights(name, loudness):
     inputs, weight, dead = inputs_and_weight()
     inputs[:, dead] *= loudness
-    pruned = create_method(name).prune(problem_of(inputs, weight), SparsityPattern.parse("2:4"))
+    pruned = create_method(name).prune(problem_of(inputs, weight), parse_pattern("2:4"))
     is_dead = torch.zeros(COLUMNS, dtype=torch.bool)
     is_dead[dead] = True
     kept = (pruned.mask & is_dead).view(ROWS, -1, 4).sum(-1)
@@ -61,7 +61,7 @@ def test_groups_remove_them_first_and_keep_dense_weights(name, loudness):
 
 @pytest.mark.parametrize("name", SEEING)
 def test_nothing_but_dead_inputs(name):
-    pruned = create_method(name).prune(problem_of(torch.zeros(40, 8), torch.ones(6, 8)), SparsityPattern(0.5))
+    pruned = create_method(name).prune(problem_of(torch.zeros(40, 8), torch.ones(6, 8)), Unstructured(0.5))
     assert int(pruned.mask.sum()) == 24
     assert bool(torch.isfinite(pruned.weight).all())
     assert pruned.relative_error == 0

@@ -4,7 +4,7 @@ from layer_problems import example
 
 from optimum_fista.solve.methods.dsnot import Dsnot
 from optimum_fista.solve.methods.wanda import Wanda
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 
@@ -14,7 +14,7 @@ def expected_errors(made, mask):
     return (made.inputs @ pruned.T).mean(0).abs()
 
 
-@pytest.mark.parametrize("pattern", [SparsityPattern(0.5, None, "row"), SparsityPattern.parse("2:4")])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), *map(parse_pattern, ("2:4", "4:8-pairs"))])
 def test_swaps_shrink_the_expected_error_of_rows_and_keep_the_pattern(pattern):
     made = example(16, 24)
     start = Wanda().prune(made.problem, pattern)
@@ -31,7 +31,7 @@ def test_swaps_shrink_the_expected_error_of_rows_and_keep_the_pattern(pattern):
 
 def test_a_high_threshold_is_wanda():
     made = example(8, 12)
-    pattern = SparsityPattern(0.5, None, "row")
+    pattern = Unstructured(0.5, "row")
     pruned = Dsnot(threshold=1e9).prune(made.problem, pattern)
     assert torch.equal(pruned.mask, Wanda().prune(made.problem, pattern).mask)
     assert pruned.iterations == 0
@@ -42,4 +42,4 @@ def test_statistics_without_a_mean_are_refused():
     made = example(8, 12)
     problem = LayerProblem(made.weight, InputStatistics(made.problem.gram, 48))
     with pytest.raises(ValueError, match="no mean"):
-        Dsnot().prune(problem, SparsityPattern(0.5))
+        Dsnot().prune(problem, Unstructured(0.5))

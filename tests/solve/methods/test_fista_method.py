@@ -12,10 +12,11 @@ from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.penalty import search_penalty
 
 STARTS = {"dense": Magnitude, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
-PATTERNS = [SparsityPattern(0.5), SparsityPattern(0.7, None, "row"), SparsityPattern.parse("2:4")]
+PATTERNS = [Unstructured(0.5), Unstructured(0.7, "row"), parse_pattern("2:4")]
 
 
 def least_error(made: Example, row: int, kept: tuple[int, ...]) -> float:
@@ -52,11 +53,11 @@ def best_subset(made: Example, pattern: SparsityPattern) -> float:
 def test_the_changes_of_all_trials_are_kept():
     made = example(12, 20)
     method = Fista(refit_iterations=0, max_iterations=5, max_trials=4, patience=4)
-    pruned = method.prune(made.problem, SparsityPattern(0.5))
+    pruned = method.prune(made.problem, Unstructured(0.5))
     assert pruned.convergence.steps == tuple(range(1, pruned.iterations + 1))
     assert pruned.iterations == 20
     assert min(pruned.convergence.residuals) > 0
-    assert Magnitude().prune(made.problem, SparsityPattern(0.5)).convergence is None
+    assert Magnitude().prune(made.problem, Unstructured(0.5)).convergence is None
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -79,9 +80,7 @@ def test_is_never_worse_than_its_warm_start(warm_start, pattern, corrected, refi
     assert refit_iterations == 0 or max(gains) < 0.999
 
 
-@pytest.mark.parametrize(
-    "pattern", [SparsityPattern(0.5), SparsityPattern(0.5, None, "row"), SparsityPattern.parse("2:4")]
-)
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, "row"), parse_pattern("2:4")])
 @pytest.mark.parametrize("corrected", [False, True])
 def test_the_best_subset_bounds_it_from_below_and_is_near(pattern, corrected):
     ours, best, wanda = 0.0, 0.0, 0.0
@@ -103,7 +102,7 @@ def test_the_best_subset_bounds_it_from_below_and_is_near(pattern, corrected):
 
 @pytest.mark.parametrize("columns", [20, 21])
 def test_wanda_as_a_start_counts_its_zeros_by_row(columns, monkeypatch):
-    made, pattern = example(12, columns), SparsityPattern(0.5)
+    made, pattern = example(12, columns), Unstructured(0.5)
     given = {}
 
     def search(problem, pattern, start, rounded, solve, **options):
@@ -112,7 +111,7 @@ def test_wanda_as_a_start_counts_its_zeros_by_row(columns, monkeypatch):
 
     monkeypatch.setattr("optimum_fista.solve.methods.fista.search_penalty", search)
     Fista(warm_start="wanda").prune(made.problem, pattern)
-    by_row = Wanda().prune(made.problem, SparsityPattern(0.5, None, "row"))
+    by_row = Wanda().prune(made.problem, Unstructured(0.5, "row"))
     assert pattern.violation(given["rounded"].mask) is None
     assert torch.equal(given["start"] != 0, given["rounded"].mask & by_row.mask)
     assert abs(int(by_row.mask.sum()) - int((given["start"] != 0).sum())) <= 12 * (columns % 2)
@@ -163,7 +162,7 @@ def test_a_warm_start_that_needed_help_is_told():
     assert pruned.message == "the Gram matrix needed damping 0.1 instead of 0.01"
 
 
-@pytest.mark.parametrize("pattern", [SparsityPattern(0.0), SparsityPattern(0.0, None, "row")])
+@pytest.mark.parametrize("pattern", [Unstructured(0.0), Unstructured(0.0, "row")])
 def test_nothing_to_prune_changes_nothing(pattern):
     made = example(4, 8)
     pruned = Fista().prune(made.problem, pattern)
@@ -191,4 +190,4 @@ def test_options_are_validated_when_constructed(option, value):
 
 def test_groups_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="weight has rows of 10 inputs"):
-        Fista().prune(example(3, 10).problem, SparsityPattern.parse("2:4"))
+        Fista().prune(example(3, 10).problem, parse_pattern("2:4"))

@@ -5,14 +5,14 @@ import torch
 from layer_problems import example
 
 from optimum_fista.solve.methods.magnitude import Magnitude
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
 
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9])
 def test_keeps_the_largest_weights_as_they_are(sparsity, corrected):
     made = example(5, 9, corrected=corrected)
-    pruned = Magnitude().prune(made.problem, SparsityPattern(sparsity))
+    pruned = Magnitude().prune(made.problem, Unstructured(sparsity))
     zeros = round(sparsity * 45)
     threshold = made.weight.abs().flatten().sort().values
     assert int((~pruned.mask).sum()) == zeros
@@ -26,6 +26,6 @@ def test_keeps_the_largest_weights_as_they_are(sparsity, corrected):
 def test_the_inputs_make_no_difference():
     made, other = example(4, 8), example(4, 8, tokens=50, corrected=True)
     assert torch.equal(made.weight, other.weight)
-    for pattern in (SparsityPattern(0.4), SparsityPattern.parse("2:4")):
+    for pattern in (Unstructured(0.4), parse_pattern("2:4")):
         mask = Magnitude().prune(made.problem, pattern).mask
         assert torch.equal(mask, Magnitude().prune(other.problem, pattern).mask)

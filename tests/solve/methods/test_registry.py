@@ -11,15 +11,16 @@ from optimum_fista.solve import methods
 from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.methods import METHODS, create_method
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.problem import LayerProblem
 
 PATTERNS = [
-    SparsityPattern(0.5),
-    SparsityPattern(0.37),
-    SparsityPattern(0.6, None, "row"),
-    SparsityPattern.parse("2:4"),
-    SparsityPattern.parse("1:4"),
+    Unstructured(0.5),
+    Unstructured(0.37),
+    Unstructured(0.6, "row"),
+    parse_pattern("2:4"),
+    parse_pattern("1:4"),
+    parse_pattern("4:8-pairs"),
 ]
 
 
@@ -117,7 +118,7 @@ def test_every_method_keeps_the_pattern_and_tells_its_error(name, pattern, corre
 def test_operators_that_share_inputs_are_pruned_as_they_are_alone(name):
     made = example(6, 16)
     other = LayerProblem(torch.randn(9, 16).double(), made.problem.statistics)
-    patterns = [SparsityPattern(0.5), SparsityPattern.parse("2:4")]
+    patterns = [Unstructured(0.5), parse_pattern("2:4")]
     together = create_method(name).prune_sharing([made.problem, other], patterns)
     for problem, pattern, pruned in zip([made.problem, other], patterns, together, strict=True):
         alone = create_method(name).prune(problem, pattern)

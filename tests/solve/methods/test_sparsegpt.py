@@ -5,12 +5,13 @@ from layer_problems import example
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 PATTERNS = [
-    SparsityPattern(0.5),
-    SparsityPattern(0.5, None, "row"),
-    *map(SparsityPattern.parse, ("2:4", "1:4", "4:8")),
+    Unstructured(0.5),
+    Unstructured(0.5, "row"),
+    *map(parse_pattern, ("2:4", "1:4", "4:8")),
 ]
 
 
@@ -61,7 +62,7 @@ def test_removing_the_first_column_leaves_the_least_squares_optimum_of_the_other
     weight = made.weight.clone()
     weight[:, 0] = 0.001  # the smallest score of every row
     problem = LayerProblem(weight, made.problem.statistics)
-    pruned = SparseGPT(damping=1e-12).prune(problem, SparsityPattern(1 / 6, None, "row"))
+    pruned = SparseGPT(damping=1e-12).prune(problem, Unstructured(1 / 6, "row"))
     assert (pruned.weight[:, 0] == 0).all()
     best = torch.linalg.lstsq(made.inputs[:, 1:], made.inputs @ weight.T).solution.T
     assert not torch.allclose(best, weight[:, 1:], rtol=1e-4)
@@ -74,7 +75,7 @@ def test_removing_the_first_column_leaves_the_least_squares_optimum_of_the_other
 @pytest.mark.parametrize("scope", ["matrix", "row"])
 def test_counts_are_exact_whatever_the_blocks(rows, columns, block_size, sparsity, scope):
     made = example(rows, columns)
-    pattern = SparsityPattern(sparsity, None, scope)
+    pattern = Unstructured(sparsity, scope)
     pruned = SparseGPT(block_size=block_size).prune(made.problem, pattern)
     assert pattern.violation(pruned.mask) is None
     assert int(pruned.mask.sum()) == pattern.num_kept((rows, columns))
@@ -85,14 +86,14 @@ def test_counts_are_exact_whatever_the_blocks(rows, columns, block_size, sparsit
 @pytest.mark.parametrize("block_size", [1, 6, 10, 128])
 def test_every_group_keeps_exactly_n_whatever_the_blocks(text, columns, block_size):
     made = example(5, columns)
-    pattern = SparsityPattern.parse(text)
+    pattern = parse_pattern(text)
     pruned = SparseGPT(block_size=block_size).prune(made.problem, pattern)
     n, m = pattern.n_of_m
     assert (pruned.mask.view(5, -1, m).sum(-1) == n).all()
     assert (pruned.weight[~pruned.mask] == 0).all()
 
 
-@pytest.mark.parametrize("pattern", [SparsityPattern(0.5), SparsityPattern.parse("2:4")], ids=str)
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), parse_pattern("2:4")], ids=str)
 def test_error_is_on_average_below_wandas_on_correlated_inputs(pattern):
     ratios = []
     for seed in range(5):
@@ -107,7 +108,7 @@ def test_error_is_on_average_below_wandas_on_correlated_inputs(pattern):
 def test_target_of_a_corrected_problem_is_not_looked_at():
     made = example(4, 8, corrected=True)
     plain = LayerProblem(made.weight, made.problem.statistics)
-    pruned, expected = (SparseGPT().prune(problem, SparsityPattern(0.5)) for problem in (made.problem, plain))
+    pruned, expected = (SparseGPT().prune(problem, Unstructured(0.5)) for problem in (made.problem, plain))
     assert torch.equal(pruned.weight, expected.weight)
     assert pruned.relative_error != expected.relative_error, "the error is that of the target"
 
@@ -117,7 +118,7 @@ def test_raised_damping_is_told():
     # All inputs correlate more negatively than they can: the smallest eigenvalue is minus 3% of the mean diagonal.
     made.problem.gram.fill_(-1.03 / 7).fill_diagonal_(1.0)
     assert float(torch.linalg.eigvalsh(made.problem.gram)[0]) == pytest.approx(-0.03)
-    pruned = SparseGPT(damping=0.01).prune(made.problem, SparsityPattern(0.5))
+    pruned = SparseGPT(damping=0.01).prune(made.problem, Unstructured(0.5))
     assert not pruned.converged
     assert pruned.message == "the Gram matrix needed damping 0.1 instead of 0.01"
 
@@ -128,11 +129,11 @@ def test_inputs_that_are_always_zero_are_pruned_first_for_free():
     gram[[1, 6], :] = 0
     gram[:, [1, 6]] = 0
     problem = LayerProblem(made.weight, InputStatistics(gram, 32))
-    pruned = SparseGPT(damping=1e-6).prune(problem, SparsityPattern(0.25, None, "row"))
+    pruned = SparseGPT(damping=1e-6).prune(problem, Unstructured(0.25, "row"))
     assert not pruned.mask[:, [1, 6]].any()
     assert pruned.relative_error < 1e-6
 
 
 def test_groups_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="weight has rows of 10 inputs"):
-        SparseGPT().prune(example(3, 10).problem, SparsityPattern.parse("2:4"))
+        SparseGPT().prune(example(3, 10).problem, parse_pattern("2:4"))

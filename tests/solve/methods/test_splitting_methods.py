@@ -8,7 +8,7 @@ from layer_problems import example
 from live_memory import LiveMemory
 
 from optimum_fista.solve.methods import create_method
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 SPLITTING = ("admm", "alps", "obs_admm")
@@ -21,7 +21,7 @@ def test_pattern_and_error_hold_and_beat_sparsegpt(name, corrected, pattern):
     wins = 0
     for seed in range(6):
         made = example(24, 32, corrected=corrected, seed=seed, dtype=torch.float32, correlation=2.0)
-        wanted = SparsityPattern.parse(pattern)
+        wanted = parse_pattern(pattern)
         pruned = create_method(name).prune(made.problem, wanted)
         assert wanted.violation(pruned.mask) is None
         assert not pruned.weight[~pruned.mask].any()
@@ -40,7 +40,7 @@ def test_close_to_the_best_subset_of_a_tiny_problem(name):
             made.problem.squared_error(_refitted(made.problem, kept)) for kept in itertools.combinations(range(8), 4)
         )
         options = {"ridge": 1e-3} if name == "obs_admm" else {}
-        pruned = create_method(name, **options).prune(made.problem, SparsityPattern(0.5))
+        pruned = create_method(name, **options).prune(made.problem, Unstructured(0.5))
         ratio = made.problem.squared_error(pruned.weight) / best
         assert ratio >= 1 - 1e-9
         ratios.append(ratio)
@@ -62,15 +62,15 @@ def test_scaling_an_input_and_its_weights_changes_nothing_but_damping(name):
     gram = made.problem.gram * scale * scale[:, None]
     scaled = LayerProblem(made.weight / scale, InputStatistics(gram, 48))
     method = create_method(name, **options)
-    one, other = (method.prune(p, SparsityPattern(0.5)) for p in (made.problem, scaled))
+    one, other = (method.prune(p, Unstructured(0.5)) for p in (made.problem, scaled))
     assert torch.equal(one.mask, other.mask)
     assert one.relative_error == pytest.approx(other.relative_error, rel=1e-4)
 
 
 def test_alps_settles_and_says_when_it_does_not():
     made = example(16, 24, correlation=2.0)
-    assert create_method("alps").prune(made.problem, SparsityPattern(0.5)).converged
-    hurried = create_method("alps", max_iterations=6).prune(made.problem, SparsityPattern(0.5))
+    assert create_method("alps").prune(made.problem, Unstructured(0.5)).converged
+    hurried = create_method("alps", max_iterations=6).prune(made.problem, Unstructured(0.5))
     assert not hurried.converged
     assert "max_iterations=6" in hurried.message
 
@@ -78,7 +78,7 @@ def test_alps_settles_and_says_when_it_does_not():
 @pytest.mark.parametrize("name", SPLITTING)
 def test_the_residual_of_the_iterations_is_kept(name):
     made = example(16, 24, correlation=2.0)
-    found = create_method(name).prune(made.problem, SparsityPattern(0.5)).convergence
+    found = create_method(name).prune(made.problem, Unstructured(0.5)).convergence
     assert found.steps[0] == 2
     assert found.steps[-1] == {"admm": 20, "obs_admm": 12}.get(name, found.steps[-1])
     assert 0 < found.residuals[-1] < 0.3 * max(found.residuals)
@@ -91,7 +91,7 @@ def test_obs_admm_shares_work_without_changing_results():
     energies = made.outputs.square().sum(0)
     parts = [slice(0, 4), slice(4, 10)]
     problems = [LayerProblem(made.weight[p], statistics, made.problem.target[p], energies[p]) for p in parts]
-    patterns = [SparsityPattern(0.5), SparsityPattern(0.25)]
+    patterns = [Unstructured(0.5), Unstructured(0.25)]
     method = create_method("obs_admm")
     together = method.prune_sharing(problems, patterns)
     for problem, pattern, pruned in zip(problems, patterns, together, strict=True):
@@ -106,7 +106,7 @@ def test_obs_admm_ridge_follows_the_tokens():
 
 def test_a_strong_ridge_keeps_the_dense_weights():
     made = example(6, 12)
-    pruned = create_method("obs_admm", ridge=1e6).prune(made.problem, SparsityPattern(0.5))
+    pruned = create_method("obs_admm", ridge=1e6).prune(made.problem, Unstructured(0.5))
     assert torch.allclose(pruned.weight[pruned.mask], made.weight[pruned.mask], rtol=1e-3)
 
 
@@ -116,9 +116,9 @@ def test_obs_admm_with_dead_inputs_and_no_inputs_at_all():
     gram[3], gram[:, 3] = 0, 0
     for matrix in (gram, torch.zeros_like(gram)):
         problem = LayerProblem(made.weight, InputStatistics(matrix, 48))
-        pruned = create_method("obs_admm").prune(problem, SparsityPattern(0.5))
+        pruned = create_method("obs_admm").prune(problem, Unstructured(0.5))
         assert bool(torch.isfinite(pruned.weight).all())
-        assert SparsityPattern(0.5).violation(pruned.mask) is None
+        assert Unstructured(0.5).violation(pruned.mask) is None
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def large_problem(rows: int, columns: int) -> LayerProblem:
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_obs_admm_keeps_to_its_working_set(pattern):
-    pattern = SparsityPattern.parse(pattern)
+    pattern = parse_pattern(pattern)
     for rows, columns, matrices in ((32768, 128, 2.5), (128, 1024, 5.5)):  # four blocks of rows, one
         problem = large_problem(rows, columns)
         with torch.no_grad(), LiveMemory() as memory:

@@ -4,7 +4,7 @@ from layer_problems import example
 
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.wanda import Wanda
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
 
 def published_scores(made) -> torch.Tensor:
@@ -16,7 +16,7 @@ def published_scores(made) -> torch.Tensor:
 @pytest.mark.parametrize(("rows", "columns", "sparsity"), [(4, 8, 0.5), (5, 9, 0.5), (3, 7, 0.3), (6, 11, 0.85)])
 def test_keeps_the_largest_scores_of_every_row(rows, columns, sparsity, corrected):
     made = example(rows, columns, corrected=corrected)
-    pruned = Wanda().prune(made.problem, SparsityPattern(sparsity, None, "row"))
+    pruned = Wanda().prune(made.problem, Unstructured(sparsity, "row"))
     zeros = round(sparsity * columns)
     order = published_scores(made).argsort(dim=1)
     expected = torch.ones(rows, columns, dtype=torch.bool).scatter(1, order[:, :zeros], False)
@@ -32,11 +32,11 @@ def test_two_of_four_keeps_the_best_two_scores_of_a_group():
     scores = published_scores(made).view(6, 4, 4)
     order = scores.argsort(dim=-1, descending=True)
     expected = torch.zeros(6, 4, 4, dtype=torch.bool).scatter(-1, order[..., :2], True).view(6, 16)
-    assert torch.equal(Wanda().prune(made.problem, SparsityPattern.parse("2:4")).mask, expected)
+    assert torch.equal(Wanda().prune(made.problem, parse_pattern("2:4")).mask, expected)
 
 
 def test_inputs_of_equal_norm_make_it_magnitude_pruning():
     made = example(4, 8)
     made.problem.statistics.gram.diagonal().fill_(3.0)
-    pattern = SparsityPattern(0.5)
+    pattern = Unstructured(0.5)
     assert torch.equal(Wanda().prune(made.problem, pattern).mask, Magnitude().prune(made.problem, pattern).mask)

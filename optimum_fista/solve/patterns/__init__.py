@@ -1,0 +1,34 @@
+"""Sparsity patterns, found by the list below."""
+
+from optimum_fista.solve.pattern import Scope, SparsityPattern
+from optimum_fista.solve.patterns.n_of_m import NOfM
+from optimum_fista.solve.patterns.pairs import Pairs
+from optimum_fista.solve.patterns.unstructured import Unstructured
+
+PATTERNS: tuple[type[SparsityPattern], ...] = (Unstructured, NOfM, Pairs)
+
+__all__ = ["PATTERNS", "NOfM", "Pairs", "Unstructured", "parse_pattern"]
+
+
+def parse_pattern(
+    text: str = "unstructured", sparsity: float | None = None, scope: Scope = "matrix"
+) -> SparsityPattern:
+    """Build a pattern from its text, one of `form` of `PATTERNS`; inverse of `SparsityPattern.text`.
+
+    Raises:
+        ValueError: If the text has none of the forms or makes no sense, if `sparsity` is outside [0, 1), or if both
+            are given and disagree.
+    """
+    if scope not in ("matrix", "row"):
+        raise ValueError(f"scope={scope!r}: pass 'matrix' or 'row'.")
+    if sparsity is not None and (isinstance(sparsity, bool) or not 0 <= float(sparsity) < 1):
+        raise ValueError(f"sparsity={sparsity!r} is outside [0, 1): pass the fraction of zeros, such as 0.5.")
+    found = next((pattern for kind in PATTERNS if (pattern := kind.read(str(text), sparsity, scope))), None)
+    if found is None:
+        raise ValueError(f"pattern={text!r}: pass {' or '.join(kind.form for kind in PATTERNS)}.")
+    if sparsity is not None and abs(float(sparsity) - found.sparsity) > 1e-9:
+        raise ValueError(
+            f"sparsity={sparsity!r} and pattern={text!r} disagree: {text} means a sparsity of "
+            f"{found.sparsity:g}. Pass only one of them."
+        )
+    return found

@@ -1,0 +1,87 @@
+"""n:m sparsity, such as 2:4: n weights kept of every m consecutive inputs of a row."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from optimum_fista.solve.pattern import Scope, SparsityPattern
+from optimum_fista.solve.selection import keep_largest_in_groups
+
+
+@dataclass(frozen=True)
+class NOfM(SparsityPattern):
+    """Exactly `n` weights kept of every `m` consecutive inputs of a row."""
+
+    n: int = 2
+    m: int = 4
+    form: ClassVar[str] = "'n:m' such as '2:4'"
+
+    @classmethod
+    def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, it is n / m
+        """The pattern of a text such as `"2:4"`.
+
+        Raises:
+            ValueError: If n is 0, or not smaller than m.
+        """
+        found = re.fullmatch(r"(\d+):(\d+)", text)
+        if found is None:
+            return None
+        n, m = int(found[1]), int(found[2])
+        if not 0 < n < m:
+            raise ValueError(
+                f"pattern={text!r} keeps {n} of every {m} weights: n must be positive and smaller than m, "
+                "such as '2:4' (2 kept of 4)."
+            )
+        return cls(1 - n / m, scope, n, m)
+
+    @property
+    def text(self) -> str:
+        """`"n:m"`."""
+        return f"{self.n}:{self.m}"
+
+    @property
+    def n_of_m(self) -> tuple[int, int]:
+        """`(n, m)`."""
+        return self.n, self.m
+
+    def group_size(self, most: int) -> int:  # noqa: ARG002, groups have one size
+        """`m`."""
+        return self.m
+
+    def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:
+        """Check that m divides the row length.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if shape[1] % self.m:
+            raise ValueError(
+                f"{name} has rows of {shape[1]} inputs, which {self} does not divide: choose a pattern whose "
+                f"m divides {shape[1]}, an unstructured sparsity, or exclude this operator."
+            )
+
+    def num_kept(self, shape: tuple[int, int]) -> int:
+        """Exact number of weights kept in a matrix of `shape` [out, in]."""
+        return shape[0] * (shape[1] // self.m) * self.n
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Keep the n largest scores of every group."""
+        self.require_shape((scores.shape[0], scores.shape[1]), "scores")
+        return keep_largest_in_groups(scores, self.n, self.m)
+
+    def violation(self, mask: Tensor) -> str | None:
+        """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it."""
+        broken = super().violation(mask)
+        if broken:
+            return broken
+        counts = mask.view(mask.shape[0], -1, self.m).sum(-1)
+        wrong = torch.nonzero(counts != self.n)
+        if not len(wrong):
+            return None
+        row, group = wrong[0].tolist()
+        return f"row {row}, group {group} keeps {int(counts[row, group])} of {self.m} weights"
