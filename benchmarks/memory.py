@@ -22,11 +22,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 _RUN = """
 import json, sys, torch
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.memory.free_memory import keep_large_blocks_apart
 from optimum_fista.run.streamed import streaming
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import transformers.core_model_loading
 samples, length, options = int(sys.argv[3]), int(sys.argv[4]), json.loads(sys.argv[5])
 tokens = torch.randint(0, 256, (samples, length), generator=torch.Generator().manual_seed(0))
+keep_large_blocks_apart()  # as the command line does
 print("ready", flush=True)
 sys.stdin.readline()
 config = FistaPruningConfig(method_options=options["method_options"])

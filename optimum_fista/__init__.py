@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,42 +53,14 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names on first use, so that `import optimum_fista` and `--help` stay quick."""
+    """Import public names on first use, so that the imports of one do not cost the others."""
     if name not in _HOMES:
         raise AttributeError(f"module 'optimum_fista' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-_QUANTIZERS = "transformers.quantizers.auto"
-_PACKED_LOADING = "optimum_fista.run.packed_folders.packed_loading"  # registers itself
-
-
-class _PackedLoading(importlib.abc.MetaPathFinder):
-    """Makes packed checkpoints known to Transformers as soon as it is imported, and not before."""
-
-    def find_spec(
-        self,
-        name: str,
-        path: Sequence[str] | None,  # noqa: ARG002, the finder's protocol
-        target: ModuleType | None = None,  # noqa: ARG002
-    ) -> importlib.machinery.ModuleSpec | None:
-        """Find the module with the list of quantizers as usual, and add to it once it has run."""
-        if name != _QUANTIZERS:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                run(module)
-                importlib.import_module(_PACKED_LOADING)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-if _QUANTIZERS in sys.modules:
-    importlib.import_module(_PACKED_LOADING)
-else:
-    sys.meta_path.insert(0, _PackedLoading())
+# Transformers learns to load packed folders as soon as this package is imported: it can't find them by itself, and any
+# earlier hook would have to sit in Python's imports. The command line, whose help is to stay quick, does it later.
+PACKED_LOADING = "optimum_fista.run.packed_folders.packed_loading"  # registers itself; imports torch and transformers
+if Path(next(iter(sys.argv), "")).stem not in ("optimum-fista", "optimum-cli"):
+    importlib.import_module(PACKED_LOADING)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
-from optimum_fista import __version__
+from optimum_fista import PACKED_LOADING, __version__
 from optimum_fista.cli import bench, compare, demo, doctor, evaluate, pack, prune, report, unpack, verify
 
 _COMMANDS = (prune, evaluate, compare, report, verify, pack, unpack, bench, demo, doctor)
@@ -45,6 +46,7 @@ def execute(arguments: argparse.Namespace) -> int:
         0, or 1 after an error, 130 after an interrupt.
     """
     try:
+        importlib.import_module(PACKED_LOADING)
         return int(arguments.fista_run(arguments))
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)

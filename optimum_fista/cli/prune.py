@@ -168,6 +168,7 @@ def run(arguments: argparse.Namespace) -> int:
         unfinished_folder,
     )
     from optimum_fista.run.hub import push_folder, require_repo_id
+    from optimum_fista.run.memory.free_memory import keep_large_blocks_apart
     from optimum_fista.run.packed_folders.packed_folder import PackedFolder
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.streamed.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
@@ -191,6 +192,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
     if arguments.push_to_hub:
         require_repo_id(arguments.push_to_hub)
+    keep_large_blocks_apart()
     with joined_ranks(arguments.device) as ranks, ExitStack() as opened:
         if ranks.index:
             set_verbosity_error()

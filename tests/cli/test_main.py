@@ -66,6 +66,7 @@ def test_help_of_the_whole_names_every_command(capsys):
 def test_help_is_quick_because_nothing_heavy_is_imported(tmp_path):
     code = f"""if True:
         import sys
+        sys.argv[0] = "/usr/bin/optimum-fista"
         from optimum_fista.cli.main import main
         for command in {list(FLAGS)}:
             try:

@@ -59,10 +59,16 @@ def open_tracker(name: str, folder: Path, run: str, config: Mapping[str, Any]) -
         with SummaryWriter(str(folder)) as writer:
             yield TrackingCallback(writer)
         return
+    before = os.environ.get("TRACKIO_DIR")
     os.environ["TRACKIO_DIR"] = str(folder.resolve())
-    trackio = importlib.import_module("trackio")
-    tracked = trackio.init(project=_PROJECT, name=run, config=dict(config), resume="allow", embed=False)
     try:
-        yield TrackingCallback(tracked)
+        trackio = importlib.import_module("trackio")
+        tracked = trackio.init(project=_PROJECT, name=run, config=dict(config), resume="allow", embed=False)
+        try:
+            yield TrackingCallback(tracked)
+        finally:
+            trackio.finish()
     finally:
-        trackio.finish()
+        del os.environ["TRACKIO_DIR"]
+        if before is not None:
+            os.environ["TRACKIO_DIR"] = before

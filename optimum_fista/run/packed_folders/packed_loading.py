@@ -1,7 +1,6 @@
 """Packed checkpoints in plain `from_pretrained`: as a dense model, or with linears that stay packed.
 
-Whichever is imported first, Transformers' list of quantizers or this module, imports the other: classes are registered
-as they are defined, and everything heavier is imported when it is needed.
+Importing this module registers its classes with Transformers; everything heavier is imported when it is needed.
 """
 
 from __future__ import annotations

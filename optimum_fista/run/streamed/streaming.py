@@ -21,7 +21,6 @@ from optimum_fista.run.checkpoints.output_folder import (
     unfinished_folder,
 )
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.memory.free_memory import keep_large_blocks_apart
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.fingerprint import model_folder
 from optimum_fista.run.streamed.lazy_loading import load_lazily
@@ -51,7 +50,6 @@ def prune_files(
     started = time.perf_counter()
     require_output(output_dir, overwrite, source=name, names=MODEL_FILES)
     folder = unfinished_folder(output_dir)
-    keep_large_blocks_apart()
     with joined_ranks(device) as ranks, ExitStack() as opened:
 
         def lock() -> None:

@@ -58,6 +58,7 @@ def trackio(monkeypatch) -> Trackio:
 
 def test_trackio_gets_the_folder_the_configuration_and_every_layer(trackio, tmp_path):
     prune("trackio", tmp_path / "runs")
+    assert os.environ["TRACKIO_DIR"] == "elsewhere"
     (begun, settings, folder), *layers, end = trackio.told
     assert (begun, folder) == ("init", str(tmp_path / "runs"))
     assert settings["name"] == "model-50"
