@@ -1,6 +1,7 @@
 """Commands of the README and the docs parse by the programs' own parsers."""
 
 import argparse
+import functools
 import re
 import shlex
 import subprocess
@@ -38,11 +39,16 @@ def parse_launched(parser: argparse.ArgumentParser, arguments: list[str]) -> Non
     parse_own(launched.training_script_args)
 
 
+@functools.cache
+def help_of(script: str) -> str:
+    command = [sys.executable, ROOT / script, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def parse_script(script: str, *arguments: str) -> None:
     flags = [word for word in arguments if word.startswith("--")]
     if flags:
-        helped = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
-        assert set(flags) <= set(re.findall(r"--[\w-]+", helped.stdout)), script
+        assert set(flags) <= set(re.findall(r"--[\w-]+", help_of(script))), script
     assert (ROOT / script).exists()
 
 
