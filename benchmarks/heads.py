@@ -110,7 +110,7 @@ def measure(model: PreTrainedModel, windows: Tensor, ids: Tensor) -> list[dict[s
 def table(rows: list[dict[str, Any]], number: int = 5) -> list[str]:
     """The heads that cost most."""
     lines = [
-        "| decoder layer | head | attention on the first token | foretold, nats | measured, nats |",
+        "| decoder layer | head | attention on the first token | predicted, nats | measured, nats |",
         "|---" * 5 + "|",
     ]
     for row in sorted(rows, key=lambda row: -row["measured"])[:number]:
