@@ -19,6 +19,7 @@ from optimum_fista.run.pruning import layer_pruning, model_pruning
 from optimum_fista.solve.blocks import SCALE_ON_DEVICES, row_blocks, rows_in_block
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
+DEVICE = "simulated:0"  # which is not the current one
 TENTH_OF_8B = {"hidden_size": 416, "intermediate_size": 1440, "num_attention_heads": 4, "num_key_value_heads": 1}
 TENTH_OF_70B = {"hidden_size": 832, "intermediate_size": 2880, "num_attention_heads": 8, "num_key_value_heads": 1}
 WATCHED = (  # functions, and the moment of the plan in which they are at work
@@ -53,12 +54,12 @@ def measured(monkeypatch):
 
     def watched(label, function):
         def call(*given, **options):
-            before = torch.simulated.memory_allocated()
-            torch.simulated.reset_peak_memory_stats()
+            before = torch.simulated.memory_allocated(DEVICE)
+            torch.simulated.reset_peak_memory_stats(DEVICE)
             try:
                 return function(*given, **options)
             finally:
-                peak = torch.simulated.max_memory_allocated()
+                peak = torch.simulated.max_memory_allocated(DEVICE)
                 for key, size in ((label, peak), (f"more while {label}", peak - before)):
                     largest[key] = max(largest.get(key, 0), size)
 
@@ -80,7 +81,7 @@ def test_the_device_holds_what_is_planned(shape, storage, planned, measured, tmp
     pruner = FistaPruner(FistaPruningConfig(), progress=False, storage_device=storage)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few tokens
-        pruner.prune(tmp_path / "dense", ids.split(1), output_dir=tmp_path / "pruned", device="simulated:0")
+        pruner.prune(tmp_path / "dense", ids.split(1), output_dir=tmp_path / "pruned", device=DEVICE)
     for label, peak in planned.items():
         if label in measured:
             assert measured[label] < 1.12 * peak.total, label
@@ -99,20 +100,20 @@ def test_blocks_of_rows_on_a_device_are_a_quarter_of_a_gibibyte():
 
 
 def test_statistics_go_when_nobody_needs_them():
-    before = torch.simulated.memory_allocated()
-    statistics = InputStatistics(torch.eye(64, device="simulated:0"), 64)
-    problem = LayerProblem(torch.ones(4, 64, device="simulated:0"), statistics)
+    before = torch.simulated.memory_allocated(DEVICE)
+    statistics = InputStatistics(torch.eye(64, device=DEVICE), 64)
+    problem = LayerProblem(torch.ones(4, 64, device=DEVICE), statistics)
     assert problem.decoupled() is problem
     gc.disable()  # a reference to itself would keep them until cycles are collected
     try:
         del problem, statistics
-        assert torch.simulated.memory_allocated() == before
+        assert torch.simulated.memory_allocated(DEVICE) == before
     finally:
         gc.enable()
 
 
 def test_gradients_leave_no_offloaded_weight_on_the_device():
-    model = cpu_offload(tiny_llama(num_hidden_layers=4), execution_device=torch.device("simulated:0"))
+    model = cpu_offload(tiny_llama(num_hidden_layers=4), execution_device=torch.device(DEVICE))
     layers = find_decoder_layers(model)
     operators = {name: o for layer in layers for name, o in find_operators(*layer).items()}
     found = measure_sensitivities(model, layers, operators, [CalibrationBatch(tiny_tokens())], 64)
