@@ -53,7 +53,8 @@ def require_pruned_as_on_the_cpu(method, place, pattern, correction, allocation,
         error = expected_report.totals["mean_relative_error"]
         assert report.totals["mean_relative_error"] == pytest.approx(error, rel=1e-3)
     else:
-        require_the_same(found, expected)
+        # FISTA stops by a relative change, which a device is asked for every tenth step only: it may end a step apart.
+        require_the_same(found, expected, 3e-4 if method == "fista" else 1e-4)
 
 
 @pytest.mark.parametrize(("method", "place", "pattern", "correction", "allocation"), COVERING)
