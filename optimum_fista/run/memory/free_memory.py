@@ -41,7 +41,7 @@ def keep_large_blocks_apart() -> None:
     """Have glibc give blocks from 4 MiB up back to the system as soon as they are freed, as long as the process lives.
 
     Only for a process that is ours: glibc has no way back. Otherwise that size grows to 32 MiB in time, and matrices
-    below it leave holes in the heap that later ones don't fit: the peak of a run is then about a tenth higher.
+    below it leave holes in the heap that later ones don't fit: the peak of a run is then higher.
     """
     if _glibc() is not None:
         _glibc().mallopt(_MMAP_THRESHOLD, 4 * 2**20)
