@@ -142,11 +142,11 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
             shutil.rmtree(output_dir / FOLDER, ignore_errors=True)
         yield folder
     finally:
+        del _held[folder]  # first: once the lock's file is removed, another thread may take it
         try:
             if _is_same(lock, file) and _files(folder) == [lock]:
                 shutil.rmtree(folder)
         finally:
-            del _held[folder]
             os.close(file)
 
 
