@@ -45,7 +45,7 @@ _LATER = ["fista/report.html", "fista/evaluation.json"]  # what other commands w
 MODEL_FILES = ["config.json", *WEIGHTS, *_TOKENIZER, *_BESIDE]
 """Names of the files that a run writes, as patterns."""
 
-_held: dict[Path, int] = {}  # the thread that holds a folder in this process
+_held = threading.local()  # .folders: those that this thread holds
 
 
 def unfinished_folder(output_dir: Path) -> Path:
@@ -129,11 +129,12 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
         OSError: If it can't be written to.
     """
     folder = unfinished_folder(output_dir)
-    if _held.get(folder) == threading.get_ident():
+    mine: set[Path] = vars(_held).setdefault("folders", set())
+    if folder in mine:
         yield folder
         return
     lock, file = _lock_of(folder), _lock(folder, output_dir)
-    _held[folder] = threading.get_ident()
+    mine.add(folder)
     try:
         if not _is_streamed(folder):
             _empty(folder)
@@ -142,7 +143,7 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
             shutil.rmtree(output_dir / FOLDER, ignore_errors=True)
         yield folder
     finally:
-        del _held[folder]  # first: once the lock's file is removed, another thread may take it
+        mine.remove(folder)
         try:
             if _is_same(lock, file) and _files(folder) == [lock]:
                 shutil.rmtree(folder)
@@ -253,6 +254,9 @@ def _lock(folder: Path, output_dir: Path) -> int:
         except OSError as error:
             if error.errno is None:
                 raise
+            if isinstance(error, FileExistsError) and attempt < 5:  # it was there, and is gone
+                time.sleep(0.02)
+                continue
             raise OSError(
                 error.errno,
                 f"{shown} can't be written to ({error.strerror}), nothing was done: pass another folder, or make this "
