@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 DESCRIPTION = """\
@@ -46,22 +47,20 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
     from optimum_fista.run.checkpoints.atomic import write_text
-    from optimum_fista.run.html_report.contents import read_contents, with_continuations
-    from optimum_fista.run.html_report.page import render_page
+    from optimum_fista.run.evaluation.generation import continue_prompts
+    from optimum_fista.run.html_report.page import Continuation, read_contents, render_page
 
     if bool(arguments.dense) != bool(arguments.prompt):
         raise ValueError("--dense MODEL and --prompt TEXT belong together: pass both, or none.")
     with tqdm(desc="Reading masks", unit="operator") as bar:
         contents = read_contents(arguments.folder, arguments.evaluations, lambda _: bar.update())
     if arguments.dense:
-        contents = with_continuations(
-            contents,
-            arguments.dense,
-            arguments.prompt,
-            max_new_tokens=arguments.max_new_tokens,
-            device=arguments.device,
-            dtype=arguments.dtype,
-        )
+        settings = {name: getattr(arguments, name) for name in ("max_new_tokens", "device", "dtype")}
+        written = [
+            continue_prompts(name, arguments.prompt, **settings) for name in (arguments.dense, str(arguments.folder))
+        ]
+        continuations = tuple(Continuation(*texts) for texts in zip(arguments.prompt, *written, strict=True))
+        contents = dataclasses.replace(contents, continuations=continuations)
     output = arguments.output or arguments.folder / "fista" / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, render_page(contents))

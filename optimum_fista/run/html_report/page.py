@@ -1,52 +1,80 @@
-"""The page itself."""
+"""One HTML page about a pruned model folder."""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from optimum_fista.run.evaluation.evaluation_file import place_of
+from optimum_fista.run.checkpoints.checkpoint import REPORT_FILE, read_report
+from optimum_fista.run.evaluation.evaluation_file import EVALUATION_FILE, Evaluation, place_of, read_evaluations
 from optimum_fista.run.html_report import numbers
-from optimum_fista.run.html_report.contents import ReportContents
-from optimum_fista.run.html_report.convergence_charts import HEIGHT as CONVERGENCE_HEIGHT
-from optimum_fista.run.html_report.convergence_charts import convergence_charts
-from optimum_fista.run.html_report.heat_map import STEPS, HeatMap, heat_map
-from optimum_fista.run.html_report.held_out import held_out_by_kind, held_out_ratio
-from optimum_fista.run.html_report.histogram import HEIGHT as HISTOGRAM_HEIGHT
-from optimum_fista.run.html_report.histogram import histogram
-from optimum_fista.run.html_report.line_chart import HEIGHT as CHART_HEIGHT
-from optimum_fista.run.html_report.line_chart import LineChart, line_chart
-from optimum_fista.run.memory.peak_memory import MemoryPeak
+from optimum_fista.run.html_report.charts import STEPS, convergence_charts, heat_map, line_chart
+from optimum_fista.run.html_report.row_sparsity import MaskSparsities, read_sparsities
 from optimum_fista.run.reports.card import model_title
 from optimum_fista.run.reports.operator_grid import OperatorGrid
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.patterns import parse_pattern
 
-_SHOWN = 10
 _KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
-_LONGEST_LIST = 300
-_HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class PerplexityTable:
-    """Models beside each other, a row a text and its windows; a cell is `None` where nothing was measured."""
+class Continuation:
+    """A prompt and what the dense and the pruned model make of it."""
 
-    models: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[float | None, ...]], ...]
+    prompt: str
+    dense: str
+    pruned: str
+
+
+@dataclass(frozen=True)
+class ReportContents:
+    """What is known of a pruned model: its folder, report and masks, perplexities of it and of others, and texts."""
+
+    folder: Path
+    report: PruningReport
+    sparsities: MaskSparsities
+    evaluations: tuple[Evaluation, ...] = ()
+    continuations: tuple[Continuation, ...] = ()
+
+
+def read_contents(
+    folder: Path, evaluation_files: Sequence[Path] | None = None, progress: Callable[[str], None] = lambda _: None
+) -> ReportContents:
+    """Read the report, the masks and the perplexities of a pruned folder, packed or not.
+
+    Args:
+        folder: The model folder.
+        evaluation_files: Files of perplexities; `None`: `fista/evaluation.json` of the folder, if there is one.
+        progress: Called with each operator's name once its mask is read.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file holds something else.
+    """
+    report = read_report(folder)
+    if not report.operators:
+        raise ValueError(f"{str(folder / REPORT_FILE)!r} names no pruned operator: pass the folder of a pruned model.")
+    if evaluation_files is None:
+        usual = folder / EVALUATION_FILE
+        evaluation_files = [usual] if usual.exists() else []
+    evaluations = tuple(evaluation for path in evaluation_files for evaluation in read_evaluations(path))
+    return ReportContents(folder, report, read_sparsities(folder, report, progress), evaluations)
 
 
 def render_page(contents: ReportContents) -> str:
     """HTML of the page; everything that comes from files is escaped."""
+    loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
         "share": numbers.share,
@@ -54,158 +82,100 @@ def render_page(contents: ReportContents) -> str:
         "count": numbers.count,
         "duration": numbers.duration,
         "size": numbers.size,
-        "breakable": _breakable,
+        "thousands": "{:,}".format,
+        "percent": "{:.3%}".format,  # a place in a drawing
+        "pixels": "{:.2f}".format,
+        "repr": repr,
+        "breakable": lambda name: Markup(str(escape(name)).replace(".", ".<wbr>")),
     }
-    report = contents.report
-    grid = OperatorGrid.of(report.operators)
+    report, zeros, rows = contents.report, contents.sparsities.operators, contents.sparsities.rows
+    layers = [layer.name.rpartition(".")[2] for layer in report.layers]
     held_out = [operator for operator in report.operators if operator.held_out_error is not None]
-    sparsities = contents.sparsities.operators
-    labels = [layer.name.rpartition(".")[2] for layer in report.layers]
-    drifts, peaks = [layer.hidden_state_error for layer in report.layers], [layer.memory for layer in report.layers]
-    by_time = sorted(report.operators, key=lambda o: o.solve_seconds, reverse=True)
+    memory = {
+        name: [None if layer.memory is None else getattr(layer.memory, key) for layer in report.layers]
+        for name, key in _KINDS_OF_MEMORY.items()
+    }
+    memory_peaks = {name: max(known) for name, held in memory.items() if (known := [h for h in held if h is not None])}
+    large = max(memory_peaks.values(), default=0) >= numbers.GIB
     return environment.get_template("page.html").render(
-        steps=range(STEPS),
         report=report,
         totals=report.totals,
         title=model_title(report),
-        worst=max(report.operators, key=lambda o: o.relative_error),
+        colours=range(STEPS),
         errors=heat_map(
-            grid, "relative error", lambda o: o.relative_error, numbers.error, _short_error, from_zero=True
+            report.operators,
+            "relative error",
+            lambda o: o.relative_error,
+            numbers.error,
+            _short_error,
+            from_zero=True,
         ),
-        held_out=_held_out_map(held_out) if held_out else None,
-        held_out_kinds=held_out_by_kind(held_out),
-        zeros=heat_map(grid, "zeros", lambda o: sparsities[o.name], _two_digits, numbers.share, from_zero=False),
-        even=max(sparsities.values()) - min(sparsities.values()) < 5e-4,
-        even_rows=all(map(_has_even_rows, report.operators)),
-        histograms=[histogram(kind, contents.sparsities.rows[kind]) for kind in grid.kinds],
-        histogram_height=HISTOGRAM_HEIGHT,
-        drifts=line_chart(labels, {"error": drifts}, numbers.error),
-        times=line_chart(labels, {"seconds": [layer.seconds for layer in report.layers]}, numbers.duration, (1.0, "s")),
-        memory=_memory_chart(labels, peaks),
-        memory_peak=_memory_peak(peaks),
-        kinds_of_memory=_KINDS_OF_MEMORY,
-        chart_height=CHART_HEIGHT,
+        held_out=held_out
+        and heat_map(held_out, "held-out error over calibration error", _held_out_ratio, numbers.error, _short_error),
+        held_out_kinds=_held_out_by_kind(held_out),
+        zeros=heat_map(
+            report.operators, "zeros", lambda o: zeros[o.name], lambda value: numbers.share(value, 2), numbers.share
+        ),
+        even=max(zeros.values()) - min(zeros.values()) < 5e-4,
+        even_rows=all(parse_pattern(o.pattern).fixed or o.scope == "row" for o in report.operators),
+        rows={kind: rows[kind] for kind in OperatorGrid.of(report.operators).kinds},
+        drifts=line_chart(layers, {"error": [layer.hidden_state_error for layer in report.layers]}, numbers.error),
+        times=line_chart(layers, {"": [layer.seconds for layer in report.layers]}, numbers.duration, (1.0, "s")),
+        memory=line_chart(layers, memory, numbers.size, (numbers.GIB, "GiB") if large else (numbers.MIB, "MiB")),
+        memory_by_layer=memory,
+        memory_peaks=memory_peaks,
         convergence=convergence_charts(report.operators),
-        convergence_height=CONVERGENCE_HEIGHT,
-        convergence_reason=_convergence_reason(report),
-        drift_reason=_drift_reason(report),
-        perplexities=_perplexity_table(contents),
+        perplexities=_perplexities(contents),
         continuations=contents.continuations,
-        slowest=by_time[:_SHOWN],
-        unconverged=[o for o in by_time if not o.converged][:_SHOWN],
-        seconds=_seconds(report),
-        longest_list=_LONGEST_LIST,
         config=json.dumps(report.config, indent=2),
         command=_command(report),
     )
-
-
-def _held_out_map(operators: list[OperatorReport]) -> HeatMap:
-    """By how much errors grow on held-out tokens."""
-    return heat_map(
-        OperatorGrid.of(operators),
-        "held-out error over calibration error",
-        held_out_ratio,
-        numbers.error,
-        _short_error,
-        from_zero=False,
-    )
-
-
-def _breakable(name: str) -> Markup:
-    """A name that may be broken behind its dots."""
-    return Markup(str(escape(name)).replace(".", ".<wbr>"))
 
 
 def _short_error(value: float) -> str:
     return numbers.error(value, 3) if math.isfinite(value) else "?"
 
 
-def _has_even_rows(operator: OperatorReport) -> bool:
-    """Whether the pattern gives every row the same number of zeros."""
-    return parse_pattern(operator.pattern).fixed or operator.scope == "row"
+def _held_out_ratio(operator: OperatorReport) -> float:
+    """Held-out error over calibration error."""
+    return _ratio(operator.held_out_error or 0.0, operator.relative_error)
 
 
-def _two_digits(value: float) -> str:
-    return numbers.share(value, 2)
+def _held_out_by_kind(operators: Sequence[OperatorReport]) -> list[tuple[str, float, float, float]]:
+    """By kind of operator the mean errors on the calibration tokens and on those held out, and their ratio."""
+    grid, found = OperatorGrid.of(operators), []
+    for kind in grid.kinds:
+        fitted = fmean(o.relative_error for o in grid.of_kind(kind))
+        held_out = fmean(o.held_out_error or 0.0 for o in grid.of_kind(kind))
+        found.append((kind, fitted, held_out, _ratio(held_out, fitted)))
+    return found
 
 
-def _drift_reason(report: PruningReport) -> str:
-    """Why there are no errors of hidden states."""
-    if not report.layers:
-        return "this report is of a version that did not measure it"
-    correction = report.config["error_correction"]
-    return (
-        f"with error_correction={correction!r} the hidden states of the dense and of the pruned model were not both "
-        "carried from layer to layer"
-    )
+def _ratio(held_out: float, fitted: float) -> float:
+    if fitted > 0:
+        return held_out / fitted
+    return 1.0 if held_out == fitted else math.inf
 
 
-def _convergence_reason(report: PruningReport) -> str:
-    """Why there are no residuals."""
-    methods = ", ".join(dict.fromkeys(operator.method for operator in report.operators))
-    if any(operator.iterations for operator in report.operators):
-        return f"the residuals of {methods} are not in this report"
-    return f"{methods} takes no steps that could converge"
-
-
-def _memory_chart(labels: Sequence[str], peaks: Sequence[MemoryPeak | None]) -> LineChart | None:
-    """Peaks by decoder layer and kind of memory; `None` where the report has none."""
-    series = {
-        name: [None if peak is None else getattr(peak, key) for peak in peaks] for name, key in _KINDS_OF_MEMORY.items()
-    }
-    known = [value for values in series.values() for value in values if value is not None]
-    large = max(known, default=0) >= numbers.GIB
-    return line_chart(labels, series, numbers.size, (numbers.GIB, "GiB") if large else (numbers.MIB, "MiB"))
-
-
-def _memory_peak(peaks: Sequence[MemoryPeak | None]) -> list[tuple[str, int]]:
-    """The largest value of each kind of memory that is known."""
-    found = {
-        name: [value for peak in peaks if peak is not None and (value := getattr(peak, key)) is not None]
-        for name, key in _KINDS_OF_MEMORY.items()
-    }
-    return [(name, max(values)) for name, values in found.items() if values]
-
-
-def _perplexity_table(contents: ReportContents) -> PerplexityTable | None:
-    """Perplexities by text and model; `None` without any."""
-    if not contents.evaluations:
-        return None
-
-    models = list(dict.fromkeys((evaluation.model, evaluation.place) for evaluation in contents.evaluations))
-    names = ["this model" if place == place_of(contents.folder) else Path(name).name or name for name, place in models]
+def _perplexities(contents: ReportContents) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
+    """Names of the models, and by text its perplexities, `None` where nothing was measured."""
+    here, found = place_of(contents.folder), contents.evaluations
+    models = list(dict.fromkeys((e.model, e.place) for e in found))
+    names = ["this model" if place == here else Path(name).name or name for name, place in models]
     rows = []
-    for protocol in dict.fromkeys(evaluation.protocol for evaluation in contents.evaluations):
+    for protocol in dict.fromkeys(evaluation.protocol for evaluation in found):
         text, _, windows, length = protocol
-        found = {(e.model, e.place): e.result.perplexity for e in contents.evaluations if e.protocol == protocol}
+        measured = {(e.model, e.place): e.result.perplexity for e in found if e.protocol == protocol}
         label = f"{text or 'a text'}, {windows:,} windows of {length:,} tokens"
-        rows.append((label, tuple(found.get(model) for model in models)))
-    return PerplexityTable(tuple(names), tuple(rows))
-
-
-def _seconds(report: PruningReport) -> list[tuple[str, float]]:
-    """The parts of the run that were timed, and the rest."""
-    parts = [("sharing the zeros over the operators", report.seconds.get("allocation", 0.0))]
-    parts.append(("solving", report.totals["solve_seconds"]))
-    rest = report.seconds.get("total", 0.0) - sum(seconds for _, seconds in parts)
-    parts.append(("forward passes, Gram matrices, reading and writing", max(0.0, rest)))
-    return [(name, seconds) for name, seconds in parts if seconds > 0]
+        rows.append((label, [measured.get(model) for model in models]))
+    return names, rows
 
 
 def _command(report: PruningReport) -> str:
     """The command that prunes the same model in the same way, with the configuration in a file."""
     tokens, sequences = report.calibration["num_tokens"], report.calibration["num_sequences"]
-    model = [
-        "optimum-fista",
-        "prune",
-        report.model.get("name") or "MODEL",
-        "--output",
-        "DIR",
-        "--config",
-        "config.json",
-    ]
+    model = ["optimum-fista", "prune", report.model.get("name") or "MODEL"]
     calibration = ["--calibration", report.calibration.get("source") or "SOURCE", "--num-samples", str(sequences)]
     if sequences and tokens % sequences == 0:
         calibration += ["--sequence-length", str(tokens // sequences)]
-    return f"{shlex.join(model)} \\\n    {shlex.join(calibration)}"
+    return f"{shlex.join(model)} --output DIR --config config.json \\\n    {shlex.join(calibration)}"

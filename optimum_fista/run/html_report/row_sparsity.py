@@ -19,7 +19,7 @@ from optimum_fista.run.reports.operator_grid import layer_and_kind
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import count_kept
 
-BINS = 1000
+_BINS, _BARS = 1000, 50
 
 
 @dataclass
@@ -32,14 +32,14 @@ class RowSparsities:
         high: The largest.
     """
 
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(_BINS, dtype=np.int64))
     low: float = 1.0
     high: float = 0.0
 
     def add(self, sparsities: np.ndarray) -> None:
         """Count rows of one operator, float64 [out]."""
-        bins = np.minimum((sparsities * BINS).astype(np.int64), BINS - 1)
-        self.counts += np.bincount(bins, minlength=BINS)
+        bins = np.minimum((sparsities * _BINS).astype(np.int64), _BINS - 1)
+        self.counts += np.bincount(bins, minlength=_BINS)
         self.low, self.high = min(self.low, float(sparsities.min())), max(self.high, float(sparsities.max()))
 
     @property
@@ -47,17 +47,17 @@ class RowSparsities:
         """The median, to a thousandth."""
         if self.low == self.high:
             return self.low
-        return (int(np.searchsorted(self.counts.cumsum(), self.counts.sum() / 2)) + 0.5) / BINS
+        return (int(np.searchsorted(self.counts.cumsum(), self.counts.sum() / 2)) + 0.5) / _BINS
+
+    @property
+    def bars(self) -> list[int]:
+        """Rows by fiftieths of zeros."""
+        return list(self.counts.reshape(_BARS, -1).sum(1).tolist())
 
 
 @dataclass(frozen=True)
 class MaskSparsities:
-    """What the masks of a folder say.
-
-    Attributes:
-        operators: Fraction of zeros by the name of the operator in the report.
-        rows: Sparsities of rows by kind of operator.
-    """
+    """Fractions of zeros: of operators by their name in the report, and of rows by kind of operator."""
 
     operators: Mapping[str, float]
     rows: Mapping[str, RowSparsities]
@@ -74,7 +74,7 @@ def read_sparsities(
     """
     operators: dict[str, float] = {}
     rows: dict[str, RowSparsities] = {}
-    for operator, kept in _kept_by_row(folder, report):
+    for operator, kept in (_of_packed if is_packed(folder) else _of_masks)(folder, report):
         sparsities = 1 - kept.numpy() / operator.shape[1]
         operators[operator.name] = float(sparsities.mean())
         rows.setdefault(layer_and_kind(operator.name)[1], RowSparsities()).add(sparsities)
@@ -82,11 +82,8 @@ def read_sparsities(
     return MaskSparsities(operators, rows)
 
 
-def _kept_by_row(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor]]:
+def _of_masks(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor]]:
     """Every operator with the number of weights that each of its rows keeps, int64 [out]."""
-    if is_packed(folder):
-        yield from _of_packed(folder, report)
-        return
     file = folder / MASKS_FILE
     if not file.exists():
         raise FileNotFoundError(f"{str(folder)!r} holds no {MASKS_FILE}: pass a folder saved by optimum-fista.")
@@ -95,11 +92,11 @@ def _kept_by_row(folder: Path, report: PruningReport) -> Iterator[tuple[Operator
         for operator in report.operators:
             _require(operator.name, names)
             shape = operator.shape[::-1] if operator.stored_transposed else operator.shape
-            dim = 1 if operator.stored_transposed else 0
-            yield operator, count_kept(masks.get_tensor(operator.name), shape, dim)
+            yield operator, count_kept(masks.get_tensor(operator.name), shape, 1 if operator.stored_transposed else 0)
 
 
 def _of_packed(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor]]:
+    """The same from a packed folder, whose weights bring their masks; experts may share a tensor."""
     reader = PackedFolder(folder)
     name, mask, names = "", torch.empty(0), set(reader.names)
     for operator in report.operators:

@@ -5,12 +5,13 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from optimum_fista.run.evaluation.evaluation_file import Evaluation
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
-from optimum_fista.run.html_report.contents import Continuation, read_contents
-from optimum_fista.run.html_report.page import render_page
+from optimum_fista.run.html_report.page import Continuation, read_contents, render_page
+from optimum_fista.run.html_report.row_sparsity import RowSparsities
 from optimum_fista.run.memory.peak_memory import MemoryPeak
 from optimum_fista.run.reports.report import PruningReport
 
@@ -166,6 +167,30 @@ def test_the_slowest_operators_residuals_are_drawn(contents):
     for step, residual in zip(slowest.convergence.steps, slowest.convergence.residuals, strict=True):
         assert f"step {step}: {residual:g}" in text
         assert f"{step}: {residual:g}" in text.split("step: residual")[1]
+
+
+def test_rows_are_in_the_bar_of_their_sparsity(contents):
+    spread, even = RowSparsities(), RowSparsities()
+    spread.add(np.array([0.0, 0.019, 0.5, 0.5, 0.5, 1.0]))
+    even.add(np.full(7, 0.3))
+    kinds = list(contents.sparsities.rows)
+    found = dict.fromkeys(kinds, even) | {kinds[0]: spread}
+    operators = [dataclasses.replace(o, pattern="unstructured", scope="matrix") for o in contents.report.operators]
+    page = render_page(
+        dataclasses.replace(
+            changed(contents, operators=operators), sparsities=dataclasses.replace(contents.sparsities, rows=found)
+        )
+    )
+    text = Outline(page).text
+    assert "3 rows have 50% to 52% zeros" in text
+    assert "0.0% to 100.0%, median 50.0%" in text
+    assert "30.0% in every row" in text
+    bars = [a for tag, a in Outline(page).tags if tag == "rect" and a.get("width") == "2%"]
+    assert [(bar["x"], bar["height"]) for bar in bars[:3]] == [
+        ("0.000%", "37.33"),
+        ("50.000%", "56.00"),
+        ("98.000%", "18.67"),
+    ]
 
 
 def test_time_and_memory_by_layer(contents):

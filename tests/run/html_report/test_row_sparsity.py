@@ -5,8 +5,7 @@ from tiny_models import tiny_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.operator import is_linear
-from optimum_fista.run.html_report.contents import read_contents
-from optimum_fista.run.html_report.histogram import HEIGHT, histogram
+from optimum_fista.run.html_report.page import read_contents
 from optimum_fista.run.html_report.row_sparsity import RowSparsities, read_sparsities
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.reports.operator_grid import layer_and_kind
@@ -70,13 +69,12 @@ def test_a_missing_mask_is_named(saved, tmp_path):
         read_sparsities(tmp_path, saved.report)
 
 
-def test_a_histogram_has_every_row_in_the_bar_of_its_sparsity():
+def test_bars_have_every_row_at_its_sparsity():
     rows = RowSparsities()
     rows.add(np.array([0.0, 0.019, 0.5, 0.5, 0.5, 1.0]))
-    bars = histogram("up", rows)
-    assert [(round(bar.x), bar.height) for bar in bars.bars] == [(0, HEIGHT * 2 / 3), (50, HEIGHT), (98, HEIGHT / 3)]
-    assert bars.bars[1].title == "3 rows have 50% to 52% zeros"
-    assert bars.summary == "0.0% to 100.0%, median 50.0%"
+    assert {index: count for index, count in enumerate(rows.bars) if count} == {0: 2, 25: 3, 49: 1}
+    assert len(rows.bars) == 50
+    assert (rows.low, rows.high, rows.median) == (0.0, 1.0, pytest.approx(0.5, abs=1e-3))
     even = RowSparsities()
     even.add(np.full(7, 0.3))
-    assert histogram("up", even).summary == "30.0% in every row"
+    assert even.low == even.high == even.median == 0.3

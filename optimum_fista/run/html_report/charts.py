@@ -1,0 +1,253 @@
+"""The page's charts as numbers; the macros of charts.html draw them.
+
+Places are fractions of a drawing: x from its left, y from its top.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from statistics import fmean
+
+from optimum_fista.run.reports.operator_grid import OperatorGrid, layer_and_kind, layer_index
+from optimum_fista.run.reports.report import OperatorReport
+from optimum_fista.solve.convergence import Convergence
+
+STEPS = 9
+"""Colours of a heat map's scale; style.css has them."""
+
+_LETTERS = 7  # that fit a line of the narrowest column
+_LABELS = 12  # below the axis of a line chart
+_CHARTS, _TICKS = 12, 5  # convergence charts, and ticks in each
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a heat map; `step` is the index of its colour, `None` if it is not finite."""
+
+    step: int | None
+    text: str
+    short: str
+    title: str
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A number of every operator, by decoder layer and kind.
+
+    Attributes:
+        name: What the number is.
+        groups: First column, number of columns and name, in lines, of neighbours that are in the same module.
+        columns: Name of each column, whole and in lines.
+        rows: Name of each row and its cells; `None` where there is no operator.
+        low: Number of the first colour.
+        high: Number of the last colour.
+    """
+
+    name: str
+    groups: Sequence[tuple[int, int, list[str]]]
+    columns: Sequence[tuple[str, list[str]]]
+    rows: Sequence[tuple[str, list[Cell | None]]]
+    low: str
+    high: str
+
+
+def heat_map(
+    operators: Iterable[OperatorReport],
+    name: str,
+    value_of: Callable[[OperatorReport], float],
+    text_of: Callable[[float], str],
+    short_of: Callable[[float], str],
+    *,
+    from_zero: bool = False,
+) -> HeatMap:
+    """Kinds with several operators in a layer, the experts of a mixture, get two columns: mean and maximum.
+
+    Args:
+        operators: The operators.
+        name: What the number is.
+        value_of: The number of an operator.
+        text_of: How it is written.
+        short_of: How it is written in a cell.
+        from_zero: Whether the scale begins at 0, or at the smallest number.
+    """
+    grid = OperatorGrid.of(operators)
+    numbers = {place: [value_of(operator) for operator in found] for place, found in grid.cells.items()}
+    several = {kind for (_, kind), found in numbers.items() if len(found) > 1}
+    columns = [(kind, summary) for kind in grid.kinds for summary in (("mean", "max") if kind in several else ("",))]
+    values = {
+        (layer, kind, summary): max(numbers[layer, kind]) if summary == "max" else fmean(numbers[layer, kind])
+        for layer in grid.layers
+        for kind, summary in columns
+        if (layer, kind) in numbers
+    }
+    finite = [value for value in values.values() if math.isfinite(value)]
+    low, high = 0.0 if from_zero else min(finite, default=0.0), max(finite, default=0.0)
+
+    def cell(layer: str, kind: str, summary: str) -> Cell | None:
+        if (layer, kind) not in numbers:
+            return None
+        value = values[layer, kind, summary]
+        of = f", {summary} of {len(numbers[layer, kind])}" if summary else ""
+        title = f"{f'{layer}.{kind}'.lstrip('.')}: {name} {text_of(value)}{of}"
+        step = min(STEPS - 1, int(STEPS * (value - low) / (high - low or 1.0))) if math.isfinite(value) else None
+        return Cell(step, text_of(value), short_of(value), title)
+
+    runs = [(module, len(list(run))) for module, run in groupby(kind.rpartition(".")[0] for kind, _ in columns)]
+    starts = accumulate((span for _, span in runs), initial=0)
+    return HeatMap(
+        name,
+        [(start, span, _lines(module, _LETTERS * span)) for start, (module, span) in zip(starts, runs, strict=False)],
+        [
+            (f"{kind} {summary}".strip(), _lines(kind.rpartition(".")[2]) + ([summary] if summary else []))
+            for kind, summary in columns
+        ],
+        [
+            (str(layer_index(layer)) if layer else "", [cell(layer, *column) for column in columns])
+            for layer in grid.layers
+        ],
+        text_of(low),
+        text_of(high),
+    )
+
+
+def _lines(name: str, letters: int = _LETTERS) -> list[str]:
+    """A name in short lines, broken after `_`, `.` and a blank and before `[`; a part that is too long stays whole."""
+    lines = [""]
+    for part in re.findall(r"\[?[^_. \[]*[_. ]*", name)[:-1]:  # the last match is empty
+        if lines[-1] and len(lines[-1]) + len(part) > letters:
+            lines.append(part)
+        else:
+            lines[-1] += part
+    return lines
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place on a line, and what it says."""
+
+    x: float
+    y: float
+    title: str
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Lines over the decoder layers; a point is joined to the next.
+
+    Attributes:
+        lines: Points by the name of the quantity.
+        ticks: Places and texts of the horizontal lines.
+        labels: Places and texts below the axis.
+        unit: What the texts of the ticks count.
+    """
+
+    lines: Mapping[str, Sequence[Point]]
+    ticks: Sequence[tuple[float, str]]
+    labels: Sequence[tuple[float, str]]
+    unit: str = ""
+
+
+def line_chart(
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    text_of: Callable[[float], str],
+    unit: tuple[float, str] = (1.0, ""),
+) -> LineChart | None:
+    """The chart of all finite values, from zero up; `None` if there are none.
+
+    Args:
+        labels: Names of the decoder layers.
+        series: By name, a value a layer; `None` where it is not known.
+        text_of: How a value is written.
+        unit: How much one of the axis is, and its name.
+    """
+    known = {
+        name: found
+        for name, values in series.items()
+        if (found := [(i, value) for i, value in enumerate(values) if value is not None and math.isfinite(value)])
+    }
+    if not known:
+        return None
+    highest = max(value for found in known.values() for _, value in found) / unit[0]
+    rough = highest / 4 if highest > 0 else 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    # 1, 2 or 5 times a power of ten, so that the axis gets about five ticks.
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    count = max(1, math.ceil(highest / step - 1e-9))
+    digits = max(0, -math.floor(math.log10(step)))
+    places = [(index + 0.5) / len(labels) for index in range(len(labels))]
+    drawn = sorted({index for found in known.values() for index, _ in found})
+
+    def point(name: str, index: int, value: float) -> Point:
+        of = f", {name}" if len(known) > 1 else ""
+        y = 1 - value / unit[0] / (step * count)
+        return Point(places[index], y, f"layer {labels[index]}{of}: {text_of(value)}")
+
+    return LineChart(
+        {name: [point(name, *at) for at in found] for name, found in known.items()},
+        [(1 - i / count, f"{step * i:.{digits}f}") for i in range(count + 1)],
+        [(places[index], labels[index]) for index in drawn[:: math.ceil(len(drawn) / _LABELS)]],
+        unit[1],
+    )
+
+
+@dataclass(frozen=True)
+class ConvergenceChart:
+    """Operators that were solved together, or one; steps whose residual is zero have no point."""
+
+    name: str
+    seconds: float
+    convergence: Convergence
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class ConvergenceCharts:
+    """Charts on one logarithmic scale, the slowest operators first; `last` is the step at the right end of all."""
+
+    charts: Sequence[ConvergenceChart]
+    ticks: Sequence[tuple[float, str]]
+    last: int
+
+
+def convergence_charts(operators: Iterable[OperatorReport]) -> ConvergenceCharts | None:
+    """The charts of the slowest operators whose methods report their steps; `None` if there are none."""
+    together: dict[tuple[str, Convergence], list[OperatorReport]] = {}
+    for operator in operators:
+        if operator.convergence is not None:
+            together.setdefault((layer_and_kind(operator.name)[0], operator.convergence), []).append(operator)
+    groups = [(sum(o.solve_seconds for o in group), *key, group) for key, group in together.items()]
+    slowest = sorted(groups, key=lambda group: group[0], reverse=True)[:_CHARTS]
+    exponents = [math.log10(r) for _, _, c, _ in slowest for r in c.residuals if r > 0 and math.isfinite(r)]
+    if not exponents:
+        return None
+    low, high = math.floor(min(exponents)), math.ceil(max(exponents))
+    high = max(high, low + 1)
+    every = math.ceil((high - low) / (_TICKS - 1))
+    low = high - every * math.ceil((high - low) / every)
+    last = max(convergence.steps[-1] for _, _, convergence, _ in slowest)
+
+    def points(found: Convergence) -> list[Point]:
+        return [
+            Point((step - 1) / max(1, last - 1), (high - math.log10(r)) / (high - low), f"step {step}: {r:g}")
+            for step, r in zip(found.steps, found.residuals, strict=True)
+            if r > 0 and math.isfinite(r)
+        ]
+
+    return ConvergenceCharts(
+        [ConvergenceChart(_name(layer, group), seconds, c, points(c)) for seconds, layer, c, group in slowest],
+        [((high - e) / (high - low), f"1e{e}" if e else "1") for e in range(low, high + 1, every)],
+        last,
+    )
+
+
+def _name(layer: str, group: Sequence[OperatorReport]) -> str:
+    """`layer 3: self_attn.q_proj, k_proj, v_proj`."""
+    kinds = [layer_and_kind(operator.name)[1] for operator in group]
+    module = kinds[0].rpartition(".")[0]
+    shown = [kinds[0], *(kind.removeprefix(f"{module}.") if module else kind for kind in kinds[1:])]
+    return f"layer {layer_index(layer)}: {', '.join(shown)}" if layer else ", ".join(shown)

@@ -1,0 +1,141 @@
+import dataclasses
+import math
+
+import pytest
+
+from optimum_fista.run.html_report.charts import STEPS, convergence_charts, heat_map, line_chart
+from optimum_fista.solve.convergence import Convergence
+
+
+@pytest.fixture
+def operator(saved):
+    def make(name: str, error: float = 0.1, **changes):
+        return dataclasses.replace(saved.report.operators[0], name=f"{name}.weight", relative_error=error, **changes)
+
+    return make
+
+
+def map_of(operators, *, from_zero=True):
+    return heat_map(
+        operators, "relative error", lambda o: o.relative_error, "{:.4f}".format, "{:.3f}".format, from_zero=from_zero
+    )
+
+
+def test_cells_tell_number_and_colour(operator):
+    drawn = map_of([operator("l.0.attn.q", 0.0), operator("l.0.mlp.up", 0.25), operator("l.2.attn.q", 1.0)])
+    assert [name for name, _ in drawn.columns] == ["attn.q", "mlp.up"]
+    assert [row for row, _ in drawn.rows] == ["0", "2"]
+    assert [[cell and (cell.step, cell.text, cell.short) for cell in cells] for _, cells in drawn.rows] == [
+        [(0, "0.0000", "0.000"), (STEPS // 4, "0.2500", "0.250")],
+        [(STEPS - 1, "1.0000", "1.000"), None],
+    ]
+    assert drawn.rows[1][1][0].title == "l.2.attn.q: relative error 1.0000"
+    assert (drawn.low, drawn.high) == ("0.0000", "1.0000")
+    assert drawn.groups == [(0, 1, ["attn"]), (1, 1, ["mlp"])]
+
+
+def test_experts_get_a_column_of_means_and_one_of_maxima(operator):
+    drawn = map_of([operator(f"l.0.experts.{i}.w", error) for i, error in enumerate([0.1, 0.2, 0.6])])
+    assert drawn.columns == [("experts.*.w mean", ["w", "mean"]), ("experts.*.w max", ["w", "max"])]
+    ((_, cells),) = drawn.rows
+    assert [cell.title for cell in cells] == [
+        "l.0.experts.*.w: relative error 0.3000, mean of 3",
+        "l.0.experts.*.w: relative error 0.6000, max of 3",
+    ]
+    assert drawn.groups == [(0, 2, ["experts.*"])]
+
+
+def test_numbers_that_are_not_finite_or_all_equal_have_a_colour_or_none(operator):
+    drawn = map_of([operator("l.0.a", math.nan), operator("l.0.b", 0.5), operator("l.1.b", 0.5)], from_zero=False)
+    assert [cell.step for _, cells in drawn.rows for cell in cells if cell] == [None, 0, 0]
+
+
+def test_long_names_are_broken_into_lines_that_fit_the_column(operator):
+    drawn = map_of([operator("l.0.self_attn.kv_a_proj_with_mqa"), operator("l.0.self_attn.o_proj")])
+    assert [lines for _, lines in drawn.columns] == [["kv_a_", "proj_", "with_", "mqa"], ["o_proj"]]
+    assert drawn.groups == [(0, 2, ["self_attn"])]
+    assert map_of([operator("l.0.incredibly")]).columns == [("incredibly", ["incredibly"])]
+
+
+def chart(labels, values):
+    return line_chart(labels, {"error": values}, "{:.3f}".format)
+
+
+def test_points_are_where_their_values_are():
+    drawn = chart(["0", "1", "2", "3"], [0.1, 0.2, None, 0.4])
+    (points,) = drawn.lines.values()
+    assert [(p.x, p.title) for p in points] == [
+        (0.125, "layer 0: 0.100"),
+        (0.375, "layer 1: 0.200"),
+        (0.875, "layer 3: 0.400"),
+    ]
+    assert [p.y for p in points] == pytest.approx([0.75, 0.5, 0])
+    assert [text for _, text in drawn.ticks] == ["0.0", "0.1", "0.2", "0.3", "0.4"]
+    assert [y for y, _ in drawn.ticks] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+
+
+def test_several_lines_share_an_axis_and_have_names():
+    found = {"resident": [4096, 2048], "anonymous": [1024, None], "on the GPU": [None, None]}
+    drawn = line_chart(["0", "1"], found, str, (1024, "KiB"))
+    assert {name: [(p.x, p.y, p.title) for p in points] for name, points in drawn.lines.items()} == {
+        "resident": [(0.25, 0, "layer 0, resident: 4096"), (0.75, 0.5, "layer 1, resident: 2048")],
+        "anonymous": [(0.25, 0.75, "layer 0, anonymous: 1024")],
+    }
+    assert [text for _, text in drawn.ticks] == ["0", "1", "2", "3", "4"]
+    assert drawn.unit == "KiB"
+    assert drawn.labels == [(0.25, "0"), (0.75, "1")]
+
+
+@pytest.mark.parametrize("highest", [0.0, 1e-7, 0.013, 0.99, 1.0, 37.0])
+def test_ticks_hold_all_values_and_are_few(highest):
+    drawn = chart(["0", "1"], [0.0, highest])
+    assert 0 <= drawn.lines["error"][1].y <= 1
+    assert 2 <= len(drawn.ticks) <= 6
+    assert len({text for _, text in drawn.ticks}) == len(drawn.ticks)
+
+
+def test_labels_are_thinned_out_and_nothing_is_no_chart():
+    assert len(chart([str(i) for i in range(126)], [0.1] * 126).labels) <= 12
+    assert chart(["0", "1"], [None, math.nan]) is None
+
+
+@pytest.fixture
+def solved(operator):
+    def make(name: str, seconds: float, *residuals: float):
+        return operator(name, solve_seconds=seconds, convergence=Convergence.of("change", residuals))
+
+    return make
+
+
+def test_steps_are_where_their_residuals_are(solved):
+    drawn = convergence_charts([solved("l.0.mlp.up", 1.0, 1.0, 0.1, 0.01), solved("l.1.mlp.up", 2.0, 0.1, 1e-4)])
+    assert [(c.name, c.seconds) for c in drawn.charts] == [("layer 1: mlp.up", 2.0), ("layer 0: mlp.up", 1.0)]
+    assert [[(p.x, p.y) for p in c.points] for c in drawn.charts] == [
+        [(0, pytest.approx(1 / 4)), (0.5, pytest.approx(1))],
+        [(0, 0), (0.5, pytest.approx(1 / 4)), (1, pytest.approx(1 / 2))],
+    ]
+    assert [text for _, text in drawn.ticks] == ["1e-4", "1e-3", "1e-2", "1e-1", "1"]
+    assert [y for y, _ in drawn.ticks] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert drawn.last == 3
+    assert drawn.charts[1].points[1].title == "step 2: 0.1"
+
+
+def test_operators_solved_together_share_a_chart(solved):
+    group = [solved(f"l.3.attn.{kind}", 0.5, 0.3, 0.2) for kind in ("q", "k", "v")]
+    (shared,) = convergence_charts(group).charts
+    assert shared.name == "layer 3: attn.q, k, v"
+    assert shared.seconds == 1.5
+
+
+def test_zeros_have_no_place_and_many_decades_few_ticks(solved):
+    drawn = convergence_charts([solved("l.0.up", 1.0, 1e-1, 0.0, 1e-14)])
+    assert [point.title for point in drawn.charts[0].points] == ["step 1: 0.1", "step 3: 1e-14"]
+    assert all(0 <= point.y <= 1 for point in drawn.charts[0].points)
+    assert 3 <= len(drawn.ticks) <= 5
+
+
+def test_the_slowest_are_drawn_and_nothing_is_no_chart(solved, operator):
+    many = [solved(f"l.{i}.up", float(i), 0.5, 0.1 + i) for i in range(40)]
+    assert [c.name for c in convergence_charts(many).charts] == [f"layer {39 - i}: up" for i in range(12)]
+    assert convergence_charts([operator("l.0.up", convergence=None)]) is None
+    assert convergence_charts([solved("l.0.up", 1.0, 0.0)]) is None
