@@ -164,7 +164,6 @@ class FistaPruner:
             undo=rollback.undo,
             callbacks=self.callbacks,
         )
-        pruning.batches.use(pruning.batches.fitted(pruning.config, pruning.storage))
         for callback in self.callbacks:
             callback.on_prune_begin(pruning.report)
         report = pruning.report

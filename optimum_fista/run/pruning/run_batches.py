@@ -9,10 +9,8 @@ from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 from optimum_fista.model.offload import execution_device
-from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory.available_memory import is_out_of_memory
 from optimum_fista.run.memory.free_memory import release_free_memory
-from optimum_fista.run.planning.batches import FittedBatches, fit_batches
 from optimum_fista.run.pruning.batch_size import cut_batches, cut_states, halved_sizes
 from optimum_fista.run.pruning.layer_pruning import HiddenStates
 from optimum_fista.run.reports.report import PruningReport
@@ -37,19 +35,6 @@ class RunBatches:
     def calibration(self) -> list[CalibrationBatch]:
         """Those that weights are fitted to."""
         return [batch for batch in self.all if not batch.held_out]
-
-    def fitted(self, config: FistaPruningConfig, storage: Storage) -> FittedBatches:
-        """Batches that the plan of the run finds memory for.
-
-        It is a forecast: where it does not suffice, batches are halved once the memory has run out.
-        """
-        return fit_batches(self._model, config, self.all, storage)
-
-    def use(self, fitted: FittedBatches) -> None:
-        """Cut the batches to other sizes."""
-        self.all = cut_batches(self.all, fitted.sizes)
-        if fitted.message:
-            self._report.warn(fitted.message)
 
     def use_sizes_of(self, states: HiddenStates) -> None:
         """Cut the batches as those of hidden states that a run before has left."""

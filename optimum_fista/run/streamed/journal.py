@@ -19,7 +19,6 @@ from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
 from optimum_fista.run.checkpoints.output_folder import FOLDER
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory.peak_memory import MemoryPeak
-from optimum_fista.run.planning.batches import FittedBatches
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.pruning.layer_pruning import HiddenStates, stored
 from optimum_fista.run.reports.report import FinetuningReport, OperatorReport
@@ -199,15 +198,6 @@ class Journal:
         for name in sorted(tensors, key=lambda name: int(name.partition(".")[2])):
             streams[name.partition(".")[0]].append(tensors[name])
         return HiddenStates(streams["dense"] or None, streams["pruned"] or None)
-
-    def keep_batches(self, fitted: FittedBatches) -> None:
-        """Write the batches that the run works with."""
-        write_record(self._journal / "batches.json", dataclasses.asdict(fitted))
-
-    def batches(self) -> FittedBatches | None:
-        """The batches that the run works with; `None` before, or where they are damaged."""
-        values = read_record(self._journal / "batches.json")
-        return None if values is None else FittedBatches(**values)
 
     def keep_weights(self, files: Mapping[str, Any]) -> None:
         """Write what tells whether the weight files are still the same."""

@@ -19,7 +19,6 @@ from optimum_fista.run.checkpoints.output_folder import FOLDER, discard, install
 from optimum_fista.run.checkpoints.stored_names import as_stored
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.packed_folders.packing import Packer
-from optimum_fista.run.planning.batches import FittedBatches
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport
 from optimum_fista.run.rollback import Rollback
@@ -96,8 +95,6 @@ class StreamedRun:
 
         begun = ranks.first(begin)
         self.journal = ranks.each(lambda: join(begun))
-        fitted = ranks.first(self._fitted_batches)
-        ranks.each(lambda: self.pruning.batches.use(fitted))
 
     def begin(self) -> None:
         """Tell callbacks that the run is about to prune."""
@@ -149,14 +146,6 @@ class StreamedRun:
         finished = len(self.journal.finished(read_shards=False))
         total, folder = len(self.pruning.layers), str(self.journal.folder)
         return f"{finished} of {total} decoder layers are finished and kept in {folder!r}"
-
-    def _fitted_batches(self) -> FittedBatches:
-        """Batches that fit into the memory, chosen once for all ranks and for the runs that go on with this one."""
-        fitted = self.journal.batches()
-        if fitted is None:
-            fitted = self.pruning.batches.fitted(self.pruning.config, self.pruning.storage)
-            self.journal.keep_batches(fitted)
-        return fitted
 
     def _finished(self) -> dict[int, FinishedLayer]:
         """The decoder layers that need not be pruned again.

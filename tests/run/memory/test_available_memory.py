@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from optimum_fista.run.memory.available_memory import is_out_of_memory
+from optimum_fista.run.memory import available_memory
+from optimum_fista.run.memory.available_memory import available_bytes, is_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,16 @@ def test_every_device_and_library_has_its_own_words(error):
 )
 def test_other_errors(error):
     assert not is_out_of_memory(error)
+
+
+def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    whole = available_bytes(torch.device("cpu"))
+    monkeypatch.setattr(available_memory, "_GROUP", tmp_path)
+    assert available_bytes(torch.device("cpu")) == 450
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(torch.device("cpu")) > 1000
+    assert whole > 1000
+    assert available_bytes(torch.device("meta")) is None
