@@ -17,6 +17,7 @@ def refit(
     max_iterations: int = 10,
     tolerance: float = 1e-5,
     in_place: bool = False,
+    singular: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Minimize `1/2 <W G, W> - <W, C>` over weights that vanish outside a fixed mask.
 
@@ -30,6 +31,8 @@ def refit(
         mask: Boolean [out, in], True = kept.
         max_iterations: Products with `G`, besides the one for the first gradient.
         tolerance: Stop when the preconditioned residual of all rows together has fallen by this factor.
+        singular: Whether `gram` may be singular. A row is then at rest once its residual is as small as its rounding
+            errors: these point along directions in which no token has an input, where weights would grow without bound.
         in_place: Whether `target` and `start` may be used up; two matrices of their shape are then made, else four.
 
     Returns:
@@ -39,10 +42,15 @@ def refit(
     diagonal = gram.diagonal()
     scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal()
     weight = start.mul_(mask) if in_place else start * mask
+    product = torch.empty_like(weight)
+    noise = torch.zeros_like(weight[:, 0])
+    if singular:
+        noise += torch.mul(target, mask, out=product).square_() @ scale + torch.square(weight, out=product) @ diagonal
+        noise *= gram.shape[0] * torch.finfo(gram.dtype).eps ** 2
     residual = torch.addmm(target, weight, gram, alpha=-1, out=target if in_place else None).mul_(mask)
     direction = residual * scale
     energy = inner_by_rows(residual, direction).to(residual.dtype)
-    product = torch.empty_like(residual)
+    energy.masked_fill_(energy <= noise, 0.0)  # NaN stays
     stop = tolerance**2 * energy.sum().double()
     steps = torch.zeros((), dtype=torch.int64, device=gram.device)
     look = 1 if gram.device.type == "cpu" else 10
@@ -58,6 +66,7 @@ def refit(
         residual.addcmul_(length[:, None], product, value=-1)
         preconditioned = torch.mul(residual, scale, out=product)
         energy_next = inner_by_rows(residual, preconditioned).to(residual.dtype)
+        energy_next.masked_fill_(energy_next <= noise, 0.0)
         momentum = torch.where(energy > 0, energy_next / energy.clamp_min(1e-38), torch.zeros_like(energy))
         direction.mul_(momentum[:, None]).add_(preconditioned)
         energy = energy_next

@@ -106,7 +106,12 @@ class Fista(PruningMethod):
             max_trials=self.max_trials,
         )
         weight, steps = refit(
-            problem.gram, problem.target, found.weight, found.mask, max_iterations=self.refit_iterations
+            problem.gram,
+            problem.target,
+            found.weight,
+            found.mask,
+            max_iterations=self.refit_iterations,
+            singular=True,
         )
         advice = "" if found.converged else f"FISTA stopped at max_iterations={self.max_iterations}: try more"
         return PrunedOperator(

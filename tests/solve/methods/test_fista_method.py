@@ -127,6 +127,16 @@ def test_refit_lowers_the_error_on_the_same_mask(pattern):
     assert plain.iterations < refitted.iterations <= plain.iterations + 20
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_fewer_tokens_than_weights_kept_in_a_row_do_not_blow_the_weights_up(tokens):
+    made = example(24, 32, tokens=tokens, dtype=torch.float32)
+    found = Fista().prune(made.problem, Unstructured(0.5))
+    energy = float(made.outputs.double().square().sum())
+    assert found.weight.abs().max() < 10 * made.weight.abs().max()
+    assert math.sqrt(made.squared_error(found.weight) / energy) < 1e-4
+    assert found.relative_error < 1e-3
+
+
 def test_result_tells_the_penalty_and_whether_it_converged():
     made = example(10, 20, corrected=True)
     critical = float(made.problem.target.abs().max())
