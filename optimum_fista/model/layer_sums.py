@@ -80,7 +80,7 @@ def checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:
         ValueError: If they hold NaN or Inf.
     """
     statistics = gram.finish()
-    if not all(bool(torch.isfinite(extreme)) for extreme in statistics.gram.aminmax()):
+    if not bool(torch.isfinite(torch.stack(statistics.gram.aminmax())).all()):
         raise ValueError(
             f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32): the model is "
             "damaged there, or its activations overflow its dtype; try dtype=torch.float32 or torch.bfloat16."

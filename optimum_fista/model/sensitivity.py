@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Sensitivity:
         energy: `sum_t e_t`, float64, no dimensions.
         num_tokens: Tokens the loss was summed over.
         seen: Those of them that the operator saw: fewer than all for an expert of a mixture.
+        is_felt: Whether any gradient is other than zero.
     """
 
     gradients: Tensor
@@ -43,6 +45,7 @@ class Sensitivity:
     energy: Tensor
     num_tokens: int = 0
     seen: int = 0
+    is_felt: bool = False
 
     @property
     def outputs(self) -> Tensor:
@@ -51,7 +54,7 @@ class Sensitivity:
         The error of a pruned operator is about in proportion to the energy `e` that a token has in it. Without this
         weighting, the few tokens whose gradients are huge and whose inputs are small (attention sinks) decide.
         """
-        return self.gradients * (0.5 / max(float(self.energy), 1e-30))
+        return self.gradients * (0.5 / self.energy.clamp_min(1e-30))
 
     def saliency(self, weight: Tensor) -> Tensor:
         """Expected increase of the loss per token, in nats, when a weight alone is set to zero, [out, in].
@@ -106,8 +109,10 @@ def measure_sensitivities(
         for ids in bar:
             _run(model, operators, found, columns, ids.to(device))
             waiting.clear()
-    for name, sensitivity in found.items():
-        if not bool(torch.isfinite(sensitivity.gradients).all()):
+    sums = [sensitivity.gradients.sum(dtype=torch.float64).to(device) for sensitivity in found.values()]
+    for (name, sensitivity), total in zip(found.items(), torch.stack(sums).tolist(), strict=True):  # one transfer
+        sensitivity.is_felt = total > 0
+        if not math.isfinite(total):
             raise ValueError(
                 f"the gradients of the loss by the outputs of {name} hold NaN or Inf, so budgets can't be shared by "
                 "them: pass allocation='uniform', or a model in float32 or bfloat16."

@@ -213,8 +213,12 @@ class LayerProblem:
 
     def squared_error(self, weight: Tensor) -> float:
         """`|| W* X* - Y ||_F^2`."""
+        return max(float(self._squared_error(weight)), 0.0)  # this order keeps NaN
+
+    def _squared_error(self, weight: Tensor) -> Tensor:
+        """The same, a scalar on the device that rounding may have made negative."""
         if self._errors_of is not None:
-            return self._errors_of.squared_error(weight)
+            return self._errors_of._squared_error(weight)
         error = self._drifts.sum().clamp_min(0.0)  # zero when Y = W X*
         for rows in row_blocks(weight):
             new, dense = weight[rows], self.weight[rows]
@@ -226,11 +230,12 @@ class LayerProblem:
             else:
                 difference = new - dense
                 error += inner_by_rows(difference @ self.gram, difference).sum()
-        return max(float(error), 0.0)  # this order keeps NaN
+        return error
 
     def relative_error(self, weight: Tensor) -> float:
         """`|| W* X* - Y ||_F / || Y ||_F`; zero for outputs that vanish and are reproduced."""
-        return relative(self.squared_error(weight), self.target_energy)
+        error, energy = torch.stack([self._squared_error(weight), self.output_energies.sum()]).tolist()  # one transfer
+        return relative(max(error, 0.0), energy)
 
     def seminorm(self, difference: Tensor) -> float:
         """`|| D X* ||_F` of a difference of weights [out, in]."""

@@ -87,7 +87,7 @@ def share_budgets(
         pools.setdefault(key, []).append(name)
     costs: dict[str, RemovalCost] = {}
     for key, names in pools.items():
-        if not any(float(found[name].gradients.sum()) > 0 for name in names):
+        if not any(found[name].is_felt for name in names):
             budgets.unseen.extend(names)
             continue
         parts = [RemovalCost.of(found[n].saliency(sharing[n].read()), config.sparsity) for n in names]

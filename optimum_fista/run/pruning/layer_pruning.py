@@ -240,9 +240,10 @@ class LayerPruning:
         if problems[0].weight.device.type != "cpu":
             torch.accelerator.synchronize(problems[0].weight.device)
         seconds = time.perf_counter() - started
-        for operator, pattern, result in zip(group, patterns, pruned, strict=True):
+        finite = torch.stack([torch.isfinite(result.weight).all() for result in pruned]).tolist()
+        for operator, pattern, result, is_finite in zip(group, patterns, pruned, finite, strict=True):
             broken = pattern.violation(result.mask)
-            if broken or not bool(torch.isfinite(result.weight).all()):
+            if broken or not is_finite:
                 raise RuntimeError(
                     f"method {method.name!r} failed on {operator.name}: {broken or 'weights hold NaN or Inf'}."
                 )

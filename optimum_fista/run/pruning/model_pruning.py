@@ -242,9 +242,7 @@ class ModelPruning:
         assert self.states is not None
         started = time.perf_counter()
         layer, operators = activations.layer, self.operators[name]
-        for operator in operators.values():
-            if operator.is_offloaded:
-                require_finite(operator)
+        require_finite([operator for operator in operators.values() if operator.is_offloaded])
         entering = self.states.entering[0].to(execution_device(layer))
         groups, left_dense = trace_groups(layer, operators, activations.calls[0], entering)
         self.report.left_dense |= left_dense

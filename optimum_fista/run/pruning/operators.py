@@ -18,14 +18,19 @@ from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.config import FistaPruningConfig
 
 
-def require_finite(operator: LinearOperator) -> None:
-    """Refuse damaged weights.
+def require_finite(operators: Sequence[LinearOperator]) -> None:
+    """Refuse damaged weights, with one transfer for all operators.
 
     Raises:
         ValueError: If a weight is NaN or Inf.
     """
-    if not bool(torch.isfinite(operator.parameter).all()):
-        raise ValueError(f"the weight of {operator.name} holds NaN or Inf: the model is damaged, load it again.")
+    if not operators:
+        return
+    place = operators[0].parameter.device
+    finite = torch.stack([torch.isfinite(operator.parameter).all().to(place) for operator in operators])
+    for operator, is_finite in zip(operators, finite.tolist(), strict=True):
+        if not is_finite:
+            raise ValueError(f"the weight of {operator.name} holds NaN or Inf: the model is damaged, load it again.")
 
 
 def require_parameter(operator: LinearOperator) -> None:
@@ -64,10 +69,10 @@ def choose_operators(
                 continue
             require_parameter(operator)
             config.pattern_for(name).require_shape(operator.shape, name)
-            # others are checked when they are onloaded; a plan has no weights
-            if not operator.is_offloaded and not operator.parameter.is_meta:
-                require_finite(operator)
             chosen[layer_name][name] = operator
+    # others are checked when they are onloaded; a plan has no weights
+    here = [o for group in chosen.values() for o in group.values() if not (o.is_offloaded or o.parameter.is_meta)]
+    require_finite(here)
     if not any(chosen.values()):
         raise UnsupportedArchitectureError(
             f"no linear operator to prune in {layers.name}: looked for nn.Linear and Conv1D modules with "

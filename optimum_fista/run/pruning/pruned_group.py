@@ -36,7 +36,7 @@ def report_group(group: PrunedGroup) -> list[OperatorReport]:
     for operator, problem, pruned, pattern, held_out in parts:
         exact = operator.parameter.dtype == problem.weight.dtype
         written = pruned.weight if exact else operator.read()
-        kept = int(pruned.mask.sum())
+        kept = pattern.num_kept(operator.shape)  # the mask was counted when it was checked against the pattern
         reports.append(
             OperatorReport(
                 name=f"{operator.name}.weight",
