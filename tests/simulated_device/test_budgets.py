@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from simulated_device import backend
 from tiny_llama import tiny_llama, tiny_tokens
 from transformers import AutoModelForCausalLM, MixtralConfig
@@ -22,12 +23,18 @@ def nbytes(module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-@pytest.mark.parametrize(("allocation", "most"), [("uniform", 12), ("fisher", 16)])
-def test_the_host_waits_for_an_operator_as_often_whatever_the_batches(allocation, most):
-    """Most of it for its report; numbers of batches make no difference."""
+@pytest.mark.parametrize(
+    ("method", "allocation", "most"),
+    [("wanda", "uniform", 7), ("wanda", "fisher", 9), ("obs_admm", "uniform", 11), ("obs_admm", "fisher", 13)],
+)
+def test_the_host_waits_for_an_operator_as_often_whatever_the_batches(method, allocation, most):
+    """Two waits move its mask and old weight to the host, two count the mask, three check factors, others report."""
     waits = {
         (layers, size): counts_of(
-            tiny_llama(num_hidden_layers=layers).to("simulated:0"), batch_size=size, allocation=allocation
+            tiny_llama(num_hidden_layers=layers).to("simulated:0"),
+            batch_size=size,
+            method=method,
+            allocation=allocation,
         ).synchronisations
         for layers in (2, 4)
         for size in (2, 8)
@@ -55,6 +62,20 @@ def test_weights_of_files_cross_once_each_way(tmp_path):
     assert counts.bytes["host to device"] <= layers + first + embedding + tokens.nbytes + 1024
     assert counts.bytes["device to host"] <= layers + masks + states + 1024
     assert not counts.bytes["device to device"]
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_the_default_allocation_brings_offloaded_weights_twice_a_sequence(sequences):
+    """Forwards and when a layer is recomputed, besides once before, once for the costs, and once to prune them."""
+    tokens, moved = tiny_tokens(4), {}
+    for layers in (2, 4):
+        model = tiny_llama(num_hidden_layers=layers)
+        weights = nbytes(model.model.layers) / layers
+        config = FistaPruningConfig(0.5, method="wanda", allocation_tokens=sequences * tokens.shape[1])
+        with backend.counted() as counts:
+            FistaPruner(config, progress=False).prune(cpu_offload(model, torch.device("simulated:0")), tokens.split(4))
+        moved[layers] = counts.bytes["host to device"] / weights
+    assert moved[4] - moved[2] <= 2 * (3 + 2 * sequences)
 
 
 def mixture(experts: int):
