@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,7 +58,5 @@ def __getattr__(name: str) -> Any:
 
 
 # Transformers learns to load packed folders as soon as this package is imported: it can't find them by itself, and any
-# earlier hook would have to sit in Python's imports. The command line, whose help is to stay quick, does it later.
-PACKED_LOADING = "optimum_fista.run.packed_folders.packed_loading"  # registers itself; imports torch and transformers
-if Path(next(iter(sys.argv), "")).stem not in ("optimum-fista", "optimum-cli"):
-    importlib.import_module(PACKED_LOADING)
+# earlier hook would have to sit in Python's imports. This costs the imports of torch and transformers.
+importlib.import_module("optimum_fista.run.packed_folders.packed_loading")

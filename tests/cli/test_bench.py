@@ -1,6 +1,6 @@
 import json
 
-from optimum_fista.cli.main import main
+from optimum_fista_cli.main import main
 
 QUICK = ["--variants", "dense float32,packed float32", "--batch-sizes", "1", "--new-tokens", "2", "--prompt-tokens"]
 QUICK += ["2", "--prefill-tokens", "3", "--rounds", "1", "--threads", "1"]

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from optimum_fista.cli import demo
-from optimum_fista.cli.main import main
 from optimum_fista.run.comparison.row import Row
 from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista_cli import demo
+from optimum_fista_cli.main import main
 
 
 def test_demo_on_another_model(tiny_folder, text_file, tmp_path, capsys):

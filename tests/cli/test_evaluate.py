@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_llama import tiny_llama, tiny_tokenizer
 
-from optimum_fista.cli.main import main
+from optimum_fista_cli.main import main
 
 
 @pytest.fixture

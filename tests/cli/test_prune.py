@@ -9,11 +9,11 @@ from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
 
-from optimum_fista.cli.main import main
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.streamed import journal
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
+from optimum_fista_cli.main import main
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
@@ -209,7 +209,7 @@ def test_models_that_are_not_there(tmp_path, capsys):
 def test_push_to_hub_uploads_the_folder(hub, tiny_folder, text_file, tmp_path):
     arguments = ["prune", str(tiny_folder), "--output", "out", "--method", "wanda", "--calibration", str(text_file)]
     arguments += [*QUICK, "--push-to-hub", "tester/tiny-50", "--private"]
-    code = f"from optimum_fista.cli.main import main\nraise SystemExit(main({arguments!r}))"
+    code = f"from optimum_fista_cli.main import main\nraise SystemExit(main({arguments!r}))"
     process = run_with_hub(hub, code, tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1].startswith(f"{hub.endpoint}/tester/tiny-50/commit/")
@@ -236,7 +236,7 @@ def test_a_model_of_the_hub_is_pruned_by_its_id(hub, tiny_folder, text_file, tmp
     code = f"""if True:
         from optimum_fista.run.streamed import journal
         from optimum_fista.run.hub import push_folder
-        from optimum_fista.cli.main import main
+        from optimum_fista_cli.main import main
         push_folder({str(tiny_folder)!r}, "tester/dense")
         keep = journal.Journal.keep_layer
         def cut(self, index, *arguments):

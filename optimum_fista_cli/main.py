@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from safetensors import SafetensorError
 
-from optimum_fista import PACKED_LOADING, __version__
-from optimum_fista.cli import bench, compare, demo, doctor, evaluate, pack, prune, report, unpack, verify
+from optimum_fista_cli import bench, compare, demo, doctor, evaluate, pack, prune, report, unpack, verify
 
 _COMMANDS = (prune, evaluate, compare, report, verify, pack, unpack, bench, demo, doctor)
 
@@ -46,7 +45,6 @@ def execute(arguments: argparse.Namespace) -> int:
         0, or 1 after an error, 130 after an interrupt.
     """
     try:
-        importlib.import_module(PACKED_LOADING)
         return int(arguments.fista_run(arguments))
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -77,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "optimum-fista", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--version", action="version", version=f"optimum-fista {__version__}")
+    parser.add_argument("--version", action="version", version=f"optimum-fista {version('optimum-fista')}")
     add_commands(parser)
     return parser
 

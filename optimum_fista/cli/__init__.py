@@ -1,1 +1,0 @@
-"""Edges: the command line, and its registration with optimum-cli."""
