@@ -6,7 +6,6 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,19 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.evaluation_mode import evaluation_mode
-from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.checkpoint import save_checkpoint, summary
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.environment import numerical_environment
 from optimum_fista.run.hub import push_folder, require_repo_id
 from optimum_fista.run.pruning.model_pruning import ModelPruning
+from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import PruningReport
-from optimum_fista.run.rollback import Rollback
 from optimum_fista.run.single_weight import single_problem
 from optimum_fista.run.streamed.ranks import launched_processes
 from optimum_fista.run.streamed.streaming import prune_files
-from optimum_fista.solve.bitmask import pack_mask
 from optimum_fista.solve.pruned import PrunedOperator
 
 logger = logging.getLogger(__name__)
@@ -146,34 +143,24 @@ class FistaPruner:
         if any(parameter.is_inference() for parameter in model.parameters()):
             raise ValueError("model was loaded in inference mode, so it can't be changed: load it outside of that.")
         started = time.perf_counter()
-        masks: dict[str, Tensor] = {}
-        rollback = Rollback(model, evaluation_mode(model), torch.no_grad())
-
-        def write(operator: LinearOperator, pruned: PrunedOperator) -> None:
-            rollback.write(operator, pruned.weight)
-            masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
-
         pruning = ModelPruning(
             model,
             calib_dataloader,
             self.config,
-            write,
             calibration_source=calibration_source,
             progress=self.progress,
             storage_device=self.storage_device,
-            undo=rollback.undo,
             callbacks=self.callbacks,
         )
         for callback in self.callbacks:
             callback.on_prune_begin(pruning.report)
         report = pruning.report
-        with rollback, closing(pruning.run()) as layers:
-            for _ in layers:
-                rollback.settle()
+        with ModelSink(model, evaluation_mode(model), torch.no_grad()) as sink:
+            pruning.run(sink)
             pruning.complete_report()
             report.seconds["total"] = time.perf_counter() - started
             model.config.fista_pruning = summary(report)
-            self._results[model] = (report, masks)
+            self._results[model] = (report, sink.masks)
         logger.info("%s", report)
         for callback in self.callbacks:
             callback.on_prune_end(report)

@@ -124,7 +124,8 @@ def save_checkpoint(
     found = {k: o for name, layer in layers for k, o in find_operators(name, layer, report.config["exclude"]).items()}
     operators = [found[o.name.removesuffix(".weight")] for o in report.operators]
     _require_zeros(operators, masks)
-    report, masks = as_stored(report, masks, stored_names(model, operators))
+    stored, masks = as_stored(report.operators, masks, stored_names(model, operators))
+    report = dataclasses.replace(report, operators=stored)
     forget_gguf(model)
     with locked_output(folder) as unfinished:
         discard(unfinished, overwrite)

@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from optimum_fista.model.architecture import UnsupportedArchitectureError
 from optimum_fista.model.experts import ExpertOperator
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.run.reports.report import PruningReport
+from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
 
 _SHAPE = (2, 3)  # of a stand-in for a weight [out, in]
@@ -87,11 +87,11 @@ def find_names(model: PreTrainedModel, found: Sequence[LinearOperator]) -> dict[
 
 
 def as_stored(
-    report: PruningReport, masks: Mapping[str, Tensor], names: Mapping[str, StoredName]
-) -> tuple[PruningReport, dict[str, Tensor]]:
-    """A report and packed masks under the names of the checkpoint."""
+    reports: Iterable[OperatorReport], masks: Mapping[str, Tensor], names: Mapping[str, StoredName]
+) -> tuple[list[OperatorReport], dict[str, Tensor]]:
+    """Reports of operators and their packed masks under the names of the checkpoint."""
     operators, stored = [], {}
-    for operator in report.operators:
+    for operator in reports:
         found = names[operator.name]
         mask = masks[operator.name]
         if found.transposed != operator.stored_transposed:
@@ -99,7 +99,7 @@ def as_stored(
             mask = pack_mask(unpack_mask(mask, shape).T)
         operators.append(dataclasses.replace(operator, name=found.name, stored_transposed=found.transposed))
         stored[found.name] = mask
-    return dataclasses.replace(report, operators=operators), stored
+    return operators, stored
 
 
 def as_in_model(

@@ -26,7 +26,7 @@ from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.memory.free_memory import release_free_memory
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.reports.report import PruningReport, library_versions
-from optimum_fista.run.streamed.fingerprint import digests, hash_weights
+from optimum_fista.run.streamed.fingerprint import SourceFiles
 from optimum_fista.run.streamed.journal import digest_of
 
 
@@ -216,5 +216,5 @@ def _identity(name: str) -> dict[str, Any]:
     """What tells one set of weights from another: digests of a folder's files, or the Hub's commit."""
     if Path(name).is_dir():
         file = Path(name) / "config.json"
-        return digests(hash_weights(Path(name), {})) | ({file.name: digest_of(file)} if file.exists() else {})
+        return SourceFiles(Path(name), {}).digests | ({file.name: digest_of(file)} if file.exists() else {})
     return {"name": name, "commit": getattr(read_config(name), "_commit_hash", None)}

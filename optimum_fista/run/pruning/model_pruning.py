@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -19,7 +20,6 @@ from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.experts import split_experts
 from optimum_fista.model.hidden_states import RecordedInputs
 from optimum_fista.model.offload import execution_device, onloaded
-from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.model.statistics import LayerActivations
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
@@ -36,9 +36,9 @@ from optimum_fista.run.pruning.operators import choose_operators, require_finite
 from optimum_fista.run.pruning.pruned_group import report_group
 from optimum_fista.run.pruning.run_batches import RunBatches
 from optimum_fista.run.pruning.run_report import begin_report, complete_report
-from optimum_fista.run.reports.report import LayerReport
+from optimum_fista.run.pruning.sink import Sink
+from optimum_fista.run.reports.report import LayerRecord, LayerReport, OperatorReport
 from optimum_fista.solve.methods import create_method
-from optimum_fista.solve.pruned import PrunedOperator
 
 _PRUNING_COST = 8.0  # forward passes of the layer; measured 2 (wanda) to 9 (fista) on a CPU, see docs/ranks.md
 
@@ -51,7 +51,7 @@ class ModelPruning:
         operators: The operators to prune.
         stored_names: Where a checkpoint keeps their weights.
         batches: The calibration batches.
-        report: The report; operators and decoder layers are added as they are pruned.
+        report: The report; decoder layers are added as they are pruned.
         callbacks: What is told of it.
         states: Hidden states that enter the next decoder layer; `None` before the first.
         budgets: The operators' sparsity patterns; `None` before they are shared.
@@ -63,12 +63,10 @@ class ModelPruning:
         model: PreTrainedModel,
         calib_dataloader: Iterable[Any],
         config: FistaPruningConfig,
-        write: Callable[[LinearOperator, PrunedOperator], None],
         *,
         calibration_source: str | None = None,
         progress: bool = True,
         storage_device: str | torch.device | Path | None = None,
-        undo: Callable[[Sequence[LinearOperator]], None],
         callbacks: Sequence[PruningCallback] = (),
     ) -> None:
         require_bare(model)
@@ -82,8 +80,6 @@ class ModelPruning:
         batches = hold_out(read_batches(calib_dataloader, input_embedding(model).shape[0]), config.held_out)
         self.report = begin_report(model, batches, calibration_source, self.config, self.operators, left_dense)
         self.batches = RunBatches(model, self.layers, batches, self.report)
-        self.write = write
-        self.undo = undo
         self.callbacks = callbacks
         self.progress = progress
         self.title = "Pruning"
@@ -106,21 +102,19 @@ class ModelPruning:
         weights = [sum(o.shape[0] * o.shape[1] for o in group.values()) for group in self.operators.values()]
         return [_PRUNING_COST * count / max(weights) for count in weights]
 
-    def run(self, todo: Collection[int] | None = None) -> Generator[tuple[int, str, nn.Module]]:
+    def run(self, sink: Sink, todo: Collection[int] | None = None) -> None:
         """Prune decoder layers in place.
 
         Args:
-            todo: Their indices; `None`: all. Where `states` is set, it holds those that enter the first of them;
+            sink: Where they go; a layer is committed before callbacks are called with it. Layers after the last
+                operator to prune are committed without being run.
+            todo: Their indices; `None`: all. If `states` is set, it holds those that enter the first of them;
                 otherwise the layers must be independent of each other, and those that are not to do stay dense.
-
-        Yields:
-            Index, name and module of every such layer when it is pruned, before its weights leave the device, and
-            before callbacks are told of it. Layers behind the last operator to prune are not run.
 
         Raises:
             ValueError: If weights or activations are not finite.
         """
-        pruning = self._layer_pruning(self.shared_budgets())
+        pruning = self._layer_pruning(self.shared_budgets(), sink)
         todo = range(len(self.layers)) if todo is None else todo
         counts = {index: len(group) for index, group in enumerate(self.operators.values()) if index in todo}
         last = max((index for index, count in counts.items() if count), default=-1)
@@ -137,21 +131,23 @@ class ModelPruning:
                 if index < first or (index > last and index not in todo):
                     recorded.calls[index] = []
                     continue
-                work = self._prune_layer if index in todo else self._pass_on
-                done = len(self.report.operators)
+                started = time.perf_counter()
+                record = LayerRecord(LayerReport(name, None, 0.0)) if index > last else None
                 with onloaded(layer.modules()):
-                    while index <= last and not self._try_layer(work, pruning, recorded, name, index, bar):
-                        recorded, self.states = self.batches.record(self.states, self.storage)
-                        recorded.hidden_states.clear()
+                    while record is None:
+                        record = self._try_layer(name, index, todo, pruning, recorded, bar, sink)
+                        if record is None:
+                            recorded, self.states = self.batches.record(self.states, self.storage)
+                            recorded.hidden_states.clear()
                     recorded.calls[index] = []
                     if index in todo:
-                        if index > last:
-                            self.report.layers.append(LayerReport(name, None, 0.0))
-                        yield index, name, layer
+                        record = self._finished(record, time.perf_counter() - started)
+                        carried = index < self.last_layer and not self.config.independent_layers
+                        sink.commit(index, layer, record, self.states if carried else None)
                 release_memory_of(layer)
                 if index in todo:
                     for callback in self.callbacks:
-                        callback.on_layer_end(index, self.report.layers[-1], self.report.operators[done:])
+                        callback.on_layer_end(index, record.report, record.operators)
 
     def complete_report(self) -> None:
         """Add what the user should know once all operators are pruned.
@@ -182,80 +178,80 @@ class ModelPruning:
     def _split_experts(self) -> AbstractContextManager[None]:
         return split_experts(operator for group in self.operators.values() for operator in group.values())
 
-    def _layer_pruning(self, budgets: Budgets) -> LayerPruning:
+    def _layer_pruning(self, budgets: Budgets, sink: Sink) -> LayerPruning:
         assert self.config.error_correction is not None
         return LayerPruning(
             self.config.create_method(self.model.config.model_type),
             budgets.pattern_for,
             self.config.error_correction,
-            self._write,
+            sink.write,
             self.config.residual_correction or 0.0,
             budgets.output_weights if self.config.scope == "matrix" else None,
             StarvedRule(self.config.starved_tokens, create_method(self.config.starved_method)),
             keeps_dense=self.config.finetune is not None,
         )
 
+    def _finished(self, record: LayerRecord, seconds: float) -> LayerRecord:
+        """The whole record of a layer, which joins the report."""
+        prefix = f"{record.report.name}."
+        left_dense = {name: why for name, why in self.report.left_dense.items() if name.startswith(prefix)}
+        report = replace(record.report, seconds=seconds)
+        record = replace(record, report=report, left_dense=left_dense | record.left_dense)
+        self.report.add(record)
+        return record
+
     def _try_layer(
         self,
-        work: Callable[[LayerPruning, LayerActivations, str, int, tqdm], None],
-        pruning: LayerPruning,
-        recorded: RecordedInputs,
         name: str,
         index: int,
+        todo: Collection[int],
+        pruning: LayerPruning,
+        recorded: RecordedInputs,
         bar: tqdm,
-    ) -> bool:
-        """Prune or pass a decoder layer; False, with it dense again and batches halved, where memory ran out."""
+        sink: Sink,
+    ) -> LayerRecord | None:
+        """Prune or pass a decoder layer; `None`, with it dense again and batches halved, if memory ran out."""
         assert self.states is not None
         entering = HiddenStates(self.states.dense, self.states.pruned)
-        layer, done = self.layers.modules[index], len(self.report.operators)
+        layer, shown = self.layers.modules[index], bar.n
         calls, masks = recorded.calls[index], recorded.token_masks
         storage = storage_place(self.storage_device, execution_device(layer))
-        self._written: list[LinearOperator] = []
         try:
             self.states.move(storage, execution_device(layer))
             activations = LayerActivations(layer, calls, masks, storage, recorded.held_out)
-            work(pruning, activations, name, index, bar)
-            return True
+            if index in todo:
+                return self._prune_layer(pruning, activations, name, index, bar)
+            pruning.pass_on(activations, self.states)
+            return LayerRecord(LayerReport(name, None, 0.0))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error) or repr(error)
-        self.undo(self._written)
-        bar.update(done - len(self.report.operators))
-        del self.report.operators[done:]
+        sink.undo()
+        bar.update(shown - bar.n)
         self.states = self.batches.halve(name, reason, entering, self.storage)
-        return False
-
-    def _pass_on(self, pruning: LayerPruning, activations: LayerActivations, *_: object) -> None:
-        """Move on the hidden states through a decoder layer that stays dense."""
-        assert self.states is not None
-        pruning.pass_on(activations, self.states)
-
-    def _write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
-        self._written.append(operator)
-        self.write(operator, pruned)
+        return None
 
     def _prune_layer(
         self, pruning: LayerPruning, activations: LayerActivations, name: str, index: int, bar: tqdm
-    ) -> None:
+    ) -> LayerRecord:
         """Prune the operators of one decoder layer, group by group, and move on the hidden states."""
         assert self.states is not None
-        started = time.perf_counter()
         layer, operators = activations.layer, self.operators[name]
         require_finite([operator for operator in operators.values() if operator.is_offloaded])
         entering = self.states.entering[0].to(execution_device(layer))
         groups, left_dense = trace_groups(layer, operators, activations.calls[0], entering)
-        self.report.left_dense |= left_dense
         bar.update(len(left_dense))
         before, finetuning = HiddenStates(self.states.dense, self.states.pruned), None
         masks: dict[str, Tensor] = {}
+        found: list[OperatorReport] = []
         with (
             PeakMemory(execution_device(layer)) as memory,
             closing(pruning.prune(activations, groups, self.states)) as pruned_groups,
         ):
             for group in pruned_groups:
                 reports = report_group(group)
-                self.report.operators.extend(reports)
+                found.extend(reports)
                 last = group.operators[-1].name.removeprefix(f"{name}.")
                 error, held_out = reports[-1].relative_error, reports[-1].held_out_error
                 beside = "" if held_out is None else f", held out {held_out:.4f}"
@@ -272,4 +268,4 @@ class ModelPruning:
                 finetuning = finetune_layer(activations, chosen, masks, before, self.states, self.config)
         drift = hidden_state_error(self.states, activations)
         peak = memory.peak if operators else None
-        self.report.layers.append(LayerReport(name, drift, time.perf_counter() - started, peak, finetuning))
+        return LayerRecord(LayerReport(name, drift, 0.0, peak, finetuning), found, left_dense)

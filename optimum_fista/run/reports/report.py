@@ -130,6 +130,27 @@ class LayerReport:
         return _checked(cls(**{**values, **found}))
 
 
+@dataclass(frozen=True)
+class LayerRecord:
+    """All that a run says of one decoder layer once it is pruned; a streamed run keeps it on disk as it is.
+
+    Attributes:
+        report: The report of the layer.
+        operators: Those of its operators, in pruning order.
+        left_dense: Its operators that were left dense, with the reason.
+    """
+
+    report: LayerReport
+    operators: list[OperatorReport] = field(default_factory=list)
+    left_dense: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerRecord:
+        """Inverse of `dataclasses.asdict`, read from JSON."""
+        operators = [OperatorReport.from_dict(operator) for operator in values["operators"]]
+        return cls(LayerReport.from_dict(values["report"]), operators, values["left_dense"])
+
+
 @dataclass
 class PruningReport:
     """What a pruning run did.
@@ -158,6 +179,12 @@ class PruningReport:
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     retrained: bool = False
+
+    def add(self, record: LayerRecord) -> None:
+        """Add a decoder layer."""
+        self.layers.append(record.report)
+        self.operators += record.operators
+        self.left_dense |= record.left_dense
 
     def warn(self, message: str) -> None:
         """Add what the user should know, and warn of it at the line outside this package that began the run."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ WeightFiles = dict[str, list[Any]]
 """Size, times of change, inode and SHA-256 of weight files, by name."""
 
 
-def run_fingerprint(weights: WeightFiles, pruning: ModelPruning) -> dict[str, Any]:
+def run_fingerprint(source: SourceFiles, pruning: ModelPruning) -> dict[str, Any]:
     """Everything that the bytes of a run depend on: weights, configurations, arithmetic, tokens, versions."""
     versions, calibration = library_versions(), pruning.report.calibration
     tokens = calibration["sha256"]
@@ -35,7 +34,7 @@ def run_fingerprint(weights: WeightFiles, pruning: ModelPruning) -> dict[str, An
         tokens = [tokens, calibration["held_out"]["sha256"]]
     network = json.loads(pruning.model.config.to_json_string(use_diff=False))
     fingerprint = {
-        "weights": digests(weights),
+        "weights": source.digests,
         "model_config": {key: value for key, value in network.items() if key not in _NOT_COMPUTED_WITH},
         "arithmetic": arithmetic_of(pruning.model),
         "config": pruning.config.to_dict(),
@@ -66,25 +65,49 @@ def model_folder(name: str) -> Path:
     return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True))
 
 
-def hash_weights(folder: Path, known: WeightFiles) -> WeightFiles:
-    """The weight files of a folder, hashed.
+class SourceFiles:
+    """The weight files of the model that is read, hashed.
 
     Files whose size, times and inode are those of `known` are not read again: writing to a file changes its ctime,
     which no program can set. The others are read whole, at 1 to 2 GB/s a core: 140 GB take a minute on a disk that is
     fast enough, little beside hours of pruning.
+
+    Attributes:
+        folder: Where they are.
+        hashes: What was found.
     """
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(_WEIGHTS))
-    stamps = {path: _stamp(path) for path in files}
-    changed = [path for path in files if known.get(path.name, [])[:-1] != stamps[path]]
-    with ThreadPoolExecutor(_READERS) as pool:
-        bar = tqdm(pool.map(digest_of, changed), "Hashing weights", len(changed), unit="file", delay=3, leave=False)
-        found = dict(zip(changed, bar, strict=True))
-    return {path.name: [*stamps[path], found[path] if path in found else known[path.name][-1]] for path in files}
 
+    def __init__(self, folder: Path, known: WeightFiles) -> None:
+        self.folder = folder
+        self.hashes = self._hash(known)
 
-def digests(weights: Mapping[str, list[Any]]) -> dict[str, str]:
-    """The digests of weight files, by name."""
-    return {name: values[-1] for name, values in weights.items()}
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 by file name."""
+        return {name: values[-1] for name, values in self.hashes.items()}
+
+    def require_unchanged(self) -> None:
+        """Refuse what was made of weights that changed after they were hashed.
+
+        Raises:
+            ValueError: If they did.
+        """
+        found = SourceFiles(self.folder, self.hashes)
+        if found.digests != self.digests:
+            raise ValueError(
+                f"the weight files in {str(self.folder)!r} changed while they were pruned: put them back and start "
+                "again with the same output, or pass overwrite=True (--overwrite) to begin with what they are now."
+            )
+        self.hashes = found.hashes
+
+    def _hash(self, known: WeightFiles) -> WeightFiles:
+        files = sorted(path for path in self.folder.iterdir() if path.name.endswith(_WEIGHTS))
+        stamps = {path: _stamp(path) for path in files}
+        changed = [path for path in files if known.get(path.name, [])[:-1] != stamps[path]]
+        with ThreadPoolExecutor(_READERS) as pool:
+            bar = tqdm(pool.map(digest_of, changed), "Hashing weights", len(changed), unit="file", delay=3, leave=False)
+            found = dict(zip(changed, bar, strict=True))
+        return {path.name: [*stamps[path], found[path] if path in found else known[path.name][-1]] for path in files}
 
 
 def _stamp(path: Path) -> list[int]:

@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +18,33 @@ from optimum_fista.model.activation_store import Storage
 from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
 from optimum_fista.run.checkpoints.output_folder import FOLDER
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.memory.peak_memory import MemoryPeak
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.pruning.layer_pruning import HiddenStates, stored
-from optimum_fista.run.reports.report import FinetuningReport, OperatorReport
+from optimum_fista.run.reports.report import LayerRecord
 
 WEIGHTS_FILE = "weights.json"
 _SHOWN = 6  # differences between two runs
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class FinishedLayer:
+@dataclass(frozen=True)
+class KeptLayer:
     """A decoder layer whose final shard is on disk.
 
     Attributes:
+        record: What the run says of it.
         shard: Name of the shard.
         size: Its size in bytes.
-        sha256: Its digest.
         names: The tensors in it.
-        seconds: Time spent on the layer.
-        operators: Reports of its operators.
-        left_dense: Its operators that were left dense, with the reason.
-        hidden_state_error: As in `LayerReport`.
-        memory: As in `LayerReport`.
-        finetuning: As in `LayerReport`.
-        masks_sha256: Digest of its masks; `None` where it has none.
-        states_sha256: Digest of the hidden states behind it; `None` where the next layer does not need them.
-        entered_sha256: Digest of the hidden states that it was pruned on; `None` where none were read or kept.
-        budgets_sha256: Digest of the budgets that it was pruned with.
+        sha256: Digests of the shard, of the layer's `masks`, of the hidden states `before` it, on which it was pruned,
+            and `after` it, and of the `budgets` that it was pruned with; `None` for what there is none of.
     """
 
+    record: LayerRecord
     shard: str
     size: int
-    sha256: str
     names: list[str]
-    seconds: float
-    operators: list[OperatorReport]
-    left_dense: dict[str, str] = field(default_factory=dict)
-    hidden_state_error: float | None = None
-    memory: MemoryPeak | None = None
-    finetuning: FinetuningReport | None = None
-    masks_sha256: str | None = None
-    states_sha256: str | None = None
-    entered_sha256: str | None = None
-    budgets_sha256: str | None = None
+    sha256: dict[str, str | None]
 
 
 class Journal:
@@ -110,23 +92,18 @@ class Journal:
                 f"{advice}"
             )
 
-    def finished(self, *, read_shards: bool = True) -> dict[int, FinishedLayer]:
+    def finished(self, *, read_shards: bool = True) -> dict[int, KeptLayer]:
         """The decoder layers that are finished, by index; `read_shards=False` trusts the size of their files."""
-        records = {index: self._record(index, read_shards) for index in range(self.num_shards - 1)}
-        return {index: record for index, record in records.items() if record is not None}
+        kept = {index: self._kept(index, read_shards) for index in range(self.num_shards - 1)}
+        return {index: layer for index, layer in kept.items() if layer is not None}
 
     def keep_layer(
         self,
         index: int,
         tensors: dict[str, Tensor],
         masks: dict[str, Tensor],
-        operators: Sequence[OperatorReport],
-        left_dense: Mapping[str, str],
+        record: LayerRecord,
         states: HiddenStates | None,
-        seconds: float,
-        hidden_state_error: float | None = None,
-        memory: MemoryPeak | None = None,
-        finetuning: FinetuningReport | None = None,
     ) -> None:
         """Write a decoder layer for good.
 
@@ -134,37 +111,19 @@ class Journal:
             index: Its index.
             tensors: Its tensors by the names of the checkpoint, on the CPU.
             masks: Packed masks of its operators.
-            operators: Their reports.
-            left_dense: Operators left dense, with the reason.
-            states: Hidden states behind it; `None` where the next layer does not need them.
-            seconds: Time spent on it.
-            hidden_state_error: As in `LayerReport`.
-            memory: As in `LayerReport`.
-            finetuning: As in `LayerReport`.
+            record: What the run says of it.
+            states: Hidden states after it; `None` if the next layer does not need them.
         """
-        masks_sha256 = _write(self._file("masks", index), masks) if masks else None
+        sha256 = {"masks": _write(self._file("masks", index), masks) if masks else None}
         if states is not None:
             streams = {"dense": stored(states.dense), "pruned": stored(states.pruned)}
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
             self._states_sha256[index + 1] = _write(self._file("states", index + 1), hidden)
+        sha256 |= {"before": self._states_sha256.get(index), "after": self._states_sha256.get(index + 1)}
         shard = self.keep_shard(index, tensors)
-        record = FinishedLayer(
-            shard.name,
-            shard.stat().st_size,
-            digest_of(shard),
-            list(tensors),
-            seconds,
-            list(operators),
-            dict(left_dense),
-            hidden_state_error,
-            memory,
-            finetuning,
-            masks_sha256,
-            self._states_sha256.get(index + 1),
-            self._states_sha256.get(index),
-            self.budgets_sha256,
-        )
-        write_record(self._journal / f"layer-{index:05}.json", dataclasses.asdict(record))
+        sha256 |= {"shard": digest_of(shard), "budgets": self.budgets_sha256}
+        kept = KeptLayer(record, shard.name, shard.stat().st_size, list(tensors), sha256)
+        write_record(self._journal / f"layer-{index:05}.json", dataclasses.asdict(kept))
         self._file("states", index).unlink(missing_ok=True)
 
     def keep_shard(self, index: int, tensors: dict[str, Tensor]) -> Path:
@@ -229,24 +188,18 @@ class Journal:
     def _file(self, kind: str, index: int) -> Path:
         return self._journal / f"{kind}-{index:05}.safetensors"
 
-    def _record(self, index: int, read_shard: bool) -> FinishedLayer | None:
-        """The record of a decoder layer whose shard and masks are whole."""
+    def _kept(self, index: int, read_shard: bool) -> KeptLayer | None:
+        """A decoder layer whose record, shard and masks are whole."""
         values = read_record(self._journal / f"layer-{index:05}.json")
         if values is None:
             return None
-        values["operators"] = [OperatorReport.from_dict(operator) for operator in values["operators"]]
-        if values.get("memory") is not None:
-            values["memory"] = MemoryPeak(**values["memory"])
-        if values.get("finetuning") is not None:
-            values["finetuning"] = FinetuningReport(**values["finetuning"])
-        record = FinishedLayer(**values)
-        shard = self.folder / record.shard
-        whole = shard.exists() and shard.stat().st_size == record.size
+        kept = KeptLayer(**{**values, "record": LayerRecord.from_dict(values["record"])})
+        shard = self.folder / kept.shard
+        whole = shard.exists() and shard.stat().st_size == kept.size
         if whole and read_shard:
-            whole = _is_whole(shard, record.sha256)
-            if record.masks_sha256 is not None:
-                whole = _is_whole(self._file("masks", index), record.masks_sha256) and whole
-        return record if whole else None
+            files = {"shard": shard} | ({"masks": self._file("masks", index)} if kept.sha256["masks"] else {})
+            whole = all(_is_whole(file, kept.sha256[name]) for name, file in files.items())
+        return kept if whole else None
 
 
 def write_record(path: Path, values: Mapping[str, Any]) -> None:
@@ -279,7 +232,7 @@ def _text_digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _is_whole(path: Path, sha256: str) -> bool:
+def _is_whole(path: Path, sha256: str | None) -> bool:
     """Whether a file is there with the bytes that were written."""
     if path.exists() and digest_of(path) == sha256:
         return True

@@ -20,7 +20,7 @@ from optimum_fista.run.packed_folders.packing import CARD_NOTE, packed_settings
 from optimum_fista.run.reports.card import model_card
 from optimum_fista.run.reports.picture import PICTURE_FILE, error_picture
 from optimum_fista.run.reports.report import PruningReport
-from optimum_fista.run.streamed.journal import FinishedLayer, Journal
+from optimum_fista.run.streamed.journal import Journal, KeptLayer
 
 
 def as_saved(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ def write_remaining(
     report: PruningReport,
     masks: Mapping[str, Tensor] | None,
     journal: Journal,
-    layers: dict[int, FinishedLayer],
+    layers: dict[int, KeptLayer],
 ) -> None:
     """Write all that is not a decoder layer; the configuration, without which nothing loads, comes last.
 

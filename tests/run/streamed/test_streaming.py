@@ -25,7 +25,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints import atomic
 from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.streamed import journal, streamed_run, streaming
+from optimum_fista.run.streamed import file_sink, journal, streamed_run, streaming
 
 LAYERS = 4
 _READ_AGAIN = [
@@ -262,7 +262,7 @@ def test_hidden_states_of_another_chain_of_layers_are_not_taken(source, whole, c
     output = unfinished_folder(tmp_path / "pruned")
     shutil.copytree(cut_off_half_way, output)
     (output / f"model-00001-of-0000{LAYERS + 1}.safetensors").unlink()
-    write = streamed_run.StreamedRun._write
+    write = file_sink.FileSink.write
 
     def otherwise(self, operator, pruned):
         pruned.weight.mul_(0.5)
@@ -270,7 +270,7 @@ def test_hidden_states_of_another_chain_of_layers_are_not_taken(source, whole, c
 
     keep = journal.Journal.keep_layer
     with monkeypatch.context() as patched:
-        patched.setattr(streamed_run.StreamedRun, "_write", otherwise)
+        patched.setattr(file_sink.FileSink, "write", otherwise)
         patched.setattr(journal.Journal, "keep_layer", lambda *arguments: [keep(*arguments), stop()])
         with pytest.raises(Stop):
             prune(source, tmp_path / "pruned")

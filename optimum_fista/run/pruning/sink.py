@@ -1,22 +1,46 @@
-"""Putting a model back as it was when a run fails half-way."""
+"""Where pruned weights go: into the model, from which a failure takes them out again, or on into files."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
 from optimum_fista.model.offload import alignment_hooks, kept_tensor, store_tensor
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.run.pruning.layer_pruning import HiddenStates
+from optimum_fista.run.reports.report import LayerRecord
+from optimum_fista.solve.bitmask import pack_mask
+from optimum_fista.solve.pruned import PrunedOperator
 
 
-class Rollback:
-    """Overwrites weights, and on any exception puts the model back as it was.
+class Sink(Protocol):
+    """Takes what a run over the decoder layers makes: `write` for each operator, then `undo` or `commit`."""
+
+    def write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
+        """Overwrite the weight of an operator in the model, so that what comes after it runs on the pruned one."""
+
+    def undo(self) -> None:
+        """Put back all weights that were written since the last commit: their decoder layer is pruned once more."""
+
+    def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:
+        """Keep a decoder layer for good, while its weights are on the device.
+
+        Args:
+            index: Its index.
+            layer: Its module.
+            record: What the run says of it.
+            states: Hidden states after it; `None` if the next layer does not need them.
+        """
+
+
+class ModelSink:
+    """Overwrites the weights of a model in memory, and on any exception puts the model back as it was.
 
     An interrupt (Ctrl-C) counts as one. It may come at any moment, also while a context takes off what it has
     installed on modules, and again after another. So all that modules, the hooks of Accelerate and the configuration
@@ -28,19 +52,25 @@ class Rollback:
     Args:
         model: The model.
         contexts: What the run works in; they are left without an interruption.
+
+    Attributes:
+        masks: Masks of the operators written, by `"{operator}.weight"`, laid out as the model stores the weight, one
+            bit a weight.
     """
 
     def __init__(self, model: nn.Module, *contexts: AbstractContextManager[Any]) -> None:
+        self.masks: dict[str, Tensor] = {}
         self._model = model
         self._contexts = contexts
         self._entered = ExitStack()
-        self._undo: list[tuple[str, Callable[[], None]]] = []
+        self._undo: list[Callable[[], None]] = []
+        self._committed = 0  # so many of these belong to finished decoder layers
         self._onloaded: dict[tuple[int, str], tuple[nn.Module, str]] = {}
         self._interrupt: Callable[[int, FrameType | None], Any] = signal.default_int_handler
         self._waits = False
 
-    def write(self, operator: LinearOperator, weight: Tensor) -> None:
-        """Overwrite the weight of an operator by `weight` [out, in]; `settle` follows where it is offloaded."""
+    def write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
+        """Overwrite a weight; of one that is offloaded only the copy on the device, until the layer is committed."""
         if operator.is_offloaded:
             self._onloaded[id(operator.owner), operator.tensor] = (operator.owner, operator.tensor)
         else:
@@ -49,33 +79,33 @@ class Rollback:
             def restore() -> None:
                 operator.parameter.data.copy_(original)
 
-            self._undo.append((operator.name, restore))
-        operator.write(weight)
+            self._undo.append(restore)
+        operator.write(pruned.weight)
+        self.masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
 
-    def settle(self) -> None:
-        """Overwrite what was written where Accelerate keeps it, while it is still onloaded."""
+    def undo(self) -> None:
+        """Put back the weights that were written since the last commit."""
+        while len(self._undo) > self._committed:
+            self._undo[-1]()
+            self._undo.pop()  # only now: an interrupt may come in between
         for owner, tensor in self._onloaded.values():
-            store_tensor(owner, tensor, getattr(owner, tensor), lambda restore: self._undo.append(("", restore)))
+            getattr(owner, tensor).data.copy_(kept_tensor(owner, tensor))
         self._onloaded.clear()
+
+    def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:  # noqa: ARG002
+        """Overwrite what was written where Accelerate keeps it."""
+        for owner, tensor in self._onloaded.values():
+            store_tensor(owner, tensor, getattr(owner, tensor), self._undo.append)
+        self._onloaded.clear()
+        self._committed = len(self._undo)
 
     def forget(self) -> None:
         """Let go of the old weights, which are not to be put back any more."""
         self._undo.clear()
         self._onloaded.clear()
+        self._committed = 0
 
-    def undo(self, operators: Sequence[LinearOperator]) -> None:
-        """Put back the weights of some operators of a decoder layer that is not settled."""
-        names = {operator.name for operator in operators}
-        for name, undo in reversed(self._undo):
-            if name in names:
-                undo()
-        self._undo = [(name, undo) for name, undo in self._undo if name not in names]
-        for operator in operators:
-            if operator.is_offloaded:
-                kept = kept_tensor(operator.owner, operator.tensor)
-                operator.parameter.data.copy_(operator.select(kept))
-
-    def __enter__(self) -> Rollback:
+    def __enter__(self) -> Self:
         self._held = _held(self._model)
         self._gradients = [(p, p.requires_grad, p.grad) for p in self._model.parameters()]
         handler = signal.getsignal(signal.SIGINT)
@@ -98,7 +128,7 @@ class Rollback:
         with ExitStack() as steps:  # from the last to the first, also after one that fails
             steps.callback(self.forget)
             if kind is not None or self._waits:
-                for _, undo in self._undo:
+                for undo in self._undo:
                     steps.callback(undo)
                 steps.callback(self._put_back)
             steps.callback(self._entered.close)
@@ -126,7 +156,7 @@ class Rollback:
             self._interrupt(number, frame)
 
 
-_UNINTERRUPTED = (Rollback.__enter__.__code__, Rollback.__exit__.__code__)
+_UNINTERRUPTED = (ModelSink.__enter__.__code__, ModelSink.__exit__.__code__)
 
 
 def _held(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:

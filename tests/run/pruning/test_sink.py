@@ -8,7 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.run.rollback import Rollback
+from optimum_fista.run.pruning.sink import ModelSink
+from optimum_fista.solve.pruned import PrunedOperator
 
 
 @pytest.fixture(params=[nn.Linear(4, 3), Conv1D(3, 4)], ids=["Linear", "Conv1D"])
@@ -16,10 +17,14 @@ def operator(request) -> LinearOperator:
     return LinearOperator("mlp", request.param)
 
 
+def pruned(weight: torch.Tensor) -> PrunedOperator:
+    return PrunedOperator(weight, weight != 0, 0.0)
+
+
 def write_and_fail(operator: LinearOperator, error: type[BaseException]) -> None:
-    with Rollback(operator.module) as rollback:
-        rollback.write(operator, torch.zeros(3, 4))
-        rollback.write(operator, torch.ones(3, 4))
+    with ModelSink(operator.module) as sink:
+        sink.write(operator, pruned(torch.zeros(3, 4)))
+        sink.write(operator, pruned(torch.ones(3, 4)))
         raise error
 
 
@@ -34,8 +39,8 @@ def test_any_exception_restores_the_bits_in_place(operator, error):
 
 
 def test_success_keeps_what_was_written(operator):
-    with Rollback(operator.module) as rollback:
-        rollback.write(operator, torch.ones(3, 4))
+    with ModelSink(operator.module) as sink:
+        sink.write(operator, pruned(torch.ones(3, 4)))
     assert torch.equal(operator.parameter, torch.ones_like(operator.parameter))
 
 
@@ -55,8 +60,8 @@ def test_an_interrupt_at_any_line_restores_all_or_comes_after_the_end(error):
     before = model.weight.detach().clone()
 
     def run(interrupts: InterruptAt) -> None:
-        with interrupts, Rollback(model, marked(model), torch.no_grad()) as rollback:
-            rollback.write(LinearOperator("mlp", model), torch.ones(3, 4))
+        with interrupts, ModelSink(model, marked(model), torch.no_grad()) as sink:
+            sink.write(LinearOperator("mlp", model), pruned(torch.ones(3, 4)))
             model.register_forward_hook(print)
             if error is not None:
                 raise error
