@@ -120,7 +120,7 @@ def _without_idle_mask(batch: CalibrationBatch) -> CalibrationBatch:
 
 def _items(loader: Iterable[Any]) -> Iterable[Any]:
     if isinstance(loader, Tensor):
-        return loader.unsqueeze(0) if loader.ndim == 1 else loader
+        return loader.unsqueeze(0) if loader.ndim < 2 else loader
     if isinstance(loader, list | tuple) and loader and all(isinstance(i, int) for i in loader):
         return [loader]
     if isinstance(loader, Dataset) and not isinstance(loader, Iterable) and hasattr(loader, "__len__"):
@@ -170,7 +170,7 @@ def _as_rows(values: Any, where: str, key: str) -> Tensor:
         ) from error
     if rows.ndim == 1:
         rows = rows.unsqueeze(0)
-    if rows.ndim != 2 or rows.numel() == 0 or rows.is_floating_point():
+    if rows.ndim != 2 or rows.numel() == 0 or rows.is_floating_point() or rows.is_complex():
         raise ValueError(
             f"{where}: {key} has shape {tuple(rows.shape)} and dtype {rows.dtype}: pass integers "
             "[batch, sequence] or [sequence], at least one."

@@ -27,12 +27,14 @@ class RecordedInputs:
         calls: Other arguments, `calls[layer][batch]`, where the layer computes; equal tensors are stored once a device.
         token_masks: bool [batch, sequence] on the model's device, a batch each; `None` when all are real.
         held_out: Whether a batch is held out, a batch each.
+        handed_on: Whether all decoder layers had to run, because they hand more to the next than hidden states.
     """
 
     hidden_states: ActivationStore
     calls: list[list[LayerCall]]
     token_masks: list[Tensor | None]
     held_out: list[bool]
+    handed_on: bool = False
 
 
 def record_inputs(
@@ -80,7 +82,8 @@ def _record(
                 )
             hidden_states.append(first)
             token_masks.append(mask)
-    return RecordedInputs(hidden_states, recorder.calls, token_masks, [batch.held_out for batch in batches])
+    held_out = [batch.held_out for batch in batches]
+    return RecordedInputs(hidden_states, recorder.calls, token_masks, held_out, recorder.runs_layers)
 
 
 class _HandsOnMore(Exception):

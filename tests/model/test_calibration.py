@@ -102,6 +102,11 @@ def test_hash_tells_tokens_order_and_boundaries_apart():
     assert len(set(hashes)) == len(hashes)
 
 
+def test_a_number_is_no_loader():
+    with pytest.raises(ValueError, match=r"calib_dataloader\[0\]: input_ids has shape \(\)"):
+        read_batches(torch.tensor(3), 16)
+
+
 @pytest.mark.parametrize("loader", [{"input_ids": IDS}, BatchEncoding({"input_ids": IDS}), "a text", 5, None])
 def test_what_is_no_iterable_of_batches_is_refused(loader):
     with pytest.raises(ValueError, match=f"calib_dataloader is a {type(loader).__name__}: pass an iterable of batches"):
@@ -128,6 +133,7 @@ BAD_ITEMS = {
     "ragged": ([[1, 2], [3]], "input_ids can't be read as a tensor"),
     "text": (["some", "text"], "input_ids can't be read as a tensor"),
     "floating": (torch.tensor([[1.0, 2.0]]), r"dtype torch\.float32: pass integers"),
+    "complex": (torch.tensor([[1j, 2.0]]), r"dtype torch\.complex64: pass integers"),
     "hidden states": (torch.zeros(2, 3, 4, dtype=torch.int64), r"input_ids has shape \(2, 3, 4\)"),
     "a number": (torch.tensor(3), r"input_ids has shape \(\)"),
     "no token": (torch.empty(1, 0, dtype=torch.int64), r"input_ids has shape \(1, 0\)"),

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.offload import input_device
+from optimum_fista.run.texts.positions import explained_length
 from optimum_fista.run.texts.text import TextSource
 
 # Positions whose logits are copied to float32 at a time: 131 MB for a vocabulary of 128 thousand.
@@ -64,7 +65,7 @@ def evaluate_perplexity(
 
     Raises:
         ValueError: If the windows are not integers of shape [N >= 1, T >= 2], hold ids outside the model's
-            vocabulary, `batch_size` is below 1, or the model gives NaN logits.
+            vocabulary, `batch_size` is below 1, the model gives NaN logits, or fails because a window is too long.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; pass 1 or more.")
@@ -73,7 +74,8 @@ def evaluate_perplexity(
     num_windows, sequence_length = windows.shape
     started = time.perf_counter()
     total = 0.0
-    with evaluation_mode(model), torch.no_grad(), _bar(num_windows, progress) as bar:
+    explained = explained_length(model, sequence_length, "windows")
+    with evaluation_mode(model), torch.no_grad(), explained, _bar(num_windows, progress) as bar:
         for first in range(0, num_windows, batch_size):
             ids = windows[first : first + batch_size].to(device=device, dtype=torch.int64)
             total += _negative_log_likelihood(model, ids, first)

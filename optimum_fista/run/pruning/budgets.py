@@ -17,6 +17,7 @@ from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory.available_memory import is_out_of_memory
+from optimum_fista.run.texts.positions import explained_length
 from optimum_fista.solve.allocation import RemovalCost, allocate
 from optimum_fista.solve.pattern import SparsityPattern
 
@@ -61,7 +62,7 @@ def share_budgets(
     between decoder layers wait at `storage`; `None`: on the device.
 
     Raises:
-        ValueError: If gradients of the loss can't be computed, or are not finite.
+        ValueError: If gradients of the loss can't be computed, or are not finite, or a sequence is too long.
         torch.OutOfMemoryError: If one sequence is too long for them.
     """
     budgets = Budgets(config)
@@ -69,7 +70,8 @@ def share_budgets(
     if not sharing or not config.sparsity:
         return budgets
     try:
-        found = measure_sensitivities(model, layers, sharing, batches, config.allocation_tokens, progress, storage)
+        with explained_length(model, max(batch.input_ids.shape[1] for batch in batches), "calib_dataloader"):
+            found = measure_sensitivities(model, layers, sharing, batches, config.allocation_tokens, progress, storage)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise ValueError(

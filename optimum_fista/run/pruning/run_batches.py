@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import Storage
@@ -14,6 +15,7 @@ from optimum_fista.run.memory.free_memory import release_free_memory
 from optimum_fista.run.pruning.batch_size import cut_batches, cut_states, halved_sizes
 from optimum_fista.run.pruning.layer_pruning import HiddenStates
 from optimum_fista.run.reports.report import PruningReport
+from optimum_fista.run.texts.positions import explained_length
 
 
 class RunBatches:
@@ -69,12 +71,26 @@ class RunBatches:
         return states
 
     def record(self, states: HiddenStates | None, storage: Storage) -> tuple[RecordedInputs, HiddenStates | None]:
-        """What the decoder layers are called with, in batches that fit into the memory, and `states` cut like them."""
+        """What the decoder layers are called with, in batches that fit into the memory, and `states` cut like them.
+
+        Raises:
+            torch.OutOfMemoryError: If smaller batches would have to be recorded in a network that is partly pruned.
+        """
+        longest = max(batch.input_ids.shape[1] for batch in self.all)
         while True:
             try:
-                return record_inputs(self._model, self._layers, self.all, storage), states
+                with explained_length(self._model, longest, "calib_dataloader"):
+                    recorded = record_inputs(self._model, self._layers, self.all, storage)
+                break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error) or repr(error)
             states = self.halve("the embeddings", reason, states, storage)
+        if recorded.handed_on and self._report.operators:  # what is handed on must be the dense network's
+            most = max(batch.input_ids.shape[0] for batch in self.all)
+            raise torch.OutOfMemoryError(
+                f"the device ran out of memory after the first decoder layer of a {type(self._model).__name__}, whose "
+                f"decoder layers hand more to the next than hidden states: pass batches of at most {most} sequences."
+            )
+        return recorded, states

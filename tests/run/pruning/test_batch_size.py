@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload
+from families import family_model, family_tokens
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -74,6 +75,18 @@ def test_batches_are_halved_until_they_fit(config, place):
         where = "the embeddings" if place == "embeddings" else "model.layers.1"
         assert [w.partition(":")[0] for w in report.warnings] == [f"out of memory in {where}"] * 2
     same(model, expected, report, expected_report)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_layers_hand_on_is_not_recorded_again_in_a_network_that_is_partly_pruned():
+    model = family_model("hy_v4")
+    dense = [parameter.detach().clone() for parameter in model.parameters()]
+    first, second, *_ = model.model.layers
+    fail_above(second, 1, lambda: bool((first.self_attn.o_proj.weight == 0).any()))
+    config = FistaPruningConfig(method="wanda", include=("*.o_proj",))
+    with pytest.raises(torch.OutOfMemoryError, match="hand more to the next than hidden states: pass batches of at "):
+        FistaPruner(config, progress=False).prune(model, [torch.cat(family_tokens())])
+    assert all(torch.equal(ours, old) for ours, old in zip(model.parameters(), dense, strict=True))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
