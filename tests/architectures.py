@@ -1,10 +1,16 @@
-"""The table of docs/architectures.md: `python tests/architectures.py` makes it anew from runs of every family."""
+"""What every family of Transformers comes to: `python tests/architectures.py` tries them all anew.
+
+The outcomes are kept in tests/architectures.jsonl, one a line, and the lists of docs/architectures.md are made from
+them.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import tempfile
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,10 +18,10 @@ from families import FAMILIES, Outcome, try_family
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+KEPT = Path(__file__).with_suffix(".jsonl")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 COMMAND = "python tests/architectures.py"
 MARKER = "<!-- The rest of this page is made by `python tests/architectures.py`. -->"
-_HEADER = "| family | class | status | what stays dense, or the reason |\n|---|---|---|---|"
 _KINDS = {
     "decoder-only": "Decoder-only language models",
     "multimodal": "Multimodal models: their text decoder",
@@ -25,42 +31,52 @@ _KINDS = {
 }
 
 
-def read_table(page: Path = PAGE) -> dict[str, Outcome]:
+def read_outcomes(file: Path = KEPT) -> dict[str, Outcome]:
     """The outcomes that the page promises, by family."""
-    outcomes, kind = {}, ""
-    titles = {title: kind for kind, title in _KINDS.items()}
-    for line in page.read_text().splitlines():
-        if line.startswith("## "):
-            kind = titles.get(line.removeprefix("## "), "")
-        cells = [cell.strip().replace("\\|", "|") for cell in line.strip("|").split(" | ")]
-        if kind and line.startswith("| `"):
-            family, name, status, text = cells
-            works = status == "works"
-            dense = tuple(text.split("; ")) if works and text else ()
-            family = family.strip("`")
-            outcomes[family] = Outcome(family, kind, name, status, dense, "" if works else text)
-    return outcomes
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return {row["family"]: Outcome(**row | {"dense": tuple(row.get("dense", ()))}) for row in rows}
 
 
-def format_table(outcomes: Iterable[Outcome]) -> str:
+def write_outcomes(outcomes: Iterable[Outcome], file: Path = KEPT) -> None:
+    """One line a family; empty fields are left out."""
+    rows = [{"model_class": ""} | {key: value for key, value in asdict(o).items() if value} for o in outcomes]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def format_page(outcomes: Iterable[Outcome]) -> str:
     """The generated part of the page."""
     found = list(outcomes)
     works = [o for o in found if o.status == "works"]
     lines = [
         f"transformers {importlib.metadata.version('transformers')}: of {len(found)} families "
-        f"{len(works)} work ({len({o.model_class for o in works})} model classes)."
+        f"{len(works)} work ({len({o.model_class for o in works})} model classes).",
+        *("", "## What works"),
     ]
     for kind, title in _KINDS.items():
-        rows = [o for o in found if o.kind == kind]
-        if rows:
-            count = sum(o.status == "works" for o in rows)
-            lines += ["", f"## {title}", "", f"{count} of {len(rows)} work.", "", _HEADER]
-            lines += [
-                f"| `{o.family}` | {o.model_class} | {o.status} | "
-                f"{('; '.join(o.dense) or o.reason).replace('|', chr(92) + '|')} |"
-                for o in sorted(rows, key=lambda o: (o.status != "works", o.family))
-            ]
+        of_kind = [o for o in found if o.kind == kind]
+        named = ", ".join(f"`{o.family}`" for o in sorted(works, key=lambda o: o.family) if o.kind == kind)
+        if of_kind:
+            count = sum(o.status == "works" for o in of_kind)
+            lines += ["", f"**{title}**: {count} of {len(of_kind)} work{': ' if named else ''}{named}."]
+    lines += ["", "## What stays dense", ""]
+    lines += _grouped("operators and reason", ((dense, o.family) for o in works for dense in o.dense))
+    lines += ["", "## What does not work", ""]
+    lines += _grouped("what happens", ((_failure(o), o.family) for o in found if o.status != "works"))
     return "\n".join(lines) + "\n"
+
+
+def _failure(outcome: Outcome) -> str:
+    """Status and reason, without the name of the class, so that families that fail alike share a row."""
+    reason = outcome.reason.removeprefix(f"{outcome.model_class} can't be pruned: ").partition(". ")[0]
+    return f"{outcome.status}: {reason}"
+
+
+def _grouped(title: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """A table with one row a text and all the families that it holds for."""
+    families: dict[str, list[str]] = {}
+    for text, family in sorted(pairs):
+        families.setdefault(text.replace("|", "\\|"), []).append(f"`{family}`")
+    return [f"| {title} | families |", "|---|---|", *(f"| {text} | {', '.join(n)} |" for text, n in families.items())]
 
 
 def main() -> None:
@@ -71,8 +87,9 @@ def main() -> None:
     for family in tqdm(FAMILIES, unit="family"):
         with tempfile.TemporaryDirectory() as folder:
             outcomes.append(try_family(family, Path(folder) / "model"))
+    write_outcomes(outcomes)
     text = PAGE.read_text().partition(MARKER)[0]
-    PAGE.write_text(f"{text}{MARKER}\n\n{format_table(outcomes)}")
+    PAGE.write_text(f"{text}{MARKER}\n\n{format_page(outcomes)}")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def trace_groups(
         )
     calls = Counter(operator.name for operator, _ in seen)
     left_dense = {name: _reason(calls[name]) for name in operators if calls[name] != 1}
-    left_dense |= dict.fromkeys(others, "puts out something else than W x + b")
+    left_dense |= dict.fromkeys(others, "returns something other than W x + b")
     groups: dict[object, list[LinearOperator]] = {}
     for operator, inputs in seen:
         if operator.name in left_dense:

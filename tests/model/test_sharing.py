@@ -111,7 +111,7 @@ def test_module_with_a_forward_of_its_own_is_an_operator_only_if_it_multiplies()
     layer = Calls(lambda layer, x: layer.a(x)[0] + layer.b(x) + layer.c(x))
     layer.a, layer.b, layer.c = Router(8, 8), Halved(8, 8), Written(8, 8)
     assert trace(layer, "a", "b", "c") == [["c"]]
-    assert left_dense(layer, "a", "b", "c") == dict.fromkeys("ab", "puts out something else than W x + b")
+    assert left_dense(layer, "a", "b", "c") == dict.fromkeys("ab", "returns something other than W x + b")
 
 
 def test_hooks_are_removed():
@@ -126,7 +126,7 @@ def test_an_operator_whose_output_is_changed_by_others_is_left_dense():
     layer.a.register_forward_hook(lambda module, arguments, output: 3 * output)
     layer.b.forward = lambda x: 2 * nn.functional.linear(x, layer.b.weight)
     layer.c.register_forward_hook(lambda module, arguments, output: None)  # only looks on
-    assert left_dense(layer, "a", "b", "c") == dict.fromkeys("ab", "puts out something else than W x + b")
+    assert left_dense(layer, "a", "b", "c") == dict.fromkeys("ab", "returns something other than W x + b")
 
 
 def test_a_layer_that_overwrites_its_hidden_states_is_refused():

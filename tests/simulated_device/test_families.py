@@ -1,10 +1,10 @@
 """Every family that docs/architectures.md promises is streamed from files on a device as on the CPU."""
 
 import pytest
-from architectures import read_table
+from architectures import read_outcomes
 from families import stream_family
 
-FAMILIES = [family for family, outcome in read_table().items() if outcome.status == "works"]
+FAMILIES = [family for family, outcome in read_outcomes().items() if outcome.status == "works"]
 SAMPLE = (  # buffers and weights that Accelerate places, weights that are read without a call of their module
     "codegen", "deepseek_v3", "gemma4", "gpt_neo", "gptj", "llama4_text", "minimax", "prophetnet"
 )  # fmt: skip
