@@ -153,24 +153,28 @@ def run_study(study: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(study: dict[str, Any]) -> list[str]:
-    """Means over the seeds, and perplexity against the first line of the same pattern, paired by seed.
+    """A column a pattern: perplexity on each text and, in brackets, against the first line of the column.
 
-    The last column is the geometric mean over the texts.
+    Perplexities are means over the seeds, the ratios are geometric means over the texts, paired by seed. The dense
+    model is left out: it is the same in every study.
     """
-    rows = study["rows"]
-    texts = list(rows[0]["perplexity"])
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["pattern"], row["label"]), []).append(row)
-    lines = [f"| zeros | | {' | '.join(texts)} | against the first |", f"|---|---|{'---|' * (len(texts) + 1)}"]
+    rows = [row for row in study["rows"] if row["pattern"] != "-"]
+    patterns, labels = (list(dict.fromkeys(row[key] for row in rows)) for key in ("pattern", "label"))
+    lines = [f"| | {' | '.join(patterns)} |", "|---" * (len(patterns) + 1) + "|"]
     first: dict[str, dict[int, float]] = {}
-    for (pattern, label), found in groups.items():
-        mean = {row["seed"]: _geometric_mean(row["perplexity"].values()) for row in found}
-        reference = first.setdefault(pattern, mean)
-        shown = "" if pattern == "-" else pattern
-        cells = [_shown([row["perplexity"][text] for row in found]) for text in texts]
-        ratio = "" if reference is mean else _shown([mean[s] / reference[s] for s in mean if s in reference], 3)
-        lines.append(f"| {shown} | {label} | {' | '.join(cells)} | {ratio} |")
+    for label in labels:
+        cells = []
+        for pattern in patterns:
+            found = [row for row in rows if (row["pattern"], row["label"]) == (pattern, label)]
+            if not found:
+                cells.append("")
+                continue
+            mean = {row["seed"]: _geometric_mean(row["perplexity"].values()) for row in found}
+            reference = first.setdefault(pattern, mean)
+            cell = "/".join(_shown([row["perplexity"][text] for row in found]) for text in found[0]["perplexity"])
+            ratios = [mean[seed] / reference[seed] for seed in mean if seed in reference]
+            cells.append(cell if reference is mean else f"{cell} ({_shown(ratios, 3)})")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
 
 
@@ -208,7 +212,7 @@ def _kept(row: Row) -> dict[str, Any]:
 def _shown(values: Sequence[float], digits: int = 2) -> str:
     found = spread(values)
     assert found is not None
-    deviation = "" if found.deviation is None else f" ± {found.deviation:.{digits}f}"
+    deviation = "" if found.deviation is None else f"±{found.deviation:.{digits}f}"
     return f"{found.mean:.{digits}f}{deviation}"
 
 

@@ -2,7 +2,7 @@
 
 Every way of choosing the l1 penalty gets the same operators of a real model, the same interval, SparseGPT's weights
 to start from, and the same rounding. Prints one table of geometric means over operators of the squared
-relative error, with the range over seeds, and writes every curve as JSON; `--plot` draws them.
+relative error, and writes every curve as JSON; `--plot` draws them with the range over seeds.
 
     python benchmarks/penalty_search.py MODEL --calibration TEXT --plot docs/penalty_search.png
 """
@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from zlib import crc32
 
@@ -131,12 +132,6 @@ def over_seeds(rows: list[dict], value: Callable[[dict], float]) -> list[float]:
     return [geometric_mean([value(row) for row in rows if row["seed"] == seed]) for seed in seeds]
 
 
-def cell(values: list[float]) -> str:
-    """The mean, and the range of several."""
-    shown = [f"{value:.5f}".removeprefix("0") for value in (statistics.fmean(values), min(values), max(values))]
-    return shown[0] if len(values) == 1 else f"{shown[0]} ({shown[1]}-{shown[2]})"
-
-
 def by_pattern_and_way(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
     found: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
@@ -145,15 +140,17 @@ def by_pattern_and_way(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
 
 
 def table(rows: list[dict]) -> list[str]:
-    titles = ["zeros", "way", "steps", "CPU seconds", f"rounded, {EARLY} steps", "rounded, end", "refitted", "fresh"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for (pattern, way), group in by_pattern_and_way(rows).items():
-        seeds = len({row["seed"] for row in group})
-        early = cell(over_seeds(group, lambda row: error_at(row["curve"], EARLY)))
-        ends = [cell(over_seeds(group, lambda row, key=key: row[key])) for key in ("rounded", "refitted", "fresh")]
-        steps, seconds = (sum(row[key] for row in group) for key in ("steps", "seconds"))
-        shown = [pattern, way, f"{steps / len(group):.0f}", f"{seconds / seeds:.1f}", early, *ends]
-        lines.append("| " + " | ".join(shown) + " |")
+    """One row a way; cells have one number a pattern, errors in percent and averaged over the seeds."""
+    groups = by_pattern_and_way(rows)
+    patterns = list(dict.fromkeys(pattern for pattern, _ in groups))
+    titles = ["search", "steps", f"after {EARLY} steps", "at the end", "refitted", "fresh"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for way in dict.fromkeys(way for _, way in groups):
+        found = [groups[pattern, way] for pattern in patterns]
+        cells = ["/".join(f"{statistics.fmean(row['steps'] for row in group):.0f}" for group in found)]
+        for error in (lambda row: error_at(row["curve"], EARLY), *map(itemgetter, ("rounded", "refitted", "fresh"))):
+            cells.append("/".join(f"{100 * statistics.fmean(over_seeds(group, error)):.3f}" for group in found))
+        lines.append(f"| {way} | {' | '.join(cells)} |")
     return lines
 
 

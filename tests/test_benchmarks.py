@@ -19,6 +19,7 @@ from optimum_fista.solve.patterns import Unstructured
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "scale.md").read_text()
+TEXTS = ("calibration", "fresh", "other")
 
 
 @pytest.fixture
@@ -53,35 +54,52 @@ def test_estimates_beside_real_runs(benchmark):
         assert 0.5 < row["time_ratio"] < 2
 
 
-PATTERNS = {"": "-", "50%": "0.5", "60%": "0.6", "70%": "0.7", "2:4": "2:4"}
-
-
-def table_of_the_results(title):
+def rows_of_the_results(title):
+    """Cells of the first table after a title of docs/results.md, by what is in front of the numbers."""
     section = (ROOT / "docs" / "results.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
-    lines = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
-    return {(PATTERNS[zeros], method): cells for zeros, method, *cells in lines[2:]}
+    table = section[section.index("\n|") :].strip().split("\n\n")[0]
+    return [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.splitlines()]
 
 
 def test_perplexities_of_the_results_are_those_kept():
     kept = Comparison.read(ROOT / "benchmarks" / "results" / "perplexity.json")
-    table = table_of_the_results("Perplexity")
-    assert len(table) > 20
+    (_, *titles), _, *lines = rows_of_the_results("Perplexity")
+    patterns = [{"50%": "0.5", "60%": "0.6", "70%": "0.7"}.get(title, title) for title in titles]
+    shown = {(p, method): cell for method, *cells in lines for p, cell in zip(patterns, cells, strict=True) if cell}
+    found = {}
     for row in kept.rows:
-        shown = [row.perplexity[text] for text in ("wikitext2-raw-test", "lambada", "held-out")]
-        assert table.pop((row.pattern, row.method)) == [f"{perplexity:.2f}" for perplexity in shown]
-    assert not table
+        perplexities = [row.perplexity[text] for text in ("wikitext2-raw-test", "lambada", "held-out")]
+        pattern = "0.5" if row.pattern == "-" else row.pattern  # the dense model stands in the first column
+        found[pattern, row.method] = "/".join(f"{perplexity:.2f}" for perplexity in perplexities)
+    assert shown == found
+    assert len(shown) > 20
 
 
 def test_accuracies_of_the_results_are_those_kept():
     kept = Comparison.read(ROOT / "benchmarks" / "results" / "zero_shot.json")
-    table = table_of_the_results("Accuracy")
-    for row in kept.rows:
+    _, _, *lines = rows_of_the_results("Accuracy")
+    for row, (zeros, method, perplexity, *cells) in zip(kept.rows, lines, strict=True):
         scores = [row.accuracy["arc_easy_lines"]["acc"], row.accuracy["arc_easy_lines"]["acc_norm"]]
         scores.append(row.accuracy["lambada_lines"]["acc"])
-        shown = [f"{row.perplexity['wikitext2-test']:.2f}"]
-        shown += [f"{100 * score.value:.1f} ± {100 * score.stderr:.1f}" for score in scores]
-        assert table.pop((row.pattern, row.method)) == shown
-    assert not table
+        assert ({"": "-", "50%": "0.5"}.get(zeros, zeros), method) == (row.pattern, row.method)
+        assert perplexity == f"{row.perplexity['wikitext2-test']:.2f}"
+        assert cells == [f"{100 * score.value:.1f}±{100 * score.stderr:.1f}" for score in scores]
+
+
+def test_layer_problems_of_the_results_are_those_kept():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "solvers.json").read_text())["rows"]
+    (_, *titles), _, *lines = rows_of_the_results("Layer problems")
+    patterns = ["0.5", "0.6", "0.7", "2:4", "4:8"]
+    assert titles[:5] == ["50%", "60%", "70%", "2:4", "4:8"]
+    assert {method for method, *_ in lines} == {row["method"] for row in rows}
+    for method, *cells in lines:
+        found = {pattern: [r for r in rows if (r["method"], r["pattern"]) == (method, pattern)] for pattern in patterns}
+        for pattern, cell in zip(patterns, cells[:5], strict=True):
+            errors = [statistics.geometric_mean(r[text] for r in found[pattern]) for text in TEXTS]
+            assert [float(shown) for shown in cell.split("/")] == pytest.approx([100 * e for e in errors], abs=0.0051)
+        seconds = [sum(row["seconds"] for row in found[pattern]) for pattern in ("0.5", "2:4")]
+        assert cells[5:7] == [f"{total:.1f}" for total in seconds]
+        assert cells[7] == f"{sum(row['flops'] for row in found['0.5']) / 1e9:.0f}"
 
 
 @pytest.mark.parametrize("name", ["decoding", "decoding_avx2", "decoding_smollm2", "decoding_smollm2_avx2"])
@@ -106,7 +124,7 @@ def test_solver_ablations():
     assert len(lines[2:]) == len({row["method"] for row in rows})
     for _, method, *cells in lines[2:]:
         found = [row for row in rows if row["method"] == method]
-        for text, cell in zip(("calibration", "fresh", "other"), cells, strict=True):
+        for text, cell in zip(TEXTS, cells, strict=True):
             assert f"{statistics.geometric_mean(row[text] for row in found):.5f}"[1:] == cell
 
 
@@ -215,10 +233,12 @@ def test_ablations_are_paired_by_seed(benchmark):
     rows = [row("dense", "-", 0, 2.0)]
     rows += [row("default", "0.5", 0, 3.0), row("default", "0.5", 1, 5.0)]
     rows += [row("worse", "0.5", 0, 3.3), row("worse", "0.5", 1, 6.0)]
-    *_, dense, default, worse = benchmark("ablations").table({"rows": rows})
-    assert dense == "|  | dense | 2.00 | 8.00 |  |"
-    assert default == "| 0.5 | default | 4.00 ± 1.41 | 16.00 ± 5.66 |  |"
-    assert worse == "| 0.5 | worse | 4.65 ± 1.91 | 18.60 ± 7.64 | 1.150 ± 0.071 |"
+    rows += [row("other", "2:4", 0, 7.0)]
+    assert benchmark("ablations").table({"rows": rows})[2:] == [
+        "| default | 4.00±1.41/16.00±5.66 |  |",
+        "| worse | 4.65±1.91/18.60±7.64 (1.150±0.071) |  |",
+        "| other |  | 7.00/28.00 |",
+    ]
 
 
 def test_penalty_search_of_the_docs(benchmark):
