@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import tempfile
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -57,7 +58,8 @@ def format_page(outcomes: Iterable[Outcome]) -> str:
         named = ", ".join(f"`{o.family}`" for o in sorted(works, key=lambda o: o.family) if o.kind == kind)
         if of_kind:
             count = sum(o.status == "works" for o in of_kind)
-            lines += ["", f"**{title}**: {count} of {len(of_kind)} work{': ' if named else ''}{named}."]
+            text = f"**{title}**: {count} of {len(of_kind)} work{': ' if named else ''}{named}."
+            lines += ["", *textwrap.wrap(text, 120, break_on_hyphens=False)]
     lines += ["", "## What stays dense", ""]
     lines += _grouped("operators and reason", ((dense, o.family) for o in works for dense in o.dense))
     lines += ["", "## What does not work", ""]
