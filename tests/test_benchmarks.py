@@ -13,7 +13,6 @@ from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista.run.comparison.comparison import Comparison
 from optimum_fista.run.speed.measure import SpeedReport
-from optimum_fista.run.speed.table import speed_table
 from optimum_fista.solve.methods.fista import Fista
 from optimum_fista.solve.patterns import Unstructured
 
@@ -104,12 +103,29 @@ def test_layer_problems_of_the_results_are_those_kept():
 
 @pytest.mark.parametrize("name", ["decoding", "decoding_avx2", "decoding_smollm2", "decoding_smollm2_avx2"])
 def test_decoding_speeds(name):
+    """Rates of the first variant, then how many times those the others have; each variant is a row of the page."""
     report = SpeedReport.from_dict(json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()))
-    assert speed_table(report) in (ROOT / "docs" / "speed.md").read_text()
+    page = (ROOT / "docs" / "speed.md").read_text()
+    first, *others = report.variants.values()
+    cells = [f"{first.tokens_per_second[n]:.1f}/s" if n in first.tokens_per_second else "" for n in (1, 4, 16)]
+    cells += [f"{first.prefill_tokens_per_second:.1f}/s", f"{first.memory_bytes / 2**20:,.0f} MiB", ""]
+    assert shown_row(next(iter(report.variants)), cells) in page
+    for label, found in list(report.variants.items())[1:]:
+        rates = {n: found.tokens_per_second[n] / first.tokens_per_second[n] for n in found.tokens_per_second}
+        cells = [f"{rates[n]:.2f}x" if n in rates else "" for n in (1, 4, 16)]
+        cells.append(f"{found.prefill_tokens_per_second / first.prefill_tokens_per_second:.2f}x")
+        cells.append(f"{found.memory_bytes / first.memory_bytes:.2f}x")
+        cells.append("" if found.same_tokens is None else f"{found.same_tokens:.0%}")
+        assert shown_row(label, cells) in page
+    assert len(others) in (2, 3)
     for found in report.variants.values():
         for size, speed in found.tokens_per_second.items():
             median = statistics.median(found.seconds[f"batch {size}"])
             assert speed == pytest.approx(size * report.settings.new_tokens / median)
+
+
+def shown_row(label: str, cells: list[str]) -> str:
+    return f"| {label} |" + "".join(f" {cell} |" if cell else " |" for cell in cells) + "\n"
 
 
 def test_single_products(benchmark):
