@@ -160,13 +160,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from optimum_fista.run.callbacks.trackers import require_tracker
     from optimum_fista.run.checkpoints.loading import storage_place
-    from optimum_fista.run.checkpoints.output_folder import (
-        FOLDER,
-        MODEL_FILES,
-        locked_output,
-        require_output,
-        unfinished_folder,
-    )
+    from optimum_fista.run.checkpoints.output_folder import FOLDER, MODEL_FILES, require_output, unfinished_folder
+    from optimum_fista.run.checkpoints.output_lock import locked_output
     from optimum_fista.run.hub import push_folder, require_repo_id
     from optimum_fista.run.memory.free_memory import keep_large_blocks_apart
     from optimum_fista.run.packed_folders.packed_folder import PackedFolder

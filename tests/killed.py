@@ -27,12 +27,12 @@ def killed_at(step: int) -> Iterator[None]:
 
 @contextmanager
 def killed_at_write(number: int) -> Iterator[None]:
-    """Raise `Killed` in place of the `number`-th rename of a file that is whole, from 1."""
+    """Raise `Killed` in place of the `number`-th rename of a file that is whole, from 1, and of all after it."""
     replace, done = Path.replace, []
 
     def counted(self: Path, target: Path) -> Path:
         done.append(target)
-        if len(done) == number:
+        if len(done) >= number:
             raise Killed(str(target))
         return replace(self, target)
 

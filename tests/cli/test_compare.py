@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from optimum_fista.run.checkpoints.output_folder import locked_output
+from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.comparison.comparison import Comparison
 from optimum_fista_cli.main import main
 

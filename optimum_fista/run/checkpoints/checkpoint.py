@@ -17,8 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.run.checkpoints.installation import discard, install
 from optimum_fista.run.checkpoints.loading import forget_gguf
-from optimum_fista.run.checkpoints.output_folder import discard, install, locked_output, require_output
+from optimum_fista.run.checkpoints.output_folder import require_output
+from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.checkpoints.stored_names import as_stored, stored_names
 from optimum_fista.run.reports.card import model_card
 from optimum_fista.run.reports.picture import PICTURE_FILE, error_picture
@@ -109,7 +111,7 @@ def save_checkpoint(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write the model folder; see `output_folder.install` for how it replaces one that is there.
+    """Write the model folder; see `installation.install` for how it replaces one that is there.
 
     Raises:
         BlockingIOError: If another run is writing the folder.
@@ -129,20 +131,17 @@ def save_checkpoint(
     forget_gguf(model)
     with locked_output(folder) as unfinished:
         discard(unfinished, overwrite)
-        try:
-            model.save_pretrained(unfinished)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(unfinished)
-            (unfinished / "fista").mkdir()
-            save_file(masks, unfinished / MASKS_FILE, metadata=MASKS_METADATA)
-            (unfinished / REPORT_FILE).write_text(report.to_json())
-            picture = error_picture(report)
-            if picture is not None:
-                (unfinished / PICTURE_FILE).write_bytes(picture)
-            (unfinished / "README.md").write_text(model_card(report, None if picture is None else PICTURE_FILE))
-            install(unfinished, folder, overwrite)
-        finally:
-            discard(unfinished, True)
+        model.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        (unfinished / "fista").mkdir()
+        save_file(masks, unfinished / MASKS_FILE, metadata=MASKS_METADATA)
+        (unfinished / REPORT_FILE).write_text(report.to_json())
+        picture = error_picture(report)
+        if picture is not None:
+            (unfinished / PICTURE_FILE).write_bytes(picture)
+        (unfinished / "README.md").write_text(model_card(report, None if picture is None else PICTURE_FILE))
+        install(unfinished, folder, overwrite)
 
 
 def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:

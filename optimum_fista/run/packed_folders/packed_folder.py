@@ -25,14 +25,9 @@ from optimum_fista.run.checkpoints.checkpoint import (
     read_json,
     read_report,
 )
-from optimum_fista.run.checkpoints.output_folder import (
-    FOLDER,
-    discard,
-    install,
-    is_model_file,
-    locked_output,
-    require_output,
-)
+from optimum_fista.run.checkpoints.installation import discard, install
+from optimum_fista.run.checkpoints.output_folder import FOLDER, is_model_file, require_output
+from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.packed_folders.packing import CARD_NOTE, QUANT_METHOD, Packer, Packing, packed_settings
 from optimum_fista.solve.bitmask import pack_mask
@@ -188,33 +183,30 @@ def _convert_folder(
     copied = [name for name in copied if not _is_kept(folder / name, output, name)]
     with locked_output(output) as partial:
         discard(partial, overwrite)
-        try:
-            for name in copied:
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(folder / name, partial / name)
-            weight_map: dict[str, str] = {}
-            total, weights_name = 0, f"{new}.safetensors"
-            for source, target in targets.items():
-                with safe_open(source, "pt") as file:
-                    names = [name for name in files if files[name] == source]
-                    tensors = convert({name: file.get_tensor(name) for name in names})
-                    metadata = file.metadata() or {}
-                write_tensors(partial / target, tensors, metadata)
-                weight_map |= dict.fromkeys(tensors, target)
-                total += sum(t.numel() * t.element_size() for t in tensors.values())
-                progress(target)
-            if (folder / index_name).exists():
-                index = read_json(folder / index_name)
-                weights_name = f"{new}.safetensors.index.json"
-                index["metadata"]["total_size"] = total
-                index["weight_map"] = dict(sorted(weight_map.items()))
-                write_text(partial / weights_name, json.dumps(index, indent=2) + "\n")
-            config = read_json(folder / "config.json")
-            finish(partial, weights_name, config)
-            write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-            install(partial, output, overwrite)
-        finally:
-            discard(partial, True)
+        for name in copied:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / name, partial / name)
+        weight_map: dict[str, str] = {}
+        total, weights_name = 0, f"{new}.safetensors"
+        for source, target in targets.items():
+            with safe_open(source, "pt") as file:
+                names = [name for name in files if files[name] == source]
+                tensors = convert({name: file.get_tensor(name) for name in names})
+                metadata = file.metadata() or {}
+            write_tensors(partial / target, tensors, metadata)
+            weight_map |= dict.fromkeys(tensors, target)
+            total += sum(t.numel() * t.element_size() for t in tensors.values())
+            progress(target)
+        if (folder / index_name).exists():
+            index = read_json(folder / index_name)
+            weights_name = f"{new}.safetensors.index.json"
+            index["metadata"]["total_size"] = total
+            index["weight_map"] = dict(sorted(weight_map.items()))
+            write_text(partial / weights_name, json.dumps(index, indent=2) + "\n")
+        config = read_json(folder / "config.json")
+        finish(partial, weights_name, config)
+        write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        install(partial, output, overwrite)
 
 
 def _others(folder: Path, but: set[str]) -> list[str]:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-from optimum_fista.run.checkpoints.output_folder import FOLDER, discard, install
+from optimum_fista.run.checkpoints.installation import discard, install
+from optimum_fista.run.checkpoints.output_folder import FOLDER
 from optimum_fista.run.checkpoints.stored_names import as_stored
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.model_pruning import ModelPruning

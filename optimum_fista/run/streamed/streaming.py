@@ -13,13 +13,8 @@ from typing import Any
 import torch
 
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-from optimum_fista.run.checkpoints.output_folder import (
-    FOLDER,
-    MODEL_FILES,
-    locked_output,
-    require_output,
-    unfinished_folder,
-)
+from optimum_fista.run.checkpoints.output_folder import FOLDER, MODEL_FILES, require_output, unfinished_folder
+from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.fingerprint import model_folder

@@ -13,15 +13,10 @@ from pathlib import Path
 import pytest
 from killed import Killed, killed_at
 
-from optimum_fista.run.checkpoints import output_folder
-from optimum_fista.run.checkpoints.output_folder import (
-    MODEL_FILES,
-    discard,
-    install,
-    locked_output,
-    require_output,
-    unfinished_folder,
-)
+from optimum_fista.run.checkpoints import installation, output_lock
+from optimum_fista.run.checkpoints.installation import discard, install
+from optimum_fista.run.checkpoints.output_folder import INSTALLING, MODEL_FILES, require_output, unfinished_folder
+from optimum_fista.run.checkpoints.output_lock import locked_output
 
 OLD = ("config.json", "model.safetensors", "README.md", "tokenizer.json", "fista/report.json", "fista/report.html")
 NEW = ("config.json", "model-00001-of-00001.safetensors", "README.md", "fista/report.json")
@@ -29,7 +24,7 @@ NEW = ("config.json", "model-00001-of-00001.safetensors", "README.md", "fista/re
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(output_folder, "flush", lambda path: None)
+    monkeypatch.setattr(installation, "flush", lambda path: None)
 
 
 def write(folder: Path, names: tuple[str, ...], text: str) -> Path:
@@ -51,12 +46,12 @@ def foreign_files(folder: Path) -> dict[str, str]:
     return {name: text for name, text in contents(folder).items() if text == "foreign"}
 
 
-def put(output: Path, overwrite: bool = True) -> None:
+def put(output: Path, overwrite: bool = True, also: tuple[str, ...] = ()) -> None:
     """What every writer does."""
     with locked_output(output) as folder:
         require_output(output, overwrite, names=MODEL_FILES)
         discard(folder, overwrite)
-        write(folder, NEW, "new")
+        write(folder, (*NEW, *also), "new")
         install(folder, output, overwrite)
 
 
@@ -76,6 +71,10 @@ def test_whenever_it_is_killed_old_or_new_or_nothing_loads_and_the_next_run_fini
             }
             loads.append(models if "config.json" in found else set())
             assert len(loads[-1]) <= 1
+            with locked_output(output):  # any next run
+                found = contents(output)
+                assert "config.json" in found
+                assert len({found[name] for name in found if name not in {*foreign, "tokenizer.json"}}) == 1
             put(output)
         assert contents(output) == foreign | dict.fromkeys(NEW, "new") | {"tokenizer.json": "old"}
         assert (output / "nowhere").is_symlink()
@@ -105,6 +104,67 @@ def test_a_folder_without_a_model_is_finished_without_overwriting(tmp_path, exis
             continue
         break
     assert [path.name for path in output.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, os.strerror(errno.EIO))])
+@pytest.mark.parametrize("at", range(1, len(NEW) + 1))
+def test_an_interrupt_or_an_error_while_files_come_leaves_the_new_model(tmp_path, monkeypatch, at, error, streamed):
+    output, replace, done = write(tmp_path / "model", OLD, "old"), Path.replace, []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target.parent.name != "journal":
+            done.append(target)
+            if len(done) == at:
+                raise error
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises((KeyboardInterrupt, OSError)) as raised:
+        put(output, also=("journal/fingerprint.json",) if streamed else ())
+    if error is not KeyboardInterrupt:
+        assert f"error: the new model is whole in '{unfinished_folder(output)}'" in str(raised.value)
+    assert contents(output) == dict.fromkeys(NEW, "new") | {"tokenizer.json": "old"}
+    assert unfinished_folder(output).exists() == streamed
+
+
+def test_files_that_cant_come_now_are_kept_for_the_next_run(tmp_path, monkeypatch):
+    output, replace = write(tmp_path / "model", OLD, "old"), Path.replace
+
+    def broken(self: Path, target: Path) -> Path:
+        if target.parent.name == "journal":
+            return replace(self, target)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", broken)
+        with pytest.raises(OSError, match=r"the new model is whole in .*, the next run into the same output brings it"):
+            put(output)
+    assert contents(unfinished_folder(output)).items() >= dict.fromkeys(NEW, "new").items()
+    with locked_output(output):
+        pass
+    assert contents(output) == dict.fromkeys(NEW, "new") | {"tokenizer.json": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_came_after_all_new_files_is_kept(tmp_path):
+    for step in itertools.count():
+        output = write(tmp_path / str(step) / "model", ("fista/evaluation.json", *OLD), "old")
+        with pytest.raises(Killed), killed_at(step):
+            put(output)
+        if contents(output).get("config.json") == "new":
+            break
+    assert (unfinished_folder(output) / INSTALLING).exists()
+    write(output, ("fista/evaluation.json",), "later")
+    with locked_output(output):
+        pass
+    assert contents(output) == dict.fromkeys(NEW, "new") | {"tokenizer.json": "old", "fista/evaluation.json": "later"}
+
+
+def test_an_adapter_of_others_is_not_loaded_with_the_model(tmp_path):
+    write(tmp_path / "model", ("adapter_config.json", "adapter_model.safetensors"), "foreign")
+    message = refused(tmp_path, "model", overwrite=True, names=MODEL_FILES)
+    assert "holds adapter_config.json: from_pretrained would load that adapter, and not the model. Pass" in message
 
 
 def test_a_new_tokenizer_replaces_all_of_the_old_one(tmp_path, monkeypatch):
@@ -240,6 +300,23 @@ def test_a_source_is_known_under_another_mount(tmp_path):
         subprocess.run(["umount", str(output)], check=True)
 
 
+def test_a_folder_under_another_mount_has_the_same_lock(tmp_path):
+    disk, volume = write(tmp_path / "disk", OLD, "old"), tmp_path / "volume"
+    volume.mkdir()
+    if subprocess.run(["mount", "--bind", str(disk), str(volume)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting takes rights that this user does not have")
+    try:
+        for first, second in ((disk, volume), (volume, disk)):
+            with locked_output(first):
+                assert unfinished_folder(first) != unfinished_folder(second)
+                with pytest.raises(BlockingIOError, match="by another run, perhaps under another name of the folder"):
+                    put(second)
+            put(second)
+    finally:
+        subprocess.run(["umount", str(volume)], check=True)
+    assert contents(disk) == dict.fromkeys(NEW, "new") | {"tokenizer.json": "old"}
+
+
 @pytest.mark.parametrize("full_at", range(len(NEW)))
 def test_a_full_disk_leaves_the_old_model_whole(tmp_path, monkeypatch, full_at):
     output, copied = write(tmp_path / "model", OLD, "old"), []
@@ -251,7 +328,7 @@ def test_a_full_disk_leaves_the_old_model_whole(tmp_path, monkeypatch, full_at):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
     with monkeypatch.context() as patched:
-        patched.setattr(output_folder, "_link", full)
+        patched.setattr(installation, "_link", full)
         with pytest.raises(OSError, match="No space left"):
             put(output)
     assert contents(output) == dict.fromkeys(OLD, "old")
@@ -268,7 +345,7 @@ def test_a_partial_file_of_others_is_kept(tmp_path):
 
 def test_a_file_that_came_in_the_meantime_is_kept_and_the_model_as_well(tmp_path):
     with locked_output(tmp_path / "model") as folder:
-        write(folder, NEW, "new")
+        write(folder, (*NEW, "journal/fingerprint.json"), "new")
         write(tmp_path / "model", ("README.md",), "foreign")
         with pytest.raises(FileExistsError, match=r"holds README\.md of something else"):
             install(folder, tmp_path / "model", True)
@@ -318,7 +395,7 @@ def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from optimum_fista.run.checkpoints.output_folder import locked_output
+from optimum_fista.run.checkpoints.output_lock import locked_output
 with locked_output(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -350,12 +427,19 @@ def test_threads_exclude_each_other_and_one_may_ask_again(tmp_path):
         except BlockingIOError as error:
             failures.append(error)
 
-    with locked_output(tmp_path / "model"), locked_output(tmp_path / "model"):
+    with locked_output(tmp_path / "model"), locked_output(tmp_path / "model") as folder:
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-    assert len(failures) == 1
-    assert not list(tmp_path.iterdir())
+        assert len(failures) == 1
+        write(folder, NEW, "mine")
+        install(folder, tmp_path / "model", False)  # by a rename, so the lock has another name now
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert len(failures) == 2
+    assert contents(tmp_path / "model") == dict.fromkeys(NEW, "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_many_at_once_never_mix_their_models(tmp_path):
@@ -391,6 +475,6 @@ def test_without_locks_there_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.warns(UserWarning, match=r"can't be locked \(No locks available\): don't start two runs into it"):
         put(tmp_path / "model")
-    monkeypatch.setattr(output_folder, "fcntl", None)
+    monkeypatch.setattr(output_lock, "fcntl", None)
     with pytest.warns(UserWarning, match="can't be locked"):
         put(tmp_path / "model")

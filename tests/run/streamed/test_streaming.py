@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -388,12 +389,13 @@ def test_a_folder_that_is_there_keeps_its_files_wherever_the_run_is_cut_off(sour
         path.write_text(text)
     install = streamed_run.install
     for writes, arrived in {1: False, 9: True, 8: True}.items():
+        with ExitStack() as until_the_end:
 
-        def killed(*arguments, writes=writes) -> None:
-            with killed_at_write(writes):
+            def killed(*arguments, writes=writes, until_the_end=until_the_end) -> None:
+                until_the_end.enter_context(killed_at_write(writes))
                 install(*arguments)
 
-        cut_off(monkeypatch, streamed_run, "install", killed, source, output, error=Killed)
+            cut_off(monkeypatch, streamed_run, "install", killed, source, output, error=Killed)
         assert any(disk.glob("*-of-*.safetensors")) == arrived
         assert not (disk / "config.json").exists()
     prune(source, output)

@@ -1,0 +1,166 @@
+"""How the finished files of an unfinished folder come into the output, and how it is emptied."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from optimum_fista.run.checkpoints.atomic import flush, write_text
+from optimum_fista.run.checkpoints.output_folder import (
+    FOLDER,
+    INSTALLING,
+    LATER,
+    LOCK,
+    MODEL_FILES,
+    TOKENIZER,
+    being_installed,
+    holds_model,
+    is_folder,
+    names_in,
+    require_output,
+)
+
+_OFFLOADED = "offload-*"  # in the journal: weights that a rank of a running run reads again and again
+
+
+def install(folder: Path, output_dir: Path, overwrite: bool) -> None:
+    """Bring the whole model in an unfinished folder into `output_dir`, and end the unfinished folder.
+
+    If there is no such folder, it appears by one rename. Otherwise all files are brought there under other names first,
+    so that a full disk leaves the old model whole. Then the old configuration goes first and the new one comes last, so
+    that nothing loads a mixture of two models; every file comes by one rename. What was begun is written down: after an
+    interrupt or an error, `settle` finishes it, at the latest when the output is locked again.
+
+    Raises:
+        OSError: As `require_output`, or if a file can't be written; the old model is still there then, unless the
+            message says that the new one is whole.
+    """
+    output = Path(os.path.realpath(output_dir))
+    files = [path for path in files_of(folder) if (folder / FOLDER) not in path.parents]
+    for path in files:
+        if path.suffix == ".safetensors":  # which safetensors writes for their owner alone
+            path.chmod(folder.stat().st_mode & 0o666)
+        flush(path)
+    if not output.exists():
+        folder.rename(output)
+        flush(output.parent)
+        shutil.rmtree(output / FOLDER, ignore_errors=True)  # another process may be at it as well
+        return
+    names = sorted((path.relative_to(folder).as_posix() for path in files), key=lambda name: name == "config.json")
+    require_output(output, overwrite, names=names)
+    ours = being_installed(folder)
+    old = {name for name in names_in(output, MODEL_FILES + LATER) if not (output / name).is_dir()}
+    if not holds_model(output, ours):
+        old &= ours
+    partials = [_partial(name) for name in names]
+    for partial in partials:
+        if os.path.lexists(output / partial):
+            raise FileExistsError(f"output {str(output_dir)!r} holds {partial}, which is in the way: move it away.")
+    ours |= {*partials}
+    _note(folder, names, None, ours)
+    for name, partial in zip(names, partials, strict=True):
+        (output / partial).parent.mkdir(parents=True, exist_ok=True)
+        _link(folder / name, output / partial)
+        flush(output / partial)
+    ours |= {*names, *old}
+    if "tokenizer_config.json" not in names:  # a model that brings none keeps the tokenizer that is there
+        old -= {*TOKENIZER}
+    _note(folder, names, old - {"config.json", *names}, ours)
+    try:
+        settle(folder, output)
+    except OSError as error:
+        message = f"{error.strerror}: the new model is whole in {str(folder)!r}, the next run into the same output"
+        raise OSError(error.errno, f"{message} brings it in", error.filename) from error
+    discard(folder, True)
+    remove_offloaded(folder)
+
+
+def settle(folder: Path, output: Path) -> None:
+    """Finish what an interrupted `install` began, or take it back if not all files had come yet; often nothing."""
+    file = folder / INSTALLING
+    if not file.exists():
+        return
+    noted = json.loads(file.read_text())
+    names, ours = noted["names"], {*noted["ours"]}
+    partials = {name: output / _partial(name) for name in names}
+    if noted["old"] is None:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+        ours -= {_partial(name) for name in names}
+    elif os.path.lexists(partials["config.json"]):  # it comes last: without it all is done
+        (output / "config.json").unlink(missing_ok=True)
+        flush(output)
+        for name in noted["old"]:
+            (output / name).unlink(missing_ok=True)
+        for name, partial in partials.items():
+            if os.path.lexists(partial):
+                partial.replace(output / name)
+                partial.unlink(missing_ok=True)  # renaming one name of a file to another of it does nothing
+                flush(partial.parent)
+        ours = {*names}
+    if ours and is_streamed(folder):  # the run that resumes may replace them
+        _note(folder, [], None, ours)
+    else:
+        file.unlink()
+
+
+def discard(folder: Path, overwrite: bool) -> None:
+    """Throw away what is in an unfinished folder that is locked; layers of a streamed run only if `overwrite`.
+
+    Raises:
+        FileExistsError: If it holds such layers and `overwrite` is False.
+    """
+    if is_streamed(folder) and not overwrite:
+        raise FileExistsError(
+            f"{str(folder)!r} holds an unfinished run: give its command again to finish it, delete the folder, or pass "
+            "overwrite=True (--overwrite) to throw its layers away."
+        )
+    empty(folder)
+    kept = [folder / LOCK, *(folder / FOLDER).glob(_OFFLOADED)]
+    _remove(path for path in (folder / FOLDER).glob("*") if path not in kept)
+
+
+def empty(folder: Path) -> None:
+    """Remove all but the journal."""
+    _remove(path for path in folder.glob("*") if path.name != FOLDER)
+
+
+def is_streamed(folder: Path) -> bool:
+    """Whether an unfinished folder holds layers of a streamed run."""
+    return (folder / FOLDER / "fingerprint.json").exists()
+
+
+def remove_offloaded(folder: Path) -> None:
+    """Remove the weights that ranks of an ended run had put into the journal."""
+    _remove((folder / FOLDER).glob(_OFFLOADED))
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files below a folder, links included."""
+    return sorted(path for path in folder.rglob("*") if not is_folder(path))
+
+
+def _note(folder: Path, names: list[str], old: Iterable[str] | None, ours: Iterable[str]) -> None:
+    """Write down which files come, which go (`None` until all have come), and which others of ours may be there."""
+    values = {"names": names, "old": None if old is None else sorted(old), "ours": sorted(ours)}
+    write_text(folder / INSTALLING, json.dumps(values))
+
+
+def _partial(name: str) -> str:
+    return Path(name).with_name(f".{Path(name).name}.partial").as_posix()
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        shutil.rmtree(path) if is_folder(path) else path.unlink()
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
