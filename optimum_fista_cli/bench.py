@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show(line: str) -> None:
-    """What is going on, on one line of a terminal that is written over."""
+    """The current step, on one line of a terminal that is overwritten."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
     elif line:

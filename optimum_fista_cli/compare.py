@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Prune a model by several methods, measure every result, and write one table and plots.
 
-Every row (method, pattern, seed) is kept in --output; the same command given again goes on where it was interrupted.
+Every row (method, pattern, seed) is kept in --output; the same command given again resumes where it was interrupted.
 A method is name:option=value:..., with the options of FistaPruningConfig or of the method; default is
 FistaPruningConfig() and paper the published settings of FISTAPruner. See docs/compare.md.
 

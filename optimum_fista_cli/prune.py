@@ -153,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prune, save, and upload where asked."""
+    """Prune, save, and upload if asked."""
     import torch
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="files written by evaluate --output (default DIR/fista/evaluation.json where it exists)",
+        help="files written by evaluate --output (default DIR/fista/evaluation.json if it exists)",
     )
     parser.add_argument("--dense", metavar="MODEL", help="the model before pruning, to continue every --prompt as well")
     parser.add_argument(

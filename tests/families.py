@@ -142,7 +142,7 @@ def stacked_weights(model: PreTrainedModel) -> list[str]:
 
 
 def require_same_hidden_states(model: PreTrainedModel) -> None:
-    """Decoder layers that run on what was recorded put out what they put out inside the model."""
+    """Decoder layers that run on what was recorded return what they return inside the model."""
     layers = find_decoder_layers(model)
     batch = CalibrationBatch(family_tokens()[0])
     inside: list[Tensor] = []

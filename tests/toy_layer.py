@@ -9,7 +9,7 @@ Group = list[LinearOperator]
 
 
 class ToyLayer(nn.Module):
-    """Two operators on one input, a wide one behind them, two narrow ones at the end, and a residual.
+    """Two operators on one input, a wide one after them, two narrow ones at the end, and a residual.
 
     Args:
         size: Width of the hidden states.

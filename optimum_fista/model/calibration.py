@@ -113,7 +113,7 @@ def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:
 
 
 def _without_idle_mask(batch: CalibrationBatch) -> CalibrationBatch:
-    """The batch without a mask where all its tokens are real."""
+    """The batch without a mask if all its tokens are real."""
     mask = batch.attention_mask
     return batch if mask is None or not bool(mask.all()) else replace(batch, attention_mask=None)
 

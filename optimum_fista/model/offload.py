@@ -34,7 +34,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether Accelerate keeps the weights of a module itself elsewhere, even where they are onloaded right now."""
+    """Whether Accelerate keeps the weights of a module itself elsewhere, even if they are onloaded right now."""
     return _offload_hook(module) is not None
 
 
@@ -90,7 +90,7 @@ def store_tensor(module: nn.Module, name: str, value: Tensor, keep_undo: Callabl
 def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[None]:
     """Keep the weights of modules on their device; the hooks of Accelerate then leave them there.
 
-    They are copies also where they are kept on that device, unless `copy` is False and nothing is written to them.
+    They are copies even if they are kept on that device, unless `copy` is False and nothing is written to them.
     What is written to copies is lost at the end unless it was stored by `store_tensor`.
     """
     brought: list[tuple[nn.Module, AlignDevicesHook, list[str]]] = []

@@ -46,7 +46,7 @@ class LinearOperator:
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether Accelerate keeps the weight elsewhere, even where it is onloaded right now."""
+        """Whether Accelerate keeps the weight elsewhere, even if it is onloaded right now."""
         return is_offloaded(self.owner)
 
     @property
@@ -62,7 +62,7 @@ class LinearOperator:
 
     @property
     def tokens(self) -> Tensor | None:
-        """Tokens of the latest call where it does not see all: int64, indices into the flattened batch, rising."""
+        """Tokens of the latest call if it does not see all: int64, indices into the flattened batch, rising."""
         return None
 
     def select(self, stored: Tensor) -> Tensor:

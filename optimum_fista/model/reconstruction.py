@@ -1,4 +1,4 @@
-"""Reconstruction of a decoder layer: its kept weights, trained together on what the dense network puts out."""
+"""Reconstruction of a decoder layer: its kept weights, trained together on what the dense network returns."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Reconstruction:
         error_before: `sqrt(mean over tokens of || h* - h ||^2 / || h ||^2)` of its output hidden states before: `h`
             those wanted, `h*` its own.
         error: The same with the weights that it has now: never more.
-        outputs: Its output hidden states now, a batch each; `None` where the trained weights were worse or not finite,
+        outputs: Its output hidden states now, a batch each; `None` if the trained weights were worse or not finite,
             and those from before were put back.
-        held_out_error_before: `error_before` on held-out tokens; `None` where there are none.
+        held_out_error_before: `error_before` on held-out tokens; `None` if there are none.
         held_out_error: `error` on held-out tokens.
     """
 

@@ -90,7 +90,7 @@ def measure_sensitivities(
         storage: Where the hidden states between decoder layers wait; `None`: on the device.
 
     Returns:
-        Sensitivities by operator, with zero gradients where the loss does not feel an operator, or it is called more
+        Sensitivities by operator, with zero gradients if the loss does not feel an operator, or it is called more
         than once.
 
     Raises:

@@ -16,7 +16,7 @@ def packed_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Ten
         experts: The module. `gate_up_proj` or `up_proj`, and `down_proj`, are each an `nn.ModuleList` of a layer
             [out, in] an expert, such as `PackedLinear`, or the parameter [experts, ...] as Transformers has it.
         hidden_states: [tokens, hidden].
-        top_k_index: int64 [tokens, k], experts of each token; numbers behind the last expert stand for none.
+        top_k_index: int64 [tokens, k], experts of each token; numbers after the last expert stand for none.
         top_k_weights: [tokens, k], their weights.
 
     Returns:

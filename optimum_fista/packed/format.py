@@ -58,7 +58,7 @@ class PackedTensor:
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
-        """`(n, m)` where the mask holds places inside groups, `None` where it holds one bit a weight."""
+        """`(n, m)` if the mask holds places inside groups, `None` if it holds one bit a weight."""
         n, m = self.layout[1:3].tolist()
         return (n, m) if m else None
 
@@ -92,7 +92,7 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
         weight: [..., cols], any floating dtype.
         mask: Boolean, the shape of `weight`, True = kept, zero or not. `None`: all weights with a bit set are kept, so
             also -0.0.
-        pattern: `(n, m)` to store the places of the kept weights inside their groups, where exactly n of every m
+        pattern: `(n, m)` to store the places of the kept weights inside their groups, if exactly n of every m
             consecutive ones are kept and this takes no more room; one bit a weight otherwise.
 
     Returns:
@@ -197,7 +197,7 @@ def pack_state_dict(
     masks: Mapping[str, Tensor | None],
     patterns: Mapping[str, tuple[int, int] | None] | None = None,
 ) -> dict[str, Tensor]:
-    """Pack the tensors named in `masks`, where that makes them smaller; all others are passed through.
+    """Pack the tensors named in `masks`, if that makes them smaller; all others are passed through.
 
     Args:
         state: Tensors by name.

@@ -126,7 +126,7 @@ def find_library() -> Path | None:
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """The kernels of this installation; `None`, with one warning, where they were not compiled.
+    """The kernels of this installation; `None`, with one warning, if they were not compiled.
 
     The environment variable OPTIMUM_FISTA_KERNELS chooses a path: portable, avx2, avx512, or none.
 

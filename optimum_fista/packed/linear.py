@@ -28,7 +28,7 @@ class PackedLinear(nn.Module):
         out_features: Rows of the weight.
         num_kept: Weights kept.
         bias: Whether there is a bias.
-        n_of_m: `(n, m)` where the mask to load holds places inside groups.
+        n_of_m: `(n, m)` if the mask to load holds places inside groups.
         device: Of the tensors, which are empty until a state is loaded.
         dtype: Of the values and the bias.
 

@@ -115,7 +115,7 @@ def _multiply(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Ten
 
 
 def _multiply_on_cpu(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
-    """Kernels for a few inputs; for more, where they have none, tiles of rows are multiplied as dense ones."""
+    """Kernels for a few inputs; for more, if they have none, tiles of rows are multiplied as dense ones."""
     compiled, dtype = kernels(), x.dtype
     if compiled is None or dtype not in KERNEL_DTYPES or x.numel() == 0:
         return _multiply(x, values, mask, starts, bias)
@@ -137,7 +137,7 @@ def _multiply_on_cpu(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bi
 def _multiply_by_tiles(
     compiled: Kernels, inputs: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """Dense products with a tile of rows at a time, in float32 where the CPU has no products of 16 bits."""
+    """Dense products with a tile of rows at a time, in float32 if the CPU has no products of 16 bits."""
     rows, columns = mask.shape[0], inputs.shape[1]
     computed = values.dtype if compiled.path == "avx512" else torch.float32
     y = torch.empty(inputs.shape[0], rows, dtype=computed)

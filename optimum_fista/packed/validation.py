@@ -50,10 +50,10 @@ def check_tensors(values: Tensor, mask: Tensor, layout: Tensor, name: str) -> No
     if tail.shape[1]:
         first = tail[:, 0] >> (used % 8)
         if bool(first.any()) or bool(tail[:, 1:].any()):
-            raise PackedFormatError(f"{name}_mask has bits set behind the {used} that a row has.")
+            raise PackedFormatError(f"{name}_mask has bits set after the {used} that a row has.")
     kept = int(count_bits(mask).sum()) if n_of_m is None else rows * (columns // n_of_m[1]) * n_of_m[0]
     if values.numel() != kept:
-        raise PackedFormatError(f"{name}_values holds {values.numel()} weights where the mask keeps {kept}.")
+        raise PackedFormatError(f"{name}_values holds {values.numel()} weights, but the mask keeps {kept}.")
     if n_of_m is not None:
         _check_places(mask, columns, n_of_m, name)
 

@@ -103,12 +103,12 @@ class FistaPruningConfig:
             on as well, with the targets `W (a X + (1 - a) X*)`: 1 is `"full"`, 0 corrects nothing, as in the sources
             of SparseGPT and Wanda.
         residual_correction: In [0, 1]: share of the error in the rest of a decoder layer's output that its last
-            operator (the down projection) is to make up for, where its output is added to the residual stream.
+            operator (the down projection) compensates for, if its output is added to the residual stream.
         allocation: `"uniform"`: every operator gets `sparsity`. `"fisher"`: the operators share the zeros, so that the
             loss of the model, as its gradients foretell it, grows least; `sparsity` holds for all of them together.
             Operators with another pattern than unstructured or an entry in `overrides` are left out of it.
         allocation_tokens: Calibration tokens the gradients are taken on.
-        held_out: So many of the calibration sequences, counted from the end, are held out: they run through the network
+        held_out: Number of trailing calibration sequences used for evaluation only: they run through the network
             like the others, nothing is fitted to them, and the report has every operator's error on them as well.
         warm_start: `"dense"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or `"auto"`, the paper's rule: SparseGPT
             for OPT, Wanda for other families. `None`: the method's default.
@@ -123,7 +123,7 @@ class FistaPruningConfig:
         starved_tokens: Experts of a mixture that the router sends fewer calibration tokens are starved.
         starved_method: The method that prunes starved experts, with its default options.
         finetune: `"layer"`: once a decoder layer is pruned, its kept weights are trained together by Adam on the
-            calibration tokens, so that it puts out the hidden states of the dense network. `None`: they are not.
+            calibration tokens, so that it returns the hidden states of the dense network. `None`: they are not.
         finetune_steps: Steps a decoder layer, a calibration batch each.
         finetune_learning_rate: The largest learning rate of these steps.
         seed: Seed of everything random (sampling of calibration windows and texts, order of batches).

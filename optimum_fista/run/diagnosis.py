@@ -183,4 +183,4 @@ def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:
 def _require_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     distance = float((found - expected).norm() / expected.norm())
     if not distance <= tolerance:  # NaN included
-        raise ValueError(f"relative distance {distance:.2g} where at most {tolerance:g} is rounding")
+        raise ValueError(f"relative distance {distance:.2g}, but rounding makes at most {tolerance:g}")

@@ -25,7 +25,7 @@ def push_folder(
 ) -> str:
     """Upload every file of a model folder to a model repository and return the URL of the commit.
 
-    The repository, and the branch `revision` (from the head of `main`), are created where absent. Files of
+    The repository, and the branch `revision` (from the head of `main`), are created if absent. Files of
     the same name are replaced; weights of a standard name (`model.safetensors`, ...) that are on the
     branch but not in `folder` are deleted in the same commit, because they belong to another model.
 

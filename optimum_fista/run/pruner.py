@@ -45,7 +45,7 @@ class FistaPruner:
             memory-mapped files beside the output (of a model in memory: in the temporary folder), or another folder for
             them. `None`: on the model's device, but in files beside the output if a model given by name is pruned on
             the CPU. `"cpu"` spares the memory of a GPU.
-        callbacks: What is told of every operator and decoder layer while a model is pruned.
+        callbacks: Called for every operator and decoder layer as it is pruned.
     """
 
     def __init__(

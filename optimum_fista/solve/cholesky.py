@@ -43,7 +43,7 @@ def damped_cholesky(copy: Callable[[], Tensor], damping: float, shares: Tensor |
 
 
 def mean_damping(diagonal: Tensor, damping: float) -> Tensor:
-    """`damping * mean(diagonal)`, or `damping` where that vanishes; a scalar on the device."""
+    """`damping * mean(diagonal)`, or `damping` if that vanishes; a scalar on the device."""
     mean = diagonal.mean().double()  # a Python number times the mean, without a transfer
     return (damping * torch.where(mean == 0, torch.ones_like(mean), mean)).to(diagonal.dtype)
 

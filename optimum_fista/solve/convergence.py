@@ -15,7 +15,7 @@ class Convergence:
 
     Attributes:
         measure: What the residual is.
-        steps: Some of the steps, counted from 1: all where there are few, otherwise evenly spread on a logarithmic
+        steps: Some of the steps, counted from 1: all if there are few, otherwise evenly spread on a logarithmic
             scale, with the first and the last.
         residuals: Residual of each, in three digits.
     """
@@ -26,7 +26,7 @@ class Convergence:
 
     @classmethod
     def of(cls, measure: str, residuals: Sequence[float], first: int = 1) -> Convergence | None:
-        """Keep at most `POINTS` of the residuals of the steps from `first` on; `None` where there are none."""
+        """Keep at most `POINTS` of the residuals of the steps from `first` on; `None` if there are none."""
         count = len(residuals)
         if not count:
             return None

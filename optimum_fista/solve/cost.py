@@ -16,7 +16,7 @@ class SolveCost:
         factor: Factorisations, inverses and products of Gram matrices, in units of in^3 operations: a Cholesky
             factorisation 1/3, an inverse from it 2/3, a product 2.
         sweeps: Passes over a matrix [out, in] that read and write it.
-        column_steps: Small operations a column, on vectors [out] or blocks, where the method works column by column.
+        column_steps: Small operations a column, on vectors [out] or blocks, if the method works column by column.
         working: What is held at a time, by phase: matrices [out, in] and matrices [in, in].
         block: Matrices of a block of rows (`solve.blocks.row_blocks`) held besides, in all phases.
         shares_factor: Whether operators that share their inputs share `factor` and the Gram matrices.

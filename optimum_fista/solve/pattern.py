@@ -115,5 +115,5 @@ class SparsityPattern(ABC):
         """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it."""
         kept, expected = int(mask.sum()), self.num_kept((mask.shape[0], mask.shape[1]))
         if kept != expected:
-            return f"keeps {kept} weights where {self} of {tuple(mask.shape)} keeps exactly {expected}"
+            return f"keeps {kept} weights, but {self} of {tuple(mask.shape)} keeps exactly {expected}"
         return None

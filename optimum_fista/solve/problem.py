@@ -74,12 +74,12 @@ class InputStatistics:
 
     @property
     def decoupled(self) -> InputStatistics:
-        """Statistics in which nearly dead inputs are uncorrelated with all others; the same where there are none."""
+        """Statistics in which nearly dead inputs are uncorrelated with all others; the same if there are none."""
         return self._decoupled or self
 
     @cached_property
     def _decoupled(self) -> InputStatistics | None:
-        """`None` where they are the same: kept in itself, an object would live on until cycles are collected."""
+        """`None` if they are the same: kept in itself, an object would live on until cycles are collected."""
         live = self.energy_shares == 1
         if bool(live.all()):
             return None
@@ -101,7 +101,7 @@ class LayerProblem:
 
         || W* X* - Y ||_F^2 = <D G, D> - 2 <D, R> + e0,   D = W* - W,  R = C - W G,  e0 = || W X* - Y ||_F^2,
 
-    a form that loses no digits where `W*` is close to `W`. With `Y = W X*` both `R` and `e0` vanish.
+    a form that loses no digits if `W*` is close to `W`. With `Y = W X*` both `R` and `e0` vanish.
 
     Attributes:
         weight: Dense weights `W` [out, in], float32 or better.
@@ -124,7 +124,7 @@ class LayerProblem:
     ) -> None:
         """Make the problem.
 
-        `same_energies`, squared norms of the rows of `W X*`, [out], float64, spare a product where they are known.
+        `same_energies`, squared norms of the rows of `W X*`, [out], float64, spare a product if they are known.
         """
         if weight.ndim != 2 or weight.shape[1] != statistics.gram.shape[0]:
             raise ValueError(
@@ -196,7 +196,7 @@ class LayerProblem:
     def decoupled(self) -> LayerProblem:
         """The problem that methods solve: nearly dead inputs stand alone (`InputStatistics`), errors are this one's.
 
-        The same where there are no such inputs, otherwise with a Gram matrix and a target of its own.
+        The same if there are no such inputs, otherwise with a Gram matrix and a target of its own.
         """
         statistics = self.statistics.decoupled
         if statistics is self.statistics:

@@ -18,10 +18,10 @@ class PrunedOperator:
         mask: Boolean mask [out, in], True = kept.
         relative_error: `|| W* X* - W X ||_F / || W X ||_F` on the calibration tokens.
         iterations: Iterations over all trials and stages.
-        l1_penalty: Penalty of the solution kept, where the method has one.
+        l1_penalty: Penalty of the solution kept, if the method has one.
         converged: False when an iteration limit or a numerical failure ended the method.
         message: Advice when not converged, or what else a reader of the report should know.
-        convergence: How the iterations came to rest, where the method knows it without further work.
+        convergence: Convergence history, if the method knows it without further work.
     """
 
     weight: Tensor

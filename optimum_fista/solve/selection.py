@@ -58,7 +58,7 @@ def _kth_by_bracket(array: np.ndarray, k: int, *, magnitude: bool = False) -> fl
 
     With `magnitude`, of their absolute values.
 
-    Exact (Floyd & Rivest 1975): the values below the bracket are counted, and where the bracket missed, everything is
+    Exact (Floyd & Rivest 1975): the values below the bracket are counted, and if the bracket missed, everything is
     partitioned.
     """
     sample = array[:: array.size // _SAMPLE | 1]

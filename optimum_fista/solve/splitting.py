@@ -81,7 +81,7 @@ class SplitState:
 
     @property
     def convergence(self) -> Convergence | None:
-        """The fixed-point residual of the iterations, which vanishes where the primal and the dual one do.
+        """The fixed-point residual of the iterations, which vanishes if the primal and the dual one do.
 
         `W_{k+1} - Z_k = (W_{k+1} - Z_{k+1}) + (Z_{k+1} - Z_k)`: the primal residual, and the dual one over rho. It
         begins with the second iteration; in the first, from the dense weights, nothing has been projected yet.

@@ -1,4 +1,4 @@
-"""Training the kept weights of one decoder layer on what it should put out."""
+"""Training the kept weights of one decoder layer on what it should return."""
 
 import math
 

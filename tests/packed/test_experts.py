@@ -47,7 +47,7 @@ def test_packed_or_not_they_compute_the_same(family, tokens):
 
 
 def test_tokens_of_no_expert_here():
-    """Numbers behind the last expert, as expert parallelism gives them, add nothing."""
+    """Numbers after the last expert, as expert parallelism gives them, add nothing."""
     module = experts_of("mixtral")
     x, index, weights = routed(6, 32, 4)
     alone = packed_experts_forward(module, x, index[:, :1], weights[:, :1])

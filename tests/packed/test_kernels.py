@@ -191,7 +191,7 @@ def test_starts_of_another_mask_are_refused():
 @pytest.mark.parametrize("path", paths())
 @pytest.mark.parametrize("row", [3, 90])
 def test_masks_that_are_not_those_of_the_starts_are_refused(path, row, inputs):
-    """Bits behind the columns would be written behind the last row; others would move all values that follow."""
+    """Bits after the columns would be written after the last row; others would move all values that follow."""
     compiled, columns = Kernels(find_library(), path), 60
     packed = pack(torch.ones(100, columns).bfloat16())
     starts, x = row_starts(packed.mask), torch.ones(inputs, columns).bfloat16()

@@ -59,7 +59,7 @@ def test_malformed_states_are_refused():
     linear, mask = sparse_linear()
     state = pack_state_dict(linear.state_dict(), {"weight": mask})
     layer = PackedLinear(80, 24, 10)
-    with pytest.raises(PackedFormatError, match="where the mask keeps"):
+    with pytest.raises(PackedFormatError, match="but the mask keeps"):
         layer.load_state_dict({**state, "weight_values": state["weight_values"][1:]})
     with pytest.raises(PackedFormatError, match=r"says shape \(24, 80\): this layer's weight is \(24, 79\)"):
         PackedLinear(79, 24, 10).load_state_dict(state)
@@ -77,7 +77,7 @@ def test_malformed_states_are_refused():
 def test_a_layer_without_a_state_does_not_compute():
     layer = PackedLinear(80, 24, 10)
     layer.weight_mask.zero_()
-    with pytest.raises(PackedFormatError, match="where the mask keeps 0"):
+    with pytest.raises(PackedFormatError, match="but the mask keeps 0"):
         layer(torch.zeros(1, 80))
 
 

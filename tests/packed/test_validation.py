@@ -57,7 +57,7 @@ CASES = {
     "values shape": (broken(packed_bits(), values=packed_bits().values[None]), "one dimension"),
     "values cut": (
         broken(packed_bits(), values=packed_bits().values[:-1]),
-        r"holds 2\d\d weights where the mask keeps",
+        r"holds 2\d\d weights, but the mask keeps",
     ),
     "values of groups cut": (broken(packed_groups(), values=packed_groups().values[1:]), "holds 143 weights"),
 }
@@ -91,7 +91,7 @@ def test_every_changed_value_is_found_by_the_checksum(packed):
 def test_padding_bits_must_be_zero(bit):
     packed = packed_bits()
     packed.mask[3, bit // 8] |= 1 << bit % 8
-    with pytest.raises(PackedFormatError, match="bits set behind the 70 that a row has"):
+    with pytest.raises(PackedFormatError, match="bits set after the 70 that a row has"):
         check(packed)
 
 
@@ -99,7 +99,7 @@ def test_padding_bits_must_be_zero(bit):
 def test_every_flipped_bit_of_a_mask_is_found(bit):
     packed = packed_bits()
     packed.mask[2, bit // 8] ^= 1 << bit % 8
-    with pytest.raises(PackedFormatError, match="where the mask keeps"):
+    with pytest.raises(PackedFormatError, match="but the mask keeps"):
         check(packed)
 
 

@@ -114,7 +114,7 @@ def test_violation_is_none_for_its_own_masks_only(pattern):
     assert pattern.violation(mask) is None
     one_more = mask.clone()
     one_more.view(-1)[int((~mask).view(-1).int().argmax())] = True
-    assert pattern.violation(one_more) == f"keeps 17 weights where {pattern} of (4, 8) keeps exactly 16"
+    assert pattern.violation(one_more) == f"keeps 17 weights, but {pattern} of (4, 8) keeps exactly 16"
 
 
 def test_violation_names_the_group_or_row_whose_count_is_wrong():

@@ -107,7 +107,7 @@ INLINE void store(uint32_t* dense, uint64_t bits, const uint32_t* values, int64_
   _mm512_mask_storeu_epi32(dense, room, _mm512_maskz_expand_epi32(__mmask16(bits), _mm512_maskz_loadu_epi32(there, values)));
 }
 
-// One dense row out of `left` values, those of the row and all behind it; returns where the row's end.
+// One dense row out of `left` values, those of the row and all after it; returns where the row's end.
 template <class T>
 TARGET const T* unpack_row(const T* values, int64_t left, const uint8_t* mask, T* dense, int64_t columns) {
   using Word = decltype(T::bits);

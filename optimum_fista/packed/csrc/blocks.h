@@ -83,7 +83,7 @@ template <class T> T* tile_of(T* arranged, int64_t count, int64_t words, int64_t
 }
 
 // Words first to last - 1 of `count` inputs x [count, columns] as [tiles][pairs of columns][16 lanes a register][2],
-// zeros behind the columns and the inputs; pairs of a tile lie for all words together.
+// zeros after the columns and the inputs; pairs of a tile lie for all words together.
 TARGET inline void arrange(const uint16_t* x, int64_t count, int64_t columns, int64_t words, int64_t first,
                            int64_t last, uint32_t* arranged) {
   for (int64_t input = 0; input < count; input += 16) {
@@ -108,7 +108,7 @@ INLINE __m512i load_some(const uint16_t* values, int64_t count) {
   return _mm512_maskz_loadu_epi16(count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1, values);
 }
 
-// The next `words` words of one row, dense; returns where its values go on.
+// The next `words` words of one row, dense; returns where the values of the next words begin.
 TARGET inline const uint16_t* unpack(const uint16_t* values, const uint16_t* end, const uint8_t* mask, int64_t words,
                                      uint16_t* dense) {
   for (int64_t word = 0; word < words; word++, dense += 64) {

@@ -7,7 +7,7 @@
 
 namespace fista {
 
-// Widest register that a kernel loads at a place of the values, in elements: what may lie behind a row's last value.
+// Widest register that a kernel loads at a place of the values, in elements: what may lie after a row's last value.
 constexpr int64_t kLookahead = 32;
 
 // Nothing is known of what `mask` and `starts` hold, but that starts[0] = 0 and starts[rows] is the number of values. A
@@ -41,7 +41,7 @@ struct Matrix {
     return starts[row] >= 0 && starts[row] <= starts[row + 1] && starts[row + 1] <= kept() && !surplus(row, ones);
   }
 
-  // Not zero where a row whose ones took `used` values has others by its starts, or ones behind its columns.
+  // Not zero where a row whose ones took `used` values has others by its starts, or ones after its columns.
   uint64_t surplus(int64_t row, int64_t used) const {
     const uint64_t beyond = columns % 64 ? ~uint64_t(0) << columns % 64 : 0;
     return (uint64_t(used) ^ (uint64_t(starts[row + 1]) - uint64_t(starts[row]))) | (word(row, words() - 1) & beyond);
@@ -50,7 +50,7 @@ struct Matrix {
 
 struct Product {
   Matrix matrix;
-  const void* x;     // [words, batch, 64], what the instruction set computes with, zeros behind the columns
+  const void* x;     // [words, batch, 64], what the instruction set computes with, zeros after the columns
   const void* bias;  // [rows] or null
   void* y;           // [batch, rows]
   int64_t batch;

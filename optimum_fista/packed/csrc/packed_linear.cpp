@@ -66,7 +66,7 @@ int64_t row_of_part(const Matrix& matrix, int64_t part, int64_t parts, int64_t b
   return low;
 }
 
-// Inputs by words of columns, so that they are read in order; zeros behind the columns, widened where the kernel
+// Inputs by words of columns, so that they are read in order; zeros after the columns, widened where the kernel
 // computes in float32.
 template <class T, class Input> const void* prepare(const T* x, int64_t batch, const Matrix& matrix) {
   static thread_local std::vector<Input> prepared;

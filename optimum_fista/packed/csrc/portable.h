@@ -48,7 +48,7 @@ template <class T> const T* unpack_row(const T* values, int64_t, const uint8_t* 
   for (int64_t start = 0; start < columns; start += 64) {
     uint64_t bits;
     std::memcpy(&bits, mask + start / 8, 8);
-    if (columns - start < 64) bits &= (uint64_t(1) << (columns - start)) - 1;  // nothing is written behind the row
+    if (columns - start < 64) bits &= (uint64_t(1) << (columns - start)) - 1;  // nothing is written after the row
     std::memset(dense + start, 0, sizeof(T) * (columns - start < 64 ? columns - start : 64));
     for (; bits; bits &= bits - 1) dense[start + __builtin_ctzll(bits)] = *values++;
   }

@@ -1,1 +1,1 @@
-"""Telling others of a run as it goes on."""
+"""Callbacks for pruning runs, and trackers."""

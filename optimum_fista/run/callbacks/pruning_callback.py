@@ -15,8 +15,8 @@ class PruningCallback:
 
     An exception of a callback ends the run like any other error, so that raising one is the way to stop a run that goes
     wrong, and no failure hides in the log of a run of hours. From files to files nothing finished is lost by it: the
-    decoder layers before are kept, that of `on_layer_end` included, and the same call goes on behind them. A model in
-    memory is put back as it was, as after an interrupt; behind `on_prune_end` it is pruned, and can be saved. Where a
+    decoder layers before are kept, that of `on_layer_end` included, and the same call resumes after them. A model in
+    memory is put back as it was, as after an interrupt; after `on_prune_end` it is pruned, and can be saved. Where a
     failure should not matter, the callback catches it itself, as `TrackingCallback` does.
     """
 
@@ -27,12 +27,12 @@ class PruningCallback:
         """An operator is pruned. Where the device then runs out of memory, its decoder layer is done once more."""
 
     def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:
-        """A decoder layer is pruned for good, in files where a model is pruned from its files.
+        """A decoder layer is pruned for good, in files if a model is pruned from its files.
 
         Args:
             index: Its index.
             layer: Its report.
-            operators: Those of its operators; none where it stays dense.
+            operators: Those of its operators; none if it stays dense.
         """
 
     def on_prune_end(self, report: PruningReport) -> None:

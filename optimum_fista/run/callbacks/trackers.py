@@ -39,9 +39,9 @@ def open_tracker(name: str, folder: Path, run: str, config: Mapping[str, Any]) -
 
     Args:
         name: `"tensorboard"` or `"trackio"`.
-        folder: Where it keeps what it is told. TensorBoard gets files of its own for every start of the run. Trackio
+        folder: Where it keeps its values. TensorBoard gets files of its own for every start of the run. Trackio
             gets it by the variable `TRACKIO_DIR`, which it reads when it is first imported.
-        run: Name of the run; under the same name trackio goes on with a run that was cut off.
+        run: Name of the run; under the same name trackio continues a run that was interrupted.
         config: What trackio shows beside the curves.
 
     Yields:

@@ -15,7 +15,7 @@ class Spread:
 
     Attributes:
         mean: Over the seeds.
-        deviation: Standard deviation over several seeds; for one seed the standard error where it is known.
+        deviation: Standard deviation over several seeds; for one seed the standard error if it is known.
     """
 
     mean: float

@@ -22,7 +22,7 @@ class Candidate:
         method: The method as the user wrote it, or `DENSE`.
         pattern: The pattern as the user wrote it, or `NO_PATTERN`.
         seed: Seed of the calibration tokens and of the configuration.
-        config: The configuration; `None` for the dense model, and where there is none.
+        config: The configuration; `None` for the dense model, and if there is none.
         error: Why there is no configuration.
     """
 

@@ -34,9 +34,9 @@ def compare(settings: ComparisonSettings, output: str | Path, *, progress: bool 
     """Prune a model by every method, pattern and seed, and measure the dense and every pruned one.
 
     One model is in memory at a time. Every row is kept in `output`/rows under a digest of all it depends on (weights,
-    configuration, tokens, tasks), so that the same call after an interrupt goes on with the first unfinished row. A
+    configuration, tokens, tasks), so that the same call after an interrupt resumes with the first unfinished row. A
     row that fails is recorded with its error, and tried again by the next call. `output`/table.md, .csv and .json are
-    written anew behind every row, pictures at the end.
+    written anew after every row, pictures at the end.
 
     Args:
         settings: What to compare.
@@ -106,7 +106,7 @@ def measure_row(
 
 
 class _Run:
-    """Rows of one comparison, from their files where they are finished."""
+    """Rows of one comparison, from their files if they are finished."""
 
     def __init__(
         self,

@@ -107,7 +107,7 @@ class Comparison:
         write_text(folder / "table.md", self.to_markdown())
 
     def write_plots(self, folder: Path) -> list[Path]:
-        """Draw `perplexity.png`, and `sparsity.png` where there are several sparsities; nothing without matplotlib."""
+        """Draw `perplexity.png`, and `sparsity.png` if there are several sparsities; nothing without matplotlib."""
         if importlib.util.find_spec("matplotlib") is None or not self.texts:
             return []
         drawn = [plot(self.rows, self.texts, folder) for plot in (plot_bars, plot_lines)]

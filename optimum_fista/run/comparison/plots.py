@@ -58,7 +58,7 @@ def plot_lines(rows: Sequence[Row], texts: Sequence[str], folder: Path) -> Path 
     """Perplexity against sparsity, one panel a text, for the methods with several unstructured sparsities.
 
     Returns:
-        `sparsity.png` in `folder`; `None` where there is no such method.
+        `sparsity.png` in `folder`; `None` if there is no such method.
     """
     import matplotlib.pyplot as plt
 

@@ -14,7 +14,7 @@ class Score:
 
     Attributes:
         value: Its mean over the task's documents.
-        stderr: Standard error of that mean, where it is known.
+        stderr: Standard error of that mean, if it is known.
     """
 
     value: float

@@ -30,7 +30,7 @@ class ComparisonSettings:
         calibration: Source of the calibration text, or `"self"`.
         num_samples: Calibration sequences.
         calibration_length: Tokens a calibration sequence; `None`: those of a window.
-        sequence_length: Tokens a window of perplexity; `None`: 2048, or the model's context where that is shorter.
+        sequence_length: Tokens a window of perplexity; `None`: 2048, or the model's context if that is shorter.
         max_windows: Only the first windows of every text; `None`: all.
         held_out: Windows drawn with the calibration sequences, of their length, and not calibrated on. Perplexity is
             measured on them (`"held-out"`) and on as many of those calibrated on (`"calibrated"`), and the relative

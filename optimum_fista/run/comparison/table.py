@@ -83,7 +83,7 @@ def _best(
     choose: Callable[[list[float]], float] | None,
     form: str,
 ) -> str | None:
-    """The best value of a pattern as it is shown; `None` where there is nothing to choose from."""
+    """The best value of a pattern as it is shown; `None` if there is nothing to choose from."""
     found = [spread.mean for line in lines if line.pattern == pattern and (spread := value(line)) is not None]
     return form.format(choose(found)) if choose is not None and len(found) > 1 else None
 

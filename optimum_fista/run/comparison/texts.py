@@ -69,7 +69,7 @@ def _measured_texts(
         recipe.append(
             f"Perplexity on {name}: {text.origin} (sha256 {text.sha256[:16]}), the first {len(texts[name])} of "
             f"{len(whole)} windows of {length} tokens, no overlap, {_bos_of(tokenizer, whole)}; every window is scored "
-            "on its own, exp of the mean negative log-likelihood of its tokens behind the first."
+            "on its own, exp of the mean negative log-likelihood of its tokens after the first."
         )
     return texts, recipe
 

@@ -43,7 +43,7 @@ class Evaluation:
 
 
 def place_of(model: str | Path) -> str:
-    """Digest of a folder's path; empty where there is no such folder."""
+    """Digest of a folder's path; empty if there is no such folder."""
     path = Path(model)
     return hashlib.sha256(str(path.resolve()).encode()).hexdigest() if path.exists() else ""
 

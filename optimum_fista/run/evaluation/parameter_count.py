@@ -20,7 +20,7 @@ def count_parameters(folder: Path, model_class: str) -> int | None:
         model_class: Name of the model's class in Transformers.
 
     Returns:
-        The number; `None` where Transformers has no such class, or the class can't be made without weights.
+        The number; `None` if Transformers has no such class, or the class can't be made without weights.
     """
     found = getattr(transformers, model_class, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)) or found.config_class is None:

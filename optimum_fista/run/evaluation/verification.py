@@ -44,7 +44,7 @@ class Verification:
         num_operators: Operators checked.
         num_weights: Their weights.
         num_zeros: Weights that are zero by their masks and in the files.
-        num_parameters: Parameters of the model; `None` where they could not be counted.
+        num_parameters: Parameters of the model; `None` if they could not be counted.
     """
 
     num_operators: int
@@ -56,7 +56,7 @@ class Verification:
 def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Verification:
     """Read a pruned model's files again and check every operator, one tensor in memory at a time.
 
-    Checks: the mask keeps exactly the number of weights the pattern asks for, in every row or group where the
+    Checks: the mask keeps exactly the number of weights the pattern asks for, in every row or group if the
     pattern says so; every weight outside the mask is zero and every weight finite; shapes, counts and totals
     agree between masks, report, config and checkpoint; the report's number of parameters is that of the model.
 
@@ -95,7 +95,7 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
 def _verify_totals(
     folder: Path, report: PruningReport, promised: Mapping[str, Any], zeros: int, weights: int
 ) -> int | None:
-    """Check what the report says of all operators together; returns the number of parameters where it is known."""
+    """Check what the report says of all operators together; returns the number of parameters if it is known."""
     claimed = report.model["num_parameters"]
     parameters = count_parameters(folder, report.model["class"])
     if parameters is not None and parameters != claimed:

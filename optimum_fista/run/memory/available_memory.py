@@ -33,8 +33,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def available_bytes(device: torch.device) -> int | None:
     """Bytes that can be had on a device now, those that PyTorch keeps unused on it included.
 
-    On the CPU it is what the system can give without swapping, or less where the process's control group (Linux,
-    version 2; containers) may use less. `None` where the device does not say.
+    On the CPU it is what the system can give without swapping, or less if the process's control group (Linux,
+    version 2; containers) may use less. `None` if the device does not say.
     """
     if device.type == "cpu":
         return int(min(psutil.virtual_memory().available, _left_to_group()))

@@ -15,13 +15,13 @@ _WORTH_A_SEARCH = 2**20
 
 
 def release_memory_of(module: nn.Module) -> None:
-    """Give back what the work on a module has left, in cycles of Python objects too where the module is not tiny."""
+    """Give back what the work on a module has left, in cycles of Python objects too if the module is not tiny."""
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     release_free_memory(collect=size >= _WORTH_A_SEARCH)
 
 
 def release_free_memory(*, collect: bool = False) -> None:
-    """Give the process's free memory back to the system, where the C library is glibc.
+    """Give the process's free memory back to the system, if the C library is glibc.
 
     Freed blocks below 32 MiB stay with the process otherwise: the matrices of one operator would lie beside the
     unused remains of the operators before, of other sizes.
@@ -50,7 +50,7 @@ def keep_large_blocks_apart() -> None:
 
 @cache
 def _glibc() -> Any:
-    """The C library where it is glibc."""
+    """The C library if it is glibc."""
     if sys.platform != "linux":
         return None
     library = ctypes.CDLL(None)

@@ -22,7 +22,7 @@ class MemoryPeak:
 
     Attributes:
         resident_bytes: All that is in physical memory, pages of files that are read or mapped included.
-        anonymous_bytes: Of these what no file backs, so that the system can't drop it; `None` where that is not told.
+        anonymous_bytes: The part that no file backs, so that the system can't drop it; `None` if it is unknown.
         device_bytes: Tensors on the accelerator; `None` on the CPU, and if PyTorch does not count them.
     """
 

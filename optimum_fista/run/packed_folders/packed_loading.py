@@ -84,7 +84,7 @@ class FistaPackedQuantizer(HfQuantizer):
 
     @property
     def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
-        """The tensors that a parameter is stored as: three where it is packed, itself where it was left dense."""
+        """The tensors that a parameter is stored as: three if it is packed, itself if it was left dense."""
         from optimum_fista.packed.validation import SUFFIXES
 
         return {name: [name + suffix for suffix in (*SUFFIXES, "")] for name in self.quantization_config.parameters}

@@ -167,7 +167,7 @@ def _expert_parameters(model: PreTrainedModel, files: PackedFiles) -> dict[str, 
 def _stored_experts(
     operators: list[ExpertOperator], num_experts: int, names: Mapping[str, StoredName]
 ) -> list[list[StoredName]]:
-    """What the matrices of one parameter are stored as, by experts; empty where it is not known."""
+    """What the matrices of one parameter are stored as, by experts; empty if it is not known."""
     stored = [names.get(f"{operator.name}.weight") for operator in operators]
     known = [s for s in stored if s is not None]
     if len(known) < len(operators):
@@ -188,7 +188,7 @@ def _require_packed_implementation(experts: nn.Module, _: Any) -> None:
 
 
 def _execution_device(model: PreTrainedModel, name: str) -> torch.device:
-    """Where a weight is needed: its place in the device map, or the main device where it is offloaded from there."""
+    """Where a weight is needed: its place in the device map, or the main device if it is offloaded from there."""
     places: dict[str, Any] = getattr(model, "hf_device_map", {})
     place = next((places[key] for key in _prefixes(name) if key in places), None)
     if place is None:

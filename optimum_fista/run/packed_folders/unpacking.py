@@ -31,7 +31,7 @@ class Unpack(ConversionOps):
     ) -> dict[str, list[Tensor]]:
         """Lists of values, masks and layouts by their patterns -> lists of dense tensors, in the model's dtype.
 
-        Tensors that are dense already keep their names. The others are named by the target, or, where other operations
+        Tensors that are dense already keep their names. The others are named by the target, or, if other operations
         follow that merge several sources, as the values were.
 
         Raises:

@@ -42,7 +42,7 @@ class OperatorGrid:
 def layer_and_kind(name: str) -> tuple[str, str]:
     """`model.layers.3` and `self_attn.q_proj` of `model.layers.3.self_attn.q_proj.weight`.
 
-    The layer is empty where the name holds no number.
+    The layer is empty if the name holds no number.
     """
     match = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
     layer, kind = match.groups() if match else ("", name)
@@ -51,6 +51,6 @@ def layer_and_kind(name: str) -> tuple[str, str]:
 
 
 def layer_index(layer: str) -> int:
-    """3 of `model.layers.3`; -1 where there is no number."""
+    """3 of `model.layers.3`; -1 if there is no number."""
     number = layer.rpartition(".")[2]
     return int(number) if number.isdecimal() else -1

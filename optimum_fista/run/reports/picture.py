@@ -17,7 +17,7 @@ def error_picture(report: PruningReport) -> bytes | None:
     Equal reports give equal bytes under one version of Matplotlib.
 
     Returns:
-        The file's bytes; `None` where Matplotlib (extra `plots`) is not installed.
+        The file's bytes; `None` if Matplotlib (extra `plots`) is not installed.
     """
     try:
         from matplotlib import rc_context

@@ -39,15 +39,15 @@ class OperatorReport:
         relative_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, weights as saved, or as they
             were before fine-tuning or retraining; `Y` are the outputs that the error correction aims at, those of the
             dense network `W X` or others.
-        l1_penalty: Penalty of the solution, where the method has one.
+        l1_penalty: Penalty of the solution, if the method has one.
         iterations: Iterations over all trials.
         converged: False when an iteration limit or a numerical failure ended the method.
         message: Advice or remark of the method.
         num_tokens: Calibration tokens seen.
         solve_seconds: Time of the method, shared evenly over the operators it solved together.
-        held_out_error: `relative_error` on held-out tokens, to which nothing was fitted; `None` where there are none.
+        held_out_error: `relative_error` on held-out tokens, to which nothing was fitted; `None` if there are none.
         held_out_tokens: Held-out tokens seen.
-        convergence: How the method came to rest; `None` where it takes no steps, or its residual is not known.
+        convergence: Convergence history; `None` if it takes no steps, or its residual is not known.
         residual_corrected: Whether it made up for what the rest of its decoder layer lost (`residual_correction`).
     """
 
@@ -86,11 +86,11 @@ class FinetuningReport:
     """What fine-tuning made of one decoder layer.
 
     Attributes:
-        error_before: `sqrt(mean over tokens of || h* - h ||^2 / || h ||^2)` of the hidden states behind the layer when
+        error_before: `sqrt(mean over tokens of || h* - h ||^2 / || h ||^2)` of the hidden states after the layer when
             its operators were pruned: `h*` those of the pruned layer, `h` those wanted.
-        error: The same after fine-tuning; equal where that gained nothing, and the weights from before were put back.
+        error: The same after fine-tuning; equal if that gained nothing, and the weights from before were put back.
         seconds: Its wall time.
-        held_out_error_before: `error_before` on held-out tokens; `None` where there are none.
+        held_out_error_before: `error_before` on held-out tokens; `None` if there are none.
         held_out_error: `error` on held-out tokens.
     """
 
@@ -107,13 +107,13 @@ class LayerReport:
 
     Attributes:
         name: Its name in the model.
-        hidden_state_error: `|| H* - H ||_F / || H ||_F` of the hidden states behind it, `H*` in the pruned network and
-            `H` in the dense one, on the calibration tokens. `None` where the two are not both carried on
-            (`error_correction` `"none"` or `"intra"`, or nothing corrected), and behind the last operator pruned.
+        hidden_state_error: `|| H* - H ||_F / || H ||_F` of the hidden states after it, `H*` in the pruned network and
+            `H` in the dense one, on the calibration tokens. `None` if the two are not both carried on
+            (`error_correction` `"none"` or `"intra"`, or nothing corrected), and after the last operator pruned.
         seconds: Wall time of the layer.
-        memory: The most memory that the process held while the layer's operators were pruned; `None` where there are
+        memory: The most memory that the process held while the layer's operators were pruned; `None` if there are
             none, and in reports of older versions.
-        finetuning: What fine-tuning made of it; `None` where it was not fine-tuned.
+        finetuning: What fine-tuning made of it; `None` if it was not fine-tuned.
     """
 
     name: str
@@ -158,8 +158,8 @@ class PruningReport:
     Attributes:
         config: The configuration, as plain values.
         model: Class, type, name (a Hub id, or the last part of a path) and number of parameters of the model.
-        calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` where known; the same of the
-            tokens held out under `held_out`, where there are any.
+        calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` if known; the same of the
+            tokens held out under `held_out`, if there are any.
         operators: One report an operator, in pruning order.
         layers: One report a decoder layer; empty in reports of older versions.
         left_dense: Linear operators of the decoder layers that were left dense, with the reason.
@@ -212,7 +212,7 @@ class PruningReport:
     def totals(self) -> dict[str, Any]:
         """Sums and means over the pruned operators; `model_sparsity` counts every parameter of the model.
 
-        `held_out_ratio` is the mean held-out error over the mean relative error of the same operators: 1 where nothing
+        `held_out_ratio` is the mean held-out error over the mean relative error of the same operators: 1 if nothing
         is over-fitted. Without held-out tokens it and the held-out errors are `None`.
         """
         weights = sum(o.shape[0] * o.shape[1] for o in self.operators)

@@ -23,7 +23,7 @@ class MaskedTraining:
 
     - a hook on every pruned parameter sets its gradients outside the mask to zero before they are accumulated, so that
       clipping, accumulation, loss scaling, the other processes and the optimizer's moments never see them;
-    - a hook behind every optimizer step sets the weights themselves to zero, for optimizers that move weights without a
+    - a hook after every optimizer step sets the weights themselves to zero, for optimizers that move weights without a
       gradient. State that an optimizer brings along is masked after its first step.
     """
 

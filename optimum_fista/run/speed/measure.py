@@ -32,7 +32,7 @@ class SpeedSettings:
         variants: Names out of `VARIANTS`.
         batch_sizes: Sequences that are decoded together.
         new_tokens: Tokens that `generate` writes in each.
-        prompt_tokens: Tokens it goes on from.
+        prompt_tokens: Tokens of the prompt.
         prefill_tokens: Tokens of the forward pass that stands for reading a prompt.
         rounds: Times that each is measured, in turn.
         threads: Threads of PyTorch on the CPU.

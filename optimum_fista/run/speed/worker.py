@@ -27,7 +27,7 @@ class Variant:
 
     Attributes:
         name: What it is called.
-        folder: Model folder, a packed one where the runtime is packed.
+        folder: Model folder, a packed one if the runtime is packed.
         dtype: Floating dtype.
         runtime: `"dense"` or `"packed"`.
     """
@@ -67,7 +67,7 @@ class Worker:
         except (EOFError, OSError) as gone:
             self._process.join(5)
             raise RuntimeError(
-                f"{self.variant.name}: its process has ended (exit code {self._process.exitcode}); where it was "
+                f"{self.variant.name}: its process has ended (exit code {self._process.exitcode}); if it was "
                 "killed, the memory did not suffice: measure fewer variants at a time"
             ) from gone
         if error is not None:

@@ -34,7 +34,7 @@ def calibration_tokens(
         model: The model to prune, still dense.
         tokenizer: Its tokenizer.
         num_samples: Number of sequences.
-        sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum where that is shorter.
+        sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum if that is shorter.
         seed: Seed of the sampling.
 
     Raises:
@@ -57,13 +57,13 @@ def calibration_tokens_by_name(
     dtype: str = "auto",
     keep_in: Path | None = None,
 ) -> Tensor:
-    """The same for a model given by name, which is loaded only where it samples its own text.
+    """The same for a model given by name, which is loaded only if it samples its own text.
 
     Args:
         name: Hub id, model folder, or a folder with one GGUF file.
         source: As above.
         num_samples: Number of sequences.
-        sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum where that is shorter.
+        sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum if that is shorter.
         seed: Seed of the sampling.
         device: Where the model samples its text.
         dtype: In which dtype.
@@ -104,7 +104,7 @@ def _digest(settings: str, tokens: Tensor) -> str:
 
 
 def usual_length(config: PreTrainedConfig) -> int:
-    """Tokens a sequence where nothing else is said: 2048, or the model's context where that is shorter."""
+    """Tokens a sequence if nothing else is said: 2048, or the model's context if that is shorter."""
     return min(_USUAL_LENGTH, getattr(config, "max_position_embeddings", None) or _USUAL_LENGTH)
 
 

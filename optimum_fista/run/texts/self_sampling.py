@@ -32,10 +32,10 @@ def sample_text_from_model(
     """Let the model write calibration tokens.
 
     Every sample starts with BOS (EOS if there is none). The next token of each is drawn without replacement from
-    the model's distribution over ordinary tokens, so that no two samples start alike even where the model is sure
+    the model's distribution over ordinary tokens, so that no two samples start alike even if the model is sure
     how a text starts. Without BOS and EOS, the first tokens are ordinary ones, drawn uniformly without
     replacement. The rest is sampled at temperature 1 from the nucleus of probability 0.95. EOS does not end a
-    sample: the model goes on with the next document.
+    sample: the model continues with the next document.
 
     The global random state, the model's modes and its generation config are afterwards as before. The same seed
     gives the same tokens for the same model, device and batch size.

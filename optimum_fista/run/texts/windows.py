@@ -154,7 +154,7 @@ def _windows_of_document(
 
 
 def _segments(document: str, characters: int) -> list[str]:
-    """Consecutive parts of about equal length, cut before white space where there is some."""
+    """Consecutive parts of about equal length, cut before white space if there is some."""
     cuts = [0]
     while len(document) - cuts[-1] > 2 * characters:
         cut = cuts[-1] + characters

@@ -30,10 +30,10 @@ class ObsAdmm(PruningMethod):
        `S = diag(G)`, `G_r = G + r S` and `C_r = C + r W S`.
     2. Columns are scaled so that `G_r^-1` has unit diagonal: `W'_ij = W_ij / sqrt([G_r^-1]_jj)`. The projection
        on the pattern then keeps the largest `w^2 / [G_r^-1]_jj`, the increase of the error when a weight is
-       removed and the others of its row make up for it (optimal brain surgeon, Hassibi & Stork 1993).
+       removed and the others of its row compensate for it (optimal brain surgeon, Hassibi & Stork 1993).
     3. ADMM (as in ALPS, arXiv 2406.07831) in stages of fixed `rho`, one Cholesky factorisation each for all
        operators that share the inputs. It keeps the larger of `|w_i|` (kept) and `|g_j| / rho` (removed, with the
-       gradient `g_j`). Swapping j for i pays where `g_j^2 / s_j > w_i^2 / h_i`, with the inverse diagonal `h` of the
+       gradient `g_j`). Swapping j for i pays if `g_j^2 / s_j > w_i^2 / h_i`, with the inverse diagonal `h` of the
        kept weights' Gram matrix and the Schur complement `s_j`. In these coordinates `h <= 1 <= s`, both near 1, so
        that `rho` a little above 1 swaps what pays to swap, and a dozen iterations are enough.
     4. Refit of the kept weights by conjugate gradients on the ridge problem.

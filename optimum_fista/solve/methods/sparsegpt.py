@@ -19,7 +19,7 @@ from optimum_fista.solve.pruned import PrunedOperator
 @register
 @dataclass(frozen=True)
 class SparseGPT(PruningMethod):
-    """Prune columns from left to right and let the columns on the right make up for each (Algorithm 1).
+    """Prune columns from left to right and let the columns on the right compensate for each (Algorithm 1).
 
     `H = G + damping * mean(diag G) I`, less for nearly dead inputs (`InputStatistics`), `U` the upper Cholesky factor
     of `H^-1`. Weight j of a row is scored `w_j^2 / U_jj^2`; n:m groups are decided one by one, unstructured masks a

@@ -104,7 +104,7 @@ def test_a_flipped_bit_of_a_mask(folder, saved):
     change(folder / MASKS, UP, flip(kept))
     verify_checkpoint(folder)
     change(folder / MASKS, UP, flip(pruned))
-    assert f"{UP}: its mask keeps 769 weights where 2:4" in broken(folder)
+    assert f"{UP}: its mask keeps 769 weights, but 2:4" in broken(folder)
 
 
 def test_a_weight_moved_to_another_group_of_its_row(folder, saved):

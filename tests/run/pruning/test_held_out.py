@@ -36,7 +36,7 @@ def test_errors_are_those_of_the_held_out_inputs(tokens, error_correction, metho
 
 
 def parts_of(model, tokens, layer):
-    """Inputs [tokens, in] and outputs of a down projection, and the hidden states behind its layer without it."""
+    """Inputs [tokens, in] and outputs of a down projection, and the hidden states after its layer without it."""
     seen = {}
     projection = model.model.layers[layer].mlp.down_proj
     handles = [

@@ -52,7 +52,7 @@ def test_violation_names_the_pair_that_is_torn():
     mask[0, 8:12] = torch.tensor([True, False, True, False])
     mask[0, 12:] = torch.tensor([True, True, False, False])
     assert PAIRS.violation(mask) == "row 0 keeps only one weight of the pair of inputs 8 and 9"
-    assert PAIRS.violation(torch.tensor([CHOICES[0] + [True] * 6 + [False] * 2])).startswith("keeps 10 weights where")
+    assert PAIRS.violation(torch.tensor([CHOICES[0] + [True] * 6 + [False] * 2])).startswith("keeps 10 weights, but")
 
 
 @pytest.mark.parametrize("name", METHODS)
