@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import tempfile
-import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -51,15 +50,13 @@ def format_page(outcomes: Iterable[Outcome]) -> str:
     lines = [
         f"transformers {importlib.metadata.version('transformers')}: of {len(found)} families "
         f"{len(works)} work ({len({o.model_class for o in works})} model classes).",
-        *("", "## What works"),
+        "All but those of the last table do.",
+        *("", "| kind | works |", "|---|---|"),
     ]
     for kind, title in _KINDS.items():
         of_kind = [o for o in found if o.kind == kind]
-        named = ", ".join(f"`{o.family}`" for o in sorted(works, key=lambda o: o.family) if o.kind == kind)
         if of_kind:
-            count = sum(o.status == "works" for o in of_kind)
-            text = f"**{title}**: {count} of {len(of_kind)} work{': ' if named else ''}{named}."
-            lines += ["", *textwrap.wrap(text, 120, break_on_hyphens=False)]
+            lines.append(f"| {title} | {sum(o.status == 'works' for o in of_kind)} of {len(of_kind)} |")
     lines += ["", "## What stays dense", ""]
     lines += _grouped("operators and reason", ((dense, o.family) for o in works for dense in o.dense))
     lines += ["", "## What does not work", ""]
@@ -68,9 +65,9 @@ def format_page(outcomes: Iterable[Outcome]) -> str:
 
 
 def _failure(outcome: Outcome) -> str:
-    """Status and reason, without the name of the class, so that families that fail alike share a row."""
+    """Status and, if this package refuses it, the reason without the name of the class: families that fail alike."""
     reason = outcome.reason.removeprefix(f"{outcome.model_class} can't be pruned: ").partition(". ")[0]
-    return f"{outcome.status}: {reason}"
+    return f"{outcome.status}: {reason}" if outcome.status == "refused" else outcome.status
 
 
 def _grouped(title: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
