@@ -1,7 +1,7 @@
 """Ablations: perplexity of a whole model when one part of the method, or of the calibration, is changed.
 
 Every study is a few comparisons (`optimum_fista.run.comparison`) that share their finished rows in `--folder`: the same
-command goes on where it was stopped, and several studies can be run side by side in processes of their own. `--output`
+command resumes where it was stopped, and several studies can be run side by side in processes of their own. `--output`
 keeps the studies it already has.
 
     python benchmarks/ablations.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --folder runs/ablations

@@ -1,7 +1,7 @@
-"""What the gradients of the loss foretell of every query head, and what losing its queries really costs.
+"""What the gradients of the loss predict for every query head, and what losing its queries really costs.
 
 Weights of a pruned model are shared out by the diagonal of the Fisher information. Where a softmax is saturated it
-sees nothing: the cost that it foretells of setting the queries of a head to zero is compared here with the loss
+sees nothing: the cost that it predicts for setting the queries of a head to zero is compared here with the loss
 measured without them.
 
     python benchmarks/heads.py MODEL --calibration TEXT --texts TEXT --plot docs/heads.png
@@ -56,7 +56,7 @@ def queries(layers: DecoderLayers) -> dict[str, LinearOperator]:
     return chosen
 
 
-def foretold(model: PreTrainedModel, windows: Tensor, head_size: int) -> dict[str, list[float]]:
+def predicted(model: PreTrainedModel, windows: Tensor, head_size: int) -> dict[str, list[float]]:
     """Rise of the loss in nats a token when the queries of a head are zero, to second order, by operator and head."""
     layers = find_decoder_layers(model)
     operators = queries(layers)
@@ -87,7 +87,7 @@ def attention_on_first(model: PreTrainedModel, ids: Tensor) -> list[list[float]]
 def measure(model: PreTrainedModel, windows: Tensor, ids: Tensor) -> list[dict[str, Any]]:
     """A row for every query head."""
     head_size = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
-    expected, attention = foretold(model, windows, head_size), attention_on_first(model, ids)
+    expected, attention = predicted(model, windows, head_size), attention_on_first(model, ids)
 
     def loss() -> float:
         return math.log(evaluate_perplexity(model, ids, progress=False).perplexity)
@@ -103,7 +103,7 @@ def measure(model: PreTrainedModel, windows: Tensor, ids: Tensor) -> list[dict[s
         rise = loss() - dense
         operators[name].write(weight)
         row = {"layer": layer, "head": head, "attention": attention[layer][head]}
-        rows.append(row | {"foretold": expected[name][head], "measured": rise})
+        rows.append(row | {"predicted": expected[name][head], "measured": rise})
     return rows
 
 
@@ -114,7 +114,7 @@ def table(rows: list[dict[str, Any]], number: int = 5) -> list[str]:
         "|---" * 5 + "|",
     ]
     for row in sorted(rows, key=lambda row: -row["measured"])[:number]:
-        cells = f"{row['attention']:.3f} | {row['foretold']:.2g} | {row['measured']:.2g}"
+        cells = f"{row['attention']:.3f} | {row['predicted']:.2g} | {row['measured']:.2g}"
         lines.append(f"| {row['layer']} | {row['head']} | {cells} |")
     return lines
 
@@ -124,12 +124,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-    expected, measured = [row["foretold"] for row in rows], [max(row["measured"], 1e-4) for row in rows]
+    expected, measured = [row["predicted"] for row in rows], [max(row["measured"], 1e-4) for row in rows]
     points = axis.scatter(expected, measured, c=[row["attention"] for row in rows], s=16, cmap="viridis")
     ends = min(expected), max(expected)
     axis.plot(ends, ends, color="gray", linewidth=1)
     axis.set(
-        xscale="log", yscale="log", xlabel="foretold by gradients, nats a token", ylabel="measured (1e-4: or less)"
+        xscale="log", yscale="log", xlabel="predicted by gradients, nats a token", ylabel="measured (1e-4: or less)"
     )
     axis.set_title("Rise of the loss when the queries of one head are zero")
     figure.colorbar(points, label="attention on the first token")

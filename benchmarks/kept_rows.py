@@ -1,4 +1,4 @@
-"""What benchmarks of perplexity share: texts to measure on, and rows kept in a file that a later call goes on with."""
+"""What benchmarks of perplexity share: texts to measure on, and rows kept in a file that a later call continues."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class Search:
         return trial.rounded.error
 
     def attempt_by_rungs(self, exponent: float) -> Iterator[tuple[int, float]]:
-        """The rung and the error there of a trial from the start that goes on as long as it is asked to."""
+        """The rung and the error there of a trial from the start that continues as long as it is asked to."""
         before = Trial(0, 0.0, self.task.start)
         for rung, trial in zip(RUNGS, self.task.table[exponent], strict=True):
             self.spend(

@@ -1,7 +1,7 @@
 """Fine-tuning of decoder layers after pruning (`finetune="layer"`): perplexity and time, with it and without.
 
 One row a method, `wanda`; with 32 steps a decoder layer, `wanda+32`; or on 32 instead of `--num-samples` windows,
-`wanda@32`. Every row prunes the model anew. Seconds are those of the processor, which other programs of the machine
+`wanda@32`. Every row prunes the model again. Seconds are those of the processor, which other programs of the machine
 lengthen less. Finished rows are read from the output file.
 
     python benchmarks/reconstruction.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --patterns 0.5,2:4

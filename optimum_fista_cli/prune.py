@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
 
-The model is read, pruned and written one decoder layer at a time. A run that was cut off resumes after its last
+The model is read, pruned and written one decoder layer at a time. A run that was interrupted resumes after its last
 finished decoder layer when the same command is given again. Several processes, started by accelerate launch or
 torchrun, share the decoder layers if those are independent (--error-correction none or intra): see docs/ranks.md.
 
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exclude",
         action="append",
         metavar="GLOB",
-        help="leave operators dense whose name matches; repeatable",
+        help="leave dense the operators whose name matches; repeatable",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--method", help="obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps")
@@ -103,7 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train the kept weights of every pruned decoder layer to give the dense layer's outputs (default: not)",
     )
     how.add_argument("--finetune-steps", type=int, metavar="N", help="steps a decoder layer, a batch each (default 32)")
-    how.add_argument("--finetune-learning-rate", type=float, metavar="RATE", help="the largest of them (default 3e-4)")
+    how.add_argument(
+        "--finetune-learning-rate", type=float, metavar="RATE", help="largest learning rate (default 3e-4)"
+    )
     how.add_argument("--config", type=Path, metavar="FILE", help="a configuration saved as JSON; flags override it")
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(

@@ -1,4 +1,4 @@
-"""What can't be pruned."""
+"""The error for models that can't be pruned."""
 
 
 class UnsupportedArchitectureError(ValueError):

@@ -80,7 +80,7 @@ def store_tensor(module: nn.Module, name: str, value: Tensor, keep_undo: Callabl
             return
         data = data.state_dict
     if not isinstance(data, MutableMapping):
-        raise ValueError(f"{key} is offloaded to a {type(data).__name__}, which can't be written: load the model anew.")
+        raise ValueError(f"{key} is offloaded to a {type(data).__name__}, which can't be written: load it again.")
     old = data[key]
     keep_undo(lambda: data.__setitem__(key, old))
     data[key] = value.detach().to("cpu", old.dtype, copy=True)

@@ -73,7 +73,7 @@ def recomputed_layers(
 
         return run if stays else waiting.around(run)
 
-    trained = [  # by name: Accelerate makes parameters anew whenever it brings or offloads a weight
+    trained = [  # by name: Accelerate makes new parameters whenever it brings or offloads a weight
         (module, name)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)

@@ -105,7 +105,7 @@ class FistaPruningConfig:
         residual_correction: In [0, 1]: share of the error in the rest of a decoder layer's output that its last
             operator (the down projection) compensates for, if its output is added to the residual stream.
         allocation: `"uniform"`: every operator gets `sparsity`. `"fisher"`: the operators share the zeros, so that the
-            loss of the model, as its gradients foretell it, grows least; `sparsity` holds for all of them together.
+            loss of the model, as its gradients predict it, grows least; `sparsity` holds for all of them together.
             Operators with another pattern than unstructured or an entry in `overrides` are left out of it.
         allocation_tokens: Calibration tokens the gradients are taken on.
         held_out: Number of trailing calibration sequences used for evaluation only: they run through the network

@@ -1,4 +1,4 @@
-"""How an iterative method came to rest."""
+"""The convergence history of an iterative method."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def register(method: type[Method]) -> type[Method]:
     if not isinstance(name, str) or not name:
         raise ValueError(f"{method.__qualname__}.name={name!r}: give the class a name, such as 'wanda'.")
     known = METHODS.setdefault(name, method)
-    # A notebook's cell that runs again defines its class anew.
+    # A notebook's cell that runs again defines its class again.
     if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
         raise ValueError(f"name={name!r} of {method.__qualname__} is that of {known.__qualname__}: choose another.")
     METHODS[name] = method

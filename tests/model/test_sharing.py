@@ -90,7 +90,7 @@ def test_operator_that_is_not_called_exactly_once_is_in_no_group_but_has_a_reaso
 
 
 class Router(nn.Linear):
-    """A linear module that puts out scores as well."""
+    """A linear module that returns scores as well."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = super().forward(x)

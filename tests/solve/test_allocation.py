@@ -59,8 +59,8 @@ def test_by_the_formula():
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9, 0.97])
 def test_extreme_costs_stay_within_reach(sparsity):
-    costs = {"dear": RemovalCost(1e9, 1000), "free": RemovalCost(0.0, 1000), "usual": RemovalCost(1.0, 10_000)}
+    costs = {"costly": RemovalCost(1e9, 1000), "free": RemovalCost(0.0, 1000), "usual": RemovalCost(1.0, 10_000)}
     shared = allocate(costs, sparsity)
-    assert max(0, sparsity - REACH) - 1e-9 <= shared["dear"] <= sparsity
+    assert max(0, sparsity - REACH) - 1e-9 <= shared["costly"] <= sparsity
     assert sparsity <= shared["free"] <= max(sparsity, min(HIGHEST, sparsity + REACH)) + 1e-9
     assert average(costs, shared) == pytest.approx(round(sparsity * 12_000) / 12_000, abs=1e-12)

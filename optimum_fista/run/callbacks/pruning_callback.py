@@ -1,4 +1,4 @@
-"""What a pruning run tells while it runs."""
+"""Callbacks, called while a model is pruned."""
 
 from __future__ import annotations
 

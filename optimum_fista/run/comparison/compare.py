@@ -36,7 +36,7 @@ def compare(settings: ComparisonSettings, output: str | Path, *, progress: bool 
     One model is in memory at a time. Every row is kept in `output`/rows under a digest of all it depends on (weights,
     configuration, tokens, tasks), so that the same call after an interrupt resumes with the first unfinished row. A
     row that fails is recorded with its error, and tried again by the next call. `output`/table.md, .csv and .json are
-    written anew after every row, pictures at the end.
+    written again after every row, pictures at the end.
 
     Args:
         settings: What to compare.

@@ -34,7 +34,7 @@ class MemoryPeak:
 class PeakMemory:
     """As a context: watches this process, 50 times a second, and takes PyTorch's exact count on an accelerator.
 
-    That count (`torch.cuda.max_memory_allocated` and its like) starts anew with it.
+    That count (`torch.cuda.max_memory_allocated` and its like) starts again with it.
 
     Attributes:
         peak: The largest values, known when the context ends.
