@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 from optimum_fista.run.checkpoints.atomic import write_text
-from optimum_fista.run.comparison.averages import spread
 from optimum_fista.run.comparison.compare import compare
-from optimum_fista.run.comparison.row import Row
+from optimum_fista.run.comparison.rows import Row, spread
 from optimum_fista.run.comparison.settings import ComparisonSettings
 
 _PIPELINE = "error_correction=0.5:residual_correction=1"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from optimum_fista import FistaPruner
 from optimum_fista.run.checkpoints.loading import load_model
-from optimum_fista.run.comparison.candidates import parse_config
+from optimum_fista.run.comparison.settings import parse_config
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.texts.text import load_text
 from optimum_fista.run.texts.windows import calibration_windows

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-    from optimum_fista.run.callbacks.tracking_callback import TrackingCallback
+    from optimum_fista.run.callbacks.tracking import TrackingCallback
     from optimum_fista.run.config import FistaPruningConfig
     from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.reports.report import PruningReport
     from optimum_fista.run.retraining.lora import mask_adapters, merge_adapters
-    from optimum_fista.run.retraining.retrained import save_masked
-    from optimum_fista.run.retraining.training import masked_training
-    from optimum_fista.run.retraining.training_callback import MaskedTrainingCallback
+    from optimum_fista.run.retraining.training import MaskedTrainingCallback, masked_training, save_masked
     from optimum_fista.solve.pruned import PrunedOperator
 
 __version__ = "0.1.0"
@@ -38,15 +36,15 @@ _HOMES = {
     "FistaPackedConfig": "optimum_fista.run.packed_folders.packed_loading",
     "FistaPruner": "optimum_fista.run.pruner",
     "FistaPruningConfig": "optimum_fista.run.config",
-    "MaskedTrainingCallback": "optimum_fista.run.retraining.training_callback",
+    "MaskedTrainingCallback": "optimum_fista.run.retraining.training",
     "PrunedOperator": "optimum_fista.solve.pruned",
     "PruningCallback": "optimum_fista.run.callbacks.pruning_callback",
     "PruningReport": "optimum_fista.run.reports.report",
-    "TrackingCallback": "optimum_fista.run.callbacks.tracking_callback",
+    "TrackingCallback": "optimum_fista.run.callbacks.tracking",
     "mask_adapters": "optimum_fista.run.retraining.lora",
     "masked_training": "optimum_fista.run.retraining.training",
     "merge_adapters": "optimum_fista.run.retraining.lora",
-    "save_masked": "optimum_fista.run.retraining.retrained",
+    "save_masked": "optimum_fista.run.retraining.training",
 }
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from optimum_fista.run.comparison.row import Row
+    from optimum_fista.run.comparison.rows import Row
 
 DESCRIPTION = """\
 Prune a real model to 50% and to 2:4 by five methods and compare perplexities.
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.checkpoints.checkpoint import REPORT_FILE
     from optimum_fista.run.checkpoints.loading import load_model
     from optimum_fista.run.checkpoints.output_folder import require_output
-    from optimum_fista.run.comparison.table import markdown_table
+    from optimum_fista.run.comparison.comparison import markdown_table
     from optimum_fista.run.texts.calibration_source import calibration_tokens
     from optimum_fista.run.texts.text import load_text
     from optimum_fista.run.texts.windows import evaluation_windows
@@ -91,8 +91,8 @@ def _compare(
     output: Path,
 ) -> list[Row]:
     """Rows of the table; the models pruned by the default method are saved to `output` and verified."""
-    from optimum_fista.run.comparison.candidates import DENSE, NO_PATTERN, parse_config
     from optimum_fista.run.comparison.compare import measure_row
+    from optimum_fista.run.comparison.settings import DENSE, NO_PATTERN, parse_config
     from optimum_fista.run.evaluation.verification import verify_checkpoint
     from optimum_fista.run.pruner import FistaPruner
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optimum_fista.run.callbacks.tracking_callback import TrackingCallback
+    from optimum_fista.run.callbacks.tracking import TrackingCallback
     from optimum_fista.run.config import FistaPruningConfig
     from optimum_fista.run.streamed.ranks import Ranks
 
@@ -160,7 +160,7 @@ def run(arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from optimum_fista.run.callbacks.trackers import require_tracker
+    from optimum_fista.run.callbacks.tracking import require_tracker
     from optimum_fista.run.checkpoints.loading import storage_place
     from optimum_fista.run.checkpoints.output_folder import FOLDER, MODEL_FILES, require_output, unfinished_folder
     from optimum_fista.run.checkpoints.output_lock import locked_output
@@ -261,7 +261,7 @@ def _trackers(
     arguments: argparse.Namespace, config: FistaPruningConfig, ranks: Ranks, opened: ExitStack
 ) -> list[TrackingCallback]:
     """The trackers asked for, closed with `opened`; among several processes each has a run and a folder of its own."""
-    from optimum_fista.run.callbacks.trackers import open_tracker
+    from optimum_fista.run.callbacks.tracking import open_tracker
 
     folder, run = arguments.logging_dir or Path("runs") / arguments.output.name, arguments.output.name
     if ranks.count > 1:

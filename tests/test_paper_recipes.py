@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tiny_llama import TEXT, save_tiny_folder
 
-from optimum_fista.run.comparison.candidates import candidates
 from optimum_fista.run.comparison.comparison import Comparison
-from optimum_fista.run.comparison.row import Row, Score
+from optimum_fista.run.comparison.rows import Row, Score
+from optimum_fista.run.comparison.settings import candidates
 
 PAPER = Path(__file__).resolve().parents[1] / "examples" / "paper"
 RECIPES = sorted(path.stem for path in PAPER.glob("*.py") if path.stem != "recipe")

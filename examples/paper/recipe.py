@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from optimum_fista.run.comparison.averages import Average, averages
-from optimum_fista.run.comparison.candidates import NO_PATTERN
 from optimum_fista.run.comparison.compare import compare
 from optimum_fista.run.comparison.comparison import Comparison
-from optimum_fista.run.comparison.settings import ComparisonSettings
+from optimum_fista.run.comparison.rows import Average, averages
+from optimum_fista.run.comparison.settings import NO_PATTERN, ComparisonSettings
 
 SOURCE = "arXiv 2408.03728"
 LITERATURE = {"calibration": "c4", "num_samples": 128, "calibration_length": 2048, "bos": "start"}

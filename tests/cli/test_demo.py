@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from optimum_fista.run.comparison.row import Row
+from optimum_fista.run.comparison.rows import Row
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista_cli import demo
 from optimum_fista_cli.main import main

@@ -16,10 +16,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.run.checkpoints.atomic import write_text
 from optimum_fista.run.checkpoints.loading import load_model, read_config, require_tokenizer
 from optimum_fista.run.checkpoints.output_lock import locked_output
-from optimum_fista.run.comparison.candidates import DENSE, NO_PATTERN, Candidate, candidates
 from optimum_fista.run.comparison.comparison import Comparison
-from optimum_fista.run.comparison.row import Row
-from optimum_fista.run.comparison.settings import CALIBRATED, HELD_OUT, ComparisonSettings
+from optimum_fista.run.comparison.rows import Row
+from optimum_fista.run.comparison.settings import (
+    CALIBRATED,
+    DENSE,
+    HELD_OUT,
+    NO_PATTERN,
+    Candidate,
+    ComparisonSettings,
+    candidates,
+)
 from optimum_fista.run.comparison.texts import Material, prepare, windows_sha256
 from optimum_fista.run.comparison.zero_shot import TaskSuite
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from optimum_fista.run.comparison.averages import Average, averages
-from optimum_fista.run.comparison.candidates import DENSE, NO_PATTERN, sparsity_of
-from optimum_fista.run.comparison.row import Row
+from optimum_fista.run.comparison.rows import Average, Row, averages
+from optimum_fista.run.comparison.settings import DENSE, NO_PATTERN, sparsity_of
 
 # Perplexities beyond this many times the dense model's are cut off: the others could not be told apart.
 _CUT = 4.0

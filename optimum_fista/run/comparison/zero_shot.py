@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.evaluation_mode import evaluation_mode
-from optimum_fista.run.comparison.row import Score
+from optimum_fista.run.comparison.rows import Score
 
 # Metrics of a task in the order in which the table prefers them.
 _PREFERRED = ("acc", "exact_match", "acc_norm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from optimum_fista.packed.format import unpack
 from optimum_fista.packed.format import unpack_mask as unpack_packed_mask
@@ -25,11 +28,12 @@ from optimum_fista.run.checkpoints.checkpoint import (
     read_tensors,
 )
 from optimum_fista.run.checkpoints.stored_names import split_index
-from optimum_fista.run.evaluation.parameter_count import count_parameters
 from optimum_fista.run.packed_folders.packed_folder import PackedFolder, is_packed
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
 from optimum_fista.solve.patterns import parse_pattern
+
+logger = logging.getLogger(__name__)
 
 
 class VerificationError(ValueError):
@@ -184,3 +188,25 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
             f"{name}: its mask has {1 - kept / mask.numel():.6%} zeros, the report says {operator.sparsity:.6%}."
         )
     return mask.numel() - kept
+
+
+def count_parameters(folder: Path, model_class: str) -> int | None:
+    """Make a model without weights and count its parameters, tied ones once.
+
+    Args:
+        folder: The model folder; only `config.json` is read.
+        model_class: Name of the model's class in Transformers.
+
+    Returns:
+        The number; `None` if Transformers has no such class, or the class can't be made without weights.
+    """
+    found = getattr(transformers, model_class, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)) or found.config_class is None:
+        return None
+    try:
+        config = found.config_class.from_pretrained(folder)
+        with torch.device("meta"):
+            return int(found(config).num_parameters())
+    except Exception as error:  # anything the code of a family may raise on the meta device
+        logger.info("%s could not be made without weights: %s", model_class, error)
+        return None

@@ -1,19 +1,26 @@
-"""Training a pruned model without losing its zeros."""
+"""Training a pruned model without losing its zeros, by hand or by the Trainer, and saving it again."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from optimum_fista.run.checkpoints.checkpoint import mark_retrained
-from optimum_fista.run.retraining.masks import MaskSource, find_masks
+from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, mark_retrained, save_checkpoint, summary
+from optimum_fista.run.pruner import FistaPruner
+from optimum_fista.run.retraining.masks import MaskSource, find_masks, find_record
 
 
 class MaskedTraining:
@@ -124,3 +131,67 @@ def masked_training(model: PreTrainedModel, masks: MaskSource = None) -> MaskedT
         FileNotFoundError: If the folder or repository holds no masks.
     """
     return MaskedTraining(model, find_masks(model, masks))
+
+
+class MaskedTrainingCallback(TrainerCallback):
+    """Keeps the zeros of a pruned model zero during `Trainer.train`, resumed runs included.
+
+    Args:
+        masks: Where the masks come from, as in `masked_training`.
+    """
+
+    def __init__(self, masks: MaskSource = None) -> None:
+        self.masks = masks
+        self._training: MaskedTraining | None = None
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **given: Any) -> None:
+        """Start.
+
+        Raises:
+            ValueError: As `masked_training`, and if the trainer shards the weights.
+        """
+        if args.fsdp or args.deepspeed:
+            raise ValueError("MaskedTrainingCallback does not know sharded weights: train without fsdp and deepspeed.")
+        self._stop()  # what a training run that failed has left
+        self._training = masked_training(given["model"], self.masks)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Stop; the weights are masked once more, because the trainer may have loaded its best checkpoint."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._training is not None:
+            self._training.remove()
+            self._training = None
+
+
+def save_masked(
+    model: PreTrainedModel,
+    folder: str | Path,
+    source: FistaPruner | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Save a pruned model that was trained under its masks, with the masks and the report of its pruning.
+
+    The report, the model card and `config.json` say that it was retrained, so that the relative errors are those
+    before it.
+
+    Args:
+        model: The model, its zeros still zero.
+        folder: Where to write it; it may be `source` with `overwrite`.
+        source: The folder or Hub id the pruned model was loaded from, or the `FistaPruner` that pruned it.
+        tokenizer: Saved with the model.
+        overwrite: Replace a model that the folder already holds.
+
+    Raises:
+        ValueError: If a weight outside its mask is no longer zero, or the masks are not those of this model.
+        FileNotFoundError: If `source` holds no masks.
+        FileExistsError: If the folder already holds a model and `overwrite` is False.
+    """
+    report, masks = find_record(model, source)
+    if getattr(model.config, CONFIG_KEY, None) is None:
+        setattr(model.config, CONFIG_KEY, summary(report))
+    mark_retrained(model)
+    save_checkpoint(model, Path(folder), report, masks, tokenizer, overwrite=overwrite)

@@ -1,16 +1,26 @@
-"""A pruning run followed in TensorBoard, trackio, or Weights & Biases."""
+"""A pruning run followed in TensorBoard, trackio, or Weights and Biases."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.utils import patch_environment
 
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.reports.operator_grid import OperatorGrid
 from optimum_fista.run.reports.report import LayerReport, OperatorReport
 
 logger = logging.getLogger(__name__)
+
+_INSTALL = {"tensorboard": "'optimum-fista[tracking]'", "trackio": "trackio"}
+"""Trackers by the names that Transformers' `report_to` has for them, and what to install."""
 
 
 class TrackingCallback(PruningCallback):
@@ -66,3 +76,57 @@ def _log_of(tracker: Any) -> Callable[[Mapping[str, float], int], None]:
 
 def _log_nothing(values: Mapping[str, float], step: int) -> None:
     """For a tracker that has failed."""
+
+
+def require_tracker(name: str) -> None:
+    """Refuse a tracker that there is not.
+
+    Raises:
+        ValueError: If the name is unknown.
+        ImportError: If the package of that name is not installed.
+    """
+    if name not in _INSTALL:
+        raise ValueError(f"report_to={name!r}: pass one of {', '.join(map(repr, _INSTALL))}.")
+    if importlib.util.find_spec(name) is None:
+        raise ImportError(f"report_to={name!r}: {name} is not installed, run: pip install {_INSTALL[name]}")
+
+
+@contextmanager
+def open_tracker(name: str, folder: Path, run: str, config: Mapping[str, Any]) -> Iterator[TrackingCallback]:
+    """Follow a pruning run in a tracker, which is closed at the end of the context, also after an error.
+
+    Args:
+        name: `"tensorboard"` or `"trackio"`.
+        folder: Where it keeps its values. TensorBoard gets files of its own for every start of the run. Trackio
+            gets it by the variable `TRACKIO_DIR`, which it reads when it is first imported.
+        run: Name of the run; under the same name trackio continues a run that was interrupted.
+        config: What trackio shows beside the curves.
+
+    Yields:
+        The callback to pass to `FistaPruner`.
+
+    Raises:
+        ValueError: If the name is unknown.
+        ImportError: If the package of that name is not installed.
+    """
+    require_tracker(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, dict[str, Any]] = {
+        "tensorboard": {"run_name": "", "logging_dir": str(folder)},
+        "trackio": {
+            "run_name": "optimum-fista",
+            "name": run,
+            "config": dict(config),
+            "resume": "allow",
+            "embed": False,
+        },
+    }
+    PartialState()  # the trackers of Accelerate ask it which process writes to the log
+    tracker: Any = LOGGER_TYPE_TO_CLASS[name](**settings[name])
+    tracker.main_process_only = False  # among several processes each follows its own decoder layers
+    with patch_environment(TRACKIO_DIR=folder.resolve()):
+        tracker.start()
+        try:
+            yield TrackingCallback(tracker)
+        finally:
+            tracker.finish()

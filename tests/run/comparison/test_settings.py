@@ -1,7 +1,7 @@
 import pytest
 
 from optimum_fista import FistaPruningConfig
-from optimum_fista.run.comparison.candidates import candidates, parse_config
+from optimum_fista.run.comparison.settings import candidates, parse_config
 
 
 @pytest.mark.parametrize(

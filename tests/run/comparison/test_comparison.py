@@ -4,11 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from optimum_fista.run.comparison.averages import Spread, averages
-from optimum_fista.run.comparison.comparison import Comparison
+from optimum_fista.run.comparison.comparison import Comparison, csv_table, markdown_table
 from optimum_fista.run.comparison.plots import plot_lines
-from optimum_fista.run.comparison.row import Row, Score
-from optimum_fista.run.comparison.table import csv_table, markdown_table
+from optimum_fista.run.comparison.rows import Row, Score, Spread, averages
 
 
 def row(method, pattern, perplexity, *, accuracy=None, seed=0, error=None):

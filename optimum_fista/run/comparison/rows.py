@@ -1,0 +1,147 @@
+"""Rows of a comparison, and their means over the seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of a task.
+
+    Attributes:
+        value: Its mean over the task's documents.
+        stderr: Standard error of that mean, if it is known.
+    """
+
+    value: float
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model pruned in one way, and what was measured of it.
+
+    Attributes:
+        method: The method as the user wrote it, or `"dense"`.
+        pattern: The pattern as the user wrote it, or `"-"`.
+        seed: Seed of the calibration tokens and of the configuration.
+        perplexity: By text.
+        accuracy: By task and metric; a task's first metric is the one of the table.
+        totals: `PruningReport.totals`; empty for the dense model.
+        seconds: `PruningReport.seconds`; empty for the dense model.
+        config: The resolved configuration; empty for the dense model.
+        calibration: `PruningReport.calibration`.
+        versions: Versions of the libraries.
+        error: One line that says why the row failed; `None` if it did not.
+        key: Digest of everything the row depends on.
+    """
+
+    method: str
+    pattern: str
+    seed: int = 0
+    perplexity: Mapping[str, float] = field(default_factory=dict)
+    accuracy: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
+    totals: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    error: str | None = None
+    key: str = ""
+
+    def score(self, task: str) -> Score | None:
+        """The metric of a task that the table shows."""
+        return next(iter(self.accuracy[task].values())) if self.accuracy.get(task) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Row:
+        """Inverse of `to_dict`."""
+        accuracy = {
+            task: {metric: Score(**score) for metric, score in metrics.items()}
+            for task, metrics in values.get("accuracy", {}).items()
+        }
+        return cls(**{**values, "accuracy": accuracy})
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over seeds.
+
+    Attributes:
+        mean: Over the seeds.
+        deviation: Standard deviation over several seeds; for one seed the standard error if it is known.
+    """
+
+    mean: float
+    deviation: float | None = None
+
+
+@dataclass(frozen=True)
+class Average:
+    """Rows of one method and pattern.
+
+    Attributes:
+        rows: Those that did not fail.
+        failures: Those that did.
+    """
+
+    method: str
+    pattern: str
+    rows: Sequence[Row]
+    failures: Sequence[Row]
+
+    def perplexity(self, text: str) -> Spread | None:
+        """On one text."""
+        return self._spread(lambda row: row.perplexity.get(text))
+
+    def accuracy(self, task: str) -> Spread | None:
+        """On one task, in [0, 1]."""
+        scores = [score for row in self.rows if (score := row.score(task)) is not None]
+        if len(scores) == 1:
+            return Spread(scores[0].value, scores[0].stderr)
+        return spread([score.value for score in scores])
+
+    def mean_accuracy(self, tasks: Sequence[str]) -> Spread | None:
+        """Mean over tasks, in [0, 1], of the rows that have them all."""
+        complete = [[s.value for task in tasks if (s := row.score(task)) is not None] for row in self.rows]
+        return spread([statistics.fmean(values) for values in complete if values and len(values) == len(tasks)])
+
+    def total(self, name: str) -> Spread | None:
+        """One of `PruningReport.totals`."""
+        return self._spread(lambda row: row.totals.get(name))
+
+    @property
+    def seconds(self) -> Spread | None:
+        """Wall time of pruning."""
+        return self._spread(lambda row: row.seconds.get("total"))
+
+    def _spread(self, value: Callable[[Row], float | None]) -> Spread | None:
+        return spread([found for row in self.rows if (found := value(row)) is not None])
+
+
+def averages(rows: Iterable[Row]) -> list[Average]:
+    """One for each method and pattern, pattern by pattern in the order in which they first occur."""
+    groups: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        groups.setdefault(row.pattern, {}).setdefault(row.method, []).append(row)
+    return [
+        Average(method, pattern, [r for r in group if r.error is None], [r for r in group if r.error is not None])
+        for pattern, methods in groups.items()
+        for method, group in methods.items()
+    ]
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Mean and, of several values, standard deviation; `None` without values."""
+    if not values:
+        return None
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
