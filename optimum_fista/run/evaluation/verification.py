@@ -26,6 +26,7 @@ from optimum_fista.run.checkpoints.checkpoint import (
     read_json,
     read_report,
     read_tensors,
+    summary,
 )
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.packed_folders.packed_folder import PackedFolder, is_packed
@@ -72,16 +73,16 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
         FileNotFoundError: If a file is missing.
         VerificationError: If something does not hold.
     """
-    for file in ("config.json", *(() if is_packed(folder) else (MASKS_FILE,)), REPORT_FILE):
-        if not (folder / file).exists():
-            raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
-    config = read_json(folder / "config.json").get(CONFIG_KEY)
-    if not isinstance(config, dict):
-        raise VerificationError(f"config.json has no {CONFIG_KEY!r}.")
     try:
+        for file in ("config.json", *(() if is_packed(folder) else (MASKS_FILE,)), REPORT_FILE):
+            if not (folder / file).exists():
+                raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
+        config = read_json(folder / "config.json").get(CONFIG_KEY)
         report = read_report(folder)
     except ValueError as error:
         raise VerificationError(str(error)) from error
+    if not isinstance(config, dict):
+        raise VerificationError(f"config.json has no {CONFIG_KEY!r}.")
     try:
         zeros, weights = _verify_operators(folder, report, progress)
         parameters = _verify_totals(folder, report, read_json(folder / REPORT_FILE)["totals"], zeros, weights)
@@ -93,6 +94,9 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
         raise VerificationError(f"a safetensors file is damaged or incomplete: {error}.") from error
     if zeros != config.get("num_zeros"):
         raise VerificationError(f"config.json promises {config.get('num_zeros')} zeros, the masks make {zeros}.")
+    for name, value in summary(report).items():
+        if config.get(name, value) != value:  # older versions had fewer
+            raise VerificationError(f"config.json promises {name} {config[name]!r}, {REPORT_FILE} says {value!r}.")
     return Verification(len(report.operators), weights, zeros, parameters)
 
 
@@ -176,7 +180,10 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
     if stray:
         raise VerificationError(f"{name} has {stray} weights outside its mask that are not zero.")
     whole = operator.target_sparsity == 1  # operators with the same inputs share their zeros: one may get them all
-    pattern = parse_pattern(operator.pattern, None if whole else operator.target_sparsity, operator.scope)
+    try:
+        pattern = parse_pattern(operator.pattern, None if whole else operator.target_sparsity, operator.scope)
+    except ValueError as error:
+        raise VerificationError(f"{name}: {error}") from error
     broken = pattern.at(operator.target_sparsity).violation(mask.T if operator.stored_transposed else mask)
     if broken:
         raise VerificationError(f"{name}: its mask {broken}.")

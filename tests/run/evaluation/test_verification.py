@@ -169,6 +169,8 @@ def test_wrong_promises_of_config_and_report(folder):
     assert "config.json promises None zeros" in broken(folder)
     change_json(config, lambda values: values.pop("fista_pruning"))
     assert broken(folder) == "config.json has no 'fista_pruning'."
+    config.write_text("{")
+    assert "config.json' is damaged: it is not JSON" in broken(folder)
     config.write_text(json.dumps({"fista_pruning": {"num_zeros": 1}}))
     change_json(report, lambda values: values["operators"][2].update(num_kept=3))
     name = json.loads(report.read_text())["operators"][2]["name"]
@@ -177,6 +179,22 @@ def test_wrong_promises_of_config_and_report(folder):
     assert "has shape (16, 32), the report says (1, 2)" in broken(folder)
     change_json(report, lambda values: values["operators"][0].pop("num_kept"))
     assert "is no report of optimum-fista" in broken(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("pattern", "1:2"), ("method", "wanda"), ("sparsity", 0.7), ("num_operators", 3), ("mean_relative_error", 0.01)],
+)
+def test_config_says_what_the_report_says(folder, name, value):
+    change_json(folder / "config.json", lambda values: values["fista_pruning"].update({name: value}))
+    assert f"config.json promises {name} {value!r}, fista/report.json says " in broken(folder)
+
+
+@pytest.mark.parametrize(("name", "value"), [("pattern", "two of four"), ("scope", "column")])
+def test_an_unknown_pattern_names_the_operator(folder, name, value):
+    change_json(folder / "fista/report.json", lambda values: values["operators"][2].update({name: value}))
+    operator = json.loads((folder / "fista/report.json").read_text())["operators"][2]["name"]
+    assert f"{operator}: {name}={value!r}: pass " in broken(folder)
 
 
 @pytest.mark.parametrize(
