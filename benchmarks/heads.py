@@ -1,6 +1,6 @@
 """What the gradients of the loss predict for every query head, and what losing its queries really costs.
 
-Weights of a pruned model are shared out by the diagonal of the Fisher information. Where a softmax is saturated it
+Weights of a pruned model are shared out by the diagonal of the Fisher information. If a softmax is saturated it
 sees nothing: the cost that it predicts for setting the queries of a head to zero is compared here with the loss
 measured without them.
 

@@ -1,6 +1,6 @@
 """Packed products beside PyTorch's bfloat16 linear, a dense kernel of our own, and memory that is only read.
 
-All are measured in turn, over and over, in one run; the median of each is reported. Where a dense matrix is larger than
+All are measured in turn, over and over, in one run; the median of each is reported. If a dense matrix is larger than
 `--cache`, other memory is read before each of them, so that none finds in the cache what another has left there. On a
 machine shared with others the ratios of one run mean something, times do not.
 

@@ -39,7 +39,7 @@ class DecoderLayers:
 def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     """Find the `nn.ModuleList` of decoder layers.
 
-    These are the model's `_no_split_modules`, or else modules made for gradient checkpointing. Where a model has
+    These are the model's `_no_split_modules`, or else modules made for gradient checkpointing. If a model has
     several such lists, as beside a vision encoder, it is the one that belongs to `model.get_decoder()`.
 
     Raises:

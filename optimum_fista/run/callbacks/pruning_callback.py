@@ -16,7 +16,7 @@ class PruningCallback:
     An exception of a callback ends the run like any other error, so that raising one is the way to stop a run that goes
     wrong, and no failure hides in the log of a run of hours. From files to files nothing finished is lost by it: the
     decoder layers before are kept, that of `on_layer_end` included, and the same call resumes after them. A model in
-    memory is put back as it was, as after an interrupt; after `on_prune_end` it is pruned, and can be saved. Where a
+    memory is put back as it was, as after an interrupt; after `on_prune_end` it is pruned, and can be saved. If a
     failure should not matter, the callback catches it itself, as `TrackingCallback` does.
     """
 
@@ -24,7 +24,7 @@ class PruningCallback:
         """The run is about to prune; the report has the configuration, the model and the calibration."""
 
     def on_operator_end(self, report: OperatorReport) -> None:
-        """An operator is pruned. Where the device then runs out of memory, its decoder layer is done once more."""
+        """An operator is pruned. If the device then runs out of memory, its decoder layer is done once more."""
 
     def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:
         """A decoder layer is pruned for good, in files if a model is pruned from its files.

@@ -25,7 +25,7 @@ class TaskSuite:
 
     Args:
         names: Tasks as lm-eval names them.
-        include_path: Folder of further task files. Where it has all the tasks, nothing else is looked at.
+        include_path: Folder of further task files. If it has all the tasks, nothing else is looked at.
         limit: Only the first documents of every task; `None`: all.
         batch_size: Requests a forward pass.
 
