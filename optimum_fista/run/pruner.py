@@ -25,7 +25,7 @@ from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.single_weight import single_problem
 from optimum_fista.run.streamed.ranks import launched_processes
-from optimum_fista.run.streamed.streaming import prune_files
+from optimum_fista.run.streamed.streamed_run import prune_files
 from optimum_fista.solve.pruned import PrunedOperator
 
 logger = logging.getLogger(__name__)

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.run.checkpoints.atomic import write_bytes, write_tensors, write_text
 from optimum_fista.run.checkpoints.installation import discard, install
 from optimum_fista.run.checkpoints.loading import forget_gguf
 from optimum_fista.run.checkpoints.output_folder import require_output
 from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.checkpoints.stored_names import as_stored, stored_names
-from optimum_fista.run.reports.card import model_card
+from optimum_fista.run.reports.card import PACKED_NOTE, model_card
 from optimum_fista.run.reports.picture import PICTURE_FILE, error_picture
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.solve.bitmask import unpack_mask
@@ -132,16 +132,49 @@ def save_checkpoint(
     with locked_output(folder) as unfinished:
         discard(unfinished, overwrite)
         model.save_pretrained(unfinished)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished)
-        (unfinished / "fista").mkdir()
-        save_file(masks, unfinished / MASKS_FILE, metadata=MASKS_METADATA)
-        (unfinished / REPORT_FILE).write_text(report.to_json())
-        picture = error_picture(report)
-        if picture is not None:
-            (unfinished / PICTURE_FILE).write_bytes(picture)
-        (unfinished / "README.md").write_text(model_card(report, None if picture is None else PICTURE_FILE))
+        write_all_but_weights(unfinished, model, tokenizer, report, masks)
         install(unfinished, folder, overwrite)
+
+
+def write_all_but_weights(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: PruningReport,
+    masks: Mapping[str, Tensor],
+    packed: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a pruned model's folder but for its weights; the configuration, without which nothing loads, comes last.
+
+    Args:
+        folder: The folder.
+        model: The model; its configuration gets the summary of the report.
+        tokenizer: Its tokenizer; `None`: none is written.
+        report: The report, under the names of the checkpoint.
+        masks: Packed masks, under the same names.
+        packed: What `config.json` says of weights that are stored packed, and so bring their masks with them; `None`:
+            they are dense.
+    """
+    (folder / "fista").mkdir(exist_ok=True)
+    if packed is None:
+        write_tensors(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
+    write_text(folder / REPORT_FILE, report.to_json())
+    picture = error_picture(report)
+    if picture is not None:
+        write_bytes(folder / PICTURE_FILE, picture)
+    card = model_card(report, None if picture is None else PICTURE_FILE)
+    write_text(folder / "README.md", card if packed is None else card + PACKED_NOTE)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    model.config.fista_pruning = summary(report)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    config = json.loads(model.config.to_json_string())
+    if packed is not None:
+        config["quantization_config"] = dict(packed)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:

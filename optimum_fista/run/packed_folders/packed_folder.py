@@ -29,7 +29,8 @@ from optimum_fista.run.checkpoints.installation import discard, install
 from optimum_fista.run.checkpoints.output_folder import FOLDER, is_model_file, require_output
 from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.checkpoints.stored_names import split_index
-from optimum_fista.run.packed_folders.packing import CARD_NOTE, QUANT_METHOD, Packer, Packing, packed_settings
+from optimum_fista.run.packed_folders.packing import QUANT_METHOD, Packer, Packing, packed_settings
+from optimum_fista.run.reports.card import PACKED_NOTE
 from optimum_fista.solve.bitmask import pack_mask
 
 
@@ -71,7 +72,7 @@ def pack_folder(
             config["quantization_config"] = packed_settings(weights, packer.names)
             card = partial / "README.md"
             if card.exists():
-                card.write_text(card.read_text() + CARD_NOTE)
+                card.write_text(card.read_text() + PACKED_NOTE)
 
         _convert_folder(folder, output, files, ("model", "packed"), packer.pack, finish, overwrite, progress)
     return packer.packing
@@ -116,7 +117,7 @@ def unpack_folder(
         write_tensors(partial / MASKS_FILE, masks, MASKS_METADATA)
         card = partial / "README.md"
         if card.exists():
-            card.write_text(card.read_text().replace(CARD_NOTE, ""))
+            card.write_text(card.read_text().replace(PACKED_NOTE, ""))
 
     _convert_folder(folder, output, reader.files, ("packed", "model"), convert, finish, overwrite, progress)
     return Packing(len(sizes), sum(dense for dense, _ in sizes), sum(packed for _, packed in sizes))

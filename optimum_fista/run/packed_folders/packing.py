@@ -17,12 +17,6 @@ from optimum_fista.solve.bitmask import unpack_mask
 from optimum_fista.solve.patterns import parse_pattern
 
 QUANT_METHOD = "fista_packed"
-CARD_NOTE = """
-## Packed
-
-The pruned weights of this folder are stored without their zeros. `import optimum_fista` (`pip install optimum-fista`)
-before `from_pretrained` loads it as a dense model, bit for bit; `optimum-fista unpack` writes that as a plain folder.
-"""
 
 
 @dataclass(frozen=True)

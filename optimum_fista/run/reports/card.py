@@ -62,6 +62,14 @@ Calibration tokens: SHA-256 `{sha256}`. Versions: {versions}.
 """
 
 
+PACKED_NOTE = """
+## Packed
+
+The pruned weights of this folder are stored without their zeros. `import optimum_fista` (`pip install optimum-fista`)
+before `from_pretrained` loads it as a dense model, bit for bit; `optimum-fista unpack` writes that as a plain folder.
+"""
+
+
 def model_card(report: PruningReport, picture: str | None = None) -> str:
     """Markdown of the model card, with the metadata the Hub reads.
 

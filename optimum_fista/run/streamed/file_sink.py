@@ -1,22 +1,31 @@
-"""Finished decoder layers going into the files of the model."""
+"""The files of a pruned model, written one decoder layer at a time."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
+from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.model.offload import stored_tensor
+from optimum_fista.packed.format import packed_names
+from optimum_fista.run.checkpoints.atomic import write_text
+from optimum_fista.run.checkpoints.checkpoint import write_all_but_weights
+from optimum_fista.run.checkpoints.loading import forget_gguf
 from optimum_fista.run.checkpoints.stored_names import StoredName, as_stored
-from optimum_fista.run.packed_folders.packing import Packer
+from optimum_fista.run.packed_folders.packing import Packer, packed_settings
 from optimum_fista.run.pruning.layer_pruning import HiddenStates
 from optimum_fista.run.pruning.sink import ModelSink
-from optimum_fista.run.reports.report import LayerRecord
+from optimum_fista.run.reports.report import LayerRecord, PruningReport
 from optimum_fista.run.streamed.fingerprint import SourceFiles
-from optimum_fista.run.streamed.journal import Journal
-from optimum_fista.run.streamed.remaining_files import as_saved
+from optimum_fista.run.streamed.journal import Journal, KeptLayer
 
 
 class FileSink(ModelSink):
@@ -42,7 +51,7 @@ class FileSink(ModelSink):
     ) -> None:
         super().__init__(model, *contexts)
         self._saved = model
-        self._journal = journal
+        self.journal = journal
         self._source = source
         self._names = names
 
@@ -50,10 +59,64 @@ class FileSink(ModelSink):
         """Write a decoder layer for good."""
         self.forget()
         masks, self.masks = self.masks, {}
-        tensors = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-        tensors = as_saved(self._saved, tensors)
-        if self._journal.packed:
+        tensors = self._stored({f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()})
+        if self.journal.packed:
             operators, stored = as_stored(record.operators, masks, self._names)
             tensors = Packer(operators, tensors, stored.__getitem__).pack(tensors)
         self._source.require_unchanged()
-        self._journal.keep_layer(index, tensors, masks, record, states)
+        self.journal.keep_layer(index, tensors, masks, record, states)
+
+    def complete(
+        self, tokenizer: PreTrainedTokenizerBase | None, report: PruningReport, layers: Mapping[int, KeptLayer]
+    ) -> PruningReport:
+        """Write all that is not a decoder layer.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            report: The complete report.
+            layers: All decoder layers.
+
+        Returns:
+            The report under the names of the checkpoint.
+        """
+        journal, model = self.journal, self._saved
+        ours = {layer.shard for layer in layers.values()}
+        for pattern in (".tmp*", ".*.partial", "*.safetensors"):
+            for left in [path for path in journal.folder.glob(pattern) if path.name not in ours]:
+                left.unlink()  # of a process that was killed while it wrote, or of a run with more layers
+        prefix, modules, rest = f"{find_decoder_layers(model).name}.", dict(model.named_modules()), {}
+        for name in model.state_dict():
+            owner, _, leaf = name.rpartition(".")
+            if not name.startswith(prefix) and name not in model.all_tied_weights_keys:
+                rest[name] = stored_tensor(modules[owner], leaf)
+        rest = self._stored(rest)
+        last = journal.keep_shard(len(layers), rest)
+        weight_map = {name: layer.shard for layer in layers.values() for name in layer.names}
+        weight_map |= dict.fromkeys(rest, last.name)
+        metadata = {"total_parameters": model.num_parameters(), "total_size": _total_size(journal.folder)}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(journal.folder / journal.index_name, json.dumps(index, indent=2) + "\n")
+        masks = {name: mask for index in sorted(layers) for name, mask in journal.masks(index).items()}
+        operators, masks = as_stored(report.operators, masks, self._names)
+        report = replace(report, operators=operators)
+        packed = packed_settings(journal.index_name, packed_names(weight_map)) if journal.packed else None
+        forget_gguf(model)
+        write_all_but_weights(journal.folder, model, tokenizer, report, masks, packed)
+        self._source.require_unchanged()
+        return report
+
+    def _stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under the names of the checkpoint, on the CPU, without those that are tied to others."""
+        left_out = set(self._saved.all_tied_weights_keys) | set(self._saved._keys_to_ignore_on_save or ())
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if name not in left_out}
+        return revert_weight_conversion(self._saved, kept)
+
+
+def _total_size(folder: Path) -> int:
+    """Bytes of the tensors in all shards."""
+    total = 0
+    for shard in folder.glob("*.safetensors"):
+        with shard.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        total += shard.stat().st_size - 8 - header
+    return total

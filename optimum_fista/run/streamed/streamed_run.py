@@ -1,78 +1,146 @@
-"""One run from a model's files to shards, by one process or several."""
+"""From a model's files to the files of the pruned model, by one process or several."""
 
 from __future__ import annotations
 
-import dataclasses
+import errno
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.installation import discard, install
-from optimum_fista.run.checkpoints.output_folder import FOLDER
-from optimum_fista.run.checkpoints.stored_names import as_stored
+from optimum_fista.run.checkpoints.loading import load_lazily
+from optimum_fista.run.checkpoints.output_folder import FOLDER, MODEL_FILES, require_output, unfinished_folder
+from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.file_sink import FileSink
-from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run, run_fingerprint
+from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run, model_folder, run_fingerprint
 from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer, read_record
-from optimum_fista.run.streamed.ranks import RankError, Ranks
-from optimum_fista.run.streamed.remaining_files import write_remaining
-from optimum_fista.run.streamed.shares import share_layers
+from optimum_fista.run.streamed.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
+
+_ADVICE = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, and ")
+_ADVICE |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and ")
+
+
+def prune_files(
+    name: str | Path,
+    calib_dataloader: Iterable[Any],
+    output_dir: Path,
+    config: FistaPruningConfig,
+    *,
+    calibration_source: str | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    overwrite: bool = False,
+    progress: bool = True,
+    storage_device: str | torch.device | Path | None = None,
+    callbacks: Sequence[PruningCallback] = (),
+    packed: bool = False,
+) -> PruningReport:
+    """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
+    started = time.perf_counter()
+    require_output(output_dir, overwrite, source=name, names=MODEL_FILES)
+    folder = unfinished_folder(output_dir)
+    with joined_ranks(device) as ranks, ExitStack() as opened:
+
+        def lock() -> None:
+            opened.enter_context(locked_output(output_dir))
+            require_output(output_dir, overwrite, names=MODEL_FILES)  # another run may just have ended
+
+        def load() -> StreamedRun:
+            if not (folder / FOLDER).exists():
+                raise ValueError(f"output: rank 0 began {str(folder)!r}, and it isn't here: pass a shared folder.")
+            require_independent_layers(config, ranks.count)
+            offload = opened.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=folder / FOLDER))
+            model, tokenizer = load_lazily(str(name), Path(offload), device=ranks.device, dtype=dtype)
+            pruning = ModelPruning(
+                model,
+                calib_dataloader,
+                config,
+                calibration_source=calibration_source,
+                progress=progress and not ranks.index,
+                storage_device=storage_device,
+                callbacks=callbacks,
+            )
+            if storage_device == "disk" or (storage_device is None and pruning.storage == torch.device("cpu")):
+                pruning.storage_device = folder  # files on the output's disk
+            if ranks.count > 1:
+                pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
+            return StreamedRun(pruning, tokenizer, model_folder(str(name)), folder, packed, ranks)
+
+        ranks.first(lock)
+        run = ranks.each(load)
+        run.open(overwrite)
+        try:
+            ranks.each(run.tell_callbacks)
+            run.prune()
+            report = ranks.first(lambda: run.complete(output_dir, overwrite, started))
+        except OSError as error:
+            advice = f"{run.kept()}; {_ADVICE.get(error.errno or 0, '')}start again with the same output"
+            if error.errno is None:
+                raise type(error)(f"{error} {advice}") from error
+            raise OSError(error.errno, f"{error.strerror}: {advice}", error.filename) from error
+        except RankError as error:
+            raise RankError(f"{error}; {run.kept()}; start again with the same output") from error
+    for callback in callbacks:
+        callback.on_prune_end(report)
+    return report
 
 
 class StreamedRun:
-    """One run from files to shards."""
+    """One run from files to files, in this process.
+
+    Args:
+        pruning: The run over the decoder layers.
+        tokenizer: The model's tokenizer.
+        source: The folder that the model is read from.
+        folder: The unfinished folder.
+        packed: Whether it becomes a packed folder.
+        ranks: This process among those that share the layers.
+    """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        pruning: ModelPruning,
         tokenizer: PreTrainedTokenizerBase | None,
-        calib_dataloader: Iterable[Any],
-        config: FistaPruningConfig,
-        source: str | None,
-        progress: bool,
-        storage_device: str | torch.device | Path | None,
-        callbacks: Sequence[PruningCallback],
+        source: Path,
+        folder: Path,
         packed: bool,
+        ranks: Ranks,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.packed = packed
+        self.pruning = pruning
         self.finished: dict[int, KeptLayer] = {}
-        self.pruning = ModelPruning(
-            model,
-            calib_dataloader,
-            config,
-            calibration_source=source,
-            progress=progress,
-            storage_device=storage_device,
-            callbacks=callbacks,
-        )
+        self._tokenizer = tokenizer
+        self._source_folder = source
+        self._folder = folder
+        self._packed = packed
+        self._ranks = ranks
 
-    def store_beside(self, folder: Path) -> None:
-        """Keep activations in files of the output's disk, where files are asked for or the device is the CPU."""
-        on_cpu = self.pruning.storage_device is None and self.pruning.storage == torch.device("cpu")
-        if on_cpu or self.pruning.storage_device == "disk":
-            self.pruning.storage_device = folder
+    def open(self, overwrite: bool) -> None:
+        """Open the journal of this run, which may have begun earlier; rank 0 begins it.
 
-    def open(self, folder: Path, source: Path, overwrite: bool, ranks: Ranks) -> None:
-        """Open the journal of the run that prunes the weights in `source` as this one."""
-        num_layers = len(self.pruning.layers)
-        known = ranks.first(lambda: SourceFiles(source, read_record(folder / FOLDER / WEIGHTS_FILE) or {}).hashes)
-        self.source = ranks.each(lambda: SourceFiles(source, known))
-        fingerprint = run_fingerprint(self.source, self.pruning) | ({"packed": True} if self.packed else {})
+        Raises:
+            ValueError: If the journal is another run's, or another rank's run differs from that of rank 0.
+        """
+        folder, ranks, num_layers = self._folder, self._ranks, len(self.pruning.layers)
+        read = self._source_folder
+        known = ranks.first(lambda: SourceFiles(read, read_record(folder / FOLDER / WEIGHTS_FILE) or {}).hashes)
+        self.source = ranks.each(lambda: SourceFiles(read, known))
+        fingerprint = run_fingerprint(self.source, self.pruning) | ({"packed": True} if self._packed else {})
 
         def begin() -> dict[str, Any]:
             if overwrite and is_of_another_run(folder, fingerprint):
                 discard(folder, overwrite)
-            Journal(folder, fingerprint, num_layers, self.packed).keep_weights(self.source.hashes)
+            Journal(folder, fingerprint, num_layers, self._packed).keep_weights(self.source.hashes)
             return fingerprint
 
         def join(begun: dict[str, Any]) -> Journal:
@@ -82,26 +150,28 @@ class StreamedRun:
                     f"{' and '.join(different)} differ from those of rank 0: start every process with the same "
                     "model, configuration and calibration batches."
                 )
-            return Journal(folder, fingerprint, num_layers, self.packed)
+            return Journal(folder, fingerprint, num_layers, self._packed)
 
         begun = ranks.first(begin)
         self.journal = ranks.each(lambda: join(begun))
+        model, names = self.pruning.model, self.pruning.stored_names
+        self.sink = FileSink(model, self.journal, self.source, names, evaluation_mode(model), torch.no_grad())
 
-    def begin(self) -> None:
+    def tell_callbacks(self) -> None:
         """Tell callbacks that the run is about to prune."""
         for callback in self.pruning.callbacks:
             callback.on_prune_begin(self.pruning.report)
 
-    def prune(self, ranks: Ranks) -> None:
+    def prune(self) -> None:
         """Prune this process's share of the decoder layers that are left, and write each for good."""
-        contexts = evaluation_mode(self.model), torch.no_grad()
-        with FileSink(self.model, self.journal, self.source, self.pruning.stored_names, *contexts) as sink:
+        ranks, pruning = self._ranks, self.pruning
+        with self.sink:
             ranks.first(self._share_budgets)
             self.finished = ranks.first(self._finished)
-            unfinished = [index for index in range(len(self.pruning.layers)) if index not in self.finished]
+            unfinished = [index for index in range(len(pruning.layers)) if index not in self.finished]
             if unfinished:
-                todo = share_layers(unfinished, self.pruning.costs(), ranks.count)[ranks.index]
-                ranks.each(lambda: self._prune_layers(sink, todo))
+                todo = share_layers(unfinished, pruning.costs(), ranks.count)[ranks.index]
+                ranks.each(lambda: self._prune_layers(todo))
 
     def complete(self, output_dir: Path, overwrite: bool, started: float) -> PruningReport:
         """Write all that is not a decoder layer, and bring the model into `output_dir`.
@@ -110,33 +180,23 @@ class StreamedRun:
             ValueError: If the weights changed meanwhile.
             RankError: If decoder layers are not there.
         """
-        report, journal = self.pruning.report, self.journal
-        layers = journal.finished(read_shards=False)
+        report, layers = self.pruning.report, dict(sorted(self.journal.finished(read_shards=False).items()))
         if len(layers) < len(self.pruning.layers):
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators, report.layers, report.left_dense = [], [], {}
-        for _, layer in sorted(layers.items()):
+        for layer in layers.values():
             report.add(layer.record)
         before = sum(layer.record.report.seconds for layer in self.finished.values())
         report.seconds["total"] = before + time.perf_counter() - started
         self.pruning.complete_report()
-        masks = {name: mask for index in sorted(layers) for name, mask in journal.masks(index).items()}
-        operators, masks = as_stored(report.operators, masks, self.pruning.stored_names)
-        report = dataclasses.replace(report, operators=operators)
-        ours = {layer.shard for layer in layers.values()}
-        for pattern in (".tmp*", ".*.partial", "*.safetensors"):
-            for left in [path for path in journal.folder.glob(pattern) if path.name not in ours]:
-                left.unlink()  # of a process that was killed while it wrote, or of a run with more layers
-        write_remaining(self.model, self.tokenizer, report, None if self.packed else masks, journal, layers)
-        self.source.require_unchanged()
-        install(journal.folder, output_dir, overwrite)
+        report = self.sink.complete(self._tokenizer, report, layers)
+        install(self._folder, output_dir, overwrite)
         return report
 
     def kept(self) -> str:
         """What is not lost."""
-        finished = len(self.journal.finished(read_shards=False))
-        total, folder = len(self.pruning.layers), str(self.journal.folder)
-        return f"{finished} of {total} decoder layers are finished and kept in {folder!r}"
+        finished, total = len(self.journal.finished(read_shards=False)), len(self.pruning.layers)
+        return f"{finished} of {total} decoder layers are finished and kept in {str(self._folder)!r}"
 
     def _finished(self) -> dict[int, KeptLayer]:
         """The decoder layers that need not be pruned again.
@@ -161,15 +221,15 @@ class StreamedRun:
         return {index: finished[index] for index in range(first)}
 
     def _share_budgets(self) -> None:
-        """Share the zeros over the operators, or take up how they were shared."""
+        """Share the zeros over the operators, or read how an earlier start of the run shared them."""
         self.pruning.budgets = self.journal.budgets(self.pruning.config)
         if self.pruning.budgets is None:
             budgets = self.pruning.shared_budgets()
             self.source.require_unchanged()
             self.journal.keep_budgets(budgets)
 
-    def _prune_layers(self, sink: FileSink, todo: Sequence[int]) -> None:
-        if self.pruning.budgets is None:
+    def _prune_layers(self, todo: Sequence[int]) -> None:
+        if self.pruning.budgets is None:  # rank 0 shared the zeros
             self.pruning.budgets = self.journal.budgets(self.pruning.config)
         if todo:
-            self.pruning.run(sink, todo)
+            self.pruning.run(self.sink, todo)

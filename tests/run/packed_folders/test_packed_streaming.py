@@ -95,7 +95,7 @@ def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp
 
 def test_a_run_does_not_go_on_in_the_other_format(source, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("optimum_fista.run.streamed.streamed_run.write_remaining", None)
+        patched.setattr("optimum_fista.run.streamed.file_sink.FileSink.complete", None)
         with pytest.raises(TypeError):
             prune(source, tmp_path / "out", packed=True)
     with pytest.raises(ValueError, match=r"was another one \(packed was true, is null\)"):

@@ -10,7 +10,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.run.pruning.batch_size import cut_batches, cut_states, halved_sizes
 from optimum_fista.run.pruning.layer_pruning import HiddenStates
-from optimum_fista.run.streamed import journal, streaming
+from optimum_fista.run.streamed import journal, streamed_run
 
 CONFIGS = [FistaPruningConfig(), FistaPruningConfig(method="sparsegpt", error_correction="intra")]
 
@@ -164,14 +164,14 @@ def streamed(tmp_path, monkeypatch):
     source = tmp_path / "source"
     save_tiny_folder(source)
     tiny_llama(num_hidden_layers=4).to(torch.bfloat16).save_pretrained(source)
-    load = streaming.load_lazily
+    load = streamed_run.load_lazily
 
     def load_and_watch(*arguments, **options):
         model, tokenizer = load(*arguments, **options)
         fail_late(model, 2)
         return model, tokenizer
 
-    monkeypatch.setattr(streaming, "load_lazily", load_and_watch)
+    monkeypatch.setattr(streamed_run, "load_lazily", load_and_watch)
 
     def prune(output):
         return FistaPruner(progress=False).prune(str(source), tiny_tokens().split(8), output_dir=tmp_path / output)

@@ -200,7 +200,7 @@ def test_a_resumed_mixture_is_the_same(tokens, tmp_path, monkeypatch):
         if name == "cut":
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    "optimum_fista.run.streamed.streamed_run.write_remaining",
+                    "optimum_fista.run.streamed.file_sink.FileSink.complete",
                     lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
                 )
                 with pytest.raises(KeyboardInterrupt):

@@ -26,7 +26,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints import atomic
 from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.streamed import file_sink, journal, streamed_run, streaming
+from optimum_fista.run.streamed import file_sink, journal, streamed_run
 
 LAYERS = 4
 _READ_AGAIN = [
@@ -219,7 +219,7 @@ def test_a_run_cut_off_before_the_last_rename_only_renames(source, whole, tmp_pa
 
 
 def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, monkeypatch):
-    cut_off(monkeypatch, streamed_run, "write_remaining", stop, source, tmp_path / "pruned")
+    cut_off(monkeypatch, file_sink.FileSink, "complete", stop, source, tmp_path / "pruned")
     for name in (".tmpq7NgZZ", ".model-00009-of-00009.safetensors.partial"):
         (unfinished_folder(tmp_path / "pruned") / name).write_bytes(b"half a shard")
     prune(source, tmp_path / "pruned")
@@ -287,7 +287,7 @@ def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monke
     """Files of two runs with other methods, copied from one unfinished folder into the other."""
     configs = {name: FistaPruningConfig(method=name, error_correction="none") for name in ("magnitude", "wanda")}
     for name, config in configs.items():
-        cut_off(monkeypatch, streamed_run, "write_remaining", stop, source, tmp_path / name, config)
+        cut_off(monkeypatch, file_sink.FileSink, "complete", stop, source, tmp_path / name, config)
     prune(source, tmp_path / "whole", configs["wanda"])
     other, mine = (unfinished_folder(tmp_path / name) for name in configs)
     for file in [*other.glob("model-*"), *other.glob("journal/*.json"), *other.glob("journal/[mb]*.safetensors")]:
@@ -332,7 +332,7 @@ def test_a_disk_that_turns_read_only_keeps_what_is_finished(source, whole, tmp_p
 
 
 def test_an_output_that_cannot_be_written_to_is_refused_before_any_work(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "load_lazily", None)
+    monkeypatch.setattr(streamed_run, "load_lazily", None)
     (tmp_path / "file").write_text("kept")
     for output in (tmp_path / "file" / "pruned", tmp_path / "taken"):
         unfinished_folder(tmp_path / "taken").write_text("kept")
@@ -445,7 +445,7 @@ def test_weights_that_are_unpacked_to_be_read_lie_in_the_unfinished_folder(tmp_p
 
 def test_fewer_layers_leave_no_shard_of_more(source, tmp_path, monkeypatch):
     shutil.copytree(source, tmp_path / "source")
-    cut_off(monkeypatch, streamed_run, "write_remaining", stop, tmp_path / "source", tmp_path / "pruned")
+    cut_off(monkeypatch, file_sink.FileSink, "complete", stop, tmp_path / "source", tmp_path / "pruned")
     config = tmp_path / "source" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
     prune(tmp_path / "source", tmp_path / "pruned", overwrite=True)
