@@ -1,4 +1,4 @@
-"""Callbacks, called while a model is pruned."""
+"""Callbacks for pruning runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ class PruningCallback:
     """Follows a pruning run; override what is needed, every method does nothing by itself.
 
     Methods are called in the process that prunes, between two pieces of work. With several processes each calls its own
-    callbacks for the decoder layers of its share. Layers that a run before has finished are not told again.
+    callbacks for the decoder layers of its share. Layers that an earlier start of the run finished are not reported
+    again.
 
     An exception of a callback ends the run like any other error, so that raising one is the way to stop a run that goes
     wrong, and no failure hides in the log of a run of hours. From files to files nothing finished is lost by it: the
@@ -24,10 +25,10 @@ class PruningCallback:
         """The run is about to prune; the report has the configuration, the model and the calibration."""
 
     def on_operator_end(self, report: OperatorReport) -> None:
-        """An operator is pruned. If the device then runs out of memory, its decoder layer is done once more."""
+        """An operator is pruned. If the device then runs out of memory, its decoder layer is pruned once more."""
 
     def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:
-        """A decoder layer is pruned for good, in files if a model is pruned from its files.
+        """A decoder layer is pruned for good, and on disk if the model is pruned from its files.
 
         Args:
             index: Its index.

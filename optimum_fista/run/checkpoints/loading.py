@@ -56,7 +56,7 @@ def load_model(
 def load_lazily(
     name: str, offload_folder: Path, *, device: str | None = None, dtype: str | torch.dtype = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """A model whose weights stay in its files until they are needed, and its tokenizer where it has one.
+    """A model whose weights stay in its files until they are needed, and its tokenizer if it has one.
 
     The weights of a GGUF file are dequantized in memory, because they can't be read one at a time.
 
@@ -136,7 +136,7 @@ def reading(name: str) -> Iterator[None]:
 
 
 def gguf_options(name: str) -> dict[str, str]:
-    """Arguments of `from_pretrained` where `name` is a folder with one GGUF file and no configuration; else none.
+    """Arguments of `from_pretrained` if `name` is a folder with one GGUF file and no configuration; else none.
 
     Raises:
         ValueError: If it is a folder with neither.
@@ -146,7 +146,7 @@ def gguf_options(name: str) -> dict[str, str]:
 
 
 def gguf_file(name: str) -> str | None:
-    """Name of the GGUF file where `name` is a folder with one and no configuration.
+    """Name of the GGUF file if `name` is a folder with one and no configuration.
 
     Raises:
         ValueError: If it is a folder with neither, a file other than a configuration, or neither there nor a Hub id.
@@ -177,7 +177,7 @@ def _require_hub_id(name: str) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model, `None` where a model folder has none."""
+    """The tokenizer of a model, `None` if a model folder has none."""
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
         return None

@@ -1,4 +1,4 @@
-"""Operators under the names that a checkpoint gives their weights, where these differ from the model's."""
+"""Operators under the names that a checkpoint gives their weights, if these differ from the model's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StoredName:
     """Where a checkpoint keeps a weight.
 
     Attributes:
-        name: Name of its tensor; with an index, such as `experts.gate_up_proj[3, :, 0::2]`, where it is a part of it.
+        name: Name of its tensor; with an index, such as `experts.gate_up_proj[3, :, 0::2]`, if it is a part of it.
         transposed: Whether it is stored as [in, out].
     """
 

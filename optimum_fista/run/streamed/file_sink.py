@@ -16,7 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.packed.format import packed_names
-from optimum_fista.run.checkpoints.atomic import write_text
+from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
 from optimum_fista.run.checkpoints.checkpoint import write_all_but_weights
 from optimum_fista.run.checkpoints.loading import forget_gguf
 from optimum_fista.run.checkpoints.stored_names import StoredName, as_stored
@@ -29,7 +29,7 @@ from optimum_fista.run.streamed.journal import Journal, KeptLayer
 
 
 class FileSink(ModelSink):
-    """Writes every finished decoder layer to a shard of its own, packed if its journal says so.
+    """Writes every finished decoder layer to a shard of its own.
 
     The model's own weights are put back only while their layer is not finished: what is finished is on disk.
 
@@ -38,6 +38,7 @@ class FileSink(ModelSink):
         journal: Where the layers go.
         source: The files that the model is read from.
         names: The names of the checkpoint, by those of the weights in the model.
+        packed: Whether the shards are those of a packed folder.
         contexts: What the run works in.
     """
 
@@ -47,24 +48,28 @@ class FileSink(ModelSink):
         journal: Journal,
         source: SourceFiles,
         names: Mapping[str, StoredName],
+        packed: bool,
         *contexts: AbstractContextManager[Any],
     ) -> None:
         super().__init__(model, *contexts)
         self._saved = model
-        self.journal = journal
+        self._journal = journal
         self._source = source
         self._names = names
+        self._num_shards = len(find_decoder_layers(model)) + 1  # the last one is for the rest
+        self._packed = packed
+        self._stem = "packed" if packed else "model"
 
     def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:
         """Write a decoder layer for good."""
         self.forget()
         masks, self.masks = self.masks, {}
         tensors = self._stored({f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()})
-        if self.journal.packed:
+        if self._packed:
             operators, stored = as_stored(record.operators, masks, self._names)
             tensors = Packer(operators, tensors, stored.__getitem__).pack(tensors)
         self._source.require_unchanged()
-        self.journal.keep_layer(index, tensors, masks, record, states)
+        self._journal.keep_layer(index, self._write_shard(index, tensors), list(tensors), masks, record, states)
 
     def complete(
         self, tokenizer: PreTrainedTokenizerBase | None, report: PruningReport, layers: Mapping[int, KeptLayer]
@@ -79,10 +84,10 @@ class FileSink(ModelSink):
         Returns:
             The report under the names of the checkpoint.
         """
-        journal, model = self.journal, self._saved
+        folder, model = self._journal.folder, self._saved
         ours = {layer.shard for layer in layers.values()}
         for pattern in (".tmp*", ".*.partial", "*.safetensors"):
-            for left in [path for path in journal.folder.glob(pattern) if path.name not in ours]:
+            for left in [path for path in folder.glob(pattern) if path.name not in ours]:
                 left.unlink()  # of a process that was killed while it wrote, or of a run with more layers
         prefix, modules, rest = f"{find_decoder_layers(model).name}.", dict(model.named_modules()), {}
         for name in model.state_dict():
@@ -90,20 +95,26 @@ class FileSink(ModelSink):
             if not name.startswith(prefix) and name not in model.all_tied_weights_keys:
                 rest[name] = stored_tensor(modules[owner], leaf)
         rest = self._stored(rest)
-        last = journal.keep_shard(len(layers), rest)
+        last = self._write_shard(len(layers), rest)
         weight_map = {name: layer.shard for layer in layers.values() for name in layer.names}
         weight_map |= dict.fromkeys(rest, last.name)
-        metadata = {"total_parameters": model.num_parameters(), "total_size": _total_size(journal.folder)}
+        metadata = {"total_parameters": model.num_parameters(), "total_size": _total_size(folder)}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(journal.folder / journal.index_name, json.dumps(index, indent=2) + "\n")
-        masks = {name: mask for index in sorted(layers) for name, mask in journal.masks(index).items()}
+        index_name = f"{self._stem}.safetensors.index.json"
+        write_text(folder / index_name, json.dumps(index, indent=2) + "\n")
+        masks = {name: mask for index in layers for name, mask in self._journal.masks(index).items()}
         operators, masks = as_stored(report.operators, masks, self._names)
         report = replace(report, operators=operators)
-        packed = packed_settings(journal.index_name, packed_names(weight_map)) if journal.packed else None
+        packed = packed_settings(index_name, packed_names(weight_map)) if self._packed else None
         forget_gguf(model)
-        write_all_but_weights(journal.folder, model, tokenizer, report, masks, packed)
+        write_all_but_weights(folder, model, tokenizer, report, masks, packed)
         self._source.require_unchanged()
         return report
+
+    def _write_shard(self, index: int, tensors: dict[str, Tensor]) -> Path:
+        shard = self._journal.folder / f"{self._stem}-{index + 1:05}-of-{self._num_shards:05}.safetensors"
+        write_tensors(shard, tensors, {"format": "pt"})
+        return shard
 
     def _stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under the names of the checkpoint, on the CPU, without those that are tied to others."""

@@ -1,4 +1,4 @@
-"""What tells one streamed run from another."""
+"""What identifies a streamed run: all that the bytes of its result depend on."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from optimum_fista.run.streamed.journal import digest_of, read_record
 _VERSIONS = ("optimum-fista", "torch", "transformers")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
 _NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version")
+_FORMAT = 2  # of the records of a journal
 _READERS = 4  # files that are hashed at a time
 
 WeightFiles = dict[str, list[Any]]
@@ -34,6 +35,7 @@ def run_fingerprint(source: SourceFiles, pruning: ModelPruning) -> dict[str, Any
         tokens = [tokens, calibration["held_out"]["sha256"]]
     network = json.loads(pruning.model.config.to_json_string(use_diff=False))
     fingerprint = {
+        "journal": _FORMAT,
         "weights": source.digests,
         "model_config": {key: value for key, value in network.items() if key not in _NOT_COMPUTED_WITH},
         "arithmetic": arithmetic_of(pruning.model),

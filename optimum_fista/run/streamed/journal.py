@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,27 +50,23 @@ class KeptLayer:
 class Journal:
     """Finished decoder layers, hidden states and budgets of a run, in a folder that becomes the model.
 
-    A decoder layer is finished when its record is there and its shard is whole. What the next layer needs is written
-    before: masks, hidden states, then the shard, then the record. Nothing is written in place, and every layer has
+    A decoder layer is finished when its record is there and its shard is whole. The record is written last, after the
+    shard, the masks, and the hidden states that the next layer needs. Nothing is written in place, and every layer has
     files of its own, so that several processes can write layers at the same time. Every file has its digest in a
     record, and every record its own: what is damaged is not taken.
 
     Attributes:
         folder: Holds the final shards, and the journal in a folder of its own until the run is complete.
-        num_shards: Shards of the finished model: one a decoder layer, and one for the rest.
-        packed: Whether the shards are those of a packed folder.
         budgets_sha256: Digest of the budgets that were last written or read.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], num_layers: int, packed: bool = False) -> None:
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         """Open the journal of a folder, or begin it.
 
         Raises:
             ValueError: If it was begun with another fingerprint, or that is damaged; the message names what differs.
         """
         self.folder = folder
-        self.num_shards = num_layers + 1
-        self.packed = packed
         self.budgets_sha256: str | None = None
         self._states_sha256: dict[int, str] = {}
         self._journal = folder / FOLDER
@@ -93,53 +89,44 @@ class Journal:
             )
 
     def finished(self, *, read_shards: bool = True) -> dict[int, KeptLayer]:
-        """The decoder layers that are finished, by index; `read_shards=False` trusts the size of their files."""
-        kept = {index: self._kept(index, read_shards) for index in range(self.num_shards - 1)}
+        """The decoder layers that are finished, by index, in order; `read_shards=False` trusts their files' size."""
+        records = {int(file.stem.partition("-")[2]): file for file in sorted(self._journal.glob("layer-*.json"))}
+        kept = {index: self._kept(index, file, read_shards) for index, file in records.items()}
         return {index: layer for index, layer in kept.items() if layer is not None}
 
     def keep_layer(
         self,
         index: int,
-        tensors: dict[str, Tensor],
+        shard: Path,
+        names: Sequence[str],
         masks: dict[str, Tensor],
         record: LayerRecord,
         states: HiddenStates | None,
     ) -> None:
-        """Write a decoder layer for good.
+        """Finish a decoder layer.
 
         Args:
             index: Its index.
-            tensors: Its tensors by the names of the checkpoint, on the CPU.
+            shard: Its shard, which is on disk.
+            names: The tensors in it.
             masks: Packed masks of its operators.
             record: What the run says of it.
             states: Hidden states after it; `None` if the next layer does not need them.
         """
-        sha256 = {"masks": _write(self._file("masks", index), masks) if masks else None}
         if states is not None:
             streams = {"dense": stored(states.dense), "pruned": stored(states.pruned)}
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
             self._states_sha256[index + 1] = _write(self._file("states", index + 1), hidden)
-        sha256 |= {"before": self._states_sha256.get(index), "after": self._states_sha256.get(index + 1)}
-        shard = self.keep_shard(index, tensors)
-        sha256 |= {"shard": digest_of(shard), "budgets": self.budgets_sha256}
-        kept = KeptLayer(record, shard.name, shard.stat().st_size, list(tensors), sha256)
+        sha256 = {
+            "shard": digest_of(shard),
+            "masks": _write(self._file("masks", index), masks) if masks else None,
+            "before": self._states_sha256.get(index),
+            "after": self._states_sha256.get(index + 1),
+            "budgets": self.budgets_sha256,
+        }
+        kept = KeptLayer(record, shard.name, shard.stat().st_size, list(names), sha256)
         write_record(self._journal / f"layer-{index:05}.json", dataclasses.asdict(kept))
         self._file("states", index).unlink(missing_ok=True)
-
-    def keep_shard(self, index: int, tensors: dict[str, Tensor]) -> Path:
-        """Write a final shard and return its path."""
-        shard = self.folder / self.shard_name(index)
-        write_tensors(shard, tensors, {"format": "pt"})
-        return shard
-
-    def shard_name(self, index: int) -> str:
-        """File name of a shard."""
-        return f"{self._stem}-{index + 1:05}-of-{self.num_shards:05}.safetensors"
-
-    @property
-    def index_name(self) -> str:
-        """File name of the shards' index."""
-        return f"{self._stem}.safetensors.index.json"
 
     def masks(self, index: int) -> dict[str, Tensor]:
         """Packed masks of a finished decoder layer."""
@@ -147,7 +134,7 @@ class Journal:
         return load_file(file) if file.exists() else {}
 
     def states(self, index: int, sha256: str | None, storage: Storage) -> HiddenStates | None:
-        """Hidden states that enter a decoder layer; `None` where they are not there whole, with this digest."""
+        """Hidden states that enter a decoder layer; `None` if they are not there whole, with this digest."""
         file = self._file("states", index)
         if sha256 is None or not _is_whole(file, sha256):
             return None
@@ -159,7 +146,7 @@ class Journal:
         return HiddenStates(streams["dense"] or None, streams["pruned"] or None)
 
     def keep_weights(self, files: Mapping[str, Any]) -> None:
-        """Write what tells whether the weight files are still the same."""
+        """Write sizes, times and digests of the weight files, by which a change is found."""
         write_record(self._journal / WEIGHTS_FILE, dict(files))
 
     def keep_budgets(self, budgets: Budgets) -> None:
@@ -181,16 +168,12 @@ class Journal:
         self.budgets_sha256 = _text_digest(values)
         return Budgets(config, values["sparsities"], load_file(file), values["unseen"])
 
-    @property
-    def _stem(self) -> str:
-        return "packed" if self.packed else "model"
-
     def _file(self, kind: str, index: int) -> Path:
         return self._journal / f"{kind}-{index:05}.safetensors"
 
-    def _kept(self, index: int, read_shard: bool) -> KeptLayer | None:
+    def _kept(self, index: int, file: Path, read_shard: bool) -> KeptLayer | None:
         """A decoder layer whose record, shard and masks are whole."""
-        values = read_record(self._journal / f"layer-{index:05}.json")
+        values = read_record(file)
         if values is None:
             return None
         kept = KeptLayer(**{**values, "record": LayerRecord.from_dict(values["record"])})
@@ -208,7 +191,7 @@ def write_record(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The values of a record; `None` where there is none, or it is damaged."""
+    """The values of a record; `None` if there is none, or it is damaged."""
     try:
         found = json.loads(path.read_bytes())
         values: dict[str, Any] = found["values"]

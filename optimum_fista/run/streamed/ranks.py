@@ -128,7 +128,7 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
 
 
 def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
-    """Refuse several processes where every decoder layer waits for the one before.
+    """Refuse several processes if every decoder layer waits for the one before.
 
     Raises:
         ValueError: If so.
@@ -136,9 +136,9 @@ def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
     correction = config.resolved().error_correction
     if count > 1 and not config.independent_layers:
         raise ValueError(
-            f"error_correction={correction!r} prunes every decoder layer on what the pruned ones before it put out, so "
-            f"{count} processes can't share them: pass error_correction='intra' (--error-correction intra) or 'none', "
-            "or start one process."
+            f"error_correction={correction!r} prunes every decoder layer on the outputs of the pruned ones before it, "
+            f"so {count} processes can't share them: pass error_correction='intra' (--error-correction intra) or "
+            "'none', or start one process."
         )
 
 
@@ -152,11 +152,11 @@ def share_layers(unfinished: Sequence[int], pruning_costs: Sequence[float], num_
     Args:
         unfinished: Indices of the layers to share, ascending.
         pruning_costs: By decoder layer, what pruning it costs besides the dense forward pass, in forward passes of a
-            layer; 0 where there is nothing to prune, so that no hidden states are needed.
+            layer; 0 if there is nothing to prune, so that no hidden states are needed.
         num_ranks: Number of processes.
 
     Returns:
-        Indices by rank; the last ones are empty where there are fewer layers than ranks.
+        Indices by rank; the last ones are empty if there are fewer layers than ranks.
     """
 
     def cost(share: Sequence[int]) -> float:

@@ -131,8 +131,7 @@ class StreamedRun:
         Raises:
             ValueError: If the journal is another run's, or another rank's run differs from that of rank 0.
         """
-        folder, ranks, num_layers = self._folder, self._ranks, len(self.pruning.layers)
-        read = self._source_folder
+        folder, ranks, read = self._folder, self._ranks, self._source_folder
         known = ranks.first(lambda: SourceFiles(read, read_record(folder / FOLDER / WEIGHTS_FILE) or {}).hashes)
         self.source = ranks.each(lambda: SourceFiles(read, known))
         fingerprint = run_fingerprint(self.source, self.pruning) | ({"packed": True} if self._packed else {})
@@ -140,7 +139,7 @@ class StreamedRun:
         def begin() -> dict[str, Any]:
             if overwrite and is_of_another_run(folder, fingerprint):
                 discard(folder, overwrite)
-            Journal(folder, fingerprint, num_layers, self._packed).keep_weights(self.source.hashes)
+            Journal(folder, fingerprint).keep_weights(self.source.hashes)
             return fingerprint
 
         def join(begun: dict[str, Any]) -> Journal:
@@ -150,12 +149,13 @@ class StreamedRun:
                     f"{' and '.join(different)} differ from those of rank 0: start every process with the same "
                     "model, configuration and calibration batches."
                 )
-            return Journal(folder, fingerprint, num_layers, self._packed)
+            return Journal(folder, fingerprint)
 
         begun = ranks.first(begin)
         self.journal = ranks.each(lambda: join(begun))
         model, names = self.pruning.model, self.pruning.stored_names
-        self.sink = FileSink(model, self.journal, self.source, names, evaluation_mode(model), torch.no_grad())
+        contexts = evaluation_mode(model), torch.no_grad()
+        self.sink = FileSink(model, self.journal, self.source, names, self._packed, *contexts)
 
     def tell_callbacks(self) -> None:
         """Tell callbacks that the run is about to prune."""
@@ -180,7 +180,7 @@ class StreamedRun:
             ValueError: If the weights changed meanwhile.
             RankError: If decoder layers are not there.
         """
-        report, layers = self.pruning.report, dict(sorted(self.journal.finished(read_shards=False).items()))
+        report, layers = self.pruning.report, self.journal.finished(read_shards=False)
         if len(layers) < len(self.pruning.layers):
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators, report.layers, report.left_dense = [], [], {}
