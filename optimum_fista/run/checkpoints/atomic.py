@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` write a file beside `path`, flush it to the disk, and rename it.
 
     Raises:
@@ -33,25 +33,17 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    write_atomically(path, lambda partial: _write_text(partial, text))
+    write_atomically(path, lambda partial: partial.write_text(text))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a binary file, whole or not at all."""
-    write_atomically(path, lambda partial: _write_bytes(partial, data))
+    write_atomically(path, lambda partial: partial.write_bytes(data))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all."""
     write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def flush(path: Path) -> None:

@@ -3,12 +3,15 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from raising import InterruptAt
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from optimum_fista.model.offload import kept_tensor, onloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.pruning.sink import ModelSink
+from optimum_fista.run.reports.report import LayerRecord, LayerReport
 from optimum_fista.solve.pruned import PrunedOperator
 
 
@@ -42,6 +45,42 @@ def test_success_keeps_what_was_written(operator):
     with ModelSink(operator.module) as sink:
         sink.write(operator, pruned(torch.ones(3, 4)))
     assert torch.equal(operator.parameter, torch.ones_like(operator.parameter))
+
+
+def test_undo_puts_back_what_was_written_since_the_last_commit():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3))
+    first, second = (LinearOperator(f"{index}", module) for index, module in enumerate(model))
+    before = [module.weight.detach().clone() for module in model]
+    with suppress(ValueError), ModelSink(model) as sink:
+        sink.write(first, pruned(torch.zeros(3, 4)))
+        sink.commit(0, model[0], LayerRecord(LayerReport("0", None, 0.0)), None)
+        sink.write(second, pruned(torch.zeros(3, 4)))
+        sink.write(second, pruned(torch.ones(3, 4)))
+        sink.undo()
+        assert torch.equal(second.parameter, before[1])
+        assert not first.parameter.any()
+        raise ValueError
+    assert torch.equal(first.parameter, before[0])
+
+
+def test_offloaded_weights_change_where_they_are_kept_when_their_layer_is_committed():
+    model = nn.Sequential(nn.Linear(4, 3))
+    before = model[0].weight.detach().clone()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    operator = LinearOperator("0", model[0])
+    with suppress(ValueError), ModelSink(model) as sink:
+        with onloaded(model.modules()):
+            sink.write(operator, pruned(torch.zeros(3, 4)))
+            sink.undo()
+            assert torch.equal(operator.parameter, before)
+            sink.write(operator, pruned(torch.ones(3, 4)))
+            assert torch.equal(kept_tensor(model[0], "weight"), before)
+            sink.commit(0, model[0], LayerRecord(LayerReport("0", None, 0.0)), None)
+            assert torch.equal(kept_tensor(model[0], "weight"), torch.ones(3, 4))
+            sink.undo()
+        assert torch.equal(kept_tensor(model[0], "weight"), torch.ones(3, 4))
+        raise ValueError
+    assert torch.equal(kept_tensor(model[0], "weight"), before)
 
 
 @contextmanager
