@@ -18,7 +18,6 @@ from optimum_fista.model.offload import stored_tensor
 from optimum_fista.packed.format import packed_names
 from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
 from optimum_fista.run.checkpoints.checkpoint import write_all_but_weights
-from optimum_fista.run.checkpoints.loading import forget_gguf
 from optimum_fista.run.checkpoints.stored_names import StoredName, as_stored
 from optimum_fista.run.packed_folders.packing import Packer, packed_settings
 from optimum_fista.run.pruning.layer_pruning import HiddenStates
@@ -106,7 +105,6 @@ class FileSink(ModelSink):
         operators, masks = as_stored(report.operators, masks, self._names)
         report = replace(report, operators=operators)
         packed = packed_settings(index_name, packed_names(weight_map)) if self._packed else None
-        forget_gguf(model)
         write_all_but_weights(folder, model, tokenizer, report, masks, packed)
         self._source.require_unchanged()
         return report
