@@ -93,12 +93,8 @@ def as_stored(
     operators, stored = [], {}
     for operator in reports:
         found = names[operator.name]
-        mask = masks[operator.name]
-        if found.transposed != operator.stored_transposed:
-            shape = operator.shape[::-1] if operator.stored_transposed else operator.shape
-            mask = pack_mask(unpack_mask(mask, shape).T)
+        stored[found.name] = _laid_out(masks[operator.name], operator, found.transposed)
         operators.append(dataclasses.replace(operator, name=found.name, stored_transposed=found.transposed))
-        stored[found.name] = mask
     return operators, stored
 
 
@@ -122,12 +118,9 @@ def as_in_model(
                 f"{entry.name} of shape {entry.shape} has a mask, but {type(model).__name__} has {has}: pass the "
                 "folder or Hub id that this model was loaded from."
             )
-        name, mask = f"{operator.name}.weight", masks[entry.name]
-        if entry.stored_transposed != operator.transposed:
-            shape = entry.shape[::-1] if entry.stored_transposed else entry.shape
-            mask = pack_mask(unpack_mask(mask, shape).T)
+        name = f"{operator.name}.weight"
+        kept[name] = _laid_out(masks[entry.name], entry, operator.transposed)
         entries.append(dataclasses.replace(entry, name=name, stored_transposed=operator.transposed))
-        kept[name] = mask
     return dataclasses.replace(report, operators=entries), kept
 
 
@@ -145,6 +138,14 @@ def split_index(name: str) -> tuple[str, tuple[int | slice, ...]]:
         numbers = [int(number) if number.strip() else None for number in part.split(":")]
         index.append(slice(*numbers) if len(numbers) > 1 else int(part))
     return match[1], tuple(index)
+
+
+def _laid_out(mask: Tensor, operator: OperatorReport, transposed: bool) -> Tensor:
+    """A packed mask, laid out for a weight that is stored as [in, out] if `transposed`, else as [out, in]."""
+    if transposed == operator.stored_transposed:
+        return mask
+    shape = operator.shape[::-1] if operator.stored_transposed else operator.shape
+    return pack_mask(unpack_mask(mask, shape).T)
 
 
 def _text(index: tuple[int | slice, ...]) -> str:

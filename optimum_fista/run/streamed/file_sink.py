@@ -30,7 +30,7 @@ from optimum_fista.run.streamed.journal import Journal, KeptLayer
 class FileSink(ModelSink):
     """Writes every finished decoder layer to a shard of its own.
 
-    The model's own weights are put back only while their layer is not finished: what is finished is on disk.
+    What is finished is on disk, so the dense weights are kept only while their layer is being pruned.
 
     Args:
         model: The model, read from its files.
@@ -40,6 +40,8 @@ class FileSink(ModelSink):
         packed: Whether the shards are those of a packed folder.
         contexts: What the run works in.
     """
+
+    _model: PreTrainedModel
 
     def __init__(
         self,
@@ -51,7 +53,6 @@ class FileSink(ModelSink):
         *contexts: AbstractContextManager[Any],
     ) -> None:
         super().__init__(model, *contexts)
-        self._saved = model
         self._journal = journal
         self._source = source
         self._names = names
@@ -73,7 +74,7 @@ class FileSink(ModelSink):
     def complete(
         self, tokenizer: PreTrainedTokenizerBase | None, report: PruningReport, layers: Mapping[int, KeptLayer]
     ) -> PruningReport:
-        """Write all that is not a decoder layer.
+        """Write all that is not a decoder layer: a last shard, the index, and what the folder says of the model.
 
         Args:
             tokenizer: The model's tokenizer.
@@ -82,8 +83,11 @@ class FileSink(ModelSink):
 
         Returns:
             The report under the names of the checkpoint.
+
+        Raises:
+            ValueError: If the files that the model was read from changed in the meantime.
         """
-        folder, model = self._journal.folder, self._saved
+        folder, model = self._journal.folder, self._model
         ours = {layer.shard for layer in layers.values()}
         for pattern in (".tmp*", ".*.partial", "*.safetensors"):
             for left in [path for path in folder.glob(pattern) if path.name not in ours]:
@@ -116,9 +120,9 @@ class FileSink(ModelSink):
 
     def _stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under the names of the checkpoint, on the CPU, without those that are tied to others."""
-        left_out = set(self._saved.all_tied_weights_keys) | set(self._saved._keys_to_ignore_on_save or ())
+        left_out = set(self._model.all_tied_weights_keys) | set(self._model._keys_to_ignore_on_save or ())
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if name not in left_out}
-        return revert_weight_conversion(self._saved, kept)
+        return revert_weight_conversion(self._model, kept)
 
 
 def _total_size(folder: Path) -> int:
