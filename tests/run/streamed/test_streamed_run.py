@@ -373,7 +373,7 @@ def test_an_older_model_goes_only_when_the_new_one_is_whole(source, whole, tmp_p
     with pytest.raises(FileExistsError, match="already holds a model"):
         prune(source, output)
 
-    cut_off(monkeypatch, journal.Journal, "keep_shard", stop, source, output, overwrite=True)
+    cut_off(monkeypatch, file_sink.FileSink, "complete", stop, source, output, overwrite=True)
     assert files_of(output) == before
     prune(source, output, overwrite=True)
     assert files_of(output) == files_of(whole)
