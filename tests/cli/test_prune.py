@@ -301,7 +301,7 @@ def test_sampled_text_that_is_damaged_or_of_another_model_is_sampled_again(tiny_
 
 def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
-        patched.setattr(journal.Journal, "keep_shard", None)
+        patched.setattr(journal.Journal, "keep_layer", None)
         with pytest.raises(TypeError):
             prune("--method", "wanda")
     assert prune("--method", "wanda", "--sparsity", "0.25") == 1
