@@ -1,5 +1,6 @@
 """Models that Accelerate offloads are pruned as the same models in memory, where they are kept."""
 
+import copy
 import hashlib
 
 import pytest
@@ -8,7 +9,7 @@ from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import OffloadedWeightsLoader
 from tiny_llama import tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.offload import stored_tensor
@@ -104,20 +105,30 @@ def test_a_run_that_fails_leaves_them_as_they_were(offloaded, error, tokens, mon
         assert torch.allclose(offloaded(tokens[:2]).logits, tiny_llama()(tokens[:2]).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("place", ["disk", "half"])
-def test_saving_an_offloaded_model(tiny_folder, tmp_path, tokens, place):
-    places = {"": "disk"}
-    if place == "half":
-        places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-        places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder, device_map=places, offload_folder=tmp_path / "offload")
+def test_saving_an_offloaded_model(offloaded, tmp_path, tokens):
     pruner = FistaPruner(FistaPruningConfig(0.5), progress=False)
-    pruner.prune(model, tokens.split(4))
-    pruner.save_pretrained(model, tmp_path / "pruned")
+    pruner.prune(offloaded, tokens.split(4))
+    places = getattr(offloaded, "hf_device_map", None)
+    pruner.save_pretrained(offloaded, tmp_path / "pruned")
+    assert getattr(offloaded, "hf_device_map", None) == places
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
-    found = weights_of(model)
+    found = weights_of(offloaded)
     assert all(torch.equal(found[name], parameter) for name, parameter in reloaded.named_parameters())
     assert int(sum((p == 0).sum() for n, p in reloaded.named_parameters() if "_proj" in n)) == 7680
+
+
+def test_tied_weights_that_were_offloaded_later_are_saved_once(tmp_path, tokens):
+    config = tiny_llama().config
+    config.tie_word_embeddings = True
+    expected = LlamaForCausalLM(config)
+    model = copy.deepcopy(expected)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+    pruner.prune(model, tokens.split(4))
+    pruner.save_pretrained(model, tmp_path / "pruned")
+    FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(expected, tokens.split(4))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict()
+    assert all(torch.equal(reloaded[name], value) for name, value in expected.state_dict().items())
 
 
 def test_damaged_offloaded_weights_are_named(tiny_folder, tokens):

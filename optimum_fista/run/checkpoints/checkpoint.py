@@ -131,7 +131,7 @@ def save_checkpoint(
     forget_gguf(model)
     with locked_output(folder) as unfinished:
         discard(unfinished, overwrite)
-        model.save_pretrained(unfinished)
+        _save_model(model, unfinished)
         write_all_but_weights(unfinished, model, tokenizer, report, masks)
         install(unfinished, folder, overwrite)
 
@@ -175,6 +175,19 @@ def write_all_but_weights(
     if packed is not None:
         config["quantization_config"] = dict(packed)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _save_model(model: PreTrainedModel, folder: Path) -> None:
+    """`save_pretrained`, also of a model that was offloaded after it was loaded, which Transformers does not notice."""
+    if hasattr(model, "hf_device_map") or not any(parameter.is_meta for parameter in model.parameters()):
+        model.save_pretrained(folder)
+        return
+    tied = model.all_tied_weights_keys  # two parameters once they are offloaded, but the same memory
+    model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
+    try:
+        model.save_pretrained(folder, state_dict={k: v for k, v in model.state_dict().items() if k not in tied})
+    finally:
+        del model.hf_device_map
 
 
 def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
