@@ -9,16 +9,17 @@ keeps the studies it already has.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from shared import parse_arguments
 
 from optimum_fista.run.checkpoints.atomic import write_text
 from optimum_fista.run.comparison.compare import compare
@@ -36,7 +37,7 @@ def _methods(patterns: Sequence[str], methods: Iterable[str], seeds: Sequence[in
     return "", {"patterns": patterns, "methods": tuple(methods), "seeds": seeds}
 
 
-STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
+STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
     "parts": lambda _: [
         _methods(
             ["0.5"],
@@ -98,31 +99,31 @@ STUDIES: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
 }
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, help="text source to calibrate on")
-    parser.add_argument("--other-calibrations", type=_names, default=[], help="others for the study `calibration`")
-    parser.add_argument("--texts", type=_names, required=True, help="text sources to measure on")
-    parser.add_argument("--studies", type=_names, default=list(STUDIES))
-    parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], help="of the studies `seeds` and `gradients`")
-    parser.add_argument("--sample-counts", type=_numbers, default=[8, 16, 32, 64, 128], help="of the study `samples`")
-    parser.add_argument("--num-samples", type=int, default=16)
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a window, here and in the texts")
-    parser.add_argument("--max-windows", type=int, default=16, help="of every text")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=Path("runs/ablations"), help="where finished rows are kept")
-    parser.add_argument("--output", type=Path, default=Path("runs/ablations.json"))
-    parser.add_argument("--plot", type=Path, help="picture of the study `parts`, once --output has it")
-    arguments = parser.parse_args()
+_HELP = {
+    "other_calibrations": "others for the study `calibration`",
+    "studies": f"some of {', '.join(STUDIES)}",
+    "seeds": "of the studies `seeds` and `gradients`",
+    "sample_counts": "of the study `samples`",
+    "sequence_length": "tokens of a window, here and in the texts",
+    "folder": "where finished rows are kept",
+    "plot": "picture of the study `parts`, once --output has it",
+}
+
+
+def arguments_given() -> Namespace:
+    choices = {"other_calibrations": [], "studies": list(STUDIES), "seeds": [0, 1, 2]}
+    sizes = {"sample_counts": [8, 16, 32, 64, 128], "num_samples": 16, "sequence_length": 512, "max_windows": 16}
+    machine = {"batch_size": 4, "threads": 1, "folder": Path("runs/ablations")}
+    files = {"output": Path("runs/ablations.json"), "plot": Path}
+    required = ("model", "calibration", "texts")
+    arguments = parse_arguments(__doc__, *required, helps=_HELP, **choices, **sizes, **machine, **files)
     for study in arguments.studies:
         if study not in STUDIES:
-            parser.error(f"--studies: {study!r} is unknown; pass some of {', '.join(STUDIES)}.")
+            raise SystemExit(f"--studies: {study!r} is unknown; pass some of {', '.join(STUDIES)}.")
     return arguments
 
 
-def run_study(study: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def run_study(study: str, arguments: Namespace) -> dict[str, Any]:
     """All rows of a study, labelled, with the recipes of its comparisons."""
     base = ComparisonSettings(
         model=arguments.model,
@@ -219,16 +220,8 @@ def _geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = arguments_given()
     torch.set_num_threads(arguments.threads)
     for study in arguments.studies:
         found = run_study(study, arguments)

@@ -8,16 +8,13 @@ matrices, layer problems. Every variant runs twice: counted, then timed. Prints 
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import matrix_rate
-from products import counted_products
+from shared import calibration_of, counted_products, matrix_rate, parse_arguments, save
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
@@ -25,9 +22,7 @@ from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.run.checkpoints.loading import load_model
-from optimum_fista.run.reports.report import library_versions
-from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import calibration_windows
+from optimum_fista.run.reports.markdown import markdown_lines
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"error_correction": "none"},
@@ -36,19 +31,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "0.5": {"error_correction": 0.5},
     "0.5 and residual (obs_admm)": {"error_correction": 0.5, "residual_correction": 1.0},
 }
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, help="text source")
-    parser.add_argument("--num-samples", type=int, default=24)
-    parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=6, help="decoder layers that are run")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/calibration.json"))
-    return parser.parse_args()
 
 
 def plain_flops(model, tokens: torch.Tensor) -> float:
@@ -72,12 +54,15 @@ def plain_flops(model, tokens: torch.Tensor) -> float:
 
 @torch.no_grad()
 def main() -> None:
-    arguments = parse_arguments()
+    sizes = {"num_samples": 24, "sequence_length": 1024, "batch_size": 4, "layers": 6, "seed": 0}
+    output = Path("runs/calibration.json")
+    arguments = parse_arguments(
+        __doc__, "model", "calibration", helps={"layers": "decoder layers that are run"}, **sizes, output=output
+    )
     model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
     del model.get_submodule(find_decoder_layers(model).name)[arguments.layers :]
     layers = model.config.num_hidden_layers = len(find_decoder_layers(model))
-    text = load_text(arguments.calibration, "calibration")
-    tokens = calibration_windows(tokenizer, text, arguments.num_samples, arguments.sequence_length, arguments.seed)
+    tokens = calibration_of(arguments, tokenizer, arguments.num_samples)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
 
     def prune(options: dict[str, Any]) -> float:
@@ -102,23 +87,14 @@ def main() -> None:
         rows.append({"error_correction": name, "flops": flops, "seconds": seconds, "matrix_rate": rate})
         rows[-1]["share"] = reached / rate
         print(f"{name}: {flops / 1e12:.2f} TFLOP, {reached / rate:.0%}", flush=True)
-    lines = [
-        f"| error correction | TFLOP, {layers} layers | seconds | GFLOP/s | share of the matrix rate |",
-        "|---" * 5 + "|",
-    ]
-    lines.append(f"| textbook, corrected | {plain / 1e12:.2f} | | | |")
+    shown = [("textbook, corrected", f"{plain / 1e12:.2f}", "", "", "")]
     for row in rows:
         seconds = statistics.median(row["seconds"])
-        lines.append(
-            f"| {row['error_correction']} | {row['flops'] / 1e12:.2f} | {seconds:.1f} | "
-            f"{row['flops'] / seconds / 1e9:.0f} | {row['share']:.0%} |"
-        )
-    print("\n".join(lines))
-    settings = {k: str(v) for k, v in vars(arguments).items() if k != "output"}
-    result = {"settings": settings, "versions": library_versions(), "threads": torch.get_num_threads()}
-    result |= {"textbook_flops": plain, "rows": rows}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1))
+        cells = (f"{row['flops'] / 1e12:.2f}", f"{seconds:.1f}", f"{row['flops'] / seconds / 1e9:.0f}")
+        shown.append((row["error_correction"], *cells, f"{row['share']:.0%}"))
+    headings = ("error correction", f"TFLOP, {layers} layers", "seconds", "GFLOP/s", "share of the matrix rate")
+    print("\n".join(markdown_lines(headings, shown)))
+    save(arguments, {"threads": torch.get_num_threads(), "textbook_flops": plain, "rows": rows})
 
 
 if __name__ == "__main__":

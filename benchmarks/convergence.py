@@ -11,21 +11,17 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from shared import calibration_of, parse_arguments, save
 from solvers import layer_problems
 from torch import Tensor
 
 from optimum_fista.run.checkpoints.loading import load_model
-from optimum_fista.run.reports.report import library_versions
-from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import calibration_windows
 from optimum_fista.solve.cholesky import damped_cholesky
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.patterns import Unstructured
@@ -37,20 +33,6 @@ from optimum_fista.solve.splitting import SplitState, damped_inverse
 HALF = Unstructured(0.5)
 RIDGE = 0.03
 RHOS = (0.03, 0.06, 0.12, 0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 6.0, 12.0)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, help="text source")
-    parser.add_argument("--num-samples", type=int, default=24)
-    parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--layers", default="3,15,26", help="decoder layers; pictures 1 and 2 use the middle one")
-    parser.add_argument("--steps", type=int, default=300, help="FISTA steps shown")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/convergence.json"))
-    parser.add_argument("--plot", type=Path)
-    return parser.parse_args()
 
 
 class Scaled:
@@ -212,20 +194,20 @@ def plot(record: dict, path: Path) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    arguments = parse_arguments()
+    sizes = {"num_samples": 24, "sequence_length": 1024, "layers": [3, 15, 26], "steps": 300, "seed": 0}
+    helps = {"layers": "decoder layers; pictures 1 and 2 use the middle one", "steps": "FISTA steps shown"}
+    files = {"output": Path("runs/convergence.json"), "plot": Path}
+    arguments = parse_arguments(__doc__, "model", "calibration", helps=helps, **sizes, **files)
     model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
-    text = load_text(arguments.calibration, "calibration")
-    windows = calibration_windows(tokenizer, text, arguments.num_samples, arguments.sequence_length, arguments.seed)
-    layers = [int(i) for i in arguments.layers.split(",")]
+    windows = calibration_of(arguments, tokenizer, arguments.num_samples)
+    layers = arguments.layers
     found = [problem for (group,) in layer_problems(model, [windows], set(layers)) for problem in group[:1]]
     middle = layers[len(layers) // 2]
     chosen = next(p for p in found if f".{middle}." in p.name and p.name.endswith("o_proj"))
     gaps, errors = stalling(chosen, arguments.steps)
-    record = {"settings": {k: str(v) for k, v in vars(arguments).items() if k not in ("output", "plot")}}
-    record |= {"versions": library_versions(), "operator": chosen.name, "gaps": gaps, "errors": errors}
+    record = {"operator": chosen.name, "gaps": gaps, "errors": errors}
     record["by_rho"] = by_rho([p for p in found if p.name.endswith(("o_proj", "q_proj", "gate_proj"))])
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=1))
+    save(arguments, record)
     for key in ("gaps", "errors", "by_rho"):
         for name, curve in record[key].items():
             picked = [c for c in curve if c[0] in (1, 5, 10, 20, 40, 100, arguments.steps, *RHOS)]

@@ -8,64 +8,46 @@ zeros alone. MODEL is pruned in the same way.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from shared import parse_arguments, save_llama
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints.loading import gguf_file, load_model
 from optimum_fista.run.speed.measure import VARIANTS, SpeedSettings, measure_speed
 from optimum_fista.run.speed.table import draw_speed, speed_table
 
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a model folder, or a folder with one GGUF file, instead of the random Llama")
-    parser.add_argument("--name", help="what the table calls it")
-    parser.add_argument("--layers", type=int, default=22, help="decoder layers of the random Llama (default 22)")
-    parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--variants", default=",".join(VARIANTS[:3]))
-    parser.add_argument("--batch-sizes", default="1,4,16")
-    parser.add_argument("--prefill-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path("runs/decoding.json"))
-    parser.add_argument("--plot", type=Path)
-    return parser.parse_args()
+_HELP = {
+    "model": "a model folder, or a folder with one GGUF file, instead of the random Llama",
+    "name": "what the table calls it",
+    "layers": "decoder layers of the random Llama",
+}
 
 
-def save_dense(arguments: argparse.Namespace, folder: Path) -> None:
+def save_dense(arguments: Namespace, folder: Path) -> None:
     """Write the model in bfloat16."""
-    if arguments.model is not None:
-        model, tokenizer = load_model(arguments.model, device="cpu", dtype="bfloat16")
-        tokenizer.save_pretrained(folder)
-    else:
-        config = LlamaConfig(
-            hidden_size=2048,
-            intermediate_size=5632,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            vocab_size=32000,
-            max_position_embeddings=2048,
-        )
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).bfloat16()
-    print(f"{model.num_parameters() / 1e6:,.0f} million parameters")
+    if arguments.model is None:
+        settings = {"num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000}
+        save_llama(folder, 2048, 5632, arguments.layers, **settings)
+        return
+    model, tokenizer = load_model(arguments.model, device="cpu", dtype="bfloat16")
+    tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    sizes = {"layers": 22, "sparsity": 0.5, "variants": list(VARIANTS[:3]), "batch_sizes": [1, 4, 16]}
+    sizes |= {"prefill_tokens": 512, "new_tokens": 16, "rounds": 3, "threads": 2}
+    files = {"output": Path("runs/decoding.json"), "plot": Path}
+    arguments = parse_arguments(__doc__, helps=_HELP, model=str, name=str, **sizes, **files)
     torch.set_num_threads(arguments.threads)
     settings = SpeedSettings(
-        variants=arguments.variants.split(","),
-        batch_sizes=[int(size) for size in arguments.batch_sizes.split(",")],
+        variants=arguments.variants,
+        batch_sizes=arguments.batch_sizes,
         new_tokens=arguments.new_tokens,
         prefill_tokens=arguments.prefill_tokens,
         rounds=arguments.rounds,

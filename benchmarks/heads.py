@@ -9,14 +9,12 @@ measured without them.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from kept_rows import open_record, texts_of
+from shared import calibration_of, open_record, parse_arguments, save, texts_of
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -28,23 +26,7 @@ from optimum_fista.model.replay import watching
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.checkpoints.loading import load_model
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import calibration_windows
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, help="text source to take gradients on")
-    parser.add_argument("--texts", required=True, help="text source to measure the loss on")
-    parser.add_argument("--num-samples", type=int, default=4)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--max-windows", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/heads.json"))
-    parser.add_argument("--plot", type=Path, help="picture of the table")
-    return parser.parse_args()
+from optimum_fista.run.reports.markdown import markdown_lines
 
 
 def queries(layers: DecoderLayers) -> dict[str, LinearOperator]:
@@ -109,14 +91,15 @@ def measure(model: PreTrainedModel, windows: Tensor, ids: Tensor) -> list[dict[s
 
 def table(rows: list[dict[str, Any]], number: int = 5) -> list[str]:
     """The heads that cost most."""
-    lines = [
-        "| decoder layer | head | attention on the first token | predicted, nats | measured, nats |",
-        "|---" * 5 + "|",
-    ]
-    for row in sorted(rows, key=lambda row: -row["measured"])[:number]:
-        cells = f"{row['attention']:.3f} | {row['predicted']:.2g} | {row['measured']:.2g}"
-        lines.append(f"| {row['layer']} | {row['head']} | {cells} |")
-    return lines
+    headings = ("decoder layer", "head", "attention on the first token", "predicted, nats", "measured, nats")
+    costliest = sorted(rows, key=lambda row: -row["measured"])[:number]
+    return markdown_lines(
+        headings,
+        [
+            (row["layer"], row["head"], f"{row['attention']:.3f}", f"{row['predicted']:.2g}", f"{row['measured']:.2g}")
+            for row in costliest
+        ],
+    )
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -137,17 +120,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    sizes = {"num_samples": 4, "sequence_length": 512, "max_windows": 1, "threads": 1, "seed": 0}
+    files = {"output": Path("runs/heads.json"), "plot": Path}
+    arguments = parse_arguments(__doc__, "model", "calibration", "texts", **sizes, **files)
     torch.set_num_threads(arguments.threads)
-    record = open_record(arguments, ("plot",))
+    record = open_record(arguments)
     if not record["rows"]:
         model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
-        text = load_text(arguments.calibration, "calibration")
-        number, length = arguments.num_samples, arguments.sequence_length
-        windows = calibration_windows(tokenizer, text, number, length, arguments.seed)
-        (ids,) = texts_of(arguments, tokenizer, length).values()
-        record["rows"] = measure(model, windows, ids)
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        (ids,) = texts_of(arguments, tokenizer, arguments.sequence_length).values()
+        record["rows"] = measure(model, calibration_of(arguments, tokenizer, arguments.num_samples), ids)
+        save(arguments, record)
     print("\n".join(table(record["rows"])))
     if arguments.plot:
         plot(record["rows"], arguments.plot)

@@ -12,53 +12,15 @@ stops the others).
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-_TIMED = ("README.md", "fista/report.json")
-_RUN = """
-import sys, torch
-torch.set_num_threads(1)
-from optimum_fista import FistaPruner, FistaPruningConfig
-tokens = torch.randint(0, 256, (16, 64), generator=torch.Generator().manual_seed(0))
-print("ready", flush=True)
-config = FistaPruningConfig(error_correction=sys.argv[3] if sys.argv[3:] else None)
-FistaPruner(config, progress=False).prune(sys.argv[1], tokens.split(4), output_dir=sys.argv[2], device="cpu")
-"""
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def start(source: Path, output: Path, ranks: int = 1, correction: str = "") -> subprocess.Popen:
-    arguments = [str(source), str(output), *([correction] if correction else [])]
-    command = [sys.executable, "-c", _RUN, *arguments]
-    if ranks > 1:
-        script = output.parent / "run.py"
-        script.write_text(_RUN)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *launcher, str(script), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None
-    for _ in range(ranks):
-        process.stdout.readline()
-    return process
+from shared import files_of, finish, parse_arguments, prune_apart, save_llama, start
 
 
 def kill_one(process: subprocess.Popen, ranks: int, generator: random.Random) -> bool:
@@ -73,39 +35,28 @@ def kill_one(process: subprocess.Popen, ranks: int, generator: random.Random) ->
     return True
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    return {name: data for name, data in files.items() if name not in _TIMED}
-
-
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parse_arguments(__doc__, kills=50, layers=8, ranks=1, seed=0)
     generator = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=256,
-        )
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "source")
-        started = time.perf_counter()
-        correction = "intra" if arguments.ranks > 1 else ""
-        assert start(folder / "source", folder / "whole", 1, correction).wait() == 0
+        save_llama(folder / "source", 64, 128, arguments.layers, num_attention_heads=4, num_key_value_heads=2)
+        options = {"source": folder / "source", "samples": 16, "length": 64, "batch": 4}
+        if arguments.ranks > 1:
+            options["config"] = {"error_correction": "intra"}
+        process, started = prune_apart(output=folder / "whole", **options), time.perf_counter()
+        finish(process)
         longest = time.perf_counter() - started
         expected = files_of(folder / "whole")
         kills = rounds = 0
         while kills < arguments.kills:
             output = folder / f"pruned-{rounds}"
             while not output.exists():
-                process = start(folder / "source", output, arguments.ranks, correction)
-                delay = generator.uniform(0, longest / 2 if kills < arguments.kills else 10 * longest)
+                process = prune_apart(output=output, ranks=arguments.ranks, **options)
+                if arguments.ranks == 1:
+                    start(process)
                 try:
-                    process.wait(delay)
+                    process.wait(generator.uniform(0, longest) if kills < arguments.kills else None)
                 except subprocess.TimeoutExpired:
                     kills += kill_one(process, arguments.ranks, generator)
                     process.wait()

@@ -9,9 +9,9 @@ relative error, and writes every curve as JSON; `--plot` draws them with the ran
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from operator import itemgetter
 from pathlib import Path
@@ -31,14 +31,12 @@ from penalty_trials import (
     optuna_search,
     random_search,
 )
+from shared import calibration_of, parse_arguments, pattern_of, save
 from solvers import geometric_mean, layer_problems
 from tqdm.auto import tqdm
 
 from optimum_fista.run.checkpoints.loading import load_model
 from optimum_fista.run.reports.report import library_versions
-from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import calibration_windows
-from optimum_fista.solve.patterns import parse_pattern
 
 EARLY = 80
 """Steps that the package's default spends at most: four trials of 20."""
@@ -68,39 +66,26 @@ def seeds_of(way: str, seeds: int) -> int:
     return seeds if "TPE" in way or "random" in way else 1
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, help="text source; its windows are split into two sets")
-    parser.add_argument("--num-samples", type=int, default=24)
-    parser.add_argument("--num-fresh", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--layers", default="3,15,26", help="decoder layers")
-    parser.add_argument("--operators", default="q_proj,o_proj,gate_proj", help="ends of names")
-    parser.add_argument("--patterns", default="0.5,2:4")
-    parser.add_argument("--budget", type=int, default=600, help="FISTA steps of the searches without a chain")
-    parser.add_argument("--chained-budget", type=int, default=160, help="FISTA steps of the searches in a chain")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of the random ways")
-    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
-    parser.add_argument("--output", type=Path, default=Path("runs/penalty_search.json"))
-    parser.add_argument("--plot", type=Path)
-    return parser.parse_args()
+_HELP = {
+    "calibration": "text source; its windows are split into two sets",
+    "operators": "ends of names",
+    "budget": "FISTA steps of the searches without a chain",
+    "chained_budget": "FISTA steps of the searches in a chain",
+    "seeds": "runs of the random ways",
+    "seed": "of the calibration windows",
+}
 
 
-def tasks(arguments: argparse.Namespace) -> Iterator[Task]:
+def tasks(arguments: Namespace) -> Iterator[Task]:
     """One an operator and pattern."""
     model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
-    text = load_text(arguments.calibration, "calibration")
-    count = arguments.num_samples + arguments.num_fresh
-    windows = calibration_windows(tokenizer, text, count, arguments.sequence_length, arguments.seed)
+    windows = calibration_of(arguments, tokenizer, arguments.num_samples + arguments.num_fresh)
     sets = [windows[: arguments.num_samples], windows[arguments.num_samples :]]
-    layers = {int(index) for index in arguments.layers.split(",")}
-    for group in layer_problems(model, sets, layers):
+    for group in layer_problems(model, sets, set(arguments.layers)):
         for problem, fresh in zip(*group, strict=True):
-            if problem.name.endswith(tuple(arguments.operators.split(","))):
-                for pattern in arguments.patterns.split(","):
-                    kind, sparsity = (pattern, None) if ":" in pattern else ("unstructured", float(pattern))
-                    yield Task(Data(problem, fresh, parse_pattern(kind, sparsity)))
+            if problem.name.endswith(tuple(arguments.operators)):
+                for pattern in arguments.patterns:
+                    yield Task(Data(problem, fresh, pattern_of(pattern)))
 
 
 def compare(task: Task, found: dict[str, Way], seeds: int) -> list[dict]:
@@ -199,7 +184,11 @@ def draw_way(axis, way: str, rows: list[dict]) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    arguments = parse_arguments()
+    choices = {"layers": [3, 15, 26], "operators": ["q_proj", "o_proj", "gate_proj"], "patterns": ["0.5", "2:4"]}
+    sizes = {"num_samples": 24, "num_fresh": 8, "sequence_length": 1024, "seed": 0}
+    budgets = {"budget": 600, "chained_budget": 160, "seeds": 3}
+    files = {"output": Path("runs/penalty_search.json"), "plot": Path}
+    arguments = parse_arguments(__doc__, "model", "calibration", helps=_HELP, **choices, **sizes, **budgets, **files)
     versions = library_versions() | {"optuna": import_optuna().__version__}
     rows: list[dict] = []
     penalties: list[dict] = []
@@ -207,11 +196,8 @@ def main() -> None:
     for task in tqdm(tasks(arguments), desc="Operators and patterns"):
         rows += compare(task, found, arguments.seeds)
         penalties.append(by_penalty(task))
-    settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("output", "plot")}
-    record = {"settings": settings, "versions": versions, "threads": torch.get_num_threads()}
-    record = json.loads(json.dumps(record | {"rows": rows, "by_penalty": penalties}))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record))
+    record = json.loads(json.dumps({"rows": rows, "by_penalty": penalties}))
+    save(arguments, {"versions": versions, "threads": torch.get_num_threads()} | record)
     print("\n".join(table(record["rows"])))
     if arguments.plot:
         plot(record, arguments.plot)

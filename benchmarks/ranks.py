@@ -10,32 +10,17 @@ one thread a process they hardly depend on other programs. Cores that other prog
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
-import torch
-from machine import matrix_rate
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from shared import files_of, finish, matrix_rate, parse_arguments, prune_apart, save, save_llama
+from transformers import AutoConfig
 
-_TIMED = ("README.md", "fista/report.json")
-_RUN = """
-import sys, time, torch
-from optimum_fista import FistaPruner, FistaPruningConfig
-source, output, vocabulary, sequences, length, method = sys.argv[1:]
-tokens = torch.randint(0, int(vocabulary), (int(sequences), int(length)), generator=torch.Generator().manual_seed(0))
-config = FistaPruningConfig(method=method, error_correction="intra")
-before = time.process_time()
-FistaPruner(config, progress=False).prune(source, tokens.split(1), output_dir=output, device="cpu")
-print(time.process_time() - before, flush=True)
-"""
 _WAYS = {
     "one process, one thread": (1, 1),
     "one process, two threads": (1, 2),
@@ -43,54 +28,27 @@ _WAYS = {
 }
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a model folder or Hub id instead of the random Llama")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--ffn", type=int, default=1408)
-    parser.add_argument("--num-samples", type=int, default=24)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--method", default="obs_admm")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("runs/ranks.json"))
-    return parser.parse_args()
-
-
-def save_random(arguments: argparse.Namespace, folder: Path) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.ffn,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.hidden // 64,
-        vocab_size=1024,
-        max_position_embeddings=max(2048, arguments.sequence_length),
+def run(arguments: Namespace, source: str, output: Path, way: str) -> dict[str, float]:
+    """Prune once, and say what it took."""
+    ranks, threads = _WAYS[way]
+    process = prune_apart(
+        ranks=ranks,
+        threads=threads,
+        source=source,
+        output=output,
+        samples=arguments.num_samples,
+        length=arguments.sequence_length,
+        vocabulary=AutoConfig.from_pretrained(source).vocab_size,
+        config={"method": arguments.method, "error_correction": "intra"},
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def run(arguments: argparse.Namespace, source: str, output: Path, way: str) -> dict[str, float]:
-    processes, threads = _WAYS[way]
-    script = output.with_suffix(".py")
-    script.write_text(_RUN)
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    vocabulary = AutoConfig.from_pretrained(source).vocab_size
-    values = [source, output, vocabulary, arguments.num_samples, arguments.sequence_length, arguments.method]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     started, busy, own = time.perf_counter(), busy_seconds(), own_seconds()
-    command = [*launcher, str(script), *map(str, values)]
-    output_of = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    done = subprocess.run(command, check=True, env=environment, **output_of)
+    told = finish(process)
     wall = time.perf_counter() - started
     others = busy_seconds() - busy - (own_seconds() - own)
-    seconds = json.loads((output / "fista" / "report.json").read_text())["seconds"]
     return {
-        "seconds": seconds["total"],
-        "allocation": seconds["allocation"],
-        "processor_seconds": max(map(float, done.stdout.split())),
+        "seconds": told[0]["total"],
+        "allocation": told[0]["allocation"],
+        "processor_seconds": max(seconds["processor"] for seconds in told),
         "wall": wall,
         "others": others / wall,
     }
@@ -108,19 +66,17 @@ def own_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    return {name: data for name, data in files.items() if name not in _TIMED}
-
-
 def main() -> None:
-    arguments = parse_arguments()
+    sizes = {"layers": 8, "hidden": 512, "ffn": 1408, "num_samples": 24, "sequence_length": 512}
+    arguments = parse_arguments(
+        __doc__, model=str, **sizes, method="obs_admm", rounds=3, output=Path("runs/ranks.json")
+    )
     measured: dict[str, list[dict[str, float]]] = {way: [] for way in _WAYS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if arguments.model is None:
-            save_random(arguments, folder / "source")
         source = arguments.model or str(folder / "source")
+        if arguments.model is None:
+            save_llama(folder / "source", arguments.hidden, arguments.ffn, arguments.layers, "float32", vocab_size=1024)
         for index in range(arguments.rounds):
             written = {}
             for way in _WAYS:
@@ -137,10 +93,8 @@ def main() -> None:
     alone, threads, together = medians.values()
     ratio, speedup = together / threads, alone / together
     print(f"two processes take {ratio:.2f}x of two threads; {speedup:.2f}x as fast as one thread; same files")
-    settings = {k: str(v) for k, v in vars(arguments).items() if k != "output"}
-    result = {"settings": settings, "matrix_rate": matrix_rate(), "runs": measured, "medians": medians}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result | {"ratio": ratio, "speedup": speedup}, indent=1))
+    result = {"matrix_rate": matrix_rate(), "runs": measured, "medians": medians}
+    save(arguments, result | {"ratio": ratio, "speedup": speedup})
 
 
 if __name__ == "__main__":

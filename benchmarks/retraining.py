@@ -9,15 +9,14 @@ windows of the calibration text, one a step. Finished rows are read from the out
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
-from kept_rows import open_record, texts_of
 from peft import LoraConfig, get_peft_model
+from shared import calibration_of, open_record, parse_arguments, save, texts_of
 from torch import Tensor
 from tqdm import trange
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup, set_seed
@@ -26,31 +25,9 @@ from optimum_fista import FistaPruner, FistaPruningConfig, mask_adapters, masked
 from optimum_fista.run.checkpoints.loading import load_model
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import calibration_windows
+from optimum_fista.run.reports.markdown import markdown_lines
 
 RATES = {"norms": 2e-3, "adapters": 1e-3, "full": 5e-5}
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, help="text source, to prune on and to train on")
-    parser.add_argument("--texts", required=True, help="text sources to measure on")
-    parser.add_argument("--folder", type=Path, required=True, help="where the pruned model is kept")
-    parser.add_argument("--rows", default="norms,adapters,full")
-    parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--method", default="obs_admm")
-    parser.add_argument("--num-samples", type=int, default=8, help="sequences to prune on")
-    parser.add_argument("--steps", type=int, default=100, help="sequences to train on")
-    parser.add_argument("--sequence-length", type=int, default=512, help="of the sequences to prune and train on")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--max-windows", type=int, default=12)
-    parser.add_argument("--test-length", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/retraining.json"))
-    return parser.parse_args()
 
 
 def train(model: torch.nn.Module, sequences: Tensor, rate: float) -> list[float]:
@@ -94,7 +71,7 @@ def retrain(model: PreTrainedModel, folder: Path, kind: str, sequences: Tensor, 
     return {"rate": RATES[kind], "trained": trained, "seconds": time.perf_counter() - started, "losses": losses}
 
 
-def measure(arguments: argparse.Namespace, kind: str, windows: Tensor, texts: dict[str, Tensor]) -> dict[str, Any]:
+def measure(arguments: Namespace, kind: str, windows: Tensor, texts: dict[str, Tensor]) -> dict[str, Any]:
     row: dict[str, Any] = {"row": kind}
     set_seed(arguments.seed)
     source = arguments.model if kind == "dense" else str(arguments.folder)
@@ -116,23 +93,39 @@ def measure(arguments: argparse.Namespace, kind: str, windows: Tensor, texts: di
     return row
 
 
+_HELP = {
+    "folder": "where the pruned model is kept",
+    "num_samples": "sequences to prune on",
+    "steps": "sequences to train on",
+}
+
+
 def main() -> None:
-    arguments = parse_arguments()
+    ways = {"rows": ["norms", "adapters", "full"], "pattern": "2:4", "method": "obs_admm", "rank": 16}
+    sizes = {"num_samples": 8, "steps": 100, "sequence_length": 512, "max_windows": 12, "test_length": 1024}
+    others = {"threads": 1, "seed": 0, "output": Path("runs/retraining.json")}
+    required = ("model", "calibration", "texts", "folder")
+    arguments = parse_arguments(__doc__, *required, helps=_HELP, **ways, **sizes, **others)
+    arguments.folder = Path(arguments.folder)
     torch.set_num_threads(arguments.threads)
     _, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
-    number = arguments.num_samples + arguments.steps
-    text = load_text(arguments.calibration, "calibration")
-    windows = calibration_windows(tokenizer, text, number, arguments.sequence_length, arguments.seed)
+    windows = calibration_of(arguments, tokenizer, arguments.num_samples + arguments.steps)
     texts = texts_of(arguments, tokenizer, arguments.test_length)
-    record = open_record(arguments, ("rows", "folder"))
-    for kind in ("dense", "pruned", *arguments.rows.split(",")):
+    record = open_record(arguments, "rows", "folder")
+    for kind in ("dense", "pruned", *arguments.rows):
         if kind not in {row["row"] for row in record["rows"]}:
             record["rows"].append(measure(arguments, kind, windows, texts))
-            arguments.output.write_text(json.dumps(record, indent=1))
-    print("| weights | trained | " + " | ".join(texts) + " | seconds |\n" + "|---" * (3 + len(texts)) + "|")
-    for row in record["rows"]:
-        cells = " | ".join(f"{row['perplexity'][name]:.2f}" for name in texts)
-        print(f"| {row['row']} | {row.get('trained', 0):,} | {cells} | {row.get('seconds', 0):.0f} |")
+            save(arguments, record)
+    shown = [
+        (
+            row["row"],
+            f"{row.get('trained', 0):,}",
+            *(f"{row['perplexity'][name]:.2f}" for name in texts),
+            f"{row.get('seconds', 0):.0f}",
+        )
+        for row in record["rows"]
+    ]
+    print("\n".join(markdown_lines(("weights", "trained", *texts, "seconds"), shown)))
 
 
 if __name__ == "__main__":

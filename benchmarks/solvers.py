@@ -9,7 +9,6 @@ geometric means of the squared relative error, and writes every row as JSON; `--
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -19,8 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from machine import matrix_rate
-from products import counted_products
+from shared import calibration_of, counted_products, matrix_rate, parse_arguments, pattern_of, save
 from tqdm.auto import tqdm
 
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
@@ -30,33 +28,13 @@ from optimum_fista.model.sharing import trace_groups
 from optimum_fista.model.statistics import LayerActivations, problems_same_input, record_dense
 from optimum_fista.run.checkpoints.loading import load_model
 from optimum_fista.run.config import method_defaults
-from optimum_fista.run.reports.report import library_versions
+from optimum_fista.run.reports.markdown import markdown_lines
 from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
+from optimum_fista.run.texts.windows import evaluation_windows
 from optimum_fista.solve.methods import METHODS, create_method
-from optimum_fista.solve.patterns import parse_pattern
 from optimum_fista.solve.problem import LayerProblem
 
 TEXTS = ("calibration", "fresh", "other")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, help="text source; its windows are split into two sets")
-    parser.add_argument("--other", required=True, help="text source from another domain")
-    parser.add_argument("--num-samples", type=int, default=24)
-    parser.add_argument("--num-fresh", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--layers", default="all", help="decoder layers, such as 3,15,26, or all")
-    parser.add_argument("--patterns", default="0.5,0.6,0.7,2:4,4:8")
-    parser.add_argument(
-        "--methods", default=",".join(METHODS), help="names, or name:option=value:option=value (values as JSON)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/solvers.json"))
-    parser.add_argument("--plot", type=Path)
-    return parser.parse_args()
 
 
 def layer_problems(
@@ -90,8 +68,7 @@ def parse_method(text: str):
 def measure(text: str, problems: list[list[LayerProblem]], pattern: str) -> list[dict]:
     """One row an operator."""
     method = parse_method(text)
-    sparsity, shape = (None, pattern) if ":" in pattern else (float(pattern), "unstructured")
-    wanted = parse_pattern(shape, sparsity, method_defaults(method.name).scope)
+    wanted = pattern_of(pattern, method_defaults(method.name).scope)
     calibration, *fresh = problems
     with counted_products() as counter:
         started, busy = time.perf_counter(), time.process_time()
@@ -123,14 +100,13 @@ def summarise(rows: list[dict], rate: float) -> list[str]:
     groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for row in rows:
         groups[row["pattern"], row["method"]].append(row)
-    lines = ["| pattern | method | " + " | ".join(TEXTS) + " | seconds | GFLOP | share of peak |", "|---" * 8 + "|"]
+    lines = []
     for (pattern, method), group in groups.items():
-        errors = " | ".join(f"{geometric_mean([row[text] for row in group]):.5f}" for text in TEXTS)
+        errors = [f"{geometric_mean([row[text] for row in group]):.5f}" for text in TEXTS]
         seconds, flops = (sum(row[key] for row in group) for key in ("seconds", "flops"))
-        lines.append(
-            f"| {pattern} | {method} | {errors} | {seconds:.1f} | {flops / 1e9:.0f} | {flops / seconds / rate:.0%} |"
-        )
-    return lines
+        cells = (f"{seconds:.1f}", f"{flops / 1e9:.0f}", f"{flops / seconds / rate:.0%}")
+        lines.append((pattern, method, *errors, *cells))
+    return markdown_lines(("pattern", "method", *TEXTS, "seconds", "GFLOP", "share of peak"), lines)
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -151,30 +127,34 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+_HELP = {
+    "calibration": "text source; its windows are split into two sets",
+    "other": "text source from another domain",
+    "layers": "decoder layers, such as 3,15,26, or all",
+    "methods": "names, or name:option=value:option=value (values as JSON)",
+}
+
+
 @torch.no_grad()
 def main() -> None:
-    arguments = parse_arguments()
+    choices = {"layers": ["all"], "patterns": ["0.5", "0.6", "0.7", "2:4", "4:8"], "methods": list(METHODS)}
+    sizes = {"num_samples": 24, "num_fresh": 8, "sequence_length": 1024, "seed": 0}
+    files = {"output": Path("runs/solvers.json"), "plot": Path}
+    arguments = parse_arguments(__doc__, "model", "calibration", "other", helps=_HELP, **choices, **sizes, **files)
     model, tokenizer = load_model(arguments.model, dtype="float32")
-    text = load_text(arguments.calibration, "calibration")
-    count = arguments.num_samples + arguments.num_fresh
-    windows = calibration_windows(tokenizer, text, count, arguments.sequence_length, arguments.seed)
-    other = evaluation_windows(
-        tokenizer, load_text(arguments.other, "test"), arguments.sequence_length, arguments.num_fresh
-    )
+    windows = calibration_of(arguments, tokenizer, arguments.num_samples + arguments.num_fresh)
+    text = load_text(arguments.other, "test")
+    other = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.num_fresh)
     token_sets = [windows[: arguments.num_samples], windows[arguments.num_samples :], other]
-    layers = None if arguments.layers == "all" else {int(i) for i in arguments.layers.split(",")}
+    layers = None if arguments.layers == ["all"] else {int(i) for i in arguments.layers}
     rate = matrix_rate()
     rows: list[dict] = []
     for problems in tqdm(layer_problems(model, token_sets, layers), desc="Groups of operators"):
-        for pattern in arguments.patterns.split(","):
-            for method in arguments.methods.split(","):
+        for pattern in arguments.patterns:
+            for method in arguments.methods:
                 rows.extend(measure(method, problems, pattern))
     rows.sort(key=lambda row: row["pattern"])
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {k: str(v) for k, v in vars(arguments).items() if k not in ("output", "plot")}
-    record = {"settings": settings, "versions": library_versions()}
-    record |= {"matrix_rate_flops": rate, "threads": torch.get_num_threads(), "rows": rows}
-    arguments.output.write_text(json.dumps(record, indent=1))
+    save(arguments, {"matrix_rate_flops": rate, "threads": torch.get_num_threads(), "rows": rows})
     print("\n".join(summarise(rows, rate)))
     if arguments.plot:
         plot(rows, arguments.plot)

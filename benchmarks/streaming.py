@@ -8,60 +8,35 @@ GGUF file is first written as a model folder in `--dtype`. Processor seconds are
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import torch
-from machine import matrix_rate
+from shared import finish, matrix_rate, parse_arguments, prune_apart, save
+from transformers import AutoConfig
 
 from optimum_fista.run.checkpoints.checkpoint import checkpoint_files, read_tensors
 from optimum_fista.run.checkpoints.loading import gguf_file, load_model
 
-_RUN = """
-import sys, time, torch
-from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.checkpoints.loading import load_model
-way, source, output, sequences, length, method = sys.argv[1:]
-tokens = torch.randint(0, 40000, (int(sequences), int(length)), generator=torch.Generator().manual_seed(0))
-pruner = FistaPruner(FistaPruningConfig(method=method), progress=False)
-wall, processor = time.perf_counter(), time.process_time()
-if way == "in memory":
-    model, tokenizer = load_model(source, device="cpu")
-    pruner.prune(model, tokens.split(1))
-    pruner.save_pretrained(model, output, tokenizer)
-else:
-    pruner.prune(source, tokens.split(1), output_dir=output, device="cpu")
-print(time.perf_counter() - wall, time.process_time() - processor)
-"""
 _WAYS = ("in memory", "from files")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a model folder, or a folder with one GGUF file")
-    parser.add_argument("--dtype", default="bfloat16", help="of a GGUF model (default bfloat16)")
-    parser.add_argument("--num-samples", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--method", default="obs_admm")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("runs/streaming.json"))
-    return parser.parse_args()
-
-
-def run(arguments: argparse.Namespace, way: str, source: str, output: Path) -> dict[str, float]:
-    values = [way, source, output, arguments.num_samples, arguments.sequence_length, arguments.method]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _RUN, *map(str, values)]
-    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    wall, processor = map(float, done.stdout.split())
-    print(f"{way}: {wall:.1f} s, processor {processor:.1f} s", flush=True)
-    return {"seconds": wall, "processor_seconds": processor}
+def run(arguments: Namespace, way: str, source: str, output: Path) -> dict[str, float]:
+    """Prune once, and say what it took."""
+    process = prune_apart(
+        source=source,
+        output=output,
+        samples=arguments.num_samples,
+        length=arguments.sequence_length,
+        vocabulary=min(40000, AutoConfig.from_pretrained(source).vocab_size),
+        config={"method": arguments.method},
+        in_memory=way == "in memory",
+    )
+    (seconds,) = finish(process)
+    print(f"{way}: {seconds['wall']:.1f} s, processor {seconds['processor']:.1f} s", flush=True)
+    return {"seconds": seconds["wall"], "processor_seconds": seconds["processor"]}
 
 
 def require_same(left: Path, right: Path) -> None:
@@ -75,7 +50,11 @@ def require_same(left: Path, right: Path) -> None:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    settings = {"num_samples": 8, "sequence_length": 512, "method": "obs_admm", "rounds": 3}
+    helps = {"dtype": "of a GGUF model"}
+    arguments = parse_arguments(
+        __doc__, "model", helps=helps, dtype="bfloat16", **settings, output=Path("runs/streaming.json")
+    )
     measured: dict[str, list[dict[str, float]]] = {way: [] for way in _WAYS}
     with tempfile.TemporaryDirectory() as temporary:
         folder, source = Path(temporary), arguments.model
@@ -89,19 +68,12 @@ def main() -> None:
             for way in _WAYS:
                 measured[way].append(run(arguments, way, source, folder / f"{way} {index}"))
             require_same(folder / f"in memory {index}", folder / f"from files {index}")
-    ratios = {
-        key: statistics.median(m[key] for m in measured["from files"])
-        / statistics.median(m[key] for m in measured["in memory"])
-        for key in ("seconds", "processor_seconds")
-    }
+    medians = {way: {key: statistics.median(m[key] for m in runs) for key in runs[0]} for way, runs in measured.items()}
+    ratios = {key: medians["from files"][key] / value for key, value in medians["in memory"].items()}
     print(
         f"from files takes {ratios['seconds']:.2f}x, {ratios['processor_seconds']:.2f}x of processor time; same weights"
     )
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("output", "model")}
-    settings["model"] = Path(arguments.model).name
-    values = {"settings": settings, "gigaflops": matrix_rate() / 1e9, "measured": measured, "ratios": ratios}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(values, indent=1) + "\n")
+    save(arguments, {"gigaflops": matrix_rate() / 1e9, "measured": measured, "ratios": ratios})
 
 
 if __name__ == "__main__":

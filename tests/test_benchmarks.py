@@ -130,7 +130,7 @@ def shown_row(label: str, cells: list[str]) -> str:
 
 def test_single_products(benchmark):
     lines = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())["lines"]
-    assert "\n".join(benchmark("kernels").table(lines, threads=2)) in (ROOT / "docs" / "speed.md").read_text()
+    assert "\n".join(benchmark("packed_kernels").table(lines, threads=2)) in (ROOT / "docs" / "speed.md").read_text()
 
 
 def test_solver_ablations():
@@ -343,7 +343,7 @@ def test_penalty_search_names_the_missing_library(benchmark, monkeypatch):
 
 def test_products_in_place_are_counted(benchmark):
     left, right = torch.ones(3, 4), torch.ones(4, 5)
-    with benchmark("products").counted_products() as counter:
+    with benchmark("shared").counted_products() as counter:
         torch.zeros(3, 5).addmm_(left, right)
         left @ right
     assert counter.get_total_flops() == 2 * (2 * 3 * 4 * 5)

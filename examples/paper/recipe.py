@@ -14,6 +14,7 @@ from optimum_fista.run.comparison.compare import compare
 from optimum_fista.run.comparison.comparison import Comparison
 from optimum_fista.run.comparison.rows import Average, averages
 from optimum_fista.run.comparison.settings import NO_PATTERN, ComparisonSettings
+from optimum_fista.run.reports.markdown import markdown_lines
 
 SOURCE = "arXiv 2408.03728"
 LITERATURE = {"calibration": "c4", "num_samples": 128, "calibration_length": 2048, "bos": "start"}
@@ -64,7 +65,7 @@ def show(
     header = ["pattern", "method", *(cell for text in texts for cell in (text, "published"))]
     if comparison.tasks:
         header += ["accuracy", "of the dense", "published"]
-    print("\n" + _line(header) + "\n" + "|---" * len(header) + "|")
+    rows = []
     for line in lines:
         values = published.get((line.pattern, line.method), {})
         cells = [line.pattern, f"`{line.method}`"]
@@ -73,7 +74,8 @@ def show(
             cells += ["failed" if spread is None else f"{spread.mean:.2f}", f"{values[text]}" if text in values else ""]
         if comparison.tasks:
             cells += _accuracies(line, lines, comparison.tasks, kept.get((line.pattern, line.method)))
-        print(_line(cells))
+        rows.append(cells)
+    print("", *markdown_lines(header, rows), sep="\n")
     print("", *(f"- {line}" for line in [*comparison.recipe, *comparison.failures]), sep="\n")
 
 
@@ -84,10 +86,6 @@ def _accuracies(line: Average, lines: Sequence[Average], tasks: Sequence[str], p
     if own is None or dense is None:
         return ["", "", ""]
     return [f"{own.mean:.1%}", f"{own.mean / dense.mean:.1%}", "" if published is None else f"{published:.1%}"]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _words(text: str) -> list[str]:

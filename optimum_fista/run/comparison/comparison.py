@@ -17,6 +17,7 @@ from optimum_fista.run.checkpoints.atomic import write_text
 from optimum_fista.run.comparison.plots import plot_bars, plot_lines
 from optimum_fista.run.comparison.rows import Average, Row, Spread, averages
 from optimum_fista.run.comparison.settings import NO_PATTERN
+from optimum_fista.run.reports.markdown import markdown_lines
 
 _FILES = ("table.json", "table.csv", "table.md", "perplexity.png", "sparsity.png")
 
@@ -130,15 +131,15 @@ def markdown_table(rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[st
         for header, value, form, choose in columns
     }
     header = ["pattern", "method", *(name for name, *_ in columns)]
-    table = [_line(header), "|---" * len(header) + "|"]
+    table = []
     for line in lines:
         cells = ["" if line.pattern == NO_PATTERN else line.pattern, f"`{line.method}`"]
         for name, value, form, _ in columns:
             cells.append(_cell(value(line), form, best[line.pattern, name]))
         if not line.rows:
             cells[2:] = ["failed", *[""] * (len(columns) - 1)]
-        table.append(_line(cells))
-    return "\n".join(table)
+        table.append(cells)
+    return "\n".join(markdown_lines(header, table))
 
 
 def csv_table(rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[str] = ()) -> str:
@@ -199,7 +200,3 @@ def _cell(value: Spread | None, form: str, best: str | None) -> str:
     deviation = "" if value.deviation is None else f" ± {form.format(value.deviation)}"
     cell = f"**{shown}**{deviation}" if shown == best else f"{shown}{deviation}"
     return cell.replace("%", "")  # the header has it
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+from optimum_fista.run.reports.markdown import markdown_lines
 from optimum_fista.run.reports.operator_grid import OperatorGrid
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.pattern import SparsityPattern
@@ -138,7 +139,7 @@ def _rows(operators: list[OperatorReport]) -> list[str]:
     measured = any(o.held_out_error is not None for o in operators)
     header = ["operator", "shape", "sparsity", "mean error", "largest error"]
     header += ["mean held-out error"] if measured else []
-    rows = [_line(header), "|---" * len(header) + "|"]
+    rows = []
     for kind in grid.kinds:
         group = grid.of_kind(kind)
         errors = [o.relative_error for o in group]
@@ -148,12 +149,8 @@ def _rows(operators: list[OperatorReport]) -> list[str]:
         cells = [kind, shape, f"{sparsity:.2%}", f"{sum(errors) / len(errors):.4f}", f"{max(errors):.4f}"]
         if measured:
             cells.append(f"{sum(held_out) / len(held_out):.4f}" if held_out else "")
-        rows.append(_line(cells))
-    return rows
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        rows.append(cells)
+    return markdown_lines(header, rows)
 
 
 def _held_out(report: PruningReport) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from optimum_fista.run.reports.markdown import markdown_lines
 from optimum_fista.run.speed.measure import SpeedReport
 
 
@@ -12,7 +13,7 @@ def speed_table(report: SpeedReport) -> str:
     sizes = list(report.settings.batch_sizes)
     head = [f"batch {size}, tokens/s" for size in sizes]
     head += [f"prefill {report.settings.prefill_tokens}, tokens/s", "memory, MiB", "weights, MiB", "same text"]
-    lines = [f"| {report.model} | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    rows = []
     first = next(iter(report.variants.values()))
     for name, found in report.variants.items():
         speeds = [(found.tokens_per_second[size], first.tokens_per_second[size]) for size in sizes]
@@ -24,14 +25,11 @@ def speed_table(report: SpeedReport) -> str:
         ):
             cells.append(f"{value / 2**20:,.0f} ({value / max(1, base):.2f}x)")
         cells.append("" if found.same_tokens is None else f"{found.same_tokens:.0%}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        rows.append([name, *cells])
     machine = report.machine
     where = machine["device"] if machine["device"] != "cpu" else f"{machine['processor']}, {machine['threads']} threads"
-    lines += [
-        "",
-        f"{where}; kernels: {machine['kernels']}; torch {report.versions['torch']}; medians of rounds in turn",
-    ]
-    return "\n".join(lines)
+    origin = f"{where}; kernels: {machine['kernels']}; torch {report.versions['torch']}; medians of rounds in turn"
+    return "\n".join([*markdown_lines([report.model, *head], rows), "", origin])
 
 
 def draw_speed(report: SpeedReport, path: Path) -> None:

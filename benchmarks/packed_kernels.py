@@ -4,12 +4,11 @@ All are measured in turn, over and over, in one run; the median of each is repor
 `--cache`, other memory is read before each of them, so that none finds in the cache what another has left there. On a
 machine shared with others the ratios of one run mean something, times do not.
 
-    python benchmarks/kernels.py --output benchmarks/results/kernels.json
+    python benchmarks/packed_kernels.py --output benchmarks/results/kernels.json
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import statistics
@@ -18,34 +17,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from shared import parse_arguments
 from torch import Tensor
 from torch.nn.functional import linear
 
 from optimum_fista.packed.format import pack
 from optimum_fista.packed.kernels import Kernels, find_library
 from optimum_fista.packed.operation import packed_linear, row_starts
+from optimum_fista.run.reports.markdown import markdown_lines
+from optimum_fista.solve.patterns import NOfM, Unstructured
 
-KINDS = {"50%": 0.5, "70%": 0.3, "2:4": 0.5}
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="14336x4096,4096x14336,2048x1024", help="rows x columns")
-    parser.add_argument("--batches", default="1,4,16,512")
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--seconds", type=float, default=3, help="time for one line of the table")
-    parser.add_argument("--cache", type=int, default=32, help="MiB of the last cache")
-    parser.add_argument("--output", type=Path, default=Path("runs/kernels.json"))
-    return parser.parse_args()
+KINDS = {"50%": Unstructured(0.5), "70%": Unstructured(0.7), "2:4": NOfM(2, 4)}
 
 
 def sparse_weight(rows: int, columns: int, kind: str) -> tuple[Tensor, Tensor]:
-    scores = torch.rand(rows, columns)
-    if kind == "2:4":
-        groups = scores.view(-1, 4)
-        mask = torch.zeros_like(groups).bool().scatter_(1, groups.topk(2).indices, True).view(rows, columns)
-    else:
-        mask = scores < KINDS[kind]
+    mask = KINDS[kind].mask(torch.rand(rows, columns))
     return torch.randn(rows, columns).masked_fill(~mask, 0).bfloat16(), mask
 
 
@@ -140,30 +126,31 @@ def text_of(line: dict) -> str:
 
 def table(lines: list[dict], threads: int) -> list[str]:
     """Times as fast as the dense products, with `threads` threads."""
-    kinds = " | ".join(KINDS)
-    found = [f"| weight | inputs | {kinds} | 50%: own dense kernel | 50%: reading |", "|---" * (len(KINDS) + 4) + "|"]
+    found = []
     for line in lines:
-        if line["threads"] != threads:
-            continue
-        cells = [line["shape"].replace("x", " x "), str(line["batch"])]
-        cells += [f"{line['times_faster_than_pytorch'][kind]:.2f}x" for kind in KINDS]
-        own = line.get("times_faster_than_own_dense")
-        cells += [f"{own['50%']:.2f}x", f"{line['share_of_bandwidth_at_50%']:.0%}"] if own else ["", ""]
-        found.append(f"| {' | '.join(cells)} |")
-    return found
+        if line["threads"] == threads:
+            times = [f"{line['times_faster_than_pytorch'][kind]:.2f}x" for kind in KINDS]
+            own = line.get("times_faster_than_own_dense")
+            dense = [f"{own['50%']:.2f}x", f"{line['share_of_bandwidth_at_50%']:.0%}"] if own else ["", ""]
+            found.append((line["shape"].replace("x", " x "), line["batch"], *times, *dense))
+    return markdown_lines(("weight", "inputs", *KINDS, "50%: own dense kernel", "50%: reading"), found)
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    settings = {"shapes": ["14336x4096", "4096x14336", "2048x1024"], "batches": [1, 4, 16, 512], "threads": [1, 2]}
+    helps = {"shapes": "rows x columns", "seconds": "time for one line of the table", "cache": "MiB of the last cache"}
+    output = Path("runs/kernels.json")
+    arguments = parse_arguments(__doc__, helps=helps, **settings, seconds=3.0, cache=32, output=output)
     if find_library() is None:
         raise SystemExit("The kernels are not compiled: install the package where there is a C++ compiler.")
     torch.manual_seed(0)
-    batches, threads = ([int(n) for n in text.split(",")] for text in (arguments.batches, arguments.threads))
     lines = []
     with torch.no_grad():
-        for shape in arguments.shapes.split(","):
+        for shape in arguments.shapes:
             rows, columns = (int(size) for size in shape.split("x"))
-            lines += measure(rows, columns, batches, threads, arguments.seconds, arguments.cache * 2**20)
+            lines += measure(
+                rows, columns, arguments.batches, arguments.threads, arguments.seconds, arguments.cache * 2**20
+            )
     result = {"path": Kernels(find_library()).path, "torch": torch.__version__, "lines": lines}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")

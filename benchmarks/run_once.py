@@ -1,0 +1,51 @@
+"""Prunes once in a process of its own, for benchmarks that measure or kill it: `run_once.py JSON`.
+
+Options: `source`, `output`, `samples`, `length`; `vocabulary` (256), `batch` (1), `config` ({}), `storage_device`,
+`in_memory` (load, prune and save instead of pruning from files to files), `own_memory` (as the command line),
+`processor_time` (all clocks are the processor's), `waits` (for a line, once everything is imported).
+
+Prints `ready`, and seconds at the end: `wall`, `processor`, and those of the report.
+"""
+
+import json
+import sys
+import time
+
+OPTIONS = {"vocabulary": 256, "batch": 1, "config": {}, "storage_device": None} | json.loads(sys.argv[1])
+if OPTIONS.get("processor_time"):
+    time.perf_counter = time.process_time  # before the package is imported
+
+import torch  # noqa: E402
+import transformers.core_model_loading  # noqa: E402, F401
+from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: E402, F401
+
+from optimum_fista import FistaPruner, FistaPruningConfig  # noqa: E402
+from optimum_fista.run.checkpoints.loading import load_model  # noqa: E402
+from optimum_fista.run.memory.free_memory import keep_large_blocks_apart  # noqa: E402
+from optimum_fista.run.streamed import streaming  # noqa: E402, F401
+
+
+def main() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, OPTIONS["vocabulary"], (OPTIONS["samples"], OPTIONS["length"]), generator=generator)
+    batches = tokens.split(OPTIONS["batch"])
+    config = FistaPruningConfig.from_dict(OPTIONS["config"])
+    pruner = FistaPruner(config, progress=False, storage_device=OPTIONS["storage_device"])
+    if OPTIONS.get("own_memory"):
+        keep_large_blocks_apart()
+    print("ready", flush=True)
+    if OPTIONS["waits"]:
+        sys.stdin.readline()
+    wall, processor = time.perf_counter(), time.process_time()
+    if OPTIONS.get("in_memory"):
+        model, tokenizer = load_model(OPTIONS["source"], device="cpu")
+        report = pruner.prune(model, batches)
+        pruner.save_pretrained(model, OPTIONS["output"], tokenizer)
+    else:
+        report = pruner.prune(OPTIONS["source"], batches, output_dir=OPTIONS["output"], device="cpu")
+    seconds = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
+    print(json.dumps(seconds | report.seconds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
