@@ -76,15 +76,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, or render a finished comparison; 1 if a row failed."""
+    from optimum_fista.run.checkpoints.output_lock import locked_output
     from optimum_fista.run.comparison.comparison import Comparison
 
     if arguments.render is not None:
         if arguments.model is not None:
             raise ValueError("--render takes everything from its file: pass it without MODEL.")
         comparison = Comparison.read(arguments.render)
-        Comparison.require_own(arguments.output)
-        comparison.write_tables(arguments.output)
-        comparison.write_plots(arguments.output)
+        with locked_output(arguments.output):
+            Comparison.require_own(arguments.output)
+            comparison.write_tables(arguments.output)
+            comparison.write_plots(arguments.output)
     else:
         comparison = _compare(arguments)
     print(comparison.to_markdown(), end="")

@@ -82,11 +82,16 @@ def test_tables_of_others_are_not_replaced(compare, tmp_path, capsys, render):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "own"]
 
 
-def test_two_comparisons_do_not_share_an_output(compare, tmp_path, capsys):
+@pytest.mark.parametrize("render", [False, True])
+def test_two_comparisons_do_not_share_an_output(compare, tmp_path, capsys, render):
+    Comparison().write_tables(tmp_path / "own")
+    again = ["compare", "--render", str(tmp_path / "own" / "table.json"), "--output", str(tmp_path / "out")]
     with locked_output(tmp_path / "out"):
-        thread = threading.Thread(target=lambda: codes.append(compare("--methods", "magnitude")))
+        run = (lambda: main(again)) if render else (lambda: compare("--methods", "magnitude"))
+        thread = threading.Thread(target=lambda: codes.append(run()))
         codes: list[int] = []
         thread.start()
         thread.join()
+    assert not (tmp_path / "out").exists()
     assert codes == [1]
     assert "out' is being written by process" in capsys.readouterr().err
