@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimum_fista.run.checkpoints.atomic import write_text
+from optimum_fista.run.checkpoints.atomic import flush
+from optimum_fista.run.checkpoints.output_lock import is_at, lock_file
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
 from optimum_fista.run.reports.report import public_name
 
@@ -51,15 +53,30 @@ def place_of(model: str | Path) -> str:
 def add_evaluation(file: Path, evaluation: Evaluation) -> None:
     """Add a measurement to a file, in the place of an earlier one of the same model on the same windows.
 
+    Processes that add to one file at the same time wait for each other. The lock is the new file: once it has the name
+    of the old one, those that waited for it begin anew.
+
     Raises:
         ValueError: If the file holds something else.
     """
-    known = read_evaluations(file) if file.exists() else []
-    key = (evaluation.model, evaluation.place, evaluation.protocol)
-    kept = [e for e in known if (e.model, e.place, e.protocol) != key]
-    records = [{"model": e.model, "place": e.place} | dataclasses.asdict(e.result) for e in [*kept, evaluation]]
+    file = Path(os.path.realpath(file))  # several links to one file share its lock
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(records, indent=1) + "\n")
+    partial = file.with_name(f".{file.name}.partial")
+    while (lock := lock_file(partial, f"output {str(file)!r}", wait=True)) is None:
+        pass
+    try:
+        known = read_evaluations(file) if file.exists() else []
+        key = (evaluation.model, evaluation.place, evaluation.protocol)
+        kept = [e for e in known if (e.model, e.place, e.protocol) != key]
+        records = [{"model": e.model, "place": e.place} | dataclasses.asdict(e.result) for e in [*kept, evaluation]]
+        partial.write_text(json.dumps(records, indent=1) + "\n")
+        flush(partial)
+        partial.replace(file)
+        flush(file.parent)
+    finally:
+        if is_at(partial, lock):
+            partial.unlink()
+        os.close(lock)
 
 
 def read_evaluations(file: Path) -> list[Evaluation]:
@@ -71,6 +88,8 @@ def read_evaluations(file: Path) -> list[Evaluation]:
     """
     try:
         records = json.loads(file.read_text())
+        if not records or not isinstance(records, list):
+            raise TypeError("not a list of records")
         names = [field.name for field in dataclasses.fields(PerplexityResult)]
         results = [PerplexityResult(**{name: record[name] for name in names}) for record in records]
         return [

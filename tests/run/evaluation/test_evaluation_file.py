@@ -1,7 +1,14 @@
+import errno
 import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 
+from optimum_fista.run.evaluation import evaluation_file
 from optimum_fista.run.evaluation.evaluation_file import Evaluation, add_evaluation, read_evaluations
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
 
@@ -19,7 +26,9 @@ def test_measurements_are_added_and_those_made_again_replaced(tmp_path):
     assert read_evaluations(file) == [measured("pruned", 12.0), measured("dense", 9.0, "sky"), measured("dense", 11.0)]
 
 
-@pytest.mark.parametrize("text", ["{", '{"model": "dense"}', '[{"model": "dense"}]', "[1]", "3"])
+@pytest.mark.parametrize(
+    "text", ["{", '{"model": "dense"}', '[{"model": "dense"}]', "[1]", "3", "{}", "[]", "null", ""]
+)
 def test_other_files_are_refused_and_left_alone(tmp_path, text):
     file = tmp_path / "other.json"
     file.write_text(text)
@@ -30,6 +39,58 @@ def test_other_files_are_refused_and_left_alone(tmp_path, text):
     with pytest.raises(ValueError, match="holds no measurements"):
         add_evaluation(file, measured("dense", 10.0))
     assert file.read_text() == text
+
+
+_ADD = """
+import sys
+from pathlib import Path
+from optimum_fista.run.evaluation.evaluation_file import Evaluation, add_evaluation
+from optimum_fista.run.evaluation.perplexity import PerplexityResult
+for number in range(10):
+    result = PerplexityResult(float(number), 5, 155, 32, 1.5, "sea", "ab")
+    add_evaluation(Path(sys.argv[1]), Evaluation(f"{sys.argv[2]}-{number}", result))
+"""
+
+
+def test_measurements_added_at_the_same_time_are_all_kept(tmp_path):
+    file, link = tmp_path / "evaluation.json", tmp_path / "link.json"
+    link.symlink_to(file.name)
+    others = [subprocess.Popen([sys.executable, "-c", _ADD, str(path), path.stem]) for path in (file, link)]
+    failures = []
+
+    def add(name: str) -> None:
+        for number in range(30):
+            try:
+                add_evaluation(file, measured(f"{name}-{number}", 10.0))
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+    threads = [threading.Thread(target=add, args=(name,)) for name in ("a", "b", "c")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [other.wait() for other in others] == [0, 0]
+    assert not failures
+    assert len(read_evaluations(file)) == 3 * 30 + 2 * 10
+    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "link.json"}
+    assert link.is_symlink()
+
+
+def full(path: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_a_failure_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "evaluation.json"
+    add_evaluation(file, measured("dense", 10.0))
+    before = file.read_bytes()
+    monkeypatch.setattr(evaluation_file, "flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        add_evaluation(file, measured("pruned", 12.0))
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
 def test_folders_of_one_name_are_told_apart_without_their_paths(tmp_path):
