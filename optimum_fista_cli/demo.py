@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import importlib.util
+import json
+import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +30,7 @@ lets it write. The perplexities are printed as a table, and drawn if Matplotlib 
 _METHODS = ("magnitude", "wanda", "sparsegpt", "fista", "obs_admm")
 _SAVED = "obs_admm"
 _PATTERNS = {"0.5": "pruned-50", "2:4": "pruned-2-4"}
+_PICTURE, _NOTE = "perplexity.png", "demo.json"
 
 _PROMPT = "The most important thing to know about the sea is"
 
@@ -45,32 +49,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune by every method, print one table, draw it, save, verify, reload and generate."""
-    from optimum_fista.run.checkpoints.checkpoint import REPORT_FILE
     from optimum_fista.run.checkpoints.loading import load_model
-    from optimum_fista.run.checkpoints.output_folder import require_output
     from optimum_fista.run.comparison.comparison import markdown_table
     from optimum_fista.run.texts.calibration_source import calibration_tokens
     from optimum_fista.run.texts.text import load_text
     from optimum_fista.run.texts.windows import evaluation_windows
 
     started = time.perf_counter()
-    for name in _PATTERNS.values():  # an earlier demo's are replaced
-        require_output(arguments.output / name, (arguments.output / name / REPORT_FILE).exists())
-    if (arguments.output / "perplexity.png").exists() and not (arguments.output / _PATTERNS["0.5"]).exists():
-        raise FileExistsError(f"--output {str(arguments.output)!r} holds a perplexity.png: pass another folder.")
+    written = _Written(arguments)
+    written.require_own()
     text = load_text(arguments.text, "test")
     model, tokenizer = load_model(arguments.model or _smollm2_folder(), dtype="float32")
     windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
     print(f"{arguments.model or 'SmolLM2-135M-Instruct'}: the model samples its own calibration text")
     tokens = calibration_tokens("self", model, tokenizer, arguments.num_samples, arguments.sequence_length, 0)
-    rows = _compare(model, tokenizer, tokens, {text.name: windows}, arguments.output)
+    rows = _compare(model, tokenizer, tokens, {text.name: windows}, written)
     print(f"\nPerplexity on {arguments.text} ({len(windows)} windows of {arguments.sequence_length} tokens)\n")
     print(markdown_table(rows, [text.name]))
     _generate(arguments.output / "pruned-50")
     seconds = time.perf_counter() - started
     print(f"\nsaved {arguments.output}/pruned-50 and {arguments.output}/pruned-2-4; {seconds:.0f} s in all")
     print(_draw(rows, text.name, arguments.output))
+    written.note(_PICTURE)
     return 0
+
+
+class _Written:
+    """What demos wrote into the output, noted there with their settings: only that is replaced by the next one."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.output: Path = arguments.output
+        names = ("model", "text", "num_samples", "sequence_length", "max_windows")
+        self.noted: dict[str, Any] = {"settings": {name: getattr(arguments, name) for name in names}, "sha256": {}}
+
+    def require_own(self) -> None:
+        """Refuse an output that holds something else under the demo's names, or of other settings.
+
+        Raises:
+            FileExistsError: If so.
+        """
+        earlier = self._earlier()
+        if earlier is not None and earlier["settings"] == self.noted["settings"]:
+            self.noted = earlier
+        for name in (*_PATTERNS.values(), _PICTURE):
+            if os.path.lexists(self.output / name) and self.noted["sha256"].get(name) != self._sha256(name):
+                raise FileExistsError(
+                    f"--output {str(self.output)!r} holds {name}, which is not as a demo with these settings left it: "
+                    "pass another folder, or move it away."
+                )
+
+    def note(self, name: str) -> None:
+        """Note what is under a name now."""
+        from optimum_fista.run.checkpoints.atomic import write_text
+
+        if (self.output / name).exists():
+            self.noted["sha256"][name] = self._sha256(name)
+            write_text(self.output / _NOTE, json.dumps(self.noted, indent=1) + "\n")
+
+    def _earlier(self) -> dict[str, Any] | None:
+        file = self.output / _NOTE
+        try:
+            values = json.loads(file.read_text())
+            return {key: dict(values[key]) for key in ("settings", "sha256")}
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise FileExistsError(
+                f"--output {str(self.output)!r} holds a {_NOTE} that no demo wrote: pass another folder."
+            ) from error
+
+    def _sha256(self, name: str) -> str:
+        """Digest of a file, or of the model in a folder and what commands added to it."""
+        from optimum_fista.run.checkpoints.output_folder import model_files
+
+        place, found = self.output / name, hashlib.sha256()
+        for path in [place / file for file in sorted(model_files(place))] if place.is_dir() else [place]:
+            with path.open("rb") as file:
+                found.update(f"{path.relative_to(place)}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        return found.hexdigest()
 
 
 def _draw(rows: list[Row], text: str, output: Path) -> str:
@@ -88,9 +144,9 @@ def _compare(
     tokenizer: PreTrainedTokenizerBase,
     tokens: Tensor,
     texts: dict[str, Tensor],
-    output: Path,
+    written: _Written,
 ) -> list[Row]:
-    """Rows of the table; the models pruned by the default method are saved to `output` and verified."""
+    """Rows of the table; the models pruned by the default method are saved, noted as written, and verified."""
     from optimum_fista.run.comparison.compare import measure_row
     from optimum_fista.run.comparison.settings import DENSE, NO_PATTERN, parse_config
     from optimum_fista.run.evaluation.verification import verify_checkpoint
@@ -105,8 +161,9 @@ def _compare(
             report = pruner.prune(pruned, tokens.split(1), calibration_source="self")
             rows.append(measure_row(method, pattern, pruned, texts, report, progress=False))
             if method == _SAVED:
-                pruner.save_pretrained(pruned, output / name, tokenizer, overwrite=True)
-                verify_checkpoint(output / name)
+                pruner.save_pretrained(pruned, written.output / name, tokenizer, overwrite=True)
+                written.note(name)
+                verify_checkpoint(written.output / name)
     return rows
 
 

@@ -1,18 +1,21 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from optimum_fista.run.comparison.rows import Row
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista_cli import demo
-from optimum_fista_cli.main import main
+from optimum_fista_cli.main import build_parser, main
+
+QUICK = ["--num-samples", "4", "--sequence-length", "32", "--max-windows", "3"]
 
 
 def test_demo_on_another_model(tiny_folder, text_file, tmp_path, capsys):
     arguments = ["demo", "--model", str(tiny_folder), "--text", str(text_file), "--output", str(tmp_path / "demo")]
-    assert main([*arguments, "--num-samples", "4", "--sequence-length", "32", "--max-windows", "3"]) == 0
+    assert main([*arguments, *QUICK]) == 0
     shown = capsys.readouterr().out
     lines = [[cell.strip(" `*") for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line[:1] == "|"]
     methods = ["magnitude", "wanda", "sparsegpt", "fista", "obs_admm"]
@@ -28,6 +31,25 @@ def test_demo_on_another_model(tiny_folder, text_file, tmp_path, capsys):
         assert verify_checkpoint(tmp_path / "demo" / name).num_operators == 14
         config = json.loads((tmp_path / "demo" / name / "config.json").read_text())["fista_pruning"]
         assert (config["pattern"], config["method"]) == (pattern, "obs_admm")
+    output, flags = tmp_path / "demo", SimpleNamespace(**vars(build_parser().parse_args([*arguments, *QUICK])))
+    demo._Written(flags).require_own()  # so the same demo replaces them
+    changes = {"text": "pydoc"}, {"num_samples": 12}, {"model": None}
+    for change in changes:
+        refused(flags, "pruned-50", **change)
+    shutil.copytree(output / "pruned-2-4", tmp_path / "mine")
+    for name in ("fista/evaluation.json", "model.safetensors"):
+        (output / "pruned-2-4" / name).write_text("mine")
+        refused(flags, "pruned-2-4")
+        shutil.rmtree(output / "pruned-2-4")
+        shutil.copytree(tmp_path / "mine", output / "pruned-2-4")
+    demo._Written(flags).require_own()
+    picture.write_text("mine")
+    refused(flags, "perplexity.png")
+
+
+def refused(flags: SimpleNamespace, name: str, **changes) -> None:
+    with pytest.raises(FileExistsError, match=f"holds {name}, which is not as a demo with these settings left it"):
+        demo._Written(SimpleNamespace(**(vars(flags) | changes))).require_own()
 
 
 @pytest.fixture
@@ -69,10 +91,12 @@ def test_demo_without_its_model_says_what_to_install(monkeypatch, capsys):
     assert "or pass --model" in error
 
 
-def test_the_demo_replaces_no_model_and_no_picture_of_others(tiny_folder, tmp_path, capsys):
-    shutil.copytree(tiny_folder, tmp_path / "a" / "pruned-2-4")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "perplexity.png").write_text("mine")
-    for name, message in {"a": "already holds a model", "b": "holds a perplexity.png"}.items():
+def test_the_demo_replaces_no_model_and_no_picture_of_others(tiny_folder, pruned_folder, tmp_path, capsys):
+    shutil.copytree(pruned_folder, tmp_path / "a" / "pruned-2-4")
+    for name, file in {"b": "perplexity.png", "c": "demo.json"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("[]")
+    messages = {"a": "holds pruned-2-4, which", "b": "holds perplexity.png, which", "c": "holds a demo.json that no"}
+    for name, message in messages.items():
         assert main(["demo", "--model", str(tiny_folder), "--output", str(tmp_path / name)]) == 1
         assert message in capsys.readouterr().err
