@@ -1,5 +1,6 @@
 """Push a finished model folder to the Hugging Face Hub."""
 
+import glob
 import logging
 import shlex
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from optimum_fista.run.checkpoints.output_folder import WEIGHTS
+from optimum_fista.run.checkpoints.output_folder import WEIGHTS, all_names, model_files
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,11 @@ def push_folder(
     commit_message: str = "Upload pruned model",
     revision: str | None = None,
 ) -> str:
-    """Upload every file of a model folder to a model repository and return the URL of the commit.
+    """Upload the files of a model folder to a model repository and return the URL of the commit.
+
+    Only files that belong to the model are uploaded: those that a run wrote, by its list in `fista/files.json`, a
+    `report` and an `evaluate` into the folder. Without the list (a folder of Transformers, or of an older version),
+    those with the names that Transformers and this package give. A warning names the other files.
 
     The repository, and the branch `revision` (from the head of `main`), are created if absent. Files of
     the same name are replaced; weights of a standard name (`model.safetensors`, ...) that are on the
@@ -44,8 +49,18 @@ def push_folder(
     """
     folder = Path(folder).expanduser().resolve()
     _check_arguments(folder, repo_id)
+    names = model_files(folder)
+    others = [name for name in all_names(folder) if name not in names and not name.startswith((".git/", ".cache/"))]
+    if others:
+        more = f" and {len(others) - 10} more" if len(others) > 10 else ""
+        logger.warning(
+            "Not uploaded, because they don't belong to the model: %s%s. `hf upload %s FILE` uploads one.",
+            ", ".join(others[:10]),
+            more,
+            repo_id,
+        )
     api = HfApi(token=token)
-    with _failures_explained(folder, repo_id, revision):
+    with _failures_explained(folder, repo_id, revision, others):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         found_private = private if private is None else api.model_info(repo_id).private
     if found_private != private:
@@ -53,7 +68,7 @@ def push_folder(
             f"private={private} was passed, but {repo_id!r} exists with private={found_private}: omit "
             "`private` to keep that, change the repository's settings, or pass another `repo_id`"
         )
-    with _failures_explained(folder, repo_id, revision):
+    with _failures_explained(folder, repo_id, revision, others):
         if revision is not None and not revision.startswith("refs/"):  # a pull request's ref exists already
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
@@ -61,6 +76,7 @@ def push_folder(
             folder_path=folder,
             commit_message=commit_message,
             revision=revision,
+            allow_patterns=[glob.escape(name) for name in sorted(names)],
             delete_patterns=WEIGHTS,
         )
     logger.info("Pushed %s to %s", folder, commit.commit_url)
@@ -91,12 +107,13 @@ def require_repo_id(repo_id: str) -> None:
 
 
 @contextmanager
-def _failures_explained(folder: Path, repo_id: str, revision: str | None) -> Iterator[None]:
+def _failures_explained(folder: Path, repo_id: str, revision: str | None, others: list[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # no common base: httpx errors, RuntimeError of threads, ValueError
         branch = [] if revision is None else ["--revision", revision]
-        command = shlex.join(["hf", "upload", repo_id, str(folder), *branch])
+        without = [part for name in others for part in ("--exclude", glob.escape(name))]
+        command = shlex.join(["hf", "upload", repo_id, str(folder), *branch, *without])
         raise OSError(
             f"Pushing to {repo_id!r} failed, but the model folder is safe at {folder}. "
             f"Retry with `push_folder`, or in a shell with `{command}`. The cause: {error}"

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -29,6 +30,9 @@ def model_folder(model, tmp_path_factory) -> Path:
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
     (folder / "reports").mkdir()
     (folder / "reports" / "layer 0.json").write_text('{"relative_error": 0.1}')
+    (folder / "fista").mkdir()
+    names = ["README.md", "config.json", "fista/files.json", "generation_config.json", "model.safetensors"]
+    (folder / "fista" / "files.json").write_text(json.dumps([*names, "reports/layer 0.json"]))
     return folder
 
 
@@ -97,6 +101,38 @@ def test_weights_of_an_earlier_model_are_deleted(hub, model, model_folder, tmp_p
     printed(push(hub, tmp_path / "sharded", tmp_path))
     kept = {path: data for path, data in bytes_of(model_folder).items() if path != "model.safetensors"}
     assert hub.files(REPO_ID) == kept | bytes_of(tmp_path / "sharded")
+
+
+def test_files_of_others_stay_here(hub, model_folder, tmp_path):
+    folder, notes = tmp_path / "pruned", {"notes.txt", "fista/mine.txt", "[a-z]*.json", "mine.safetensors"}
+    shutil.copytree(model_folder, folder)
+    for name in notes | {"fista/evaluation.json"}:
+        (folder / name).write_text("private")
+    process = push(hub, folder, tmp_path)
+    printed(process)
+    assert hub.files(REPO_ID).keys() == bytes_of(folder).keys() - notes
+    shown = next(line for line in process.stderr.splitlines() if line.startswith("Not uploaded"))
+    assert all(name in shown for name in notes)
+    assert "README.md" not in shown
+    (folder / "fista" / "files.json").unlink()  # as of an older version
+    hub.repositories.clear()
+    process = push(hub, folder, tmp_path)
+    printed(process)
+    assert hub.files(REPO_ID).keys() == bytes_of(folder).keys() - notes - {"reports/layer 0.json"}
+    assert "reports/layer 0.json" in process.stderr
+    hub.repositories.clear()
+    hub.broken = "/commit/"
+    message = failure(push(hub, folder, tmp_path))
+    for name in ("notes.txt", "'[[]a-z][*].json'", "'reports/layer 0.json'"):
+        assert f"--exclude {name}" in message
+
+
+def test_a_damaged_list_of_files_is_an_error(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "pruned")
+    for text in ("{", "{}", "3", "[[]]"):
+        (tmp_path / "pruned" / "fista" / "files.json").write_text(text)
+        with pytest.raises(ValueError, match=r"files\.json' is damaged .*: remove it"):
+            push_folder(tmp_path / "pruned", REPO_ID)
 
 
 def test_refused_token_names_the_safe_folder(hub, model_folder, tmp_path):

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from optimum_fista.run.checkpoints.atomic import flush, write_text
 from optimum_fista.run.checkpoints.output_folder import (
+    FILES_FILE,
     FOLDER,
     INSTALLING,
     LATER,
     LOCK,
     MODEL_FILES,
     TOKENIZER,
+    all_names,
     being_installed,
     holds_model,
     is_folder,
+    model_files,
     names_in,
     require_output,
 )
@@ -26,35 +29,41 @@ from optimum_fista.run.checkpoints.output_folder import (
 _OFFLOADED = "offload-*"  # in the journal: weights that a rank of a running run reads again and again
 
 
-def install(folder: Path, output_dir: Path, overwrite: bool) -> None:
+def install(folder: Path, output_dir: Path, overwrite: bool, foreign: Collection[str] = ()) -> None:
     """Bring the whole model in an unfinished folder into `output_dir`, and end the unfinished folder.
 
     If there is no such folder, it appears by one rename. Otherwise all files are brought there under other names first,
     so that a full disk leaves the old model whole. Then the old configuration goes first and the new one comes last, so
     that nothing loads a mixture of two models; every file comes by one rename. What was begun is written down: after an
-    interrupt or an error, `settle` finishes it, at the latest when the output is locked again.
+    interrupt or an error, `settle` finishes it, at the latest when the output is locked again. `FILES_FILE` says which
+    files belong to the model: all that come and are not `foreign`, and a tokenizer that stays.
 
     Raises:
         OSError: As `require_output`, or if a file can't be written; the old model is still there then, unless the
             message says that the new one is whole.
     """
     output = Path(os.path.realpath(output_dir))
-    files = [path for path in files_of(folder) if (folder / FOLDER) not in path.parents]
-    for path in files:
-        if path.suffix == ".safetensors":  # which safetensors writes for their owner alone
-            path.chmod(folder.stat().st_mode & 0o666)
-        flush(path)
+    names = sorted({*names_of(folder), FILES_FILE}, key=lambda name: (name == "config.json", name))
+    belong = {*names} - {*foreign}
+    for name in {*names} - {FILES_FILE}:
+        if name.endswith(".safetensors"):  # which safetensors writes for their owner alone
+            (folder / name).chmod(folder.stat().st_mode & 0o666)
+        flush(folder / name)
     if not output.exists():
+        _write_list(folder, belong)
         folder.rename(output)
         flush(output.parent)
         shutil.rmtree(output / FOLDER, ignore_errors=True)  # another process may be at it as well
         return
-    names = sorted((path.relative_to(folder).as_posix() for path in files), key=lambda name: name == "config.json")
     require_output(output, overwrite, names=names)
     ours = being_installed(folder)
     old = {name for name in names_in(output, MODEL_FILES + LATER) if not (output / name).is_dir()}
     if not holds_model(output, ours):
         old &= ours
+    elif "tokenizer_config.json" not in names:  # a model that brings none keeps the tokenizer that is there
+        old -= {*TOKENIZER}
+        belong |= model_files(output) - old
+    _write_list(folder, belong)
     partials = [_partial(name) for name in names]
     for partial in partials:
         if os.path.lexists(output / partial):
@@ -65,10 +74,7 @@ def install(folder: Path, output_dir: Path, overwrite: bool) -> None:
         (output / partial).parent.mkdir(parents=True, exist_ok=True)
         _link(folder / name, output / partial)
         flush(output / partial)
-    ours |= {*names, *old}
-    if "tokenizer_config.json" not in names:  # a model that brings none keeps the tokenizer that is there
-        old -= {*TOKENIZER}
-    _note(folder, names, old - {"config.json", *names}, ours)
+    _note(folder, names, old - {"config.json", *names}, ours | {*names, *old})
     try:
         settle(folder, output)
     except OSError as error:
@@ -138,9 +144,14 @@ def remove_offloaded(folder: Path) -> None:
     _remove((folder / FOLDER).glob(_OFFLOADED))
 
 
-def files_of(folder: Path) -> list[Path]:
-    """All files below a folder, links included."""
-    return sorted(path for path in folder.rglob("*") if not is_folder(path))
+def names_of(folder: Path) -> set[str]:
+    """Names of the whole files in an unfinished folder that are the model's, and not of the journal."""
+    return {name for name in all_names(folder) if not name.startswith(f"{FOLDER}/") and not name.endswith(".partial")}
+
+
+def _write_list(folder: Path, names: Iterable[str]) -> None:
+    (folder / FILES_FILE).parent.mkdir(exist_ok=True)
+    write_text(folder / FILES_FILE, json.dumps(sorted(names), indent=1) + "\n")
 
 
 def _note(folder: Path, names: list[str], old: Iterable[str] | None, ours: Iterable[str]) -> None:

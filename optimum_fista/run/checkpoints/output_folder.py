@@ -25,7 +25,8 @@ WEIGHTS += ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 TOKENIZER += ["chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"]
 _BESIDE = ["README.md", "generation_config.json", "fista/masks.safetensors", "fista/report.json"]
-_BESIDE += ["fista/relative_error.png"]
+FILES_FILE = "fista/files.json"  # names of the files that belong to the model, tokenizers' unusual ones included
+_BESIDE += ["fista/relative_error.png", FILES_FILE]
 LATER = ["fista/report.html", "fista/evaluation.json"]  # what other commands wrote about the model
 MODEL_FILES = ["config.json", *WEIGHTS, *TOKENIZER, *_BESIDE]
 """Names of the files that a run writes, as patterns."""
@@ -96,6 +97,33 @@ def require_output(
             f"{shown} holds {', '.join(taken[:3])}{more} of something else, which the model would replace: pass "
             "another folder, or move them away."
         )
+
+
+def model_files(folder: Path) -> set[str]:
+    """Names of the files in a folder that belong to its model: those that a run wrote down, and what commands added.
+
+    In a folder that no run of this version wrote, those of known names.
+
+    Raises:
+        ValueError: If the list is damaged.
+    """
+    file, found = folder / FILES_FILE, all_names(folder)
+    if not file.exists():
+        return {name for name in found if is_model_file(name)}
+    try:
+        noted = json.loads(file.read_text())
+        if not isinstance(noted, list):
+            raise TypeError("it is not a list")
+        return {*found} & {*noted, *LATER}
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{str(file)!r} is damaged ({error}): remove it, and files of known names count as the model's."
+        ) from error
+
+
+def all_names(folder: Path) -> list[str]:
+    """Names of all files below a folder, links included."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not is_folder(path))
 
 
 def is_model_file(name: str) -> bool:

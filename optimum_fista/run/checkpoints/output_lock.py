@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from optimum_fista.run.checkpoints.installation import empty, files_of, is_streamed, remove_offloaded, settle
-from optimum_fista.run.checkpoints.output_folder import FOLDER, LOCK, unfinished_folder
+from optimum_fista.run.checkpoints.installation import empty, is_streamed, remove_offloaded, settle
+from optimum_fista.run.checkpoints.output_folder import FOLDER, LOCK, all_names, unfinished_folder
 
 try:
     import fcntl
@@ -68,7 +68,7 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
                     settle(folder, output)
                     if not is_streamed(folder):
                         empty(folder)
-                if files_of(folder) == [lock]:
+                if all_names(folder) == [LOCK]:
                     shutil.rmtree(folder)
         finally:
             for file in files:
@@ -173,4 +173,4 @@ def _text(lock: Path) -> str:
 def _is_ours(folder: Path) -> bool:
     """Whether a folder is none, without files but a new lock, or an unfinished one of this package."""
     lock = folder / LOCK
-    return _is_lock(lock) or is_streamed(folder) or not (folder.is_dir() and {*files_of(folder)} - {lock})
+    return _is_lock(lock) or is_streamed(folder) or not (folder.is_dir() and {*all_names(folder)} - {LOCK})

@@ -26,7 +26,14 @@ from optimum_fista.run.checkpoints.checkpoint import (
     read_report,
 )
 from optimum_fista.run.checkpoints.installation import discard, install
-from optimum_fista.run.checkpoints.output_folder import FOLDER, is_model_file, require_output
+from optimum_fista.run.checkpoints.output_folder import (
+    FILES_FILE,
+    FOLDER,
+    all_names,
+    is_model_file,
+    model_files,
+    require_output,
+)
 from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.packed_folders.packing import QUANT_METHOD, Packer, Packing, packed_settings
@@ -179,9 +186,11 @@ def _convert_folder(
     index_name = f"{old}.safetensors.index.json"
     weights = sorted(set(files.values()))
     targets = {source: source.name.replace(old, new, 1) for source in weights}
-    copied = _others(folder, {index_name, *targets.values(), *(source.name for source in weights)})
-    require_output(output, overwrite, source=folder, names=[*copied, *targets.values()])
-    copied = [name for name in copied if not _is_kept(folder / name, output, name)]
+    others = _others(folder, {index_name, FILES_FILE, *targets.values(), *(source.name for source in weights)})
+    foreign = {*others} - model_files(folder)
+    require_output(output, overwrite, source=folder, names=[*others, *targets.values()])
+    replaced = model_files(output)
+    copied = [name for name in others if name in replaced or not _is_kept(folder / name, output, name)]
     with locked_output(output) as partial:
         discard(partial, overwrite)
         for name in copied:
@@ -207,13 +216,13 @@ def _convert_folder(
         config = read_json(folder / "config.json")
         finish(partial, weights_name, config)
         write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-        install(partial, output, overwrite)
+        install(partial, output, overwrite, foreign)
 
 
 def _others(folder: Path, but: set[str]) -> list[str]:
     """Names of a folder's files, those in its folders included, without `but`."""
-    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return sorted(name for name in found if name not in but and not name.startswith(f"{FOLDER}/"))
+    found = [name for name in all_names(folder) if (folder / name).is_file()]
+    return [name for name in found if name not in but and not name.startswith(f"{FOLDER}/")]
 
 
 def _is_kept(file: Path, output: Path, name: str) -> bool:

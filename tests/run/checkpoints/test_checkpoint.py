@@ -57,7 +57,7 @@ def test_plain_transformers_loads_the_same_bits(saved, saved_by_rows, saved_gpt2
 
 def test_files(saved, saved_gpt2):
     expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
-    expected |= {"fista/masks.safetensors", "fista/report.json"}
+    expected |= {"fista/masks.safetensors", "fista/report.json", "fista/files.json"}
     expected |= {"fista/relative_error.png"} if find_spec("matplotlib") else set()
     assert set(bytes_of(saved.folder)) == expected | {"model.safetensors"}
     shards = set(bytes_of(saved_gpt2.folder)) - expected
@@ -201,6 +201,7 @@ def test_whenever_it_is_killed_the_old_model_loads_the_new_one_or_none(saved, to
     pruner.save_pretrained(model, tmp_path / "whole")
     old, new = bytes_of(saved.folder), bytes_of(tmp_path / "whole")
     new |= {name: data for name, data in old.items() if name.startswith("tokenizer")}  # it is saved without one
+    new["fista/files.json"] = (json.dumps(sorted(new), indent=1) + "\n").encode()
     found = []
     for step in itertools.count():
         folder = tmp_path / str(step) / "model"

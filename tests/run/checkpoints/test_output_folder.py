@@ -15,7 +15,13 @@ from killed import Killed, killed_at
 
 from optimum_fista.run.checkpoints import installation, output_lock
 from optimum_fista.run.checkpoints.installation import discard, install
-from optimum_fista.run.checkpoints.output_folder import INSTALLING, MODEL_FILES, require_output, unfinished_folder
+from optimum_fista.run.checkpoints.output_folder import (
+    INSTALLING,
+    MODEL_FILES,
+    model_files,
+    require_output,
+    unfinished_folder,
+)
 from optimum_fista.run.checkpoints.output_lock import locked_output
 
 OLD = ("config.json", "model.safetensors", "README.md", "tokenizer.json", "fista/report.json", "fista/report.html")
@@ -35,7 +41,9 @@ def write(folder: Path, names: tuple[str, ...], text: str) -> Path:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+    """All files but the list of those that belong to the model."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "files.json" not in path.name]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
 def foreign_files(folder: Path) -> dict[str, str]:
@@ -108,12 +116,12 @@ def test_a_folder_without_a_model_is_finished_without_overwriting(tmp_path, exis
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, os.strerror(errno.EIO))])
-@pytest.mark.parametrize("at", range(1, len(NEW) + 1))
+@pytest.mark.parametrize("at", range(1, len(NEW) + 2))  # the list of files comes as well
 def test_an_interrupt_or_an_error_while_files_come_leaves_the_new_model(tmp_path, monkeypatch, at, error, streamed):
     output, replace, done = write(tmp_path / "model", OLD, "old"), Path.replace, []
 
     def interrupted(self: Path, target: Path) -> Path:
-        if target.parent.name != "journal":
+        if unfinished_folder(output) not in target.parents:
             done.append(target)
             if len(done) == at:
                 raise error
@@ -132,7 +140,7 @@ def test_files_that_cant_come_now_are_kept_for_the_next_run(tmp_path, monkeypatc
     output, replace = write(tmp_path / "model", OLD, "old"), Path.replace
 
     def broken(self: Path, target: Path) -> Path:
-        if target.parent.name == "journal":
+        if unfinished_folder(output) in target.parents:
             return replace(self, target)
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
 
@@ -172,6 +180,22 @@ def test_a_new_tokenizer_replaces_all_of_the_old_one(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "NEW", (*NEW, "tokenizer_config.json"))
     put(output)
     assert set(contents(output).values()) == {"new"}
+
+
+def test_files_that_belong_to_the_model_are_noted(tmp_path):
+    output = tmp_path / "model"
+    put(output, also=("vocab.bpe", "tokenizer_config.json"))
+    written = {*NEW, "fista/files.json", "vocab.bpe", "tokenizer_config.json"}
+    assert model_files(output) == written
+    write(output, ("fista/evaluation.json", "vocab.txt"), "later")
+    foreign_files(output)
+    assert model_files(output) == written | {"fista/evaluation.json"}
+    put(output)  # brings no tokenizer, so the old one stays; it is another model, so the evaluation goes
+    assert model_files(output) == written
+    put(output, also=("tokenizer_config.json", "fista/.files.json.partial"))  # a process was killed while it wrote that
+    assert model_files(output) == written - {"vocab.bpe"}
+    (output / "fista" / "files.json").unlink()
+    assert model_files(output) == written - {"vocab.bpe", "fista/files.json"}
 
 
 def test_a_folder_keeps_being_what_it_is(tmp_path):

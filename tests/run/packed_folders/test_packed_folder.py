@@ -20,6 +20,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.packed.bits import unpack_bits
 from optimum_fista.packed.format import PackedTensor, pack, unpack
 from optimum_fista.packed.validation import SUFFIXES
+from optimum_fista.run.checkpoints.output_folder import model_files
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import is_packed, pack_folder, unpack_folder
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
@@ -408,11 +409,16 @@ def test_files_of_others_come_along_and_replace_none(pruned, tmp_path):
     (folder / "sub").mkdir()
     (folder / "sub" / "notes.txt").write_text("mine")
     (folder / "nowhere").symlink_to("nothing")
+    (folder / "vocab.bpe").write_text("a tokenizer's")
+    names = json.loads((folder / "fista" / "files.json").read_text())
+    (folder / "fista" / "files.json").write_text(json.dumps([*names, "vocab.bpe"]))
     output.mkdir()
     (output / "model.bin").write_text("of others")
-    pack_folder(folder, output)
-    assert (output / "sub" / "notes.txt").read_text() == "mine"
-    pack_folder(folder, output, overwrite=True)
+    for overwrite in (False, True):
+        pack_folder(folder, output, overwrite=overwrite)
+        assert (output / "sub" / "notes.txt").read_text() == "mine"
+        noted = {*names, "vocab.bpe", "packed.safetensors"} - {"model.safetensors", "fista/masks.safetensors"}
+        assert model_files(output) == noted
     (output / "sub" / "notes.txt").write_text("theirs")
     before = (output / "packed.safetensors").stat()
     with pytest.raises(FileExistsError, match=r"holds another sub/notes\.txt than '.*': move it away, or pass another"):
