@@ -10,7 +10,7 @@ from tiny_models import MOE_FAMILIES, VOCAB_SIZE, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from optimum_fista import FistaPruner, FistaPruningConfig, masked_training
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback, masked_training
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
@@ -95,6 +95,29 @@ def test_processes_share_a_model_on_their_devices(tmp_path):
     expected, _ = prune_on_cpu(tiny_llama(), config, tiny_tokens().split(4))
     processes = launch(2, prune_on_device, tmp_path / "dense", tmp_path / "pruned", config)
     assert exit_codes(processes) == [0, 0]
+    require_the_same(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict(), expected)
+
+
+class FailsInTheSecondLayer(PruningCallback):
+    def on_operator_end(self, operator):
+        if ".1." in operator.name:
+            raise RuntimeError("half-way")
+
+
+def test_a_run_resumes_on_another_device_of_its_type_only(tmp_path):
+    save_tiny_folder(tmp_path / "dense")
+    config, batches = FistaPruningConfig(), tiny_tokens().split(4)
+    expected, _ = prune_on_cpu(tiny_llama(), config, batches)
+
+    def prune_on(device, *callbacks):
+        pruner = FistaPruner(config, progress=False, callbacks=callbacks)
+        pruner.prune(tmp_path / "dense", batches, output_dir=tmp_path / "pruned", device=device)
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        prune_on("simulated:0", FailsInTheSecondLayer())
+    with pytest.raises(ValueError, match=r'was another one \(arithmetic.device was "simulated", is "cpu"\)'):
+        prune_on("cpu")
+    prune_on("simulated:1")
     require_the_same(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict(), expected)
 
 

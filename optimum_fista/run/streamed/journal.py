@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -138,11 +139,12 @@ class Journal:
         file = self._file("states", index)
         if sha256 is None or not _is_whole(file, sha256):
             return None
-        tensors = load_file(file, device="cpu" if isinstance(storage, Path) else str(storage))
+        tensors = load_file(file)  # not on the device: safetensors knows some by name only
+        place = torch.device("cpu") if isinstance(storage, Path) else storage
         self._states_sha256[index] = sha256
         streams: dict[str, list[Tensor]] = {"dense": [], "pruned": []}
         for name in sorted(tensors, key=lambda name: int(name.partition(".")[2])):
-            streams[name.partition(".")[0]].append(tensors[name])
+            streams[name.partition(".")[0]].append(tensors.pop(name).to(place))
         return HiddenStates(streams["dense"] or None, streams["pruned"] or None)
 
     def keep_weights(self, files: Mapping[str, Any]) -> None:
