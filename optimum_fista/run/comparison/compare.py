@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,32 +59,25 @@ def compare(settings: ComparisonSettings, output: str | Path, *, progress: bool 
         OSError: If `output` can't be written to, another run writes to it, or it holds files of something else under
             the names of a comparison's.
     """
-    with locked_output(Path(output)):
-        Path(output).mkdir(exist_ok=True)
-        Comparison.require_own(Path(output))
-        return _compare(settings, Path(output), progress)
-
-
-def _compare(settings: ComparisonSettings, output: Path, progress: bool) -> Comparison:
-    suite = None
-    if settings.tasks:
-        suite = TaskSuite(
-            settings.tasks,
-            include_path=settings.include_path,
-            limit=settings.limit,
-            batch_size=settings.batch_size,
-        )
-    tokenizer = require_tokenizer(settings.model)
-    material = prepare(settings, tokenizer, output / "calibration")
-    recipe = list(dict.fromkeys(line for seed in settings.seeds for line in material[seed].recipe))
-    comparison = Comparison(settings.to_dict(), [*recipe, *([suite.recipe] if suite is not None else [])])
-    run = _Run(settings, tokenizer, material, suite, output / "rows", progress)
-    with tqdm(run.wanted(), desc="Comparing", unit="row", disable=not progress) as bar:
-        for candidate in bar:
-            bar.set_postfix_str(f"{candidate.method}, {candidate.pattern}, seed {candidate.seed}")
-            comparison.rows.append(run.row(candidate))
-            comparison.write_tables(output)
-    comparison.write_plots(output)
+    output = Path(output)
+    with locked_output(output):
+        output.mkdir(exist_ok=True)
+        Comparison.require_own(output)
+        suite = None
+        if settings.tasks:
+            options = {name: getattr(settings, name) for name in ("include_path", "limit", "batch_size")}
+            suite = TaskSuite(settings.tasks, **options)
+        tokenizer = require_tokenizer(settings.model)
+        material = prepare(settings, tokenizer, output / "calibration")
+        recipe = list(dict.fromkeys(line for seed in settings.seeds for line in material[seed].recipe))
+        comparison = Comparison(settings.to_dict(), [*recipe, *([suite.recipe] if suite is not None else [])])
+        run = _Run(settings, tokenizer, material, suite, output / "rows", progress, _identity(settings.model))
+        with tqdm(run.wanted(), desc="Comparing", unit="row", disable=not progress) as bar:
+            for candidate in bar:
+                bar.set_postfix_str(f"{candidate.method}, {candidate.pattern}, seed {candidate.seed}")
+                comparison.rows.append(run.row(candidate))
+                comparison.write_tables(output)
+        comparison.write_plots(output)
     return comparison
 
 
@@ -112,25 +105,17 @@ def measure_row(
     )
 
 
+@dataclass(frozen=True)
 class _Run:
-    """Rows of one comparison, from their files if they are finished."""
+    """Rows of one comparison, from their files if they are finished; `weights` tells the models apart."""
 
-    def __init__(
-        self,
-        settings: ComparisonSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        material: dict[int, Material],
-        suite: TaskSuite | None,
-        folder: Path,
-        progress: bool,
-    ) -> None:
-        self.settings = settings
-        self.tokenizer = tokenizer
-        self.material = material
-        self.suite = suite
-        self.folder = folder
-        self.progress = progress
-        self.weights = _identity(settings.model)
+    settings: ComparisonSettings
+    tokenizer: PreTrainedTokenizerBase
+    material: dict[int, Material]
+    suite: TaskSuite | None
+    folder: Path
+    progress: bool
+    weights: dict[str, Any]
 
     def wanted(self) -> list[Candidate]:
         """All rows; the dense one of another seed is measured on windows of that seed alone, if there are any."""
