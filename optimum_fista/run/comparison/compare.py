@@ -17,6 +17,7 @@ from optimum_fista.run.checkpoints.atomic import write_text
 from optimum_fista.run.checkpoints.loading import load_model, read_config, require_tokenizer
 from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.comparison.comparison import Comparison
+from optimum_fista.run.comparison.material import Material, prepare, windows_sha256
 from optimum_fista.run.comparison.rows import Row
 from optimum_fista.run.comparison.settings import (
     CALIBRATED,
@@ -27,7 +28,6 @@ from optimum_fista.run.comparison.settings import (
     ComparisonSettings,
     candidates,
 )
-from optimum_fista.run.comparison.texts import Material, prepare, windows_sha256
 from optimum_fista.run.comparison.zero_shot import TaskSuite
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.memory.free_memory import release_free_memory

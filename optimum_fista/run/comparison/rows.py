@@ -87,17 +87,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Average:
-    """Rows of one method and pattern.
-
-    Attributes:
-        rows: Those that did not fail.
-        failures: Those that did.
-    """
+    """Rows of one method and pattern; those that failed are left out."""
 
     method: str
     pattern: str
     rows: Sequence[Row]
-    failures: Sequence[Row]
 
     def perplexity(self, text: str) -> Spread | None:
         """On one text."""
@@ -134,7 +128,7 @@ def averages(rows: Iterable[Row]) -> list[Average]:
     for row in rows:
         groups.setdefault(row.pattern, {}).setdefault(row.method, []).append(row)
     return [
-        Average(method, pattern, [r for r in group if r.error is None], [r for r in group if r.error is not None])
+        Average(method, pattern, [row for row in group if row.error is None])
         for pattern, methods in groups.items()
         for method, group in methods.items()
     ]

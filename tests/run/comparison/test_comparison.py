@@ -50,7 +50,7 @@ def test_averages_leave_out_rows_that_failed_and_texts_that_are_missing():
     )
     assert line.perplexity("sea") == Spread(20.0)
     assert line.perplexity("lake") is None
-    assert len(line.failures) == 1
+    assert len(line.rows) == 2
 
 
 def test_csv_has_every_row_and_digit():
