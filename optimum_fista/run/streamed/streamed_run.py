@@ -56,7 +56,7 @@ def prune_files(
             opened.enter_context(locked_output(output_dir))
             require_output(output_dir, overwrite, names=MODEL_FILES)  # another run may just have ended
 
-        def load() -> StreamedRun:
+        def load() -> tuple[ModelPruning, PreTrainedTokenizerBase | None, Path]:
             if not (folder / FOLDER).exists():
                 raise ValueError(f"output: rank 0 began {str(folder)!r}, and it isn't here: pass a shared folder.")
             require_independent_layers(config, ranks.count)
@@ -75,13 +75,17 @@ def prune_files(
                 pruning.storage_device = folder  # files on the output's disk
             if ranks.count > 1:
                 pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
-            return StreamedRun(pruning, tokenizer, model_folder(str(name)), folder, packed, ranks)
+            return pruning, tokenizer, model_folder(str(name))
+
+        def begin() -> None:
+            for callback in callbacks:
+                callback.on_prune_begin(pruning.report)
 
         ranks.first(lock)
-        run = ranks.each(load)
-        run.open(overwrite)
+        pruning, tokenizer, source = ranks.each(load)
+        run = StreamedRun(pruning, tokenizer, source, folder, ranks, overwrite=overwrite, packed=packed)
         try:
-            ranks.each(run.tell_callbacks)
+            ranks.each(begin)
             run.prune()
             report = ranks.first(lambda: run.complete(output_dir, overwrite, started))
         except OSError as error:
@@ -103,9 +107,13 @@ class StreamedRun:
         pruning: The run over the decoder layers.
         tokenizer: The model's tokenizer.
         source: The folder that the model is read from.
-        folder: The unfinished folder.
-        packed: Whether it becomes a packed folder.
-        ranks: This process among those that share the layers.
+        folder: The unfinished folder. If it holds a run with the same fingerprint, that is resumed.
+        ranks: This process among those that share the layers; rank 0 begins the journal.
+        overwrite: Whether the layers of another run are thrown away.
+        packed: Whether the folder becomes a packed one.
+
+    Raises:
+        ValueError: If the folder holds another run, or this process's run differs from that of rank 0.
     """
 
     def __init__(
@@ -114,27 +122,18 @@ class StreamedRun:
         tokenizer: PreTrainedTokenizerBase | None,
         source: Path,
         folder: Path,
-        packed: bool,
         ranks: Ranks,
+        *,
+        overwrite: bool,
+        packed: bool,
     ) -> None:
         self.pruning = pruning
         self.finished: dict[int, KeptLayer] = {}
         self._tokenizer = tokenizer
-        self._source_folder = source
-        self._folder = folder
-        self._packed = packed
         self._ranks = ranks
-
-    def open(self, overwrite: bool) -> None:
-        """Open the journal of this run, which may have begun earlier; rank 0 begins it.
-
-        Raises:
-            ValueError: If the journal is another run's, or another rank's run differs from that of rank 0.
-        """
-        folder, ranks, read = self._folder, self._ranks, self._source_folder
-        known = ranks.first(lambda: SourceFiles(read, read_record(folder / FOLDER / WEIGHTS_FILE) or {}).hashes)
-        self.source = ranks.each(lambda: SourceFiles(read, known))
-        fingerprint = run_fingerprint(self.source, self.pruning) | ({"packed": True} if self._packed else {})
+        known = ranks.first(lambda: SourceFiles(source, read_record(folder / FOLDER / WEIGHTS_FILE) or {}).hashes)
+        self.source = ranks.each(lambda: SourceFiles(source, known))
+        fingerprint = run_fingerprint(self.source, pruning) | ({"packed": True} if packed else {})
 
         def begin() -> dict[str, Any]:
             if overwrite and is_of_another_run(folder, fingerprint):
@@ -153,14 +152,8 @@ class StreamedRun:
 
         begun = ranks.first(begin)
         self.journal = ranks.each(lambda: join(begun))
-        model, names = self.pruning.model, self.pruning.stored_names
-        contexts = evaluation_mode(model), torch.no_grad()
-        self.sink = FileSink(model, self.journal, self.source, names, self._packed, *contexts)
-
-    def tell_callbacks(self) -> None:
-        """Tell callbacks that the run is about to prune."""
-        for callback in self.pruning.callbacks:
-            callback.on_prune_begin(self.pruning.report)
+        model, contexts = pruning.model, (evaluation_mode(pruning.model), torch.no_grad())
+        self.sink = FileSink(model, self.journal, self.source, pruning.stored_names, packed, *contexts)
 
     def prune(self) -> None:
         """Prune this process's share of the decoder layers that are left, and write each for good."""
@@ -190,13 +183,13 @@ class StreamedRun:
         report.seconds["total"] = before + time.perf_counter() - started
         self.pruning.complete_report()
         report = self.sink.complete(self._tokenizer, report, layers)
-        install(self._folder, output_dir, overwrite)
+        install(self.journal.folder, output_dir, overwrite)
         return report
 
     def kept(self) -> str:
         """What is not lost."""
         finished, total = len(self.journal.finished(read_shards=False)), len(self.pruning.layers)
-        return f"{finished} of {total} decoder layers are finished and kept in {str(self._folder)!r}"
+        return f"{finished} of {total} decoder layers are finished and kept in {str(self.journal.folder)!r}"
 
     def _finished(self) -> dict[int, KeptLayer]:
         """The decoder layers that need not be pruned again.
