@@ -15,8 +15,8 @@ from tiny_llama import tiny_tokens
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.streamed import journal
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["launched", "transformers.models.llama.modeling_llama"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["launched", "transformers.models.llama.modeling_llama"])
 
 
 def launch(count: int, work: Callable[..., Any], *arguments: Any) -> list[BaseProcess]:
@@ -24,7 +24,7 @@ def launch(count: int, work: Callable[..., Any], *arguments: Any) -> list[BasePr
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [_CONTEXT.Process(target=_run, args=(r, count, port, work, *arguments)) for r in range(count)]
+    processes = [FORKS.Process(target=_run, args=(r, count, port, work, *arguments)) for r in range(count)]
     for process in processes:
         process.start()
     return processes

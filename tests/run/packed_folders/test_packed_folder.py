@@ -168,7 +168,7 @@ def test_pushed_and_pulled_like_any_model(hub, pruned, tmp_path):
     loaded = run_with_hub(hub, load, tmp_path)
     assert loaded.stdout == "True\nPackedLinear\n", loaded.stderr
     without = "from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained('tester/packed')"
-    refused = run_with_hub(hub, without, tmp_path)
+    refused = run_with_hub(hub, without, tmp_path, fresh=True)
     assert refused.returncode == 1
     assert "does not appear to have a file named" in refused.stderr
 
