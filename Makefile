@@ -28,8 +28,8 @@ lint: $(READY) ## Style, types and import rules
 
 # The simulated accelerator belongs to a whole process, so its tests have processes of their own.
 test: lint ## Lint, types, import rules and the tests, one process a core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile tests/simulated_device
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/simulated_device
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 demo: $(READY) ## Prune SmolLM2-135M to 50% and to 2:4 and compare the methods (TEXT=file to choose the text)
 	$(BIN)/optimum-fista demo $(if $(TEXT),--text '$(TEXT)')

@@ -1,9 +1,36 @@
 """Every test runs on one thread: the tensors are tiny, and results do not depend on the machine."""
 
+import gc
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """A search for garbage, of which a run makes some, passes over what the imports have made and nobody frees."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def one_picture(monkeypatch):
+    """All models are saved with the first one's picture, which takes longer to draw than a tiny model to prune."""
+    from optimum_fista.run.checkpoints import checkpoint
+
+    monkeypatch.setattr(checkpoint, "error_picture", _first_picture)
+
+
+_drawn: list[bytes | None] = []
+
+
+def _first_picture(report):
+    from optimum_fista.run.reports.picture import error_picture
+
+    if not _drawn:
+        _drawn.append(error_picture(report))
+    return _drawn[0]
 
 
 def pytest_collection_modifyitems(config, items):

@@ -5,6 +5,7 @@ from architectures import COMMAND, PAGE, format_page, read_outcomes, write_outco
 from families import FAMILIES, Outcome, try_family
 
 TABLE = read_outcomes()
+pytestmark = pytest.mark.usefixtures("one_picture")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,10 +1,12 @@
 """Commands of the README and the docs parse by the programs' own parsers."""
 
 import argparse
+import contextlib
 import functools
+import io
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 import tomllib
 
@@ -41,8 +43,13 @@ def parse_launched(parser: argparse.ArgumentParser, arguments: list[str]) -> Non
 
 @functools.cache
 def help_of(script: str) -> str:
-    command = [sys.executable, ROOT / script, "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """What a script answers to `--help`; in a process of its own it would import PyTorch first, each time."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
+        patch.setattr(sys, "argv", [script, "--help"])
+        patch.syspath_prepend((ROOT / script).parent)
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    return shown.getvalue()
 
 
 def parse_script(script: str, *arguments: str) -> None:

@@ -327,7 +327,8 @@ class FistaPruningConfig:
 
     def shares_budget(self, name: str) -> bool:
         """Whether the operator called `name` takes part in the sharing of zeros."""
-        allocated = self.resolved().allocation == "fisher" and not self._default_pattern().fixed
+        allocation = self.allocation or method_defaults(str(self.method)).allocation
+        allocated = allocation == "fisher" and not self._default_pattern().fixed
         return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
 
     def _scope(self) -> Scope:

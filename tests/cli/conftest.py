@@ -6,6 +6,11 @@ from tiny_llama import TEXT, save_tiny_folder
 from optimum_fista_cli.main import main
 
 
+@pytest.fixture(autouse=True)
+def _one_picture(one_picture):
+    """Commands save many models."""
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A dense model and its tokenizer; do not write to it."""

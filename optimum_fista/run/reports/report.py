@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -295,9 +296,12 @@ def library_versions() -> dict[str, str]:
     """Versions of Python, this package and the libraries whose numbers or files depend on them."""
     names = ("torch", "transformers", "accelerate", "optimum", "safetensors", "huggingface-hub")
     versions = {"python": platform.python_version(), "optimum-fista": optimum_fista.__version__}
-    versions |= {name: importlib.metadata.version(name) for name in names}
+    versions |= {name: _version(name) for name in names}
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return versions if found is None else versions | {"gpu": device_name(found)}
+
+
+_version = functools.cache(importlib.metadata.version)  # which searches the file system
 
 
 def device_name(device: torch.device) -> str:
