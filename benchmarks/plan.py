@@ -72,7 +72,6 @@ import json, sys, time
 time.perf_counter = time.process_time  # before the imports: seconds of the processor
 import torch
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.streamed import streaming
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import transformers.core_model_loading
 torch.set_num_threads(1)

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: E402, F
 from optimum_fista import FistaPruner, FistaPruningConfig  # noqa: E402
 from optimum_fista.run.checkpoints.loading import load_model  # noqa: E402
 from optimum_fista.run.memory.free_memory import keep_large_blocks_apart  # noqa: E402
-from optimum_fista.run.streamed import streaming  # noqa: E402, F401
 
 
 def main() -> None:

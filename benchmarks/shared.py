@@ -156,13 +156,12 @@ def prune_apart(*, ranks: int = 1, threads: int = 1, **options: Any) -> subproce
     script = str(Path(__file__).with_name("run_once.py"))
     command = [sys.executable, *launcher, script, json.dumps(options | {"waits": ranks == 1}, default=str)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL if ranks > 1 else None, env=environment, text=True
-    )
+    pipe, noise = subprocess.PIPE, subprocess.DEVNULL if ranks > 1 else None  # torchrun says much of a killed rank
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=noise, env=environment, text=True)
     assert process.stdout is not None
     for _ in range(ranks):
-        process.stdout.readline()
+        if process.stdout.readline() != "ready\n":
+            raise SystemExit("a run failed before it began; what it said stands above.")
     return process
 
 
