@@ -17,6 +17,7 @@ from torch import Tensor
 
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
+from optimum_fista.run.checkpoints.installation import discard
 from optimum_fista.run.checkpoints.output_folder import FOLDER
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.budgets import Budgets
@@ -61,8 +62,8 @@ class Journal:
         budgets_sha256: Digest of the budgets that were last written or read.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        """Open the journal of a folder, or begin it.
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], overwrite: bool = False) -> None:
+        """Open the journal of a folder, or begin it; `overwrite` throws the layers of another run away.
 
         Raises:
             ValueError: If it was begun with another fingerprint, or that is damaged; the message names what differs.
@@ -75,6 +76,8 @@ class Journal:
         file = self._journal / "fingerprint.json"
         wanted = json.loads(json.dumps(fingerprint))
         self._run_sha256 = _text_digest(wanted)
+        if overwrite and read_record(file) != wanted:
+            discard(folder, overwrite)
         if not file.exists():
             write_record(file, wanted)
         found = read_record(file)

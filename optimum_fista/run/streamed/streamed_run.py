@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-from optimum_fista.run.checkpoints.installation import discard, install
+from optimum_fista.run.checkpoints.installation import install
 from optimum_fista.run.checkpoints.loading import load_lazily
 from optimum_fista.run.checkpoints.output_folder import FOLDER, MODEL_FILES, require_output, unfinished_folder
 from optimum_fista.run.checkpoints.output_lock import locked_output
@@ -23,7 +23,7 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.file_sink import FileSink
-from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run, model_folder, run_fingerprint
+from optimum_fista.run.streamed.fingerprint import SourceFiles, model_folder, run_fingerprint
 from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer, read_record
 from optimum_fista.run.streamed.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
 
@@ -136,9 +136,7 @@ class StreamedRun:
         fingerprint = run_fingerprint(self.source, pruning) | ({"packed": True} if packed else {})
 
         def begin() -> dict[str, Any]:
-            if overwrite and is_of_another_run(folder, fingerprint):
-                discard(folder, overwrite)
-            Journal(folder, fingerprint).keep_weights(self.source.hashes)
+            Journal(folder, fingerprint, overwrite).keep_weights(self.source.hashes)
             return fingerprint
 
         def join(begun: dict[str, Any]) -> Journal:
