@@ -3,7 +3,8 @@
 Prunes a random Llama (or `--model`) from files to files with intra-layer correction, each way once a round, and gives
 medians of the seconds between reading the first weight and the finished folder, imports excluded. The files of two
 processes must be those of one process with one thread. Processor seconds are those of the process that used most; with
-one thread a process they hardly depend on other programs. Cores that other programs used meanwhile are told (Linux).
+one thread a process they hardly depend on other programs. It also prints how many cores other programs used
+meanwhile (Linux).
 
     python benchmarks/ranks.py --output benchmarks/results/ranks.json
 """

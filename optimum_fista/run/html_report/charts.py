@@ -42,7 +42,7 @@ class HeatMap:
         name: What the number is.
         groups: First column, number of columns and name, in lines, of neighbours that are in the same module.
         columns: Name of each column, whole and in lines.
-        rows: Name of each row and its cells; `None` where there is no operator.
+        rows: Name of each row and its cells; `None` if there is no operator.
         low: Number of the first colour.
         high: Number of the last colour.
     """
@@ -161,7 +161,7 @@ def line_chart(
 
     Args:
         labels: Names of the decoder layers.
-        series: By name, a value a layer; `None` where it is not known.
+        series: By name, a value a layer; `None` if it is not known.
         text_of: How a value is written.
         unit: How much one of the axis is, and its name.
     """

@@ -158,7 +158,7 @@ def _ratio(held_out: float, fitted: float) -> float:
 
 
 def _perplexities(contents: ReportContents) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
-    """Names of the models, and by text its perplexities, `None` where nothing was measured."""
+    """Names of the models, and by text its perplexities, `None` if nothing was measured."""
     here, found = place_of(contents.folder), contents.evaluations
     models = list(dict.fromkeys((e.model, e.place) for e in found))
     names = ["this model" if place == here else Path(name).name or name for name, place in models]
