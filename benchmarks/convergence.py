@@ -58,7 +58,7 @@ class Scaled:
     def error(self, weight: Tensor, mask: Tensor) -> float:
         """Squared relative error of scaled weights after a refit on a mask."""
         fitted, _ = refit(self.gram, self.target, weight, mask)
-        return self.problem.relative_error(fitted * self.scale) ** 2
+        return self.problem.fit_error(fitted * self.scale) ** 2
 
     def objective(self, weight: Tensor, l1_penalty: float) -> float:
         """The LASSO's."""

@@ -49,7 +49,7 @@ class Rounded:
         self.data = data
         self.mask = data.pattern.mask(weight.abs()) if mask is None else mask
         self.weight = weight * self.mask
-        self.error = data.problem.relative_error(self.weight) ** 2
+        self.error = data.problem.fit_error(self.weight) ** 2
         self.seconds = time.process_time() - started
 
     @cached_property
@@ -58,7 +58,7 @@ class Rounded:
         problem = self.data.problem
         weight, _ = refit(problem.gram, problem.target, self.weight, self.mask, max_iterations=20)
         errors = {"calibration": problem, "fresh": self.data.fresh}
-        return {name: text.relative_error(weight) ** 2 for name, text in errors.items()}
+        return {name: text.fit_error(weight) ** 2 for name, text in errors.items()}
 
 
 @dataclass(frozen=True)

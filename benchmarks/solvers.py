@@ -14,18 +14,19 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from shared import calibration_of, counted_products, matrix_rate, parse_arguments, pattern_of, save
 from tqdm.auto import tqdm
 
+from optimum_fista.model.activations import HiddenStates, LayerActivations
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.sharing import trace_groups
-from optimum_fista.model.statistics import LayerActivations, problems_same_input, record_dense
 from optimum_fista.run.checkpoints.loading import load_model
 from optimum_fista.run.config import method_defaults
 from optimum_fista.run.reports.markdown import markdown_lines
@@ -45,7 +46,7 @@ def layer_problems(
     records = [
         record_inputs(model, decoder, read_batches(tokens.split(1), model.config.vocab_size)) for tokens in token_sets
     ]
-    hidden = [record.hidden_states for record in records]
+    hidden: list[Sequence[torch.Tensor]] = [record.hidden_states for record in records]
     last = len(decoder) - 1 if layers is None else max(layers)
     for index, (name, layer) in enumerate(decoder):
         if index > last:
@@ -55,8 +56,9 @@ def layer_problems(
         for text, record in enumerate(records):
             activations = LayerActivations(layer, record.calls[index], record.token_masks, hidden[text][0].device)
             chosen = groups if layers is None or index in layers else []
-            hidden[text], _, grams = record_dense(activations, chosen, hidden[text], [True] * len(chosen))
-            by_text.append([problems_same_input(g, gram) for g, gram in zip(chosen, grams, strict=True) if gram])
+            targets = LayerTargets(activations, chosen, Correction("none"), HiddenStates(hidden[text]))
+            by_text.append([targets.problems(group).fitted for group in range(len(chosen))])
+            hidden[text] = targets.leave().entering
         yield from map(list, zip(*by_text, strict=True))
 
 
@@ -85,9 +87,9 @@ def measure(text: str, problems: list[list[LayerProblem]], pattern: str) -> list
         row["seconds"] = seconds / len(pruned)
         row["cpu_seconds"] = cpu_seconds / len(pruned)
         row["flops"] = counter.get_total_flops() / len(pruned)
-        row["calibration"] = operator.relative_error**2
+        row["calibration"] = operator.fit_error**2
         for name, text_problems in zip(TEXTS[1:], fresh, strict=True):
-            row[name] = text_problems[index].relative_error(operator.weight) ** 2
+            row[name] = text_problems[index].fit_error(operator.weight) ** 2
         rows.append(row)
     return rows
 

@@ -35,7 +35,7 @@ def main() -> None:
     report = pruner.prune(model, batches, calibration_source="self")
     print(report)
     for operator in report.operators[:4]:
-        print(f"{operator.name}: {operator.sparsity:.1%} zeros, relative error {operator.relative_error:.4f}")
+        print(f"{operator.name}: {operator.sparsity:.1%} zeros, fit error {operator.fit_error:.4f}")
 
     pruner.save_pretrained(model, arguments.output, tokenizer)
     reloaded = AutoModelForCausalLM.from_pretrained(arguments.output)

@@ -44,7 +44,7 @@ def main() -> None:
         pruned = pruner.prune_weight(operator.weight, inputs)
         penalty = "" if pruned.l1_penalty is None else f", penalty {pruned.l1_penalty:.3g}"
         print(
-            f"{method:<10} relative error {pruned.relative_error:.4f}, {pruned.sparsity:.1%} zeros, "
+            f"{method:<10} fit error {pruned.fit_error:.4f}, {pruned.sparsity:.1%} zeros, "
             f"{pruned.iterations} iterations{penalty}"
         )
 

@@ -31,7 +31,7 @@ def assert_same_result(model, report, expected, expected_report):
     assert [layer.name for layer in report.layers] == [layer.name for layer in expected_report.layers]
     for ours, theirs in zip(report.operators, expected_report.operators, strict=True):
         assert ours.name == theirs.name
-        assert ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-2)
+        assert ours.fit_error == pytest.approx(theirs.fit_error, rel=1e-2)
 
 
 def assert_same_files(folder, expected):

@@ -30,7 +30,7 @@ class Record:
     mean: Tensor
     num_tokens: int
     pruned: Tensor
-    relative_error: float
+    fit_error: float
 
 
 class Recorder(PruningMethod):
@@ -44,7 +44,7 @@ class Recorder(PruningMethod):
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         plain = Magnitude().prune(problem, pattern)
         weight = plain.weight * 1.1
-        return PrunedOperator(weight, plain.mask, problem.relative_error(weight))
+        return PrunedOperator(weight, plain.mask, problem.fit_error(weight))
 
     def prune_sharing(
         self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
@@ -61,7 +61,7 @@ class Recorder(PruningMethod):
                     problem.statistics.mean.clone(),
                     problem.statistics.num_tokens,
                     result.weight.clone(),
-                    result.relative_error,
+                    result.fit_error,
                 )
                 for problem, result in zip(problems, results, strict=True)
             ]

@@ -319,7 +319,7 @@ def test_ways_to_the_penalty(benchmark, correlation):
         ({"max_trials": 30}, trials.bisection(task, 3, 30)),
     ):
         pruned = Fista(**settings).prune(made.problem, pattern)
-        assert pruned.relative_error**2 == pytest.approx(search.best.refitted["calibration"], rel=1e-9)
+        assert pruned.fit_error**2 == pytest.approx(search.best.refitted["calibration"], rel=1e-9)
         assert pruned.l1_penalty is None or search.steps > 0
     for exponent, by_rung in task.table.items():
         for rung, trial in zip(trials.RUNGS, by_rung, strict=True):

@@ -53,7 +53,7 @@ def _tensors_sha(tensors: dict[str, torch.Tensor]) -> str:
 def _report_sha(report: PruningReport) -> str:
     """Hash of what a report says of operators and layers, without times and memory."""
     operators = [
-        (o.name, o.shape, o.num_kept, o.method, o.relative_error, o.l1_penalty, o.iterations, o.converged, o.num_tokens)
+        (o.name, o.shape, o.num_kept, o.method, o.fit_error, o.l1_penalty, o.iterations, o.converged, o.num_tokens)
         for o in report.operators
     ]
     layers = [(layer.name, layer.hidden_state_error) for layer in report.layers]

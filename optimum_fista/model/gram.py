@@ -11,26 +11,29 @@ _LEAF = 256
 
 
 class GramAccumulator:
-    """Sum of `x x^T` over tokens, in float32; only half of each product is formed.
+    """Sum of `x x^T` over tokens, in float32; only half of each product is formed, in memory taken when tokens come.
 
     Attributes:
         num_tokens: Tokens summed so far.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self._upper = torch.zeros(size, size, device=device)
+        self._shape, self._device = (size, size), device
+        self._upper: Tensor | None = None
         self._sum = torch.zeros(size, device=device)
         self.num_tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs [tokens, in], float32."""
+        if self._upper is None:
+            self._upper = torch.zeros(self._shape, device=self._device)
         _add_upper(self._upper, inputs)
         self._sum += inputs.sum(0)
         self.num_tokens += inputs.shape[0]
 
     def finish(self) -> InputStatistics:
         """Statistics with the symmetric Gram matrix; the accumulator is used up."""
-        gram = self._upper
+        gram = torch.zeros(self._shape, device=self._device) if self._upper is None else self._upper
         for start in range(0, gram.shape[0], _LEAF):
             end = start + _LEAF
             corner = gram[start:end, start:end].triu_()

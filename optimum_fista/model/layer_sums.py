@@ -10,67 +10,95 @@ from torch import Tensor
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.solve.blocks import row_blocks
-from optimum_fista.solve.problem import InputStatistics, LayerProblem, inner_by_rows
+from optimum_fista.solve.problem import DenseOutputs, InputStatistics, LayerProblem, inner_by_rows
 
 Group = list[LinearOperator]
+"""Operators that share their inputs."""
 
 
 class LayerSums:
-    """Sums over the tokens of a group of operators with the inputs `X*`, in the dense network `X`.
+    """Sums over the tokens of a group of operators with the inputs `X*`, and in the dense network `X`.
 
-    The problems made from them have the target outputs `W (a X + (1 - a) X*)`, a = `dense_share`.
+    Of the two sums with the dense network at most one is kept, the smaller one: outputs of all operators one below the
+    other, or inputs. Neither is there if nothing of the dense network is known, or if `X* = X`.
 
     Attributes:
+        same_inputs: Whether `X* = X`.
         gram: `X* X*^T`.
-        cross: `W X X*^T` of all operators, one below the other, [out, in], or `X X*^T` [in, in]; `None` where the
-            target outputs are `W X*`.
+        output_cross: `W X X*^T` of all operators, one below the other, [out, in].
+        input_cross: `X X*^T` [in, in].
         energies: Squared norms of the rows of `W X`, [out], float64, by operator.
+        target_cross: `Y X*^T` [out, in] of a single operator whose targets `Y` were summed themselves.
+        target_energies: Squared norms of the rows of `Y`, [out], float64.
     """
 
-    def __init__(
-        self,
-        size: int,
-        device: torch.device,
-        *,
-        narrow: bool = False,
-        dense_share: float = 0.0,
-        energies: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Begin with no token; `narrow` says which of its two forms `cross` has."""
+    def __init__(self, size: int, device: torch.device, *, same_inputs: bool = False) -> None:
+        self.same_inputs = same_inputs
         self.gram = GramAccumulator(size, device)
-        self.cross: Tensor | None = None
-        self.energies = {} if energies is None else energies
-        self._narrow = narrow
-        self._dense_share = dense_share
+        self.output_cross: Tensor | None = None
+        self.input_cross: Tensor | None = None
+        self.energies: dict[str, Tensor] = {}
+        self.target_cross: Tensor | None = None
+        self.target_energies: Tensor | float = 0.0
 
-    def add(self, inputs: Tensor, dense: Tensor | None = None) -> None:
-        """Add `X*` [tokens, in] and what the dense network has: outputs [tokens, out] or inputs [tokens, in]."""
+    def add_dense_inputs(self, inputs: Tensor, dense: Tensor) -> None:
+        """Add `X*` and `X`, both [tokens, in]."""
         self.gram.add(inputs)
-        if dense is not None:
-            if self.cross is None:
-                self.cross = torch.zeros(dense.shape[1], inputs.shape[1], device=inputs.device)
-            self.cross.addmm_(dense.T, inputs)
+        self.input_cross = _add_product(self.input_cross, dense, inputs)
 
-    def problems(self, group: Group, weights: Sequence[Tensor]) -> Iterator[LayerProblem]:
+    def add_dense_outputs(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add `X*` [tokens, in], and `W X` of all operators side by side, [tokens, out]."""
+        self.gram.add(inputs)
+        self.output_cross = _add_product(self.output_cross, outputs, inputs)
+
+    def add_targets(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add `X*` [tokens, in] and `Y` [tokens, out]."""
+        self.gram.add(inputs)
+        self.target_cross = _add_product(self.target_cross, targets, inputs)
+        self.target_energies = self.target_energies + _energies(targets)
+
+    def add_energies(self, name: str, outputs: Tensor) -> None:
+        """Add outputs `W X` [tokens, out] of an operator to its energies."""
+        found = _energies(outputs)
+        self.energies[name] = self.energies[name] + found if name in self.energies else found
+
+    def problems(self, group: Group, weights: Sequence[Tensor], dense_share: float) -> Iterator[LayerProblem]:
         """The problems of the operators, one after the other; the sums are used up.
+
+        Args:
+            group: The operators.
+            weights: Their dense weights `W` [out, in].
+            dense_share: `a` in the targets `W (a X + (1 - a) X*)`; of no account if `X* = X` or targets were summed.
 
         Raises:
             ValueError: If the sums hold NaN or Inf.
         """
         statistics, row = checked_statistics(group, self.gram), 0
         for operator, weight in zip(group, weights, strict=True):
-            if self.cross is None:
-                yield LayerProblem(weight, statistics, name=operator.name)
-                continue
-            target = self.cross[row : row + weight.shape[0]] if self._narrow else weight @ self.cross
-            row += weight.shape[0]
-            yield _mixed(weight, statistics, target, self.energies[operator.name], self._dense_share, operator.name)
+            name = operator.name
+            if self.target_cross is not None:
+                assert isinstance(self.target_energies, Tensor)
+                yield LayerProblem(weight, statistics, self.target_cross, self.target_energies, name)
+            elif self.output_cross is None and self.input_cross is None:
+                yield LayerProblem(weight, statistics, name=name, aims_at_dense=self.same_inputs)
+            else:
+                if self.output_cross is not None:
+                    cross = self.output_cross[row : row + weight.shape[0]]
+                else:
+                    cross = weight @ self.input_cross  # type: ignore[operator]
+                row += weight.shape[0]
+                yield _problem(weight, statistics, cross, self.energies[name], dense_share, name)
 
 
-def add_energies(energies: dict[str, Tensor], name: str, outputs: Tensor) -> None:
-    """Add the squared norms of outputs [tokens, out], float32, over the tokens to those of an operator."""
-    squares = outputs.square().sum(0).double()
-    energies[name] = energies[name] + squares if name in energies else squares
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    if total is None:
+        total = torch.zeros(left.shape[1], right.shape[1], device=right.device)
+    return total.addmm_(left.T, right)
+
+
+def _energies(outputs: Tensor) -> Tensor:
+    """Squared norms of the columns of [tokens, out], float64."""
+    return outputs.square().sum(0).double()
 
 
 def checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:
@@ -88,16 +116,31 @@ def checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:
     return statistics
 
 
-def _mixed(
-    weight: Tensor, statistics: InputStatistics, target: Tensor, energies: Tensor, share: float, name: str
+def _problem(
+    weight: Tensor, statistics: InputStatistics, cross: Tensor, energies: Tensor, share: float, name: str
 ) -> LayerProblem:
-    """The problem of target outputs `W (a X + (1 - a) X*)` from `W X X*^T` and the squared norms of the rows of W X."""
+    """The problem of target outputs `Y = W (a X + (1 - a) X*)`, a = `share`.
+
+    Args:
+        weight: `W` [out, in].
+        statistics: Those of `X*`.
+        cross: `W X X*^T` [out, in]; it is overwritten by `Y X*^T = a W X X*^T + (1 - a) W G`.
+        energies: Squared norms of the rows of `W X`, [out], float64.
+        share: `a`.
+        name: Name of the operator.
+    """
     if share == 1:
-        return LayerProblem(weight, statistics, target, energies, name)
-    mixed, remade = inner_by_rows(weight, target), torch.empty_like(energies)
+        return LayerProblem(weight, statistics, cross, energies, name, aims_at_dense=True)
+    mixed, remade = inner_by_rows(weight, cross), torch.empty_like(energies)
     for rows in row_blocks(weight):
         same = weight[rows] @ statistics.gram
         remade[rows] = inner_by_rows(weight[rows], same)
-        target[rows].mul_(share).add_(same, alpha=1 - share)
+        if share:
+            cross[rows].mul_(share).add_(same, alpha=1 - share)
+    # || W X* - W X ||^2 by rows, not through Y: a small share would magnify the rounding of the difference
+    drifts = energies - 2 * mixed + remade
+    if share == 0:  # Y = W X*: nothing is mixed into the cross-Gram
+        return LayerProblem(weight, statistics, name=name, dense=DenseOutputs(energies, drifts, cross))
+    dense = DenseOutputs(energies, drifts, share=share)
     energies = share**2 * energies + 2 * share * (1 - share) * mixed + (1 - share) ** 2 * remade
-    return LayerProblem(weight, statistics, target, energies, name, same_energies=remade)
+    return LayerProblem(weight, statistics, cross, energies, name, same_energies=remade, dense=dense)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from optimum_fista.model.activation_store import ActivationStore
+from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.statistics import LayerActivations
 
 _WARM_UP = 0.1
 _TINY = 1e-30

@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from optimum_fista.model.architecture import matches
+from optimum_fista.model.correction import Correction
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
@@ -165,12 +166,9 @@ class FistaPruningConfig:
         wrong = wrong_field(self)
         if wrong is not None:
             raise ValueError(wrong)
-        if self.error_correction is not None and not _is_error_correction(self.error_correction):
-            raise ValueError(
-                f"error_correction={self.error_correction!r}: pass 'none', 'intra', 'full', or a number in [0, 1]."
-            )
-        if self.residual_correction is not None and not 0 <= self.residual_correction <= 1:
-            raise ValueError(f"residual_correction={self.residual_correction!r}: pass a number in [0, 1].")
+        Correction.parse(
+            "none" if self.error_correction is None else self.error_correction, self.residual_correction or 0.0
+        )
         if self.allocation not in (None, "uniform", "fisher"):
             raise ValueError(f"allocation={self.allocation!r}: pass 'uniform' or 'fisher'.")
         if self.finetune not in (None, "layer"):
@@ -321,9 +319,11 @@ class FistaPruningConfig:
         return dataclasses.replace(self, **missing)
 
     @property
-    def independent_layers(self) -> bool:
-        """Whether every decoder layer starts from the dense network's hidden states, whatever became of the others."""
-        return self.resolved().error_correction in ("none", "intra")
+    def correction(self) -> Correction:
+        """`error_correction` and `residual_correction`, the method's own if they are `None`."""
+        chosen = self.resolved()
+        assert chosen.error_correction is not None
+        return Correction.parse(chosen.error_correction, chosen.residual_correction or 0.0)
 
     def shares_budget(self, name: str) -> bool:
         """Whether the operator called `name` takes part in the sharing of zeros."""
@@ -341,9 +341,3 @@ class FistaPruningConfig:
         if isinstance(value, str):
             return parse_pattern(value)
         return parse_pattern(sparsity=value, scope=self._scope())
-
-
-def _is_error_correction(value: object) -> bool:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return 0 <= value <= 1
-    return value in ("none", "intra", "full")

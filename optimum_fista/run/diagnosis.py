@@ -175,7 +175,7 @@ def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:
     if same < _SAME_ZEROS:
         raise ValueError(f"only {same:.1%} of the weights are zero or kept as on the CPU")
     _require_close(found, expected[0], 0.05)
-    error = report.totals["mean_relative_error"]
+    error = report.totals["mean_fit_error"]
     text = f"{len(report.operators)} operators in {seconds:.1f} s, error {error:.4f}"
     return text if device.type == "cpu" else f"{text}, {same:.2%} of the weights zero or kept as on the CPU"
 

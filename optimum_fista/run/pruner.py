@@ -20,6 +20,7 @@ from optimum_fista.run.checkpoints.checkpoint import save_checkpoint, summary
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.environment import numerical_environment
 from optimum_fista.run.hub import push_folder, require_repo_id
+from optimum_fista.run.pruning.loop import prune_layers
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import PruningReport
@@ -156,7 +157,7 @@ class FistaPruner:
             callback.on_prune_begin(pruning.report)
         report = pruning.report
         with ModelSink(model, evaluation_mode(model), torch.no_grad()) as sink:
-            pruning.run(sink)
+            prune_layers(pruning, sink)
             pruning.complete_report()
             report.seconds["total"] = time.perf_counter() - started
             model.config.fista_pruning = summary(report)

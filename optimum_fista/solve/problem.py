@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -93,6 +94,23 @@ class InputStatistics:
         return largest_eigenvalue(self.gram)
 
 
+@dataclass(frozen=True)
+class DenseOutputs:
+    """The dense network's outputs `W X`, known to a problem whose wanted outputs `Y` are others.
+
+    Attributes:
+        energies: Squared norms of the rows of `W X`, [out], float64.
+        drifts: Squared norms of the rows of `W X* - W X`, [out], float64.
+        cross: `W X X*^T` [out, in]; `None` if `Y = a W X + (1 - a) W X*`, because `C = Y X*^T` then tells it.
+        share: That `a`, above 0.
+    """
+
+    energies: Tensor
+    drifts: Tensor
+    cross: Tensor | None = None
+    share: float = 1.0
+
+
 class LayerProblem:
     """Reconstruct a linear operator's outputs with sparse weights.
 
@@ -109,6 +127,8 @@ class LayerProblem:
         target: `C = Y X*^T` [out, in]. Built from `weight` when Y = W X*.
         output_energies: Squared norms of the rows of Y, [out], float64.
         corrected: Whether the wanted outputs are others than those of the dense weights on the same inputs.
+        aims_at_dense: Whether the wanted outputs are known to be those of the dense network.
+        dense: The dense network's outputs if the wanted ones are others; `None` if nothing is known of them.
         name: Name of the operator, for messages.
     """
 
@@ -121,6 +141,8 @@ class LayerProblem:
         name: str = "weight",
         *,
         same_energies: Tensor | None = None,
+        aims_at_dense: bool = False,
+        dense: DenseOutputs | None = None,
     ) -> None:
         """Make the problem.
 
@@ -137,6 +159,8 @@ class LayerProblem:
         self.statistics = statistics
         self.name = name
         self.corrected = target is not None
+        self.aims_at_dense = aims_at_dense
+        self.dense = dense
         self._errors_of: LayerProblem | None = None
         if target is None or output_energies is None:
             self.target = weight @ statistics.gram
@@ -170,6 +194,7 @@ class LayerProblem:
         squares = scales[:, 0].double().square()
         stacked.output_energies = torch.cat([p.output_energies for p in problems]) * squares
         stacked._drifts = torch.cat([p._drifts for p in problems]) * squares
+        stacked.dense = None
         stacked.name = " and ".join(p.name for p in problems)
         return stacked
 
@@ -232,10 +257,35 @@ class LayerProblem:
                 error += inner_by_rows(difference @ self.gram, difference).sum()
         return error
 
-    def relative_error(self, weight: Tensor) -> float:
+    def fit_error(self, weight: Tensor) -> float:
         """`|| W* X* - Y ||_F / || Y ||_F`; zero for outputs that vanish and are reproduced."""
         error, energy = torch.stack([self._squared_error(weight), self.output_energies.sum()]).tolist()  # one transfer
         return relative(max(error, 0.0), energy)
+
+    def output_error(self, weight: Tensor) -> float | None:
+        """`|| W* X* - W X ||_F / || W X ||_F` against the dense network's outputs; `None` if they are not known.
+
+        With `D = W* - W`, `K = W X X*^T` and `C = a K + (1 - a) W G`, so that `K - W G = (C - W G) / a`,
+
+            || W* X* - W X ||^2 = <D G, D> - 2 <D, K - W G> + || W X* - W X ||^2
+                                = <(D + (2/a) W) G - (2/a) C, D> + || W X* - W X ||^2,
+
+        one product. If `K` itself is known it takes the place of `C`, and `a = 1`.
+        """
+        if self.aims_at_dense:
+            return self.fit_error(weight)
+        if self.dense is None:
+            return None
+        factor = 2.0 if self.dense.cross is not None else 2 / self.dense.share
+        cross = self.target if self.dense.cross is None else self.dense.cross
+        error = self.dense.drifts.sum().clamp_min(0.0)
+        for rows in row_blocks(weight):
+            difference = weight[rows] - self.weight[rows]
+            both = torch.add(difference, self.weight[rows], alpha=factor)
+            residual = torch.addmm(cross[rows], both, self.gram, beta=-factor)
+            error += inner_by_rows(residual, difference).sum()
+        squares, energy = torch.stack([error, self.dense.energies.sum()]).tolist()  # one wait for the device
+        return relative(max(squares, 0.0), energy)
 
     def seminorm(self, difference: Tensor) -> float:
         """`|| D X* ||_F` of a difference of weights [out, in]."""

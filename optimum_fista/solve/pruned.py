@@ -16,7 +16,7 @@ class PrunedOperator:
     Attributes:
         weight: Pruned weights [out, in], zero where the mask is False.
         mask: Boolean mask [out, in], True = kept.
-        relative_error: `|| W* X* - W X ||_F / || W X ||_F` on the calibration tokens.
+        fit_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, `Y` the outputs that were wanted.
         iterations: Iterations over all trials and stages.
         l1_penalty: Penalty of the solution kept, if the method has one.
         converged: False when an iteration limit or a numerical failure ended the method.
@@ -26,7 +26,7 @@ class PrunedOperator:
 
     weight: Tensor
     mask: Tensor
-    relative_error: float
+    fit_error: float
     iterations: int = 0
     l1_penalty: float | None = None
     converged: bool = True

@@ -56,6 +56,6 @@ def prune_stacked(
     rows = [shape[0] for shape in shapes]
     weights, masks = found.weight.div_(scales).split(rows), found.mask.split(rows)
     return [
-        replace(found, weight=w, mask=m, relative_error=p.relative_error(w))
+        replace(found, weight=w, mask=m, fit_error=p.fit_error(w))
         for p, w, m in zip(problems, weights, masks, strict=True)
     ]

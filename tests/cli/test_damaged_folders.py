@@ -121,7 +121,7 @@ REPORTS = {
     "no fields": text(REPORT, "{}"),
     "operators are numbers": values(REPORT, operators=[1]),
     "shape is a number": operator(shape=3),
-    "error is a word": operator(relative_error="small"),
+    "error is a word": operator(fit_error="small"),
     "config is a number": values(REPORT, config=3),
     "config is empty": values(REPORT, config={}),
     "model is a list": values(REPORT, model=[]),

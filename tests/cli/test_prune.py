@@ -92,7 +92,7 @@ def test_decoder_layers_are_fine_tuned(prune, tmp_path):
     assert all(before > after for before, after in errors), errors
     card = (tmp_path / "out" / "README.md").read_text()
     assert "with every decoder layer fine-tuned under its masks" in card
-    assert "relative error of the operators, before fine-tuning" in card
+    assert "fit error of the operators, before fine-tuning" in card
 
 
 @pytest.mark.parametrize(("flag", "value"), [("none", "none"), ("0.25", 0.25), ("1", 1.0)])

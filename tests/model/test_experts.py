@@ -165,7 +165,7 @@ def test_an_expert_that_sees_no_token_is_called_all_the_same():
     recorder = prune(model, 0.5, batches(4, 4), starved_tokens=0)
     starved = [record for record in recorder.records if ".experts.2." in record.name]
     assert len(starved) == 6
-    assert all(record.num_tokens == 0 and record.relative_error == 0 for record in starved)
+    assert all(record.num_tokens == 0 and record.fit_error == 0 for record in starved)
     assert len([group for group in recorder.groups if ".experts." in group[0].name]) == 2 * 2 * 4
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from toy_layer import toy_layer
 
+from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.reconstruction import reconstruct
 from optimum_fista.model.replay import LayerCall
-from optimum_fista.model.statistics import LayerActivations
 
 CPU = torch.device("cpu")
 

@@ -6,12 +6,12 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.hidden_states import record_inputs
-from optimum_fista.model.paused import PausedForwards
 from optimum_fista.model.residual import is_added_to_output
-from optimum_fista.model.statistics import LayerActivations
 
 ADDED = {
     "llama": "mlp.down_proj",
@@ -124,11 +124,11 @@ def test_with_a_dense_rest_of_the_layer_it_changes_nothing():
 def test_the_hidden_states_carried_on_are_those_of_the_pruned_model(family, monkeypatch):
     entered: list[list[Tensor]] = []
 
-    class Spy(PausedForwards):
-        def __init__(self, layer, stops, calls, hidden_states, waiting):
-            entered.append(list(hidden_states))
-            super().__init__(layer, stops, calls, hidden_states, waiting)
+    class Spy(LayerTargets):
+        def __init__(self, activations, groups, correction, entering):
+            entered.append(list(entering.pruned))
+            super().__init__(activations, groups, correction, entering)
 
-    monkeypatch.setattr("optimum_fista.run.pruning.layer_pruning.PausedForwards", Spy)
+    monkeypatch.setattr("optimum_fista.run.pruning.loop.LayerTargets", Spy)
     model = prune(tiny_model(family), residual_correction=1.0, error_correction="full")
     assert torch.allclose(torch.cat(entered[1]), first_output(model), atol=1e-4)

@@ -30,7 +30,7 @@ def test_every_method_makes_exactly_the_zeros_of_the_pattern(llama, tokens, meth
             assert set(nonzero.view(rows, -1, 4).sum(-1).unique().tolist()) == {kept}
         assert operator.num_kept == int(nonzero.sum())
         assert operator.sparsity == 1 - operator.num_kept / nonzero.numel()
-        assert 0 < operator.relative_error < 1.2
+        assert 0 < operator.fit_error < 1.2
         assert operator.num_tokens == 128
     assert report.totals["num_zeros"] == sum(int((parameters[o.name] == 0).sum()) for o in report.operators)
 
@@ -48,7 +48,7 @@ def test_same_input_same_bits(tokens):
     for _ in range(2):
         model = tiny_llama()
         report = prune(model, tokens.split(4))
-        results.append((weights(model), [o.relative_error for o in report.operators]))
+        results.append((weights(model), [o.fit_error for o in report.operators]))
     assert same(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
 

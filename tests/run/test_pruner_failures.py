@@ -11,7 +11,7 @@ from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import UnsupportedArchitectureError
-from optimum_fista.run.pruning import model_pruning
+from optimum_fista.run.pruning import loop
 from optimum_fista.solve.methods import METHODS
 
 Wanda = METHODS["wanda"]
@@ -140,7 +140,7 @@ def test_an_interrupt_between_two_groups_leaves_no_hooks(llama, tokens, monkeypa
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_pruning, "report_group", interrupted)
+    monkeypatch.setattr(loop, "report_group", interrupted)
     gc.disable()  # the hooks must go by themselves
     try:
         refuse(llama, tokens.split(4), KeyboardInterrupt, error_correction="full")

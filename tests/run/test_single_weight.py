@@ -21,7 +21,7 @@ def test_problem_is_that_of_the_matrices():
     assert problem.squared_error(trial) == pytest.approx(error, rel=1e-4)
     assert problem.target_energy == pytest.approx(float(wanted.square().sum()), rel=1e-5)
     assert torch.allclose(problem.gram, INPUTS.T @ INPUTS, rtol=1e-4, atol=1e-4)
-    assert single_problem(WEIGHT, INPUTS).relative_error(WEIGHT) == 0
+    assert single_problem(WEIGHT, INPUTS).fit_error(WEIGHT) == 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -37,7 +37,7 @@ def test_record(method, dense_inputs):
     assert result.sparsity == 0.5
     wanted = (INPUTS if dense_inputs is None else dense_inputs) @ WEIGHT.T
     error = float((INPUTS @ result.weight.T - wanted).norm() / wanted.norm())
-    assert result.relative_error == pytest.approx(error, rel=1e-3)
+    assert result.fit_error == pytest.approx(error, rel=1e-3)
     assert result.iterations >= 0
     assert torch.equal(weight, WEIGHT)
     assert torch.equal(inputs, INPUTS)
@@ -48,7 +48,7 @@ def test_fista_reports_its_penalty_and_iterations_and_beats_wanda():
     wanda = FistaPruner(FistaPruningConfig(0.5, method="wanda")).prune_weight(WEIGHT, INPUTS)
     assert fista.iterations > 0
     assert fista.l1_penalty > 0
-    assert fista.relative_error < wanda.relative_error
+    assert fista.fit_error < wanda.fit_error
     assert wanda.l1_penalty is None
 
 

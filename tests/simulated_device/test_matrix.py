@@ -50,8 +50,8 @@ def require_pruned_as_on_the_cpu(method, place, pattern, correction, allocation,
     if method == "alps":  # rounding decides how its penalty grows, and so in which of two good masks it ends
         same = [((found[name] == 0) == (weight == 0)).float().mean() for name, weight in expected.items()]
         assert min(same) > 0.98
-        error = expected_report.totals["mean_relative_error"]
-        assert report.totals["mean_relative_error"] == pytest.approx(error, rel=1e-3)
+        error = expected_report.totals["mean_fit_error"]
+        assert report.totals["mean_fit_error"] == pytest.approx(error, rel=1e-3)
     else:
         # FISTA stops by a relative change, which a device is asked for every tenth step only: it may end a step apart.
         require_the_same(found, expected, 3e-4 if method == "fista" else 1e-4)

@@ -10,12 +10,13 @@ from tiny_llama import tiny_llama, tiny_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model import correction
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.planning import memory
 from optimum_fista.run.planning.plan import plan_pruning
-from optimum_fista.run.pruning import layer_pruning, model_pruning
+from optimum_fista.run.pruning import group_solving, model_pruning
 from optimum_fista.solve.blocks import SCALE_ON_DEVICES, row_blocks, rows_in_block
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
@@ -24,10 +25,9 @@ TENTH_OF_8B = {"hidden_size": 416, "intermediate_size": 1440, "num_attention_hea
 TENTH_OF_70B = {"hidden_size": 832, "intermediate_size": 2880, "num_attention_heads": 8, "num_key_value_heads": 1}
 WATCHED = (  # functions, and the moment of the plan in which they are at work
     (model_pruning, "share_budgets", "loss"),
-    (layer_pruning, "record_dense", "recording the dense decoder layer"),
-    (layer_pruning, "problems_corrected", "statistics"),
-    (layer_pruning, "residual_problem", "statistics"),
-    (layer_pruning.LayerPruning, "_solve", "solving"),
+    (correction.LayerTargets, "_run_dense", "recording the dense decoder layer"),
+    (correction.LayerTargets, "problems", "statistics"),
+    (group_solving.GroupSolver, "solve", "solving"),
 )
 
 

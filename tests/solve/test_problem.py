@@ -16,7 +16,7 @@ def test_error_from_statistics_is_the_error_of_the_activations(corrected, tokens
     for weight in (torch.randn(5, 8).double(), made.weight * (made.weight.abs() > 0.5), torch.zeros(5, 8).double()):
         assert problem.squared_error(weight) == pytest.approx(made.squared_error(weight), rel=1e-9)
         expected = math.sqrt(made.squared_error(weight)) / float(made.outputs.norm())
-        assert problem.relative_error(weight) == pytest.approx(expected, rel=1e-9)
+        assert problem.fit_error(weight) == pytest.approx(expected, rel=1e-9)
     assert problem.target_energy == pytest.approx(float(made.outputs.square().sum()), rel=1e-9)
     assert torch.allclose(problem.output_energies, made.outputs.square().sum(0))
 
@@ -60,7 +60,7 @@ def test_error_of_damaged_weights_is_not_mistaken_for_zero(corrected):
     damaged = made.weight.clone()
     damaged[1, 2] = math.nan
     assert math.isnan(made.problem.squared_error(damaged))
-    assert math.isnan(made.problem.relative_error(damaged))
+    assert math.isnan(made.problem.fit_error(damaged))
     assert math.isnan(made.problem.seminorm(damaged))
 
 

@@ -54,7 +54,7 @@ def test_zeros_are_shared_exactly_and_errors_are_those_of_the_operators(name, co
         assert not pruned.weight[~pruned.mask].any()
         wanted = made.outputs[:, rows]
         error = float((made.inputs @ pruned.weight.T - wanted).norm() / wanted.norm())
-        assert pruned.relative_error == pytest.approx(error, rel=1e-3)
+        assert pruned.fit_error == pytest.approx(error, rel=1e-3)
 
 
 def test_scores_are_weighted_by_the_square_root():
@@ -106,7 +106,7 @@ def test_energy_of_the_stacked_problem_is_weighted():
     class Spy(METHODS["magnitude"]):
         def prune(self, problem, pattern):
             weight = problem.weight * 0.5
-            seen.append((weight, problem.relative_error(weight)))
+            seen.append((weight, problem.fit_error(weight)))
             return super().prune(problem, pattern)
 
     weights = torch.rand(6).double() + 0.5

@@ -23,13 +23,16 @@ _INSTALL = {"tensorboard": "'optimum-fista[tracking]'", "trackio": "trackio"}
 """Trackers by the names that Transformers' `report_to` has for them, and what to install."""
 
 
+_CURVES = ("fit_error", "output_error", "held_out_fit_error", "held_out_output_error", "sparsity", "solve_seconds")
+
+
 class TrackingCallback(PruningCallback):
     """Logs curves over the decoder layers: the step is the index of the layer.
 
-    They are `relative_error/KIND`, `sparsity/KIND` and `solve_seconds/KIND` for every kind of operator
-    (`self_attn.q_proj`; the mean over the experts of a mixture), `held_out_error/KIND` and `hidden_state_error` where
-    they are known, and `layer_seconds`. A tracker that fails is warned of once and no longer used: a run of hours does
-    not end for a curve.
+    They are `fit_error/KIND`, `sparsity/KIND` and `solve_seconds/KIND` for every kind of operator
+    (`self_attn.q_proj`; the mean over the experts of a mixture); `output_error/KIND`, `held_out_fit_error/KIND`,
+    `held_out_output_error/KIND` and `hidden_state_error` if they are known; and `layer_seconds`. A tracker that fails
+    is warned of once and no longer used: a run of hours does not end for a curve.
 
     Args:
         tracker: A `torch.utils.tensorboard.SummaryWriter`, or anything with `log(values, step=)`, such as the module
@@ -48,7 +51,7 @@ class TrackingCallback(PruningCallback):
         if layer.hidden_state_error is not None:
             values["hidden_state_error"] = layer.hidden_state_error
         for (_, kind), found in OperatorGrid.of(operators).cells.items():
-            for name in ("relative_error", "held_out_error", "sparsity", "solve_seconds"):
+            for name in _CURVES:
                 known = [value for operator in found if (value := getattr(operator, name)) is not None]
                 if known:
                     values[f"{name}/{kind}"] = sum(known) / len(known)

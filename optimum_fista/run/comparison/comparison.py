@@ -124,7 +124,7 @@ Column = tuple[str, Callable[[Average], Spread | None], str, Callable[[list[floa
 
 def markdown_table(rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[str] = ()) -> str:
     """A line for each method and pattern, means over the seeds, the best of every pattern in bold."""
-    lines, columns = averages(rows), _columns(texts, tasks, _has_held_out(rows))
+    lines, columns = averages(rows), _columns(texts, tasks, _errors(rows))
     best = {
         (pattern, header): _best(lines, pattern, value, choose, form)
         for pattern in {line.pattern for line in lines}
@@ -148,8 +148,7 @@ def csv_table(rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[str] = 
     metrics = list(dict.fromkeys((t, metric) for t in tasks for row in rows for metric in row.accuracy.get(t, {})))
     header = ["pattern", "method", "seed", *(f"perplexity {text}" for text in texts)]
     header += [name for task, metric in metrics for name in (f"{task} {metric}", f"{task} {metric} stderr")]
-    errors = {"mean relative error": "mean_relative_error"}
-    errors |= {"mean held-out error": "mean_held_out_error"} if _has_held_out(rows) else {}
+    errors = {f"mean {name}": key for name, key in _errors(rows).items()}
     header += [*errors, "sparsity", "seconds", "solve seconds", "error"]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)
@@ -162,18 +161,20 @@ def csv_table(rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[str] = 
     return file.getvalue()
 
 
-def _has_held_out(rows: Sequence[Row]) -> bool:
-    """Whether relative errors on held-out tokens were measured."""
-    return any(row.totals.get("mean_held_out_error") is not None for row in rows)
+def _errors(rows: Sequence[Row]) -> dict[str, str]:
+    """Names of the errors that were measured, with their names in `PruningReport.totals`."""
+    names = {"fit error": "mean_fit_error", "output error": "mean_output_error"}
+    names |= {"held-out fit error": "mean_held_out_fit_error", "held-out output error": "mean_held_out_output_error"}
+    known = {key for row in rows for key, value in row.totals.items() if value is not None}
+    return {name: key for name, key in names.items() if key in known or name == "fit error"}
 
 
-def _columns(texts: Sequence[str], tasks: Sequence[str], held_out: bool) -> list[Column]:
+def _columns(texts: Sequence[str], tasks: Sequence[str], errors: Mapping[str, str]) -> list[Column]:
     columns: list[Column] = [(text, partial(Average.perplexity, text=text), "{:.2f}", min) for text in texts]
     columns += [(f"{task}, %", partial(Average.accuracy, task=task), "{:.1%}", max) for task in tasks]
     if len(tasks) > 1:
         columns.append(("mean of tasks, %", lambda line: line.mean_accuracy(tasks), "{:.1%}", max))
-    totals = [("relative error", "mean_relative_error", "{:.4f}")]
-    totals += [("on held-out tokens", "mean_held_out_error", "{:.4f}")] if held_out else []
+    totals = [(name, key, "{:.4f}") for name, key in errors.items()]
     totals += [("zeros, %", "sparsity", "{:.2%}")]
     columns += [(header, partial(Average.total, name=name), form, None) for header, name, form in totals]
     columns.append(("seconds", lambda line: line.seconds, "{:.0f}", None))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from optimum_fista.run.reports.report import renamed_totals
+
 
 @dataclass(frozen=True)
 class Score:
@@ -69,7 +71,7 @@ class Row:
             task: {metric: Score(**score) for metric, score in metrics.items()}
             for task, metrics in values.get("accuracy", {}).items()
         }
-        return cls(**{**values, "accuracy": accuracy})
+        return cls(**{**values, "totals": renamed_totals(values.get("totals", {})), "accuracy": accuracy})
 
 
 @dataclass(frozen=True)

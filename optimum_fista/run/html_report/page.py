@@ -90,7 +90,8 @@ def render_page(contents: ReportContents) -> str:
     }
     report, zeros, rows = contents.report, contents.sparsities.operators, contents.sparsities.rows
     layers = [layer.name.rpartition(".")[2] for layer in report.layers]
-    held_out = [operator for operator in report.operators if operator.held_out_error is not None]
+    with_outputs = [operator for operator in report.operators if operator.output_error is not None]
+    held_out = [operator for operator in report.operators if operator.held_out_fit_error is not None]
     memory = {
         name: [None if layer.memory is None else getattr(layer.memory, key) for layer in report.layers]
         for name, key in _KINDS_OF_MEMORY.items()
@@ -104,14 +105,18 @@ def render_page(contents: ReportContents) -> str:
         colours=range(STEPS),
         errors=heat_map(
             report.operators,
-            "relative error",
-            lambda o: o.relative_error,
+            "fit error",
+            lambda o: o.fit_error,
             numbers.error,
             _short_error,
             from_zero=True,
         ),
+        output_errors=with_outputs
+        and heat_map(
+            with_outputs, "output error", lambda o: o.output_error or 0.0, numbers.error, _short_error, from_zero=True
+        ),
         held_out=held_out
-        and heat_map(held_out, "held-out error over calibration error", _held_out_ratio, numbers.error, _short_error),
+        and heat_map(held_out, "held-out fit error over fit error", _held_out_ratio, numbers.error, _short_error),
         held_out_kinds=_held_out_by_kind(held_out),
         zeros=heat_map(
             report.operators, "zeros", lambda o: zeros[o.name], lambda value: numbers.share(value, 2), numbers.share
@@ -138,15 +143,15 @@ def _short_error(value: float) -> str:
 
 def _held_out_ratio(operator: OperatorReport) -> float:
     """Held-out error over calibration error."""
-    return _ratio(operator.held_out_error or 0.0, operator.relative_error)
+    return _ratio(operator.held_out_fit_error or 0.0, operator.fit_error)
 
 
 def _held_out_by_kind(operators: Sequence[OperatorReport]) -> list[tuple[str, float, float, float]]:
     """By kind of operator the mean errors on the calibration tokens and on those held out, and their ratio."""
     grid, found = OperatorGrid.of(operators), []
     for kind in grid.kinds:
-        fitted = fmean(o.relative_error for o in grid.of_kind(kind))
-        held_out = fmean(o.held_out_error or 0.0 for o in grid.of_kind(kind))
+        fitted = fmean(o.fit_error for o in grid.of_kind(kind))
+        held_out = fmean(o.held_out_fit_error or 0.0 for o in grid.of_kind(kind))
         found.append((kind, fitted, held_out, _ratio(held_out, fitted)))
     return found
 

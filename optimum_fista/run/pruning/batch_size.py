@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from optimum_fista.model.activation_store import ActivationStore, Storage
+from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.run.pruning.layer_pruning import HiddenStates
 
 
 def halved_sizes(batches: Sequence[CalibrationBatch], reason: str) -> list[int]:

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from optimum_fista.model.activations import HiddenStates, LayerActivations
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.reconstruction import reconstruct
-from optimum_fista.model.statistics import LayerActivations
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.pruning.layer_pruning import HiddenStates
 from optimum_fista.run.reports.report import FinetuningReport
 
 

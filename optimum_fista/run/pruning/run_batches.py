@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import Storage
+from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
@@ -13,7 +14,6 @@ from optimum_fista.model.offload import execution_device
 from optimum_fista.run.memory.available_memory import is_out_of_memory
 from optimum_fista.run.memory.free_memory import release_free_memory
 from optimum_fista.run.pruning.batch_size import cut_batches, cut_states, halved_sizes
-from optimum_fista.run.pruning.layer_pruning import HiddenStates
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.texts.positions import explained_length
 

@@ -81,7 +81,7 @@ def complete_report(
         more = ", ..." if len(left) > 4 else ""
         report.warn(f"{len(left)} operators were left dense: {shown}{more}")
     operators = report.operators
-    if config.residual_correction and config.error_correction != "none":
+    if config.correction.residual_share:
         report.warnings.extend(_without_residual_correction(report))
     report.warnings.extend(f"{o.name}: {o.message}" for o in operators if o.message and not o.converged)
     starved = [o for o in operators if o.method != config.method]

@@ -11,9 +11,9 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
+from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.offload import alignment_hooks, kept_tensor, store_tensor
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.run.pruning.layer_pruning import HiddenStates
 from optimum_fista.run.reports.report import LayerRecord
 from optimum_fista.solve.bitmask import pack_mask
 from optimum_fista.solve.pruned import PrunedOperator

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
 
 from optimum_fista.run.reports.markdown import markdown_lines
 from optimum_fista.run.reports.operator_grid import OperatorGrid
@@ -32,7 +35,8 @@ the language-model head are dense.
 | pattern | {pattern} |
 | method | {method}; error correction `{error_correction}`, residual correction `{residual_correction}` |
 | zeros | {allocation} |
-| relative error of the operators{before} | {mean_relative_error:.4f} on average, {max_relative_error:.4f} at most |
+| fit error of the operators{before} | {mean_fit_error:.4f} on average, {max_fit_error:.4f} at most |
+| output error of the operators{before} | {output} |
 {held_out}| calibration | {calibration} |
 | time | {seconds:.0f} s, of which solving {solve_seconds:.0f} s |
 
@@ -47,9 +51,11 @@ model = AutoModelForCausalLM.from_pretrained("THIS-REPOSITORY-OR-FOLDER")
 `fista/masks.safetensors` holds the masks (one bit a weight, row-major, lowest bit first, 1 = kept),
 `fista/report.json` every operator's numbers; `optimum-fista verify FOLDER` proves the pattern from the files.
 
-## Relative error by operator{before}
+## Errors by operator{before}
 
-`|| W* X* - W X ||_F / || W X ||_F` on the calibration tokens, over the decoder layers.
+On the calibration tokens, over the decoder layers. Fit error: `|| W* X* - Y ||_F / || Y ||_F`, against the outputs `Y`
+that the weights were fitted to. Output error: `|| W* X* - W X ||_F / || W X ||_F`, against the dense network's outputs.
+`X` are an operator's inputs in the dense network, `X*` those in the pruned one.
 
 {picture}{rows}
 
@@ -76,7 +82,7 @@ def model_card(report: PruningReport, picture: str | None = None) -> str:
 
     Args:
         report: The report of the pruning.
-        picture: Path of the picture of the relative errors, relative to the card; `None`: there is none.
+        picture: Path of the picture of the fit errors, relative to the card; `None`: there is none.
     """
     name = report.model["name"]
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
@@ -95,9 +101,10 @@ def model_card(report: PruningReport, picture: str | None = None) -> str:
         allocation=_allocation(report),
         calibration=f"{tokens['num_tokens']:,} tokens in {tokens['num_sequences']} sequences"
         + (f" of {_escaped(tokens['source'])}" if tokens.get("source") else ""),
+        output=_outputs(report.totals),
         held_out=_held_out(report),
         seconds=report.seconds.get("total", 0.0),
-        picture=f"![Relative error by decoder layer and operator]({picture})\n\n" if picture else "",
+        picture=f"![Fit error by decoder layer and operator]({picture})\n\n" if picture else "",
         rows="\n".join(_rows(report.operators)),
         config=json.dumps(config, indent=2),
         sha256=tokens["sha256"],
@@ -136,21 +143,30 @@ def _allocation(report: PruningReport) -> str:
 def _rows(operators: list[OperatorReport]) -> list[str]:
     """One row for the operators of the same kind in every decoder layer, below a header."""
     grid = OperatorGrid.of(operators)
-    measured = any(o.held_out_error is not None for o in operators)
-    header = ["operator", "shape", "sparsity", "mean error", "largest error"]
-    header += ["mean held-out error"] if measured else []
+    measured = any(o.held_out_fit_error is not None for o in operators)
+    header = ["operator", "shape", "sparsity", "mean fit error", "largest fit error", "mean output error"]
+    header += ["mean held-out fit error"] if measured else []
     rows = []
     for kind in grid.kinds:
         group = grid.of_kind(kind)
-        errors = [o.relative_error for o in group]
-        held_out = [o.held_out_error for o in group if o.held_out_error is not None]
+        errors = [o.fit_error for o in group]
+        outputs = [o.output_error for o in group if o.output_error is not None]
+        held_out = [o.held_out_fit_error for o in group if o.held_out_fit_error is not None]
         sparsity = sum(o.sparsity for o in group) / len(group)
         shape = " x ".join(map(str, group[0].shape))
-        cells = [kind, shape, f"{sparsity:.2%}", f"{sum(errors) / len(errors):.4f}", f"{max(errors):.4f}"]
+        cells = [kind, shape, f"{sparsity:.2%}", f"{fmean(errors):.4f}", f"{max(errors):.4f}"]
+        cells.append(f"{fmean(outputs):.4f}" if outputs else "not known")
         if measured:
-            cells.append(f"{sum(held_out) / len(held_out):.4f}" if held_out else "")
+            cells.append(f"{fmean(held_out):.4f}" if held_out else "")
         rows.append(cells)
     return markdown_lines(header, rows)
+
+
+def _outputs(totals: Mapping[str, Any]) -> str:
+    """The output errors; without a dense pass they are not known."""
+    if totals["mean_output_error"] is None:
+        return "not known: nothing was corrected, so the dense network did not run"
+    return f"{totals['mean_output_error']:.4f} on average, {totals['max_output_error']:.4f} at most"
 
 
 def _held_out(report: PruningReport) -> str:
@@ -160,7 +176,7 @@ def _held_out(report: PruningReport) -> str:
         return ""
     tokens = report.calibration["held_out"]
     return (
-        f"| the same on held-out tokens | {totals['mean_held_out_error']:.4f} on average, "
-        f"{totals['max_held_out_error']:.4f} at most, on {tokens['num_tokens']:,} tokens in "
+        f"| fit error on held-out tokens | {totals['mean_held_out_fit_error']:.4f} on average, "
+        f"{totals['max_held_out_fit_error']:.4f} at most, on {tokens['num_tokens']:,} tokens in "
         f"{tokens['num_sequences']} further sequences |\n"
     )

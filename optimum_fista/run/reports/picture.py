@@ -1,4 +1,4 @@
-"""A picture of the relative errors for the model card."""
+"""A picture of the fit errors for the model card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PICTURE_FILE = "fista/relative_error.png"
 
 
 def error_picture(report: PruningReport) -> bytes | None:
-    """Draw the mean relative error by decoder layer and kind of operator as a heat map, PNG.
+    """Draw the mean fit error by decoder layer and kind of operator as a heat map, PNG.
 
     Equal reports give equal bytes under one version of Matplotlib.
 
@@ -34,7 +34,7 @@ def error_picture(report: PruningReport) -> bytes | None:
         axes.set_xticks(range(len(grid.kinds)), grid.kinds, rotation=40, ha="right", rotation_mode="anchor")
         every = math.ceil(len(grid.layers) / 16)
         axes.set_yticks(range(0, len(grid.layers), every), [str(layer_index(la)) for la in grid.layers[::every]])
-        axes.set(ylabel="decoder layer", title="relative error")
+        axes.set(ylabel="decoder layer", title="fit error")
         axes.spines[:].set_visible(False)
         figure.colorbar(image, ax=axes, shrink=0.8)
         file = io.BytesIO()
@@ -43,5 +43,5 @@ def error_picture(report: PruningReport) -> bytes | None:
 
 
 def _mean(grid: OperatorGrid, layer: str, kind: str) -> float:
-    errors = [operator.relative_error for operator in grid.cells.get((layer, kind), ())]
+    errors = [operator.fit_error for operator in grid.cells.get((layer, kind), ())]
     return sum(errors) / len(errors) if errors else math.nan

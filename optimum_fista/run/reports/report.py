@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ from optimum_fista.run.config import wrong_field
 from optimum_fista.run.memory.peak_memory import MemoryPeak
 from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.pattern import Scope
+
+_OLD_NAMES = {"relative_error": "fit_error", "held_out_error": "held_out_fit_error"}
+
+
+def renamed_totals(totals: Mapping[str, Any]) -> dict[str, Any]:
+    """`PruningReport.totals`, with the names that errors have now if an older version wrote them."""
+    old = {f"{kind}_{name}": f"{kind}_{new}" for name, new in _OLD_NAMES.items() for kind in ("mean", "max")}
+    return {old.get(name, name): value for name, value in totals.items()}
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class OperatorReport:
         num_kept: Weights kept.
         sparsity: Fraction of zeros.
         method: Pruning method.
-        relative_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, weights as saved, or as they
+        fit_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, weights as saved, or as they
             were before fine-tuning or retraining; `Y` are the outputs that the error correction aims at, those of the
             dense network `W X` or others.
         l1_penalty: Penalty of the solution, if the method has one.
@@ -46,7 +55,10 @@ class OperatorReport:
         message: Advice or remark of the method.
         num_tokens: Calibration tokens seen.
         solve_seconds: Time of the method, shared evenly over the operators it solved together.
-        held_out_error: `relative_error` on held-out tokens, to which nothing was fitted; `None` if there are none.
+        output_error: `|| W* X* - W X ||_F / || W X ||_F`, against the dense network's outputs; `None` if they were
+            not known (`error_correction=0` without residual correction, and reports of older versions).
+        held_out_fit_error: `fit_error` on held-out tokens, to which nothing was fitted; `None` if there are none.
+        held_out_output_error: `output_error` on held-out tokens.
         held_out_tokens: Held-out tokens seen.
         convergence: Convergence history; `None` if it takes no steps, or its residual is not known.
         residual_corrected: Whether it made up for what the rest of its decoder layer lost (`residual_correction`).
@@ -61,21 +73,24 @@ class OperatorReport:
     num_kept: int
     sparsity: float
     method: str
-    relative_error: float
+    fit_error: float
     l1_penalty: float | None
     iterations: int
     converged: bool
     message: str
     num_tokens: int
     solve_seconds: float
-    held_out_error: float | None = None
+    output_error: float | None = None
+    held_out_fit_error: float | None = None
+    held_out_output_error: float | None = None
     held_out_tokens: int = 0
     convergence: Convergence | None = None
     residual_corrected: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OperatorReport:
-        """Inverse of `dataclasses.asdict`, read from JSON."""
+        """Inverse of `dataclasses.asdict`, read from JSON; also of older versions, which had other names for errors."""
+        values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
         found = values.get("convergence")
         if found is not None:
             found = Convergence(found["measure"], tuple(found["steps"]), tuple(found["residuals"]))
@@ -167,7 +182,7 @@ class PruningReport:
         warnings: What the user should know.
         seconds: Wall time of the parts of the run.
         versions: Versions of the libraries that matter.
-        retrained: Whether weights were trained after pruning, so that the relative errors are those before it.
+        retrained: Whether weights were trained after pruning, so that the operators' errors are those before it.
     """
 
     config: dict[str, Any]
@@ -199,12 +214,12 @@ class PruningReport:
 
     @property
     def finetuned(self) -> bool:
-        """Whether decoder layers were fine-tuned once pruned, so that the relative errors are those before it."""
+        """Whether decoder layers were fine-tuned once pruned, so that the operators' errors are those before it."""
         return any(layer.finetuning is not None for layer in self.layers)
 
     @property
     def before(self) -> str:
-        """What the relative errors were measured before: `", before ..."`, or nothing."""
+        """What the operators' errors were measured before: `", before ..."`, or nothing."""
         if self.retrained:
             return ", before retraining"
         return ", before fine-tuning" if self.finetuned else ""
@@ -213,13 +228,16 @@ class PruningReport:
     def totals(self) -> dict[str, Any]:
         """Sums and means over the pruned operators; `model_sparsity` counts every parameter of the model.
 
-        `held_out_ratio` is the mean held-out error over the mean relative error of the same operators: 1 if nothing
-        is over-fitted. Without held-out tokens it and the held-out errors are `None`.
+        `held_out_ratio` is the mean fit error on held-out tokens over the mean fit error of the same operators: 1 if
+        nothing is over-fitted. Without held-out tokens it and the held-out errors are `None`; so are output errors if
+        the dense network's outputs were not known.
         """
         weights = sum(o.shape[0] * o.shape[1] for o in self.operators)
         zeros = sum(o.shape[0] * o.shape[1] - o.num_kept for o in self.operators)
-        errors = [o.relative_error for o in self.operators]
-        both = [(o.held_out_error, o.relative_error) for o in self.operators if o.held_out_error is not None]
+        errors = [o.fit_error for o in self.operators]
+        outputs = [o.output_error for o in self.operators if o.output_error is not None]
+        unseen = [o.held_out_output_error for o in self.operators if o.held_out_output_error is not None]
+        both = [(o.held_out_fit_error, o.fit_error) for o in self.operators if o.held_out_fit_error is not None]
         held_out, fitted = [pair[0] for pair in both], sum(pair[1] for pair in both)
         return {
             "num_operators": len(self.operators),
@@ -227,10 +245,14 @@ class PruningReport:
             "num_zeros": zeros,
             "sparsity": zeros / weights if weights else 0.0,
             "model_sparsity": zeros / self.model["num_parameters"],
-            "mean_relative_error": sum(errors) / len(errors) if errors else 0.0,
-            "max_relative_error": max(errors, default=0.0),
-            "mean_held_out_error": sum(held_out) / len(held_out) if held_out else None,
-            "max_held_out_error": max(held_out, default=None),
+            "mean_fit_error": sum(errors) / len(errors) if errors else 0.0,
+            "max_fit_error": max(errors, default=0.0),
+            "mean_output_error": fmean(outputs) if outputs else None,
+            "max_output_error": max(outputs, default=None),
+            "mean_held_out_fit_error": sum(held_out) / len(held_out) if held_out else None,
+            "max_held_out_fit_error": max(held_out, default=None),
+            "mean_held_out_output_error": fmean(unseen) if unseen else None,
+            "max_held_out_output_error": max(unseen, default=None),
             "held_out_ratio": sum(held_out) / fitted if fitted else None,
             "solve_seconds": sum(o.solve_seconds for o in self.operators),
             "num_not_converged": sum(not o.converged for o in self.operators),
@@ -262,18 +284,20 @@ class PruningReport:
 
     def __str__(self) -> str:
         """A few lines for people."""
-        totals, held_out = self.totals, ""
+        totals, held_out, output = self.totals, "", "not known"
+        if totals["mean_output_error"] is not None:
+            output = f"{totals['mean_output_error']:.4f} on average, {totals['max_output_error']:.4f} at most"
         if totals["held_out_ratio"] is not None:
             tokens = self.calibration["held_out"]["num_tokens"]
             held_out = (
-                f", {totals['held_out_ratio']:.2f} times that on {tokens:,} held-out tokens "
-                f"({totals['mean_held_out_error']:.4f} on average)"
+                f" ({totals['held_out_ratio']:.2f} times that on {tokens:,} held-out tokens, "
+                f"{totals['mean_held_out_fit_error']:.4f} on average)"
             )
         return (
             f"{totals['num_operators']} operators pruned by {self.config['method']}, "
             f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%}); "
-            f"relative error {totals['mean_relative_error']:.4f} on average, "
-            f"{totals['max_relative_error']:.4f} at most{held_out}{self.before}; "
+            f"fit error {totals['mean_fit_error']:.4f} on average, {totals['max_fit_error']:.4f} at most{held_out}, "
+            f"output error {output}{self.before}; "
             f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
+from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.packed.format import packed_names
@@ -20,7 +21,6 @@ from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
 from optimum_fista.run.checkpoints.checkpoint import write_all_but_weights
 from optimum_fista.run.checkpoints.stored_names import StoredName, as_stored
 from optimum_fista.run.packed_folders.packing import Packer, packed_settings
-from optimum_fista.run.pruning.layer_pruning import HiddenStates
 from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import LayerRecord, PruningReport
 from optimum_fista.run.streamed.fingerprint import SourceFiles

@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_fista.model.offload import execution_device
+from optimum_fista.run.checkpoints.output_folder import FOLDER
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import library_versions
-from optimum_fista.run.streamed.journal import digest_of
+from optimum_fista.run.streamed.journal import digest_of, read_record
 
 _VERSIONS = ("optimum-fista", "torch", "transformers")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
@@ -54,6 +55,11 @@ def arithmetic_of(model: PreTrainedModel) -> dict[str, str | None]:
         "attention": model.config._attn_implementation,
         "experts": getattr(model.config, "_experts_implementation", None),
     }
+
+
+def is_of_another_run(folder: Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether a folder is there and holds no run with this fingerprint."""
+    return folder.exists() and read_record(folder / FOLDER / "fingerprint.json") != fingerprint
 
 
 def model_folder(name: str) -> Path:

@@ -16,12 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optimum_fista.model.activation_store import Storage
+from optimum_fista.model.activations import HiddenStates
 from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
-from optimum_fista.run.checkpoints.installation import discard
 from optimum_fista.run.checkpoints.output_folder import FOLDER
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.budgets import Budgets
-from optimum_fista.run.pruning.layer_pruning import HiddenStates, stored
 from optimum_fista.run.reports.report import LayerRecord
 
 WEIGHTS_FILE = "weights.json"
@@ -62,8 +61,8 @@ class Journal:
         budgets_sha256: Digest of the budgets that were last written or read.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], overwrite: bool = False) -> None:
-        """Open the journal of a folder, or begin it; `overwrite` throws the layers of another run away.
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+        """Open the journal of a folder, or begin it.
 
         Raises:
             ValueError: If it was begun with another fingerprint, or that is damaged; the message names what differs.
@@ -76,8 +75,6 @@ class Journal:
         file = self._journal / "fingerprint.json"
         wanted = json.loads(json.dumps(fingerprint))
         self._run_sha256 = _text_digest(wanted)
-        if overwrite and read_record(file) != wanted:
-            discard(folder, overwrite)
         if not file.exists():
             write_record(file, wanted)
         found = read_record(file)
@@ -118,7 +115,7 @@ class Journal:
             states: Hidden states after it; `None` if the next layer does not need them.
         """
         if states is not None:
-            streams = {"dense": stored(states.dense), "pruned": stored(states.pruned)}
+            streams = states.kept()
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
             self._states_sha256[index + 1] = _write(self._file("states", index + 1), hidden)
         sha256 = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,7 +134,7 @@ def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
         ValueError: If so.
     """
     correction = config.resolved().error_correction
-    if count > 1 and not config.independent_layers:
+    if count > 1 and not config.correction.independent_layers:
         raise ValueError(
             f"error_correction={correction!r} prunes every decoder layer on the outputs of the pruned ones before it, "
             f"so {count} processes can't share them: pass error_correction='intra' (--error-correction intra) or "
@@ -175,9 +174,14 @@ def share_layers(unfinished: Sequence[int], pruning_costs: Sequence[float], num_
 
     stretches = [unfinished[i:j] for i in range(len(unfinished)) for j in range(i + 1, len(unfinished) + 1)]
     limits = sorted({cost(stretch) for stretch in stretches})
-    # The least limit that enough ranks can keep: with a higher one there are never more shares.
-    least = bisect_left(limits, True, key=lambda limit: len(fill(limit)) <= num_ranks)
-    shares = fill(limits[least]) if limits else []
+    low, high = 0, len(limits) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if len(fill(limits[middle])) <= num_ranks:
+            high = middle
+        else:
+            low = middle + 1
+    shares = fill(limits[low]) if limits else []
     return shares + [[] for _ in range(num_ranks - len(shares))]
 
 

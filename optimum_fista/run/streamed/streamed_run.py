@@ -15,15 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-from optimum_fista.run.checkpoints.installation import install
+from optimum_fista.run.checkpoints.installation import discard, install
 from optimum_fista.run.checkpoints.loading import load_lazily
 from optimum_fista.run.checkpoints.output_folder import FOLDER, MODEL_FILES, require_output, unfinished_folder
 from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.pruning.loop import prune_layers
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.file_sink import FileSink
-from optimum_fista.run.streamed.fingerprint import SourceFiles, model_folder, run_fingerprint
+from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run, model_folder, run_fingerprint
 from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer, read_record
 from optimum_fista.run.streamed.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
 
@@ -136,7 +137,9 @@ class StreamedRun:
         fingerprint = run_fingerprint(self.source, pruning) | ({"packed": True} if packed else {})
 
         def begin() -> dict[str, Any]:
-            Journal(folder, fingerprint, overwrite).keep_weights(self.source.hashes)
+            if overwrite and is_of_another_run(folder, fingerprint):
+                discard(folder, overwrite)
+            Journal(folder, fingerprint).keep_weights(self.source.hashes)
             return fingerprint
 
         def join(begun: dict[str, Any]) -> Journal:
@@ -198,7 +201,7 @@ class StreamedRun:
         journal, pruning = self.journal, self.pruning
         budgets = journal.budgets_sha256
         finished = {i: layer for i, layer in journal.finished().items() if layer.sha256["budgets"] == budgets}
-        if pruning.config.independent_layers:
+        if pruning.config.correction.independent_layers:
             return finished
         first, states = 0, None
         while first in finished and finished[first].sha256["before"] == states:
@@ -223,4 +226,4 @@ class StreamedRun:
         if self.pruning.budgets is None:  # rank 0 shared the zeros
             self.pruning.budgets = self.journal.budgets(self.pruning.config)
         if todo:
-            self.pruning.run(self.sink, todo)
+            prune_layers(self.pruning, self.sink, todo)

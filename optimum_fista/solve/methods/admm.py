@@ -70,7 +70,7 @@ class Admm(PruningMethod):
         return PrunedOperator(
             weight,
             final,
-            problem.relative_error(weight),
+            problem.fit_error(weight),
             iterations=self.max_iterations,
             convergence=Convergence.of(FIXED_POINT_RESIDUAL, residuals, first=2),
         )

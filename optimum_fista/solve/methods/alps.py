@@ -79,7 +79,7 @@ class Alps(PruningMethod):
         return PrunedOperator(
             weight,
             support,  # type: ignore[arg-type]
-            problem.relative_error(weight),
+            problem.fit_error(weight),
             iterations=iteration + int(steps),
             converged=settled,
             message=message,

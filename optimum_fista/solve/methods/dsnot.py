@@ -64,7 +64,7 @@ class Dsnot(PruningMethod):
         return PrunedOperator(
             weight,
             mask,
-            problem.relative_error(weight),
+            problem.fit_error(weight),
             iterations=len(errors),
             convergence=Convergence.of("expected output error of the rows, relative to that of Wanda's mask", errors),
         )

@@ -117,7 +117,7 @@ class Fista(PruningMethod):
         return PrunedOperator(
             weight,
             found.mask,
-            problem.relative_error(weight),
+            problem.fit_error(weight),
             iterations=found.iterations + int(steps),
             l1_penalty=found.l1_penalty,
             converged=found.converged and rounded.converged,

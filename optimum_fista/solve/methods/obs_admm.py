@@ -142,7 +142,7 @@ class ObsAdmm(PruningMethod):
         return PrunedOperator(
             weight,
             state.mask,
-            problem.relative_error(weight),
+            problem.fit_error(weight),
             iterations=self.stages * self.iterations + steps,
             converged=not message,
             message=message,

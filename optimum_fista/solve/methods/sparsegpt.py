@@ -50,7 +50,7 @@ class SparseGPT(PruningMethod):
             right = min(left + width, columns)
             errors = self._prune_block(weight, mask, upper, left, right, pattern)
             weight[:, right:] -= errors @ upper[left:right, right:]
-        return PrunedOperator(weight, mask, problem.relative_error(weight), converged=not message, message=message)
+        return PrunedOperator(weight, mask, problem.fit_error(weight), converged=not message, message=message)
 
     def cost(self) -> SolveCost:
         """Two factorisations and an inverse; every block changes all columns to its right, half a product in all."""

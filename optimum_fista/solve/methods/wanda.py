@@ -22,4 +22,4 @@ class Wanda(PruningMethod):
         """Prune one operator to `pattern`."""
         mask = pattern.mask_of(problem.weight * problem.statistics.diagonal.sqrt())
         weight = problem.weight * mask
-        return PrunedOperator(weight, mask, problem.relative_error(weight))
+        return PrunedOperator(weight, mask, problem.fit_error(weight))

@@ -96,7 +96,7 @@ def test_a_callback_that_fails_loses_no_finished_layer_in_files(source, tmp_path
     assert [index for index, *_ in again.named("layer")] == list(range(finished, LAYERS))
     assert len(again.named("operator")) == 7 * (LAYERS - finished)
     _, whole = prune(source, output_dir=tmp_path / "whole")
-    assert [o.relative_error for o in report.operators] == [o.relative_error for o in whole.operators]
+    assert [o.fit_error for o in report.operators] == [o.fit_error for o in whole.operators]
     assert [o.hidden_state_error for o in report.layers] == [o.hidden_state_error for o in whole.layers]
 
 

@@ -30,9 +30,9 @@ def curves_of(folder):
 def test_tensorboard_gets_a_curve_a_kind(tmp_path):
     report = prune_followed("tensorboard", tmp_path / "new" / "runs")
     curves = curves_of(tmp_path / "new" / "runs")
-    found = [o.relative_error for o in report.operators if o.name.endswith("down_proj.weight")]
-    assert [step for step, _ in curves["relative_error/mlp.down_proj"]] == [0, 1]
-    assert [value for _, value in curves["relative_error/mlp.down_proj"]] == pytest.approx(found)
+    found = [o.fit_error for o in report.operators if o.name.endswith("down_proj.weight")]
+    assert [step for step, _ in curves["fit_error/mlp.down_proj"]] == [0, 1]
+    assert [value for _, value in curves["fit_error/mlp.down_proj"]] == pytest.approx(found)
 
 
 class Trackio:
@@ -110,28 +110,26 @@ def test_every_layer_is_one_step():
     report = prune(tiny_llama(), tracker)
     assert [step for step, _ in tracker.logged] == [0, 1]
     kinds = [operator.name.split(".", 3)[3].removesuffix(".weight") for operator in report.operators[:7]]
-    names = [f"{name}/{kind}" for kind in kinds for name in ("relative_error", "sparsity", "solve_seconds")]
+    names = [f"{name}/{kind}" for kind in kinds for name in ("fit_error", "output_error", "sparsity", "solve_seconds")]
     for layer, (step, values) in enumerate(tracker.logged):
         assert list(values) == ["layer_seconds", "hidden_state_error", *names]
         assert values["hidden_state_error"] == report.layers[step].hidden_state_error
-        assert values["relative_error/mlp.down_proj"] == report.operators[7 * layer + 6].relative_error
+        assert values["fit_error/mlp.down_proj"] == report.operators[7 * layer + 6].fit_error
 
 
 def test_held_out_errors_are_curves():
     tracker = Tracker()
     report = prune(tiny_llama(), tracker, method="wanda", held_out=2)
-    logged = [values["held_out_error/mlp.up_proj"] for _, values in tracker.logged]
-    assert logged == [o.held_out_error for o in report.operators if o.name.endswith("mlp.up_proj.weight")]
+    logged = [values["held_out_fit_error/mlp.up_proj"] for _, values in tracker.logged]
+    assert logged == [o.held_out_fit_error for o in report.operators if o.name.endswith("mlp.up_proj.weight")]
 
 
 def test_experts_are_one_curve_and_what_is_not_known_is_none():
     tracker = Tracker()
     report = prune(tiny_model("mixtral"), tracker, method="wanda")
     values = tracker.logged[0][1]
-    errors = [
-        o.relative_error for o in report.operators if ".layers.0." in o.name and o.name.endswith("down_proj.weight")
-    ]
-    (mean,) = [value for name, value in values.items() if name.startswith("relative_error") and "down_proj" in name]
+    errors = [o.fit_error for o in report.operators if ".layers.0." in o.name and o.name.endswith("down_proj.weight")]
+    (mean,) = [value for name, value in values.items() if name.startswith("fit_error") and "down_proj" in name]
     assert mean == pytest.approx(sum(errors) / len(errors))
     assert len(errors) > 1
     assert "hidden_state_error" not in values
@@ -162,4 +160,4 @@ def test_tensorboard_reads_the_curves(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     curve = [(event.step, event.value) for event in events.Scalars("hidden_state_error")]
     assert curve == [(i, pytest.approx(layer.hidden_state_error)) for i, layer in enumerate(report.layers)]
-    assert len(events.Tags()["scalars"]) == 2 + 3 * 7
+    assert len(events.Tags()["scalars"]) == 2 + 4 * 7

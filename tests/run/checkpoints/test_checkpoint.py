@@ -80,7 +80,7 @@ def test_config_says_what_was_done_in_a_key_of_its_own(saved):
     assert entry["num_operators"] == 14
     assert entry["pattern"] == "2:4"
     assert entry["method"] == "fista"
-    assert entry["mean_relative_error"] == totals["mean_relative_error"]
+    assert entry["mean_fit_error"] == totals["mean_fit_error"]
     assert (saved.folder / entry["masks"]).is_file()
     assert (saved.folder / entry["report"]).is_file()
     assert "sparsity_config" not in text
@@ -119,7 +119,7 @@ def test_report_holds_every_number(saved):
         assert operator["shape"] == list(saved.model.state_dict()[operator["name"]].shape)
         assert operator["sparsity"] == (0.75 if "down_proj" in operator["name"] else 0.5)
         assert operator["pattern"] == ("1:4" if "down_proj" in operator["name"] else "2:4")
-        assert 0 < operator["relative_error"] < 1
+        assert 0 < operator["fit_error"] < 1
         assert operator["l1_penalty"] is None or operator["l1_penalty"] > 0
         assert operator["iterations"] > 0
         assert operator["solve_seconds"] > 0

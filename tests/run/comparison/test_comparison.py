@@ -12,7 +12,7 @@ from optimum_fista.run.comparison.rows import Row, Score, Spread, averages
 def row(method, pattern, perplexity, *, accuracy=None, seed=0, error=None):
     scores = {task: {"acc": Score(value, 0.01), "acc_norm": Score(0.9)} for task, value in (accuracy or {}).items()}
     dense = method == "dense" or error is not None
-    totals = {} if dense else {"mean_relative_error": 0.125, "sparsity": 0.5, "solve_seconds": 2.0}
+    totals = {} if dense else {"mean_fit_error": 0.125, "sparsity": 0.5, "solve_seconds": 2.0}
     texts = {} if perplexity is None else {"sea": perplexity}
     return Row(method, pattern, seed, texts, scores, totals, {} if dense else {"total": 5.0}, error=error)
 
@@ -29,7 +29,7 @@ ROWS = [
 
 def test_markdown_has_means_deviations_and_the_best_of_a_pattern():
     assert markdown_table(ROWS, ["sea"], ["a", "b"]).splitlines() == [
-        "| pattern | method | sea | a, % | b, % | mean of tasks, % | relative error | zeros, % | seconds | solving |",
+        "| pattern | method | sea | a, % | b, % | mean of tasks, % | fit error | zeros, % | seconds | solving |",
         "|---|---|---|---|---|---|---|---|---|---|",
         "|  | `dense` | 10.00 | 75.0 ± 1.0 | 50.0 ± 1.0 | 62.5 |  |  |  |  |",
         "| 0.5 | `wanda` | 21.00 ± 1.41 | **55.0** ± 7.1 | 25.0 ± 0.0 | 40.0 ± 3.5 | 0.1250 ± 0.0000 | 50.00 ± 0.00 "
@@ -65,7 +65,7 @@ def test_csv_has_every_row_and_digit():
         "a acc stderr": "0.01",
         "a acc_norm": "0.9",
         "a acc_norm stderr": "",
-        "mean relative error": "0.125",
+        "mean fit error": "0.125",
         "sparsity": "0.5",
         "seconds": "5.0",
         "solve seconds": "2.0",
@@ -134,12 +134,12 @@ def test_a_method_has_one_colour_and_a_place_in_the_legend(tmp_path, monkeypatch
 
 
 def test_held_out_errors_have_a_column_where_there_are_any():
-    totals = {**ROWS[1].totals, "mean_held_out_error": 0.1875}
+    totals = {**ROWS[1].totals, "mean_held_out_fit_error": 0.1875}
     rows = [ROWS[0], replace(ROWS[1], totals=totals), ROWS[2]]
     header, _, dense, wanda = markdown_table(rows, ["sea"]).splitlines()
-    assert header == "| pattern | method | sea | relative error | on held-out tokens | zeros, % | seconds | solving |"
+    assert header == "| pattern | method | sea | fit error | held-out fit error | zeros, % | seconds | solving |"
     assert dense == "|  | `dense` | 10.00 |  |  |  |  |  |"
     assert " | 0.1250 ± 0.0000 | 0.1875 | 50.00 ± 0.00 |" in wanda
     lines = list(csv.DictReader(io.StringIO(csv_table(rows, ["sea"]))))
-    assert [line["mean held-out error"] for line in lines] == ["", "0.1875", ""]
+    assert [line["mean held-out fit error"] for line in lines] == ["", "0.1875", ""]
     assert [line["sparsity"] for line in lines] == ["", "0.5", "0.5"]

@@ -183,7 +183,7 @@ def test_wrong_promises_of_config_and_report(folder):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("pattern", "1:2"), ("method", "wanda"), ("sparsity", 0.7), ("num_operators", 3), ("mean_relative_error", 0.01)],
+    [("pattern", "1:2"), ("method", "wanda"), ("sparsity", 0.7), ("num_operators", 3), ("mean_fit_error", 0.01)],
 )
 def test_config_says_what_the_report_says(folder, name, value):
     change_json(folder / "config.json", lambda values: values["fista_pruning"].update({name: value}))
@@ -205,9 +205,9 @@ def test_an_unknown_pattern_names_the_operator(folder, name, value):
         ("num_operators", 13),
         ("sparsity", 0.5),
         ("model_sparsity", 0.4),
-        ("mean_relative_error", 0.01),
+        ("mean_fit_error", 0.01),
         ("num_not_converged", 99),
-        ("mean_held_out_error", 0.2),
+        ("mean_held_out_fit_error", 0.2),
     ],
 )
 def test_wrong_totals_of_the_report(folder, saved, name, value):

@@ -10,14 +10,14 @@ from optimum_fista.solve.convergence import Convergence
 @pytest.fixture
 def operator(saved):
     def make(name: str, error: float = 0.1, **changes):
-        return dataclasses.replace(saved.report.operators[0], name=f"{name}.weight", relative_error=error, **changes)
+        return dataclasses.replace(saved.report.operators[0], name=f"{name}.weight", fit_error=error, **changes)
 
     return make
 
 
 def map_of(operators, *, from_zero=True):
     return heat_map(
-        operators, "relative error", lambda o: o.relative_error, "{:.4f}".format, "{:.3f}".format, from_zero=from_zero
+        operators, "relative error", lambda o: o.fit_error, "{:.4f}".format, "{:.3f}".format, from_zero=from_zero
     )
 
 

@@ -63,12 +63,13 @@ def text_of(contents) -> str:
 def test_headline_numbers_and_all_operators_are_there(contents, saved):
     text, totals = text_of(contents), saved.report.totals
     assert f"{totals['sparsity']:.2%}" in text
-    assert f"Mean relative error {totals['mean_relative_error']:.3f}" in text
-    assert f"Largest relative error {totals['max_relative_error']:.3f}" in text
+    assert f"Mean fit error {totals['mean_fit_error']:.3f}" in text
+    assert f"Largest fit error {totals['max_fit_error']:.3f}" in text
     assert f"Not converged {totals['num_not_converged']}" in text
     for operator in saved.report.operators:
         name = operator.name.removesuffix(".weight")
-        assert f"{name}: relative error {operator.relative_error:.4f}" in text
+        assert f"{name}: fit error {operator.fit_error:.4f}" in text
+        assert f"{name}: output error {operator.output_error:.4f}" in text
         assert f"{name}: zeros {operator.sparsity:.2%}" in text
     assert saved.report.calibration["sha256"] in text
     config = json.dumps(saved.report.config, indent=2)
@@ -248,7 +249,7 @@ def test_a_retrained_model_and_its_texts(contents):
         changed(contents, retrained=True), continuations=(Continuation("The sea", " is deep", " is"),)
     )
     text = text_of(retrained)
-    assert "then retrained under its masks: relative errors are those before" in text
+    assert "then retrained under its masks: errors of operators are those before" in text
     assert "The sea dense is deep pruned is" in text
 
 
@@ -269,15 +270,15 @@ def test_folders_that_are_not_pruned_are_refused(saved, tmp_path):
 def test_held_out_errors_are_beside_the_others(contents):
     report = contents.report
     assert "held-out" not in text_of(contents).lower()
-    operators = [dataclasses.replace(o, held_out_error=1.25 * o.relative_error) for o in report.operators]
-    operators[0] = dataclasses.replace(operators[0], held_out_error=None)
+    operators = [dataclasses.replace(o, held_out_fit_error=1.25 * o.fit_error) for o in report.operators]
+    operators[0] = dataclasses.replace(operators[0], held_out_fit_error=None)
     held_out = {"sha256": "cd", "num_tokens": 1234, "num_sequences": 3}
     text = text_of(changed(contents, operators=operators, calibration=report.calibration | {"held_out": held_out}))
     assert "on average on 1,234 tokens that nothing was fitted to: 1.25 times that on the calibration tokens" in text
     assert "1,234 tokens of 3 sequences" in text
     for index, operator in enumerate(operators):
-        shown = f"{operator.name.removesuffix('.weight')}: held-out error over calibration error 1.2500"
+        shown = f"{operator.name.removesuffix('.weight')}: held-out fit error over fit error 1.2500"
         assert (shown in text) == bool(index)
-    errors = [o.relative_error for o in operators if o.name.endswith("mlp.up_proj.weight")]
+    errors = [o.fit_error for o in operators if o.name.endswith("mlp.up_proj.weight")]
     mean = sum(errors) / len(errors)
     assert f"mlp.up_proj {mean:.4f} {1.25 * mean:.4f} 1.25" in text

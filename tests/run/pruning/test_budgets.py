@@ -108,4 +108,4 @@ def test_the_same_bits_again_and_the_same_model_whatever_the_batches(llama, toke
     for name, parameter in first[0].named_parameters():
         assert torch.equal(parameter, again[0].get_parameter(name))
     for ours, theirs in zip(first[1].operators, other[1].operators, strict=True):
-        assert ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-4)
+        assert ours.fit_error == pytest.approx(theirs.fit_error, rel=1e-4)

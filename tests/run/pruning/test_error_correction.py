@@ -16,7 +16,12 @@ def test_errors_are_those_of_the_inputs_that_the_correction_promises(tokens, err
         share = error_correction if isinstance(error_correction, float) else 1.0
         wanted = share * dense_inputs[name] + (1 - share) * inputs[name]
         expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], wanted)
-        assert operator.relative_error == pytest.approx(expected, rel=1e-4), name
+        assert operator.fit_error == pytest.approx(expected, rel=1e-4), name
+        if error_correction == 0:
+            assert operator.output_error is None, "the dense network did not run"
+        else:
+            expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], dense_inputs[name])
+            assert operator.output_error == pytest.approx(expected, rel=1e-4), name
 
 
 def test_error_corrections_differ_where_they_should(tokens):
@@ -43,4 +48,4 @@ def test_bfloat16_errors_are_those_of_the_rounded_weights(tokens):
         name = operator.name
         assert pruned_weights[name].dtype == torch.bfloat16
         expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], inputs[name])
-        assert operator.relative_error == pytest.approx(expected, rel=1e-2), name
+        assert operator.fit_error == pytest.approx(expected, rel=1e-2), name

@@ -28,7 +28,12 @@ def test_errors_are_those_of_the_held_out_inputs(tokens, error_correction, metho
         name = operator.name
         wanted = share * dense_inputs[name] + (1 - share) * inputs[name]
         expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], wanted)
-        assert operator.held_out_error == pytest.approx(expected, rel=1e-4), name
+        assert operator.held_out_fit_error == pytest.approx(expected, rel=1e-4), name
+        if error_correction == 0:
+            assert operator.held_out_output_error is None, "the dense network did not run"
+        else:
+            expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], dense_inputs[name])
+            assert operator.held_out_output_error == pytest.approx(expected, rel=1e-4), name
         assert operator.held_out_tokens == 3 * 16
         assert operator.num_tokens == 5 * 16
     if method == "sparsegpt":  # has fitted 32 to 48 weights an output to 80 tokens
@@ -66,7 +71,16 @@ def test_residual_correction_aims_at_the_output_of_the_layer(tokens, share, resi
         wanted = share * dense_own + (1 - share) * remade - residual * (rest - dense_rest)
         (operator,) = [o for o in report.operators if o.name == name]
         expected = float((own - wanted).norm() / wanted.norm())
-        assert operator.held_out_error == pytest.approx(expected, rel=1e-4)
+        assert operator.held_out_fit_error == pytest.approx(expected, rel=1e-4)
+        expected = float((own - dense_own).norm() / dense_own.norm())
+        assert operator.held_out_output_error == pytest.approx(expected, rel=1e-4)
+        inputs, own, _ = parts_of(pruned, tokens[:6], layer)
+        _, dense_own, _ = parts_of(dense, tokens[:6], layer)
+        assert operator.output_error == pytest.approx(float((own - dense_own).norm() / dense_own.norm()), rel=1e-4)
+        (query,) = [o for o in report.operators if o.name == f"model.layers.{layer}.self_attn.o_proj.weight"]
+        found, wanted = (inputs_of(model, tokens[:6])[query.name] for model in (pruned, dense))
+        expected = error_of(pruned.get_parameter(query.name), dense.get_parameter(query.name), found, wanted)
+        assert query.output_error == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -88,23 +102,23 @@ def test_nothing_is_fitted_to_them(tokens, options):
     for run, result in ((report, model), (with_others, other)):
         assert same(weights(result), weights(alone))
         for found, wanted in zip(run.operators, expected.operators, strict=True):
-            assert found.relative_error == wanted.relative_error
+            assert found.fit_error == wanted.fit_error
             assert found.num_tokens == wanted.num_tokens
-            assert wanted.held_out_error is None
+            assert wanted.held_out_fit_error is None
         drifts = [layer.hidden_state_error for layer in run.layers]
         assert drifts == [layer.hidden_state_error for layer in expected.layers]
         held_out = run.calibration.pop("held_out")
         assert held_out["num_sequences"] == 2
         assert held_out["num_tokens"] == 32
         assert run.calibration == expected.calibration
-    errors = [[o.held_out_error for o in run.operators] for run in (report, with_others)]
+    errors = [[o.held_out_fit_error for o in run.operators] for run in (report, with_others)]
     assert all(left != right for left, right in zip(*errors, strict=True))
 
 
 def test_seen_tokens_that_are_held_out_as_well_have_the_same_error(tokens):
     report = prune(tiny_llama(), [tokens, tokens], held_out=8, method="sparsegpt", error_correction="full")
     for operator in report.operators:
-        assert operator.held_out_error == pytest.approx(operator.relative_error, rel=1e-4)
+        assert operator.held_out_fit_error == pytest.approx(operator.fit_error, rel=1e-4)
     assert report.totals["held_out_ratio"] == pytest.approx(1, rel=1e-4)
 
 
@@ -124,8 +138,8 @@ def test_padding_counts_nowhere(tokens, family, side, error_correction):
     assert padded.calibration["held_out"]["num_tokens"] == 20
     for left, right in zip(padded.operators, plain.operators, strict=True):
         assert left.held_out_tokens == right.held_out_tokens == 20
-        assert left.relative_error == right.relative_error
-        assert left.held_out_error == pytest.approx(right.held_out_error, rel=1e-3)
+        assert left.fit_error == right.fit_error
+        assert left.held_out_fit_error == pytest.approx(right.held_out_fit_error, rel=1e-3)
 
 
 def test_bfloat16_errors_are_those_of_the_rounded_weights(tokens):
@@ -136,7 +150,7 @@ def test_bfloat16_errors_are_those_of_the_rounded_weights(tokens):
     for operator in report.operators:
         name = operator.name
         expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], inputs[name])
-        assert operator.held_out_error == pytest.approx(expected, rel=1e-2), name
+        assert operator.held_out_fit_error == pytest.approx(expected, rel=1e-2), name
 
 
 def routed_inputs(model, tokens):
@@ -175,9 +189,9 @@ def test_experts_are_measured_on_the_tokens_they_get():
         seen = inputs[operator.name]
         assert operator.held_out_tokens == len(seen)
         if not len(seen):
-            assert operator.held_out_error is None
+            assert operator.held_out_fit_error is None
         else:
-            assert operator.held_out_error == pytest.approx(error_of(new, old, seen, seen), rel=1e-4)
+            assert operator.held_out_fit_error == pytest.approx(error_of(new, old, seen, seen), rel=1e-4)
 
 
 def test_corrected_experts_have_errors_where_they_have_tokens():
@@ -189,10 +203,10 @@ def test_corrected_experts_have_errors_where_they_have_tokens():
     assert same(weights(model), weights(alone))
     assert any(o.held_out_tokens == 0 for o in report.operators)
     for operator in report.operators:
-        assert (operator.held_out_error is None) == (operator.held_out_tokens == 0)
+        assert (operator.held_out_fit_error is None) == (operator.held_out_tokens == 0)
     again = prune(tiny_model("mixtral"), [tokens[:8], tokens[:8]], held_out=8, **options)
     for operator in again.operators:
-        assert operator.held_out_error == pytest.approx(operator.relative_error, rel=1e-3)
+        assert operator.held_out_fit_error == pytest.approx(operator.fit_error, rel=1e-3)
 
 
 @pytest.mark.parametrize("error_correction", ["intra", 0.5])
@@ -205,7 +219,7 @@ def test_offloaded_models_and_stored_activations(tokens, tmp_path, error_correct
     pruner = FistaPruner(FistaPruningConfig(**options), progress=False, storage_device=tmp_path)
     report = pruner.prune(model, tokens.split(4))
     for left, right in zip(report.operators, expected.operators, strict=True):
-        assert left.held_out_error == right.held_out_error
+        assert left.held_out_fit_error == right.held_out_fit_error
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "wanda", "error_correction": "intra"}], ids=["carried on", "intra"])
@@ -234,8 +248,8 @@ def test_a_run_from_files_that_is_cut_off_goes_on_to_the_same_bytes(tmp_path, mo
     verify_checkpoint(tmp_path / "cut")
     written = json.loads((tmp_path / "cut" / "fista" / "report.json").read_text())
     expected = prune(tiny_llama(), tiny_tokens().split(4), held_out=3, **options)
-    errors = [o["held_out_error"] for o in written["operators"]]
-    assert errors == pytest.approx([o.held_out_error for o in expected.operators], rel=1e-5)
+    errors = [o["held_out_fit_error"] for o in written["operators"]]
+    assert errors == pytest.approx([o.held_out_fit_error for o in expected.operators], rel=1e-5)
     assert written["calibration"]["held_out"] == expected.calibration["held_out"]
 
 

@@ -24,8 +24,8 @@ def test_saved_card_has_the_numbers(saved):
     totals = saved.report.totals
     assert f"{totals['num_zeros']:,} of the {totals['num_weights']:,} weights" in text
     assert f"{totals['sparsity']:.2%}" in text
-    assert f"{totals['mean_relative_error']:.4f} on average" in text
-    assert f"{totals['max_relative_error']:.4f} at most" in text
+    assert f"{totals['mean_fit_error']:.4f} on average" in text
+    assert f"{totals['max_fit_error']:.4f} at most" in text
     assert "128 tokens in 8 sequences of random tokens" in text
     assert saved.report.calibration["sha256"] in text
     for name, version in saved.report.versions.items():
@@ -47,8 +47,21 @@ def test_saved_card_has_one_row_for_every_kind_of_operator(saved):
     text = ModelCard.load(saved.folder / "README.md").text
     rows = [line for line in text.splitlines() if "_proj |" in line]
     assert len(rows) == 7
-    errors = [o.relative_error for o in saved.report.operators if o.name.endswith("mlp.down_proj.weight")]
-    assert f"| mlp.down_proj | 32 x 48 | 75.00% | {sum(errors) / 2:.4f} | {max(errors):.4f} |" in rows
+    errors = [o.fit_error for o in saved.report.operators if o.name.endswith("mlp.down_proj.weight")]
+    outputs = [o.output_error for o in saved.report.operators if o.name.endswith("mlp.down_proj.weight")]
+    wanted = (
+        f"| mlp.down_proj | 32 x 48 | 75.00% | {sum(errors) / 2:.4f} | {max(errors):.4f} | {sum(outputs) / 2:.4f} |"
+    )
+    assert wanted in rows
+
+
+def test_output_errors_that_are_not_known_are_said_to_be(saved):
+    operators = [dataclasses.replace(o, output_error=None) for o in saved.report.operators]
+    text = model_card(dataclasses.replace(saved.report, operators=operators))
+    assert (
+        "| output error of the operators | not known: nothing was corrected, so the dense network did not run |" in text
+    )
+    assert "| not known |" in text
 
 
 def test_the_configuration_in_the_card_makes_the_model_again(saved):
@@ -85,18 +98,18 @@ def test_unstructured_sparsity_in_the_title(saved_by_rows):
 def test_held_out_errors_have_a_line_and_a_column(saved):
     report = saved.report
     assert "held-out" not in model_card(report)
-    operators = [dataclasses.replace(o, held_out_error=2 * o.relative_error) for o in report.operators]
+    operators = [dataclasses.replace(o, held_out_fit_error=2 * o.fit_error) for o in report.operators]
     held_out = {"sha256": "cd", "num_tokens": 1234, "num_sequences": 3}
     text = model_card(
         dataclasses.replace(report, operators=operators, calibration=report.calibration | {"held_out": held_out})
     )
     totals = report.totals
     assert (
-        f"| the same on held-out tokens | {2 * totals['mean_relative_error']:.4f} on average, "
-        f"{2 * totals['max_relative_error']:.4f} at most, on 1,234 tokens in 3 further sequences |"
+        f"| fit error on held-out tokens | {2 * totals['mean_fit_error']:.4f} on average, "
+        f"{2 * totals['max_fit_error']:.4f} at most, on 1,234 tokens in 3 further sequences |"
     ) in text
-    assert "| operator | shape | sparsity | mean error | largest error | mean held-out error |" in text
-    errors = [o.held_out_error for o in operators if o.name.endswith("mlp.down_proj.weight")]
+    assert "| mean fit error | largest fit error | mean output error | mean held-out fit error |" in text
+    errors = [o.held_out_fit_error for o in operators if o.name.endswith("mlp.down_proj.weight")]
     (line,) = [line for line in text.splitlines() if line.startswith("| mlp.down_proj |")]
     assert line.endswith(f"| {sum(errors) / 2:.4f} |")
 

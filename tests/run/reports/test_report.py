@@ -22,7 +22,7 @@ def operator(name: str, **changes) -> OperatorReport:
         "num_kept": 16,
         "sparsity": 0.5,
         "method": "fista",
-        "relative_error": 0.2,
+        "fit_error": 0.2,
         "l1_penalty": 0.03,
         "iterations": 40,
         "converged": True,
@@ -48,7 +48,7 @@ def report(*operators: OperatorReport) -> PruningReport:
 
 TWO = report(
     operator("layers.0.up.weight", convergence=Convergence("change", (1, 2), (0.5, 0.25))),
-    operator("layers.0.down.weight", shape=(2, 4), num_kept=2, sparsity=0.75, relative_error=0.6, converged=False),
+    operator("layers.0.down.weight", shape=(2, 4), num_kept=2, sparsity=0.75, fit_error=0.6, converged=False),
 )
 
 
@@ -59,10 +59,14 @@ def test_totals_are_sums_and_means():
         "num_zeros": 22,
         "sparsity": 22 / 40,
         "model_sparsity": 22 / 400,
-        "mean_relative_error": pytest.approx(0.4),
-        "max_relative_error": 0.6,
-        "mean_held_out_error": None,
-        "max_held_out_error": None,
+        "mean_fit_error": pytest.approx(0.4),
+        "max_fit_error": 0.6,
+        "mean_output_error": None,
+        "max_output_error": None,
+        "mean_held_out_fit_error": None,
+        "max_held_out_fit_error": None,
+        "mean_held_out_output_error": None,
+        "max_held_out_output_error": None,
         "held_out_ratio": None,
         "solve_seconds": 0.5,
         "num_not_converged": 1,
@@ -71,7 +75,7 @@ def test_totals_are_sums_and_means():
 
 def test_totals_of_nothing():
     totals = report().totals
-    assert totals["num_weights"] == totals["sparsity"] == totals["mean_relative_error"] == 0
+    assert totals["num_weights"] == totals["sparsity"] == totals["mean_fit_error"] == 0
 
 
 def test_json_round_trip():
@@ -98,29 +102,50 @@ def test_from_dict_leaves_its_argument_alone():
 
 def test_summary_for_people():
     assert str(TWO) == (
-        "2 operators pruned by fista, 22 of 40 weights zero (55.00%); relative error 0.4000 on average, "
-        "0.6000 at most; 1.5 s, of which solving 0.5 s"
+        "2 operators pruned by fista, 22 of 40 weights zero (55.00%); fit error 0.4000 on average, "
+        "0.6000 at most, output error not known; 1.5 s, of which solving 0.5 s"
     )
 
 
 def test_held_out_errors_are_compared_with_those_of_the_same_operators():
     first, second = TWO.operators
-    third = dataclasses.replace(first, name="layers.0.gate.weight", relative_error=0.4, held_out_error=0.5)
-    held_out = report(dataclasses.replace(first, held_out_error=0.25), second, third)
+    third = dataclasses.replace(first, name="layers.0.gate.weight", fit_error=0.4, held_out_fit_error=0.5)
+    held_out = report(dataclasses.replace(first, held_out_fit_error=0.25), second, third)
     held_out.calibration["held_out"] = {"sha256": "cd", "num_tokens": 1024, "num_sequences": 2}
     totals = held_out.totals
-    assert totals["mean_held_out_error"] == pytest.approx(0.375)
-    assert totals["max_held_out_error"] == 0.5
+    assert totals["mean_held_out_fit_error"] == pytest.approx(0.375)
+    assert totals["max_held_out_fit_error"] == 0.5
     assert totals["held_out_ratio"] == pytest.approx(0.75 / 0.6)
-    assert "0.6000 at most, 1.25 times that on 1,024 held-out tokens (0.3750 on average); 1.5 s" in str(held_out)
+    assert "0.6000 at most (1.25 times that on 1,024 held-out tokens, 0.3750 on average), output" in str(held_out)
     assert PruningReport.from_dict(json.loads(held_out.to_json())) == held_out
 
 
 def test_reports_of_older_versions_have_no_held_out_errors():
     values = TWO.to_dict()
     for entry in values["operators"]:
-        del entry["held_out_error"], entry["held_out_tokens"]
+        del entry["held_out_fit_error"], entry["held_out_tokens"]
     assert PruningReport.from_dict(values) == TWO
+
+
+def test_reports_of_older_versions_call_the_fit_error_relative_error():
+    fitted = [dataclasses.replace(o, held_out_fit_error=0.75) for o in TWO.operators]
+    values = dataclasses.replace(TWO, operators=fitted).to_dict()
+    for entry in values["operators"]:
+        entry["relative_error"], entry["held_out_error"] = entry.pop("fit_error"), entry.pop("held_out_fit_error")
+        del entry["output_error"], entry["held_out_output_error"]
+    read = PruningReport.from_dict(values)
+    assert read.operators == fitted
+    assert read.totals["mean_output_error"] is None
+
+
+def test_output_errors_have_totals_of_the_operators_that_know_them():
+    first, second = TWO.operators
+    known = dataclasses.replace(first, output_error=0.25, held_out_output_error=0.5)
+    other = dataclasses.replace(first, name="layers.0.gate.weight", output_error=0.75)
+    totals = report(known, second, other).totals
+    assert (totals["mean_output_error"], totals["max_output_error"]) == (0.5, 0.75)
+    assert (totals["mean_held_out_output_error"], totals["max_held_out_output_error"]) == (0.5, 0.5)
+    assert "output error 0.5000 on average, 0.7500 at most" in str(report(known, second, other))
 
 
 def test_versions_are_those_installed():

@@ -45,7 +45,7 @@ def test_a_retrained_model_is_saved_with_its_masks_and_says_so(name, request, to
     assert report == before[1] | {"retrained": True}
     assert not before[1]["retrained"]
     assert "then retrained under its masks" in card
-    assert "| relative error of the operators, before retraining |" in card
+    assert "| fit error of the operators, before retraining |" in card
     assert "without retraining" in before[2]
     assert "before retraining" not in before[2]
 

@@ -76,7 +76,7 @@ def test_files_become_what_the_model_becomes_in_memory(source, tmp_path, config)
     in_memory = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
     report = prune(source, tmp_path / "out", config)
     assert report.totals["num_zeros"] == in_memory.totals["num_zeros"]
-    assert [o.relative_error for o in report.operators] == [o.relative_error for o in in_memory.operators]
+    assert [o.fit_error for o in report.operators] == [o.fit_error for o in in_memory.operators]
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert reloaded.dtype == torch.bfloat16
     for (name, expected), found in zip(model.named_parameters(), reloaded.parameters(), strict=True):

@@ -38,7 +38,7 @@ def test_their_weights_go_first(name, options, loudness):
     rest = Unstructured(1 - 0.5 * COLUMNS / (COLUMNS - DEAD), scope)  # keeps as many of the live weights
     alone = create_method(name, **options).prune(problem_of(inputs[:, live], weight[:, live]), rest)
     assert int(pruned.mask[:, dead].sum()) == 0
-    assert pruned.relative_error < 1.1 * alone.relative_error
+    assert pruned.fit_error < 1.1 * alone.fit_error
 
 
 @pytest.mark.parametrize("loudness", [0.0, 1e-6])
@@ -56,7 +56,7 @@ def test_groups_remove_them_first_and_keep_dense_weights(name, loudness):
     assert (pruned.weight - weight)[left].norm() < 0.02 * weight[left].norm()  # ALPS does not come to rest
     outputs = inputs.double() @ torch.stack([pruned.weight, weight]).double().mT
     error = float((outputs[0] - outputs[1]).norm() / outputs[1].norm())
-    assert pruned.relative_error == pytest.approx(error, rel=1e-3)
+    assert pruned.fit_error == pytest.approx(error, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", SEEING)
@@ -64,7 +64,7 @@ def test_nothing_but_dead_inputs(name):
     pruned = create_method(name).prune(problem_of(torch.zeros(40, 8), torch.ones(6, 8)), Unstructured(0.5))
     assert int(pruned.mask.sum()) == 24
     assert bool(torch.isfinite(pruned.weight).all())
-    assert pruned.relative_error == 0
+    assert pruned.fit_error == 0
 
 
 def test_statistics_of_inputs_that_are_alive_are_as_they_were():

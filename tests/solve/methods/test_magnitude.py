@@ -20,7 +20,7 @@ def test_keeps_the_largest_weights_as_they_are(sparsity, corrected):
     assert torch.equal(pruned.mask, made.weight.abs() >= threshold[zeros])
     assert torch.equal(pruned.weight, torch.where(pruned.mask, made.weight, 0.0))
     expected = math.sqrt(made.squared_error(pruned.weight)) / float(made.outputs.norm())
-    assert pruned.relative_error == pytest.approx(expected, rel=1e-8, abs=1e-12)
+    assert pruned.fit_error == pytest.approx(expected, rel=1e-8, abs=1e-12)
 
 
 def test_the_inputs_make_no_difference():

@@ -22,7 +22,7 @@ def test_keeps_the_largest_scores_of_every_row(rows, columns, sparsity, correcte
     expected = torch.ones(rows, columns, dtype=torch.bool).scatter(1, order[:, :zeros], False)
     assert torch.equal(pruned.mask, expected)
     assert torch.equal(pruned.weight, torch.where(expected, made.weight, 0.0))
-    assert pruned.relative_error**2 == pytest.approx(
+    assert pruned.fit_error**2 == pytest.approx(
         made.squared_error(pruned.weight) / float(made.outputs.square().sum()), rel=1e-7
     )
 

@@ -63,7 +63,7 @@ def test_every_method_keeps_pairs_whole(name):
     assert bool((pruned.weight[~pruned.mask] == 0).all())
     magnitude = create_method("magnitude").prune(made.problem, PAIRS)
     if method_defaults(name).scope == "matrix" and name != "magnitude":  # it also changes the weights
-        assert pruned.relative_error < magnitude.relative_error
+        assert pruned.fit_error < magnitude.fit_error
 
 
 def test_dsnot_swaps_whole_pairs_and_shrinks_the_expected_error():

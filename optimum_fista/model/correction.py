@@ -1,0 +1,426 @@
+"""Error correction: what the operators of a decoder layer are pruned on, and which outputs they aim at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from optimum_fista.model.activation_store import ActivationStore
+from optimum_fista.model.activations import HiddenStates, LayerActivations
+from optimum_fista.model.experts import AssignedTokens, ExpertLinear, FusedExperts
+from optimum_fista.model.finished_parts import FinishedParts
+from optimum_fista.model.layer_sums import Group, LayerSums
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.replay import operator_input, watching
+from optimum_fista.model.residual import is_added_to_output
+from optimum_fista.solve.problem import LayerProblem, relative
+
+Carry = Literal["none", "intra", "full"]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """How errors made by operators pruned before are corrected.
+
+    With the inputs `X` of an operator in the dense network and `X*` in the network as pruned so far, it is fitted to
+
+        W* X*  ~  Y = W (a X + (1 - a) X*) - b (D* - D),     a = dense_share, b = residual_share.
+
+    `D` and `D*` are the rest of the decoder layer's output in the two networks, what the operator's own output is added
+    to; they count only for the last operator of a layer. FISTAPruner (arXiv 2408.03728, eq. 2) has a = 1 and b = 0.
+
+    Attributes:
+        carry: How far pruned hidden states are carried on: `"none"`: nowhere, `X* = X`. `"intra"`: within a decoder
+            layer, and every layer starts from the dense ones. `"full"`: from layer to layer as well.
+        dense_share: `a`, in [0, 1].
+        residual_share: `b`, in [0, 1].
+    """
+
+    carry: Carry
+    dense_share: float = 1.0
+    residual_share: float = 0.0
+
+    @classmethod
+    def parse(cls, error_correction: str | float, residual_correction: float = 0.0) -> Correction:
+        """Read the two options of a configuration: a number stands for `"full"` with this share of the dense inputs.
+
+        Raises:
+            ValueError: If one of them has another form.
+        """
+        number = isinstance(error_correction, int | float) and not isinstance(error_correction, bool)
+        if not (0 <= error_correction <= 1 if number else error_correction in ("none", "intra", "full")):  # type: ignore[operator]
+            raise ValueError(
+                f"error_correction={error_correction!r}: pass 'none', 'intra', 'full', or a number in [0, 1]."
+            )
+        if not 0 <= residual_correction <= 1:
+            raise ValueError(f"residual_correction={residual_correction!r}: pass a number in [0, 1].")
+        if number:
+            return cls("full", float(error_correction), residual_correction)
+        return cls(error_correction, 1.0, residual_correction if error_correction != "none" else 0.0)  # type: ignore[arg-type]
+
+    @property
+    def independent_layers(self) -> bool:
+        """Whether every decoder layer starts from the dense network's hidden states."""
+        return self.carry != "full"
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether operators are fitted to anything that only the dense network shows."""
+        return self.independent_layers or self.dense_share > 0 or self.residual_share > 0
+
+    def sees_dense_inputs(self, group: int) -> bool:
+        """Whether `X* = X` for a group of operators, by its place in the decoder layer."""
+        return self.carry == "none" or (self.carry == "intra" and group == 0)
+
+    def enter(self, hidden_states: Sequence[Tensor], keeps_dense: bool) -> HiddenStates:
+        """The hidden states that enter the first decoder layer, in the streams that are needed."""
+        if self.independent_layers:
+            return HiddenStates(hidden_states)
+        return HiddenStates(hidden_states if self.needs_dense or keeps_dense else None, hidden_states)
+
+
+@dataclass
+class GroupProblems:
+    """The layer problems of operators that share their inputs.
+
+    Attributes:
+        operators: The operators.
+        fitted: Their problems.
+        held_out: Sums over held-out tokens; `None` if no tokens are held out, or none of them reached the operators.
+        dense_share: `a` in the targets.
+        last: The operator, if it is fitted to the output of its decoder layer.
+    """
+
+    operators: Group
+    fitted: list[LayerProblem]
+    held_out: LayerSums | None
+    dense_share: float
+    last: _LastOperator | None = None
+
+    @property
+    def residual_corrected(self) -> bool:
+        """Whether the operator is fitted to the output of its decoder layer."""
+        return self.last is not None
+
+    def output_error(
+        self, problem: LayerProblem, weight: Tensor, fit_error: float, *, held_out: bool = False
+    ) -> float | None:
+        """`|| W* X* - W X ||_F / || W X ||_F` of an operator; `None` if the dense network's outputs are not known.
+
+        Args:
+            problem: Its problem, over the held-out tokens if `held_out`.
+            weight: Its weights `W*` [out, in], as they were written.
+            fit_error: Its error against the targets of the problem: the same if these are the dense network's outputs.
+            held_out: Whether over the held-out tokens.
+        """
+        if self.last is not None:
+            return self.last.output_error(held_out=held_out)
+        return fit_error if problem.aims_at_dense else problem.output_error(weight)
+
+    def held_out_problems(self) -> Iterator[LayerProblem | None]:
+        """The problems over held-out tokens, made one after the other; they can be asked for once."""
+        if self.held_out is None:
+            return iter([None] * len(self.operators))
+        return self.held_out.problems(self.operators, [problem.weight for problem in self.fitted], self.dense_share)
+
+
+class LayerTargets:
+    """The layer problems of one decoder layer, group by group: sole owner of `X`, `X*` and the targets.
+
+    The dense layer runs once, at the beginning. `X*` of a group comes from running the layer from its start up to that
+    group, with all earlier ones pruned, except for the parts that are finished (`FinishedParts`). All that is kept
+    between two groups are the hidden states that enter the layer and the outputs of such parts.
+
+    Args:
+        activations: The decoder layer, still dense.
+        groups: Its groups of operators, in execution order.
+        correction: How errors are corrected.
+        entering: Hidden states that enter the layer.
+    """
+
+    def __init__(
+        self, activations: LayerActivations, groups: Sequence[Group], correction: Correction, entering: HiddenStates
+    ) -> None:
+        self._activations = activations
+        self._groups = groups
+        self._correction = correction
+        self._entering = entering
+        self._finished = FinishedParts(activations, groups)
+        self._mixture: tuple[FusedExperts, list[AssignedTokens]] | None = None
+        self._last: _LastOperator | None = None
+        self._records = {
+            index: _DenseRecord(group, activations, correction, index) for index, group in enumerate(groups)
+        }
+        self._outputs: ActivationStore | None = None
+        if entering.dense is not None:
+            self._outputs = self._run_dense(entering.dense)
+
+    def problems(self, index: int) -> GroupProblems:
+        """The problems of a group that is still dense, with all groups before it pruned and written.
+
+        Raises:
+            ValueError: If its inputs hold NaN or Inf.
+        """
+        group, record, share = self._groups[index], self._records.pop(index), self._correction.dense_share
+        if self._is_fitted_to_output(index):
+            with self._finished.skipped(index, keep=False):
+                self._last = self._sum_residual(group[0], record)
+        elif not self._correction.sees_dense_inputs(index):
+            runs_again = index + 1 < len(self._groups) or self._entering.pruned is not None
+            with self._finished.skipped(index, keep=runs_again):
+                self._sum_corrected(group, record)
+        fitted = list(record.sums.problems(group, [operator.read() for operator in group], share))
+        held_out = record.held_out if record.held_out is not None and record.held_out.gram.num_tokens else None
+        return GroupProblems(group, fitted, held_out, share, self._last)
+
+    def leave(self) -> HiddenStates:
+        """The hidden states that leave the layer, with all of its groups pruned."""
+        pruned: ActivationStore | None = None
+        if self._last is not None:
+            pruned = self._last.layer_outputs()
+        elif self._entering.pruned is not None:
+            pruned = self._activations.store()
+            with self._finished.skipped(len(self._groups), keep=False):
+                for batch, hidden in enumerate(self._entering.pruned):
+                    pruned.append(self._activations.run(batch, hidden))
+        return HiddenStates(self._outputs, pruned)
+
+    def _run_dense(self, hidden_states: Sequence[Tensor]) -> ActivationStore:
+        """Run the dense layer on every batch for the records of its groups; returns its output hidden states."""
+        batch, outputs = 0, self._activations.store()
+        records = list(self._records.values()) if self._correction.needs_dense else []
+        inputs = {r.group[0].module: (lambda x, r=r: r.see_input(x, batch)) for r in records}
+        results = {o.module: (lambda y, r=r, o=o: r.see_output(o, y, batch)) for r in records for o in r.group}
+        with watching(inputs, results):
+            for batch, hidden in enumerate(hidden_states):
+                outputs.append(self._activations.run(batch, hidden))
+                for record in records:
+                    record.end_batch()
+        return outputs
+
+    def _sum_corrected(self, group: Group, record: _DenseRecord) -> None:
+        """Sum over `X*`, and over what the dense network showed."""
+        operator = group[0]
+        weights = [] if operator.tokens is None else [o.read() for o in group]
+        for batch, inputs in enumerate(self._inputs(operator)):
+            self._add_corrected(group, record, batch, inputs, weights)
+
+    def _add_corrected(
+        self, group: Group, record: _DenseRecord, batch: int, inputs: Tensor, weights: Sequence[Tensor]
+    ) -> None:
+        operator, sums = group[0], record.sums_of(batch)
+        rows = self._activations.rows(inputs, batch, operator).float()
+        if record.outputs is not None:
+            sums.add_dense_outputs(rows, record.outputs[batch].to(rows.device, non_blocking=True).float())
+        elif record.inputs is not None:
+            tokens = self._activations.tokens(batch, operator)
+            dense = record.inputs_of(batch, tokens, rows)
+            if tokens is not None:  # the dense network may have sent the expert other tokens
+                for o, weight in zip(group, weights, strict=True):
+                    sums.add_energies(o.name, dense @ weight.T)
+            sums.add_dense_inputs(rows, dense)
+        else:
+            sums.gram.add(rows)
+
+    def _inputs(self, operator: LinearOperator) -> Iterator[Tensor]:
+        """`X*` of an operator [batch, sequence, in] or, of an expert, [tokens, in], a batch each."""
+        module, entering = operator.module, self._entering.entering
+        if not isinstance(module, ExpertLinear):
+            return (operator_input(*found) for found in self._activations.arguments_of(module, entering))
+        if self._mixture is None or self._mixture[0] is not module.experts:
+            # one run for all experts of a mixture: the inputs of each are made from what enters the mixture
+            store, assigned = self._activations.store(), []
+            for arguments, keywords in self._activations.arguments_of(module.experts.module, entering):
+                assigned.append(module.experts.assigned(*arguments, **keywords))
+                store.append(assigned[-1].hidden_states)
+                assigned[-1].hidden_states = assigned[-1].hidden_states[:0]
+            for tokens, kept in zip(assigned, store.kept(), strict=True):
+                tokens.hidden_states, tokens.rows = kept, tokens.rows.to(kept.device)
+            self._mixture = (module.experts, assigned)
+        return (module.inputs(tokens, self._activations.device) for tokens in self._mixture[1])
+
+    def _is_fitted_to_output(self, index: int) -> bool:
+        """Whether a group is the last of its layer, a single operator whose output is added to the layer's."""
+        correction, group = self._correction, self._groups[index]
+        if not correction.residual_share or index != len(self._groups) - 1 or len(group) > 1:
+            return False
+        if correction.sees_dense_inputs(index):
+            return False
+        return is_added_to_output(self._activations, group[0], self._entering.entering[0])
+
+    def _sum_residual(self, operator: LinearOperator, record: _DenseRecord) -> _LastOperator:
+        """Sum over `X*` and the targets of the last operator.
+
+        The layer runs to its end with the operator's dense weights, which gives `X*`, `W X*` and `D* + W X*`.
+        """
+        activations, entering = self._activations, self._entering
+        last = _LastOperator(operator, activations, record, carried=entering.pruned is not None)
+        weight = operator.read() if record.outputs is None else None
+        seen: list[Tensor] = []  # its input, and a copy of its output: some layers add to that in place
+        with watching({operator.module: seen.append}, {operator.module: lambda output: seen.append(output.clone())}):
+            for batch, hidden in enumerate(entering.entering):
+                self._add_residual(last, record, batch, activations.run(batch, hidden), seen, weight)
+        return last
+
+    def _add_residual(
+        self,
+        last: _LastOperator,
+        record: _DenseRecord,
+        batch: int,
+        output: Tensor,
+        seen: list[Tensor],
+        weight: Tensor | None,
+    ) -> None:
+        """Add a batch to the sums, with the targets `Y = W (a X + (1 - a) X*) - b (D* - D)`."""
+        activations, correction, operator = self._activations, self._correction, record.group[0]
+        assert self._outputs is not None
+        own, inputs = seen.pop().view(output.shape), seen.pop()
+        same = operator.outputs_without_bias(activations.rows(own, batch, operator))  # W X*
+        if record.outputs is not None:
+            dense = record.outputs[batch].to(same.device, non_blocking=True).float()  # W X
+        else:
+            assert record.inputs is not None
+            assert weight is not None
+            dense = record.inputs[batch].to(same.device, non_blocking=True).float() @ weight.T
+        both = output - self._outputs[batch].to(same.device)  # (D* + W X*) - (D + W X)
+        moved = activations.rows(both, batch, operator).float() - same + dense  # D* - D
+        targets = same.mul(1 - correction.dense_share).add_(dense, alpha=correction.dense_share)
+        targets.sub_(moved, alpha=correction.residual_share)
+        record.sums_of(batch).add_targets(activations.rows(inputs, batch, operator).float(), targets)
+        last.keep(inputs, output - own, dense)
+
+
+class _DenseRecord:
+    """What the dense network shows of one group: enough to form `W X X*^T` against any later `X*`.
+
+    Attributes:
+        group: The operators.
+        sums: Sums over the tokens that problems are fitted to.
+        held_out: The same over held-out tokens; `None` if none are.
+        inputs: Dense inputs [tokens, in], a batch each, in the model's dtype; `None` if outputs are kept, or nothing.
+        outputs: Dense outputs without bias, of all operators side by side, [tokens, out]; kept if they are fewer.
+        tokens: Indices of the tokens that the rows of `inputs` are of, a batch each, if these are not all.
+    """
+
+    def __init__(self, group: Group, activations: LayerActivations, correction: Correction, index: int) -> None:
+        self.group = group
+        self._activations = activations
+        self._same = correction.sees_dense_inputs(index)
+        size, device = group[0].shape[1], activations.device
+        self.sums = LayerSums(size, device, same_inputs=self._same)
+        self.held_out = LayerSums(size, device, same_inputs=self._same) if any(activations.held_out) else None
+        self.inputs: ActivationStore | None = None
+        self.outputs: ActivationStore | None = None
+        self.tokens: list[Tensor] = []
+        self._side_by_side: list[Tensor] = []
+        if self._same or not correction.needs_dense:
+            return
+        if group[0].tokens is not None:  # experts, many and small, keep inputs, and no files of their own
+            on_disk = isinstance(activations.storage, Path)
+            storage = torch.device("cpu") if on_disk else activations.storage
+            self.inputs = ActivationStore(storage, device)
+        elif sum(operator.shape[0] for operator in group) < size:
+            self.outputs = activations.store()
+        else:
+            self.inputs = activations.store()
+
+    def sums_of(self, batch: int) -> LayerSums:
+        """The sums that a batch counts in."""
+        return self.held_out if self.held_out is not None and self._activations.is_held_out(batch) else self.sums
+
+    def see_input(self, inputs: Tensor, batch: int) -> None:
+        """Take the dense inputs of the group."""
+        operator = self.group[0]
+        rows = self._activations.rows(inputs, batch, operator)
+        if self._same:
+            self.sums_of(batch).gram.add(rows.float())
+        elif self.inputs is not None:
+            self.inputs.append(rows, copy=True)  # the layer may overwrite it
+            tokens = self._activations.tokens(batch, operator)
+            if tokens is not None:
+                self.tokens.append(tokens)
+
+    def see_output(self, operator: LinearOperator, output: Tensor, batch: int) -> None:
+        """Take the dense outputs of one operator."""
+        if self._same or operator.tokens is not None:
+            return
+        rows = operator.outputs_without_bias(self._activations.rows(output, batch, operator))
+        if self.outputs is not None:
+            self._side_by_side.append(rows.to(output.dtype, copy=True))  # Falcon adds to it in place
+        self.sums_of(batch).add_energies(operator.name, rows.float())
+
+    def end_batch(self) -> None:
+        """Keep the outputs of all operators of the group."""
+        if self.outputs is not None:
+            self.outputs.append(torch.cat(self._side_by_side, dim=1))
+            self._side_by_side.clear()
+
+    def inputs_of(self, batch: int, tokens: Tensor | None, later: Tensor) -> Tensor:
+        """Dense inputs of the tokens that the rows of `later` [tokens, in] are of; those not seen are taken from it."""
+        assert self.inputs is not None
+        kept = self.inputs[batch].to(later.device, non_blocking=True).float()
+        if tokens is None:
+            return kept
+        before = self.tokens[batch]
+        if not before.numel():
+            return later
+        place = torch.searchsorted(before, tokens).clamp_max(before.numel() - 1)
+        return torch.where((before[place] == tokens)[:, None], kept[place], later)
+
+
+class _LastOperator:
+    """The last operator of a decoder layer: what it gets, and what its pruned outputs are added to."""
+
+    def __init__(
+        self, operator: LinearOperator, activations: LayerActivations, record: _DenseRecord, *, carried: bool
+    ) -> None:
+        self._operator = operator
+        self._activations = activations
+        self._energies = [sums.energies[operator.name] for sums in (record.sums, record.held_out) if sums is not None]
+        self._inputs = activations.store()
+        self._rest = activations.store() if carried else None
+        self._dense = activations.store() if record.outputs is None else record.outputs
+        self._keeps_dense = record.outputs is None
+        self._layer_outputs: ActivationStore | None = None
+        self._squares: dict[bool, Tensor] | None = None
+
+    def keep(self, inputs: Tensor, rest: Tensor, dense: Tensor) -> None:
+        """Keep `X*`, `D*` and, if the record has it not, `W X` of one batch."""
+        self._inputs.append(inputs)
+        if self._rest is not None:
+            self._rest.append(rest)
+        if self._keeps_dense:
+            self._dense.append(dense)
+
+    def layer_outputs(self) -> ActivationStore | None:
+        """Output hidden states of the layer; `None` if they are not carried on."""
+        self._run()
+        return self._layer_outputs
+
+    def output_error(self, *, held_out: bool) -> float:
+        """`|| W* X* - W X ||_F / || W X ||_F` of its pruned outputs."""
+        squares, energy = torch.stack([self._run()[held_out], self._energies[held_out].sum()]).tolist()
+        return relative(squares, energy)
+
+    def _run(self) -> dict[bool, Tensor]:
+        """Run the operator, with the weights that it has at the first call, on every batch; no batch runs twice."""
+        if self._squares is not None:
+            return self._squares
+        activations, operator = self._activations, self._operator
+        squares = {kind: torch.zeros((), dtype=torch.float64, device=activations.device) for kind in (False, True)}
+        outputs = None if self._rest is None else activations.store()
+        for batch, inputs in enumerate(self._inputs):
+            output = operator.module(inputs)
+            if outputs is not None and self._rest is not None:
+                rest = self._rest[batch]
+                outputs.append(rest + output.view(rest.shape))
+            found = operator.outputs_without_bias(activations.rows(output, batch, operator))
+            difference = found - self._dense[batch].to(found.device).float()
+            squares[activations.is_held_out(batch)] += difference.square().sum(1).double().sum()
+        self._layer_outputs, self._squares = outputs, squares
+        return squares

@@ -1,0 +1,163 @@
+"""The whole method: decoder layer after decoder layer, group of operators after group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from optimum_fista.model.activations import LayerActivations
+from optimum_fista.model.correction import GroupProblems, LayerTargets
+from optimum_fista.model.hidden_states import RecordedInputs
+from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.sharing import trace_groups
+from optimum_fista.run.checkpoints.loading import storage_place
+from optimum_fista.run.memory.available_memory import is_out_of_memory
+from optimum_fista.run.memory.free_memory import release_memory_of
+from optimum_fista.run.memory.peak_memory import PeakMemory
+from optimum_fista.run.pruning.group_solving import GroupSolver, report_group
+from optimum_fista.run.pruning.layer_finetuning import finetune_layer
+from optimum_fista.run.pruning.model_pruning import ModelPruning
+from optimum_fista.run.pruning.operators import require_finite
+from optimum_fista.run.pruning.sink import Sink
+from optimum_fista.run.reports.report import LayerRecord, LayerReport, OperatorReport
+
+
+def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = None) -> None:
+    """Prune decoder layers in place.
+
+    Zeros are shared over the operators first. Then one layer after the other is brought to its device, run on the
+    calibration tokens, pruned group by group, and committed.
+
+    Args:
+        run: What is pruned, and how.
+        sink: Where the layers go; each is committed before callbacks are called with it. Layers after the last operator
+            to prune are committed without being run.
+        todo: Their indices; `None`: all. If `run.states` is set, it holds those that enter the first of them; otherwise
+            the layers must be independent of each other, and those that are not to do stay dense.
+
+    Raises:
+        ValueError: If weights or activations are not finite.
+    """
+    solver = GroupSolver(run.config, run.model.config.model_type, run.shared_budgets())
+    todo = range(len(run.layers)) if todo is None else todo
+    counts = {index: len(group) for index, group in enumerate(run.operators.values()) if index in todo}
+    last = max((index for index, count in counts.items() if count), default=-1)
+    with (
+        run.split_experts(),
+        tqdm(total=sum(counts.values()), desc=run.title, unit="operator", disable=not run.progress) as bar,
+    ):
+        loop = _Loop(run, sink, solver, bar)
+        recorded, run.states = run.batches.record(run.states, run.storage)
+        first = 0 if run.states is None else min(todo)
+        if run.states is None:
+            run.states = run.config.correction.enter(recorded.hidden_states, run.config.finetune is not None)
+        del recorded.hidden_states
+        for index, (name, layer) in enumerate(run.layers):
+            if index < first or (index > last and index not in todo):
+                recorded.calls[index] = []
+                continue
+            started = time.perf_counter()
+            record = LayerRecord(LayerReport(name, None, 0.0)) if index > last else None
+            with onloaded(layer.modules()):
+                while record is None:
+                    record = loop.try_layer(index, recorded, prunes=index in todo)
+                    if record is None:  # with smaller batches
+                        recorded, run.states = run.batches.record(run.states, run.storage)
+                        recorded.hidden_states.clear()
+                recorded.calls[index] = []
+                if index in todo:
+                    record = run.finished(record, time.perf_counter() - started)
+                    carried = index < run.last_layer and not run.config.correction.independent_layers
+                    sink.commit(index, layer, record, run.states if carried else None)
+            release_memory_of(layer)
+            if index in todo:
+                for callback in run.callbacks:
+                    callback.on_layer_end(index, record.report, record.operators)
+
+
+class _Loop:
+    """What is inside the loop over decoder layers: one layer, and one group of its operators."""
+
+    def __init__(self, run: ModelPruning, sink: Sink, solver: GroupSolver, bar: tqdm) -> None:
+        self.run = run
+        self.sink = sink
+        self.solver = solver
+        self.bar = bar
+
+    def try_layer(self, index: int, recorded: RecordedInputs, *, prunes: bool) -> LayerRecord | None:
+        """Prune a decoder layer, or run it as it is; `None`, with it dense again and batches halved, if memory ran out.
+
+        Either way `run.states` becomes the hidden states after the layer.
+        """
+        run, layer, shown = self.run, self.run.layers.modules[index], self.bar.n
+        name, device = f"{run.layers.name}.{index}", execution_device(layer)
+        storage = storage_place(run.storage_device, device)
+        entering = run.states
+        assert entering is not None
+        try:
+            entering.move(storage, device)
+            calls, masks = recorded.calls[index], recorded.token_masks
+            activations = LayerActivations(layer, calls, masks, storage, recorded.held_out)
+            if prunes:
+                return self.prune_layer(index, name, activations)
+            run.states = LayerTargets(activations, [], run.config.correction, entering).leave()
+            return LayerRecord(LayerReport(name, None, 0.0))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error) or repr(error)
+        # outside of the handler: the error holds the frames, and they hold what filled the memory
+        self.sink.undo()
+        self.bar.update(shown - self.bar.n)
+        run.states = run.batches.halve(name, reason, entering, run.storage)
+        return None
+
+    def prune_layer(self, index: int, name: str, activations: LayerActivations) -> LayerRecord:
+        """Prune the operators of one decoder layer, group by group in execution order."""
+        run, operators, entering = self.run, self.run.operators[name], self.run.states
+        assert entering is not None
+        require_finite([operator for operator in operators.values() if operator.is_offloaded])
+        first = entering.entering[0].to(activations.device)
+        groups, left_dense = trace_groups(activations.layer, operators, activations.calls[0], first)
+        self.bar.update(len(left_dense))
+        reports: list[OperatorReport] = []
+        masks: dict[str, Tensor] = {}
+        finetuning = None
+        with PeakMemory(activations.device) as memory:
+            targets = LayerTargets(activations, groups, run.config.correction, entering)
+            for number in range(len(groups)):
+                # in a call: the matrices of a group must be gone before those of the next one are made
+                reports += self.prune_group(index, targets.problems(number), masks)
+            leaving = targets.leave()
+            if masks:
+                chosen = [operators[operator] for operator in masks]
+                finetuning = finetune_layer(activations, chosen, masks, entering, leaving, run.config)
+        run.states = leaving
+        peak = memory.peak if operators else None
+        moved = activations.hidden_state_error(leaving)
+        return LayerRecord(LayerReport(name, moved, 0.0, peak, finetuning), reports, left_dense)
+
+    def prune_group(self, index: int, problems: GroupProblems, masks: dict[str, Tensor]) -> list[OperatorReport]:
+        """Prune operators that share their inputs, and write them; masks are added if they are needed after."""
+        solved = self.solver.solve(problems)
+        for operator, pruned in zip(problems.operators, solved.pruned, strict=True):
+            self.sink.write(operator, pruned)
+            if self.run.config.finetune is not None:
+                masks[operator.name] = pruned.mask
+        reports = report_group(problems, solved)
+        self.show(index, reports)
+        for callback in self.run.callbacks:
+            for report in reports:
+                callback.on_operator_end(report)
+        return reports
+
+    def show(self, index: int, reports: list[OperatorReport]) -> None:
+        """Move the progress bar on."""
+        last, layers = reports[-1], self.run.layers
+        name = last.name.removeprefix(f"{layers.name}.{index}.").removesuffix(".weight")
+        held_out = "" if last.held_out_fit_error is None else f", held out {last.held_out_fit_error:.4f}"
+        self.bar.set_postfix_str(f"layer {index + 1}/{len(layers)} {name} fit error {last.fit_error:.4f}{held_out}")
+        self.bar.update(len(reports))

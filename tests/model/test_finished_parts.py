@@ -1,0 +1,109 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from optimum_fista.model.activations import LayerActivations
+from optimum_fista.model.finished_parts import FinishedParts
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.replay import LayerCall
+
+CPU = torch.device("cpu")
+
+
+class Part(nn.Module):
+    """A part with one operator that gives out what `form` makes of its output."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.form = form
+        self.runs = 0
+
+    def forward(self, hidden: Tensor, scale: float = 1.0) -> object:
+        self.runs += 1
+        return self.form(self.inner(hidden) * scale)
+
+
+class Layer(nn.Module):
+    """Overwrites what its first part gives out, as Falcon does."""
+
+    def __init__(self, form=lambda output: output) -> None:
+        super().__init__()
+        self.first, self.second, self.last = Part(form), Part(lambda output: output), nn.Linear(4, 4)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output = self.first(hidden, scale=2.0)
+        output = output[0] if isinstance(output, tuple) else output
+        output += hidden
+        return self.last(self.second(output))
+
+    def groups(self) -> list[list[LinearOperator]]:
+        operators = (self.first.inner, self.second.inner, self.last)
+        return [[LinearOperator(str(index), module)] for index, module in enumerate(operators)]
+
+
+def parts_of(layer: Layer, storage=CPU) -> tuple[FinishedParts, LayerActivations]:
+    activations = LayerActivations(layer, [LayerCall((), {})] * 3, [None] * 3, storage)
+    return FinishedParts(activations, layer.groups()), activations
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+BATCHES = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("form", [lambda output: output, lambda output: (output, None)])
+def test_what_is_finished_runs_once_more_and_never_again(form, stored, tmp_path):
+    layer = Layer(form)
+    parts, activations = parts_of(layer, tmp_path if stored else CPU)
+    expected = [layer(batch) for batch in BATCHES]
+    layer.first.runs = layer.second.runs = 0
+    for group, runs in ((0, (3, 3)), (1, (6, 6)), (2, (6, 9)), (3, (6, 9)), (3, (6, 9))):
+        with parts.skipped(group, keep=True):
+            found = [activations.run(index, batch) for index, batch in enumerate(BATCHES)]
+        assert all(map(torch.equal, found, expected))
+        assert (layer.first.runs, layer.second.runs) == runs, group
+    assert not {"forward"} & (vars(layer.first).keys() | vars(layer.second).keys())
+
+
+def test_what_is_not_to_be_kept_runs_each_time():
+    layer = Layer()
+    parts, activations = parts_of(layer)
+    for _ in range(2):
+        with parts.skipped(3, keep=False):
+            for index, batch in enumerate(BATCHES):
+                activations.run(index, batch)
+    assert layer.first.runs == layer.second.runs == 6
+
+
+def test_parts_that_give_out_more_tensors_run_as_ever():
+    layer = Layer(lambda output: (output, {"router": output.sum()}))
+    parts, activations = parts_of(layer)
+    for _ in range(3):
+        with parts.skipped(3, keep=True):
+            for index, batch in enumerate(BATCHES):
+                activations.run(index, batch)
+    assert (layer.first.runs, layer.second.runs) == (9, 3)
+
+
+def test_an_error_leaves_the_parts_as_they_were_and_keeps_nothing():
+    layer = Layer()
+    parts, activations = parts_of(layer)
+
+    def fail_after_one_batch():
+        with parts.skipped(3, keep=True):
+            activations.run(0, BATCHES[0])
+            raise KeyError("caller")
+
+    with pytest.raises(KeyError, match="caller"):
+        fail_after_one_batch()
+    assert "forward" not in vars(layer.first)
+    with parts.skipped(3, keep=True):
+        found = [activations.run(index, batch) for index, batch in enumerate(BATCHES)]
+    assert all(map(torch.equal, found, [layer(batch) for batch in BATCHES]))
