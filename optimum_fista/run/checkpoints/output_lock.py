@@ -47,7 +47,7 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
     if folder in mine:
         yield folder
         return
-    lock, files = folder / LOCK, [_lock(folder, output_dir)]
+    files = [_lock(folder, output_dir)]
     mine.add(folder)
     try:
         if fcntl is not None:
@@ -63,7 +63,7 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
     finally:
         mine.remove(folder)
         try:
-            if is_at(lock, files[0]):  # otherwise it became the output
+            if is_at(folder / LOCK, files[0]):  # otherwise it became the output
                 with suppress(OSError):  # then the next run does it
                     settle(folder, output)
                     if not is_streamed(folder):
@@ -110,29 +110,28 @@ def _lock(folder: Path, output_dir: Path) -> int:
     """Make the unfinished folder and lock it; returns the file that keeps the lock as long as it is open."""
     shown, lock = f"output_dir={str(output_dir)!r}", folder / LOCK
     for attempt in range(100):
-        if folder.is_symlink() or not _is_ours(folder):
-            if attempt < 5:  # its last holder may just be removing it, or the next one making it
-                time.sleep(0.02)
-                continue
-            raise FileExistsError(
-                f"{str(folder)!r} is in the way and no unfinished run's: move it away, or pass another output."
-            )
         try:
+            if folder.is_symlink() or not _is_ours(folder):
+                raise FileExistsError
             lock.parent.mkdir(parents=True, exist_ok=True)
             if output_dir.is_dir():
                 tempfile.TemporaryFile(dir=output_dir).close()
             file = lock_file(lock, shown)
         except FileNotFoundError:
             continue  # its last holder is just removing it
+        except FileExistsError as error:
+            if attempt < 5:  # its last holder may just be removing it, or the next one making it
+                time.sleep(0.02)
+                continue
+            raise FileExistsError(
+                f"{str(folder)!r} is in the way and no unfinished run's: move it away, or pass another output."
+            ) from error
         except BlockingIOError as error:
             holder = _text(lock) or "another process"
             raise BlockingIOError(
                 f"{shown} is being written by {holder}: wait until it has ended, or pass another folder."
             ) from error
         except OSError as error:
-            if isinstance(error, FileExistsError) and attempt < 5:  # it was there, and is gone
-                time.sleep(0.02)
-                continue
             raise OSError(
                 error.errno,
                 f"{shown} can't be written to ({error.strerror}), nothing was done: pass another folder, or make this "

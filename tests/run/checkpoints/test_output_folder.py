@@ -194,6 +194,8 @@ def test_files_that_belong_to_the_model_are_noted(tmp_path):
     assert model_files(output) == written
     put(output, also=("tokenizer_config.json", "fista/.files.json.partial"))  # a process was killed while it wrote that
     assert model_files(output) == written - {"vocab.bpe"}
+    write(output, ("fista/files.json",), "{}")
+    assert "files.json' is damaged (it is not a list): remove it" in refused(tmp_path, "model", overwrite=True)
     (output / "fista" / "files.json").unlink()
     assert model_files(output) == written - {"vocab.bpe", "fista/files.json"}
 
