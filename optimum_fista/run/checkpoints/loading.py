@@ -82,9 +82,7 @@ def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: If `name` is a folder without a model, or its files are damaged.
     """
-    options = gguf_options(name)
-    with reading(name):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    return _read(AutoTokenizer, name)
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -93,9 +91,7 @@ def read_config(name: str) -> PreTrainedConfig:
     Raises:
         ValueError: If `name` is a folder without a model, or its files are damaged.
     """
-    options = gguf_options(name)
-    with reading(name):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+    return _read(AutoConfig, name)
 
 
 def read_model(name: str, **options: Any) -> PreTrainedModel:
@@ -104,12 +100,7 @@ def read_model(name: str, **options: Any) -> PreTrainedModel:
     Raises:
         ValueError: If `name` is a folder without a model, or its files are damaged or lack a weight.
     """
-    options |= gguf_options(name)
-    with reading(name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, trust_remote_code=False, output_loading_info=True, **options
-        )
-    model, info = loaded
+    model, info = _read(AutoModelForCausalLM, name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:  # Transformers warns and takes random values
         raise ValueError(
@@ -135,14 +126,13 @@ def reading(name: str) -> Iterator[None]:
         ) from error
 
 
-def gguf_options(name: str) -> dict[str, str]:
-    """Arguments of `from_pretrained` if `name` is a folder with one GGUF file and no configuration; else none.
-
-    Raises:
-        ValueError: If it is a folder with neither.
-    """
+def _read(kind: Any, name: str, **options: Any) -> Any:
+    """What an automatic class of Transformers makes of a model's files; no code of theirs runs."""
     file = gguf_file(name)
-    return {} if file is None else {"gguf_file": file}
+    if file is not None:
+        options["gguf_file"] = file
+    with reading(name):
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
 
 
 def gguf_file(name: str) -> str | None:
