@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,15 +21,31 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        write(partial)
-        flush(partial)
-        partial.replace(path)
-        flush(path.parent)
+        with errors_of_writing(path):
+            write(partial)
+            flush(partial)
+            partial.replace(path)
+            flush(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_of_writing(path: Path) -> Iterator[None]:
+    """Have every error of the system be an OSError that names what could not be written.
+
+    Raises:
+        OSError: If the disk is full, the folder can't be written to, and the like.
+    """
+    try:
+        yield
     except SafetensorError as error:  # safetensors wraps the system's errors in a text
         full = "os error 28" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

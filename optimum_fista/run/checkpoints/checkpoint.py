@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.run.checkpoints.atomic import write_bytes, write_tensors, write_text
+from optimum_fista.run.checkpoints.atomic import errors_of_writing, write_bytes, write_tensors, write_text
 from optimum_fista.run.checkpoints.installation import discard, install
 from optimum_fista.run.checkpoints.loading import forget_gguf
 from optimum_fista.run.checkpoints.output_folder import require_output
@@ -118,6 +118,7 @@ def save_checkpoint(
         BlockingIOError: If another run is writing the folder.
         FileExistsError: If the folder holds a model, or an unfinished run, and `overwrite` is False; or files of
             something else that have the names of a model's.
+        OSError: If the disk is full, or can't be written to.
         ValueError: If a weight outside its mask is no longer zero, or the checkpoint has no name for a weight.
     """
     require_output(folder, overwrite)
@@ -132,7 +133,8 @@ def save_checkpoint(
     forget_gguf(model)
     with locked_output(folder) as unfinished:
         discard(unfinished, overwrite)
-        _save_model(model, unfinished)
+        with errors_of_writing(unfinished):
+            _save_model(model, unfinished)
         write_all_but_weights(unfinished, model, tokenizer, report, masks)
         install(unfinished, folder, overwrite)
 

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimum_fista.run.checkpoints.atomic import flush
+from optimum_fista.run.checkpoints.atomic import errors_of_writing, flush
 from optimum_fista.run.checkpoints.output_lock import is_at, lock_file
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
 from optimum_fista.run.reports.report import public_name
@@ -69,10 +69,11 @@ def add_evaluation(file: Path, evaluation: Evaluation) -> None:
         key = (evaluation.model, evaluation.place, evaluation.protocol)
         kept = [e for e in known if (e.model, e.place, e.protocol) != key]
         records = [{"model": e.model, "place": e.place} | dataclasses.asdict(e.result) for e in [*kept, evaluation]]
-        partial.write_text(json.dumps(records, indent=1) + "\n")
-        flush(partial)
-        partial.replace(file)
-        flush(file.parent)
+        with errors_of_writing(file):
+            partial.write_text(json.dumps(records, indent=1) + "\n")
+            flush(partial)
+            partial.replace(file)
+            flush(file.parent)
     finally:
         if is_at(partial, lock):
             partial.unlink()
