@@ -139,7 +139,7 @@ class FusedExperts:
     """A module that keeps the weights of all its experts in 3-D parameters.
 
     Its forward pass can be replaced by one that calls every matrix of every expert as a module of its own, in the
-    order of the experts and also where the router sends no token, so that they can be watched like other operators.
+    order of the experts and also if the router sends no token, so that they can be watched like other operators.
 
     Attributes:
         name: Name of the module in the model.
@@ -284,7 +284,7 @@ def split_experts(operators: Iterable[LinearOperator]) -> Iterator[None]:
     try:
         for experts in found.values():
             module = experts.module
-            name = "_old_forward" if "_old_forward" in vars(module) else "forward"  # the hooks of Accelerate go on
+            name = "_old_forward" if "_old_forward" in vars(module) else "forward"  # the hooks of Accelerate still run
             replaced.append((module, name, vars(module).get(name)))
             setattr(module, name, partial(experts.forward, getattr(module, name)))
         yield

@@ -45,7 +45,7 @@ def record_inputs(
 ) -> RecordedInputs:
     """Run the model on every batch with its decoder layers skipped, and record what each is called with.
 
-    The first layer runs once, to learn the form of its output; nothing behind the last layer runs. Where decoder layers
+    The first layer runs once, to learn the form of its output; nothing after the last layer runs. If decoder layers
     hand more to the next than hidden states (indices that attention shares, the state of a router), all of them run,
     and what is handed on is recorded as it is in the dense network. Hidden states are kept at `storage`; `None`: on the
     device.
@@ -146,10 +146,10 @@ class _Recorder:
         return forward
 
     def _require_next(self, index: int, hidden_states: Tensor, others: tuple[Any, ...]) -> None:
-        """Refuse layers that are called out of order, or not with the hidden states that the one before put out."""
+        """Refuse layers that are called out of order, or not with the hidden states that the one before returned."""
         name, expected, reason = f"{self.layers.name}.{index}", self._expected, None
         if index != self._next:
-            reason = f"the model calls decoder layer {name} where it should call {self.layers.name}.{self._next}"
+            reason = f"the model calls decoder layer {name} but it should call {self.layers.name}.{self._next}"
         elif expected is not None and (
             hidden_states.data_ptr() != expected.data_ptr() or hidden_states.shape != expected.shape
         ):

@@ -72,8 +72,8 @@ def rewired(change) -> tuple[LlamaForCausalLM, DecoderLayers]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda layer, x, **more: layer(layer(x, **more), **more), "calls decoder layer .*1 where it should call .*2"),
-        (lambda layer, x, **more: x, "calls decoder layer .*2 where it should call .*1"),
+        (lambda layer, x, **more: layer(layer(x, **more), **more), "calls decoder layer .*1 but it should call .*2"),
+        (lambda layer, x, **more: x, "calls decoder layer .*2 but it should call .*1"),
         (lambda layer, x, **more: layer(x * 2, **more), "changes the hidden states in front of decoder layer .*1"),
         (lambda layer, x, **more: layer(x, **more) + x, "changes the hidden states in front of decoder layer .*2"),
     ],

@@ -1,4 +1,4 @@
-"""Smaller batches where the memory of the device does not suffice."""
+"""Smaller batches if the memory of the device does not suffice."""
 
 from __future__ import annotations
 

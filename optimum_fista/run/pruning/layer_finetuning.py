@@ -19,33 +19,33 @@ def finetune_layer(
     operators: Sequence[LinearOperator],
     masks: Mapping[str, Tensor],
     entering: HiddenStates,
-    behind: HiddenStates,
+    after: HiddenStates,
     config: FistaPruningConfig,
 ) -> FinetuningReport:
-    """Train the kept weights of a pruned decoder layer in place, towards the dense network's hidden states behind it.
+    """Train the kept weights of a pruned decoder layer in place, towards the dense network's hidden states after it.
 
     Args:
         activations: The decoder layer.
         operators: Its pruned operators.
         masks: Their masks by operator name, bool [out, in], True = kept.
         entering: Hidden states that enter it.
-        behind: Those behind it; the pruned ones become those of the trained weights.
+        after: Those after it; the pruned ones become those of the trained weights.
         config: Steps, learning rate and seed.
     """
     started = time.perf_counter()
-    assert behind.dense is not None
+    assert after.dense is not None
     made = reconstruct(
         activations,
         operators,
         masks,
         entering.entering,
-        behind.dense,
-        behind.pruned,
+        after.dense,
+        after.pruned,
         steps=config.finetune_steps,
         learning_rate=config.finetune_learning_rate,
         seed=config.seed,
     )
-    if behind.pruned is not None and made.outputs is not None:
-        behind.pruned = made.outputs
+    if after.pruned is not None and made.outputs is not None:
+        after.pruned = made.outputs
     seconds = time.perf_counter() - started
     return FinetuningReport(made.error_before, made.error, seconds, made.held_out_error_before, made.held_out_error)

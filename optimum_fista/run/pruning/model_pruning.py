@@ -41,7 +41,7 @@ class ModelPruning:
         stored_names: Where a checkpoint keeps their weights.
         batches: The calibration batches.
         report: The report; decoder layers are added as they are pruned.
-        callbacks: What is told of it.
+        callbacks: Called while it prunes.
         states: Hidden states that enter the next decoder layer; `None` before the first.
         budgets: The operators' sparsity patterns; `None` before they are shared.
         title: What the progress bar is called.

@@ -1,4 +1,4 @@
-"""The calibration batches of a run, cut smaller where the memory of the device does not suffice."""
+"""The calibration batches of a run, made smaller if the memory of the device does not suffice."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RunBatches:
         sizes = [hidden.shape[0] for hidden in states.entering]
         if sizes != [batch.input_ids.shape[0] for batch in self.all]:
             self.all = cut_batches(self.all, sizes)
-            self._report.warnings.append(f"goes on with the batches of the run before, {max(sizes)} sequences at most")
+            self._report.warnings.append(f"continues with the batches of the last run, {max(sizes)} sequences at most")
 
     def halve(self, where: str, reason: str, states: HiddenStates | None, storage: Storage) -> HiddenStates | None:
         """Cut every batch in two after the device ran out of memory.

@@ -197,7 +197,7 @@ def test_a_streamed_run_goes_on_with_the_smaller_batches(streamed, tmp_path, mon
             streamed("cut")
     assert kept == [0, 1]
     report = streamed("cut")
-    assert report.warnings == ["goes on with the batches of the run before, 2 sequences at most"]
+    assert report.warnings == ["continues with the batches of the last run, 2 sequences at most"]
     for shard in (tmp_path / "whole").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes(), shard.name
 
