@@ -28,64 +28,37 @@ from optimum_fista.run.comparison.settings import ComparisonSettings
 
 _PIPELINE = "error_correction=0.5:residual_correction=1"
 _WHOLE = f"{_PIPELINE}:allocation=fisher"
+_CORRECTIONS = "default default:error_correction=0 default:error_correction=1 default:residual_correction=0"
 _BARE = "obs_admm:allocation=uniform:residual_correction=0"
 Case = tuple[str, dict[str, Any]]
 """What the table calls it, and the settings it changes."""
 
 
-def _methods(patterns: Sequence[str], methods: Iterable[str], seeds: Sequence[int] = (0,)) -> Case:
-    return "", {"patterns": patterns, "methods": tuple(methods), "seeds": seeds}
+def _methods(pattern: str, methods: str, seeds: Sequence[int] = (0,)) -> Case:
+    return "", {"patterns": [pattern], "methods": tuple(methods.split()), "seeds": seeds}
 
 
 STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
     "parts": lambda _: [
         _methods(
-            ["0.5"],
-            [
-                "default",
-                "default:error_correction=0",
-                "default:error_correction=1",
-                "default:residual_correction=0",
-                "default:allocation=uniform",
-                "default:scope=row",
-                f"alps:{_WHOLE}",
-                f"wanda:{_WHOLE}",
-                "sparsegpt",
-                "sparsegpt:allocation=fisher:scope=row",
-                "sparsegpt:allocation=fisher:scope=matrix",
-                f"sparsegpt:{_WHOLE}:scope=matrix",
-            ],
+            "0.5",
+            f"{_CORRECTIONS} default:allocation=uniform default:scope=row alps:{_WHOLE} wanda:{_WHOLE} sparsegpt "
+            "sparsegpt:allocation=fisher:scope=row sparsegpt:allocation=fisher:scope=matrix "
+            f"sparsegpt:{_WHOLE}:scope=matrix",
         ),
-        _methods(
-            ["2:4"],
-            [
-                "default",
-                "default:error_correction=0",
-                "default:error_correction=1",
-                "default:residual_correction=0",
-                f"alps:{_PIPELINE}",
-                f"sparsegpt:{_PIPELINE}",
-                f"wanda:{_PIPELINE}",
-            ],
-        ),
+        _methods("2:4", f"{_CORRECTIONS} alps:{_PIPELINE} sparsegpt:{_PIPELINE} wanda:{_PIPELINE}"),
     ],
     "seeds": lambda arguments: [
         _methods(
-            ["0.5"],
-            [
-                "default",
-                "default:error_correction=0",
-                "default:allocation=uniform",
-                "default:scope=row",
-                f"alps:{_WHOLE}",
-            ],
+            "0.5",
+            f"default default:error_correction=0 default:allocation=uniform default:scope=row alps:{_WHOLE}",
             arguments.seeds,
         ),
-        _methods(["2:4"], ["default", "default:error_correction=0", f"alps:{_PIPELINE}"], arguments.seeds),
+        _methods("2:4", f"default default:error_correction=0 alps:{_PIPELINE}", arguments.seeds),
     ],
-    "gradients": lambda arguments: [_methods(["0.5"], ["default", "default:allocation_tokens=8192"], arguments.seeds)],
+    "gradients": lambda arguments: [_methods("0.5", "default default:allocation_tokens=8192", arguments.seeds)],
     "correction": lambda _: [
-        _methods([pattern], [f"{_BARE}:error_correction={value}" for value in ("none", "intra", "full")])
+        _methods(pattern, " ".join(f"{_BARE}:error_correction={value}" for value in ("none", "intra", "full")))
         for pattern in ("0.05", "0.1", "0.2", "0.5", "2:4")
     ],
     "samples": lambda arguments: [

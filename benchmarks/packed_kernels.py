@@ -110,18 +110,7 @@ def measure(
                 line["share_of_bandwidth_at_50%"] = found["reading the bytes of 50%"] / found["50%"]
                 line["read_bytes_per_second"] = num_bytes / found["reading the bytes of 50%"]
             lines.append(line)
-            print(text_of(line), flush=True)
     return lines
-
-
-def text_of(line: dict) -> str:
-    text = f"{line['shape']:>12}, {line['threads']} threads, batch {line['batch']:>3}: PyTorch"
-    text += f" {1e3 * line['seconds']['PyTorch']:8.3f} ms; faster by "
-    text += ", ".join(f"{kind} {times:.2f}" for kind, times in line["times_faster_than_pytorch"].items())
-    if line["batch"] == 1:
-        text += f"; than own dense by {line['times_faster_than_own_dense']['50%']:.2f}"
-        text += f", {line['share_of_bandwidth_at_50%']:.0%} of the bandwidth"
-    return text
 
 
 def table(lines: list[dict], threads: int) -> list[str]:
@@ -151,6 +140,8 @@ def main() -> None:
             lines += measure(
                 rows, columns, arguments.batches, arguments.threads, arguments.seconds, arguments.cache * 2**20
             )
+    for count in arguments.threads:
+        print(f"\n{count} threads\n", *table(lines, count), sep="\n")
     result = {"path": Kernels(find_library()).path, "torch": torch.__version__, "lines": lines}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
