@@ -291,12 +291,12 @@ def run_with_hub(
     code = textwrap.dedent(code)
     if fresh:
         command = [sys.executable, "-c", code]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder) / name for name in ("stdout", "stderr")]
         process = FORKS.Process(target=_run_forked, args=(code, environment, tmp_path, streams))
         process.start()
-        process.join(120)
+        process.join(300)
         process.kill()
         process.join()
         assert process.exitcode is not None

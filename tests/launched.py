@@ -33,7 +33,7 @@ def launch(count: int, work: Callable[..., Any], *arguments: Any) -> list[BasePr
 def exit_codes(processes: list[BaseProcess]) -> list[int | None]:
     """Wait for the processes; `None` for one that does not end."""
     for process in processes:
-        process.join(60)
+        process.join(300)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
@@ -56,6 +56,21 @@ def prune(rank: int, source: Path, output: Path, config: FistaPruningConfig, log
         if log is not None:
             log.with_name(f"{log.name}-{rank}").write_text(f"{type(error).__name__}: {error}")
         raise SystemExit(3) from error
+
+
+def begin(source: Path, output: Path) -> BaseProcess:
+    """A process of its own that has begun to prune."""
+    begun = FORKS.Event()
+    process = FORKS.Process(target=_prune_alone, args=(begun, source, output))
+    process.start()
+    assert begun.wait(300)
+    return process
+
+
+def _prune_alone(begun: Any, source: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    begun.set()
+    FistaPruner(progress=False).prune(source, tiny_tokens().split(4), output_dir=output)
 
 
 def prune_until(rank: int, how: str, victim: int, layers: int, *arguments: Any) -> None:

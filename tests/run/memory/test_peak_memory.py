@@ -15,7 +15,9 @@ def test_what_was_freed_again_is_seen():
     before = psutil.Process().memory_info().rss
     with PeakMemory(CPU) as memory:
         held = torch.ones(SIZE // 4)
-        time.sleep(0.2)
+        ends = time.monotonic() + 60  # it looks 50 times a second, if the machine lets it
+        while memory.peak.resident_bytes < before + 0.9 * SIZE and time.monotonic() < ends:
+            time.sleep(0.02)
         del held
     assert memory.peak.resident_bytes >= before + 0.9 * SIZE
     assert memory.peak.device_bytes is None
@@ -38,7 +40,7 @@ def test_the_thread_of_a_context_that_was_never_left_ends_as_well():
     memory.__enter__()
     thread = memory._thread
     del memory
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
 
 

@@ -135,7 +135,7 @@ def test_accelerate_launches_the_command(source, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [*launcher, "-m", "optimum_fista", *arguments, "--output", str(tmp_path / "pruned")]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     shown = process.stdout.splitlines()
     assert [line for line in shown if line] == [shown[0], f"saved to {tmp_path / 'pruned'}"]
@@ -160,7 +160,7 @@ def test_torchrun_starts_again_by_itself(source, expected, tmp_path):
     arguments = [str(tmp_path / "script.py"), str(Path(__file__).parents[2]), str(source), str(tmp_path / "pruned")]
     command = [*launcher, "--max-restarts", "1", *arguments]
     environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/ranks.md
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert process.returncode == 0, process.stderr
     assert "Signal 9 (SIGKILL)" in process.stderr or "exitcode: -9" in process.stderr
     assert files_of(tmp_path / "pruned") == expected

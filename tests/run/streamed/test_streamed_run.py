@@ -6,11 +6,7 @@ import os
 import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,6 +14,7 @@ import pytest
 import torch
 from folder_files import files_of
 from killed import Killed, killed_at_write
+from launched import begin
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -170,22 +167,6 @@ def test_finished_layers_are_not_pruned_again(source, whole, tmp_path, monkeypat
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
-_SCRIPT = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-torch.set_num_threads(1)
-from tiny_llama import tiny_tokens
-from optimum_fista import FistaPruner
-print("ready", flush=True)
-FistaPruner(progress=False).prune(sys.argv[2], tiny_tokens().split(4), output_dir=sys.argv[3])
-"""
-
-
-def start(source: Path, output: Path) -> subprocess.Popen:
-    arguments = [sys.executable, "-c", _SCRIPT, str(Path(__file__).parents[2]), str(source), str(output)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-
-
 def test_killed_at_random_moments(source, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -195,19 +176,19 @@ def test_killed_at_random_moments(source, tmp_path):
         torch.set_num_threads(threads)
     generator = random.Random(0)
     output, kills = tmp_path / "pruned", 0
-    for _ in range(6):
-        process = start(source, output)
-        process.stdout.readline()
-        time.sleep(generator.uniform(0.05, 0.6))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
+    for moment in sorted(generator.uniform(0.05, 0.6) for _ in range(6)):
+        process = begin(source, output)
+        process.join(moment)
+        kills += process.is_alive()
+        process.kill()
+        process.join()
         if output.exists():
             break
     assert kills
     if not output.exists():
-        assert start(source, output).wait() == 0
+        process = begin(source, output)
+        process.join(300)
+        assert process.exitcode == 0
     assert files_of(output) == files_of(tmp_path / "whole")
 
 
