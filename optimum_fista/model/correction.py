@@ -17,8 +17,8 @@ from optimum_fista.model.finished_parts import FinishedParts
 from optimum_fista.model.layer_sums import Group, LayerSums
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.replay import operator_input, watching
-from optimum_fista.model.residual import is_added_to_output
-from optimum_fista.solve.problem import LayerProblem, relative
+from optimum_fista.model.residual import LastOperator, is_added_to_output
+from optimum_fista.solve.problem import LayerProblem
 
 Carry = Literal["none", "intra", "full"]
 
@@ -100,7 +100,7 @@ class GroupProblems:
     fitted: list[LayerProblem]
     held_out: LayerSums | None
     dense_share: float
-    last: _LastOperator | None = None
+    last: LastOperator | None = None
 
     @property
     def residual_corrected(self) -> bool:
@@ -152,7 +152,7 @@ class LayerTargets:
         self._entering = entering
         self._finished = FinishedParts(activations, groups)
         self._mixture: tuple[FusedExperts, list[AssignedTokens]] | None = None
-        self._last: _LastOperator | None = None
+        self._last: LastOperator | None = None
         self._records = {
             index: _DenseRecord(group, activations, correction, index) for index, group in enumerate(groups)
         }
@@ -253,13 +253,15 @@ class LayerTargets:
             return False
         return is_added_to_output(self._activations, group[0], self._entering.entering[0])
 
-    def _sum_residual(self, operator: LinearOperator, record: _DenseRecord) -> _LastOperator:
+    def _sum_residual(self, operator: LinearOperator, record: _DenseRecord) -> LastOperator:
         """Sum over `X*` and the targets of the last operator.
 
         The layer runs to its end with the operator's dense weights, which gives `X*`, `W X*` and `D* + W X*`.
         """
         activations, entering = self._activations, self._entering
-        last = _LastOperator(operator, activations, record, carried=entering.pruned is not None)
+        last = LastOperator(
+            operator, activations, record.outputs, record.energies(operator), carried=entering.pruned is not None
+        )
         weight = operator.read() if record.outputs is None else None
         seen: list[Tensor] = []  # its input, and a copy of its output: some layers add to that in place
         with watching({operator.module: seen.append}, {operator.module: lambda output: seen.append(output.clone())}):
@@ -269,7 +271,7 @@ class LayerTargets:
 
     def _add_residual(
         self,
-        last: _LastOperator,
+        last: LastOperator,
         record: _DenseRecord,
         batch: int,
         output: Tensor,
@@ -333,6 +335,10 @@ class _DenseRecord:
         """The sums that a batch counts in."""
         return self.held_out if self.held_out is not None and self._activations.is_held_out(batch) else self.sums
 
+    def energies(self, operator: LinearOperator) -> list[Tensor]:
+        """Squared norms of the rows of `W X` of an operator, [out], and the same over held-out tokens if any are."""
+        return [sums.energies[operator.name] for sums in (self.sums, self.held_out) if sums is not None]
+
     def see_input(self, inputs: Tensor, batch: int) -> None:
         """Take the dense inputs of the group."""
         operator = self.group[0]
@@ -371,56 +377,3 @@ class _DenseRecord:
             return later
         place = torch.searchsorted(before, tokens).clamp_max(before.numel() - 1)
         return torch.where((before[place] == tokens)[:, None], kept[place], later)
-
-
-class _LastOperator:
-    """The last operator of a decoder layer: what it gets, and what its pruned outputs are added to."""
-
-    def __init__(
-        self, operator: LinearOperator, activations: LayerActivations, record: _DenseRecord, *, carried: bool
-    ) -> None:
-        self._operator = operator
-        self._activations = activations
-        self._energies = [sums.energies[operator.name] for sums in (record.sums, record.held_out) if sums is not None]
-        self._inputs = activations.store()
-        self._rest = activations.store() if carried else None
-        self._dense = activations.store() if record.outputs is None else record.outputs
-        self._keeps_dense = record.outputs is None
-        self._layer_outputs: ActivationStore | None = None
-        self._squares: dict[bool, Tensor] | None = None
-
-    def keep(self, inputs: Tensor, rest: Tensor, dense: Tensor) -> None:
-        """Keep `X*`, `D*` and, if the record has it not, `W X` of one batch."""
-        self._inputs.append(inputs)
-        if self._rest is not None:
-            self._rest.append(rest)
-        if self._keeps_dense:
-            self._dense.append(dense)
-
-    def layer_outputs(self) -> ActivationStore | None:
-        """Output hidden states of the layer; `None` if they are not carried on."""
-        self._run()
-        return self._layer_outputs
-
-    def output_error(self, *, held_out: bool) -> float:
-        """`|| W* X* - W X ||_F / || W X ||_F` of its pruned outputs."""
-        squares, energy = torch.stack([self._run()[held_out], self._energies[held_out].sum()]).tolist()
-        return relative(squares, energy)
-
-    def _run(self) -> dict[bool, Tensor]:
-        """Run the operator, with the weights that it has at the first call, on every batch; no batch runs twice."""
-        if self._squares is not None:
-            return self._squares
-        activations, operator = self._activations, self._operator
-        squares = {kind: torch.zeros((), dtype=torch.float64, device=activations.device) for kind in (False, True)}
-        outputs = None if self._rest is None else activations.store()
-        for batch, inputs in enumerate(self._inputs):
-            output = operator.module(inputs)
-            if outputs is not None and self._rest is not None:
-                rest = self._rest[batch]
-                outputs.append(rest + output.view(rest.shape))
-            found = operator.outputs_without_bias(activations.rows(output, batch, operator))
-            difference = found - self._dense[batch].to(found.device).float()
-            squares[activations.is_held_out(batch)] += difference.square().sum(1).double().sum()
-        self._layer_outputs, self._squares = outputs, squares
-        return squares

@@ -1,14 +1,16 @@
-"""Whether an operator's output is added to the output of its decoder layer."""
+"""The last operator of a decoder layer, whose output is added to the layer's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.solve.problem import relative
 
 _ROUNDED = 0.5
 """Largest error of a rounded sum, in units of its last place; layers of 172 families that add show at most .32."""
@@ -42,3 +44,70 @@ def is_added_to_output(activations: LayerActivations, operator: LinearOperator, 
     error = run(lambda _: wave.clone()) - rest - wave.float().view(rest.shape)
     size = torch.linalg.vector_norm(wave.float()) + torch.linalg.vector_norm(rest)
     return bool(torch.linalg.vector_norm(error) <= _ROUNDED * torch.finfo(wave.dtype).eps * size)
+
+
+class LastOperator:
+    """The last operator of a decoder layer: what it gets, and what its pruned outputs are added to.
+
+    Args:
+        operator: The operator.
+        activations: Its decoder layer.
+        dense: Its outputs `W X` [tokens, out] in the dense network, a batch each; `None`: `keep` gets them.
+        energies: Squared norms of the rows of `W X`, [out], float64, and the same over held-out tokens if any are.
+        carried: Whether the layer's output hidden states are carried on.
+    """
+
+    def __init__(
+        self,
+        operator: LinearOperator,
+        activations: LayerActivations,
+        dense: ActivationStore | None,
+        energies: Sequence[Tensor],
+        *,
+        carried: bool,
+    ) -> None:
+        self._operator = operator
+        self._activations = activations
+        self._energies = energies
+        self._inputs = activations.store()
+        self._rest = activations.store() if carried else None
+        self._keeps_dense = dense is None
+        self._dense = activations.store() if dense is None else dense
+        self._layer_outputs: ActivationStore | None = None
+        self._squares: dict[bool, Tensor] | None = None
+
+    def keep(self, inputs: Tensor, rest: Tensor, dense: Tensor) -> None:
+        """Keep `X*`, `D*` and, if the record has it not, `W X` of one batch."""
+        self._inputs.append(inputs)
+        if self._rest is not None:
+            self._rest.append(rest)
+        if self._keeps_dense:
+            self._dense.append(dense)
+
+    def layer_outputs(self) -> ActivationStore | None:
+        """Output hidden states of the layer; `None` if they are not carried on."""
+        self._run()
+        return self._layer_outputs
+
+    def output_error(self, *, held_out: bool) -> float:
+        """`|| W* X* - W X ||_F / || W X ||_F` of its pruned outputs."""
+        squares, energy = torch.stack([self._run()[held_out], self._energies[held_out].sum()]).tolist()
+        return relative(squares, energy)
+
+    def _run(self) -> dict[bool, Tensor]:
+        """Run the operator, with the weights that it has at the first call, on every batch; no batch runs twice."""
+        if self._squares is not None:
+            return self._squares
+        activations, operator = self._activations, self._operator
+        squares = {kind: torch.zeros((), dtype=torch.float64, device=activations.device) for kind in (False, True)}
+        outputs = None if self._rest is None else activations.store()
+        for batch, inputs in enumerate(self._inputs):
+            output = operator.module(inputs)
+            if outputs is not None and self._rest is not None:
+                rest = self._rest[batch]
+                outputs.append(rest + output.view(rest.shape))
+            found = operator.outputs_without_bias(activations.rows(output, batch, operator))
+            difference = found - self._dense[batch].to(found.device).float()
+            squares[activations.is_held_out(batch)] += difference.square().sum(1).double().sum()
+        self._layer_outputs, self._squares = outputs, squares
+        return squares
