@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optimum_fista.run.callbacks.tracking import TrackingCallback
     from optimum_fista.run.config import FistaPruningConfig
+    from optimum_fista.run.estimate.estimate import Estimate
     from optimum_fista.run.streamed.ranks import Ranks
 
 DESCRIPTION = """\
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="only print what would be pruned, peak memory and time; MODEL may be a config.json; writes nothing",
+        help="only print what would be pruned, peak memory, disk and time; MODEL may be a config.json; writes nothing",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that --output already holds")
     parser.add_argument(
@@ -173,9 +174,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = _config(arguments)
     if arguments.dry_run:
-        return _plan(arguments, config)
+        print(_estimate(arguments, config, timed=True))
+        return 0
     if arguments.output is None:
-        raise ValueError("--output is missing: pass the folder to write the model to, or --dry-run for a plan.")
+        raise ValueError("--output is missing: pass the folder to write the model to, or --dry-run for an estimate.")
     require_independent_layers(config, launched_processes())
     require_output(arguments.output, arguments.overwrite, source=arguments.model, names=MODEL_FILES)
     if arguments.batch_size < 1:
@@ -196,6 +198,8 @@ def run(arguments: argparse.Namespace) -> int:
             disable_progress_bar()
         try:
             ranks.first(lambda: opened.enter_context(locked_output(arguments.output)) and None)
+            if not ranks.index:
+                _warn_of_memory(arguments, config)
             tokens = ranks.first(
                 lambda: calibration_tokens_by_name(
                     arguments.model,
@@ -238,10 +242,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
-    from optimum_fista.run.planning.plan import plan_pruning
+def _estimate(arguments: argparse.Namespace, config: FistaPruningConfig, *, timed: bool) -> Estimate:
+    from optimum_fista.run.estimate.estimate import Estimate
 
-    plan = plan_pruning(
+    return Estimate(
         arguments.model,
         config,
         num_samples=arguments.num_samples + config.held_out,
@@ -252,9 +256,32 @@ def _plan(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
         dtype=arguments.dtype,
         storage_device=arguments.storage_device,
         packed=arguments.packed,
+        timed=timed,
     )
-    print(plan)
-    return 0
+
+
+def _warn_of_memory(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
+    """Say if the run is estimated to need more memory than is free: a system without memory ends it without a word."""
+    import torch
+
+    from optimum_fista.run.estimate.estimate import LIBRARIES, size
+    from optimum_fista.run.memory.available_memory import available_bytes
+
+    try:
+        estimate = _estimate(arguments, config, timed=False)
+    except (ValueError, OSError):
+        return  # the run says what is wrong
+    except Exception as error:  # a model without weights can't be run in every family
+        print(f"note: memory could not be estimated: {error}", file=sys.stderr)
+        return
+    needed, free = estimate.memory["host"].total - LIBRARIES, available_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        print(
+            f"warning: this run is estimated to need {size(needed)} of memory, and {size(free)} are free: it may be "
+            f"killed ({estimate.memory['host'].moment}). Pass --storage-device disk, a smaller --batch-size, a shorter "
+            "--sequence-length or fewer --num-samples; --dry-run shows what they need.",
+            file=sys.stderr,
+        )
 
 
 def _trackers(

@@ -9,7 +9,6 @@ from tiny_llama import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.planning.machine import MachineRates
 from optimum_fista_cli.main import main
 
 
@@ -18,8 +17,7 @@ def test_the_quickstart_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     for name in ("hub-id-or-folder", "model"):
         tiny_llama(max_position_embeddings=512).save_pretrained(tmp_path / name)
         tiny_tokenizer().save_pretrained(tmp_path / name)
-    rates = MachineRates.of(1e11, 1e10)  # measuring the machine takes ten seconds
-    monkeypatch.setattr("optimum_fista.run.planning.plan.measure_for", lambda *_: (rates, ""))
+    monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.1)
     run = {"python": run_snippet, "bash": run_commands}
     with HubStandIn(user="your-name") as hub:
         connect(hub, monkeypatch)

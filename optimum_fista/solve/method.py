@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, TypeVar
 
-from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
@@ -32,10 +31,6 @@ class PruningMethod(ABC):
     ) -> list[PrunedOperator]:
         """Prune operators that share their inputs (and `InputStatistics`); override to share work."""
         return [self.prune(problem, pattern) for problem, pattern in zip(problems, patterns, strict=True)]
-
-    def cost(self) -> SolveCost:
-        """What pruning one operator costs, for plans; the default scores the weights once and measures the error."""
-        return SolveCost()
 
 
 METHODS: dict[str, type[PruningMethod]] = {}

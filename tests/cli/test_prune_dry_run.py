@@ -8,7 +8,7 @@ QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
     monkeypatch.setattr("optimum_fista.run.checkpoints.loading.load_model", None)
-    monkeypatch.setattr("optimum_fista.run.planning.machine.SECONDS", 0.1)
+    monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.1)
     monkeypatch.chdir(tmp_path)
     flags = [
         "--dry-run",
@@ -28,7 +28,7 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, ca
     shown = []
     for model in ("config.json", ".", str(tiny_folder)):
         assert main(["prune", model, *flags, "--calibration", "c4"]) == 0
-        shown.append(capsys.readouterr().out.split("products and time")[0])
+        shown.append(capsys.readouterr().out.split("products, TFLOP")[0])
     assert shown[0] == shown[1] == shown[2]
     assert "together                       7               7,680               3,840" in shown[0]
     assert "left dense (exclude): model.layers.0.self_attn.q_proj" in shown[0]
@@ -37,14 +37,14 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, ca
 
 
 def test_a_dry_run_takes_the_flags_of_a_run(tiny_folder, capsys, monkeypatch):
-    monkeypatch.setattr("optimum_fista.run.planning.machine.SECONDS", 0.1)
+    monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.1)
     flags = ["--dry-run", "--num-samples", "4", "--sequence-length", "32", "--batch-size", "2", "--dtype", "bfloat16"]
     assert main(["prune", str(tiny_folder), *flags, "--device", "cpu", "--storage-device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "in bfloat16" in shown
     assert "4 x 32 calibration tokens, batches of 2, on cpu" in shown
     assert "note: --calibration self has the model sample its text" in shown
-    assert "measured: " in shown
+    assert "forward passes" in shown
     assert main(["prune", str(tiny_folder), "--dry-run", "--sparsity", "2"]) == 1
     assert "sparsity=2.0 is outside [0, 1)" in capsys.readouterr().err
     assert main(["prune", str(tiny_folder), *flags, "--device", "cpu", "--held-out", "2"]) == 0
@@ -52,8 +52,29 @@ def test_a_dry_run_takes_the_flags_of_a_run(tiny_folder, capsys, monkeypatch):
 
 
 def test_a_dry_run_names_patterns_that_match_nothing(tiny_folder, capsys, monkeypatch):
-    monkeypatch.setattr("optimum_fista.run.planning.machine.SECONDS", 0.1)
+    monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.1)
     flags = ["--dry-run", "--device", "cpu", "--exclude", "*.q_proj.weight", "--exclude", "*.k_proj"]
     assert main(["prune", str(tiny_folder), *flags]) == 0
     expected = "note: exclude: '*.q_proj.weight' matches no linear operator of the decoder layers: "
     assert expected + "'model.layers.0.self_attn.q_proj' is one." in capsys.readouterr().out
+
+
+def test_a_run_that_may_be_killed_is_announced(tiny_folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "text.txt").write_text("one two three four five " * 200)
+    flags = ["--calibration", str(tmp_path / "text.txt"), "--method", "magnitude", *QUICK]
+    free = [2**40, 2**10]
+    monkeypatch.setattr("optimum_fista.run.memory.available_memory.available_bytes", lambda device: free.pop(0))
+    for output, words in (("enough", 0), ("little", 1)):
+        assert main(["prune", str(tiny_folder), "--output", str(tmp_path / output), *flags]) == 0
+        assert capsys.readouterr().err.count("warning: this run is estimated to need") == words
+
+
+def test_a_model_that_can_not_be_estimated_is_pruned(tiny_folder, tmp_path, capsys, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no such operation on meta tensors")
+
+    (tmp_path / "text.txt").write_text("one two three four five " * 200)
+    monkeypatch.setattr("optimum_fista.run.estimate.estimate.model_shapes", fail)
+    flags = ["--output", str(tmp_path / "out"), "--calibration", str(tmp_path / "text.txt"), "--method", "magnitude"]
+    assert main(["prune", str(tiny_folder), *flags, *QUICK]) == 0
+    assert "note: memory could not be estimated: no such operation on meta tensors" in capsys.readouterr().err

@@ -7,18 +7,18 @@ from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints.loading import usable_device
+from optimum_fista.run.estimate.estimate import Estimate
 from optimum_fista.run.memory.available_memory import available_bytes
 from optimum_fista.run.memory.free_memory import release_free_memory
-from optimum_fista.run.planning.plan import plan_pruning
 from optimum_fista.run.reports.report import device_name, library_versions
 from optimum_fista.run.texts.self_sampling import sample_text_from_model
 
 
 def test_the_current_device_is_the_default():
     assert usable_device(None) == torch.device("simulated:1")
-    plan = plan_pruning(tiny_llama().config, num_samples=8, sequence_length=16, measure=False)
-    assert plan.settings["device"] == plan.settings["storage_device"] == "simulated"
-    assert set(plan.peaks) == {"device", "host"}
+    estimate = Estimate(tiny_llama().config, num_samples=8, sequence_length=16, timed=False)
+    assert (estimate.device, estimate.storage) == ("simulated", "device")
+    assert set(estimate.memory) == {"device", "host"}
 
 
 def test_its_memory_is_counted():

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 
 from optimum_fista.solve.convergence import Convergence
-from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -38,12 +37,6 @@ class Admm(PruningMethod):
     max_iterations: int = 20
     ramp_iterations: int = 15
     name: ClassVar[str] = "admm"
-
-    def cost(self) -> SolveCost:
-        """A product an iteration, and one for the error; one factorisation and inverse."""
-        return SolveCost(
-            products=self.max_iterations + 1, factor=1, sweeps=18 * self.max_iterations, working=((1, 3), (8.75, 2))
-        )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`. Symbols as in the paper: W, Z, U (scaled dual)."""

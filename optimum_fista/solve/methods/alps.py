@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -41,16 +40,6 @@ class Alps(PruningMethod):
     max_iterations: int = 300
     refit_iterations: int = 10
     name: ClassVar[str] = "alps"
-
-    def cost(self) -> SolveCost:
-        """An eigendecomposition and an inverse a period; about 45 iterations settle the support."""
-        iterations = min(self.max_iterations, 45)
-        return SolveCost(
-            products=iterations + self.refit_iterations + 2,
-            factor=9 + 2 * iterations / self.period,
-            sweeps=18 * iterations + 12 * self.refit_iterations,
-            working=((2.25, 5), (8.25, 2.25)),
-        )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.convergence import Convergence
-from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -68,10 +67,6 @@ class Dsnot(PruningMethod):
             iterations=len(errors),
             convergence=Convergence.of("expected output error of the rows, relative to that of Wanda's mask", errors),
         )
-
-    def cost(self) -> SolveCost:
-        """A dozen passes a cycle; most rows stop before the last."""
-        return SolveCost(sweeps=12 * self.max_cycles, working=((5.25, 0),))
 
     def _swap(
         self, contribution: Tensor, growth: Tensor, live: Tensor, scores: Tensor, mask: Tensor, group: int

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from optimum_fista.solve.convergence import Convergence
-from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.fista import FistaSolution, fista
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.methods.magnitude import Magnitude
@@ -63,18 +62,6 @@ class Fista(PruningMethod):
             raise ValueError(f"tolerance={self.tolerance!r}: pass a relative change of at least 0.")
         if not 0 < self.rounding_share < 1:
             raise ValueError(f"rounding_share={self.rounding_share!r}: pass a share between 0 and 1.")
-
-    def cost(self) -> SolveCost:
-        """Those of the warm start, of every trial's steps, error and rounding error, and of the refit."""
-        start = _WARM_STARTS[self.warm_start]().cost()
-        trials = self.max_trials
-        return SolveCost(
-            products=start.products + trials * (self.max_iterations + 2) + self.refit_iterations + 3,
-            factor=start.factor,
-            sweeps=start.sweeps + 12 * trials * self.max_iterations + 12 * self.refit_iterations,
-            column_steps=start.column_steps,
-            working=(*start.working, (9.5, 0)),
-        )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from optimum_fista.solve.blocks import row_blocks
 from optimum_fista.solve.cholesky import damped_cholesky, inverse_in_place
-from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -91,18 +90,6 @@ class ObsAdmm(PruningMethod):
         return [
             self._finish(problem, state, scale, steps, message) for problem, state in zip(problems, states, strict=True)
         ]
-
-    def cost(self) -> SolveCost:
-        """Products of all iterations, of the refit and the error; a factorisation and an inverse a stage and before."""
-        iterations = self.stages * self.iterations
-        return SolveCost(
-            products=iterations + self.refit_iterations + 2,
-            factor=self.stages + 1,
-            sweeps=18 * iterations + 12 * self.refit_iterations + 10,
-            working=((2.6, 1),),
-            block=1.9,
-            shares_factor=True,
-        )
 
     def ridge_of(self, num_tokens: int, num_inputs: int) -> float:
         """Ridge in units of the Gram matrix's diagonal."""

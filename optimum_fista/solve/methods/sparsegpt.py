@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.cholesky import damped_cholesky, inverse_in_place
-from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -51,16 +50,6 @@ class SparseGPT(PruningMethod):
             errors = self._prune_block(weight, mask, upper, left, right, pattern)
             weight[:, right:] -= errors @ upper[left:right, right:]
         return PrunedOperator(weight, mask, problem.fit_error(weight), converged=not message, message=message)
-
-    def cost(self) -> SolveCost:
-        """Two factorisations and an inverse; every block changes all columns to its right, half a product in all."""
-        return SolveCost(
-            products=1.5,
-            factor=4 / 3,
-            sweeps=self.block_size / 2 + 16,
-            column_steps=10,
-            working=((0, 3), (4, 2)),
-        )
 
     def _prune_block(
         self, weight: Tensor, mask: Tensor, upper: Tensor, left: int, right: int, pattern: SparsityPattern

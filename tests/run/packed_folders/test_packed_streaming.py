@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints import atomic
 from optimum_fista.run.checkpoints.output_folder import unfinished_folder
+from optimum_fista.run.estimate.estimate import Estimate
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import PackedFolder, is_packed, pack_folder, unpack_folder
-from optimum_fista.run.planning.plan import plan_pruning
 
 LAYERS = 3
 
@@ -118,8 +118,7 @@ def test_the_plan_counts_the_bytes_of_the_shards(pattern, tmp_path):
     config = FistaPruningConfig(pattern=pattern, method="wanda")
     prune(tmp_path / "source", tmp_path / "packed", config, packed=True)
     index = json.loads((tmp_path / "packed" / "packed.safetensors.index.json").read_text())
-    options = {"num_samples": 4, "sequence_length": 16, "measure": False}
-    planned = plan_pruning(tmp_path / "source", config, packed=True, **options).disk_bytes
-    assert planned["model, packed"] == pytest.approx(index["metadata"]["total_size"], rel=0.01)
-    dense = plan_pruning(tmp_path / "source", config, **options).disk_bytes
-    assert planned["model, packed"] < 0.8 * dense["model"]
+    options = {"num_samples": 4, "sequence_length": 16, "timed": False}
+    packed = Estimate(tmp_path / "source", config, packed=True, **options).disk_bytes["model"]
+    assert packed == pytest.approx(index["metadata"]["total_size"], rel=0.01)
+    assert packed < 0.8 * Estimate(tmp_path / "source", config, **options).disk_bytes["model"]

@@ -8,7 +8,6 @@ import torch
 from layer_problems import example
 
 from optimum_fista.solve import methods
-from optimum_fista.solve.cost import SolveCost
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
@@ -46,7 +45,6 @@ def test_the_decorator_alone_registers(monkeypatch):
     assert register(Quieter) is Quieter
     assert known["quieter"] is Quieter
     assert register(Quieter) is Quieter, "a notebook's cell that runs again"
-    assert Quieter().cost() == SolveCost()
 
 
 def test_names_are_given_and_of_one_class():

@@ -1,0 +1,167 @@
+"""Estimates: of models that don't fit this machine, and beside what real runs took. The tables of docs/scale.md.
+
+    python benchmarks/estimate.py --output benchmarks/results/estimate.json
+
+Every case is a random Llama, written to a folder, estimated from its configuration, and pruned from files to files in a
+process of its own, whose anonymous memory (not the pages of files) is sampled. Seconds are those of one thread's
+processor, in the estimate's own measurements as well, so that what else the machine does counts for little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from shared import anonymous, finish, prune_apart, save_llama
+from transformers import AutoConfig
+
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.estimate.estimate import Estimate, size
+
+_LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "dtype": "bfloat16"}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama-3-8B": _LLAMA | dict(zip(_SIZES, (4096, 14336, 32, 32), strict=True)),
+    "Llama-3-70B": _LLAMA | dict(zip(_SIZES, (8192, 28672, 80, 64), strict=True)),
+    "Mixtral-8x22B": dict(zip(_SIZES, (6144, 16384, 56, 48), strict=True))
+    | {"model_type": "mixtral", "vocab_size": 32768, "num_key_value_heads": 8, "dtype": "bfloat16"}
+    | {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "Llama-3.1-405B": _LLAMA | dict(zip(_SIZES, (16384, 53248, 126, 128), strict=True)),
+}
+RATES = ((100, 20), (400, 50))
+"""TFLOP/s of the model's products in bfloat16, and of those in float32: what a reader's GPU might keep up."""
+
+CASES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden": 256, "ffn": 1024, "layers": 4, "samples": 8},
+    "small": {"hidden": 384, "ffn": 1536, "layers": 3, "samples": 8},
+    "default": {"hidden": 512, "ffn": 2048, "layers": 6, "samples": 16},
+    "wide": {"hidden": 768, "ffn": 3072, "layers": 4, "samples": 16},
+    "vocabulary": {"hidden": 512, "ffn": 1536, "layers": 4, "samples": 16, "vocabulary": 32000},
+    "float32": {"hidden": 512, "ffn": 2048, "layers": 4, "samples": 16, "dtype": "float32"},
+    "batches": {"hidden": 512, "ffn": 2048, "layers": 4, "samples": 32, "batch": 8},
+    "pattern": {"hidden": 512, "ffn": 2048, "layers": 4, "samples": 16, "config": {"pattern": "2:4"}},
+    "fine-tuned": {"hidden": 512, "ffn": 2048, "layers": 4, "samples": 16, "config": {"finetune": "layer"}},
+    **{
+        method: {"hidden": 512, "ffn": 2048, "layers": 4, "samples": 16, "config": {"method": method}}
+        for method in ("magnitude", "wanda", "dsnot", "sparsegpt", "admm", "alps", "fista")
+    },
+    "wanda, intra": {
+        "hidden": 768,
+        "ffn": 3072,
+        "layers": 4,
+        "samples": 16,
+        "config": {"method": "wanda", "error_correction": "intra"},
+    },
+}
+
+
+def of_large_models() -> dict[str, dict[str, Any]]:
+    """Numbers of the estimates of `MODELS`, from their published sizes."""
+    found = {}
+    for name, sizes in MODELS.items():
+        settings = dict(sizes)
+        config = AutoConfig.for_model(settings.pop("model_type"), max_position_embeddings=8192, **settings)
+        estimate = Estimate(config, device="cuda", storage_device="cpu", timed=False)
+        found[name] = {
+            "parameters": estimate.model.num_parameters(),
+            "weight_bytes": estimate.weight_bytes,
+            "pruned": estimate.operators["together"],
+            "memory": {place: peak._asdict() for place, peak in estimate.memory.items()},
+            "disk_bytes": estimate.disk_bytes,
+            "work": {stage: list(amounts) for stage, amounts in estimate.work.items()},
+        }
+    return found
+
+
+def large_models_table(models: dict[str, dict[str, Any]]) -> list[str]:
+    """The first table of docs/scale.md."""
+    rows: dict[str, list[str]] = {"": list(models), "---": ["---"] * len(models)}
+    for model in models.values():
+        products = [sum(column) for column in zip(*model["work"].values(), strict=True)][:2]
+        cells = {
+            "parameters": f"{model['parameters'] / 1e9:.1f} billion",
+            "of them in operators to prune": f"{model['pruned']['weights'] / 1e9:.1f}",
+            "weights": size(model["weight_bytes"]),
+            **{
+                f"**{place}, peak**": f"**{size(sum(peak['parts'].values()))}** ({peak['moment']})"
+                for place, peak in model["memory"].items()
+            },
+            "**disk**": f"**{size(sum(model['disk_bytes'].values()))}**",
+            "**products**, PFLOP": f"**{sum(products) / 1e15:,.0f}**",
+        }
+        for stage in ("forward passes", "statistics", "solving"):
+            cells[f"... {stage}"] = f"{sum(model['work'][stage][:2]) / 1e15:,.1f}"
+        for rates in RATES:
+            hours = sum(amount / rate for amount, rate in zip(products, rates, strict=True)) / 3600e12
+            cells[f"hours at {rates[0]} and {rates[1]} TFLOP/s"] = f"{hours:,.1f}"
+        for name, cell in cells.items():
+            rows.setdefault(name, []).append(cell)
+    return [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+
+
+def beside_a_run(case: dict[str, Any], measured: dict[str, float] | None = None) -> dict[str, float]:
+    """Peak memory and time of a case, estimated and measured."""
+    run = {"length": 256, "vocabulary": 256, "batch": 1, "config": {}, "dtype": "bfloat16"} | case
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        sizes = run["hidden"], run["ffn"], run["layers"], run["dtype"]
+        save_llama(source, *sizes, vocab_size=run["vocabulary"])
+        if measured is None:
+            settings = {name: run[name] for name in ("samples", "length", "vocabulary", "batch", "config")}
+            measured = measure(source=source, output=f"{folder}/out", processor_time=True, **settings)
+        estimate = Estimate(
+            source,
+            FistaPruningConfig.from_dict(run["config"]),
+            num_samples=run["samples"],
+            sequence_length=run["length"],
+            batch_size=run["batch"],
+            device="cpu",
+        )
+    estimated = {"estimated_bytes": estimate.memory["host"].total, "estimated_seconds": sum(estimate.seconds.values())}
+    return measured | estimated
+
+
+def measure(**options: Any) -> dict[str, float]:
+    """Peak anonymous memory and time of a run in a process of its own."""
+    process = prune_apart(**options)
+    imports, held = anonymous(process.pid), [0]
+    (seconds,) = finish(process, lambda: held.append(anonymous(process.pid)))
+    return {"import_bytes": imports, "measured_bytes": max(held), "measured_seconds": seconds["total"]}
+
+
+def runs_table(runs: dict[str, dict[str, float]]) -> list[str]:
+    """The second table of docs/scale.md."""
+    lines = ["| case | MiB estimated | measured | ratio | seconds estimated | measured | ratio |", "|---" * 7 + "|"]
+    for name, run in runs.items():
+        mib, seconds = ([run[f"{how}_{unit}"] for how in ("estimated", "measured")] for unit in ("bytes", "seconds"))
+        cells = [f"{mib[0] / 2**20:.0f}", f"{mib[1] / 2**20:.0f}", f"{mib[0] / mib[1]:.2f}"]
+        cells += [f"{seconds[0]:.1f}", f"{seconds[1]:.1f}", f"{seconds[0] / seconds[1]:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=";".join(CASES), help="some of the cases, separated by ;")
+    parser.add_argument("--output", type=Path, default=Path("runs/estimate.json"))
+    parser.add_argument("--measured", type=Path, help="estimate the runs of this earlier output again, run none")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    models, runs = of_large_models(), {}
+    measured = json.loads(arguments.measured.read_text())["runs"] if arguments.measured else {}
+    print("\n".join(large_models_table(models)))
+    time.perf_counter = time.process_time
+    for name in measured or arguments.cases.split(";"):
+        runs[name] = beside_a_run(CASES[name], measured.get(name))
+        print(runs_table(runs)[-1], flush=True)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps({"models": models, "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

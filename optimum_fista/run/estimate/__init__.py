@@ -1,0 +1,1 @@
+"""What a run will take: its operators, memory, time and disk."""

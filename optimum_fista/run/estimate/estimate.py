@@ -1,0 +1,341 @@
+"""What a run will take, from the configuration of a model: operators, peak memory, time and disk.
+
+docs/scale.md says the formulas in words, and how far real runs were from them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedConfig
+
+from optimum_fista.model.architecture import input_embedding
+from optimum_fista.packed.bits import mask_bytes
+from optimum_fista.run.checkpoints.loading import (
+    default_device,
+    floating_dtype,
+    gguf_file,
+    read_config,
+    usable_device,
+)
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.estimate.shapes import Group, model_shapes
+from optimum_fista.run.estimate.work import measure_device, measure_method, work
+from optimum_fista.run.pruning.operators import idle_patterns
+
+LIBRARIES = 295 * 2**20
+"""Python with torch (a build for CPUs) and Transformers, and what their first calls add, in bytes; measured."""
+_KEPT_FREE = 64 * 2**20
+"""What the C library keeps of freed memory, at most; it is a tenth of what was held if that is less."""
+_SAMPLED_TOGETHER = 32
+"""Sequences that `run.texts.self_sampling` writes at a time."""
+_SWEEP = 8
+"""Bytes of a float32 that is read and written."""
+
+
+class Peak(NamedTuple):
+    """The most that is held in one place: the moment, and what is held then, in bytes by part."""
+
+    moment: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+
+class Estimate:
+    """What a run from files to files will take. Nothing is read but the model's configuration, nothing is written.
+
+    Attributes:
+        shapes: The model without weights, and its operators.
+        rates: What the device does in a second; `None` if it was not measured.
+        notes: What the reader should know.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedConfig,
+        config: FistaPruningConfig | None = None,
+        *,
+        num_samples: int = 128,
+        sequence_length: int | None = None,
+        batch_size: int = 1,
+        calibration: str = "text",
+        device: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        storage_device: str | None = None,
+        packed: bool = False,
+        timed: bool = True,
+    ) -> None:
+        """Take the settings of a run.
+
+        Args:
+            model: Hub id, model folder, folder with one GGUF file, a configuration file alone, or a configuration.
+            config: What to prune and how; `FistaPruningConfig()` by default.
+            num_samples: Calibration sequences, held-out ones (`config.held_out`) included.
+            sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum if that is shorter.
+            batch_size: Sequences a forward pass.
+            calibration: Source of the text; `"self"` has the model, held whole, sample it.
+            device: `None`: the accelerator if there is one, otherwise the CPU. It need not be in this machine.
+            dtype: Dtype of the model; `"auto"` takes the checkpoint's.
+            storage_device: Where hidden states wait, as in `FistaPruner`; `None`: on the device, in files on the CPU.
+            packed: Whether a packed folder is to be written.
+            timed: Whether to measure the device, about four seconds; without it there are no times.
+
+        Raises:
+            ValueError: If the model or an option can't be used.
+        """
+        self.config = config = (config or FistaPruningConfig()).resolved()
+        numbers = {"num_samples": num_samples, "sequence_length": sequence_length, "batch_size": batch_size}
+        for name, number in numbers.items():
+            if number is not None and number < 1:
+                raise ValueError(f"{name}={number}: pass at least 1.")
+        if config.held_out >= num_samples:
+            raise ValueError(
+                f"held_out={config.held_out}: of num_samples={num_samples} sequences none is left to calibrate on: "
+                "pass a smaller number, or more sequences."
+            )
+        given = model if isinstance(model, PreTrainedConfig) else read_config(str(model))
+        self.whole = not isinstance(model, PreTrainedConfig) and gguf_file(str(model)) is not None
+        stored = floating_dtype((None if self.whole else getattr(given, "dtype", None)) or torch.float32)
+        self.shapes = model_shapes(given, config, stored if dtype == "auto" else floating_dtype(dtype))
+        self.model = self.shapes.model
+        self.device = (device or default_device()).partition(":")[0]
+        self.on_cpu = self.device == "cpu"
+        place = (storage_device or ("disk" if self.on_cpu else self.device)).partition(":")[0]
+        self.storage = "device" if place == self.device else {"cpu": "host"}.get(place, "disk")
+        # On the CPU, weights in the stored dtype are pages of the checkpoint's files, which the system can drop.
+        self.reads = not self.whole and not (self.on_cpu and stored == self.model.dtype)
+        self.samples_itself, self.packed = calibration == "self", packed
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.length = sequence_length or min(2048, getattr(given, "max_position_embeddings", None) or 2048)
+        self.tokens, self.batch = num_samples * self.length, batch_size * self.length
+        self.vocabulary, self.hidden = input_embedding(self.model).shape
+        self.value = self.model.dtype.itemsize
+        self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
+        self.corrects, self.records = config.correction.dense_share > 0, config.correction.needs_dense
+        streams = (self.records or config.finetune is not None) + (not config.correction.independent_layers)
+        self.stream_bytes = self.value * self.tokens * self.hidden
+        self.streams_bytes = streams * self.stream_bytes
+        self.allocates = any(map(config.shares_budget, self.shapes.operators))
+        self.rates, self.notes = None, list(self._notes())
+        self._solving: dict[Group, tuple[np.ndarray, float]] = {}
+        if timed:
+            try:
+                columns = max(columns for _, columns in self.shapes.operators.values())
+                self.rates = measure_device(usable_device(device), self.model.dtype, columns)
+            except ValueError as error:
+                self.notes.append(f"time is not estimated: {error}")
+
+    @cached_property
+    def memory(self) -> dict[str, Peak]:
+        """Peak memory by place: `"device"` and `"host"`, or `"host"` alone on a CPU."""
+        peaks: dict[str, Peak] = {}
+        always = {"Python and libraries": float(LIBRARIES), "calibration tokens": 8.0 * self.tokens}
+        whole = {"whole model": float(self.weight_bytes)} if self.whole else {}
+        peaks["host"] = Peak("masks", always | {"masks": self.operators["together"]["weights"] / 8})
+        for moment, computing, waiting in self._moments():
+            held = {"device": whole | dict(computing), "host": dict(always), "disk": {}}
+            held[self.storage]["activations that wait"] = waiting
+            if self.on_cpu:
+                held["host"] |= held.pop("device")
+            for place in held.keys() - {"disk"}:
+                found = Peak(moment, {part: count for part, count in held[place].items() if count})
+                peaks[place] = max(peaks.get(place, found), found, key=lambda peak: peak.total)
+        kept = min(_KEPT_FREE, 0.1 * (peaks["host"].total - LIBRARIES))
+        peaks["host"].parts["freed, not given back"] = kept
+        return dict(sorted(peaks.items()))
+
+    def _moments(self) -> Iterator[tuple[str, Mapping[str, float], float]]:
+        """Moments of a run: what is held where it computes, and bytes of activations that wait at the storage."""
+        config, stream, value = self.config, self.stream_bytes, self.value
+        layers = sum(kind.count for kind in self.shapes.kinds)
+        ends = {"embedding and head": 2.0 * value * self.vocabulary * self.hidden * self.reads}
+        if self.samples_itself:
+            text = self.model.config.get_text_config(decoder=True)
+            heads = getattr(text, "num_attention_heads", None) or 1
+            width = self.hidden * (getattr(text, "num_key_value_heads", None) or heads) / heads
+            cache = 2 * value * min(_SAMPLED_TOGETHER, self.num_samples) * self.length * layers * width
+            yield "calibration text", {"whole model": self.weight_bytes, "keys and values": cache}, 0
+        gradients = self.allocates * layers * stream / self.num_samples  # hidden states between all layers
+        if self.allocates:  # a sequence at a time; the loss and its gradients are float32 in between
+            yield "loss", ends | {"logits and gradients": self.length * self.vocabulary * (2 * value + 12)}, gradients
+        for kind in self.shapes.kinds:
+            layer = {"decoder layer": float(kind.num_bytes * self.reads)}
+            linear = [g for g in kind.groups if not g.of_expert]
+            saved = 1.8 * value * sum(g.outputs + g.columns for g in linear)  # of a token, for its gradients
+            widest = max((max(g.rows) for g in linear), default=self.hidden)
+            batch = {"one batch": float(value * self.batch * (2 * self.hidden + 3 * widest))}
+            if self.allocates:
+                yield "gradients", layer | {"activations": self.length * saved}, gradients
+            grams = sum(4.0 * g.columns**2 for g in kind.groups if g.sees_dense)  # all made in one pass, solved later
+            # Of the dense network, inputs or outputs are kept, what is less.
+            recorded = {g: value * self.tokens * min(g.outputs, g.columns) for g in linear if not g.sees_dense}
+            for g in kind.groups:
+                gram, matrix, small = 4 * g.columns**2, 4 * g.outputs * g.columns, min(g.outputs, g.columns)
+                cross = matrix if g.last else 4 * small * g.columns * self.corrects
+                cross *= not g.sees_dense
+                grams += (gram + cross) * bool(config.held_out) - gram * g.sees_dense
+                held = layer | {"other Gram matrices": grams}
+                # Every pass waits in front of the group. Where the last one compensates for the residual stream, its
+                # inputs and that stream are kept as well; experts keep what entered all of them.
+                waiting = self.streams_bytes + stream + self.records * sum(recorded.values())
+                waiting += 0 if g.sees_dense else value * self.tokens * (self.hidden + g.columns)
+                waiting += 2 * stream if g.last or g.of_expert else 0
+                rows = {"its rows in float32": 4 * self.batch * (g.columns + (5 if g.last else 1) * small)}
+                yield "statistics", held | batch | rows | {"Gram matrix": gram, "targets": cross}, waiting
+                yield "statistics", held | {"Gram matrix": 2.5 * gram, "targets": cross}, waiting
+                problems = {"Gram matrix": gram, "weights and targets": 2 * matrix}
+                yield "solving", held | problems | {"solver": self._solved(g)[1]}, waiting
+                grams -= (gram + cross) * bool(config.held_out)
+                recorded.pop(g, None)
+            pruned = sum(count * g.outputs * g.columns for g, count in kind.groups.items())
+            if config.finetune is not None:  # masks, weights from before, gradients, moments, weights in float32
+                training = (2 + value + 4 * (3 if value == 4 else 4)) * pruned
+                parts = layer | {"weights in training": training, "activations": self.batch * saved}
+                yield "fine-tuning", parts, 2 * self.streams_bytes
+        yield "embedding and head", ends, 0
+
+    def _solved(self, group: Group) -> tuple[np.ndarray, float]:
+        """Work of solving a group, and the most bytes that it holds besides the layer problems."""
+        if group not in self._solving:
+            method = self.config.create_method(self.model.config.model_type)
+            stacked = self.allocates and self.config.scope == "matrix"
+            rows = (group.outputs,) if stacked else group.rows
+            needs, held = measure_method(method, group.pattern, rows, group.columns, self.on_cpu)
+            # the error of what is written, after rounding to the model's dtype and after stacking
+            needs += work(products=2.0 * ((self.value < 4) + 2 * stacked) * group.outputs * group.columns**2)
+            self._solving[group] = needs, held + stacked * 8 * max(group.rows) * group.columns
+        return self._solving[group]
+
+    @cached_property
+    def work(self) -> dict[str, np.ndarray]:
+        """Work by stage."""
+        config, names = self.config, ("calibration text", "allocation", "forward passes", "statistics", "solving")
+        stages = {name: work() for name in (*names, "fine-tuning", "files and Python")}
+        head = 2.0 * self.vocabulary * self.hidden
+        if self.samples_itself:  # a token at a time, all weights read for each
+            every = sum(kind.count * 2 * kind.num_active for kind in self.shapes.kinds) + head
+            steps = self.length * -(-self.num_samples // _SAMPLED_TOGETHER)
+            stages["calibration text"] = work(every * self.tokens, moved_bytes=steps * self.weight_bytes)
+        gradients = -(-config.allocation_tokens // self.length) * self.length
+        gradients = self.allocates * min(self.tokens, gradients)
+        stages["allocation"] = work(2 * head * gradients)
+        for kind in self.shapes.kinds:
+            widths = sum(g.outputs + g.columns for g in kind.groups if not g.of_expert)
+            # A token's forward pass; attention (half of all pairs of tokens) is half as fast as products.
+            token = work(2 * kind.num_active + 4 * self.length * self.hidden, moved_bytes=4.5 * self.value * widths)
+            passes = self.records + any(not g.sees_dense for g in kind.groups)
+            stages["forward passes"] += token * (kind.count * (self.tokens * passes + 3 * self.batch))
+            stages["allocation"] += token * (kind.count * 3 * gradients)  # forwards, again, and backwards
+            for g, count in kind.groups.items():
+                times, tokens, square = kind.count * count, self.tokens * g.share, float(g.columns) ** 2
+                sums = tokens * square  # half of each product of a Gram matrix is formed
+                if not g.sees_dense and (self.corrects or g.last):
+                    sums += 2 * tokens * g.columns * (g.outputs if g.last else min(g.outputs, g.columns))
+                problems = 2 * g.outputs * square * (2 - g.sees_dense) * (1 + bool(config.held_out))
+                moved = tokens * (12 * g.columns + (0 if g.sees_dense else 24 * g.outputs))
+                moved += 10 * _SWEEP * (square + g.outputs * g.columns)
+                stages["statistics"] += work(products=sums + problems, moved_bytes=moved) * times
+                stages["solving"] += self._solved(g)[0] * times
+            sweeps = kind.count * _SWEEP * sum(count * g.outputs * g.columns for g, count in kind.groups.items())
+            stages["allocation"] += work(moved_bytes=self.allocates * 24 * sweeps)
+            if config.finetune is not None:  # forwards and backwards; Adam, masks and rounding take twelve passes
+                stages["fine-tuning"] += token * (kind.count * (3 * config.finetune_steps * self.batch + self.tokens))
+                stages["fine-tuning"] += work(moved_bytes=config.finetune_steps * 12 * sweeps)
+            layer = work(file_bytes=2 * kind.num_bytes + self.streams_bytes, layers=1)
+            stages["files and Python"] += layer * kind.count
+        return {name: amount for name, amount in stages.items() if amount.any()}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time by stage; empty without rates."""
+        rates = self.rates
+        return {} if rates is None else {name: float((n / rates).sum()) for name, n in self.work.items()}
+
+    @cached_property
+    def operators(self) -> dict[str, Counter[str]]:
+        """`"number"`, `"weights"` and `"zeros"` of the operators to prune by their last name, and of all together.
+
+        If operators share the zeros, those of a name are as if each had the average sparsity.
+        """
+        found: dict[str, Counter[str]] = {}
+        for name, shape in self.shapes.operators.items():
+            weights = shape[0] * shape[1]
+            counts = {"number": 1, "weights": weights, "zeros": weights - self.config.pattern_for(name).num_kept(shape)}
+            for key in (name.rpartition(".")[2], "together"):
+                found.setdefault(key, Counter()).update(counts)
+        found["together"] = found.pop("together")  # to the end
+        return found
+
+    @cached_property
+    def disk_bytes(self) -> dict[str, int]:
+        """Bytes on disk by part when the last decoder layer is written; packed weights bring their masks."""
+        masks, saved = self.operators["together"]["weights"] // 8, 0
+        for name, shape in self.shapes.operators.items() if self.packed else ():
+            pattern = self.config.pattern_for(name)
+            saved += (shape[0] * shape[1] - pattern.num_kept(shape)) * self.value
+            saved -= shape[0] * min(mask_bytes(shape[1], kind) for kind in (None, pattern.n_of_m))
+        return {
+            "model": self.weight_bytes - saved,
+            "hidden states (two layers' at a time)": 2 * self.streams_bytes,
+            "masks (journal and model folder)": masks if self.packed else 2 * masks,
+            "fused experts, copied by the lazy reader": self.shapes.fused_bytes,
+        }
+
+    def _notes(self) -> Iterator[str]:
+        yield from idle_patterns(self.config, list(self.shapes.operators), list(self.shapes.left_dense))
+        if self.samples_itself:
+            yield "--calibration self has the model sample its text, for which it is loaded whole: a text avoids that."
+        if self.whole:
+            yield "a GGUF file can't be read one weight at a time: it is dequantized, and the whole model is held."
+        fitted = self.tokens - self.config.held_out * self.length
+        widest = max(columns for _, columns in self.shapes.operators.values())
+        if fitted < widest:
+            yield f"{fitted} calibration tokens for {widest} inputs: the Gram matrix is rank-deficient."
+        if self.shapes.fused_bytes:
+            yield "every expert is counted with the tokens that it sees on average."
+        if self.allocates:
+            yield "operators share the zeros: counts by name are those of the average sparsity, the sum is exact."
+
+    def __str__(self) -> str:
+        model, held_out, together = self.model, self.config.held_out, self.operators["together"]
+        lines = [
+            f"{type(model).__name__}: {model.num_parameters():,} parameters in "
+            f"{str(model.dtype).removeprefix('torch.')} ({size(self.weight_bytes)}), "
+            f"{sum(kind.count for kind in self.shapes.kinds)} decoder layers",
+            f"{self.config.method}, error correction {self.config.error_correction}, {self.num_samples} x "
+            f"{self.length} calibration tokens{f' ({held_out} sequences held out)' * bool(held_out)}, "
+            f"batches of {self.batch_size}, on {self.device}",
+            "",
+            f"{'operators':<24}{'number':>8}{'weights':>20}{'zeros':>20}",
+            *(f"{k:<24}{c['number']:>8}{c['weights']:>20,}{c['zeros']:>20,}" for k, c in self.operators.items()),
+            f"{'everything else, dense':<32}{model.num_parameters() - together['weights']:>20,}{0:>20,}",
+        ]
+        for reason, count in Counter(self.shapes.left_dense.values()).items():
+            names = [name for name, why in self.shapes.left_dense.items() if why == reason]
+            lines.append(f"left dense ({reason}): {', '.join(names[:3])}{f' and {count - 3} more' * (count > 3)}")
+        tables = {f"peak memory, {place}: {peak.moment}": peak.parts for place, peak in self.memory.items()}
+        for title, parts in (tables | {"disk": self.disk_bytes}).items():
+            lines += ["", f"{title:<44}{size(sum(parts.values())):>12}"]
+            lines += [f"  {name:<42}{size(n):>12}" for name, n in sorted(parts.items(), key=lambda p: -p[1]) if n]
+        lines += ["", f"{'products, TFLOP; time, minutes:seconds':<44}"]
+        for name, amounts in ({"together": sum(self.work.values(), work())} | self.work).items():
+            seconds = self.seconds.get(name, sum(self.seconds.values()))
+            took = tqdm.format_interval(seconds) if self.seconds else ""
+            lines.append(f"  {name:<42}{amounts[:2].sum() / 1e12:>12,.2f}{took:>12}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    return tqdm.format_sizeof(count, "iB", 1024)

@@ -1,0 +1,127 @@
+"""A model without weights: its decoder layers by kind, and which of their operators share inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.experts import ExpertOperator, is_fused_experts
+from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.sharing import trace_groups
+from optimum_fista.run.checkpoints.loading import reading, refuse_quantized
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.pruning.operators import choose_operators
+from optimum_fista.solve.pattern import SparsityPattern
+
+
+@dataclass(frozen=True)
+class Group:
+    """Operators of a decoder layer that share their inputs."""
+
+    rows: tuple[int, ...]  # outputs of each
+    columns: int  # their inputs
+    pattern: SparsityPattern  # of the first
+    share: float  # of all tokens, those that they see
+    of_expert: bool
+    sees_dense: bool  # their inputs are the dense network's
+    last: bool  # a single one that compensates for the residual stream, to which its output is taken to be added
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of all operators."""
+        return sum(self.rows)
+
+
+@dataclass
+class LayerKind:
+    """Decoder layers that are alike."""
+
+    count: int
+    num_bytes: int  # of the weights of one
+    num_active: float  # weights that a token meets: of experts, those that it is sent to
+    groups: dict[Group, int]  # operators to prune in the order of the run, and how many such groups there are
+
+
+@dataclass
+class Shapes:
+    """A model on the meta device, its decoder layers, the operators to prune, and why others are left dense."""
+
+    model: PreTrainedModel
+    kinds: list[LayerKind]
+    operators: dict[str, tuple[int, int]]
+    left_dense: dict[str, str]
+    fused_bytes: int  # of parameters that hold the weights of many experts
+
+
+class _AnswerYes(TorchDispatchMode):
+    """As a context: what code asks of the values of meta tensors (are these equal, is this finite) is true, or 1."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket is torch.ops.aten._local_scalar_dense and args[0].is_meta:
+            return torch.ones((), dtype=args[0].dtype).item()
+        if function.overloadpacket is torch.ops.aten.equal and args[0].is_meta:
+            return True
+        return function(*args, **(kwargs or {}))
+
+
+def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: torch.dtype) -> Shapes:
+    """Build a model on the meta device, where nothing is computed, and run it once on a few tokens.
+
+    Raises:
+        ValueError: If the model can't be used, or nothing is left to prune.
+    """
+    settings = copy.deepcopy(given)
+    settings.pad_token_id = None  # there is no padding, and Transformers would look for it in the values
+    with reading(settings.name_or_path or type(settings).__name__), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
+    model.eval().requires_grad_(False)
+    refuse_quantized(model)
+    layers = find_decoder_layers(model)
+    chosen, left_dense = choose_operators(layers, config)
+    active = getattr(settings.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
+    shares: dict[int, float] = {}
+    fused_bytes = 0
+    for module in filter(is_fused_experts, model.modules()):
+        # Which tokens an expert gets is a question of values.
+        module.forward = lambda hidden_states, *_, **__: torch.empty_like(hidden_states)
+        for parameter in (p for p in module.parameters(recurse=False) if p.ndim == 3):
+            shares[id(parameter)] = min(1.0, active / len(parameter))
+            fused_bytes += parameter.nbytes
+    kinds: dict[Any, LayerKind] = {}
+    with torch.no_grad(), _AnswerYes():
+        tokens = torch.zeros(1, 16, dtype=torch.long, device="meta")
+        recorded = record_inputs(model, layers, [CalibrationBatch(tokens)])
+        for (name, layer), calls in zip(layers, recorded.calls, strict=True):
+            shapes = ((key, tuple(p.shape)) for key, p in layer.named_parameters())
+            kind = type(layer), *shapes, *(key.removeprefix(name) for key in chosen[name])
+            if kind in kinds:
+                kinds[kind].count += 1
+                continue
+            linear = {key: o for key, o in chosen[name].items() if not isinstance(o, ExpertOperator)}
+            traced, _ = trace_groups(layer, linear, calls[0], recorded.hidden_states[0])
+            of_experts: dict[Any, list[LinearOperator]] = {}  # what one parameter holds for one expert
+            for operator in chosen[name].values():
+                if isinstance(operator, ExpertOperator):
+                    of_experts.setdefault((id(operator.owner), operator.expert, operator.tensor), []).append(operator)
+            groups: Counter[Group] = Counter()
+            found = [*traced, *of_experts.values()]
+            for index, (first, *others) in enumerate(found):
+                rows = tuple(operator.shape[0] for operator in (first, *others))
+                share = shares.get(id(getattr(first.owner, first.tensor)))
+                dense = config.correction.sees_dense_inputs(index)
+                last = config.correction.residual_share > 0 and share is None and not others and index == len(found) - 1
+                pattern = config.pattern_for(first.name)
+                groups[Group(rows, first.shape[1], pattern, share or 1.0, share is not None, dense, last)] += 1
+            num_active = sum(p.numel() * shares.get(id(p), 1.0) for p in layer.parameters())
+            kinds[kind] = LayerKind(1, sum(p.nbytes for p in layer.parameters()), num_active, groups)
+    operators = {name: operator.shape for found in chosen.values() for name, operator in found.items()}
+    return Shapes(model, list(kinds.values()), operators, left_dense, fused_bytes)

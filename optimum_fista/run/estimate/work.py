@@ -1,0 +1,158 @@
+"""Work: what methods ask for, counted while they prune a small matrix, and what a device does in a second."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from optimum_fista.solve.blocks import SCALE_ON_DEVICES, block_share, rows_in_block
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
+
+_FORMULAS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+_CUBES = {"cholesky": 1, "inv": 1, "eigh": 40}
+"""Factorisations of a matrix [n, n], by a part of their names, in n^3 operations of products that take as long."""
+_WIDTH = 192
+"""Inputs of the small matrices that methods are tried on."""
+_DISK = 5e8
+"""Bytes a second that a disk is assumed to write; nothing is written to measure it."""
+_LAYER_SECONDS = 0.6
+"""What Python takes in each decoder layer; measured on a CPU."""
+_SECONDS = 4.0
+"""Time for all measurements of a device."""
+
+
+def work(
+    model_products: float = 0.0,
+    products: float = 0.0,
+    moved_bytes: float = 0.0,
+    file_bytes: float = 0.0,
+    layers: float = 0.0,
+) -> np.ndarray:
+    """An amount of work, or what a device does in a second: amounts over rates, added up, are seconds.
+
+    Args:
+        model_products: Floating-point operations of products in the model's dtype.
+        products: Those of float32 products.
+        moved_bytes: Bytes that all other operations read and write.
+        file_bytes: Bytes hashed and written to files.
+        layers: Decoder layers, each with its share of Python's calls and garbage.
+    """
+    return np.array([model_products, products, moved_bytes, file_bytes, layers], float)
+
+
+class Meter(TorchDispatchMode):
+    """As a context: counts `products`, `moved_bytes`, and the most that tensors made inside hold, `peak_bytes`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products, self.moved_bytes, self.peak_bytes = 0.0, 0.0, 0
+        self._held: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        for value in inputs:
+            self._hold(value, made=False)
+        output = function(*args, **kwargs)
+        outputs = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
+        made = [self._hold(value, made=True) for value in outputs]
+        if not any(made) and not function._schema.is_mutable:
+            return output  # a view
+        cubes = sum(factor for name, factor in _CUBES.items() if name in function.overloadpacket.__name__)
+        if (formula := _FORMULAS.get(function.overloadpacket)) is not None:
+            self.products += formula(*args, **kwargs, out_val=output)
+        elif cubes:
+            self.products += cubes * float(inputs[0].shape[-1]) ** 3
+        else:
+            self.moved_bytes += sum(value.numel() * value.element_size() for value in inputs + outputs)
+        return output
+
+    def _hold(self, tensor: Tensor, *, made: bool) -> bool:
+        """Note memory until it is freed, as nothing if it was made outside; True if it was not known."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._held:
+            return False
+        self._held[storage._cdata] = storage.nbytes() if made else 0
+        weakref.finalize(storage, self._held.pop, storage._cdata, None)
+        self.peak_bytes = max(self.peak_bytes, sum(self._held.values()))
+        return True
+
+
+def measure_method(
+    method: PruningMethod, pattern: SparsityPattern, rows: Sequence[int], columns: int, on_cpu: bool
+) -> tuple[np.ndarray, float]:
+    """What pruning operators with the same inputs takes, learnt by pruning random ones of the same proportions.
+
+    Products grow with the third power of the width, matrices and what moves with the second. Real operators may need
+    another number of steps than random ones. `rows` are their outputs, `columns` their inputs. Blocks of rows are
+    larger if the run's device is not the CPU.
+
+    Returns:
+        Work, and the most bytes held at a time besides the problems themselves, results included.
+    """
+    unit = pattern.group_size(1)
+    width = -(-_WIDTH // unit) * unit
+    scale, generator = columns / width, torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    dense = normal(4 * width, width) @ (torch.eye(width) + normal(width, width) / width**0.5) + 0.3
+    inputs = dense + 0.2 * normal(4 * width, width)  # those of the pruned network
+    given, problems = InputStatistics(inputs.T @ inputs, 4 * width, inputs.mean(0)), []
+    for count in rows:
+        weight = normal(max(1, round(count / scale)), width)
+        outputs = dense @ weight.T
+        problems.append(LayerProblem(weight, given, outputs.T @ inputs, outputs.double().square().sum(0)))
+    share = rows_in_block(max(rows), columns, 1 if on_cpu else SCALE_ON_DEVICES) / max(rows)
+    with block_share(share), Meter() as meter:
+        results = method.prune_sharing(problems, [pattern] * len(rows))
+    del results
+    needs = work(products=meter.products * scale**3, moved_bytes=meter.moved_bytes * scale**2)
+    return needs, meter.peak_bytes * scale**2
+
+
+def measure_device(device: torch.device, dtype: torch.dtype, columns: int) -> np.ndarray:
+    """What a device does in a second, with a model of this dtype whose widest operator has so many inputs."""
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    def rate(amount: float, call: Callable[[], object]) -> float:
+        """Amount a second; a run meets the machine as it usually is, so the median of the times counts."""
+        call()
+        times: list[float] = []
+        while len(times) < 3 or sum(times) < _SECONDS / 6:
+            wait()
+            started = time.perf_counter()
+            call()
+            wait()
+            times.append(time.perf_counter() - started)
+        return amount / statistics.median(times)
+
+    square = torch.randn(512, 512, device=device)
+    rough = rate(2 * 512**3, lambda: square @ square)
+    side = min(columns, int((rough * _SECONDS / 60) ** (1 / 3)))  # as large as time allows
+    square = torch.randn(side, side, device=device)
+    narrow, block = square.to(dtype), bytes(2**23)
+    return work(
+        model_products=rate(2 * side**3, lambda: nn.functional.linear(narrow, narrow)),
+        products=rate(2 * side**3, lambda: square @ square),
+        moved_bytes=rate(8 * side**2, lambda: square * 2),  # in new memory, as in a run
+        layers=1 / _LAYER_SECONDS,
+        file_bytes=1 / (1 / rate(2**23, lambda: hashlib.sha256(block)) + 1 / _DISK),
+    )

@@ -1,1 +1,0 @@
-"""Plans: what a run would take, from the configuration of a model alone."""

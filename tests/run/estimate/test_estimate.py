@@ -1,0 +1,275 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from live_memory import LiveMemory
+from safetensors.torch import load_file
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_models import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.run.checkpoints.output_folder import unfinished_folder
+from optimum_fista.run.estimate.estimate import Estimate
+from optimum_fista.run.pruning import layer_finetuning
+from optimum_fista.run.streamed.journal import Journal
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def estimated(model=None, config=None, **options) -> Estimate:
+    settings = {"num_samples": 8, "sequence_length": 16, "device": "cpu", "timed": False}
+    model = tiny_llama().config if model is None else model
+    return Estimate(model, config, **(settings | options))
+
+
+def llama(**sizes) -> LlamaConfig:
+    small = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return LlamaConfig(**({"vocab_size": 256, "dtype": "bfloat16"} | small | sizes))
+
+
+HUGE = llama(
+    hidden_size=16384,
+    intermediate_size=53248,
+    num_hidden_layers=126,
+    num_attention_heads=128,
+    num_key_value_heads=8,
+    vocab_size=128256,
+)
+LARGE_RUN = {"num_samples": 128, "sequence_length": 2048, "device": "cuda"}
+
+
+def held(estimate: Estimate, place: str = "host") -> float:
+    return estimate.memory[place].total
+
+
+def flops(estimate: Estimate, stage: str) -> float:
+    return estimate.work[stage][:2].sum()
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", FistaPruningConfig(pattern="2:4", method="wanda")),
+        ("llama", FistaPruningConfig(0.3, method="magnitude", scope="row")),
+        ("gpt2", FistaPruningConfig(0.6, method="magnitude", exclude="*.0.*.c_fc", overrides={"*.c_attn": "1:4"})),
+        *(
+            (family, FistaPruningConfig(method="magnitude", scope="row", exclude=("*.experts.1.down_proj", "*.k_proj")))
+            for family in ("mixtral", "qwen3_moe", "gpt_oss", "llama4_text")
+        ),
+        ("mixtral", FistaPruningConfig(method="magnitude", include=("*.experts.*",))),
+        ("mixtral", FistaPruningConfig(method="magnitude", overrides={"*.experts.0.*": 0.25, "*.up_proj": "2:4"})),
+    ],
+)
+def test_operators_are_those_of_the_run(family, config):
+    model = tiny_model(family)
+    estimate = estimated(model.config, config)
+    report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+    names = [operator.name.removesuffix(".weight") for operator in report.operators]
+    for last, counts in list(estimate.operators.items())[:-1]:
+        found = [o for o, name in zip(report.operators, names, strict=True) if name.rpartition(".")[2] == last]
+        weights = [o.shape[0] * o.shape[1] for o in found]
+        zeros = sum(weights) - sum(o.num_kept for o in found)
+        assert counts == {"number": len(found), "weights": sum(weights), "zeros": zeros}
+    assert estimate.operators["together"]["number"] == len(names)
+    assert sum(len(g.rows) * n * k.count for k in estimate.shapes.kinds for g, n in k.groups.items()) == len(names)
+    assert estimate.shapes.left_dense == report.left_dense
+
+
+def test_zeros_that_are_shared_add_up():
+    estimate = estimated()
+    report = FistaPruner(FistaPruningConfig(), progress=False).prune(tiny_llama(), tiny_tokens().split(4))
+    together = estimate.operators["together"]
+    assert together["weights"] - together["zeros"] == sum(operator.num_kept for operator in report.operators)
+    assert any("operators share the zeros" in note for note in estimate.notes)
+
+
+def test_a_model_of_405_billion_parameters_needs_no_weights():
+    estimate = estimated(HUGE, **LARGE_RUN, storage_device="cpu")
+    assert estimate.model.num_parameters() == 405_853_388_800
+    assert 30 < held(estimate, "device") / 2**30 < 60
+    assert held(estimate) < estimate.weight_bytes / 4
+    forward = 2 * 128 * 2048 * estimate.operators["together"]["weights"]  # of the dense and the pruned network
+    assert 2 * forward < flops(estimate, "forward passes") < 2.6 * forward
+    assert estimate.seconds == {}
+
+
+def test_activations_wait_where_they_are_told_to():
+    near, far = (estimated(HUGE, **LARGE_RUN, storage_device=place) for place in (None, "cpu"))
+    disk = estimated(HUGE, **LARGE_RUN, storage_device="disk")
+    assert held(near, "device") > held(far, "device") == held(disk, "device")
+    assert held(far) > 1.5 * max(held(near), held(disk))
+    stream = 2 * 128 * 2048 * 16384
+    assert far.memory["host"].parts["activations that wait"] > 5 * stream
+
+
+def test_what_costs_more_is_estimated_to_cost_more():
+    small = estimated(llama(), FistaPruningConfig(method="wanda"))
+    for options in ({"num_samples": 32}, {"sequence_length": 64}):
+        more = estimated(llama(), FistaPruningConfig(method="wanda"), **options)
+        assert (sum(more.work.values()) >= sum(small.work.values())).all()
+        assert held(more) > held(small)
+    for method in ("sparsegpt", "obs_admm", "fista", "alps"):
+        other = estimated(llama(), FistaPruningConfig(method=method))
+        assert flops(other, "solving") > flops(small, "solving")
+        assert held(other) > held(small)
+    none = estimated(llama(), FistaPruningConfig(method="wanda", error_correction="none"))
+    assert flops(none, "forward passes") < 0.6 * flops(estimated(llama()), "forward passes")
+    # On the CPU, pages of files need no memory; on a device weights do, and in another dtype.
+    assert held(estimated(llama(), dtype="float32")) > held(estimated(llama()))
+    assert "decoder layer" in estimated(HUGE, **LARGE_RUN).memory["device"].parts
+
+
+def test_held_out_sequences_cost_memory_and_products():
+    without, held_out = (estimated(llama(), FistaPruningConfig(held_out=n), num_samples=64) for n in (0, 8))
+    assert held(held_out) > held(without)
+    assert flops(held_out, "statistics") > flops(without, "statistics")
+    assert flops(held_out, "solving") == flops(without, "solving")
+    assert "64 x 16 calibration tokens (8 sequences held out)" in str(held_out)
+    assert "held out" not in str(without)
+
+
+def test_what_the_reader_should_know_is_noted():
+    itself = estimated(calibration="self")
+    assert any("--calibration self" in note for note in itself.notes)
+    assert flops(itself, "calibration text") > 0
+    assert any("rank-deficient" in note for note in estimated(num_samples=1).notes)
+    notes = estimated(config=FistaPruningConfig(held_out=7), num_samples=9).notes
+    assert any(note.startswith("32 calibration tokens for 48 inputs") for note in notes)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_patterns_that_match_nothing_are_named_as_by_the_run(family):
+    config = FistaPruningConfig(
+        method="magnitude",
+        include=("*.layers.*", "*.nowhere"),
+        exclude=("lm_head", "*.0.self_attn.q_proj", "*.experts.1.down_proj", "*.mlp.gate"),
+        overrides={"*.experts.0.*": 0.25, "*.up_proj.weight": 0.5},
+    )
+    model = tiny_model(family)
+    notes = [note for note in estimated(model.config, config).notes if "matches no linear operator" in note]
+    with pytest.warns(UserWarning, match="matches no linear operator"):
+        report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+    assert notes == [warning for warning in report.warnings if "matches no linear operator" in warning]
+    assert [note.partition(":")[0] for note in notes] == ["include", "exclude", "overrides"]
+
+
+def test_experts_that_stay_dense_cost_no_solving():
+    config = tiny_model("mixtral").config
+    whole = estimated(config)
+    none = estimated(config, FistaPruningConfig(exclude=("*.experts*",)))
+    some = estimated(config, FistaPruningConfig(exclude=("*.experts.[01].*",)))
+    assert set(none.shapes.left_dense.values()) == {"exclude"}
+    for stage in ("statistics", "solving"):
+        of_whole, of_some, of_none = (flops(e, stage) for e in (whole, some, none))
+        assert of_none < of_some < of_whole
+        assert of_whole - of_some == pytest.approx((of_whole - of_none) / 2)
+    assert flops(none, "forward passes") == flops(whole, "forward passes")
+
+
+def test_experts_in_an_unknown_form_are_refused_as_by_the_run(monkeypatch):
+    monkeypatch.setattr("optimum_fista.model.architecture.can_be_split", lambda _: False)
+    model = tiny_model("mixtral")
+    for run in (estimated, lambda _: FistaPruner(progress=False).prune(model, tiny_tokens().split(4))):
+        with pytest.raises(UnsupportedArchitectureError, match=r"in a form that can't be pruned.*pass exclude"):
+            run(model.config)
+    assert "down_proj" not in estimated(model.config, FistaPruningConfig(exclude=("*.experts",))).operators
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 0}, "num_samples=0: pass at least 1"),
+        ({"batch_size": 0}, "batch_size=0: pass at least 1"),
+        ({"config": FistaPruningConfig(held_out=8)}, "held_out=8: of num_samples=8 sequences none is left"),
+        ({"config": FistaPruningConfig(pattern="2:5")}, "which 2:5 does not divide"),
+        ({"config": FistaPruningConfig(include="*.nothing")}, "no linear operator to prune"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(options, message):
+    with pytest.raises(ValueError, match=message.replace("'", ".")):
+        estimated(**options)
+
+
+def test_a_quantized_model_is_refused():
+    config = tiny_llama().config
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match="quantized by 'gptq'"):
+        estimated(config)
+
+
+def test_time_needs_the_device(monkeypatch):
+    monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.1)
+    here = estimated(timed=True)
+    assert set(here.seconds) == {"allocation", "forward passes", "statistics", "solving", "files and Python"}
+    assert all(seconds > 0 for seconds in here.seconds.values())
+    assert str(here).count("00:") == 6
+    if not torch.cuda.is_available():
+        elsewhere = estimated(device="cuda", timed=True)
+        assert elsewhere.seconds == {}
+        assert any("time is not estimated" in note for note in elsewhere.notes)
+
+
+def test_the_disk_holds_what_is_estimated(tmp_path, monkeypatch):
+    """When the last decoder layer is written, and in the finished folder."""
+    source, output, sizes, keep = save_tiny_folder(tmp_path / "source"), tmp_path / "out", [], Journal.keep_layer
+
+    def bytes_of(*patterns: str) -> int:
+        folder = output if output.exists() else unfinished_folder(output)
+        files = [path for pattern in patterns for path in folder.rglob(f"{pattern}.safetensors")]
+        return sum(tensor.nbytes for path in files for tensor in load_file(path).values())
+
+    def watched(*arguments):
+        keep(*arguments)
+        sizes.append(bytes_of("model-*", "states-*", "masks-*"))
+
+    monkeypatch.setattr(Journal, "keep_layer", watched)
+    FistaPruner(progress=False).prune(source, tiny_tokens().split(4), output_dir=output)
+    found = estimated(str(source), num_samples=len(tiny_tokens()), sequence_length=tiny_tokens().shape[1]).disk_bytes
+    assert bytes_of("model*") == found["model"]
+    assert bytes_of("masks*") == pytest.approx(found["masks (journal and model folder)"] / 2, rel=0.05)
+    assert max(sizes) < sum(found.values())
+
+
+def test_a_real_run_takes_what_is_estimated(tmp_path):
+    """docs/scale.md: within a factor of 1.25 (memory) and 2 (time)."""
+    output = tmp_path / "estimate.json"
+    command = [sys.executable, "benchmarks/estimate.py", "--cases", "small", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = json.loads(output.read_text())["runs"]["small"]
+    assert 1 / 1.25 < run["estimated_bytes"] / run["measured_bytes"] < 1.25
+    assert 1 / 2 < run["estimated_seconds"] / run["measured_seconds"] < 2
+    above, measured = (run[f"{how}_bytes"] - run["import_bytes"] for how in ("estimated", "measured"))
+    assert 1 / 1.5 < above / measured < 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fine_tuning_takes_what_is_estimated(dtype, monkeypatch):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 64}
+    config = FistaPruningConfig(0.5, method="magnitude", finetune="layer", finetune_steps=6)
+    train, seen = layer_finetuning.reconstruct, []
+
+    def watched(*arguments, **options):
+        with FlopCounterMode(display=False) as products, LiveMemory() as memory:
+            made = train(*arguments, **options)
+        seen.append((products.get_total_flops(), memory.peak))
+        return made
+
+    monkeypatch.setattr(layer_finetuning, "reconstruct", watched)
+    ids = torch.randint(4, 64, (8, 32), generator=torch.Generator().manual_seed(0))
+    FistaPruner(config, progress=False).prune(tiny_llama(**sizes).to(dtype), ids.split(2))
+    (products, memory), *_ = seen
+    settings = {"num_samples": 8, "sequence_length": 32, "batch_size": 2, "dtype": dtype}
+    estimate = estimated(tiny_llama(**sizes).config, config, **settings)
+    assert np.isclose(flops(estimate, "fine-tuning"), products, rtol=0.3)
+    assert "fine-tuning" not in estimated(tiny_llama(**sizes).config, FistaPruningConfig(method="magnitude")).work
+    parts = next(parts for moment, parts, _ in estimate._moments() if moment == "fine-tuning")
+    assert 1 / 1.35 < (parts["weights in training"] + parts["activations"]) / memory < 1.35

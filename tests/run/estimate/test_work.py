@@ -1,0 +1,65 @@
+import pytest
+import torch
+from layer_problems import example
+
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.estimate.work import Meter, measure_device, measure_method, work
+from optimum_fista.solve.blocks import block_share, row_blocks
+from optimum_fista.solve.methods import METHODS
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("shape", [(384, 384), (96, 576)], ids=str)
+def test_small_matrices_tell_what_larger_ones_take(name, shape):
+    config = FistaPruningConfig(method=name, max_iterations=30 if name == "alps" else None).resolved()
+    method, pattern = config.create_method("llama"), config.pattern_for("weight")
+    problem = example(*shape, corrected=True, dtype=torch.float32).problem
+    with Meter() as meter:
+        method.prune(problem, pattern)
+    (_, products, moved, *_), held = measure_method(method, pattern, shape[:1], shape[1], on_cpu=True)
+    assert 1 / 1.3 < held / meter.peak_bytes < 1.3
+    assert 1 / 1.3 < products / meter.products < 1.3
+    assert 1 / 2.5 < moved / meter.moved_bytes < 2.5  # dsnot takes fewer steps on one than on the other
+
+
+def test_operators_that_share_inputs_share_work():
+    config = FistaPruningConfig().resolved()
+    method, pattern = config.create_method("llama"), config.pattern_for("weight")
+    alone, _ = measure_method(method, pattern, [64], 1024, on_cpu=True)
+    both, _ = measure_method(method, pattern, [64, 64], 1024, on_cpu=True)
+    assert alone[1] < both[1] < 1.5 * alone[1]  # factorisations are most of the work
+
+
+def test_a_pattern_of_long_groups_is_tried_on_whole_groups():
+    config = FistaPruningConfig(pattern="3:5", method="wanda").resolved()
+    needs, held = measure_method(config.create_method(""), config.pattern_for("weight"), [100], 1000, on_cpu=True)
+    assert needs[1] > 0
+    assert held > 4 * 100 * 1000
+
+
+def test_meter_counts_products_traffic_and_bytes():
+    left, right = torch.ones(4, 8), torch.ones(8, 2)
+    with Meter() as meter:
+        product = left @ right
+        product.add_(1)
+        view = product.view(8)
+        del product, view
+        torch.ones(2)
+    assert meter.products == 2 * 4 * 8 * 2
+    assert meter.moved_bytes == 2 * 4 * 8 + 4 * 2
+    assert meter.peak_bytes == 4 * 8
+
+
+def test_blocks_of_a_small_matrix_are_those_of_a_large_one():
+    with block_share(0.25):
+        assert list(row_blocks(torch.empty(8, 3))) == [slice(i, i + 2) for i in range(0, 8, 2)]
+        assert list(row_blocks(torch.empty(1, 3))) == [slice(0, 1)]
+    assert list(row_blocks(torch.empty(8, 3))) == [slice(0, 8)]
+
+
+def test_a_device_is_measured_in_numbers_that_make_sense(monkeypatch):
+    monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.2)
+    rates = measure_device(torch.device("cpu"), torch.float32, 256)
+    assert (rates[:4] > 1e6).all()
+    assert float((2 * rates / rates).sum()) == 10.0
+    assert list(work(file_bytes=3)) == [0, 0, 0, 3, 0]
