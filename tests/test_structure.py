@@ -5,7 +5,7 @@ import ast
 import pytest
 from structure import BEGIN, END, PAGE, first_line, importers, modules, tree
 
-SINGLE_IMPORTERS = 46
+SINGLE_IMPORTERS = 38
 """Modules of `optimum_fista` that only one other imports, commands, methods and patterns aside."""
 
 
@@ -56,3 +56,9 @@ def test_modules_are_not_cut_into_pieces_for_one_reader():
     own = ("optimum_fista_cli", "optimum_fista.solve.methods", "optimum_fista.solve.patterns")
     single = [name for name, who in importers().items() if len(who) == 1 and not name.startswith(own)]
     assert len(single) <= SINGLE_IMPORTERS, single
+
+
+def test_every_module_is_imported():
+    """Methods aside, which their package imports by the names of the files."""
+    unread = {name for name, who in importers().items() if not who and package(name) != "optimum_fista.solve.methods"}
+    assert unread == {"optimum_fista.__main__"}
