@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from kernels import sparse_weight
+from packed_kernels import sparse_weight
 
 from optimum_fista.packed import operation
 from optimum_fista.packed.format import pack
