@@ -7,6 +7,7 @@ QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
 def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
+    monkeypatch.setattr("optimum_fista.run.texts.calibration_source.load_model", None)
     monkeypatch.setattr("optimum_fista.run.checkpoints.loading.load_model", None)
     monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.1)
     monkeypatch.chdir(tmp_path)
