@@ -186,8 +186,8 @@ class Estimate:
                 cross *= not g.sees_dense
                 grams += (gram + cross) * bool(config.held_out) - gram * g.sees_dense
                 held = layer | {"other Gram matrices": grams}
-                # Every pass waits in front of the group. Where the last one compensates for the residual stream, its
-                # inputs and that stream are kept as well; experts keep what entered all of them.
+                # Outputs of finished parts wait: at most the group's inputs and one stream. If the last operator
+                # compensates for the residual stream, its inputs and that stream are these; experts keep what entered.
                 waiting = self.streams_bytes + stream + self.records * sum(recorded.values())
                 waiting += 0 if g.sees_dense else value * self.tokens * (self.hidden + g.columns)
                 waiting += 2 * stream if g.last or g.of_expert else 0
