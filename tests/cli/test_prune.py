@@ -103,7 +103,7 @@ def test_error_correction_is_a_word_or_a_number(prune, tmp_path, flag, value):
 
 def test_further_sequences_are_held_out(prune, tmp_path, capsys):
     assert prune("--held-out", "3", "--method", "wanda", "--batch-size", "4") == 0
-    assert re.search(r" times that on 48 held-out tokens \(0\.\d+ on average\); ", capsys.readouterr().out)
+    assert re.search(r" times that on 48 held-out tokens, 0\.\d+ on average\), output error ", capsys.readouterr().out)
     report = report_of(tmp_path / "out")
     assert report["config"]["held_out"] == 3
     assert (report["calibration"]["num_sequences"], report["calibration"]["held_out"]["num_sequences"]) == (8, 3)

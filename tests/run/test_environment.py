@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from greenlet import greenlet
 from pruning import same, weights
 from safetensors.torch import load_file
 from tiny_llama import tiny_llama, tiny_tokens
@@ -105,12 +104,6 @@ def test_a_run_sets_its_own_and_restores_the_callers(around, run, undisturbed, t
     assert same(found, undisturbed[run])
     if run is not prune_weight:
         assert inside.seen == (False, torch.float32, torch.device("cpu"), False, False, "ieee", "ieee")
-
-
-@pytest.mark.parametrize("run", [prune_in_memory, prune_files])
-def test_a_caller_in_a_greenlet_gets_the_result_and_nothing_before(run, undisturbed, tmp_path):
-    found = greenlet(run).switch(Inside(), tiny_tokens().split(4), tiny_llama(), tmp_path)
-    assert same(found, undisturbed[run])
 
 
 def test_a_model_of_inference_mode_is_refused():
