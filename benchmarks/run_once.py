@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: E402, F
 
 from optimum_fista import FistaPruner, FistaPruningConfig  # noqa: E402
 from optimum_fista.run.checkpoints.loading import load_model  # noqa: E402
-from optimum_fista.run.memory.free_memory import keep_large_blocks_apart  # noqa: E402
+from optimum_fista.run.memory import keep_large_blocks_apart  # noqa: E402
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _one_line(error: Exception) -> str:
     """What to say of an error."""
-    from optimum_fista.run.memory.available_memory import is_out_of_memory
+    from optimum_fista.run.memory import is_out_of_memory
 
     text = " ".join(str(error).split())
     if is_out_of_memory(error):

@@ -166,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.checkpoints.output_folder import FOLDER, MODEL_FILES, require_output, unfinished_folder
     from optimum_fista.run.checkpoints.output_lock import locked_output
     from optimum_fista.run.hub import push_folder, require_repo_id
-    from optimum_fista.run.memory.free_memory import keep_large_blocks_apart
+    from optimum_fista.run.memory import keep_large_blocks_apart
     from optimum_fista.run.packed_folders.packed_folder import PackedFolder
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.streamed.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
@@ -265,7 +265,7 @@ def _warn_of_memory(arguments: argparse.Namespace, config: FistaPruningConfig) -
     import torch
 
     from optimum_fista.run.estimate.estimate import LIBRARIES, size
-    from optimum_fista.run.memory.available_memory import available_bytes
+    from optimum_fista.run.memory import available_bytes
 
     try:
         estimate = _estimate(arguments, config, timed=False)

@@ -64,7 +64,7 @@ def test_a_run_that_may_be_killed_is_announced(tiny_folder, tmp_path, capsys, mo
     (tmp_path / "text.txt").write_text("one two three four five " * 200)
     flags = ["--calibration", str(tmp_path / "text.txt"), "--method", "magnitude", *QUICK]
     free = [2**40, 2**10]
-    monkeypatch.setattr("optimum_fista.run.memory.available_memory.available_bytes", lambda device: free.pop(0))
+    monkeypatch.setattr("optimum_fista.run.memory.available_bytes", lambda device: free.pop(0))
     for output, words in (("enough", 0), ("little", 1)):
         assert main(["prune", str(tiny_folder), "--output", str(tmp_path / output), *flags]) == 0
         assert capsys.readouterr().err.count("warning: this run is estimated to need") == words

@@ -11,10 +11,10 @@ import torch
 from pruning import prune
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
 
+from optimum_fista.run import memory
 from optimum_fista.run.comparison.compare import compare
 from optimum_fista.run.comparison.settings import ComparisonSettings
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.memory import free_memory
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.pruner import FistaPruner
 
@@ -47,7 +47,7 @@ class UntouchedMalloc:
 
 
 def test_calls_leave_the_process_and_the_model_as_they_were(tmp_path, monkeypatch):
-    monkeypatch.setattr(free_memory, "_glibc", UntouchedMalloc)
+    monkeypatch.setattr(memory, "_glibc", UntouchedMalloc)
     model, batches = tiny_llama().train(), tiny_tokens().split(4)
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 > 0)

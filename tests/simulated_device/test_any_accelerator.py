@@ -8,8 +8,7 @@ from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints.loading import usable_device
 from optimum_fista.run.estimate.estimate import Estimate
-from optimum_fista.run.memory.available_memory import available_bytes
-from optimum_fista.run.memory.free_memory import release_free_memory
+from optimum_fista.run.memory import available_bytes, release_free_memory
 from optimum_fista.run.reports.report import device_name, library_versions
 from optimum_fista.run.texts.self_sampling import sample_text_from_model
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.offload import is_offloaded, move_execution
-from optimum_fista.run.memory.available_memory import is_out_of_memory
+from optimum_fista.run.memory import is_out_of_memory
 
 
 def load_model(

@@ -30,7 +30,7 @@ from optimum_fista.run.comparison.settings import (
 )
 from optimum_fista.run.comparison.zero_shot import TaskSuite
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.memory.free_memory import release_free_memory
+from optimum_fista.run.memory import release_free_memory
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.reports.report import PruningReport, library_versions
 from optimum_fista.run.streamed.fingerprint import SourceFiles

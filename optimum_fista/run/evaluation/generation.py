@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from optimum_fista.run.checkpoints.loading import load_model
-from optimum_fista.run.memory.free_memory import release_free_memory
+from optimum_fista.run.memory import release_free_memory
 
 
 def continue_prompts(

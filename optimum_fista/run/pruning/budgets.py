@@ -16,7 +16,7 @@ from optimum_fista.model.experts import ExpertOperator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.memory.available_memory import is_out_of_memory
+from optimum_fista.run.memory import is_out_of_memory
 from optimum_fista.run.texts.positions import explained_length
 from optimum_fista.solve.allocation import RemovalCost, allocate
 from optimum_fista.solve.pattern import SparsityPattern

@@ -9,7 +9,7 @@ import torch
 
 from optimum_fista.model.correction import GroupProblems
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.memory.free_memory import release_free_memory
+from optimum_fista.run.memory import release_free_memory
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.reports.report import OperatorReport
 from optimum_fista.solve.method import PruningMethod

@@ -14,9 +14,7 @@ from optimum_fista.model.hidden_states import RecordedInputs
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.run.checkpoints.loading import storage_place
-from optimum_fista.run.memory.available_memory import is_out_of_memory
-from optimum_fista.run.memory.free_memory import release_memory_of
-from optimum_fista.run.memory.peak_memory import PeakMemory
+from optimum_fista.run.memory import PeakMemory, is_out_of_memory, release_memory_of
 from optimum_fista.run.pruning.group_solving import GroupSolver, report_group
 from optimum_fista.run.pruning.layer_finetuning import finetune_layer
 from optimum_fista.run.pruning.model_pruning import ModelPruning

@@ -22,7 +22,7 @@ from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.loading import require_unquantized, storage_place
 from optimum_fista.run.checkpoints.stored_names import stored_names
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.memory.free_memory import release_memory_of
+from optimum_fista.run.memory import release_memory_of
 from optimum_fista.run.pruning.budgets import Budgets, share_budgets
 from optimum_fista.run.pruning.operators import choose_operators
 from optimum_fista.run.pruning.run_batches import RunBatches

@@ -11,8 +11,7 @@ from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 from optimum_fista.model.offload import execution_device
-from optimum_fista.run.memory.available_memory import is_out_of_memory
-from optimum_fista.run.memory.free_memory import release_free_memory
+from optimum_fista.run.memory import is_out_of_memory, release_free_memory
 from optimum_fista.run.pruning.batch_size import cut_batches, cut_states, halved_sizes
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.texts.positions import explained_length

@@ -19,7 +19,7 @@ import torch
 
 import optimum_fista
 from optimum_fista.run.config import wrong_field
-from optimum_fista.run.memory.peak_memory import MemoryPeak
+from optimum_fista.run.memory import MemoryPeak
 from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.pattern import Scope
 

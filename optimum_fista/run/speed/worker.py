@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from optimum_fista.model.architecture import input_embedding
 from optimum_fista.run.checkpoints.loading import read_model
-from optimum_fista.run.memory.available_memory import device_counts
-from optimum_fista.run.memory.free_memory import release_free_memory
+from optimum_fista.run.memory import device_counts, release_free_memory
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
-from optimum_fista.run.memory.available_memory import is_out_of_memory
+from optimum_fista.run.memory import is_out_of_memory
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from browser import CHROMIUM, BrowserError, browser
 from optimum_fista.run.evaluation.evaluation_file import Evaluation
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
 from optimum_fista.run.html_report.page import Continuation, read_contents, render_page
-from optimum_fista.run.memory.peak_memory import MemoryPeak
+from optimum_fista.run.memory import MemoryPeak
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 

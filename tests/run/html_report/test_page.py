@@ -12,7 +12,7 @@ from optimum_fista.run.evaluation.evaluation_file import Evaluation
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
 from optimum_fista.run.html_report.page import Continuation, read_contents, render_page
 from optimum_fista.run.html_report.row_sparsity import RowSparsities
-from optimum_fista.run.memory.peak_memory import MemoryPeak
+from optimum_fista.run.memory import MemoryPeak
 from optimum_fista.run.reports.report import PruningReport
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"

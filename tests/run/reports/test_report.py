@@ -6,7 +6,7 @@ import platform
 import pytest
 
 import optimum_fista
-from optimum_fista.run.memory.peak_memory import MemoryPeak
+from optimum_fista.run.memory import MemoryPeak
 from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport, library_versions, public_name
 from optimum_fista.solve.convergence import Convergence
 

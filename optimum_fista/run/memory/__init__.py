@@ -1,1 +1,0 @@
-"""Memory: what is free, what was held, what is given back."""

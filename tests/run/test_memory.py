@@ -1,0 +1,115 @@
+import time
+
+import psutil
+import pytest
+import torch
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run import memory
+from optimum_fista.run.memory import MemoryPeak, PeakMemory, available_bytes, is_out_of_memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnSpotrf(...)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)"),
+        RuntimeError("Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+        RuntimeError("level_zero backend failed with error: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:98] data. DefaultCPUAllocator: not enough memory"),
+    ],
+    ids=str,
+)
+def test_every_device_and_library_has_its_own_words(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnSpotrf(...)`"),
+        ValueError("the plan says: out of memory"),
+        KeyboardInterrupt(),
+    ],
+    ids=repr,
+)
+def test_other_errors(error):
+    assert not is_out_of_memory(error)
+
+
+def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    whole = available_bytes(torch.device("cpu"))
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    assert available_bytes(torch.device("cpu")) == 450
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(torch.device("cpu")) > 1000
+    assert whole > 1000
+    assert available_bytes(torch.device("meta")) is None
+
+
+CPU = torch.device("cpu")
+SIZE = 64 << 20
+
+
+def test_what_was_freed_again_is_seen():
+    before = psutil.Process().memory_info().rss
+    with PeakMemory(CPU) as memory:
+        held = torch.ones(SIZE // 4)
+        ends = time.monotonic() + 60  # it looks 50 times a second, if the machine lets it
+        while memory.peak.resident_bytes < before + 0.9 * SIZE and time.monotonic() < ends:
+            time.sleep(0.02)
+        del held
+    assert memory.peak.resident_bytes >= before + 0.9 * SIZE
+    assert memory.peak.device_bytes is None
+    if memory.peak.anonymous_bytes is not None:
+        assert 0.9 * SIZE <= memory.peak.anonymous_bytes <= memory.peak.resident_bytes
+    with PeakMemory(CPU) as later:
+        pass
+    assert later.peak.resident_bytes < memory.peak.resident_bytes
+
+
+def test_it_ends_with_an_error(monkeypatch):
+    memory = PeakMemory(CPU)
+    with pytest.raises(KeyboardInterrupt), memory:
+        raise KeyboardInterrupt
+    assert not memory._thread.is_alive()
+
+
+def test_the_thread_of_a_context_that_was_never_left_ends_as_well():
+    memory = PeakMemory(CPU)
+    memory.__enter__()
+    thread = memory._thread
+    del memory
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_on_cuda_the_count_of_pytorch_starts_anew(monkeypatch):
+    peaks = {"now": 5}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.update(now=0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks["now"])
+    with PeakMemory(torch.device("cuda:1")) as memory:
+        peaks["now"] = 3
+    assert memory.peak.device_bytes == 3
+
+
+@pytest.mark.parametrize("from_files", [False, True])
+def test_every_layer_of_a_report_has_its_peak(llama, tokens, tiny_folder, tmp_path, from_files):
+    pruner = FistaPruner(FistaPruningConfig(method="wanda", exclude="*.layers.1.*"), progress=False)
+    options = {"output_dir": tmp_path / "pruned"} if from_files else {}
+    report = pruner.prune(tiny_folder if from_files else llama, tokens.split(4), **options)
+    first, last = (layer.memory for layer in report.layers)
+    assert isinstance(first, MemoryPeak)
+    assert first.resident_bytes > 1 << 20
+    assert last is None
