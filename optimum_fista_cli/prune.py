@@ -90,12 +90,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same sparsity everywhere, or shared by gradients of the loss (default: obs_admm fisher)",
     )
     how.add_argument(
-        "--starved-tokens",
+        "--under-calibrated-tokens",
         type=int,
         metavar="N",
-        help="experts of a mixture that the router sends fewer than N tokens are starved (default 128)",
+        help="experts of a mixture that the router sends fewer than N tokens are under-calibrated (default 128)",
     )
-    how.add_argument("--starved-method", help="the method that prunes starved experts (default magnitude)")
+    how.add_argument(
+        "--under-calibrated-method", help="the method that prunes under-calibrated experts (default magnitude)"
+    )
     how.add_argument("--warm-start", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
     how.add_argument("--max-iterations", type=int, help="iteration limit of the method")
     how.add_argument(
@@ -311,7 +313,15 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
     from optimum_fista.run.config import FistaPruningConfig
 
     names = ["sparsity", "pattern", "scope", "include", "exclude", "method", "error_correction", "residual_correction"]
-    names += ["allocation", "held_out", "starved_tokens", "starved_method", "warm_start", "max_iterations", "seed"]
+    names += [
+        "allocation",
+        "held_out",
+        "under_calibrated_tokens",
+        "under_calibrated_method",
+        "warm_start",
+        "max_iterations",
+        "seed",
+    ]
     names += ["finetune", "finetune_steps", "finetune_learning_rate"]
     flags: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.paper and (arguments.config or flags.get("method", "fista") != "fista"):

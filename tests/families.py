@@ -99,7 +99,7 @@ def try_family(family: str, folder: Path) -> Outcome:
                 error_correction=0.5,
                 residual_correction=1.0,
                 exclude=excluded,
-                starved_tokens=0,
+                under_calibrated_tokens=0,
             ),
             progress=False,
         )
@@ -126,7 +126,8 @@ def prune_in_other_ways(model: PreTrainedModel, excluded: list[str]) -> None:
         {"sparsity": 0.3, "method": "wanda", "error_correction": "intra", "allocation": "uniform"},
     ):
         report = prune(
-            FistaPruner(FistaPruningConfig(exclude=excluded, starved_tokens=0, **options), progress=False), model
+            FistaPruner(FistaPruningConfig(exclude=excluded, under_calibrated_tokens=0, **options), progress=False),
+            model,
         )
         assert report.totals["sparsity"] >= options["sparsity"] - 0.01
 
@@ -232,7 +233,12 @@ def stream_family(family: str, folder: Path, devices: Sequence[str]) -> list[Pru
     excluded = stacked_weights(model)
     model.save_pretrained(folder / "source")
     config = FistaPruningConfig(
-        0.5, method="sparsegpt", error_correction=0.5, residual_correction=1.0, exclude=excluded, starved_tokens=0
+        0.5,
+        method="sparsegpt",
+        error_correction=0.5,
+        residual_correction=1.0,
+        exclude=excluded,
+        under_calibrated_tokens=0,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

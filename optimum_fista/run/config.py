@@ -46,6 +46,14 @@ def method_defaults(name: str) -> MethodDefaults:
     return _METHOD_DEFAULTS.get(name, MethodDefaults())
 
 
+_OLD_NAMES = {"starved_tokens": "under_calibrated_tokens", "starved_method": "under_calibrated_method"}
+
+
+def renamed_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved options, with the names that they have now if an older version wrote them."""
+    return {name if (new := _OLD_NAMES.get(name, name)) in values else new: value for name, value in values.items()}
+
+
 _WORDS = {
     int: "a whole number",
     float: "a number",
@@ -121,8 +129,9 @@ class FistaPruningConfig:
         exclude: Shell-style name patterns of the operators to leave dense.
         overrides: Sparsity (a number) or pattern (text) by shell-style name pattern, the first match wins;
             0 leaves an operator dense.
-        starved_tokens: Experts of a mixture that the router sends fewer calibration tokens are starved.
-        starved_method: The method that prunes starved experts, with its default options.
+        under_calibrated_tokens: An expert of a mixture is under-calibrated if the router sends it fewer calibration
+            tokens than this.
+        under_calibrated_method: The method that prunes under-calibrated experts, with its default options.
         finetune: `"layer"`: once a decoder layer is pruned, its kept weights are trained together by Adam on the
             calibration tokens, so that it returns the hidden states of the dense network. `None`: they are not.
         finetune_steps: Steps a decoder layer, a calibration batch each.
@@ -146,8 +155,8 @@ class FistaPruningConfig:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, float | str] = field(default_factory=dict)
-    starved_tokens: int = 128
-    starved_method: str = "magnitude"
+    under_calibrated_tokens: int = 128
+    under_calibrated_method: str = "magnitude"
     finetune: Literal["layer"] | None = None
     finetune_steps: int = 32
     finetune_learning_rate: float = 3e-4
@@ -176,14 +185,15 @@ class FistaPruningConfig:
         rate = self.finetune_learning_rate
         if not 0 < rate < math.inf:
             raise ValueError(f"finetune_learning_rate={rate!r}: pass a number above 0, such as 3e-4.")
-        wholes = {"allocation_tokens": 2, "held_out": 0, "starved_tokens": 0, "finetune_steps": 1, "seed": 0}
+        wholes = {"allocation_tokens": 2, "held_out": 0, "under_calibrated_tokens": 0, "finetune_steps": 1, "seed": 0}
         for name, least in wholes.items():
             number = getattr(self, name)
             if number < least:
                 raise ValueError(f"{name}={number!r}: pass a whole number of at least {least}.")
-        if self.starved_method not in METHODS:
+        if self.under_calibrated_method not in METHODS:
             raise ValueError(
-                f"starved_method={self.starved_method!r}: pass one of {', '.join(map(repr, sorted(METHODS)))}."
+                f"under_calibrated_method={self.under_calibrated_method!r}: "
+                f"pass one of {', '.join(map(repr, sorted(METHODS)))}."
             )
         object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
         if self.scope is not None and self._default_pattern().fixed and not self.overrides:
@@ -278,11 +288,12 @@ class FistaPruningConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FistaPruningConfig:
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`; also reads what older versions saved.
 
         Raises:
             ValueError: If a key is no option.
         """
+        values = renamed_options(values)
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:

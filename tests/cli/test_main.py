@@ -11,8 +11,8 @@ FLAGS = {
     "prune": (
         "MODEL --output -o --dry-run --overwrite --packed --sparsity --pattern --scope --include "
         "--exclude --method --paper "
-        "--error-correction --residual-correction --allocation --starved-tokens "
-        "--starved-method --warm-start --max-iterations "
+        "--error-correction --residual-correction --allocation --under-calibrated-tokens "
+        "--under-calibrated-method --warm-start --max-iterations "
         "--finetune --finetune-steps --finetune-learning-rate --config "
         "--calibration --num-samples --sequence-length "
         "--held-out --batch-size --seed --device --dtype --storage-device --report-to --logging-dir "

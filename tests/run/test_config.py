@@ -184,6 +184,13 @@ def test_unknown_keys_are_named():
         FistaPruningConfig.from_dict({"sparcity": 0.5, "zeros": 1, "seed": 0})
 
 
+def test_options_that_older_versions_saved_under_other_names():
+    read = FistaPruningConfig.from_dict({"starved_tokens": 64, "starved_method": "wanda"})
+    assert read == FistaPruningConfig(under_calibrated_tokens=64, under_calibrated_method="wanda")
+    with pytest.raises(ValueError, match="unknown options 'starved_tokens'"):
+        FistaPruningConfig.from_dict({"starved_tokens": 64, "under_calibrated_tokens": 32})
+
+
 def test_json_that_is_no_configuration(tmp_path):
     file = tmp_path / "half.json"
     file.write_text("{")

@@ -42,8 +42,8 @@ class GroupSolver:
         self._budgets = budgets
         self._output_weights = budgets.output_weights if config.scope == "matrix" else {}
         self._method = config.create_method(model_type)
-        self._starved_method = create_method(config.starved_method)
-        self._starved_tokens = config.starved_tokens
+        self._under_calibrated_method = create_method(config.under_calibrated_method)
+        self._under_calibrated_tokens = config.under_calibrated_tokens
 
     def solve(self, problems: GroupProblems) -> SolvedGroup:
         """Prune the operators of a group; nothing is written.
@@ -78,10 +78,10 @@ class GroupSolver:
     def _method_for(self, problems: GroupProblems) -> tuple[PruningMethod, str]:
         """The method for a group, and what to say if it is not the usual one."""
         tokens = problems.fitted[0].statistics.num_tokens
-        if problems.operators[0].tokens is None or tokens >= self._starved_tokens:
+        if problems.operators[0].tokens is None or tokens >= self._under_calibrated_tokens:
             return self._method, ""
-        method = self._starved_method
-        return method, f"starved expert: {tokens} calibration tokens reached it, so {method.name} pruned it"
+        method = self._under_calibrated_method
+        return method, f"under-calibrated expert: {tokens} calibration tokens reached it, so {method.name} pruned it"
 
 
 def report_group(problems: GroupProblems, solved: SolvedGroup) -> list[OperatorReport]:

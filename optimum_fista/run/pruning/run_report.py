@@ -84,13 +84,13 @@ def complete_report(
     if config.correction.residual_share:
         report.warnings.extend(_without_residual_correction(report))
     report.warnings.extend(f"{o.name}: {o.message}" for o in operators if o.message and not o.converged)
-    starved = [o for o in operators if o.method != config.method]
-    if starved:
-        least = min(starved, key=lambda o: o.num_tokens)
+    under_calibrated = [o for o in operators if o.method != config.method]
+    if under_calibrated:
+        least = min(under_calibrated, key=lambda o: o.num_tokens)
         report.warn(
-            f"{len(starved)} of {len(operators)} operators belong to experts that fewer than "
-            f"{config.starved_tokens} calibration tokens reached, and were pruned by "
-            f"{config.starved_method} ({least.name}: {least.num_tokens}). Pass more calibration tokens."
+            f"{len(under_calibrated)} of {len(operators)} operators belong to experts that fewer than "
+            f"{config.under_calibrated_tokens} calibration tokens reached, and were pruned by "
+            f"{config.under_calibrated_method} ({least.name}: {least.num_tokens}). Pass more calibration tokens."
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import optimum_fista
-from optimum_fista.run.config import wrong_field
+from optimum_fista.run.config import renamed_options, wrong_field
 from optimum_fista.run.memory import MemoryPeak
 from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.pattern import Scope
@@ -277,7 +277,8 @@ class PruningReport:
         values = {key: value for key, value in values.items() if key != "totals"}
         operators = [OperatorReport.from_dict(operator) for operator in values.pop("operators")]
         layers = [LayerReport.from_dict(layer) for layer in values.pop("layers", [])]
-        report = _checked(cls(operators=operators, layers=layers, **values))
+        report: PruningReport = _checked(cls(operators=operators, layers=layers, **values))
+        report.config = renamed_options(report.config)
         if not report.model["num_parameters"] > 0:
             raise TypeError(f"model has {report.model['num_parameters']} parameters")
         return report

@@ -1,4 +1,4 @@
-"""Pruning mixtures of experts: budgets, starved experts, saving, streaming, offloading, rollback."""
+"""Pruning mixtures of experts: budgets, under-calibrated experts, saving, streaming, offloading, rollback."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def tokens() -> Tensor:
 
 
 def pruner(**options) -> FistaPruner:
-    return FistaPruner(FistaPruningConfig(**{"starved_tokens": 0} | options), progress=False)
+    return FistaPruner(FistaPruningConfig(**{"under_calibrated_tokens": 0} | options), progress=False)
 
 
 def same(model: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -127,15 +127,17 @@ def test_every_method_prunes_experts(method, tokens):
     assert sum(seen) == 2 * tokens.numel()  # two experts a token
 
 
-def test_starved_experts_are_pruned_by_the_named_method_and_reported(tokens):
+def test_under_calibrated_experts_are_pruned_by_the_named_method_and_reported(tokens):
     model = tiny_model("mixtral")
-    report = pruner(method="sparsegpt", starved_tokens=10**6, starved_method="wanda").prune(model, tokens.split(4))
+    report = pruner(method="sparsegpt", under_calibrated_tokens=10**6, under_calibrated_method="wanda").prune(
+        model, tokens.split(4)
+    )
     experts = [o for o in report.operators if ".experts." in o.name]
     assert {o.method for o in experts} == {"wanda"}
     assert {o.method for o in report.operators if o not in experts} == {"sparsegpt"}
     assert all(f"{o.num_tokens} calibration tokens" in o.message and "wanda" in o.message for o in experts)
     assert any(w.startswith(f"{len(experts)} of {len(report.operators)} operators") for w in report.warnings)
-    partly = pruner(method="sparsegpt", starved_tokens=sorted(o.num_tokens for o in experts)[12]).prune(
+    partly = pruner(method="sparsegpt", under_calibrated_tokens=sorted(o.num_tokens for o in experts)[12]).prune(
         tiny_model("mixtral"), tokens.split(4)
     )
     assert {o.method for o in partly.operators if ".experts." in o.name} == {"sparsegpt", "magnitude"}
@@ -186,11 +188,11 @@ def test_layers_of_a_mixture_are_found():
     assert len(find_decoder_layers(tiny_model("gpt_oss"))) == 2
 
 
-def test_starved_options_are_checked():
-    with pytest.raises(ValueError, match=r"starved_method='cheapest': pass one of 'admm'"):
-        FistaPruningConfig(starved_method="cheapest")
-    with pytest.raises(ValueError, match=r"starved_tokens=-1: pass a whole number of at least 0"):
-        FistaPruningConfig(starved_tokens=-1)
+def test_under_calibrated_options_are_checked():
+    with pytest.raises(ValueError, match=r"under_calibrated_method='cheapest': pass one of 'admm'"):
+        FistaPruningConfig(under_calibrated_method="cheapest")
+    with pytest.raises(ValueError, match=r"under_calibrated_tokens=-1: pass a whole number of at least 0"):
+        FistaPruningConfig(under_calibrated_tokens=-1)
 
 
 def test_a_resumed_mixture_is_the_same(tokens, tmp_path, monkeypatch):

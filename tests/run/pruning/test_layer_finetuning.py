@@ -18,7 +18,7 @@ OPTIONS = {"finetune": "layer", "finetune_steps": 12, "finetune_learning_rate": 
 
 
 def pruner(**options) -> FistaPruner:
-    return FistaPruner(FistaPruningConfig(**OPTIONS | {"starved_tokens": 0} | options), progress=False)
+    return FistaPruner(FistaPruningConfig(**OPTIONS | {"under_calibrated_tokens": 0} | options), progress=False)
 
 
 def behind_layers(model, tokens) -> list[torch.Tensor]:

@@ -159,7 +159,7 @@ def test_what_cannot_be_masked_is_refused(saved, llama):
 
 def test_adapters_on_fused_experts_are_refused():
     model = tiny_model("mixtral")
-    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda", starved_tokens=0), progress=False)
+    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda", under_calibrated_tokens=0), progress=False)
     pruner.prune(model, tiny_tokens().split(4))
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts is pruned and has a ParamWrapper"):
