@@ -108,7 +108,7 @@ def test_further_sequences_are_held_out(prune, tmp_path, capsys):
     assert report["config"]["held_out"] == 3
     assert (report["calibration"]["num_sequences"], report["calibration"]["held_out"]["num_sequences"]) == (8, 3)
     assert all(operator["held_out_tokens"] == 48 for operator in report["operators"])
-    assert "| the same on held-out tokens |" in (tmp_path / "out" / "README.md").read_text()
+    assert "| fit error on held-out tokens |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_seed_batch_size_and_dtype(prune, tmp_path):
