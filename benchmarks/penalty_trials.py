@@ -14,11 +14,11 @@ from functools import cached_property
 
 from torch import Tensor
 
-from optimum_fista.solve.fista import FistaSolution, fista
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.penalty import search_penalty
 from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.proximal_gradient import FistaSolution, fista
 from optimum_fista.solve.refit import refit
 
 STEPS = 20

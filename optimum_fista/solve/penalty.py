@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from optimum_fista.solve.fista import FistaSolution
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.proximal_gradient import FistaSolution
 from optimum_fista.solve.pruned import PrunedOperator
 
 

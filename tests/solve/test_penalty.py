@@ -4,10 +4,10 @@ import pytest
 import torch
 from layer_problems import Example, example
 
-from optimum_fista.solve.fista import FistaSolution, fista
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.penalty import search_penalty
+from optimum_fista.solve.proximal_gradient import FistaSolution, fista
 from optimum_fista.solve.refit import refit
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.5, "row"), parse_pattern("2:4")]

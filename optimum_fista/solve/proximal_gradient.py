@@ -1,4 +1,4 @@
-"""Soft-thresholding and FISTA on Gram statistics."""
+"""Proximal gradient steps for the LASSO on Gram statistics: soft-thresholding and FISTA."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import torch
 from layer_problems import Example, example
 from sklearn.linear_model import Lasso
 
-from optimum_fista.solve.fista import FistaSolution, fista, soft_threshold
+from optimum_fista.solve.proximal_gradient import FistaSolution, fista, soft_threshold
 
 FRACTIONS = [0.5, 0.1, 0.01, 1e-3]
 

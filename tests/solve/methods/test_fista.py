@@ -6,7 +6,6 @@ import pytest
 import torch
 from layer_problems import Example, example
 
-from optimum_fista.solve.fista import fista
 from optimum_fista.solve.methods.fista import Fista
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
@@ -14,6 +13,7 @@ from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.penalty import search_penalty
+from optimum_fista.solve.proximal_gradient import fista
 
 STARTS = {"dense": Magnitude, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
 PATTERNS = [Unstructured(0.5), Unstructured(0.7, "row"), parse_pattern("2:4")]
