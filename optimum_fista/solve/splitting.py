@@ -11,8 +11,8 @@ from torch import Tensor
 
 from optimum_fista.solve.blocks import row_blocks
 from optimum_fista.solve.cholesky import cholesky_in_place, inverse_in_place
-from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.pruned import Convergence
 
 FIXED_POINT_RESIDUAL = "||W - Z|| of an ADMM step, relative to the dense weights"
 

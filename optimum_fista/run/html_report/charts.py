@@ -14,7 +14,7 @@ from statistics import fmean
 
 from optimum_fista.run.reports.operator_grid import OperatorGrid, layer_and_kind, layer_index
 from optimum_fista.run.reports.report import OperatorReport
-from optimum_fista.solve.convergence import Convergence
+from optimum_fista.solve.pruned import Convergence
 
 STEPS = 9
 """Colours of a heat map's scale; style.css has them."""

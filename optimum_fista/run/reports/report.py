@@ -20,8 +20,8 @@ import torch
 import optimum_fista
 from optimum_fista.run.config import renamed_options, wrong_field
 from optimum_fista.run.memory import MemoryPeak
-from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.pattern import Scope
+from optimum_fista.solve.pruned import Convergence
 
 _OLD_NAMES = {"relative_error": "fit_error", "held_out_error": "held_out_fit_error"}
 

@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.pruned import PrunedOperator
+from optimum_fista.solve.pruned import Convergence, PrunedOperator
 
 
 @register

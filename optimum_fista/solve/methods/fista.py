@@ -7,7 +7,6 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from optimum_fista.solve.convergence import Convergence
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
@@ -16,7 +15,7 @@ from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.penalty import search_penalty
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.proximal_gradient import FistaSolution, fista
-from optimum_fista.solve.pruned import PrunedOperator
+from optimum_fista.solve.pruned import Convergence, PrunedOperator
 from optimum_fista.solve.refit import refit
 
 WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt"]

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from optimum_fista.run.html_report.charts import STEPS, convergence_charts, heat_map, line_chart
-from optimum_fista.solve.convergence import Convergence
+from optimum_fista.solve.pruned import Convergence
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import optimum_fista
 from optimum_fista.run.memory import MemoryPeak
 from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport, library_versions, public_name
-from optimum_fista.solve.convergence import Convergence
+from optimum_fista.solve.pruned import Convergence
 
 
 def operator(name: str, **changes) -> OperatorReport:

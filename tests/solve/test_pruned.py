@@ -1,6 +1,6 @@
 import pytest
 
-from optimum_fista.solve.convergence import POINTS, Convergence
+from optimum_fista.solve.pruned import POINTS, Convergence
 
 
 def test_few_steps_are_all_kept():
