@@ -1,9 +1,14 @@
+import dataclasses
 import math
 
 import pytest
 import torch
+from layer_problems import example
 
-from optimum_fista.solve.allocation import HIGHEST, REACH, SLOPE, RemovalCost, allocate
+from optimum_fista.solve.allocation import HIGHEST, REACH, SLOPE, RemovalCost, allocate, prune_stacked
+from optimum_fista.solve.methods import METHODS, create_method
+from optimum_fista.solve.patterns import Unstructured
+from optimum_fista.solve.problem import LayerProblem
 
 
 def total_cost(costs, sparsities, sparsity):
@@ -64,3 +69,111 @@ def test_extreme_costs_stay_within_reach(sparsity):
     assert max(0, sparsity - REACH) - 1e-9 <= shared["costly"] <= sparsity
     assert sparsity <= shared["free"] <= max(sparsity, min(HIGHEST, sparsity + REACH)) + 1e-9
     assert average(costs, shared) == pytest.approx(round(sparsity * 12_000) / 12_000, abs=1e-12)
+
+
+HALF = Unstructured(0.5)
+
+
+def parts(made, *sizes):
+    """A problem cut into operators of these numbers of outputs."""
+    problem, start, cut = made.problem, 0, []
+    for size in sizes:
+        rows = slice(start, start + size)
+        given = (problem.target[rows], problem.output_energies[rows]) if problem.corrected else ()
+        cut.append(LayerProblem(problem.weight[rows], problem.statistics, *given, name=f"part{start}"))
+        start += size
+    return cut
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_equal_weights_prune_the_operators_as_one(name, corrected):
+    made = example(12, 16, corrected=corrected, correlation=2.0)
+    method = create_method(name)
+    stacked = prune_stacked(method, parts(made, 4, 8), [HALF, HALF], [torch.full((4,), 7.0), torch.full((8,), 7.0)])
+    whole = method.prune(made.problem, HALF)
+    assert torch.equal(torch.cat([p.mask for p in stacked]), whole.mask)
+    assert torch.allclose(torch.cat([p.weight for p in stacked]), whole.weight)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_zeros_are_shared_exactly_and_errors_are_those_of_the_operators(name, corrected):
+    made = example(12, 16, corrected=corrected, correlation=2.0, dtype=torch.float32)
+    problems = parts(made, 5, 7)
+    before = [p.weight.clone() for p in problems]
+    patterns = [Unstructured(0.3), Unstructured(0.7)]
+    weights = [torch.rand(5) + 0.1, 10 * torch.rand(7)]
+    stacked = prune_stacked(create_method(name), problems, patterns, weights)
+    zeros = sum(int((~p.mask).sum()) for p in stacked)
+    assert zeros == round(0.3 * 5 * 16) + round(0.7 * 7 * 16)
+    start = 0
+    for problem, pruned, dense in zip(problems, stacked, before, strict=True):
+        rows = slice(start, start + len(dense))
+        start += len(dense)
+        assert torch.allclose(problem.weight, dense, rtol=1e-6)
+        assert not pruned.weight[~pruned.mask].any()
+        wanted = made.outputs[:, rows]
+        error = float((made.inputs @ pruned.weight.T - wanted).norm() / wanted.norm())
+        assert pruned.fit_error == pytest.approx(error, rel=1e-3)
+
+
+def test_scores_are_weighted_by_the_square_root():
+    made = example(8, 16)
+    weights = torch.rand(8, generator=torch.Generator().manual_seed(1)).double() + 0.2
+    (pruned,) = prune_stacked(create_method("wanda"), [made.problem], [HALF], [weights])
+    scores = made.weight.abs() * made.problem.gram.diagonal().sqrt() * weights.sqrt()[:, None]
+    assert torch.equal(pruned.mask, HALF.mask(scores))
+
+
+def test_the_weighted_error_falls():
+    plain = weighted = 0.0
+    for seed in range(5):
+        made = example(24, 32, seed=seed, correlation=2.0)
+        weights = torch.logspace(-1.5, 1.5, 24, dtype=torch.float64)
+
+        def error(pruned, made=made, weights=weights):
+            difference = pruned.weight - made.weight
+            return float(((difference @ made.problem.gram) * difference).sum(1) @ weights)
+
+        method = create_method("obs_admm", ridge=1e-3)
+        plain += error(method.prune(made.problem, HALF))
+        weighted += error(prune_stacked(method, [made.problem], [HALF], [weights])[0])
+    assert weighted < 0.9 * plain
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_outputs_without_gradient_lose_more_weights_and_not_all(name):
+    made = example(6, 64)
+    weights = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    (pruned,) = prune_stacked(create_method(name), [made.problem], [HALF], [weights])
+    assert torch.isfinite(pruned.weight).all()
+    kept = pruned.mask.sum(1)
+    assert 4 <= int(kept[[1, 3]].min()) <= int(kept[[1, 3]].max()) <= 20 < int(kept[[0, 2, 4, 5]].min())
+
+
+def test_without_any_gradient_all_outputs_weigh_the_same():
+    made = example(6, 16)
+    (pruned,) = prune_stacked(create_method("obs_admm"), [made.problem], [HALF], [torch.zeros(6)])
+    whole = create_method("obs_admm").prune(made.problem, HALF)
+    assert torch.equal(pruned.mask, whole.mask)
+
+
+def test_energy_of_the_stacked_problem_is_weighted():
+    made = example(6, 16, corrected=True)
+    seen = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Spy(METHODS["magnitude"]):
+        def prune(self, problem, pattern):
+            weight = problem.weight * 0.5
+            seen.append((weight, problem.fit_error(weight)))
+            return super().prune(problem, pattern)
+
+    weights = torch.rand(6).double() + 0.5
+    prune_stacked(Spy(), parts(made, 2, 4), [HALF, HALF], [weights[:2], weights[2:]])
+    scale = (weights / weights.mean()).sqrt()
+    weight, found = seen[0]
+    expected = math.sqrt(float(((made.inputs @ weight.T - made.outputs * scale).square()).sum()))
+    expected /= float((made.outputs * scale).norm())
+    assert found == pytest.approx(expected, rel=1e-6)

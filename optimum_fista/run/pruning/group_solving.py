@@ -12,11 +12,11 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import release_free_memory
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.reports.report import OperatorReport
+from optimum_fista.solve.allocation import prune_stacked
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.pruned import PrunedOperator
-from optimum_fista.solve.stacking import prune_stacked
 
 
 @dataclass
