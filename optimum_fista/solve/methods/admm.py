@@ -11,8 +11,7 @@ from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import Convergence, PrunedOperator
-from optimum_fista.solve.scaling import unit_diagonal
-from optimum_fista.solve.splitting import FIXED_POINT_RESIDUAL, damped_inverse
+from optimum_fista.solve.splitting import FIXED_POINT_RESIDUAL, damped_inverse, unit_diagonal
 
 
 @register

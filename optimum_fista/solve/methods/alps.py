@@ -13,8 +13,7 @@ from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
 from optimum_fista.solve.refit import refit
-from optimum_fista.solve.scaling import unit_diagonal
-from optimum_fista.solve.splitting import SplitState
+from optimum_fista.solve.splitting import SplitState, unit_diagonal
 
 
 @register
