@@ -27,8 +27,8 @@ from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.patterns import Unstructured
 from optimum_fista.solve.problem import LayerProblem, inner
 from optimum_fista.solve.refit import refit
-from optimum_fista.solve.spectrum import largest_eigenvalue
 from optimum_fista.solve.splitting import SplitState, damped_inverse
+from optimum_fista.solve.statistics import largest_eigenvalue
 
 HALF = Unstructured(0.5)
 RIDGE = 0.03

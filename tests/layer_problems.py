@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.problem import InputStatistics, LayerProblem
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.statistics import InputStatistics
 
 
 @dataclass(frozen=True)

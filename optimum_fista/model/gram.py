@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.problem import InputStatistics
+from optimum_fista.solve.statistics import InputStatistics
 
 _LEAF = 256
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.solve.blocks import row_blocks
-from optimum_fista.solve.problem import DenseOutputs, InputStatistics, LayerProblem, inner_by_rows
+from optimum_fista.solve.problem import DenseOutputs, LayerProblem, inner_by_rows
+from optimum_fista.solve.statistics import InputStatistics
 
 Group = list[LinearOperator]
 """Operators that share their inputs."""

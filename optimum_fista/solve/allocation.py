@@ -21,6 +21,12 @@ REACH = 0.45
 """An operator's sparsity differs from the average by no more than this."""
 HIGHEST = 0.95
 """An operator's sparsity is no higher than this, or than the average if that is higher."""
+_LEAST_SCALE = 0.3
+"""Smallest scale of an output, in units of their root mean square.
+
+Gradients say little about outputs that saturate: a query head whose attention rests on one token hardly feels a small
+change of its queries, and needs them all the same. Without a bound it loses all of its weights.
+"""
 
 
 @dataclass(frozen=True)
@@ -81,14 +87,6 @@ def allocate(costs: Mapping[str, RemovalCost], sparsity: float) -> dict[str, flo
     return {name: count / costs[name].size for name, count in zeros.items()}
 
 
-_LEAST = 0.3
-"""Smallest scale of an output, in units of their root mean square.
-
-Gradients say little about outputs that saturate: a query head whose attention rests on one token hardly feels a small
-change of its queries, and needs them all the same. Without a bound it loses all of its weights.
-"""
-
-
 def prune_stacked(
     method: PruningMethod,
     problems: Sequence[LayerProblem],
@@ -113,7 +111,7 @@ def prune_stacked(
     """
     scales = torch.cat([weights.to(problems[0].weight) for weights in output_weights]).sqrt()
     scales /= scales.square().mean().sqrt().clamp_min(torch.finfo(scales.dtype).tiny)
-    scales = scales.clamp_min(_LEAST)[:, None]
+    scales = scales.clamp_min(_LEAST_SCALE)[:, None]
     shapes = [(p.weight.shape[0], p.weight.shape[1]) for p in problems]
     kept = sum(pattern.num_kept(shape) for pattern, shape in zip(patterns, shapes, strict=True))
     stacked = LayerProblem.stack(problems, scales)

@@ -17,7 +17,8 @@ from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.estimate.estimate import Estimate
 from optimum_fista.run.pruning import group_solving, model_pruning
 from optimum_fista.solve.blocks import SCALE_ON_DEVICES, row_blocks, rows_in_block
-from optimum_fista.solve.problem import InputStatistics, LayerProblem
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.statistics import InputStatistics
 
 DEVICE = "simulated:0"  # which is not the current one
 TENTH_OF_8B = {"hidden_size": 416, "intermediate_size": 1440, "num_attention_heads": 4, "num_key_value_heads": 1}

@@ -7,8 +7,9 @@ from simulated_device.backend import counted
 
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
-from optimum_fista.solve.problem import InputStatistics, LayerProblem
+from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows, kth_smallest
+from optimum_fista.solve.statistics import InputStatistics
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.5, "row"), parse_pattern("2:4")]
 WAITS = {  # an operator of any size and pattern: two for its error, one for the statistics, one a factorisation

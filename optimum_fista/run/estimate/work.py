@@ -19,7 +19,8 @@ from torch.utils.flop_counter import flop_registry
 from optimum_fista.solve.blocks import SCALE_ON_DEVICES, block_share, rows_in_block
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
-from optimum_fista.solve.problem import InputStatistics, LayerProblem
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.statistics import InputStatistics
 
 _FORMULAS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 _CUBES = {"cholesky": 1, "inv": 1, "eigh": 40}

@@ -7,7 +7,8 @@ from layer_problems import correlated_inputs
 from optimum_fista.run.config import method_defaults
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
-from optimum_fista.solve.problem import InputStatistics, LayerProblem
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.statistics import InputStatistics
 
 SEEING = sorted(set(METHODS) - {"magnitude"})  # magnitude pruning looks at no input
 METHOD_OPTIONS = [(name, {}) for name in SEEING]

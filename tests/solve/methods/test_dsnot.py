@@ -5,7 +5,8 @@ from layer_problems import example
 from optimum_fista.solve.methods.dsnot import Dsnot
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
-from optimum_fista.solve.problem import InputStatistics, LayerProblem
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.statistics import InputStatistics
 
 
 def expected_errors(made, mask):

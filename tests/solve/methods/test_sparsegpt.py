@@ -6,7 +6,8 @@ from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
-from optimum_fista.solve.problem import InputStatistics, LayerProblem
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.statistics import InputStatistics
 
 PATTERNS = [
     Unstructured(0.5),

@@ -9,7 +9,8 @@ from live_memory import LiveMemory
 
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
-from optimum_fista.solve.problem import InputStatistics, LayerProblem
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.statistics import InputStatistics
 
 SPLITTING = ("admm", "alps", "obs_admm")
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_fista.solve.spectrum import largest_eigenvalue
+from optimum_fista.solve.statistics import InputStatistics, largest_eigenvalue
 
 
 def gram_of(spectrum: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -80,3 +80,8 @@ def test_is_deterministic_and_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     assert largest_eigenvalue(gram) == largest_eigenvalue(gram)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mean_that_was_not_recorded_is_refused():
+    with pytest.raises(ValueError, match="no mean of the inputs"):
+        _ = InputStatistics(torch.eye(2), 3).mean
