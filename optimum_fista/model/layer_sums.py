@@ -139,9 +139,9 @@ def _problem(
         if share:
             cross[rows].mul_(share).add_(same, alpha=1 - share)
     # || W X* - W X ||^2 by rows, not through Y: a small share would magnify the rounding of the difference
-    drifts = energies - 2 * mixed + remade
+    unpruned_errors = energies - 2 * mixed + remade
     if share == 0:  # Y = W X*: nothing is mixed into the cross-Gram
-        return LayerProblem(weight, statistics, name=name, dense=DenseOutputs(energies, drifts, cross))
-    dense = DenseOutputs(energies, drifts, share=share)
+        return LayerProblem(weight, statistics, name=name, dense=DenseOutputs(energies, unpruned_errors, cross))
+    dense = DenseOutputs(energies, unpruned_errors, share=share)
     energies = share**2 * energies + 2 * share * (1 - share) * mixed + (1 - share) ** 2 * remade
     return LayerProblem(weight, statistics, cross, energies, name, same_energies=remade, dense=dense)

@@ -20,13 +20,13 @@ class DenseOutputs:
 
     Attributes:
         energies: Squared norms of the rows of `W X`, [out], float64.
-        drifts: Squared norms of the rows of `W X* - W X`, [out], float64.
+        unpruned_errors: Squared norms of the rows of `W X* - W X`, [out], float64.
         cross: `W X X*^T` [out, in]; `None` if `Y = a W X + (1 - a) W X*`, because `C = Y X*^T` then tells it.
         share: That `a`, above 0.
     """
 
     energies: Tensor
-    drifts: Tensor
+    unpruned_errors: Tensor
     cross: Tensor | None = None
     share: float = 1.0
 
@@ -85,7 +85,7 @@ class LayerProblem:
         if target is None or output_energies is None:
             self.target = weight @ statistics.gram
             self.output_energies = inner_by_rows(self.target, weight)
-            self._drifts = torch.zeros_like(self.output_energies)
+            self._unpruned_errors = torch.zeros_like(self.output_energies)
         else:
             if target.shape != weight.shape or output_energies.shape != weight.shape[:1]:
                 raise ValueError(
@@ -96,7 +96,7 @@ class LayerProblem:
             if same_energies is None:
                 parts = [weight[rows] for rows in row_blocks(weight)]
                 same_energies = torch.cat([inner_by_rows(part @ statistics.gram, part) for part in parts])
-            self._drifts = same_energies - 2 * inner_by_rows(weight, target) + self.output_energies
+            self._unpruned_errors = same_energies - 2 * inner_by_rows(weight, target) + self.output_energies
 
     @classmethod
     def stack(cls, problems: Sequence[LayerProblem], scales: Tensor) -> LayerProblem:
@@ -113,7 +113,7 @@ class LayerProblem:
             setattr(stacked, key, whole.mul_(scales))
         squares = scales[:, 0].double().square()
         stacked.output_energies = torch.cat([p.output_energies for p in problems]) * squares
-        stacked._drifts = torch.cat([p._drifts for p in problems]) * squares
+        stacked._unpruned_errors = torch.cat([p._unpruned_errors for p in problems]) * squares
         stacked.dense = None
         stacked.name = " and ".join(p.name for p in problems)
         return stacked
@@ -122,11 +122,6 @@ class LayerProblem:
         """Undo the scaling of `stack`."""
         self.weight.div_(scales)
         self.target.div_(scales)
-
-    @property
-    def drift_energy(self) -> float:
-        """`e0 = || W X* - Y ||_F^2`, zero when Y = W X*."""
-        return max(float(self._drifts.sum()), 0.0)  # this order keeps NaN
 
     @property
     def target_energy(self) -> float:
@@ -164,7 +159,7 @@ class LayerProblem:
         """The same, a scalar on the device that rounding may have made negative."""
         if self._errors_of is not None:
             return self._errors_of._squared_error(weight)
-        error = self._drifts.sum().clamp_min(0.0)  # zero when Y = W X*
+        error = self._unpruned_errors.sum().clamp_min(0.0)  # e0, zero when Y = W X*
         for rows in row_blocks(weight):
             new, dense = weight[rows], self.weight[rows]
             if self.corrected:  # <D G, D> - 2 <D, C - W G> with one product, in two matrices
@@ -198,7 +193,7 @@ class LayerProblem:
             return None
         factor = 2.0 if self.dense.cross is not None else 2 / self.dense.share
         cross = self.target if self.dense.cross is None else self.dense.cross
-        error = self.dense.drifts.sum().clamp_min(0.0)
+        error = self.dense.unpruned_errors.sum().clamp_min(0.0)
         for rows in row_blocks(weight):
             difference = weight[rows] - self.weight[rows]
             both = torch.add(difference, self.weight[rows], alpha=factor)

@@ -124,7 +124,9 @@ def render_page(contents: ReportContents) -> str:
         even=max(zeros.values()) - min(zeros.values()) < 5e-4,
         even_rows=all(parse_pattern(o.pattern).fixed or o.scope == "row" for o in report.operators),
         rows={kind: rows[kind] for kind in OperatorGrid.of(report.operators).kinds},
-        drifts=line_chart(layers, {"error": [layer.hidden_state_error for layer in report.layers]}, numbers.error),
+        hidden_state_errors=line_chart(
+            layers, {"error": [layer.hidden_state_error for layer in report.layers]}, numbers.error
+        ),
         times=line_chart(layers, {"": [layer.seconds for layer in report.layers]}, numbers.duration, (1.0, "s")),
         memory=line_chart(layers, memory, numbers.size, (numbers.GIB, "GiB") if large else (numbers.MIB, "MiB")),
         memory_by_layer=memory,

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.offload import input_device
 
-# SmolLM2-135M's samples from its whole distribution drift into word salad (3.2 to 4.3 nats per token under the
+# SmolLM2-135M's samples from its whole distribution turn into word salad (3.2 to 4.3 nats per token under the
 # model itself); those from the nucleus of 0.95 stay readable, differ from each other and are about as likely as
 # real text (2.3 to 3.3 nats; WikiText-2 has 3.1).
 TOP_P = 0.95

@@ -105,8 +105,8 @@ def test_nothing_is_fitted_to_them(tokens, options):
             assert found.fit_error == wanted.fit_error
             assert found.num_tokens == wanted.num_tokens
             assert wanted.held_out_fit_error is None
-        drifts = [layer.hidden_state_error for layer in run.layers]
-        assert drifts == [layer.hidden_state_error for layer in expected.layers]
+        errors = [layer.hidden_state_error for layer in run.layers]
+        assert errors == [layer.hidden_state_error for layer in expected.layers]
         held_out = run.calibration.pop("held_out")
         assert held_out["num_sequences"] == 2
         assert held_out["num_tokens"] == 32
