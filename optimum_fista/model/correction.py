@@ -166,7 +166,8 @@ class LayerTargets:
         Raises:
             ValueError: If its inputs hold NaN or Inf.
         """
-        group, record, share = self._groups[index], self._records.pop(index), self._correction.dense_share
+        group, record = self._groups[index], self._records.pop(index)
+        dense_share = self._correction.dense_share
         if self._is_fitted_to_output(index):
             with self._finished.skipped(index, keep=False):
                 self._last = self._sum_residual(group[0], record)
@@ -174,9 +175,9 @@ class LayerTargets:
             runs_again = index + 1 < len(self._groups) or self._entering.pruned is not None
             with self._finished.skipped(index, keep=runs_again):
                 self._sum_corrected(group, record)
-        fitted = list(record.sums.problems(group, [operator.read() for operator in group], share))
+        fitted = list(record.sums.problems(group, [operator.read() for operator in group], dense_share))
         held_out = record.held_out if record.held_out is not None and record.held_out.gram.num_tokens else None
-        return GroupProblems(group, fitted, held_out, share, self._last)
+        return GroupProblems(group, fitted, held_out, dense_share, self._last)
 
     def leave(self) -> HiddenStates:
         """The hidden states that leave the layer, with all of its groups pruned."""

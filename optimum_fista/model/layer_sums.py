@@ -118,30 +118,30 @@ def checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:
 
 
 def _problem(
-    weight: Tensor, statistics: InputStatistics, cross: Tensor, energies: Tensor, share: float, name: str
+    weight: Tensor, statistics: InputStatistics, cross: Tensor, energies: Tensor, dense_share: float, name: str
 ) -> LayerProblem:
-    """The problem of target outputs `Y = W (a X + (1 - a) X*)`, a = `share`.
+    """The problem of target outputs `Y = W (a X + (1 - a) X*)`, a = `dense_share`.
 
     Args:
         weight: `W` [out, in].
         statistics: Those of `X*`.
         cross: `W X X*^T` [out, in]; it is overwritten by `Y X*^T = a W X X*^T + (1 - a) W G`.
         energies: Squared norms of the rows of `W X`, [out], float64.
-        share: `a`.
+        dense_share: `a`.
         name: Name of the operator.
     """
-    if share == 1:
+    if dense_share == 1:
         return LayerProblem(weight, statistics, cross, energies, name, aims_at_dense=True)
     mixed, remade = inner_by_rows(weight, cross), torch.empty_like(energies)
     for rows in row_blocks(weight):
         same = weight[rows] @ statistics.gram
         remade[rows] = inner_by_rows(weight[rows], same)
-        if share:
-            cross[rows].mul_(share).add_(same, alpha=1 - share)
+        if dense_share:
+            cross[rows].mul_(dense_share).add_(same, alpha=1 - dense_share)
     # || W X* - W X ||^2 by rows, not through Y: a small share would magnify the rounding of the difference
     unpruned_errors = energies - 2 * mixed + remade
-    if share == 0:  # Y = W X*: nothing is mixed into the cross-Gram
+    if dense_share == 0:  # Y = W X*: nothing is mixed into the cross-Gram
         return LayerProblem(weight, statistics, name=name, dense=DenseOutputs(energies, unpruned_errors, cross))
-    dense = DenseOutputs(energies, unpruned_errors, share=share)
-    energies = share**2 * energies + 2 * share * (1 - share) * mixed + (1 - share) ** 2 * remade
+    dense = DenseOutputs(energies, unpruned_errors, dense_share=dense_share)
+    energies = dense_share**2 * energies + 2 * dense_share * (1 - dense_share) * mixed + (1 - dense_share) ** 2 * remade
     return LayerProblem(weight, statistics, cross, energies, name, same_energies=remade, dense=dense)

@@ -152,7 +152,7 @@ def _training(layer: nn.Module, trained: Sequence[_Trained]) -> Iterator[None]:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Share of the learning rate in a step: a linear rise, then a cosine to zero."""
+    """Factor of the learning rate in a step: a linear rise, then a cosine to zero."""
     rise = max(1, round(_WARM_UP * steps))
     if step < rise:
         return (step + 1) / rise

@@ -171,7 +171,7 @@ class PackedLinear(nn.Module):
         return packed_linear(x, tensors["weight_values"], mask, starts, self._parameters["bias"])  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        """Sizes, share of zeros and dtype."""
+        """Sizes, fraction of zeros and dtype."""
         sparsity = 1 - self.weight_values.numel() / (self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "

@@ -1,4 +1,4 @@
-"""Sharing one budget of zeros: over many operators, and over the outputs of operators that share their inputs."""
+"""Allocating one budget of zeros: to many operators, and to the outputs of operators that share their inputs."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def allocate(costs: Mapping[str, RemovalCost], sparsity: float) -> dict[str, flo
     wanted = round(sparsity * sum(c.size for c in costs.values()))
 
     def counts(level: float) -> dict[str, int]:
-        shares = {name: sparsity + (level - density) / SLOPE for name, density in densities.items()}
-        return {name: round(costs[name].size * min(highest, max(lowest, share))) for name, share in shares.items()}
+        sparsities = {name: sparsity + (level - density) / SLOPE for name, density in densities.items()}
+        return {name: round(costs[name].size * min(highest, max(lowest, wish))) for name, wish in sparsities.items()}
 
     below, above = min(densities.values()) - SLOPE, max(densities.values()) + SLOPE
     for _ in range(60):

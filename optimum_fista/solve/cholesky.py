@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-def damped_cholesky(copy: Callable[[], Tensor], damping: float, shares: Tensor | float = 1.0) -> tuple[Tensor, str]:
-    """Lower Cholesky factor of `G + damping * mean(diag G) diag(shares)`.
+def damped_cholesky(copy: Callable[[], Tensor], damping: float, ratios: Tensor | float = 1.0) -> tuple[Tensor, str]:
+    """Lower Cholesky factor of `G + damping * mean(diag G) diag(ratios)`.
 
     When the factorisation breaks down numerically the damping is raised tenfold, at most four times, and the
     returned message says so.
@@ -17,7 +17,7 @@ def damped_cholesky(copy: Callable[[], Tensor], damping: float, shares: Tensor |
     Args:
         copy: Makes a copy of `G` [n, n], symmetric positive semidefinite, which is used up: `gram.clone`.
         damping: Fraction of the mean diagonal added to the diagonal.
-        shares: What that is multiplied by, [n] (`InputStatistics.energy_shares`), unless it has to be raised.
+        ratios: What that is multiplied by, [n] (`InputStatistics.energy_ratios`), unless it has to be raised.
 
     Returns:
         The factor [n, n], and a message that is empty unless the damping had to be raised.
@@ -29,13 +29,13 @@ def damped_cholesky(copy: Callable[[], Tensor], damping: float, shares: Tensor |
     for _ in range(5):
         damped = copy()
         size = damped.shape[0]
-        damped.diagonal().add_(mean_damping(damped.diagonal(), damping) * shares)
+        damped.diagonal().add_(mean_damping(damped.diagonal(), damping) * ratios)
         factor, failed = cholesky_in_place(damped)
         if not failed:
             raised = f"the Gram matrix needed damping {damping:g} instead of {wanted:g}"
             return factor, "" if damping == wanted else raised
         del damped, factor  # before the next copy is made
-        damping, shares = max(10 * damping, 1e-4), 1.0
+        damping, ratios = max(10 * damping, 1e-4), 1.0
     raise torch.linalg.LinAlgError(
         f"the Gram matrix of {size} inputs is not positive semidefinite: "
         f"Cholesky failed with damping up to {damping / 10:g}"

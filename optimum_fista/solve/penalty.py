@@ -74,7 +74,7 @@ def search_penalty(
         The best weights found and how they were found.
     """
     best = PenaltySearch(rounded.weight, rounded.mask, math.sqrt(problem.squared_error(rounded.weight)))
-    standing = problem.statistics.energy_shares.sqrt()  # below 1 for nearly dead inputs alone
+    standing = problem.statistics.energy_ratios.sqrt()  # below 1 for nearly dead inputs alone
     critical = float(problem.target.abs().max())
     if critical == 0.0:
         return best

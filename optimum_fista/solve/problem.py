@@ -22,13 +22,13 @@ class DenseOutputs:
         energies: Squared norms of the rows of `W X`, [out], float64.
         unpruned_errors: Squared norms of the rows of `W X* - W X`, [out], float64.
         cross: `W X X*^T` [out, in]; `None` if `Y = a W X + (1 - a) W X*`, because `C = Y X*^T` then tells it.
-        share: That `a`, above 0.
+        dense_share: That `a`, above 0.
     """
 
     energies: Tensor
     unpruned_errors: Tensor
     cross: Tensor | None = None
-    share: float = 1.0
+    dense_share: float = 1.0
 
 
 class LayerProblem:
@@ -143,7 +143,7 @@ class LayerProblem:
             return self
         problem = copy.copy(self)
         problem.statistics, problem._errors_of = statistics, self
-        live = statistics.energy_shares == 1
+        live = statistics.energy_ratios == 1
         problem.target = torch.where(live, self.target, self.weight * statistics.diagonal)
         return problem
 
@@ -191,7 +191,7 @@ class LayerProblem:
             return self.fit_error(weight)
         if self.dense is None:
             return None
-        factor = 2.0 if self.dense.cross is not None else 2 / self.dense.share
+        factor = 2.0 if self.dense.cross is not None else 2 / self.dense.dense_share
         cross = self.target if self.dense.cross is None else self.dense.cross
         error = self.dense.unpruned_errors.sum().clamp_min(0.0)
         for rows in row_blocks(weight):

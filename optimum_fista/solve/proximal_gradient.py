@@ -83,11 +83,11 @@ def fista(
         if isinstance(t, Tensor):
             t = t.masked_fill(inner_by_rows(Y - W_next, step).sum() > 0, 1.0)
         t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2 if momentum else 1.0
-        share = (t - 1) / t_next
-        if isinstance(share, Tensor):
-            Y = torch.addcmul(W_next, step, share.to(step.dtype))
+        extrapolation = (t - 1) / t_next
+        if isinstance(extrapolation, Tensor):
+            Y = torch.addcmul(W_next, step, extrapolation.to(step.dtype))
         else:
-            Y = torch.add(W_next, step, alpha=share)
+            Y = torch.add(W_next, step, alpha=extrapolation)
         W, t = W_next, t_next
         if see is not None:
             see(iteration, W)

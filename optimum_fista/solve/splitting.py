@@ -63,14 +63,14 @@ class SplitState:
         for rows in row_blocks(self.point):
             point = self.point[rows]  # becomes Z + V / rho, with the new rho
             if self.mask is None:
-                share, dual = 0.0, torch.zeros_like(point)
+                ratio, dual = 0.0, torch.zeros_like(point)
             else:
-                share, dual = self.rho / rho, point * ~self.mask[rows]
-            if share not in (0.0, 1.0):
-                point.add_(dual, alpha=share - 1)
-            wanted = torch.sub(point, dual, alpha=2 * share)
+                ratio, dual = self.rho / rho, point * ~self.mask[rows]
+            if ratio not in (0.0, 1.0):
+                point.add_(dual, alpha=ratio - 1)
+            wanted = torch.sub(point, dual, alpha=2 * ratio)
             torch.add(self.target[rows], wanted, alpha=rho, out=wanted)
-            dual.addmm_(wanted, inverse, beta=share)
+            dual.addmm_(wanted, inverse, beta=ratio)
             del wanted
             moves.append(torch.linalg.vector_norm(point.sub_(dual)))
             point.copy_(dual)
@@ -139,7 +139,7 @@ def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor
 
     With `d = damping * mean(diag G)`: `G_d = G + d I`, `C_d = C + d W` (a ridge towards the dense weights), and
     `s_j = 1 / sqrt([G_d]_jj)`; scaled weights are `W_ij / s_j`. For nearly dead inputs `d` is the same fraction of
-    their own energy (`InputStatistics.energy_shares`).
+    their own energy (`InputStatistics.energy_ratios`).
 
     Args:
         problem: The layer problem.
@@ -149,7 +149,7 @@ def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor
         `s_i s_j [G_d]_ij` [in, in], `[C_d]_ij s_j` [out, in], and `s` [in].
     """
     diagonal = problem.statistics.diagonal
-    amounts = mean_damping(diagonal, damping) * problem.statistics.energy_shares
+    amounts = mean_damping(diagonal, damping) * problem.statistics.energy_ratios
     scale = (diagonal + amounts).rsqrt()
     gram = problem.gram.clone()
     gram.diagonal().add_(amounts)

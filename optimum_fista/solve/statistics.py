@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 _NEARLY_DEAD = 5e-6
-"""Share of the mean energy below which an input is nearly dead: the root of it is a 450th."""
+"""Fraction of the mean energy below which an input is nearly dead: the root of it is a 450th."""
 _DEAD = 1e-12
-"""Share of the mean energy that an input counts with at least."""
+"""Fraction of the mean energy that an input counts with at least."""
 
 
 class InputStatistics:
@@ -20,7 +20,7 @@ class InputStatistics:
     their weights change the outputs much, nor do the outputs tell what they should be. Such an input stands alone
     (`decoupled`): its weights are the first to be removed, those that a pattern keeps all the same keep their dense
     values, in case other text brings the input to life, and none grows to stand for others. Scores and damping know its
-    true energy (`diagonal`, `energy_shares`). Magnitude pruning looks at no input, and not at these either.
+    true energy (`diagonal`, `energy_ratios`). Magnitude pruning looks at no input, and not at these either.
 
     Attributes:
         gram: Gram matrix `G = X* X*^T` [in, in], float32 or better, symmetric, summed over tokens.
@@ -58,13 +58,13 @@ class InputStatistics:
         return torch.where(mean == 0, torch.ones_like(mean), mean)
 
     @cached_property
-    def energy_shares(self) -> Tensor:
-        """Squared norms of nearly dead inputs as shares of the mean, and 1 for all others, [in].
+    def energy_ratios(self) -> Tensor:
+        """Squared norms of nearly dead inputs over the mean, and 1 for all others, [in].
 
         Damping is multiplied by it, so that it stays a fraction of what it is added to.
         """
-        shares = self.diagonal / self._mean_energy
-        return torch.where(shares < _NEARLY_DEAD, shares, torch.ones_like(shares))
+        ratios = self.diagonal / self._mean_energy
+        return torch.where(ratios < _NEARLY_DEAD, ratios, torch.ones_like(ratios))
 
     @property
     def decoupled(self) -> InputStatistics:
@@ -74,7 +74,7 @@ class InputStatistics:
     @cached_property
     def _decoupled(self) -> InputStatistics | None:
         """`None` if they are the same: kept in itself, an object would live on until cycles are collected."""
-        live = self.energy_shares == 1
+        live = self.energy_ratios == 1
         if bool(live.all()):
             return None
         gram = self.gram.mul(live).mul_(live[:, None])

@@ -35,10 +35,10 @@ class Packing:
 
     def __str__(self) -> str:
         """A line for people."""
-        share = self.packed_bytes / max(1, self.dense_bytes)
+        ratio = self.packed_bytes / max(1, self.dense_bytes)
         return (
             f"{self.num_tensors} weights: {self.dense_bytes / 2**20:,.1f} MiB dense, "
-            f"{self.packed_bytes / 2**20:,.1f} MiB packed ({share:.3f})"
+            f"{self.packed_bytes / 2**20:,.1f} MiB packed ({ratio:.3f})"
         )
 
 

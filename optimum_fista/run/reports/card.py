@@ -134,10 +134,10 @@ def _pattern(report: PruningReport) -> SparsityPattern:
 
 
 def _allocation(report: PruningReport) -> str:
-    shares = [o.sparsity for o in report.operators]
+    sparsities = [o.sparsity for o in report.operators]
     if report.config["allocation"] != "fisher" or _pattern(report).fixed:
         return "the same share in every operator"
-    return f"shared over the operators by gradients of the loss, {min(shares):.1%} to {max(shares):.1%}"
+    return f"shared over the operators by gradients of the loss, {min(sparsities):.1%} to {max(sparsities):.1%}"
 
 
 def _rows(operators: list[OperatorReport]) -> list[str]:

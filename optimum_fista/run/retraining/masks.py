@@ -26,7 +26,7 @@ from optimum_fista.solve.bitmask import unpack_mask
 MaskSource: TypeAlias = FistaPruner | str | Path | Mapping[str, Tensor] | None
 
 _LEAST_ZEROS = 1e-3
-"""Share of zeros below which a model counts as dense: a few weights of a dense model may be zero by chance."""
+"""Fraction of zeros below which a model counts as dense: a few weights of a dense model may be zero by chance."""
 
 
 def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, Tensor]:

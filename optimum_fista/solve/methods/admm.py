@@ -51,8 +51,8 @@ class Admm(PruningMethod):
                 moves.append((W - Z).norm() / size)
             V = W + U
             if k <= self.ramp_iterations:
-                share = 1 - (1 - k / self.ramp_iterations) ** 3
-                mask = pattern.at(pattern.sparsity * share).mask_of(V)
+                ramp = 1 - (1 - k / self.ramp_iterations) ** 3
+                mask = pattern.at(pattern.sparsity * ramp).mask_of(V)
             Z = V * mask
             U = V - Z
         final = pattern.mask_of(Z)

@@ -45,7 +45,7 @@ class Dsnot(PruningMethod):
         mask = pattern.mask_of(scores)
         mean = statistics.mean
         variance = (statistics.diagonal / max(1, statistics.num_tokens) - mean.square()).clamp_min(1e-12)
-        live = statistics.energy_shares == 1  # others would grow first: their variance, a divisor, is next to nothing
+        live = statistics.energy_ratios == 1  # others would grow first: their variance, a divisor, is next to nothing
 
         def of_units(matrix: Tensor) -> Tensor:  # [out, in] -> [out, in / unit]; no copy if each weight is a unit
             return matrix if pattern.unit == 1 else matrix.unflatten(1, (-1, pattern.unit)).sum(-1)

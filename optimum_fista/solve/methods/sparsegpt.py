@@ -39,7 +39,7 @@ class SparseGPT(PruningMethod):
         rows, columns = problem.weight.shape
         pattern.require_shape((rows, columns), problem.name)
         problem = problem.decoupled()
-        factor, message = damped_cholesky(problem.gram.clone, self.damping, problem.statistics.energy_shares)
+        factor, message = damped_cholesky(problem.gram.clone, self.damping, problem.statistics.energy_ratios)
         upper = torch.linalg.cholesky(inverse_in_place(factor), upper=True)
         weight = problem.weight.clone()
         mask = torch.ones_like(weight, dtype=torch.bool)

@@ -55,12 +55,12 @@ class Unstructured(SparsityPattern):
         return keep_largest(matrix, self.num_kept((matrix.shape[0], matrix.shape[1])), magnitude=True)
 
     def mask_of_columns(self, scores: Tensor, left: int, columns: int) -> Tensor:
-        """A part's share of the zeros is rounded from both of its ends, so that all shares add up."""
+        """The zeros of a part are rounded from both of its ends, so that all parts add up."""
         by_row = self.scope == "row"
         rows, width = (1 if by_row else scores.shape[0]), scores.shape[1]
         zeros = rows * columns - self.num_kept((rows, columns))
-        share = round(zeros * (left + width) / columns) - round(zeros * left / columns)
-        return (keep_largest_in_rows if by_row else keep_largest)(scores, rows * width - share)
+        removed = round(zeros * (left + width) / columns) - round(zeros * left / columns)
+        return (keep_largest_in_rows if by_row else keep_largest)(scores, rows * width - removed)
 
     def violation(self, mask: Tensor) -> str | None:
         """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it."""

@@ -72,4 +72,4 @@ def test_statistics_of_inputs_that_are_alive_are_as_they_were():
     inputs, _, _ = inputs_and_weight()
     statistics = InputStatistics(inputs.T @ inputs, len(inputs))
     assert torch.equal(statistics.diagonal, statistics.gram.diagonal())
-    assert torch.equal(statistics.energy_shares, torch.ones(COLUMNS))
+    assert torch.equal(statistics.energy_ratios, torch.ones(COLUMNS))
