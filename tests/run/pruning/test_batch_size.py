@@ -9,7 +9,7 @@ from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.run.pruning.batch_size import cut_batches, cut_states, halved_sizes
+from optimum_fista.run.pruning.run_batches import cut_batches, cut_states, halved_sizes
 from optimum_fista.run.streamed import journal, streamed_run
 
 CONFIGS = [FistaPruningConfig(), FistaPruningConfig(method="sparsegpt", error_correction="intra")]
