@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from optimum_fista.model.activations import LayerActivations
+from optimum_fista.model.activations import HiddenStates, LayerActivations
 from optimum_fista.model.correction import GroupProblems, LayerTargets
 from optimum_fista.model.hidden_states import RecordedInputs
 from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.reconstruction import reconstruct
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.run.checkpoints.loading import storage_place
 from optimum_fista.run.memory import PeakMemory, is_out_of_memory, release_memory_of
 from optimum_fista.run.pruning.group_solving import GroupSolver, report_group
-from optimum_fista.run.pruning.layer_finetuning import finetune_layer
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.operators import require_finite
 from optimum_fista.run.pruning.sink import Sink
-from optimum_fista.run.reports.report import LayerRecord, LayerReport, OperatorReport
+from optimum_fista.run.reports.report import FinetuningReport, LayerRecord, LayerReport, OperatorReport
 
 
 def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = None) -> None:
@@ -132,7 +133,7 @@ class _Loop:
             leaving = targets.leave()
             if masks:
                 chosen = [operators[operator] for operator in masks]
-                finetuning = finetune_layer(activations, chosen, masks, entering, leaving, run.config)
+                finetuning = self.finetune(activations, chosen, masks, entering, leaving)
         run.states = leaving
         peak = memory.peak if operators else None
         moved = activations.hidden_state_error(leaving)
@@ -151,6 +152,36 @@ class _Loop:
             for report in reports:
                 callback.on_operator_end(report)
         return reports
+
+    def finetune(
+        self,
+        activations: LayerActivations,
+        operators: Sequence[LinearOperator],
+        masks: Mapping[str, Tensor],
+        entering: HiddenStates,
+        leaving: HiddenStates,
+    ) -> FinetuningReport:
+        """Train the kept weights of a decoder layer in place, towards the dense network's hidden states after it.
+
+        The pruned hidden states of `leaving` become those of the trained weights.
+        """
+        started, config = time.perf_counter(), self.run.config
+        assert leaving.dense is not None
+        made = reconstruct(
+            activations,
+            operators,
+            masks,
+            entering.entering,
+            leaving.dense,
+            leaving.pruned,
+            steps=config.finetune_steps,
+            learning_rate=config.finetune_learning_rate,
+            seed=config.seed,
+        )
+        if leaving.pruned is not None and made.outputs is not None:
+            leaving.pruned = made.outputs
+        seconds = time.perf_counter() - started
+        return FinetuningReport(made.error_before, made.error, seconds, made.held_out_error_before, made.held_out_error)
 
     def show(self, index: int, reports: list[OperatorReport]) -> None:
         """Move the progress bar on."""

@@ -17,7 +17,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.estimate.estimate import Estimate
-from optimum_fista.run.pruning import layer_finetuning
+from optimum_fista.run.pruning import loop
 from optimum_fista.run.streamed.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -255,7 +255,7 @@ def test_a_real_run_takes_what_is_estimated(tmp_path):
 def test_fine_tuning_takes_what_is_estimated(dtype, monkeypatch):
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 64}
     config = FistaPruningConfig(0.5, method="magnitude", finetune="layer", finetune_steps=6)
-    train, seen = layer_finetuning.reconstruct, []
+    train, seen = loop.reconstruct, []
 
     def watched(*arguments, **options):
         with FlopCounterMode(display=False) as products, LiveMemory() as memory:
@@ -263,7 +263,7 @@ def test_fine_tuning_takes_what_is_estimated(dtype, monkeypatch):
         seen.append((products.get_total_flops(), memory.peak))
         return made
 
-    monkeypatch.setattr(layer_finetuning, "reconstruct", watched)
+    monkeypatch.setattr(loop, "reconstruct", watched)
     ids = torch.randint(4, 64, (8, 32), generator=torch.Generator().manual_seed(0))
     FistaPruner(config, progress=False).prune(tiny_llama(**sizes).to(dtype), ids.split(2))
     (products, memory), *_ = seen

@@ -122,9 +122,9 @@ def test_a_run_cut_off_goes_on_to_the_same_weights_and_numbers(tokens, tmp_path,
 
 
 def test_a_run_that_fails_leaves_the_model_as_it_was(llama, tokens, monkeypatch):
-    from optimum_fista.run.pruning import layer_finetuning
+    from optimum_fista.run.pruning import loop
 
-    train, calls = layer_finetuning.reconstruct, []
+    train, calls = loop.reconstruct, []
 
     def fail(*arguments, **options):
         calls.append(train(*arguments, **options))
@@ -132,7 +132,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(llama, tokens, monkeypatch)
             raise RuntimeError("here")
         return calls[-1]
 
-    monkeypatch.setattr(layer_finetuning, "reconstruct", fail)
+    monkeypatch.setattr(loop, "reconstruct", fail)
     with pytest.raises(RuntimeError, match="here"):
         pruner().prune(llama, tokens.split(4))
     for (name, expected), found in zip(tiny_llama().named_parameters(), llama.parameters(), strict=True):
@@ -142,9 +142,9 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(llama, tokens, monkeypatch)
 
 
 def test_memory_that_runs_out_halves_the_batches(llama, monkeypatch):
-    from optimum_fista.run.pruning import layer_finetuning
+    from optimum_fista.run.pruning import loop
 
-    train, sizes = layer_finetuning.reconstruct, []
+    train, sizes = loop.reconstruct, []
 
     def scarce(activations, operators, masks, entering, *arguments, **options):
         sizes.append(entering[0].shape[0])
@@ -152,7 +152,7 @@ def test_memory_that_runs_out_halves_the_batches(llama, monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return train(activations, operators, masks, entering, *arguments, **options)
 
-    monkeypatch.setattr(layer_finetuning, "reconstruct", scarce)
+    monkeypatch.setattr(loop, "reconstruct", scarce)
     with pytest.warns(UserWarning, match="out of memory in model.layers.0: batches of 2 sequences"):
         report = pruner().prune(llama, tiny_tokens().split(4))
     assert sizes == [4, 2, 2]
