@@ -26,7 +26,7 @@ _drawn: list[bytes | None] = []
 
 
 def _first_picture(report):
-    from optimum_fista.run.reports.picture import error_picture
+    from optimum_fista.run.reports.card import error_picture
 
     if not _drawn:
         _drawn.append(error_picture(report))

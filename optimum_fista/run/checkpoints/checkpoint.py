@@ -22,8 +22,7 @@ from optimum_fista.run.checkpoints.loading import forget_gguf
 from optimum_fista.run.checkpoints.output_folder import require_output
 from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.checkpoints.stored_names import as_stored, stored_names
-from optimum_fista.run.reports.card import PACKED_NOTE, model_card
-from optimum_fista.run.reports.picture import PICTURE_FILE, error_picture
+from optimum_fista.run.reports.card import PACKED_NOTE, PICTURE_FILE, error_picture, model_card
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.solve.bitmask import unpack_mask
 
