@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.evaluation_mode import evaluation_mode
+from optimum_fista.model.gram import single_problem
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.checkpoint import save_checkpoint, summary
 from optimum_fista.run.config import FistaPruningConfig
@@ -24,7 +25,6 @@ from optimum_fista.run.pruning.loop import prune_layers
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import PruningReport
-from optimum_fista.run.single_weight import single_problem
 from optimum_fista.run.streamed.ranks import launched_processes
 from optimum_fista.run.streamed.streamed_run import prune_files
 from optimum_fista.solve.pruned import PrunedOperator

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PrunedOperator
-from optimum_fista.run.single_weight import single_problem
+from optimum_fista.model.gram import single_problem
 from optimum_fista.solve.methods import METHODS
 
 generator = torch.Generator().manual_seed(0)
