@@ -15,7 +15,6 @@ from markupsafe import Markup, escape
 
 from optimum_fista.run.checkpoints.checkpoint import REPORT_FILE, read_report
 from optimum_fista.run.evaluation.evaluation_file import EVALUATION_FILE, Evaluation, place_of, read_evaluations
-from optimum_fista.run.html_report import numbers
 from optimum_fista.run.html_report.charts import STEPS, convergence_charts, heat_map, line_chart
 from optimum_fista.run.html_report.row_sparsity import MaskSparsities, read_sparsities
 from optimum_fista.run.reports.card import model_title
@@ -23,6 +22,7 @@ from optimum_fista.run.reports.operator_grid import OperatorGrid
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.patterns import parse_pattern
 
+MIB, GIB = 2**20, 2**30
 _KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
 
 
@@ -77,11 +77,7 @@ def render_page(contents: ReportContents) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "share": numbers.share,
-        "error": numbers.error,
-        "count": numbers.count,
-        "duration": numbers.duration,
-        "size": numbers.size,
+        **{written.__name__: written for written in (share, error, count, duration, size)},
         "thousands": "{:,}".format,
         "percent": "{:.3%}".format,  # a place in a drawing
         "pixels": "{:.2f}".format,
@@ -97,7 +93,7 @@ def render_page(contents: ReportContents) -> str:
         for name, key in _KINDS_OF_MEMORY.items()
     }
     memory_peaks = {name: max(known) for name, held in memory.items() if (known := [h for h in held if h is not None])}
-    large = max(memory_peaks.values(), default=0) >= numbers.GIB
+    large = max(memory_peaks.values(), default=0) >= GIB
     return environment.get_template("page.html").render(
         report=report,
         totals=report.totals,
@@ -107,28 +103,24 @@ def render_page(contents: ReportContents) -> str:
             report.operators,
             "fit error",
             lambda o: o.fit_error,
-            numbers.error,
+            error,
             _short_error,
             from_zero=True,
         ),
         output_errors=with_outputs
         and heat_map(
-            with_outputs, "output error", lambda o: o.output_error or 0.0, numbers.error, _short_error, from_zero=True
+            with_outputs, "output error", lambda o: o.output_error or 0.0, error, _short_error, from_zero=True
         ),
         held_out=held_out
-        and heat_map(held_out, "held-out fit error over fit error", _held_out_ratio, numbers.error, _short_error),
+        and heat_map(held_out, "held-out fit error over fit error", _held_out_ratio, error, _short_error),
         held_out_kinds=_held_out_by_kind(held_out),
-        zeros=heat_map(
-            report.operators, "zeros", lambda o: zeros[o.name], lambda value: numbers.share(value, 2), numbers.share
-        ),
+        zeros=heat_map(report.operators, "zeros", lambda o: zeros[o.name], lambda value: share(value, 2), share),
         even=max(zeros.values()) - min(zeros.values()) < 5e-4,
         even_rows=all(parse_pattern(o.pattern).fixed or o.scope == "row" for o in report.operators),
         rows={kind: rows[kind] for kind in OperatorGrid.of(report.operators).kinds},
-        hidden_state_errors=line_chart(
-            layers, {"error": [layer.hidden_state_error for layer in report.layers]}, numbers.error
-        ),
-        times=line_chart(layers, {"": [layer.seconds for layer in report.layers]}, numbers.duration, (1.0, "s")),
-        memory=line_chart(layers, memory, numbers.size, (numbers.GIB, "GiB") if large else (numbers.MIB, "MiB")),
+        hidden_state_errors=line_chart(layers, {"error": [layer.hidden_state_error for layer in report.layers]}, error),
+        times=line_chart(layers, {"": [layer.seconds for layer in report.layers]}, duration, (1.0, "s")),
+        memory=line_chart(layers, memory, size, (GIB, "GiB") if large else (MIB, "MiB")),
         memory_by_layer=memory,
         memory_peaks=memory_peaks,
         convergence=convergence_charts(report.operators),
@@ -140,7 +132,7 @@ def render_page(contents: ReportContents) -> str:
 
 
 def _short_error(value: float) -> str:
-    return numbers.error(value, 3) if math.isfinite(value) else "?"
+    return error(value, 3) if math.isfinite(value) else "?"
 
 
 def _held_out_ratio(operator: OperatorReport) -> float:
@@ -186,3 +178,35 @@ def _command(report: PruningReport) -> str:
     if sequences and tokens % sequences == 0:
         calibration += ["--sequence-length", str(tokens // sequences)]
     return f"{shlex.join(model)} --output DIR --config config.json \\\n    {shlex.join(calibration)}"
+
+
+def share(value: float, digits: int = 1) -> str:
+    """`50.0%`."""
+    return f"{value:.{digits}%}" if math.isfinite(value) else "not finite"
+
+
+def error(value: float, digits: int = 4) -> str:
+    """A relative error, `0.1234`."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
+
+
+def count(value: int) -> str:
+    """A large number in three digits: `106 M`."""
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " K")):
+        if value >= size:
+            return f"{value / size:.{max(0, 2 - int(math.log10(value / size)))}f}{unit}"
+    return str(value)
+
+
+def size(value: float) -> str:
+    """`1.4 GiB`, `178 MiB`."""
+    return f"{value / GIB:.1f} GiB" if value >= GIB else f"{value / MIB:.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """`3 h 20 min`, `12 min 3 s`, `48.2 s`, `5 ms`."""
+    if seconds >= 3600:
+        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+    if seconds >= 60:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
