@@ -18,8 +18,8 @@ from shared import parse_arguments, save_llama
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints.loading import gguf_file, load_model
-from optimum_fista.run.speed.measure import VARIANTS, SpeedSettings, measure_speed
-from optimum_fista.run.speed.table import draw_speed, speed_table
+from optimum_fista.run.speed.measure import measure_speed
+from optimum_fista.run.speed.speed_report import VARIANTS, SpeedSettings, draw_speed, speed_table
 
 _HELP = {
     "model": "a model folder, or a folder with one GGUF file, instead of the random Llama",

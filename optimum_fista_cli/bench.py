@@ -43,8 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from optimum_fista.run.checkpoints.loading import usable_device
-    from optimum_fista.run.speed.measure import SpeedSettings, measure_speed
-    from optimum_fista.run.speed.table import draw_speed, speed_table
+    from optimum_fista.run.speed.measure import measure_speed
+    from optimum_fista.run.speed.speed_report import SpeedSettings, draw_speed, speed_table
 
     try:
         batch_sizes = [int(size) for size in arguments.batch_sizes.split(",")]

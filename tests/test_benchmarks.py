@@ -12,7 +12,7 @@ from layer_problems import example
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista.run.comparison.comparison import Comparison
-from optimum_fista.run.speed.measure import SpeedReport
+from optimum_fista.run.speed.speed_report import SpeedReport
 from optimum_fista.solve.methods.fista import Fista
 from optimum_fista.solve.patterns import Unstructured
 

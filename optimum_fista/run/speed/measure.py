@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,107 +16,8 @@ from torch import Tensor
 from optimum_fista.packed.kernels import kernels
 from optimum_fista.run.packed_folders.packed_folder import is_packed, pack_folder, unpack_folder
 from optimum_fista.run.reports.report import device_name, library_versions
+from optimum_fista.run.speed.speed_report import SpeedReport, SpeedSettings, VariantSpeed
 from optimum_fista.run.speed.worker import Variant, Worker
-
-VARIANTS = ("dense bfloat16", "dense float32", "packed bfloat16", "packed float32", "dense float16", "packed float16")
-BASELINE = VARIANTS[0]
-
-
-@dataclass(frozen=True)
-class SpeedSettings:
-    """What to measure.
-
-    Attributes:
-        variants: Names out of `VARIANTS`.
-        batch_sizes: Sequences that are decoded together.
-        new_tokens: Tokens that `generate` writes in each.
-        prompt_tokens: Tokens of the prompt.
-        prefill_tokens: Tokens of the forward pass that stands for reading a prompt.
-        rounds: Times that each is measured, in turn.
-        threads: Threads of PyTorch on the CPU.
-        device: `"cpu"` or a CUDA device.
-    """
-
-    variants: Sequence[str] = VARIANTS[:3]
-    batch_sizes: Sequence[int] = (1, 4, 16)
-    new_tokens: int = 32
-    prompt_tokens: int = 16
-    prefill_tokens: int = 512
-    rounds: int = 5
-    threads: int = dataclasses.field(default_factory=torch.get_num_threads)
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        """Refuse what can't be measured.
-
-        Raises:
-            ValueError: If a variant is not known, or a number is smaller than one.
-        """
-        unknown = [name for name in self.variants if name not in VARIANTS]
-        if unknown or not self.variants:
-            raise ValueError(f"variants={', '.join(unknown)!r}: pass some of {', '.join(VARIANTS)}.")
-        if len(set(self.variants)) < len(self.variants):
-            raise ValueError(f"variants={', '.join(self.variants)!r}: name each once.")
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}
-        for name, value in {**numbers, "batch_sizes": min(self.batch_sizes, default=0)}.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: pass at least 1.")
-
-
-@dataclass
-class VariantSpeed:
-    """What one variant reached.
-
-    Attributes:
-        tokens_per_second: Medians by batch size, of all sequences together, the prompt's forward pass included.
-        prefill_tokens_per_second: Median.
-        memory_bytes: What loading and running it has added to its process, or its peak on a CUDA device.
-        weight_bytes: Bytes of its weights, which are those of the files in this dtype.
-        same_tokens: Share of the greedy tokens that are those of the dense variant of the same dtype; `None` without.
-        logits_difference: Largest difference of the logits after the prompt from that variant's, by its largest logit.
-        seconds: All times, by what was measured.
-    """
-
-    tokens_per_second: dict[int, float]
-    prefill_tokens_per_second: float
-    memory_bytes: int
-    weight_bytes: int
-    same_tokens: float | None
-    logits_difference: float | None
-    seconds: dict[str, list[float]]
-
-
-@dataclass
-class SpeedReport:
-    """Speed of a model.
-
-    Attributes:
-        model: Its name.
-        settings: What was measured.
-        variants: What each variant reached.
-        machine: Processor, threads, path of the kernels.
-        versions: Versions of the libraries.
-    """
-
-    model: str
-    settings: SpeedSettings
-    variants: dict[str, VariantSpeed]
-    machine: dict[str, Any]
-    versions: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SpeedReport:
-        """Inverse of `to_dict`, after JSON too."""
-        variants = {}
-        for name, found in values["variants"].items():
-            speeds = {int(size): speed for size, speed in found["tokens_per_second"].items()}
-            variants[name] = VariantSpeed(**found | {"tokens_per_second": speeds})
-        settings = SpeedSettings(**values["settings"])
-        return cls(values["model"], settings, variants, values["machine"], values["versions"])
 
 
 def measure_speed(

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
-from optimum_fista.run.speed.measure import SpeedReport, SpeedSettings, measure_speed
-from optimum_fista.run.speed.table import draw_speed, speed_table
+from optimum_fista.run.speed.measure import measure_speed
+from optimum_fista.run.speed.speed_report import SpeedReport, SpeedSettings, draw_speed, speed_table
 from optimum_fista.run.speed.worker import Variant, Worker
 
 SETTINGS = SpeedSettings(
