@@ -51,7 +51,7 @@ def parse_arguments(
     Args:
         description: The script's docstring.
         required: Arguments without a default: `model` is given by its place, others as `--name`.
-        helps: What is said of arguments, where `_HELP` does not say enough.
+        helps: Help of arguments for which that of `_HELP` is not enough.
         defaults: Defaults of the others, given as `--name`. Their types are those of the arguments; a list takes
             values between commas. A type stands for an argument that is `None` unless it is given.
     """

@@ -1,7 +1,7 @@
 """Prune with the activations of the calibration text in CPU memory, so that the GPU holds little but the model.
 
 Between two decoder layers the hidden states of all calibration tokens wait somewhere: 128 sequences of 2048
-tokens with 4096 features in bfloat16 take 2 GB, twice as much where errors are corrected from layer to layer (the
+tokens with 4096 features in bfloat16 take 2 GB, twice as much if errors are corrected from layer to layer (the
 default). With storage_device="cpu" they wait in CPU memory and visit the GPU one batch at a time.
 
 The weights can wait elsewhere, too: --device-map auto, or cpu or disk for all of them, has Accelerate offload what does

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-"""Where it is; `None` where it is not installed."""
+"""Its path; `None` if it is not installed."""
 
 
 _PATIENCE = 60

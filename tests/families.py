@@ -32,7 +32,7 @@ class Outcome:
         family: The `model_type` of Transformers.
         kind: What its default configuration describes: `decoder-only`, `multimodal` (the text decoder is pruned),
             `encoder-decoder` (the decoder alone is loaded and pruned) or `encoder` (run as a decoder).
-        model_class: Class of the model; empty where none could be built.
+        model_class: Class of the model; empty if none could be built.
         status: `works`, `refused` (by an `UnsupportedArchitectureError`), `not built` (Transformers can't build the
             model from its default configuration, or run it on token ids alone) or `not reloaded`.
         dense: What stays dense in the decoder layers, with the reason; without layer numbers, each once.

@@ -47,7 +47,7 @@ LFS_BYTES = 10 * 2**20  # larger files go to LFS, whatever their name
 
 @dataclass
 class Reply(Exception):
-    """A response; raised where it is a refusal."""
+    """A response; raised if it is a refusal."""
 
     status: int
     body: Any = b""

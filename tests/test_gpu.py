@@ -1,4 +1,4 @@
-"""The same runs on a CUDA device; skipped, and said so, where there is none."""
+"""The same runs on a CUDA device; skipped, and said so, if there is none."""
 
 from copy import deepcopy
 

@@ -17,7 +17,7 @@ Storage = torch.device | Path
 
 
 class ActivationStore(Sequence[Tensor]):
-    """A list of tensors that live at `storage` and are handed out on `device`.
+    """A list of tensors that are kept at `storage` and read on `device`.
 
     Tensors keep their dtype. Between a device with streams and the CPU or a file they go through two pinned buffers on
     a stream and a thread of their own: writing does not wait, and reading one tensor starts the copy of the next (of
@@ -74,7 +74,7 @@ class ActivationStore(Sequence[Tensor]):
             self._staging = _Staging(self._kept, device) if staged else None
 
     def clear(self) -> None:
-        """Let go of all tensors."""
+        """Free all tensors."""
         if self._staging is not None:
             self._staging.forget()
         self._kept.clear()

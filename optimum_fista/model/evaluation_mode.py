@@ -1,4 +1,4 @@
-"""A model as it is used, whatever mode it is in."""
+"""A model in evaluation mode for a while, and in its own mode afterwards."""
 
 from __future__ import annotations
 

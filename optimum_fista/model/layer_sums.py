@@ -20,8 +20,8 @@ Group = list[LinearOperator]
 class LayerSums:
     """Sums over the tokens of a group of operators with the inputs `X*`, and in the dense network `X`.
 
-    Of the two sums with the dense network at most one is kept, the smaller one: outputs of all operators one below the
-    other, or inputs. Neither is there if nothing of the dense network is known, or if `X* = X`.
+    At most one of the two sums with the dense network is kept, the smaller one: the outputs of all operators, one below
+    the other, or the inputs. Neither is kept if the dense network is not known, or if `X* = X`.
 
     Attributes:
         same_inputs: Whether `X* = X`.
@@ -69,7 +69,7 @@ class LayerSums:
         Args:
             group: The operators.
             weights: Their dense weights `W` [out, in].
-            dense_share: `a` in the targets `W (a X + (1 - a) X*)`; of no account if `X* = X` or targets were summed.
+            dense_share: `a` in the targets `W (a X + (1 - a) X*)`; not used if `X* = X` or targets were summed.
 
         Raises:
             ValueError: If the sums hold NaN or Inf.

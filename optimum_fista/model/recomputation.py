@@ -34,7 +34,7 @@ class WaitingInputs:
         return waiting
 
     def clear(self) -> None:
-        """Let go of all hidden states, once the gradients have been taken."""
+        """Free all hidden states, once the gradients have been taken."""
         self._store.clear()
 
     def _keep(self, tensor: Tensor) -> int | Tensor:

@@ -20,14 +20,14 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What became of a decoder layer.
+    """A decoder layer before and after its kept weights were trained.
 
     Attributes:
         error_before: `sqrt(mean over tokens of || h* - h ||^2 / || h ||^2)` of its output hidden states before: `h`
             those wanted, `h*` its own.
         error: The same with the weights that it has now: never more.
         outputs: Its output hidden states now, a batch each; `None` if the trained weights were worse or not finite,
-            and those from before were put back.
+            and the layer has its old weights again.
         held_out_error_before: `error_before` on held-out tokens; `None` if there are none.
         held_out_error: `error` on held-out tokens.
     """

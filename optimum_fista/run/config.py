@@ -337,7 +337,7 @@ class FistaPruningConfig:
         return Correction.parse(chosen.error_correction, chosen.residual_correction or 0.0)
 
     def shares_budget(self, name: str) -> bool:
-        """Whether the operator called `name` takes part in the sharing of zeros."""
+        """Whether the operator called `name` takes part in the allocation of zeros."""
         allocation = self.allocation or method_defaults(str(self.method)).allocation
         allocated = allocation == "fisher" and not self._default_pattern().fixed
         return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)

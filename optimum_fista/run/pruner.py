@@ -78,7 +78,7 @@ class FistaPruner:
     ) -> PruningReport:
         """Prune a model in place, or from its files to the files of `output_dir`.
 
-        Given a name, the model is never held: each decoder layer is read, pruned, and written for good as a shard of
+        Given a name, the model is never held: each decoder layer is read, pruned, and written as a finished shard of
         its own. After a crash or an interrupt the same call resumes after the last finished decoder layer, with
         the same result; until all is done, what is finished lies in `output_dir` + ".unfinished", which can't be
         loaded as a model. Processes that were launched together (`accelerate launch`, `torchrun`) and all make this

@@ -24,8 +24,8 @@ HIGHEST = 0.95
 _LEAST_SCALE = 0.3
 """Smallest scale of an output, in units of their root mean square.
 
-Gradients say little about outputs that saturate: a query head whose attention rests on one token hardly feels a small
-change of its queries, and needs them all the same. Without a bound it loses all of its weights.
+Gradients say little about outputs that saturate: a query head that attends to one token only hardly feels a small
+change of its queries, and yet needs them. Without a bound it loses all of its weights.
 """
 
 

@@ -21,7 +21,7 @@ class DenseOutputs:
     Attributes:
         energies: Squared norms of the rows of `W X`, [out], float64.
         unpruned_errors: Squared norms of the rows of `W X* - W X`, [out], float64.
-        cross: `W X X*^T` [out, in]; `None` if `Y = a W X + (1 - a) W X*`, because `C = Y X*^T` then tells it.
+        cross: `W X X*^T` [out, in]; `None` if `Y = a W X + (1 - a) W X*`, because `C = Y X*^T` then determines it.
         dense_share: That `a`, above 0.
     """
 

@@ -16,9 +16,9 @@ _DEAD = 1e-12
 class InputStatistics:
     """Second-order statistics of the inputs that one or more operators share.
 
-    A dead input is zero on all calibration tokens, a nearly dead one has less than 5e-6 of the mean energy. Neither do
-    their weights change the outputs much, nor do the outputs tell what they should be. Such an input stands alone
-    (`decoupled`): its weights are the first to be removed, those that a pattern keeps all the same keep their dense
+    A dead input is zero on all calibration tokens, a nearly dead one has less than 5e-6 of the mean energy. Their
+    weights hardly change the outputs, and the outputs hardly determine them. Such an input stands alone
+    (`decoupled`): its weights are the first to be removed, those that a pattern must keep have their dense
     values, in case other text brings the input to life, and none grows to stand for others. Scores and damping know its
     true energy (`diagonal`, `energy_ratios`). Magnitude pruning looks at no input, and not at these either.
 

@@ -64,7 +64,7 @@ template <class T> bool one(int path, int type, int64_t rows, int64_t columns, d
   return multiply(bytes(values) + int64_t(sizeof(T))) == 1;
 }
 
-// A buffer of exactly so many bytes, so that the sanitizer sees the first one that is touched behind it.
+// A buffer of exactly so many bytes, so that the sanitizer sees the first one that is touched beyond it.
 struct Buffer {
   std::unique_ptr<uint8_t[]> data;
   int64_t bytes;

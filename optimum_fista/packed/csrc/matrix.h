@@ -28,9 +28,9 @@ struct Matrix {
     return bits;
   }
 
-  // Whether reading a row and `behind` values more stays inside all: even with every bit set, or else by its count.
-  bool may_read(int64_t row, int64_t behind) const {
-    const int64_t end = kept() - behind;
+  // Whether reading a row and `beyond` values more stays inside all: even with every bit set, or else by its count.
+  bool may_read(int64_t row, int64_t beyond) const {
+    const int64_t end = kept() - beyond;
     return (starts[row] >= 0 && starts[row] <= end - words() * 64) || (starts[row + 1] <= end && is_counted(row));
   }
 

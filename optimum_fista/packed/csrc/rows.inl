@@ -101,7 +101,7 @@ TARGET void multiply_batch(const Product& product, const typename Lanes::Weight*
     multiply_inputs<Lanes, R>(product, values, row, apart, first, std::min(size, product.batch - first));
 }
 
-// A row from a copy with room behind it: a register would reach behind the last value.
+// A row from a copy with spare values at its end: a register would reach beyond the last value.
 template <class Lanes> TARGET void multiply_copied(const Product& product, int64_t row) {
   using Weight = typename Lanes::Weight;
   if (!product.matrix.is_counted(row)) {
@@ -115,7 +115,7 @@ template <class Lanes> TARGET void multiply_copied(const Product& product, int64
   multiply_batch<Lanes, 1>(product, &start, row, 1);
 }
 
-// R rows are read side by side, each the next of its own run of rows, so that every stream goes on in memory.
+// R rows are read side by side, each the next of its own run of rows, so that every stream is contiguous in memory.
 template <class Lanes, int R> TARGET void multiply_runs(const Product& product, int64_t first_row, int64_t last_row) {
   using Weight = typename Lanes::Weight;
   const Matrix& matrix = product.matrix;

@@ -28,7 +28,7 @@ class PruningCallback:
         """An operator is pruned. If the device then runs out of memory, its decoder layer is pruned once more."""
 
     def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:
-        """A decoder layer is pruned for good, and on disk if the model is pruned from its files.
+        """A decoder layer is finished, and on disk if the model is pruned from its files.
 
         Args:
             index: Its index.

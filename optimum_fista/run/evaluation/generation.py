@@ -21,7 +21,7 @@ def continue_prompts(
     dtype: str = "auto",
     progress: bool = True,
 ) -> list[str]:
-    """Load a model, continue every prompt by its most probable tokens, and let go of the model.
+    """Load a model, continue every prompt by its most probable tokens, and free the model.
 
     Args:
         name: Hub id, model folder, or folder with one GGUF file.

@@ -56,7 +56,7 @@ def share_budgets(
     progress: bool = False,
     storage: Storage | None = None,
 ) -> Budgets:
-    """Share the zeros of `config` over those operators that take part; uniform budgets run nothing.
+    """Allocate the zeros of `config` to the operators that take part; uniform budgets run nothing.
 
     Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity. Hidden states
     between decoder layers wait at `storage`; `None`: on the device.

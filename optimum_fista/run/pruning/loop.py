@@ -27,7 +27,7 @@ from optimum_fista.run.reports.report import FinetuningReport, LayerRecord, Laye
 def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = None) -> None:
     """Prune decoder layers in place.
 
-    Zeros are shared over the operators first. Then one layer after the other is brought to its device, run on the
+    Zeros are allocated to the operators first. Then one layer after the other is brought to its device, run on the
     calibration tokens, pruned group by group, and committed.
 
     Args:

@@ -43,7 +43,7 @@ class ModelPruning:
         report: The report; decoder layers are added as they are pruned.
         callbacks: Called while it prunes.
         states: Hidden states that enter the next decoder layer; `None` before the first.
-        budgets: The operators' sparsity patterns; `None` before they are shared.
+        budgets: The operators' sparsity patterns; `None` before zeros are allocated.
         title: What the progress bar is called.
     """
 
@@ -100,7 +100,7 @@ class ModelPruning:
         complete_report(self.report, self.config, self.layers.name, self.budgets)
 
     def shared_budgets(self) -> Budgets:
-        """The operators' sparsity patterns; the first call shares the zeros.
+        """The operators' sparsity patterns; the first call allocates the zeros.
 
         Raises:
             ValueError: If gradients of the loss are not finite.

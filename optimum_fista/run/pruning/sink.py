@@ -29,7 +29,7 @@ class Sink(Protocol):
         """Put back all weights that were written since the last commit: their decoder layer is pruned once more."""
 
     def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:
-        """Keep a decoder layer for good, while its weights are on the device.
+        """Make the weights of a decoder layer final, while its weights are on the device.
 
         Args:
             index: Its index.
@@ -100,7 +100,7 @@ class ModelSink:
         self._committed = len(self._undo)
 
     def forget(self) -> None:
-        """Let go of the old weights, which are not to be put back any more."""
+        """Free the old weights: they can no longer be put back."""
         self._undo.clear()
         self._onloaded.clear()
         self._committed = 0

@@ -61,7 +61,7 @@ class OperatorReport:
         held_out_output_error: `output_error` on held-out tokens.
         held_out_tokens: Held-out tokens seen.
         convergence: Convergence history; `None` if it takes no steps, or its residual is not known.
-        residual_corrected: Whether it made up for what the rest of its decoder layer lost (`residual_correction`).
+        residual_corrected: Whether it compensates for the error in the rest of its layer (`residual_correction`).
     """
 
     name: str
@@ -104,7 +104,7 @@ class FinetuningReport:
     Attributes:
         error_before: `sqrt(mean over tokens of || h* - h ||^2 / || h ||^2)` of the hidden states after the layer when
             its operators were pruned: `h*` those of the pruned layer, `h` those wanted.
-        error: The same after fine-tuning; equal if that gained nothing, and the weights from before were put back.
+        error: The same after fine-tuning; equal if that gained nothing, and the layer kept its old weights.
         seconds: Its wall time.
         held_out_error_before: `error_before` on held-out tokens; `None` if there are none.
         held_out_error: `error` on held-out tokens.
@@ -148,7 +148,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """All that a run says of one decoder layer once it is pruned; a streamed run keeps it on disk as it is.
+    """The report of one pruned decoder layer with its operators; a streamed run keeps it on disk.
 
     Attributes:
         report: The report of the layer.

@@ -31,7 +31,7 @@ class MaskedTraining:
     - a hook on every pruned parameter sets its gradients outside the mask to zero before they are accumulated, so that
       clipping, accumulation, loss scaling, the other processes and the optimizer's moments never see them;
     - a hook after every optimizer step sets the weights themselves to zero, for optimizers that move weights without a
-      gradient. State that an optimizer brings along is masked after its first step.
+      gradient. State that an optimizer already has is masked after its first step.
     """
 
     def __init__(self, model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
@@ -69,7 +69,7 @@ class MaskedTraining:
                 parameter.data.masked_fill_(self._pruned_of(parameter), 0)
 
     def remove(self) -> None:
-        """Apply the masks once more and let go of the model."""
+        """Apply the masks once more and release the model."""
         try:
             if self._handles:
                 self.apply()

@@ -61,7 +61,7 @@ class FileSink(ModelSink):
         self._stem = "packed" if packed else "model"
 
     def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:
-        """Write a decoder layer for good."""
+        """Write a finished decoder layer."""
         self.forget()
         masks, self.masks = self.masks, {}
         tensors = self._stored({f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()})

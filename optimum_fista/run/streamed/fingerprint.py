@@ -72,7 +72,7 @@ class SourceFiles:
 
     Files whose size, times and inode are those of `known` are not read again: writing to a file changes its ctime,
     which no program can set. The others are read whole, at 1 to 2 GB/s a core: 140 GB take a minute on a disk that is
-    fast enough, little beside hours of pruning.
+    fast enough, which is little compared to hours of pruning.
 
     Attributes:
         folder: Where they are.

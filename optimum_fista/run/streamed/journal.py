@@ -80,7 +80,7 @@ class Journal:
         found = read_record(file)
         advice = "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
         if found is None:
-            raise ValueError(f"output: {str(file)!r} is damaged, so nobody can tell which run it belongs to: {advice}")
+            raise ValueError(f"output: {str(file)!r} is damaged, so it is not known which run it belongs to: {advice}")
         different = list(_differences(found, wanted))
         if different:
             shown = "; ".join(different[:_SHOWN]) + ("; ..." if len(different) > _SHOWN else "")

@@ -106,7 +106,7 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
         device: Where to compute; `None`: the device that Accelerate gives the process.
 
     Raises:
-        ValueError: If the environment tells of other processes and Accelerate finds none.
+        ValueError: If the environment names other processes and Accelerate finds none.
     """
     count = launched_processes()
     if count == 1:
@@ -117,7 +117,7 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
     state = PartialState(cpu=kind == "cpu" or kind not in dist.Backend.default_device_backend_map)
     if state.num_processes != count:
         raise ValueError(
-            f"the environment tells of {count} processes and Accelerate finds {state.num_processes}: start them by "
+            f"the environment names {count} processes and Accelerate finds {state.num_processes}: start them by "
             "`accelerate launch` or `torchrun`."
         )
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)

@@ -157,7 +157,7 @@ class StreamedRun:
         self.sink = FileSink(model, self.journal, self.source, pruning.stored_names, packed, *contexts)
 
     def prune(self) -> None:
-        """Prune this process's share of the decoder layers that are left, and write each for good."""
+        """Prune this process's share of the decoder layers that are left, and write each once it is finished."""
         ranks, pruning = self._ranks, self.pruning
         with self.sink:
             ranks.first(self._share_budgets)
@@ -215,7 +215,7 @@ class StreamedRun:
         return {index: finished[index] for index in range(first)}
 
     def _share_budgets(self) -> None:
-        """Share the zeros over the operators, or read how an earlier start of the run shared them."""
+        """Allocate the zeros to the operators, or read how an earlier start of the run allocated them."""
         self.pruning.budgets = self.journal.budgets(self.pruning.config)
         if self.pruning.budgets is None:
             budgets = self.pruning.shared_budgets()
@@ -223,7 +223,7 @@ class StreamedRun:
             self.journal.keep_budgets(budgets)
 
     def _prune_layers(self, todo: Sequence[int]) -> None:
-        if self.pruning.budgets is None:  # rank 0 shared the zeros
+        if self.pruning.budgets is None:  # rank 0 allocated the zeros
             self.pruning.budgets = self.journal.budgets(self.pruning.config)
         if todo:
             prune_layers(self.pruning, self.sink, todo)

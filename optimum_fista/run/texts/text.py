@@ -104,7 +104,7 @@ def _ptb(split: str) -> HubRecipe:
 
 
 # As in SparseGPT's datautils.py and Wanda's lib/data.py, under the names the data sets have on today's Hub.
-# C4's files are shuffled: the first documents of one (10 million tokens) stand for all and fit in memory. Its test
+# C4's files are shuffled: the first documents of one (10 million tokens) represent all and fit in memory. Its test
 # text ends after 256 windows there.
 HUB_RECIPES: dict[tuple[str, Split], HubRecipe] = {
     ("wikitext2", "calibration"): _wikitext2("train", " "),

@@ -104,7 +104,7 @@ def test_plots(tmp_path):
 
 
 def test_a_method_has_one_colour_and_a_place_in_the_legend(tmp_path, monkeypatch):
-    """Also where it was not measured on every text."""
+    """Even if it was not measured on every text."""
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'optimum-fista[plots]'")
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure

@@ -144,7 +144,7 @@ def test_the_import_is_enough_before_or_behind_transformers(imports, pruned, tmp
 
 
 def test_pushed_and_pulled_like_any_model(hub, pruned, tmp_path):
-    """By name, bit for bit with the import; not at all without it, even where a dense model lay there before."""
+    """By name, bit for bit with the import; not at all without it, even if a dense model lay there before."""
     pack_folder(pruned("llama"), tmp_path / "packed")
     for folder in (pruned("llama"), tmp_path / "packed"):
         push = f"from optimum_fista.run.hub import push_folder\npush_folder({str(folder)!r}, 'tester/packed')"

@@ -41,7 +41,7 @@ def logits(model):
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, counted once where they are shared."""
+    """Bytes of all parameters and buffers, counted once if they are shared."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({t.data_ptr(): t.nbytes for t in tensors if t.numel()}.values())
 

@@ -47,7 +47,7 @@ def parts_of(model, tokens, layer):
     handles = [
         projection.register_forward_hook(lambda _, args, output: seen.update(inputs=args[0], own=output)),
         model.model.layers[layer].register_forward_hook(
-            lambda _, args, output: seen.update(behind=output[0] if isinstance(output, tuple) else output)
+            lambda _, args, output: seen.update(after=output[0] if isinstance(output, tuple) else output)
         ),
     ]
     with torch.no_grad():
@@ -55,7 +55,7 @@ def parts_of(model, tokens, layer):
     for handle in handles:
         handle.remove()
     flat = {name: value.reshape(-1, value.shape[-1]).double() for name, value in seen.items()}
-    return flat["inputs"], flat["own"], flat["behind"] - flat["own"]
+    return flat["inputs"], flat["own"], flat["after"] - flat["own"]
 
 
 @pytest.mark.parametrize(("share", "residual"), [(1.0, 1.0), (0.5, 0.75), (0.0, 1.0)])
