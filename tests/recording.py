@@ -57,7 +57,7 @@ class Recorder(PruningMethod):
                     problem.weight.clone(),
                     problem.gram.clone(),
                     problem.target.clone(),
-                    problem.target_energy,
+                    float(problem.output_energies.sum()),
                     problem.statistics.mean.clone(),
                     problem.statistics.num_tokens,
                     result.weight.clone(),

@@ -124,11 +124,6 @@ class LayerProblem:
         self.target.div_(scales)
 
     @property
-    def target_energy(self) -> float:
-        """`|| Y ||_F^2`."""
-        return float(self.output_energies.sum())
-
-    @property
     def gram(self) -> Tensor:
         """Gram matrix `G` [in, in] of the inputs `X*`."""
         return self.statistics.gram

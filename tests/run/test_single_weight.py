@@ -19,7 +19,7 @@ def test_problem_is_that_of_the_matrices():
     trial = WEIGHT * (WEIGHT.abs() > 0.5)
     error = float(((INPUTS @ trial.T).double() - wanted).square().sum())
     assert problem.squared_error(trial) == pytest.approx(error, rel=1e-4)
-    assert problem.target_energy == pytest.approx(float(wanted.square().sum()), rel=1e-5)
+    assert float(problem.output_energies.sum()) == pytest.approx(float(wanted.square().sum()), rel=1e-5)
     assert torch.allclose(problem.gram, INPUTS.T @ INPUTS, rtol=1e-4, atol=1e-4)
     assert single_problem(WEIGHT, INPUTS).fit_error(WEIGHT) == 0
 

@@ -74,8 +74,12 @@ def evaluate_perplexity(
     num_windows, sequence_length = windows.shape
     started = time.perf_counter()
     total = 0.0
-    explained = explained_length(model, sequence_length, "windows")
-    with evaluation_mode(model), torch.no_grad(), explained, _bar(num_windows, progress) as bar:
+    with (
+        evaluation_mode(model),
+        torch.no_grad(),
+        explained_length(model, sequence_length, "windows"),
+        tqdm(total=num_windows, desc="Perplexity", unit="window", disable=not progress) as bar,
+    ):
         for first in range(0, num_windows, batch_size):
             ids = windows[first : first + batch_size].to(device=device, dtype=torch.int64)
             total += _negative_log_likelihood(model, ids, first)
@@ -127,7 +131,3 @@ def _negative_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: i
             "weights, or pass it in float32 or bfloat16 if it overflows in float16."
         )
     return total.item()
-
-
-def _bar(num_windows: int, progress: bool) -> tqdm:
-    return tqdm(total=num_windows, desc="Perplexity", unit="window", disable=not progress)
