@@ -19,8 +19,8 @@ class FinishedParts:
     """Outputs of the finished parts of a decoder layer, such as its attention, kept where activations wait.
 
     The layer runs from its start for every group of operators. Parts whose operators are all pruned give the same
-    outputs each time: they are kept the first time and handed out afterwards, which saves about half of what running
-    the layer again costs. Parts that give out more tensors than one run as ever.
+    outputs each time: they are kept the first time and handed out afterwards. Parts that give out more than one tensor
+    run again.
 
     Args:
         activations: The decoder layer.
