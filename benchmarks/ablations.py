@@ -14,7 +14,7 @@ import math
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def plot(study: dict[str, Any], path: Path) -> None:
 
 
 def _kept(row: Row) -> dict[str, Any]:
-    values = row.to_dict()
+    values = asdict(row)
     return {key: values[key] for key in ("method", "pattern", "seed", "perplexity", "totals", "seconds", "versions")}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -72,7 +73,11 @@ def compare(settings: ComparisonSettings, output: str | Path, *, progress: bool 
         recipe = list(dict.fromkeys(line for seed in settings.seeds for line in material[seed].recipe))
         comparison = Comparison(settings.to_dict(), [*recipe, *([suite.recipe] if suite is not None else [])])
         run = _Run(settings, tokenizer, material, suite, output / "rows", progress, _identity(settings.model))
-        with tqdm(run.wanted(), desc="Comparing", unit="row", disable=not progress) as bar:
+        # of another seed, the dense model is measured on windows of that seed alone, if there are any
+        seeds = settings.seeds if settings.held_out else settings.seeds[:1]
+        wanted = [Candidate(DENSE, NO_PATTERN, seed) for seed in seeds]
+        wanted += candidates(settings.methods, settings.patterns, settings.seeds, settings.held_out)
+        with tqdm(wanted, desc="Comparing", unit="row", disable=not progress) as bar:
             for candidate in bar:
                 bar.set_postfix_str(f"{candidate.method}, {candidate.pattern}, seed {candidate.seed}")
                 comparison.rows.append(run.row(candidate))
@@ -97,12 +102,9 @@ def measure_row(
         name: evaluate_perplexity(model, windows, batch_size=batch_size, progress=progress).perplexity
         for name, windows in texts.items()
     }
-    row = Row(method, pattern, seed, perplexity, versions=library_versions())
-    if report is None:
-        return row
-    return replace(
-        row, totals=report.totals, seconds=report.seconds, config=report.config, calibration=report.calibration
-    )
+    names = ("totals", "seconds", "config", "calibration")
+    found = {} if report is None else {name: getattr(report, name) for name in names}
+    return Row(method, pattern, seed, perplexity, versions=library_versions(), **found)
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,6 @@ class _Run:
     progress: bool
     weights: dict[str, Any]
 
-    def wanted(self) -> list[Candidate]:
-        """All rows; the dense one of another seed is measured on windows of that seed alone, if there are any."""
-        settings = self.settings
-        seeds = settings.seeds if settings.held_out else settings.seeds[:1]
-        found = [Candidate(DENSE, NO_PATTERN, seed) for seed in seeds]
-        return found + candidates(settings.methods, settings.patterns, settings.seeds, settings.held_out)
-
     def row(self, candidate: Candidate) -> Row:
         """The finished row, or a new one; a pruned row that fails says why."""
         key = self._key(candidate)
@@ -133,49 +128,36 @@ class _Run:
             row = Row.from_dict(json.loads(file.read_text()))
             if row.key == key and row.error is None:
                 return row
-        row = replace(self._measure_or_fail(candidate), key=key)
+        try:
+            row = self._measure(candidate)
+        except Exception as error:
+            if candidate.method == DENSE:
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            row = Row(candidate.method, candidate.pattern, candidate.seed, versions=library_versions(), error=reason)
+        release_free_memory(collect=True)  # of the model, which an error held until here
+        row = replace(row, key=key)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(row.to_dict(), indent=1) + "\n")
+        write_text(file, json.dumps(dataclasses.asdict(row), indent=1) + "\n")
         return row
 
-    def _measure_or_fail(self, candidate: Candidate) -> Row:
-        if candidate.method == DENSE:
-            return self._measure(candidate)
-        try:
-            return self._measure(candidate)
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-        release_free_memory(collect=True)
-        return Row(candidate.method, candidate.pattern, candidate.seed, versions=library_versions(), error=reason)
-
     def _measure(self, candidate: Candidate) -> Row:
-        settings, material = self.settings, self.material[candidate.seed]
+        settings, material, config = self.settings, self.material[candidate.seed], candidate.config
         if candidate.error is not None:
             raise ValueError(candidate.error)
-        model, _ = load_model(
-            settings.model, device=settings.device, dtype=settings.dtype, device_map=settings.device_map
-        )
+        places = {name: getattr(settings, name) for name in ("device", "dtype", "device_map")}
+        model, _ = load_model(settings.model, **places)
         report = None
-        if candidate.config is not None:
-            pruner = FistaPruner(candidate.config, progress=self.progress, storage_device=settings.storage_device)
+        if config is not None:
+            pruner = FistaPruner(config, progress=self.progress, storage_device=settings.storage_device)
             batches = list(material.calibration.split(settings.batch_size))
-            if candidate.config.held_out:
+            if config.held_out:
                 batches += material.texts[HELD_OUT].split(settings.batch_size)
             report = pruner.prune(model, batches, calibration_source=settings.calibration)
-        row = measure_row(
-            candidate.method,
-            candidate.pattern,
-            model,
-            self._texts(candidate),
-            report,
-            seed=candidate.seed,
-            batch_size=settings.batch_size,
-            progress=self.progress,
-        )
+        options: dict[str, Any] = {"seed": candidate.seed, "batch_size": settings.batch_size, "progress": self.progress}
+        row = measure_row(candidate.method, candidate.pattern, model, self._texts(candidate), report, **options)
         if self.suite is not None and self._is_complete(candidate):
             row = replace(row, accuracy=self.suite.measure(model, self.tokenizer))
-        del model
-        release_free_memory(collect=True)
         return row
 
     def _is_complete(self, candidate: Candidate) -> bool:
@@ -183,10 +165,8 @@ class _Run:
         return candidate.method != DENSE or candidate.seed == self.settings.seeds[0]
 
     def _texts(self, candidate: Candidate) -> dict[str, Tensor]:
-        texts = self.material[candidate.seed].texts
-        if self._is_complete(candidate):
-            return texts
-        return {name: windows for name, windows in texts.items() if name in (CALIBRATED, HELD_OUT)}
+        complete, own = self._is_complete(candidate), (CALIBRATED, HELD_OUT)
+        return {n: windows for n, windows in self.material[candidate.seed].texts.items() if complete or n in own}
 
     def _key(self, candidate: Candidate) -> str:
         settings = self.settings

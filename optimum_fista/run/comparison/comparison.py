@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import io
 import json
@@ -10,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +66,6 @@ class Comparison:
             lines += ["", "Failed:", "", *(f"- {line}" for line in self.failures)]
         return "\n".join(lines) + "\n"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {"settings": self.settings, "recipe": self.recipe, "rows": [row.to_dict() for row in self.rows]}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
-        """Inverse of `to_dict`."""
-        return cls(dict(values["settings"]), list(values["recipe"]), [Row.from_dict(row) for row in values["rows"]])
-
     @classmethod
     def read(cls, file: Path) -> Comparison:
         """Read a `table.json`.
@@ -82,7 +75,8 @@ class Comparison:
             ValueError: If it is none.
         """
         try:
-            return cls.from_dict(json.loads(file.read_text()))
+            values = json.loads(file.read_text())
+            return cls(dict(values["settings"]), list(values["recipe"]), [Row.from_dict(row) for row in values["rows"]])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{str(file)!r} is no table.json of a comparison ({error}): pass one.") from error
 
@@ -106,7 +100,7 @@ class Comparison:
     def write_tables(self, folder: Path) -> None:
         """Write `table.md`, `table.csv` and `table.json`."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "table.json", json.dumps(self.to_dict(), indent=1) + "\n")
+        write_text(folder / "table.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
         write_text(folder / "table.csv", csv_table(self.rows, self.texts, self.tasks))
         write_text(folder / "table.md", self.to_markdown())
 
@@ -124,80 +118,66 @@ Column = tuple[str, Callable[[Average], Spread | None], str, Callable[[list[floa
 
 def markdown_table(rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[str] = ()) -> str:
     """A line for each method and pattern, means over the seeds, the best of every pattern in bold."""
-    lines, columns = averages(rows), _columns(texts, tasks, _errors(rows))
-    best = {
-        (pattern, header): _best(lines, pattern, value, choose, form)
-        for pattern in {line.pattern for line in lines}
-        for header, value, form, choose in columns
-    }
-    header = ["pattern", "method", *(name for name, *_ in columns)]
-    table = []
-    for line in lines:
-        cells = ["" if line.pattern == NO_PATTERN else line.pattern, f"`{line.method}`"]
-        for name, value, form, _ in columns:
-            cells.append(_cell(value(line), form, best[line.pattern, name]))
-        if not line.rows:
-            cells[2:] = ["failed", *[""] * (len(columns) - 1)]
-        table.append(cells)
-    return "\n".join(markdown_lines(header, table))
+    columns, table = _columns(texts, tasks, _errors(rows)), []
+    for pattern, group in groupby(averages(rows), lambda line: line.pattern):
+        lines = list(group)
+        shown = [_cells([value(line) for line in lines], form, best) for _, value, form, best in columns]
+        for line, *cells in zip(lines, *shown, strict=True):
+            cells = cells if line.rows else ["failed", *[""] * (len(columns) - 1)]
+            table.append(["" if pattern == NO_PATTERN else pattern, f"`{line.method}`", *cells])
+    return "\n".join(markdown_lines(["pattern", "method", *(header for header, *_ in columns)], table))
 
 
 def csv_table(rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[str] = ()) -> str:
     """A line for each row, with every seed and every digit."""
-    file = io.StringIO()
     metrics = list(dict.fromkeys((t, metric) for t in tasks for row in rows for metric in row.accuracy.get(t, {})))
-    header = ["pattern", "method", "seed", *(f"perplexity {text}" for text in texts)]
-    header += [name for task, metric in metrics for name in (f"{task} {metric}", f"{task} {metric} stderr")]
-    errors = {f"mean {name}": key for name, key in _errors(rows).items()}
-    header += [*errors, "sparsity", "seconds", "solve seconds", "error"]
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    for row in rows:
-        scores = [row.accuracy.get(task, {}).get(metric) for task, metric in metrics]
-        cells = [row.pattern, row.method, row.seed, *(row.perplexity.get(text) for text in texts)]
-        cells += [value for s in scores for value in ((None, None) if s is None else (s.value, s.stderr))]
-        cells += [row.totals.get(key) for key in (*errors.values(), "sparsity")] + [row.seconds.get("total")]
-        writer.writerow([*cells, row.totals.get("solve_seconds"), row.error])
+    errors = _errors(rows)
+
+    def cells(row: Row) -> dict[str, Any]:
+        found: dict[str, Any] = {"pattern": row.pattern, "method": row.method, "seed": row.seed}
+        found |= {f"perplexity {text}": row.perplexity.get(text) for text in texts}
+        for task, metric in metrics:
+            score = row.accuracy.get(task, {}).get(metric)
+            found[f"{task} {metric}"] = None if score is None else score.value
+            found[f"{task} {metric} stderr"] = None if score is None else score.stderr
+        found |= {f"mean {name}": row.totals.get(key) for name, key in errors.items()}
+        found |= {"sparsity": row.totals.get("sparsity"), "seconds": row.seconds.get("total")}
+        return found | {"solve seconds": row.totals.get("solve_seconds"), "error": row.error}
+
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(cells(Row("", ""))), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(cells, rows))
     return file.getvalue()
 
 
 def _errors(rows: Sequence[Row]) -> dict[str, str]:
     """Names of the errors that were measured, with their names in `PruningReport.totals`."""
-    names = {"fit error": "mean_fit_error", "output error": "mean_output_error"}
-    names |= {"held-out fit error": "mean_held_out_fit_error", "held-out output error": "mean_held_out_output_error"}
+    names = ("fit error", "output error", "held-out fit error", "held-out output error")
+    keys = {name: f"mean_{name.replace(' ', '_').replace('-', '_')}" for name in names}
     known = {key for row in rows for key, value in row.totals.items() if value is not None}
-    return {name: key for name, key in names.items() if key in known or name == "fit error"}
+    return {name: key for name, key in keys.items() if key in known or name == "fit error"}
 
 
 def _columns(texts: Sequence[str], tasks: Sequence[str], errors: Mapping[str, str]) -> list[Column]:
     columns: list[Column] = [(text, partial(Average.perplexity, text=text), "{:.2f}", min) for text in texts]
     columns += [(f"{task}, %", partial(Average.accuracy, task=task), "{:.1%}", max) for task in tasks]
     if len(tasks) > 1:
-        columns.append(("mean of tasks, %", lambda line: line.mean_accuracy(tasks), "{:.1%}", max))
-    totals = [(name, key, "{:.4f}") for name, key in errors.items()]
-    totals += [("zeros, %", "sparsity", "{:.2%}")]
-    columns += [(header, partial(Average.total, name=name), form, None) for header, name, form in totals]
-    columns.append(("seconds", lambda line: line.seconds, "{:.0f}", None))
+        columns.append(("mean of tasks, %", partial(Average.mean_accuracy, tasks=tasks), "{:.1%}", max))
+    columns += [(name, partial(Average.total, name=key), "{:.4f}", None) for name, key in errors.items()]
+    columns.append(("zeros, %", partial(Average.total, name="sparsity"), "{:.2%}", None))
+    columns.append(("seconds", Average.seconds, "{:.0f}", None))
     columns.append(("solving", partial(Average.total, name="solve_seconds"), "{:.0f}", None))
     return columns
 
 
-def _best(
-    lines: list[Average],
-    pattern: str,
-    value: Callable[[Average], Spread | None],
-    choose: Callable[[list[float]], float] | None,
-    form: str,
-) -> str | None:
-    """The best value of a pattern as it is shown; `None` if there is nothing to choose from."""
-    found = [spread.mean for line in lines if line.pattern == pattern and (spread := value(line)) is not None]
-    return form.format(choose(found)) if choose is not None and len(found) > 1 else None
-
-
-def _cell(value: Spread | None, form: str, best: str | None) -> str:
-    if value is None:
-        return ""
-    shown = form.format(value.mean)
-    deviation = "" if value.deviation is None else f" ± {form.format(value.deviation)}"
-    cell = f"**{shown}**{deviation}" if shown == best else f"{shown}{deviation}"
-    return cell.replace("%", "")  # the header has it
+def _cells(values: list[Spread | None], form: str, best: Callable[[list[float]], float] | None) -> list[str]:
+    """A column of one pattern as it is shown, the best value in bold if there are several."""
+    found = [value.mean for value in values if value is not None]
+    bold = form.format(best(found)) if best is not None and len(found) > 1 else None
+    cells = []
+    for value in values:
+        shown = "" if value is None else form.format(value.mean)
+        deviation = "" if value is None or value.deviation is None else f" ± {form.format(value.deviation)}"
+        cells.append((f"**{shown}**" if shown == bold else shown) + deviation)
+    return [cell.replace("%", "") for cell in cells]  # the header has it

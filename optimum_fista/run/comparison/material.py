@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -45,19 +45,6 @@ def prepare(settings: ComparisonSettings, tokenizer: PreTrainedTokenizerBase, fo
     length = settings.sequence_length
     if length is None:
         length = usual_length(read_config(settings.model))
-    texts, recipe = _measured_texts(settings, tokenizer, length)
-    return {seed: _draw(settings, tokenizer, seed, length, texts, recipe, folder) for seed in settings.seeds}
-
-
-def windows_sha256(windows: torch.Tensor) -> str:
-    """Digest of token ids [N, T]."""
-    shape = ",".join(map(str, windows.shape)).encode()
-    return hashlib.sha256(shape + windows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
-
-
-def _measured_texts(
-    settings: ComparisonSettings, tokenizer: PreTrainedTokenizerBase, length: int
-) -> tuple[dict[str, torch.Tensor], list[str]]:
     texts: dict[str, torch.Tensor] = {}
     recipe = []
     for source in settings.texts:
@@ -71,49 +58,47 @@ def _measured_texts(
             f"{len(whole)} windows of {length} tokens, no overlap, {_bos_of(tokenizer, whole)}; every window is scored "
             "on its own, exp of the mean negative log-likelihood of its tokens after the first."
         )
-    return texts, recipe
+    drawn = {}
+    for seed in settings.seeds:
+        windows, origin = _draw(settings, tokenizer, seed, settings.calibration_length or length, folder)
+        calibration, held_out = windows[: settings.num_samples], windows[settings.num_samples :]
+        lines = [
+            f"Calibration, seed {seed}: {settings.num_samples} random windows of {windows.shape[1]} tokens of "
+            f"{origin}, {_bos_of(tokenizer, windows)}, sha256 of the tokens {windows_sha256(calibration)[:16]}."
+        ]
+        own = {}
+        if settings.held_out:
+            own = {CALIBRATED: calibration[: settings.held_out], HELD_OUT: held_out}
+            lines.append(
+                f"Perplexity on {HELD_OUT}: {settings.held_out} further windows of that text, not calibrated on; on "
+                f"{CALIBRATED}: the first {len(own[CALIBRATED])} of those calibrated on."
+            )
+        drawn[seed] = Material(calibration, texts | own, [*recipe, *lines])
+    return drawn
+
+
+def windows_sha256(windows: torch.Tensor) -> str:
+    """Digest of token ids [N, T]."""
+    shape = ",".join(map(str, windows.shape)).encode()
+    return hashlib.sha256(shape + windows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
 
 
 def _draw(
-    settings: ComparisonSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    length: int,
-    texts: dict[str, torch.Tensor],
-    recipe: list[str],
-    folder: Path,
-) -> Material:
-    """Calibration sequences of one seed, and windows of the same text beside them."""
-    length, count = settings.calibration_length or length, settings.num_samples + settings.held_out
+    settings: ComparisonSettings, tokenizer: PreTrainedTokenizerBase, seed: int, length: int, folder: Path
+) -> tuple[torch.Tensor, str]:
+    """Windows of one seed, to calibrate on and held out, and what they are cut from."""
+    count = settings.num_samples + settings.held_out
     if settings.calibration == "self":
-        windows = calibration_tokens_by_name(
-            settings.model,
-            "self",
-            count,
-            length,
-            seed,
-            device=settings.device,
-            dtype=settings.dtype,
-            keep_in=folder / f"seed-{seed}",
-        )
-        origin = "text that the model samples itself"
-    else:
-        text = load_text(settings.calibration, "calibration")
-        windows = calibration_windows(tokenizer, text, count, length, seed, add_bos=_CALIBRATION_BOS[settings.bos])
-        origin = f"{text.origin} (sha256 {text.sha256[:16]})"
-    calibration, held_out = windows[: settings.num_samples], windows[settings.num_samples :]
-    lines = [
-        f"Calibration, seed {seed}: {settings.num_samples} random windows of {length} tokens of {origin}, "
-        f"{_bos_of(tokenizer, windows)}, sha256 of the tokens {windows_sha256(calibration)[:16]}."
-    ]
-    own = {}
-    if settings.held_out:
-        own = {CALIBRATED: calibration[: settings.held_out], HELD_OUT: held_out}
-        lines.append(
-            f"Perplexity on {HELD_OUT}: {settings.held_out} further windows of that text, not calibrated on; on "
-            f"{CALIBRATED}: the first {len(own[CALIBRATED])} of those calibrated on."
-        )
-    return Material(calibration, texts | own, [*recipe, *lines])
+        options: dict[str, Any] = {
+            "device": settings.device,
+            "dtype": settings.dtype,
+            "keep_in": folder / f"seed-{seed}",
+        }
+        windows = calibration_tokens_by_name(settings.model, "self", count, length, seed, **options)
+        return windows, "text that the model samples itself"
+    text = load_text(settings.calibration, "calibration")
+    windows = calibration_windows(tokenizer, text, count, length, seed, add_bos=_CALIBRATION_BOS[settings.bos])
+    return windows, f"{text.origin} (sha256 {text.sha256[:16]})"
 
 
 def _bos_of(tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,13 +59,9 @@ class Row:
         """The metric of a task that the table shows."""
         return next(iter(self.accuracy[task].values())) if self.accuracy.get(task) else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
-        """Inverse of `to_dict`."""
+        """Inverse of `dataclasses.asdict`, read from JSON."""
         accuracy = {
             task: {metric: Score(**score) for metric, score in metrics.items()}
             for task, metrics in values.get("accuracy", {}).items()
@@ -97,7 +92,7 @@ class Average:
 
     def perplexity(self, text: str) -> Spread | None:
         """On one text."""
-        return self._spread(lambda row: row.perplexity.get(text))
+        return spread([row.perplexity.get(text) for row in self.rows])
 
     def accuracy(self, task: str) -> Spread | None:
         """On one task, in [0, 1]."""
@@ -108,20 +103,17 @@ class Average:
 
     def mean_accuracy(self, tasks: Sequence[str]) -> Spread | None:
         """Mean over tasks, in [0, 1], of the rows that have them all."""
-        complete = [[s.value for task in tasks if (s := row.score(task)) is not None] for row in self.rows]
+        found = [[row.score(task) for task in tasks] for row in self.rows]
+        complete = [[score.value for score in scores if score is not None] for scores in found]
         return spread([statistics.fmean(values) for values in complete if values and len(values) == len(tasks)])
 
     def total(self, name: str) -> Spread | None:
         """One of `PruningReport.totals`."""
-        return self._spread(lambda row: row.totals.get(name))
+        return spread([row.totals.get(name) for row in self.rows])
 
-    @property
     def seconds(self) -> Spread | None:
         """Wall time of pruning."""
-        return self._spread(lambda row: row.seconds.get("total"))
-
-    def _spread(self, value: Callable[[Row], float | None]) -> Spread | None:
-        return spread([found for row in self.rows if (found := value(row)) is not None])
+        return spread([row.seconds.get("total") for row in self.rows])
 
 
 def averages(rows: Iterable[Row]) -> list[Average]:
@@ -136,8 +128,9 @@ def averages(rows: Iterable[Row]) -> list[Average]:
     ]
 
 
-def spread(values: Sequence[float]) -> Spread | None:
-    """Mean and, of several values, standard deviation; `None` without values."""
-    if not values:
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Mean and, of several values, standard deviation; `None` without values. Those that are `None` do not count."""
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,21 +45,27 @@ def parse_config(method: str, pattern: str, seed: int = 0, held_out: int = 0) ->
         ValueError: If the method, an option or the pattern is not known, or they don't go together.
     """
     name, *pairs = method.split(":")
-    given = dict(_option(method, pair) for pair in pairs)
-    if "held_out" in given:
-        raise ValueError(f"method={method!r}: held_out is the same for all methods; pass --held-out N instead.")
-    options = {"seed": seed, "held_out": held_out} | given
-    fields = {field.name for field in dataclasses.fields(FistaPruningConfig)}
-    settings: dict[str, Any] = {key: value for key, value in options.items() if key in fields}
+    options: dict[str, Any] = {"seed": seed, "held_out": held_out}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"method={method!r}: {pair!r} is no option; pass name:option=value:option=value.")
+        if key == "held_out":
+            raise ValueError(f"method={method!r}: held_out is the same for all methods; pass --held-out N instead.")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
     sparsity = sparsity_of(pattern)
-    settings |= {"pattern": pattern} if sparsity is None else {"sparsity": sparsity}
-    own = {key: value for key, value in options.items() if key not in fields}
+    options |= {"pattern": pattern} if sparsity is None else {"sparsity": sparsity}
+    fields = {field.name for field in dataclasses.fields(FistaPruningConfig)}
+    own = {key: options.pop(key) for key in options.keys() - fields}
     if name == "paper":
-        config = FistaPruningConfig.paper(**settings)
+        config = FistaPruningConfig.paper(**options)
         return dataclasses.replace(config, method_options={**config.method_options, **own})
     if name != "default":
-        settings["method"] = name
-    return FistaPruningConfig(method_options=own, **settings)
+        options["method"] = name
+    return FistaPruningConfig(method_options=own, **options)
 
 
 def candidates(
@@ -71,32 +78,18 @@ def candidates(
     Raises:
         ValueError: If a method works with none of the patterns, or a pattern with none of the methods.
     """
-    found = [
-        _candidate(method, pattern, seed, held_out) for seed in seeds for pattern in patterns for method in methods
-    ]
+    found = []
+    for seed, pattern, method in itertools.product(seeds, patterns, methods):
+        try:
+            found.append(Candidate(method, pattern, seed, parse_config(method, pattern, seed, held_out)))
+        except ValueError as error:
+            found.append(Candidate(method, pattern, seed, error=str(error)))
     for name, values in (("method", methods), ("pattern", patterns)):
         for value in values:
             those = [candidate for candidate in found if getattr(candidate, name) == value]
             if all(candidate.config is None for candidate in those):
                 raise ValueError(f"{name} {value!r}: {those[0].error}")
     return found
-
-
-def _candidate(method: str, pattern: str, seed: int, held_out: int) -> Candidate:
-    try:
-        return Candidate(method, pattern, seed, parse_config(method, pattern, seed, held_out))
-    except ValueError as error:
-        return Candidate(method, pattern, seed, error=str(error))
-
-
-def _option(method: str, pair: str) -> tuple[str, Any]:
-    key, equals, value = pair.partition("=")
-    if not equals or not key:
-        raise ValueError(f"method={method!r}: {pair!r} is no option; pass name:option=value:option=value.")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
 
 
 def sparsity_of(pattern: str) -> float | None:

@@ -56,7 +56,13 @@ class TaskSuite:
     @property
     def identity(self) -> dict[str, Any]:
         """What a result depends on, besides the model and versions."""
-        return {"tasks": self.names, "limit": self.limit, "files": self._digest_of_files()}
+        if self.include_path is None:
+            return {"tasks": self.names, "limit": self.limit, "files": None}
+        digest = hashlib.sha256()
+        for path in sorted(path for path in self.include_path.rglob("*") if path.is_file()):
+            digest.update(path.relative_to(self.include_path).as_posix().encode() + b"\0")
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return {"tasks": self.names, "limit": self.limit, "files": digest.hexdigest()}
 
     @property
     def recipe(self) -> str:
@@ -110,16 +116,6 @@ class TaskSuite:
                 "include_path with a folder of task files."
             )
         return known
-
-    def _digest_of_files(self) -> str | None:
-        """Digest of everything in the folder of further task files."""
-        if self.include_path is None:
-            return None
-        digest = hashlib.sha256()
-        for path in sorted(path for path in self.include_path.rglob("*") if path.is_file()):
-            digest.update(path.relative_to(self.include_path).as_posix().encode() + b"\0")
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()
 
 
 def _scores(task: str, result: dict[str, Any]) -> dict[str, Score]:
