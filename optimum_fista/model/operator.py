@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +25,8 @@ class LinearOperator:
         owner: The module that holds the weight: `module` itself, or one that holds the weights of many.
         tensor: The owner's parameter that holds the weight.
         transposed: Whether the weight is stored as [in, out].
+        ends: The part of the decoder layer, such as its attention, that returns this operator's output as it is, and
+            what it returns besides (`split_output`); `None` if there is none, or no forward pass was traced.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class LinearOperator:
         self.owner = module if owner is None else owner
         self.tensor = tensor
         self.transposed = isinstance(module, Conv1D) if transposed is None else transposed
+        self.ends: tuple[nn.Module, tuple[Any, ...] | None] | None = None
 
     @property
     def parameter(self) -> Tensor:

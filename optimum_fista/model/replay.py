@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 class StopForward(Exception):
@@ -33,6 +34,14 @@ class LayerCall:
 def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
     """The input of a linear operator from the arguments of its call."""
     return arguments[0] if arguments else next(iter(keywords.values()))
+
+
+def split_output(output: object) -> tuple[Tensor, tuple[Any, ...] | None] | None:
+    """The tensor that a module returns, and the other values of its tuple; `None` if these hold more tensors."""
+    first, rest = (output[0], output[1:]) if isinstance(output, tuple) and output else (output, None)
+    if not isinstance(first, Tensor) or any(isinstance(value, Tensor) for value in tree_leaves(rest)):
+        return None
+    return first, rest
 
 
 @contextmanager

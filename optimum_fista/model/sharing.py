@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.operator import LinearOperator, is_linear
-from optimum_fista.model.replay import LayerCall, watching
+from optimum_fista.model.replay import LayerCall, split_output, watching
 
 
 def trace_groups(
@@ -20,7 +20,8 @@ def trace_groups(
 ) -> tuple[list[list[LinearOperator]], dict[str, str]]:
     """Group operators that are called on the same tensor, in execution order.
 
-    Operators that are not called exactly once, or whose output is not `W x + b`, are in no group.
+    Operators that are not called exactly once, or whose output is not `W x + b`, are in no group. Operators that end a
+    part of the layer learn of it (`LinearOperator.ends`).
 
     Args:
         layer: The decoder layer.
@@ -36,23 +37,29 @@ def trace_groups(
         UnsupportedArchitectureError: If the layer overwrites its input.
     """
     seen: list[tuple[LinearOperator, Tensor]] = []
+    others: list[str] = []
+    latest: list[tuple[LinearOperator, Tensor, int]] = []  # the output of the latest call, and its version
 
-    def record(operator: LinearOperator, inputs: Tensor) -> None:
+    def enter(operator: LinearOperator, inputs: Tensor) -> None:
         seen.append((operator, inputs))
 
-    callbacks = {
-        operator.module: (lambda inputs, operator=operator: record(operator, inputs)) for operator in operators.values()
-    }
-    others: list[str] = []
-
-    def compare(operator: LinearOperator, output: object) -> None:
-        if not _is_product(operator, seen[-1][1], output):
+    def leave(operator: LinearOperator, output: Tensor) -> None:
+        if operator in special and not _is_product(operator, seen[-1][1], output):
             others.append(operator.name)
+        latest[:] = [(operator, output, output._version)] if isinstance(output, Tensor) else []
+
+    def end_part(part: nn.Module, output: object) -> None:
+        split = split_output(output)
+        for operator, own, version in latest:
+            if split is not None and split[0] is own and own._version == version:  # nothing was added in place
+                operator.ends = part, split[1]
 
     special = [operator for operator in operators.values() if _may_change_its_product(operator.module)]
-    outputs = {operator.module: partial(compare, operator) for operator in special}
+    before = {operator.module: partial(enter, operator) for operator in operators.values()}
+    after = {operator.module: partial(leave, operator) for operator in operators.values()}
+    after |= {part: partial(end_part, part) for part in layer.children() if part not in after}
     version = hidden_states._version
-    with watching(callbacks, outputs):
+    with watching(before, after):
         call.run(layer, hidden_states)
     if hidden_states._version != version:
         raise UnsupportedArchitectureError(

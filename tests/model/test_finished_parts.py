@@ -6,6 +6,7 @@ from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.finished_parts import FinishedParts
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.replay import LayerCall
+from optimum_fista.model.sharing import trace_groups
 
 CPU = torch.device("cpu")
 
@@ -107,3 +108,51 @@ def test_an_error_leaves_the_parts_as_they_were_and_keeps_nothing():
     with parts.skipped(3, keep=True):
         found = [activations.run(index, batch) for index, batch in enumerate(BATCHES)]
     assert all(map(torch.equal, found, [layer(batch) for batch in BATCHES]))
+
+
+def traced(layer: Layer) -> list[list[LinearOperator]]:
+    operators = {operator.name: operator for [operator] in layer.groups()}
+    return trace_groups(layer, operators, LayerCall((), {}), BATCHES[0])[0]
+
+
+class EndedByItsOperator(Part):
+    """A part that gives out what `form` makes of its last operator's output, without a change."""
+
+    def forward(self, hidden: Tensor, scale: float = 1.0) -> object:
+        self.runs += 1
+        return self.form(self.inner(torch.tanh(hidden * scale)))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("form", [lambda output: output, lambda output: (output, None)])
+def test_a_part_that_ends_with_an_operator_runs_only_up_to_that(form, stored, tmp_path):
+    layer = Layer()
+    layer.first = EndedByItsOperator(form)
+    activations = LayerActivations(layer, [LayerCall((), {})] * 3, [None] * 3, tmp_path if stored else CPU)
+    groups = traced(layer)
+    parts = FinishedParts(activations, groups)
+    layer.first.runs = 0
+    with parts.skipped(0, keep=True):
+        list(activations.arguments_of(layer.first.inner, BATCHES))
+    layer.first.inner.weight.mul_(0.5)  # pruned
+    assert layer.first.runs == 3
+    for keep in (False, True, True):
+        with parts.skipped(1, keep=keep):
+            found = [activations.run(index, batch) for index, batch in enumerate(BATCHES)]
+        assert layer.first.runs == 3
+        assert all(map(torch.equal, found, [layer(batch) for batch in BATCHES]))
+        layer.first.runs = 3
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda y: y.mul_(2), lambda y: y + 1, lambda y: (y, y.sum()), lambda y: y.clone()],
+    ids=["in place", "sum", "two tensors", "copy"],
+)
+def test_a_part_that_changes_its_operators_output_does_not_end_with_it(form):
+    layer = Layer()
+    layer.first = EndedByItsOperator(form)
+    layer.forward = lambda hidden: layer.first(hidden)
+    assert traced(layer)[0][0].ends is None
+    layer.first.form = lambda y: (y, None)
+    assert traced(layer)[0][0].ends == (layer.first, (None,))
