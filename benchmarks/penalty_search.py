@@ -95,7 +95,7 @@ def compare(task: Task, found: dict[str, Way], seeds: int) -> list[dict]:
         for seed in range(seeds_of(name, seeds)):
             search = way(task, crc32(f"{task.problem.name} {seed}".encode()))
             row = {"pattern": str(task.pattern), "way": name, "operator": task.problem.name, "seed": seed}
-            row |= {"steps": search.steps, "seconds": search.seconds, "rounded": search.best.error}
+            row |= {"steps": search.steps, "rounded": search.best.error}
             row |= {"refitted": search.best.refitted["calibration"], "fresh": search.best.refitted["fresh"]}
             rows.append(row | {"curve": [(steps, kept.error) for steps, kept in search.curve]})
     return rows

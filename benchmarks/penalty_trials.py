@@ -1,4 +1,4 @@
-"""Trials of the l1 penalty on one layer problem, and ways to choose the next one. All seconds are of the processor.
+"""Trials of the l1 penalty on one layer problem, and ways to choose the next one.
 
 A trial takes FISTA steps at one penalty and rounds the iterate to the pattern. It starts from SparseGPT's weights
 or, in a chain, from the best rounded weights so far, as in FISTAPruner's Algorithm 1.
@@ -7,7 +7,6 @@ or, in a chain, from the best rounded weights so far, as in FISTAPruner's Algori
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,12 +44,10 @@ class Rounded:
     """Weights [out, in] rounded to the pattern; `error` is their squared relative error on calibration tokens."""
 
     def __init__(self, data: Data, weight: Tensor, mask: Tensor | None = None) -> None:
-        started = time.process_time()
         self.data = data
         self.mask = data.pattern.mask(weight.abs()) if mask is None else mask
         self.weight = weight * self.mask
         self.error = data.problem.fit_error(self.weight) ** 2
-        self.seconds = time.process_time() - started
 
     @cached_property
     def refitted(self) -> dict[str, float]:
@@ -63,10 +60,9 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Trial:
-    """Where FISTA at one penalty was after some steps, and the seconds of these steps without the rounding."""
+    """Where FISTA at one penalty was after some steps."""
 
     steps: int
-    seconds: float
     rounded: Rounded
 
 
@@ -93,17 +89,14 @@ class Task:
     def trials(self, exponent: float, start: Tensor, rungs: tuple[int, ...]) -> list[Trial]:
         """One run of FISTA, rounded at every rung."""
         found: list[Trial] = []
-        began = time.process_time()
 
         def see(step: int, weight: Tensor) -> None:
             if step in rungs:
-                seconds = time.process_time() - began - sum(trial.rounded.seconds for trial in found)
-                found.append(Trial(step, seconds, Rounded(self.data, weight)))
+                found.append(Trial(step, Rounded(self.data, weight)))
 
         solution = self.solve(start, self.penalty(exponent), rungs[-1], see)
         if len(found) < len(rungs):  # converged between two rungs
-            seconds = time.process_time() - began - sum(trial.rounded.seconds for trial in found)
-            last = Trial(solution.iterations, seconds, Rounded(self.data, solution.weight))
+            last = Trial(solution.iterations, Rounded(self.data, solution.weight))
             found += [last] * (len(rungs) - len(found))
         return found
 
@@ -120,13 +113,11 @@ class Search:
         self.task, self.chained = task, chained
         self.best = task.start
         self.steps = 0
-        self.seconds = 0.0
         self.curve: list[tuple[int, Rounded]] = [(0, task.start)]
 
-    def spend(self, steps: int, seconds: float, rounded: Rounded) -> None:
+    def spend(self, steps: int, rounded: Rounded) -> None:
         """Account for a trial, or a part of one, and keep its result if it is the best."""
         self.steps += steps
-        self.seconds += seconds
         if rounded.error < self.best.error:
             self.best = rounded
             self.curve.append((self.steps, rounded))
@@ -137,45 +128,29 @@ class Search:
             trial = self.task.table[exponent][RUNGS.index(STEPS)]
         else:
             (trial,) = self.task.trials(exponent, self.best.weight, (STEPS,))
-        self.spend(trial.steps, trial.seconds + trial.rounded.seconds, trial.rounded)
+        self.spend(trial.steps, trial.rounded)
         return trial.rounded.error
 
     def attempt_by_rungs(self, exponent: float) -> Iterator[tuple[int, float]]:
         """The rung and the error there of a trial from the start that continues as long as it is asked to."""
-        before = Trial(0, 0.0, self.task.start)
+        spent = 0
         for rung, trial in zip(RUNGS, self.task.table[exponent], strict=True):
-            self.spend(
-                trial.steps - before.steps, trial.seconds - before.seconds + trial.rounded.seconds, trial.rounded
-            )
+            self.spend(trial.steps - spent, trial.rounded)
             yield rung, trial.rounded.error
-            before = trial
+            spent = trial.steps
 
 
 def bisection(task: Task, patience: int, max_trials: int, highest: float = 0.0) -> Search:
     """Algorithm 1, by the package's own function; `highest` is the exponent of the interval's upper end."""
     search = Search(task, chained=True)
-    measuring = 0.0
 
     def solve(start: Tensor, penalty: float) -> FistaSolution:
-        nonlocal measuring
         solution = task.solve(start, penalty, STEPS)
-        rounded = Rounded(task.data, solution.weight)
-        measuring += rounded.seconds
-        search.spend(solution.iterations, 0.0, rounded)
+        search.spend(solution.iterations, Rounded(task.data, solution.weight))
         return solution
 
-    began = time.process_time()
-    search_penalty(
-        task.problem,
-        task.pattern,
-        task.start.weight,
-        task.pruned,
-        solve,
-        patience=patience,
-        penalty_range=(10**-DECADES, 10**highest),
-        max_trials=max_trials,
-    )
-    search.seconds = time.process_time() - began - measuring
+    ends = {"patience": patience, "max_trials": max_trials, "penalty_range": (10**-DECADES, 10**highest)}
+    search_penalty(task.problem, task.pattern, task.start.weight, task.pruned, solve, **ends)
     return search
 
 
@@ -205,7 +180,7 @@ def grid(task: Task, rungs: tuple[int, ...], after_refit: bool = False) -> Searc
     for exponent in EXPONENTS:
         trials = [task.table[exponent][RUNGS.index(rung)] for rung in rungs]
         kept = min(trials, key=lambda trial: trial.rounded.error)
-        search.spend(trials[-1].steps, trials[-1].seconds + sum(t.rounded.seconds for t in trials), kept.rounded)
+        search.spend(trials[-1].steps, kept.rounded)
         judged += [trial.rounded for trial in trials if trial.rounded.error < 2 * task.start.error]
     if after_refit:
         search.best = min(judged, key=lambda rounded: rounded.refitted["calibration"])
@@ -214,29 +189,26 @@ def grid(task: Task, rungs: tuple[int, ...], after_refit: bool = False) -> Searc
 
 def optuna_search(task: Task, budget: int, seed: int, chained: bool = False, hyperband: bool = False) -> Search:
     """Optuna's tree-structured Parzen estimator after four random trials; with Hyperband, trials may end early."""
-    optuna = import_optuna()
-    began, search = time.process_time(), Search(task, chained)
+    optuna, search = import_optuna(), Search(task, chained)
     study = optuna.create_study(
         study_name="penalty",  # Hyperband assigns brackets by it
         sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=4),
         pruner=optuna.pruners.HyperbandPruner(RUNGS[0], RUNGS[-1], 2) if hyperband else optuna.pruners.NopPruner(),
     )
-    inside = 0.0
     while search.steps < budget:
         asked = study.ask()
         exponent = asked.suggest_float("exponent", EXPONENTS[0], EXPONENTS[-1], step=1 / PER_DECADE)
-        state, entered = optuna.trial.TrialState.COMPLETE, time.process_time()
-        if hyperband:
+        error: float | None = None
+        if not hyperband:
+            error = search.attempt(exponent)
+        else:
             for rung, error in search.attempt_by_rungs(exponent):
                 asked.report(error, rung)
                 if asked.should_prune() and rung < RUNGS[-1]:
-                    state = optuna.trial.TrialState.PRUNED
+                    error = None
                     break
-        else:
-            error = search.attempt(exponent)
-        inside += time.process_time() - entered
-        study.tell(asked, error if state == optuna.trial.TrialState.COMPLETE else None, state)
-    search.seconds += time.process_time() - began - inside
+        state = optuna.trial.TrialState.PRUNED if error is None else optuna.trial.TrialState.COMPLETE
+        study.tell(asked, error, state)
     return search
 
 

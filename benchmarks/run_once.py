@@ -20,7 +20,6 @@ import transformers.core_model_loading  # noqa: E402, F401
 from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: E402, F401
 
 from optimum_fista import FistaPruner, FistaPruningConfig  # noqa: E402
-from optimum_fista.run.checkpoints.loading import load_model  # noqa: E402
 from optimum_fista.run.memory import keep_large_blocks_apart  # noqa: E402
 
 
@@ -37,9 +36,9 @@ def main() -> None:
         sys.stdin.readline()
     wall, processor = time.perf_counter(), time.process_time()
     if OPTIONS.get("in_memory"):
-        model, tokenizer = load_model(OPTIONS["source"], device="cpu")
+        model = AutoModelForCausalLM.from_pretrained(OPTIONS["source"])
         report = pruner.prune(model, batches)
-        pruner.save_pretrained(model, OPTIONS["output"], tokenizer)
+        pruner.save_pretrained(model, OPTIONS["output"])
     else:
         report = pruner.prune(OPTIONS["source"], batches, output_dir=OPTIONS["output"], device="cpu")
     seconds = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}

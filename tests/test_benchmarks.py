@@ -213,7 +213,7 @@ def test_two_ranks_against_two_threads():
 @pytest.mark.parametrize("name", ["streaming", "streaming_wanda"])
 def test_files_against_memory(name):
     values = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    medians = [statistics.median(run["seconds"] for run in runs) for runs in values["measured"].values()]
+    medians = [statistics.median(run["seconds"] for run in runs) for runs in values["runs"].values()]
     page = (ROOT / "docs" / "streaming.md").read_text().replace("\n", " ")
     in_memory, from_files = medians
     assert f"{from_files / in_memory:.2f} times" in page
@@ -310,7 +310,7 @@ def test_penalty_search_on_a_tiny_model(penalty_search, tmp_path, capsys):
         assert len(entry["errors"]) == 13
         assert entry["errors"]["0.0"] == pytest.approx([1] * 4, abs=0.02)
     _, again = penalty_search("second.json")
-    assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in again["rows"]]
+    assert rows == again["rows"]
 
 
 @pytest.mark.parametrize("correlation", [1.0, 4.0])
