@@ -13,18 +13,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from optimum_fista.packed.bits import (
-    as_words,
-    mask_bytes,
-    pack_bits,
-    pack_places,
-    place,
-    select,
-    unpack_bits,
-    unpack_places,
-)
+from optimum_fista.packed.bits import as_words, place, select
+from optimum_fista.packed.masks import CHUNK, MaskEncoding, encoding, smallest_encoding
 from optimum_fista.packed.validation import (
-    MAX_GROUP,
     PLAIN_VERSION,
     SUFFIXES,
     VERSION,
@@ -32,8 +23,6 @@ from optimum_fista.packed.validation import (
     check_tensors,
     shape_of,
 )
-
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -61,6 +50,11 @@ class PackedTensor:
         """`(n, m)` if the mask holds places inside groups, `None` if it holds one bit a weight."""
         n, m = self.layout[1:3].tolist()
         return (n, m) if m else None
+
+    @property
+    def encoding(self) -> MaskEncoding:
+        """How the mask is written."""
+        return encoding(self.n_of_m)
 
     @property
     def num_bytes(self) -> int:
@@ -115,8 +109,8 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
     dense = weight.detach().reshape(-1, columns)
     rows = dense.shape[0]
     kept = None if mask is None else mask.reshape(rows, columns)
-    n_of_m = pattern if _fits(dense, kept, pattern) else None
-    packed_mask = torch.zeros(rows, mask_bytes(columns, n_of_m), dtype=torch.uint8)
+    written = smallest_encoding(columns, pattern, (_kept(dense, kept, chunk) for chunk in _chunks(rows, columns)))
+    packed_mask = torch.zeros(rows, written.row_bytes(columns), dtype=torch.uint8)
     counts = []
     for chunk in _chunks(rows, columns):
         bits = _kept(dense, kept, chunk)
@@ -125,14 +119,11 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
                 "weight has values other than zero outside of mask: pass the mask that it was pruned with."
             )
         counts.append(int(torch.count_nonzero(bits)))
-        if n_of_m is None:
-            pack_bits(bits, packed_mask[chunk])
-        else:
-            pack_places(bits, n_of_m, packed_mask[chunk])
+        written.write(bits, packed_mask[chunk])
     values = torch.empty(sum(counts), dtype=dense.dtype)
     for chunk, target in zip(_chunks(rows, columns), as_words(values).split(counts), strict=True):
         target.copy_(select(as_words(dense[chunk]).cpu(), _kept(dense, kept, chunk)))
-    layout = torch.tensor([VERSION, *(n_of_m or (0, 0)), 0, *weight.shape])
+    layout = torch.tensor([VERSION, *written.numbers, 0, *weight.shape])
     layout[3] = _checksum(PackedTensor(values, packed_mask, layout))
     return PackedTensor(*(t.to(weight.device) for t in (values, packed_mask, layout)))
 
@@ -162,22 +153,11 @@ def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
     dense = torch.zeros(rows, columns, dtype=packed.values.dtype, device=device)
     start = 0
     for chunk in _chunks(rows, columns):
-        bits = keep_bits(packed.mask[chunk].to(device), columns, packed.n_of_m)
+        bits = packed.encoding.read(packed.mask[chunk].to(device), columns)
         stop = start + int(torch.count_nonzero(bits))
         place(as_words(packed.values[start:stop]), bits, as_words(dense)[chunk])
         start = stop
     return dense.view(shape)
-
-
-def keep_bits(mask: Tensor, columns: int, n_of_m: tuple[int, int] | None) -> Tensor:
-    """Rows of a checked packed mask as booleans [rows, columns], True = kept."""
-    if n_of_m is None:
-        return unpack_bits(mask, columns)
-    places = unpack_places(mask, columns, n_of_m)
-    kept = torch.zeros(len(places), n_of_m[1], dtype=torch.bool, device=mask.device)
-    for column in places.split(1, 1):
-        kept |= column == torch.arange(n_of_m[1], dtype=torch.uint8, device=mask.device)
-    return kept.view(mask.shape[0], columns)
 
 
 def unpack_mask(packed: PackedTensor) -> Tensor:
@@ -188,7 +168,7 @@ def unpack_mask(packed: PackedTensor) -> Tensor:
     """
     check(packed)
     rows, columns = packed.mask.shape[0], packed.shape[-1]
-    chunks = (keep_bits(packed.mask[chunk], columns, packed.n_of_m) for chunk in _chunks(rows, columns))
+    chunks = (packed.encoding.read(packed.mask[chunk], columns) for chunk in _chunks(rows, columns))
     return torch.cat(list(chunks)).view(packed.shape)
 
 
@@ -275,22 +255,10 @@ def _checksum(packed: PackedTensor) -> int:
 
 def _chunks(rows: int, columns: int) -> Iterator[slice]:
     """Slices of whole rows of about 4 million weights."""
-    step = max(1, _CHUNK // columns)
+    step = max(1, CHUNK // columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _kept(dense: Tensor, kept: Tensor | None, chunk: slice) -> Tensor:
     """Booleans of some rows, True = kept, on the CPU."""
     return (as_words(dense[chunk]) != 0 if kept is None else kept[chunk]).cpu().contiguous()
-
-
-def _fits(dense: Tensor, kept: Tensor | None, pattern: tuple[int, int] | None) -> bool:
-    """Whether the places of the kept weights can be stored, and take no more room than one bit a weight."""
-    if pattern is None:
-        return False
-    rows, columns = dense.shape
-    n, m = pattern
-    if not 0 < n < m <= MAX_GROUP or columns % m or mask_bytes(columns, pattern) > mask_bytes(columns, None):
-        return False
-    groups = (_kept(dense, kept, chunk).view(-1, m) for chunk in _chunks(rows, columns))
-    return all(bool((group.sum(-1) == n).all()) for group in groups)

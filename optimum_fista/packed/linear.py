@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
-from optimum_fista.packed.bits import mask_bytes
 from optimum_fista.packed.format import PackedTensor, check, pack, unpack
+from optimum_fista.packed.masks import encoding
 from optimum_fista.packed.operation import packed_linear, row_starts
 from optimum_fista.packed.rearranged import transposed, with_bits
 from optimum_fista.packed.validation import PLAIN_VERSION, SUFFIXES, PackedFormatError, check_tensors
@@ -59,10 +59,12 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        width = mask_bytes(in_features, n_of_m)
-        layout = torch.tensor([PLAIN_VERSION, *(n_of_m or (0, 0)), out_features, in_features], device=device)
+        written = encoding(n_of_m)
+        layout = torch.tensor([PLAIN_VERSION, *written.numbers, out_features, in_features], device=device)
         self.register_buffer("weight_values", torch.empty(num_kept, device=device, dtype=dtype))
-        self.register_buffer("weight_mask", torch.empty(out_features, width, device=device, dtype=torch.uint8))
+        self.register_buffer(
+            "weight_mask", torch.empty(out_features, written.row_bytes(in_features), device=device, dtype=torch.uint8)
+        )
         self.register_buffer("weight_layout", layout)
         self.register_buffer("weight_starts", None, persistent=False)
         self.register_parameter(

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from optimum_fista.packed.bits import as_words, count_bits, mask_bytes, place, unpack_bits
+from optimum_fista.packed.bits import as_words, count_bits, place, unpack_bits
 from optimum_fista.packed.kernels import Kernels, kernels
+from optimum_fista.packed.masks import BITS
 from optimum_fista.packed.triton_kernel import multiply_one, triton_is_here
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -102,7 +103,7 @@ def _check(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor
         raise ValueError(f"mask is {mask.dtype}, starts {starts.dtype}: pass torch.uint8 and torch.int64.")
     if not (values.is_contiguous() and mask.is_contiguous() and starts.is_contiguous()):
         raise ValueError("values, mask and starts must be contiguous: pass them as PackedLinear.prepare leaves them.")
-    if mask.shape[1] != mask_bytes(columns, None) or starts.numel() != rows + 1:
+    if mask.shape[1] != BITS.row_bytes(columns) or starts.numel() != rows + 1:
         raise ValueError(f"x has {columns} columns, which a mask of shape {tuple(mask.shape)} does not fit.")
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}: pass one of shape {(rows,)}.")

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from optimum_fista.packed.bits import count_bits, mask_bytes, pack_bits
+from optimum_fista.packed.bits import count_bits
 from optimum_fista.packed.format import PackedTensor, pack, unpack, unpack_mask
+from optimum_fista.packed.masks import BITS
 from optimum_fista.packed.validation import PLAIN_VERSION
 
 
@@ -17,11 +18,11 @@ def with_bits(packed: PackedTensor) -> PackedTensor:
     Raises:
         PackedFormatError: If the tensors are malformed.
     """
-    if packed.n_of_m is None:
+    if packed.encoding == BITS:
         return packed.without_checksum()
     columns = packed.shape[-1]
-    mask = torch.zeros(packed.mask.shape[0], mask_bytes(columns, None), dtype=torch.uint8)
-    pack_bits(unpack_mask(packed).view(-1, columns).cpu(), mask)
+    mask = torch.zeros(packed.mask.shape[0], BITS.row_bytes(columns), dtype=torch.uint8)
+    BITS.write(unpack_mask(packed).view(-1, columns).cpu(), mask)
     device = packed.mask.device
     return PackedTensor(packed.values, mask.to(device), _layout(packed.shape).to(device))
 

@@ -7,14 +7,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from optimum_fista.packed.bits import count_bits, mask_bits, mask_bytes, unpack_places
+from optimum_fista.packed.masks import MAX_GROUP, MaskEncoding, encoding
 
 SUFFIXES = ("_values", "_mask", "_layout")
 VERSION = 2
 PLAIN_VERSION = 1  # without a checksum: older files, and tensors in memory
 MAX_DIMENSIONS = 8
-MAX_GROUP = 256
-_CHUNK = 1 << 22
 
 
 class PackedFormatError(ValueError):
@@ -30,9 +28,9 @@ def check_tensors(values: Tensor, mask: Tensor, layout: Tensor, name: str) -> No
     Raises:
         PackedFormatError: With what is wrong, and the tensor's name.
     """
-    shape, n_of_m = _check_layout(layout, name)
+    shape, written = _check_layout(layout, name)
     rows, columns = prod(shape[:-1]), shape[-1]
-    width = mask_bytes(columns, n_of_m)
+    width = written.row_bytes(columns)
     if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, width):
         raise PackedFormatError(
             f"{name}_mask is {mask.dtype} of shape {tuple(mask.shape)}: the layout {layout.tolist()} needs torch.uint8 "
@@ -45,17 +43,17 @@ def check_tensors(values: Tensor, mask: Tensor, layout: Tensor, name: str) -> No
         )
     if not (mask.is_contiguous() and values.is_contiguous()) or values.is_neg():
         raise PackedFormatError(f"{name}_values and {name}_mask must be contiguous, and no negative views.")
-    used = mask_bits(columns, n_of_m)
+    used = written.used_bits(columns)
     tail = mask[:, used // 8 :]
     if tail.shape[1]:
         first = tail[:, 0] >> (used % 8)
         if bool(first.any()) or bool(tail[:, 1:].any()):
             raise PackedFormatError(f"{name}_mask has bits set after the {used} that a row has.")
-    kept = int(count_bits(mask).sum()) if n_of_m is None else rows * (columns // n_of_m[1]) * n_of_m[0]
+    kept = written.num_kept(mask, columns)
     if values.numel() != kept:
         raise PackedFormatError(f"{name}_values holds {values.numel()} weights, but the mask keeps {kept}.")
-    if n_of_m is not None:
-        _check_places(mask, columns, n_of_m, name)
+    if defect := written.defect(mask, columns):
+        raise PackedFormatError(f"{name}_mask {defect}: the file is damaged.")
 
 
 def shape_of(layout: Tensor) -> tuple[int, ...]:
@@ -64,8 +62,8 @@ def shape_of(layout: Tensor) -> tuple[int, ...]:
     return tuple(numbers[1:] if version == VERSION else numbers)
 
 
-def _check_layout(layout: Tensor, name: str) -> tuple[tuple[int, ...], tuple[int, int] | None]:
-    """The shape and the pattern of a layout that makes sense by itself."""
+def _check_layout(layout: Tensor, name: str) -> tuple[tuple[int, ...], MaskEncoding]:
+    """The shape and the encoding of the mask, of a layout that makes sense by itself."""
     if layout.dtype != torch.int64 or layout.dim() != 1 or not 4 <= layout.numel() <= 4 + MAX_DIMENSIONS:
         raise PackedFormatError(
             f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: torch.int64 of one dimension and 4 to "
@@ -83,22 +81,9 @@ def _check_layout(layout: Tensor, name: str) -> tuple[tuple[int, ...], tuple[int
             f"{name}_layout says shape {shape}: 1 to {MAX_DIMENSIONS} dimensions are needed, and every dimension must "
             "be positive."
         )
-    if (n, m) == (0, 0):
-        return shape, None
-    if not 0 < n < m <= MAX_GROUP or shape[-1] % m:
+    if (n, m) != (0, 0) and (not 0 < n < m <= MAX_GROUP or shape[-1] % m):
         raise PackedFormatError(
             f"{name}_layout says {n} kept of every {m} in rows of {shape[-1]}: 0 < n < m <= {MAX_GROUP} and m dividing "
             "the row are needed."
         )
-    return shape, (n, m)
-
-
-def _check_places(mask: Tensor, columns: int, n_of_m: tuple[int, int], name: str) -> None:
-    """Places must be smaller than m and rise inside a group."""
-    m = n_of_m[1]
-    for rows in mask.split(max(1, _CHUNK // columns)):
-        places = unpack_places(rows, columns, n_of_m)
-        if bool((places[:, -1] > m - 1).any()) or bool((places[:, 1:] <= places[:, :-1]).any()):
-            raise PackedFormatError(
-                f"{name}_mask has a group whose places do not rise or are not smaller than {m}: the file is damaged."
-            )
+    return shape, encoding((n, m))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from optimum_fista.model.architecture import input_embedding
-from optimum_fista.packed.bits import mask_bytes
+from optimum_fista.packed.masks import smallest_encoding
 from optimum_fista.run.checkpoints.loading import (
     default_device,
     floating_dtype,
@@ -284,7 +284,7 @@ class Estimate:
         for name, shape in self.shapes.operators.items() if self.packed else ():
             pattern = self.config.pattern_for(name)
             saved += (shape[0] * shape[1] - pattern.num_kept(shape)) * self.value
-            saved -= shape[0] * min(mask_bytes(shape[1], kind) for kind in (None, pattern.n_of_m))
+            saved -= shape[0] * smallest_encoding(shape[1], pattern.n_of_m).row_bytes(shape[1])
         return {
             "model": self.weight_bytes - saved,
             "hidden states (two layers' at a time)": 2 * self.streams_bytes,
