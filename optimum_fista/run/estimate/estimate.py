@@ -29,13 +29,13 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.estimate.shapes import Group, model_shapes
 from optimum_fista.run.estimate.work import measure_device, measure_method, work
 from optimum_fista.run.pruning.operators import idle_patterns
+from optimum_fista.run.texts.calibration_source import usual_length
+from optimum_fista.run.texts.self_sampling import SAMPLED_TOGETHER
 
 LIBRARIES = 295 * 2**20
 """Python with torch (a build for CPUs) and Transformers, and what their first calls add, in bytes; measured."""
 _KEPT_FREE = 64 * 2**20
 """What the C library keeps of freed memory, at most; it is a tenth of what was held if that is less."""
-_SAMPLED_TOGETHER = 32
-"""Sequences that `run.texts.self_sampling` writes at a time."""
 _SWEEP = 8
 """Bytes of a float32 that is read and written."""
 
@@ -117,7 +117,7 @@ class Estimate:
         self.reads = not self.whole and not (self.on_cpu and stored == self.model.dtype)
         self.samples_itself, self.packed = calibration == "self", packed
         self.num_samples, self.batch_size = num_samples, batch_size
-        self.length = sequence_length or min(2048, getattr(given, "max_position_embeddings", None) or 2048)
+        self.length = sequence_length or usual_length(given)
         self.tokens, self.batch = num_samples * self.length, batch_size * self.length
         self.vocabulary, self.hidden = input_embedding(self.model).shape
         self.value = self.model.dtype.itemsize
@@ -164,7 +164,7 @@ class Estimate:
             text = self.model.config.get_text_config(decoder=True)
             heads = getattr(text, "num_attention_heads", None) or 1
             width = self.hidden * (getattr(text, "num_key_value_heads", None) or heads) / heads
-            cache = 2 * value * min(_SAMPLED_TOGETHER, self.num_samples) * self.length * layers * width
+            cache = 2 * value * min(SAMPLED_TOGETHER, self.num_samples) * self.length * layers * width
             yield "calibration text", {"whole model": self.weight_bytes, "keys and values": cache}, 0
         gradients = self.allocates * layers * stream / self.num_samples  # hidden states between all layers
         if self.allocates:  # a sequence at a time; the loss and its gradients are float32 in between
@@ -225,7 +225,7 @@ class Estimate:
         head = 2.0 * self.vocabulary * self.hidden
         if self.samples_itself:  # a token at a time, all weights read for each
             every = sum(kind.count * 2 * kind.num_active for kind in self.shapes.kinds) + head
-            steps = self.length * -(-self.num_samples // _SAMPLED_TOGETHER)
+            steps = self.length * -(-self.num_samples // SAMPLED_TOGETHER)
             stages["calibration text"] = work(every * self.tokens, moved_bytes=steps * self.weight_bytes)
         gradients = -(-config.allocation_tokens // self.length) * self.length
         gradients = self.allocates * min(self.tokens, gradients)

@@ -40,7 +40,7 @@ def calibration_tokens(
     Raises:
         ValueError: If the source is unknown, too short, or a number is not positive.
     """
-    length = _length(model.config, num_samples, sequence_length)
+    length = usual_length(model.config) if sequence_length is None else sequence_length
     if source == "self":
         return sample_text_from_model(model, tokenizer, num_samples, length, seed)
     return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
@@ -73,7 +73,7 @@ def calibration_tokens_by_name(
         ValueError: If the source is unknown, too short, or a number is not positive.
     """
     if source != "self" and gguf_file(name) is None:
-        length = _length(read_config(name), num_samples, sequence_length)
+        length = usual_length(read_config(name)) if sequence_length is None else sequence_length
         tokenizer = require_tokenizer(name)
         return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
     files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(name).glob("*") if p.is_file())
@@ -106,14 +106,3 @@ def _digest(settings: str, tokens: Tensor) -> str:
 def usual_length(config: PreTrainedConfig) -> int:
     """Tokens a sequence if nothing else is said: 2048, or the model's context if that is shorter."""
     return min(_USUAL_LENGTH, getattr(config, "max_position_embeddings", None) or _USUAL_LENGTH)
-
-
-def _length(config: PreTrainedConfig, num_samples: int, sequence_length: int | None) -> int:
-    """Tokens a sequence, checked."""
-    length = sequence_length
-    if length is None:
-        length = usual_length(config)
-    for name, value in (("num_samples", num_samples), ("sequence_length", length)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: pass at least 1.")
-    return length

@@ -16,18 +16,15 @@ from optimum_fista.model.offload import input_device
 # SmolLM2-135M's samples from its whole distribution turn into word salad (3.2 to 4.3 nats per token under the
 # model itself); those from the nucleus of 0.95 stay readable, differ from each other and are about as likely as
 # real text (2.3 to 3.3 nats; WikiText-2 has 3.1).
-TOP_P = 0.95
+_TOP_P = 0.95
+
+
+SAMPLED_TOGETHER = 32
+"""Samples written at a time; bounds the memory of the key-value cache."""
 
 
 def sample_text_from_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    num_samples: int,
-    sequence_length: int,
-    seed: int,
-    *,
-    batch_size: int = 32,
-    progress: bool = True,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_samples: int, sequence_length: int, seed: int
 ) -> torch.Tensor:
     """Let the model write calibration tokens.
 
@@ -38,7 +35,7 @@ def sample_text_from_model(
     sample: the model continues with the next document.
 
     The global random state, the model's modes and its generation config are afterwards as before. The same seed
-    gives the same tokens for the same model, device and batch size.
+    gives the same tokens for the same model and device.
 
     Args:
         model: Causal language model, on any device.
@@ -46,8 +43,6 @@ def sample_text_from_model(
         num_samples: Number of samples N.
         sequence_length: Tokens per sample T, the start token included.
         seed: Decides every random choice.
-        batch_size: Samples written at a time; bounds the memory of the key-value cache.
-        progress: Show a progress bar.
 
     Returns:
         Token ids, int64, [N, T], on the CPU.
@@ -56,7 +51,15 @@ def sample_text_from_model(
         ValueError: If `sequence_length` exceeds the model's `max_position_embeddings`, or an argument is out of
             range.
     """
-    _check_sizes(model, num_samples, sequence_length, batch_size)
+    for name, value, least in (("num_samples", num_samples, 1), ("sequence_length", sequence_length, 2)):
+        if value < least:
+            raise ValueError(f"{name}={value}; pass {least} or more.")
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and sequence_length > limit:
+        raise ValueError(
+            f"sequence_length={sequence_length} exceeds the model's max_position_embeddings={limit}; "
+            f"pass {limit} or less."
+        )
     with (
         evaluation_mode(model),
         _plain_generation(model),
@@ -67,23 +70,9 @@ def sample_text_from_model(
         new_tokens = sequence_length - beginnings.shape[1]
         if new_tokens == 0:
             return beginnings
-        with tqdm(total=num_samples * new_tokens, desc="Self-sampling", unit="token", disable=not progress) as bar:
-            batches = [_continue(model, batch, new_tokens, bar) for batch in beginnings.split(batch_size)]
+        with tqdm(total=num_samples * new_tokens, desc="Self-sampling", unit="token") as bar:
+            batches = [_continue(model, batch, new_tokens, bar) for batch in beginnings.split(SAMPLED_TOGETHER)]
     return torch.cat(batches)
-
-
-def _check_sizes(model: PreTrainedModel, num_samples: int, sequence_length: int, batch_size: int) -> None:
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value}; pass 1 or more.")
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length={sequence_length}; pass 2 or more.")
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and sequence_length > limit:
-        raise ValueError(
-            f"sequence_length={sequence_length} exceeds the model's max_position_embeddings={limit}; "
-            f"pass {limit} or less."
-        )
 
 
 def _beginnings(
@@ -112,7 +101,7 @@ def _continue(model: PreTrainedModel, beginnings: torch.Tensor, new_tokens: int,
         do_sample=True,
         temperature=1.0,
         top_k=0,
-        top_p=TOP_P,
+        top_p=_TOP_P,
         max_new_tokens=new_tokens,
         use_cache=True,
         streamer=_ProgressStreamer(bar),

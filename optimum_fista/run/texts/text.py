@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,8 +13,8 @@ Split = Literal["calibration", "test"]
 
 _SEPARATOR = "\n\n"
 
-FILE_SUFFIXES = (".txt", ".jsonl")
-ACCEPTED_SOURCES = (
+_FILE_SUFFIXES = (".txt", ".jsonl")
+_ACCEPTED_SOURCES = (
     "a path that ends in .txt (one document) or .jsonl (field 'text' in every line), 'pydoc' (Python's own "
     "documentation, no download), 'wikitext2', 'c4' or 'ptb' (from the Hub, with the package `datasets`), "
     "or, for calibration only and not read from a text, 'self' (the model writes its own tokens)"
@@ -51,68 +50,21 @@ class TextSource:
         return hashlib.sha256(self.joined.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-@dataclass(frozen=True)
-class HubRecipe:
-    """How one split of a Hub data set becomes text.
-
-    Attributes:
-        repository: Data set repository on the Hub.
-        split: Split of the data set.
-        column: Column that holds the text.
-        separator: What joins the rows.
-        options: Further arguments of `datasets.load_dataset`.
-        max_rows: Use only the first rows; None = all.
-        rows_are_documents: False when the rows are lines of one running text, which become one document.
-        max_windows: Windows that perplexity is measured on at most; None = all.
-    """
-
-    repository: str
-    split: str
-    column: str
-    separator: str
-    options: Mapping[str, Any]
-    max_rows: int | None = None
-    rows_are_documents: bool = False
-    max_windows: int | None = None
-
-    def __str__(self) -> str:
-        """For people: repository, files, split, rows and how they are joined."""
-        files = self.options.get("data_files", {}).get(self.split)
-        parts = [self.repository, self.options.get("name"), self.options.get("revision"), files]
-        rows = "all rows" if self.max_rows is None else f"first {self.max_rows} rows"
-        place = " ".join(part for part in parts if part)
-        return f"{place}, split {self.split}, {rows} joined by {self.separator!r}"
-
-
-def _wikitext2(split: str, separator: str) -> HubRecipe:
-    return HubRecipe("Salesforce/wikitext", split, "text", separator, {"name": "wikitext-2-raw-v1"})
-
-
-def _c4(
-    split: str, file: str, max_rows: int, *, rows_are_documents: bool = False, max_windows: int | None = None
-) -> HubRecipe:
-    options = {"data_files": {split: file}}
-    return HubRecipe("allenai/c4", split, "text", " ", options, max_rows, rows_are_documents, max_windows)
-
-
-def _ptb(split: str) -> HubRecipe:
-    # The repository's main branch is a script, which `datasets` 4 refuses; the Hub keeps a parquet copy of
-    # its configuration `penn_treebank` under this revision.
-    files = {split: f"penn_treebank/{split}/0000.parquet"}
-    options = {"revision": "refs/convert/parquet", "data_files": files}
-    return HubRecipe("ptb-text-only/ptb_text_only", split, "sentence", " ", options)
-
-
-# As in SparseGPT's datautils.py and Wanda's lib/data.py, under the names the data sets have on today's Hub.
-# C4's files are shuffled: the first documents of one (10 million tokens) represent all and fit in memory. Its test
-# text ends after 256 windows there.
-HUB_RECIPES: dict[tuple[str, Split], HubRecipe] = {
-    ("wikitext2", "calibration"): _wikitext2("train", " "),
-    ("wikitext2", "test"): _wikitext2("test", "\n\n"),
-    ("c4", "calibration"): _c4("train", "en/c4-train.00000-of-01024.json.gz", 20_000, rows_are_documents=True),
-    ("c4", "test"): _c4("validation", "en/c4-validation.00000-of-00008.json.gz", 1100, max_windows=256),
-    ("ptb", "calibration"): _ptb("train"),
-    ("ptb", "test"): _ptb("test"),
+# Arguments of `_read_hub`, as in SparseGPT's datautils.py and Wanda's lib/data.py, under the names that the data sets
+# have on today's Hub. C4's files are shuffled: the first documents of one (10 million tokens) represent all and fit in
+# memory; its test text ends after 256 windows there. PTB's main branch is a script, which `datasets` 4 refuses; the Hub
+# keeps a parquet copy of its configuration `penn_treebank` under another revision.
+_WIKITEXT = {"repository": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
+_C4_DOCUMENTS = {"repository": "allenai/c4", "max_rows": 20_000, "are_documents": True}
+_C4_TEXT = {"repository": "allenai/c4", "max_rows": 1100, "max_windows": 256}
+_PTB = {"repository": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet", "column": "sentence"}
+_HUB: dict[tuple[str, Split], dict[str, Any]] = {
+    ("wikitext2", "calibration"): _WIKITEXT | {"split": "train"},
+    ("wikitext2", "test"): _WIKITEXT | {"split": "test", "separator": "\n\n"},
+    ("c4", "calibration"): _C4_DOCUMENTS | {"split": "train", "file": "en/c4-train.00000-of-01024.json.gz"},
+    ("c4", "test"): _C4_TEXT | {"split": "validation", "file": "en/c4-validation.00000-of-00008.json.gz"},
+    ("ptb", "calibration"): _PTB | {"split": "train", "file": "penn_treebank/train/0000.parquet"},
+    ("ptb", "test"): _PTB | {"split": "test", "file": "penn_treebank/test/0000.parquet"},
 }
 
 
@@ -136,14 +88,14 @@ def load_text(source: str, split: Split) -> TextSource:
         raise ValueError(f"split={split!r} is not known; pass 'calibration' or 'test'.")
     if source == "pydoc":
         return _read_pydoc()
-    if (source, split) in HUB_RECIPES:
-        return _read_hub(source, HUB_RECIPES[source, split])
+    if (source, split) in _HUB:
+        return _read_hub(source, **_HUB[source, split])
     path = Path(source)
-    if path.suffix not in FILE_SUFFIXES:
-        raise ValueError(f"source={source!r} is not known; pass {ACCEPTED_SOURCES}.")
+    if path.suffix not in _FILE_SUFFIXES:
+        raise ValueError(f"source={source!r} is not known; pass {_ACCEPTED_SOURCES}.")
     if not path.is_file():
-        raise FileNotFoundError(f"source={source!r}: there is no such file; pass {ACCEPTED_SOURCES}.")
-    return _read_jsonl(path) if path.suffix == ".jsonl" else _read_txt(path)
+        raise FileNotFoundError(f"source={source!r}: there is no such file; pass {_ACCEPTED_SOURCES}.")
+    return _read_file(path)
 
 
 def _read_pydoc() -> TextSource:
@@ -154,22 +106,21 @@ def _read_pydoc() -> TextSource:
     return TextSource("pydoc", documents, _SEPARATOR, origin)
 
 
-def _read_txt(path: Path) -> TextSource:
-    content = _decode(path)
-    if not content.strip():
-        raise ValueError(f"source={str(path)!r} is empty; pass a file with text.")
-    return TextSource(path.name, (content,), _SEPARATOR, f"file {path.name}")
-
-
-def _read_jsonl(path: Path) -> TextSource:
-    lines = _decode(path).split("\n")
-    documents = tuple(
-        _document(line, f"source={str(path)!r}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    )
+def _read_file(path: Path) -> TextSource:
+    where = f"source={str(path)!r}"
+    try:
+        # Not read_text, which would turn \r\n into \n.
+        content = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 ({error}); save it as UTF-8.") from error
+    if path.suffix == ".txt":
+        if not content.strip():
+            raise ValueError(f"{where} is empty; pass a file with text.")
+        return TextSource(path.name, (content,), _SEPARATOR, f"file {path.name}")
+    lines = enumerate(content.split("\n"), start=1)
+    documents = tuple(_document(line, f"{where}, line {number}") for number, line in lines if line.strip())
     if not any(document.strip() for document in documents):
-        raise ValueError(f'source={str(path)!r} holds no text; pass a file with text under "text" in its lines.')
+        raise ValueError(f'{where} holds no text; pass a file with text under "text" in its lines.')
     origin = f"file {path.name}, {len(documents)} documents joined by {_SEPARATOR!r}"
     return TextSource(path.name, documents, _SEPARATOR, origin)
 
@@ -188,30 +139,36 @@ def _document(line: str, place: str) -> str:
     return record["text"]
 
 
-def _decode(path: Path) -> str:
-    try:
-        # Not read_text, which would turn \r\n into \n.
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"source={str(path)!r} is not UTF-8 ({error}); save it as UTF-8.") from error
-
-
-def _read_hub(name: str, recipe: HubRecipe) -> TextSource:
+def _read_hub(
+    source: str,
+    *,
+    repository: str,
+    split: str,
+    column: str = "text",
+    separator: str = " ",
+    file: str | None = None,
+    max_rows: int | None = None,
+    are_documents: bool = False,
+    max_windows: int | None = None,
+    **options: str,
+) -> TextSource:
+    """The first rows of one column, joined to one document unless each is one; `options` are `load_dataset`'s."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"source={name!r} needs the package `datasets`, which is not installed: "
+            f"source={source!r} needs the package `datasets`, which is not installed: "
             "pip install 'optimum-fista[datasets]', or pass a local .txt or .jsonl file."
         ) from error
     try:
-        rows = load_dataset(recipe.repository, split=recipe.split, **recipe.options)
-        texts = tuple(rows[: recipe.max_rows][recipe.column])
+        files = {} if file is None else {"data_files": {split: file}}
+        texts = tuple(load_dataset(repository, split=split, **options, **files)[:max_rows][column])
     except Exception as error:  # the Hub, the network and `datasets` have no common base class
         raise ConnectionError(
-            f"source={name!r}: could not load {recipe.repository!r} from the Hub "
-            f"({type(error).__name__}: {error}). If the Hub cannot be reached, pass a local .txt or "
-            ".jsonl file."
+            f"source={source!r}: could not load {repository!r} from the Hub ({type(error).__name__}: {error}). "
+            "If the Hub cannot be reached, pass a local .txt or .jsonl file."
         ) from error
-    documents = texts if recipe.rows_are_documents else (recipe.separator.join(texts),)
-    return TextSource(name, documents, recipe.separator, str(recipe), recipe.max_windows)
+    place = " ".join(part for part in (repository, *options.values(), file) if part)
+    rows = "all rows" if max_rows is None else f"first {max_rows} rows"
+    origin = f"{place}, split {split}, {rows} joined by {separator!r}"
+    return TextSource(source, texts if are_documents else (separator.join(texts),), separator, origin, max_windows)

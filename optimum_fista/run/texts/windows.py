@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from optimum_fista.run.texts.text import TextSource
 
 # English has 4 to 5 characters per token, so a segment of 8 holds one window and leaves its start to chance.
-SEGMENT_CHARACTERS_PER_TOKEN = 8
+_CHARACTERS_PER_TOKEN = 8
 
 
 def calibration_windows(
@@ -43,14 +43,10 @@ def calibration_windows(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; pass 1 or more.")
-    bos = _bos(tokenizer, add_bos)
-    length = _content_length(sequence_length, bos)
+    bos, length = _bos_and_length(tokenizer, add_bos, sequence_length)
     generator = torch.Generator().manual_seed(seed)
-    if len(text.documents) == 1:
-        windows = _windows_of_document(tokenizer, text, num_samples, length, generator)
-    else:
-        windows = _windows_of_documents(tokenizer, text, num_samples, length, generator)
-    return _with_bos(windows, bos)
+    draw = _windows_of_document if len(text.documents) == 1 else _windows_of_documents
+    return _with_bos(draw(tokenizer, text, num_samples, length, generator), bos)
 
 
 def evaluation_windows(
@@ -82,10 +78,8 @@ def evaluation_windows(
     """
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows}; pass 1 or more, or None for all.")
-    at_start = add_bos == "start"
-    bos = None if add_bos == "start" else _bos(tokenizer, add_bos)
-    length = _content_length(sequence_length, bos)
-    ids = _tokenise(tokenizer, text.joined, special=at_start)
+    bos, length = _bos_and_length(tokenizer, add_bos, sequence_length)
+    ids = _tokenise(tokenizer, text.joined, special=add_bos == "start")
     if len(ids) < length:
         raise ValueError(
             f"text {text.name!r} has {len(ids)} tokens, fewer than one window of {length}; "
@@ -96,30 +90,24 @@ def evaluation_windows(
     return _with_bos(windows, bos)
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> int | None:
-    """BOS id that every window starts with; None = none."""
-    if add_bos is None:
-        # Gemma's perplexity without BOS is meaningless, whatever its tokenizer's attribute says.
-        wanted = _starts_texts_with_bos(tokenizer) or "Gemma" in type(tokenizer).__name__
-        return tokenizer.bos_token_id if wanted else None
-    if not add_bos:
-        return None
-    if tokenizer.bos_token_id is None:
-        raise ValueError("add_bos=True, but the tokenizer has no BOS token; pass add_bos=False.")
-    return tokenizer.bos_token_id
-
-
-def _starts_texts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    # Llama 3's tokenizer adds BOS in its post-processor and leaves the attribute False.
-    started = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return started or getattr(tokenizer, "add_bos_token", False) is True
-
-
-def _content_length(sequence_length: int, bos: int | None) -> int:
-    """Tokens of text in a window."""
+def _bos_and_length(
+    tokenizer: PreTrainedTokenizerBase, add_bos: bool | Literal["start"] | None, sequence_length: int
+) -> tuple[int | None, int]:
+    """BOS id that every window starts with, `None` if none, and tokens of text in a window."""
     if sequence_length < 2:
         raise ValueError(f"sequence_length={sequence_length}; pass 2 or more.")
-    return sequence_length if bos is None else sequence_length - 1
+    if add_bos is None:
+        # Llama 3's tokenizer adds BOS in its post-processor and leaves the attribute False. Gemma's perplexity without
+        # BOS is meaningless, whatever its tokenizer's attribute says.
+        known = tokenizer.bos_token_id is not None
+        starts = known and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        attribute = getattr(tokenizer, "add_bos_token", False) is True
+        add_bos = known and (starts or attribute or "Gemma" in type(tokenizer).__name__)
+    if add_bos is not True:
+        return None, sequence_length
+    if tokenizer.bos_token_id is None:
+        raise ValueError("add_bos=True, but the tokenizer has no BOS token; pass add_bos=False.")
+    return tokenizer.bos_token_id, sequence_length - 1
 
 
 def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
@@ -140,7 +128,7 @@ def _windows_of_document(
     generator: torch.Generator,
 ) -> torch.Tensor:
     """One window from each of `num_samples` segments; from the whole document if it has too few segments."""
-    document, characters = text.documents[0], SEGMENT_CHARACTERS_PER_TOKEN * length
+    document, characters = text.documents[0], _CHARACTERS_PER_TOKEN * length
     while len(segments := _segments(document, characters)) >= max(num_samples, 2):
         chosen = torch.randperm(len(segments), generator=generator)[:num_samples].tolist()
         parts = [_tokenise(tokenizer, segments[index]) for index in chosen]

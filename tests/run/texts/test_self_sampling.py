@@ -3,6 +3,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from optimum_fista.run.texts import self_sampling
 from optimum_fista.run.texts.self_sampling import sample_text_from_model
 
 VOCABULARY = 40
@@ -35,14 +36,17 @@ def set_distribution(model: LlamaForCausalLM, logits: torch.Tensor) -> None:
         model.lm_head.weight.copy_(torch.outer(padded, hidden / hidden.dot(hidden)))
 
 
-def sample(model, tokenizer, num_samples=6, sequence_length=24, seed=0, **kwargs) -> torch.Tensor:
-    return sample_text_from_model(model, tokenizer, num_samples, sequence_length, seed, **{"progress": False} | kwargs)
+def sample(model, tokenizer, num_samples=6, sequence_length=24, seed=0) -> torch.Tensor:
+    return sample_text_from_model(model, tokenizer, num_samples, sequence_length, seed)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 32])
+@pytest.mark.parametrize("together", [1, 4, 32])
 @pytest.mark.parametrize("sequence_length", [2, 3, 24, 64])
-def test_samples_start_with_bos_and_differ_from_the_next_token_on(model, tokenizer, batch_size, sequence_length):
-    samples = sample(model, tokenizer, 6, sequence_length, batch_size=batch_size)
+def test_samples_start_with_bos_and_differ_from_the_next_token_on(
+    model, tokenizer, monkeypatch, together, sequence_length
+):
+    monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", together)
+    samples = sample(model, tokenizer, 6, sequence_length)
     assert samples.shape == (6, sequence_length)
     assert samples.dtype == torch.int64
     assert (samples[:, 0] == BOS).all()
@@ -153,15 +157,14 @@ def test_longer_than_the_model_reads(model, tokenizer):
         sample(model, tokenizer, sequence_length=65)
 
 
-@pytest.mark.parametrize("sizes", [{"num_samples": 0}, {"sequence_length": 1}, {"batch_size": 0}])
+@pytest.mark.parametrize("sizes", [{"num_samples": 0}, {"sequence_length": 1}])
 def test_sizes_out_of_range(model, tokenizer, sizes):
     ((name, value),) = sizes.items()
     with pytest.raises(ValueError, match=f"{name}={value}; pass"):
         sample(model, tokenizer, **sizes)
 
 
-def test_progress_counts_the_new_tokens(model, tokenizer, capsys):
-    sample(model, tokenizer)
-    assert capsys.readouterr() == ("", "")
-    sample(model, tokenizer, 5, 12, batch_size=2, progress=True)
+def test_progress_counts_the_new_tokens(model, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", 2)
+    sample(model, tokenizer, 5, 12)
     assert "50/50" in capsys.readouterr().err
