@@ -26,9 +26,12 @@ from optimum_fista.solve.cholesky import damped_cholesky
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.patterns import Unstructured
 from optimum_fista.solve.problem import LayerProblem, inner
+from optimum_fista.solve.proximal_gradient import fista
 from optimum_fista.solve.refit import refit
 from optimum_fista.solve.splitting import SplitState, damped_inverse
 from optimum_fista.solve.statistics import largest_eigenvalue
+
+Step = Callable[[int, Tensor], None]
 
 HALF = Unstructured(0.5)
 RIDGE = 0.03
@@ -65,24 +68,11 @@ class Scaled:
         smooth = inner(weight @ self.gram, weight) / 2 - inner(weight, self.target)
         return smooth + l1_penalty * float((weight.abs() * self.scale).sum(dtype=torch.float64))
 
-    def fista(
-        self, start: Tensor, l1_penalty: float, steps: int, restart: bool, see: Callable[[int, Tensor], None] | None
-    ) -> Tensor:
+    def fista(self, start: Tensor, l1_penalty: float, steps: int, restart: bool, see: Step | None = None) -> Tensor:
         """FISTA with thresholds `l1_penalty * s_j / L`: the LASSO of the unscaled weights, whatever the scale."""
+        options = {"max_iterations": steps, "tolerance": 0.0, "restart": restart, "see": see}
         lipschitz = largest_eigenvalue(self.gram)
-        threshold = l1_penalty * self.scale / lipschitz
-        weight, point, momentum = start, start, 1.0
-        for step in range(1, steps + 1):
-            moved = torch.addmm(point, point, self.gram, alpha=-1 / lipschitz).add_(self.target, alpha=1 / lipschitz)
-            following = moved.sign() * (moved.abs() - threshold).clamp_min(0)
-            change = following - weight
-            if restart and inner(point - following, change) > 0:
-                momentum = 1.0
-            grown = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-            weight, point, momentum = following, following + change * ((momentum - 1) / grown), grown
-            if see is not None:
-                see(step, weight)
-        return weight
+        return fista(self.gram, self.target, start, l1_penalty * self.scale, lipschitz, **options).weight
 
 
 def admm(scaled: Scaled, rho: float, iterations: int, see: Callable[[int, Tensor, Tensor], None] | None) -> SplitState:
@@ -101,7 +91,7 @@ def half_penalty(scaled: Scaled) -> float:
     weight = scaled.start
     while True:
         middle = (low + high) / 2
-        weight = scaled.fista(weight, math.exp(middle), 150, True, None)
+        weight = scaled.fista(weight, math.exp(middle), 150, True)
         zeros = float((weight == 0).float().mean())
         if abs(zeros - 0.5) < 0.01 or high - low < 1e-3:
             return math.exp(middle)
@@ -117,7 +107,7 @@ def stalling(problem: LayerProblem, steps: int) -> tuple[dict[str, list], dict[s
     plain, unit = Scaled(problem, "plain"), Scaled(problem, "unit Gram diagonal")
     surgeon = Scaled(problem, "unit diagonal of the inverse")
     l1_penalty = half_penalty(unit)
-    best = unit.objective(unit.fista(unit.start, l1_penalty, 8 * steps, True, None), l1_penalty)
+    best = unit.objective(unit.fista(unit.start, l1_penalty, 8 * steps, True), l1_penalty)
     dense = abs(unit.objective(torch.zeros_like(unit.start), l1_penalty) - best)
     gaps: dict[str, list] = {}
     errors: dict[str, list] = {}

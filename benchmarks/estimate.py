@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import anonymous, finish, prune_apart, save_llama
+from shared import save_llama, watched
 from transformers import AutoConfig
 
 from optimum_fista.run.config import FistaPruningConfig
@@ -50,13 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
         method: {"hidden": 512, "ffn": 2048, "layers": 4, "samples": 16, "config": {"method": method}}
         for method in ("magnitude", "wanda", "dsnot", "sparsegpt", "admm", "alps", "fista")
     },
-    "wanda, intra": {
-        "hidden": 768,
-        "ffn": 3072,
-        "layers": 4,
-        "samples": 16,
-        "config": {"method": "wanda", "error_correction": "intra"},
-    },
+    "wanda, intra": {"hidden": 768, "ffn": 3072, "layers": 4, "samples": 16}
+    | {"config": {"method": "wanda", "error_correction": "intra"}},
 }
 
 
@@ -113,7 +108,9 @@ def beside_a_run(case: dict[str, Any], measured: dict[str, float] | None = None)
         save_llama(source, *sizes, vocab_size=run["vocabulary"])
         if measured is None:
             settings = {name: run[name] for name in ("samples", "length", "vocabulary", "batch", "config")}
-            measured = measure(source=source, output=f"{folder}/out", processor_time=True, **settings)
+            imports, curve, seconds = watched(source=source, output=f"{folder}/out", processor_time=True, **settings)
+            measured = {"import_bytes": imports, "measured_bytes": max(held for _, held in curve)}
+            measured["measured_seconds"] = seconds["total"]
         estimate = Estimate(
             source,
             FistaPruningConfig.from_dict(run["config"]),
@@ -124,14 +121,6 @@ def beside_a_run(case: dict[str, Any], measured: dict[str, float] | None = None)
         )
     estimated = {"estimated_bytes": estimate.memory["host"].total, "estimated_seconds": sum(estimate.seconds.values())}
     return measured | estimated
-
-
-def measure(**options: Any) -> dict[str, float]:
-    """Peak anonymous memory and time of a run in a process of its own."""
-    process = prune_apart(**options)
-    imports, held = anonymous(process.pid), [0]
-    (seconds,) = finish(process, lambda: held.append(anonymous(process.pid)))
-    return {"import_bytes": imports, "measured_bytes": max(held), "measured_seconds": seconds["total"]}
 
 
 def runs_table(runs: dict[str, dict[str, float]]) -> list[str]:

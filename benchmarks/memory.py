@@ -8,52 +8,35 @@ anonymous memory (not the pages of files) over time. The peak counts from what t
 
 from __future__ import annotations
 
-import json
 import tempfile
-import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
-from shared import anonymous, finish, parse_arguments, prune_apart, save_llama
+from shared import parse_arguments, save, save_llama, watched
 
-SETTINGS = ("hidden", "ffn", "num_samples", "sequence_length", "storage_device", "fewer_steps")
 _HELP = {
     "layers": "decoder layers of each run",
-    "storage_device": "where activations wait; default: files beside the output",
     "fewer_steps": "a step of each kind: the same memory, less time",
-    "append": "keep the runs that --output already holds",
 }
 
 
-def measure(arguments: Namespace, layers: int) -> dict:
+def measure(arguments: Namespace, layers: int) -> dict[str, Any]:
     """The peak, and the memory over time, of a model of that many decoder layers."""
     steps = {"stages": 1, "iterations": 2, "refit_iterations": 1} if arguments.fewer_steps else {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        save_llama(folder / "source", arguments.hidden, arguments.ffn, layers, num_attention_heads=12)
-        size = sum(file.stat().st_size for file in (folder / "source").glob("*.safetensors"))
-        process = prune_apart(
-            source=folder / "source",
-            output=folder / "out",
-            samples=arguments.num_samples,
-            length=arguments.sequence_length,
-            storage_device=arguments.storage_device,
-            config={"method_options": steps},
-            own_memory=True,
+        source = Path(temporary) / "source"
+        save_llama(source, arguments.hidden, arguments.ffn, layers)
+        size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+        sizes = {"samples": arguments.num_samples, "length": arguments.sequence_length}
+        config = {"method_options": steps}
+        imports, found, _ = watched(
+            source=source, output=Path(temporary) / "out", config=config, own_memory=True, **sizes
         )
-        imports, started, curve = anonymous(process.pid), time.perf_counter(), []
-
-        def watch() -> None:
-            held = anonymous(process.pid)
-            if held:
-                curve.append((round(time.perf_counter() - started, 3), held - imports))
-
-        finish(process, watch)
+    curve = [(moment, held - imports) for moment, held in found if held]
     peak = max(held for _, held in curve)
     print(f"{layers} layers: model {size / 2**20:.0f} MiB, peak {peak / 2**20:.0f} MiB, {peak / size:.0%}", flush=True)
-    settings = {key: getattr(arguments, key) for key in SETTINGS}
-    sizes = {"model_bytes": size, "import_bytes": imports, "peak_bytes": peak}
-    return {"layers": layers, **settings, "seconds": curve[-1][0], **sizes, "curve": thinned(curve)}
+    return {"layers": layers, "model_bytes": size, "peak_bytes": peak, "curve": thinned(curve)}
 
 
 def thinned(curve: list[tuple[float, int]]) -> list[tuple[float, int]]:
@@ -81,14 +64,10 @@ def plot(runs: list[dict], path: Path) -> None:
 
 def main() -> None:
     sizes = {"layers": [24], "hidden": 768, "ffn": 3072, "num_samples": 8, "sequence_length": 512}
-    switches = {"storage_device": str, "fewer_steps": False, "append": False}
-    files = {"output": Path("runs/memory.json"), "plot": Path}
-    arguments = parse_arguments(__doc__, helps=_HELP, **sizes, **switches, **files)
+    files = {"fewer_steps": False, "output": Path("runs/memory.json"), "plot": Path}
+    arguments = parse_arguments(__doc__, helps=_HELP, **sizes, **files)
     runs = [measure(arguments, layers) for layers in arguments.layers]
-    if arguments.append and arguments.output.exists():
-        runs = json.loads(arguments.output.read_text())["runs"] + runs
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"runs": runs}))
+    save(arguments, {"runs": runs})
     if arguments.plot:
         plot(runs, arguments.plot)
 

@@ -10,14 +10,13 @@ machine shared with others the ratios of one run mean something, times do not.
 from __future__ import annotations
 
 import ctypes
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from shared import parse_arguments
+from shared import parse_arguments, save
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -103,13 +102,7 @@ def measure(
             for kind, operator in operators.items():
                 runs[kind] = lambda x=x, operator=operator: packed_linear(x, *operator)
             found = medians(runs, seconds, emptied)
-            line = {"shape": f"{rows}x{columns}", "threads": count, "batch": batch, "seconds": found}
-            line["times_faster_than_pytorch"] = {kind: found["PyTorch"] / found[kind] for kind in KINDS}
-            if batch == 1:
-                line["times_faster_than_own_dense"] = {kind: found["own dense"] / found[kind] for kind in KINDS}
-                line["share_of_bandwidth_at_50%"] = found["reading the bytes of 50%"] / found["50%"]
-                line["read_bytes_per_second"] = num_bytes / found["reading the bytes of 50%"]
-            lines.append(line)
+            lines.append({"shape": f"{rows}x{columns}", "threads": count, "batch": batch, "seconds": found})
     return lines
 
 
@@ -118,9 +111,12 @@ def table(lines: list[dict], threads: int) -> list[str]:
     found = []
     for line in lines:
         if line["threads"] == threads:
-            times = [f"{line['times_faster_than_pytorch'][kind]:.2f}x" for kind in KINDS]
-            own = line.get("times_faster_than_own_dense")
-            dense = [f"{own['50%']:.2f}x", f"{line['share_of_bandwidth_at_50%']:.0%}"] if own else ["", ""]
+            seconds = line["seconds"]
+            times = [f"{seconds['PyTorch'] / seconds[kind]:.2f}x" for kind in KINDS]
+            dense = ["", ""]
+            if "own dense" in seconds:
+                dense[0] = f"{seconds['own dense'] / seconds['50%']:.2f}x"
+                dense[1] = f"{seconds['reading the bytes of 50%'] / seconds['50%']:.0%}"
             found.append((line["shape"].replace("x", " x "), line["batch"], *times, *dense))
     return markdown_lines(("weight", "inputs", *KINDS, "50%: own dense kernel", "50%: reading"), found)
 
@@ -142,9 +138,7 @@ def main() -> None:
             )
     for count in arguments.threads:
         print(f"\n{count} threads\n", *table(lines, count), sep="\n")
-    result = {"path": Kernels(find_library()).path, "torch": torch.__version__, "lines": lines}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments, {"path": Kernels(find_library()).path, "lines": lines})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Retraining a pruned model for a few minutes: perplexity before and after, by what is trained.
 
 The model is pruned once, saved to `--folder` and loaded from there for every row. `norms` trains norms and biases,
-`adapters` masked low-rank adapters besides (as PERP, arXiv 2312.15230), `full` all weights, under the masks; on fresh
-windows of the calibration text, one a step. Finished rows are read from the output file. Needs the extra `peft`.
+`adapters` masked low-rank adapters besides (as PERP, arXiv 2312.15230), on fresh windows of the calibration text, one a
+step. Finished rows are read from the output file. Needs the extra `peft`.
 
     python benchmarks/retraining.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --folder runs/pruned-2-4
 """
@@ -27,11 +27,11 @@ from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.reports.markdown import markdown_lines
 
-RATES = {"norms": 2e-3, "adapters": 1e-3, "full": 5e-5}
+RATES = {"norms": 2e-3, "adapters": 1e-3}
 
 
-def train(model: torch.nn.Module, sequences: Tensor, rate: float) -> list[float]:
-    """AdamW, one sequence a step, a linear schedule; returns the losses."""
+def train(model: torch.nn.Module, sequences: Tensor, rate: float) -> tuple[int, list[float]]:
+    """AdamW, one sequence a step, a linear schedule; returns the number of weights trained, and the losses."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, len(sequences) // 10, len(sequences))
@@ -47,27 +47,24 @@ def train(model: torch.nn.Module, sequences: Tensor, rate: float) -> list[float]
         schedule.step()
         losses.append(loss.item())
     model.eval()
-    return losses
+    return sum(parameter.numel() for parameter in parameters), losses
 
 
 def retrain(model: PreTrainedModel, folder: Path, kind: str, sequences: Tensor, rank: int) -> dict[str, Any]:
     """Train one kind of weights of the pruned model in place."""
-    if kind != "full":
-        for parameter in model.parameters():
-            parameter.requires_grad_(kind == "norms" and parameter.ndim == 1)
+    for parameter in model.parameters():
+        parameter.requires_grad_(kind == "norms" and parameter.ndim == 1)
     started = time.perf_counter()
     if kind == "adapters":
         adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         peft_model = mask_adapters(get_peft_model(model, adapters), folder)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad or parameter.ndim == 1)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        losses = train(peft_model, sequences, RATES[kind])
+        trained, losses = train(peft_model, sequences, RATES[kind])
         merge_adapters(peft_model)
     else:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         with masked_training(model, folder):
-            losses = train(model, sequences, RATES[kind])
+            trained, losses = train(model, sequences, RATES[kind])
     return {"rate": RATES[kind], "trained": trained, "seconds": time.perf_counter() - started, "losses": losses}
 
 
@@ -101,7 +98,7 @@ _HELP = {
 
 
 def main() -> None:
-    ways = {"rows": ["norms", "adapters", "full"], "pattern": "2:4", "method": "obs_admm", "rank": 16}
+    ways = {"rows": ["adapters", "norms"], "pattern": "2:4", "method": "obs_admm", "rank": 16}
     sizes = {"num_samples": 8, "steps": 100, "sequence_length": 512, "max_windows": 12, "test_length": 1024}
     others = {"threads": 1, "seed": 0, "output": Path("runs/retraining.json")}
     required = ("model", "calibration", "texts", "folder")

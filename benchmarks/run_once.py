@@ -1,8 +1,8 @@
-"""Prunes once in a process of its own, for benchmarks that measure or kill it: `run_once.py JSON`.
+"""Prunes once in a process of its own, for benchmarks that measure it: `run_once.py JSON`.
 
-Options: `source`, `output`, `samples`, `length`; `vocabulary` (256), `batch` (1), `config` ({}), `storage_device`,
-`in_memory` (load, prune and save instead of pruning from files to files), `own_memory` (as the command line),
-`processor_time` (all clocks are the processor's), `waits` (for a line, once everything is imported).
+Options: `source`, `output`, `samples`, `length`; `vocabulary` (256), `batch` (1), `config` ({}), `in_memory`
+(load, prune and save instead of pruning from files to files), `own_memory` (as the command line), `processor_time` (all
+clocks are the processor's), `waits` (for a line, once everything is imported).
 
 Prints `ready`, and seconds at the end: `wall`, `processor`, and those of the report.
 """
@@ -11,7 +11,7 @@ import json
 import sys
 import time
 
-OPTIONS = {"vocabulary": 256, "batch": 1, "config": {}, "storage_device": None} | json.loads(sys.argv[1])
+OPTIONS = {"vocabulary": 256, "batch": 1, "config": {}} | json.loads(sys.argv[1])
 if OPTIONS.get("processor_time"):
     time.perf_counter = time.process_time  # before the package is imported
 
@@ -28,7 +28,7 @@ def main() -> None:
     tokens = torch.randint(0, OPTIONS["vocabulary"], (OPTIONS["samples"], OPTIONS["length"]), generator=generator)
     batches = tokens.split(OPTIONS["batch"])
     config = FistaPruningConfig.from_dict(OPTIONS["config"])
-    pruner = FistaPruner(config, progress=False, storage_device=OPTIONS["storage_device"])
+    pruner = FistaPruner(config, progress=False)
     if OPTIONS.get("own_memory"):
         keep_large_blocks_apart()
     print("ready", flush=True)

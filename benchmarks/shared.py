@@ -165,20 +165,15 @@ def prune_apart(*, ranks: int = 1, threads: int = 1, **options: Any) -> subproce
     return process
 
 
-def start(process: subprocess.Popen[str]) -> None:
-    """Let a process that waits begin."""
-    assert process.stdin is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-
-
 def finish(process: subprocess.Popen[str], watch: Callable[[], None] = lambda: None) -> list[dict[str, float]]:
     """Let a process prune, watched 50 times a second; returns the seconds that each rank tells.
 
     Raises:
         SystemExit: If it fails.
     """
-    start(process)
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
     while process.poll() is None:
         watch()
         time.sleep(0.02)
@@ -197,10 +192,20 @@ def anonymous(process: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Files of a pruned folder, but for those that hold times."""
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    return {name: data for name, data in files.items() if name not in ("README.md", "fista/report.json")}
+def watched(**options: Any) -> tuple[int, list[tuple[float, int]], dict[str, float]]:
+    """Prune in a process of its own (`options` as for `prune_apart`) and watch its anonymous memory.
+
+    Returns:
+        Bytes after the imports; (seconds, bytes) 50 times a second; the seconds that the process tells.
+    """
+    process = prune_apart(**options)
+    imports, started, curve = anonymous(process.pid), time.monotonic(), []
+
+    def look() -> None:
+        curve.append((round(time.monotonic() - started, 3), anonymous(process.pid)))
+
+    (seconds,) = finish(process, look)
+    return imports, curve, seconds
 
 
 def matrix_rate() -> float:
