@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave dense the operators whose name matches; repeatable",
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--method", help="obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps")
+    how.add_argument("--method", help="obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap")
     how.add_argument("--paper", action="store_true", help="the published settings of FISTAPruner (K=20, T=3, xi=0.3)")
     how.add_argument(
         "--error-correction",

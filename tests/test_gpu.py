@@ -5,16 +5,16 @@ from copy import deepcopy
 import pytest
 import torch
 from launched import exit_codes, launch, prune
+from layer_problems import WEIGHT_METHODS
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.solve.methods import METHODS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("storage_device", [None, "cpu"])
 def test_a_gpu_prunes_as_the_cpu_does(method, pattern, storage_device):

@@ -35,6 +35,7 @@ class MethodDefaults:
 _METHOD_DEFAULTS = {
     "dsnot": MethodDefaults(scope="row"),
     "fista": MethodDefaults(error_correction="intra"),
+    "flap": MethodDefaults(error_correction="none"),
     "magnitude": MethodDefaults(error_correction="none"),
     "obs_admm": MethodDefaults(error_correction=0.5, residual_correction=1.0, allocation="fisher"),
     "wanda": MethodDefaults(scope="row"),
@@ -200,10 +201,13 @@ class FistaPruningConfig:
             raise ValueError(
                 f"scope={self.scope!r} has no meaning for pattern={self.pattern!r}: pass only one of them."
             )
-        self.create_method("")
+        methods = self.create_method(""), METHODS[self.under_calibrated_method]()
+        for method in methods:
+            method.require_pattern(self._default_pattern())
         for pattern, value in self.overrides.items():
             try:
-                self._override_pattern(value)
+                for method in methods:
+                    method.require_pattern(self._override_pattern(value))
             except ValueError as error:
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from error
 

@@ -62,3 +62,9 @@ def cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
 def inverse_in_place(factor: Tensor) -> Tensor:
     """The inverse of a matrix from its lower Cholesky factor as `cholesky_in_place` returns it, in its memory."""
     return torch.cholesky_inverse(factor, out=factor).mT
+
+
+def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
+    """The blocks [n / width, width, width] along the diagonal of a matrix [n, n], in a matrix of their own."""
+    blocks = matrix.unflatten(0, (-1, width)).unflatten(2, (-1, width))  # [n / width, width, n / width, width]
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()

@@ -21,6 +21,28 @@ class PruningMethod(ABC):
     """
 
     name: ClassVar[str]
+    takes_weights: ClassVar[bool] = True
+    """Whether it prunes to patterns in which every row has zeros of its own."""
+    takes_columns: ClassVar[bool] = True
+    """Whether it removes whole columns (`SparsityPattern.column_width`)."""
+
+    @classmethod
+    def takes(cls, pattern: SparsityPattern) -> bool:
+        """Whether it prunes to `pattern`."""
+        return cls.takes_weights if pattern.column_width is None else cls.takes_columns
+
+    def require_pattern(self, pattern: SparsityPattern) -> None:
+        """Check that the method prunes to `pattern`.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if not self.takes(pattern):
+            kind = "single weights" if pattern.column_width is None else "whole columns"
+            fitting = ", ".join(repr(name) for name, method in sorted(METHODS.items()) if method.takes(pattern))
+            raise ValueError(
+                f"method {self.name!r} can't remove {kind}, as pattern={pattern.text!r} wants: take one of {fitting}."
+            )
 
     @abstractmethod
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.blocks import row_blocks
+from optimum_fista.solve.proximal_gradient import soft_threshold
 
 Scope = Literal["matrix", "row"]
 
@@ -56,6 +57,11 @@ class SparsityPattern(ABC):
     @property
     def n_of_m(self) -> tuple[int, int] | None:
         """`(n, m)` if n of every m consecutive weights of a row are kept: packed masks may then be shorter."""
+        return None
+
+    @property
+    def column_width(self) -> int | None:
+        """Consecutive columns that all rows keep or lose together; `None` if rows differ."""
         return None
 
     def at(self, sparsity: float) -> Self:  # noqa: ARG002, patterns that are not fixed use it
@@ -110,6 +116,14 @@ class SparsityPattern(ABC):
             columns: Columns of the matrix.
         """
         return self.mask(scores)
+
+    def shrink(self, matrix: Tensor, threshold: float) -> Tensor:
+        """Proximal step of `threshold` times the norm whose penalty makes zeros in this pattern: the l1 norm."""
+        return soft_threshold(matrix, threshold)
+
+    def dual_norm(self, matrix: Tensor) -> float:
+        """Dual of that norm. With a penalty of `dual_norm(C)` and above, all weights of the solution are zero."""
+        return float(matrix.abs().max())
 
     def violation(self, mask: Tensor) -> str | None:
         """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it."""

@@ -51,13 +51,13 @@ def search_penalty(
     penalty_range: tuple[float, float] = (1e-6, 1.0),
     max_trials: int = 30,
 ) -> PenaltySearch:
-    """Find the l1 penalty by bisection (FISTAPruner, arXiv 2408.03728, Algorithm 1).
+    """Find the penalty by bisection (FISTAPruner, arXiv 2408.03728, Algorithm 1).
 
     A trial solves the LASSO from the best weights so far, rounds the solution to the pattern and compares
     `E_round = || (W_round - W_fista) X* ||` with `E_total = || W_round X* - W X ||`: if their ratio exceeds
     `rounding_share`, rounding dominates and the penalty rises, otherwise it falls. The interval, which the
-    paper does not give, is `penalty_range * max |C|` on a logarithmic scale: at its upper end the solution
-    of the LASSO is zero.
+    paper does not give, is `penalty_range * max |C|` on a logarithmic scale (`SparsityPattern.dual_norm`): at its upper
+    end the solution of the LASSO is zero.
 
     Args:
         problem: The layer problem.
@@ -67,7 +67,7 @@ def search_penalty(
         solve: `(start, l1_penalty) -> FistaSolution`.
         rounding_share: The paper's xi.
         patience: Stop after this many trials without improvement, the paper's T.
-        penalty_range: Ends of the interval as fractions of `max |C|`.
+        penalty_range: Ends of the interval as fractions of `max |C|`, or of the pattern's `dual_norm(C)`.
         max_trials: At most this many trials.
 
     Returns:
@@ -75,7 +75,7 @@ def search_penalty(
     """
     best = PenaltySearch(rounded.weight, rounded.mask, math.sqrt(problem.squared_error(rounded.weight)))
     standing = problem.statistics.energy_ratios.sqrt()  # below 1 for nearly dead inputs alone
-    critical = float(problem.target.abs().max())
+    critical = pattern.dual_norm(problem.target)
     if critical == 0.0:
         return best
     low, high = (math.log(end * critical) for end in penalty_range)

@@ -1,10 +1,11 @@
-"""Least-squares refit of the kept weights by preconditioned conjugate gradients."""
+"""Least-squares refits of the kept weights: by conjugate gradients, or exactly if whole columns are kept."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from optimum_fista.solve.cholesky import damped_cholesky
 from optimum_fista.solve.problem import inner_by_rows
 
 
@@ -71,3 +72,22 @@ def refit(
         direction.mul_(momentum[:, None]).add_(preconditioned)
         energy = energy_next
     return weight, steps
+
+
+def refit_columns(gram: Tensor, target: Tensor, kept: Tensor) -> tuple[Tensor, str]:
+    """Minimize `1/2 <W G, W> - <W, C>` over weights whose columns outside `kept` are zero, exactly.
+
+    All rows share one linear system, `W_K G_KK = C_K`, and its Cholesky factor.
+
+    Args:
+        gram: `G` [in, in], symmetric positive definite.
+        target: `C` [out, in].
+        kept: Boolean [in], True = kept.
+
+    Returns:
+        Weights [out, in], and the message of a factorisation that needed help (`damped_cholesky`).
+    """
+    places = kept.nonzero().flatten()
+    factor, message = damped_cholesky(lambda: gram.index_select(0, places).index_select(1, places), 0.0)
+    solved = torch.cholesky_solve(target.index_select(1, places).mT, factor)
+    return torch.zeros_like(target).index_copy_(1, places, solved.mT), message

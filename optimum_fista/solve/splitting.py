@@ -137,20 +137,34 @@ def split_in_stages(
 def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """Damp `G` and `C` alike and scale the inputs so that the damped Gram matrix has unit diagonal.
 
-    With `d = damping * mean(diag G)`: `G_d = G + d I`, `C_d = C + d W` (a ridge towards the dense weights), and
-    `s_j = 1 / sqrt([G_d]_jj)`; scaled weights are `W_ij / s_j`. For nearly dead inputs `d` is the same fraction of
-    their own energy (`InputStatistics.energy_ratios`).
+    The ridge of `ridge_problem` is `damping * mean(diag G)`. For nearly dead inputs it is the same fraction of their
+    own energy (`InputStatistics.energy_ratios`).
 
     Args:
         problem: The layer problem.
         damping: Fraction of the mean diagonal added.
 
     Returns:
+        As `ridge_problem`.
+    """
+    statistics = problem.statistics
+    return ridge_problem(problem, mean_damping(statistics.diagonal, damping) * statistics.energy_ratios)
+
+
+def ridge_problem(problem: LayerProblem, amounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A ridge towards the dense weights, and inputs scaled so that the Gram matrix with it has unit diagonal.
+
+    With `d` [in], `G_d = G + diag(d)`, `C_d = C + W diag(d)`, and `s_j = 1 / sqrt([G_d]_jj)`; scaled weights are
+    `W_ij / s_j`.
+
+    Args:
+        problem: The layer problem.
+        amounts: `d` [in], positive.
+
+    Returns:
         `s_i s_j [G_d]_ij` [in, in], `[C_d]_ij s_j` [out, in], and `s` [in].
     """
-    diagonal = problem.statistics.diagonal
-    amounts = mean_damping(diagonal, damping) * problem.statistics.energy_ratios
-    scale = (diagonal + amounts).rsqrt()
+    scale = (problem.statistics.diagonal + amounts).rsqrt()
     gram = problem.gram.clone()
     gram.diagonal().add_(amounts)
     gram.mul_(scale).mul_(scale[:, None])

@@ -3,6 +3,7 @@ import dataclasses
 import json
 
 import pytest
+from layer_problems import WEIGHT_METHODS
 
 from optimum_fista.run.config import FistaPruningConfig, method_defaults
 from optimum_fista.solve.methods import METHODS
@@ -121,7 +122,7 @@ def test_overrides_first_match_wins():
     assert config.reason_left_dense(DOWN) is None
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_options_left_open_are_as_the_method_has_them(name):
     defaults = method_defaults(name)
     resolved = FistaPruningConfig(method=name).resolved()
@@ -230,3 +231,20 @@ def test_auto_warm_start_is_not_only_for_the_paper():
     assert FistaPruningConfig(method="fista", warm_start="auto").create_method("opt").warm_start == "sparsegpt"
     assert FistaPruningConfig(method="fista", warm_start="auto").create_method("qwen2").warm_start == "wanda"
     assert FistaPruningConfig(method="fista", warm_start="dense").create_method("opt").warm_start == "dense"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "greedy_obs"}, "^method 'greedy_obs' can't remove single weights"),
+        ({"method": "dsnot", "pattern": "columns:0.25"}, "^method 'dsnot' can't remove whole columns"),
+        ({"under_calibrated_method": "greedy_obs"}, "^method 'greedy_obs' can't remove single weights"),
+        (
+            {"method": "sparsegpt", "overrides": {"*.q": "columns:0.5"}},
+            r"^overrides\['\*.q'\]: method 'sparsegpt' can't",
+        ),
+    ],
+)
+def test_a_method_that_cannot_make_the_pattern_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FistaPruningConfig(**options)

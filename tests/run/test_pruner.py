@@ -3,15 +3,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from layer_problems import WEIGHT_METHODS
 from pruning import prune, same, weights
 from tiny_llama import tiny_llama
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.config import method_defaults
-from optimum_fista.solve.methods import METHODS
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1:4"])
 def test_every_method_makes_exactly_the_zeros_of_the_pattern(llama, tokens, method, pattern):
     report = prune(llama, tokens.split(4), method=method, pattern=pattern, allocation="uniform")
@@ -84,7 +84,7 @@ def test_model_is_left_without_hooks_and_gradients(llama, tokens):
     llama(input_ids=tokens[:1], labels=tokens[:1]).loss.backward()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
 def test_global_random_states_are_untouched(llama, tokens, method):
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     prune(llama, tokens.split(4), method=method)

@@ -7,13 +7,13 @@ from functools import cache
 from itertools import product
 
 import pytest
+from layer_problems import WEIGHT_METHODS
 from simulated_device.backend import counted
 from simulated_device.places import PLACES, pruned_at, require_the_same
 from tiny_llama import tiny_llama, tiny_tokens
 from torch import Tensor
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
-from optimum_fista.solve.methods import METHODS
 
 PATTERNS = ({"sparsity": 0.5, "scope": "matrix"}, {"sparsity": 0.6, "scope": "row"}, {"pattern": "2:4"})
 CORRECTIONS = (
@@ -26,7 +26,7 @@ ALLOCATIONS = ({"allocation": "uniform"}, {"allocation": "fisher"})
 OPTIONS = list(product(range(len(PATTERNS)), range(len(CORRECTIONS)), range(len(ALLOCATIONS))))
 COVERING = [
     (method, place, (m + p) % len(PATTERNS), (m + p) // 2 % len(CORRECTIONS), (m + p) % len(ALLOCATIONS))
-    for (m, method), (p, place) in product(enumerate(METHODS), enumerate(PLACES))
+    for (m, method), (p, place) in product(enumerate(WEIGHT_METHODS), enumerate(PLACES))
 ]
 BATCHES = tiny_tokens(16, 64).split(4)  # so many tokens that rounding changes no mask
 
@@ -64,7 +64,7 @@ def test_pruned_as_on_the_cpu(method, place, pattern, correction, allocation, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
 def test_all_combinations(method, place, tmp_path):
     for number, options in enumerate(OPTIONS):
         (tmp_path / str(number)).mkdir()
@@ -72,7 +72,7 @@ def test_all_combinations(method, place, tmp_path):
 
 
 def test_every_two_options_meet():
-    cases = [(method, place, *options) for method, place, options in product(METHODS, PLACES, OPTIONS)]
+    cases = [(method, place, *options) for method, place, options in product(WEIGHT_METHODS, PLACES, OPTIONS)]
     for one, other in product(range(5), range(5)):
         met = {(case[one], case[other]) for case in COVERING}
         assert met == {(case[one], case[other]) for case in cases}

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from layer_problems import example
+from layer_problems import WEIGHT_METHODS, example
 
 from optimum_fista.solve.allocation import HIGHEST, REACH, SLOPE, RemovalCost, allocate, prune_stacked
 from optimum_fista.solve.methods import METHODS, create_method
@@ -86,7 +86,7 @@ def parts(made, *sizes):
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_equal_weights_prune_the_operators_as_one(name, corrected):
     made = example(12, 16, corrected=corrected, correlation=2.0)
     method = create_method(name)
@@ -97,7 +97,7 @@ def test_equal_weights_prune_the_operators_as_one(name, corrected):
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_zeros_are_shared_exactly_and_errors_are_those_of_the_operators(name, corrected):
     made = example(12, 16, corrected=corrected, correlation=2.0, dtype=torch.float32)
     problems = parts(made, 5, 7)
@@ -142,7 +142,7 @@ def test_the_weighted_error_falls():
     assert weighted < 0.9 * plain
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_outputs_without_gradient_lose_more_weights_and_not_all(name):
     made = example(6, 64)
     weights = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])

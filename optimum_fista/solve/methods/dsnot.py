@@ -33,6 +33,7 @@ class Dsnot(PruningMethod):
     max_cycles: int = 50
     threshold: float = 0.1
     name: ClassVar[str] = "dsnot"
+    takes_columns: ClassVar[bool] = False  # it swaps within rows
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`.
@@ -40,6 +41,7 @@ class Dsnot(PruningMethod):
         Raises:
             ValueError: If the statistics hold no mean.
         """
+        self.require_pattern(pattern)
         statistics = problem.statistics
         scores = problem.weight * statistics.diagonal.sqrt()
         mask = pattern.mask_of(scores)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from optimum_fista.solve.method import PruningMethod, register
+from optimum_fista.solve.methods.greedy_obs import GreedyObs
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
@@ -26,10 +27,13 @@ WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt"]
 class Fista(PruningMethod):
     """LASSO by FISTA, rounding, bisection of the penalty (Algorithm 1), and a refit of the kept weights.
 
+    If the pattern is one of whole columns, the penalty is the sum of the norms of the groups of columns instead of the
+    l1 norm: `1/2 || W* X* - Y ||_F^2 + penalty * sum_g || W*_:,g ||_F`.
+
     Attributes:
         warm_start: Where the first trial starts: the weights pruned by another method, or the dense weights. Wanda
             gives every row the same number of zeros, as its authors do, whatever the scope of the pattern; the trials
-            then move zeros between rows.
+            then move zeros between rows. If whole columns are removed, `greedy_obs` takes the place of `sparsegpt`.
         max_iterations: FISTA steps a trial, the paper's K.
         tolerance: Relative change of the iterates at which FISTA stops.
         patience: Trials without improvement, the paper's T.
@@ -77,6 +81,7 @@ class Fista(PruningMethod):
                 tolerance=self.tolerance,
                 restart=self.restart,
                 momentum=self.momentum,
+                shrink=pattern.shrink,
             )
 
         rounded = self._rounded_start(problem, pattern)
@@ -113,10 +118,12 @@ class Fista(PruningMethod):
 
     def _rounded_start(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """The warm start in the pattern, its zeros counted as in its source: Wanda's by row, the others' by matrix."""
-        start = _WARM_STARTS[self.warm_start]()
+        start: PruningMethod = _WARM_STARTS[self.warm_start]()
         counted = replace(
             pattern, scope="row" if pattern.scope == "row" else "row" if self.warm_start == "wanda" else "matrix"
         )
+        if not start.takes(pattern):
+            start = GreedyObs()
         rounded = start.prune(problem, counted)
         shape = (problem.weight.shape[0], problem.weight.shape[1])
         if counted.num_kept(shape) == pattern.num_kept(shape):

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.blocks import row_blocks
-from optimum_fista.solve.cholesky import damped_cholesky, inverse_in_place
+from optimum_fista.solve.cholesky import damped_cholesky, diagonal_blocks, inverse_in_place
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
-from optimum_fista.solve.refit import refit
+from optimum_fista.solve.refit import refit, refit_columns
 from optimum_fista.solve.splitting import SplitState, split_in_stages
 
 
@@ -29,13 +29,15 @@ class ObsAdmm(PruningMethod):
        `S = diag(G)`, `G_r = G + r S` and `C_r = C + r W S`.
     2. Columns are scaled so that `G_r^-1` has unit diagonal: `W'_ij = W_ij / sqrt([G_r^-1]_jj)`. The projection
        on the pattern then keeps the largest `w^2 / [G_r^-1]_jj`, the increase of the error when a weight is
-       removed and the others of its row compensate for it (optimal brain surgeon, Hassibi & Stork 1993).
+       removed and the others of its row compensate for it (optimal brain surgeon, Hassibi & Stork 1993). If whole
+       columns are removed in groups, so that the diagonal blocks of `G_r^-1` are the identity.
     3. ADMM (as in ALPS, arXiv 2406.07831) in stages of fixed `rho`, one Cholesky factorisation each for all
        operators that share the inputs. It keeps the larger of `|w_i|` (kept) and `|g_j| / rho` (removed, with the
        gradient `g_j`). Swapping j for i pays if `g_j^2 / s_j > w_i^2 / h_i`, with the inverse diagonal `h` of the
        kept weights' Gram matrix and the Schur complement `s_j`. In these coordinates `h <= 1 <= s`, both near 1, so
        that `rho` a little above 1 swaps what pays to swap, and a dozen iterations are enough.
-    4. Refit of the kept weights by conjugate gradients on the ridge problem.
+    4. Refit of the kept weights by conjugate gradients on the ridge problem; by a Cholesky factorisation if whole
+       columns are kept.
 
     The working set, besides the problem, is one matrix of the operators' shape and one of the Gram matrix's, in
     float32, masks of a byte a weight, and four blocks of rows (`solve.blocks.row_blocks`).
@@ -49,7 +51,7 @@ class ObsAdmm(PruningMethod):
         iterations: Iterations a stage.
         first_rho: `rho` of the first stage.
         last_rho: `rho` of the last; geometric in between.
-        refit_iterations: Conjugate-gradient steps on the final mask.
+        refit_iterations: Conjugate-gradient steps on the final mask; 0 refits nothing.
     """
 
     ridge: float | None = None
@@ -79,16 +81,21 @@ class ObsAdmm(PruningMethod):
         self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedOperator]:
         """Prune operators that share their inputs, with shared factorisations."""
+        widths = {pattern.column_width or 1 for pattern in patterns}
+        if len(widths) > 1:  # each width has coordinates of its own
+            return super().prune_sharing(problems, patterns)
         problems = [problem.decoupled() for problem in problems]
         statistics = problems[0].statistics
         penalty = statistics.diagonal * self.ridge_of(statistics.num_tokens, statistics.gram.shape[0])
-        scale, message = _surgeon_scale(statistics.gram, penalty, self.scale_damping)
-        copy = partial(_scaled, statistics.gram, penalty, scale)
-        states = [SplitState(_ScaledTarget(p, penalty, scale), p.weight / scale) for p in problems]
+        surgeon, message = _SurgeonCoordinates.of(statistics.gram, penalty, self.scale_damping, widths.pop())
+        copy = partial(surgeon.gram, statistics.gram, penalty)
+        states = [SplitState(_SurgeonTarget(p, penalty, surgeon), surgeon.weight(p.weight)) for p in problems]
         split_in_stages(copy, states, patterns, self.rhos, self.iterations)
-        steps = self._refit(copy(), states)
+        steps, refitted = self._refit(copy(), states, patterns)
+        message = "; ".join(dict.fromkeys(filter(None, (message, refitted))))
         return [
-            self._finish(problem, state, scale, steps, message) for problem, state in zip(problems, states, strict=True)
+            self._finish(problem, state, surgeon, steps, message)
+            for problem, state in zip(problems, states, strict=True)
         ]
 
     def ridge_of(self, num_tokens: int, num_inputs: int) -> float:
@@ -103,11 +110,17 @@ class ObsAdmm(PruningMethod):
         ratio = (self.last_rho / self.first_rho) ** (1 / max(1, self.stages - 1))
         return [self.first_rho * ratio**stage for stage in range(self.stages)]
 
-    def _refit(self, gram: Tensor, states: Sequence[SplitState]) -> int:
-        """Refit in the scaled coordinates, a block of rows at a time, in place; returns the most steps taken."""
-        taken = []
-        for state in states:
+    def _refit(
+        self, gram: Tensor, states: Sequence[SplitState], patterns: Sequence[SparsityPattern]
+    ) -> tuple[int, str]:
+        """Refit in surgeon coordinates, in place; returns the most steps taken, and the message of a factorisation."""
+        taken, messages = [torch.zeros((), dtype=torch.int64, device=gram.device)], []
+        for state, pattern in zip(states, patterns, strict=True):
             assert state.mask is not None
+            if pattern.column_width is not None and self.refit_iterations:
+                state.point, message = refit_columns(gram, state.target[:], state.mask[0])
+                messages.append(message)
+                continue
             for rows in row_blocks(state.point):
                 _, steps = refit(
                     gram,
@@ -118,14 +131,14 @@ class ObsAdmm(PruningMethod):
                     in_place=True,
                 )
                 taken.append(steps)
-        return int(torch.stack(taken).max())
+        return int(torch.stack(taken).max()), "; ".join(filter(None, messages))
 
     def _finish(
-        self, problem: LayerProblem, state: SplitState, scale: Tensor, steps: int, message: str
+        self, problem: LayerProblem, state: SplitState, surgeon: _SurgeonCoordinates, steps: int, message: str
     ) -> PrunedOperator:
         """Scale back."""
         assert state.mask is not None
-        weight = state.point.mul_(scale)
+        weight = surgeon.back(state.point)
         return PrunedOperator(
             weight,
             state.mask,
@@ -138,26 +151,70 @@ class ObsAdmm(PruningMethod):
 
 
 @dataclass(frozen=True)
-class _ScaledTarget:
-    """`C_r` in scaled coordinates, made a block of rows at a time from the problem's own matrices."""
+class _SurgeonCoordinates:
+    """`W = W' S B^T` with a diagonal `S`, and a block-diagonal `B` if columns are removed in groups.
+
+    In these coordinates the diagonal of `G_r^-1`, or its diagonal blocks, are those of the identity: the squared norm
+    of a weight, or of a group of columns, is what its removal costs (`greedy_obs`, step 2). That the columns of a group
+    are correlated is thus accounted for.
+
+    Attributes:
+        scale: `S` [in].
+        blocks: The blocks of `B`, lower triangular, [in / width, width, width]; `None` if each column stands alone.
+    """
+
+    scale: Tensor
+    blocks: Tensor | None = None
+
+    @classmethod
+    def of(cls, gram: Tensor, penalty: Tensor, damping: float, width: int) -> tuple[_SurgeonCoordinates, str]:
+        """Those of `G_r + damping * diag(G_r)`, and the message of a factorisation that needed help."""
+        unit = cls((gram.diagonal() + penalty).rsqrt())
+        factor, message = damped_cholesky(partial(unit.gram, gram, penalty), damping)
+        inverse = inverse_in_place(factor)
+        if width == 1:
+            return cls(inverse.diagonal().sqrt() * unit.scale), message
+        return cls(unit.scale, torch.linalg.cholesky(diagonal_blocks(inverse, width))), message
+
+    def gram(self, gram: Tensor, penalty: Tensor) -> Tensor:
+        """A new matrix: `B^T S G_r S B`."""
+        copy = gram.clone()
+        copy.diagonal().add_(penalty)
+        copy = copy.mul_(self.scale).mul_(self.scale[:, None])
+        return copy if self.blocks is None else self._times_blocks(self._times_blocks(copy).mT).contiguous()
+
+    def target(self, target: Tensor) -> Tensor:
+        """`C S B`; the argument is used up."""
+        return self._times_blocks(target.mul_(self.scale))
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """A new matrix: `W' = W S^-1 B^-T`."""
+        scaled = weight / self.scale
+        if self.blocks is None:
+            return scaled
+        groups = scaled.unflatten(1, self.blocks.shape[:2]).transpose(0, 1)  # [groups, out, width]
+        solved = torch.linalg.solve_triangular(self.blocks.mT, groups, upper=True, left=False)
+        return solved.transpose(0, 1).flatten(1)
+
+    def back(self, weight: Tensor) -> Tensor:
+        """`W = W' B^T S`; the argument is used up."""
+        return self._times_blocks(weight, transposed=True).mul_(self.scale)
+
+    def _times_blocks(self, matrix: Tensor, transposed: bool = False) -> Tensor:
+        """`matrix [rows, in] @ B`, or `B^T`; the matrix itself if there are no blocks."""
+        if self.blocks is None:
+            return matrix
+        groups = matrix.unflatten(1, self.blocks.shape[:2]).transpose(0, 1)  # [groups, rows, width]
+        return (groups @ (self.blocks.mT if transposed else self.blocks)).transpose(0, 1).flatten(1)
+
+
+@dataclass(frozen=True)
+class _SurgeonTarget:
+    """`C_r` in surgeon coordinates, made a block of rows at a time from the problem's own matrices."""
 
     problem: LayerProblem
     penalty: Tensor
-    scale: Tensor
+    surgeon: _SurgeonCoordinates
 
     def __getitem__(self, rows: slice) -> Tensor:
-        return torch.addcmul(self.problem.target[rows], self.problem.weight[rows], self.penalty).mul_(self.scale)
-
-
-def _scaled(gram: Tensor, penalty: Tensor, scale: Tensor) -> Tensor:
-    """A new matrix: `G_r` in scaled coordinates."""
-    copy = gram.clone()
-    copy.diagonal().add_(penalty)
-    return copy.mul_(scale).mul_(scale[:, None])
-
-
-def _surgeon_scale(gram: Tensor, penalty: Tensor, damping: float) -> tuple[Tensor, str]:
-    """`sqrt([(G_r + damping * diag(G_r))^-1]_jj)` [in], and the message of a factorisation that needed help."""
-    scale = (gram.diagonal() + penalty).rsqrt()
-    factor, message = damped_cholesky(partial(_scaled, gram, penalty, scale), damping)
-    return inverse_in_place(factor).diagonal().sqrt() * scale, message
+        return self.surgeon.target(torch.addcmul(self.problem.target[rows], self.problem.weight[rows], self.penalty))

@@ -33,10 +33,12 @@ class SparseGPT(PruningMethod):
     damping: float = 0.01
     block_size: int = 128
     name: ClassVar[str] = "sparsegpt"
+    takes_columns: ClassVar[bool] = False  # a block can't know how good the columns to its right are: see greedy_obs
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`. The target is not looked at: SparseGPT aims at W X*."""
         rows, columns = problem.weight.shape
+        self.require_pattern(pattern)
         pattern.require_shape((rows, columns), problem.name)
         problem = problem.decoupled()
         factor, message = damped_cholesky(problem.gram.clone, self.damping, problem.statistics.energy_ratios)

@@ -1,13 +1,14 @@
 """Sparsity patterns, found by the list below."""
 
 from optimum_fista.solve.pattern import Scope, SparsityPattern
+from optimum_fista.solve.patterns.columns import Columns
 from optimum_fista.solve.patterns.n_of_m import NOfM
 from optimum_fista.solve.patterns.pairs import Pairs
 from optimum_fista.solve.patterns.unstructured import Unstructured
 
-PATTERNS: tuple[type[SparsityPattern], ...] = (Unstructured, NOfM, Pairs)
+PATTERNS: tuple[type[SparsityPattern], ...] = (Unstructured, NOfM, Pairs, Columns)
 
-__all__ = ["PATTERNS", "NOfM", "Pairs", "Unstructured", "parse_pattern"]
+__all__ = ["PATTERNS", "Columns", "NOfM", "Pairs", "Unstructured", "parse_pattern"]
 
 
 def parse_pattern(

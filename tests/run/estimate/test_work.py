@@ -1,14 +1,13 @@
 import pytest
 import torch
-from layer_problems import example
+from layer_problems import WEIGHT_METHODS, example
 
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.estimate.work import Meter, measure_device, measure_method, work
 from optimum_fista.solve.blocks import block_share, row_blocks
-from optimum_fista.solve.methods import METHODS
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WEIGHT_METHODS)
 @pytest.mark.parametrize("shape", [(384, 384), (96, 576)], ids=str)
 def test_small_matrices_tell_what_larger_ones_take(name, shape):
     config = FistaPruningConfig(method=name, max_iterations=30 if name == "alps" else None).resolved()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from layer_problems import WEIGHT_METHODS
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -7,7 +8,6 @@ from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.pruning.budgets import share_budgets
-from optimum_fista.solve.methods import METHODS
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
 
@@ -67,7 +67,7 @@ def test_operators_the_loss_does_not_feel_keep_the_average(llama, tokens):
     assert {o.name: o.sparsity for o in report.operators}["model.layers.1.mlp.up_proj.weight"] == 0.5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
 def test_every_method_can_share_the_zeros(llama, tokens, method):
     config = FistaPruningConfig(0.6, method=method, allocation="fisher", scope="matrix")
     report = FistaPruner(config, progress=False).prune(llama, tokens.split(4))

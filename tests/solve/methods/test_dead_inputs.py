@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from layer_problems import correlated_inputs
+from layer_problems import WEIGHT_METHODS, correlated_inputs
 
 from optimum_fista.run.config import method_defaults
-from optimum_fista.solve.methods import METHODS, create_method
+from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.statistics import InputStatistics
 
-SEEING = sorted(set(METHODS) - {"magnitude"})  # magnitude pruning looks at no input
+SEEING = sorted(set(WEIGHT_METHODS) - {"magnitude"})  # magnitude pruning looks at no input
 METHOD_OPTIONS = [(name, {}) for name in SEEING]
 METHOD_OPTIONS += [("fista", {"warm_start": start}) for start in ("wanda", "magnitude", "dense")]
 ROWS, COLUMNS, DEAD = 48, 96, 36

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layer_problems import example
+from layer_problems import WEIGHT_METHODS, example
 
 from optimum_fista.solve import methods
 from optimum_fista.solve.method import PruningMethod, register
@@ -95,7 +95,7 @@ def test_methods_are_frozen_and_say_what_they_do(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_every_method_keeps_the_pattern_and_tells_its_error(name, pattern, corrected, dtype):
     made = example(11, 16, corrected=corrected, dtype=dtype)
     problem = made.problem
@@ -112,7 +112,7 @@ def test_every_method_keeps_the_pattern_and_tells_its_error(name, pattern, corre
     assert all(map(torch.equal, tensors, before)), "the problem must not change"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_operators_that_share_inputs_are_pruned_as_they_are_alone(name):
     made = example(6, 16)
     other = LayerProblem(torch.randn(9, 16).double(), made.problem.statistics)

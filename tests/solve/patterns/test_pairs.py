@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from layer_problems import example
+from layer_problems import WEIGHT_METHODS, example
 from tiny_llama import tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -10,7 +10,7 @@ from optimum_fista.packed.format import pack
 from optimum_fista.run.config import method_defaults
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
-from optimum_fista.solve.methods import METHODS, create_method
+from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.patterns import Pairs, parse_pattern
 
 PAIRS = parse_pattern("4:8-pairs")
@@ -55,7 +55,7 @@ def test_violation_names_the_pair_that_is_torn():
     assert PAIRS.violation(torch.tensor([CHOICES[0] + [True] * 6 + [False] * 2])).startswith("keeps 10 weights, but")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_every_method_keeps_pairs_whole(name):
     made = example(6, 24)
     pruned = create_method(name).prune(made.problem, PAIRS)

@@ -1,0 +1,52 @@
+"""FLAP: pruning by how much inputs fluctuate, with the mean of the outputs kept (arXiv 2312.11983)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from optimum_fista.solve.method import PruningMethod, register
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.pruned import PrunedOperator
+
+
+@register
+@dataclass(frozen=True)
+class Flap(PruningMethod):
+    """Remove the inputs that stay near their mean, because a constant can take their place.
+
+    With input means `mu` and variances `v`, weight ij is scored `W_ij^2 v_j`, and a column by the sum of its scores
+    (FLAP's metric WIFV). What the removed weights add to the outputs on average, `b = W_removed mu`, must be made up
+    for. FLAP stores it as a bias, which most models have no place for. Here the kept weights take it over, in
+    proportion to `mu / v`, so that `|| D mu - b ||^2 + sum_j D_:j^2 v_j` is least, the expected squared error of the
+    change `D` of the weights if inputs are uncorrelated:
+
+        D_ij = b_i (mu_j / v_j) / (1 + sum_k mu_k^2 / v_k),   j and k kept in row i.
+
+    Attributes:
+        compensate: Whether the kept weights change; otherwise this is a score only.
+    """
+
+    compensate: bool = True
+    name: ClassVar[str] = "flap"
+
+    def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
+        """Prune one operator to `pattern`. The target is not looked at: FLAP aims at W X*.
+
+        Raises:
+            ValueError: If the statistics hold no mean.
+        """
+        statistics = problem.statistics
+        mean, energy = statistics.mean, statistics.diagonal / max(1, statistics.num_tokens)
+        # Of an input that is constant, rounding would leave a variance of either sign.
+        variance = (energy - mean.square()).clamp_min(1e-6 * energy)
+        mask = pattern.mask_of(problem.weight * variance.sqrt())
+        weight = problem.weight * mask
+        if self.compensate:
+            live = statistics.energy_ratios == 1  # a weight of a nearly dead input would grow to stand for others
+            missing = (problem.weight - weight) @ mean
+            share = mean / variance * live
+            total = 1 + mask.to(mean.dtype) @ (share * mean)
+            weight.addcmul_((missing / total)[:, None] * mask, share)
+        return PrunedOperator(weight, mask, problem.fit_error(weight))

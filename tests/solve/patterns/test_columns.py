@@ -1,0 +1,173 @@
+import pytest
+import torch
+from layer_problems import example
+
+from optimum_fista.solve.methods import METHODS, create_method
+from optimum_fista.solve.patterns import Columns, parse_pattern
+
+TAKING = [name for name, method in METHODS.items() if method.takes_columns]
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("columns:0.25", Columns(0.25)),
+        ("columns:0.25x64", Columns(0.25, width=64)),
+        ("columns:0.3/64", Columns(0.3, multiple_of=64)),
+        ("columns:0.3x2/4", Columns(0.3, width=2, multiple_of=4)),
+        ("columns:7of9x64", Columns.keeping(7, 9, 64)),
+        ("columns:1000of1536", Columns.keeping(1000, 1536)),
+        ("columns:1e-05", Columns(1e-5)),
+    ],
+)
+def test_parse_is_the_inverse_of_text(text, pattern):
+    assert parse_pattern(text) == pattern
+    assert pattern.text == str(pattern) == text
+
+
+@pytest.mark.parametrize("groups", [1, 9, 48, 1536, 14336])
+def test_exact_counts(groups):
+    for kept in range(1, groups + 1, max(1, groups // 50)):
+        pattern = Columns.keeping(kept, groups, 2)
+        assert pattern.num_kept((3, 2 * groups)) == 3 * 2 * kept
+        assert parse_pattern(pattern.text) == pattern
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "multiple_of", "groups", "kept"),
+    [(0.25, 1, 9, 7), (0.25, 64, 1536, 1152), (0.3, 64, 1536, 1088), (0.02, 64, 1000, 960), (0.0, 64, 1000, 1000)],
+)
+def test_counts_are_the_nearest_multiple(sparsity, multiple_of, groups, kept):
+    assert Columns(sparsity, multiple_of=multiple_of).groups_kept(groups) == kept
+
+
+@pytest.mark.parametrize("levels", [None, 2, 1])
+@pytest.mark.parametrize("pattern", [Columns(0.5), Columns(0.4, width=3), Columns.keeping(1, 4, 6)], ids=str)
+def test_keeps_the_groups_with_the_largest_sums(pattern, levels):
+    scores = random(5, 24).square() if levels is None else torch.arange(120).remainder(levels).view(5, 24).float()
+    sums = scores.sum(0).view(-1, pattern.width).sum(1).tolist()
+    order = sorted(range(len(sums)), key=lambda group: (-sums[group], group))  # ties by position
+    best = sorted(order[: pattern.groups_kept(len(sums))])
+    for mask in (pattern.mask(scores), pattern.mask_of(scores.sqrt())):
+        assert pattern.violation(mask) is None
+        assert mask[0, :: pattern.width].nonzero().flatten().tolist() == best
+        assert (mask == mask[:1]).all()
+
+
+def test_the_mask_of_a_large_matrix_needs_all_of_its_rows():
+    matrix = random(4000, 300)
+    pattern = Columns(0.5)
+    assert torch.equal(pattern.mask_of(matrix), pattern.mask(matrix.double().square()))
+
+
+def test_shrink_is_the_proximal_step_of_the_sum_of_norms():
+    matrix, threshold, pattern = random(4, 6).double(), 2.0, Columns(0.5, width=2)
+
+    def cost(weight):
+        return 0.5 * (weight - matrix).square().sum() + threshold * sum(part.norm() for part in weight.split(2, dim=1))
+
+    found = pattern.shrink(matrix, threshold)
+    assert 0 < int((found != 0).sum()) < 24
+    directions = torch.randn(200, 4, 6, generator=torch.Generator().manual_seed(1)).double()
+    assert all(cost(found + 1e-3 * step) > cost(found) for step in directions)
+    assert pattern.dual_norm(matrix) == pytest.approx(max(float(part.norm()) for part in matrix.split(2, dim=1)))
+    assert not pattern.shrink(matrix, pattern.dual_norm(matrix) * (1 + 1e-12)).any()
+    assert torch.equal(pattern.shrink(torch.zeros(4, 6), 1.0), torch.zeros(4, 6))
+
+
+def test_violation_names_the_group_that_is_torn():
+    pattern = Columns(0.5, width=2)
+    mask = pattern.mask(torch.arange(24.0).view(3, 8))
+    assert pattern.violation(mask) is None
+    mask[1, 5], mask[1, 0] = False, True
+    assert pattern.violation(mask) == "row 1 and row 0 do not agree on the group of 2 columns that holds column 0"
+    mask[1, 5] = True
+    assert pattern.violation(mask) == "keeps 13 weights, but columns:0.5x2 of (3, 8) keeps exactly 12"
+    assert Columns(0.5, width=2).violation(torch.tensor([[True, False, True, False]] * 2)).startswith("row 0 and row 0")
+
+
+REFUSED = [
+    (Columns(0.5, width=64), 100, "down has 100 columns, which groups of 64 do not divide: choose a width that"),
+    (
+        Columns(0.9, width=64),
+        256,
+        "down has 4 groups of 64 columns, and columns:0.9x64 keeps none: pass a share of at ",
+    ),
+    (
+        Columns(0.9, multiple_of=2),
+        8,
+        "down has 8 groups of 1 columns, and columns:0.9/2 keeps none: pass a share of at ",
+    ),
+    (Columns(0.5, multiple_of=64), 48, "down has 48 groups of 1 columns, and columns:0.5/64 keeps none: pass a multip"),
+    (Columns.keeping(7, 9, 64), 512, "down has 8 groups of 64 columns, not 9 as columns:7of9x64 has"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "columns", "message"), REFUSED)
+def test_what_does_not_fit_is_refused(pattern, columns, message):
+    with pytest.raises(ValueError) as refused:
+        pattern.require_shape((3, columns), "down")
+    assert str(refused.value).startswith(message)
+    with pytest.raises(ValueError, match=f"{columns // pattern.width} groups|do not divide"):
+        pattern.mask(random(3, columns))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("columns:1.0", r"pattern='columns:1.0': sparsity=1.0: pass the share"),
+        ("columns:9of7", r"pattern='columns:9of7': kept=9 of 7 groups: pass a whole number from 1 to 7"),
+        ("columns:0of7", "kept=0 of 7 groups"),
+        ("columns:0.5x0", "width=0: pass a whole number of at least 1"),
+        ("columns:0.5.5", "pattern='columns:0.5.5': "),
+        ("columns:half", "pass 'unstructured' or"),
+    ],
+)
+def test_texts_that_make_no_sense_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("name", TAKING)
+def test_methods_keep_whole_columns_and_tell_their_error(name, width, corrected, dtype):
+    made, pattern = example(11, 24, corrected=corrected, dtype=dtype, correlation=2.0), Columns(0.5, width=width)
+    before = [tensor.clone() for tensor in (made.problem.weight, made.problem.gram, made.problem.target)]
+    pruned = create_method(name).prune(made.problem, pattern)
+    assert pattern.violation(pruned.mask) is None
+    assert not pruned.weight[~pruned.mask].any()
+    assert pruned.weight.dtype == dtype
+    expected = (made.squared_error(pruned.weight) / float(made.outputs.double().square().sum())) ** 0.5
+    assert pruned.fit_error == pytest.approx(expected, rel=1e-3)
+    after = (made.problem.weight, made.problem.gram, made.problem.target)
+    assert all(map(torch.equal, before, after)), "the problem must not change"
+    if name not in ("magnitude", "wanda", "flap"):
+        kept = made.inputs[:, pruned.mask[0]]
+        best = made.outputs - kept @ torch.linalg.lstsq(kept, made.outputs).solution
+        assert float(best.square().sum()) ** 0.5 <= expected * float(made.outputs.norm()) * (1 + 1e-5)
+        assert expected < create_method("wanda").prune(made.problem, pattern).fit_error
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(TAKING)))
+def test_methods_that_decide_row_by_row_say_what_to_take(name):
+    with pytest.raises(ValueError, match=rf"method '{name}' can't remove whole columns.* take one of .*'greedy_obs'"):
+        create_method(name).prune(example(4, 8).problem, Columns(0.5))
+
+
+@pytest.mark.parametrize("name", TAKING)
+def test_inputs_that_are_zero_are_removed_for_free(name):
+    made = example(6, 24, dtype=torch.float32)
+    dead = torch.tensor([1, 2, 7, 12, 20, 23])
+    inputs = made.inputs.index_fill(1, dead, 0.0)
+    weight = made.weight.index_fill(1, dead, 1e-3) if name == "magnitude" else made.weight
+    statistics = type(made.problem.statistics)(inputs.T @ inputs, len(inputs), inputs.mean(0))
+    pruned = create_method(name).prune(type(made.problem)(weight, statistics), Columns(0.25))
+    assert not pruned.mask[:, dead].any()
+    assert torch.allclose(pruned.weight[pruned.mask], weight[pruned.mask], atol=1e-4)
+    assert pruned.fit_error < 1e-5
