@@ -6,13 +6,11 @@ It checks the client's calls, not the real Hub: no Xet, no multipart uploads, no
 import base64
 import fnmatch
 import hashlib
-import importlib
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -22,10 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import huggingface_hub.constants
-import huggingface_hub.hf_api
 import pytest
-from launched import FORKS
+from launched import run_code
 
 REPO, REVISION = r"(?P<repo>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
 ROUTES = {
@@ -292,23 +288,15 @@ def run_with_hub(
     if fresh:
         command = [sys.executable, "-c", code]
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = FORKS.Process(target=_run_forked, args=(code, environment, tmp_path, streams))
-        process.start()
-        process.join(300)
-        process.kill()
-        process.join()
-        assert process.exitcode is not None
-        return subprocess.CompletedProcess([code], process.exitcode, *(stream.read_text() for stream in streams))
+    return run_code(_CONNECT + code, json.dumps(environment), tmp_path)
 
 
-def _run_forked(code: str, environment: dict[str, str], folder: Path, streams: list[Path]) -> None:
-    for number, stream in enumerate(streams, start=1):
-        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    importlib.reload(huggingface_hub.constants)  # what it read from the environment
-    huggingface_hub.hf_api.api.endpoint = environment["HF_ENDPOINT"]
-    exec(code, {"__name__": "__main__"})
+_CONNECT = """
+import importlib, json, os, sys
+import huggingface_hub.constants, huggingface_hub.hf_api
+os.chdir(sys.argv[2])
+os.environ.clear()
+os.environ.update(json.loads(sys.argv[1]))
+importlib.reload(huggingface_hub.constants)  # what it read from the environment
+huggingface_hub.hf_api.api.endpoint = os.environ["HF_ENDPOINT"]
+"""

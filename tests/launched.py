@@ -1,18 +1,27 @@
-"""Processes that find each other as those of `torchrun` do, forked from a server that has imported everything."""
+"""Processes forked from a server that has imported everything: alone, or such as find each other under `torchrun`."""
 
 import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from tiny_llama import tiny_tokens
+from torch.distributed import run as torch_run
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.speed import worker
 from optimum_fista.run.streamed import journal
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -38,6 +47,67 @@ def exit_codes(processes: list[BaseProcess]) -> list[int | None]:
     for process in processes:
         process.kill()
     return codes
+
+
+def start_code(code: str, *arguments: Any, streams: Path) -> BaseProcess:
+    """Run Python code with arguments as `python -c` does; what it prints goes to `stdout` and `stderr` in `streams`."""
+    process = FORKS.Process(target=_run_code, args=(code, arguments, streams))
+    process.start()
+    return process
+
+
+def run_code(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """The same, to its end."""
+    with tempfile.TemporaryDirectory() as streams:
+        (exit_code,) = exit_codes([start_code(code, *arguments, streams=Path(streams))])
+        assert exit_code is not None
+        return subprocess.CompletedProcess([code], exit_code, *(Path(streams, s).read_text() for s in STREAMS))
+
+
+STREAMS = ("stdout", "stderr")
+
+
+def _run_code(code: str, arguments: tuple[Any, ...], streams: Path) -> None:
+    for number, stream in enumerate(STREAMS, start=1):
+        os.dup2(os.open(streams / stream, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["-c", *map(str, arguments)]
+    exec(code, {"__name__": "__main__"})
+
+
+@contextmanager
+def forked_workers() -> Iterator[None]:
+    """The workers of `measure_speed` are forked from the server; others import everything themselves."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(worker, "multiprocessing", SimpleNamespace(get_context=lambda _: FORKS))
+        yield
+
+
+def torchrun(options: list[str], work: Callable[..., Any], *arguments: Any) -> int | None:
+    """The exit code of `torchrun` with these options, whose ranks are forked to call a function, and run no script."""
+    process = FORKS.Process(target=_torchrun, args=(options, work, arguments))
+    process.start()
+    return exit_codes([process])[0]
+
+
+def _torchrun(options: list[str], work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def launch_forked(config: LaunchConfig, entrypoint: Any) -> Callable[..., Any]:
+        config.start_method = "fork"
+        return lambda *_: elastic_launch(config, work)(*arguments)
+
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/ranks.md
+    torch_run.elastic_launch = launch_forked  # the process ends after this
+    torch_run.run(torch_run.get_args_parser().parse_args([*options, "no script"]))
+
+
+def prune_killed_once(source: Path, output: Path, config: FistaPruningConfig, attempts: Path) -> None:
+    """A rank of a run whose first attempt ends with the death of rank 1 in its second layer."""
+    rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    (attempts / f"{attempt}-{rank}").touch()
+    torch.set_num_threads(1)
+    if attempt == "0":
+        prune_until(rank, "killed", 1, 1, source, output, config)
+    prune(rank, source, output, config)
+    (attempts / f"{attempt}-{rank}").write_text("finished")
 
 
 def _run(rank: int, count: int, port: int, work: Callable[..., Any], *arguments: Any) -> None:

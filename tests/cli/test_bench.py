@@ -1,5 +1,7 @@
 import json
 
+from launched import forked_workers
+
 from optimum_fista_cli.main import main
 
 QUICK = ["--variants", "dense float32,packed float32", "--batch-sizes", "1", "--new-tokens", "2", "--prompt-tokens"]
@@ -8,7 +10,8 @@ QUICK += ["2", "--prefill-tokens", "3", "--rounds", "1", "--threads", "1"]
 
 def test_a_table_a_file_and_a_picture(pruned_folder, tmp_path, capsys):
     output, plot = tmp_path / "new" / "bench.json", tmp_path / "bench.png"
-    assert main(["bench", str(pruned_folder), *QUICK, "--output", str(output), "--plot", str(plot)]) == 0
+    with forked_workers():
+        assert main(["bench", str(pruned_folder), *QUICK, "--output", str(output), "--plot", str(plot)]) == 0
     captured = capsys.readouterr()
     assert "| packed float32 | " in captured.out
     assert "warming up, batch 1" in captured.err

@@ -1,11 +1,9 @@
-import json
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
 import torch
+from estimate import CASES, beside_a_run
 from live_memory import LiveMemory
 from safetensors.torch import load_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
@@ -19,8 +17,6 @@ from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.estimate.estimate import Estimate
 from optimum_fista.run.pruning import loop
 from optimum_fista.run.streamed.journal import Journal
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def estimated(model=None, config=None, **options) -> Estimate:
@@ -238,13 +234,10 @@ def test_the_disk_holds_what_is_estimated(tmp_path, monkeypatch):
     assert max(sizes) < sum(found.values())
 
 
-def test_a_real_run_takes_what_is_estimated(tmp_path):
+def test_a_real_run_takes_what_is_estimated(monkeypatch):
     """docs/scale.md: within a factor of 1.25 (memory) and 2 (time)."""
-    output = tmp_path / "estimate.json"
-    command = [sys.executable, "benchmarks/estimate.py", "--cases", "small", "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    run = json.loads(output.read_text())["runs"]["small"]
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
+    run = beside_a_run(CASES["small"])
     assert 1 / 1.25 < run["estimated_bytes"] / run["measured_bytes"] < 1.25
     assert 1 / 2 < run["estimated_seconds"] / run["measured_seconds"] < 2
     above, measured = (run[f"{how}_bytes"] - run["import_bytes"] for how in ("estimated", "measured"))

@@ -1,12 +1,11 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
+from launched import exit_codes, start_code
 
 from optimum_fista.run.evaluation import evaluation_file
 from optimum_fista.run.evaluation.evaluation_file import Evaluation, add_evaluation, read_evaluations
@@ -52,10 +51,10 @@ for number in range(10):
 """
 
 
-def test_measurements_added_at_the_same_time_are_all_kept(tmp_path):
+def test_measurements_added_at_the_same_time_are_all_kept(tmp_path, tmp_path_factory):
     file, link = tmp_path / "evaluation.json", tmp_path / "link.json"
     link.symlink_to(file.name)
-    others = [subprocess.Popen([sys.executable, "-c", _ADD, str(path), path.stem]) for path in (file, link)]
+    others = [start_code(_ADD, path, path.stem, streams=tmp_path_factory.mktemp("streams")) for path in (file, link)]
     failures = []
 
     def add(name: str) -> None:
@@ -71,7 +70,7 @@ def test_measurements_added_at_the_same_time_are_all_kept(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert [other.wait() for other in others] == [0, 0]
+    assert exit_codes(others) == [0, 0]
     assert not failures
     assert len(read_evaluations(file)) == 3 * 30 + 2 * 10
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "link.json"}

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from launched import forked_workers
 
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.speed.measure import measure_speed
@@ -25,7 +26,8 @@ SETTINGS = SpeedSettings(
 @pytest.fixture(scope="module")
 def report(saved):
     lines: list[str] = []
-    report = measure_speed(saved.folder, SETTINGS, lines.append)
+    with forked_workers():
+        report = measure_speed(saved.folder, SETTINGS, lines.append)
     assert lines[:3] == [f"packing {saved.folder}", "loading dense float32", "loading packed float32"]
     assert lines[-1] == "round 2 of 2, prefill"
     return report
@@ -65,7 +67,8 @@ def test_a_packed_folder_is_measured_dense_from_an_unpacked_one(saved, tmp_path)
     pack_folder(saved.folder, tmp_path / "packed")
     lines: list[str] = []
     settings = dataclasses.replace(SETTINGS, variants=["dense float32"], batch_sizes=[1], rounds=1)
-    report = measure_speed(tmp_path / "packed", settings, lines.append)
+    with forked_workers():
+        report = measure_speed(tmp_path / "packed", settings, lines.append)
     assert lines[0] == f"unpacking {tmp_path / 'packed'}"
     assert report.variants["dense float32"].weight_bytes == 4 * saved.model.num_parameters()
 

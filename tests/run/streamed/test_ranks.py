@@ -1,18 +1,15 @@
 """Several processes make the same folder as one, and what one of them loses is only its current layer."""
 
 import itertools
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from folder_files import files_of
-from launched import exit_codes, launch, prune, prune_other_tokens, prune_until
+from launched import exit_codes, launch, prune, prune_killed_once, prune_other_tokens, prune_until, run_code, torchrun
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -132,37 +129,22 @@ def test_one_process_is_a_run_of_its_own(monkeypatch):
 def test_accelerate_launches_the_command(source, tmp_path):
     arguments = ["prune", str(source), "--error-correction", "intra", "--num-samples", "8", "--sequence-length", "16"]
     arguments += ["--calibration", "self", "--device", "cpu"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launcher, "-m", "optimum_fista", *arguments, "--output", str(tmp_path / "pruned")]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    launcher = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "optimum_fista"]
+    code = "from accelerate.commands.launch import main; main()"
+    process = run_code(code, *launcher, *arguments, "--output", tmp_path / "pruned")
     assert process.returncode == 0, process.stderr
     shown = process.stdout.splitlines()
     assert [line for line in shown if line] == [shown[0], f"saved to {tmp_path / 'pruned'}"]
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
 
 
-_SCRIPT = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from launched import prune, prune_until
-from optimum_fista import FistaPruningConfig
-rank, again = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
-arguments = [Path(sys.argv[2]), Path(sys.argv[3]), FistaPruningConfig(0.5, error_correction="intra")]
-prune(rank, *arguments) if again else prune_until(rank, "killed", 1, 1, *arguments)
-"""
-
-
-def test_torchrun_starts_again_by_itself(source, expected, tmp_path):
-    (tmp_path / "script.py").write_text(_SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(tmp_path / "script.py"), str(Path(__file__).parents[2]), str(source), str(tmp_path / "pruned")]
-    command = [*launcher, "--max-restarts", "1", *arguments]
-    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/ranks.md
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert process.returncode == 0, process.stderr
-    assert "Signal 9 (SIGKILL)" in process.stderr or "exitcode: -9" in process.stderr
+def test_torchrun_starts_again_by_itself(source, expected, tmp_path, tmp_path_factory):
+    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    attempts = tmp_path_factory.mktemp("attempts")
+    assert torchrun(options, prune_killed_once, source, tmp_path / "pruned", INTRA, attempts) == 0
+    finished = {path.name: path.read_text() == "finished" for path in attempts.iterdir()}
+    assert finished == {"0-0": False, "0-1": False, "1-0": True, "1-1": True}
     assert files_of(tmp_path / "pruned") == expected
 
 
