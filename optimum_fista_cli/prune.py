@@ -169,7 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.checkpoints.output_lock import locked_output
     from optimum_fista.run.hub import push_folder, require_repo_id
     from optimum_fista.run.memory import keep_large_blocks_apart
-    from optimum_fista.run.packed_folders.packed_folder import PackedFolder
+    from optimum_fista.run.packed_folders.unpacking import PackedFiles
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.streamed.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
     from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
@@ -237,7 +237,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(report)
     if arguments.packed:
-        print(PackedFolder(arguments.output).packing)
+        print(PackedFiles.of_folder(arguments.output).packing)
     print(f"saved to {arguments.output}")
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))

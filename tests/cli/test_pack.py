@@ -1,5 +1,5 @@
 from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.packed_folders.packed_folder import is_packed
+from optimum_fista.run.packed_folders.unpacking import is_packed
 from optimum_fista_cli.main import main
 
 

@@ -17,16 +17,16 @@ from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.checkpoints.atomic import errors_of_writing, write_bytes, write_tensors, write_text
-from optimum_fista.run.checkpoints.installation import discard, install
 from optimum_fista.run.checkpoints.loading import forget_gguf
 from optimum_fista.run.checkpoints.output_folder import require_output
-from optimum_fista.run.checkpoints.output_lock import locked_output
+from optimum_fista.run.checkpoints.output_lock import new_output
 from optimum_fista.run.checkpoints.stored_names import as_stored, stored_names
 from optimum_fista.run.reports.card import PACKED_NOTE, PICTURE_FILE, error_picture, model_card
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.solve.bitmask import unpack_mask
 
-CONFIG_KEY = "fista_pruning"
+CONFIG_FILE, CARD_FILE = "config.json", "README.md"
+CONFIG_KEY, PACKED_KEY = "fista_pruning", "quantization_config"
 MASKS_FILE = "fista/masks.safetensors"
 REPORT_FILE = "fista/report.json"
 _CONFIG_KEYS = {"method", "pattern", "error_correction"}
@@ -130,12 +130,10 @@ def save_checkpoint(
     stored, masks = as_stored(report.operators, masks, stored_names(model, operators))
     report = dataclasses.replace(report, operators=stored)
     forget_gguf(model)
-    with locked_output(folder) as unfinished:
-        discard(unfinished, overwrite)
+    with new_output(folder, overwrite) as unfinished:
         with errors_of_writing(unfinished):
             _save_model(model, unfinished)
         write_all_but_weights(unfinished, model, tokenizer, report, masks)
-        install(unfinished, folder, overwrite)
 
 
 def write_all_but_weights(
@@ -146,7 +144,7 @@ def write_all_but_weights(
     masks: Mapping[str, Tensor],
     packed: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a pruned model's folder but for its weights; the configuration, without which nothing loads, comes last.
+    """Write a pruned model's folder but for its weights.
 
     Args:
         folder: The folder.
@@ -154,18 +152,13 @@ def write_all_but_weights(
         tokenizer: Its tokenizer; `None`: none is written.
         report: The report, under the names of the checkpoint.
         masks: Packed masks, under the same names.
-        packed: What `config.json` says of weights that are stored packed, and so bring their masks with them; `None`:
-            they are dense.
+        packed: What `config.json` says of weights that are stored packed; `None`: they are dense.
     """
     (folder / "fista").mkdir(exist_ok=True)
-    if packed is None:
-        write_tensors(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
     write_text(folder / REPORT_FILE, report.to_json())
     picture = error_picture(report)
     if picture is not None:
         write_bytes(folder / PICTURE_FILE, picture)
-    card = model_card(report, None if picture is None else PICTURE_FILE)
-    write_text(folder / "README.md", card if packed is None else card + PACKED_NOTE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if model.can_generate():
@@ -173,10 +166,45 @@ def write_all_but_weights(
     model.config.fista_pruning = summary(report)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
-    config = json.loads(model.config.to_json_string())
-    if packed is not None:
-        config["quantization_config"] = dict(packed)
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    card = model_card(report, None if picture is None else PICTURE_FILE)
+    write_form(folder, json.loads(model.config.to_json_string()), card, masks, packed)
+
+
+def write_form(
+    folder: Path,
+    config: Mapping[str, Any],
+    card: str | None,
+    masks: Mapping[str, Tensor],
+    packed: Mapping[str, Any] | None,
+) -> None:
+    """Write the files that say whether the weights are dense or packed.
+
+    Args:
+        folder: The folder.
+        config: What `config.json` holds. It comes last: without it nothing loads.
+        card: The model card; `None`: there is none.
+        masks: Packed masks; packed weights bring theirs with them.
+        packed: What `config.json` says of weights that are stored packed; `None`: they are dense.
+    """
+    if packed is None:
+        write_tensors(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
+    if card is not None:
+        write_text(folder / CARD_FILE, card.replace(PACKED_NOTE, "") + ("" if packed is None else PACKED_NOTE))
+    config = {key: value for key, value in config.items() if key != PACKED_KEY}
+    config |= {} if packed is None else {PACKED_KEY: dict(packed)}
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def write_index(folder: Path, stem: str, weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
+    """Write which of a folder's weight files holds which tensor, and the bytes of all tensors; returns its name."""
+    total = 0
+    for shard in {*weight_map.values()}:
+        with (folder / shard).open("rb") as file:  # a safetensors file: the header's length, the header, the tensors
+            total += (folder / shard).stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    index = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    name = f"{stem}.safetensors.index.json"
+    write_text(folder / name, json.dumps(index, indent=2) + "\n")
+    return name
 
 
 def _save_model(model: PreTrainedModel, folder: Path) -> None:

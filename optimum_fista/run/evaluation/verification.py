@@ -29,7 +29,7 @@ from optimum_fista.run.checkpoints.checkpoint import (
     summary,
 )
 from optimum_fista.run.checkpoints.stored_names import split_index
-from optimum_fista.run.packed_folders.packed_folder import PackedFolder, is_packed
+from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
 from optimum_fista.solve.patterns import parse_pattern
@@ -152,14 +152,14 @@ def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorR
 
 def _read_packed(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
     """The same from a packed folder, whose weights bring their masks."""
-    reader = PackedFolder(folder)
+    reader = PackedFiles.of_folder(folder)
     name, dense, mask = "", torch.empty(0), torch.empty(0)
     for operator in report.operators:
         tensor, index = split_index(operator.name)
         if tensor not in reader.names:
             raise VerificationError(f"{tensor} is in the report but not packed in the checkpoint.")
         if tensor != name:
-            packed = reader.packed(tensor)
+            packed = reader.read(tensor)
             name, dense, mask = tensor, unpack(packed), unpack_packed_mask(packed)
         yield operator, dense[index], pack_mask(mask[index])
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from optimum_fista.packed.format import unpack_mask
 from optimum_fista.run.checkpoints.checkpoint import MASKS_FILE
 from optimum_fista.run.checkpoints.stored_names import split_index
-from optimum_fista.run.packed_folders.packed_folder import PackedFolder, is_packed
+from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
 from optimum_fista.run.reports.operator_grid import layer_and_kind
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import count_kept
@@ -97,13 +97,13 @@ def _of_masks(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorRep
 
 def _of_packed(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor]]:
     """The same from a packed folder, whose weights bring their masks; experts may share a tensor."""
-    reader = PackedFolder(folder)
+    reader = PackedFiles.of_folder(folder)
     name, mask, names = "", torch.empty(0), set(reader.names)
     for operator in report.operators:
         tensor, index = split_index(operator.name)
         _require(tensor, names)
         if tensor != name:
-            name, mask = tensor, unpack_mask(reader.packed(tensor))
+            name, mask = tensor, unpack_mask(reader.read(tensor))
         yield operator, mask[index].sum(0 if operator.stored_transposed else 1)
 
 

@@ -131,11 +131,12 @@ class FistaPackedQuantizer(HfQuantizer):
         from optimum_fista.run.packed_folders.packed_modules import PackedModules
         from optimum_fista.run.packed_folders.unpacking import PackedFiles
 
-        files = PackedFiles(checkpoint_files or [])
+        files = PackedFiles.in_files(checkpoint_files or [])
+        outlines = {name: files.outline(name) for name in files.names}  # checks all
         kept = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.ndim > 1}
         self.quantization_config.parameters = sorted(kept.union(self.quantization_config.parameters))
         if self.quantization_config.runtime == "packed":
-            self._modules = PackedModules(model, files)
+            self._modules = PackedModules(model, files, outlines)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         model.config.__dict__.pop("transformers_weights", None)

@@ -37,8 +37,8 @@ class PackedModules:
         PackedFormatError: If a packed weight has another shape than the module's.
     """
 
-    def __init__(self, model: PreTrainedModel, files: PackedFiles) -> None:
-        self._files = files
+    def __init__(self, model: PreTrainedModel, files: PackedFiles, outlines: Mapping[str, PackedTensor]) -> None:
+        self._files, self._outlines = files, outlines
         self._transposed: list[str] = []
         self._experts = _expert_parameters(model, files)
         taken = {split_index(stored.name)[0] for experts in self._experts.values() for e in experts for stored in e}
@@ -91,7 +91,7 @@ class PackedModules:
             return False
         if leaf != "weight" or type(module) not in (nn.Linear, Conv1D):
             return False
-        outline, dense = self._files.outlines[name], cast(Tensor, module.weight)
+        outline, dense = self._outlines[name], cast(Tensor, module.weight)
         if outline.shape != tuple(dense.shape):
             raise PackedFormatError(f"{name}_layout says shape {outline.shape}: the model's is {tuple(dense.shape)}.")
         rows, columns = outline.shape
@@ -113,7 +113,7 @@ class PackedModules:
             rows, columns = 0, set()
             for part in stored:
                 tensor, index = split_index(part.name)
-                shape = self._files.outlines[tensor].shape
+                shape = self._outlines[tensor].shape
                 if index and shape[0] != len(experts):
                     raise PackedFormatError(f"{tensor} holds {shape[0]} experts: the model has {len(experts)}.")
                 height, *width = shape[-2:][::-1] if part.transposed else shape[-2:]

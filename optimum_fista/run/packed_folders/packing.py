@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_fista.packed.format import pack
+from optimum_fista.packed.format import PackedTensor, pack
 from optimum_fista.run.checkpoints.stored_names import split_index
+from optimum_fista.run.packed_folders.packed_loading import QUANT_METHOD
 from optimum_fista.run.reports.report import OperatorReport
 from optimum_fista.solve.bitmask import unpack_mask
 from optimum_fista.solve.patterns import parse_pattern
 
-QUANT_METHOD = "fista_packed"
 
-
-@dataclass(frozen=True)
+@dataclass
 class Packing:
     """What packing or unpacking did.
 
@@ -29,9 +28,15 @@ class Packing:
         packed_bytes: Their bytes packed.
     """
 
-    num_tensors: int
-    dense_bytes: int
-    packed_bytes: int
+    num_tensors: int = 0
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+
+    def count(self, packed: PackedTensor) -> None:
+        """Count one more."""
+        self.num_tensors += 1
+        self.dense_bytes += packed.dense_bytes
+        self.packed_bytes += packed.num_bytes
 
     def __str__(self) -> str:
         """A line for people."""
@@ -52,26 +57,16 @@ class Packer:
 
     Attributes:
         names: The tensors that are packed: those that hold an operator, and other experts of their mixtures.
+        packing: What has been packed so far.
     """
 
     def __init__(
         self, operators: Iterable[OperatorReport], names: Iterable[str], read_mask: Callable[[str], Tensor]
     ) -> None:
+        self.packing = Packing()
         self._read_mask = read_mask
-        self._operators: dict[str, list[str]] = {}
-        self._patterns: dict[str, tuple[int, int] | None] = {}
-        for operator in operators:
-            name, index = split_index(operator.name)
-            self._operators.setdefault(name, []).append(operator.name)
-            if not operator.stored_transposed and not index:
-                self._patterns[name] = parse_pattern(operator.pattern).n_of_m
+        self._operators = operators_by_tensor(operators)
         self.names = {*self._operators, *_siblings(self._operators, names)}
-        self._sizes: list[tuple[int, int]] = []
-
-    @property
-    def packing(self) -> Packing:
-        """What has been packed so far."""
-        return Packing(len(self._sizes), sum(dense for dense, _ in self._sizes), sum(size for _, size in self._sizes))
 
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors as a packed folder stores them.
@@ -85,20 +80,31 @@ class Packer:
                 stored[name] = tensor
                 continue
             try:
-                packed = pack(tensor, self._mask(name, tensor), self._patterns.get(name))
+                packed = self._pack(tensor, self._operators.get(name, []))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            self._sizes.append((packed.dense_bytes, packed.num_bytes))
+            self.packing.count(packed)
             stored |= packed.named(name)
         return stored
 
-    def _mask(self, name: str, tensor: Tensor) -> Tensor:
-        """The mask of a tensor of the checkpoint; what belongs to no operator is kept."""
-        mask = torch.ones(tensor.shape, dtype=torch.bool)
-        for operator in self._operators.get(name, []):
-            part = mask[split_index(operator)[1]]
-            part.copy_(unpack_mask(self._read_mask(operator), tuple(part.shape)))
-        return mask
+    def _pack(self, tensor: Tensor, operators: Iterable[OperatorReport]) -> PackedTensor:
+        """What belongs to no operator is kept; groups along the inputs are those of rows only if these are stored."""
+        mask, n_of_m = torch.ones(tensor.shape, dtype=torch.bool), None
+        for operator in operators:
+            index = split_index(operator.name)[1]
+            part = mask[index]
+            part.copy_(unpack_mask(self._read_mask(operator.name), tuple(part.shape)))
+            if not operator.stored_transposed and not index:
+                n_of_m = parse_pattern(operator.pattern).n_of_m
+        return pack(tensor, mask, n_of_m)
+
+
+def operators_by_tensor(operators: Iterable[OperatorReport]) -> dict[str, list[OperatorReport]]:
+    """The operators that each tensor of a checkpoint holds; several experts may share one."""
+    found: dict[str, list[OperatorReport]] = {}
+    for operator in operators:
+        found.setdefault(split_index(operator.name)[0], []).append(operator)
+    return found
 
 
 def packed_settings(weights: str, names: Iterable[str]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""Packed tensors becoming weights of a model while Transformers loads it."""
+"""Packed tensors in files: read and checked, and made dense while Transformers loads a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,6 +14,9 @@ from transformers.core_model_loading import ConversionOps, _IdentityOp
 
 from optimum_fista.packed.format import PackedTensor, check, packed_names, unpack
 from optimum_fista.packed.validation import SUFFIXES
+from optimum_fista.run.checkpoints.checkpoint import CONFIG_FILE, PACKED_KEY, checkpoint_files, read_json
+from optimum_fista.run.packed_folders.packed_loading import QUANT_METHOD
+from optimum_fista.run.packed_folders.packing import Packing
 
 
 class Unpack(ConversionOps):
@@ -61,35 +66,89 @@ class Unpack(ConversionOps):
 
 
 class PackedFiles:
-    """The packed tensors of a checkpoint's files, each read once and checked.
+    """The packed tensors of a checkpoint's files.
+
+    Args:
+        files: The file of every tensor of the checkpoint.
 
     Attributes:
-        names: Their names.
-        outlines: By these, their layouts, with values and masks on the meta device.
+        files: The same.
+        names: Dense names of the packed tensors.
 
     Raises:
-        PackedFormatError: If one of the parts of a tensor is missing, or they are not those of a packed tensor.
+        PackedFormatError: If one of the parts of a tensor is missing.
     """
 
-    def __init__(self, files: Sequence[str]) -> None:
-        self._file_of: dict[str, str] = {}
-        for file in files:
-            with safe_open(file, "pt") as tensors:
-                self._file_of |= dict.fromkeys(tensors.keys(), str(file))
-        self.names = packed_names(self._file_of)
-        self.outlines: dict[str, PackedTensor] = {}
-        for name in self.names:
-            packed = self._stored(name)
-            check(packed, name)
-            self.outlines[name] = PackedTensor(packed.values.to("meta"), packed.mask.to("meta"), packed.layout)
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = files
+        self.names = packed_names(files)
+        self._checked: set[str] = set()
+
+    @classmethod
+    def in_files(cls, paths: Sequence[str]) -> PackedFiles:
+        """Those in safetensors files."""
+        files: dict[str, Path] = {}
+        for path in paths:
+            with safe_open(path, "pt") as file:
+                files |= dict.fromkeys(file.keys(), Path(path))
+        return cls(files)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> PackedFiles:
+        """Those of a packed folder."""
+        weights: str = read_json(folder / CONFIG_FILE)[PACKED_KEY]["weights"]
+        return cls(checkpoint_files(folder, weights.partition(".")[0]))
+
+    def outline(self, name: str) -> PackedTensor:
+        """A packed tensor, checked, as it is stored, with values and mask on the meta device.
+
+        Raises:
+            PackedFormatError: If its parts are not those of a packed tensor.
+        """
+        packed = self._read(name)
+        return PackedTensor(packed.values.to("meta"), packed.mask.to("meta"), packed.layout)
 
     def read(self, name: str) -> PackedTensor:
-        """A packed tensor, without its checksum."""
-        return self._stored(name).without_checksum()
+        """A packed tensor, checked, without its checksum.
 
-    def _stored(self, name: str) -> PackedTensor:
+        Raises:
+            PackedFormatError: If its parts are not those of a packed tensor.
+        """
+        return self._read(name).without_checksum()
+
+    @property
+    def packing(self) -> Packing:
+        """The sizes of the packed weights; only headers and layouts are read."""
+        packing = Packing()
+        for name in self.names:
+            with safe_open(self.files[name + SUFFIXES[0]], "pt") as file:
+                values, mask = (file.get_slice(name + suffix) for suffix in SUFFIXES[:2])
+                layout = file.get_tensor(name + SUFFIXES[2])
+            dtype = values[:0].dtype
+            packing.count(
+                PackedTensor(
+                    torch.empty(values.get_shape(), dtype=dtype, device="meta"),
+                    torch.empty(mask.get_shape(), dtype=torch.uint8, device="meta"),
+                    layout,
+                )
+            )
+        return packing
+
+    def _read(self, name: str) -> PackedTensor:
+        """Each tensor is checked when it is read for the first time: checksums take a while."""
         parts = []
         for suffix in SUFFIXES:
-            with safe_open(self._file_of[name + suffix], "pt") as tensors:
-                parts.append(tensors.get_tensor(name + suffix))
-        return PackedTensor(*parts)
+            with safe_open(self.files[name + suffix], "pt") as file:
+                parts.append(file.get_tensor(name + suffix))
+        packed = PackedTensor(*parts)
+        if name not in self._checked:
+            check(packed, name)
+            self._checked.add(name)
+        return packed
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a model folder is packed."""
+    file = folder / CONFIG_FILE
+    settings = read_json(file).get(PACKED_KEY) if file.exists() else None
+    return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD

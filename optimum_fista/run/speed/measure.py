@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from optimum_fista.packed.kernels import kernels
-from optimum_fista.run.packed_folders.packed_folder import is_packed, pack_folder, unpack_folder
+from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
+from optimum_fista.run.packed_folders.unpacking import is_packed
 from optimum_fista.run.reports.report import device_name, library_versions
 from optimum_fista.run.speed.speed_report import SpeedReport, SpeedSettings, VariantSpeed
 from optimum_fista.run.speed.worker import Variant, Worker

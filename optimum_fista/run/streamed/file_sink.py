@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -17,8 +16,8 @@ from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.packed.format import packed_names
-from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
-from optimum_fista.run.checkpoints.checkpoint import write_all_but_weights
+from optimum_fista.run.checkpoints.atomic import write_tensors
+from optimum_fista.run.checkpoints.checkpoint import write_all_but_weights, write_index
 from optimum_fista.run.checkpoints.stored_names import StoredName, as_stored
 from optimum_fista.run.packed_folders.packing import Packer, packed_settings
 from optimum_fista.run.pruning.sink import ModelSink
@@ -101,10 +100,7 @@ class FileSink(ModelSink):
         last = self._write_shard(len(layers), rest)
         weight_map = {name: layer.shard for layer in layers.values() for name in layer.names}
         weight_map |= dict.fromkeys(rest, last.name)
-        metadata = {"total_parameters": model.num_parameters(), "total_size": _total_size(folder)}
-        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        index_name = f"{self._stem}.safetensors.index.json"
-        write_text(folder / index_name, json.dumps(index, indent=2) + "\n")
+        index_name = write_index(folder, self._stem, weight_map, {"total_parameters": model.num_parameters()})
         masks = {name: mask for index in layers for name, mask in self._journal.masks(index).items()}
         operators, masks = as_stored(report.operators, masks, self._names)
         report = replace(report, operators=operators)
@@ -123,13 +119,3 @@ class FileSink(ModelSink):
         left_out = set(self._model.all_tied_weights_keys) | set(self._model._keys_to_ignore_on_save or ())
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if name not in left_out}
         return revert_weight_conversion(self._model, kept)
-
-
-def _total_size(folder: Path) -> int:
-    """Bytes of the tensors in all shards."""
-    total = 0
-    for shard in folder.glob("*.safetensors"):
-        with shard.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        total += shard.stat().st_size - 8 - header
-    return total

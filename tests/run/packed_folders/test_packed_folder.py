@@ -22,8 +22,9 @@ from optimum_fista.packed.format import PackedTensor, pack, unpack
 from optimum_fista.packed.validation import SUFFIXES
 from optimum_fista.run.checkpoints.output_folder import model_files
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
-from optimum_fista.run.packed_folders.packed_folder import is_packed, pack_folder, unpack_folder
+from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
+from optimum_fista.run.packed_folders.unpacking import is_packed
 
 FAMILIES = ["llama", "gpt2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "granitemoe"]
 

@@ -16,7 +16,8 @@ from optimum_fista.run.checkpoints import atomic
 from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.estimate.estimate import Estimate
 from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.packed_folders.packed_folder import PackedFolder, is_packed, pack_folder, unpack_folder
+from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
+from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
 
 LAYERS = 3
 
@@ -52,7 +53,7 @@ def test_the_same_folder_as_packed_afterwards(family, pattern, tmp_path):
     prune(tmp_path / "source", tmp_path / "dense", config)
     packing = pack_folder(tmp_path / "dense", tmp_path / "afterwards")
     assert files_of(tmp_path / "packed") == files_of(tmp_path / "afterwards")
-    assert PackedFolder(tmp_path / "packed").packing == packing
+    assert PackedFiles.of_folder(tmp_path / "packed").packing == packing
     assert packing.num_tensors > 0
     assert verify_checkpoint(tmp_path / "packed") == verify_checkpoint(tmp_path / "dense")
     unpack_folder(tmp_path / "packed", tmp_path / "again")
