@@ -232,15 +232,12 @@ def unpack_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         PackedFormatError: If a packed tensor is incomplete or malformed; it is named.
     """
-    packed = set(packed_names(state))
-    parts = {name + suffix: name for name in packed for suffix in SUFFIXES}
+    parts = {name + suffix: name for name in packed_names(state) for suffix in SUFFIXES}
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if key not in parts:
             result[key] = tensor
-        elif parts[key] in packed:
-            name = parts[key]
-            packed.discard(name)
+        elif (name := parts[key]) not in result:
             result[name] = unpack(PackedTensor(*(state[name + suffix] for suffix in SUFFIXES)), name)
     return result
 

@@ -18,7 +18,7 @@ def with_bits(packed: PackedTensor) -> PackedTensor:
     Raises:
         PackedFormatError: If the tensors are malformed.
     """
-    if packed.encoding == BITS:
+    if packed.encoding is BITS:
         return packed.without_checksum()
     columns = packed.shape[-1]
     mask = torch.zeros(packed.mask.shape[0], BITS.row_bytes(columns), dtype=torch.uint8)

@@ -48,7 +48,12 @@ def push_folder(
         OSError: the Hub refused or was not reached. `folder` is unchanged; the client's error is the cause.
     """
     folder = Path(folder).expanduser().resolve()
-    _check_arguments(folder, repo_id)
+    for pattern in ("config.json", "*.safetensors"):
+        if not any(folder.glob(pattern)):
+            raise ValueError(
+                f"folder='{folder}' holds no {pattern}: pass a model folder as `save_pretrained` writes it"
+            )
+    require_repo_id(repo_id)
     names = model_files(folder)
     others = [name for name in all_names(folder) if name not in names and not name.startswith((".git/", ".cache/"))]
     if others:
@@ -81,15 +86,6 @@ def push_folder(
         )
     logger.info("Pushed %s to %s", folder, commit.commit_url)
     return commit.commit_url
-
-
-def _check_arguments(folder: Path, repo_id: str) -> None:
-    for pattern in ("config.json", "*.safetensors"):
-        if not any(folder.glob(pattern)):
-            raise ValueError(
-                f"folder='{folder}' holds no {pattern}: pass a model folder as `save_pretrained` writes it"
-            )
-    require_repo_id(repo_id)
 
 
 def require_repo_id(repo_id: str) -> None:

@@ -70,6 +70,17 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
+def require_files(folder: Path, *names: str) -> None:
+    """Refuse a folder that lacks a file of a pruned model.
+
+    Raises:
+        FileNotFoundError: If so.
+    """
+    for name in names:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{str(folder)!r} holds no {name}: pass a folder saved by optimum-fista.")
+
+
 def read_report(folder: Path) -> PruningReport:
     """The report in a pruned model's folder.
 
@@ -78,8 +89,7 @@ def read_report(folder: Path) -> PruningReport:
         ValueError: If it is none of optimum-fista.
     """
     file = folder / REPORT_FILE
-    if not file.exists():
-        raise FileNotFoundError(f"{str(folder)!r} holds no {REPORT_FILE}: pass a folder saved by optimum-fista.")
+    require_files(folder, REPORT_FILE)
     try:
         report = PruningReport.from_dict(read_json(file))
         for record, keys in ((report.config, _CONFIG_KEYS), (report.calibration, _CALIBRATION_KEYS)):
@@ -88,6 +98,12 @@ def read_report(folder: Path) -> PruningReport:
         return report
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(file)!r} is no report of optimum-fista ({error}).") from error
+
+
+def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[str, LinearOperator]:
+    """The linear operators of a pruned model, by the names of their weights in the model."""
+    found = (find_operators(name, layer, report.config["exclude"]) for name, layer in find_decoder_layers(model))
+    return {f"{name}.weight": operator for operators in found for name, operator in operators.items()}
 
 
 def is_retrained(model: PreTrainedModel) -> bool:
@@ -123,9 +139,8 @@ def save_checkpoint(
     require_output(folder, overwrite)
     if is_retrained(model) and not report.retrained:
         report = dataclasses.replace(report, retrained=True)
-    layers = find_decoder_layers(model)
-    found = {k: o for name, layer in layers for k, o in find_operators(name, layer, report.config["exclude"]).items()}
-    operators = [found[o.name.removesuffix(".weight")] for o in report.operators]
+    found = operators_by_weight(model, report)
+    operators = [found[o.name] for o in report.operators]
     _require_zeros(operators, masks)
     stored, masks = as_stored(report.operators, masks, stored_names(model, operators))
     report = dataclasses.replace(report, operators=stored)

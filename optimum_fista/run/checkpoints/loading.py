@@ -145,7 +145,12 @@ def gguf_file(name: str) -> str | None:
     if folder.is_file() and folder.suffix != ".json":
         raise ValueError(f"model={name!r} is a file: pass the folder that holds it, or a Hub id.")
     if not folder.exists():
-        _require_hub_id(name)
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(
+                f"model={name!r} is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'."
+            ) from error
     if not folder.is_dir() or (folder / "config.json").exists():
         return None
     files = sorted(folder.glob("*.gguf"))
@@ -155,15 +160,6 @@ def gguf_file(name: str) -> str | None:
             "folder or a Hub id."
         )
     return files[0].name
-
-
-def _require_hub_id(name: str) -> None:
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ValueError(
-            f"model={name!r} is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'."
-        ) from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:

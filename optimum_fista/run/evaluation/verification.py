@@ -19,6 +19,7 @@ from optimum_fista.packed.format import unpack
 from optimum_fista.packed.format import unpack_mask as unpack_packed_mask
 from optimum_fista.packed.validation import PackedFormatError
 from optimum_fista.run.checkpoints.checkpoint import (
+    CONFIG_FILE,
     CONFIG_KEY,
     MASKS_FILE,
     REPORT_FILE,
@@ -26,6 +27,7 @@ from optimum_fista.run.checkpoints.checkpoint import (
     read_json,
     read_report,
     read_tensors,
+    require_files,
     summary,
 )
 from optimum_fista.run.checkpoints.stored_names import split_index
@@ -74,17 +76,19 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
         VerificationError: If something does not hold.
     """
     try:
-        for file in ("config.json", *(() if is_packed(folder) else (MASKS_FILE,)), REPORT_FILE):
-            if not (folder / file).exists():
-                raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
-        config = read_json(folder / "config.json").get(CONFIG_KEY)
+        require_files(folder, CONFIG_FILE, *(() if is_packed(folder) else (MASKS_FILE,)), REPORT_FILE)
+        config = read_json(folder / CONFIG_FILE).get(CONFIG_KEY)
         report = read_report(folder)
     except ValueError as error:
         raise VerificationError(str(error)) from error
     if not isinstance(config, dict):
         raise VerificationError(f"config.json has no {CONFIG_KEY!r}.")
     try:
-        zeros, weights = _verify_operators(folder, report, progress)
+        zeros = weights = 0
+        for operator, weight, mask in (_read_packed if is_packed(folder) else _read_dense)(folder, report):
+            zeros += _verify_operator(operator, weight, mask)
+            weights += weight.numel()
+            progress(operator.name)
         parameters = _verify_totals(folder, report, read_json(folder / REPORT_FILE)["totals"], zeros, weights)
     except (AttributeError, KeyError, TypeError) as error:
         raise VerificationError(f"{REPORT_FILE} lacks a field, or has one too many: {error}.") from error
@@ -122,17 +126,6 @@ def _agree(promised: float | None, value: float | None) -> bool:
     if promised is None or value is None:
         return promised is value
     return math.isclose(promised, value, rel_tol=1e-9)
-
-
-def _verify_operators(folder: Path, report: PruningReport, progress: Callable[[str], None]) -> tuple[int, int]:
-    """Check every operator of the report; returns the numbers of zeros and of weights."""
-    zeros = weights = 0
-    read = _read_packed if is_packed(folder) else _read_dense
-    for operator, weight, mask in read(folder, report):
-        zeros += _verify_operator(operator, weight, mask)
-        weights += weight.numel()
-        progress(operator.name)
-    return zeros, weights
 
 
 def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:

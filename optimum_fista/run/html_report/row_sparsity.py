@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from optimum_fista.packed.format import unpack_mask
-from optimum_fista.run.checkpoints.checkpoint import MASKS_FILE
+from optimum_fista.run.checkpoints.checkpoint import MASKS_FILE, require_files
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
 from optimum_fista.run.reports.operator_grid import layer_and_kind
@@ -84,10 +84,8 @@ def read_sparsities(
 
 def _of_masks(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor]]:
     """Every operator with the number of weights that each of its rows keeps, int64 [out]."""
-    file = folder / MASKS_FILE
-    if not file.exists():
-        raise FileNotFoundError(f"{str(folder)!r} holds no {MASKS_FILE}: pass a folder saved by optimum-fista.")
-    with safe_open(file, "pt") as masks:
+    require_files(folder, MASKS_FILE)
+    with safe_open(folder / MASKS_FILE, "pt") as masks:
         names = set(masks.keys())
         for operator in report.operators:
             _require(operator.name, names)

@@ -23,6 +23,7 @@ from optimum_fista.run.checkpoints.checkpoint import (
     checkpoint_files,
     read_json,
     read_report,
+    require_files,
     write_form,
     write_index,
 )
@@ -63,9 +64,7 @@ def pack_folder(
     """
     if is_packed(folder):
         raise ValueError(f"folder {str(folder)!r} is packed already: pass a folder with dense weights.")
-    for file in (CONFIG_FILE, MASKS_FILE, REPORT_FILE):
-        if not (folder / file).exists():
-            raise FileNotFoundError(f"{str(folder)!r} holds no {file}: pass a folder saved by optimum-fista.")
+    require_files(folder, CONFIG_FILE, MASKS_FILE, REPORT_FILE)
     files = checkpoint_files(folder)
     with safe_open(folder / MASKS_FILE, "pt") as masks:
         packer = Packer(read_report(folder).operators, files, masks.get_tensor)
@@ -129,16 +128,9 @@ def _convert_folder(
 ) -> None:
     """Copy a folder with its weight files converted one after another, and files that are no model's.
 
-    Args:
-        folder: The folder that is read.
-        output: The folder that is written.
-        files: The weight file of every tensor.
-        rename: How the names of weight files begin, before and after.
-        convert: Makes the tensors of a file, from their names before and a function that reads one.
-        masks: Masks of the operators, which `convert` may add.
-        settings: What the new configuration says of packed weights, by the name of the weight file or index.
-        overwrite: Whether a model in `output` is replaced.
-        progress: Called with the name of each file.
+    `rename` says how the names of weight files begin, before and after. `convert` makes the tensors of a file, from
+    their names before and a function that reads one; it may add to `masks`. `settings` makes what the new configuration
+    says of packed weights, from the name of the weight file or index.
     """
     old, new = rename
     index = folder / f"{old}.safetensors.index.json"

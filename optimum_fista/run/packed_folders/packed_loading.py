@@ -13,6 +13,8 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_fista.packed.validation import SUFFIXES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -85,8 +87,6 @@ class FistaPackedQuantizer(HfQuantizer):
     @property
     def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
         """The tensors that a parameter is stored as: three if it is packed, itself if it was left dense."""
-        from optimum_fista.packed.validation import SUFFIXES
-
         return {name: [name + suffix for suffix in (*SUFFIXES, "")] for name in self.quantization_config.parameters}
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -104,8 +104,6 @@ class FistaPackedQuantizer(HfQuantizer):
         """Renamings that name a whole parameter rename its packed parts too."""
         from transformers.core_model_loading import WeightRenaming
 
-        from optimum_fista.packed.validation import SUFFIXES
-
         renamings = []
         for renaming in weight_conversions:
             if isinstance(renaming, WeightRenaming) and len(renaming._original_source_patterns) == 1:
@@ -117,8 +115,6 @@ class FistaPackedQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[Any]:
         """Conversions of packed parameters that no conversion of the model takes up."""
         from transformers.core_model_loading import WeightConverter
-
-        from optimum_fista.packed.validation import SUFFIXES
 
         names = self.quantization_config.parameters if self._modules is None else self._modules.becoming_dense
         operation = self.get_load_operations()["dequantize"]

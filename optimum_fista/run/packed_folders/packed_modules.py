@@ -190,18 +190,14 @@ def _require_packed_implementation(experts: nn.Module, _: Any) -> None:
 def _execution_device(model: PreTrainedModel, name: str) -> torch.device:
     """Where a weight is needed: its place in the device map, or the main device if it is offloaded from there."""
     places: dict[str, Any] = getattr(model, "hf_device_map", {})
-    place = next((places[key] for key in _prefixes(name) if key in places), None)
+    parts = name.split(".")
+    owners = (".".join(parts[:count]) for count in range(len(parts), -1, -1))  # the last one, "", is the model
+    place = next((places[owner] for owner in owners if owner in places), None)
     if place is None:
         return model.device
     if place in ("cpu", "disk"):
         place = next((other for other in places.values() if other not in ("cpu", "disk")), "cpu")
     return torch.device(place)
-
-
-def _prefixes(name: str) -> list[str]:
-    """A dotted name, the names of what it is part of, and the empty name of the model."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, packed_experts_forward)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -13,10 +12,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.experts import is_fused_experts
-from optimum_fista.model.operator import LinearOperator, is_linear
-from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE
+from optimum_fista.model.operator import is_linear
+from optimum_fista.run.checkpoints.checkpoint import (
+    CONFIG_KEY,
+    MASKS_FILE,
+    REPORT_FILE,
+    operators_by_weight,
+    read_report,
+)
 from optimum_fista.run.checkpoints.loading import require_unquantized
 from optimum_fista.run.checkpoints.stored_names import as_in_model
 from optimum_fista.run.pruner import FistaPruner
@@ -86,23 +91,18 @@ def find_record(model: PreTrainedModel, source: FistaPruner | str | Path) -> tup
             raise FileNotFoundError(
                 f"{str(source)!r} holds no {file}: pass a folder or Hub id saved by optimum-fista."
             ) from error
-    report = PruningReport.from_dict(json.loads(files[0].read_text()))
-    operators = _operators(model, report).values()
+    report = read_report(files[0].parents[1])
+    operators = operators_by_weight(model, report).values()
     return as_in_model(model, operators, report, load_file(files[1]))
-
-
-def _operators(model: PreTrainedModel, report: PruningReport) -> dict[str, LinearOperator]:
-    layers = find_decoder_layers(model)
-    return {k: o for name, layer in layers for k, o in find_operators(name, layer, report.config["exclude"]).items()}
 
 
 def _assemble(model: PreTrainedModel, report: PruningReport, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks of parameters from those of operators; several operators may share a parameter."""
-    operators = _operators(model, report)
+    operators = operators_by_weight(model, report)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     masks: dict[str, Tensor] = {}
     for entry in report.operators:
-        operator = operators[entry.name.removesuffix(".weight")]
+        operator = operators[entry.name]
         parameter = getattr(operator.owner, operator.tensor)
         mask = masks.setdefault(names[id(parameter)], torch.ones(parameter.shape, dtype=torch.bool))
         part = operator.select(mask)
