@@ -17,9 +17,9 @@ def pytest_collection_finish():
 @pytest.fixture
 def one_picture(monkeypatch):
     """All models are saved with the first one's picture, which takes longer to draw than a tiny model to prune."""
-    from optimum_fista.run.checkpoints import checkpoint
+    from optimum_fista.run.checkpoints import writing
 
-    monkeypatch.setattr(checkpoint, "error_picture", _first_picture)
+    monkeypatch.setattr(writing, "error_picture", _first_picture)
 
 
 _drawn: list[bytes | None] = []

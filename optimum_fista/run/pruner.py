@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.gram import single_problem
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-from optimum_fista.run.checkpoints.checkpoint import save_checkpoint, summary
+from optimum_fista.run.checkpoints.checkpoint import summary
+from optimum_fista.run.checkpoints.writing import save_checkpoint
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.environment import numerical_environment
 from optimum_fista.run.hub import push_folder, require_repo_id

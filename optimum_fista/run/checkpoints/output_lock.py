@@ -10,11 +10,11 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from optimum_fista.run.checkpoints.installation import discard, empty, install, is_streamed, remove_offloaded, settle
+from optimum_fista.run.checkpoints.installation import empty, is_streamed, remove_offloaded, settle
 from optimum_fista.run.checkpoints.output_folder import FOLDER, LOCK, all_names, unfinished_folder
 
 try:
@@ -24,21 +24,6 @@ except ImportError:  # no POSIX system
 
 _LOCKED = "process "  # how the text of a lock begins
 _held = threading.local()  # .folders: those that this thread holds
-
-
-@contextmanager
-def new_output(output_dir: Path, overwrite: bool, foreign: Collection[str] = ()) -> Iterator[Path]:
-    """Write a model folder at once: yields an empty folder, whose files come into `output_dir` at the end (`install`).
-
-    Raises:
-        BlockingIOError: As `locked_output`.
-        FileExistsError: As `install`, or if an unfinished run is there and `overwrite` is False.
-        OSError: As both.
-    """
-    with locked_output(output_dir) as folder:
-        discard(folder, overwrite)
-        yield folder
-        install(folder, output_dir, overwrite, foreign)
 
 
 @contextmanager

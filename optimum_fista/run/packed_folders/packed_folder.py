@@ -24,8 +24,6 @@ from optimum_fista.run.checkpoints.checkpoint import (
     read_json,
     read_report,
     require_files,
-    write_form,
-    write_index,
 )
 from optimum_fista.run.checkpoints.output_folder import (
     FILES_FILE,
@@ -35,8 +33,8 @@ from optimum_fista.run.checkpoints.output_folder import (
     model_files,
     require_output,
 )
-from optimum_fista.run.checkpoints.output_lock import new_output
 from optimum_fista.run.checkpoints.stored_names import split_index
+from optimum_fista.run.checkpoints.writing import new_output, write_form, write_index
 from optimum_fista.run.packed_folders.packing import Packer, Packing, operators_by_tensor, packed_settings
 from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
 from optimum_fista.solve.bitmask import pack_mask

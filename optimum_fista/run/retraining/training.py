@@ -18,7 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, mark_retrained, save_checkpoint, summary
+from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, mark_retrained, summary
+from optimum_fista.run.checkpoints.writing import save_checkpoint
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.retraining.masks import MaskSource, find_masks, find_record
 

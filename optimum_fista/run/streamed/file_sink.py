@@ -17,8 +17,8 @@ from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.packed.format import packed_names
 from optimum_fista.run.checkpoints.atomic import write_tensors
-from optimum_fista.run.checkpoints.checkpoint import write_all_but_weights, write_index
 from optimum_fista.run.checkpoints.stored_names import StoredName, as_stored
+from optimum_fista.run.checkpoints.writing import write_all_but_weights, write_index
 from optimum_fista.run.packed_folders.packing import Packer, packed_settings
 from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import LayerRecord, PruningReport

@@ -1,0 +1,180 @@
+"""Writing a pruned model as a folder that plain Transformers loads, with masks, report and model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_fista.model.offload import stored_tensor
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.run.checkpoints.atomic import errors_of_writing, write_bytes, write_tensors, write_text
+from optimum_fista.run.checkpoints.checkpoint import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MASKS_FILE,
+    MASKS_METADATA,
+    PACKED_KEY,
+    REPORT_FILE,
+    is_retrained,
+    operators_by_weight,
+    summary,
+)
+from optimum_fista.run.checkpoints.installation import discard, install
+from optimum_fista.run.checkpoints.loading import forget_gguf
+from optimum_fista.run.checkpoints.output_folder import require_output
+from optimum_fista.run.checkpoints.output_lock import locked_output
+from optimum_fista.run.checkpoints.stored_names import as_stored, stored_names
+from optimum_fista.run.reports.card import PACKED_NOTE, PICTURE_FILE, error_picture, model_card
+from optimum_fista.run.reports.report import PruningReport
+from optimum_fista.solve.bitmask import unpack_mask
+
+
+@contextmanager
+def new_output(output_dir: Path, overwrite: bool, foreign: Collection[str] = ()) -> Iterator[Path]:
+    """Write a model folder at once: yields an empty folder, whose files come into `output_dir` at the end (`install`).
+
+    Raises:
+        BlockingIOError: As `locked_output`.
+        FileExistsError: As `install`, or if an unfinished run is there and `overwrite` is False.
+        OSError: As both.
+    """
+    with locked_output(output_dir) as folder:
+        discard(folder, overwrite)
+        yield folder
+        install(folder, output_dir, overwrite, foreign)
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    folder: Path,
+    report: PruningReport,
+    masks: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write the model folder; see `installation.install` for how it replaces one that is there.
+
+    Raises:
+        BlockingIOError: If another run is writing the folder.
+        FileExistsError: If the folder holds a model, or an unfinished run, and `overwrite` is False; or files of
+            something else that have the names of a model's.
+        OSError: If the disk is full, or can't be written to.
+        ValueError: If a weight outside its mask is no longer zero, or the checkpoint has no name for a weight.
+    """
+    require_output(folder, overwrite)
+    if is_retrained(model) and not report.retrained:
+        report = dataclasses.replace(report, retrained=True)
+    found = operators_by_weight(model, report)
+    operators = [found[o.name] for o in report.operators]
+    _require_zeros(operators, masks)
+    stored, masks = as_stored(report.operators, masks, stored_names(model, operators))
+    report = dataclasses.replace(report, operators=stored)
+    forget_gguf(model)
+    with new_output(folder, overwrite) as unfinished:
+        with errors_of_writing(unfinished):
+            _save_model(model, unfinished)
+        write_all_but_weights(unfinished, model, tokenizer, report, masks)
+
+
+def write_all_but_weights(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: PruningReport,
+    masks: Mapping[str, Tensor],
+    packed: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a pruned model's folder but for its weights.
+
+    Args:
+        folder: The folder.
+        model: The model; its configuration gets the summary of the report.
+        tokenizer: Its tokenizer; `None`: none is written.
+        report: The report, under the names of the checkpoint.
+        masks: Packed masks, under the same names.
+        packed: What `config.json` says of weights that are stored packed; `None`: they are dense.
+    """
+    (folder / "fista").mkdir(exist_ok=True)
+    write_text(folder / REPORT_FILE, report.to_json())
+    picture = error_picture(report)
+    if picture is not None:
+        write_bytes(folder / PICTURE_FILE, picture)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    model.config.fista_pruning = summary(report)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    card = model_card(report, None if picture is None else PICTURE_FILE)
+    write_form(folder, json.loads(model.config.to_json_string()), card, masks, packed)
+
+
+def write_form(
+    folder: Path,
+    config: Mapping[str, Any],
+    card: str | None,
+    masks: Mapping[str, Tensor],
+    packed: Mapping[str, Any] | None,
+) -> None:
+    """Write the files that say whether the weights are dense or packed.
+
+    Args:
+        folder: The folder.
+        config: What `config.json` holds. It comes last: without it nothing loads.
+        card: The model card; `None`: there is none.
+        masks: Packed masks; packed weights bring theirs with them.
+        packed: What `config.json` says of weights that are stored packed; `None`: they are dense.
+    """
+    if packed is None:
+        write_tensors(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
+    if card is not None:
+        write_text(folder / CARD_FILE, card.replace(PACKED_NOTE, "") + ("" if packed is None else PACKED_NOTE))
+    config = {key: value for key, value in config.items() if key != PACKED_KEY}
+    config |= {} if packed is None else {PACKED_KEY: dict(packed)}
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def write_index(folder: Path, stem: str, weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
+    """Write which of a folder's weight files holds which tensor, and the bytes of all tensors; returns its name."""
+    total = 0
+    for shard in {*weight_map.values()}:
+        with (folder / shard).open("rb") as file:  # a safetensors file: the header's length, the header, the tensors
+            total += (folder / shard).stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    index = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    name = f"{stem}.safetensors.index.json"
+    write_text(folder / name, json.dumps(index, indent=2) + "\n")
+    return name
+
+
+def _save_model(model: PreTrainedModel, folder: Path) -> None:
+    """`save_pretrained`, also of a model that was offloaded after it was loaded, which Transformers does not notice."""
+    if hasattr(model, "hf_device_map") or not any(parameter.is_meta for parameter in model.parameters()):
+        model.save_pretrained(folder)
+        return
+    tied = model.all_tied_weights_keys  # two parameters once they are offloaded, but the same memory
+    model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
+    try:
+        model.save_pretrained(folder, state_dict={k: v for k, v in model.state_dict().items() if k not in tied})
+    finally:
+        del model.hf_device_map
+
+
+def _require_zeros(operators: Iterable[LinearOperator], masks: Mapping[str, Tensor]) -> None:
+    for operator in operators:
+        weight = operator.select(stored_tensor(operator.owner, operator.tensor))
+        mask = unpack_mask(masks[f"{operator.name}.weight"], tuple(weight.shape)).to(weight.device)
+        if bool(torch.any(weight.masked_select(~mask) != 0)):
+            raise ValueError(
+                f"{operator.name}.weight is no longer zero outside its mask: the model was changed after pruning. "
+                "Save it right after prune(), or keep the mask while training."
+            )

@@ -1,0 +1,269 @@
+import errno
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from killed import Killed, killed_at
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from tiny_llama import tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.checkpoints import writing
+
+LOAD = """
+    import json, sys
+    sys.modules["optimum_fista"] = None  # importing it is an error from here on
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for folder, reference in json.loads(sys.argv[1]):
+        loaded, expected = AutoModelForCausalLM.from_pretrained(folder).state_dict(), torch.load(reference)
+        assert loaded.keys() == expected.keys(), folder
+        for name, value in expected.items():
+            assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value), (folder, name)
+    print("bit-equal")
+"""
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def pruned_model(tokens, **options):
+    pruner, model = FistaPruner(FistaPruningConfig(**{"method": "wanda"} | options), progress=False), tiny_llama()
+    pruner.prune(model, tokens.split(4))
+    return pruner, model
+
+
+def test_plain_transformers_loads_the_same_bits(saved, saved_by_rows, saved_gpt2, tmp_path):
+    pairs = []
+    for index, example in enumerate((saved, saved_by_rows, saved_gpt2)):
+        torch.save(example.model.state_dict(), tmp_path / f"{index}.pt")
+        pairs.append((str(example.folder), str(tmp_path / f"{index}.pt")))
+    command = [sys.executable, "-c", textwrap.dedent(LOAD), json.dumps(pairs)]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert process.stdout.strip() == "bit-equal", process.stderr
+
+
+def test_files(saved, saved_gpt2):
+    expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    expected |= {"fista/masks.safetensors", "fista/report.json", "fista/files.json"}
+    expected |= {"fista/relative_error.png"} if find_spec("matplotlib") else set()
+    assert set(bytes_of(saved.folder)) == expected | {"model.safetensors"}
+    shards = set(bytes_of(saved_gpt2.folder)) - expected
+    assert "model.safetensors.index.json" in shards
+    assert len(shards) > 3
+    assert saved.folder.stat().st_mode & 0o777 == 0o755
+    assert AutoTokenizer.from_pretrained(saved.folder).decode([23, 11, 8]) == "the"
+    assert not [path for path in saved.folder.parent.iterdir() if path != saved.folder]
+
+
+def test_config_says_what_was_done_in_a_key_of_its_own(saved):
+    text = (saved.folder / "config.json").read_text()
+    entry = json.loads(text)["fista_pruning"]
+    totals = saved.report.totals
+    assert (
+        entry["num_zeros"]
+        == totals["num_zeros"]
+        == sum(int((p == 0).sum()) for n, p in saved.model.named_parameters() if "_proj" in n)
+    )
+    assert entry["num_operators"] == 14
+    assert entry["pattern"] == "2:4"
+    assert entry["method"] == "fista"
+    assert entry["mean_fit_error"] == totals["mean_fit_error"]
+    assert (saved.folder / entry["masks"]).is_file()
+    assert (saved.folder / entry["report"]).is_file()
+    assert "sparsity_config" not in text
+    assert "quantization_config" not in text
+
+
+def test_the_key_survives_saving_by_plain_transformers(saved, tmp_path):
+    AutoModelForCausalLM.from_pretrained(saved.folder).save_pretrained(tmp_path)
+    saved_again = json.loads((tmp_path / "config.json").read_text())
+    assert saved_again["fista_pruning"] == json.loads((saved.folder / "config.json").read_text())["fista_pruning"]
+
+
+@pytest.mark.parametrize("name", ["saved", "saved_by_rows", "saved_gpt2"])
+def test_masks_are_one_bit_a_weight_and_say_what_was_kept(name, request):
+    example = request.getfixturevalue(name)
+    weights = example.model.state_dict()
+    masks = load_file(example.folder / "fista/masks.safetensors")
+    assert sorted(masks) == sorted(o.name for o in example.report.operators)
+    for key, packed in masks.items():
+        weight = weights[key]
+        assert packed.dtype == torch.uint8
+        assert packed.shape == ((weight.numel() + 7) // 8,)
+        position = np.arange(weight.numel())
+        bits = (packed.numpy()[position // 8] >> (position % 8)) & 1
+        assert np.array_equal(bits.astype(bool), (weight != 0).float().numpy().reshape(-1).astype(bool)), key
+    with safe_open(example.folder / "fista/masks.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "bitmask-1"}
+
+
+def test_report_holds_every_number(saved):
+    report = json.loads((saved.folder / "fista/report.json").read_text())
+    assert report == json.loads(saved.report.to_json())
+    assert len(report["operators"]) == 14
+    for operator in report["operators"]:
+        assert operator["name"] in saved.model.state_dict()
+        assert operator["shape"] == list(saved.model.state_dict()[operator["name"]].shape)
+        assert operator["sparsity"] == (0.75 if "down_proj" in operator["name"] else 0.5)
+        assert operator["pattern"] == ("1:4" if "down_proj" in operator["name"] else "2:4")
+        assert 0 < operator["fit_error"] < 1
+        assert operator["l1_penalty"] is None or operator["l1_penalty"] > 0
+        assert operator["iterations"] > 0
+        assert operator["solve_seconds"] > 0
+        assert operator["method"] == "fista"
+        assert operator["num_tokens"] == 128
+    assert any(operator["l1_penalty"] for operator in report["operators"])
+    assert report["totals"]["num_weights"] == sum(np.prod(o["shape"]) for o in report["operators"])
+    assert report["totals"]["num_zeros"] > report["totals"]["num_weights"] // 2
+    assert report["seconds"]["total"] > 0
+    assert set(report["versions"]) >= {"python", "torch", "transformers", "optimum-fista", "safetensors"}
+    assert report["calibration"]["source"] == "random tokens"
+    assert re.fullmatch("[0-9a-f]{64}", report["calibration"]["sha256"])
+    assert report["config"] == saved.pruner.config.resolved().to_dict()
+
+
+def test_a_model_that_is_there_is_refused_and_untouched(saved, tokens, tmp_path):
+    shutil.copytree(saved.folder, tmp_path / "model")
+    before = bytes_of(tmp_path)
+    pruner, model = pruned_model(tokens)
+    with pytest.raises(FileExistsError, match=r"already holds a model: pass another folder, or overwrite=True"):
+        pruner.save_pretrained(model, tmp_path / "model")
+    assert bytes_of(tmp_path) == before
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file' is a file: pass a folder"):
+        pruner.save_pretrained(model, tmp_path / "file", overwrite=True)
+
+
+def test_overwriting_leaves_no_weight_of_the_old_model_and_every_other_file(saved_gpt2, tokens, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved_gpt2.folder, folder)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "fista" / "notes.txt").write_text("mine")
+    (folder / "fista" / "report.html").write_text("of the old model")
+    pruner, model = pruned_model(tokens)
+    pruner.save_pretrained(model, folder, overwrite=True)
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
+    assert (folder / "notes.txt").read_text() == (folder / "fista" / "notes.txt").read_text() == "mine"
+    assert not (folder / "fista" / "report.html").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_empty_folder_and_new_parents_are_fine(tokens, tmp_path, monkeypatch):
+    pruner, model = pruned_model(tokens)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("made", "new/parents/model"):
+        if folder == "made":
+            Path(folder).mkdir()
+        pruner.save_pretrained(model, folder)
+        assert (tmp_path / folder / "model.safetensors").is_file()
+    with pytest.raises(FileExistsError):
+        pruner.save_pretrained(model, "made")
+
+
+@pytest.mark.parametrize("broken", ["model_card", "write_tensors", "_require_zeros"])
+@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_crash_while_saving_leaves_nothing_half_done(tokens, tmp_path, monkeypatch, broken, error, overwrite):
+    def crash(*arguments, **options):
+        raise error
+
+    pruner, model = pruned_model(tokens)
+    if overwrite:
+        pruner.save_pretrained(model, tmp_path / "model")
+    before = bytes_of(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, broken, crash)
+        with pytest.raises(type(error)):
+            pruner.save_pretrained(model, tmp_path / "model", overwrite=overwrite)
+    assert bytes_of(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == (["model"] if overwrite else [])
+    pruner.save_pretrained(model, tmp_path / "model", overwrite=overwrite)  # a second try works
+
+
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_folder(tokens, tmp_path, monkeypatch):
+    pruner, model = pruned_model(tokens)
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"  # as safetensors has it
+
+    def save(*_, **__):
+        raise SafetensorError(text)
+
+    monkeypatch.setattr(model, "save_pretrained", save)
+    with pytest.raises(OSError, match=r"No space left on device .*: '.*pruned\.unfinished'") as caught:
+        pruner.save_pretrained(model, tmp_path / "pruned")
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_whenever_it_is_killed_the_old_model_loads_the_new_one_or_none(saved, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "error_picture", lambda report: None)
+    pruner, model = pruned_model(tokens)
+    pruner.save_pretrained(model, tmp_path / "whole")
+    old, new = bytes_of(saved.folder), bytes_of(tmp_path / "whole")
+    new |= {name: data for name, data in old.items() if name.startswith("tokenizer")}  # it is saved without one
+    new["fista/files.json"] = (json.dumps(sorted(new), indent=1) + "\n").encode()
+    found = []
+    for step in itertools.count():
+        folder = tmp_path / str(step) / "model"
+        shutil.copytree(saved.folder, folder)
+        (folder / "mine").mkdir()
+        (folder / "mine" / "notes.txt").write_text("kept")
+        try:
+            with killed_at(step):
+                pruner.save_pretrained(model, folder, overwrite=True)
+        except Killed:
+            files = {name: data for name, data in bytes_of(folder).items() if not name.endswith(".partial")}
+            assert files.pop("mine/notes.txt") == b"kept"
+            loads = "config.json" in files
+            found.append("none" if not loads else "old" if files == old else "new")
+            assert files in (old, new) or not loads
+            continue
+        break
+    assert set(found) == {"old", "none", "new"}
+    assert (folder / "mine" / "notes.txt").read_text() == "kept"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_link_to_a_folder_stays_a_link(saved, tokens, tmp_path):
+    shutil.copytree(saved.folder, tmp_path / "disk" / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    (tmp_path / "disk" / "model").chmod(0o700)
+    pruner, model = pruned_model(tokens)
+    pruner.save_pretrained(model, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "link" / "config.json").read_text())["fista_pruning"]["method"] == "wanda"
+    assert (tmp_path / "disk" / "model").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_model_changed_after_pruning_is_refused(tokens, tmp_path):
+    pruner, model = pruned_model(tokens)
+    weight = model.model.layers[1].mlp.up_proj.weight.data
+    weight += 1e-3
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is no longer zero outside its mask"):
+        pruner.save_pretrained(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_the_kept_weights_is_allowed(tokens, tmp_path):
+    pruner, model = pruned_model(tokens)
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            parameter.data.mul_(1.5)
+    pruner.save_pretrained(model, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
