@@ -1,6 +1,6 @@
 """What a run will take, from the configuration of a model: operators, peak memory, time and disk.
 
-docs/scale.md says the formulas in words, and how far real runs were from them.
+docs/scale.md says how far real runs were from it.
 """
 
 from __future__ import annotations
