@@ -53,6 +53,7 @@ class ActivationStore(Sequence[Tensor]):
         if self._staging is not None:
             self._staging.write(tensor.clone() if copy else tensor)  # the stream reads it at any time from now on
         else:
+            # A file holds a copy of its own in any case.
             self._kept.append(tensor.to(self._storage, copy=copy and isinstance(self._kept, list)))
 
     def kept(self) -> list[Tensor]:
@@ -103,9 +104,10 @@ class _MappedFile(Sequence[Tensor]):
         if tensor.numel():
             self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         self._file.flush()
+        # Every tensor begins on a page, so that it is aligned for any dtype.
         self._file.write(b"\0" * (-self._file.tell() % mmap.PAGESIZE))
         self._places.append((place, tensor.shape, tensor.dtype))
-        self._map = None
+        self._map = None  # it ends before this tensor
 
     def clear(self) -> None:
         self._places.clear()
@@ -121,6 +123,7 @@ class _MappedFile(Sequence[Tensor]):
             return torch.empty(shape, dtype=dtype)
         if self._map is None:
             self._file.flush()
+            # Copy on write: PyTorch wants memory that may be written to, and the file must not change.
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         return torch.frombuffer(self._map, dtype=dtype, count=shape.numel(), offset=place).view(shape)
 
@@ -147,16 +150,19 @@ class _Staging:
     def write(self, tensor: Tensor) -> None:
         while len(self._writes) > 1:  # both buffers are taken
             self._writes.pop(0).result()
+        # The tensor that was read ahead may still be in the buffer that is wanted.
         if self._next is not None:
             self._next[1].result()
             self._next = None
         buffer = self._buffer(self.count, tensor)
         made = None
         if self._stream is not None:
+            # The copy begins when the tensor has been computed.
             self._stream.wait_stream(self._module.current_stream(self._device))
         with self._module.stream(self._stream):
             buffer.copy_(tensor, non_blocking=True)
             if self._stream is not None:
+                # The memory is not given to others before this stream has read it.
                 tensor.record_stream(self._stream)
                 made = self._stream.record_event()
         self._writes.append(self._thread.submit(self._keep, buffer, made))
@@ -172,6 +178,7 @@ class _Staging:
             current = self._module.current_stream(self._device)
             current.wait_event(copied)
             tensor.record_stream(current)
+        # After a step backwards the one before comes next.
         expected = index - 1 if 0 < index < self._last else index + 1
         self._last = index
         if 0 <= expected < self.count:
@@ -193,6 +200,7 @@ class _Staging:
     def _keep(self, buffer: Tensor, made: Any) -> None:
         if made is not None:
             made.synchronize()
+        # The buffer is used again; a file has made its copy.
         self._kept.append(buffer.clone() if isinstance(self._kept, list) else buffer)
 
     def _load(self, index: int) -> tuple[Tensor, Any]:
@@ -201,6 +209,7 @@ class _Staging:
             buffer = self._buffer(index, stored)
             if self._stream is not None:
                 self._stream.synchronize()  # the buffer's last copy is done
+            # From a file this reads the disk, on the thread and not on the one that computes.
             buffer.copy_(stored)
             tensor = buffer.to(self._device, non_blocking=True, copy=True)
             return tensor, self._stream.record_event() if self._stream is not None else None

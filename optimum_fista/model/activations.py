@@ -147,6 +147,7 @@ class LayerActivations:
         for batch, (dense, pruned) in enumerate(zip(states.dense, states.pruned, strict=True)):
             if self.is_held_out(batch):
                 continue
+            # Norms are taken in float32, squared and added up in float64, and read once at the end.
             wanted, found = (self.real_tokens(h, batch).float() for h in (dense, pruned))
             norms = [torch.linalg.vector_norm(h) for h in (found - wanted, wanted)]
             squares.append(torch.stack(norms).double().square())

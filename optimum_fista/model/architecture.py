@@ -46,11 +46,13 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
         UnsupportedArchitectureError: If the model is not a causal language model, or there is no or more than one list.
     """
     require_causal(model)
+    # Names of classes that Transformers does not split over devices, because they hold a residual connection.
     wanted = set(getattr(model, "_no_split_modules", None) or ())
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     found = {name: m for name, m in lists.items() if any(type(layer).__name__ in wanted for layer in m)}
     if not found:
         found = {name: m for name, m in lists.items() if isinstance(m[0], GradientCheckpointingLayer)}
+    # Such as the layers of a vision encoder.
     if len(found) > 1:
         found = _own_lists(model.get_decoder(), found)
     if len(found) != 1:
@@ -142,6 +144,7 @@ def left_out(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = (
         if is_fused_experts(module) and matches(name, dense_experts):
             found[name] = "exclude"
         experts = [child for child in module.children() if is_fused_experts(child) and can_be_split(child)]
+        # One output for each expert is a router, a single one the gate of a shared expert.
         sizes = {1, *(parameter.shape[0] for child in experts for parameter in child.parameters(recurse=False))}
         for child_name, child in module.named_children() if experts else ():
             if is_linear(child) and child.weight.shape[0] in sizes:
@@ -169,6 +172,7 @@ def require_bare(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = f"model.{name}" if name else "model"
         forward: Any = module.forward
+        # By torch.compile(module.forward), by torch.compile(module), and by module.compile().
         by_dynamo = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
         if by_dynamo or "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             raise UnsupportedArchitectureError(
@@ -196,6 +200,7 @@ def require_own_weights(model: PreTrainedModel, layers: DecoderLayers) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.device.type != "meta" and parameter.numel():
             sizes = zip(parameter.shape, parameter.stride(), strict=True)
+            # Elements from the first to the last one in memory, whatever the strides.
             length = 1 + sum((count - 1) * step for count, step in sizes)
             first = parameter.data_ptr()
             spans.append((str(parameter.device), first, first + length * parameter.element_size(), name))
@@ -210,6 +215,7 @@ def require_own_weights(model: PreTrainedModel, layers: DecoderLayers) -> None:
                 f"{span[3]} and {before[3]} share memory, and {type(model).__name__} does not declare them tied: give "
                 "each a tensor of its own (nn.Parameter(weight.clone())), or they could not be saved."
             )
+        # The span that reaches furthest: a later one may lie inside it and not reach its end.
         before = max(before, span, key=lambda s: (s[0], s[2]))
 
 

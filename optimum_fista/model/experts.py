@@ -47,6 +47,7 @@ class ExpertLinear(nn.Module):
     """One matrix of one expert: a view of a parameter [experts, ...] that holds those of all.
 
     Attributes:
+        experts: All experts of its module.
         tensor: Name of that parameter.
         kind: `"gate_proj"`, `"up_proj"` or `"down_proj"`.
         tokens: int64, the tokens of the latest call as indices into the flattened batch, in rising order.
@@ -54,17 +55,12 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, experts: FusedExperts, tensor: str, kind: str, expert: int, half: int | None) -> None:
         super().__init__()
-        self._experts = (experts,)
+        self.experts = experts
         self.tensor = tensor
         self.kind = kind
         self._expert = expert
         self._half = half
         self.tokens = torch.empty(0, dtype=torch.int64)
-
-    @property
-    def experts(self) -> FusedExperts:
-        """All experts of its module."""
-        return self._experts[0]
 
     def inputs(self, batch: AssignedTokens, device: torch.device) -> Tensor:
         """What it is called with in a batch, [tokens, in], on a device where its expert computes."""
@@ -78,31 +74,31 @@ class ExpertLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix as stored, a view."""
-        fused = getattr(self._experts[0].module, self.tensor)
+        fused = getattr(self.experts.module, self.tensor)
         return fused[self.place(fused)]
 
     @property
     def bias(self) -> Tensor | None:
         """Its bias [out], a view; `None` without."""
-        bias = getattr(self._experts[0].module, f"{self.tensor}_bias", None)
+        bias = getattr(self.experts.module, f"{self.tensor}_bias", None)
         return None if bias is None else bias[self._expert][self._rows(bias.shape[-1])]
 
     def place(self, fused: Tensor) -> tuple[int | slice, ...]:
         """Index of this matrix in a tensor that is laid out as the parameter that holds those of all experts."""
-        if self._experts[0].transposed:
+        if self.experts.transposed:
             return self._expert, slice(None), self._rows(fused.shape[2])
         return self._expert, self._rows(fused.shape[1]), slice(None)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Outputs [tokens, out] of inputs [tokens, in]."""
         weight = self.weight
-        return nn.functional.linear(inputs, weight.T if self._experts[0].transposed else weight, self.bias)
+        return nn.functional.linear(inputs, weight.T if self.experts.transposed else weight, self.bias)
 
     def _rows(self, width: int) -> slice:
         """Its outputs among `width` outputs of the gate and up projections together."""
         if self._half is None:
             return slice(None)
-        if self._experts[0].interleaved:
+        if self.experts.interleaved:
             return slice(self._half, width, 2)
         return slice(self._half * (width // 2), (self._half + 1) * (width // 2))
 
@@ -193,11 +189,13 @@ class FusedExperts:
         hidden_states, *routing = self._values(arguments, keywords)
         flat, count = hidden_states.reshape(-1, hidden_states.shape[-1]), len(self._experts)
         if self._is_routed:
+            # [tokens, k] -> [tokens * k], place p is a choice of token p // k; a stable sort keeps tokens in order.
             experts, places = routing[0].flatten().sort(stable=True)
             rows = tokens = places // (routing[0].numel() // flat.shape[0])
         else:  # every expert has rows for all tokens, zero where it was not chosen (Llama-4)
             rows = places = flat.ne(0).any(dim=-1).nonzero()[:, 0]
             experts, tokens = rows // (flat.shape[0] // count), rows % (flat.shape[0] // count)
+        # Where each expert begins among the sorted choices; choices of other experts than these are left out.
         first = torch.arange(count + 1, device=experts.device, dtype=experts.dtype)
         return AssignedTokens(flat, rows, tokens, places, torch.searchsorted(experts, first).tolist())
 
@@ -213,6 +211,7 @@ class FusedExperts:
         for expert in range(len(self._experts)):
             part = batch.part(expert)
             tokens = batch.tokens[part]
+            # Weighted before it is added, as Transformers does; the output has the dtype of the hidden states.
             found = self._run(expert, batch.hidden_states[tokens], tokens) * weights[part]
             output = output.index_add(0, tokens, found.to(output.dtype))
         return output.view(hidden_states.shape)
@@ -241,6 +240,7 @@ class FusedExperts:
         gate, up = (self._call(expert, kind, inputs, tokens) for kind in ("gate_proj", "up_proj"))
         if not self._is_routed:
             return up * module.act_fn(gate)
+        # The gate is applied by the module itself, which wants both as the fused matrix returns them.
         if self.interleaved:
             return module._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
         return module._apply_gate(torch.cat((gate, up), dim=-1))

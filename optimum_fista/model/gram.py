@@ -8,7 +8,7 @@ from torch import Tensor
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.statistics import InputStatistics
 
-_LEAF = 256
+_LEAF = 256  # inputs up to which a block is multiplied whole
 
 
 class GramAccumulator:
@@ -37,6 +37,7 @@ class GramAccumulator:
         gram = torch.zeros(self._shape, device=self._device) if self._upper is None else self._upper
         for start in range(0, gram.shape[0], _LEAF):
             end = start + _LEAF
+            # Only upper blocks were summed. Copied, both halves are equal to the last bit.
             corner = gram[start:end, start:end].triu_()
             corner += corner.triu(1).T
             gram[end:, start:end] = gram[start:end, end:].T
@@ -49,6 +50,7 @@ def _add_upper(out: Tensor, inputs: Tensor) -> None:
     if size <= _LEAF:
         out.addmm_(inputs.T, inputs)
         return
+    # A multiple of 32, so that blocks are aligned.
     half = (size // 2 + 31) // 32 * 32
     left, right = inputs[:, :half], inputs[:, half:]
     _add_upper(out[:half, :half], left)
@@ -83,5 +85,6 @@ def single_problem(weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None =
         raise ValueError("inputs overflow when squared in float32: pass them scaled down; the error is relative.")
     if dense_inputs is None:
         return LayerProblem(weight, statistics)
+    # Y = W X, C = Y X*^T.
     outputs = dense_inputs.detach().float() @ weight.T
     return LayerProblem(weight, statistics, outputs.T @ inputs, outputs.square().sum(0))

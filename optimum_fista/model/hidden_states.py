@@ -54,6 +54,7 @@ def record_inputs(
         ValueError: If the hidden states that enter the first decoder layer are not finite.
         UnsupportedArchitectureError: If the model does anything but run its decoder layers once, one after another.
     """
+    # Skipping the layers is cheap; only the recording itself shows that a model hands on more.
     try:
         return _record(model, _Recorder(layers), batches, storage)
     except _HandsOnMore:
@@ -121,12 +122,14 @@ class _Recorder:
             else:
                 first = "hidden_states" if "hidden_states" in keywords else next(iter(keywords))
                 hidden_states, others = keywords.pop(first), []
+            # The first layer of a batch.
             if self.hidden_states is None:
                 self.hidden_states = hidden_states
             self._require_next(index, hidden_states, (*others, *keywords.values()))
             device = execution_device(self.layers.modules[index])
             kept = {name: self._intern(value, device) for name, value in keywords.items()}
             self.calls[index].append(LayerCall(tuple(self._intern(value, device) for value in others), kept))
+            # Final norm and head are not needed.
             if index == len(self.layers) - 1:
                 raise StopForward
             layer = self.layers.modules[index]
@@ -135,11 +138,13 @@ class _Recorder:
                     output = self._originals[index](hidden_states, *others, **keywords)
                 self._expected = output[0] if isinstance(output, tuple) else output
                 return output
+            # The layer is skipped: what enters it is handed on.
             self._expected = hidden_states
             if self._is_tuple is None:
                 with onloaded(layer.modules()):
                     output = self._originals[index](hidden_states, *others, **keywords)
                 self._is_tuple = isinstance(output, tuple)
+                # Whoever takes one of these as an argument takes more than hidden states: `_require_next`.
                 self._rest = tuple(output[1:]) if isinstance(output, tuple) else ()
             return (hidden_states, *self._rest) if self._is_tuple else hidden_states
 
@@ -171,6 +176,7 @@ class _Recorder:
             return value
         if (id(value), device) not in self._met:  # most layers of a batch get the same tensor: compare it once
             moved = value.to(device)
+            # The last value tells most unequal tensors apart, so that few are compared whole.
             key = (device, tuple(moved.shape), moved.dtype, moved.flatten()[-1].item() if moved.numel() else 0.0)
             known = self._interned.setdefault(key, moved)
             self._met[id(value), device] = (value, known if known is moved or torch.equal(known, moved) else moved)

@@ -72,6 +72,7 @@ def store_tensor(module: nn.Module, name: str, value: Tensor, keep_undo: Callabl
     hook = _offload_hook(module)
     assert hook is not None
     data, key = hook.weights_map, name
+    # A module's map is a view of the whole model's, whose names have a prefix.
     while isinstance(data, PrefixedDataset):
         data, key = data.dataset, f"{data.prefix}{key}"
     if isinstance(data, OffloadedWeightsLoader):
@@ -103,6 +104,7 @@ def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[Non
                 for name in names:
                     value = hook.weights_map[name].to(hook.execution_device, copy=copy)
                     set_module_tensor_to_device(module, name, hook.execution_device, value=value, clear_cache=False)
+                # Until this is undone, the hook neither brings weights nor takes them away.
                 hook.offload = False
         yield
     finally:
@@ -146,6 +148,7 @@ def _store_on_disk(
 ) -> None:
     old: dict[str, Any] = dict(data.index[key])
     in_checkpoint = old.get("safetensors_file") is not None
+    # A file of the checkpoint stays as it is, and only the index changes. Others are written over: they are copied.
     previous = None if in_checkpoint else data[key].clone()
     if data.save_folder is None:
         folder = tempfile.TemporaryDirectory(prefix="optimum-fista-")

@@ -86,6 +86,7 @@ class LinearOperator:
 
     def outputs_without_bias(self, outputs: Tensor) -> Tensor:
         """`W x` from the module's outputs `W x + b`, [tokens, out], float32."""
+        # [batch, sequence, out] -> [tokens, out].
         flat = outputs.detach().reshape(-1, self.shape[0]).float()
         bias = getattr(self.module, "bias", None)
         return flat if bias is None else flat - bias.detach().float()

@@ -40,6 +40,7 @@ class WaitingInputs:
     def _keep(self, tensor: Tensor) -> int | Tensor:
         if not tensor.requires_grad or tensor.device != self._store.device:  # masks, positions: the same in every layer
             return tensor
+        # A number takes the place of the hidden states in the graph.
         self._store.append(tensor)
         return len(self._store) - 1
 

@@ -14,8 +14,8 @@ from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.operator import LinearOperator
 
-_WARM_UP = 0.1
-_TINY = 1e-30
+_WARM_UP = 0.1  # share of the steps
+_TINY = 1e-30  # hidden states of zero would divide by zero
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def reconstruct(
     """
     device = activations.device
     trained = _trained(operators, masks)
+    # Put back if training makes the layer worse.
     before = [weights.parameter.detach().clone() for weights in trained]
     error_before, held_out_before = _errors(activations, outputs or _outputs(activations, entering), wanted)
     optimizer = torch.optim.Adam([weights.master for weights in trained], lr=learning_rate)
@@ -94,9 +95,11 @@ def reconstruct(
             optimizer.step()
             for weights in trained:
                 weights.round()
+    # Its moments are twice the weights in float32.
     del optimizer
     remade = _outputs(activations, entering)
     error, held_out = _errors(activations, remade, wanted)
+    # False for NaN as well.
     if error < error_before:
         return Reconstruction(error_before, error, remade, held_out_before, held_out)
     for weights, old in zip(trained, before, strict=True):
@@ -109,10 +112,12 @@ class _Trained:
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
+        # Everything is fixed until an operator's mask frees it: other experts of the parameter may stay dense.
         self.fixed = torch.ones_like(parameter, dtype=torch.bool)
-        self.master = parameter.detach().float()
+        self.master = parameter.detach().float()  # the parameter's own memory if that is float32
 
     def take_gradient(self) -> None:
+        # Moved from the parameter to the master, which Adam steps. It is zero for fixed weights, which never move.
         gradient, self.parameter.grad = self.parameter.grad, None
         if gradient is None:  # no token of the batch reached it
             self.master.grad = None
@@ -129,6 +134,7 @@ def _trained(operators: Sequence[LinearOperator], masks: Mapping[str, Tensor]) -
         key = (id(operator.owner), operator.tensor)
         if key not in found:
             found[key] = _Trained(getattr(operator.owner, operator.tensor))
+        # A view: writing to it frees weights of the whole parameter.
         fixed = operator.select(found[key].fixed)
         mask = masks[operator.name].to(fixed.device)
         fixed.copy_(~(mask.T if operator.transposed else mask))

@@ -71,7 +71,7 @@ def watching(
     """
     with ExitStack() as handles:
         for module, callback in inputs.items():
-
+            # A default argument binds the callback of this turn of the loop.
             def before(_: nn.Module, args: Any, kwargs: Any, callback: Callable[[Tensor], None] = callback) -> None:
                 callback(operator_input(args, kwargs))
 

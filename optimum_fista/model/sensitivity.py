@@ -54,6 +54,7 @@ class Sensitivity:
         The error of a pruned operator is about in proportion to the energy `e` that a token has in it. Without this
         weighting, the few tokens whose gradients are huge and whose inputs are small (attention sinks) decide.
         """
+        # 1/2 (sum_t e_t g_ti^2) / (sum_t e_t): the numbers of tokens cancel.
         return self.gradients * (0.5 / self.energy.clamp_min(1e-30))
 
     def saliency(self, weight: Tensor) -> Tensor:
@@ -98,6 +99,7 @@ def measure_sensitivities(
     """
     device = execution_device(model.get_input_embeddings())
     found = {name: _nothing(*operator.shape, operator.device) for name, operator in operators.items()}
+    # sum_i w_ij^2 [in], so that the energy e_t of a token is one product with its squared inputs.
     columns = {name: operator.read().square().sum(0) for name, operator in operators.items()}
     sequences = list(_sequences(batches, num_tokens))
     bar = tqdm(sequences, desc="Gradients of the loss", unit="sequence", disable=not progress)
@@ -157,6 +159,7 @@ def _run(
 
     def see_output(operator: LinearOperator, output: Tensor) -> None:
         def see_gradient(gradient: Tensor) -> None:
+            # The gradient of a second call would be added to another energy.
             if calls[operator.name] == 1:
                 found[operator.name].gradients += energies.pop(operator.name) @ rows(gradient).square()
 
@@ -168,7 +171,9 @@ def _run(
     outputs = {o.module: (lambda y, o=o: see_output(o, y)) for o in operators.values()}
     with watching(inputs, outputs):
         logits = model(input_ids=ids, use_cache=False).logits
+        # A sum, so that each token's gradient is that of its own loss and those after it, whatever the length.
         loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum")
+        # Watchers see a layer again when it is recomputed on the way back.
         forwards = False
         loss.backward()
 

@@ -36,6 +36,7 @@ def trace_groups(
     Raises:
         UnsupportedArchitectureError: If the layer overwrites its input.
     """
+    # It holds the inputs until groups are made: memory that was freed could be that of another input.
     seen: list[tuple[LinearOperator, Tensor]] = []
     others: list[str] = []
     latest: list[tuple[LinearOperator, Tensor, int]] = []  # the output of the latest call, and its version
@@ -58,6 +59,7 @@ def trace_groups(
     before = {operator.module: partial(enter, operator) for operator in operators.values()}
     after = {operator.module: partial(leave, operator) for operator in operators.values()}
     after |= {part: partial(end_part, part) for part in layer.children() if part not in after}
+    # PyTorch counts changes in place.
     version = hidden_states._version
     with watching(before, after):
         call.run(layer, hidden_states)
@@ -74,6 +76,7 @@ def trace_groups(
         if operator.name in left_dense:
             continue
         place = (inputs.untyped_storage()._cdata, inputs.storage_offset())  # data_ptr() is 0 on the meta device
+        # Not the whole shape: one operator may see [batch, sequence, in], the other [tokens, in].
         key = (*place, inputs.numel(), inputs.shape[-1], inputs.stride()[-1], inputs.dtype)
         groups.setdefault(key, []).append(operator)
     return list(groups.values()), left_dense

@@ -46,6 +46,7 @@ class RemovalCost:
         """Sum of the smallest saliencies [out, in], a share `sparsity` of all, `0 < sparsity < 1`."""
         count = min(saliency.numel(), max(1, round(sparsity * saliency.numel())))
         threshold = kth_smallest(saliency, count)
+        # Of the saliencies that equal the threshold, only so many are added that `count` are in the sum.
         below = saliency < threshold
         sums = (saliency * below).sum(dtype=torch.float64), below.sum().double(), threshold.double()
         cost, smaller, largest = torch.stack(sums).tolist()  # one transfer
@@ -67,13 +68,16 @@ def allocate(costs: Mapping[str, RemovalCost], sparsity: float) -> dict[str, flo
         Sparsities by operator: whole numbers of zeros, `sparsity` on average over all weights.
     """
     lowest, highest = max(0.0, sparsity - REACH), max(sparsity, min(HIGHEST, sparsity + REACH))
+    # log(cost_k / size_k); an operator that costs nothing has no logarithm.
     densities = {name: math.log(max(c.cost, 1e-300) / c.size) for name, c in costs.items()}
     wanted = round(sparsity * sum(c.size for c in costs.values()))
 
     def counts(level: float) -> dict[str, int]:
+        # s_k of the docstring, `level` is its mu.
         sparsities = {name: sparsity + (level - density) / SLOPE for name, density in densities.items()}
         return {name: round(costs[name].size * min(highest, max(lowest, wish))) for name, wish in sparsities.items()}
 
+    # One unit of sparsity beyond the extremes, so that all operators are clipped at both ends of the interval.
     below, above = min(densities.values()) - SLOPE, max(densities.values()) + SLOPE
     for _ in range(60):
         middle = (below + above) / 2
@@ -109,6 +113,7 @@ def prune_stacked(
     Returns:
         Pruned operators in the order of the problems.
     """
+    # Row i of W and C times sqrt(v_i) weighs its squared error by v_i; G is that of all rows and stays.
     scales = torch.cat([weights.to(problems[0].weight) for weights in output_weights]).sqrt()
     scales /= scales.square().mean().sqrt().clamp_min(torch.finfo(scales.dtype).tiny)
     scales = scales.clamp_min(_LEAST_SCALE)[:, None]
@@ -120,6 +125,7 @@ def prune_stacked(
     finally:
         stacked.unstack(scales)
     rows = [shape[0] for shape in shapes]
+    # Errors are those of the operators' own outputs; that of `found` is weighted.
     weights, masks = found.weight.div_(scales).split(rows), found.mask.split(rows)
     return [
         replace(found, weight=w, mask=m, fit_error=p.fit_error(w))

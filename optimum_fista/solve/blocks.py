@@ -8,8 +8,8 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-_ROWS = 192
-_VALUES = 2**19
+_ROWS = 192  # at least, or a product is inefficient
+_VALUES = 2**19  # about so many on a CPU: 2 MiB of float32
 SCALE_ON_DEVICES = 128
 """How many times as many values a block has on other devices than the CPU, where a call is expensive: 256 MiB."""
 _share: ContextVar[float | None] = ContextVar("share", default=None)
@@ -18,6 +18,7 @@ _share: ContextVar[float | None] = ContextVar("share", default=None)
 def rows_in_block(rows: int, columns: int, scale: int = 1) -> int:
     """Rows of a block of a matrix [rows, columns]; `scale`: how many times as large it is as on a CPU."""
     most = max(_ROWS, scale * _VALUES // max(1, columns))
+    # Rounded up twice: as few blocks as possible, of about equal size.
     return -(-rows // max(1, -(-rows // most)))
 
 

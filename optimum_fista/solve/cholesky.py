@@ -35,6 +35,7 @@ def damped_cholesky(copy: Callable[[], Tensor], damping: float, ratios: Tensor |
             raised = f"the Gram matrix needed damping {damping:g} instead of {wanted:g}"
             return factor, "" if damping == wanted else raised
         del damped, factor  # before the next copy is made
+        # From 1e-4 because zero times ten is zero. Nearly dead inputs are damped like all others now.
         damping, ratios = max(10 * damping, 1e-4), 1.0
     raise torch.linalg.LinAlgError(
         f"the Gram matrix of {size} inputs is not positive semidefinite: "

@@ -76,11 +76,13 @@ def search_penalty(
     best = PenaltySearch(rounded.weight, rounded.mask, math.sqrt(problem.squared_error(rounded.weight)))
     standing = problem.statistics.energy_ratios.sqrt()  # below 1 for nearly dead inputs alone
     critical = pattern.dual_norm(problem.target)
+    # C = 0: the solution is zero at every penalty.
     if critical == 0.0:
         return best
     low, high = (math.log(end * critical) for end in penalty_range)
     failures = 0
     for _ in range(max_trials):
+        # The geometric middle of the interval.
         l1_penalty = math.exp((low + high) / 2)
         solution = solve(start, l1_penalty)
         mask = pattern.mask_of(solution.weight * standing)
@@ -97,6 +99,7 @@ def search_penalty(
         best.errors.append(best.error)
         if failures >= patience:
             break
+        # E_round > xi E_total: rounding dominates, and a larger penalty makes more weights zero before it.
         if problem.seminorm(weight - solution.weight) > rounding_share * error:
             low = math.log(l1_penalty)
         else:

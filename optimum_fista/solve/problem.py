@@ -93,6 +93,7 @@ class LayerProblem:
                     f"{tuple(output_energies.shape)}, not {tuple(weight.shape[:1])}."
                 )
             self.target, self.output_energies = target, output_energies.double()
+            # || W X* - Y ||^2 = || W X* ||^2 - 2 <W X*, Y> + || Y ||^2 by rows, with <W X*, Y> = <W, C>.
             if same_energies is None:
                 parts = [weight[rows] for rows in row_blocks(weight)]
                 same_energies = torch.cat([inner_by_rows(part @ statistics.gram, part) for part in parts])
@@ -139,6 +140,7 @@ class LayerProblem:
         problem = copy.copy(self)
         problem.statistics, problem._errors_of = statistics, self
         live = statistics.energy_ratios == 1
+        # With C_ij = W_ij G_jj an input that stands alone has the least error at its dense weight.
         problem.target = torch.where(live, self.target, self.weight * statistics.diagonal)
         return problem
 
@@ -157,7 +159,7 @@ class LayerProblem:
         error = self._unpruned_errors.sum().clamp_min(0.0)  # e0, zero when Y = W X*
         for rows in row_blocks(weight):
             new, dense = weight[rows], self.weight[rows]
-            if self.corrected:  # <D G, D> - 2 <D, C - W G> with one product, in two matrices
+            if self.corrected:  # <D G, D> - 2 <D, C - W G> = <(W* + W) G - 2 C, D>: one product, two matrices
                 difference = new + dense
                 residual = torch.addmm(self.target[rows], difference, self.gram, beta=-2)
                 torch.sub(new, dense, out=difference)
@@ -209,6 +211,7 @@ _ROWS = 256
 def inner_by_rows(left: Tensor, right: Tensor) -> Tensor:
     """Inner products of the rows of two matrices, [rows], float64."""
     parts = zip(left.split(_ROWS), right.split(_ROWS), strict=True)
+    # A row is summed in its own dtype, rows are added up in float64 by the callers.
     return torch.cat([torch.linalg.vecdot(a, b).double() for a, b in parts])
 
 

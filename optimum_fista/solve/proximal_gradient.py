@@ -74,18 +74,24 @@ def fista(
     if lipschitz <= 0:
         return FistaSolution(torch.zeros_like(start), 0, True)
     W, Y = start, start
+    # With restarts t depends on the iterates: it stays on the device, which nobody has to wait for.
     t: float | Tensor = torch.ones((), dtype=torch.float64, device=start.device) if restart else 1.0
     moves: list[Tensor] = []
     changes: list[float] = []
     converged = False
+    # Reading the changes makes the host wait for a device.
     look = 1 if start.device.type == "cpu" else 10
     for iteration in range(1, max_iterations + 1):
+        # Eq. 4.1, the gradient step and then the proximal step.
         V = torch.addmm(Y, Y, gram, alpha=-1 / lipschitz).add_(target, alpha=1 / lipschitz)
         W_next = shrink(V, l1_penalty / lipschitz)
         step = W_next - W
         if isinstance(t, Tensor):
+            # Y - W_next is the generalized gradient over L; a step along it goes uphill.
             t = t.masked_fill(inner_by_rows(Y - W_next, step).sum() > 0, 1.0)
+        # Eq. 4.2.
         t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2 if momentum else 1.0
+        # Eq. 4.3.
         extrapolation = (t - 1) / t_next
         if isinstance(extrapolation, Tensor):
             Y = torch.addcmul(W_next, step, extrapolation.to(step.dtype))

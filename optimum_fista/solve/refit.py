@@ -41,13 +41,16 @@ def refit(
         than the CPU are asked every tenth step only whether to stop, and steps after the last one change nothing.
     """
     diagonal = gram.diagonal()
+    # The preconditioner. Inputs without energy have no residual, so that any divisor does for them.
     scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal()
     weight = start.mul_(mask) if in_place else start * mask
     product = torch.empty_like(weight)
     noise = torch.zeros_like(weight[:, 0])
     if singular:
+        # Squared rounding error of the residual C - W G, sums of n terms, in the norm of `energy` below.
         noise += torch.mul(target, mask, out=product).square_() @ scale + torch.square(weight, out=product) @ diagonal
         noise *= gram.shape[0] * torch.finfo(gram.dtype).eps ** 2
+    # The negative gradient on the mask; it takes the memory of C if that may be used up.
     residual = torch.addmm(target, weight, gram, alpha=-1, out=target if in_place else None).mul_(mask)
     direction = residual * scale
     energy = inner_by_rows(residual, direction).to(residual.dtype)
@@ -62,12 +65,14 @@ def refit(
         steps += ~at_rest
         torch.mm(direction, gram, out=product).mul_(mask)
         curvature = inner_by_rows(direction, product).to(residual.dtype)
+        # No step along directions that no token has, nor after the end. 1e-38 is about the least normal float32.
         length = torch.where((curvature > 0) & ~at_rest, energy / curvature.clamp_min(1e-38), torch.zeros_like(energy))
         weight.addcmul_(length[:, None], direction)
         residual.addcmul_(length[:, None], product, value=-1)
         preconditioned = torch.mul(residual, scale, out=product)
         energy_next = inner_by_rows(residual, preconditioned).to(residual.dtype)
         energy_next.masked_fill_(energy_next <= noise, 0.0)
+        # Fletcher and Reeves: the next direction is conjugate to the last one.
         momentum = torch.where(energy > 0, energy_next / energy.clamp_min(1e-38), torch.zeros_like(energy))
         direction.mul_(momentum[:, None]).add_(preconditioned)
         energy = energy_next

@@ -61,8 +61,10 @@ def _kth_by_bracket(array: np.ndarray, k: int, *, magnitude: bool = False) -> fl
     Exact (Floyd & Rivest 1975): the values below the bracket are counted, and if the bracket missed, everything is
     partitioned.
     """
+    # The step is odd, so that the sample meets all columns of a matrix whose width is a power of two.
     sample = array[:: array.size // _SAMPLE | 1]
     sample = np.sort(np.abs(sample) if magnitude else sample)
+    # The rank of a sampled quantile has a standard deviation of at most sqrt(n) / 2: five of them to each side.
     rank, margin = (k - 1) / array.size * sample.size, 2.5 * math.sqrt(sample.size)
     low, high = (sample[min(max(0, int(place)), sample.size - 1)] for place in (rank - margin, rank + margin))
     below, parts = 0, []
@@ -117,11 +119,13 @@ def keep_largest(scores: Tensor, count: int, *, magnitude: bool = False) -> Tens
     blocks = [(scores[rows], mask[rows]) for rows in row_blocks(scores)]
     for part, kept in blocks:
         torch.ge(part.abs() if magnitude else part, threshold, out=kept)
+    # Without ties at the threshold the mask is done. A device would have to be asked: there ties are always broken.
     if scores.device.type == "cpu" and int(torch.count_nonzero(mask)) == count:
         return mask
     left = count - torch.stack([((p.abs() if magnitude else p) > threshold).sum() for p, _ in blocks]).sum()
     for part, kept in blocks:
         ties = (part.abs() if magnitude else part) == threshold
+        # Number of a tie within its block; `left` counts down from block to block.
         place = ties.flatten().cumsum(0, dtype=torch.int32).view(ties.shape)
         kept.logical_and_(ties.logical_not_().logical_or_(place <= left))
         left = left - place[-1, -1]
@@ -156,6 +160,7 @@ def keep_largest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
     part = max(1, (_PART if scores.device.type == "cpu" else 64 * _PART) // max(1, scores.shape[1]))
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     for rows, kept in zip(scores.split(part), mask.split(part), strict=True):
+        # [rows, columns] -> [m, groups]: members of one number lie beside each other.
         groups = rows.reshape(-1, m).T.contiguous()
         ranks = torch.zeros(groups.shape, dtype=torch.uint8 if m < 256 else torch.int16, device=scores.device)
         for i in range(m):
@@ -163,5 +168,6 @@ def keep_largest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
                 first_wins = groups[i] >= groups[j]
                 ranks[j] += first_wins
                 ranks[i] += first_wins.logical_not_()
+        # [m, groups] -> [rows, columns].
         kept.copy_((ranks < n).T.reshape(rows.shape))
     return mask

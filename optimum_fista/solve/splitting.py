@@ -65,18 +65,24 @@ class SplitState:
             if self.mask is None:
                 ratio, dual = 0.0, torch.zeros_like(point)
             else:
+                # V / rho of the last iteration; times `ratio` with the new rho, because V itself stays.
                 ratio, dual = self.rho / rho, point * ~self.mask[rows]
             if ratio not in (0.0, 1.0):
                 point.add_(dual, alpha=ratio - 1)
+            # C - V + rho Z, the right-hand side of the W step.
             wanted = torch.sub(point, dual, alpha=2 * ratio)
             torch.add(self.target[rows], wanted, alpha=rho, out=wanted)
+            # W + V / rho, the next `P`, in the memory of the dual.
             dual.addmm_(wanted, inverse, beta=ratio)
             del wanted
+            # (Z + V / rho) - (W + V / rho) = Z - W.
             moves.append(torch.linalg.vector_norm(point.sub_(dual)))
             point.copy_(dual)
         self.moves.append(torch.stack(moves).norm() / self._size)
+        # The old mask and the last block go before the next mask is made.
         self.mask = None
         del dual
+        # The projection, and the update of V: what the mask removes of P is the next V / rho.
         self.mask = pattern.mask_of(self.point)
         self.rho = rho
 

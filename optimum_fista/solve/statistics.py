@@ -77,6 +77,7 @@ class InputStatistics:
         live = self.energy_ratios == 1
         if bool(live.all()):
             return None
+        # Rows and columns of nearly dead inputs vanish but for the diagonal.
         gram = self.gram.mul(live).mul_(live[:, None])
         gram.diagonal().copy_(self.diagonal)
         return InputStatistics(gram, self.num_tokens, self._mean)
@@ -103,15 +104,18 @@ def largest_eigenvalue(gram: Tensor, *, tolerance: float = 1e-4, max_iterations:
         The estimate; zero for a zero matrix.
     """
     n = gram.shape[0]
+    # Gershgorin.
     bound = float(gram.abs().sum(1).max())
     if bound == 0.0:
         return 0.0
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(n, generator=generator, dtype=torch.float32).to(gram)
+    # Strong inputs dominate the leading eigenvector: a start near it. The random part is orthogonal to nothing.
     vector += gram.diagonal() / gram.diagonal().mean()
     vector /= vector.norm()
     quotient, residual = 0.0, bound
     found: list[Tensor] = []
+    # Reading a residual makes the host wait for a device.
     look = 1 if gram.device.type == "cpu" else 10
     for iteration in range(1, max_iterations + 1):
         product = gram @ vector

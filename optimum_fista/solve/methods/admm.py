@@ -41,22 +41,26 @@ class Admm(PruningMethod):
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)
         inverse = damped_inverse(gram, self.rho, in_place=True)
+        # The dense weights in scaled coordinates.
         Z = problem.weight / scale
         U = Z.new_zeros(Z.shape)
         mask = pattern.mask_of(Z)
         size, moves = Z.norm().clamp_min(torch.finfo(Z.dtype).tiny), []
         for k in range(1, self.max_iterations + 1):
+            # The W step; U = V / rho is the scaled dual.
             W = (target + self.rho * (Z - U)) @ inverse
             if k > 1:  # before, nothing has been projected yet
                 moves.append((W - Z).norm() / size)
             V = W + U
             if k <= self.ramp_iterations:
+                # The cubic schedule: most zeros come in the first iterations.
                 ramp = 1 - (1 - k / self.ramp_iterations) ** 3
                 mask = pattern.at(pattern.sparsity * ramp).mask_of(V)
             Z = V * mask
             U = V - Z
+        # With fewer iterations than the ramp has, Z keeps too many weights until now.
         final = pattern.mask_of(Z)
-        weight = Z * final * scale
+        weight = Z * final * scale  # back from scaled coordinates
         residuals = torch.stack(moves).tolist() if moves else []
         return PrunedOperator(
             weight,

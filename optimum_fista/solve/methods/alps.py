@@ -44,12 +44,14 @@ class Alps(PruningMethod):
         """Prune one operator to `pattern`."""
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)
+        # One decomposition gives (G + rho I)^-1 for every rho.
         values, vectors = torch.linalg.eigh(gram)
         state = SplitState(target, problem.weight / scale)
         rho, iteration, settled = self.first_rho, 0, False
         shape = (problem.weight.shape[0], problem.weight.shape[1])
         support: Tensor | None = None
         while iteration < self.max_iterations and not settled:
+            # Rounding makes eigenvalues of a singular matrix negative.
             inverse = (vectors / (values.clamp_min(0) + rho)) @ vectors.T
             for _ in range(self.period):
                 state.iterate(inverse, rho, pattern)
@@ -62,7 +64,7 @@ class Alps(PruningMethod):
                 rho *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
             support = state.mask
         weight, steps = refit(gram, target, state.sparse, support, max_iterations=self.refit_iterations)  # type: ignore[arg-type]
-        weight.mul_(scale)
+        weight.mul_(scale)  # back from coordinates of unit diagonal
         message = "" if settled else f"the support still changed after max_iterations={self.max_iterations}: try more"
         return PrunedOperator(
             weight,

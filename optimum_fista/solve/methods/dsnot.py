@@ -46,6 +46,7 @@ class Dsnot(PruningMethod):
         scores = problem.weight * statistics.diagonal.sqrt()
         mask = pattern.mask_of(scores)
         mean = statistics.mean
+        # E[x^2] - E[x]^2, kept off zero because it divides.
         variance = (statistics.diagonal / max(1, statistics.num_tokens) - mean.square()).clamp_min(1e-12)
         live = statistics.energy_ratios == 1  # others would grow first: their variance, a divisor, is next to nothing
 
@@ -88,6 +89,7 @@ class Dsnot(PruningMethod):
             allowed = mask & (contribution * sign < 0) & (groups == (grown // group)[:, None])
             candidates = scores.masked_fill(~allowed, infinity)
             lowest, pruned = candidates.min(1)
+            # A grown weight leaves the sum over pruned weights, a pruned one enters it.
             after = error - contribution[rows, grown] + contribution[rows, pruned]
             move = (error.abs() > self.threshold) & torch.isfinite(lowest) & (after.abs() < error.abs()) & live[grown]
             mask[rows, grown] |= move

@@ -86,10 +86,13 @@ class ObsAdmm(PruningMethod):
             return super().prune_sharing(problems, patterns)
         problems = [problem.decoupled() for problem in problems]
         statistics = problems[0].statistics
+        # Step 1 of the docstring: r S.
         penalty = statistics.diagonal * self.ridge_of(statistics.num_tokens, statistics.gram.shape[0])
+        # Step 2. G_r is made anew from G for every factorisation, which uses it up.
         surgeon, message = _SurgeonCoordinates.of(statistics.gram, penalty, self.scale_damping, widths.pop())
         copy = partial(surgeon.gram, statistics.gram, penalty)
         states = [SplitState(_SurgeonTarget(p, penalty, surgeon), surgeon.weight(p.weight)) for p in problems]
+        # Steps 3 and 4.
         split_in_stages(copy, states, patterns, self.rhos, self.iterations)
         steps, refitted = self._refit(copy(), states, patterns)
         message = "; ".join(dict.fromkeys(filter(None, (message, refitted))))
@@ -102,6 +105,7 @@ class ObsAdmm(PruningMethod):
         """Ridge in units of the Gram matrix's diagonal."""
         if self.ridge is not None:
             return self.ridge
+        # The fewer tokens an input has, the more of the Gram matrix is noise.
         return min(0.5, max(0.003, self.ridge_tokens * num_inputs / max(1, num_tokens)))
 
     @property
@@ -122,6 +126,7 @@ class ObsAdmm(PruningMethod):
                 messages.append(message)
                 continue
             for rows in row_blocks(state.point):
+                # The block of the target is a new matrix and the point becomes the weights: both may be used up.
                 _, steps = refit(
                     gram,
                     state.target[rows],
@@ -131,6 +136,7 @@ class ObsAdmm(PruningMethod):
                     in_place=True,
                 )
                 taken.append(steps)
+        # One wait for all blocks.
         return int(torch.stack(taken).max()), "; ".join(filter(None, messages))
 
     def _finish(
@@ -169,10 +175,12 @@ class _SurgeonCoordinates:
     @classmethod
     def of(cls, gram: Tensor, penalty: Tensor, damping: float, width: int) -> tuple[_SurgeonCoordinates, str]:
         """Those of `G_r + damping * diag(G_r)`, and the message of a factorisation that needed help."""
+        # Factorised with unit diagonal, in which damping is a fraction of the diagonal, and rounding is mild.
         unit = cls((gram.diagonal() + penalty).rsqrt())
         factor, message = damped_cholesky(partial(unit.gram, gram, penalty), damping)
         inverse = inverse_in_place(factor)
         if width == 1:
+            # [G_r^-1]_jj = s_j^2 [(s G_r s)^-1]_jj.
             return cls(inverse.diagonal().sqrt() * unit.scale), message
         return cls(unit.scale, torch.linalg.cholesky(diagonal_blocks(inverse, width))), message
 

@@ -42,14 +42,17 @@ class SparseGPT(PruningMethod):
         pattern.require_shape((rows, columns), problem.name)
         problem = problem.decoupled()
         factor, message = damped_cholesky(problem.gram.clone, self.damping, problem.statistics.energy_ratios)
+        # H^-1 = U^T U: U_jj times row j of U is the first row of the inverse of H without the columns before j.
         upper = torch.linalg.cholesky(inverse_in_place(factor), upper=True)
         weight = problem.weight.clone()
         mask = torch.ones_like(weight, dtype=torch.bool)
         group = pattern.group_size(self.block_size)
+        # Blocks of whole groups.
         width = max(group, self.block_size - self.block_size % group)
         for left in range(0, columns, width):
             right = min(left + width, columns)
             errors = self._prune_block(weight, mask, upper, left, right, pattern)
+            # The columns to the right wait for the end of the block: one product instead of one a column.
             weight[:, right:] -= errors @ upper[left:right, right:]
         return PrunedOperator(weight, mask, problem.fit_error(weight), converged=not message, message=message)
 
@@ -71,6 +74,7 @@ class SparseGPT(PruningMethod):
                 )
             column = block[:, j].clone()
             block[:, j] *= block_mask[:, j]
+            # e of the docstring, and its compensation within the block.
             errors.append((column - block[:, j]) / local[j, j])
             block[:, j + 1 :].addr_(errors[-1], local[j, j + 1 :], alpha=-1)
         weight[:, left:right] = block
