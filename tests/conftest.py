@@ -3,9 +3,14 @@
 import gc
 
 import pytest
-import torch
 
-torch.set_num_threads(1)
+
+def pytest_configure(config):
+    """The process that only hands tests to others need not import PyTorch, for which they would wait."""
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def pytest_collection_finish():

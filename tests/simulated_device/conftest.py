@@ -1,11 +1,12 @@
 """Tests begin with fresh devices, the second as the current one; without a C++ compiler all are skipped."""
 
 import pytest
-from simulated_device import backend
 
 
 @pytest.fixture(autouse=True)
 def _fresh_devices(request):
+    from simulated_device import backend
+
     if backend.MISSING:
         pytest.skip(backend.MISSING)
     backend.reset()

@@ -24,9 +24,10 @@ CORRECTIONS = (
 )
 ALLOCATIONS = ({"allocation": "uniform"}, {"allocation": "fisher"})
 OPTIONS = list(product(range(len(PATTERNS)), range(len(CORRECTIONS)), range(len(ALLOCATIONS))))
-COVERING = [
-    (method, place, (m + p) % len(PATTERNS), (m + p) // 2 % len(CORRECTIONS), (m + p) % len(ALLOCATIONS))
+COVERING = [  # four configurations a method, each of which is pruned on the CPU once and at two or three places
+    (method, place, (m + k) % len(PATTERNS), k, (m + k // 2) % len(ALLOCATIONS))
     for (m, method), (p, place) in product(enumerate(WEIGHT_METHODS), enumerate(PLACES))
+    for k in [(m + p) % len(CORRECTIONS)]
 ]
 BATCHES = tiny_tokens(16, 64).split(4)  # so many tokens that rounding changes no mask
 
