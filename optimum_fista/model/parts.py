@@ -1,0 +1,365 @@
+"""What a model can lose as a whole: channels of its MLPs, heads of its attention, experts of its mixtures.
+
+No family is known by name. A model is built without weights from its configuration, as it is and with a smaller
+number. The tensors whose shapes differ are those that shrink. If others differ as well, the model is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from optimum_fista.model.architecture import find_decoder_layers, shared_weights
+from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model.operator import LinearOperator, is_linear
+
+Kind = Literal["channels", "heads", "experts"]
+
+# What configurations call these numbers. Of several words, the first that changes the right shapes is used.
+_WORDS: dict[Kind, tuple[str, ...]] = {
+    "channels": ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "d_ff"),
+    "heads": ("num_attention_heads",),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Groups of columns of a linear operator that can go, together with the rows that compute their inputs.
+
+    Attributes:
+        name: Name of the operator, such as `model.layers.0.mlp.down_proj`. The groups of a mixture are its experts;
+            they are not columns, and the name is that of the module that holds their matrices.
+        groups: Number of groups.
+        width: Columns of a group: 1 for channels; for heads, the columns of the query heads of one key-value head.
+        tensors: Names of the tensors that shrink, each with the axis on which the groups follow one another.
+        equal_runs: The groups form this many runs of equal length, of which each must keep the same number of groups
+            (experts whose router chooses runs first).
+    """
+
+    name: str
+    groups: int
+    width: int
+    tensors: Mapping[str, int]
+    equal_runs: int = 1
+
+    def kept_by(self, mask: Tensor) -> tuple[int, ...]:
+        """The groups that a mask [out, in] of the operator keeps (True = kept).
+
+        Raises:
+            ValueError: If a group is neither kept nor removed as a whole.
+        """
+        by_group = mask.unflatten(1, (self.groups, self.width)).movedim(1, 0).flatten(1)
+        kept, partly = by_group.all(1), by_group.any(1)
+        if not torch.equal(kept, partly):
+            first = int((kept != partly).nonzero()[0]) * self.width
+            raise ValueError(
+                f"the mask of {self.name} keeps a part of columns {first} to {first + self.width - 1}: they are one "
+                "group, so keep all of their weights or none."
+            )
+        return tuple(kept.nonzero()[:, 0].tolist())
+
+    def require_kept(self, kept: Sequence[int], count: int) -> None:
+        """Refuse groups to keep that are not `count` different groups in rising order, equally many of every run.
+
+        Raises:
+            ValueError: If so.
+        """
+        groups = [int(group) for group in kept]
+        rising = groups == sorted(set(groups)) and all(0 <= group < self.groups for group in groups)
+        length = self.groups // self.equal_runs
+        by_run = {sum(group // length == run for group in groups) for run in range(self.equal_runs)}
+        if not rising or len(groups) != count or len(by_run) > 1:
+            runs = f", equally many of every {length} in a row" if self.equal_runs > 1 else ""
+            raise ValueError(
+                f"kept[{self.name!r}] is {as_text(groups)} ({len(groups)} of {self.groups}): pass {count} different "
+                f"numbers from 0 to {self.groups - 1} in rising order{runs}."
+            )
+
+    def shrink(self, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
+        """A copy of one of `tensors` that holds only the groups `kept`."""
+        axis = self.tensors[name]
+        index = torch.as_tensor(kept, device=tensor.device)
+        return tensor.unflatten(axis, (self.groups, -1)).index_select(axis, index).flatten(axis, axis + 1)
+
+    def without_columns(self, tensor: Tensor, kept: Sequence[int]) -> Tensor:
+        """A copy of the operator's weight, as stored, with zeros in the columns of all groups but `kept`."""
+        axis = self.tensors[f"{self.name}.weight"]
+        gone = sorted(set(range(self.groups)).difference(int(group) for group in kept))
+        index = torch.tensor(gone, dtype=torch.int64, device=tensor.device)
+        return tensor.unflatten(axis, (self.groups, -1)).index_fill(axis, index, 0).flatten(axis, axis + 1)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All parts of one kind.
+
+    Attributes:
+        kind: `"channels"`, `"heads"` or `"experts"`.
+        groups: Groups of each part: channels, key-value heads or experts.
+        parts: In the order of the decoder layers. A layer may have several parts or none.
+        settings: The configuration's words for the number of groups, and what each says for one group.
+        constants: What the configuration has to say besides.
+        at_least: The smallest number of groups that works. A mixture needs as many experts as a token is sent to.
+    """
+
+    kind: Kind
+    groups: int
+    parts: tuple[Part, ...]
+    settings: Mapping[str, Fraction]
+    constants: Mapping[str, int]
+    at_least: int = 1
+
+    def sizes(self, count: int) -> dict[str, int]:
+        """What a configuration says if every part keeps `count` groups.
+
+        Raises:
+            ValueError: If a part can't keep this many.
+        """
+        divisors = [self.parts[0].equal_runs, *(one.denominator for one in self.settings.values())]
+        if not self.at_least <= count <= self.groups or any(count % divisor for divisor in divisors):
+            divisible = f" that is divisible by {max(divisors)}" if max(divisors) > 1 else ""
+            raise ValueError(
+                f"{self.kind}={count}: {self.parts[0].name} has {self.groups}; pass a number from {self.at_least} to "
+                f"{self.groups}{divisible}."
+            )
+        return {word: int(one * count) for word, one in self.settings.items()} | dict(self.constants)
+
+
+def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:
+    """Find what a model can lose.
+
+    - `"channels"`: intermediate channels of plain MLPs. Columns of the down projection go, with the rows of the
+      projections that compute their inputs.
+    - `"heads"`: key-value heads with their query heads. Columns of the attention's output projection go, with rows of
+      q, k and v.
+    - `"experts"`: experts of mixtures, with their outputs of the router.
+
+    Args:
+        model: On any device, meta included. It is not changed.
+        kind: What is looked for.
+
+    Raises:
+        UnsupportedArchitectureError: If the configuration has no number for it; if the number changes other tensors
+            as well, such as a norm over all channels; or if the order of rows is not certain (q, k, v in one matrix).
+    """
+    reasons = [f"{name} {why}" for name, why in shared_weights(find_decoder_layers(model)).items()][:1]
+    for number in () if reasons else _numbers(text_config(model.config), kind):
+        try:
+            return _parts_by(model, number)
+        except ValueError as error:
+            reasons.append(str(error))
+    reasons = reasons or [f"its configuration states no number of them (looked for {', '.join(_WORDS[kind])})"]
+    reason = "; or ".join(dict.fromkeys(reasons))
+    raise UnsupportedArchitectureError(f"{type(model).__name__} can't lose {kind}: {reason}.")
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A number of channels, heads or experts that a configuration states.
+
+    Attributes:
+        kind: Of what.
+        words: What it is called, and its values. Without a value the model chooses it.
+        groups: The number of groups. Without it there are as many as an operator has columns.
+        query_heads: Query heads of a group.
+        constants: `Parts.constants`.
+        equal_runs: `Part.equal_runs`.
+        at_least: `Parts.at_least`.
+    """
+
+    kind: Kind
+    words: Mapping[str, int | None]
+    groups: int | None = None
+    query_heads: int = 1
+    constants: Mapping[str, int] = field(default_factory=dict)
+    equal_runs: int = 1
+    at_least: int = 1
+
+    def fewer(self) -> dict[str, int]:
+        """Other values to try: one key-value head, else half. They divide whatever the whole number divides.
+
+        Raises:
+            UnsupportedArchitectureError: If there are no smaller ones.
+        """
+        divisor = self.groups if self.kind == "heads" and self.groups else 2
+        values = {word: value // divisor if value else 8 for word, value in self.words.items()}
+        if self.groups == 1 or 0 in values.values():
+            raise UnsupportedArchitectureError(f"there is a single one ({as_text(self.words)})")
+        return values
+
+
+def _numbers(config: PreTrainedConfig, kind: Kind) -> Iterator[_Number]:
+    for word in _WORDS[kind]:
+        value = getattr(config, word, None)
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]  # the same in every decoder layer
+        if not hasattr(config, word) or isinstance(value, list):
+            continue
+        if kind == "channels":
+            yield _Number(kind, {word: value})
+        elif kind == "heads" and value:
+            groups = getattr(config, "num_key_value_heads", None) or value
+            words = {word: value} | ({"num_key_value_heads": groups} if hasattr(config, "num_key_value_heads") else {})
+            # stated from now on, because else it would be computed from the number of heads
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // value
+            yield _Number(kind, words, groups, value // groups, {"head_dim": head_dim})
+        elif kind == "experts" and value:
+            runs = getattr(config, "n_group", None) or 1
+            chosen = getattr(config, "topk_group", None) or runs
+            top_k = getattr(config, "num_experts_per_tok", None) or 1
+            # A router of runs compares them by the sum of their two best experts (DeepSeek-V3, arXiv 2412.19437).
+            least = max(-(-top_k // chosen), 2) * runs if runs > 1 else top_k
+            yield _Number(kind, {word: value}, value, equal_runs=runs, at_least=least)
+
+
+def _parts_by(model: PreTrainedModel, number: _Number) -> Parts:
+    """The parts that become smaller if a number does.
+
+    Raises:
+        UnsupportedArchitectureError: If there are none, or something else changes as well.
+        ValueError: If the configuration does not take a smaller number.
+    """
+    fewer = number.fewer()
+    dense, small = described_model(model, {}), described_model(model, {**fewer, **number.constants})
+    axes = _smaller_axes(dense, small, as_text(fewer))
+    find = _mixtures if number.kind == "experts" else _operators
+    parts = [part for name, _ in find_decoder_layers(dense) for part in find(dense, f"{name}.", axes, number)]
+    others = axes.keys() - {name for part in parts for name in part.tensors}
+    if not parts or others:
+        what = f"{min(others)} changes as well" if others else "no tensor of a decoder layer changes"
+        raise UnsupportedArchitectureError(f"{what} with {as_text(fewer)}")
+    groups = parts[0].groups
+    settings = {word: Fraction(value or groups, groups) for word, value in number.words.items()}
+    return Parts(number.kind, groups, tuple(parts), settings, number.constants, number.at_least)
+
+
+def _smaller_axes(dense: PreTrainedModel, small: PreTrainedModel, stated: str) -> dict[str, int]:
+    """The axis on which a tensor of the smaller model is smaller, for each that is.
+
+    Raises:
+        UnsupportedArchitectureError: If a tensor differs in another way, or if a table differs that the model computes
+            when it is built: a piece of it need not be what the smaller model computes.
+    """
+    axes, stored, after = {}, dense.state_dict().keys(), shapes_of(small)
+    for name, shape in shapes_of(dense).items():
+        now = after.get(name, ())
+        differing = [axis for axis, sizes in enumerate(zip(shape, now, strict=False)) if sizes[0] != sizes[1]]
+        if now == shape:
+            continue
+        if len(now) != len(shape) or len(differing) != 1 or not now < shape or name not in stored:
+            raise UnsupportedArchitectureError(f"{name} of shape {shape} would have shape {now} with {stated}")
+        axes[name] = differing[0]
+    return axes
+
+
+def _operators(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], number: _Number) -> Iterator[Part]:
+    """The parts of a decoder layer that are columns of a linear operator.
+
+    Raises:
+        UnsupportedArchitectureError: If the rows that compute their inputs are not certain.
+    """
+    shapes = {name: shape for name, shape in shapes_of(dense).items() if name in axes and name.startswith(prefix)}
+    owners = {name: name.rpartition(".")[0] for name in shapes}
+    modules = {name: dense.get_submodule(owner) for name, owner in owners.items()}
+    linear = {name: LinearOperator(owners[name], module) for name, module in modules.items() if is_linear(module)}
+    weights = [n for n, o in linear.items() if n.endswith(".weight") and axes[n] == (0 if o.transposed else 1)]
+    for weight in weights:
+        operator, columns = owners[weight], shapes[weight][axes[weight]]
+        groups, heads = number.groups or columns, number.query_heads
+        width = columns // groups
+        # The inputs come from the same module, unless there is one operator only: BERT's MLP has two modules.
+        siblings = prefix if len(weights) == 1 else operator.rpartition(".")[0] + "."
+        rows = [name for name in shapes if name not in weights and name.startswith(siblings)]
+        for name in rows:
+            size = shapes[name][axes[name]]
+            own = len(shapes[name]) == 1 and operator.startswith(f"{owners[name]}.")  # such as attention sinks
+            if name not in linear and not own:
+                raise UnsupportedArchitectureError(
+                    f"{name} ({type(modules[name]).__name__}) works on all inputs of {operator} together"
+                )
+            if size not in {groups * each for each in ((width, width // heads) if name in linear else ()) + (heads, 1)}:
+                raise UnsupportedArchitectureError(
+                    f"{name} has {size} rows for the {columns} columns of {operator}, in an order that is not certain"
+                )
+        feeders = [name for name in rows if name.endswith(".weight")]
+        if len(feeders) < (3 if number.kind == "heads" else 1):
+            raise UnsupportedArchitectureError(
+                f"the inputs of {operator} are not all computed beside it, but by {', '.join(feeders) or 'others'}"
+            )
+        yield Part(operator, groups, width, {name: axes[name] for name in (weight, *rows)})
+
+
+def _mixtures(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], number: _Number) -> Iterator[Part]:
+    """The mixture of a decoder layer: tensors with an entry for each expert on one axis.
+
+    Raises:
+        UnsupportedArchitectureError: If it keeps them otherwise, or holds a table of the numbers of experts.
+    """
+    tensors = {name: tensor for name, tensor in dense.state_dict().items() if name.startswith(prefix)}
+    shrinking = [name for name in tensors if name in axes]
+    fused = {name.rpartition(".")[0] for name in shrinking if tensors[name].ndim == 3}
+    wrong = [name for name in shrinking if tensors[name].shape[axes[name]] != number.groups]
+    wrong += [name for name, tensor in tensors.items() if shrinking and not tensor.is_floating_point()]
+    if shrinking and (wrong or len(fused) != 1):
+        raise UnsupportedArchitectureError(
+            f"{wrong[0] if wrong else prefix.rstrip('.')} is not a mixture with one entry for each expert"
+        )
+    for name in fused:
+        assert number.groups is not None
+        yield Part(name, number.groups, 1, {name: axes[name] for name in shrinking}, number.equal_runs)
+
+
+def described_model(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """The model without weights, on the meta device, that a configuration with other settings describes.
+
+    Args:
+        model: A model of the same class. Its configuration is copied.
+        settings: What to change in the configuration of the text model. A number replaces all of a list.
+
+    Raises:
+        ValueError: If such a model can't be built, or its configuration reads differently once it was saved.
+    """
+    config = copy.deepcopy(model.config)
+    text = text_config(config)
+    try:
+        for word, value in settings.items():
+            current = getattr(text, word, None)
+            by_layer = isinstance(current, list) and not isinstance(value, list)
+            setattr(text, word, [value] * len(current) if by_layer and current else value)
+        written = config.to_dict()
+        read = type(config).from_dict(copy.deepcopy(written)).to_dict()
+        for word in written if settings else ():
+            if written[word] != read.get(word):
+                raise ValueError(f"saved and read again, {word} is {read.get(word)} instead of {written[word]}")
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            return type(model)(config)
+    except Exception as error:  # configurations and models check what they are given with errors of many kinds
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise ValueError(f"{type(config).__name__} does not take {as_text(settings)}: {reason}") from error
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors that a model stores, and of the tables that it computes when it is built."""
+    return {name: tuple(tensor.shape) for name, tensor in (model.state_dict() | dict(model.named_buffers())).items()}
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a configuration that describes the decoder."""
+    return config.get_text_config(decoder=True)
+
+
+def as_text(values: Sequence[int] | Mapping[str, Any]) -> str:
+    """Numbers or settings for a message, the first six of them."""
+    found = (
+        [f"{word}={value}" for word, value in values.items()] if isinstance(values, Mapping) else [*map(str, values)]
+    )
+    shown = ", ".join([*found[:6], *(["..."] if len(found) > 6 else [])])
+    return shown if isinstance(values, Mapping) else f"[{shown}]"

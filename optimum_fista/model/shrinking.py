@@ -1,0 +1,349 @@
+"""Smaller models: a plan that is proved on shapes, tensors one at a time for files, and whole models in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from optimum_fista.model.architecture import find_decoder_layers, shared_weights
+from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model.offload import is_offloaded
+from optimum_fista.model.parts import Kind, Part, as_text, described_model, find_parts, shapes_of, text_config
+
+# What configurations say of decoder layers: their number, how many in front are of another kind, lists of numbers.
+_NUM_LAYERS = ("num_hidden_layers", "decoder_layers")
+_FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
+_LAYER_NUMBERS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids")
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """A plan of how a model becomes a smaller one, proved on shapes. It leaves open which groups of a part stay.
+
+    Attributes:
+        model: The smaller model without weights, on the meta device. `model.config` is the configuration to save.
+        parts: The parts that shrink, by name, without those of decoder layers that go.
+        counts: How many groups each part keeps, by name.
+        layers: Numbers of the decoder layers that stay.
+        layers_name: Name of the list of decoder layers.
+        attributes: Sizes and numbers of layers that modules keep as attributes, as they are in the smaller model:
+            by the name of the module in the model, then of the attribute.
+    """
+
+    model: PreTrainedModel
+    parts: Mapping[str, Part]
+    counts: Mapping[str, int]
+    layers: tuple[int, ...]
+    layers_name: str
+    attributes: Mapping[str, Mapping[str, Any]]
+
+    def new_name(self, name: str) -> str | None:
+        """The smaller model's name of a module or tensor; `None` if it goes with its decoder layer."""
+        return _renamed(name, self.layers_name, self.layers)
+
+    def part_of(self, name: str) -> Part | None:
+        """The part that a tensor belongs to."""
+        return next((part for part in self.parts.values() if name in part.tensors), None)
+
+    def shrink_tensor(self, name: str, tensor: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
+        """A tensor of the model as the smaller model has it: a copy with fewer entries, or the tensor itself.
+
+        Args:
+            name: Its name in the model; `new_name` gives that in the smaller model.
+            tensor: As the model stores it, on any device.
+            kept: The groups that stay, in rising order, by the names of parts. Those of other tensors may be missing.
+
+        Raises:
+            ValueError: If the groups are not as planned.
+        """
+        part = self.part_of(name)
+        if part is None:
+            return tensor
+        part.require_kept(kept.get(part.name, ()), self.counts[part.name])
+        return part.shrink(name, tensor, kept[part.name])
+
+
+def plan_shrinking(
+    model: PreTrainedModel,
+    *,
+    channels: int | None = None,
+    heads: int | None = None,
+    experts: int | None = None,
+    layers: Sequence[int] | None = None,
+) -> Shrinking:
+    """Plan a smaller model and prove that a configuration describes it.
+
+    The smaller model is built, without weights, from the changed configuration. Every tensor must have the shape that
+    shrinking gives it. Modules may differ from those of the model in sizes and in the numbers of their decoder layers,
+    but not in windows, scales or kinds.
+
+    Args:
+        model: On any device, meta included. It is not changed.
+        channels: Intermediate channels that every MLP keeps; `None`: all.
+        heads: Key-value heads that every attention keeps, each with its query heads; `None`: all.
+        experts: Experts that every mixture keeps; `None`: all.
+        layers: Numbers of the decoder layers that stay, in rising order; `None`: all.
+
+    Raises:
+        ValueError: If a number is impossible, or no configuration describes the result.
+        UnsupportedArchitectureError: If the model has no such parts (see `find_parts`).
+    """
+    decoder_layers = find_decoder_layers(model)
+    total, prefix = len(decoder_layers), decoder_layers.name
+    stay = tuple(range(total) if layers is None else layers)
+    if not stay or list(stay) != sorted(set(stay)) or not 0 <= stay[0] <= stay[-1] < total:
+        raise ValueError(f"layers={as_text(stay)}: pass different numbers from 0 to {total - 1} in rising order.")
+    for name, why in shared_weights(decoder_layers).items():
+        raise UnsupportedArchitectureError(f"{type(model).__name__} can't be made smaller: {name} {why}.")
+    dense = described_model(model, {})
+    _require_own_shapes(model, dense)
+    asked: dict[Kind, int | None] = {"channels": channels, "heads": heads, "experts": experts}
+    numbers = {kind: count for kind, count in asked.items() if count is not None}
+    sizes: dict[str, Any] = {}
+    parts: dict[str, Part] = {}
+    counts: dict[str, int] = {}
+    for kind, count in numbers.items():
+        found = find_parts(model, kind)
+        sizes |= found.sizes(count)
+        left = [part for part in found.parts if _renamed(part.name, prefix, stay) is not None]
+        parts |= {part.name: part for part in left}
+        counts |= {part.name: count for part in left}
+    ratios = {Fraction(counts[name], part.groups) for name, part in parts.items()}
+    reasons = []
+    for fewer_layers in _layer_settings(text_config(model.config), stay, total):
+        try:
+            small = described_model(model, sizes | fewer_layers)
+            plan = Shrinking(
+                small, parts, counts, stay, prefix, _changed_attributes(dense, small, prefix, stay, ratios)
+            )
+            _require_described(dense, plan)
+            return plan
+        except ValueError as error:
+            reasons.append(str(error))
+    wanted = ", ".join([f"{kind}={count}" for kind, count in numbers.items()] + [f"{len(stay)} decoder layers"])
+    raise ValueError(
+        f"no configuration describes {type(model).__name__} with {wanted}: {'; or '.join(dict.fromkeys(reasons))}. "
+        "Pass other numbers, or use another pattern."
+    )
+
+
+def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Sequence[int]]) -> None:
+    """Make a model the smaller one, in place.
+
+    Modules and parameters stay the same objects, with their devices, modes and hooks. Tensors that lose nothing keep
+    their memory; those that shrink lose their gradients. `model.config` becomes another object.
+
+    Args:
+        model: The model that the plan was made for, with its weights in memory.
+        plan: The plan.
+        kept: The groups that stay, in rising order, by the names of `plan.parts`.
+
+    Raises:
+        ValueError: If `kept` is not as planned, or weights are offloaded. The model is then as it was.
+    """
+    for name, part in plan.parts.items():
+        part.require_kept(kept.get(name, ()), plan.counts[name])
+    for name, module in model.named_modules():
+        if is_offloaded(module):
+            raise ValueError(f"{name} is offloaded: pass a model in memory, or prune it from its files.")
+    for name, tensor in _tensors(model):
+        if plan.part_of(name) is not None:
+            tensor.data = plan.shrink_tensor(name, tensor.data, kept)
+            tensor.grad = None
+    _describe(model, "", plan)
+    layers: Any = model.get_submodule(plan.layers_name)
+    for index in reversed(range(len(layers))):
+        if index not in plan.layers:
+            del layers[index]
+    whole: Any = model
+    places = getattr(model, "hf_device_map", None)
+    if places is not None:
+        whole.hf_device_map = {new: place for name, place in places.items() if (new := plan.new_name(name)) is not None}
+
+
+def require_same_outputs(
+    plan: Shrinking,
+    name: str,
+    module: nn.Module,
+    kept: Mapping[str, Sequence[int]],
+    call: Callable[[nn.Module], Any],
+) -> None:
+    """Prove that a module returns the same without the removed groups as with zeros in their columns.
+
+    Shapes don't tell whether something depends on all channels or heads together (a norm without weights, slopes that
+    are computed from the number of heads) or on the number of the decoder layer, or whether rows are in another
+    order. This does, for a decoder layer or a whole model.
+
+    Args:
+        plan: A plan for channels or heads.
+        name: Name of the module in the model; "" for the model itself, if all its decoder layers stay.
+        module: The module, with its weights in memory. It and its weights stay as they are.
+        kept: The groups that stay, in rising order, by the names of their parts.
+        call: Runs a module on some inputs, and returns its output or a tuple that begins with it.
+
+    Raises:
+        UnsupportedArchitectureError: If the outputs differ by more than rounding, or the smaller module does not run.
+        ValueError: If it holds decoder layers that go, or a mixture that loses experts.
+    """
+    if any(plan.new_name(full) is None for full, _ in module.named_modules(prefix=name)):
+        raise ValueError(f"{name or 'the model'} loses decoder layers: compare those that stay, one at a time.")
+    zeroed: dict[str, Tensor] = {}
+    smaller: dict[str, Tensor] = {}
+    for key, tensor in _tensors(module):
+        full = f"{name}.{key}" if name else key
+        part = plan.part_of(full)
+        if part is None:
+            continue
+        if f"{part.name}.weight" not in part.tensors:
+            raise ValueError(f"{part.name} loses experts: no zeros can stand for that, so there is nothing to compare.")
+        smaller[key] = plan.shrink_tensor(full, tensor.detach(), kept)
+        if full == f"{part.name}.weight":
+            zeroed[key] = part.without_columns(tensor.detach(), kept[part.name])
+    small = _copied(module, smaller)
+    _describe(small, name, plan)
+    shown = name or type(module).__name__
+    with torch.no_grad():
+        expected = _first(call(_copied(module, zeroed)))
+        try:
+            found = _first(call(small))
+        except RuntimeError as error:
+            raise UnsupportedArchitectureError(f"{shown} does not run without the removed groups: {error}") from error
+    difference, size = float((found - expected).float().norm()), float(expected.float().norm())
+    if not difference <= min(100 * torch.finfo(expected.dtype).eps, 2e-2) * size:
+        raise UnsupportedArchitectureError(
+            f"{shown} does not return the same without the removed groups as with zeros in their columns (relative "
+            f"difference {difference / size:.1e}): something in it depends on all groups together, or its rows are in "
+            "another order. Use another pattern for this model."
+        )
+
+
+def _layer_settings(config: PreTrainedConfig, stay: Sequence[int], total: int) -> Iterator[dict[str, Any]]:
+    """What a configuration may say if decoder layers go: their number, and lists with an entry for each layer."""
+    if len(stay) == total:
+        yield {}
+        return
+    values: dict[str, Any] = {word: value for word, value in vars(config).items() if "token_id" not in word}
+    lists = {word: value for word, value in values.items() if isinstance(value, list | tuple)}
+    others: dict[str, Any] = {w: [stay.index(i) for i in lists[w] if i in stay] for w in _LAYER_NUMBERS if w in lists}
+    others |= {w: sum(i < values[w] for i in stay) for w in _FIRST_LAYERS if type(values.get(w)) is int}
+    for part_of_name in ("", "layer"):  # a list of another meaning may have as many entries by chance
+        by_layer = [word for word in lists if len(lists[word]) == total and part_of_name in word and word not in others]
+        settings = {word: [lists[word][i] for i in stay] for word in by_layer} | others
+        for word in _NUM_LAYERS:
+            if hasattr(config, word):
+                yield settings | {word: len(stay)}
+
+
+def _require_own_shapes(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Refuse a model that is not what its configuration describes.
+
+    Raises:
+        ValueError: If a tensor has another shape.
+    """
+    described = shapes_of(dense)
+    for name, tensor in _tensors(model):
+        if tuple(tensor.shape) != described.get(name):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, but {type(model.config).__name__} describes "
+                f"{described.get(name, 'no such tensor')}: pass a model as from_pretrained loads it."
+            )
+
+
+def _require_described(dense: PreTrainedModel, plan: Shrinking) -> None:
+    """Compare what is left of all tensors with the tensors of the smaller model.
+
+    Raises:
+        ValueError: If a shape differs.
+    """
+    left: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes_of(dense).items():
+        new, part = plan.new_name(name), plan.part_of(name)
+        if part is not None:
+            axis = part.tensors[name]
+            shape = (*shape[:axis], shape[axis] // part.groups * plan.counts[part.name], *shape[axis + 1 :])
+        if new is not None:
+            left[new] = shape
+    described = shapes_of(plan.model)
+    for name in left | described:
+        if left.get(name) != described.get(name):
+            raise ValueError(f"{name} keeps shape {left.get(name)}, but would have to have {described.get(name)}")
+
+
+def _changed_attributes(
+    dense: PreTrainedModel, small: PreTrainedModel, layers: str, stay: tuple[int, ...], ratios: set[Fraction]
+) -> dict[str, dict[str, Any]]:
+    """`Shrinking.attributes`: sizes that shrink by one of the ratios, numbers of layers, lists with one entry for each.
+
+    Raises:
+        ValueError: If modules differ in something else, which may change what they compute.
+    """
+    others, total = dict(small.named_modules()), len(find_decoder_layers(dense))
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in dense.named_modules():
+        new = _renamed(name, layers, stay)
+        if new is None:
+            continue
+        other = others.get(new)
+        if type(other) is not type(module):
+            raise ValueError(f"{name} ({type(module).__name__}) would become {type(other).__name__}")
+        for word, value in vars(module).items():
+            now: Any = vars(other).get(word)
+            plain = isinstance(value, bool | int | float | str | list | tuple | None)
+            if word.startswith("_") or not plain or (type(now) is type(value) and now == value):
+                continue
+            if type(value) is int and type(now) is int:
+                number = "layer" in word or "idx" in word
+                fits = (number and value in stay and now == stay.index(value)) or (value, now) == (total, len(stay))
+                fits = fits or (value != 0 and Fraction(now, value) in ratios)
+            else:  # a list with an entry for each layer
+                fits = "layer" in word and type(value) is list and len(value) == total
+                fits = fits and now == [value[i] for i in stay]
+            if not fits:
+                raise ValueError(f"{name or type(module).__name__} would have {word}={now} instead of {value}")
+            found.setdefault(name, {})[word] = now
+    return found
+
+
+def _describe(module: nn.Module, name: str, plan: Shrinking) -> None:
+    """Give a module and those in it the attributes and the configuration of the smaller model."""
+    others = dict(plan.model.named_modules())
+    for full, child in module.named_modules(prefix=name):
+        new = plan.new_name(full)
+        if new is not None:
+            for word, value in plan.attributes.get(full, {}).items():
+                setattr(child, word, copy.copy(value))
+            if isinstance(getattr(child, "config", None), PreTrainedConfig):
+                child.config = others[new].config
+
+
+def _copied(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a module that shares its tensors, except for those that are given."""
+    memo: dict[int, Any] = {}
+    for name, tensor in _tensors(module):
+        other = tensors.get(name, tensor)
+        is_new = isinstance(tensor, nn.Parameter) and other is not tensor
+        memo[id(tensor)] = nn.Parameter(other, requires_grad=False) if is_new else other
+    return copy.deepcopy(module, memo)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _renamed(name: str, layers: str, stay: Sequence[int]) -> str | None:
+    """A name with the new number of its decoder layer; `None` if that goes."""
+    if not name.startswith(f"{layers}."):
+        return name
+    number, dot, rest = name.removeprefix(f"{layers}.").partition(".")
+    return f"{layers}.{stay.index(int(number))}{dot}{rest}" if int(number) in stay else None

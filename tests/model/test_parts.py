@@ -1,0 +1,141 @@
+"""What a model can lose: the parts that are found, and what refuses a model."""
+
+import re
+
+import pytest
+import torch
+from families import family_model
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+
+from optimum_fista.model.architecture import UnsupportedArchitectureError
+from optimum_fista.model.parts import find_parts
+
+LLAMA = "model.layers.1."
+GPT2 = "transformer.h.1.mlp."
+
+
+def test_channels_are_columns_of_the_down_projection_and_rows_of_its_feeders():
+    found = find_parts(tiny_model("llama"), "channels")
+    assert (found.groups, found.settings, found.constants) == (48, {"intermediate_size": 1}, {})
+    first, second = found.parts
+    assert (first.name, second.name) == ("model.layers.0.mlp.down_proj", LLAMA + "mlp.down_proj")
+    assert (second.groups, second.width) == (48, 1)
+    assert second.tensors == {
+        LLAMA + "mlp.down_proj.weight": 1,
+        LLAMA + "mlp.gate_proj.weight": 0,
+        LLAMA + "mlp.up_proj.weight": 0,
+    }
+
+
+def test_transposed_weights_and_biases_shrink_on_their_own_axes():
+    tensors = find_parts(tiny_model("gpt2"), "channels").parts[1].tensors
+    assert tensors == {GPT2 + "c_proj.weight": 0, GPT2 + "c_fc.weight": 1, GPT2 + "c_fc.bias": 0}
+
+
+def test_a_size_that_the_configuration_leaves_open_is_stated():
+    model = tiny_model("gpt2", n_inner=None)
+    found = find_parts(model, "channels")
+    assert found.groups == 4 * 32
+    assert found.sizes(96) == {"n_inner": 96}
+
+
+def test_a_size_that_counts_two_for_one_channel_is_stated_twofold():
+    found = find_parts(family_model("recurrent_gemma"), "channels")
+    assert (found.groups, found.sizes(20)) == (24, {"intermediate_size": 40})
+
+
+def test_a_group_of_heads_is_a_key_value_head_with_its_query_heads():
+    found = find_parts(tiny_model("qwen2"), "heads")
+    part = found.parts[1]
+    assert (part.name, part.groups, part.width) == (LLAMA + "self_attn.o_proj", 2, 16)  # two query heads of 8 columns
+    rows = {f"{LLAMA}self_attn.{name}_proj.{leaf}": 0 for name in "qkv" for leaf in ("weight", "bias")}
+    assert part.tensors == rows | {LLAMA + "self_attn.o_proj.weight": 1}
+    assert found.sizes(1) == {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+
+
+def test_attention_sinks_go_with_their_heads():
+    tensors = find_parts(tiny_model("gpt_oss"), "heads").parts[0].tensors
+    assert tensors["model.layers.0.self_attn.sinks"] == 0
+
+
+def test_experts_go_with_their_rows_of_the_router():
+    found = find_parts(tiny_model("qwen3_moe"), "experts")
+    assert (found.groups, found.at_least, found.parts[0].name) == (4, 2, "model.layers.0.mlp.experts")
+    names = ("experts.gate_up_proj", "experts.down_proj", "gate.weight")
+    assert found.parts[0].tensors == {f"model.layers.0.mlp.{name}": 0 for name in names}
+
+
+def test_a_model_without_weights_is_enough():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_model("llama").config)
+    assert find_parts(model, "heads") == find_parts(tiny_model("llama"), "heads")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "reason"),
+    [
+        ("bitnet", "channels", r"mlp.ffn_sub_norm.weight \(BitNetRMSNorm\) works on all inputs"),
+        ("mixtral", "channels", r"experts.down_proj changes as well with intermediate_size=24"),
+        ("mamba", "channels", r"mixer"),
+        ("phi3", "channels", r"gate_up_proj.weight has 96 rows for the 48 columns .* not certain"),
+        ("bloom", "channels", r"states no number of them \(looked for intermediate_size, "),
+        ("phi3", "heads", r"qkv_proj.weight has 96 rows for the 32 columns .* not certain"),
+        ("olmo2", "heads", r"q_norm.weight \(Olmo2RMSNorm\) works on all inputs"),
+        ("gpt2", "heads", r"no tensor of a decoder layer changes with num_attention_heads=1"),
+        ("gpt_bigcode", "heads", r"there is a single one \(num_attention_heads=4, num_key_value_heads=1\)"),
+        ("gemma3n_text", "heads", r"not all computed beside it, but by \S*q_proj.weight\."),
+        ("diffllama", "heads", r"requires `num_key_value_heads` to be even"),
+        ("deepseek_v4", "experts", r"tid2eid is not a mixture"),
+        ("llama", "experts", r"states no number of them \(looked for num_local_experts"),
+        ("zamba", "channels", r"shares its weight"),
+    ],
+)
+def test_what_can_not_be_lost_is_refused_with_the_reason(family, kind, reason):
+    model = family_model(family)
+    with pytest.raises(UnsupportedArchitectureError, match=f"^{type(model).__name__} can't lose {kind}: .*({reason})"):
+        find_parts(model, kind)
+
+
+def test_a_mask_of_whole_groups_says_which_are_kept():
+    part = find_parts(tiny_model("llama"), "heads").parts[0]
+    mask = torch.ones(32, 32, dtype=torch.bool)
+    assert part.kept_by(mask) == (0, 1)
+    mask[:, :16] = False
+    assert part.kept_by(mask) == (1,)
+    mask[5, 20] = False
+    with pytest.raises(ValueError, match=re.escape(f"the mask of {part.name} keeps a part of columns 16 to 31")):
+        part.kept_by(mask)
+
+
+@pytest.mark.parametrize("count", [0, 49, -1])
+def test_counts_that_leave_nothing_or_more_than_there_is_are_refused(count):
+    found = find_parts(tiny_model("llama"), "channels")
+    with pytest.raises(
+        ValueError, match=rf"^channels={count}: model.layers.0.mlp.down_proj has 48; .* from 1 to 48\.$"
+    ):
+        found.sizes(count)
+
+
+def test_a_mixture_keeps_as_many_experts_as_a_token_is_sent_to():
+    with pytest.raises(ValueError, match=r"experts=1: .*pass a number from 2 to 4\."):
+        find_parts(tiny_model("mixtral"), "experts").sizes(1)
+
+
+def test_groups_of_experts_stay_equally_large():
+    config = tiny_model("deepseek_v3").config
+    config.n_routed_experts, config.n_group, config.topk_group = 8, 2, 1
+    found = find_parts(AutoModelForCausalLM.from_config(config), "experts")
+    with pytest.raises(ValueError, match="from 4 to 8 that is divisible by 2"):
+        found.sizes(5)
+    part = found.parts[0]
+    part.require_kept([0, 2, 3, 4, 5, 7], 6)
+    with pytest.raises(ValueError, match="equally many of every 4 in a row"):
+        part.require_kept([0, 1, 2, 3, 4, 5], 6)
+
+
+@pytest.mark.parametrize("kept", [[0], [1, 0], [0, 0], [0, 2], [-1, 0], []])
+def test_groups_to_keep_are_as_many_as_planned_and_in_order(kept):
+    part = find_parts(tiny_model("llama"), "heads").parts[0]
+    with pytest.raises(ValueError, match=r"^kept\['model.layers.0.self_attn.o_proj'\] is \[.*pass 2 different numbers"):
+        part.require_kept(kept, 2)

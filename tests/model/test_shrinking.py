@@ -1,0 +1,237 @@
+"""Smaller models: what they compute, that plain Transformers loads them, and what is refused."""
+
+import copy
+import re
+
+import pytest
+import torch
+from families import family_model, logits
+from safetensors.torch import save_file
+from shrunken_models import assert_same, assert_shrinks, expected_logits, generates_alike, some_groups
+from tiny_models import tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from optimum_fista.model.architecture import UnsupportedArchitectureError, find_decoder_layers
+from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs, shrink_model
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("family", "numbers"),
+    [
+        ("llama", {"channels": 31}),
+        ("llama", {"channels": 47}),  # exactly one goes
+        ("llama", {"heads": 1}),
+        ("llama", {"layers": [1]}),
+        ("gpt2", {"channels": 40}),
+        ("opt", {"channels": 40}),
+        ("qwen2", {"channels": 32, "heads": 1, "layers": [0]}),
+        ("gemma3_text", {"channels": 24, "heads": 1}),
+        ("gpt_oss", {"heads": 1, "experts": 2}),
+        ("qwen3_moe", {"experts": 3, "layers": [1]}),
+    ],
+)
+def test_what_is_left_computes_what_the_whole_does_without_the_rest(family, numbers, tmp_path):
+    assert generates_alike(assert_shrinks(tiny_model(family), tmp_path, **numbers))
+
+
+def test_experts_of_equal_runs_are_routed_as_before(tmp_path):
+    config = tiny_model("deepseek_v3").config
+    config.n_routed_experts, config.n_group, config.topk_group = 8, 2, 1
+    model = AutoModelForCausalLM.from_config(config)
+    plan = plan_shrinking(model, experts=6)
+    kept = {name: [0, 1, 3, 4, 6, 7] for name in plan.parts}
+    expected = expected_logits(model, plan, kept)
+    shrink_model(model, plan, kept)
+    assert_same(logits(model), expected)
+
+
+def test_the_model_stays_the_callers_own():
+    model = tiny_model("llama", tie_word_embeddings=True).to(torch.bfloat16).train()
+    model.generation_config.max_new_tokens = 7
+    model(input_ids=torch.tensor([[3, 4, 5]])).logits.sum().backward()
+    calls = []
+    model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    objects = {name: module for name, module in model.named_modules() if not name.startswith("model.layers.0")}
+    parameters = {name: (p, p.data_ptr()) for name, p in model.named_parameters()}
+    buffer = model.model.rotary_emb.inv_freq
+    config = model.config
+    plan = plan_shrinking(model, channels=24, layers=[1])
+    shrink_model(model, plan, some_groups(plan))
+    assert len(model.model.layers) == 1
+    for name, module in model.named_modules():
+        assert objects[name.replace("layers.0", "layers.1")] is module
+        assert module.training
+    for name, parameter in model.named_parameters():
+        before, address = parameters[name.replace("layers.0", "layers.1")]
+        assert before is parameter
+        assert parameter.dtype == torch.bfloat16
+        shrunk = ".mlp." in name
+        assert (parameter.data_ptr() == address) is not shrunk
+        assert (parameter.grad is None) is shrunk
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.model.rotary_emb.inv_freq is buffer
+    assert model.generation_config.max_new_tokens == 7
+    assert (config.intermediate_size, config.num_hidden_layers) == (48, 2)  # the object may belong to other models
+    assert all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
+    assert (model.config.intermediate_size, model.config.num_hidden_layers) == (24, 1)
+    assert (model.model.layers[0].mlp.down_proj.in_features, model.model.layers[0].self_attn.layer_idx) == (24, 0)
+    logits(model)
+    assert calls
+
+
+def test_files_written_a_decoder_layer_at_a_time_are_those_of_the_model_in_memory(tmp_path):
+    model = tiny_model("qwen2", num_hidden_layers=3)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config)
+    plan = plan_shrinking(empty, channels=40, heads=1, layers=[0, 2])  # as it is streamed: without weights
+    kept = some_groups(plan)
+    tensors = {}
+    for name, layer in find_decoder_layers(model):
+        in_layer = {part: groups for part, groups in kept.items() if part.startswith(f"{name}.")}
+        for key, tensor in layer.state_dict().items():
+            new = plan.new_name(f"{name}.{key}")
+            if new is not None:
+                tensors[new] = plan.shrink_tensor(f"{name}.{key}", tensor, in_layer)
+    rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.layers.")}
+    save_file(tensors | rest, tmp_path / "model.safetensors", {"format": "pt"})
+    plan.model.config.save_pretrained(tmp_path)
+    shrink_model(model, plan, kept)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_tensors_that_lose_nothing_are_not_copied():
+    model = tiny_model("llama")
+    plan = plan_shrinking(model, channels=40)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert plan.shrink_tensor("model.layers.0.self_attn.q_proj.weight", weight, {}) is weight
+
+
+def second_layer(model):
+    """Name of the second decoder layer, the layer, and a function that runs such a layer on what enters it."""
+    name, layer = list(find_decoder_layers(model))[1]
+    seen = []
+    catch = layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    logits(model)
+    catch.remove()
+    ((args, kwargs),) = seen
+    return name, layer, lambda module: module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_decoder_layer_is_proved_on_its_own_and_stays_as_it_is(family):
+    model = tiny_model(family)
+    plan = plan_shrinking(model, channels=30)
+    name, layer, run = second_layer(model)
+    kept = {part: groups for part, groups in some_groups(plan).items() if part.startswith(f"{name}.")}
+    before = copy.deepcopy(layer.state_dict())
+    sizes = []
+
+    def call(module):
+        sizes.append(sum(parameter.numel() for parameter in module.parameters()))
+        return run(module)
+
+    require_same_outputs(plan, name, layer, kept, call)
+    assert sizes[1] < sizes[0]
+    assert all(torch.equal(tensor, before[key]) for key, tensor in layer.state_dict().items())
+
+
+def test_what_outputs_can_not_show_is_said():
+    model = tiny_model("mixtral")
+    plan = plan_shrinking(model, experts=3)
+    with pytest.raises(ValueError, match="loses experts"):
+        require_same_outputs(plan, "", model, some_groups(plan), logits)
+    with pytest.raises(ValueError, match="loses decoder layers"):
+        require_same_outputs(plan_shrinking(model, layers=[1]), "", model, {}, logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "numbers", "reason"),
+    [
+        (
+            "gemma3n_text",
+            {"channels": 24},
+            "does not return the same .* something in it depends on all groups together",
+        ),
+        ("bitnet", {"heads": 1}, "does not run without the removed groups: The size of tensor"),
+    ],
+)
+def test_what_shapes_do_not_tell_is_told_by_outputs(family, numbers, reason):
+    model = family_model(family)
+    plan = plan_shrinking(model, **numbers)
+    with pytest.raises(UnsupportedArchitectureError, match=reason):
+        require_same_outputs(plan, "", model, some_groups(plan), logits)
+
+
+def test_rows_in_another_order_are_told_by_outputs():
+    model = tiny_model("llama")
+    plan = plan_shrinking(model, channels=30)
+    kept = some_groups(plan)
+    require_same_outputs(plan, "", model, kept, logits)
+
+    def call(module):
+        if module.config.intermediate_size == 30:
+            up = module.model.layers[0].mlp.up_proj
+            up.weight = nn.Parameter(up.weight.detach().flip(0))
+        return logits(module)
+
+    with pytest.raises(UnsupportedArchitectureError, match="its rows are in another order"):
+        require_same_outputs(plan, "", model, kept, call)
+
+
+def test_a_decoder_layer_that_depends_on_its_number_is_refused():
+    model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ValueError, match=r"transformer.h.1.attn would have scaling=0.35\d* instead of 0.17"):
+        plan_shrinking(model, layers=[1])
+
+
+@pytest.mark.parametrize(
+    ("family", "numbers", "message"),
+    [
+        ("llama", {"layers": []}, r"^layers=\[\]: pass different numbers from 0 to 1 in rising order"),
+        ("llama", {"layers": [1, 0]}, r"^layers=\[1, 0\]: pass"),
+        ("llama", {"layers": [2]}, r"^layers=\[2\]: pass"),
+        ("llama", {"channels": 0}, "^channels=0: .* pass a number from 1 to 48"),
+        ("llama", {"heads": 3}, "^heads=3: .* pass a number from 1 to 2"),
+        ("mixtral", {"experts": 1}, "^experts=1: .* pass a number from 2 to 4"),
+        (
+            "minicpm3",
+            {"layers": [0]},
+            r"describes MiniCPM3ForCausalLM with 1 decoder layers: .* would have .* instead of",
+        ),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused(family, numbers, message):
+    model = family_model(family) if family == "minicpm3" else tiny_model(family)
+    with pytest.raises(ValueError, match=message):
+        plan_shrinking(model, **numbers)
+
+
+def test_a_number_of_heads_that_the_configuration_does_not_take_is_refused():
+    model = tiny_model("llama", num_key_value_heads=4)
+    with pytest.raises(
+        ValueError, match=r"with heads=3.*hidden size \(32\) is not a multiple of the number of attention"
+    ):
+        plan_shrinking(model, heads=3)
+
+
+def test_a_model_that_is_not_what_its_configuration_says_is_refused():
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj = nn.Linear(32, 47, bias=False)
+    with pytest.raises(ValueError, match=r"up_proj.weight has shape \(47, 32\), but LlamaConfig describes \(48, 32\)"):
+        plan_shrinking(model, channels=40)
+
+
+@pytest.mark.parametrize("kept", [{}, {DOWN: range(39)}, {DOWN: range(39, -1, -1)}, {DOWN: range(9, 49)}])
+def test_groups_that_are_not_as_planned_leave_the_model_as_it_was(kept):
+    model = tiny_model("llama")
+    before = copy.deepcopy(model)
+    plan = plan_shrinking(model, channels=40)
+    with pytest.raises(ValueError, match=re.escape(f"kept['{DOWN}'] is [")):
+        shrink_model(model, plan, some_groups(plan) | kept if kept else {})
+    assert model.config == before.config
+    assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in model.state_dict().items())
