@@ -284,6 +284,8 @@ def run_with_hub(
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf_home"), "HF_TOKEN": "hf_test"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
     environment |= {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    # A repository without safetensors of the usual names makes Transformers ask a service on the internet, and wait.
+    environment |= {"DISABLE_SAFETENSORS_CONVERSION": "1"}
     code = textwrap.dedent(code)
     if fresh:
         command = [sys.executable, "-c", code]
