@@ -43,7 +43,9 @@ def install(folder: Path, output_dir: Path, overwrite: bool, foreign: Collection
             message says that the new one is whole.
     """
     output = Path(os.path.realpath(output_dir))
-    names = sorted({*names_of(folder), FILES_FILE}, key=lambda name: (name == "config.json", name))
+    # What ends in .partial was being written when a process was killed.
+    whole = (name for name in all_names(folder) if not name.startswith(f"{FOLDER}/") and not name.endswith(".partial"))
+    names = sorted({*whole, FILES_FILE}, key=lambda name: (name == "config.json", name))
     belong = {*names} - {*foreign}
     for name in {*names} - {FILES_FILE}:
         if name.endswith(".safetensors"):  # which safetensors writes for their owner alone
@@ -142,11 +144,6 @@ def is_streamed(folder: Path) -> bool:
 def remove_offloaded(folder: Path) -> None:
     """Remove the weights that ranks of an ended run had put into the journal."""
     _remove((folder / FOLDER).glob(_OFFLOADED))
-
-
-def names_of(folder: Path) -> set[str]:
-    """Names of the whole files in an unfinished folder that are the model's, and not of the journal."""
-    return {name for name in all_names(folder) if not name.startswith(f"{FOLDER}/") and not name.endswith(".partial")}
 
 
 def _write_list(folder: Path, names: Iterable[str]) -> None:

@@ -150,12 +150,14 @@ def _laid_out(mask: Tensor, operator: OperatorReport, transposed: bool) -> Tenso
 
 def _text(index: tuple[int | slice, ...]) -> str:
     """An index as it is written in Python."""
-    return ", ".join(str(i) if isinstance(i, int) else _slice_text(i) for i in index)
 
+    def text(part: int | slice) -> str:
+        if isinstance(part, int):
+            return str(part)
+        numbers = (part.start, part.stop, *(() if part.step is None else (part.step,)))
+        return ":".join("" if number is None else str(number) for number in numbers)
 
-def _slice_text(part: slice) -> str:
-    text = ":".join("" if number is None else str(number) for number in (part.start, part.stop))
-    return text if part.step is None else f"{text}:{part.step}"
+    return ", ".join(map(text, index))
 
 
 def _matrix(transposed: bool) -> Tensor:

@@ -168,8 +168,7 @@ def _stored_experts(
     operators: list[ExpertOperator], num_experts: int, names: Mapping[str, StoredName]
 ) -> list[list[StoredName]]:
     """What the matrices of one parameter are stored as, by experts; empty if it is not known."""
-    stored = [names.get(f"{operator.name}.weight") for operator in operators]
-    known = [s for s in stored if s is not None]
+    known = [names[weight] for operator in operators if (weight := f"{operator.name}.weight") in names]
     if len(known) < len(operators):
         return [[] for _ in range(num_experts)]
     each = len(operators) // num_experts

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -122,16 +121,9 @@ class PackedFiles:
         packing = Packing()
         for name in self.names:
             with safe_open(self.files[name + SUFFIXES[0]], "pt") as file:
-                values, mask = (file.get_slice(name + suffix) for suffix in SUFFIXES[:2])
-                layout = file.get_tensor(name + SUFFIXES[2])
-            dtype = values[:0].dtype
-            packing.count(
-                PackedTensor(
-                    torch.empty(values.get_shape(), dtype=dtype, device="meta"),
-                    torch.empty(mask.get_shape(), dtype=torch.uint8, device="meta"),
-                    layout,
-                )
-            )
+                parts = (file.get_slice(name + suffix) for suffix in SUFFIXES[:2])
+                values, mask = (part[:0].new_empty(part.get_shape(), device="meta") for part in parts)
+                packing.count(PackedTensor(values, mask, file.get_tensor(name + SUFFIXES[2])))
         return packing
 
     def _read(self, name: str) -> PackedTensor:
