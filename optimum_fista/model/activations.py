@@ -123,6 +123,7 @@ class LayerActivations:
         mask = self.token_masks[batch]
         if mask is None:
             return flat
+        # An expert has rows for the tokens that it was sent, others one for each token, real or padding.
         seen = mask.numel() if operator.tokens is None else operator.tokens.numel()
         if flat.shape[0] != seen:
             raise ValueError(

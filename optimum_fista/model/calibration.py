@@ -108,6 +108,7 @@ def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:
     for batch in batches:
         for row, ids in enumerate(batch.input_ids.cpu()):
             real = ids if batch.attention_mask is None else ids[batch.attention_mask[row].cpu()]
+            # The bar ends a sequence: tokens that are cut into other sequences have another hash.
             digest.update(real.to(torch.int64).numpy().tobytes() + b"|")
     return digest.hexdigest()
 
@@ -120,6 +121,7 @@ def _without_idle_mask(batch: CalibrationBatch) -> CalibrationBatch:
 
 def _items(loader: Iterable[Any]) -> Iterable[Any]:
     if isinstance(loader, Tensor):
+        # Iterating over a tensor [sequences, length] gives batches of one sequence.
         return loader.unsqueeze(0) if loader.ndim < 2 else loader
     if isinstance(loader, list | tuple) and loader and all(isinstance(i, int) for i in loader):
         return [loader]
@@ -136,6 +138,7 @@ def _read_batch(item: Any, index: int, vocab_size: int) -> CalibrationBatch:
             raise ValueError(f"{where} has the keys {sorted(item)}: pass 'input_ids' (and 'attention_mask').")
         mask = item.get("attention_mask")
         item = item["input_ids"]
+    # A batch of a TensorDataset.
     elif isinstance(item, list | tuple) and len(item) == 1 and isinstance(item[0], Tensor):
         item = item[0]
     ids = _as_rows(item, where, "input_ids").to(torch.int64)

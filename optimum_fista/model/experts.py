@@ -179,6 +179,7 @@ class FusedExperts:
         """
         values = self._values(arguments, keywords)
         output = self._routed(*values) if self._is_routed else self._sorted(*values)
+        # Once is enough: whether the form is known does not depend on the batch.
         if not self._checked:
             with torch.no_grad():
                 self._require_agreement(output, original(*arguments, **keywords))
@@ -200,6 +201,7 @@ class FusedExperts:
         return AssignedTokens(flat, rows, tokens, places, torch.searchsorted(experts, first).tolist())
 
     def _values(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
+        # By position, in whatever way the decoder layer passes them; the first is the module itself.
         bound = inspect.signature(type(self.module).forward).bind(self.module, *arguments, **keywords)
         return list(bound.arguments.values())[1:]
 
@@ -255,6 +257,7 @@ class FusedExperts:
         self._checked = True
         difference = float((output.detach() - original.detach()).float().norm())
         size = float(original.detach().float().norm())
+        # Written so that NaN is refused.
         if not difference <= _AGREEMENT.get(output.dtype, 2e-2) * size:
             raise UnsupportedArchitectureError(
                 f"{self.name} ({type(self.module).__name__}) computes its experts in a way that is not known: to "

@@ -20,6 +20,7 @@ def execution_device(module: nn.Module) -> torch.device:
     parameter = next(module.parameters())
     if parameter.device.type != "meta":
         return parameter.device
+    # Accelerate leaves tensors on the meta device in place of those that it keeps.
     for part in module.modules():
         for hook in alignment_hooks(part):
             if hook.weights_map is not None and hook.execution_device is not None:
@@ -82,6 +83,7 @@ def store_tensor(module: nn.Module, name: str, value: Tensor, keep_undo: Callabl
         data = data.state_dict
     if not isinstance(data, MutableMapping):
         raise ValueError(f"{key} is offloaded to a {type(data).__name__}, which can't be written: load it again.")
+    # The old tensor itself is kept and no copy: the dictionary gets a new one.
     old = data[key]
     keep_undo(lambda: data.__setitem__(key, old))
     data[key] = value.detach().to("cpu", old.dtype, copy=True)

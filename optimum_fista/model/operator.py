@@ -82,6 +82,7 @@ class LinearOperator:
 
     def write(self, weight: Tensor) -> None:
         """Overwrite the weight in place with `weight` [out, in], rounded to the parameter's dtype."""
+        # `.data`, because a parameter that requires gradients refuses changes in place.
         self.parameter.data.copy_(weight.T if self.transposed else weight)
 
     def outputs_without_bias(self, outputs: Tensor) -> Tensor:

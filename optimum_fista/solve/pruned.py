@@ -34,6 +34,7 @@ class Convergence:
             return None
         kept: Sequence[int] = range(count)
         if count > POINTS:
+            # Equal steps of the logarithm from 1 to count; among the first few some coincide.
             kept = sorted({round(count ** (i / (POINTS - 1))) - 1 for i in range(POINTS)})
         rounded = tuple(float(f"{residuals[index]:.3g}") for index in kept)
         return cls(measure, tuple(first + index for index in kept), rounded)
