@@ -92,18 +92,15 @@ def measure(model: PreTrainedModel, windows: Tensor, ids: Tensor) -> list[dict[s
 def table(rows: list[dict[str, Any]], number: int = 5) -> list[str]:
     """The heads that cost most."""
     headings = ("decoder layer", "head", "attention on the first token", "predicted, nats", "measured, nats")
-    costliest = sorted(rows, key=lambda row: -row["measured"])[:number]
-    return markdown_lines(
-        headings,
-        [
-            (row["layer"], row["head"], f"{row['attention']:.3f}", f"{row['predicted']:.2g}", f"{row['measured']:.2g}")
-            for row in costliest
-        ],
-    )
+    lines = []
+    for row in sorted(rows, key=lambda row: -row["measured"])[:number]:
+        cells = f"{row['attention']:.3f}", f"{row['predicted']:.2g}", f"{row['measured']:.2g}"
+        lines.append((row["layer"], row["head"], *cells))
+    return markdown_lines(headings, lines)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Foretold and measured rise of the loss, coloured by the attention on the first token."""
+    """Predicted and measured rise of the loss, coloured by the attention on the first token."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")

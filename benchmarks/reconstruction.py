@@ -13,7 +13,7 @@ import dataclasses
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from shared import calibration_of, open_record, parse_arguments, save, texts_of
@@ -26,25 +26,11 @@ from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.reports.markdown import markdown_lines
 
 
-class Way(NamedTuple):
-    """How a row prunes, from its name.
-
-    Attributes:
-        method: A method as `optimum-fista compare` takes it.
-        steps: Steps a decoder layer; 0: no fine-tuning.
-        num_samples: Windows to calibrate on; 0: as many as `--num-samples`.
-    """
-
-    method: str
-    steps: int
-    num_samples: int
-
-    @classmethod
-    def of(cls, name: str) -> Way:
-        """From `method`, `method+steps` or `method@windows`."""
-        rest, _, samples = name.partition("@")
-        method, _, steps = rest.partition("+")
-        return cls(method, int(steps or 0), int(samples or 0))
+def way_of(name: str) -> tuple[str, int, int]:
+    """Method, steps a decoder layer and calibration windows of a row; 0 stands for none, and for `--num-samples`."""
+    rest, _, windows = name.partition("@")
+    method, _, steps = rest.partition("+")
+    return method, int(steps or 0), int(windows or 0)
 
 
 def measure(arguments: Namespace, pattern: str, name: str, windows: Tensor, texts: dict[str, Tensor]) -> dict[str, Any]:
@@ -52,9 +38,9 @@ def measure(arguments: Namespace, pattern: str, name: str, windows: Tensor, text
     row: dict[str, Any] = {"pattern": pattern, "row": name}
     model, _ = load_model(arguments.model, dtype="float32", device="cpu")
     if name != "dense":
-        way = Way.of(name)
-        options = f":finetune=layer:finetune_steps={way.steps}:finetune_learning_rate={arguments.learning_rate}"
-        config = parse_config(way.method + (options if way.steps else ""), pattern, arguments.seed)
+        method, steps, _ = way_of(name)
+        options = f":finetune=layer:finetune_steps={steps}:finetune_learning_rate={arguments.learning_rate}"
+        config = parse_config(method + (options if steps else ""), pattern, arguments.seed)
         config = dataclasses.replace(config, include=(arguments.include,))
         started, processor = time.perf_counter(), time.process_time()
         report = FistaPruner(config).prune(model, windows.split(1))
@@ -68,19 +54,12 @@ def measure(arguments: Namespace, pattern: str, name: str, windows: Tensor, text
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Lines of the table: a row each, in the order measured."""
-    texts = list(rows[0]["perplexity"])
-    return markdown_lines(
-        ("zeros", "row", *texts, "processor seconds"),
-        [
-            (
-                row["pattern"],
-                f"`{row['row']}`",
-                *(f"{row['perplexity'][text]:.2f}" for text in texts),
-                f"{row['processor_seconds']:.0f}" if "processor_seconds" in row else "",
-            )
-            for row in rows
-        ],
-    )
+    texts, lines = list(rows[0]["perplexity"]), []
+    for row in rows:
+        seconds = f"{row['processor_seconds']:.0f}" if "processor_seconds" in row else ""
+        perplexities = (f"{row['perplexity'][text]:.2f}" for text in texts)
+        lines.append((row["pattern"], f"`{row['row']}`", *perplexities, seconds))
+    return markdown_lines(("zeros", "row", *texts, "processor seconds"), lines)
 
 
 _HELP = {
@@ -99,7 +78,7 @@ def main() -> None:
     _, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
     wanted = [("", "dense"), *((pattern, row) for pattern in arguments.patterns for row in arguments.rows)]
     number, held_out = arguments.num_samples, arguments.held_out
-    most = max(number, *(Way.of(name).num_samples for _, name in wanted))
+    most = max(number, *(way_of(name)[2] for _, name in wanted))
     windows = calibration_of(arguments, tokenizer, most + held_out)
     texts = texts_of(arguments, tokenizer, arguments.sequence_length)
     texts["held out"] = windows[number : number + held_out]
@@ -107,7 +86,7 @@ def main() -> None:
     record = open_record(arguments, "rows", "patterns")
     for pattern, name in wanted:
         if (pattern, name) not in {(row["pattern"], row["row"]) for row in record["rows"]}:
-            calibration = windows[: Way.of(name).num_samples or number]
+            calibration = windows[: way_of(name)[2] or number]
             record["rows"].append(measure(arguments, pattern, name, calibration, texts))
             save(arguments, record)
     print("\n".join(table(record["rows"])))

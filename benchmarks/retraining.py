@@ -113,15 +113,10 @@ def main() -> None:
         if kind not in {row["row"] for row in record["rows"]}:
             record["rows"].append(measure(arguments, kind, windows, texts))
             save(arguments, record)
-    shown = [
-        (
-            row["row"],
-            f"{row.get('trained', 0):,}",
-            *(f"{row['perplexity'][name]:.2f}" for name in texts),
-            f"{row.get('seconds', 0):.0f}",
-        )
-        for row in record["rows"]
-    ]
+    shown = []
+    for row in record["rows"]:
+        perplexities = (f"{row['perplexity'][name]:.2f}" for name in texts)
+        shown.append((row["row"], f"{row.get('trained', 0):,}", *perplexities, f"{row.get('seconds', 0):.0f}"))
     print("\n".join(markdown_lines(("weights", "trained", *texts, "seconds"), shown)))
 
 

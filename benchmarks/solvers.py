@@ -78,15 +78,9 @@ def measure(text: str, problems: list[list[LayerProblem]], pattern: str) -> list
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - busy
     rows = []
     for index, operator in enumerate(pruned):
-        row = {
-            "method": text,
-            "pattern": pattern,
-            "operator": calibration[index].name,
-            "iterations": operator.iterations,
-        }
-        row["seconds"] = seconds / len(pruned)
-        row["cpu_seconds"] = cpu_seconds / len(pruned)
-        row["flops"] = counter.get_total_flops() / len(pruned)
+        row = {"method": text, "pattern": pattern, "operator": calibration[index].name}
+        row |= {"iterations": operator.iterations, "flops": counter.get_total_flops() / len(pruned)}
+        row |= {"seconds": seconds / len(pruned), "cpu_seconds": cpu_seconds / len(pruned)}
         row["calibration"] = operator.fit_error**2
         for name, text_problems in zip(TEXTS[1:], fresh, strict=True):
             row[name] = text_problems[index].fit_error(operator.weight) ** 2

@@ -36,6 +36,12 @@ def test_names_exist(page):
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_exist(page):
+    found = re.findall(r"`((?:tests|optimum_fista(?:_cli)?|benchmarks|examples|docs)/[\w./-]+)`", page.read_text())
+    assert not [name for name in found if "NAME" not in name and not (ROOT / name).exists()]
+
+
 def test_names_are_found():
     assert sum(len(names(page.read_text())) for page in PAGES) > 20
     assert names("`run.pruner.FistaPruner` `model.layers.0` `model.operator.X`") == [
