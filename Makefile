@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 TEXT ?=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint demo docs clean
+.PHONY: help setup test simulated lint demo docs clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,8 +27,12 @@ lint: $(READY) ## Style, types and import rules
 	$(BIN)/lint-imports
 
 # The simulated accelerator belongs to a whole process, so its tests have processes of their own.
-test: lint ## Lint, types, import rules and the tests, one process a core
+simulated: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/simulated_device
+
+# Lint has work for one core only, so it runs beside the first tests.
+test: $(READY) ## Lint, types, import rules and the tests, one process a core
+	$(MAKE) -j2 lint simulated
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 demo: $(READY) ## Prune SmolLM2-135M to 50% and to 2:4 and compare the methods (TEXT=file to choose the text)
