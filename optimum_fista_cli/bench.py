@@ -20,28 +20,27 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", metavar="DIR", type=Path, help="pruned model folder, packed or not")
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", metavar="DIR", type=Path, help="pruned model folder, packed or not")
+    add(
         "--variants",
         default="dense bfloat16,dense float32,packed bfloat16",
         help="what to measure; the first is the baseline (default: dense bfloat16,dense float32,packed bfloat16; also "
         "packed float32, dense float16, packed float16)",
     )
-    parser.add_argument("--batch-sizes", default="1,4,16", help="sequences decoded together (default 1,4,16)")
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to decode (default 32)")
-    parser.add_argument("--prompt-tokens", type=int, default=16, help="tokens of the prompt (default 16)")
-    parser.add_argument("--prefill-tokens", type=int, default=512, help="tokens of the long prompt (default 512)")
-    parser.add_argument("--rounds", type=int, default=5, help="times each is measured, in turn (default 5)")
-    parser.add_argument("--threads", type=int, help="threads on the CPU (default: PyTorch's)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
-    parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="write all figures there, JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture there (needs matplotlib)")
+    add("--batch-sizes", default="1,4,16", help="sequences decoded together (default 1,4,16)")
+    add("--new-tokens", type=int, default=32, help="tokens to decode (default 32)")
+    add("--prompt-tokens", type=int, default=16, help="tokens of the prompt (default 16)")
+    add("--prefill-tokens", type=int, default=512, help="tokens of the long prompt (default 512)")
+    add("--rounds", type=int, default=5, help="times each is measured, in turn (default 5)")
+    add("--threads", type=int, help="threads on the CPU (default: PyTorch's)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
+    add("--output", "-o", type=Path, metavar="FILE", help="write all figures there, JSON")
+    add("--plot", type=Path, metavar="FILE", help="write a picture there (needs matplotlib)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the table, and write what was asked for."""
-    import torch
-
     from optimum_fista.run.checkpoints.loading import usable_device
     from optimum_fista.run.speed.measure import measure_speed
     from optimum_fista.run.speed.speed_report import SpeedSettings, draw_speed, speed_table
@@ -52,16 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--batch-sizes {arguments.batch_sizes}: pass numbers such as 1,4,16.") from None
     if arguments.plot is not None:
         import matplotlib  # noqa: F401, fails before anything is measured
-    settings = SpeedSettings(
-        variants=[name.strip() for name in arguments.variants.split(",")],
-        batch_sizes=batch_sizes,
-        new_tokens=arguments.new_tokens,
-        prompt_tokens=arguments.prompt_tokens,
-        prefill_tokens=arguments.prefill_tokens,
-        rounds=arguments.rounds,
-        threads=torch.get_num_threads() if arguments.threads is None else arguments.threads,
-        device=str(usable_device(arguments.device)),
-    )
+    names = ("new_tokens", "prompt_tokens", "prefill_tokens", "rounds", "threads")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    variants, device = [name.strip() for name in arguments.variants.split(",")], str(usable_device(arguments.device))
+    settings = SpeedSettings(variants=variants, batch_sizes=batch_sizes, device=device, **given)
     report = measure_speed(arguments.model, settings, progress=_show)
     _show("")
     print(speed_table(report))

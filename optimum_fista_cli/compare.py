@@ -28,50 +28,43 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
-    parser.add_argument("--output", "-o", type=Path, required=True, metavar="DIR", help="folder for rows, table, plots")
-    parser.add_argument("--render", type=Path, metavar="FILE", help="only table and plots of a table.json; no MODEL")
-    what = parser.add_argument_group("what to compare")
-    what.add_argument("--methods", type=_words, metavar="A,B", help="default magnitude,wanda,sparsegpt,fista,default")
-    what.add_argument(
-        "--patterns", type=_words, metavar="A,B", help="fractions of zeros, N:M, 4:8-pairs (default 0.5,2:4)"
-    )
-    what.add_argument("--seeds", type=_numbers, metavar="A,B", help="mean and deviation over several (default 0)")
-    measured = parser.add_argument_group("what to measure")
-    measured.add_argument(
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
+    add("--output", "-o", type=Path, required=True, metavar="DIR", help="folder for rows, table, plots")
+    add("--render", type=Path, metavar="FILE", help="only table and plots of a table.json; no MODEL")
+    add = parser.add_argument_group("what to compare").add_argument
+    add("--methods", type=_words, metavar="A,B", help="default magnitude,wanda,sparsegpt,fista,default")
+    add("--patterns", type=_words, metavar="A,B", help="fractions of zeros, N:M, 4:8-pairs (default 0.5,2:4)")
+    add("--seeds", type=_numbers, metavar="A,B", help="mean and deviation over several (default 0)")
+    add = parser.add_argument_group("what to measure").add_argument
+    add(
         "--texts",
         type=_words,
         metavar="A,B",
         help="perplexity on .txt or .jsonl files, wikitext2, c4, ptb, pydoc (default wikitext2; '' for none)",
     )
-    measured.add_argument("--tasks", type=_words, metavar="A,B", help="zero-shot accuracy on tasks of lm-eval")
-    measured.add_argument("--include-path", type=Path, metavar="DIR", help="folder of further task files (YAML)")
-    measured.add_argument("--limit", type=int, help="only the first documents of every task")
-    measured.add_argument(
-        "--sequence-length", type=int, help="tokens a window (default: 2048 or the model's context if shorter)"
-    )
-    measured.add_argument("--max-windows", type=int, help="only the first windows of every text")
-    measured.add_argument(
-        "--held-out", type=int, metavar="N", help="perplexity on N windows of the calibration text left out of it, too"
-    )
-    measured.add_argument(
+    add("--tasks", type=_words, metavar="A,B", help="zero-shot accuracy on tasks of lm-eval")
+    add("--include-path", type=Path, metavar="DIR", help="folder of further task files (YAML)")
+    add("--limit", type=int, help="only the first documents of every task")
+    add("--sequence-length", type=int, help="tokens a window (default: 2048 or the model's context if shorter)")
+    add("--max-windows", type=int, help="only the first windows of every text")
+    add("--held-out", type=int, metavar="N", help="perplexity on N windows of the calibration text left out of it, too")
+    add(
         "--bos",
         choices=("auto", "every", "start", "none"),
         help="BOS in every window, at the start of a text only (as SparseGPT's and Wanda's scripts), or nowhere "
         "(default auto: in every window if the tokenizer starts texts with it)",
     )
-    calibration = parser.add_argument_group("calibration")
-    calibration.add_argument(
-        "--calibration", metavar="SOURCE", help="self (default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
-    )
-    calibration.add_argument("--num-samples", type=int, help="calibration sequences (default 128)")
-    calibration.add_argument("--calibration-length", type=int, help="tokens a sequence (default: those of a window)")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--batch-size", type=int, help="sequences, windows or answers a forward pass (default 1)")
-    machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
-    machine.add_argument("--device-map", metavar="MAP", help="Accelerate's, such as auto, for models larger than a GPU")
-    machine.add_argument("--dtype", help="float32, bfloat16, float16 or auto, as stored (default)")
-    machine.add_argument("--storage-device", metavar="PLACE", help="where activations wait: see prune --help")
+    add = parser.add_argument_group("calibration").add_argument
+    add("--calibration", metavar="SOURCE", help="self (default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc")
+    add("--num-samples", type=int, help="calibration sequences (default 128)")
+    add("--calibration-length", type=int, help="tokens a sequence (default: those of a window)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--batch-size", type=int, help="sequences, windows or answers a forward pass (default 1)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
+    add("--device-map", metavar="MAP", help="Accelerate's, such as auto, for models larger than a GPU")
+    add("--dtype", help="float32, bfloat16, float16 or auto, as stored (default)")
+    add("--storage-device", metavar="PLACE", help="where activations wait: see prune --help")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -38,14 +38,13 @@ _PROMPT = "The most important thing to know about the sea is"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--model", metavar="MODEL", help="another model than SmolLM2-135M")
-    parser.add_argument("--text", default="pydoc", metavar="SOURCE", help="text to measure on (default pydoc)")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
-    parser.add_argument("--num-samples", type=int, default=12, help="calibration sequences (default 12)")
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens a sequence (default 512)")
-    parser.add_argument(
-        "--max-windows", type=int, default=12, help="windows the perplexity is measured on (default 12)"
-    )
+    add = parser.add_argument
+    add("--model", metavar="MODEL", help="another model than SmolLM2-135M")
+    add("--text", default="pydoc", metavar="SOURCE", help="text to measure on (default pydoc)")
+    add("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
+    add("--num-samples", type=int, default=12, help="calibration sequences (default 12)")
+    add("--sequence-length", type=int, default=512, help="tokens a sequence (default 512)")
+    add("--max-windows", type=int, default=12, help="windows the perplexity is measured on (default 12)")
 
 
 def run(arguments: argparse.Namespace) -> int:

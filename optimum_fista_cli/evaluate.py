@@ -18,16 +18,15 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
-    parser.add_argument(
-        "--text", required=True, metavar="SOURCE", help="a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
-    )
-    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens a window (default 1024)")
-    parser.add_argument("--max-windows", type=int, help="stop after this many windows (default: the whole text)")
-    parser.add_argument("--batch-size", type=int, default=1, help="windows a forward pass (default 1)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
+    add("--text", required=True, metavar="SOURCE", help="a .txt or .jsonl file, wikitext2, c4, ptb, pydoc")
+    add("--sequence-length", type=int, default=1024, help="tokens a window (default 1024)")
+    add("--max-windows", type=int, help="stop after this many windows (default: the whole text)")
+    add("--batch-size", type=int, default=1, help="windows a forward pass (default 1)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
+    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
+    add(
         "--output",
         "-o",
         type=Path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,125 +37,64 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
-    parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="folder to write the model to")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="only print what would be pruned, peak memory, disk and time; MODEL may be a config.json; writes nothing",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that --output already holds")
-    parser.add_argument(
-        "--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)"
-    )
-    what = parser.add_argument_group("what to prune")
-    what.add_argument("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
-    what.add_argument(
-        "--pattern",
-        metavar="N:M",
-        help="keep N of every M consecutive inputs of a row, such as 2:4; 4:8-pairs keeps two whole pairs of four",
-    )
-    what.add_argument(
-        "--scope",
-        choices=("matrix", "row"),
-        help="share zeros over a whole operator or give each row its own",
-    )
-    what.add_argument(
-        "--include",
-        action="append",
-        metavar="GLOB",
-        help="prune only operators whose name matches; repeatable",
-    )
-    what.add_argument(
-        "--exclude",
-        action="append",
-        metavar="GLOB",
-        help="leave dense the operators whose name matches; repeatable",
-    )
-    how = parser.add_argument_group("how")
-    how.add_argument("--method", help="obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap")
-    how.add_argument("--paper", action="store_true", help="the published settings of FISTAPruner (K=20, T=3, xi=0.3)")
-    how.add_argument(
-        "--error-correction",
-        type=_number_or_word,
-        help="none, intra, full, or a number in [0, 1] (default: the method's, obs_admm's is 0.5): see docs/method.md",
-    )
-    how.add_argument(
-        "--residual-correction",
-        type=float,
-        help="share of a decoder layer's error that its last operator compensates (default: obs_admm 1, others 0)",
-    )
-    how.add_argument(
-        "--allocation",
-        choices=("uniform", "fisher"),
-        help="the same sparsity everywhere, or shared by gradients of the loss (default: obs_admm fisher)",
-    )
-    how.add_argument(
-        "--under-calibrated-tokens",
-        type=int,
-        metavar="N",
-        help="experts of a mixture that the router sends fewer than N tokens are under-calibrated (default 128)",
-    )
-    how.add_argument(
-        "--under-calibrated-method", help="the method that prunes under-calibrated experts (default magnitude)"
-    )
-    how.add_argument("--warm-start", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
-    how.add_argument("--max-iterations", type=int, help="iteration limit of the method")
-    how.add_argument(
-        "--finetune",
-        choices=("layer",),
-        help="train the kept weights of every pruned decoder layer to give the dense layer's outputs (default: not)",
-    )
-    how.add_argument("--finetune-steps", type=int, metavar="N", help="steps a decoder layer, a batch each (default 32)")
-    how.add_argument(
-        "--finetune-learning-rate", type=float, metavar="RATE", help="largest learning rate (default 3e-4)"
-    )
-    how.add_argument("--config", type=Path, metavar="FILE", help="a configuration saved as JSON; flags override it")
-    calibration = parser.add_argument_group("calibration")
-    calibration.add_argument(
-        "--calibration",
-        default="self",
-        metavar="SOURCE",
-        help="self (default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc",
-    )
-    calibration.add_argument("--num-samples", type=int, default=128, help="number of sequences (default 128)")
-    calibration.add_argument(
-        "--held-out",
-        type=int,
-        metavar="N",
-        help="N further sequences that nothing is fitted to: the report has every operator's error on them as well",
-    )
-    calibration.add_argument(
-        "--sequence-length", type=int, help="tokens a sequence (default: 2048 or the model's maximum)"
-    )
-    calibration.add_argument("--batch-size", type=int, default=1, help="sequences a forward pass (default 1)")
-    calibration.add_argument("--seed", type=int, help="seed of the sampling (default 0)")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
-    machine.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
-    machine.add_argument(
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
+    add("--output", "-o", type=Path, metavar="DIR", help="folder to write the model to")
+    dry = "only print what would be pruned, peak memory, disk and time; MODEL may be a config.json; writes nothing"
+    add("--dry-run", action="store_true", help=dry)
+    add("--overwrite", action="store_true", help="replace a model that --output already holds")
+    add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")
+    add = parser.add_argument_group("what to prune").add_argument
+    add("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
+    groups = "keep N of every M consecutive inputs of a row, such as 2:4; 4:8-pairs keeps two whole pairs of four"
+    add("--pattern", metavar="N:M", help=groups)
+    add("--scope", choices=("matrix", "row"), help="share zeros over a whole operator or give each row its own")
+    add("--include", action="append", metavar="GLOB", help="prune only operators whose name matches; repeatable")
+    add("--exclude", action="append", metavar="GLOB", help="leave dense the operators whose name matches; repeatable")
+    add = parser.add_argument_group("how").add_argument
+    add("--method", help="obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap")
+    add("--paper", action="store_true", help="the published settings of FISTAPruner (K=20, T=3, xi=0.3)")
+    share = "none, intra, full, or a number in [0, 1] (default: the method's, obs_admm's is 0.5): see docs/method.md"
+    add("--error-correction", type=_number_or_word, help=share)
+    share = "share of a decoder layer's error that its last operator compensates (default: obs_admm 1, others 0)"
+    add("--residual-correction", type=float, help=share)
+    shared = "the same sparsity everywhere, or shared by gradients of the loss (default: obs_admm fisher)"
+    add("--allocation", choices=("uniform", "fisher"), help=shared)
+    few = "experts of a mixture that the router sends fewer than N tokens are under-calibrated (default 128)"
+    add("--under-calibrated-tokens", type=int, metavar="N", help=few)
+    add("--under-calibrated-method", help="the method that prunes under-calibrated experts (default magnitude)")
+    add("--warm-start", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
+    add("--max-iterations", type=int, help="iteration limit of the method")
+    trained = "train the kept weights of every pruned decoder layer to give the dense layer's outputs (default: not)"
+    add("--finetune", choices=("layer",), help=trained)
+    add("--finetune-steps", type=int, metavar="N", help="steps a decoder layer, a batch each (default 32)")
+    add("--finetune-learning-rate", type=float, metavar="RATE", help="largest learning rate (default 3e-4)")
+    add("--config", type=Path, metavar="FILE", help="a configuration saved as JSON; flags override it")
+    add = parser.add_argument_group("calibration").add_argument
+    sources = "self (default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
+    add("--calibration", default="self", metavar="SOURCE", help=sources)
+    add("--num-samples", type=int, default=128, help="number of sequences (default 128)")
+    unseen = "N further sequences that nothing is fitted to: the report has every operator's error on them as well"
+    add("--held-out", type=int, metavar="N", help=unseen)
+    add("--sequence-length", type=int, help="tokens a sequence (default: 2048 or the model's maximum)")
+    add("--batch-size", type=int, default=1, help="sequences a forward pass (default 1)")
+    add("--seed", type=int, help="seed of the sampling (default 0)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
+    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
+    add(
         "--storage-device",
         metavar="PLACE",
         help="where activations wait between passes: a device (cpu spares the GPU's memory), disk for memory-mapped "
         "files beside --output, or a folder for them (default: --device; on the CPU disk)",
     )
-    tracking = parser.add_argument_group("tracking")
-    tracking.add_argument(
-        "--report-to",
-        action="append",
-        default=[],
-        metavar="TRACKER",
-        help="draw curves over the decoder layers in tensorboard or trackio during the run; repeatable",
-    )
-    tracking.add_argument(
-        "--logging-dir",
-        type=Path,
-        metavar="DIR",
-        help="where --report-to keeps them (default runs/ and --output's name)",
-    )
-    hub = parser.add_argument_group("hub")
-    hub.add_argument("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
-    hub.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    add = parser.add_argument_group("tracking").add_argument
+    curves = "draw curves over the decoder layers in tensorboard or trackio during the run; repeatable"
+    add("--report-to", action="append", default=[], metavar="TRACKER", help=curves)
+    add("--logging-dir", type=Path, metavar="DIR", help="where they are kept (default runs/ and --output's name)")
+    add = parser.add_argument_group("hub").add_argument
+    add("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
+    add("--private", action="store_true", default=None, help="make a new repository private")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -215,15 +155,13 @@ def run(arguments: argparse.Namespace) -> int:
                 )
             )
             callbacks = _trackers(arguments, config, ranks, opened)
+            places = {name: getattr(arguments, name) for name in ("device", "dtype", "overwrite", "packed")}
             report = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks).prune(
                 arguments.model,
                 tokens.split(arguments.batch_size),
                 calibration_source=arguments.calibration,
                 output_dir=arguments.output,
-                device=arguments.device,
-                dtype=arguments.dtype,
-                overwrite=arguments.overwrite,
-                packed=arguments.packed,
+                **places,
             )
         except KeyboardInterrupt:
             print("\nfinished decoder layers are kept: give the same command again to resume", file=sys.stderr)
@@ -247,18 +185,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _estimate(arguments: argparse.Namespace, config: FistaPruningConfig, *, timed: bool) -> Estimate:
     from optimum_fista.run.estimate.estimate import Estimate
 
+    names = ("sequence_length", "batch_size", "calibration", "device", "dtype", "storage_device", "packed")
+    options = {name: getattr(arguments, name) for name in names}
     return Estimate(
-        arguments.model,
-        config,
-        num_samples=arguments.num_samples + config.held_out,
-        sequence_length=arguments.sequence_length,
-        batch_size=arguments.batch_size,
-        calibration=arguments.calibration,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        storage_device=arguments.storage_device,
-        packed=arguments.packed,
-        timed=timed,
+        arguments.model, config, num_samples=arguments.num_samples + config.held_out, timed=timed, **options
     )
 
 
@@ -312,18 +242,8 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
     """The configuration from the flags given, over that of `--config` or `--paper`."""
     from optimum_fista.run.config import FistaPruningConfig
 
-    names = ["sparsity", "pattern", "scope", "include", "exclude", "method", "error_correction", "residual_correction"]
-    names += [
-        "allocation",
-        "held_out",
-        "under_calibrated_tokens",
-        "under_calibrated_method",
-        "warm_start",
-        "max_iterations",
-        "seed",
-    ]
-    names += ["finetune", "finetune_steps", "finetune_learning_rate"]
-    flags: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    given = {field.name: getattr(arguments, field.name, None) for field in fields(FistaPruningConfig)}
+    flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if arguments.paper and (arguments.config or flags.get("method", "fista") != "fista"):
         raise ValueError("--paper sets method and options of the paper: pass it without --config and --method.")
     if arguments.paper:

@@ -22,24 +22,21 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
-    parser.add_argument(
-        "--output", "-o", type=Path, metavar="FILE.html", help="page to write (default DIR/fista/report.html)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
+    add("--output", "-o", type=Path, metavar="FILE.html", help="page to write (default DIR/fista/report.html)")
+    add(
         "--evaluations",
         nargs="+",
         type=Path,
         metavar="FILE",
         help="files written by evaluate --output (default DIR/fista/evaluation.json if it exists)",
     )
-    parser.add_argument("--dense", metavar="MODEL", help="the model before pruning, to continue every --prompt as well")
-    parser.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="text for both models to continue; repeatable"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens a continuation (default 48)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, for --prompt (default: the accelerator, or the CPU)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
+    add("--dense", metavar="MODEL", help="the model before pruning, to continue every --prompt as well")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="text for both models to continue; repeatable")
+    add("--max-new-tokens", type=int, default=48, help="tokens a continuation (default 48)")
+    add("--device", help="cpu, cuda, cuda:1, for --prompt (default: the accelerator, or the CPU)")
+    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
 
 
 def run(arguments: argparse.Namespace) -> int:

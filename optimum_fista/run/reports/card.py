@@ -6,70 +6,16 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from optimum_fista.run.reports.markdown import markdown_lines
 from optimum_fista.run.reports.operator_grid import OperatorGrid, layer_index
-from optimum_fista.run.reports.report import OperatorReport, PruningReport
+from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import parse_pattern
-
-_TEMPLATE = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- optimum-fista
-- pruned
-- sparse
-{base}---
-
-# {title}
-
-Pruned after training, in one shot and {retraining}, by
-[optimum-fista](https://pypi.org/project/optimum-fista/) {version}: {num_zeros:,} of the {num_weights:,} weights of
-its decoder layers' linear operators are zero ({sparsity:.2%}; {model_sparsity:.2%} of all parameters). Embeddings and
-the language-model head are dense.
-
-| | |
-|---|---|
-| pattern | {pattern} |
-| method | {method}; error correction `{error_correction}`, residual correction `{residual_correction}` |
-| zeros | {allocation} |
-| fit error of the operators{before} | {mean_fit_error:.4f} on average, {max_fit_error:.4f} at most |
-| output error of the operators{before} | {output} |
-{held_out}| calibration | {calibration} |
-| time | {seconds:.0f} s, of which solving {solve_seconds:.0f} s |
-
-It is a plain dense checkpoint with zeros in it and loads without any further package:
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("THIS-REPOSITORY-OR-FOLDER")
-```
-
-`fista/masks.safetensors` holds the masks (one bit a weight, row-major, lowest bit first, 1 = kept),
-`fista/report.json` every operator's numbers; `optimum-fista verify FOLDER` proves the pattern from the files.
-
-## Errors by operator{before}
-
-On the calibration tokens, over the decoder layers. Fit error: `|| W* X* - Y ||_F / || Y ||_F`, against the outputs `Y`
-that the weights were fitted to. Output error: `|| W* X* - W X ||_F / || W X ||_F`, against the dense network's outputs.
-`X` are an operator's inputs in the dense network, `X*` those in the pruned one.
-
-{picture}{rows}
-
-## To make it again
-
-```json
-{config}
-```
-
-Calibration tokens: SHA-256 `{sha256}`. Versions: {versions}.
-"""
-
 
 PACKED_NOTE = """
 ## Packed
@@ -80,38 +26,35 @@ before `from_pretrained` loads it as a dense model, bit for bit; `optimum-fista 
 
 
 def model_card(report: PruningReport, picture: str | None = None) -> str:
-    """Markdown of the model card, with the metadata the Hub reads.
+    """Markdown of the model card, card.md filled in, with the metadata the Hub reads.
 
     Args:
         report: The report of the pruning.
         picture: Path of the picture of the fit errors, relative to the card; `None`: there is none.
     """
-    name = report.model["name"]
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-    config = report.config
-    tokens = report.calibration
-    return _TEMPLATE.format(
-        base=f"base_model: {name}\n" if is_hub_id else "",
-        title=_escaped(model_title(report)),
-        version=report.versions["optimum-fista"],
-        retraining=_retraining(report),
-        before=report.before,
-        pattern=_pattern(report),
-        method=config["method"],
-        error_correction=config["error_correction"],
-        residual_correction=config["residual_correction"],
-        allocation=_allocation(report),
-        calibration=f"{tokens['num_tokens']:,} tokens in {tokens['num_sequences']} sequences"
-        + (f" of {_escaped(tokens['source'])}" if tokens.get("source") else ""),
-        output=_outputs(report.totals),
-        held_out=_held_out(report),
-        seconds=report.seconds.get("total", 0.0),
-        picture=f"![Fit error by decoder layer and operator]({picture})\n\n" if picture else "",
-        rows="\n".join(_rows(report.operators)),
-        config=json.dumps(config, indent=2),
-        sha256=tokens["sha256"],
-        versions=", ".join(f"{key} {value}" for key, value in report.versions.items()),
-        **report.totals,
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    formats = {"thousands": "{:,}", "percent": "{:.2%}", "error": "{:.4f}"}
+    environment.filters |= {"escaped": _escaped, **{name: form.format for name, form in formats.items()}}
+    name, pattern, sparsities = report.model["name"], _pattern(report), [o.sparsity for o in report.operators]
+    zeros = "the same share in every operator"
+    if report.config["allocation"] == "fisher" and not pattern.fixed:
+        zeros = f"shared over the operators by gradients of the loss, {min(sparsities):.1%} to {max(sparsities):.1%}"
+    return (
+        environment.get_template("card.md").render(
+            report=report,
+            totals=report.totals,
+            tokens=report.calibration,
+            base_model=name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None,  # of the Hub
+            title=model_title(report),
+            pattern=pattern,
+            zeros=zeros,
+            picture=picture,
+            rows="\n".join(_rows(report)),
+            config=json.dumps(report.config, indent=2),
+        )
+        + "\n"
     )
 
 
@@ -125,63 +68,25 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*{}\[\]<>|~$&]|\b_|_\b)", r"\\\1", " ".join(text.split()))
 
 
-def _retraining(report: PruningReport) -> str:
-    if report.retrained:
-        return "then retrained under its masks"
-    return "with every decoder layer fine-tuned under its masks" if report.finetuned else "without retraining"
-
-
 def _pattern(report: PruningReport) -> SparsityPattern:
     return parse_pattern(report.config["pattern"], report.config["sparsity"])
 
 
-def _allocation(report: PruningReport) -> str:
-    sparsities = [o.sparsity for o in report.operators]
-    if report.config["allocation"] != "fisher" or _pattern(report).fixed:
-        return "the same share in every operator"
-    return f"shared over the operators by gradients of the loss, {min(sparsities):.1%} to {max(sparsities):.1%}"
-
-
-def _rows(operators: list[OperatorReport]) -> list[str]:
+def _rows(report: PruningReport) -> list[str]:
     """One row for the operators of the same kind in every decoder layer, below a header."""
-    grid = OperatorGrid.of(operators)
-    measured = any(o.held_out_fit_error is not None for o in operators)
+    grid = OperatorGrid.of(report.operators)
+    measured = any(o.held_out_fit_error is not None for o in report.operators)
     header = ["operator", "shape", "sparsity", "mean fit error", "largest fit error", "mean output error"]
-    header += ["mean held-out fit error"] if measured else []
     rows = []
     for kind in grid.kinds:
         group = grid.of_kind(kind)
-        errors = [o.fit_error for o in group]
         outputs = [o.output_error for o in group if o.output_error is not None]
-        held_out = [o.held_out_fit_error for o in group if o.held_out_fit_error is not None]
-        sparsity = sum(o.sparsity for o in group) / len(group)
-        shape = " x ".join(map(str, group[0].shape))
-        cells = [kind, shape, f"{sparsity:.2%}", f"{fmean(errors):.4f}", f"{max(errors):.4f}"]
+        unseen = [o.held_out_fit_error for o in group if o.held_out_fit_error is not None]
+        cells = [kind, " x ".join(map(str, group[0].shape)), f"{fmean(o.sparsity for o in group):.2%}"]
+        cells += [f"{fmean(o.fit_error for o in group):.4f}", f"{max(o.fit_error for o in group):.4f}"]
         cells.append(f"{fmean(outputs):.4f}" if outputs else "not known")
-        if measured:
-            cells.append(f"{fmean(held_out):.4f}" if held_out else "")
-        rows.append(cells)
-    return markdown_lines(header, rows)
-
-
-def _outputs(totals: Mapping[str, Any]) -> str:
-    """The output errors; without a dense pass they are not known."""
-    if totals["mean_output_error"] is None:
-        return "not known: nothing was corrected, so the dense network did not run"
-    return f"{totals['mean_output_error']:.4f} on average, {totals['max_output_error']:.4f} at most"
-
-
-def _held_out(report: PruningReport) -> str:
-    """The line of the held-out errors; empty without any."""
-    totals = report.totals
-    if totals["held_out_ratio"] is None:
-        return ""
-    tokens = report.calibration["held_out"]
-    return (
-        f"| fit error on held-out tokens | {totals['mean_held_out_fit_error']:.4f} on average, "
-        f"{totals['max_held_out_fit_error']:.4f} at most, on {tokens['num_tokens']:,} tokens in "
-        f"{tokens['num_sequences']} further sequences |\n"
-    )
+        rows.append([*cells, *([f"{fmean(unseen):.4f}" if unseen else ""] if measured else [])])
+    return markdown_lines([*header, *(["mean held-out fit error"] if measured else [])], rows)
 
 
 PICTURE_FILE = "fista/relative_error.png"
@@ -201,7 +106,8 @@ def error_picture(report: PruningReport) -> bytes | None:
     except ImportError:
         return None
     grid = OperatorGrid.of(report.operators)
-    values = [[_mean(grid, layer, kind) for kind in grid.kinds] for layer in grid.layers]
+    errors = {place: fmean(o.fit_error for o in found) for place, found in grid.cells.items()}
+    values = [[errors.get((layer, kind), math.nan) for kind in grid.kinds] for layer in grid.layers]
     size = (2.2 + 0.75 * len(grid.kinds), 2.0 + 0.16 * len(grid.layers))
     with rc_context({"font.family": "DejaVu Sans", "font.size": 8}):  # comes with Matplotlib
         figure = Figure(figsize=size, layout="constrained", facecolor="white")
@@ -216,8 +122,3 @@ def error_picture(report: PruningReport) -> bytes | None:
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
     return file.getvalue()
-
-
-def _mean(grid: OperatorGrid, layer: str, kind: str) -> float:
-    errors = [operator.fit_error for operator in grid.cells.get((layer, kind), ())]
-    return sum(errors) / len(errors) if errors else math.nan

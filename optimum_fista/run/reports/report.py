@@ -233,27 +233,22 @@ class PruningReport:
         the dense network's outputs were not known.
         """
         weights = sum(o.shape[0] * o.shape[1] for o in self.operators)
-        zeros = sum(o.shape[0] * o.shape[1] - o.num_kept for o in self.operators)
-        errors = [o.fit_error for o in self.operators]
-        outputs = [o.output_error for o in self.operators if o.output_error is not None]
-        unseen = [o.held_out_output_error for o in self.operators if o.held_out_output_error is not None]
+        zeros = weights - sum(o.num_kept for o in self.operators)
+        errors: dict[str, float | None] = {}
+        for name in ("fit_error", "output_error", "held_out_fit_error", "held_out_output_error"):
+            known = [value for o in self.operators if (value := getattr(o, name)) is not None]
+            nothing = 0.0 if name == "fit_error" else None
+            errors |= {f"mean_{name}": fmean(known) if known else nothing, f"max_{name}": max(known, default=nothing)}
         both = [(o.held_out_fit_error, o.fit_error) for o in self.operators if o.held_out_fit_error is not None]
-        held_out, fitted = [pair[0] for pair in both], sum(pair[1] for pair in both)
+        held_out, fitted = (sum(values) for values in zip(*both, strict=True)) if both else (0.0, 0.0)
         return {
             "num_operators": len(self.operators),
             "num_weights": weights,
             "num_zeros": zeros,
             "sparsity": zeros / weights if weights else 0.0,
             "model_sparsity": zeros / self.model["num_parameters"],
-            "mean_fit_error": sum(errors) / len(errors) if errors else 0.0,
-            "max_fit_error": max(errors, default=0.0),
-            "mean_output_error": fmean(outputs) if outputs else None,
-            "max_output_error": max(outputs, default=None),
-            "mean_held_out_fit_error": sum(held_out) / len(held_out) if held_out else None,
-            "max_held_out_fit_error": max(held_out, default=None),
-            "mean_held_out_output_error": fmean(unseen) if unseen else None,
-            "max_held_out_output_error": max(unseen, default=None),
-            "held_out_ratio": sum(held_out) / fitted if fitted else None,
+            **errors,
+            "held_out_ratio": held_out / fitted if fitted else None,
             "solve_seconds": sum(o.solve_seconds for o in self.operators),
             "num_not_converged": sum(not o.converged for o in self.operators),
         }
@@ -289,10 +284,9 @@ class PruningReport:
         if totals["mean_output_error"] is not None:
             output = f"{totals['mean_output_error']:.4f} on average, {totals['max_output_error']:.4f} at most"
         if totals["held_out_ratio"] is not None:
-            tokens = self.calibration["held_out"]["num_tokens"]
             held_out = (
-                f" ({totals['held_out_ratio']:.2f} times that on {tokens:,} held-out tokens, "
-                f"{totals['mean_held_out_fit_error']:.4f} on average)"
+                f" ({totals['held_out_ratio']:.2f} times that on {self.calibration['held_out']['num_tokens']:,} "
+                f"held-out tokens, {totals['mean_held_out_fit_error']:.4f} on average)"
             )
         return (
             f"{totals['num_operators']} operators pruned by {self.config['method']}, "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_f
 from optimum_fista.run.packed_folders.unpacking import is_packed
 from optimum_fista.run.reports.report import device_name, library_versions
 from optimum_fista.run.speed.speed_report import SpeedReport, SpeedSettings, VariantSpeed
-from optimum_fista.run.speed.worker import Variant, Worker
+from optimum_fista.run.speed.worker import Worker
 
 
 def measure_speed(
@@ -40,26 +40,29 @@ def measure_speed(
         RuntimeError: If a variant can't be loaded or run.
     """
     settings = settings or SpeedSettings()
-    with _folders(folder, progress) as folders, _workers(folders, settings) as workers:
+    with _folders(folder, progress) as folders, ExitStack() as opened:
+        workers = {}
+        for name in settings.variants:
+            workers[name] = Worker(name, folders[name.split()[0]], settings.device, settings.threads)
+            opened.callback(workers[name].close)
         sizes = {}
-        for worker in workers:
-            progress(f"loading {worker.variant.name}")
-            sizes[worker.variant.name] = worker.ask("parameters")
+        for name, worker in workers.items():
+            progress(f"loading {name}")
+            sizes[name] = worker.ask("parameters")
         vocabulary = min(found for found, _ in sizes.values())
         seconds, outputs = _measure(workers, settings, vocabulary, progress)
-        variants = {}
-        for worker in workers:
-            name = worker.variant.name
-            variants[name] = _speed(name, settings, seconds[name], outputs, worker.ask("memory"), sizes[name][1])
-    return SpeedReport(folder.name, settings, variants, describe_machine(settings), library_versions())
-
-
-def describe_machine(settings: SpeedSettings) -> dict[str, Any]:
-    """Processor, device, threads, and path of the kernels."""
+        variants = {
+            name: _speed(name, settings, seconds[name], outputs, worker.ask("memory"), sizes[name][1])
+            for name, worker in workers.items()
+        }
     compiled = kernels()
-    device = device_name(torch.device(settings.device))
-    path = compiled.path if compiled else "none"
-    return {"processor": processor_name(), "device": device, "threads": settings.threads, "kernels": path}
+    machine = {
+        "processor": processor_name(),
+        "device": device_name(torch.device(settings.device)),
+        "threads": settings.threads,
+        "kernels": compiled.path if compiled else "none",
+    }
+    return SpeedReport(folder.name, settings, variants, machine, library_versions())
 
 
 @contextmanager
@@ -77,21 +80,8 @@ def _folders(folder: Path, progress: Callable[[str], None]) -> Iterator[dict[str
             yield {"dense": folder, "packed": made}
 
 
-@contextmanager
-def _workers(folders: Mapping[str, Path], settings: SpeedSettings) -> Iterator[list[Worker]]:
-    workers: list[Worker] = []
-    try:
-        for name in settings.variants:
-            runtime, dtype = name.split()
-            workers.append(Worker(Variant(name, folders[runtime], dtype, runtime), settings.device, settings.threads))
-        yield workers
-    finally:
-        for worker in workers:
-            worker.close()
-
-
 def _measure(
-    workers: Sequence[Worker], settings: SpeedSettings, vocabulary: int, progress: Callable[[str], None]
+    workers: Mapping[str, Worker], settings: SpeedSettings, vocabulary: int, progress: Callable[[str], None]
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, Tensor]]]:
     """Seconds by variant and measurement, and the last output of each."""
     generator = torch.Generator().manual_seed(0)
@@ -104,16 +94,15 @@ def _measure(
         for size in settings.batch_sizes
     }
     asked["prefill"] = ("prefill", prompt(1, settings.prefill_tokens))
-    seconds: dict[str, dict[str, list[float]]] = {w.variant.name: {key: [] for key in asked} for w in workers}
-    outputs: dict[str, dict[str, Tensor]] = {w.variant.name: {} for w in workers}
+    seconds: dict[str, dict[str, list[float]]] = {name: {key: [] for key in asked} for name in workers}
+    outputs: dict[str, dict[str, Tensor]] = {name: {} for name in workers}
     for turn in range(settings.rounds + 1):  # the first one warms up
         for key, question in asked.items():
             progress(f"round {turn} of {settings.rounds}, {key}" if turn else f"warming up, {key}")
-            for worker in workers:
-                took, output = worker.ask(*question)
-                outputs[worker.variant.name][key] = output
+            for name, worker in workers.items():
+                took, outputs[name][key] = worker.ask(*question)
                 if turn:
-                    seconds[worker.variant.name][key].append(took)
+                    seconds[name][key].append(took)
     return seconds, outputs
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import time
 import warnings
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,37 +19,21 @@ from optimum_fista.run.memory import device_counts, release_free_memory
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A way to run a model.
-
-    Attributes:
-        name: What it is called.
-        folder: Model folder, a packed one if the runtime is packed.
-        dtype: Floating dtype.
-        runtime: `"dense"` or `"packed"`.
-    """
-
-    name: str
-    folder: Path
-    dtype: str
-    runtime: str
-
-
 class Worker:
-    """A process that holds one variant and runs it when asked.
+    """A process that holds a model in one variant and runs it when asked.
 
     Args:
-        variant: What to load.
-        device: Where to.
+        name: The variant, such as `"packed bfloat16"`.
+        folder: Model folder, a packed one if the variant is packed.
+        device: Where to load it.
         threads: Threads of PyTorch on the CPU.
     """
 
-    def __init__(self, variant: Variant, device: str, threads: int) -> None:
-        self.variant = variant
+    def __init__(self, name: str, folder: Path, device: str, threads: int) -> None:
+        self.name = name
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, variant, device, threads), daemon=True)
+        self._process = context.Process(target=_serve, args=(other, name, folder, device, threads), daemon=True)
         self._process.start()
         other.close()
 
@@ -66,11 +49,11 @@ class Worker:
         except (EOFError, OSError) as gone:
             self._process.join(5)
             raise RuntimeError(
-                f"{self.variant.name}: its process has ended (exit code {self._process.exitcode}); if it was "
+                f"{self.name}: its process has ended (exit code {self._process.exitcode}); if it was "
                 "killed, the memory did not suffice: measure fewer variants at a time"
             ) from gone
         if error is not None:
-            raise RuntimeError(f"{self.variant.name}: {error}")
+            raise RuntimeError(f"{self.name}: {error}")
         return result
 
     def close(self) -> None:
@@ -84,14 +67,18 @@ class Worker:
 class _Runner:
     """What a worker can be asked for."""
 
-    def __init__(self, variant: Variant, device: str, threads: int) -> None:
+    def __init__(self, name: str, folder: Path, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
         torch.randn(64, 64) @ torch.randn(64, 64)
-        before = psutil.Process().memory_info().rss
-        self.model = _load(variant, device)
+        self._before = psutil.Process().memory_info().rss
+        runtime, dtype = name.split()
+        config = {"quantization_config": FistaPackedConfig(runtime="packed")} if runtime == "packed" else {}
+        model: Any = read_model(str(folder), dtype=getattr(torch, dtype), **config)
+        for option in ("temperature", "top_p", "top_k"):
+            setattr(model.generation_config, option, None)  # of sampling, which greedy decoding would warn of
+        self.model: Any = nn.Module.to(model, device).eval()
         self.device = torch.device(device)
         release_free_memory(collect=True)
-        self._before = before
 
     def parameters(self) -> tuple[int, int]:
         """Size of the vocabulary, and bytes of all tensors of the state, each counted once."""
@@ -136,16 +123,7 @@ class _Runner:
         return time.perf_counter()
 
 
-def _load(variant: Variant, device: str) -> Any:
-    config = {"quantization_config": FistaPackedConfig(runtime="packed")} if variant.runtime == "packed" else {}
-    model = read_model(str(variant.folder), dtype=getattr(torch, variant.dtype), **config)
-    settings = model.generation_config
-    for name in ("temperature", "top_p", "top_k"):
-        setattr(settings, name, None)  # of sampling, which greedy decoding would warn of
-    return nn.Module.to(model, device).eval()
-
-
-def _serve(connection: Connection, variant: Variant, device: str, threads: int) -> None:
+def _serve(connection: Connection, *model: Any) -> None:
     warnings.simplefilter("ignore")
     runner: _Runner | None = None
     while True:
@@ -154,7 +132,7 @@ def _serve(connection: Connection, variant: Variant, device: str, threads: int) 
         except EOFError:
             return
         try:
-            runner = runner or _Runner(variant, device, threads)
+            runner = runner or _Runner(*model)
             connection.send((None, getattr(runner, name)(*arguments)))
         except Exception as error:
             connection.send((f"{type(error).__name__}: {error}", None))

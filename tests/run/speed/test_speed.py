@@ -10,7 +10,7 @@ from launched import forked_workers
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.speed.measure import measure_speed
 from optimum_fista.run.speed.speed_report import SpeedReport, SpeedSettings, draw_speed, speed_table
-from optimum_fista.run.speed.worker import Variant, Worker
+from optimum_fista.run.speed.worker import Worker
 
 SETTINGS = SpeedSettings(
     variants=["dense float32", "packed float32"],
@@ -74,7 +74,7 @@ def test_a_packed_folder_is_measured_dense_from_an_unpacked_one(saved, tmp_path)
 
 
 def test_a_worker_says_what_went_wrong(saved):
-    worker = Worker(Variant("dense float32", saved.folder, "float32", "dense"), "cpu", 1)
+    worker = Worker("dense float32", saved.folder, "cpu", 1)
     try:
         with pytest.raises(RuntimeError, match="dense float32: IndexError"):
             worker.ask("prefill", torch.tensor([[10**6]]))
