@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.correction import Correction
 from optimum_fista.model.experts import ExpertOperator, is_fused_experts
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.operator import LinearOperator
@@ -34,6 +37,7 @@ class Group:
     of_expert: bool
     sees_dense: bool  # their inputs are the dense network's
     last: bool  # a single one that compensates for the residual stream, to which its output is taken to be added
+    passes: int  # over the calibration tokens, in the network as pruned so far
 
     @property
     def outputs(self) -> int:
@@ -114,14 +118,44 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
                     of_experts.setdefault((id(operator.owner), operator.expert, operator.tensor), []).append(operator)
             groups: Counter[Group] = Counter()
             found = [*traced, *of_experts.values()]
-            for index, (first, *others) in enumerate(found):
-                rows = tuple(operator.shape[0] for operator in (first, *others))
+            alone = not of_experts and bool(traced) and len(traced[-1]) == 1
+            last = len(found) - 1 if alone and config.correction.residual_share > 0 else None
+            passes = _passes(layer, found, len(traced), config.correction, last)
+            for index, operators in enumerate(found):
+                first, rows = operators[0], tuple(operator.shape[0] for operator in operators)
                 share = shares.get(id(getattr(first.owner, first.tensor)))
-                dense = config.correction.sees_dense_inputs(index)
-                last = config.correction.residual_share > 0 and share is None and not others and index == len(found) - 1
-                pattern = config.pattern_for(first.name)
-                groups[Group(rows, first.shape[1], pattern, share or 1.0, share is not None, dense, last)] += 1
+                dense, pattern = config.correction.sees_dense_inputs(index), config.pattern_for(first.name)
+                of_expert, residual = share is not None, index == last
+                group = Group(rows, first.shape[1], pattern, share or 1.0, of_expert, dense, residual, passes[index])
+                groups[group] += 1
             num_active = sum(p.numel() * shares.get(id(p), 1.0) for p in layer.parameters())
             kinds[kind] = LayerKind(1, sum(p.nbytes for p in layer.parameters()), num_active, groups)
-    operators = {name: operator.shape for found in chosen.values() for name, operator in found.items()}
-    return Shapes(model, list(kinds.values()), operators, left_dense, fused_bytes)
+    shapes = {name: operator.shape for operators in chosen.values() for name, operator in operators.items()}
+    return Shapes(model, list(kinds.values()), shapes, left_dense, fused_bytes)
+
+
+def _passes(
+    layer: nn.Module, groups: Sequence[Sequence[LinearOperator]], of_all: int, correction: Correction, last: int | None
+) -> list[int]:
+    """How often the operators of each group are run on all tokens in the network as pruned so far.
+
+    The layer runs from its start to every group, once for all groups of experts, which come after the first `of_all`
+    groups; if hidden states leave it pruned, it runs to its end as well. A part of it that is finished runs once more,
+    and not even that if it ends with an operator: then this operator alone does (`model.finished_parts`).
+    """
+    runs = [index for index in range(min(len(groups), of_all + 1)) if not correction.sees_dense_inputs(index)]
+    if not correction.independent_layers and last is None:
+        runs.append(len(groups))
+    part_of = {module: part for part in layer.children() for module in part.modules()}
+    parts = [None if part_of[group[0].owner] is group[0].module else part_of[group[0].owner] for group in groups]
+    ends = {part: index for index, part in enumerate(parts)}  # the last group of each
+    found = []
+    for index, part in enumerate(parts):
+        later, end = [run for run in runs if run > index], ends[part]
+        if part is not None:
+            returned = groups[end][0].ends
+            again = index == end or returned is None or returned[0] is not part
+            later = [run for run in later if run <= end] + [run for run in later if run > end][:again]
+        # one that is fitted to the layer's output runs with the layer, and once more to see what it gives
+        found.append(len(later) + 2 * (index == last))
+    return found

@@ -1,4 +1,5 @@
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -94,6 +95,25 @@ def test_a_model_of_405_billion_parameters_needs_no_weights():
     forward = 2 * 128 * 2048 * estimate.operators["together"]["weights"]  # of the dense and the pruned network
     assert 2 * forward < flops(estimate, "forward passes") < 2.6 * forward
     assert estimate.seconds == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("options", [{}, {"residual_correction": 1.0}, {"error_correction": "intra"}])
+def test_operators_run_as_often_as_is_estimated(family, options):
+    """On most tokens: a few passes of one batch, which find out how a layer works, are not counted."""
+    config = FistaPruningConfig(method="wanda", **options)
+    model, ids = tiny_model(family), tiny_tokens().repeat(4, 1)
+    calls = Counter()
+    for name, module in model.model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    report = FistaPruner(config, progress=False).prune(model, ids.split(1))
+    estimate = estimated(model.config, config)
+    expected = Counter()
+    for kind in estimate.shapes.kinds:
+        for group, count in kind.groups.items():
+            expected[group.passes + estimate.records] += kind.count * count * len(group.rows)
+    names = [o.name.removesuffix(".weight").removeprefix("model.") for o in report.operators]
+    assert Counter(calls[name] // len(ids) for name in names) == expected
 
 
 def test_activations_wait_where_they_are_told_to():
