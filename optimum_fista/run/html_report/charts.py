@@ -98,20 +98,10 @@ def heat_map(
 
     runs = [(module, len(list(run))) for module, run in groupby(kind.rpartition(".")[0] for kind, _ in columns)]
     starts = accumulate((span for _, span in runs), initial=0)
-    return HeatMap(
-        name,
-        [(start, span, _lines(module, _LETTERS * span)) for start, (module, span) in zip(starts, runs, strict=False)],
-        [
-            (f"{kind} {summary}".strip(), _lines(kind.rpartition(".")[2]) + ([summary] if summary else []))
-            for kind, summary in columns
-        ],
-        [
-            (str(layer_index(layer)) if layer else "", [cell(layer, *column) for column in columns])
-            for layer in grid.layers
-        ],
-        text_of(low),
-        text_of(high),
-    )
+    groups = [(at, span, _lines(module, _LETTERS * span)) for at, (module, span) in zip(starts, runs, strict=False)]
+    names = [(f"{kind} {s}".strip(), _lines(kind.rpartition(".")[2]) + ([s] if s else [])) for kind, s in columns]
+    rows = [(str(layer_index(la)) if la else "", [cell(la, *column) for column in columns]) for la in grid.layers]
+    return HeatMap(name, groups, names, rows, text_of(low), text_of(high))
 
 
 def _lines(name: str, letters: int = _LETTERS) -> list[str]:

@@ -7,6 +7,7 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -72,9 +73,12 @@ def read_contents(
 
 def render_page(contents: ReportContents) -> str:
     """HTML of the page; everything that comes from files is escaped."""
-    loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         **{written.__name__: written for written in (share, error, count, duration, size)},
@@ -86,8 +90,10 @@ def render_page(contents: ReportContents) -> str:
     }
     report, zeros, rows = contents.report, contents.sparsities.operators, contents.sparsities.rows
     layers = [layer.name.rpartition(".")[2] for layer in report.layers]
-    with_outputs = [operator for operator in report.operators if operator.output_error is not None]
-    held_out = [operator for operator in report.operators if operator.held_out_fit_error is not None]
+    outputs = [operator for operator in report.operators if operator.output_error is not None]
+    unseen = [operator for operator in report.operators if operator.held_out_fit_error is not None]
+    grid = OperatorGrid.of(unseen)
+    heat = partial(heat_map, text_of=error, short_of=partial(error, digits=3, unknown="?"))
     memory = {
         name: [None if layer.memory is None else getattr(layer.memory, key) for layer in report.layers]
         for name, key in _KINDS_OF_MEMORY.items()
@@ -99,21 +105,10 @@ def render_page(contents: ReportContents) -> str:
         totals=report.totals,
         title=model_title(report),
         colours=range(STEPS),
-        errors=heat_map(
-            report.operators,
-            "fit error",
-            lambda o: o.fit_error,
-            error,
-            _short_error,
-            from_zero=True,
-        ),
-        output_errors=with_outputs
-        and heat_map(
-            with_outputs, "output error", lambda o: o.output_error or 0.0, error, _short_error, from_zero=True
-        ),
-        held_out=held_out
-        and heat_map(held_out, "held-out fit error over fit error", _held_out_ratio, error, _short_error),
-        held_out_kinds=_held_out_by_kind(held_out),
+        errors=heat(report.operators, "fit error", lambda o: o.fit_error, from_zero=True),
+        output_errors=outputs and heat(outputs, "output error", lambda o: o.output_error or 0.0, from_zero=True),
+        held_out=unseen and heat(unseen, "held-out fit error over fit error", lambda o: _held_out([o])[2]),
+        held_out_kinds=[(kind, *_held_out(grid.of_kind(kind))) for kind in grid.kinds],
         zeros=heat_map(report.operators, "zeros", lambda o: zeros[o.name], lambda value: share(value, 2), share),
         even=max(zeros.values()) - min(zeros.values()) < 5e-4,
         even_rows=all(parse_pattern(o.pattern).fixed or o.scope == "row" for o in report.operators),
@@ -131,29 +126,13 @@ def render_page(contents: ReportContents) -> str:
     )
 
 
-def _short_error(value: float) -> str:
-    return error(value, 3) if math.isfinite(value) else "?"
-
-
-def _held_out_ratio(operator: OperatorReport) -> float:
-    """Held-out error over calibration error."""
-    return _ratio(operator.held_out_fit_error or 0.0, operator.fit_error)
-
-
-def _held_out_by_kind(operators: Sequence[OperatorReport]) -> list[tuple[str, float, float, float]]:
-    """By kind of operator the mean errors on the calibration tokens and on those held out, and their ratio."""
-    grid, found = OperatorGrid.of(operators), []
-    for kind in grid.kinds:
-        fitted = fmean(o.fit_error for o in grid.of_kind(kind))
-        held_out = fmean(o.held_out_fit_error or 0.0 for o in grid.of_kind(kind))
-        found.append((kind, fitted, held_out, _ratio(held_out, fitted)))
-    return found
-
-
-def _ratio(held_out: float, fitted: float) -> float:
+def _held_out(operators: Sequence[OperatorReport]) -> tuple[float, float, float]:
+    """Mean fit errors on the calibration tokens and on those held out, and the second over the first."""
+    fitted = fmean(o.fit_error for o in operators)
+    unseen = fmean(o.held_out_fit_error or 0.0 for o in operators)
     if fitted > 0:
-        return held_out / fitted
-    return 1.0 if held_out == fitted else math.inf
+        return fitted, unseen, unseen / fitted
+    return fitted, unseen, 1.0 if unseen == fitted else math.inf
 
 
 def _perplexities(contents: ReportContents) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
@@ -185,9 +164,9 @@ def share(value: float, digits: int = 1) -> str:
     return f"{value:.{digits}%}" if math.isfinite(value) else "not finite"
 
 
-def error(value: float, digits: int = 4) -> str:
+def error(value: float, digits: int = 4, unknown: str = "not finite") -> str:
     """A relative error, `0.1234`."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
+    return f"{value:.{digits}f}" if math.isfinite(value) else unknown
 
 
 def count(value: int) -> str:
