@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,11 @@ class TrackingCallback(PruningCallback):
     """
 
     def __init__(self, tracker: Any) -> None:
-        self._log = _log_of(tracker)
+        if not hasattr(tracker, "add_scalar") and not hasattr(tracker, "log"):
+            raise ValueError(
+                f"tracker is a {type(tracker).__name__}: pass a SummaryWriter, or something with log(values, step=)."
+            )
+        self._tracker: Any = tracker  # `None` once it has failed
 
     def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:
         """Log the numbers of the layer."""
@@ -56,29 +60,14 @@ class TrackingCallback(PruningCallback):
                 if known:
                     values[f"{name}/{kind}"] = sum(known) / len(known)
         try:
-            self._log(values, index)
+            if hasattr(self._tracker, "add_scalar"):
+                for name, value in values.items():
+                    self._tracker.add_scalar(name, value, index)
+            elif self._tracker is not None:
+                self._tracker.log(values, step=index)
         except Exception as error:
             logger.warning("the tracker failed on decoder layer %d and is no longer used: %s", index, error)
-            self._log = _log_nothing
-
-
-def _log_of(tracker: Any) -> Callable[[Mapping[str, float], int], None]:
-    if hasattr(tracker, "add_scalar"):
-
-        def add_scalars(values: Mapping[str, float], step: int) -> None:
-            for name, value in values.items():
-                tracker.add_scalar(name, value, step)
-
-        return add_scalars
-    if hasattr(tracker, "log"):
-        return lambda values, step: tracker.log(dict(values), step=step)
-    raise ValueError(
-        f"tracker is a {type(tracker).__name__}: pass a SummaryWriter, or something with log(values, step=)."
-    )
-
-
-def _log_nothing(values: Mapping[str, float], step: int) -> None:
-    """For a tracker that has failed."""
+            self._tracker = None
 
 
 def require_tracker(name: str) -> None:
@@ -114,18 +103,11 @@ def open_tracker(name: str, folder: Path, run: str, config: Mapping[str, Any]) -
     """
     require_tracker(name)
     folder.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, dict[str, Any]] = {
-        "tensorboard": {"run_name": "", "logging_dir": str(folder)},
-        "trackio": {
-            "run_name": "optimum-fista",
-            "name": run,
-            "config": dict(config),
-            "resume": "allow",
-            "embed": False,
-        },
-    }
+    settings: dict[str, Any] = {"run_name": "", "logging_dir": str(folder)}
+    if name == "trackio":
+        settings = {"run_name": "optimum-fista", "name": run, "config": dict(config), "resume": "allow", "embed": False}
     PartialState()  # the trackers of Accelerate ask it which process writes to the log
-    tracker: Any = LOGGER_TYPE_TO_CLASS[name](**settings[name])
+    tracker: Any = LOGGER_TYPE_TO_CLASS[name](**settings)
     tracker.main_process_only = False  # among several processes each follows its own decoder layers
     with patch_environment(TRACKIO_DIR=folder.resolve()):
         tracker.start()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from optimum_fista.model.architecture import input_embedding
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.offload import input_device
 from optimum_fista.run.texts.positions import explained_length
@@ -96,17 +96,13 @@ def evaluate_perplexity(
     )
 
 
-def _embedding_weight(model: PreTrainedModel) -> torch.Tensor:
-    return cast(torch.Tensor, model.get_input_embeddings().weight)  # [vocabulary, hidden]
-
-
 def _check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.is_floating_point():
         raise ValueError(
             f"windows has shape {list(windows.shape)} and dtype {windows.dtype}; pass integer token ids with "
             "at least one window (first dimension) of at least two tokens (second dimension)."
         )
-    vocabulary = _embedding_weight(model).shape[0]
+    vocabulary = input_embedding(model).shape[0]
     smallest, largest = int(windows.min()), int(windows.max())
     if smallest < 0 or largest >= vocabulary:
         raise ValueError(
