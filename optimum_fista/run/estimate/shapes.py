@@ -130,8 +130,8 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
                 groups[group] += 1
             num_active = sum(p.numel() * shares.get(id(p), 1.0) for p in layer.parameters())
             kinds[kind] = LayerKind(1, sum(p.nbytes for p in layer.parameters()), num_active, groups)
-    shapes = {name: operator.shape for operators in chosen.values() for name, operator in operators.items()}
-    return Shapes(model, list(kinds.values()), shapes, left_dense, fused_bytes)
+    named = {name: operator.shape for those in chosen.values() for name, operator in those.items()}
+    return Shapes(model, list(kinds.values()), named, left_dense, fused_bytes)
 
 
 def _passes(
