@@ -234,9 +234,10 @@ class Estimate:
             widths = sum(g.outputs + g.columns for g in kind.groups if not g.of_expert)
             # A token's forward pass; attention (half of all pairs of tokens) is half as fast as products.
             token = work(2 * kind.num_active + 4 * self.length * self.hidden, moved_bytes=4.5 * self.value * widths)
-            sizes = {g: count * g.outputs * g.columns * g.share for g, count in kind.groups.items()}
-            again = sum(g.passes * size for g, size in sizes.items()) / max(1.0, sum(sizes.values()))
-            passes = (self.records or config.finetune is not None) + again  # of the dense network, of the pruned one
+            # In the pruned network, what is not pruned is taken to run once.
+            again = float(any(g.passes for g in kind.groups))
+            more = sum((g.passes - again) * n * g.outputs * g.columns * g.share for g, n in kind.groups.items())
+            passes = (self.records or config.finetune is not None) + again + more / kind.num_active
             stages["forward passes"] += token * (kind.count * (self.tokens * passes + 3 * self.batch))
             stages["allocation"] += token * (kind.count * 3 * gradients)  # forwards, again, and backwards
             for g, count in kind.groups.items():
