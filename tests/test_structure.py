@@ -5,7 +5,7 @@ import ast
 import pytest
 from structure import BEGIN, END, PAGE, first_line, importers, modules, tree
 
-SINGLE_IMPORTERS = 30
+SINGLE_IMPORTERS = 29
 """Modules of `optimum_fista` that only one other imports, commands, methods and patterns aside."""
 
 
