@@ -53,14 +53,17 @@ def skip(module, args, kwargs, output):
 def expected_logits(model, plan, kept):
     """Logits of the model of full size, with columns set to zero, experts never chosen and decoder layers skipped."""
     model = copy.deepcopy(model)
-    parameters = dict(model.named_parameters())
+    tensors = dict(model.state_dict())  # they share the model's memory
     has_experts = False
     for name, part in plan.parts.items():
         if f"{name}.weight" in part.tensors:
-            weight = parameters[f"{name}.weight"]
-            weight.data = part.without_columns(weight.data, kept[name])
-        else:
-            has_experts = True
+            tensors[f"{name}.weight"].copy_(part.without_columns(tensors[f"{name}.weight"], kept[name]))
+            continue
+        has_experts = True
+        gone = torch.tensor(sorted(set(range(part.groups)).difference(kept[name])))
+        for key, axis in part.tensors.items():
+            if "bias" in key and not key.startswith(name):  # added to the scores of experts
+                tensors[key].index_fill_(axis, gone, -torch.inf)
     for index, layer in enumerate(find_decoder_layers(model).modules):
         if index not in plan.layers:
             layer.register_forward_hook(skip, with_kwargs=True)
