@@ -61,7 +61,7 @@ def expected_logits(model, plan, kept):
             continue
         has_experts = True
         gone = torch.tensor(sorted(set(range(part.groups)).difference(kept[name])))
-        for key, axis in part.tensors.items():
+        for key, (axis, _) in part.tensors.items():
             if "bias" in key and not key.startswith(name):  # added to the scores of experts
                 tensors[key].index_fill_(axis, gone, -torch.inf)
     for index, layer in enumerate(find_decoder_layers(model).modules):

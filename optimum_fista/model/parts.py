@@ -39,7 +39,8 @@ class Part:
             they are not columns, and the name is that of the module that holds their matrices.
         groups: Number of groups.
         width: Columns of a group: 1 for channels; for heads, the columns of the query heads of one key-value head.
-        tensors: Names of the tensors that shrink, each with the axis on which the groups follow one another.
+        tensors: Names of the tensors that shrink, each with the axis of the groups, and how often all groups follow one
+            another on it: twice if a gate and an up projection are one matrix, else once.
         equal_runs: The groups form this many runs of equal length, of which each must keep the same number of groups
             (experts whose router chooses runs first).
     """
@@ -47,7 +48,7 @@ class Part:
     name: str
     groups: int
     width: int
-    tensors: Mapping[str, int]
+    tensors: Mapping[str, tuple[int, int]]
     equal_runs: int = 1
 
     def kept_by(self, mask: Tensor) -> tuple[int, ...]:
@@ -85,13 +86,19 @@ class Part:
 
     def shrink(self, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """A copy of one of `tensors` that holds only the groups `kept`."""
-        axis = self.tensors[name]
+        axis, repeats = self.tensors[name]
         index = torch.as_tensor(kept, device=tensor.device)
-        return tensor.unflatten(axis, (self.groups, -1)).index_select(axis, index).flatten(axis, axis + 1)
+        by_group = tensor.unflatten(axis, (repeats, self.groups, -1))
+        return by_group.index_select(axis + 1, index).flatten(axis, axis + 2)
+
+    def shrunk_shape(self, name: str, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+        """The shape of one of `tensors` that holds `count` groups."""
+        axis, _ = self.tensors[name]
+        return (*shape[:axis], shape[axis] // self.groups * count, *shape[axis + 1 :])
 
     def without_columns(self, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """A copy of the operator's weight, as stored, with zeros in the columns of all groups but `kept`."""
-        axis = self.tensors[f"{self.name}.weight"]
+        axis, _ = self.tensors[f"{self.name}.weight"]
         gone = sorted(set(range(self.groups)).difference(int(group) for group in kept))
         index = torch.tensor(gone, dtype=torch.int64, device=tensor.device)
         return tensor.unflatten(axis, (self.groups, -1)).index_fill(axis, index, 0).flatten(axis, axis + 1)
@@ -142,13 +149,16 @@ def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:
       q, k and v.
     - `"experts"`: experts of mixtures, with their outputs of the router.
 
+    Shapes do not tell in which order a matrix keeps its rows. Those of a head are taken to be together, and a gate and
+    an up projection in one matrix to follow one another. `shrinking.require_same_outputs` proves it.
+
     Args:
         model: On any device, meta included. It is not changed.
         kind: What is looked for.
 
     Raises:
         UnsupportedArchitectureError: If the configuration has no number for it; if the number changes other tensors
-            as well, such as a norm over all channels; or if the order of rows is not certain (q, k, v in one matrix).
+            as well, such as a norm over all channels; or if q, k and v are one matrix.
     """
     reasons = [f"{name} {why}" for name, why in shared_weights(find_decoder_layers(model)).items()][:1]
     for number in () if reasons else _numbers(text_config(model.config), kind):
@@ -169,7 +179,6 @@ class _Number:
         kind: Of what.
         words: What it is called, and its values. Without a value the model chooses it.
         groups: The number of groups. Without it there are as many as an operator has columns.
-        query_heads: Query heads of a group.
         constants: `Parts.constants`.
         equal_runs: `Part.equal_runs`.
         at_least: `Parts.at_least`.
@@ -178,7 +187,6 @@ class _Number:
     kind: Kind
     words: Mapping[str, int | None]
     groups: int | None = None
-    query_heads: int = 1
     constants: Mapping[str, int] = field(default_factory=dict)
     equal_runs: int = 1
     at_least: int = 1
@@ -210,7 +218,7 @@ def _numbers(config: PreTrainedConfig, kind: Kind) -> Iterator[_Number]:
             words = {word: value} | ({"num_key_value_heads": groups} if hasattr(config, "num_key_value_heads") else {})
             # stated from now on, because else it would be computed from the number of heads
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // value
-            yield _Number(kind, words, groups, value // groups, {"head_dim": head_dim})
+            yield _Number(kind, words, groups, {"head_dim": head_dim})
         elif kind == "experts" and value:
             runs = getattr(config, "n_group", None) or 1
             chosen = getattr(config, "topk_group", None) or runs
@@ -264,7 +272,7 @@ def _operators(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], num
     """The parts of a decoder layer that are columns of a linear operator.
 
     Raises:
-        UnsupportedArchitectureError: If the rows that compute their inputs are not certain.
+        UnsupportedArchitectureError: If the rows that compute their inputs can't be told.
     """
     shapes = {name: shape for name, shape in shapes_of(dense).items() if name in axes and name.startswith(prefix)}
     owners = {name: name.rpartition(".")[0] for name in shapes}
@@ -273,28 +281,25 @@ def _operators(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], num
     weights = [n for n, o in linear.items() if n.endswith(".weight") and axes[n] == (0 if o.transposed else 1)]
     for weight in weights:
         operator, columns = owners[weight], shapes[weight][axes[weight]]
-        groups, heads = number.groups or columns, number.query_heads
-        width = columns // groups
+        groups = number.groups or columns
         # The inputs come from the same module, unless there is one operator only: BERT's MLP has two modules.
         siblings = prefix if len(weights) == 1 else operator.rpartition(".")[0] + "."
         rows = [name for name in shapes if name not in weights and name.startswith(siblings)]
+        feeders = [name for name in rows if name.endswith(".weight") and name in linear]
+        if len(feeders) < (2 if number.kind == "heads" else 1):
+            raise UnsupportedArchitectureError(
+                f"beside {operator} there is {' and '.join(feeders) or 'no projection'}, in which rows of one group "
+                "can't be told"
+            )
         for name in rows:
-            size = shapes[name][axes[name]]
             own = len(shapes[name]) == 1 and operator.startswith(f"{owners[name]}.")  # such as attention sinks
-            if name not in linear and not own:
+            if (name not in linear and not own) or shapes[name][axes[name]] % groups:
                 raise UnsupportedArchitectureError(
                     f"{name} ({type(modules[name]).__name__}) works on all inputs of {operator} together"
                 )
-            if size not in {groups * each for each in ((width, width // heads) if name in linear else ()) + (heads, 1)}:
-                raise UnsupportedArchitectureError(
-                    f"{name} has {size} rows for the {columns} columns of {operator}, in an order that is not certain"
-                )
-        feeders = [name for name in rows if name.endswith(".weight")]
-        if len(feeders) < (3 if number.kind == "heads" else 1):
-            raise UnsupportedArchitectureError(
-                f"the inputs of {operator} are not all computed beside it, but by {', '.join(feeders) or 'others'}"
-            )
-        yield Part(operator, groups, width, {name: axes[name] for name in (weight, *rows)})
+        repeats = {name: shapes[name][axes[name]] // groups if number.kind == "channels" else 1 for name in rows}
+        tensors = {weight: (axes[weight], 1)} | {name: (axes[name], repeats[name]) for name in rows}
+        yield Part(operator, groups, columns // groups, tensors)
 
 
 def _mixtures(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], number: _Number) -> Iterator[Part]:
@@ -314,7 +319,7 @@ def _mixtures(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], numb
         )
     for name in fused:
         assert number.groups is not None
-        yield Part(name, number.groups, 1, {name: axes[name] for name in shrinking}, number.equal_runs)
+        yield Part(name, number.groups, 1, {each: (axes[each], 1) for each in shrinking}, number.equal_runs)
 
 
 def described_model(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:

@@ -266,8 +266,7 @@ def _require_described(dense: PreTrainedModel, plan: Shrinking) -> None:
     for name, shape in shapes_of(dense).items():
         new, part = plan.new_name(name), plan.part_of(name)
         if part is not None:
-            axis = part.tensors[name]
-            shape = (*shape[:axis], shape[axis] // part.groups * plan.counts[part.name], *shape[axis + 1 :])
+            shape = part.shrunk_shape(name, shape, plan.counts[part.name])
         if new is not None:
             left[new] = shape
     described = shapes_of(plan.model)
