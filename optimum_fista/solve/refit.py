@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.cholesky import damped_cholesky
-from optimum_fista.solve.problem import inner_by_rows
+from optimum_fista.solve.problem import LayerProblem, inner_by_rows
+from optimum_fista.solve.splitting import ridge_problem
+
+_DEPENDENT_TOKENS = 8.0
+"""Tokens that tell as much as one that is independent of all others: neighbours are alike, and a few are large.
+
+On held-out tokens of SmolLM2-135M the error was least with 8 or 16 of 4, 8 and 16, for the down projection and for the
+attention's output projection.
+"""
+_LEAST_RIDGE, _MOST_RIDGE = 1e-5, 1.0
 
 
 def refit(
@@ -79,20 +88,43 @@ def refit(
     return weight, steps
 
 
-def refit_columns(gram: Tensor, target: Tensor, kept: Tensor) -> tuple[Tensor, str]:
-    """Minimize `1/2 <W G, W> - <W, C>` over weights whose columns outside `kept` are zero, exactly.
+def refit_columns(problem: LayerProblem, kept: Tensor, ridge: float | None = None) -> tuple[Tensor, str]:
+    """Least squares over weights whose columns outside `kept` are zero, with a ridge towards the dense weights.
 
-    All rows share one linear system, `W_K G_KK = C_K`, and its Cholesky factor.
+    It minimizes `|| W* X* - Y ||_F^2 + r sum_ij G_jj (W*_ij - W_ij)^2` exactly: all rows share one linear system, and
+    its Cholesky factor. The more inputs are removed, the more the others have to change, and the more these changes
+    follow the noise of the calibration tokens. The ridge is therefore that of Hoerl, Kennard & Baldwin (1975), number
+    of inputs times variance of the noise over squared norm of the change. In units of the diagonal it is
+
+        r = 8 p / N * e / (e0 - e),   e = e_K / (1 - p / N),   at most 1,
+
+    with p kept inputs, N tokens, of which eight count as one, the squared error `e_K` of the refit without a ridge, and
+    `e0` of the dense weights without their removed columns. Removed inputs that the others can stand for exactly leave
+    no error, and so no ridge. With no more tokens than inputs r is 1.
 
     Args:
-        gram: `G` [in, in], symmetric positive definite.
-        target: `C` [out, in].
+        problem: The layer problem.
         kept: Boolean [in], True = kept.
+        ridge: r, if it is known.
 
     Returns:
         Weights [out, in], and the message of a factorisation that needed help (`damped_cholesky`).
     """
     places = kept.nonzero().flatten()
-    factor, message = damped_cholesky(lambda: gram.index_select(0, places).index_select(1, places), 0.0)
-    solved = torch.cholesky_solve(target.index_select(1, places).mT, factor)
-    return torch.zeros_like(target).index_copy_(1, places, solved.mT), message
+
+    def solve(ridge: float) -> tuple[Tensor, str]:
+        gram, target, scale = ridge_problem(problem, problem.statistics.diagonal * ridge)
+        factor, message = damped_cholesky(lambda: gram.index_select(0, places).index_select(1, places), 0.0)
+        solved = torch.cholesky_solve(target.index_select(1, places).mT, factor)
+        return torch.zeros_like(target).index_copy_(1, places, solved.mT).mul_(scale), message
+
+    if ridge is None:
+        share = len(places) / max(1, problem.statistics.num_tokens)
+        ridge = _MOST_RIDGE
+        if share < 1:
+            plain, _ = solve(_LEAST_RIDGE)
+            error = problem.squared_error(plain) / (1 - share)
+            explained = problem.squared_error(problem.weight * kept) - error
+            if explained > 0:
+                ridge = min(_MOST_RIDGE, max(_LEAST_RIDGE, _DEPENDENT_TOKENS * share * error / explained))
+    return solve(ridge)

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 from layer_problems import Example, example
-from sklearn.linear_model import Lasso
+from sklearn.linear_model import Lasso, MultiTaskLasso
 
+from optimum_fista.solve.patterns import Columns
 from optimum_fista.solve.proximal_gradient import FistaSolution, fista, soft_threshold
 
 FRACTIONS = [0.5, 0.1, 0.01, 1e-3]
@@ -290,3 +291,50 @@ def test_float32_solves_to_float32_accuracy():
         gram, inputs, torch.zeros(6, 10).double(), l1_penalty, exact.statistics.lipschitz * 10, max_iterations=50_000
     ).weight
     assert torch.allclose(weight.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def solved_in_groups(made: Example, width: int, penalty: float) -> torch.Tensor:
+    """The minimizer of `1/2 || W* X* - Y ||^2 + penalty * sum_g || W*_:,g ||_F`."""
+    problem = made.problem
+    solution = fista(
+        problem.gram,
+        problem.target,
+        problem.weight,
+        penalty,
+        problem.statistics.lipschitz,
+        max_iterations=50_000,
+        tolerance=1e-14,
+        restart=True,
+        shrink=Columns(0.5, width=width).shrink,
+    )
+    assert solution.converged
+    return solution.weight
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("fraction", [0.9, 0.5, 0.1, 0.01])
+def test_optimality_conditions_of_the_group_penalty(fraction, width, corrected):
+    made = example(6, 12, corrected=corrected)
+    critical = Columns(0.5, width=width).dual_norm(made.problem.target)
+    weight = solved_in_groups(made, width, fraction * critical)
+    groups, gradients = (m.split(width, dim=1) for m in (weight, made.problem.gradient(weight)))
+    norms = torch.stack([group.norm() for group in groups])
+    assert bool((norms > 0).any())
+    assert fraction < 0.5 or not bool((norms > 0).all())
+    for group, gradient, norm in zip(groups, gradients, norms, strict=True):
+        if norm > 0:
+            assert (gradient + fraction * critical * group / norm).norm() <= 1e-9 * critical
+        else:
+            assert gradient.norm() <= fraction * critical * (1 + 1e-12)
+    assert not solved_in_groups(made, width, critical * (1 + 1e-9)).any()
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("fraction", [0.5, 0.1, 0.01])
+def test_columns_agree_with_scikit_learn(fraction, corrected):
+    made = example(6, 12, corrected=corrected)
+    penalty, tokens = fraction * Columns(0.5).dual_norm(made.problem.target), len(made.inputs)
+    oracle = MultiTaskLasso(alpha=penalty / tokens, fit_intercept=False, tol=1e-14, max_iter=100_000)
+    oracle.fit(made.inputs.numpy(), made.outputs.numpy())
+    assert np.allclose(solved_in_groups(made, 1, penalty).numpy(), oracle.coef_, atol=1e-8)

@@ -5,7 +5,9 @@ import torch
 from layer_problems import Example, example
 
 from optimum_fista.solve.patterns import parse_pattern
-from optimum_fista.solve.refit import refit
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.refit import refit, refit_columns
+from optimum_fista.solve.statistics import InputStatistics
 
 
 def random_mask(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -128,3 +130,72 @@ def test_inputs_that_are_always_zero_do_no_harm():
     alive = [0, 1, 3, 4, 6, 7]
     assert torch.allclose(weight[:, alive], made.weight[:, alive], rtol=1e-8, atol=1e-9)
     assert (weight[:, [2, 5]] == 0).all()
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("ridge", [1e-12, 0.3])
+def test_whole_columns_are_refitted_exactly(ridge, corrected):
+    made = example(7, 12, corrected=corrected)
+    kept = torch.arange(12) % 3 != 1
+    weight, message = refit_columns(made.problem, kept, ridge)
+    # The ridge as tokens: each has one input only, and wants what the dense weights make of it.
+    extra = (ridge * made.problem.gram.diagonal()).sqrt().diag()
+    inputs, outputs = torch.cat([made.inputs, extra]), torch.cat([made.outputs, extra @ made.weight.T])
+    best = torch.linalg.lstsq(inputs[:, kept], outputs).solution.T
+    assert torch.allclose(weight[:, kept], best, rtol=1e-8, atol=1e-9)
+    assert (weight[:, ~kept] == 0).all()
+    assert message == ""
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_ridge_of_whole_columns_is_that_of_the_noise(corrected):
+    made = example(7, 12, tokens=200, corrected=corrected)
+    kept = torch.arange(12) % 3 != 1
+    inputs = made.inputs[:, kept]
+    rest = made.outputs - inputs @ torch.linalg.lstsq(inputs, made.outputs).solution
+    error = float(rest.square().sum()) / (1 - 8 / 200)
+    ridge = 8 * (8 / 200) * error / (made.squared_error(made.weight * kept) - error)
+    assert 0.01 < ridge < 1
+    chosen, given = refit_columns(made.problem, kept)[0], refit_columns(made.problem, kept, ridge)[0]
+    assert torch.allclose(chosen, given, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(chosen, refit_columns(made.problem, kept, 1.5 * ridge)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_copy_of_an_input_takes_over_without_a_ridge():
+    made = example(7, 12, tokens=200)
+    inputs = made.inputs.clone()
+    inputs[:, 3] = inputs[:, 5]
+    problem = LayerProblem(made.weight, InputStatistics(inputs.T @ inputs, 200))
+    weight, _ = refit_columns(problem, torch.arange(12) != 3)
+    expected = made.weight.clone()
+    expected[:, 5] += expected[:, 3]
+    expected[:, 3] = 0
+    assert torch.allclose(weight, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [3, 8])
+def test_fewer_tokens_than_inputs_get_the_highest_ridge(tokens):
+    made, kept = example(7, 12, tokens=tokens), torch.arange(12) > 3
+    assert torch.equal(refit_columns(made.problem, kept)[0], refit_columns(made.problem, kept, 1.0)[0])
+
+
+def test_held_out_tokens_gain_from_the_chosen_ridge():
+    ratios = []
+    for seed in range(5):
+        made = example(32, 48, tokens=1000, seed=seed, correlation=2.0, corrected=True)
+        inputs, outputs = (part[:60].repeat(8, 1) for part in (made.inputs, made.outputs))  # eight alike
+        statistics = InputStatistics(inputs.T @ inputs, 480)
+        problem = LayerProblem(made.weight, statistics, outputs.T @ inputs, outputs.square().sum(0))
+        kept = torch.arange(48) % 4 != 0
+        weights = refit_columns(problem, kept)[0], refit_columns(problem, kept, 1e-5)[0]
+        errors = [(made.inputs[60:] @ weight.T - made.outputs[60:]).norm() for weight in weights]
+        ratios.append(float(errors[0] / errors[1]))
+    assert max(ratios) < 1
+    assert sum(ratios) / len(ratios) < 0.9
+
+
+def test_a_singular_refit_says_that_it_was_damped():
+    made = example(7, 12, tokens=4)
+    weight, message = refit_columns(made.problem, torch.arange(12) > 1, 1e-18)
+    assert message.startswith("the Gram matrix needed damping 0.0001 instead of 0")
+    assert made.squared_error(weight) < 1e-3 * float(made.outputs.square().sum())

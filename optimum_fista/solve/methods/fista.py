@@ -17,7 +17,7 @@ from optimum_fista.solve.penalty import search_penalty
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.proximal_gradient import FistaSolution, fista
 from optimum_fista.solve.pruned import Convergence, PrunedOperator
-from optimum_fista.solve.refit import refit
+from optimum_fista.solve.refit import refit, refit_columns
 
 WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt"]
 
@@ -39,7 +39,8 @@ class Fista(PruningMethod):
         patience: Trials without improvement, the paper's T.
         max_trials: Trials at most; the paper names no limit.
         rounding_share: Share of the rounding error above which the penalty rises, the paper's xi.
-        refit_iterations: Conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing.
+        refit_iterations: Conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing. Whole columns
+            are refitted exactly instead (`refit_columns`).
         restart: Adaptive restart of FISTA's momentum; the paper has none.
         momentum: FISTA's extrapolation; without it the steps are ISTA's.
     """
@@ -96,23 +97,28 @@ class Fista(PruningMethod):
             patience=self.patience,
             max_trials=self.max_trials,
         )
-        weight, steps = refit(
-            problem.gram,
-            problem.target,
-            found.weight,
-            found.mask,
-            max_iterations=self.refit_iterations,
-            singular=True,
-        )
+        steps, refitted = 0, ""
+        if pattern.column_width is not None and self.refit_iterations:
+            weight, refitted = refit_columns(problem, found.mask[0])
+        else:
+            weight, taken = refit(
+                problem.gram,
+                problem.target,
+                found.weight,
+                found.mask,
+                max_iterations=self.refit_iterations,
+                singular=True,
+            )
+            steps = int(taken)
         advice = "" if found.converged else f"FISTA stopped at max_iterations={self.max_iterations}: try more"
         return PrunedOperator(
             weight,
             found.mask,
             problem.fit_error(weight),
-            iterations=found.iterations + int(steps),
+            iterations=found.iterations + steps,
             l1_penalty=found.l1_penalty,
-            converged=found.converged and rounded.converged,
-            message="; ".join(filter(None, (rounded.message, advice))),
+            converged=found.converged and rounded.converged and not refitted,
+            message="; ".join(filter(None, (rounded.message, advice, refitted))),
             convergence=Convergence.of("relative change of the weights in a FISTA step", found.changes),
         )
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from optimum_fista.solve.cholesky import damped_cholesky, diagonal_blocks, inverse_in_place
 from optimum_fista.solve.method import PruningMethod, register
-from optimum_fista.solve.methods.obs_admm import ObsAdmm
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
@@ -26,12 +25,12 @@ _PENDING = 64
 class GreedyObs(PruningMethod):
     """Remove the group of columns that costs least, let the others compensate for it, and repeat.
 
-    1. Ridge towards the dense weights as in `obs_admm`, and the best dense weights `W = C_r G_r^-1`; `H = G_r`.
+    1. A small ridge towards the dense weights, `H = G + d diag(G)`, and the best weights `W = (C + d W diag(G)) H^-1`.
     2. Removing group g and re-optimising all other columns increases the squared error by
        `tr(W_g ([H^-1]_gg)^-1 W_g^T)` (ZipLM). The group with the least increase goes:
        `W -= W_g ([H^-1]_gg)^-1 [H^-1]_g,:` and `H^-1 -= [H^-1]_:,g ([H^-1]_gg)^-1 [H^-1]_g,:`.
-    3. The kept columns are solved for once more, by a Cholesky factorisation of their Gram matrix, so that what the
-       updates lost in float32 decides only which columns are kept.
+    3. The kept columns are solved for once more (`refit_columns`), so that what the updates lost in float32 decides
+       only which columns are kept.
 
     Both updates have the form `A -= B Z^T` with the same few columns `Z`. They wait until there are 64, and meanwhile
     only the columns and the diagonal that the next step reads are made: the result is the same up to rounding.
@@ -40,17 +39,20 @@ class GreedyObs(PruningMethod):
     that is left, and no division is by a small number.
 
     Attributes:
-        ridge: As in `obs_admm`: a fraction of the Gram matrix's diagonal, or `None` for `ridge_tokens`.
-        ridge_tokens: As in `obs_admm`.
+        damping: `d` of step 1. It is small, because a large one hides that columns can stand for each other.
+        ridge: Ridge of step 3, a fraction of the Gram matrix's diagonal; `None`: what `refit_columns` chooses.
     """
 
+    damping: float = 1e-3
     ridge: float | None = None
-    ridge_tokens: float = 1.5
     name: ClassVar[str] = "greedy_obs"
     takes_weights: ClassVar[bool] = False  # rows that differ would need an inverse each
 
     def __post_init__(self) -> None:
-        ObsAdmm(ridge=self.ridge, ridge_tokens=self.ridge_tokens)  # refuses what makes no sense
+        if not self.damping > 0:
+            raise ValueError(f"damping={self.damping!r}: pass a positive fraction of the diagonal, such as 1e-3.")
+        if self.ridge is not None and not self.ridge > 0:
+            raise ValueError(f"ridge={self.ridge!r}: pass a positive number, or None.")
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`, which must be one of whole columns.
@@ -64,17 +66,14 @@ class GreedyObs(PruningMethod):
         pattern.require_shape((rows, columns), problem.name)
         width = pattern.column_width or 1
         problem = problem.decoupled()
-        statistics = problem.statistics
-        ridge = ObsAdmm(ridge=self.ridge, ridge_tokens=self.ridge_tokens).ridge_of(statistics.num_tokens, columns)
-        gram, target, scale = ridge_problem(problem, statistics.diagonal * ridge)
+        gram, target, _ = ridge_problem(problem, problem.statistics.diagonal * self.damping)
         factor, message = damped_cholesky(gram.clone, 0.0)
         inverse = inverse_in_place(factor)
         count = (columns - pattern.num_kept((1, columns))) // width
         kept, costs = _remove_groups(inverse, target @ inverse, width, count)
         if not bool(torch.isfinite(costs).all()):
             raise torch.linalg.LinAlgError(f"{problem.name}: the error of removing a column is NaN or Inf.")
-        weight, refit_message = refit_columns(gram, target, kept)
-        weight.mul_(scale)
+        weight, refit_message = refit_columns(problem, kept, self.ridge)
         message = "; ".join(dict.fromkeys(filter(None, (message, refit_message))))
         return PrunedOperator(
             weight,

@@ -36,8 +36,8 @@ class ObsAdmm(PruningMethod):
        gradient `g_j`). Swapping j for i pays if `g_j^2 / s_j > w_i^2 / h_i`, with the inverse diagonal `h` of the
        kept weights' Gram matrix and the Schur complement `s_j`. In these coordinates `h <= 1 <= s`, both near 1, so
        that `rho` a little above 1 swaps what pays to swap, and a dozen iterations are enough.
-    4. Refit of the kept weights by conjugate gradients on the ridge problem; by a Cholesky factorisation if whole
-       columns are kept.
+    4. Refit of the kept weights by conjugate gradients on the ridge problem. Whole columns are refitted exactly
+       (`refit_columns`), with a ridge of their own unless `ridge` is given.
 
     The working set, besides the problem, is one matrix of the operators' shape and one of the Gram matrix's, in
     float32, masks of a byte a weight, and four blocks of rows (`solve.blocks.row_blocks`).
@@ -94,11 +94,10 @@ class ObsAdmm(PruningMethod):
         states = [SplitState(_SurgeonTarget(p, penalty, surgeon), surgeon.weight(p.weight)) for p in problems]
         # Steps 3 and 4.
         split_in_stages(copy, states, patterns, self.rhos, self.iterations)
-        steps, refitted = self._refit(copy(), states, patterns)
-        message = "; ".join(dict.fromkeys(filter(None, (message, refitted))))
+        steps = self._refit(copy(), [s for s, p in zip(states, patterns, strict=True) if p.column_width is None])
         return [
-            self._finish(problem, state, surgeon, steps, message)
-            for problem, state in zip(problems, states, strict=True)
+            self._finish(problem, pattern, state, surgeon, steps, message)
+            for problem, pattern, state in zip(problems, patterns, states, strict=True)
         ]
 
     def ridge_of(self, num_tokens: int, num_inputs: int) -> float:
@@ -114,19 +113,12 @@ class ObsAdmm(PruningMethod):
         ratio = (self.last_rho / self.first_rho) ** (1 / max(1, self.stages - 1))
         return [self.first_rho * ratio**stage for stage in range(self.stages)]
 
-    def _refit(
-        self, gram: Tensor, states: Sequence[SplitState], patterns: Sequence[SparsityPattern]
-    ) -> tuple[int, str]:
-        """Refit in surgeon coordinates, in place; returns the most steps taken, and the message of a factorisation."""
-        taken, messages = [torch.zeros((), dtype=torch.int64, device=gram.device)], []
-        for state, pattern in zip(states, patterns, strict=True):
+    def _refit(self, gram: Tensor, states: Sequence[SplitState]) -> int:
+        """Refit in surgeon coordinates, a block of rows at a time, in place; returns the most steps taken."""
+        taken = [torch.zeros((), dtype=torch.int64, device=gram.device)]
+        for state in states:
             assert state.mask is not None
-            if pattern.column_width is not None and self.refit_iterations:
-                state.point, message = refit_columns(gram, state.target[:], state.mask[0])
-                messages.append(message)
-                continue
             for rows in row_blocks(state.point):
-                # The block of the target is a new matrix and the point becomes the weights: both may be used up.
                 _, steps = refit(
                     gram,
                     state.target[rows],
@@ -136,15 +128,24 @@ class ObsAdmm(PruningMethod):
                     in_place=True,
                 )
                 taken.append(steps)
-        # One wait for all blocks.
-        return int(torch.stack(taken).max()), "; ".join(filter(None, messages))
+        return int(torch.stack(taken).max())
 
     def _finish(
-        self, problem: LayerProblem, state: SplitState, surgeon: _SurgeonCoordinates, steps: int, message: str
+        self,
+        problem: LayerProblem,
+        pattern: SparsityPattern,
+        state: SplitState,
+        surgeon: _SurgeonCoordinates,
+        steps: int,
+        message: str,
     ) -> PrunedOperator:
-        """Scale back."""
+        """Back in the problem's own coordinates; whole columns are refitted there."""
         assert state.mask is not None
-        weight = surgeon.back(state.point)
+        if pattern.column_width is not None and self.refit_iterations:
+            weight, refitted = refit_columns(problem, state.mask[0], self.ridge)
+            message = "; ".join(dict.fromkeys(filter(None, (message, refitted))))
+        else:
+            weight = surgeon.back(state.point.mul_(state.mask))
         return PrunedOperator(
             weight,
             state.mask,

@@ -23,7 +23,7 @@ def test_equals_brute_force(width, groups, corrected, seed):
     for count in range(groups - 1, 0, -1):
         errors = [least_error(made, [g for g in kept if g != removed], width) for removed in kept]
         kept.pop(errors.index(min(errors)))
-        pruned = GreedyObs(ridge=1e-12).prune(made.problem, Columns.keeping(count, groups, width))
+        pruned = GreedyObs(damping=1e-12, ridge=1e-12).prune(made.problem, Columns.keeping(count, groups, width))
         assert pruned.mask[0, ::width].nonzero().flatten().tolist() == kept
         assert made.squared_error(pruned.weight) == pytest.approx(min(errors), rel=1e-7)
         assert pruned.iterations == groups - count
@@ -60,7 +60,7 @@ def test_copies_of_columns_are_removed_for_free(width):
     inputs = inputs.flatten(1)
     groups = 24 // width
     problem = LayerProblem(made.weight, InputStatistics(inputs.T @ inputs, 400))
-    pruned = GreedyObs(ridge=1e-5).prune(problem, Columns.keeping(groups - 2, groups, width))
+    pruned = GreedyObs().prune(problem, Columns.keeping(groups - 2, groups, width))
     removed = (~pruned.mask[0, ::width]).nonzero().flatten().tolist()
     assert (removed[0] in (0, 1), removed[1] in (3, 4), len(removed)) == (True, True, 2)
     assert pruned.fit_error < 1e-4
@@ -101,6 +101,7 @@ def test_patterns_of_single_weights_are_refused():
     assert "greedy_obs" not in str(refused.value).partition("take")[2]
 
 
-def test_options_are_validated():
-    with pytest.raises(ValueError, match=r"ridge=-1\.0: pass a positive number"):
-        GreedyObs(ridge=-1.0)
+@pytest.mark.parametrize("option", ["damping", "ridge"])
+def test_options_are_validated(option):
+    with pytest.raises(ValueError, match=rf"{option}=-1\.0: pass a positive"):
+        GreedyObs(**{option: -1.0})

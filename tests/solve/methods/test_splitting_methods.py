@@ -8,7 +8,8 @@ from layer_problems import example
 from live_memory import LiveMemory
 
 from optimum_fista.solve.methods import create_method
-from optimum_fista.solve.patterns import Unstructured, parse_pattern
+from optimum_fista.solve.methods.obs_admm import _SurgeonCoordinates
+from optimum_fista.solve.patterns import Columns, Unstructured, parse_pattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.statistics import InputStatistics
 
@@ -155,3 +156,42 @@ def test_obs_admm_keeps_to_its_working_set(pattern):
         algebra = [name for name in memory.operations if "linalg" in name and "check_errors" not in name]
         assert set(algebra) <= {"linalg_cholesky_ex", "linalg_vecdot", "linalg_vector_norm"}
         assert 1 < algebra.count("linalg_cholesky_ex") <= 8
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_norms_in_surgeon_coordinates_are_what_removing_a_group_costs(width):
+    made = example(5, 12, correlation=4.0)
+    gram, target = made.problem.gram, made.problem.target
+    surgeon, message = _SurgeonCoordinates.of(gram, torch.zeros(12).double(), 0.0, width)
+    assert message == ""
+    inside = surgeon.weight(made.weight)
+    assert torch.allclose(surgeon.back(inside.clone()), made.weight)
+    scaled_gram, scaled_target = surgeon.gram(gram, torch.zeros(12).double()), surgeon.target(target.clone())
+    assert torch.allclose((inside @ scaled_gram * inside).sum(), (made.weight @ gram * made.weight).sum())
+    assert torch.allclose((inside * scaled_target).sum(), (made.weight * target).sum())
+    blocks = torch.linalg.inv(scaled_gram).unflatten(0, (-1, width)).unflatten(2, (-1, width))
+    assert torch.allclose(blocks.diagonal(dim1=0, dim2=2), torch.eye(width).double()[..., None], atol=1e-9)
+    for group, part in enumerate(inside.split(width, dim=1)):
+        others = torch.arange(12) // width != group
+        inputs = made.inputs[:, others]
+        error = made.outputs - inputs @ torch.linalg.lstsq(inputs, made.outputs).solution
+        assert float(part.square().sum()) == pytest.approx(float(error.square().sum()), rel=1e-9)
+
+
+def test_a_group_of_correlated_columns_is_not_the_sum_of_its_columns():
+    made = example(4, 12)
+    inputs = made.inputs.clone()
+    inputs[:, 1] = inputs[:, 0] + 0.01 * inputs[:, 1]  # each can stand for the other, and nothing for both
+    inputs[:, 0:2] *= 6
+    problem = LayerProblem(made.weight, InputStatistics(inputs.T @ inputs, len(inputs)))
+    method = create_method("obs_admm", ridge=1e-6)
+    assert not method.prune(problem, Columns.keeping(11, 12)).mask[:, :2].all()
+    assert method.prune(problem, Columns.keeping(5, 6, 2)).mask[:, :2].all()
+
+
+def test_operators_of_other_widths_are_pruned_as_they_are_alone():
+    made, method = example(6, 12), create_method("obs_admm")
+    patterns = [Columns(0.5), Columns(0.5, width=3), Unstructured(0.5)]
+    together = method.prune_sharing([made.problem] * 3, patterns)
+    for pattern, pruned in zip(patterns, together, strict=True):
+        assert torch.equal(method.prune(made.problem, pattern).weight, pruned.weight)
