@@ -88,7 +88,9 @@ class GreedyObs(PruningMethod):
 def _remove_groups(inverse: Tensor, weight: Tensor, width: int, count: int) -> tuple[Tensor, Tensor]:
     """Remove `count` groups of `width` columns, one after the other.
 
-    Both matrices are used up. On other devices than the CPU nothing waits for the device.
+    Both matrices are used up. On other devices than the CPU nothing waits for the device. Symbols: the removals that
+    are not in the whole matrices yet make them `H^-1 - Z Z^T` and `W - B Z^T`, with columns z and b for each removed
+    column; D and N are the diagonal blocks of `H^-1` and of `W^T W`, and always up to date.
 
     Args:
         inverse: `H^-1` [in, in].
@@ -105,7 +107,7 @@ def _remove_groups(inverse: Tensor, weight: Tensor, width: int, count: int) -> t
     weight = weight.mT.contiguous()  # [in, out]: rows of memory are columns of W
     B, Z = weight.new_empty(rows, room), weight.new_empty(columns, room)
     used = 0
-    D, N = diagonal_blocks(inverse, width), _inner_products(weight, width)  # of H^-1 and of W^T W
+    D, N = diagonal_blocks(inverse, width), _inner_products(weight, width)
     for step in range(count):
         increases = _traces(D, N).masked_fill_(~kept, torch.inf)
         costs[step], group = increases.min(0)
