@@ -220,9 +220,9 @@ def _numbers(config: PreTrainedConfig, kind: Kind) -> Iterator[_Number]:
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // value
             yield _Number(kind, words, groups, {"head_dim": head_dim})
         elif kind == "experts" and value:
-            runs = getattr(config, "n_group", None) or 1
+            runs = getattr(config, "n_group", None) or getattr(config, "num_expert_group", None) or 1
             chosen = getattr(config, "topk_group", None) or runs
-            top_k = getattr(config, "num_experts_per_tok", None) or 1
+            top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
             # A router of runs compares them by the sum of their two best experts (DeepSeek-V3, arXiv 2412.19437).
             least = max(-(-top_k // chosen), 2) * runs if runs > 1 else top_k
             yield _Number(kind, {word: value}, value, equal_runs=runs, at_least=least)
@@ -322,33 +322,44 @@ def _mixtures(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], numb
         yield Part(name, number.groups, 1, {each: (axes[each], 1) for each in shrinking}, number.equal_runs)
 
 
-def described_model(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """The model without weights, on the meta device, that a configuration with other settings describes.
-
-    Args:
-        model: A model of the same class. Its configuration is copied.
-        settings: What to change in the configuration of the text model. A number replaces all of a list.
+def changed_config(config: PreTrainedConfig, settings: Mapping[str, Any]) -> PreTrainedConfig:
+    """A copy of a configuration with other settings of its text model. A number replaces all of a list.
 
     Raises:
-        ValueError: If such a model can't be built, or its configuration reads differently once it was saved.
+        ValueError: If it does not take them, or reads differently once it was saved.
     """
-    config = copy.deepcopy(model.config)
-    text = text_config(config)
+    changed = copy.deepcopy(config)
+    text = text_config(changed)
     try:
         for word, value in settings.items():
             current = getattr(text, word, None)
             by_layer = isinstance(current, list) and not isinstance(value, list)
             setattr(text, word, [value] * len(current) if by_layer and current else value)
-        written = config.to_dict()
+        written = changed.to_dict()
         read = type(config).from_dict(copy.deepcopy(written)).to_dict()
-        for word in written if settings else ():
-            if written[word] != read.get(word):
-                raise ValueError(f"saved and read again, {word} is {read.get(word)} instead of {written[word]}")
+    except Exception as error:  # configurations check what they are given with errors of many kinds
+        raise ValueError(f"{type(config).__name__} does not take {as_text(settings)}: {_one_line(error)}") from error
+    for word in written if settings else ():
+        if written[word] != read.get(word):
+            raise ValueError(
+                f"{type(config).__name__} does not take {as_text(settings)}: saved and read again, {word} is "
+                f"{read.get(word)} instead of {written[word]}"
+            )
+    return changed
+
+
+def described_model(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """The model without weights, on the meta device, that its configuration describes with other settings.
+
+    Raises:
+        ValueError: If the configuration does not take them, or no such model can be built.
+    """
+    config = changed_config(model.config, settings)
+    try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             return type(model)(config)
-    except Exception as error:  # configurations and models check what they are given with errors of many kinds
-        reason = " ".join(str(error).split()).removesuffix(".")
-        raise ValueError(f"{type(config).__name__} does not take {as_text(settings)}: {reason}") from error
+    except Exception as error:  # models check their configurations with errors of many kinds
+        raise ValueError(f"{type(model).__name__} does not take {as_text(settings)}: {_one_line(error)}") from error
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -368,3 +379,7 @@ def as_text(values: Sequence[int] | Mapping[str, Any]) -> str:
     )
     shown = ", ".join([*found[:6], *(["..."] if len(found) > 6 else [])])
     return shown if isinstance(values, Mapping) else f"[{shown}]"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).removesuffix(".")

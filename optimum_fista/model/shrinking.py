@@ -14,8 +14,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_fista.model.architecture import find_decoder_layers, shared_weights
 from optimum_fista.model.errors import UnsupportedArchitectureError
-from optimum_fista.model.offload import is_offloaded
-from optimum_fista.model.parts import Kind, Part, as_text, described_model, find_parts, shapes_of, text_config
+from optimum_fista.model.offload import alignment_hooks, is_offloaded
+from optimum_fista.model.parts import (
+    Kind,
+    Part,
+    Parts,
+    as_text,
+    changed_config,
+    described_model,
+    find_parts,
+    shapes_of,
+    text_config,
+)
 
 # What configurations say of decoder layers: their number, how many in front are of another kind, lists of numbers.
 _NUM_LAYERS = ("num_hidden_layers", "decoder_layers")
@@ -109,9 +119,11 @@ def plan_shrinking(
     sizes: dict[str, Any] = {}
     parts: dict[str, Part] = {}
     counts: dict[str, int] = {}
+    fitting = "Pass other numbers, or use another pattern."
     for kind, count in numbers.items():
         found = find_parts(model, kind)
         sizes |= found.sizes(count)
+        fitting = _fitting(model.config, found, count) or fitting
         left = [part for part in found.parts if _renamed(part.name, prefix, stay) is not None]
         parts |= {part.name: part for part in left}
         counts |= {part.name: count for part in left}
@@ -130,7 +142,7 @@ def plan_shrinking(
     wanted = ", ".join([f"{kind}={count}" for kind, count in numbers.items()] + [f"{len(stay)} decoder layers"])
     raise ValueError(
         f"no configuration describes {type(model).__name__} with {wanted}: {'; or '.join(dict.fromkeys(reasons))}. "
-        "Pass other numbers, or use another pattern."
+        f"{fitting}"
     )
 
 
@@ -222,6 +234,23 @@ def require_same_outputs(
             f"difference {difference / size:.1e}): something in it depends on all groups together, or its rows are in "
             "another order. Use another pattern for this model."
         )
+
+
+def _fitting(config: PreTrainedConfig, parts: Parts, count: int) -> str:
+    """Which other numbers of a few groups the configuration takes, as advice; empty if it takes this one."""
+    if parts.groups > 256 or _takes(config, parts, count):
+        return ""
+    numbers = range(parts.at_least, parts.groups, parts.parts[0].equal_runs)
+    taken = [str(number) for number in numbers if _takes(config, parts, number)]
+    return f"It takes {parts.kind}={' or '.join(taken)}." if taken else ""
+
+
+def _takes(config: PreTrainedConfig, parts: Parts, count: int) -> bool:
+    try:
+        changed_config(config, parts.sizes(count))
+    except ValueError:
+        return False
+    return True
 
 
 def _layer_settings(config: PreTrainedConfig, stay: Sequence[int], total: int) -> Iterator[dict[str, Any]]:
@@ -324,7 +353,8 @@ def _describe(module: nn.Module, name: str, plan: Shrinking) -> None:
 
 def _copied(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a module that shares its tensors, except for those that are given."""
-    memo: dict[int, Any] = {}
+    # The hooks of Accelerate are shared too: they hold what is offloaded of the whole model.
+    memo: dict[int, Any] = {id(hook): hook for child in module.modules() for hook in alignment_hooks(child)}
     for name, tensor in _tensors(module):
         other = tensors.get(name, tensor)
         is_new = isinstance(tensor, nn.Parameter) and other is not tensor
