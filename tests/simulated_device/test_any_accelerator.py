@@ -6,6 +6,7 @@ from simulated_device import backend
 from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs, shrink_model
 from optimum_fista.run.checkpoints.loading import usable_device
 from optimum_fista.run.estimate.estimate import Estimate
 from optimum_fista.run.memory import available_bytes, release_free_memory
@@ -48,3 +49,18 @@ def test_sampling_leaves_its_generators_as_they_were(device):
     drawn = [sample_text_from_model(model, tiny_tokenizer(), 2, 8, seed=7) for _ in range(2)]
     assert torch.equal(*drawn)
     assert all(map(torch.equal, before, (*backend.get_rng_state_all(), torch.get_rng_state())))
+
+
+def test_a_model_becomes_smaller_where_it_is():
+    device, tokens = torch.device("simulated:0"), tiny_tokens()[:2]
+    found = []
+    for model in (tiny_llama(), tiny_llama().to(device)):
+        plan = plan_shrinking(model, channels=20, heads=1)
+        kept = {name: range(plan.counts[name]) for name in plan.parts}
+        place = model.device
+        require_same_outputs(plan, "", model, kept, lambda m: m(tokens.to(m.device), use_cache=False).logits)
+        shrink_model(model, plan, kept)
+        assert {parameter.device for parameter in model.parameters()} == {place}
+        with torch.no_grad():
+            found.append(model(tokens.to(place), use_cache=False).logits.cpu())
+    torch.testing.assert_close(*found)
