@@ -8,7 +8,6 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from optimum_fista.solve.method import PruningMethod, register
-from optimum_fista.solve.methods.greedy_obs import GreedyObs
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
@@ -33,7 +32,7 @@ class Fista(PruningMethod):
     Attributes:
         warm_start: Where the first trial starts: the weights pruned by another method, or the dense weights. Wanda
             gives every row the same number of zeros, as its authors do, whatever the scope of the pattern; the trials
-            then move zeros between rows. If whole columns are removed, `greedy_obs` takes the place of `sparsegpt`.
+            then move zeros between rows. If whole columns are removed, Wanda takes the place of SparseGPT.
         max_iterations: FISTA steps a trial, the paper's K.
         tolerance: Relative change of the iterates at which FISTA stops.
         patience: Trials without improvement, the paper's T.
@@ -129,7 +128,7 @@ class Fista(PruningMethod):
             pattern, scope="row" if pattern.scope == "row" else "row" if self.warm_start == "wanda" else "matrix"
         )
         if not start.takes(pattern):
-            start = GreedyObs()
+            start = Wanda()
         rounded = start.prune(problem, counted)
         shape = (problem.weight.shape[0], problem.weight.shape[1])
         if counted.num_kept(shape) == pattern.num_kept(shape):

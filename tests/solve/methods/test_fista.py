@@ -11,9 +11,10 @@ from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
-from optimum_fista.solve.patterns import Unstructured, parse_pattern
+from optimum_fista.solve.patterns import Columns, Unstructured, parse_pattern
 from optimum_fista.solve.penalty import search_penalty
 from optimum_fista.solve.proximal_gradient import fista
+from optimum_fista.solve.refit import refit_columns
 
 STARTS = {"dense": Magnitude, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
 PATTERNS = [Unstructured(0.5), Unstructured(0.7, "row"), parse_pattern("2:4")]
@@ -201,3 +202,16 @@ def test_options_are_validated_when_constructed(option, value):
 def test_groups_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="weight has rows of 10 inputs"):
         Fista().prune(example(3, 10).problem, parse_pattern("2:4"))
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_whole_columns_start_from_wanda_and_are_refitted(width):
+    made, pattern = example(12, 24, tokens=3000, correlation=2.0), Columns(0.5, width=width)
+    plain = Fista(refit_iterations=0).prune(made.problem, pattern)
+    wanda = Wanda().prune(made.problem, pattern)
+    assert plain.fit_error < wanda.fit_error
+    assert 0 < plain.l1_penalty < pattern.dual_norm(made.problem.target)
+    refitted = Fista().prune(made.problem, pattern)
+    assert torch.equal(refitted.mask, plain.mask)
+    assert torch.equal(refitted.weight, refit_columns(made.problem, plain.mask[0])[0])
+    assert refitted.fit_error < plain.fit_error
