@@ -245,6 +245,9 @@ def _parts_by(model: PreTrainedModel, number: _Number) -> Parts:
         what = f"{min(others)} changes as well" if others else "no tensor of a decoder layer changes"
         raise UnsupportedArchitectureError(f"{what} with {as_text(fewer)}")
     groups = parts[0].groups
+    for part in parts:
+        if part.groups != groups:
+            raise UnsupportedArchitectureError(f"{parts[0].name} has {groups} of them and {part.name} {part.groups}")
     settings = {word: Fraction(value or groups, groups) for word, value in number.words.items()}
     return Parts(number.kind, groups, tuple(parts), settings, number.constants, number.at_least)
 

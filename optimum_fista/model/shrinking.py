@@ -38,7 +38,8 @@ class Shrinking:
     """A plan of how a model becomes a smaller one, proved on shapes. It leaves open which groups of a part stay.
 
     Attributes:
-        model: The smaller model without weights, on the meta device. `model.config` is the configuration to save.
+        model: The smaller model without weights, on the meta device. Its `config` and `generation_config` are those
+            to save.
         parts: The parts that shrink, by name, without those of decoder layers that go.
         counts: How many groups each part keeps, by name.
         layers: Numbers of the decoder layers that stay.
@@ -136,6 +137,7 @@ def plan_shrinking(
                 small, parts, counts, stay, prefix, _changed_attributes(dense, small, prefix, stay, ratios)
             )
             _require_described(dense, plan)
+            small.generation_config = copy.deepcopy(model.generation_config)
             return plan
         except ValueError as error:
             reasons.append(str(error))
@@ -227,11 +229,12 @@ def require_same_outputs(
             found = _first(call(small))
         except RuntimeError as error:
             raise UnsupportedArchitectureError(f"{shown} does not run without the removed groups: {error}") from error
-    difference, size = float((found - expected).float().norm()), float(expected.float().norm())
-    if not difference <= min(100 * torch.finfo(expected.dtype).eps, 2e-2) * size:
+    size = expected.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
+    difference = float((found - expected).float().norm() / size)
+    if not difference <= min(100 * torch.finfo(expected.dtype).eps, 2e-2):
         raise UnsupportedArchitectureError(
             f"{shown} does not return the same without the removed groups as with zeros in their columns (relative "
-            f"difference {difference / size:.1e}): something in it depends on all groups together, or its rows are in "
+            f"difference {difference:.1e}): something in it depends on all groups together, or its rows are in "
             "another order. Use another pattern for this model."
         )
 

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from families import family_model
+from shrunken_config import shrunken_config
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -99,6 +100,16 @@ def test_what_can_not_be_lost_is_refused_with_the_reason(family, kind, reason):
     model = family_model(family)
     with pytest.raises(UnsupportedArchitectureError, match=f"^{type(model).__name__} can't lose {kind}: .*({reason})"):
         find_parts(model, kind)
+
+
+def test_layers_of_different_sizes_are_refused():
+    config = shrunken_config("gemma4_text")
+    config.use_double_wide_mlp, config.num_kv_shared_layers = True, 2
+    config.num_hidden_layers, config.layer_types = 4, ["sliding_attention", "full_attention"] * 2
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"layers.0.mlp.down_proj has 48 .* and \S*2.mlp.down_proj 96"
+    ):
+        find_parts(AutoModelForCausalLM.from_config(config), "channels")
 
 
 def test_a_mask_of_whole_groups_says_which_are_kept():

@@ -6,15 +6,18 @@ import re
 import pytest
 import torch
 from accelerate import cpu_offload
-from families import family_model, logits
+from families import family_model, family_tokens, logits
 from safetensors.torch import save_file
 from shrunken_models import assert_same, assert_shrinks, expected_logits, generates_alike, some_groups
 from tiny_models import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import UnsupportedArchitectureError, find_decoder_layers
 from optimum_fista.model.offload import onloaded
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.parts import find_parts
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs, shrink_model
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -37,6 +40,27 @@ DOWN = "model.layers.0.mlp.down_proj"
 )
 def test_what_is_left_computes_what_the_whole_does_without_the_rest(family, numbers, tmp_path):
     assert generates_alike(assert_shrinks(tiny_model(family), tmp_path, **numbers))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "pattern"), [("gpt2", "channels", "columns:0.25"), ("llama", "heads", "columns:0.5x16")]
+)
+def test_columns_that_a_run_removed_can_go(family, kind, pattern):
+    model = tiny_model(family)
+    parts = find_parts(model, kind).parts
+    config = FistaPruningConfig(
+        pattern=pattern, include=[part.name for part in parts], method="greedy_obs", under_calibrated_tokens=0
+    )
+    FistaPruner(config, progress=False).prune(model, family_tokens())
+    expected, kept = logits(model), {}
+    for part in parts:
+        module = model.get_submodule(part.name)
+        weight = LinearOperator(part.name, module).read()
+        kept[part.name] = part.kept_by((weight != 0).any(0).expand(weight.shape))
+    count = len(kept[parts[0].name])
+    shrink_model(model, plan_shrinking(model, **{kind: count}), kept)
+    assert count < parts[0].groups
+    assert_same(logits(model), expected)
 
 
 def test_experts_of_equal_runs_are_routed_as_before(tmp_path):
