@@ -27,7 +27,7 @@ class SparsityPattern(ABC):
             Without meaning if `fixed`.
         form: What users write, for messages.
         fixed: Whether the pattern itself sets the number of zeros of every row.
-        unit: Consecutive weights of a row that are kept or removed together.
+        unit: Consecutive weights of a row that are kept or removed together, if rows differ.
     """
 
     sparsity: float
