@@ -59,6 +59,6 @@ def test_modules_are_not_cut_into_pieces_for_one_reader():
 
 
 def test_every_module_is_imported():
-    """Methods aside, which their package imports by the names of the files; a run does not make models smaller yet."""
+    """Methods aside, which their package imports by the names of the files."""
     unread = {name for name, who in importers().items() if not who and package(name) != "optimum_fista.solve.methods"}
-    assert unread == {"optimum_fista.__main__", "optimum_fista.model.shrinking"}
+    assert unread == {"optimum_fista.__main__"}

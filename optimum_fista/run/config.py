@@ -16,7 +16,7 @@ from optimum_fista.model.correction import Correction
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
-from optimum_fista.solve.patterns import parse_pattern
+from optimum_fista.solve.patterns import WholeParts, parse_pattern
 
 ErrorCorrection = Literal["none", "intra", "full"] | float
 Allocation = Literal["uniform", "fisher"]
@@ -101,7 +101,9 @@ class FistaPruningConfig:
     Attributes:
         sparsity: Fraction of zeros in [0, 1); 0.5 when neither it nor another pattern is given.
         pattern: `"unstructured"`, or `"n:m"`: n weights kept of every m consecutive inputs, such as `"2:4"`, or
-            `"4:8-pairs"`: two whole pairs of the four in every eight consecutive inputs.
+            `"4:8-pairs"`: two whole pairs of the four in every eight consecutive inputs. `"channels:0.25"` and
+            `"heads:0.25"`, also joined by `"+"`, remove this share of the MLPs' channels and of the key-value heads
+            with their query heads: the model becomes a smaller dense one.
         scope: Unstructured only: `"matrix"` shares the zeros over a whole operator, `"row"` gives every output
             the same number. `None`: as the method's source does (Wanda by row, the others by matrix).
         method: One of `optimum_fista.solve.methods.METHODS`, or an instance of a registered method
@@ -201,6 +203,13 @@ class FistaPruningConfig:
             raise ValueError(
                 f"scope={self.scope!r} has no meaning for pattern={self.pattern!r}: pass only one of them."
             )
+        given = {name: value for name in ("include", "exclude", "overrides") if (value := getattr(self, name))}
+        if self.whole_parts is not None and given:
+            name, value = next(iter(given.items()))
+            raise ValueError(
+                f"{name}={value!r} has no meaning for pattern={self.pattern!r}, which removes the same number of parts "
+                "from every decoder layer: pass only one of them."
+            )
         methods = self.create_method(""), METHODS[self.under_calibrated_method]()
         for method in methods:
             method.require_pattern(self._default_pattern())
@@ -269,6 +278,12 @@ class FistaPruningConfig:
         object.__setattr__(
             self, "method_options", {name: value for name, (value, default) in fields.items() if value != default}
         )
+
+    @property
+    def whole_parts(self) -> WholeParts | None:
+        """The pattern, if it removes whole parts of the model."""
+        pattern = self._default_pattern()
+        return pattern if isinstance(pattern, WholeParts) else None
 
     def pattern_for(self, name: str) -> SparsityPattern:
         """The sparsity pattern of the operator called `name`."""

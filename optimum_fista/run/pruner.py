@@ -24,6 +24,7 @@ from optimum_fista.run.environment import numerical_environment
 from optimum_fista.run.hub import push_folder, require_repo_id
 from optimum_fista.run.pruning.loop import prune_layers
 from optimum_fista.run.pruning.model_pruning import ModelPruning
+from optimum_fista.run.pruning.removal import require_in_memory
 from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.ranks import launched_processes
@@ -144,6 +145,8 @@ class FistaPruner:
             )
         if any(parameter.is_inference() for parameter in model.parameters()):
             raise ValueError("model was loaded in inference mode, so it can't be changed: load it outside of that.")
+        if self.config.whole_parts is not None:
+            require_in_memory(model, self.config.whole_parts)
         started = time.perf_counter()
         pruning = ModelPruning(
             model,
@@ -160,6 +163,8 @@ class FistaPruner:
         with ModelSink(model, evaluation_mode(model), torch.no_grad()) as sink:
             prune_layers(pruning, sink)
             pruning.complete_report()
+            if pruning.removal is not None:
+                pruning.removal.shrink(model, report, sink.masks, sink.keep_undo)
             report.seconds["total"] = time.perf_counter() - started
             model.config.fista_pruning = summary(report)
             self._results[model] = (report, sink.masks)

@@ -34,7 +34,8 @@ from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
-from optimum_fista.solve.patterns import parse_pattern
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import Columns, parse_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,10 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
         pattern = parse_pattern(operator.pattern, None if whole else operator.target_sparsity, operator.scope)
     except ValueError as error:
         raise VerificationError(f"{name}: {error}") from error
-    broken = pattern.at(operator.target_sparsity).violation(mask.T if operator.stored_transposed else mask)
+    checked = mask.T if operator.stored_transposed else mask
+    if operator.groups_kept is not None:
+        checked = _mask_before_removal(operator, pattern, checked)
+    broken = pattern.at(operator.target_sparsity).violation(checked)
     if broken:
         raise VerificationError(f"{name}: its mask {broken}.")
     kept = int(mask.sum())
@@ -188,6 +192,27 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
             f"{name}: its mask has {1 - kept / mask.numel():.6%} zeros, the report says {operator.sparsity:.6%}."
         )
     return mask.numel() - kept
+
+
+def _mask_before_removal(operator: OperatorReport, pattern: SparsityPattern, mask: Tensor) -> Tensor:
+    """The mask of an operator before its columns were removed, from the groups that its report names.
+
+    Raises:
+        VerificationError: If the groups are not those of the pattern, or the mask has zeros besides.
+    """
+    name, kept = operator.name, operator.groups_kept or ()
+    if not isinstance(pattern, Columns) or pattern.groups is None:
+        raise VerificationError(f"{name}: the report says that columns were removed, but its pattern is {pattern}.")
+    if list(kept) != sorted(set(kept) & set(range(pattern.groups))):
+        raise VerificationError(f"{name}: groups_kept are not numbers from 0 to {pattern.groups - 1} in rising order.")
+    if mask.shape[1] != len(kept) * pattern.width or not bool(mask.all()):
+        raise VerificationError(
+            f"{name}: the report names {len(kept)} groups of {pattern.width} columns that stayed, the mask keeps "
+            f"{int(mask.sum())} weights of {mask.shape[1]} columns."
+        )
+    groups = torch.zeros(pattern.groups, dtype=torch.bool)
+    groups[list(kept)] = True
+    return groups.repeat_interleave(pattern.width).expand(mask.shape[0], -1)
 
 
 def count_parameters(folder: Path, model_class: str) -> int | None:

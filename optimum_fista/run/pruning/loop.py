@@ -120,6 +120,8 @@ class _Loop:
         assert entering is not None
         require_finite([operator for operator in operators.values() if operator.is_offloaded])
         first = entering.entering[0].to(activations.device)
+        if run.removal is not None:
+            run.removal.prove(name, activations, first)
         groups, left_dense = trace_groups(activations.layer, operators, activations.calls[0], first)
         self.bar.update(len(left_dense))
         reports: list[OperatorReport] = []

@@ -25,6 +25,7 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import release_memory_of
 from optimum_fista.run.pruning.budgets import Budgets, share_budgets
 from optimum_fista.run.pruning.operators import choose_operators
+from optimum_fista.run.pruning.removal import Removal
 from optimum_fista.run.pruning.run_batches import RunBatches
 from optimum_fista.run.pruning.run_report import begin_report, complete_report
 from optimum_fista.run.reports.report import LayerRecord
@@ -44,6 +45,7 @@ class ModelPruning:
         callbacks: Called while it prunes.
         states: Hidden states that enter the next decoder layer; `None` before the first.
         budgets: The operators' sparsity patterns; `None` before zeros are allocated.
+        removal: How whole parts of the model are removed; `None` if they are not.
         title: What the progress bar is called.
     """
 
@@ -62,12 +64,17 @@ class ModelPruning:
         require_unquantized(model)
         self.model = model
         self.layers = find_decoder_layers(model)
-        self.config = config.resolved()
-        self.operators, left_dense = choose_operators(self.layers, config)
+        asked = config.resolved()
+        self.removal = Removal.planned(model, asked)
+        self.config = asked if self.removal is None else self.removal.config
+        self.operators, left_dense = choose_operators(self.layers, self.config)
+        if self.removal is not None:
+            left_dense = {name: self.removal.reason_left_dense(name) for name in left_dense}
         require_own_weights(model, self.layers)
         self.stored_names = stored_names(model, (o for group in self.operators.values() for o in group.values()))
         batches = hold_out(read_batches(calib_dataloader, input_embedding(model).shape[0]), config.held_out)
         self.report = begin_report(model, batches, calibration_source, self.config, self.operators, left_dense)
+        self.report.config = asked.to_dict()
         self.batches = RunBatches(model, self.layers, batches, self.report)
         self.callbacks = callbacks
         self.progress = progress

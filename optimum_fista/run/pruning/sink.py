@@ -99,6 +99,10 @@ class ModelSink:
         self._onloaded.clear()
         self._committed = len(self._undo)
 
+    def keep_undo(self, undo: Callable[[], None]) -> None:
+        """Have `undo` called if the run fails, before what was written until now is put back."""
+        self._undo.append(undo)
+
     def forget(self) -> None:
         """Free the old weights: they can no longer be put back."""
         self._undo.clear()

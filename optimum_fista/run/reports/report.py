@@ -62,6 +62,8 @@ class OperatorReport:
         held_out_tokens: Held-out tokens seen.
         convergence: Convergence history; `None` if it takes no steps, or its residual is not known.
         residual_corrected: Whether it compensates for the error in the rest of its layer (`residual_correction`).
+        groups_kept: Numbers of the groups of columns that stayed, if the others were removed from the model: shape,
+            `num_kept` and `sparsity` are then those of the smaller weight.
     """
 
     name: str
@@ -86,6 +88,7 @@ class OperatorReport:
     held_out_tokens: int = 0
     convergence: Convergence | None = None
     residual_corrected: bool = False
+    groups_kept: tuple[int, ...] | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OperatorReport:
@@ -94,7 +97,9 @@ class OperatorReport:
         found = values.get("convergence")
         if found is not None:
             found = Convergence(found["measure"], tuple(found["steps"]), tuple(found["residuals"]))
-        return _checked(cls(**{**values, "shape": tuple(values["shape"]), "convergence": found}))
+        kept = values.get("groups_kept")
+        lists = {"shape": tuple(values["shape"]), "groups_kept": kept if kept is None else tuple(kept)}
+        return _checked(cls(**{**values, **lists, "convergence": found}))
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,8 @@ class PruningReport:
 
     Attributes:
         config: The configuration, as plain values.
-        model: Class, type, name (a Hub id, or the last part of a path) and number of parameters of the model.
+        model: Class, type, name (a Hub id, or the last part of a path) and number of parameters of the model; also
+            `dense_num_parameters` if parts of it were removed.
         calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` if known; the same of the
             tokens held out under `held_out`, if there are any.
         operators: One report an operator, in pruning order.
@@ -247,6 +253,8 @@ class PruningReport:
             "num_zeros": zeros,
             "sparsity": zeros / weights if weights else 0.0,
             "model_sparsity": zeros / self.model["num_parameters"],
+            "num_removed": self.model.get("dense_num_parameters", self.model["num_parameters"])
+            - self.model["num_parameters"],
             **errors,
             "held_out_ratio": held_out / fitted if fitted else None,
             "solve_seconds": sum(o.solve_seconds for o in self.operators),

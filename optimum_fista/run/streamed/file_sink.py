@@ -20,6 +20,7 @@ from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.stored_names import StoredName, as_stored
 from optimum_fista.run.checkpoints.writing import write_all_but_weights, write_index
 from optimum_fista.run.packed_folders.packing import Packer, packed_settings
+from optimum_fista.run.pruning.removal import Removal
 from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import LayerRecord, PruningReport
 from optimum_fista.run.streamed.fingerprint import SourceFiles
@@ -37,6 +38,7 @@ class FileSink(ModelSink):
         source: The files that the model is read from.
         names: The names of the checkpoint, by those of the weights in the model.
         packed: Whether the shards are those of a packed folder.
+        removal: How whole parts of the model are removed; `None` if they are not.
         contexts: What the run works in.
     """
 
@@ -49,6 +51,7 @@ class FileSink(ModelSink):
         source: SourceFiles,
         names: Mapping[str, StoredName],
         packed: bool,
+        removal: Removal | None,
         *contexts: AbstractContextManager[Any],
     ) -> None:
         super().__init__(model, *contexts)
@@ -57,13 +60,17 @@ class FileSink(ModelSink):
         self._names = names
         self._num_shards = len(find_decoder_layers(model)) + 1  # the last one is for the rest
         self._packed = packed
+        self._removal = removal
         self._stem = "packed" if packed else "model"
 
     def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:
         """Write a finished decoder layer."""
         self.forget()
         masks, self.masks = self.masks, {}
-        tensors = self._stored({f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()})
+        tensors = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+        if self._removal is not None:
+            record, masks, tensors = self._removal.shrink_layer(record, masks, tensors)
+        tensors = self._stored(tensors)
         if self._packed:
             operators, stored = as_stored(record.operators, masks, self._names)
             tensors = Packer(operators, tensors, stored.__getitem__).pack(tensors)
@@ -100,7 +107,10 @@ class FileSink(ModelSink):
         last = self._write_shard(len(layers), rest)
         weight_map = {name: layer.shard for layer in layers.values() for name in layer.names}
         weight_map |= dict.fromkeys(rest, last.name)
-        index_name = write_index(folder, self._stem, weight_map, {"total_parameters": model.num_parameters()})
+        if self._removal is not None:
+            self._removal.describe(report)
+            model.config = self._removal.plan.model.config
+        index_name = write_index(folder, self._stem, weight_map, {"total_parameters": report.model["num_parameters"]})
         masks = {name: mask for index in layers for name, mask in self._journal.masks(index).items()}
         operators, masks = as_stored(report.operators, masks, self._names)
         report = replace(report, operators=operators)

@@ -50,6 +50,10 @@ def prune_files(
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
     require_output(output_dir, overwrite, source=name, names=MODEL_FILES)
+    if packed and config.whole_parts is not None:
+        raise ValueError(
+            f"packed=True: pattern={config.pattern!r} leaves a dense model, so there are no zeros to pack."
+        )
     folder = unfinished_folder(output_dir)
     with joined_ranks(device) as ranks, ExitStack() as opened:
 
@@ -154,7 +158,8 @@ class StreamedRun:
         begun = ranks.first(begin)
         self.journal = ranks.each(lambda: join(begun))
         model, contexts = pruning.model, (evaluation_mode(pruning.model), torch.no_grad())
-        self.sink = FileSink(model, self.journal, self.source, pruning.stored_names, packed, *contexts)
+        names, removal = pruning.stored_names, pruning.removal
+        self.sink = FileSink(model, self.journal, self.source, names, packed, removal, *contexts)
 
     def prune(self) -> None:
         """Prune this process's share of the decoder layers that are left, and write each once it is finished."""

@@ -1,0 +1,123 @@
+"""Whole parts of a model: channels of its MLPs, or key-value groups of its attention with their query heads."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NoReturn, Self, cast
+
+from torch import Tensor
+
+from optimum_fista.solve.pattern import Scope, SparsityPattern
+
+PartKind = Literal["channels", "heads"]
+
+_PART = re.compile(r"(channels|heads):([\d.]+(?:e-\d+)?)(?:/(\d+))?")
+
+
+@dataclass(frozen=True)
+class PartShare:
+    """How many parts of one kind go.
+
+    Attributes:
+        kind: What goes.
+        share: Share of them that is removed, in (0, 1).
+        multiple_of: The number that stays is a multiple of it; `None`: 64 channels if they are a multiple of 64 now.
+    """
+
+    kind: PartKind
+    share: float
+    multiple_of: int | None = None
+
+    def num_kept(self, number: int) -> int:
+        """How many of so many stay.
+
+        Raises:
+            ValueError: If none would stay, or all.
+        """
+        usual = 64 if self.kind == "channels" and number % 64 == 0 and number > 64 else 1
+        step = usual if self.multiple_of is None else self.multiple_of
+        kept = step * round((1 - self.share) * number / step)
+        if not 0 < kept < number:
+            most = (number - 1) // step * step
+            fits = f"pass a share for which {step} to {most} stay" if most else f"none can go in steps of {step}"
+            raise ValueError(
+                f"pattern={str(self)!r}: {kept} of {number} {self.kind} would stay (a multiple of {step}); {fits}."
+            )
+        return kept
+
+    def __str__(self) -> str:
+        """As users write it."""
+        return f"{self.kind}:{self.share!r}" + ("" if self.multiple_of is None else f"/{self.multiple_of}")
+
+
+@dataclass(frozen=True)
+class WholeParts(SparsityPattern):
+    """Shares of the parts of a model, the same number in every decoder layer.
+
+    It is for a whole model: a run makes `Columns` of it for the operators that read what is removed, the down
+    projection and the attention's output projection, and removes the rows that compute it afterwards.
+
+    Attributes:
+        sparsity: The largest share.
+        shares: What goes, one entry for each kind.
+    """
+
+    shares: tuple[PartShare, ...] = ()
+    form: ClassVar[str] = "'channels:SHARE' or 'heads:SHARE', or both joined by '+', such as 'channels:0.25+heads:0.5'"
+
+    @classmethod
+    def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, the text says it
+        """The pattern of `"channels:0.25"`, rounded to a multiple `"channels:0.25/64"`, or of several joined by `"+"`.
+
+        Raises:
+            ValueError: If a share is outside (0, 1), a multiple is 0, or a kind is named twice.
+        """
+        found = [_PART.fullmatch(part) for part in text.split("+")]
+        if not all(found):
+            return None
+        parts = [(cast(PartKind, m[1]), m[2], int(m[3]) if m[3] else None) for m in found if m is not None]
+        if len({kind for kind, _, _ in parts}) < len(parts):
+            raise ValueError(f"pattern={text!r}: name each kind once.")
+        shares = []
+        for kind, share, multiple in parts:
+            try:
+                number = float(share)
+            except ValueError:
+                number = 0.0
+            if not 0 < number < 1 or multiple == 0:
+                raise ValueError(
+                    f"pattern={text!r}: pass a share of the {kind} in (0, 1), such as '{kind}:0.25', and a multiple of "
+                    f"at least 1, such as '{kind}:0.25/64'."
+                )
+            shares.append(PartShare(kind, number, multiple))
+        return cls(max(part.share for part in shares), scope, tuple(shares))
+
+    @property
+    def text(self) -> str:
+        """What `read` takes."""
+        return "+".join(map(str, self.shares))
+
+    @property
+    def column_width(self) -> int:
+        """Whole columns of some operators go; how wide they are depends on the model."""
+        return 1
+
+    def require_shape(self, shape: tuple[int, int], name: str = "weight") -> NoReturn:
+        """Refuse a single matrix.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"{name} of shape {tuple(shape)} is one matrix, and {self.text!r} removes parts of a whole model: pass "
+            f"pattern='columns:{self.sparsity:g}' for whole columns of a matrix."
+        )
+
+    def num_kept(self, shape: tuple[int, int]) -> NoReturn:
+        """Refuse a single matrix."""
+        self.require_shape(shape)
+
+    def mask(self, scores: Tensor) -> NoReturn:
+        """Refuse a single matrix."""
+        self.require_shape((scores.shape[0], scores.shape[1]), "scores")

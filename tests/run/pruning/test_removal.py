@@ -1,0 +1,225 @@
+"""Whole parts go in every kind of run: what is left is an ordinary smaller model with the same outputs."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from folder_files import files_of
+from killed import Killed, killed_at_write
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.run.checkpoints.checkpoint import read_report
+from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
+from optimum_fista.run.pruning import removal
+from optimum_fista.solve.bitmask import unpack_mask
+
+BOTH = "channels:0.25/4+heads:0.5"
+BATCHES = tiny_tokens().split(4)
+PROBE = tiny_tokens(3)
+
+
+def pruner(pattern: str = BOTH, **options) -> FistaPruner:
+    return FistaPruner(FistaPruningConfig(pattern=pattern, **options), progress=False)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(PROBE).logits
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[torch.nn.Module, Path]:
+    """A smaller model and its folder."""
+    model, folder = tiny_llama(), tmp_path_factory.mktemp("saved") / "smaller"
+    run = pruner()
+    run.prune(model, BATCHES)
+    run.save_pretrained(model, folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("method", ["obs_admm", "greedy_obs", "fista", "wanda", "flap", "magnitude", "admm", "alps"])
+def test_what_is_left_computes_what_zeros_in_its_place_would(method, monkeypatch):
+    dense, zeroed, model = tiny_llama(), [], tiny_llama()
+    shrink = removal.shrink_model
+
+    def keep_zeroed(found, plan, kept):
+        zeroed.append(logits(found))
+        shrink(found, plan, kept)
+
+    monkeypatch.setattr(removal, "shrink_model", keep_zeroed)
+    report = pruner(method=method).prune(model, BATCHES)
+    assert (model.config.intermediate_size, model.config.num_key_value_heads) == (36, 1)
+    assert model.config.num_attention_heads == 2
+    assert torch.allclose(logits(model), zeroed[0], atol=1e-5)
+    assert not torch.allclose(zeroed[0], logits(dense), atol=1e-2)
+    assert report.model["num_parameters"] == model.num_parameters() < dense.num_parameters()
+    assert report.totals["num_removed"] == dense.num_parameters() - model.num_parameters()
+    assert report.totals["num_zeros"] == 0
+
+
+@pytest.mark.parametrize("method", ["obs_admm", "greedy_obs", "fista", "wanda"])
+def test_parts_that_nothing_reads_are_found_and_change_nothing(method):
+    model = tiny_llama()
+    idle_channels, idle_group = torch.arange(0, 48, 4), slice(0, 16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, idle_channels] = 0
+            layer.self_attn.o_proj.weight[:, idle_group] = 0
+    expected = logits(model)
+    report = pruner(method=method).prune(model, BATCHES)
+    for operator in report.operators:
+        left = sorted(set(range(48)) - set(idle_channels.tolist())) if "down" in operator.name else [1]
+        assert list(operator.groups_kept) == left, operator.name
+    assert torch.allclose(logits(model), expected, atol=2e-4 * float(expected.abs().max()))
+
+
+def test_the_folder_loads_where_this_package_was_never_imported(saved):
+    model, folder = saved
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "assert 'optimum_fista' not in sys.modules\n"
+        "out = model(torch.tensor(eval(sys.argv[2]))).logits\n"
+        "model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)\n"
+        "torch.save(out.detach(), sys.argv[3])\n"
+    )
+    result = folder.parent / "logits.pt"
+    subprocess.run([sys.executable, "-c", script, str(folder), str(PROBE.tolist()), str(result)], check=True)
+    assert torch.allclose(torch.load(result), logits(model), atol=1e-6)
+
+
+def test_files_to_files_gives_the_same_model(saved, streamed):
+    (model, folder), (_, other) = saved, streamed
+    loaded = AutoModelForCausalLM.from_pretrained(other)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    verified = verify_checkpoint(other)
+    assert verified == verify_checkpoint(folder)
+    assert verified.num_parameters == model.num_parameters()
+    kept = [[operator.groups_kept for operator in read_report(f).operators] for f in (folder, other)]
+    assert kept[0] == kept[1]
+    index = json.loads((other / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_parameters"] == model.num_parameters()
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory) -> tuple[Path, Path]:
+    """A dense folder, and what an uninterrupted run from files to files makes of it."""
+    folder = tmp_path_factory.mktemp("streamed")
+    source = save_tiny_folder(folder / "source")
+    pruner().prune(str(source), BATCHES, output_dir=folder / "smaller")
+    return source, folder / "smaller"
+
+
+@pytest.mark.parametrize(("number", "finished"), [(8, 0), (10, 1), (12, 2)])
+def test_a_killed_run_resumes_to_the_same_bytes(streamed, tmp_path, number, finished):
+    source, whole = streamed
+    output = tmp_path / "smaller"
+    with pytest.raises(Killed), killed_at_write(number):
+        pruner().prune(str(source), BATCHES, output_dir=output)
+    assert len(list((tmp_path / "smaller.unfinished" / "journal").glob("layer-*.json"))) == finished
+    pruner().prune(str(source), BATCHES, output_dir=output)
+    assert files_of(output) == files_of(whole)
+
+
+def test_a_failure_while_the_model_becomes_smaller_leaves_it_as_it_was(monkeypatch):
+    model = tiny_llama()
+    before, config, expected = dict(model.named_parameters()), model.config, logits(model)
+    data = {name: parameter.detach().clone() for name, parameter in before.items()}
+    shrink = removal.shrink_model
+
+    def fail_at_the_end(*arguments):
+        shrink(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(removal, "shrink_model", fail_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        pruner().prune(model, BATCHES)
+    assert model.config is config
+    assert config.intermediate_size == 48
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert all(torch.equal(parameter, data[name]) for name, parameter in model.named_parameters())
+    assert torch.equal(logits(model), expected)
+
+
+def test_masks_and_reports_are_those_of_the_smaller_weights(saved):
+    _, folder = saved
+    report = read_report(folder)
+    shapes = {operator.name: operator.shape for operator in report.operators}
+    assert set(shapes.values()) == {(32, 36), (32, 16)}
+    assert {operator.pattern for operator in report.operators} == {"columns:36of48", "columns:1of2x16"}
+    assert report.config["pattern"] == BOTH
+    left = report.left_dense
+    assert left["model.layers.0.mlp.up_proj"] == "loses the rows that model.layers.0.mlp.down_proj no longer reads"
+    model = tiny_llama()
+    run = pruner()
+    run.prune(model, BATCHES)
+    masks = run.result(model)[1]
+    assert all(bool(unpack_mask(masks[name], shape).all()) for name, shape in shapes.items())
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda o: o.update(groups_kept=[*o["groups_kept"][:-1], 99]), "are not numbers from 0 to 47 in rising order"),
+        (lambda o: o.update(groups_kept=o["groups_kept"][::-1]), "in rising order"),
+        (lambda o: o.update(groups_kept=o["groups_kept"][:-1]), "names 35 groups of 1 columns"),
+        (lambda o: o.update(groups_kept=None), "mask"),
+        (lambda o: o.update(pattern="columns:0.25"), "its pattern is columns:0.25"),
+    ],
+)
+def test_verify_finds_groups_that_are_not_those_of_the_weights(saved, tmp_path, edit, message):
+    folder = tmp_path / "changed"
+    shutil.copytree(saved[1], folder)
+    file = folder / "fista" / "report.json"
+    values = json.loads(file.read_text())
+    edit(next(o for o in values["operators"] if o["name"].endswith("down_proj.weight")))
+    file.write_text(json.dumps(values))
+    with pytest.raises(VerificationError, match=message):
+        verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize("option", [{"include": "*down_proj"}, {"exclude": "*.0.*"}, {"overrides": {"*": 0.1}}])
+def test_options_for_single_operators_have_no_meaning(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* has no meaning for pattern='channels:0.25'"):
+        FistaPruningConfig(pattern="channels:0.25", **option)
+
+
+def test_heads_that_one_matrix_computes_are_refused():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UnsupportedArchitectureError, match="can't lose heads"):
+        pruner("heads:0.5").prune(model, BATCHES)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_channels_of_gpt2_whose_weights_are_stored_transposed(tmp_path):
+    model = tiny_model("gpt2")
+    run = pruner("channels:0.5/8")
+    before = model.num_parameters()
+    run.prune(model, BATCHES)
+    assert model.num_parameters() < before
+    run.save_pretrained(model, tmp_path / "smaller")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    assert torch.equal(logits(loaded), logits(model))
+    assert verify_checkpoint(tmp_path / "smaller").num_parameters == model.num_parameters()
+
+
+def test_a_share_that_leaves_nothing_names_what_fits():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"0 of 2 heads would stay .*pass a share for which 1 to 1 stay"):
+        pruner("heads:0.9").prune(model, BATCHES)
+
+
+def test_packed_folders_have_nothing_to_pack(tmp_path):
+    source = save_tiny_folder(tmp_path / "source")
+    with pytest.raises(ValueError, match="packed=True: pattern="):
+        pruner().prune(str(source), BATCHES, output_dir=tmp_path / "out", packed=True)
+    assert not (tmp_path / "out").exists()

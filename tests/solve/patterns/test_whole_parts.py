@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.solve.patterns import WholeParts, parse_pattern
+from optimum_fista.solve.patterns.whole_parts import PartShare
+
+
+@pytest.mark.parametrize("text", ["channels:0.25", "heads:0.5", "channels:0.3/32+heads:0.25", "channels:1e-06"])
+def test_text(text):
+    pattern = parse_pattern(text)
+    assert isinstance(pattern, WholeParts)
+    assert pattern.text == str(pattern) == text
+    assert parse_pattern(pattern.text, pattern.sparsity) == pattern
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "multiple", "number", "kept"),
+    [
+        ("channels", 0.25, None, 1536, 1152),
+        ("channels", 0.24, None, 1536, 1152),  # to a multiple of 64
+        ("channels", 0.24, 1, 1536, 1167),
+        ("channels", 0.25, None, 48, 36),  # 48 is no multiple of 64
+        ("channels", 0.5, 32, 96, 64),  # halves are rounded to even numbers of steps
+        ("heads", 0.3, None, 3, 2),
+    ],
+)
+def test_count(kind, share, multiple, number, kept):
+    assert PartShare(kind, share, multiple).num_kept(number) == kept
+
+
+@pytest.mark.parametrize(
+    ("part", "number", "message"),
+    [
+        (PartShare("heads", 0.9), 3, r"'heads:0.9': 0 of 3 heads would stay .*; pass a share for which 1 to 2 stay"),
+        (PartShare("heads", 0.1), 3, "3 of 3 heads would stay"),
+        (PartShare("channels", 0.01), 1536, "1536 of 1536 channels would stay .a multiple of 64.; .* 64 to 1472 stay"),
+        (PartShare("heads", 0.5), 1, "none can go in steps of 1"),
+        (PartShare("channels", 0.5, 100), 48, "none can go in steps of 100"),
+    ],
+)
+def test_shares_that_leave_none_or_all(part, number, message):
+    with pytest.raises(ValueError, match=message):
+        part.num_kept(number)
+
+
+@pytest.mark.parametrize("text", ["channels:0", "channels:1", "heads:1.5", "heads:1.2.3", "channels:0.5/0"])
+def test_texts_that_make_no_sense(text):
+    with pytest.raises(ValueError, match=r"pass a share of the .* in \(0, 1\)"):
+        parse_pattern(text)
+
+
+def test_each_kind_once():
+    with pytest.raises(ValueError, match="name each kind once"):
+        parse_pattern("heads:0.5+heads:0.25")
+
+
+@pytest.mark.parametrize("text", ["rows:0.5", "channels", "channels:0.5+2:4", "channels:-0.5"])
+def test_other_texts_are_no_whole_parts(text):
+    with pytest.raises(ValueError, match="'channels:SHARE'"):
+        parse_pattern(text)
+
+
+def test_a_single_matrix_has_no_parts():
+    pruner = FistaPruner(FistaPruningConfig(pattern="channels:0.25"))
+    with pytest.raises(ValueError, match=r"pass pattern='columns:0\.25' for whole columns of a matrix"):
+        pruner.prune_weight(torch.randn(4, 8), torch.randn(20, 8))
+    pattern = parse_pattern("channels:0.25")
+    for use in (lambda: pattern.num_kept((4, 8)), lambda: pattern.mask(torch.ones(4, 8))):
+        with pytest.raises(ValueError, match="parts of a whole model"):
+            use()
