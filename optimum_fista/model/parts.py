@@ -192,7 +192,9 @@ class _Number:
     at_least: int = 1
 
     def fewer(self) -> dict[str, int]:
-        """Other values to try: one key-value head, else half. They divide whatever the whole number divides.
+        """Other values to try: one key-value head, else half, which divide whatever the whole number divides.
+
+        A word without a value gets one that no model would choose.
 
         Raises:
             UnsupportedArchitectureError: If there are no smaller ones.
@@ -294,7 +296,7 @@ def _operators(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], num
                 f"beside {operator} there is {' and '.join(feeders) or 'no projection'}, in which rows of one group "
                 "can't be told"
             )
-        for name in rows:
+        for name in (weight, *rows):
             own = len(shapes[name]) == 1 and operator.startswith(f"{owners[name]}.")  # such as attention sinks
             if (name not in linear and not own) or shapes[name][axes[name]] % groups:
                 raise UnsupportedArchitectureError(
