@@ -164,7 +164,7 @@ class FistaPruner:
             prune_layers(pruning, sink)
             pruning.complete_report()
             if pruning.removal is not None:
-                pruning.removal.shrink(model, report, sink.masks, sink.keep_undo)
+                pruning.removal.shrink(model, report, sink.masks, sink.undo_first)
             report.seconds["total"] = time.perf_counter() - started
             model.config.fista_pruning = summary(report)
             self._results[model] = (report, sink.masks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,12 +27,12 @@ class Removal:
         plan: The smaller model.
         config: The configuration with a pattern of whole columns for each operator that reads what is removed, and
             with all others left as they are.
-        proven: Whether a decoder layer was seen to return the same without the removed groups.
+        proven: Kinds of decoder layers that were seen to return the same without the removed groups.
     """
 
     plan: Shrinking
     config: FistaPruningConfig
-    proven: bool = False
+    proven: set[object] = field(default_factory=set)
 
     @classmethod
     def planned(cls, model: PreTrainedModel, config: FistaPruningConfig) -> Removal | None:
@@ -61,19 +61,21 @@ class Removal:
         return "no part of the pattern" if part is None else f"loses the rows that {part.name} no longer reads"
 
     def prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
-        """Prove on the first decoder layer of a run that it returns the same without the groups as with zeros there.
+        """Prove of every kind of decoder layer that it returns the same without the groups as with zeros there.
 
         Raises:
             UnsupportedArchitectureError: If it does not.
         """
-        names = {name: part for name, part in self.plan.parts.items() if name.startswith(f"{layer_name}.")}
-        if self.proven or not names:
+        names = [name for name in self.plan.parts if name.startswith(f"{layer_name}.")]
+        modules = ((name, type(module)) for name, module in activations.layer.named_modules())
+        kind = tuple(modules), tuple(name.removeprefix(layer_name) for name in names)
+        if kind in self.proven or not names:
             return
-        # Which groups go is not known yet. The last ones will do: what depends on all of them differs for any choice.
+        # Which groups go is not known yet. The last ones will do: what depends on all of them shows with any choice.
         kept = {name: tuple(range(self.plan.counts[name])) for name in names}
         call, hidden = activations.calls[0], hidden_states.to(activations.device)
         require_same_outputs(self.plan, layer_name, activations.layer, kept, lambda layer: call.run(layer, hidden))
-        self.proven = True
+        self.proven.add(kind)
 
     def shrink_layer(
         self, record: LayerRecord, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
@@ -92,11 +94,11 @@ class Removal:
         model: PreTrainedModel,
         report: PruningReport,
         masks: dict[str, Tensor],
-        keep_undo: Callable[[Callable[[], None]], None],
+        undo_first: Callable[[Callable[[], None]], None],
     ) -> None:
         """Make a pruned model in memory the smaller one, with the report and the packed masks of the smaller one.
 
-        Before, `keep_undo` is called with what gives tensors their old sizes back.
+        Before, `undo_first` is called with what gives tensors their old sizes back.
         """
         kept = self._kept(report.operators, masks)
         operators, smaller = self._reports(report.operators, kept)
@@ -107,7 +109,7 @@ class Removal:
             for tensor, data in before:
                 tensor.data = data
 
-        keep_undo(restore)
+        undo_first(restore)
         shrink_model(model, self.plan, kept)
         masks.clear()
         masks.update(smaller)

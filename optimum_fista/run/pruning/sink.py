@@ -64,6 +64,7 @@ class ModelSink:
         self._contexts = contexts
         self._entered = ExitStack()
         self._undo: list[Callable[[], None]] = []
+        self._first: list[Callable[[], None]] = []
         self._committed = 0  # so many of these belong to finished decoder layers
         self._onloaded: dict[tuple[int, str], tuple[nn.Module, str]] = {}
         self._interrupt: Callable[[int, FrameType | None], Any] = signal.default_int_handler
@@ -99,13 +100,14 @@ class ModelSink:
         self._onloaded.clear()
         self._committed = len(self._undo)
 
-    def keep_undo(self, undo: Callable[[], None]) -> None:
-        """Have `undo` called if the run fails, before what was written until now is put back."""
-        self._undo.append(undo)
+    def undo_first(self, undo: Callable[[], None]) -> None:
+        """Have `undo` called if the run fails, before anything else is put back: tensors must have their old sizes."""
+        self._first.append(undo)
 
     def forget(self) -> None:
         """Free the old weights: they can no longer be put back."""
         self._undo.clear()
+        self._first.clear()
         self._onloaded.clear()
         self._committed = 0
 
@@ -135,6 +137,8 @@ class ModelSink:
                 for undo in self._undo:
                     steps.callback(undo)
                 steps.callback(self._put_back)
+                for undo in self._first:
+                    steps.callback(undo)
             steps.callback(self._entered.close)
         if signal.getsignal(signal.SIGINT) == self._on_interrupt:
             signal.signal(signal.SIGINT, self._interrupt)

@@ -131,6 +131,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(streamed, tmp_path, number, fini
 
 def test_a_failure_while_the_model_becomes_smaller_leaves_it_as_it_was(monkeypatch):
     model = tiny_llama()
+    model(PROBE, labels=PROBE).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     before, config, expected = dict(model.named_parameters()), model.config, logits(model)
     data = {name: parameter.detach().clone() for name, parameter in before.items()}
     shrink = removal.shrink_model
@@ -146,6 +148,7 @@ def test_a_failure_while_the_model_becomes_smaller_leaves_it_as_it_was(monkeypat
     assert config.intermediate_size == 48
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert all(torch.equal(parameter, data[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is gradients[name] for name, parameter in model.named_parameters())
     assert torch.equal(logits(model), expected)
 
 
