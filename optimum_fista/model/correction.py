@@ -166,6 +166,7 @@ class LayerTargets:
         Raises:
             ValueError: If its inputs hold NaN or Inf.
         """
+        # popped, so that the record and its sums are freed with the problems, before those of the next group are made
         group, record = self._groups[index], self._records.pop(index)
         dense_share = self._correction.dense_share
         if self._is_fitted_to_output(index):
@@ -175,6 +176,7 @@ class LayerTargets:
             runs_again = index + 1 < len(self._groups) or self._entering.pruned is not None
             with self._finished.skipped(index, keep=runs_again):
                 self._sum_corrected(group, record)
+        # otherwise the sums were finished by the dense pass: X* = X
         fitted = list(record.sums.problems(group, [operator.read() for operator in group], dense_share))
         held_out = record.held_out if record.held_out is not None and record.held_out.gram.num_tokens else None
         return GroupProblems(group, fitted, held_out, dense_share, self._last)
@@ -183,7 +185,7 @@ class LayerTargets:
         """The hidden states that leave the layer, with all of its groups pruned."""
         pruned: ActivationStore | None = None
         if self._last is not None:
-            pruned = self._last.layer_outputs()
+            pruned = self._last.layer_outputs()  # D* is kept, so only the operator itself runs
         elif self._entering.pruned is not None:
             pruned = self._activations.store()
             with self._finished.skipped(len(self._groups), keep=False):
@@ -194,6 +196,7 @@ class LayerTargets:
     def _run_dense(self, hidden_states: Sequence[Tensor]) -> ActivationStore:
         """Run the dense layer on every batch for the records of its groups; returns its output hidden states."""
         batch, outputs = 0, self._activations.store()
+        # one pass serves all groups: each sees the inputs and outputs of its operators as they come by
         records = list(self._records.values()) if self._correction.needs_dense else []
         inputs = {r.group[0].module: (lambda x, r=r: r.see_input(x, batch)) for r in records}
         results = {o.module: (lambda y, r=r, o=o: r.see_output(o, y, batch)) for r in records for o in r.group}
@@ -207,7 +210,7 @@ class LayerTargets:
     def _sum_corrected(self, group: Group, record: _DenseRecord) -> None:
         """Sum over `X*`, and over what the dense network showed."""
         operator = group[0]
-        weights = [] if operator.tokens is None else [o.read() for o in group]
+        weights = [] if operator.tokens is None else [o.read() for o in group]  # experts: W X of other tokens
         for batch, inputs in enumerate(self._inputs(operator)):
             self._add_corrected(group, record, batch, inputs, weights)
 
@@ -215,7 +218,7 @@ class LayerTargets:
         self, group: Group, record: _DenseRecord, batch: int, inputs: Tensor, weights: Sequence[Tensor]
     ) -> None:
         operator, sums = group[0], record.sums_of(batch)
-        rows = self._activations.rows(inputs, batch, operator).float()
+        rows = self._activations.rows(inputs, batch, operator).float()  # sums in half precision would lose digits
         if record.outputs is not None:
             sums.add_dense_outputs(rows, record.outputs[batch].to(rows.device, non_blocking=True).float())
         elif record.inputs is not None:
@@ -282,7 +285,7 @@ class LayerTargets:
         """Add a batch to the sums, with the targets `Y = W (a X + (1 - a) X*) - b (D* - D)`."""
         activations, correction, operator = self._activations, self._correction, record.group[0]
         assert self._outputs is not None
-        own, inputs = seen.pop().view(output.shape), seen.pop()
+        own, inputs = seen.pop().view(output.shape), seen.pop()  # some call their operator with [tokens, in]
         same = operator.outputs_without_bias(activations.rows(own, batch, operator))  # W X*
         if record.outputs is not None:
             dense = record.outputs[batch].to(same.device, non_blocking=True).float()  # W X
@@ -290,6 +293,7 @@ class LayerTargets:
             assert record.inputs is not None
             assert weight is not None
             dense = record.inputs[batch].to(same.device, non_blocking=True).float() @ weight.T
+        # in the layer's dtype: the two sums are close, so their difference is exact
         both = output - self._outputs[batch].to(same.device)  # (D* + W X*) - (D + W X)
         moved = activations.rows(both, batch, operator).float() - same + dense  # D* - D
         targets = same.mul(1 - correction.dense_share).add_(dense, alpha=correction.dense_share)
@@ -327,7 +331,7 @@ class _DenseRecord:
             on_disk = isinstance(activations.storage, Path)
             storage = torch.device("cpu") if on_disk else activations.storage
             self.inputs = ActivationStore(storage, device)
-        elif sum(operator.shape[0] for operator in group) < size:
+        elif sum(operator.shape[0] for operator in group) < size:  # whichever is smaller waits
             self.outputs = activations.store()
         else:
             self.inputs = activations.store()
@@ -373,7 +377,7 @@ class _DenseRecord:
         kept = self.inputs[batch].to(later.device, non_blocking=True).float()
         if tokens is None:
             return kept
-        before = self.tokens[batch]
+        before = self.tokens[batch]  # rising, as `LinearOperator.tokens` promises, so a search finds them
         if not before.numel():
             return later
         place = torch.searchsorted(before, tokens).clamp_max(before.numel() - 1)

@@ -36,12 +36,12 @@ class FinishedParts:
         self._ends: dict[nn.Module, tuple[LinearOperator, tuple[Any, ...] | None]] = {}
         operators = {operator.module for group in groups for operator in group}
         for part in activations.layer.children():
-            inside = set(part.modules())
+            inside = set(part.modules())  # owners, because an expert's module is none of the layer's
             numbers = [i for i, group in enumerate(groups) for operator in group if operator.owner in inside]
             if not numbers or part in operators:
                 continue
             self._last_group[part] = max(numbers)
-            end = groups[max(numbers)][0]
+            end = groups[max(numbers)][0]  # the one that `arguments_of` stops at, so its inputs come by
             if end.ends is not None and end.ends[0] is part:
                 self._ends[part] = end, end.ends[1]
 
@@ -75,6 +75,7 @@ class FinishedParts:
         watched = {self._ends[part][0].module: inputs[part].append for part in ending}
         with replaced_forwards(finished, forwards), watching(watched):
             yield
+        # after an error nothing is kept: the layer starts again with other batches
         for part, store in outputs.items():
             if self._is_whole(store):
                 self._outputs[part] = (store, rests[part])

@@ -83,6 +83,7 @@ class LayerSums:
             elif self.output_cross is None and self.input_cross is None:
                 yield LayerProblem(weight, statistics, name=name, aims_at_dense=self.same_inputs)
             else:
+                # either way `_problem` may overwrite it: these rows, or this product, are read only once
                 if self.output_cross is not None:
                     cross = self.output_cross[row : row + weight.shape[0]]
                 else:
@@ -94,11 +95,12 @@ class LayerSums:
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     if total is None:
         total = torch.zeros(left.shape[1], right.shape[1], device=right.device)
-    return total.addmm_(left.T, right)
+    return total.addmm_(left.T, right)  # in place: no second matrix of this size
 
 
 def _energies(outputs: Tensor) -> Tensor:
     """Squared norms of the columns of [tokens, out], float64."""
+    # a batch in float32, the sum of batches in float64: only that has many terms
     return outputs.square().sum(0).double()
 
 
@@ -143,5 +145,6 @@ def _problem(
     if dense_share == 0:  # Y = W X*: nothing is mixed into the cross-Gram
         return LayerProblem(weight, statistics, name=name, dense=DenseOutputs(energies, unpruned_errors, cross))
     dense = DenseOutputs(energies, unpruned_errors, dense_share=dense_share)
+    # || a W X + (1 - a) W X* ||^2 by rows, expanded
     energies = dense_share**2 * energies + 2 * dense_share * (1 - dense_share) * mixed + (1 - dense_share) ** 2 * remade
     return LayerProblem(weight, statistics, cross, energies, name, same_energies=remade, dense=dense)

@@ -36,11 +36,12 @@ def is_added_to_output(activations: LayerActivations, operator: LinearOperator, 
         assert output is not None
         return output.float()
 
-    rest = run(torch.zeros_like)
+    rest = run(torch.zeros_like)  # D
     if len(seen) != 1 or seen[0].numel() != rest.numel():
         return False
     wave = torch.arange(rest.numel(), device=rest.device).float().sin_().view(seen[0].shape)
     wave = wave.mul_(rest.abs().max()).to(seen[0].dtype)
+    # D + wave - D - wave; a clone, because the layer may add to its own output in place
     error = run(lambda _: wave.clone()) - rest - wave.float().view(rest.shape)
     size = torch.linalg.vector_norm(wave.float()) + torch.linalg.vector_norm(rest)
     return bool(torch.linalg.vector_norm(error) <= _ROUNDED * torch.finfo(wave.dtype).eps * size)
@@ -96,7 +97,7 @@ class LastOperator:
 
     def _run(self) -> dict[bool, Tensor]:
         """Run the operator, with the weights that it has at the first call, on every batch; no batch runs twice."""
-        if self._squares is not None:
+        if self._squares is not None:  # the error is asked for first, the layer's outputs afterwards
             return self._squares
         activations, operator = self._activations, self._operator
         squares = {kind: torch.zeros((), dtype=torch.float64, device=activations.device) for kind in (False, True)}

@@ -98,6 +98,7 @@ def share_budgets(
     if costs:
         for key, sparsity in allocate(costs, config.sparsity).items():
             names = pools[key]
+            # whole zeros: experts of one kind get equal numbers, the first ones one more if it doesn't divide
             each, more = divmod(round(sparsity * costs[key].size), len(names))
             size = costs[key].size // len(names)
             budgets.sparsities |= {n: (each + (i < more)) / size for i, n in enumerate(names)}

@@ -54,15 +54,16 @@ class GroupSolver:
         group, fitted = problems.operators, problems.fitted
         patterns = [self._budgets.pattern_for(operator.name) for operator in group]
         method, message = self._method_for(problems)
-        release_free_memory()
+        release_free_memory()  # what capturing left in the allocator is needed by the solver
         started = time.perf_counter()
         if not message and all(operator.name in self._output_weights for operator in group):
+            # rows of all operators compete for the zeros of the group, so shares per operator come out of it
             pruned = prune_stacked(method, fitted, patterns, [self._output_weights[o.name] for o in group])
             patterns = [replace(p, sparsity=q.sparsity) for p, q in zip(patterns, pruned, strict=True)]
         else:
             pruned = method.prune_sharing(fitted, patterns)
             pruned = [replace(p, message=message or p.message) for p in pruned]
-        if fitted[0].weight.device.type != "cpu":
+        if fitted[0].weight.device.type != "cpu":  # kernels are only queued: without this, the time is that of queueing
             torch.accelerator.synchronize(fitted[0].weight.device)
         seconds = time.perf_counter() - started
         finite = torch.stack([torch.isfinite(result.weight).all() for result in pruned]).tolist()
@@ -96,7 +97,7 @@ def report_group(problems: GroupProblems, solved: SolvedGroup) -> list[OperatorR
         strict=True,
     )
     for operator, problem, held_out, pruned, pattern in parts:
-        exact = operator.parameter.dtype == problem.weight.dtype
+        exact = operator.parameter.dtype == problem.weight.dtype  # otherwise rounding changed what was solved for
         written = pruned.weight if exact else operator.read()
         fit_error = pruned.fit_error if exact else problem.fit_error(written)
         unseen = None if held_out is None else held_out.fit_error(written)

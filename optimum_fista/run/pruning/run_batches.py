@@ -87,6 +87,7 @@ class RunBatches:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error) or repr(error)
+            # outside of the handler: the error holds the frames, and they hold what filled the memory
             states = self.halve("the embeddings", reason, states, storage)
         if recorded.handed_on and self._report.operators:  # what is handed on must be the dense network's
             most = max(batch.input_ids.shape[0] for batch in self.all)
@@ -145,5 +146,5 @@ def cut_states(states: HiddenStates, sizes: Sequence[int], storage: Storage, dev
                 row += size
         return store
 
-    dense = cut(states.dense)
+    dense = cut(states.dense)  # before the first pruned layer both streams are the same tensors: cut them once
     return HiddenStates(dense, dense if states.pruned is states.dense else cut(states.pruned))

@@ -112,9 +112,10 @@ class ModelSink:
         self._committed = 0
 
     def __enter__(self) -> Self:
-        self._held = _held(self._model)
+        self._held = _held(self._model)  # before any context installs something on modules
         self._gradients = [(p, p.requires_grad, p.grad) for p in self._model.parameters()]
         handler = signal.getsignal(signal.SIGINT)
+        # Python runs handlers of signals in the main thread only, and allows only that one to set them
         if callable(handler) and threading.current_thread() is threading.main_thread():
             self._interrupt = handler
             signal.signal(signal.SIGINT, self._on_interrupt)
@@ -169,6 +170,7 @@ _UNINTERRUPTED = (ModelSink.__enter__.__code__, ModelSink.__exit__.__code__)
 
 def _held(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The dictionaries in which modules, hooks of Accelerate and the configuration keep what they hold, with copies."""
+    # hooks, forwards, modes, parameters and submodules all live in the instance dictionaries of modules, one level deep
     modules = list(model.modules())
     holders = [*modules, *(hook for module in modules for hook in alignment_hooks(module))]
     attributes = [vars(holder) for holder in [*holders, *([model.config] if hasattr(model, "config") else [])]]

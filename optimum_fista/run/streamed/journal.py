@@ -73,7 +73,7 @@ class Journal:
         self._journal = folder / FOLDER
         self._journal.mkdir(parents=True, exist_ok=True)
         file = self._journal / "fingerprint.json"
-        wanted = json.loads(json.dumps(fingerprint))
+        wanted = json.loads(json.dumps(fingerprint))  # as it will be read: tuples are lists, keys are text
         self._run_sha256 = _text_digest(wanted)
         if not file.exists():
             write_record(file, wanted)
@@ -127,7 +127,7 @@ class Journal:
         }
         kept = KeptLayer(record, shard.name, shard.stat().st_size, list(names), sha256)
         write_record(self._journal / f"layer-{index:05}.json", dataclasses.asdict(kept))
-        self._file("states", index).unlink(missing_ok=True)
+        self._file("states", index).unlink(missing_ok=True)  # only now: until the record is there, they are needed
 
     def masks(self, index: int) -> dict[str, Tensor]:
         """Packed masks of a finished decoder layer."""
