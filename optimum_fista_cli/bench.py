@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 DESCRIPTION = """\
-Measure how fast a pruned model decodes, dense and packed, and what memory it takes.
+Measure how fast a pruned model decodes, dense, packed, and before it was pruned, and what memory it takes.
 
 Each variant runs in a process of its own, and all are measured in turn: greedy `generate` on random prompts, one
 forward pass of a long prompt, resident memory. Close other programs: times of a busy machine mean little.
 
-example:
+examples:
   optimum-fista bench ./model-50 --output bench.json --plot bench.png
+  optimum-fista bench ./smaller --original ./model
 """
 
 
@@ -24,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="DIR", type=Path, help="pruned model folder, packed or not")
     add(
         "--variants",
-        default="dense bfloat16,dense float32,packed bfloat16",
-        help="what to measure; the first is the baseline (default: dense bfloat16,dense float32,packed bfloat16; also "
-        "packed float32, dense float16, packed float16)",
+        help="what to measure; the first is the baseline (default: dense bfloat16,dense float32,packed bfloat16, or "
+        "original bfloat16,dense bfloat16 with --original; also float16, and packed float32)",
     )
+    add("--original", type=Path, metavar="DIR", help="folder of the model before it was pruned, to compare with")
     add("--batch-sizes", default="1,4,16", help="sequences decoded together (default 1,4,16)")
     add("--new-tokens", type=int, default=32, help="tokens to decode (default 32)")
     add("--prompt-tokens", type=int, default=16, help="tokens of the prompt (default 16)")
@@ -53,9 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
         import matplotlib  # noqa: F401, fails before anything is measured
     names = ("new_tokens", "prompt_tokens", "prefill_tokens", "rounds", "threads")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    variants, device = [name.strip() for name in arguments.variants.split(",")], str(usable_device(arguments.device))
-    settings = SpeedSettings(variants=variants, batch_sizes=batch_sizes, device=device, **given)
-    report = measure_speed(arguments.model, settings, progress=_show)
+    if arguments.variants is not None:
+        given["variants"] = [name.strip() for name in arguments.variants.split(",")]
+    elif arguments.original is not None:
+        given["variants"] = ["original bfloat16", "dense bfloat16"]
+    settings = SpeedSettings(batch_sizes=batch_sizes, device=str(usable_device(arguments.device)), **given)
+    report = measure_speed(arguments.model, settings, progress=_show, original=arguments.original)
     _show("")
     print(speed_table(report))
     if arguments.output is not None:

@@ -1,11 +1,11 @@
-"""Speed and memory of a pruned model, dense and packed, measured in turn in one run."""
+"""Speed and memory of a pruned model, dense, packed, and before it was pruned, measured in turn in one run."""
 
 from __future__ import annotations
 
 import platform
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,33 @@ def measure_speed(
     folder: Path,
     settings: SpeedSettings | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    original: Path | None = None,
 ) -> SpeedReport:
-    """Measure a pruned model dense and packed, each variant in a process of its own, in turn.
+    """Measure a pruned model dense, packed, and before it was pruned, each variant in a process of its own, in turn.
 
     The prompts are random tokens. Dense variants are those of the same weights.
 
     Args:
-        folder: Pruned model folder, packed or not; what is missing of the two is written to a temporary folder first.
+        folder: Pruned model folder, packed or not; what is missing of the two is written to a temporary folder first,
+            if a variant needs it.
         settings: What to measure.
         progress: Called with a line before each step.
+        original: Folder of the model before it was pruned, for the variants called `"original ..."`.
 
     Raises:
-        ValueError: If the folder holds no pruned model.
+        ValueError: If the folder holds no pruned model, or if variants and `original` don't go together.
         RuntimeError: If a variant can't be loaded or run.
     """
     settings = settings or SpeedSettings()
-    with _folders(folder, progress) as folders, ExitStack() as opened:
+    runtimes = {name.split()[0] for name in settings.variants}
+    if ("original" in runtimes) != (original is not None):
+        raise ValueError(
+            f"original={str(original)!r} and variants={', '.join(settings.variants)!r}: pass the folder of the model "
+            "before it was pruned together with variants such as 'original bfloat16', or neither."
+        )
+    with _folders(folder, runtimes, progress) as folders, ExitStack() as opened:
+        if original is not None:
+            folders["original"] = original
         workers = {}
         for name in settings.variants:
             workers[name] = Worker(name, folders[name.split()[0]], settings.device, settings.threads)
@@ -66,18 +77,15 @@ def measure_speed(
 
 
 @contextmanager
-def _folders(folder: Path, progress: Callable[[str], None]) -> Iterator[dict[str, Path]]:
-    """The model as a dense and as a packed folder."""
+def _folders(folder: Path, runtimes: Set[str], progress: Callable[[str], None]) -> Iterator[dict[str, Path]]:
+    """The pruned model as a dense and as a packed folder, as far as `runtimes` need them."""
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as temporary:
         made = Path(temporary) / folder.name
-        if is_packed(folder):
-            progress(f"unpacking {folder}")
-            unpack_folder(folder, made)
-            yield {"dense": made, "packed": folder}
-        else:
-            progress(f"packing {folder}")
-            pack_folder(folder, made)
-            yield {"dense": folder, "packed": made}
+        given, missing = ("packed", "dense") if is_packed(folder) else ("dense", "packed")
+        if missing in runtimes:
+            progress(f"{'unpacking' if missing == 'dense' else 'packing'} {folder}")
+            (unpack_folder if missing == "dense" else pack_folder)(folder, made)
+        yield {given: folder, missing: made}
 
 
 def _measure(

@@ -13,6 +13,8 @@ import torch
 from optimum_fista.run.reports.markdown import markdown_lines
 
 VARIANTS = ("dense bfloat16", "dense float32", "packed bfloat16", "packed float32", "dense float16", "packed float16")
+ORIGINALS = ("original bfloat16", "original float32", "original float16")
+"""The model before it was pruned, from a folder of its own."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class SpeedSettings:
     """What to measure.
 
     Attributes:
-        variants: Names out of `VARIANTS`.
+        variants: Names out of `VARIANTS` and `ORIGINALS`.
         batch_sizes: Sequences that are decoded together.
         new_tokens: Tokens that `generate` writes in each.
         prompt_tokens: Tokens of the prompt.
@@ -45,9 +47,10 @@ class SpeedSettings:
         Raises:
             ValueError: If a variant is not known, or a number is smaller than one.
         """
-        unknown = [name for name in self.variants if name not in VARIANTS]
+        known = VARIANTS + ORIGINALS
+        unknown = [name for name in self.variants if name not in known]
         if unknown or not self.variants:
-            raise ValueError(f"variants={', '.join(unknown)!r}: pass some of {', '.join(VARIANTS)}.")
+            raise ValueError(f"variants={', '.join(unknown)!r}: pass some of {', '.join(known)}.")
         if len(set(self.variants)) < len(self.variants):
             raise ValueError(f"variants={', '.join(self.variants)!r}: name each once.")
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}

@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 from launched import forked_workers
+from transformers import AutoModelForCausalLM
 
+from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.speed.measure import measure_speed
 from optimum_fista.run.speed.speed_report import SpeedReport, SpeedSettings, draw_speed, speed_table
@@ -71,6 +73,26 @@ def test_a_packed_folder_is_measured_dense_from_an_unpacked_one(saved, tmp_path)
         report = measure_speed(tmp_path / "packed", settings, lines.append)
     assert lines[0] == f"unpacking {tmp_path / 'packed'}"
     assert report.variants["dense float32"].weight_bytes == 4 * saved.model.num_parameters()
+
+
+def test_a_smaller_model_is_measured_beside_the_original(saved, tmp_path):
+    saved.model.save_pretrained(tmp_path / "original")
+    smaller = FistaPruner(FistaPruningConfig(pattern="channels:0.5", method="magnitude"), progress=False)
+    smaller.prune(tmp_path / "original", torch.arange(32).view(1, 32), output_dir=tmp_path / "smaller")
+    lines: list[str] = []
+    settings = dataclasses.replace(SETTINGS, variants=["original float32", "dense float32"], batch_sizes=[1], rounds=1)
+    with forked_workers():
+        report = measure_speed(tmp_path / "smaller", settings, lines.append, original=tmp_path / "original")
+    assert lines[0] == "loading original float32"  # nothing was packed
+    original, dense = report.variants.values()
+    assert original.weight_bytes == 4 * saved.model.num_parameters()
+    assert dense.weight_bytes == 4 * AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").num_parameters()
+    assert dense.weight_bytes < original.weight_bytes
+    with pytest.raises(ValueError, match="original='None'"):
+        measure_speed(tmp_path / "smaller", settings)
+    only = dataclasses.replace(settings, variants=["dense float32"])
+    with pytest.raises(ValueError, match="variants='dense float32'"):
+        measure_speed(tmp_path / "smaller", only, original=tmp_path / "original")
 
 
 def test_a_worker_says_what_went_wrong(saved):
