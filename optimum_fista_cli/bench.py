@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="DIR", type=Path, help="pruned model folder, packed or not")
     add(
         "--variants",
-        help="what to measure; the first is the baseline (default: dense bfloat16,dense float32,packed bfloat16, or "
-        "original bfloat16,dense bfloat16 with --original; also float16, and packed float32)",
+        help="what to measure; the first is the baseline (default: dense bfloat16,dense float32, if there are "
+        "zeros packed bfloat16, or original bfloat16,dense bfloat16 with --original; also float16, and packed float32)",
     )
     add("--original", type=Path, metavar="DIR", help="folder of the model before it was pruned, to compare with")
     add("--batch-sizes", default="1,4,16", help="sequences decoded together (default 1,4,16)")
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the table, and write what was asked for."""
+    from optimum_fista.run.checkpoints.checkpoint import read_report
     from optimum_fista.run.checkpoints.loading import usable_device
     from optimum_fista.run.speed.measure import measure_speed
     from optimum_fista.run.speed.speed_report import SpeedSettings, draw_speed, speed_table
@@ -58,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         given["variants"] = [name.strip() for name in arguments.variants.split(",")]
     elif arguments.original is not None:
         given["variants"] = ["original bfloat16", "dense bfloat16"]
+    elif not read_report(arguments.model).totals["num_zeros"]:
+        given["variants"] = ["dense bfloat16", "dense float32"]  # there is nothing to pack
     settings = SpeedSettings(batch_sizes=batch_sizes, device=str(usable_device(arguments.device)), **given)
     report = measure_speed(arguments.model, settings, progress=_show, original=arguments.original)
     _show("")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
 
+Weights become zeros, or with --pattern channels:SHARE or heads:SHARE whole parts go and the model gets smaller.
+
 The model is read, pruned and written one decoder layer at a time. A run that was interrupted resumes after its last
 finished decoder layer when the same command is given again. Several processes, started by accelerate launch or
 torchrun, share the decoder layers if those are independent (--error-correction none or intra): see docs/ranks.md.
@@ -28,6 +30,7 @@ samples its own (--calibration self, the default), so nothing but the model is n
 examples:
   optimum-fista prune meta-llama/Llama-3.2-1B --output llama-50 --sparsity 0.5 --calibration c4
   optimum-fista prune ./model --output model-24 --pattern 2:4 --calibration texts.jsonl --num-samples 64
+  optimum-fista prune ./model --output smaller --pattern channels:0.25 --calibration texts.jsonl
   optimum-fista prune ./model --output model-50 --method wanda --device cpu --dtype float32
   optimum-fista prune ./model --output model-50 --report-to tensorboard --logging-dir runs/model-50
   accelerate launch --num_processes 8 -m optimum_fista prune ./model --output model-50 --error-correction intra
@@ -46,13 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")
     add = parser.add_argument_group("what to prune").add_argument
     add("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
-    groups = "keep N of every M consecutive inputs of a row, such as 2:4; 4:8-pairs keeps two whole pairs of four"
-    add("--pattern", metavar="N:M", help=groups)
+    groups = (
+        "keep N of every M consecutive inputs of a row, such as 2:4; 4:8-pairs keeps two whole pairs of four; "
+        "channels:0.25 or heads:0.5, or both joined by +, removes whole parts: the model gets smaller (docs/smaller.md)"
+    )
+    add("--pattern", metavar="PATTERN", help=groups)
     add("--scope", choices=("matrix", "row"), help="share zeros over a whole operator or give each row its own")
     add("--include", action="append", metavar="GLOB", help="prune only operators whose name matches; repeatable")
     add("--exclude", action="append", metavar="GLOB", help="leave dense the operators whose name matches; repeatable")
     add = parser.add_argument_group("how").add_argument
-    add("--method", help="obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap")
+    add("--method", help="obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap, greedy_obs")
     add("--paper", action="store_true", help="the published settings of FISTAPruner (K=20, T=3, xi=0.3)")
     share = "none, intra, full, or a number in [0, 1] (default: the method's, obs_admm's is 0.5): see docs/method.md"
     add("--error-correction", type=_number_or_word, help=share)

@@ -34,10 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     except VerificationError as error:
         print(f"{arguments.folder}: BROKEN: {error}", file=sys.stderr)
         return 1
-    print(
-        f"{arguments.folder}: {proven.num_operators} operators keep their pattern, {proven.num_zeros:,} of "
-        f"{proven.num_weights:,} weights zero ({proven.num_zeros / max(1, proven.num_weights):.4%})"
-    )
+    zeros = f"{proven.num_zeros:,} of {proven.num_weights:,} weights zero"
+    zeros += f" ({proven.num_zeros / max(1, proven.num_weights):.4%})"
+    print(f"{arguments.folder}: {proven.num_operators} operators keep their pattern, {proven.removed or zeros}")
     if proven.num_parameters is None:
         print("its parameters were not counted: Transformers can't make a model of its class without weights")
     return 0

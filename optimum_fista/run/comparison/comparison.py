@@ -118,7 +118,7 @@ Column = tuple[str, Callable[[Average], Spread | None], str, Callable[[list[floa
 
 def markdown_table(rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[str] = ()) -> str:
     """A line for each method and pattern, means over the seeds, the best of every pattern in bold."""
-    columns, table = _columns(texts, tasks, _errors(rows)), []
+    columns, table = _columns(texts, tasks, _errors(rows), removes=_removes(rows)), []
     for pattern, group in groupby(averages(rows), lambda line: line.pattern):
         lines = list(group)
         shown = [_cells([value(line) for line in lines], form, best) for _, value, form, best in columns]
@@ -131,7 +131,7 @@ def markdown_table(rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[st
 def csv_table(rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[str] = ()) -> str:
     """A line for each row, with every seed and every digit."""
     metrics = list(dict.fromkeys((t, metric) for t in tasks for row in rows for metric in row.accuracy.get(t, {})))
-    errors = _errors(rows)
+    errors, removes = _errors(rows), _removes(rows)
 
     def cells(row: Row) -> dict[str, Any]:
         found: dict[str, Any] = {"pattern": row.pattern, "method": row.method, "seed": row.seed}
@@ -141,7 +141,9 @@ def csv_table(rows: Sequence[Row], texts: Sequence[str], tasks: Sequence[str] = 
             found[f"{task} {metric}"] = None if score is None else score.value
             found[f"{task} {metric} stderr"] = None if score is None else score.stderr
         found |= {f"mean {name}": row.totals.get(key) for name, key in errors.items()}
-        found |= {"sparsity": row.totals.get("sparsity"), "seconds": row.seconds.get("total")}
+        found |= {"sparsity": row.totals.get("sparsity")}
+        found |= {"removed": row.totals.get("share_removed")} if removes else {}
+        found |= {"seconds": row.seconds.get("total")}
         return found | {"solve seconds": row.totals.get("solve_seconds"), "error": row.error}
 
     file = io.StringIO()
@@ -159,13 +161,20 @@ def _errors(rows: Sequence[Row]) -> dict[str, str]:
     return {name: key for name, key in keys.items() if key in known or name == "fit error"}
 
 
-def _columns(texts: Sequence[str], tasks: Sequence[str], errors: Mapping[str, str]) -> list[Column]:
+def _removes(rows: Sequence[Row]) -> bool:
+    """Whether a model lost whole parts: then sparsity, which counts zeros, does not tell how small it is."""
+    return any(row.totals.get("share_removed") for row in rows)
+
+
+def _columns(texts: Sequence[str], tasks: Sequence[str], errors: Mapping[str, str], *, removes: bool) -> list[Column]:
     columns: list[Column] = [(text, partial(Average.perplexity, text=text), "{:.2f}", min) for text in texts]
     columns += [(f"{task}, %", partial(Average.accuracy, task=task), "{:.1%}", max) for task in tasks]
     if len(tasks) > 1:
         columns.append(("mean of tasks, %", partial(Average.mean_accuracy, tasks=tasks), "{:.1%}", max))
     columns += [(name, partial(Average.total, name=key), "{:.4f}", None) for name, key in errors.items()]
     columns.append(("zeros, %", partial(Average.total, name="sparsity"), "{:.2%}", None))
+    if removes:
+        columns.append(("removed, %", partial(Average.total, name="share_removed"), "{:.2%}", None))
     columns.append(("seconds", Average.seconds, "{:.0f}", None))
     columns.append(("solving", partial(Average.total, name="solve_seconds"), "{:.0f}", None))
     return columns

@@ -53,12 +53,14 @@ class Verification:
         num_weights: Their weights.
         num_zeros: Weights that are zero by their masks and in the files.
         num_parameters: Parameters of the model; `None` if they could not be counted.
+        removed: How much smaller than the dense model it is, in words; empty if no part of it was removed.
     """
 
     num_operators: int
     num_weights: int
     num_zeros: int
     num_parameters: int | None = None
+    removed: str = ""
 
 
 def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Verification:
@@ -102,7 +104,7 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
     for name, value in summary(report).items():
         if config.get(name, value) != value:  # older versions had fewer
             raise VerificationError(f"config.json promises {name} {config[name]!r}, {REPORT_FILE} says {value!r}.")
-    return Verification(len(report.operators), weights, zeros, parameters)
+    return Verification(len(report.operators), weights, zeros, parameters, report.removed)
 
 
 def _verify_totals(

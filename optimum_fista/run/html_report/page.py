@@ -112,6 +112,7 @@ def render_page(contents: ReportContents) -> str:
         zeros=heat_map(report.operators, "zeros", lambda o: zeros[o.name], lambda value: share(value, 2), share),
         even=max(zeros.values()) - min(zeros.values()) < 5e-4,
         even_rows=all(parse_pattern(o.pattern).fixed or o.scope == "row" for o in report.operators),
+        columns_left=_columns_left(report),
         rows={kind: rows[kind] for kind in OperatorGrid.of(report.operators).kinds},
         hidden_state_errors=line_chart(layers, {"error": [layer.hidden_state_error for layer in report.layers]}, error),
         times=line_chart(layers, {"": [layer.seconds for layer in report.layers]}, duration, (1.0, "s")),
@@ -124,6 +125,13 @@ def render_page(contents: ReportContents) -> str:
         config=json.dumps(report.config, indent=2),
         command=_command(report),
     )
+
+
+def _columns_left(report: PruningReport) -> list[tuple[str, int, int]]:
+    """By kind of operator, how many columns stayed of how many; only those that lost some."""
+    grid = OperatorGrid.of(operator for operator in report.operators if operator.groups_kept is not None)
+    kinds = [(kind, grid.of_kind(kind)[0]) for kind in grid.kinds]
+    return [(kind, o.shape[1], round(o.shape[1] / (1 - o.target_sparsity))) for kind, o in kinds]
 
 
 def _held_out(operators: Sequence[OperatorReport]) -> tuple[float, float, float]:

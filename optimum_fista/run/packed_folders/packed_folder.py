@@ -58,14 +58,20 @@ def pack_folder(
         FileNotFoundError: If `folder` holds no pruned model.
         FileExistsError: If `output` holds a model and `overwrite` is False, or other files that would be replaced.
         BlockingIOError: If another run writes to `output`.
-        ValueError: If `folder` is packed already or has `output` in it, or a weight is not zero outside its mask.
+        ValueError: If `folder` is packed already, has no zeros to pack, or has `output` in it, or if a weight is not
+            zero outside its mask.
     """
     if is_packed(folder):
         raise ValueError(f"folder {str(folder)!r} is packed already: pass a folder with dense weights.")
     require_files(folder, CONFIG_FILE, MASKS_FILE, REPORT_FILE)
-    files = checkpoint_files(folder)
+    report, files = read_report(folder), checkpoint_files(folder)
+    if report.removed and not report.totals["num_zeros"]:
+        raise ValueError(
+            f"folder {str(folder)!r} has no zeros to pack: whole parts of the model were removed, and what is left is "
+            "dense. Use it as it is."
+        )
     with safe_open(folder / MASKS_FILE, "pt") as masks:
-        packer = Packer(read_report(folder).operators, files, masks.get_tensor)
+        packer = Packer(report.operators, files, masks.get_tensor)
 
         def convert(names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
             return packer.pack({name: read(name) for name in names})

@@ -39,7 +39,9 @@ def model_card(report: PruningReport, picture: str | None = None) -> str:
     environment.filters |= {"escaped": _escaped, **{name: form.format for name, form in formats.items()}}
     name, pattern, sparsities = report.model["name"], _pattern(report), [o.sparsity for o in report.operators]
     zeros = "the same share in every operator"
-    if report.config["allocation"] == "fisher" and not pattern.fixed:
+    if report.removed:
+        zeros = "none: what is removed is no longer there"
+    elif report.config["allocation"] == "fisher" and not pattern.fixed:
         zeros = f"shared over the operators by gradients of the loss, {min(sparsities):.1%} to {max(sparsities):.1%}"
     return (
         environment.get_template("card.md").render(
@@ -76,13 +78,14 @@ def _rows(report: PruningReport) -> list[str]:
     """One row for the operators of the same kind in every decoder layer, below a header."""
     grid = OperatorGrid.of(report.operators)
     measured = any(o.held_out_fit_error is not None for o in report.operators)
-    header = ["operator", "shape", "sparsity", "mean fit error", "largest fit error", "mean output error"]
+    gone, share = ("columns removed", "target_sparsity") if report.removed else ("sparsity", "sparsity")
+    header = ["operator", "shape", gone, "mean fit error", "largest fit error", "mean output error"]
     rows = []
     for kind in grid.kinds:
         group = grid.of_kind(kind)
         outputs = [o.output_error for o in group if o.output_error is not None]
         unseen = [o.held_out_fit_error for o in group if o.held_out_fit_error is not None]
-        cells = [kind, " x ".join(map(str, group[0].shape)), f"{fmean(o.sparsity for o in group):.2%}"]
+        cells = [kind, " x ".join(map(str, group[0].shape)), f"{fmean(getattr(o, share) for o in group):.2%}"]
         cells += [f"{fmean(o.fit_error for o in group):.4f}", f"{max(o.fit_error for o in group):.4f}"]
         cells.append(f"{fmean(outputs):.4f}" if outputs else "not known")
         rows.append([*cells, *([f"{fmean(unseen):.4f}" if unseen else ""] if measured else [])])

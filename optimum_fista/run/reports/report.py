@@ -231,15 +231,25 @@ class PruningReport:
         return ", before fine-tuning" if self.finetuned else ""
 
     @property
+    def removed(self) -> str:
+        """How much smaller the model is, in words; empty if no part of it was removed."""
+        gone, left = self.totals["num_removed"], self.model["num_parameters"]
+        share = self.totals["share_removed"]
+        return f"{gone:,} of {gone + left:,} parameters removed ({share:.2%}), {left:,} left" if gone else ""
+
+    @property
     def totals(self) -> dict[str, Any]:
         """Sums and means over the pruned operators; `model_sparsity` counts every parameter of the model.
 
+        `num_removed` parameters went with whole parts of the model, `share_removed` of those of the dense one.
         `held_out_ratio` is the mean fit error on held-out tokens over the mean fit error of the same operators: 1 if
         nothing is over-fitted. Without held-out tokens it and the held-out errors are `None`; so are output errors if
         the dense network's outputs were not known.
         """
         weights = sum(o.shape[0] * o.shape[1] for o in self.operators)
         zeros = weights - sum(o.num_kept for o in self.operators)
+        dense = self.model.get("dense_num_parameters", self.model["num_parameters"])
+        removed = dense - self.model["num_parameters"]
         errors: dict[str, float | None] = {}
         for name in ("fit_error", "output_error", "held_out_fit_error", "held_out_output_error"):
             known = [value for o in self.operators if (value := getattr(o, name)) is not None]
@@ -253,8 +263,8 @@ class PruningReport:
             "num_zeros": zeros,
             "sparsity": zeros / weights if weights else 0.0,
             "model_sparsity": zeros / self.model["num_parameters"],
-            "num_removed": self.model.get("dense_num_parameters", self.model["num_parameters"])
-            - self.model["num_parameters"],
+            "num_removed": removed,
+            "share_removed": removed / dense,
             **errors,
             "held_out_ratio": held_out / fitted if fitted else None,
             "solve_seconds": sum(o.solve_seconds for o in self.operators),
@@ -288,7 +298,8 @@ class PruningReport:
 
     def __str__(self) -> str:
         """A few lines for people."""
-        totals, held_out, output = self.totals, "", "not known"
+        totals, removed, held_out, output = self.totals, self.removed, "", "not known"
+        zeros = f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%})"
         if totals["mean_output_error"] is not None:
             output = f"{totals['mean_output_error']:.4f} on average, {totals['max_output_error']:.4f} at most"
         if totals["held_out_ratio"] is not None:
@@ -298,7 +309,7 @@ class PruningReport:
             )
         return (
             f"{totals['num_operators']} operators pruned by {self.config['method']}, "
-            f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%}); "
+            f"{removed or zeros}; "
             f"fit error {totals['mean_fit_error']:.4f} on average, {totals['max_fit_error']:.4f} at most{held_out}, "
             f"output error {output}{self.before}; "
             f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"

@@ -112,6 +112,9 @@ def _assemble(model: PreTrainedModel, report: PruningReport, packed: Mapping[str
 
 def _from_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
     masks: dict[str, Tensor] = {}
+    record = getattr(model.config, CONFIG_KEY, None)
+    if record is not None and not record.get("num_zeros", 1):  # whole parts were removed: nothing has to stay zero
+        return masks
     zeros = weights = 0
     for name, weight in _candidates(model):
         kept = weight.detach() != 0
@@ -119,7 +122,7 @@ def _from_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
         zeros, weights = zeros + found, weights + weight.numel()
         if found:
             masks[name] = kept
-    promised = int((getattr(model.config, CONFIG_KEY, None) or {}).get("num_zeros", 0))
+    promised = int((record or {}).get("num_zeros", 0))
     if zeros < max(promised, _LEAST_ZEROS * weights):
         raise ValueError(
             f"{type(model).__name__} is not pruned, or no longer: {zeros:,} of the {weights:,} weights of its decoder "

@@ -60,6 +60,7 @@ def test_totals_are_sums_and_means():
         "sparsity": 22 / 40,
         "model_sparsity": 22 / 400,
         "num_removed": 0,
+        "share_removed": 0.0,
         "mean_fit_error": pytest.approx(0.4),
         "max_fit_error": 0.6,
         "mean_output_error": None,

@@ -1,0 +1,99 @@
+"""A model that lost whole parts, in every command: what is said of it is true."""
+
+import json
+import re
+
+import pytest
+from launched import forked_workers
+from transformers import AutoModelForCausalLM
+
+from optimum_fista import masked_training, save_masked
+from optimum_fista.run.checkpoints.checkpoint import read_report
+from optimum_fista.run.speed import measure
+from optimum_fista_cli.main import main
+
+PATTERN = "channels:0.25/4+heads:0.5"
+QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
+# Of each of two decoder layers: 12 of 48 channels with 3 x 32 weights, 1 of 2 groups with 32 x (16 + 16 + 8 + 8).
+GONE, DENSE = 2 * (12 * 3 * 32 + 32 * 48), 19_616
+REMOVED = f"{GONE:,} of {DENSE:,} parameters removed ({GONE / DENSE:.2%}), {DENSE - GONE:,} left"
+
+
+@pytest.fixture(scope="module")
+def smaller(tiny_folder, text_file, tmp_path_factory):
+    """The folder of a smaller model, and what the command printed; do not write to it."""
+    folder = tmp_path_factory.mktemp("smaller") / "model"
+    flags = ["--pattern", PATTERN, "--method", "wanda", *QUICK, "--calibration", str(text_file)]
+    assert main(["prune", str(tiny_folder), "-o", str(folder), *flags]) == 0
+    return folder
+
+
+def test_what_was_removed_is_said_wherever_zeros_would_be(smaller, capsys):
+    assert str(read_report(smaller)).startswith(f"4 operators pruned by wanda, {REMOVED}; fit error")
+    assert main(["verify", str(smaller)]) == 0
+    assert capsys.readouterr().out == f"{smaller}: 4 operators keep their pattern, {REMOVED}\n"
+    card = (smaller / "README.md").read_text()
+    assert REMOVED in card
+    assert "| mlp.down_proj | 32 x 36 | 25.00% |" in card
+    assert "zero (" not in card
+    assert "- sparse" not in card
+    assert main(["report", str(smaller)]) == 0
+    text = re.sub(r"<[^>]+>", " ", (smaller / "fista" / "report.html").read_text())
+    text = " ".join(text.split())
+    assert f"Removed {GONE / DENSE:.2%}" in text
+    assert "mlp. down_proj 36 48" in text
+    assert "self_attn. o_proj 16 32" in text
+    assert "zeros are" not in text
+
+
+def test_there_is_nothing_to_pack(smaller, tmp_path, capsys):
+    assert main(["pack", str(smaller), "-o", str(tmp_path / "packed")]) == 1
+    assert "has no zeros to pack: whole parts of the model were removed" in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()
+
+
+def test_bench_measures_it_dense(smaller, tmp_path, monkeypatch):
+    flags = ["--batch-sizes", "1", "--new-tokens", "2", "--prompt-tokens", "2", "--prefill-tokens", "3"]
+    flags += ["--rounds", "1", "--threads", "1", "-o", str(tmp_path / "bench.json")]
+    with forked_workers():
+        assert main(["bench", str(smaller), *flags, "--variants", "dense float32"]) == 0
+    assert set(json.loads((tmp_path / "bench.json").read_text())["variants"]) == {"dense float32"}
+    seen = []
+    monkeypatch.setattr(measure, "measure_speed", lambda *given, **_: seen.append(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["bench", str(smaller)])
+    assert seen[0][1].variants == ["dense bfloat16", "dense float32"]
+
+
+def test_evaluate(smaller, text_file, capsys):
+    flags = ["--sequence-length", "16", "--max-windows", "2", "--device", "cpu"]
+    assert main(["evaluate", str(smaller), "--text", str(text_file), *flags]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_compare_has_what_was_removed_beside_the_zeros(tiny_folder, text_file, tmp_path, capsys):
+    output, texts = tmp_path / "out", ["--texts", str(text_file), "--calibration", str(text_file)]
+    flags = ["--methods", "wanda", "--patterns", f"2:4,{PATTERN}", "--max-windows", "2", *texts]
+    quick = ["--num-samples", "4", "--sequence-length", "32", "--device", "cpu"]
+    assert main(["compare", str(tiny_folder), "-o", str(output), *flags, *quick]) == 0
+    header, _, dense, groups, parts = [
+        [cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines() if line[:1] == "|"
+    ]
+    zeros, removed = header.index("zeros, %"), header.index("removed, %")
+    assert [(row[zeros], row[removed]) for row in (dense, groups, parts)] == [
+        ("", ""),
+        ("50.00", "0.00"),
+        ("0.00", f"{100 * GONE / DENSE:.2f}"),
+    ]
+    assert f",{GONE / DENSE!r}," in (output / "table.csv").read_text()
+
+
+def test_training_keeps_no_zeros_because_there_are_none(smaller, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(smaller)
+    for source in (smaller, None):
+        with masked_training(model, source):
+            model.model.layers[0].mlp.down_proj.weight.data.add_(0.01)
+    save_masked(model, tmp_path / "tuned", smaller)
+    assert main(["verify", str(tmp_path / "tuned")]) == 0
+    assert REMOVED in capsys.readouterr().out
+    assert read_report(tmp_path / "tuned").retrained
