@@ -10,16 +10,19 @@ DESCRIPTION = """\
 Prove from the files that a pruned model keeps its sparsity pattern.
 
 Reads the checkpoint, the masks and the report again: exact counts, the pattern in every group or row, zeros outside
-the masks, the totals of the report. Exits with 1 and the name of the first operator that breaks it.
+the masks, the totals of the report. With --dense it also proves that all other tensors are those of the dense model,
+or of a smaller model what is left of them. Exits with 1 and the name of the first operator or tensor that breaks it.
 
-example:
+examples:
   optimum-fista verify ./model-24
+  optimum-fista verify ./smaller --dense ./model
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
+    parser.add_argument("--dense", metavar="MODEL", help="the model before it was pruned, to compare with")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,14 +32,20 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 
     try:
-        with tqdm(desc="Verifying", unit="operator") as bar:
-            proven = verify_checkpoint(arguments.folder, lambda _: bar.update())
+        with tqdm(desc="Verifying", unit="tensor") as bar:
+            proven = verify_checkpoint(arguments.folder, lambda _: bar.update(), dense=arguments.dense)
     except VerificationError as error:
         print(f"{arguments.folder}: BROKEN: {error}", file=sys.stderr)
         return 1
     zeros = f"{proven.num_zeros:,} of {proven.num_weights:,} weights zero"
     zeros += f" ({proven.num_zeros / max(1, proven.num_weights):.4%})"
     print(f"{arguments.folder}: {proven.num_operators} operators keep their pattern, {proven.removed or zeros}")
+    if proven.num_equal == 0:
+        print(f"it was trained after pruning, so only shapes were compared with {arguments.dense}")
+    elif proven.num_equal is not None:
+        print(
+            f"{proven.num_equal} tensors that were not pruned equal those of {arguments.dense}, less what was removed"
+        )
     if proven.num_parameters is None:
         print("its parameters were not counted: Transformers can't make a model of its class without weights")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_fista.model.offload import stored_tensor
+from optimum_fista.model.parts import find_parts
+from optimum_fista.model.shrinking import Shrinking, plan_shrinking
 from optimum_fista.packed.format import unpack
 from optimum_fista.packed.format import unpack_mask as unpack_packed_mask
 from optimum_fista.packed.validation import PackedFormatError
@@ -24,18 +28,20 @@ from optimum_fista.run.checkpoints.checkpoint import (
     MASKS_FILE,
     REPORT_FILE,
     checkpoint_files,
+    operators_by_weight,
     read_json,
     read_report,
     read_tensors,
     require_files,
     summary,
 )
-from optimum_fista.run.checkpoints.stored_names import split_index
+from optimum_fista.run.checkpoints.loading import load_lazily
+from optimum_fista.run.checkpoints.stored_names import find_names, split_index
 from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
 from optimum_fista.solve.pattern import SparsityPattern
-from optimum_fista.solve.patterns import Columns, parse_pattern
+from optimum_fista.solve.patterns import Columns, WholeParts, parse_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +60,8 @@ class Verification:
         num_zeros: Weights that are zero by their masks and in the files.
         num_parameters: Parameters of the model; `None` if they could not be counted.
         removed: How much smaller than the dense model it is, in words; empty if no part of it was removed.
+        num_equal: Tensors that are equal to those of the dense model, less the rows that were removed; `None` if they
+            were not compared.
     """
 
     num_operators: int
@@ -61,21 +69,30 @@ class Verification:
     num_zeros: int
     num_parameters: int | None = None
     removed: str = ""
+    num_equal: int | None = None
 
 
-def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Verification:
+def verify_checkpoint(
+    folder: Path, progress: Callable[[str], None] = lambda _: None, *, dense: str | Path | None = None
+) -> Verification:
     """Read a pruned model's files again and check every operator, one tensor in memory at a time.
 
     Checks: the mask keeps exactly the number of weights the pattern asks for, in every row or group if the
     pattern says so; every weight outside the mask is zero and every weight finite; shapes, counts and totals
     agree between masks, report, config and checkpoint; the report's number of parameters is that of the model.
 
+    With the dense model at hand, every tensor that holds no pruned operator is compared with the dense model's: it must
+    be equal, or equal to what is left of it without the channels and heads that the report says went. Of pruned
+    operators, and of all tensors of a model that was trained after pruning, the shapes are compared.
+
     Args:
         folder: The model folder.
-        progress: Called with each operator's name once it is checked.
+        progress: Called with each operator's name once it is checked, then with that of each tensor compared.
+        dense: The model before it was pruned, a Hub id or a model folder. It is read in the dtype of the pruned one.
 
     Raises:
         FileNotFoundError: If a file is missing.
+        ValueError: If `dense` can't be read, or if the folder is packed and `dense` is given.
         VerificationError: If something does not hold.
     """
     try:
@@ -104,7 +121,8 @@ def verify_checkpoint(folder: Path, progress: Callable[[str], None] = lambda _: 
     for name, value in summary(report).items():
         if config.get(name, value) != value:  # older versions had fewer
             raise VerificationError(f"config.json promises {name} {config[name]!r}, {REPORT_FILE} says {value!r}.")
-    return Verification(len(report.operators), weights, zeros, parameters, report.removed)
+    equal = None if dense is None else _compare_with_dense(folder, report, str(dense), progress)
+    return Verification(len(report.operators), weights, zeros, parameters, report.removed, equal)
 
 
 def _verify_totals(
@@ -215,6 +233,87 @@ def _mask_before_removal(operator: OperatorReport, pattern: SparsityPattern, mas
     groups = torch.zeros(pattern.groups, dtype=torch.bool)
     groups[list(kept)] = True
     return groups.repeat_interleave(pattern.width).expand(mask.shape[0], -1)
+
+
+def _compare_with_dense(folder: Path, report: PruningReport, dense: str, progress: Callable[[str], None]) -> int:
+    """Compare a pruned model with the dense one, tensor by tensor; returns how many were found equal.
+
+    Raises:
+        VerificationError: If a tensor differs.
+    """
+    if is_packed(folder):
+        raise ValueError(f"dense={dense!r}: {str(folder)!r} is packed. Unpack it, and verify the unpacked folder.")
+    with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload:
+        ours, _ = load_lazily(str(folder), Path(offload) / "pruned", device="cpu")
+        theirs, _ = load_lazily(dense, Path(offload) / "dense", device="cpu", dtype=ours.dtype)
+        if type(theirs) is not type(ours):
+            raise VerificationError(f"the model is a {type(ours).__name__}, and {dense!r} a {type(theirs).__name__}.")
+        reports, written = _pruned_tensors(ours, report)
+        plan, kept, left, equal = None, {}, _tensor_names(ours), 0
+        if report.removed:
+            plan = _plan_of(report, theirs, dense)
+            named = {part: reports.get(f"{plan.new_name(part)}.weight") for part in plan.parts}
+            kept = {part: operator.groups_kept or () for part, operator in named.items() if operator is not None}
+        for name in _tensor_names(theirs):
+            new = name if plan is None else plan.new_name(name)
+            if new is None:
+                continue
+            if new not in left:
+                raise VerificationError(f"{new} is in {dense!r} and not in the pruned model.")
+            found, expected = _tensor(ours, left.pop(left.index(new))), _tensor(theirs, name)
+            try:
+                expected = expected if plan is None else plan.shrink_tensor(name, expected, kept)
+            except ValueError as error:
+                raise VerificationError(f"{new}: {error}") from error
+            if found.shape != expected.shape:
+                raise VerificationError(
+                    f"{new} has shape {tuple(found.shape)}, from {dense!r} it would have {tuple(expected.shape)}."
+                )
+            if new not in written and not report.retrained:
+                differing = int((found != expected).sum())
+                if differing:
+                    raise VerificationError(
+                        f"{new} differs from {dense!r} in {differing:,} of {found.numel():,} values that the run did "
+                        "not prune."
+                    )
+                equal += 1
+            progress(new)
+        if left:
+            raise VerificationError(f"{left[0]} is in the pruned model and not in {dense!r}.")
+    return equal
+
+
+def _pruned_tensors(model: PreTrainedModel, report: PruningReport) -> tuple[dict[str, OperatorReport], set[str]]:
+    """Reports of the pruned operators by the names of their weights in the model, and the tensors that hold them."""
+    operators, owners = operators_by_weight(model, report), {id(m): name for name, m in model.named_modules()}
+    in_model = {stored.name: name for name, stored in find_names(model, list(operators.values())).items()}
+    reports = {in_model[operator.name]: operator for operator in report.operators}
+    return reports, {f"{owners[id(o.owner)]}.{o.tensor}" for name, o in operators.items() if name in reports}
+
+
+def _plan_of(report: PruningReport, model: PreTrainedModel, dense: str) -> Shrinking:
+    """The plan by which a dense model became the smaller one of a report.
+
+    Raises:
+        VerificationError: If there is none.
+    """
+    pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
+    try:
+        shares = pattern.shares if isinstance(pattern, WholeParts) else ()
+        counts = {part.kind: part.num_kept(find_parts(model, part.kind).groups) for part in shares}
+        return plan_shrinking(model, channels=counts.get("channels"), heads=counts.get("heads"))
+    except ValueError as error:
+        raise VerificationError(f"{dense!r} can't become this model: {error}") from error
+
+
+def _tensor_names(model: PreTrainedModel) -> list[str]:
+    """Names of what a model stores, tied tensors once."""
+    return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
+
+
+def _tensor(model: PreTrainedModel, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return stored_tensor(model.get_submodule(owner), leaf)
 
 
 def count_parameters(folder: Path, model_class: str) -> int | None:
