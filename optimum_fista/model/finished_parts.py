@@ -21,7 +21,7 @@ class FinishedParts:
     The layer runs from its start for every group of operators. Parts whose operators are all pruned give the same
     outputs each time: they are kept the first time and handed out afterwards. If a part returns the output of its last
     operator, as attention does, then even the first time only that operator runs, on the inputs that it was pruned on.
-    Parts that return more than one tensor run again.
+    Parts that return anything else besides one tensor run again.
 
     Args:
         activations: The decoder layer.
@@ -42,7 +42,8 @@ class FinishedParts:
                 continue
             self._last_group[part] = max(numbers)
             end = groups[max(numbers)][0]  # the one that `arguments_of` stops at, so its inputs come by
-            if end.ends is not None and end.ends[0] is part:
+            # a hook that changes inputs would change those that came by a second time
+            if end.ends is not None and end.ends[0] is part and not end.module._forward_pre_hooks:
                 self._ends[part] = end, end.ends[1]
 
     @contextmanager

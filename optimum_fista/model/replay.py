@@ -37,9 +37,9 @@ def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> T
 
 
 def split_output(output: object) -> tuple[Tensor, tuple[Any, ...] | None] | None:
-    """The tensor that a module returns, and the other values of its tuple; `None` if these hold more tensors."""
+    """The tensor that a module returns, and the rest of its tuple; `None` if that holds anything but `None`."""
     first, rest = (output[0], output[1:]) if isinstance(output, tuple) and output else (output, None)
-    if not isinstance(first, Tensor) or any(isinstance(value, Tensor) for value in tree_leaves(rest)):
+    if not isinstance(first, Tensor) or any(value is not None for value in tree_leaves(rest)):
         return None
     return first, rest
 

@@ -93,6 +93,19 @@ def test_parts_that_give_out_more_tensors_run_as_ever():
     assert (layer.first.runs, layer.second.runs) == (9, 3)
 
 
+def test_what_a_part_gives_out_besides_is_that_of_the_batch():
+    layer, lengths = Layer(lambda output: (output, output.shape[1])), []
+    layer.first.register_forward_hook(lambda _, __, output: lengths.append(output[1]))
+    batches = [torch.randn(1, length, 4) for length in (2, 5, 3)]
+    parts, activations = parts_of(layer)
+    for _ in range(3):
+        lengths.clear()
+        with parts.skipped(3, keep=True):
+            for index, batch in enumerate(batches):
+                activations.run(index, batch)
+        assert lengths == [2, 5, 3]
+
+
 def test_an_error_leaves_the_parts_as_they_were_and_keeps_nothing():
     layer = Layer()
     parts, activations = parts_of(layer)
@@ -142,6 +155,18 @@ def test_a_part_that_ends_with_an_operator_runs_only_up_to_that(form, stored, tm
         assert layer.first.runs == 3
         assert all(map(torch.equal, found, [layer(batch) for batch in BATCHES]))
         layer.first.runs = 3
+
+
+def test_a_hook_that_changes_what_an_operator_reads_does_so_once():
+    layer = Layer()
+    layer.first = EndedByItsOperator(lambda output: output)
+    layer.first.inner.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+    activations = LayerActivations(layer, [LayerCall((), {})] * 3, [None] * 3, CPU)
+    parts = FinishedParts(activations, traced(layer))
+    for group in (0, 1, 2):
+        with parts.skipped(group, keep=True):
+            found = [activations.run(index, batch) for index, batch in enumerate(BATCHES)]
+        assert all(map(torch.equal, found, [layer(batch) for batch in BATCHES]))
 
 
 @pytest.mark.parametrize(
