@@ -229,8 +229,9 @@ def require_same_outputs(
             found = _first(call(small))
         except RuntimeError as error:
             raise UnsupportedArchitectureError(f"{shown} does not run without the removed groups: {error}") from error
-    size = expected.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
-    difference = float((found - expected).float().norm() / size)
+    # token by token: a few have hidden states that are a thousand times as large as those of others
+    sizes = expected.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    difference = float(((found.float() - expected.float()).norm(dim=-1) / sizes).square().mean().sqrt())
     if not difference <= min(100 * torch.finfo(expected.dtype).eps, 2e-2):
         raise UnsupportedArchitectureError(
             f"{shown} does not return the same without the removed groups as with zeros in their columns (relative "

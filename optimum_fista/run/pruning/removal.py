@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activations import LayerActivations
@@ -71,9 +71,14 @@ class Removal:
         kind = tuple(modules), tuple(name.removeprefix(layer_name) for name in names)
         if kind in self.proven or not names:
             return
-        # Which groups go is not known yet. The last ones will do: what depends on all of them shows with any choice.
-        kept = {name: tuple(range(self.plan.counts[name])) for name in names}
-        call, hidden = activations.calls[0], hidden_states.to(activations.device)
+        # Which groups go is not known yet. Without the first ones all others get new numbers, so that what depends on
+        # the number of a group shows, as does what depends on all of them.
+        groups = {name: (self.plan.parts[name].groups, self.plan.counts[name]) for name in names}
+        kept = {name: tuple(range(total - count, total)) for name, (total, count) in groups.items()}
+        # Small hidden states: the rounding of large ones in 16 bits hides what attention and MLP add to them.
+        call, hidden = activations.calls[0], hidden_states.to(activations.device, torch.float32)
+        small = nn.functional.normalize(hidden, dim=-1) * (0.01 * hidden.shape[-1] ** 0.5)
+        hidden = small.to(hidden_states.dtype)
         require_same_outputs(self.plan, layer_name, activations.layer, kept, lambda layer: call.run(layer, hidden))
         self.proven.add(kind)
 

@@ -13,6 +13,7 @@ from killed import Killed, killed_at_write
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.errors import UnsupportedArchitectureError
@@ -193,6 +194,24 @@ def test_verify_finds_groups_that_are_not_those_of_the_weights(saved, tmp_path, 
 def test_options_for_single_operators_have_no_meaning(option):
     with pytest.raises(ValueError, match=f"{next(iter(option))}=.* has no meaning for pattern='channels:0.25'"):
         FistaPruningConfig(pattern="channels:0.25", **option)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "scale"),
+    [
+        (lambda channels: channels * torch.arange(channels.shape[-1]), torch.float32, 1.0),  # by their numbers
+        (lambda channels: channels.flip(-1), torch.bfloat16, 1e4),  # beside large hidden states
+    ],
+)
+def test_a_model_that_would_compute_something_else_is_refused(change, dtype, scale, monkeypatch):
+    model = tiny_llama().to(dtype)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(scale)
+    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: mlp.down_proj(change(mlp.act_fn(mlp.gate_proj(x)))))
+    expected = logits(model)
+    with pytest.raises(UnsupportedArchitectureError, match="does not return the same without the removed groups"):
+        pruner("channels:0.25/4").prune(model, BATCHES)
+    assert torch.equal(logits(model), expected)
 
 
 def test_heads_that_one_matrix_computes_are_refused():
