@@ -5,6 +5,7 @@ docs/scale.md says how far real runs were from it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -29,6 +30,7 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.estimate.shapes import Group, model_shapes
 from optimum_fista.run.estimate.work import measure_device, measure_method, work
 from optimum_fista.run.pruning.operators import idle_patterns
+from optimum_fista.run.pruning.removal import require_zeros_to_pack
 from optimum_fista.run.texts.calibration_source import usual_length
 from optimum_fista.run.texts.self_sampling import SAMPLED_TOGETHER
 
@@ -104,11 +106,13 @@ class Estimate:
                 f"held_out={config.held_out}: of num_samples={num_samples} sequences none is left to calibrate on: "
                 "pass a smaller number, or more sequences."
             )
+        require_zeros_to_pack(config, packed)
         given = model if isinstance(model, PreTrainedConfig) else read_config(str(model))
         self.whole = not isinstance(model, PreTrainedConfig) and gguf_file(str(model)) is not None
         stored = floating_dtype((None if self.whole else getattr(given, "dtype", None)) or torch.float32)
         self.shapes = model_shapes(given, config, stored if dtype == "auto" else floating_dtype(dtype))
-        self.model = self.shapes.model
+        self.model, self.config = self.shapes.model, self.shapes.config
+        config = self.config
         self.device = (device or default_device()).partition(":")[0]
         self.on_cpu = self.device == "cpu"
         place = (storage_device or ("disk" if self.on_cpu else self.device)).partition(":")[0]
@@ -126,6 +130,8 @@ class Estimate:
         streams = (self.records or config.finetune is not None) + (not config.correction.independent_layers)
         self.stream_bytes = self.value * self.tokens * self.hidden
         self.streams_bytes = streams * self.stream_bytes
+        smaller = self.model if self.shapes.removal is None else self.shapes.removal.plan.model
+        self.num_removed = self.model.num_parameters() - smaller.num_parameters()
         self.allocates = any(map(config.shares_budget, self.shapes.operators))
         self.rates, self.notes = None, list(self._notes())
         self._solving: dict[Group, tuple[np.ndarray, float]] = {}
@@ -269,6 +275,7 @@ class Estimate:
     def operators(self) -> dict[str, Counter[str]]:
         """`"number"`, `"weights"` and `"zeros"` of the operators to prune by their last name, and of all together.
 
+        If whole parts go, `"zeros"` are the weights of the operators that are removed with them.
         If operators share the zeros, those of a name are as if each had the average sparsity.
         """
         found: dict[str, Counter[str]] = {}
@@ -283,7 +290,8 @@ class Estimate:
     @cached_property
     def disk_bytes(self) -> dict[str, int]:
         """Bytes on disk by part when the last decoder layer is written; packed weights bring their masks."""
-        masks, saved = self.operators["together"]["weights"] // 8, 0
+        together, saved = self.operators["together"], self.num_removed * self.value
+        masks = (together["weights"] - (together["zeros"] if self.num_removed else 0)) // 8
         for name, shape in self.shapes.operators.items() if self.packed else ():
             pattern = self.config.pattern_for(name)
             saved += (shape[0] * shape[1] - pattern.num_kept(shape)) * self.value
@@ -312,6 +320,7 @@ class Estimate:
 
     def __str__(self) -> str:
         model, held_out, together = self.model, self.config.held_out, self.operators["together"]
+        removed = self.num_removed
         lines = [
             f"{type(model).__name__}: {model.num_parameters():,} parameters in "
             f"{str(model.dtype).removeprefix('torch.')} ({size(self.weight_bytes)}), "
@@ -320,12 +329,18 @@ class Estimate:
             f"{self.length} calibration tokens{f' ({held_out} sequences held out)' * bool(held_out)}, "
             f"batches of {self.batch_size}, on {self.device}",
             "",
-            f"{'operators':<24}{'number':>8}{'weights':>20}{'zeros':>20}",
+            f"{'operators':<24}{'number':>8}{'weights':>20}{'removed' if removed else 'zeros':>20}",
             *(f"{k:<24}{c['number']:>8}{c['weights']:>20,}{c['zeros']:>20,}" for k, c in self.operators.items()),
-            f"{'everything else, dense':<32}{model.num_parameters() - together['weights']:>20,}{0:>20,}",
+            f"{'everything else' if removed else 'everything else, dense':<32}"
+            f"{model.num_parameters() - together['weights']:>20,}{max(0, removed - together['zeros']):>20,}",
         ]
-        for reason, count in Counter(self.shapes.left_dense.values()).items():
-            names = [name for name, why in self.shapes.left_dense.items() if why == reason]
+        if removed:
+            left = model.num_parameters() - removed
+            lines.append(f"{removed:,} parameters go ({removed / model.num_parameters():.2%}), {left:,} are left")
+        # "loses the rows that model.layers.*.mlp.down_proj no longer reads"
+        left_dense = {name: re.sub(r"\.\d+\.", ".*.", why) for name, why in self.shapes.left_dense.items()}
+        for reason, count in Counter(left_dense.values()).items():
+            names = [name for name, why in left_dense.items() if why == reason]
             lines.append(f"left dense ({reason}): {', '.join(names[:3])}{f' and {count - 3} more' * (count > 3)}")
         tables = {f"peak memory, {place}: {peak.moment}": peak.parts for place, peak in self.memory.items()}
         for title, parts in (tables | {"disk": self.disk_bytes}).items():

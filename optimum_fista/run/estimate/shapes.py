@@ -23,6 +23,7 @@ from optimum_fista.model.sharing import trace_groups
 from optimum_fista.run.checkpoints.loading import reading, refuse_quantized
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.operators import choose_operators
+from optimum_fista.run.pruning.removal import Removal
 from optimum_fista.solve.pattern import SparsityPattern
 
 
@@ -57,9 +58,14 @@ class LayerKind:
 
 @dataclass
 class Shapes:
-    """A model on the meta device, its decoder layers, the operators to prune, and why others are left dense."""
+    """A model on the meta device, its decoder layers, the operators to prune, and why others are left dense.
+
+    If whole parts of the model are to go, `config` has the patterns that `removal` made of that.
+    """
 
     model: PreTrainedModel
+    config: FistaPruningConfig
+    removal: Removal | None
     kinds: list[LayerKind]
     operators: dict[str, tuple[int, int]]
     left_dense: dict[str, str]
@@ -90,7 +96,11 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
     model.eval().requires_grad_(False)
     refuse_quantized(model)
     layers = find_decoder_layers(model)
+    removal = Removal.planned(model, config)
+    config = config if removal is None else removal.config
     chosen, left_dense = choose_operators(layers, config)
+    if removal is not None:
+        left_dense = {name: removal.reason_left_dense(name) for name in left_dense}
     active = getattr(settings.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
     shares: dict[int, float] = {}
     fused_bytes = 0
@@ -131,7 +141,7 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
             num_active = sum(p.numel() * shares.get(id(p), 1.0) for p in layer.parameters())
             kinds[kind] = LayerKind(1, sum(p.nbytes for p in layer.parameters()), num_active, groups)
     named = {name: operator.shape for those in chosen.values() for name, operator in those.items()}
-    return Shapes(model, list(kinds.values()), named, left_dense, fused_bytes)
+    return Shapes(model, config, removal, list(kinds.values()), named, left_dense, fused_bytes)
 
 
 def _passes(

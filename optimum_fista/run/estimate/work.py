@@ -104,8 +104,7 @@ def measure_method(
     Returns:
         Work, and the most bytes held at a time besides the problems themselves, results included.
     """
-    unit = pattern.group_size(1)
-    width = -(-_WIDTH // unit) * unit
+    pattern, width = pattern.in_miniature(columns, _WIDTH)
     scale, generator = columns / width, torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

@@ -163,3 +163,13 @@ def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:
             f"pattern={pattern.text!r}: the model is offloaded, so it can't be made smaller in place: pass its name or "
             "folder and output_dir instead."
         )
+
+
+def require_zeros_to_pack(config: FistaPruningConfig, packed: bool) -> None:
+    """Refuse to pack what a run leaves if it removes whole parts.
+
+    Raises:
+        ValueError: If so.
+    """
+    if packed and config.whole_parts is not None:
+        raise ValueError(f"packed=True: pattern={config.pattern!r} leaves a dense model: there are no zeros to pack.")

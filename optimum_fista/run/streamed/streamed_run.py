@@ -22,6 +22,7 @@ from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.loop import prune_layers
 from optimum_fista.run.pruning.model_pruning import ModelPruning
+from optimum_fista.run.pruning.removal import require_zeros_to_pack
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.file_sink import FileSink
 from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run, model_folder, run_fingerprint
@@ -50,10 +51,7 @@ def prune_files(
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
     require_output(output_dir, overwrite, source=name, names=MODEL_FILES)
-    if packed and config.whole_parts is not None:
-        raise ValueError(
-            f"packed=True: pattern={config.pattern!r} leaves a dense model, so there are no zeros to pack."
-        )
+    require_zeros_to_pack(config, packed)
     folder = unfinished_folder(output_dir)
     with joined_ranks(device) as ranks, ExitStack() as opened:
 

@@ -79,6 +79,26 @@ def test_operators_are_those_of_the_run(family, config):
     assert estimate.shapes.left_dense == report.left_dense
 
 
+@pytest.mark.parametrize(
+    ("family", "pattern"), [("llama", "channels:0.25/4+heads:0.5"), ("llama", "heads:0.5"), ("gpt2", "channels:0.5/8")]
+)
+def test_whole_parts_are_those_that_the_run_removes(family, pattern):
+    model, config = tiny_model(family), FistaPruningConfig(pattern=pattern, method="wanda")
+    before = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    estimate = estimated(model.config, config)
+    report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+    together = estimate.operators["together"]
+    assert together["number"] == len(report.operators)
+    assert together["weights"] == sum(before[operator.name] for operator in report.operators)
+    assert together["weights"] - together["zeros"] == sum(operator.num_kept for operator in report.operators)
+    assert estimate.num_removed == report.totals["num_removed"] > together["zeros"]
+    assert estimate.shapes.left_dense == report.left_dense
+    assert f"{report.model['num_parameters']:,} are left" in str(estimate)
+    assert flops(estimate, "solving") > 0
+    with pytest.raises(ValueError, match=r"packed=True: .* there are no zeros to pack"):
+        estimated(model.config, config, packed=True)
+
+
 def test_zeros_that_are_shared_add_up():
     estimate = estimated()
     report = FistaPruner(FistaPruningConfig(), progress=False).prune(tiny_llama(), tiny_tokens().split(4))
@@ -234,7 +254,8 @@ def test_time_needs_the_device(monkeypatch):
         assert any("time is not estimated" in note for note in elsewhere.notes)
 
 
-def test_the_disk_holds_what_is_estimated(tmp_path, monkeypatch):
+@pytest.mark.parametrize("pattern", ["unstructured", "channels:0.25/4+heads:0.5"])
+def test_the_disk_holds_what_is_estimated(pattern, tmp_path, monkeypatch):
     """When the last decoder layer is written, and in the finished folder."""
     source, output, sizes, keep = save_tiny_folder(tmp_path / "source"), tmp_path / "out", [], Journal.keep_layer
 
@@ -248,8 +269,11 @@ def test_the_disk_holds_what_is_estimated(tmp_path, monkeypatch):
         sizes.append(bytes_of("model-*", "states-*", "masks-*"))
 
     monkeypatch.setattr(Journal, "keep_layer", watched)
-    FistaPruner(progress=False).prune(source, tiny_tokens().split(4), output_dir=output)
-    found = estimated(str(source), num_samples=len(tiny_tokens()), sequence_length=tiny_tokens().shape[1]).disk_bytes
+    config = FistaPruningConfig(pattern=pattern)
+    FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=output)
+    found = estimated(
+        str(source), config, num_samples=len(tiny_tokens()), sequence_length=tiny_tokens().shape[1]
+    ).disk_bytes
     assert bytes_of("model*") == found["model"]
     assert bytes_of("masks*") == pytest.approx(found["masks (journal and model folder)"] / 2, rel=0.05)
     assert max(sizes) < sum(found.values())

@@ -5,6 +5,7 @@ from layer_problems import WEIGHT_METHODS, example
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.estimate.work import Meter, measure_device, measure_method, work
 from optimum_fista.solve.blocks import block_share, row_blocks
+from optimum_fista.solve.patterns import Columns
 
 
 @pytest.mark.parametrize("name", WEIGHT_METHODS)
@@ -19,6 +20,33 @@ def test_small_matrices_tell_what_larger_ones_take(name, shape):
     assert 1 / 1.3 < held / meter.peak_bytes < 1.3
     assert 1 / 1.3 < products / meter.products < 1.3
     assert 1 / 2.5 < moved / meter.moved_bytes < 2.5  # dsnot takes fewer steps on one than on the other
+
+
+@pytest.mark.parametrize("name", ["obs_admm", "greedy_obs", "fista"])
+@pytest.mark.parametrize("pattern", [Columns.keeping(288, 384), Columns.keeping(3, 6, 64)], ids=str)
+def test_small_matrices_tell_what_whole_columns_take(name, pattern):
+    """Those of heads are as many and narrower groups, those of channels fewer."""
+    method = FistaPruningConfig(method=name, pattern="columns:0.25").resolved().create_method("llama")
+    problem = example(96, 384, corrected=True, dtype=torch.float32).problem
+    with Meter() as meter:
+        method.prune(problem, pattern)
+    (_, products, moved, *_), held = measure_method(method, pattern, [96], 384, on_cpu=True)
+    assert 1 / 1.5 < held / meter.peak_bytes < 1.5
+    assert 1 / 1.5 < products / meter.products < 1.5
+    assert 1 / 3 < moved / meter.moved_bytes < 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "columns", "small"),
+    [
+        (Columns.keeping(7, 9, 64), 576, (Columns.keeping(7, 9, 21), 189)),
+        (Columns.keeping(1152, 1536), 1536, (Columns.keeping(144, 192), 192)),
+        (Columns.keeping(1, 1000), 1000, (Columns.keeping(1, 192), 192)),
+        (Columns(0.25, width=128), 512, (Columns.keeping(3, 4, 48), 192)),
+    ],
+)
+def test_columns_in_miniature(pattern, columns, small):
+    assert pattern.in_miniature(columns, 192) == small
 
 
 def test_operators_that_share_inputs_share_work():
