@@ -19,12 +19,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-@pytest.fixture
-def one_picture(monkeypatch):
+@pytest.fixture(scope="module")
+def one_picture():
     """All models are saved with the first one's picture, which takes longer to draw than a tiny model to prune."""
     from optimum_fista.run.checkpoints import writing
 
-    monkeypatch.setattr(writing, "error_picture", _first_picture)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(writing, "error_picture", _first_picture)
+        yield
 
 
 _drawn: list[bytes | None] = []

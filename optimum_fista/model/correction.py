@@ -181,6 +181,10 @@ class LayerTargets:
         held_out = record.held_out if record.held_out is not None and record.held_out.gram.num_tokens else None
         return GroupProblems(group, fitted, held_out, dense_share, self._last)
 
+    def pass_by(self) -> HiddenStates:
+        """The hidden states after a layer that is removed: the dense network runs it, the pruned one has it not."""
+        return HiddenStates(self._outputs, self._entering.pruned)
+
     def leave(self) -> HiddenStates:
         """The hidden states that leave the layer, with all of its groups pruned."""
         pruned: ActivationStore | None = None

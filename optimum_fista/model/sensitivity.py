@@ -101,7 +101,7 @@ def measure_sensitivities(
     found = {name: _nothing(*operator.shape, operator.device) for name, operator in operators.items()}
     # sum_i w_ij^2 [in], so that the energy e_t of a token is one product with its squared inputs.
     columns = {name: operator.read().square().sum(0) for name, operator in operators.items()}
-    sequences = list(_sequences(batches, num_tokens))
+    sequences = list(first_sequences(batches, num_tokens))
     bar = tqdm(sequences, desc="Gradients of the loss", unit="sequence", disable=not progress)
     with (
         onloaded(modules_around(model, layers), copy=False),
@@ -178,7 +178,7 @@ def _run(
         loss.backward()
 
 
-def _sequences(batches: Sequence[CalibrationBatch], num_tokens: int) -> Iterator[Tensor]:
+def first_sequences(batches: Sequence[CalibrationBatch], num_tokens: int) -> Iterator[Tensor]:
     """Ids [1, sequence] without padding, in order, until they hold `num_tokens` tokens."""
     seen = 0
     for batch in batches:

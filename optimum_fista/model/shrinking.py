@@ -235,8 +235,8 @@ def require_same_outputs(
     if not difference <= min(100 * torch.finfo(expected.dtype).eps, 2e-2):
         raise UnsupportedArchitectureError(
             f"{shown} does not return the same without the removed groups as with zeros in their columns (relative "
-            f"difference {difference:.1e}): something in it depends on all groups together, or its rows are in "
-            "another order. Use another pattern for this model."
+            f"difference {difference:.1e}): something in it depends on all groups together or on the number of "
+            "the decoder layer, or its rows are in another order. Use another pattern for this model."
         )
 
 

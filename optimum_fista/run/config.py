@@ -103,7 +103,8 @@ class FistaPruningConfig:
         pattern: `"unstructured"`, or `"n:m"`: n weights kept of every m consecutive inputs, such as `"2:4"`, or
             `"4:8-pairs"`: two whole pairs of the four in every eight consecutive inputs. `"channels:0.25"` and
             `"heads:0.25"`, also joined by `"+"`, remove this share of the MLPs' channels and of the key-value heads
-            with their query heads: the model becomes a smaller dense one.
+            with their query heads, and `"layers:0.25"` this share of the decoder layers: the model becomes a smaller
+            dense one.
         scope: Unstructured only: `"matrix"` shares the zeros over a whole operator, `"row"` gives every output
             the same number. `None`: as the method's source does (Wanda by row, the others by matrix).
         method: One of `optimum_fista.solve.methods.METHODS`, or an instance of a registered method
@@ -207,8 +208,8 @@ class FistaPruningConfig:
         if self.whole_parts is not None and given:
             name, value = next(iter(given.items()))
             raise ValueError(
-                f"{name}={value!r} has no meaning for pattern={self.pattern!r}, which removes the same number of parts "
-                "from every decoder layer: pass only one of them."
+                f"{name}={value!r} has no meaning for pattern={self.pattern!r}, which removes whole parts of the "
+                "model: pass only one of them."
             )
         methods = self.create_method(""), METHODS[self.under_calibrated_method]()
         for method in methods:

@@ -162,9 +162,9 @@ class FistaPruner:
         report = pruning.report
         with ModelSink(model, evaluation_mode(model), torch.no_grad()) as sink:
             prune_layers(pruning, sink)
-            pruning.complete_report()
             if pruning.removal is not None:
                 pruning.removal.shrink(model, report, sink.masks, sink.undo_first)
+            pruning.complete_report()
             report.seconds["total"] = time.perf_counter() - started
             model.config.fista_pruning = summary(report)
             self._results[model] = (report, sink.masks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,19 +35,26 @@ class StoredName:
     transposed: bool
 
 
-def stored_names(model: PreTrainedModel, operators: Iterable[LinearOperator]) -> dict[str, StoredName]:
+def stored_names(
+    model: PreTrainedModel, operators: Iterable[LinearOperator], renamed: Callable[[str], str | None] = str
+) -> dict[str, StoredName]:
     """Names that `save_pretrained` gives the weights of operators, by their names in the model.
 
     Transformers renames, splits and merges tensors when it saves. Small stand-ins, filled with the number of the
     operator, go the same way.
 
+    Args:
+        model: The model.
+        operators: The operators.
+        renamed: What they are called in the model that is saved, if it has fewer decoder layers.
+
     Raises:
         UnsupportedArchitectureError: If a weight is not kept as one matrix.
     """
     found = list(operators)
-    names = find_names(model, found)
+    names = find_names(model, found, renamed)
     for operator in found:
-        if f"{operator.name}.weight" not in names:
+        if f"{renamed(operator.name)}.weight" not in names:
             name = operator.name
             if isinstance(operator, ExpertOperator):
                 name = f"*.{operator.experts.name.rsplit('.', 1)[-1]}"
@@ -58,13 +65,15 @@ def stored_names(model: PreTrainedModel, operators: Iterable[LinearOperator]) ->
     return names
 
 
-def find_names(model: PreTrainedModel, found: Sequence[LinearOperator]) -> dict[str, StoredName]:
+def find_names(
+    model: PreTrainedModel, found: Sequence[LinearOperator], renamed: Callable[[str], str | None] = str
+) -> dict[str, StoredName]:
     """The names of `stored_names`, without the weights that are not kept as one matrix."""
     prefixes = {id(module): name for name, module in model.named_modules()}
     stand_ins: dict[str, Tensor] = {}
     origins: list[str] = []
     for number, operator in enumerate(found):
-        tensor = f"{prefixes[id(operator.owner)]}.{operator.tensor}"
+        tensor = f"{renamed(prefixes[id(operator.owner)])}.{operator.tensor}"
         origins.append(tensor)
         if isinstance(operator, ExpertOperator):
             stand_ins.setdefault(tensor, _stand_in(operator))
@@ -77,12 +86,14 @@ def find_names(model: PreTrainedModel, found: Sequence[LinearOperator]) -> dict[
             continue
         if len(numbers.unique()) == 1 and tuple(numbers.shape) in (_SHAPE, _SHAPE[::-1]):
             operator = found[held[0]]
-            names.setdefault(f"{operator.name}.weight", StoredName(tensor, tuple(numbers.shape) != _SHAPE))
+            names.setdefault(f"{renamed(operator.name)}.weight", StoredName(tensor, tuple(numbers.shape) != _SHAPE))
         elif torch.equal(numbers, stand_ins[origins[held[0]]]):  # renamed only
             for operator in (found[number] for number in held):
                 if isinstance(operator, ExpertOperator):
                     place = operator.module.place(getattr(operator.owner, operator.tensor))
-                    names[f"{operator.name}.weight"] = StoredName(f"{tensor}[{_text(place)}]", operator.transposed)
+                    names[f"{renamed(operator.name)}.weight"] = StoredName(
+                        f"{tensor}[{_text(place)}]", operator.transposed
+                    )
     return names
 
 

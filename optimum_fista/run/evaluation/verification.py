@@ -300,8 +300,9 @@ def _plan_of(report: PruningReport, model: PreTrainedModel, dense: str) -> Shrin
     pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
     try:
         shares = pattern.shares if isinstance(pattern, WholeParts) else ()
-        counts = {part.kind: part.num_kept(find_parts(model, part.kind).groups) for part in shares}
-        return plan_shrinking(model, channels=counts.get("channels"), heads=counts.get("heads"))
+        counts = {p.kind: p.num_kept(find_parts(model, p.kind).groups) for p in shares if p.kind != "layers"}
+        layers = report.model.get("layers_kept")
+        return plan_shrinking(model, channels=counts.get("channels"), heads=counts.get("heads"), layers=layers)
     except ValueError as error:
         raise VerificationError(f"{dense!r} can't become this model: {error}") from error
 

@@ -34,12 +34,15 @@ class Budgets:
         sparsities: Sparsities of the operators that share the zeros of the model.
         output_weights: What an error in each of their outputs costs, [out], nats; they share the zeros of their group.
         unseen: Operators that the loss did not feel; they keep the average sparsity.
+        removed_layers: Numbers of the decoder layers to remove, in the order in which they were chosen, each with the
+            loss without it and those before.
     """
 
     config: FistaPruningConfig
     sparsities: dict[str, float] = field(default_factory=dict)
     output_weights: dict[str, Tensor] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
+    removed_layers: list[tuple[int, float]] = field(default_factory=list)
 
     def pattern_for(self, name: str) -> SparsityPattern:
         """The sparsity pattern of the operator called `name`."""

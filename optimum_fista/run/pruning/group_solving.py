@@ -16,7 +16,9 @@ from optimum_fista.solve.allocation import prune_stacked
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
+from optimum_fista.solve.refit import refit_columns
 
 
 @dataclass
@@ -55,8 +57,11 @@ class GroupSolver:
         patterns = [self._budgets.pattern_for(operator.name) for operator in group]
         method, message = self._method_for(problems)
         release_free_memory()  # what capturing left in the allocator is needed by the solver
-        started = time.perf_counter()
-        if not message and all(operator.name in self._output_weights for operator in group):
+        started, name = time.perf_counter(), method.name
+        if all(pattern.column_width and not pattern.sparsity for pattern in patterns):
+            # All columns stay: the operator repairs its decoder layer, the one before which is removed.
+            pruned, name = [_refitted(problem) for problem in fitted], "refit"
+        elif not message and all(operator.name in self._output_weights for operator in group):
             # rows of all operators compete for the zeros of the group, so shares per operator come out of it
             pruned = prune_stacked(method, fitted, patterns, [self._output_weights[o.name] for o in group])
             patterns = [replace(p, sparsity=q.sparsity) for p, q in zip(patterns, pruned, strict=True)]
@@ -74,7 +79,7 @@ class GroupSolver:
                     f"method {method.name!r} failed on {operator.name}: {broken or 'weights hold NaN or Inf'}."
                 )
             result.weight.masked_fill_(~result.mask, 0.0)  # no -0.0
-        return SolvedGroup(pruned, patterns, method.name, seconds)
+        return SolvedGroup(pruned, patterns, name, seconds)
 
     def _method_for(self, problems: GroupProblems) -> tuple[PruningMethod, str]:
         """The method for a group, and what to say if it is not the usual one."""
@@ -83,6 +88,13 @@ class GroupSolver:
             return self._method, ""
         method = self._under_calibrated_method
         return method, f"under-calibrated expert: {tokens} calibration tokens reached it, so {method.name} pruned it"
+
+
+def _refitted(problem: LayerProblem) -> PrunedOperator:
+    """The least-squares solution with all weights."""
+    mask = torch.ones_like(problem.weight, dtype=torch.bool)
+    weight, message = refit_columns(problem, mask[0])
+    return PrunedOperator(weight, mask, problem.fit_error(weight), 1, converged=not message, message=message)
 
 
 def report_group(problems: GroupProblems, solved: SolvedGroup) -> list[OperatorReport]:

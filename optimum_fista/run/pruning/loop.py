@@ -27,8 +27,8 @@ from optimum_fista.run.reports.report import FinetuningReport, LayerRecord, Laye
 def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = None) -> None:
     """Prune decoder layers in place.
 
-    Zeros are allocated to the operators first. Then one layer after the other is brought to its device, run on the
-    calibration tokens, pruned group by group, and committed.
+    Layers to remove are chosen and zeros are allocated to the operators first. Then one layer after the other is
+    brought to its device, run on the calibration tokens, pruned group by group, and committed.
 
     Args:
         run: What is pruned, and how.
@@ -100,9 +100,10 @@ class _Loop:
             entering.move(storage, device)
             calls, masks = recorded.calls[index], recorded.token_masks
             activations = LayerActivations(layer, calls, masks, storage, recorded.held_out)
-            if prunes:
+            if prunes and index not in run.removed:
                 return self.prune_layer(index, name, activations)
-            run.states = LayerTargets(activations, [], run.config.correction, entering).leave()
+            targets = LayerTargets(activations, [], run.config.correction, entering)
+            run.states = targets.pass_by() if index in run.removed else targets.leave()
             return LayerRecord(LayerReport(name, None, 0.0))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -123,6 +124,9 @@ class _Loop:
         if run.removal is not None:
             run.removal.prove(name, activations, first)
         groups, left_dense = trace_groups(activations.layer, operators, activations.calls[0], first)
+        if run.removal is not None:
+            groups, others = run.removal.to_prune(groups, activations, first)
+            left_dense |= others
         self.bar.update(len(left_dense))
         reports: list[OperatorReport] = []
         masks: dict[str, Tensor] = {}

@@ -17,6 +17,7 @@ from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.architecture import find_decoder_layers, input_embedding, require_bare, require_own_weights
 from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.experts import split_experts
+from optimum_fista.model.layer_choice import choose_layers
 from optimum_fista.model.offload import execution_device
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.loading import require_unquantized, storage_place
@@ -29,6 +30,7 @@ from optimum_fista.run.pruning.removal import Removal
 from optimum_fista.run.pruning.run_batches import RunBatches
 from optimum_fista.run.pruning.run_report import begin_report, complete_report
 from optimum_fista.run.reports.report import LayerRecord
+from optimum_fista.run.texts.positions import explained_length
 
 _PRUNING_COST = 8.0  # forward passes of the layer; measured 2 (wanda) to 9 (fista) on a CPU, see docs/ranks.md
 
@@ -46,6 +48,7 @@ class ModelPruning:
         states: Hidden states that enter the next decoder layer; `None` before the first.
         budgets: The operators' sparsity patterns; `None` before zeros are allocated.
         removal: How whole parts of the model are removed; `None` if they are not.
+        removed: Numbers of the decoder layers that are removed; known with the budgets.
         title: What the progress bar is called.
     """
 
@@ -67,14 +70,14 @@ class ModelPruning:
         asked = config.resolved()
         self.removal = Removal.planned(model, asked)
         self.config = asked if self.removal is None else self.removal.config
-        self.operators, left_dense = choose_operators(self.layers, self.config)
+        self._num_removed = 0 if self.removal is None else self.removal.num_removed_layers
+        self.operators, left_dense = choose_operators(self.layers, self.config, may_be_none=self._num_removed > 0)
         if self.removal is not None:
             left_dense = {name: self.removal.reason_left_dense(name) for name in left_dense}
         require_own_weights(model, self.layers)
         self.stored_names = stored_names(model, (o for group in self.operators.values() for o in group.values()))
         batches = hold_out(read_batches(calib_dataloader, input_embedding(model).shape[0]), config.held_out)
-        self.report = begin_report(model, batches, calibration_source, self.config, self.operators, left_dense)
-        self.report.config = asked.to_dict()
+        self.report = begin_report(model, batches, calibration_source, asked, self.operators, left_dense)
         self.batches = RunBatches(model, self.layers, batches, self.report)
         self.callbacks = callbacks
         self.progress = progress
@@ -82,6 +85,7 @@ class ModelPruning:
         self.storage_device = storage_device
         self.states: HiddenStates | None = None
         self.budgets: Budgets | None = None
+        self.removed: frozenset[int] = frozenset()
 
     @property
     def storage(self) -> Storage:
@@ -90,13 +94,13 @@ class ModelPruning:
 
     @property
     def last_layer(self) -> int:
-        """Index of the last decoder layer with an operator to prune."""
-        return max(index for index, group in enumerate(self.operators.values()) if group)
+        """Index of the last decoder layer with an operator to prune; -1 if there is none."""
+        return max((index for index, group in enumerate(self.operators.values()) if group), default=-1)
 
     def costs(self) -> list[float]:
         """What pruning each decoder layer costs besides its forward pass, in forward passes of the largest."""
         weights = [sum(o.shape[0] * o.shape[1] for o in group.values()) for group in self.operators.values()]
-        return [_PRUNING_COST * count / max(weights) for count in weights]
+        return [_PRUNING_COST * count / max(1, *weights) for count in weights]
 
     def complete_report(self) -> None:
         """Add what the user should know once all operators are pruned.
@@ -105,24 +109,53 @@ class ModelPruning:
             UnsupportedArchitectureError: If there is no other.
         """
         complete_report(self.report, self.config, self.layers.name, self.budgets)
+        if self.removal is not None:
+            self.removal.describe(self.report)
 
     def shared_budgets(self) -> Budgets:
-        """The operators' sparsity patterns; the first call allocates the zeros.
+        """The operators' sparsity patterns; the first call chooses the decoder layers to remove and allocates zeros.
 
         Raises:
-            ValueError: If gradients of the loss are not finite.
+            ValueError: If the loss or its gradients are not finite, or no decoder layer can be removed.
         """
         if self.budgets is None:
             started = time.perf_counter()
+            removed = self._choose_layers()
             flat = {name: operator for group in self.operators.values() for name, operator in group.items()}
             with self.split_experts():
                 calibration, config = self.batches.calibration, self.config
-                self.budgets = share_budgets(
-                    self.model, self.layers, flat, calibration, config, self.progress, self.storage
-                )
+                budgets = share_budgets(self.model, self.layers, flat, calibration, config, self.progress, self.storage)
+            budgets.removed_layers = removed
+            self.use_budgets(budgets)
             release_memory_of(self.model)
             self.report.seconds["allocation"] = time.perf_counter() - started
+        assert self.budgets is not None
         return self.budgets
+
+    def use_budgets(self, budgets: Budgets) -> None:
+        """Prune with budgets that were shared before, and without the decoder layers that they remove."""
+        if budgets.removed_layers:
+            assert self.removal is not None
+            losses = dict(budgets.removed_layers)
+            self.removed = frozenset(losses)
+            self.operators = self.removal.remove_layers(self.model, self.layers, self.operators, losses)
+            self.config = budgets.config = self.removal.config
+            chosen = {name: operator for group in self.operators.values() for name, operator in group.items()}
+            new_name = self.removal.plan.new_name
+            self.stored_names = stored_names(self.model, chosen.values(), new_name)
+            left = [name for name in self.report.left_dense if name not in chosen and new_name(name) is not None]
+            self.report.left_dense = {name: self.removal.reason_left_dense(name) for name in left}
+        self.budgets = budgets
+
+    def _choose_layers(self) -> list[tuple[int, float]]:
+        """The decoder layers to remove, each with the loss without it and those before."""
+        if not self._num_removed:
+            return []
+        batches, tokens = self.batches.calibration, self.config.allocation_tokens
+        with explained_length(self.model, max(b.input_ids.shape[1] for b in batches), "calib_dataloader"):
+            return choose_layers(
+                self.model, self.layers, batches, self._num_removed, tokens, self.progress, self.storage
+            )
 
     def split_experts(self) -> AbstractContextManager[None]:
         """Inside, every matrix of every expert to prune is called as a module of its own."""

@@ -48,13 +48,14 @@ def require_parameter(operator: LinearOperator) -> None:
 
 
 def choose_operators(
-    layers: DecoderLayers, config: FistaPruningConfig
+    layers: DecoderLayers, config: FistaPruningConfig, *, may_be_none: bool = False
 ) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
     """Operators to prune by decoder layer, and those left dense with the reason.
 
     Raises:
         ValueError: If a pattern does not fit, or a weight in memory is not finite.
-        UnsupportedArchitectureError: If nothing is left to prune, or a weight is no parameter.
+        UnsupportedArchitectureError: If nothing is left to prune unless that `may_be_none`, or a weight is no
+            parameter.
     """
     chosen: dict[str, dict[str, LinearOperator]] = {}
     left_dense: dict[str, str] = {}
@@ -73,7 +74,7 @@ def choose_operators(
     # others are checked when they are onloaded; a plan has no weights
     here = [o for group in chosen.values() for o in group.values() if not (o.is_offloaded or o.parameter.is_meta)]
     require_finite(here)
-    if not any(chosen.values()):
+    if not any(chosen.values()) and not may_be_none:
         raise UnsupportedArchitectureError(
             f"no linear operator to prune in {layers.name}: looked for nn.Linear and Conv1D modules with "
             f"include={list(config.include)}, exclude={list(config.exclude)}, and found "

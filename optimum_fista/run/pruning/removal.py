@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activations import LayerActivations
+from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers, find_operators
+from optimum_fista.model.layer_sums import Group
 from optimum_fista.model.offload import is_offloaded
-from optimum_fista.model.parts import find_parts
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.parts import Kind, find_parts
+from optimum_fista.model.residual import is_added_to_output
 from optimum_fista.model.shrinking import Shrinking, plan_shrinking, require_same_outputs, shrink_model
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.reports.report import LayerRecord, OperatorReport, PruningReport
+from optimum_fista.run.reports.report import LayerRecord, LayerReport, OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns, WholeParts
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -24,14 +31,20 @@ class Removal:
     """How a run removes whole parts.
 
     Attributes:
-        plan: The smaller model.
+        plan: The smaller model; until `remove_layers`, with all decoder layers.
         config: The configuration with a pattern of whole columns for each operator that reads what is removed, and
             with all others left as they are.
+        counts: How many parts of each kind a decoder layer keeps.
+        num_removed_layers: How many decoder layers go.
+        removed_layers: Those that go, each with the loss without it and those before.
         proven: Kinds of decoder layers that were seen to return the same without the removed groups.
     """
 
     plan: Shrinking
     config: FistaPruningConfig
+    counts: Mapping[Kind, int]
+    num_removed_layers: int
+    removed_layers: Mapping[int, float] = field(default_factory=dict)
     proven: set[object] = field(default_factory=set)
 
     @classmethod
@@ -46,19 +59,85 @@ class Removal:
         pattern = config.whole_parts
         if pattern is None:
             return None
-        counts = {part.kind: part.num_kept(find_parts(model, part.kind).groups) for part in pattern.shares}
+        counts: dict[Kind, int] = {}
+        total, going = len(find_decoder_layers(model)), 0
+        for part in pattern.shares:
+            if part.kind == "layers":
+                going = total - part.num_kept(total)
+            else:
+                counts[part.kind] = part.num_kept(find_parts(model, part.kind).groups)
         plan = plan_shrinking(model, channels=counts.get("channels"), heads=counts.get("heads"))
         columns = {
             name: Columns.keeping(plan.counts[name], part.groups, part.width).text for name, part in plan.parts.items()
         }
         widest = f"columns:{pattern.sparsity!r}"
-        expanded = replace(config, pattern=widest, sparsity=None, include=tuple(columns), overrides=columns)
-        return cls(plan, expanded)
+        none = () if columns else ("*",)
+        expanded = replace(
+            config, pattern=widest, sparsity=None, include=tuple(columns), exclude=none, overrides=columns
+        )
+        return cls(plan, expanded, counts, going)
+
+    def remove_layers(
+        self,
+        model: PreTrainedModel,
+        layers: DecoderLayers,
+        operators: Mapping[str, Mapping[str, LinearOperator]],
+        removed: Mapping[int, float],
+    ) -> dict[str, dict[str, LinearOperator]]:
+        """Plan the model without some decoder layers.
+
+        The decoder layer after a removed one is repaired if the correction has a share of the residual: its last
+        operator keeps all columns and is refitted. Which one is the last shows when the layer runs (`to_prune`).
+
+        Args:
+            model: The model.
+            layers: Its decoder layers.
+            operators: The operators to prune, by decoder layer.
+            removed: `removed_layers`.
+
+        Returns:
+            The operators to prune, none in removed layers, and in those to repair all that may be the last one.
+
+        Raises:
+            ValueError: If no configuration describes the smaller model.
+        """
+        stay = [index for index in range(len(layers)) if index not in removed]
+        channels, heads = self.counts.get("channels"), self.counts.get("heads")
+        self.plan = plan_shrinking(model, channels=channels, heads=heads, layers=stay)
+        self.removed_layers = removed
+        correction, left = self.config.correction, {name: dict(found) for name, found in operators.items()}
+        all_columns: dict[str, float | str] = {}
+        for index, (name, layer) in enumerate(layers):
+            if index in removed:
+                left[name] = {}
+            elif index - 1 in removed and correction.residual_share and not correction.independent_layers:
+                others = find_operators(name, layer, dense_experts=("*",))
+                all_columns |= {key: f"columns:{o.shape[1]}of{o.shape[1]}" for key, o in others.items()}
+                left[name] = others | left[name]
+        self.config = replace(self.config, overrides={**all_columns, **self.config.overrides})
+        return left
+
+    def to_prune(
+        self, groups: Sequence[Group], activations: LayerActivations, hidden_states: Tensor
+    ) -> tuple[list[Group], dict[str, str]]:
+        """The groups of a decoder layer to prune, and its operators that stay as they are, with the reason.
+
+        Of a layer to repair these are the operators that lose columns, and the last one, if the layer's output is
+        something plus its output.
+        """
+        chosen = [[o for o in group if self.config.pattern_for(o.name).sparsity] for group in groups]
+        if groups and not chosen[-1] and len(groups[-1]) == 1:
+            chosen[-1] = [o for o in groups[-1] if is_added_to_output(activations, o, hidden_states)]
+        pruned = {operator.name for group in chosen for operator in group}
+        names = [operator.name for group in groups for operator in group if operator.name not in pruned]
+        return [group for group in chosen if group], {name: self.reason_left_dense(name) for name in names}
 
     def reason_left_dense(self, name: str) -> str:
         """Why an operator's weights are not pruned."""
         part = self.plan.part_of(f"{name}.weight")
-        return "no part of the pattern" if part is None else f"loses the rows that {part.name} no longer reads"
+        if part is None:
+            return "no part of the pattern"
+        return f"loses the rows that {self.plan.new_name(part.name)} no longer reads"
 
     def prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
         """Prove of every kind of decoder layer that it returns the same without the groups as with zeros there.
@@ -88,11 +167,9 @@ class Removal:
         """A pruned decoder layer as the smaller model has it: its record, its packed masks, and its tensors by name."""
         kept = self._kept(record.operators, masks)
         operators, smaller = self._reports(record.operators, kept)
-        return (
-            replace(record, operators=operators),
-            smaller,
-            {name: self.plan.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()},
-        )
+        (report,), left_dense = self._layers([record.report]), self._renamed(record.left_dense)
+        shrunk = {name: self.plan.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()}
+        return LayerRecord(report, operators, left_dense), smaller, self._renamed(shrunk)
 
     def shrink(
         self,
@@ -118,13 +195,35 @@ class Removal:
         shrink_model(model, self.plan, kept)
         masks.clear()
         masks.update(smaller)
-        self.describe(report)
-        report.operators = operators
+        report.operators, report.layers = operators, self._layers(report.layers)
+        report.left_dense = self._renamed(report.left_dense)
 
     def describe(self, report: PruningReport) -> None:
-        """Count the parameters that stay."""
+        """Count the parameters that stay, and say which decoder layers go and which of the others are not repaired.
+
+        Args:
+            report: The report, under the names of the smaller model.
+        """
         report.model["dense_num_parameters"] = report.model["num_parameters"]
         report.model["num_parameters"] = self.plan.model.num_parameters()
+        if not self.removed_layers:
+            return
+        report.model["layers_kept"] = list(self.plan.layers)
+        report.model["layers_removed"] = [[index, loss] for index, loss in self.removed_layers.items()]
+        correction = self.config.correction
+        asked = correction.residual_share > 0 and not correction.independent_layers
+        repaired = [operator.name for operator in report.operators if operator.residual_corrected and asked]
+        numbers = [new for new, old in enumerate(self.plan.layers) if old - 1 in self.removed_layers]
+        after = [f"{self.plan.layers_name}.{number}" for number in numbers]
+        without = [name for name in after if not any(operator.startswith(f"{name}.") for operator in repaired)]
+        if without:
+            shown = ", ".join(without[:4]) + (", ..." if len(without) > 4 else "")
+            why = "that takes error_correction='full' or a number, and residual_correction above 0"
+            if asked:
+                why = "the output of their last operator is not added to theirs"
+            report.warn(
+                f"{len(without)} of {len(after)} decoder layers after removed ones are not repaired ({shown}): {why}"
+            )
 
     def _kept(self, operators: Sequence[OperatorReport], masks: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """The groups that stay, by the names of the parts."""
@@ -132,8 +231,9 @@ class Removal:
         for operator in operators:
             shape = operator.shape[::-1] if operator.stored_transposed else operator.shape
             mask = unpack_mask(masks[operator.name], shape)
-            name = operator.name.removesuffix(".weight")
-            kept[name] = self.plan.parts[name].kept_by(mask.T if operator.stored_transposed else mask)
+            part = self.plan.parts.get(operator.name.removesuffix(".weight"))
+            if part is not None:  # not one that repairs its decoder layer
+                kept[part.name] = part.kept_by(mask.T if operator.stored_transposed else mask)
         return kept
 
     def _reports(
@@ -142,14 +242,24 @@ class Removal:
         """Reports of the operators without their removed columns, and packed masks that keep all that is left."""
         reports, masks = [], {}
         for operator in operators:
-            name = operator.name.removesuffix(".weight")
-            out, columns = operator.shape[0], len(kept[name]) * self.plan.parts[name].width
+            name, new = operator.name.removesuffix(".weight"), self.plan.new_name(operator.name)
+            assert new is not None
+            groups, (out, columns) = kept.get(name), operator.shape
+            if groups is not None:
+                columns = len(groups) * self.plan.parts[name].width
             stored = (columns, out) if operator.stored_transposed else (out, columns)
-            masks[operator.name] = pack_mask(torch.ones(stored, dtype=torch.bool))
-            reports.append(
-                replace(operator, shape=(out, columns), num_kept=out * columns, sparsity=0.0, groups_kept=kept[name])
-            )
+            masks[new] = pack_mask(torch.ones(stored, dtype=torch.bool))
+            smaller = replace(operator, name=new, shape=(out, columns), num_kept=out * columns, sparsity=0.0)
+            reports.append(replace(smaller, groups_kept=groups))
         return reports, masks
+
+    def _renamed(self, values: Mapping[str, T]) -> dict[str, T]:
+        """What is kept by name, under the names of the smaller model, without what goes."""
+        return {new: value for name, value in values.items() if (new := self.plan.new_name(name)) is not None}
+
+    def _layers(self, reports: Sequence[LayerReport]) -> list[LayerReport]:
+        """The same of reports of decoder layers."""
+        return [replace(report, name=new) for report in reports if (new := self.plan.new_name(report.name)) is not None]
 
 
 def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:

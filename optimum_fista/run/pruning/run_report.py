@@ -71,7 +71,7 @@ def complete_report(
     chosen = ("router", "exclude")
     reasons = {name: reason for name, reason in report.left_dense.items() if reason not in chosen}
     left = {name: reason for name, reason in reasons.items() if config.reason_left_dense(name) is None}
-    if not report.operators:
+    if not report.operators and not (budgets is not None and budgets.removed_layers):
         name = next(iter(left))
         raise UnsupportedArchitectureError(
             f"no linear operator of {decoder_layers} can be pruned; {name}, for one: {left[name]}."
@@ -84,7 +84,7 @@ def complete_report(
     if config.correction.residual_share:
         report.warnings.extend(_without_residual_correction(report))
     report.warnings.extend(f"{o.name}: {o.message}" for o in operators if o.message and not o.converged)
-    under_calibrated = [o for o in operators if o.method != config.method]
+    under_calibrated = [o for o in operators if config.method != o.method == config.under_calibrated_method]
     if under_calibrated:
         least = min(under_calibrated, key=lambda o: o.num_tokens)
         report.warn(
@@ -114,8 +114,8 @@ def _without_residual_correction(report: PruningReport) -> Iterator[str]:
 def _rank_deficiency(report: PruningReport, operators: list[LinearOperator]) -> Iterator[str]:
     """What to say when an operator has more inputs than there are calibration tokens."""
     tokens = report.calibration["num_tokens"]
-    widest = max(operators, key=lambda o: o.shape[1])
-    if tokens < widest.shape[1]:
+    widest = max(operators, key=lambda o: o.shape[1], default=None)
+    if widest is not None and tokens < widest.shape[1]:
         yield (
             f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
             "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."

@@ -101,8 +101,10 @@ def error_picture(report: PruningReport) -> bytes | None:
     Equal reports give equal bytes under one version of Matplotlib.
 
     Returns:
-        The file's bytes; `None` if Matplotlib (extra `plots`) is not installed.
+        The file's bytes; `None` if Matplotlib (extra `plots`) is not installed, or no operator was pruned.
     """
+    if not report.operators:
+        return None
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure

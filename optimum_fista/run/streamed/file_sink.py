@@ -17,10 +17,10 @@ from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.packed.format import packed_names
 from optimum_fista.run.checkpoints.atomic import write_tensors
-from optimum_fista.run.checkpoints.stored_names import StoredName, as_stored
+from optimum_fista.run.checkpoints.stored_names import as_stored
 from optimum_fista.run.checkpoints.writing import write_all_but_weights, write_index
 from optimum_fista.run.packed_folders.packing import Packer, packed_settings
-from optimum_fista.run.pruning.removal import Removal
+from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import LayerRecord, PruningReport
 from optimum_fista.run.streamed.fingerprint import SourceFiles
@@ -33,12 +33,10 @@ class FileSink(ModelSink):
     What is finished is on disk, so the dense weights are kept only while their layer is being pruned.
 
     Args:
-        model: The model, read from its files.
+        pruning: The run over the model, which is read from its files.
         journal: Where the layers go.
         source: The files that the model is read from.
-        names: The names of the checkpoint, by those of the weights in the model.
         packed: Whether the shards are those of a packed folder.
-        removal: How whole parts of the model are removed; `None` if they are not.
         contexts: What the run works in.
     """
 
@@ -46,36 +44,37 @@ class FileSink(ModelSink):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        pruning: ModelPruning,
         journal: Journal,
         source: SourceFiles,
-        names: Mapping[str, StoredName],
         packed: bool,
-        removal: Removal | None,
         *contexts: AbstractContextManager[Any],
     ) -> None:
-        super().__init__(model, *contexts)
+        super().__init__(pruning.model, *contexts)
+        self._pruning = pruning
         self._journal = journal
         self._source = source
-        self._names = names
-        self._num_shards = len(find_decoder_layers(model)) + 1  # the last one is for the rest
         self._packed = packed
-        self._removal = removal
         self._stem = "packed" if packed else "model"
 
     def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:
-        """Write a finished decoder layer."""
+        """Write a finished decoder layer; of one that is removed, its record only."""
         self.forget()
         masks, self.masks = self.masks, {}
+        if index in self._pruning.removed:
+            self._source.require_unchanged()
+            self._journal.keep_layer(index, None, [], {}, record, states)
+            return
         tensors = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-        if self._removal is not None:
-            record, masks, tensors = self._removal.shrink_layer(record, masks, tensors)
+        if self._pruning.removal is not None:
+            record, masks, tensors = self._pruning.removal.shrink_layer(record, masks, tensors)
         tensors = self._stored(tensors)
         if self._packed:
-            operators, stored = as_stored(record.operators, masks, self._names)
+            operators, stored = as_stored(record.operators, masks, self._pruning.stored_names)
             tensors = Packer(operators, tensors, stored.__getitem__).pack(tensors)
         self._source.require_unchanged()
-        self._journal.keep_layer(index, self._write_shard(index, tensors), list(tensors), masks, record, states)
+        shard = self._write_shard(self._left.index(index), tensors)
+        self._journal.keep_layer(index, shard, list(tensors), masks, record, states)
 
     def complete(
         self, tokenizer: PreTrainedTokenizerBase | None, report: PruningReport, layers: Mapping[int, KeptLayer]
@@ -104,23 +103,28 @@ class FileSink(ModelSink):
             if not name.startswith(prefix) and name not in model.all_tied_weights_keys:
                 rest[name] = stored_tensor(modules[owner], leaf)
         rest = self._stored(rest)
-        last = self._write_shard(len(layers), rest)
+        last = self._write_shard(len(self._left), rest)
         weight_map = {name: layer.shard for layer in layers.values() for name in layer.names}
         weight_map |= dict.fromkeys(rest, last.name)
-        if self._removal is not None:
-            self._removal.describe(report)
-            model.config = self._removal.plan.model.config
+        if self._pruning.removal is not None:
+            model.config = self._pruning.removal.plan.model.config
         index_name = write_index(folder, self._stem, weight_map, {"total_parameters": report.model["num_parameters"]})
         masks = {name: mask for index in layers for name, mask in self._journal.masks(index).items()}
-        operators, masks = as_stored(report.operators, masks, self._names)
+        operators, masks = as_stored(report.operators, masks, self._pruning.stored_names)
         report = replace(report, operators=operators)
         packed = packed_settings(index_name, packed_names(weight_map)) if self._packed else None
         write_all_but_weights(folder, model, tokenizer, report, masks, packed)
         self._source.require_unchanged()
         return report
 
+    @property
+    def _left(self) -> list[int]:
+        """Numbers of the decoder layers that stay."""
+        return [index for index in range(len(self._pruning.layers)) if index not in self._pruning.removed]
+
     def _write_shard(self, index: int, tensors: dict[str, Tensor]) -> Path:
-        shard = self._journal.folder / f"{self._stem}-{index + 1:05}-of-{self._num_shards:05}.safetensors"
+        total = len(self._left) + 1  # the last one is for all that is not a decoder layer
+        shard = self._journal.folder / f"{self._stem}-{index + 1:05}-of-{total:05}.safetensors"
         write_tensors(shard, tensors, {"format": "pt"})
         return shard
 

@@ -34,7 +34,7 @@ class KeptLayer:
 
     Attributes:
         record: What the run says of it.
-        shard: Name of the shard.
+        shard: Name of the shard; empty if the layer is removed.
         size: Its size in bytes.
         names: The tensors in it.
         sha256: Digests of the shard, of the layer's `masks`, of the hidden states `before` it, on which it was pruned,
@@ -98,7 +98,7 @@ class Journal:
     def keep_layer(
         self,
         index: int,
-        shard: Path,
+        shard: Path | None,
         names: Sequence[str],
         masks: dict[str, Tensor],
         record: LayerRecord,
@@ -108,7 +108,7 @@ class Journal:
 
         Args:
             index: Its index.
-            shard: Its shard, which is on disk.
+            shard: Its shard, which is on disk; `None` if the layer is removed.
             names: The tensors in it.
             masks: Packed masks of its operators.
             record: What the run says of it.
@@ -119,13 +119,14 @@ class Journal:
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
             self._states_sha256[index + 1] = _write(self._file("states", index + 1), hidden)
         sha256 = {
-            "shard": digest_of(shard),
+            "shard": digest_of(shard) if shard else None,
             "masks": _write(self._file("masks", index), masks) if masks else None,
             "before": self._states_sha256.get(index),
             "after": self._states_sha256.get(index + 1),
             "budgets": self.budgets_sha256,
         }
-        kept = KeptLayer(record, shard.name, shard.stat().st_size, list(names), sha256)
+        name, size = (shard.name, shard.stat().st_size) if shard else ("", 0)
+        kept = KeptLayer(record, name, size, list(names), sha256)
         write_record(self._journal / f"layer-{index:05}.json", dataclasses.asdict(kept))
         self._file("states", index).unlink(missing_ok=True)  # only now: until the record is there, they are needed
 
@@ -152,10 +153,11 @@ class Journal:
         write_record(self._journal / WEIGHTS_FILE, dict(files))
 
     def keep_budgets(self, budgets: Budgets) -> None:
-        """Write the sparsities that the operators were given."""
+        """Write the sparsities that the operators were given, and the decoder layers that go."""
         weights = {name: value.cpu().contiguous() for name, value in budgets.output_weights.items()}
         sha256 = _write(self._journal / "budgets.safetensors", weights)
-        values = {"sparsities": budgets.sparsities, "unseen": budgets.unseen, "weights_sha256": sha256}
+        values: dict[str, Any] = {"sparsities": budgets.sparsities, "unseen": budgets.unseen, "weights_sha256": sha256}
+        values["removed_layers"] = budgets.removed_layers
         values["run_sha256"] = self._run_sha256  # ties budgets, and by their digest every layer, to this run
         write_record(self._journal / "budgets.json", values)
         self.budgets_sha256 = _text_digest(values)
@@ -168,7 +170,8 @@ class Journal:
         if not _is_whole(file, values["weights_sha256"]):
             return None
         self.budgets_sha256 = _text_digest(values)
-        return Budgets(config, values["sparsities"], load_file(file), values["unseen"])
+        removed = [(index, loss) for index, loss in values["removed_layers"]]
+        return Budgets(config, values["sparsities"], load_file(file), values["unseen"], removed)
 
     def _file(self, kind: str, index: int) -> Path:
         return self._journal / f"{kind}-{index:05}.safetensors"
@@ -179,6 +182,8 @@ class Journal:
         if values is None:
             return None
         kept = KeptLayer(**{**values, "record": LayerRecord.from_dict(values["record"])})
+        if not kept.shard:
+            return kept
         shard = self.folder / kept.shard
         whole = shard.exists() and shard.stat().st_size == kept.size
         if whole and read_shard:

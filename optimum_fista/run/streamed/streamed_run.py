@@ -155,9 +155,8 @@ class StreamedRun:
 
         begun = ranks.first(begin)
         self.journal = ranks.each(lambda: join(begun))
-        model, contexts = pruning.model, (evaluation_mode(pruning.model), torch.no_grad())
-        names, removal = pruning.stored_names, pruning.removal
-        self.sink = FileSink(model, self.journal, self.source, names, packed, removal, *contexts)
+        contexts = evaluation_mode(pruning.model), torch.no_grad()
+        self.sink = FileSink(pruning, self.journal, self.source, packed, *contexts)
 
     def prune(self) -> None:
         """Prune this process's share of the decoder layers that are left, and write each once it is finished."""
@@ -182,7 +181,8 @@ class StreamedRun:
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators, report.layers, report.left_dense = [], [], {}
         for layer in layers.values():
-            report.add(layer.record)
+            if layer.shard:
+                report.add(layer.record)
         before = sum(layer.record.report.seconds for layer in self.finished.values())
         report.seconds["total"] = before + time.perf_counter() - started
         self.pruning.complete_report()
@@ -219,14 +219,18 @@ class StreamedRun:
 
     def _share_budgets(self) -> None:
         """Allocate the zeros to the operators, or read how an earlier start of the run allocated them."""
-        self.pruning.budgets = self.journal.budgets(self.pruning.config)
-        if self.pruning.budgets is None:
-            budgets = self.pruning.shared_budgets()
-            self.source.require_unchanged()
-            self.journal.keep_budgets(budgets)
+        budgets = self.journal.budgets(self.pruning.config)
+        if budgets is not None:
+            self.pruning.use_budgets(budgets)
+            return
+        budgets = self.pruning.shared_budgets()
+        self.source.require_unchanged()
+        self.journal.keep_budgets(budgets)
 
     def _prune_layers(self, todo: Sequence[int]) -> None:
         if self.pruning.budgets is None:  # rank 0 allocated the zeros
-            self.pruning.budgets = self.journal.budgets(self.pruning.config)
+            budgets = self.journal.budgets(self.pruning.config)
+            if budgets is not None:
+                self.pruning.use_budgets(budgets)
         if todo:
             prune_layers(self.pruning, self.sink, todo)

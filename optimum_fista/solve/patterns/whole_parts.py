@@ -1,4 +1,4 @@
-"""Whole parts of a model: channels of its MLPs, or key-value groups of its attention with their query heads."""
+"""Whole parts of a model: channels of its MLPs, key-value groups with their query heads, or decoder layers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 
-PartKind = Literal["channels", "heads"]
+PartKind = Literal["channels", "heads", "layers"]
 
-_PART = re.compile(r"(channels|heads):([\d.]+(?:e-\d+)?)(?:/(\d+))?")
+_PART = re.compile(r"(channels|heads|layers):([\d.]+(?:e-\d+)?)(?:/(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,11 @@ class PartShare:
 
 @dataclass(frozen=True)
 class WholeParts(SparsityPattern):
-    """Shares of the parts of a model, the same number in every decoder layer.
+    """Shares of the parts of a model: the same number of channels and heads in every decoder layer, or whole layers.
 
     It is for a whole model: a run makes `Columns` of it for the operators that read what is removed, the down
-    projection and the attention's output projection, and removes the rows that compute it afterwards.
+    projection and the attention's output projection, and removes the rows that compute it afterwards. Decoder layers
+    are chosen by the loss without them.
 
     Attributes:
         sparsity: The largest share.
@@ -64,7 +65,9 @@ class WholeParts(SparsityPattern):
     """
 
     shares: tuple[PartShare, ...] = ()
-    form: ClassVar[str] = "'channels:SHARE' or 'heads:SHARE', or both joined by '+', such as 'channels:0.25+heads:0.5'"
+    form: ClassVar[str] = (
+        "'channels:SHARE', 'heads:SHARE' or 'layers:SHARE', or some joined by '+', such as 'channels:0.25+layers:0.1'"
+    )
 
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, the text says it

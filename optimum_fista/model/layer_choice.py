@@ -1,0 +1,181 @@
+"""Choosing whole decoder layers to remove: one after another, that without which the loss is least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from optimum_fista.model.activation_store import ActivationStore, Storage
+from optimum_fista.model.architecture import DecoderLayers, modules_around
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
+from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.replay import replaced_forwards
+from optimum_fista.model.sensitivity import first_sequences
+from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs
+
+
+def choose_layers(
+    model: PreTrainedModel,
+    layers: DecoderLayers,
+    batches: Sequence[CalibrationBatch],
+    count: int,
+    num_tokens: int,
+    progress: bool = False,
+    storage: Storage | None = None,
+) -> list[tuple[int, float]]:
+    """Choose decoder layers to remove, as SLEB does (arXiv 2402.09025, Algorithm 1).
+
+    In every round each layer that is left is left out in turn. The one without which the loss is least goes for good,
+    unless no configuration describes the model without it. The loss is the cross-entropy of the next token.
+
+    A round is one sweep: every layer is brought to its device once, and runs on the hidden states of the model as it
+    is and of all models that lack one layer before it. So it costs about half as many forward passes as there are
+    layers, and the hidden states of as many models wait at `storage`.
+
+    Args:
+        model: The dense model, in evaluation mode.
+        layers: Its decoder layers.
+        batches: Calibration batches.
+        count: How many layers go, fewer than there are.
+        num_tokens: Sequences are taken in order until they hold as many real tokens.
+        progress: Whether to show a progress bar.
+        storage: Where hidden states wait; `None`: where each layer computes.
+
+    Returns:
+        The numbers of the layers in the order in which they go, each with the loss without it and those before, in
+        nats a token. A loss that is not finite counts as the largest.
+
+    Raises:
+        ValueError: If the loss of the model is not finite, no configuration describes it with one layer less, or no
+            sequence has two tokens.
+        UnsupportedArchitectureError: If decoder layers hand on more than hidden states, or depend on their number.
+    """
+    sequences = [CalibrationBatch(ids) for ids in first_sequences(batches, num_tokens)]
+    if not sequences:
+        raise ValueError("calib_dataloader holds no sequence of two tokens: pass longer ones to choose layers by.")
+    recorded = record_inputs(model, layers, sequences, storage)
+    if recorded.handed_on:
+        raise UnsupportedArchitectureError(
+            f"the decoder layers of {type(model).__name__} hand more to the next than hidden states, so none of them "
+            "can be removed: use another pattern."
+        )
+    left, removed = list(range(len(layers))), list[tuple[int, float]]()
+    num_runs = sum(len(layers) - done for done in range(count))
+    with (
+        tqdm(total=num_runs, desc="Choosing decoder layers", unit="layer", disable=not progress) as bar,
+        onloaded([*modules_around(model, layers), model.get_output_embeddings()], copy=False),
+    ):
+        for _ in range(count):
+            sweep = _Sweep(model, layers, left, sequences, storage)
+            losses = sweep.losses(recorded, bar)
+            if not math.isfinite(losses.pop(None)):
+                raise ValueError("the loss of the model on the calibration tokens is NaN or Inf: the model is damaged.")
+            index = _cheapest(model, left, losses)
+            left.remove(index)
+            removed.append((index, losses[index]))
+            bar.set_postfix_str(f"loss {losses[index]:.4f} without {', '.join(str(i) for i, _ in removed)}")
+    _require_no_number(model, layers, left, recorded)
+    return removed
+
+
+@dataclass
+class _Sweep:
+    """One round: the loss of a model with the decoder layers `left`, and that without each of them.
+
+    Attributes:
+        rest: What the last layer returned besides hidden states; `None` if it returns a tensor.
+    """
+
+    model: PreTrainedModel
+    layers: DecoderLayers
+    left: Sequence[int]
+    sequences: Sequence[CalibrationBatch]
+    storage: Storage | None
+    rest: tuple[Any, ...] | None = field(default=None, init=False)
+
+    def losses(self, recorded: RecordedInputs, bar: tqdm) -> dict[int | None, float]:
+        """Losses by the number of the layer that is left out, in nats a token; `None`: none is."""
+        streams: dict[int | None, ActivationStore] = {None: recorded.hidden_states}
+        for index in self.left:
+            layer = self.layers.modules[index]
+            before = streams[None]
+            with onloaded(layer.modules(), copy=False):
+                for out in list(streams):
+                    # What enters is freed as it is replaced.
+                    streams[out] = self._run(layer, streams[out], recorded.calls[index])
+            streams[index] = before  # without this layer, what enters it leaves it
+            bar.update()
+        return {out: self._loss(stream) for out, stream in streams.items()}
+
+    def _run(self, layer: nn.Module, stream: ActivationStore, calls: Sequence[Any]) -> ActivationStore:
+        """The hidden states after a layer."""
+        device = execution_device(layer)
+        storage = self.storage or device
+        stream.move(storage, device)
+        leaving = ActivationStore(storage, device)
+        for hidden, call in zip(stream, calls, strict=True):
+            output = layer(hidden, *call.arguments, **call.keywords)
+            hidden, self.rest = (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
+            leaving.append(hidden)
+        return leaving
+
+    def _loss(self, stream: ActivationStore) -> float:
+        """Cross-entropy of the next token, in nats a token, after the model's own norm and head."""
+        total, count = torch.zeros((), dtype=torch.float64, device=stream.device), 0
+        device = execution_device(self.model.get_input_embeddings())
+        for hidden, batch in zip(stream, self.sequences, strict=True):
+            ids = batch.input_ids.to(device)
+            # The model runs with decoder layers that return these hidden states, whatever they are called with.
+            output = hidden if self.rest is None else (hidden, *self.rest)
+            forwards = [lambda *_, output=output, **__: output] * len(self.layers)
+            with replaced_forwards(self.layers.modules, forwards):
+                logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            targets = ids[0, 1:].to(logits.device)
+            loss = nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
+            total += loss.double().to(total.device)
+            count += len(targets)
+        return float(total) / count
+
+
+def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | None, float]) -> int:
+    """The layer without which the loss is least, of those without which a configuration describes the model."""
+    refused: ValueError | None = None
+    for index in sorted(left, key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf):
+        try:
+            plan_shrinking(model, layers=[i for i in left if i != index])
+            return index
+        except ValueError as error:
+            refused = error
+    raise ValueError(f"none of the decoder layers {list(left)} can be removed: {refused}") from refused
+
+
+def _require_no_number(
+    model: PreTrainedModel, layers: DecoderLayers, left: Sequence[int], recorded: RecordedInputs
+) -> None:
+    """Prove that the first decoder layer that gets another number returns the same with it.
+
+    Raises:
+        UnsupportedArchitectureError: If it does not.
+    """
+    index = next((old for new, old in enumerate(left) if new != old), None)
+    if index is None:
+        return
+    layer, call = layers.modules[index], recorded.calls[index][0]
+    hidden = recorded.hidden_states.kept()[0].to(execution_device(layer))
+    with onloaded(layer.modules(), copy=False):
+        require_same_outputs(
+            plan_shrinking(model, layers=left),
+            f"{layers.name}.{index}",
+            layer,
+            {},
+            lambda module: module(hidden, *call.arguments, **call.keywords),
+        )
