@@ -1,15 +1,19 @@
 """What was asked of CUDA alone is asked of whatever accelerator there is."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from simulated_device import backend
 from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
+from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs, shrink_model
 from optimum_fista.run.checkpoints.loading import usable_device
 from optimum_fista.run.estimate.estimate import Estimate
 from optimum_fista.run.memory import available_bytes, release_free_memory
+from optimum_fista.run.pruning import removal
 from optimum_fista.run.reports.report import device_name, library_versions
 from optimum_fista.run.texts.self_sampling import sample_text_from_model
 
@@ -64,3 +68,23 @@ def test_a_model_becomes_smaller_where_it_is():
         with torch.no_grad():
             found.append(model(tokens.to(place), use_cache=False).logits.cpu())
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_device_that_is_nearly_full_has_room_for_the_smaller_model(fails, monkeypatch):
+    model, device, shrink = tiny_llama().to("simulated:0"), torch.device("simulated:0"), removal.shrink_model
+    untouched, largest = Untouched(model), model.model.layers[0].mlp.down_proj.weight.nbytes
+
+    def shrink_with_little_memory(*arguments):
+        with backend.memory_limit(backend.memory_allocated(device) + 3 * largest, device):
+            shrink(*arguments)
+        if fails:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(removal, "shrink_model", shrink_with_little_memory)
+    pruner = FistaPruner(FistaPruningConfig(pattern="channels:0.25/4+heads:0.5", method="wanda"), progress=False)
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        pruner.prune(model, tiny_tokens().split(4))
+    assert model.config.intermediate_size == (48 if fails else 36)
+    if fails:
+        untouched.check()

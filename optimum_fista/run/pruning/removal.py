@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers, find_operators
+from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.layer_sums import Group
 from optimum_fista.model.offload import is_offloaded
 from optimum_fista.model.operator import LinearOperator
@@ -19,6 +20,7 @@ from optimum_fista.model.parts import Kind, find_parts
 from optimum_fista.model.residual import is_added_to_output
 from optimum_fista.model.shrinking import Shrinking, plan_shrinking, require_same_outputs, shrink_model
 from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.memory import is_out_of_memory
 from optimum_fista.run.reports.report import LayerRecord, LayerReport, OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns, WholeParts
@@ -158,7 +160,12 @@ class Removal:
         call, hidden = activations.calls[0], hidden_states.to(activations.device, torch.float32)
         small = nn.functional.normalize(hidden, dim=-1) * (0.01 * hidden.shape[-1] ** 0.5)
         hidden = small.to(hidden_states.dtype)
-        require_same_outputs(self.plan, layer_name, activations.layer, kept, lambda layer: call.run(layer, hidden))
+        try:
+            require_same_outputs(self.plan, layer_name, activations.layer, kept, lambda layer: call.run(layer, hidden))
+        except UnsupportedArchitectureError as error:
+            if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+                raise error.__cause__ from None  # smaller batches may fit
+            raise
         self.proven.add(kind)
 
     def shrink_layer(
@@ -184,12 +191,15 @@ class Removal:
         """
         kept = self._kept(report.operators, masks)
         operators, smaller = self._reports(report.operators, kept)
-        held = [*model.parameters(), *model.buffers()]
-        before = [(tensor, tensor.data) for tensor in held]
+        # what becomes smaller waits on the CPU: a device that is nearly full has no room for both sizes of all tensors
+        before = [
+            (tensor, tensor.device, tensor.data if self.plan.part_of(name) is None else tensor.data.cpu())
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        ]
 
         def restore() -> None:
-            for tensor, data in before:
-                tensor.data = data
+            for tensor, device, data in before:
+                tensor.data = data.to(device)
 
         undo_first(restore)
         shrink_model(model, self.plan, kept)

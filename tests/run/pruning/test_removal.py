@@ -214,6 +214,22 @@ def test_a_model_that_would_compute_something_else_is_refused(change, dtype, sca
     assert torch.equal(logits(model), expected)
 
 
+def test_a_proof_for_which_there_is_no_memory_is_tried_with_smaller_batches():
+    model, failed = tiny_llama(), []
+
+    def run_out_once(layer, *_):
+        if layer.mlp.down_proj.weight.shape[1] == 36 and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("no room")
+
+    handle = model.model.layers[0].register_forward_hook(run_out_once)
+    with pytest.warns(match="out of memory in model.layers.0"):
+        pruner(method="wanda").prune(model, BATCHES)
+    handle.remove()
+    assert failed
+    assert model.config.intermediate_size == 36
+
+
 def test_heads_that_one_matrix_computes_are_refused():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64))
     before = {name: value.clone() for name, value in model.state_dict().items()}
