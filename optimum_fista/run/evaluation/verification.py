@@ -79,7 +79,8 @@ def verify_checkpoint(
 
     Checks: the mask keeps exactly the number of weights the pattern asks for, in every row or group if the
     pattern says so; every weight outside the mask is zero and every weight finite; shapes, counts and totals
-    agree between masks, report, config and checkpoint; the report's number of parameters is that of the model.
+    agree between masks, report, config and checkpoint; the report's number of parameters is that of the model. Of a
+    model that became smaller, all tensors have the shapes that its configuration describes.
 
     With the dense model at hand, every tensor that holds no pruned operator is compared with the dense model's: it must
     be equal, or equal to what is left of it without the channels and heads that the report says went. Of pruned
@@ -130,9 +131,12 @@ def _verify_totals(
 ) -> int | None:
     """Check what the report says of all operators together; returns the number of parameters if it is known."""
     claimed = report.model["num_parameters"]
-    parameters = count_parameters(folder, report.model["class"])
+    model = _described_model(folder, report.model["class"])
+    parameters = None if model is None else int(model.num_parameters())
     if parameters is not None and parameters != claimed:
         raise VerificationError(f"{REPORT_FILE} promises {claimed} parameters, the model has {parameters}.")
+    if model is not None and report.removed:
+        _verify_shapes(folder, model)
     counted = {"num_zeros": zeros, "num_weights": weights, "sparsity": zeros / weights if weights else 0.0}
     counted |= {"model_sparsity": zeros / claimed}
     for name, value in (report.totals | counted).items():
@@ -317,15 +321,28 @@ def _tensor(model: PreTrainedModel, name: str) -> Tensor:
     return stored_tensor(model.get_submodule(owner), leaf)
 
 
-def count_parameters(folder: Path, model_class: str) -> int | None:
-    """Make a model without weights and count its parameters, tied ones once.
+def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
+    """Check that the files hold a smaller model's tensors, also those that are no pruned operators but lost rows.
 
-    Args:
-        folder: The model folder; only `config.json` is read.
-        model_class: Name of the model's class in Transformers.
+    If a checkpoint calls tensors otherwise than the model does, only those with the same name are compared.
+    """
+    files = checkpoint_files(folder)
+    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    described = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    missing = [name for name in described if name not in files]
+    if missing and files.keys() <= described.keys():
+        raise VerificationError(f"{missing[0]} is not in the checkpoint.")
+    for name in described.keys() & files.keys():
+        with safe_open(files[name], "pt") as file:
+            found, shape = tuple(file.get_slice(name).get_shape()), tuple(described[name].shape)
+        if found != shape:
+            raise VerificationError(f"{name} has shape {found}, config.json describes {shape}.")
 
-    Returns:
-        The number; `None` if Transformers has no such class, or the class can't be made without weights.
+
+def _described_model(folder: Path, model_class: str) -> PreTrainedModel | None:
+    """The model without weights that `config.json` describes.
+
+    `None` if Transformers has no class of this name, or if it can't be made without weights.
     """
     found = getattr(transformers, model_class, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)) or found.config_class is None:
@@ -333,7 +350,7 @@ def count_parameters(folder: Path, model_class: str) -> int | None:
     try:
         config = found.config_class.from_pretrained(folder)
         with torch.device("meta"):
-            return int(found(config).num_parameters())
+            return found(config)
     except Exception as error:  # anything the code of a family may raise on the meta device
         logger.info("%s could not be made without weights: %s", model_class, error)
         return None

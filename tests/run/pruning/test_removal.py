@@ -10,6 +10,7 @@ import pytest
 import torch
 from folder_files import files_of
 from killed import Killed, killed_at_write
+from safetensors.torch import load_file, save_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -187,6 +188,26 @@ def test_verify_finds_groups_that_are_not_those_of_the_weights(saved, tmp_path, 
     edit(next(o for o in values["operators"] if o["name"].endswith("down_proj.weight")))
     file.write_text(json.dumps(values))
     with pytest.raises(VerificationError, match=message):
+        verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors, name: tensors.pop(name), "is not in the checkpoint"),
+        (
+            lambda tensors, name: tensors.update({name: torch.ones(48, 32)}),
+            r"has shape \(48, 32\), .*describes \(36, 32",
+        ),
+    ],
+)
+def test_verify_finds_rows_that_are_not_those_of_the_configuration(saved, tmp_path, edit, message):
+    folder, name = tmp_path / "changed", "model.layers.1.mlp.gate_proj.weight"
+    shutil.copytree(saved[1], folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors, name)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=f"^{name} {message}"):
         verify_checkpoint(folder)
 
 
