@@ -10,11 +10,11 @@ import importlib.metadata
 import json
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from families import FAMILIES, Outcome, try_family
+from families import FAMILIES, Outcome, try_family, what_can_go
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -34,7 +34,8 @@ _KINDS = {
 def read_outcomes(file: Path = KEPT) -> dict[str, Outcome]:
     """The outcomes that the page promises, by family."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return {row["family"]: Outcome(**row | {"dense": tuple(row.get("dense", ()))}) for row in rows}
+    tuples = [{name: tuple(row.get(name, ())) for name in ("dense", "smaller")} for row in rows]
+    return {row["family"]: Outcome(**row | found) for row, found in zip(rows, tuples, strict=True)}
 
 
 def write_outcomes(outcomes: Iterable[Outcome], file: Path = KEPT) -> None:
@@ -59,6 +60,10 @@ def format_page(outcomes: Iterable[Outcome]) -> str:
             lines.append(f"| {title} | {sum(o.status == 'works' for o in of_kind)} of {len(of_kind)} |")
     lines += ["", "## What stays dense", ""]
     lines += _grouped("operators and reason", ((dense, o.family) for o in works for dense in o.dense))
+    lines += ["", "## What can become smaller", ""]
+    counts = [f"{kind} in {sum(kind in o.smaller for o in works)}" for kind in ("channels", "heads")]
+    lines += [f"[Whole parts](smaller.md) can go: {' and '.join(counts)} families.", ""]
+    lines += _grouped("what can go", ((" and ".join(o.smaller) or "nothing", o.family) for o in works))
     lines += ["", "## What does not work", ""]
     lines += _grouped("what happens", ((_failure(o), o.family) for o in found if o.status != "works"))
     return "\n".join(lines) + "\n"
@@ -85,7 +90,8 @@ def main() -> None:
     outcomes = []
     for family in tqdm(FAMILIES, unit="family"):
         with tempfile.TemporaryDirectory() as folder:
-            outcomes.append(try_family(family, Path(folder) / "model"))
+            outcome = try_family(family, Path(folder) / "model")
+        outcomes.append(replace(outcome, smaller=what_can_go(family)) if outcome.status == "works" else outcome)
     write_outcomes(outcomes)
     text = PAGE.read_text().partition(MARKER)[0]
     PAGE.write_text(f"{text}{MARKER}\n\n{format_page(outcomes)}")

@@ -37,6 +37,7 @@ class Outcome:
             model from its default configuration, or run it on token ids alone) or `not reloaded`.
         dense: What stays dense in the decoder layers, with the reason; without layer numbers, each once.
         reason: Why it does not work.
+        smaller: Kinds of parts of which half can go (`what_can_go`).
     """
 
     family: str
@@ -45,6 +46,7 @@ class Outcome:
     status: str
     dense: tuple[str, ...] = ()
     reason: str = ""
+    smaller: tuple[str, ...] = ()
 
 
 class NotReloaded(Exception):
@@ -111,6 +113,23 @@ def try_family(family: str, folder: Path) -> Outcome:
     except NotReloaded as error:
         return Outcome(family, kind, name, "not reloaded", reason=_first_sentence(error))
     return Outcome(family, kind, name, "works", what_stays_dense(report, excluded))
+
+
+def what_can_go(family: str) -> tuple[str, ...]:
+    """The kinds of parts of which half can be removed from a family; the smaller models return finite logits."""
+    found = []
+    for kind, pattern in (("channels", "channels:0.5/1"), ("heads", "heads:0.5")):
+        model = family_model(family)
+        pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="magnitude"), progress=False)
+        try:
+            report = prune(pruner, model)
+        except UnsupportedArchitectureError:
+            continue
+        assert report.model["num_parameters"] == model.num_parameters()
+        assert report.totals["num_removed"] > 0
+        assert bool(torch.isfinite(logits(model)).all())
+        found.append(kind)
+    return tuple(found)
 
 
 def prune(pruner: FistaPruner, model: PreTrainedModel) -> PruningReport:

@@ -88,6 +88,19 @@ def test_compare_has_what_was_removed_beside_the_zeros(tiny_folder, text_file, t
     assert f",{GONE / DENSE!r}," in (output / "table.csv").read_text()
 
 
+def test_zeros_in_the_smaller_model_are_counted_along_what_stayed(smaller, text_file, tmp_path, capsys):
+    folder = tmp_path / "both"
+    flags = ["--pattern", "2:4", "--method", "wanda", *QUICK, "--calibration", str(text_file)]
+    assert main(["prune", str(smaller), "-o", str(folder), *flags]) == 0
+    shapes = {operator.shape for operator in read_report(folder).operators if "down_proj" in operator.name}
+    assert shapes == {(32, 36)}
+    capsys.readouterr()
+    assert main(["verify", str(folder), "--dense", str(smaller)]) == 0
+    weights = 2 * (3 * 32 * 36 + 2 * 32 * 16 + 2 * 32 * 8)
+    shown = f"14 operators keep their pattern, {weights // 2:,} of {weights:,} weights zero (50.0000%)\n"
+    assert shown in capsys.readouterr().out
+
+
 def test_training_keeps_no_zeros_because_there_are_none(smaller, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(smaller)
     for source in (smaller, None):
