@@ -52,6 +52,19 @@ def test_padding_counts_nowhere(place, side, tmp_path):
     require_the_same(found, expected)
 
 
+@pytest.mark.parametrize(
+    "place", ["in memory", "in memory, stored on the cpu", "on two devices", "streamed, stored on disk"]
+)
+def test_decoder_layers_go_as_on_the_cpu(place, tmp_path):
+    config = FistaPruningConfig(pattern="channels:0.25/4+layers:0.5", allocation_tokens=128)
+    model, batches = tiny_llama(num_hidden_layers=4), tiny_tokens(16, 48).split(4)
+    expected, expected_report = prune_on_cpu(tiny_llama(num_hidden_layers=4), config, batches)
+    found, report = pruned_at(place, config, model, batches, tmp_path)
+    assert report.model["layers_kept"] == expected_report.model["layers_kept"]
+    assert found.keys() >= expected.keys()
+    require_the_same(found, expected)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_layers_are_finetuned_as_on_the_cpu(place, tmp_path):
     config = FistaPruningConfig(**ALL, finetune="layer", finetune_steps=8, held_out=2)
