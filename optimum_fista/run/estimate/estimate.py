@@ -132,12 +132,13 @@ class Estimate:
         self.streams_bytes = streams * self.stream_bytes
         smaller = self.model if self.shapes.removal is None else self.shapes.removal.plan.model
         self.num_removed = self.model.num_parameters() - smaller.num_parameters()
+        self.rounds = 0 if self.shapes.removal is None else self.shapes.removal.num_removed_layers
         self.allocates = any(map(config.shares_budget, self.shapes.operators))
         self.rates, self.notes = None, list(self._notes())
         self._solving: dict[Group, tuple[np.ndarray, float]] = {}
         if timed:
             try:
-                columns = max(columns for _, columns in self.shapes.operators.values())
+                columns = max((columns for _, columns in self.shapes.operators.values()), default=self.hidden)
                 self.rates = measure_device(usable_device(device), self.model.dtype, columns)
             except ValueError as error:
                 self.notes.append(f"time is not estimated: {error}")
@@ -175,6 +176,10 @@ class Estimate:
         gradients = self.allocates * layers * stream / self.num_samples  # hidden states between all layers
         if self.allocates:  # a sequence at a time; the loss and its gradients are float32 in between
             yield "loss", ends | {"logits and gradients": self.length * self.vocabulary * (2 * value + 12)}, gradients
+        if self.rounds:  # as many models as there are layers, a sequence at a time after the layers
+            first = min(self.tokens, -(-config.allocation_tokens // self.length) * self.length)
+            logits = {"logits": self.length * self.vocabulary * (value + 8.0)}
+            yield "choice of decoder layers", ends | logits, (layers + 2.0) * value * first * self.hidden
         for kind in self.shapes.kinds:
             layer = {"decoder layer": float(kind.num_bytes * self.reads)}
             linear = [g for g in kind.groups if not g.of_expert]
@@ -233,9 +238,12 @@ class Estimate:
             every = sum(kind.count * 2 * kind.num_active for kind in self.shapes.kinds) + head
             steps = self.length * -(-self.num_samples // SAMPLED_TOGETHER)
             stages["calibration text"] = work(every * self.tokens, moved_bytes=steps * self.weight_bytes)
-        gradients = -(-config.allocation_tokens // self.length) * self.length
-        gradients = self.allocates * min(self.tokens, gradients)
-        stages["allocation"] = work(2 * head * gradients)
+        first = min(self.tokens, -(-config.allocation_tokens // self.length) * self.length)
+        gradients = self.allocates * first
+        # To choose decoder layers, each round tries the model without each of them; all run half of it on average.
+        layers = sum(kind.count for kind in self.shapes.kinds)
+        tried = first * sum(layers + 1 - done for done in range(self.rounds))
+        stages["allocation"] = work(2 * head * gradients + head * tried)
         for kind in self.shapes.kinds:
             widths = sum(g.outputs + g.columns for g in kind.groups if not g.of_expert)
             # A token's forward pass; attention (half of all pairs of tokens) is half as fast as products.
@@ -245,7 +253,7 @@ class Estimate:
             more = sum((g.passes - again) * n * g.outputs * g.columns * g.share for g, n in kind.groups.items())
             passes = (self.records or config.finetune is not None) + again + more / kind.num_active
             stages["forward passes"] += token * (kind.count * (self.tokens * passes + 3 * self.batch))
-            stages["allocation"] += token * (kind.count * 3 * gradients)  # forwards, again, and backwards
+            stages["allocation"] += token * (kind.count * (3 * gradients + tried / 2))  # forwards, again, and backwards
             for g, count in kind.groups.items():
                 times, tokens, square = kind.count * count, self.tokens * g.share, float(g.columns) ** 2
                 sums = tokens * square  # half of each product of a Gram matrix is formed
@@ -284,7 +292,7 @@ class Estimate:
             counts = {"number": 1, "weights": weights, "zeros": weights - self.config.pattern_for(name).num_kept(shape)}
             for key in (name.rpartition(".")[2], "together"):
                 found.setdefault(key, Counter()).update(counts)
-        found["together"] = found.pop("together")  # to the end
+        found["together"] = found.pop("together", Counter())  # to the end
         return found
 
     @cached_property
@@ -310,11 +318,13 @@ class Estimate:
         if self.whole:
             yield "a GGUF file can't be read one weight at a time: it is dequantized, and the whole model is held."
         fitted = self.tokens - self.config.held_out * self.length
-        widest = max(columns for _, columns in self.shapes.operators.values())
+        widest = max((columns for _, columns in self.shapes.operators.values()), default=0)
         if fitted < widest:
             yield f"{fitted} calibration tokens for {widest} inputs: the Gram matrix is rank-deficient."
         if self.shapes.fused_bytes:
             yield "every expert is counted with the tokens that it sees on average."
+        if self.rounds:
+            yield f"the run chooses which decoder layers go: {self.rounds} after the first one stand for them."
         if self.allocates:
             yield "operators share the zeros: counts by name are those of the average sparsity, the sum is exact."
 

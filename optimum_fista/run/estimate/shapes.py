@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.correction import Correction
@@ -98,8 +99,12 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
     layers = find_decoder_layers(model)
     removal = Removal.planned(model, config)
     config = config if removal is None else removal.config
-    chosen, left_dense = choose_operators(layers, config)
+    num_removed = 0 if removal is None else removal.num_removed_layers
+    chosen, left_dense = choose_operators(layers, config, may_be_none=num_removed > 0)
     if removal is not None:
+        if num_removed:  # which ones is a question of values: the next ones after the first stand for them
+            chosen = removal.remove_layers(model, layers, chosen, dict.fromkeys(range(1, 1 + num_removed), 0.0))
+            config = removal.config
         left_dense = {name: removal.reason_left_dense(name) for name in left_dense}
     active = getattr(settings.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
     shares: dict[int, float] = {}
@@ -122,6 +127,10 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
                 continue
             linear = {key: o for key, o in chosen[name].items() if not isinstance(o, ExpertOperator)}
             traced, _ = trace_groups(layer, linear, calls[0], recorded.hidden_states[0])
+            if removal is not None:
+                activations = LayerActivations(layer, calls, [None], tokens.device)
+                traced, others = removal.to_prune(traced, activations, recorded.hidden_states[0])
+                chosen[name] = {key: o for key, o in chosen[name].items() if key not in others}
             of_experts: dict[Any, list[LinearOperator]] = {}  # what one parameter holds for one expert
             for operator in chosen[name].values():
                 if isinstance(operator, ExpertOperator):

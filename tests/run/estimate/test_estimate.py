@@ -99,6 +99,22 @@ def test_whole_parts_are_those_that_the_run_removes(family, pattern):
         estimated(model.config, config, packed=True)
 
 
+@pytest.mark.parametrize("pattern", ["layers:0.4", "channels:0.25/4+layers:0.4"])
+def test_decoder_layers_that_go_are_as_large_as_those_of_the_run(pattern):
+    few, many = FistaPruningConfig(pattern=pattern, allocation_tokens=16), FistaPruningConfig(pattern=pattern)
+    model, dense = tiny_llama(num_hidden_layers=5), tiny_llama(num_hidden_layers=5).config
+    estimate = estimated(dense, few)
+    report = FistaPruner(few, progress=False).prune(model, tiny_tokens().split(4))
+    assert estimate.num_removed == report.totals["num_removed"]
+    assert f"{report.model['num_parameters']:,} are left" in str(estimate)
+    assert any("chooses which decoder layers go: 2 after the first" in note for note in estimate.notes)
+    assert 0 < flops(estimate, "allocation") < flops(estimated(dense, many), "allocation")
+    plain = estimated(dense, FistaPruningConfig(pattern=pattern, residual_correction=0.0))
+    assert plain.num_removed == estimate.num_removed
+    repaired = 0 if "channels" in pattern else 1  # of two removed layers side by side, the one after the second
+    assert estimate.operators["together"]["number"] - plain.operators["together"]["number"] == repaired
+
+
 def test_zeros_that_are_shared_add_up():
     estimate = estimated()
     report = FistaPruner(FistaPruningConfig(), progress=False).prune(tiny_llama(), tiny_tokens().split(4))
