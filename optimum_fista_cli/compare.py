@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--render", type=Path, metavar="FILE", help="only table and plots of a table.json; no MODEL")
     add = parser.add_argument_group("what to compare").add_argument
     add("--methods", type=_words, metavar="A,B", help="default magnitude,wanda,sparsegpt,fista,default")
-    kinds = "fractions of zeros, N:M, channels:SHARE, heads:SHARE (default 0.5,2:4)"
+    kinds = "fractions of zeros, N:M, channels:SHARE, heads:SHARE, layers:SHARE (default 0.5,2:4)"
     add("--patterns", type=_words, metavar="A,B", help=kinds)
     add("--seeds", type=_numbers, metavar="A,B", help="mean and deviation over several (default 0)")
     add = parser.add_argument_group("what to measure").add_argument

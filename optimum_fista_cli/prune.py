@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
 
-Weights become zeros, or with --pattern channels:SHARE or heads:SHARE whole parts go and the model gets smaller.
+Weights become zeros, or with a --pattern such as channels:0.25 or layers:0.1 whole parts go and the model gets smaller.
 
 The model is read, pruned and written one decoder layer at a time. A run that was interrupted resumes after its last
 finished decoder layer when the same command is given again. Several processes, started by accelerate launch or
@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
     groups = (
         "keep N of every M consecutive inputs of a row, such as 2:4; 4:8-pairs keeps two whole pairs of four; "
-        "channels:0.25 or heads:0.5, or both joined by +, removes whole parts: the model gets smaller (docs/smaller.md)"
+        "channels:0.25, heads:0.5 or layers:0.1, or some joined by +, removes whole parts: the model gets smaller "
+        "(docs/smaller.md)"
     )
     add("--pattern", metavar="PATTERN", help=groups)
     add("--scope", choices=("matrix", "row"), help="share zeros over a whole operator or give each row its own")

@@ -101,6 +101,28 @@ def test_zeros_in_the_smaller_model_are_counted_along_what_stayed(smaller, text_
     assert shown in capsys.readouterr().out
 
 
+def test_decoder_layers_that_went_are_named(tiny_folder, text_file, tmp_path, capsys):
+    folder, alone = tmp_path / "both", tmp_path / "alone"
+    for output, flags in (
+        (folder, ["--pattern", "channels:0.25/4+layers:0.5"]),
+        (alone, ["--pattern", "layers:0.5", "--method", "wanda"]),
+    ):
+        flags = [*flags, *QUICK, "--calibration", str(text_file)]
+        assert main(["prune", str(tiny_folder), "-o", str(output), *flags]) == 0
+        ((index, loss),) = read_report(output).model["layers_removed"]
+        assert f"| decoder layers removed | {index} (loss {loss:.4f}), in this order |" in (
+            (output / "README.md").read_text()
+        )
+        assert main(["verify", str(output), "--dense", str(tiny_folder)]) == 0
+    assert main(["report", str(folder)]) == 0
+    assert f"<p>Decoder layers {index} (loss {loss:.4f}), in this order" in (
+        (folder / "fista" / "report.html").read_text()
+    )
+    capsys.readouterr()
+    assert main(["report", str(alone)]) == 1
+    assert "decoder layers were removed and no operator was changed" in capsys.readouterr().err
+
+
 def test_training_keeps_no_zeros_because_there_are_none(smaller, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(smaller)
     for source in (smaller, None):

@@ -62,6 +62,11 @@ def read_contents(
         ValueError: If a file holds something else.
     """
     report = read_report(folder)
+    if report.removed and not report.operators:
+        raise ValueError(
+            f"{str(folder / REPORT_FILE)!r}: decoder layers were removed and no operator was changed, so there is no "
+            "error to show. The model card says which layers went."
+        )
     if not report.operators:
         raise ValueError(f"{str(folder / REPORT_FILE)!r} names no pruned operator: pass the folder of a pruned model.")
     if evaluation_files is None:
