@@ -359,6 +359,10 @@ def _copied(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a module that shares its tensors, except for those that are given."""
     # The hooks of Accelerate are shared too: they hold what is offloaded of the whole model.
     memo: dict[int, Any] = {id(hook): hook for child in module.modules() for hook in alignment_hooks(child)}
+    # So are those of the user that work on no module inside: they may hold the whole model, or what can't be copied.
+    inside = [*module.modules()]
+    for hooks in (found for child in inside for word, found in vars(child).items() if word.endswith("_hooks")):
+        memo |= {id(hook): hook for hook in hooks.values() if getattr(hook, "__self__", None) not in inside}
     for name, tensor in _tensors(module):
         other = tensors.get(name, tensor)
         is_new = isinstance(tensor, nn.Parameter) and other is not tensor

@@ -164,6 +164,14 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_does_not_choose_again(stream
     assert files_of(output) == files_of(whole)
 
 
+def test_a_run_that_removes_another_number_of_layers_is_not_resumed(tmp_path):
+    dense_model().save_pretrained(tmp_path / "source")
+    with pytest.raises(Killed), killed_at_write(13):
+        pruner("channels:0.5/4+layers:0.2").prune(tmp_path / "source", BATCHES, output_dir=tmp_path / "smaller")
+    with pytest.raises(ValueError, match=r'config.pattern was "channels:0.5/4\+layers:0.2", is "channels:0.5/4\+lay'):
+        pruner("channels:0.5/4+layers:0.4").prune(tmp_path / "source", BATCHES, output_dir=tmp_path / "smaller")
+
+
 @pytest.mark.parametrize(
     ("family", "options", "pattern"),
     [

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,22 @@ def test_a_killed_run_resumes_to_the_same_bytes(streamed, tmp_path, number, fini
     assert len(list((tmp_path / "smaller.unfinished" / "journal").glob("layer-*.json"))) == finished
     pruner().prune(str(source), BATCHES, output_dir=output)
     assert files_of(output) == files_of(whole)
+
+
+def test_hooks_of_the_user_are_not_copied():
+    class Counter:
+        def __init__(self) -> None:
+            self.lock, self.calls = threading.Lock(), 0
+
+        def count(self, *_) -> None:
+            with self.lock:
+                self.calls += 1
+
+    model, counter = tiny_llama(), Counter()
+    model.model.layers[0].mlp.register_forward_hook(counter.count)
+    pruner(method="wanda").prune(model, BATCHES)
+    assert counter.calls
+    assert model.config.intermediate_size == 36
 
 
 def test_a_failure_while_the_model_becomes_smaller_leaves_it_as_it_was(monkeypatch):
