@@ -84,19 +84,24 @@ def test_parts_that_nothing_reads_are_found_and_change_nothing(method):
     assert torch.allclose(logits(model), expected, atol=2e-4 * float(expected.abs().max()))
 
 
-def test_the_folder_loads_where_this_package_was_never_imported(saved):
-    model, folder = saved
+def test_folders_load_where_this_package_was_never_imported(saved, tmp_path):
+    fewer, run = tiny_llama(num_hidden_layers=4), pruner("channels:0.25/4+layers:0.5")
+    run.prune(fewer, BATCHES)
+    run.save_pretrained(fewer, tmp_path / "fewer")
+    models, folders = (saved[0], fewer), (str(saved[1]), str(tmp_path / "fewer"))
     script = (
         "import sys, torch; from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "result, ids, *folders = sys.argv[1:]\n"
+        "models = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]\n"
         "assert 'optimum_fista' not in sys.modules\n"
-        "out = model(torch.tensor(eval(sys.argv[2]))).logits\n"
-        "model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)\n"
-        "torch.save(out.detach(), sys.argv[3])\n"
+        "for model in models:\n"
+        "    model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)\n"
+        "torch.save([model(torch.tensor(eval(ids))).logits.detach() for model in models], result)\n"
     )
-    result = folder.parent / "logits.pt"
-    subprocess.run([sys.executable, "-c", script, str(folder), str(PROBE.tolist()), str(result)], check=True)
-    assert torch.allclose(torch.load(result), logits(model), atol=1e-6)
+    result = tmp_path / "logits.pt"
+    subprocess.run([sys.executable, "-c", script, str(result), str(PROBE.tolist()), *folders], check=True)
+    for found, model in zip(torch.load(result), models, strict=True):
+        assert torch.allclose(found, logits(model), atol=1e-6)
 
 
 def test_files_to_files_gives_the_same_model(saved, streamed):
