@@ -4,11 +4,13 @@ import json
 import re
 
 import pytest
+from hub_standin import HubStandIn, connect
 from launched import forked_workers
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import masked_training, save_masked
 from optimum_fista.run.checkpoints.checkpoint import read_report
+from optimum_fista.run.hub import push_folder
 from optimum_fista.run.speed import measure
 from optimum_fista_cli.main import main
 
@@ -121,6 +123,15 @@ def test_decoder_layers_that_went_are_named(tiny_folder, text_file, tmp_path, ca
     capsys.readouterr()
     assert main(["report", str(alone)]) == 1
     assert "decoder layers were removed and no operator was changed" in capsys.readouterr().err
+
+
+def test_it_is_pushed_as_it_is(smaller, tmp_path, monkeypatch, capsys):
+    with HubStandIn(user="your-name") as hub:
+        connect(hub, monkeypatch)
+        push_folder(smaller, "your-name/smaller")
+        files = hub.files("your-name/smaller")
+    assert json.loads(files["config.json"])["intermediate_size"] == 36
+    assert files["README.md"] == (smaller / "README.md").read_bytes()
 
 
 def test_training_keeps_no_zeros_because_there_are_none(smaller, tmp_path, capsys):
