@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from families import family_model, family_tokens
 from folder_files import files_of
 from killed import Killed, killed_at_write
 from safetensors.torch import load_file
@@ -160,6 +161,13 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_does_not_choose_again(stream
     monkeypatch.setattr(model_pruning, "choose_layers", lambda *_: pytest.fail("it chose again"))
     pruner(pattern).prune(str(source), BATCHES, output_dir=output)
     assert files_of(output) == files_of(whole)
+
+
+def test_a_mixture_whose_experts_no_run_can_prune_is_saved(tmp_path):
+    model, run = family_model("jetmoe"), pruner("layers:0.5")
+    run.prune(model, family_tokens())
+    run.save_pretrained(model, tmp_path / "smaller")
+    assert verify_checkpoint(tmp_path / "smaller").num_parameters == model.num_parameters()
 
 
 def test_a_run_that_removes_another_number_of_layers_is_not_resumed(tmp_path):
