@@ -129,6 +129,29 @@ def test_decoding_speeds(name):
             assert speed == pytest.approx(size * report.settings.new_tokens / median)
 
 
+def test_smaller_models():
+    """Perplexities, and speeds of smaller models as many times those of the dense ones."""
+    page = (ROOT / "docs" / "smaller.md").read_text()
+    kept = [Comparison.read(ROOT / "benchmarks" / "results" / f"{name}.json") for name in ("smaller", "smaller_8")]
+    for row in kept[0].rows + kept[1].rows:
+        texts = ("wikitext2-test", "lambada", "openwebtext-rest")
+        cells = ["" if row.method == "dense" else f"{row.calibration['num_sequences']} x 1024"]
+        assert shown_row(f"`{row.method}`", cells + [f"{row.perplexity[text]:.2f}" for text in texts]) in page
+    for name, label in (("smaller_llama", "1.1B, Transformers"), ("smaller_smollm2", "SmolLM2-135M, Transformers")):
+        values = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        dense, smaller = SpeedReport.from_dict(values).variants.values()
+        ratios = [smaller.tokens_per_second[n] / dense.tokens_per_second[n] for n in (1, 4)]
+        ratios.append(smaller.prefill_tokens_per_second / dense.prefill_tokens_per_second)
+        ratios += [smaller.memory_bytes / dense.memory_bytes, smaller.weight_bytes / dense.weight_bytes]
+        assert shown_row(label, [f"{ratio:.2f}x" for ratio in ratios]) in page
+    for name, label in (("smaller_llama_cpp", "1.1B, llama.cpp"), ("smaller_smollm2_cpp", "SmolLM2-135M, llama.cpp")):
+        rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+        dense, smaller = rows.values()
+        decode, prefill = (statistics.median(smaller[k]) / statistics.median(dense[k]) for k in ("decode", "prefill"))
+        cells = [f"{decode:.2f}x", "", f"{prefill:.2f}x", "", f"{smaller['file_bytes'] / dense['file_bytes']:.2f}x"]
+        assert shown_row(label, cells) in page
+
+
 def shown_row(label: str, cells: list[str]) -> str:
     return f"| {label} |" + "".join(f" {cell} |" if cell else " |" for cell in cells) + "\n"
 
