@@ -297,7 +297,7 @@ class LayerTargets:
             assert record.inputs is not None
             assert weight is not None
             dense = record.inputs[batch].to(same.device, non_blocking=True).float() @ weight.T
-        # in the layer's dtype: the two sums are close, so their difference is exact
+        # in the layer's dtype: the two sums are close, so little is lost in their difference
         both = output - self._outputs[batch].to(same.device)  # (D* + W X*) - (D + W X)
         moved = activations.rows(both, batch, operator).float() - same + dense  # D* - D
         targets = same.mul(1 - correction.dense_share).add_(dense, alpha=correction.dense_share)
