@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.gram import single_problem
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-from optimum_fista.run.checkpoints.checkpoint import summary
+from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, summary
 from optimum_fista.run.checkpoints.writing import save_checkpoint
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.environment import numerical_environment
@@ -202,13 +202,19 @@ class FistaPruner:
         A mask is packed, one bit a weight (`solve.bitmask.unpack_mask`), laid out as the model stores the weight.
 
         Raises:
-            ValueError: If this pruner has not pruned the model.
+            ValueError: If this pruner has not pruned the model, or another one has pruned it since.
         """
         if model not in self._results:
             raise ValueError(
                 f"model ({type(model).__name__}) was not pruned by this FistaPruner: call prune(model, ...) first."
             )
-        return self._results[model]
+        report, masks = self._results[model]
+        latest = getattr(model.config, CONFIG_KEY, None)
+        if latest is not None and latest | {"retrained": True} != summary(report) | {"retrained": True}:
+            raise ValueError(
+                f"model ({type(model).__name__}) was pruned again by another FistaPruner: save it by that one."
+            )
+        return report, masks
 
     def save_pretrained(
         self,

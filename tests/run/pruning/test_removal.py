@@ -304,3 +304,14 @@ def test_packed_folders_have_nothing_to_pack(tmp_path):
     with pytest.raises(ValueError, match="packed=True: pattern="):
         pruner().prune(str(source), BATCHES, output_dir=tmp_path / "out", packed=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_another_pruner_has_pruned_since_is_not_saved_with_an_old_report(tmp_path):
+    model, first, second = tiny_llama(), pruner(), FistaPruner(FistaPruningConfig(method="magnitude"), progress=False)
+    first.prune(model, BATCHES)
+    second.prune(model, BATCHES)
+    with pytest.raises(ValueError, match="was pruned again by another FistaPruner: save it by that one"):
+        first.save_pretrained(model, tmp_path / "stale")
+    assert not (tmp_path / "stale").exists()
+    second.save_pretrained(model, tmp_path / "latest")
+    assert verify_checkpoint(tmp_path / "latest").num_zeros
