@@ -19,6 +19,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    """Random tensors don't depend on the tests that ran before in the same process."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def one_picture():
     """All models are saved with the first one's picture, which takes longer to draw than a tiny model to prune."""

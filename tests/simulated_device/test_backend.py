@@ -76,11 +76,11 @@ def test_operations_equal_the_cpus():
 def test_gradients_equal_the_cpus_on_both_devices():
     model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(28, 5), nn.LayerNorm(5))
     x = torch.randn(2, 4, 9)
-    model(x).square().sum().backward()
+    model(x).sin().sum().backward()  # the gradient of a layer norm's squares is all rounding
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     model[0].to(ONE), model[2:].to(TWO)
-    model[2:](model[:2](x.to(ONE)).to(TWO)).square().sum().backward()
+    model[2:](model[:2](x.to(ONE)).to(TWO)).sin().sum().backward()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         assert parameter.grad.device == parameter.device
         torch.testing.assert_close(parameter.grad.cpu(), gradient)
