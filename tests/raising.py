@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import sys
+from opcode import opname
 from types import FrameType
 from typing import Any
 
@@ -60,6 +61,9 @@ class InterruptAt:
         return self._line if "/optimum_fista/" in file or file == contextlib.__file__ else None
 
     def _line(self, frame: FrameType, event: str, _: Any) -> Any:
+        # After an error a `with` goes to its end without a look at signals, which a trace function can't know.
+        if opname[frame.f_code.co_code[frame.f_lasti]] in ("PUSH_EXC_INFO", "WITH_EXCEPT_START"):
+            return self._line
         self.count += 1
         if self.count in self._lines:
             sys.setprofile(self._resume)

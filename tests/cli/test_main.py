@@ -25,10 +25,10 @@ FLAGS = {
         "--batch-size --device --device-map --dtype --storage-device"
     ),
     "report": "DIR --output -o --evaluations --dense --prompt --max-new-tokens --device --dtype",
-    "verify": "DIR",
+    "verify": "DIR --dense",
     "bench": (
         "DIR --variants --batch-sizes --new-tokens --prompt-tokens --prefill-tokens --rounds --threads --device "
-        "--output -o --plot"
+        "--output -o --plot --original"
     ),
     "doctor": "",
     "demo": "--model --text --output --num-samples --sequence-length --max-windows",
