@@ -28,21 +28,6 @@ try:
 except ImportError:  # `--help` needs no llama.cpp
     xllamacpp = None
 
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 def write_gguf(folder: Path, file: Path, dtype: torch.dtype) -> None:
     """Write a Llama as GGUF: matrices in `dtype`, vectors in float32."""
@@ -64,18 +49,16 @@ def write_gguf(folder: Path, file: Path, dtype: torch.dtype) -> None:
     writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
     writer.add_token_scores([0.0] * config.vocab_size)
     writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     files = checkpoint_files(folder)
     for name, tensor in read_tensors(files, sorted(files)):
-        stem = name.removesuffix(".weight")
-        if stem.startswith("model.layers."):
-            _, _, index, part = stem.split(".", 3)
-            stem = f"blk.{index}.{_NAMES[part]}"
-        else:
-            stem = _NAMES[stem]
-        if stem.endswith(("attn_q", "attn_k")):  # llama.cpp rotates neighbours, Transformers the halves of a head
+        new_name = names.get_name(name, try_suffixes=(".weight",))
+        if new_name.endswith(
+            ("attn_q.weight", "attn_k.weight")
+        ):  # llama.cpp rotates neighbours, Transformers the halves of a head
             tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         tensor = tensor.to(dtype if tensor.ndim > 1 else torch.float32)
-        writer.add_tensor(f"{stem}.weight", tensor.contiguous().numpy())
+        writer.add_tensor(new_name, tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -122,7 +122,7 @@ class SparsityPattern(ABC):
         """
         return self.mask(scores)
 
-    def shrink(self, matrix: Tensor, threshold: float) -> Tensor:
+    def proximal_step(self, matrix: Tensor, threshold: float) -> Tensor:
         """Proximal step of `threshold` times the norm whose penalty makes zeros in this pattern: the l1 norm."""
         return soft_threshold(matrix, threshold)
 

@@ -44,7 +44,7 @@ def fista(
     tolerance: float = 1e-6,
     restart: bool = False,
     momentum: bool = True,
-    shrink: Callable[[Tensor, float], Tensor] = soft_threshold,
+    proximal_step: Callable[[Tensor, float], Tensor] = soft_threshold,
     see: Callable[[int, Tensor], None] | None = None,
 ) -> FistaSolution:
     """Solve the LASSO of a layer problem by FISTA.
@@ -64,8 +64,8 @@ def fista(
             asked after every tenth step, and the last.
         restart: Drop the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme).
         momentum: Whether to extrapolate; without it t stays 1 and the steps are plain proximal gradient steps (ISTA).
-        shrink: Proximal step of the penalty, `(V, threshold) -> W`; `SparsityPattern.shrink` of whole columns replaces
-            the l1 norm by the sum of the columns' norms.
+        proximal_step: That of the penalty, `(V, threshold) -> W`; `SparsityPattern.proximal_step` of whole columns
+            replaces the l1 norm by the sum of the columns' norms.
         see: Called after every step with its number, from 1, and the iterate [out, in], which later steps leave alone.
 
     Returns:
@@ -84,7 +84,7 @@ def fista(
     for iteration in range(1, max_iterations + 1):
         # Eq. 4.1, the gradient step and then the proximal step.
         V = torch.addmm(Y, Y, gram, alpha=-1 / lipschitz).add_(target, alpha=1 / lipschitz)
-        W_next = shrink(V, l1_penalty / lipschitz)
+        W_next = proximal_step(V, l1_penalty / lipschitz)
         step = W_next - W
         if isinstance(t, Tensor):
             # Y - W_next is the generalized gradient over L; a step along it goes uphill.

@@ -305,7 +305,7 @@ def solved_in_groups(made: Example, width: int, penalty: float) -> torch.Tensor:
         max_iterations=50_000,
         tolerance=1e-14,
         restart=True,
-        shrink=Columns(0.5, width=width).shrink,
+        proximal_step=Columns(0.5, width=width).proximal_step,
     )
     assert solution.converged
     return solution.weight

@@ -40,7 +40,8 @@ def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = N
     Raises:
         ValueError: If weights or activations are not finite.
     """
-    solver = GroupSolver(run.config, run.model.config.model_type, run.shared_budgets())
+    budgets = run.shared_budgets()  # first: the layers that it removes change the configuration
+    solver = GroupSolver(run.config, run.model.config.model_type, budgets)
     todo = range(len(run.layers)) if todo is None else todo
     counts = {index: len(group) for index, group in enumerate(run.operators.values()) if index in todo}
     last = max((index for index, count in counts.items() if count), default=-1)

@@ -81,7 +81,7 @@ class Fista(PruningMethod):
                 tolerance=self.tolerance,
                 restart=self.restart,
                 momentum=self.momentum,
-                shrink=pattern.shrink,
+                proximal_step=pattern.proximal_step,
             )
 
         rounded = self._rounded_start(problem, pattern)

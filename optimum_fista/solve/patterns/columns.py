@@ -149,7 +149,7 @@ class Columns(SparsityPattern):
         kept = keep_largest(sums, self.groups_kept(sums.numel()))
         return kept.repeat_interleave(self.width, dim=1).repeat(shape[0], 1)
 
-    def shrink(self, matrix: Tensor, threshold: float) -> Tensor:
+    def proximal_step(self, matrix: Tensor, threshold: float) -> Tensor:
         """Group soft-thresholding: a group `W_g` times `max(1 - threshold / ||W_g||_F, 0)`."""
         norms = self._norms(matrix)
         factors = (1 - threshold / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_min(0)

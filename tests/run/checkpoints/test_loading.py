@@ -11,18 +11,6 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints.loading import load_model, quantization_method, require_unquantized
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 
-SUFFIXES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
 
 @pytest.fixture(scope="module")
 def gguf_folder(tmp_path_factory) -> Path:
@@ -47,14 +35,9 @@ def gguf_folder(tmp_path_factory) -> Path:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     for name, parameter in model.named_parameters():
-        if name == "model.embed_tokens.weight":
-            new_name = "token_embd.weight"
-        elif name == "model.norm.weight":
-            new_name = "output_norm.weight"
-        else:
-            _, _, index, *rest, _ = name.split(".")
-            new_name = f"blk.{index}.{SUFFIXES['.'.join(rest)]}.weight"
+        new_name = names.get_name(name, try_suffixes=(".weight",))
         values = parameter.detach().numpy()
         if parameter.ndim == 1:
             writer.add_tensor(new_name, values)
