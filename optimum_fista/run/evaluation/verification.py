@@ -1,4 +1,4 @@
-"""Proving from the files that a saved model keeps its sparsity pattern."""
+"""Proving from the files that a saved model keeps its pattern and sizes, and that all else is the dense model's."""
 
 from __future__ import annotations
 
