@@ -1,10 +1,9 @@
-"""Proving from the files that a saved model keeps its pattern and sizes, and that all else is the dense model's."""
+"""Proving from the files that a saved model keeps its pattern and sizes."""
 
 from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_fista.model.offload import stored_tensor
-from optimum_fista.model.parts import find_parts
-from optimum_fista.model.shrinking import Shrinking, plan_shrinking
 from optimum_fista.packed.format import unpack
 from optimum_fista.packed.format import unpack_mask as unpack_packed_mask
 from optimum_fista.packed.validation import PackedFormatError
@@ -28,26 +24,21 @@ from optimum_fista.run.checkpoints.checkpoint import (
     MASKS_FILE,
     REPORT_FILE,
     checkpoint_files,
-    operators_by_weight,
     read_json,
     read_report,
     read_tensors,
     require_files,
     summary,
 )
-from optimum_fista.run.checkpoints.loading import load_lazily
-from optimum_fista.run.checkpoints.stored_names import find_names, split_index
+from optimum_fista.run.checkpoints.stored_names import split_index
+from optimum_fista.run.evaluation.against_dense import VerificationError, compare_with_dense
 from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
 from optimum_fista.solve.pattern import SparsityPattern
-from optimum_fista.solve.patterns import Columns, WholeParts, parse_pattern
+from optimum_fista.solve.patterns import Columns, parse_pattern
 
 logger = logging.getLogger(__name__)
-
-
-class VerificationError(ValueError):
-    """A saved model breaks what its masks and report promise; the message names the first operator."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +113,7 @@ def verify_checkpoint(
     for name, value in summary(report).items():
         if config.get(name, value) != value:  # older versions had fewer
             raise VerificationError(f"config.json promises {name} {config[name]!r}, {REPORT_FILE} says {value!r}.")
-    equal = None if dense is None else _compare_with_dense(folder, report, str(dense), progress)
+    equal = None if dense is None else compare_with_dense(folder, report, str(dense), progress)
     return Verification(len(report.operators), weights, zeros, parameters, report.removed, equal)
 
 
@@ -237,88 +228,6 @@ def _mask_before_removal(operator: OperatorReport, pattern: SparsityPattern, mas
     groups = torch.zeros(pattern.groups, dtype=torch.bool)
     groups[list(kept)] = True
     return groups.repeat_interleave(pattern.width).expand(mask.shape[0], -1)
-
-
-def _compare_with_dense(folder: Path, report: PruningReport, dense: str, progress: Callable[[str], None]) -> int:
-    """Compare a pruned model with the dense one, tensor by tensor; returns how many were found equal.
-
-    Raises:
-        VerificationError: If a tensor differs.
-    """
-    if is_packed(folder):
-        raise ValueError(f"dense={dense!r}: {str(folder)!r} is packed. Unpack it, and verify the unpacked folder.")
-    with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload:
-        ours, _ = load_lazily(str(folder), Path(offload) / "pruned", device="cpu")
-        theirs, _ = load_lazily(dense, Path(offload) / "dense", device="cpu", dtype=ours.dtype)
-        if type(theirs) is not type(ours):
-            raise VerificationError(f"the model is a {type(ours).__name__}, and {dense!r} a {type(theirs).__name__}.")
-        reports, written = _pruned_tensors(ours, report)
-        plan, kept, left, equal = None, {}, _tensor_names(ours), 0
-        if report.removed:
-            plan = _plan_of(report, theirs, dense)
-            named = {part: reports.get(f"{plan.new_name(part)}.weight") for part in plan.parts}
-            kept = {part: operator.groups_kept or () for part, operator in named.items() if operator is not None}
-        for name in _tensor_names(theirs):
-            new = name if plan is None else plan.new_name(name)
-            if new is None:
-                continue
-            if new not in left:
-                raise VerificationError(f"{new} is in {dense!r} and not in the pruned model.")
-            found, expected = _tensor(ours, left.pop(left.index(new))), _tensor(theirs, name)
-            try:
-                expected = expected if plan is None else plan.shrink_tensor(name, expected, kept)
-            except ValueError as error:
-                raise VerificationError(f"{new}: {error}") from error
-            if found.shape != expected.shape:
-                raise VerificationError(
-                    f"{new} has shape {tuple(found.shape)}, from {dense!r} it would have {tuple(expected.shape)}."
-                )
-            if new not in written and not report.retrained:
-                differing = int((found != expected).sum())
-                if differing:
-                    raise VerificationError(
-                        f"{new} differs from {dense!r} in {differing:,} of {found.numel():,} values that the run did "
-                        "not prune."
-                    )
-                equal += 1
-            progress(new)
-        if left:
-            raise VerificationError(f"{left[0]} is in the pruned model and not in {dense!r}.")
-    return equal
-
-
-def _pruned_tensors(model: PreTrainedModel, report: PruningReport) -> tuple[dict[str, OperatorReport], set[str]]:
-    """Reports of the pruned operators by the names of their weights in the model, and the tensors that hold them."""
-    operators, owners = operators_by_weight(model, report), {id(m): name for name, m in model.named_modules()}
-    in_model = {stored.name: name for name, stored in find_names(model, list(operators.values())).items()}
-    reports = {in_model[operator.name]: operator for operator in report.operators}
-    return reports, {f"{owners[id(o.owner)]}.{o.tensor}" for name, o in operators.items() if name in reports}
-
-
-def _plan_of(report: PruningReport, model: PreTrainedModel, dense: str) -> Shrinking:
-    """The plan by which a dense model became the smaller one of a report.
-
-    Raises:
-        VerificationError: If there is none.
-    """
-    pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
-    try:
-        shares = pattern.shares if isinstance(pattern, WholeParts) else ()
-        counts = {p.kind: p.num_kept(find_parts(model, p.kind).groups) for p in shares if p.kind != "layers"}
-        layers = report.model.get("layers_kept")
-        return plan_shrinking(model, channels=counts.get("channels"), heads=counts.get("heads"), layers=layers)
-    except ValueError as error:
-        raise VerificationError(f"{dense!r} can't become this model: {error}") from error
-
-
-def _tensor_names(model: PreTrainedModel) -> list[str]:
-    """Names of what a model stores, tied tensors once."""
-    return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
-
-
-def _tensor(model: PreTrainedModel, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return stored_tensor(model.get_submodule(owner), leaf)
 
 
 def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
