@@ -10,6 +10,8 @@ import pytest
 import torch
 from layer_problems import example
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 from optimum_fista.run.comparison.comparison import Comparison
 from optimum_fista.run.speed.speed_report import SpeedReport
@@ -159,6 +161,59 @@ def shown_row(label: str, cells: list[str]) -> str:
 def test_single_products(benchmark):
     lines = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())["lines"]
     assert "\n".join(benchmark("packed_kernels").table(lines, threads=2)) in (ROOT / "docs" / "speed.md").read_text()
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt2"])
+def test_a_small_model_resumes_its_training(benchmark, monkeypatch, tmp_path, architecture):
+    """An interrupted training ends with the same weights; nothing that is held out was trained on."""
+    script, text = benchmark("train_small"), tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{number}: {TEXT}" for number in range(40)))
+    sizes = ["--hidden", "64", "--layers", "1", "--ffn", "64", "--vocabulary", "300", "--sequence-length", "16"]
+    sizes += [
+        "--texts",
+        str(text),
+        "--steps",
+        "4",
+        "--every",
+        "2",
+        "--architecture",
+        architecture,
+        "--max-windows",
+        "2",
+    ]
+
+    def run(name):
+        arguments = [
+            "train_small.py",
+            *sizes,
+            "--folder",
+            str(tmp_path / name),
+            "--output",
+            str(tmp_path / f"{name}.json"),
+        ]
+        monkeypatch.setattr(sys, "argv", arguments)
+        script.main()
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict(), json.loads(
+            (tmp_path / f"{name}.json").read_text()
+        )
+
+    whole, record = run("whole")
+    with monkeypatch.context() as killed:
+        killed.setattr(script, "trange", lambda first, last, **_: tqdm(range(first, last // 2)))
+        half, _ = run("resumed")
+    resumed, record_of_both = run("resumed")
+    assert record == record_of_both
+    assert [row["step"] for row in record["rows"]] == [2, 4]
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    assert not all(torch.equal(half[name], tensor) for name, tensor in whole.items())
+    trained, held_out = (
+        (tmp_path / "whole" / "texts" / f"text-{part}.txt").read_text() for part in ("trained", "held-out")
+    )
+    assert trained + held_out == text.read_text()
+    assert 0.8 < len(trained) / len(text.read_text()) < 1
+    sizes[sizes.index("--steps") + 1] = "6"
+    with pytest.raises(SystemExit, match="other settings"):
+        run("whole")
 
 
 def test_solver_ablations():
