@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
     groups = (
         "keep N of every M consecutive inputs of a row, such as 2:4; 4:8-pairs keeps two whole pairs of four; "
-        "channels:0.25, heads:0.5 or layers:0.1, or some joined by +, removes whole parts: the model gets smaller "
+        "channels:0.25, heads:0.5, experts:0.25 or layers:0.1, or some joined by +, removes whole parts: the model "
+        "gets smaller "
         "(docs/smaller.md)"
     )
     add("--pattern", metavar="PATTERN", help=groups)
@@ -70,6 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     few = "experts of a mixture that the router sends fewer than N tokens are under-calibrated (default 128)"
     add("--under-calibrated-tokens", type=int, metavar="N", help=few)
     add("--under-calibrated-method", help="the method that prunes under-calibrated experts (default magnitude)")
+    stay = "which experts of a mixture stay if some go (default reap): see docs/smaller.md"
+    add("--expert-saliency", choices=("reap", "frequency", "random"), help=stay)
+    refit = "do not refit the experts that stay"
+    add("--no-expert-refit", dest="expert_refit", action="store_const", const=False, help=refit)
     add("--warm-start", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
     add("--max-iterations", type=int, help="iteration limit of the method")
     trained = "train the kept weights of every pruned decoder layer to give the dense layer's outputs (default: not)"

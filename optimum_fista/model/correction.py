@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import HiddenStates, LayerActivations
@@ -141,10 +141,19 @@ class LayerTargets:
         groups: Its groups of operators, in execution order.
         correction: How errors are corrected.
         entering: Hidden states that enter the layer.
+        experts: The module that holds the experts of the layer, if some of them go.
+
+    Attributes:
+        adds_experts: Whether what the experts return together is fitted to the output of the layer.
     """
 
     def __init__(
-        self, activations: LayerActivations, groups: Sequence[Group], correction: Correction, entering: HiddenStates
+        self,
+        activations: LayerActivations,
+        groups: Sequence[Group],
+        correction: Correction,
+        entering: HiddenStates,
+        experts: nn.Module | None = None,
     ) -> None:
         self._activations = activations
         self._groups = groups
@@ -157,6 +166,11 @@ class LayerTargets:
             index: _DenseRecord(group, activations, correction, index) for index, group in enumerate(groups)
         }
         self._outputs: ActivationStore | None = None
+        self._experts, self._expert_outputs = experts, activations.store()
+        corrects = correction.residual_share > 0 and not correction.sees_dense_inputs(len(groups))
+        self.adds_experts = (
+            experts is not None and corrects and is_added_to_output(activations, experts, entering.entering[0])
+        )
         if entering.dense is not None:
             self._outputs = self._run_dense(entering.dense)
 
@@ -185,10 +199,46 @@ class LayerTargets:
         """The hidden states after a layer that is removed: the dense network runs it, the pruned one has it not."""
         return HiddenStates(self._outputs, self._entering.pruned)
 
-    def leave(self) -> HiddenStates:
-        """The hidden states that leave the layer, with all of its groups pruned."""
+    def expert_targets(self) -> Iterator[Tensor]:
+        """Run the layer as it is now, and yield what its experts should return together, [tokens, out], a batch each.
+
+        If they return `E(X)` in the dense network, and `E(X*)` now,
+
+            Y = a E(X) + (1 - a) E(X*) - b (D* - D),
+
+        with `D` and `D*` the rest of the layer's output; b = 0 unless `adds_experts`.
+        """
+        assert self._experts is not None
+        correction, seen, count = self._correction, list[Tensor](), 0
+        with watching({}, {self._experts: lambda output: seen.append(tokens_of(output, count).float())}):
+            for batch, hidden in enumerate(self._entering.entering):
+                count = hidden.shape[:-1].numel()
+                output, same = self._activations.run(batch, hidden), seen.pop()
+                target = same
+                if correction.needs_dense:
+                    dense = self._expert_outputs[batch].float()
+                    target = torch.lerp(same, dense, correction.dense_share)
+                    if self.adds_experts:
+                        assert self._outputs is not None
+                        both = (output - self._outputs[batch].to(output.device)).reshape(same.shape).float()
+                        target -= (both - same + dense) * correction.residual_share
+                yield target.to(output.dtype)
+
+    def leave(self, smaller: nn.Module | None = None) -> HiddenStates:
+        """The hidden states that leave the layer, with all of its groups pruned.
+
+        Args:
+            smaller: The layer without the experts that go.
+        """
         pruned: ActivationStore | None = None
-        if self._last is not None:
+        if smaller is not None:
+            if self._entering.pruned is not None:
+                pruned = self._activations.store()
+                for call, hidden in zip(self._activations.calls, self._entering.pruned, strict=True):
+                    output = call.run(smaller, hidden.to(self._activations.device, non_blocking=True))
+                    assert output is not None
+                    pruned.append(output)
+        elif self._last is not None:
             pruned = self._last.layer_outputs()  # D* is kept, so only the operator itself runs
         elif self._entering.pruned is not None:
             pruned = self._activations.store()
@@ -199,13 +249,19 @@ class LayerTargets:
 
     def _run_dense(self, hidden_states: Sequence[Tensor]) -> ActivationStore:
         """Run the dense layer on every batch for the records of its groups; returns its output hidden states."""
-        batch, outputs = 0, self._activations.store()
+        batch, count, outputs = 0, 0, self._activations.store()
         # one pass serves all groups: each sees the inputs and outputs of its operators as they come by
         records = list(self._records.values()) if self._correction.needs_dense else []
         inputs = {r.group[0].module: (lambda x, r=r: r.see_input(x, batch)) for r in records}
         results = {o.module: (lambda y, r=r, o=o: r.see_output(o, y, batch)) for r in records for o in r.group}
-        with watching(inputs, results):
+
+        def see_experts(output: Tensor) -> None:
+            self._expert_outputs.append(tokens_of(output, count))
+
+        together = [self._experts] if self._experts is not None and self._correction.needs_dense else []
+        with watching(inputs, results | dict.fromkeys(together, see_experts)):
             for batch, hidden in enumerate(hidden_states):
+                count = hidden.shape[:-1].numel()
                 outputs.append(self._activations.run(batch, hidden))
                 for record in records:
                     record.end_batch()
@@ -242,14 +298,7 @@ class LayerTargets:
             return (operator_input(*found) for found in self._activations.arguments_of(module, entering))
         if self._mixture is None or self._mixture[0] is not module.experts:
             # one run for all experts of a mixture: the inputs of each are made from what enters the mixture
-            store, assigned = self._activations.store(), []
-            for arguments, keywords in self._activations.arguments_of(module.experts.module, entering):
-                assigned.append(module.experts.assigned(*arguments, **keywords))
-                store.append(assigned[-1].hidden_states)
-                assigned[-1].hidden_states = assigned[-1].hidden_states[:0]
-            for tokens, kept in zip(assigned, store.kept(), strict=True):
-                tokens.hidden_states, tokens.rows = kept, tokens.rows.to(kept.device)
-            self._mixture = (module.experts, assigned)
+            self._mixture = (module.experts, assigned_tokens(self._activations, module.experts, entering))
         return (module.inputs(tokens, self._activations.device) for tokens in self._mixture[1])
 
     def _is_fitted_to_output(self, index: int) -> bool:
@@ -257,9 +306,9 @@ class LayerTargets:
         correction, group = self._correction, self._groups[index]
         if not correction.residual_share or index != len(self._groups) - 1 or len(group) > 1:
             return False
-        if correction.sees_dense_inputs(index):
+        if correction.sees_dense_inputs(index) or group[0].tokens is not None:
             return False
-        return is_added_to_output(self._activations, group[0], self._entering.entering[0])
+        return is_added_to_output(self._activations, group[0].module, self._entering.entering[0])
 
     def _sum_residual(self, operator: LinearOperator, record: _DenseRecord) -> LastOperator:
         """Sum over `X*` and the targets of the last operator.
@@ -304,6 +353,29 @@ class LayerTargets:
         targets.sub_(moved, alpha=correction.residual_share)
         record.sums_of(batch).add_targets(activations.rows(inputs, batch, operator).float(), targets)
         last.keep(inputs, output - own, dense)
+
+
+def assigned_tokens(
+    activations: LayerActivations,
+    experts: FusedExperts,
+    hidden_states: Sequence[Tensor],
+    see: Callable[[int, AssignedTokens], None] = lambda _, __: None,
+) -> list[AssignedTokens]:
+    """What the experts of a mixture get of every batch, kept where activations wait; each is shown to `see` before."""
+    store, assigned = activations.store(), list[AssignedTokens]()
+    for batch, (arguments, keywords) in enumerate(activations.arguments_of(experts.module, hidden_states)):
+        assigned.append(experts.assigned(*arguments, **keywords))
+        see(batch, assigned[-1])
+        store.append(assigned[-1].hidden_states)
+        assigned[-1].hidden_states = assigned[-1].hidden_states[:0]
+    for tokens, kept in zip(assigned, store.kept(), strict=True):
+        tokens.hidden_states, tokens.rows = kept, tokens.rows.to(kept.device)
+    return assigned
+
+
+def tokens_of(output: Tensor, num_tokens: int) -> Tensor:
+    """What experts return together for each token, [tokens, out]; some return the output of each expert (Llama-4)."""
+    return output.detach().reshape(-1, num_tokens, output.shape[-1]).sum(0)
 
 
 class _DenseRecord:

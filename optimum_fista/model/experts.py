@@ -28,18 +28,18 @@ class AssignedTokens:
         hidden_states: [rows, hidden].
         rows: Which of them the experts get, one expert after the other, int64.
         tokens: The tokens that these are of, int64, indices into the flattened batch, rising for each expert.
-        places: Places of these among the router's choices [tokens * k].
+        weights: The router's weights of their outputs, [rows, 1]; `None` if the inputs have them already.
         bounds: Where each expert begins in the three, and their length.
     """
 
     hidden_states: Tensor
     rows: Tensor
     tokens: Tensor
-    places: Tensor
+    weights: Tensor | None
     bounds: list[int]
 
     def part(self, expert: int) -> slice:
-        """The place of an expert in `rows`, `tokens` and `places`."""
+        """The place of an expert in `rows`, `tokens` and `weights`."""
         return slice(self.bounds[expert], self.bounds[expert + 1])
 
 
@@ -144,6 +144,7 @@ class FusedExperts:
         interleaved: Whether their outputs alternate.
         transposed: Whether matrices are stored as [in, out].
         operators: The matrices of all experts, in the order of their calls.
+        watcher: Called with every expert, the tokens that it gets, and its weighted outputs for them; `None`: nobody.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -166,6 +167,7 @@ class FusedExperts:
             for expert, linears in enumerate(self._experts)
             for kind, linear in linears.items()
         ]
+        self.watcher: Callable[[int, Tensor, Tensor], None] | None = None
         self._checked = False
 
     def __len__(self) -> int:
@@ -177,8 +179,8 @@ class FusedExperts:
         Raises:
             UnsupportedArchitectureError: If the module computes something else.
         """
-        values = self._values(arguments, keywords)
-        output = self._routed(*values) if self._is_routed else self._sorted(*values)
+        output = self.outputs(self.assigned(*arguments, **keywords))
+        output = output.view(self._values(arguments, keywords)[0].shape)
         # Once is enough: whether the form is known does not depend on the batch.
         if not self._checked:
             with torch.no_grad():
@@ -193,40 +195,32 @@ class FusedExperts:
             # [tokens, k] -> [tokens * k], place p is a choice of token p // k; a stable sort keeps tokens in order.
             experts, places = routing[0].flatten().sort(stable=True)
             rows = tokens = places // (routing[0].numel() // flat.shape[0])
+            weights = routing[1].flatten()[places, None]
         else:  # every expert has rows for all tokens, zero where it was not chosen (Llama-4)
-            rows = places = flat.ne(0).any(dim=-1).nonzero()[:, 0]
+            rows, weights = flat.ne(0).any(dim=-1).nonzero()[:, 0], None
             experts, tokens = rows // (flat.shape[0] // count), rows % (flat.shape[0] // count)
         # Where each expert begins among the sorted choices; choices of other experts than these are left out.
         first = torch.arange(count + 1, device=experts.device, dtype=experts.dtype)
-        return AssignedTokens(flat, rows, tokens, places, torch.searchsorted(experts, first).tolist())
+        return AssignedTokens(flat, rows, tokens, weights, torch.searchsorted(experts, first).tolist())
 
     def _values(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
         # By position, in whatever way the decoder layer passes them; the first is the module itself.
         bound = inspect.signature(type(self.module).forward).bind(self.module, *arguments, **keywords)
         return list(bound.arguments.values())[1:]
 
-    def _routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Experts of tokens [tokens, hidden] by the router's choice [tokens, k] and its weights."""
-        batch = self.assigned(hidden_states, top_k_index, top_k_weights)
-        weights = top_k_weights.flatten()[batch.places, None]
+    def outputs(self, batch: AssignedTokens) -> Tensor:
+        """What the experts return for a batch, in the rows that they got it in, [rows, hidden]."""
         output = torch.zeros_like(batch.hidden_states)
         for expert in range(len(self._experts)):
             part = batch.part(expert)
-            tokens = batch.tokens[part]
-            # Weighted before it is added, as Transformers does; the output has the dtype of the hidden states.
-            found = self._run(expert, batch.hidden_states[tokens], tokens) * weights[part]
-            output = output.index_add(0, tokens, found.to(output.dtype))
-        return output.view(hidden_states.shape)
-
-    def _sorted(self, hidden_states: Tensor) -> Tensor:
-        """Experts that each get all tokens, [experts * tokens, hidden], zero where they were not chosen (Llama-4)."""
-        batch = self.assigned(hidden_states)
-        output = torch.zeros_like(batch.hidden_states)
-        for expert in range(len(self._experts)):
-            part = batch.part(expert)
-            found = self._run(expert, batch.hidden_states[batch.rows[part]], batch.tokens[part])
-            output = output.index_add(0, batch.rows[part], found.to(output.dtype))
-        return output.view(hidden_states.shape)
+            rows, tokens = batch.rows[part], batch.tokens[part]
+            found = self._run(expert, batch.hidden_states[rows], tokens)
+            if batch.weights is not None:  # before it is added, as Transformers does
+                found = found * batch.weights[part]
+            if self.watcher is not None:
+                self.watcher(expert, tokens, found)
+            output = output.index_add(0, rows, found.to(output.dtype))  # which has the dtype of the hidden states
+        return output
 
     def _run(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
         """One expert [tokens, hidden]."""

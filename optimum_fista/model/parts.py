@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from optimum_fista.model.architecture import find_decoder_layers, shared_weights
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.operator import LinearOperator, is_linear
+from optimum_fista.solve.patterns import WholeParts
 
 Kind = Literal["channels", "heads", "experts"]
 
@@ -50,6 +51,11 @@ class Part:
     width: int
     tensors: Mapping[str, tuple[int, int]]
     equal_runs: int = 1
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the groups are experts, and no columns."""
+        return f"{self.name}.weight" not in self.tensors
 
     def kept_by(self, mask: Tensor) -> tuple[int, ...]:
         """The groups that a mask [out, in] of the operator keeps (True = kept).
@@ -138,6 +144,17 @@ class Parts:
                 f"{self.groups}{divisible}."
             )
         return {word: int(one * count) for word, one in self.settings.items()} | dict(self.constants)
+
+
+def numbers_kept(model: PreTrainedModel, pattern: WholeParts) -> dict[str, int]:
+    """How many channels, heads and experts a decoder layer keeps, by kind; whole layers have no part in it.
+
+    Raises:
+        ValueError: If a share leaves none, or all.
+        UnsupportedArchitectureError: If the model can't lose a kind.
+    """
+    found = {part: find_parts(model, part.kind) for part in pattern.shares if part.kind != "layers"}
+    return {part.kind: part.num_kept(parts.groups, parts.parts[0].equal_runs) for part, parts in found.items()}
 
 
 def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:

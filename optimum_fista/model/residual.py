@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import LayerActivations
@@ -16,14 +16,12 @@ _ROUNDED = 0.5
 """Largest error of a rounded sum, in units of its last place; layers of 172 families that add show at most .32."""
 
 
-def is_added_to_output(activations: LayerActivations, operator: LinearOperator, hidden_states: Tensor) -> bool:
-    """Whether the decoder layer's output is something plus this operator's output, tried on one batch.
+def is_added_to_output(activations: LayerActivations, module: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether the decoder layer's output is something plus the output of one of its modules, tried on one batch.
 
     Its own output may be smaller than a rounding error of the layer's in half precision, so an output as large as the
     rest takes its place: a wave, because a norm may leave a constant as it is. Some layers add to it in place.
     """
-    if operator.tokens is not None:
-        return False
     seen: list[Tensor] = []
 
     def run(replace: Callable[[Tensor], Tensor]) -> Tensor:
@@ -31,7 +29,7 @@ def is_added_to_output(activations: LayerActivations, operator: LinearOperator, 
             seen.append(output)
             return replace(output)
 
-        with operator.module.register_forward_hook(hook):
+        with module.register_forward_hook(hook):
             output = activations.calls[0].run(activations.layer, hidden_states.to(activations.device))
         assert output is not None
         return output.float()

@@ -182,6 +182,28 @@ def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Seq
         whole.hf_device_map = {new: place for name, place in places.items() if (new := plan.new_name(name)) is not None}
 
 
+def smaller_copy(plan: Shrinking, name: str, module: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
+    """A copy of a module without the groups that go. It shares all tensors that lose nothing.
+
+    Args:
+        plan: The plan.
+        name: Name of the module in the model; "" for the model itself.
+        module: The module, with its weights in memory, as it is in the model that the plan was made for.
+        kept: The groups that stay, in rising order, by the names of their parts.
+
+    Raises:
+        ValueError: If `kept` is not as planned.
+    """
+    smaller: dict[str, Tensor] = {}
+    for key, tensor in _tensors(module):
+        full = f"{name}.{key}" if name else key
+        if plan.part_of(full) is not None:
+            smaller[key] = plan.shrink_tensor(full, tensor.detach(), kept)
+    small = _copied(module, smaller)
+    _describe(small, name, plan)
+    return small
+
+
 def require_same_outputs(
     plan: Shrinking,
     name: str,
@@ -209,19 +231,14 @@ def require_same_outputs(
     if any(plan.new_name(full) is None for full, _ in module.named_modules(prefix=name)):
         raise ValueError(f"{name or 'the model'} loses decoder layers: compare those that stay, one at a time.")
     zeroed: dict[str, Tensor] = {}
-    smaller: dict[str, Tensor] = {}
     for key, tensor in _tensors(module):
         full = f"{name}.{key}" if name else key
         part = plan.part_of(full)
-        if part is None:
-            continue
-        if f"{part.name}.weight" not in part.tensors:
+        if part is not None and part.is_mixture:
             raise ValueError(f"{part.name} loses experts: no zeros can stand for that, so there is nothing to compare.")
-        smaller[key] = plan.shrink_tensor(full, tensor.detach(), kept)
-        if full == f"{part.name}.weight":
+        if part is not None and full == f"{part.name}.weight":
             zeroed[key] = part.without_columns(tensor.detach(), kept[part.name])
-    small = _copied(module, smaller)
-    _describe(small, name, plan)
+    small = smaller_copy(plan, name, module, kept)
     shown = name or type(module).__name__
     with torch.no_grad():
         expected = _first(call(_copied(module, zeroed)))

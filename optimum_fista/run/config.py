@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from optimum_fista.model.architecture import matches
 from optimum_fista.model.correction import Correction
+from optimum_fista.model.expert_removal import Saliency
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
@@ -103,8 +104,8 @@ class FistaPruningConfig:
         pattern: `"unstructured"`, or `"n:m"`: n weights kept of every m consecutive inputs, such as `"2:4"`, or
             `"4:8-pairs"`: two whole pairs of the four in every eight consecutive inputs. `"channels:0.25"` and
             `"heads:0.25"`, also joined by `"+"`, remove this share of the MLPs' channels and of the key-value heads
-            with their query heads, and `"layers:0.25"` this share of the decoder layers: the model becomes a smaller
-            dense one.
+            with their query heads, `"experts:0.25"` of the experts of mixtures, and `"layers:0.25"` of the decoder
+            layers: the model becomes a smaller dense one.
         scope: Unstructured only: `"matrix"` shares the zeros over a whole operator, `"row"` gives every output
             the same number. `None`: as the method's source does (Wanda by row, the others by matrix).
         method: One of `optimum_fista.solve.methods.METHODS`, or an instance of a registered method
@@ -136,6 +137,11 @@ class FistaPruningConfig:
         under_calibrated_tokens: An expert of a mixture is under-calibrated if the router sends it fewer calibration
             tokens than this.
         under_calibrated_method: The method that prunes under-calibrated experts, with its default options.
+        expert_saliency: Which experts stay if some go: `"reap"`: those whose outputs are largest on average over the
+            tokens that they get, times the router's weights. `"frequency"`: those that the router chooses most often.
+            `"random"`: any.
+        expert_refit: Whether the down projections of the experts that stay are refitted, so that together they return
+            what the dense mixture does.
         finetune: `"layer"`: once a decoder layer is pruned, its kept weights are trained together by Adam on the
             calibration tokens, so that it returns the hidden states of the dense network. `None`: they are not.
         finetune_steps: Steps a decoder layer, a calibration batch each.
@@ -161,6 +167,8 @@ class FistaPruningConfig:
     overrides: Mapping[str, float | str] = field(default_factory=dict)
     under_calibrated_tokens: int = 128
     under_calibrated_method: str = "magnitude"
+    expert_saliency: Saliency = "reap"
+    expert_refit: bool = True
     finetune: Literal["layer"] | None = None
     finetune_steps: int = 32
     finetune_learning_rate: float = 3e-4
@@ -186,6 +194,10 @@ class FistaPruningConfig:
             raise ValueError(f"allocation={self.allocation!r}: pass 'uniform' or 'fisher'.")
         if self.finetune not in (None, "layer"):
             raise ValueError(f"finetune={self.finetune!r}: pass 'layer', or None for no fine-tuning.")
+        if self.expert_saliency not in get_args(Saliency):
+            raise ValueError(
+                f"expert_saliency={self.expert_saliency!r}: pass {' or '.join(map(repr, get_args(Saliency)))}."
+            )
         rate = self.finetune_learning_rate
         if not 0 < rate < math.inf:
             raise ValueError(f"finetune_learning_rate={rate!r}: pass a number above 0, such as 3e-4.")
@@ -210,6 +222,19 @@ class FistaPruningConfig:
             raise ValueError(
                 f"{name}={value!r} has no meaning for pattern={self.pattern!r}, which removes whole parts of the "
                 "model: pass only one of them."
+            )
+        shares = () if self.whole_parts is None else self.whole_parts.shares
+        loses_experts = any(part.kind == "experts" for part in shares)
+        for name, usual in (("expert_saliency", "reap"), ("expert_refit", True)):
+            if getattr(self, name) != usual and not loses_experts:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no meaning for pattern={self.pattern!r}, which removes no "
+                    "experts: leave it out, or pass a pattern such as 'experts:0.25'."
+                )
+        if loses_experts and self.finetune is not None:
+            raise ValueError(
+                f"finetune={self.finetune!r} can't train decoder layers that lose experts (pattern={self.pattern!r}): "
+                "pass finetune=None; experts that stay are refitted (expert_refit)."
             )
         methods = self.create_method(""), METHODS[self.under_calibrated_method]()
         for method in methods:

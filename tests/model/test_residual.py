@@ -49,7 +49,7 @@ def test_the_operator_that_is_added_to_the_output_is_found(family, dtype):
         added = {
             short.removeprefix(f"{name}.")
             for short, operator in find_operators(name, layer).items()
-            if is_added_to_output(activations, operator, hidden)
+            if is_added_to_output(activations, operator.module, hidden)
         }
     if family == "gemma3_text":
         assert added == set(), "its outputs pass a norm first"
@@ -68,7 +68,7 @@ def test_a_scale_before_the_sum_is_seen(dtype):
     with torch.no_grad():
         recorded = record_inputs(model, layers, read_batches(ids(), 64))
         activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, torch.device("cpu"))
-        assert not is_added_to_output(activations, operator, recorded.hidden_states[0])
+        assert not is_added_to_output(activations, operator.module, recorded.hidden_states[0])
 
 
 @pytest.mark.parametrize(("family", "corrected"), [("llama", 2), ("gemma3_text", 0)])
@@ -91,10 +91,10 @@ def test_a_trial_that_runs_out_of_memory_leaves_no_hook():
         activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, torch.device("cpu"))
         hidden = recorded.hidden_states[0]
         with RaiseAt() as whole:
-            assert is_added_to_output(activations, operator, hidden)
+            assert is_added_to_output(activations, operator.module, hidden)
         for number in range(1, whole.count + 1):
             with RaiseAt(number, torch.OutOfMemoryError()), pytest.raises(torch.OutOfMemoryError):
-                is_added_to_output(activations, operator, hidden)
+                is_added_to_output(activations, operator.module, hidden)
             assert not operator.module._forward_hooks, f"operation {number} of {whole.count}"
 
 
@@ -125,9 +125,9 @@ def test_the_hidden_states_carried_on_are_those_of_the_pruned_model(family, monk
     entered: list[list[Tensor]] = []
 
     class Spy(LayerTargets):
-        def __init__(self, activations, groups, correction, entering):
+        def __init__(self, activations, groups, correction, entering, experts):
             entered.append(list(entering.pruned))
-            super().__init__(activations, groups, correction, entering)
+            super().__init__(activations, groups, correction, entering, experts)
 
     monkeypatch.setattr("optimum_fista.run.pruning.loop.LayerTargets", Spy)
     model = prune(tiny_model(family), residual_correction=1.0, error_correction="full")

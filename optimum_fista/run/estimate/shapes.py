@@ -100,7 +100,9 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
     removal = Removal.planned(model, config)
     config = config if removal is None else removal.config
     num_removed = 0 if removal is None else removal.num_removed_layers
-    chosen, left_dense = choose_operators(layers, config, may_be_none=num_removed > 0)
+    chosen, left_dense = choose_operators(
+        layers, config, may_be_none=removal is not None and not removal.needs_operators
+    )
     if removal is not None:
         if num_removed:  # which ones is a question of values: the next ones after the first stand for them
             chosen = removal.remove_layers(model, layers, chosen, dict.fromkeys(range(1, 1 + num_removed), 0.0))

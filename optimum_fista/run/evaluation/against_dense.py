@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_fista.model.offload import stored_tensor
-from optimum_fista.model.parts import find_parts
+from optimum_fista.model.parts import numbers_kept
 from optimum_fista.model.shrinking import Shrinking, plan_shrinking
 from optimum_fista.run.checkpoints.checkpoint import operators_by_weight
 from optimum_fista.run.checkpoints.loading import load_lazily
@@ -50,6 +50,10 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
             plan = _plan_of(report, theirs, dense)
             named = {part: reports.get(f"{plan.new_name(part)}.weight") for part in plan.parts}
             kept = {part: operator.groups_kept or () for part, operator in named.items() if operator is not None}
+            mixtures = {mixture.name: mixture for mixture in report.mixtures}
+            losing = {part: mixtures.get(str(plan.new_name(part))) for part in plan.parts}
+            kept |= {part: mixture.groups_kept for part, mixture in losing.items() if mixture is not None}
+            written |= {f"{mixture.name}.down_proj" for mixture in report.mixtures if mixture.num_refitted}
         for name in _tensor_names(theirs):
             new = name if plan is None else plan.new_name(name)
             if new is None:
@@ -95,10 +99,8 @@ def _plan_of(report: PruningReport, model: PreTrainedModel, dense: str) -> Shrin
     """
     pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
     try:
-        shares = pattern.shares if isinstance(pattern, WholeParts) else ()
-        counts = {p.kind: p.num_kept(find_parts(model, p.kind).groups) for p in shares if p.kind != "layers"}
-        layers = report.model.get("layers_kept")
-        return plan_shrinking(model, channels=counts.get("channels"), heads=counts.get("heads"), layers=layers)
+        counts = numbers_kept(model, pattern) if isinstance(pattern, WholeParts) else {}
+        return plan_shrinking(model, layers=report.model.get("layers_kept"), **counts)
     except ValueError as error:
         raise VerificationError(f"{dense!r} can't become this model: {error}") from error
 

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from optimum_fista.model.activations import HiddenStates, LayerActivations
 from optimum_fista.model.correction import GroupProblems, LayerTargets
+from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
+from optimum_fista.model.experts import FusedExperts
 from optimum_fista.model.hidden_states import RecordedInputs
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.reconstruction import reconstruct
 from optimum_fista.model.sharing import trace_groups
+from optimum_fista.model.shrinking import smaller_copy
 from optimum_fista.run.checkpoints.loading import storage_place
 from optimum_fista.run.memory import PeakMemory, is_out_of_memory, release_memory_of
 from optimum_fista.run.pruning.group_solving import GroupSolver, report_group
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.operators import require_finite
 from optimum_fista.run.pruning.sink import Sink
-from optimum_fista.run.reports.report import FinetuningReport, LayerRecord, LayerReport, OperatorReport
+from optimum_fista.run.reports.report import FinetuningReport, LayerRecord, LayerReport, MixtureReport, OperatorReport
 
 
 def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = None) -> None:
@@ -43,7 +47,7 @@ def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = N
     budgets = run.shared_budgets()  # first: the layers that it removes change the configuration
     solver = GroupSolver(run.config, run.model.config.model_type, budgets)
     todo = range(len(run.layers)) if todo is None else todo
-    counts = {index: len(group) for index, group in enumerate(run.operators.values()) if index in todo}
+    counts = {index: count for index, count in enumerate(run.num_steps) if index in todo}
     last = max((index for index, count in counts.items() if count), default=-1)
     with (
         run.split_experts(),
@@ -132,19 +136,30 @@ class _Loop:
         reports: list[OperatorReport] = []
         masks: dict[str, Tensor] = {}
         finetuning = None
+        part = None if run.removal is None else run.removal.mixture_of(name)
+        experts = None if part is None else experts_of(part, name, activations.layer)
         with PeakMemory(activations.device) as memory:
-            targets = LayerTargets(activations, groups, run.config.correction, entering)
+            targets = LayerTargets(
+                activations, groups, run.config.correction, entering, None if experts is None else experts.module
+            )
+            removed: tuple[MixtureReport, nn.Module] | None = None
+            # with the dense network's inputs, while the layer still is that of the dense network
+            if experts is not None and run.config.correction.sees_dense_inputs(len(groups)):
+                removed = self.remove_experts(name, experts, activations, targets, entering)
             for number in range(len(groups)):
                 # in a call: the matrices of a group must be gone before those of the next one are made
                 reports += self.prune_group(index, targets.problems(number), masks)
-            leaving = targets.leave()
+            if experts is not None and removed is None:
+                removed = self.remove_experts(name, experts, activations, targets, entering)
+            leaving = targets.leave(None if removed is None else removed[1])
             if masks:
                 chosen = [operators[operator] for operator in masks]
                 finetuning = self.finetune(activations, chosen, masks, entering, leaving)
         run.states = leaving
-        peak = memory.peak if operators else None
+        peak = memory.peak if operators or removed else None
         moved = activations.hidden_state_error(leaving)
-        return LayerRecord(LayerReport(name, moved, 0.0, peak, finetuning), reports, left_dense)
+        report = LayerReport(name, moved, 0.0, peak, finetuning, None if removed is None else removed[0])
+        return LayerRecord(report, reports, left_dense)
 
     def prune_group(self, index: int, problems: GroupProblems, masks: dict[str, Tensor]) -> list[OperatorReport]:
         """Prune operators that share their inputs, and write them; masks are added if they are needed after."""
@@ -159,6 +174,49 @@ class _Loop:
             for report in reports:
                 callback.on_operator_end(report)
         return reports
+
+    def remove_experts(
+        self,
+        name: str,
+        experts: FusedExperts,
+        activations: LayerActivations,
+        targets: LayerTargets,
+        entering: HiddenStates,
+    ) -> tuple[MixtureReport, nn.Module]:
+        """Choose the experts of a decoder layer that stay; also returns the layer without the others."""
+        started, removal = time.perf_counter(), self.run.removal
+        assert removal is not None
+        part, asked = removal.plan.parts[experts.name], removal.asked
+        scores, wanted = score_experts(experts, activations, targets)
+        saliency = scores.saliency(asked.expert_saliency, part.name, asked.seed)
+        kept = experts_to_keep(part, saliency, removal.plan.counts[part.name])
+        smaller = smaller_copy(removal.experts, name, activations.layer, {part.name: kept})
+        mixture = SmallerMixture(
+            experts_of(part, name, smaller), replace(activations, layer=smaller), entering.entering, wanted
+        )
+        before, unseen = mixture.errors()
+        fit_error, num_refitted, message = before, 0, ""
+        if asked.expert_refit:
+            down = [operator for operator in experts.operators if operator.kind == "down_proj"]
+            num_refitted, message = mixture.refit(
+                lambda expert, weight: self.sink.overwrite(down[kept[expert]], weight)
+            )
+            fit_error, unseen = mixture.errors()
+        report = MixtureReport(
+            name=part.name,
+            groups_kept=kept,
+            saliency=tuple(saliency.tolist()),
+            expert_tokens=tuple(scores.num_tokens.tolist()),
+            fit_error=fit_error,
+            fit_error_before=before,
+            num_refitted=num_refitted,
+            solve_seconds=time.perf_counter() - started,
+            message=message,
+            held_out_fit_error=unseen,
+            residual_corrected=targets.adds_experts,
+        )
+        self.bar.update()
+        return report, smaller
 
     def finetune(
         self,

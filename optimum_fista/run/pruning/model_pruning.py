@@ -71,7 +71,9 @@ class ModelPruning:
         self.removal = Removal.planned(model, asked)
         self.config = asked if self.removal is None else self.removal.config
         self._num_removed = 0 if self.removal is None else self.removal.num_removed_layers
-        self.operators, left_dense = choose_operators(self.layers, self.config, may_be_none=self._num_removed > 0)
+        self.operators, left_dense = choose_operators(
+            self.layers, self.config, may_be_none=self.removal is not None and not self.removal.needs_operators
+        )
         if self.removal is not None:
             left_dense = {name: self.removal.reason_left_dense(name) for name in left_dense}
         require_own_weights(model, self.layers)
@@ -93,9 +95,15 @@ class ModelPruning:
         return storage_place(self.storage_device, execution_device(self.model.get_input_embeddings()))
 
     @property
+    def num_steps(self) -> list[int]:
+        """How many operators each decoder layer has to prune; a mixture that loses experts counts as one."""
+        mixtures = (self.removal is not None and self.removal.mixture_of(name) is not None for name in self.operators)
+        return [len(group) + loses for group, loses in zip(self.operators.values(), mixtures, strict=True)]
+
+    @property
     def last_layer(self) -> int:
-        """Index of the last decoder layer with an operator to prune; -1 if there is none."""
-        return max((index for index, group in enumerate(self.operators.values()) if group), default=-1)
+        """Index of the last decoder layer with something to prune; -1 if there is none."""
+        return max((index for index, count in enumerate(self.num_steps) if count), default=-1)
 
     def costs(self) -> list[float]:
         """What pruning each decoder layer costs besides its forward pass, in forward passes of the largest."""

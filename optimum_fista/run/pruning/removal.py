@@ -16,7 +16,7 @@ from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.layer_sums import Group
 from optimum_fista.model.offload import is_offloaded
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.parts import Kind, find_parts
+from optimum_fista.model.parts import Part, numbers_kept
 from optimum_fista.model.residual import is_added_to_output
 from optimum_fista.model.shrinking import Shrinking, plan_shrinking, require_same_outputs, shrink_model
 from optimum_fista.run.config import FistaPruningConfig
@@ -36,7 +36,10 @@ class Removal:
         plan: The smaller model; until `remove_layers`, with all decoder layers.
         config: The configuration with a pattern of whole columns for each operator that reads what is removed, and
             with all others left as they are.
+        asked: The configuration that the user passed.
         counts: How many parts of each kind a decoder layer keeps.
+        columns: The plan of a model that keeps its experts, by which the other kinds are proved.
+        experts: The plan of a model that loses experts only, by which a decoder layer runs without them.
         num_removed_layers: How many decoder layers go.
         removed_layers: Those that go, each with the loss without it and those before.
         proven: Kinds of decoder layers that were seen to return the same without the removed groups.
@@ -44,7 +47,10 @@ class Removal:
 
     plan: Shrinking
     config: FistaPruningConfig
-    counts: Mapping[Kind, int]
+    asked: FistaPruningConfig
+    counts: Mapping[str, int]
+    columns: Shrinking
+    experts: Shrinking
     num_removed_layers: int
     removed_layers: Mapping[int, float] = field(default_factory=dict)
     proven: set[object] = field(default_factory=set)
@@ -61,23 +67,36 @@ class Removal:
         pattern = config.whole_parts
         if pattern is None:
             return None
-        counts: dict[Kind, int] = {}
-        total, going = len(find_decoder_layers(model)), 0
-        for part in pattern.shares:
-            if part.kind == "layers":
-                going = total - part.num_kept(total)
-            else:
-                counts[part.kind] = part.num_kept(find_parts(model, part.kind).groups)
-        plan = plan_shrinking(model, channels=counts.get("channels"), heads=counts.get("heads"))
+        counts, total = numbers_kept(model, pattern), len(find_decoder_layers(model))
+        going = sum(total - part.num_kept(total) for part in pattern.shares if part.kind == "layers")
+        plan, columns_only = _plans(model, counts)
+        parts = {name: part for name, part in plan.parts.items() if not part.is_mixture}
         columns = {
-            name: Columns.keeping(plan.counts[name], part.groups, part.width).text for name, part in plan.parts.items()
+            name: Columns.keeping(plan.counts[name], part.groups, part.width).text for name, part in parts.items()
         }
-        widest = f"columns:{pattern.sparsity!r}"
-        none = () if columns else ("*",)
+        others = tuple(name for name in plan.parts if name not in parts)  # mixtures: not an operator for every matrix
         expanded = replace(
-            config, pattern=widest, sparsity=None, include=tuple(columns), exclude=none, overrides=columns
+            config,
+            pattern=f"columns:{pattern.sparsity!r}",
+            sparsity=None,
+            expert_saliency="reap",
+            expert_refit=True,
+            include=tuple(columns),
+            exclude=others if columns else ("*",),
+            overrides=columns,
         )
-        return cls(plan, expanded, counts, going)
+        experts_only = plan_shrinking(model, experts=counts.get("experts"))
+        return cls(plan, expanded, config, counts, columns_only, experts_only, going)
+
+    @property
+    def needs_operators(self) -> bool:
+        """Whether nothing goes if no operator can be pruned."""
+        return not self.num_removed_layers and not any(part.is_mixture for part in self.plan.parts.values())
+
+    def mixture_of(self, layer_name: str) -> Part | None:
+        """The mixture of a decoder layer that loses experts; `None` without."""
+        found = (part for part in self.plan.parts.values() if part.is_mixture)
+        return next((part for part in found if part.name.startswith(f"{layer_name}.")), None)
 
     def remove_layers(
         self,
@@ -104,8 +123,7 @@ class Removal:
             ValueError: If no configuration describes the smaller model.
         """
         stay = [index for index in range(len(layers)) if index not in removed]
-        channels, heads = self.counts.get("channels"), self.counts.get("heads")
-        self.plan = plan_shrinking(model, channels=channels, heads=heads, layers=stay)
+        self.plan, self.columns = _plans(model, self.counts, stay)
         self.removed_layers = removed
         correction, left = self.config.correction, {name: dict(found) for name, found in operators.items()}
         all_columns: dict[str, float | str] = {}
@@ -129,16 +147,18 @@ class Removal:
         """
         chosen = [[o for o in group if self.config.pattern_for(o.name).sparsity] for group in groups]
         if groups and not chosen[-1] and len(groups[-1]) == 1:
-            chosen[-1] = [o for o in groups[-1] if is_added_to_output(activations, o, hidden_states)]
+            chosen[-1] = [o for o in groups[-1] if is_added_to_output(activations, o.module, hidden_states)]
         pruned = {operator.name for group in chosen for operator in group}
         names = [operator.name for group in groups for operator in group if operator.name not in pruned]
         return [group for group in chosen if group], {name: self.reason_left_dense(name) for name in names}
 
     def reason_left_dense(self, name: str) -> str:
         """Why an operator's weights are not pruned."""
-        part = self.plan.part_of(f"{name}.weight")
+        part = self.plan.part_of(f"{name}.weight") or self.plan.parts.get(name)
         if part is None:
             return "no part of the pattern"
+        if part.is_mixture:
+            return f"keeps {self.plan.counts[part.name]} of {part.groups} experts"
         return f"loses the rows that {self.plan.new_name(part.name)} no longer reads"
 
     def prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
@@ -147,21 +167,23 @@ class Removal:
         Raises:
             UnsupportedArchitectureError: If it does not.
         """
-        names = [name for name in self.plan.parts if name.startswith(f"{layer_name}.")]
+        names = [name for name in self.columns.parts if name.startswith(f"{layer_name}.")]
         modules = ((name, type(module)) for name, module in activations.layer.named_modules())
         kind = tuple(modules), tuple(name.removeprefix(layer_name) for name in names)
         if kind in self.proven or not names:
             return
         # Which groups go is not known yet. Without the first ones all others get new numbers, so that what depends on
         # the number of a group shows, as does what depends on all of them.
-        groups = {name: (self.plan.parts[name].groups, self.plan.counts[name]) for name in names}
+        groups = {name: (self.columns.parts[name].groups, self.columns.counts[name]) for name in names}
         kept = {name: tuple(range(total - count, total)) for name, (total, count) in groups.items()}
         # Small hidden states: the rounding of large ones in 16 bits hides what attention and MLP add to them.
         call, hidden = activations.calls[0], hidden_states.to(activations.device, torch.float32)
         small = nn.functional.normalize(hidden, dim=-1) * (0.01 * hidden.shape[-1] ** 0.5)
         hidden = small.to(hidden_states.dtype)
         try:
-            require_same_outputs(self.plan, layer_name, activations.layer, kept, lambda layer: call.run(layer, hidden))
+            require_same_outputs(
+                self.columns, layer_name, activations.layer, kept, lambda layer: call.run(layer, hidden)
+            )
         except UnsupportedArchitectureError as error:
             if error.__cause__ is not None and is_out_of_memory(error.__cause__):
                 raise error.__cause__ from None  # smaller batches may fit
@@ -172,7 +194,7 @@ class Removal:
         self, record: LayerRecord, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     ) -> tuple[LayerRecord, dict[str, Tensor], dict[str, Tensor]]:
         """A pruned decoder layer as the smaller model has it: its record, its packed masks, and its tensors by name."""
-        kept = self._kept(record.operators, masks)
+        kept = self._kept([record.report], record.operators, masks)
         operators, smaller = self._reports(record.operators, kept)
         (report,), left_dense = self._layers([record.report]), self._renamed(record.left_dense)
         shrunk = {name: self.plan.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()}
@@ -189,7 +211,7 @@ class Removal:
 
         Before, `undo_first` is called with what gives tensors their old sizes back.
         """
-        kept = self._kept(report.operators, masks)
+        kept = self._kept(report.layers, report.operators, masks)
         operators, smaller = self._reports(report.operators, kept)
         # what becomes smaller waits on the CPU: a device that is nearly full has no room for both sizes of all tensors
         before = [
@@ -235,9 +257,11 @@ class Removal:
                 f"{len(without)} of {len(after)} decoder layers after removed ones are not repaired ({shown}): {why}"
             )
 
-    def _kept(self, operators: Sequence[OperatorReport], masks: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    def _kept(
+        self, layers: Sequence[LayerReport], operators: Sequence[OperatorReport], masks: Mapping[str, Tensor]
+    ) -> dict[str, tuple[int, ...]]:
         """The groups that stay, by the names of the parts."""
-        kept = {}
+        kept = {layer.mixture.name: layer.mixture.groups_kept for layer in layers if layer.mixture is not None}
         for operator in operators:
             shape = operator.shape[::-1] if operator.stored_transposed else operator.shape
             mask = unpack_mask(masks[operator.name], shape)
@@ -268,8 +292,26 @@ class Removal:
         return {new: value for name, value in values.items() if (new := self.plan.new_name(name)) is not None}
 
     def _layers(self, reports: Sequence[LayerReport]) -> list[LayerReport]:
-        """The same of reports of decoder layers."""
-        return [replace(report, name=new) for report in reports if (new := self.plan.new_name(report.name)) is not None]
+        """The same of reports of decoder layers, and of their mixtures."""
+        left = []
+        for report in reports:
+            name, mixture = self.plan.new_name(report.name), report.mixture
+            if name is not None:
+                new = None if mixture is None else self.plan.new_name(mixture.name)
+                mixture = None if mixture is None or new is None else replace(mixture, name=new)
+                left.append(replace(report, name=name, mixture=mixture))
+        return left
+
+
+def _plans(
+    model: PreTrainedModel, counts: Mapping[str, int], layers: Sequence[int] | None = None
+) -> tuple[Shrinking, Shrinking]:
+    """The plan of a model whose decoder layers keep so many parts of each kind, and that of one with all experts."""
+    plan = plan_shrinking(model, layers=layers, **counts)
+    if "experts" not in counts:
+        return plan, plan
+    others = {kind: count for kind, count in counts.items() if kind != "experts"}
+    return plan, plan_shrinking(model, layers=layers, **others)
 
 
 def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:

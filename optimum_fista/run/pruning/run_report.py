@@ -71,7 +71,7 @@ def complete_report(
     chosen = ("router", "exclude")
     reasons = {name: reason for name, reason in report.left_dense.items() if reason not in chosen}
     left = {name: reason for name, reason in reasons.items() if config.reason_left_dense(name) is None}
-    if not report.operators and not (budgets is not None and budgets.removed_layers):
+    if not report.operators and not report.mixtures and not (budgets is not None and budgets.removed_layers):
         name = next(iter(left))
         raise UnsupportedArchitectureError(
             f"no linear operator of {decoder_layers} can be pruned; {name}, for one: {left[name]}."
@@ -96,7 +96,7 @@ def complete_report(
 
 def _without_residual_correction(report: PruningReport) -> Iterator[str]:
     """What to say of decoder layers with pruned operators, none of which was residual-corrected."""
-    corrected: dict[str, bool] = {}
+    corrected = {layer.name: layer.mixture.residual_corrected for layer in report.layers if layer.mixture is not None}
     for layer in report.layers:
         for operator in report.operators:
             if operator.name.startswith(f"{layer.name}."):

@@ -25,6 +25,9 @@ class Sink(Protocol):
     def write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
         """Overwrite the weight of an operator in the model, so that what comes after it runs on the pruned one."""
 
+    def overwrite(self, operator: LinearOperator, weight: Tensor) -> None:
+        """The same with a weight [out, in] that has no mask."""
+
     def undo(self) -> None:
         """Put back all weights that were written since the last commit: their decoder layer is pruned once more."""
 
@@ -71,6 +74,11 @@ class ModelSink:
         self._waits = False
 
     def write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
+        """Overwrite a weight, and keep its mask."""
+        self.overwrite(operator, pruned.weight)
+        self.masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
+
+    def overwrite(self, operator: LinearOperator, weight: Tensor) -> None:
         """Overwrite a weight; of one that is offloaded only the copy on the device, until the layer is committed."""
         if operator.is_offloaded:
             self._onloaded[id(operator.owner), operator.tensor] = (operator.owner, operator.tensor)
@@ -81,8 +89,7 @@ class ModelSink:
                 operator.parameter.data.copy_(original)
 
             self._undo.append(restore)
-        operator.write(pruned.weight)
-        self.masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
+        operator.write(weight)
 
     def undo(self) -> None:
         """Put back the weights that were written since the last commit."""

@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -123,6 +123,49 @@ class FinetuningReport:
 
 
 @dataclass(frozen=True)
+class MixtureReport:
+    """Which experts of a mixture stayed, and how near the others come to all of them.
+
+    Attributes:
+        name: Name of the module that holds the experts.
+        groups_kept: Numbers that the experts that stayed had in the dense model.
+        saliency: What each expert of the dense model was kept for (`expert_saliency`).
+        expert_tokens: How many calibration tokens the router sent to each of them.
+        fit_error: `|| E* - Y ||_F / || Y ||_F` of what the experts that stayed return together on the calibration
+            tokens, weights as saved; `Y` is what the error correction aims at, the outputs of all experts or others.
+        fit_error_before: The same before they were refitted.
+        num_refitted: How many of them have another down projection than in the dense model.
+        solve_seconds: Time of choosing and refitting.
+        message: What the user should know of the refits.
+        held_out_fit_error: `fit_error` on held-out tokens, to which nothing was fitted; `None` if there are none.
+        residual_corrected: Whether they compensate for the error in the rest of their layer.
+    """
+
+    name: str
+    groups_kept: tuple[int, ...]
+    saliency: tuple[float, ...]
+    expert_tokens: tuple[int, ...]
+    fit_error: float
+    fit_error_before: float
+    num_refitted: int
+    solve_seconds: float
+    message: str = ""
+    held_out_fit_error: float | None = None
+    residual_corrected: bool = False
+
+    @property
+    def kept(self) -> str:
+        """`6 of 8 experts`."""
+        return f"{len(self.groups_kept)} of {len(self.saliency)} experts"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MixtureReport:
+        """Inverse of `dataclasses.asdict`, read from JSON."""
+        lists = {name: tuple(values[name]) for name in ("groups_kept", "saliency", "expert_tokens")}
+        return _checked(cls(**{**values, **lists}))
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """What pruning made of one decoder layer.
 
@@ -135,6 +178,7 @@ class LayerReport:
         memory: The most memory that the process held while the layer's operators were pruned; `None` if there are
             none, and in reports of older versions.
         finetuning: What fine-tuning made of it; `None` if it was not fine-tuned.
+        mixture: Its mixture, if that lost experts.
     """
 
     name: str
@@ -142,12 +186,17 @@ class LayerReport:
     seconds: float
     memory: MemoryPeak | None = None
     finetuning: FinetuningReport | None = None
+    mixture: MixtureReport | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
         """Inverse of `dataclasses.asdict`, read from JSON."""
-        records = {"memory": MemoryPeak, "finetuning": FinetuningReport}
-        found = {name: kind(**values[name]) for name, kind in records.items() if values.get(name) is not None}
+        records: dict[str, Callable[..., Any]] = {
+            "memory": lambda found: MemoryPeak(**found),
+            "finetuning": lambda found: FinetuningReport(**found),
+            "mixture": MixtureReport.from_dict,
+        }
+        found = {name: read(values[name]) for name, read in records.items() if values.get(name) is not None}
         return _checked(cls(**{**values, **found}))
 
 
@@ -229,6 +278,11 @@ class PruningReport:
         if self.retrained:
             return ", before retraining"
         return ", before fine-tuning" if self.finetuned else ""
+
+    @property
+    def mixtures(self) -> list[MixtureReport]:
+        """Mixtures that lost experts, in the order of their decoder layers."""
+        return [layer.mixture for layer in self.layers if layer.mixture is not None]
 
     @property
     def removed(self) -> str:

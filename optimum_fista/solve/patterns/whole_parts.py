@@ -1,4 +1,4 @@
-"""Whole parts of a model: channels of its MLPs, key-value groups with their query heads, or decoder layers."""
+"""Whole parts of a model: channels of its MLPs, key-value groups with their query heads, experts, or decoder layers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 
-PartKind = Literal["channels", "heads", "layers"]
+PartKind = Literal["channels", "heads", "experts", "layers"]
 
-_PART = re.compile(r"(channels|heads|layers):([\d.]+(?:e-\d+)?)(?:/(\d+))?")
+_PART = re.compile(r"(channels|heads|experts|layers):([\d.]+(?:e-\d+)?)(?:/(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,21 @@ class PartShare:
     Attributes:
         kind: What goes.
         share: Share of them that is removed, in (0, 1).
-        multiple_of: The number that stays is a multiple of it; `None`: 64 channels if they are a multiple of 64 now.
+        multiple_of: The number that stays is a multiple of it; `None`: 64 channels if they are a multiple of 64 now,
+            and as many experts of every group that the router chooses first.
     """
 
     kind: PartKind
     share: float
     multiple_of: int | None = None
 
-    def num_kept(self, number: int) -> int:
-        """How many of so many stay.
+    def num_kept(self, number: int, equal_runs: int = 1) -> int:
+        """How many of so many stay, the same number in each of `equal_runs` runs.
 
         Raises:
             ValueError: If none would stay, or all.
         """
-        usual = 64 if self.kind == "channels" and number % 64 == 0 and number > 64 else 1
+        usual = 64 if self.kind == "channels" and number % 64 == 0 and number > 64 else equal_runs
         step = usual if self.multiple_of is None else self.multiple_of
         kept = step * round((1 - self.share) * number / step)
         if not 0 < kept < number:
@@ -53,11 +54,11 @@ class PartShare:
 
 @dataclass(frozen=True)
 class WholeParts(SparsityPattern):
-    """Shares of the parts of a model: the same number of channels and heads in every decoder layer, or whole layers.
+    """Shares of the parts of a model: as many channels, heads and experts in every decoder layer, or whole layers.
 
     It is for a whole model: a run makes `Columns` of it for the operators that read what is removed, the down
-    projection and the attention's output projection, and removes the rows that compute it afterwards. Decoder layers
-    are chosen by the loss without them.
+    projection and the attention's output projection, and removes the rows that compute it afterwards. Experts are
+    chosen by what they return, decoder layers by the loss without them.
 
     Attributes:
         sparsity: The largest share.
@@ -66,7 +67,8 @@ class WholeParts(SparsityPattern):
 
     shares: tuple[PartShare, ...] = ()
     form: ClassVar[str] = (
-        "'channels:SHARE', 'heads:SHARE' or 'layers:SHARE', or some joined by '+', such as 'channels:0.25+layers:0.1'"
+        "'channels:SHARE', 'heads:SHARE', 'experts:SHARE' or 'layers:SHARE', or some joined by '+', such as "
+        "'channels:0.25+layers:0.1'"
     )
 
     @classmethod

@@ -1,0 +1,236 @@
+"""Removing experts of a mixture: which of them go, and how those that stay make up for them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from optimum_fista.model.activation_store import ActivationStore
+from optimum_fista.model.activations import LayerActivations
+from optimum_fista.model.correction import LayerTargets, assigned_tokens, tokens_of
+from optimum_fista.model.experts import AssignedTokens, FusedExperts, split_experts
+from optimum_fista.model.layer_sums import LayerSums
+from optimum_fista.model.parts import Part
+from optimum_fista.solve.problem import LayerProblem, relative
+from optimum_fista.solve.refit import refit_columns
+from optimum_fista.solve.statistics import InputStatistics
+
+Saliency = Literal["reap", "frequency", "random"]
+
+_SWEEPS = 2
+
+
+@dataclass(frozen=True)
+class ExpertScores:
+    """What the experts of a mixture do for the calibration tokens, without those held out.
+
+    Attributes:
+        num_tokens: How many tokens the router sends to each expert, int64 [experts] on the CPU.
+        norms: Sum over these tokens of the norm of the expert's output times the router's weight, float64 [experts].
+    """
+
+    num_tokens: Tensor
+    norms: Tensor
+
+    def saliency(self, kind: Saliency, name: str, seed: int) -> Tensor:
+        """What each expert is kept for, float64 [experts].
+
+        Args:
+            kind: `"reap"`: the mean of `norms` over the tokens of each expert (REAP, arXiv 2510.13999, eq. 9).
+                `"frequency"`: the share of the router's choices. `"random"`: a number in [0, 1).
+            name: Name of the mixture, which random numbers depend on.
+            seed: Their seed.
+        """
+        if kind == "reap":
+            return self.norms / self.num_tokens.clamp_min(1)
+        if kind == "frequency":
+            return self.num_tokens.double() / self.num_tokens.sum().clamp_min(1)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        return torch.rand(len(self.norms), dtype=torch.float64, generator=generator)
+
+
+def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
+    """The experts of a mixture in a decoder layer, or in a copy of it."""
+    return FusedExperts(part.name, layer.get_submodule(part.name.removeprefix(f"{layer_name}.")))
+
+
+def score_experts(
+    experts: FusedExperts, activations: LayerActivations, targets: LayerTargets
+) -> tuple[ExpertScores, ActivationStore]:
+    """Run the decoder layer on what enters it, and see what its experts do.
+
+    Returns:
+        Their scores, and what they should return together (`LayerTargets.expert_targets`).
+
+    Raises:
+        ValueError: If an output of an expert is not finite.
+    """
+    norms = torch.zeros(len(experts), dtype=torch.float64, device=activations.device)
+    counts = torch.zeros(len(experts), dtype=torch.int64, device=activations.device)
+    wanted = activations.store()
+
+    def see(expert: int, tokens: Tensor, outputs: Tensor) -> None:
+        batch = len(wanted)
+        if not activations.is_held_out(batch):
+            mask = activations.token_masks[batch]
+            found = torch.linalg.vector_norm(outputs.detach().float(), dim=-1)
+            real = torch.ones_like(found) if mask is None else mask.reshape(-1)[tokens]
+            norms[expert] += (found * real).sum(dtype=torch.float64)
+            counts[expert] += real.sum(dtype=torch.int64)
+
+    experts.watcher = see
+    with split_experts(experts.operators):
+        for target in targets.expert_targets():
+            wanted.append(target)
+    if not bool(torch.isfinite(norms).all()):
+        raise ValueError(
+            f"the outputs of {experts.name} hold NaN or Inf: the model is damaged there, or its activations overflow "
+            "its dtype; try dtype=torch.float32 or torch.bfloat16."
+        )
+    return ExpertScores(counts.cpu(), norms.cpu()), wanted
+
+
+def experts_to_keep(part: Part, saliency: Tensor, count: int) -> tuple[int, ...]:
+    """The most salient experts, as many of every run that the router chooses first, in rising order.
+
+    Of equally salient ones the first stay.
+    """
+    by_run = saliency.view(part.equal_runs, -1)
+    best = by_run.argsort(dim=1, descending=True, stable=True)[:, : count // part.equal_runs]
+    first = torch.arange(part.equal_runs)[:, None] * by_run.shape[1]
+    return tuple(sorted((best + first).flatten().tolist()))
+
+
+class SmallerMixture:
+    """A mixture without some of its experts, on the tokens that its router now sends to the others.
+
+    Its experts return together, for a token that the router sends to the experts e with the weights p_e,
+
+        E* = sum_e p_e (D_e z_e + b_e),
+
+    where `D_e` is the down projection of expert e and `z_e` its input. The router, the gate and the up projections stay
+    as they are, so that `E*` is linear in all `D_e`.
+
+    Args:
+        experts: The experts that stay, in the smaller layer.
+        activations: The smaller layer.
+        hidden_states: What enters it.
+        wanted: What the experts should return together, `Y` [tokens, out], a batch each.
+    """
+
+    def __init__(
+        self,
+        experts: FusedExperts,
+        activations: LayerActivations,
+        hidden_states: Sequence[Tensor],
+        wanted: ActivationStore,
+    ) -> None:
+        self.experts = experts
+        self._down = [operator for operator in experts.operators if operator.kind == "down_proj"]
+        self._activations = activations
+        self._residuals: list[Tensor] = []  # Y - E*, which every refit changes: not in a file
+        self._energies = dict.fromkeys((False, True), 0.0)
+        place = activations.device if isinstance(activations.storage, Path) else activations.storage
+
+        def see(batch: int, assigned: AssignedTokens) -> None:
+            target = wanted[batch].to(activations.device)
+            found = tokens_of(experts.outputs(assigned), len(target))
+            self._residuals.append((target - found).to(place))
+            self._energies[activations.is_held_out(batch)] += self._energy(batch, target)
+
+        self._batches = assigned_tokens(activations, experts, hidden_states, see)
+
+    def errors(self) -> tuple[float, float | None]:
+        """`|| E* - Y ||_F / || Y ||_F` on the tokens to fit, and on those held out, `None` if there are none."""
+        squares = dict.fromkeys((False, True), 0.0)
+        for batch, residual in enumerate(self._residuals):
+            squares[self._activations.is_held_out(batch)] += self._energy(batch, residual)
+        fitted, unseen = (relative(squares[kind], self._energies[kind]) for kind in (False, True))
+        return fitted, unseen if any(self._activations.held_out) else None
+
+    def refit(self, write: Callable[[int, Tensor], None]) -> tuple[int, str]:
+        """Refit the down projections, one expert after another, so that together they return what they should.
+
+        With all other experts as they are, expert e minimizes, over the tokens that it gets,
+
+            || p_e D_e z_e - (Y - sum_{f != e} p_f (D_f z_f + b_f) - p_e b_e) ||_F^2,
+
+        with the ridge of `refit_columns`. A refit is kept if refits on each half of the tokens, the first and the last
+        of every batch, lessen the error on the other half.
+
+        Args:
+            write: Called with the number of an expert and its new weights [out, in], float32, as they are rounded.
+
+        Returns:
+            How many experts were refitted, and what the user should know.
+
+        Raises:
+            RuntimeError: If weights are not finite.
+        """
+        if getattr(self.experts.module, "has_post_expert_norm", False):
+            return 0, "not refitted: a norm follows every expert"
+        refitted: set[int] = set()
+        messages = []
+        for _ in range(_SWEEPS):
+            for expert, operator in enumerate(self._down):
+                weight = operator.read()
+                found, message = self._refitted(expert, weight)
+                if found is None:
+                    continue
+                if not bool(torch.isfinite(found).all()):
+                    raise RuntimeError(f"the refit of {operator.name} failed: weights hold NaN or Inf.")
+                operator.write(found)
+                self._move(expert, operator.read() - weight)
+                refitted.add(expert)
+                messages += [f"expert {expert}: {message}"] * bool(message)
+        for expert in sorted(refitted):
+            write(expert, self._down[expert].read())
+        return len(refitted), "; ".join(messages)
+
+    def _refitted(self, expert: int, weight: Tensor) -> tuple[Tensor | None, str]:
+        """The refitted weights of an expert, `None` if they are no better on other tokens, and what to say of them."""
+        operator, device = self._down[expert], self._activations.device
+        sums = [LayerSums(weight.shape[1], device) for _ in range(2)]
+        for batch, residual in enumerate(self._residuals):
+            if self._activations.is_held_out(batch):
+                continue
+            inputs, tokens = self._inputs(expert, batch)
+            mask = self._activations.token_masks[batch]
+            real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.reshape(-1)[tokens]
+            targets = residual[tokens.to(residual.device)].to(device).float() + inputs @ weight.T
+            for half, counted in zip(sums, (tokens < len(residual) // 2, tokens >= len(residual) // 2), strict=True):
+                half.add_targets(inputs[counted & real], targets[counted & real])
+        if not all(half.gram.num_tokens for half in sums):
+            return None, ""
+        first, last = (next(half.problems([operator], [weight], 1.0)) for half in sums)
+        every = torch.ones(weight.shape[1], dtype=torch.bool, device=device)
+        for fitted, other in ((first, last), (last, first)):
+            if not other.squared_error(refit_columns(fitted, every)[0]) < other.squared_error(weight):
+                return None, ""
+        statistics = InputStatistics(first.gram + last.gram, sum(half.gram.num_tokens for half in sums))
+        target, energies = first.target + last.target, first.output_energies + last.output_energies
+        return refit_columns(LayerProblem(weight, statistics, target, energies, operator.name), every)
+
+    def _move(self, expert: int, change: Tensor) -> None:
+        """Take what a change of an expert's weights returns from what is still to be returned."""
+        for batch, residual in enumerate(self._residuals):
+            inputs, tokens = self._inputs(expert, batch)
+            moved, places = (inputs @ change.T).to(residual.device), tokens.to(residual.device)
+            residual[places] = (residual[places].float() - moved).to(residual.dtype)
+
+    def _inputs(self, expert: int, batch: int) -> tuple[Tensor, Tensor]:
+        """`p_e z_e` [tokens, in] of an expert, float32, and the tokens that it gets."""
+        assigned, module = self._batches[batch], self._down[expert].module
+        inputs, part = module.inputs(assigned, self._activations.device).float(), assigned.part(expert)
+        return inputs if assigned.weights is None else inputs * assigned.weights[part].float(), assigned.tokens[part]
+
+    def _energy(self, batch: int, values: Tensor) -> float:
+        """Squared norm of the real tokens."""
+        real = self._activations.real_tokens(values.to(self._activations.device), batch)
+        return float(torch.linalg.vector_norm(real.float()).double().square())
