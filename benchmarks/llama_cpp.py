@@ -1,9 +1,11 @@
-"""Llamas of several sizes through llama.cpp at 16 bits, in turn: tokens a second, and the size of the GGUF file.
+"""Llamas of several sizes through llama.cpp at 16, 8 and 4 bits, in turn: speed, memory, size of the file, perplexity.
 
 Before that, greedy tokens of llama.cpp in float32 must be those of Transformers in float32. Prompts are random tokens,
-and the words of the GGUF files are the numbers of their tokens. `pip install xllamacpp` gives llama.cpp.
+and the words of the GGUF files are the numbers of their tokens. Weights are rounded to 8 and 4 bits by the package
+`gguf` (Q8_0, Q4_0). With `--texts`, Transformers reads the rounded weights back from the files and measures their
+perplexity in float32. `pip install xllamacpp` gives llama.cpp.
 
-    python benchmarks/llama_cpp.py --models runs/original,runs/smaller --output runs/llama_cpp.json
+    python benchmarks/llama_cpp.py --models runs/original,runs/smaller --texts TEXT --output runs/llama_cpp.json
 """
 
 from __future__ import annotations
@@ -15,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
+import psutil
 import torch
-from shared import parse_arguments, save
+from gguf import GGMLQuantizationType, LlamaFileType
+from shared import parse_arguments, save, texts_of
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from optimum_fista.run.checkpoints.checkpoint import checkpoint_files, read_tensors
+from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+from optimum_fista.run.reports.markdown import markdown_lines
 from optimum_fista.run.speed.measure import processor_name
 
 try:
@@ -29,8 +36,26 @@ except ImportError:  # `--help` needs no llama.cpp
     xllamacpp = None
 
 
-def write_gguf(folder: Path, file: Path, dtype: torch.dtype) -> None:
-    """Write a Llama as GGUF: matrices in `dtype`, vectors in float32."""
+# How GGUF stores so many bits a weight: 8 and 4 in blocks of 32 weights with one scale in float16.
+KINDS = {
+    32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    16: (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    8: (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    4: (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+}
+
+
+def write_gguf(folder: Path, file: Path, bits: int) -> None:
+    """Write a Llama as GGUF: matrices with `bits` bits a weight, vectors in float32.
+
+    The head keeps 8 bits in a file of 4, since llama.cpp's own converter rounds it less than the rest (to Q6_K, which
+    the package `gguf` can't write).
+
+    Raises:
+        SystemExit: If `bits` is not known, or the rows of a matrix can't be cut into blocks.
+    """
+    if bits not in KINDS:
+        raise SystemExit(f"--bits {bits} is not known; pass numbers from {sorted(KINDS)}.")
     config = LlamaConfig.from_pretrained(folder)
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -45,11 +70,14 @@ def write_gguf(folder: Path, file: Path, dtype: torch.dtype) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(KINDS[bits][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
     writer.add_token_scores([0.0] * config.vocab_size)
     writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    head = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
     files = checkpoint_files(folder)
     for name, tensor in read_tensors(files, sorted(files)):
         new_name = names.get_name(name, try_suffixes=(".weight",))
@@ -57,12 +85,20 @@ def write_gguf(folder: Path, file: Path, dtype: torch.dtype) -> None:
             ("attn_q.weight", "attn_k.weight")
         ):  # llama.cpp rotates neighbours, Transformers the halves of a head
             tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-        tensor = tensor.to(dtype if tensor.ndim > 1 else torch.float32)
-        writer.add_tensor(new_name, tensor.contiguous().numpy())
+        kind = KINDS[max(bits, 8) if new_name == head else bits][0] if tensor.ndim > 1 else GGMLQuantizationType.F32
+        writer.add_tensor(new_name, rounded(name, tensor, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def rounded(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    """Values of a tensor, or the bytes of its blocks."""
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    if tensor.shape[-1] % block:
+        raise SystemExit(f"{name} has rows of {tensor.shape[-1]} weights; {kind.name} needs a multiple of {block}.")
+    return gguf.quantize(tensor.float().contiguous().numpy(), kind)
 
 
 def server_of(file: Path, threads: int) -> Any:
@@ -83,7 +119,7 @@ def generate(server: Any, prompt: Tensor, new_tokens: int) -> dict[str, Any]:
 
 def require_same_tokens(folder: Path, file: Path, prompt: Tensor, new_tokens: int, threads: int) -> None:
     """End the program unless llama.cpp and Transformers write the same greedy tokens in float32."""
-    write_gguf(folder, file, torch.float32)
+    write_gguf(folder, file, 32)
     (answer,) = generate(server_of(file, threads), prompt, new_tokens)["choices"]
     found = [int(word) for word in re.findall(r"<(\d+)>", answer["text"])]
     file.unlink()
@@ -94,38 +130,69 @@ def require_same_tokens(folder: Path, file: Path, prompt: Tensor, new_tokens: in
         raise SystemExit(f"{folder.name}: llama.cpp writes {found}, Transformers {wanted[0, len(prompt) :].tolist()}")
 
 
+def perplexities(file: Path, texts: dict[str, Tensor]) -> dict[str, float]:
+    """Perplexity of the weights of a file by text. llama.cpp rounds activations too, which this does not."""
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    return {name: evaluate_perplexity(model, windows, progress=False).perplexity for name, windows in texts.items()}
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Each model as many times the first one with as many bits; and the first one as many times its first bits."""
+    lines = []
+    for row in rows:
+        same_bits = next(other for other in rows if other["bits"] == row["bits"])
+        base = rows[0] if row is same_bits else same_bits
+        speeds = [statistics.median(row[k]) / statistics.median(base[k]) for k in ("decode", "prefill")]
+        ratios = (*speeds, row["memory_bytes"] / base["memory_bytes"], row["file_bytes"] / base["file_bytes"])
+        shown = [f"{value:.2f}" for value in row["perplexity"].values()]
+        lines.append((row["model"], row["bits"], *(f"{ratio:.2f}x" for ratio in ratios), *shown))
+    return markdown_lines(("model", "bits", "decode", "prefill", "memory", "file", *rows[0]["perplexity"]), lines)
+
+
 def main() -> None:
-    helps = {"models": "folders of Llamas; ratios are to the first", "checked": "greedy tokens to compare; 0 = none"}
+    helps = {
+        "models": "folders of Llamas; ratios are to the first",
+        "bits": "bits a weight",
+        "checked": "greedy tokens to compare; 0 = none",
+        "texts": "text sources to measure perplexity on; none without",
+    }
     numbers = {"prompt_tokens": 512, "new_tokens": 32, "checked": 24, "rounds": 5, "threads": 1}
-    arguments = parse_arguments(__doc__, helps=helps, models=[""], **numbers, output=Path("runs/llama_cpp.json"))
+    numbers |= {"sequence_length": 1024, "max_windows": 12}
+    lists: dict[str, list[Any]] = {"models": [""], "bits": [16, 8, 4], "texts": []}
+    arguments = parse_arguments(__doc__, helps=helps, **lists, **numbers, output=Path("runs/llama_cpp.json"))
     if xllamacpp is None:
         raise SystemExit("llama.cpp is missing: pip install xllamacpp")
+    torch.set_num_threads(arguments.threads)
     folders = [Path(name) for name in arguments.models]
+    texts = {}
+    if arguments.texts:
+        texts = texts_of(arguments, AutoTokenizer.from_pretrained(folders[0]), arguments.sequence_length)
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(LlamaConfig.from_pretrained(folder).vocab_size for folder in folders)
     prompt = torch.randint(0, vocabulary, (arguments.prompt_tokens,), generator=generator)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        servers = {}
-        for index, folder in enumerate(folders):
-            file = Path(temporary) / f"{index}.gguf"
+        for folder in folders:
             if arguments.checked:
+                file = Path(temporary) / "float32.gguf"
                 require_same_tokens(folder, file, prompt[:16], arguments.checked, arguments.threads)
-            write_gguf(folder, file, torch.float16)
-            servers[folder.name] = server_of(file, arguments.threads)
-            rows[folder.name] = {"file_bytes": file.stat().st_size, "prefill": [], "decode": []}
-        for turn in range(arguments.rounds + 1):  # the first one warms up
-            for name, server in servers.items():
+            for bits in arguments.bits:
+                file = Path(temporary) / f"{len(rows)}.gguf"
+                write_gguf(folder, file, bits)
+                row = {"model": folder.name, "bits": bits, "file_bytes": file.stat().st_size}
+                rows.append(row | {"perplexity": perplexities(file, texts), "prefill": [], "decode": []})
+        servers = []
+        for index, row in enumerate(rows):
+            before = psutil.Process().memory_info().rss
+            servers.append(server_of(Path(temporary) / f"{index}.gguf", arguments.threads))
+            generate(servers[-1], prompt, arguments.new_tokens)  # warms up
+            row["memory_bytes"] = psutil.Process().memory_info().rss - before
+        for _ in range(arguments.rounds):
+            for row, server in zip(rows, servers, strict=True):
                 times = generate(server, prompt, arguments.new_tokens)["timings"]
-                if turn:
-                    rows[name]["prefill"].append(times["prompt_per_second"])
-                    rows[name]["decode"].append(times["predicted_per_second"])
-    first = next(iter(rows.values()))
-    for name, row in rows.items():
-        for key in ("prefill", "decode"):
-            speed, base = statistics.median(row[key]), statistics.median(first[key])
-            print(f"{name}: {key} {speed:.1f} tokens/s ({speed / base:.2f}x)")
-        print(f"{name}: {row['file_bytes'] / 2**20:.0f} MiB ({row['file_bytes'] / first['file_bytes']:.2f}x)")
+                row["prefill"].append(times["prompt_per_second"])
+                row["decode"].append(times["predicted_per_second"])
+    print("\n".join(table(rows)))
     arguments.models = [folder.name for folder in folders]
     machine = {"processor": processor_name(), "xllamacpp": xllamacpp.__version__}
     save(arguments, {"machine": machine, "rows": rows})

@@ -163,6 +163,33 @@ def test_single_products(benchmark):
     assert "\n".join(benchmark("packed_kernels").table(lines, threads=2)) in (ROOT / "docs" / "speed.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("bits", "largest_error"), [(32, 0), (16, 2**-11), (8, 0.5 / 127 + 2**-11), (4, 1 / 8 + 2**-11)]
+)
+def test_gguf_files_hold_the_weights(benchmark, tmp_path, bits, largest_error):
+    """Transformers reads a Llama back with errors of at most so many times the largest weight of a matrix."""
+    model = tiny_llama(intermediate_size=64, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    benchmark("llama_cpp").write_gguf(tmp_path, tmp_path / "model.gguf", bits)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).state_dict()
+    for name, weight in model.state_dict().items():
+        error = (found[name] - weight).abs().max() / weight.abs().max()
+        if weight.ndim == 1:
+            assert error == 0
+        elif bits == 4 and name in ("model.embed_tokens.weight", "lm_head.weight"):  # the head keeps 8 bits
+            assert 0 < error < 0.5 / 127 + 2**-11
+        else:
+            assert largest_error / 8 <= error <= largest_error
+
+
+def test_gguf_blocks_need_rows_of_whole_blocks(benchmark, tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match=r"down_proj.weight has rows of 48 weights; Q4_0 needs a multiple of 32"):
+        benchmark("llama_cpp").write_gguf(tmp_path, tmp_path / "model.gguf", 4)
+    with pytest.raises(SystemExit, match="--bits 5 is not known"):
+        benchmark("llama_cpp").write_gguf(tmp_path, tmp_path / "model.gguf", 5)
+
+
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt2"])
 def test_a_small_model_resumes_its_training(benchmark, monkeypatch, tmp_path, architecture):
     """An interrupted training ends with the same weights; nothing that is held out was trained on."""
