@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from optimum_fista.run.comparison.rows import Average, Row, averages
 from optimum_fista.run.comparison.settings import DENSE, NO_PATTERN, sparsity_of
+from optimum_fista.solve.patterns.whole_parts import WholeParts
 
 # Perplexities beyond this many times the dense model's are cut off: the others could not be told apart.
 _CUT = 4.0
@@ -54,7 +56,9 @@ def plot_bars(rows: Sequence[Row], texts: Sequence[str], folder: Path) -> Path |
 
 
 def plot_lines(rows: Sequence[Row], texts: Sequence[str], folder: Path) -> Path | None:
-    """Perplexity against sparsity, one panel a text, for the methods with several unstructured sparsities.
+    """Perplexity against sparsity, or the share of parts removed, for the methods with several of a kind.
+
+    There is a panel for each text, and a row of panels for each kind: unstructured sparsities, channels, and so on.
 
     Returns:
         `sparsity.png` in `folder`; `None` if there is no such method.
@@ -62,36 +66,57 @@ def plot_lines(rows: Sequence[Row], texts: Sequence[str], folder: Path) -> Path 
     import matplotlib.pyplot as plt
 
     lines = [line for line in averages(rows) if line.rows]
-    unstructured = [line for line in lines if sparsity_of(line.pattern) is not None]
-    counts = Counter(line.method for line in unstructured)
-    methods = [method for method, count in counts.items() if count > 1]
-    if not methods:
+    by_kind: dict[str, list[tuple[float, Average]]] = {}
+    for line in lines:
+        if (place := _place(line.pattern)) is not None:
+            by_kind.setdefault(place[0], []).append((place[1], line))
+    counts = {kind: Counter(line.method for _, line in found) for kind, found in by_kind.items()}
+    kinds = [kind for kind, count in counts.items() if max(count.values()) > 1]
+    if not kinds:
         return None
+    methods = list(dict.fromkeys(m for kind in kinds for m, count in counts[kind].items() if count > 1))
     limit = _limit(lines, texts)
-    figure, axes = plt.subplots(1, len(texts), figsize=(4.5 * len(texts), 4), squeeze=False, layout="constrained")
-    for axis, text in zip(axes[0], texts, strict=True):
+    size = (4.5 * len(texts), 4 * len(kinds))
+    figure, axes = plt.subplots(len(kinds), len(texts), figsize=size, squeeze=False, layout="constrained")
+    for (kind, text), axis in zip(product(kinds, texts), axes.flat, strict=True):
+        shares: set[float] = set()
         for number, method in enumerate(methods):
-            found = [(float(line.pattern), line.perplexity(text)) for line in unstructured if line.method == method]
+            if counts[kind][method] < 2:
+                continue
+            found = [(share, line.perplexity(text)) for share, line in by_kind[kind] if line.method == method]
             points = sorted((x, spread.mean, spread.deviation or 0.0) for x, spread in found if spread is not None)
             if points:
-                sparsities, means, deviations = zip(*points, strict=True)
+                places, means, deviations = zip(*points, strict=True)
                 style = {"linestyle": "-" if number < _COLOURS else ":", "color": f"C{number % _COLOURS}"}
-                axis.errorbar(sparsities, means, deviations, marker="o", markersize=4, label=method, **style)
+                axis.errorbar(places, means, deviations, marker="o", markersize=4, label=method, **style)
+                shares.update(places)
         dense = [spread for line in lines if line.method == DENSE and (spread := line.perplexity(text)) is not None]
         if dense:
             axis.axhline(dense[0].mean, color="gray", linestyle="--", linewidth=1, label=DENSE)
             axis.set_ylim(0.95 * dense[0].mean, limit)
-        axis.set(title=text, xlabel="sparsity", ylabel="perplexity, lower is better", yscale="log")
-        axis.set_xticks(sorted({float(line.pattern) for line in unstructured if line.method in methods}))
+        axis.set(title=text, xlabel=kind, ylabel="perplexity, lower is better", yscale="log")
+        axis.set_xticks(sorted(shares))
         for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             formatted("{x:g}")
         axis.spines[["top", "right"]].set_visible(False)
-    shown = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat)
+    shown = {label: handle for found in handles for handle, label in found}
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=8)
     path = folder / "sparsity.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def _place(pattern: str) -> tuple[str, float] | None:
+    """What a pattern has more or less of, and how much; `None` if that is not one number."""
+    sparsity = sparsity_of(pattern)
+    if sparsity is not None:
+        return "sparsity", sparsity
+    parts = WholeParts.read(pattern, None, "matrix")
+    if parts is None or len(parts.shares) > 1:
+        return None
+    return f"share of {parts.shares[0].kind} removed", parts.sparsity
 
 
 def _limit(lines: Sequence[Average], texts: Sequence[str]) -> float:

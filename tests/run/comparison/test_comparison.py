@@ -103,6 +103,23 @@ def test_plots(tmp_path):
     assert Comparison(rows=ROWS[:1]).write_plots(folder) == []
 
 
+def test_shares_of_parts_are_drawn_kind_by_kind(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'optimum-fista[plots]'")
+    from matplotlib.axes import Axes
+
+    drawn = []
+
+    def draw(axis, places, means, *_, label, **__):
+        drawn.append((axis.get_gridspec().nrows, label, places, means))
+
+    monkeypatch.setattr(Axes, "errorbar", draw)
+    rows = [row("flap", f"heads:{share}", 20 + share, seed=seed) for share in (0.5, 0.25) for seed in (0, 1)]
+    rows += [row("flap", "0.5", 11.0), row("wanda", "0.5", 12.0), row("wanda", "0.7", 13.0), row("flap", "2:4", 14.0)]
+    rows += [row("flap", "channels:0.5+heads:0.5", 50.0), row("flap", "channels:0.5", 60.0), row("dense", "-", 9.0)]
+    assert plot_lines(rows, ["sea"], tmp_path) == tmp_path / "sparsity.png"
+    assert drawn == [(2, "flap", (0.25, 0.5), (20.25, 20.5)), (2, "wanda", (0.5, 0.7), (12.0, 13.0))]
+
+
 def test_a_method_has_one_colour_and_a_place_in_the_legend(tmp_path, monkeypatch):
     """Even if it was not measured on every text."""
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'optimum-fista[plots]'")
