@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--include", action="append", metavar="GLOB", help="prune only operators whose name matches; repeatable")
     add("--exclude", action="append", metavar="GLOB", help="leave dense the operators whose name matches; repeatable")
     add = parser.add_argument_group("how").add_argument
-    add("--method", help="obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap, greedy_obs")
+    names = "obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap, greedy_obs, taylor"
+    add("--method", help=names)
     add("--paper", action="store_true", help="the published settings of FISTAPruner (K=20, T=3, xi=0.3)")
     share = "none, intra, full, or a number in [0, 1] (default: the method's, obs_admm's is 0.5): see docs/method.md"
     add("--error-correction", type=_number_or_word, help=share)

@@ -64,7 +64,8 @@ def example(
         inputs = dense_inputs + 0.2 * torch.randn(tokens, columns, generator=generator, dtype=dtype)
     outputs = dense_inputs @ weight.T
     statistics = InputStatistics(inputs.T @ inputs, tokens, inputs.mean(0))
-    if not corrected:
-        return Example(weight, inputs, outputs, LayerProblem(weight, statistics))
-    problem = LayerProblem(weight, statistics, outputs.T @ inputs, outputs.double().square().sum(0))
+    problem = LayerProblem(weight, statistics)
+    if corrected:
+        problem = LayerProblem(weight, statistics, outputs.T @ inputs, outputs.double().square().sum(0))
+    problem.loss_changes = outputs.sum(0).mul(weight.T).sum(1).abs()  # of the loss <Y 1, W 1>
     return Example(weight, inputs, outputs, problem)

@@ -17,9 +17,9 @@ from optimum_fista.model.architecture import DecoderLayers, modules_around
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
+from optimum_fista.model.loss_gradients import first_sequences
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.replay import replaced_forwards
-from optimum_fista.model.sensitivity import first_sequences
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs
 
 

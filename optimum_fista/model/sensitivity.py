@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.architecture import DecoderLayers, modules_around
+from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.loss_gradients import Watcher, watch_gradients
+from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.recomputation import recomputed_layers
-from optimum_fista.model.replay import watching
 
 _TYPICAL = 2.0
 """Energies of tokens are cut off at this many medians of their sequence."""
@@ -75,11 +72,7 @@ def measure_sensitivities(
     progress: bool = False,
     storage: Storage | None = None,
 ) -> dict[str, Sensitivity]:
-    """Run the model forwards and backwards on the first sequences, one at a time.
-
-    The loss is the cross-entropy of the next token. Decoder layers are recomputed on the way back, so that the
-    activations of one layer are held at a time, and the hidden states between layers, at `storage`. No weight gets a
-    gradient.
+    """Sum over the first sequences what their inputs and gradients show (`loss_gradients.watch_gradients`).
 
     Args:
         model: The dense model.
@@ -99,18 +92,8 @@ def measure_sensitivities(
     """
     device = execution_device(model.get_input_embeddings())
     found = {name: _nothing(*operator.shape, operator.device) for name, operator in operators.items()}
-    # sum_i w_ij^2 [in], so that the energy e_t of a token is one product with its squared inputs.
-    columns = {name: operator.read().square().sum(0) for name, operator in operators.items()}
-    sequences = list(first_sequences(batches, num_tokens))
-    bar = tqdm(sequences, desc="Gradients of the loss", unit="sequence", disable=not progress)
-    with (
-        onloaded(modules_around(model, layers), copy=False),
-        recomputed_layers(model, layers, storage) as waiting,
-        torch.enable_grad(),
-    ):
-        for ids in bar:
-            _run(model, operators, found, columns, ids.to(device))
-            waiting.clear()
+    watchers = {operator: _Sums(found[name], operator) for name, operator in operators.items()}
+    watch_gradients(model, layers, watchers, batches, num_tokens, progress, storage)
     sums = [sensitivity.gradients.sum(dtype=torch.float64).to(device) for sensitivity in found.values()]
     for (name, sensitivity), total in zip(found.items(), torch.stack(sums).tolist(), strict=True):  # one transfer
         sensitivity.is_felt = total > 0
@@ -128,65 +111,24 @@ def _nothing(rows: int, columns: int, device: torch.device) -> Sensitivity:
     return Sensitivity(torch.zeros(rows, device=device), torch.zeros(columns, device=device), energy)
 
 
-def _run(
-    model: PreTrainedModel,
-    operators: Mapping[str, LinearOperator],
-    found: Mapping[str, Sensitivity],
-    columns: Mapping[str, Tensor],
-    ids: Tensor,
-) -> None:
-    """Add what one sequence [1, sequence] shows; `columns` are the squared norms of the columns of the weights."""
-    forwards = True
-    energies: dict[str, Tensor] = {}
-    calls: Counter[str] = Counter()
+class _Sums(Watcher):
+    """Adds what is seen of an operator."""
 
-    def rows(values: Tensor) -> Tensor:
-        return values.detach().reshape(-1, values.shape[-1]).float()
+    def __init__(self, sums: Sensitivity, operator: LinearOperator) -> None:
+        self._sums = sums
+        # sum_i w_ij^2 [in], so that the energy e_t of a token is one product with its squared inputs.
+        self._columns = operator.read().square().sum(0)
+        self._energy = torch.zeros(0)
 
-    def see_input(operator: LinearOperator, inputs: Tensor) -> None:
-        if forwards:  # not when a layer is recomputed
-            calls[operator.name] += 1
-            squares = rows(inputs).square()
-            sums = found[operator.name]
-            sums.num_tokens += ids.numel()
-            energy = squares @ columns[operator.name]
-            if energy.numel():
-                energy.clamp_(max=_TYPICAL * energy.median())
-                sums.inputs += squares.sum(0)
-                sums.energy += energy.double().sum()
-                sums.seen += squares.shape[0]
-            energies[operator.name] = energy
+    def see_input(self, inputs: Tensor, num_tokens: int) -> None:
+        sums, squares = self._sums, inputs.square()
+        sums.num_tokens += num_tokens
+        self._energy = squares @ self._columns
+        if self._energy.numel():
+            self._energy.clamp_(max=_TYPICAL * self._energy.median())
+            sums.inputs += squares.sum(0)
+            sums.energy += self._energy.double().sum()
+            sums.seen += squares.shape[0]
 
-    def see_output(operator: LinearOperator, output: Tensor) -> None:
-        def see_gradient(gradient: Tensor) -> None:
-            # The gradient of a second call would be added to another energy.
-            if calls[operator.name] == 1:
-                found[operator.name].gradients += energies.pop(operator.name) @ rows(gradient).square()
-
-        is_matrix_product = isinstance(output, Tensor) and output.shape[-1] == operator.shape[0]
-        if forwards and is_matrix_product and output.requires_grad:
-            output.register_hook(see_gradient)
-
-    inputs = {o.module: (lambda x, o=o: see_input(o, x)) for o in operators.values()}
-    outputs = {o.module: (lambda y, o=o: see_output(o, y)) for o in operators.values()}
-    with watching(inputs, outputs):
-        logits = model(input_ids=ids, use_cache=False).logits
-        # A sum, so that each token's gradient is that of its own loss and those after it, whatever the length.
-        loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum")
-        # Watchers see a layer again when it is recomputed on the way back.
-        forwards = False
-        loss.backward()
-
-
-def first_sequences(batches: Sequence[CalibrationBatch], num_tokens: int) -> Iterator[Tensor]:
-    """Ids [1, sequence] without padding, in order, until they hold `num_tokens` tokens."""
-    seen = 0
-    for batch in batches:
-        for row, ids in enumerate(batch.input_ids):
-            ids = ids if batch.attention_mask is None else ids[batch.attention_mask[row]]
-            if len(ids) < 2:
-                continue
-            yield ids[None]
-            seen += len(ids)
-            if seen >= num_tokens:
-                return
+    def see_gradient(self, gradient: Tensor) -> None:
+        self._sums.gradients += self._energy @ gradient.square()

@@ -39,6 +39,7 @@ _METHOD_DEFAULTS = {
     "flap": MethodDefaults(error_correction="none"),
     "magnitude": MethodDefaults(error_correction="none"),
     "obs_admm": MethodDefaults(error_correction=0.5, residual_correction=1.0, allocation="fisher"),
+    "taylor": MethodDefaults(error_correction="none"),
     "wanda": MethodDefaults(scope="row"),
 }
 
@@ -121,7 +122,8 @@ class FistaPruningConfig:
         allocation: `"uniform"`: every operator gets `sparsity`. `"fisher"`: the operators share the zeros, so that the
             loss of the model, as its gradients predict it, grows least; `sparsity` holds for all of them together.
             Operators with another pattern than unstructured or an entry in `overrides` are left out of it.
-        allocation_tokens: Calibration tokens the gradients are taken on.
+        allocation_tokens: Calibration tokens that gradients of the loss are taken on, for the allocation or a method,
+            and that decoder layers are chosen by.
         held_out: Number of trailing calibration sequences used for evaluation only: they run through the network
             like the others, nothing is fitted to them, and the report has every operator's error on them as well.
         warm_start: `"dense"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or `"auto"`, the paper's rule: SparseGPT
@@ -304,6 +306,11 @@ class FistaPruningConfig:
         object.__setattr__(
             self, "method_options", {name: value for name, (value, default) in fields.items() if value != default}
         )
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a method reads gradients of the loss."""
+        return any(METHODS[name].needs_gradients for name in (str(self.method), self.under_calibrated_method))
 
     @property
     def whole_parts(self) -> WholeParts | None:

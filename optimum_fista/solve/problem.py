@@ -50,6 +50,8 @@ class LayerProblem:
         aims_at_dense: Whether the wanted outputs are known to be those of the dense network.
         dense: The dense network's outputs if the wanted ones are others; `None` if nothing is known of them.
         name: Name of the operator, for messages.
+        loss_changes: How much the loss of the model changes to first order if a column goes, with all that goes with
+            it, [in], nats, float32; `None` if it is not known.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class LayerProblem:
         self.corrected = target is not None
         self.aims_at_dense = aims_at_dense
         self.dense = dense
+        self.loss_changes: Tensor | None = None
         self._errors_of: LayerProblem | None = None
         if target is None or output_energies is None:
             self.target = weight @ statistics.gram

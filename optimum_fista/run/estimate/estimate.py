@@ -134,6 +134,7 @@ class Estimate:
         self.num_removed = self.model.num_parameters() - smaller.num_parameters()
         self.rounds = 0 if self.shapes.removal is None else self.shapes.removal.num_removed_layers
         self.allocates = any(map(config.shares_budget, self.shapes.operators))
+        self.differentiates = self.allocates or config.needs_gradients
         self.rates, self.notes = None, list(self._notes())
         self._solving: dict[Group, tuple[np.ndarray, float]] = {}
         if timed:
@@ -173,8 +174,8 @@ class Estimate:
             width = self.hidden * (getattr(text, "num_key_value_heads", None) or heads) / heads
             cache = 2 * value * min(SAMPLED_TOGETHER, self.num_samples) * self.length * layers * width
             yield "calibration text", {"whole model": self.weight_bytes, "keys and values": cache}, 0
-        gradients = self.allocates * layers * stream / self.num_samples  # hidden states between all layers
-        if self.allocates:  # a sequence at a time; the loss and its gradients are float32 in between
+        gradients = self.differentiates * layers * stream / self.num_samples  # hidden states between all layers
+        if self.differentiates:  # a sequence at a time; the loss and its gradients are float32 in between
             yield "loss", ends | {"logits and gradients": self.length * self.vocabulary * (2 * value + 12)}, gradients
         if self.rounds:  # as many models as there are layers, a sequence at a time after the layers
             first = min(self.tokens, -(-config.allocation_tokens // self.length) * self.length)
@@ -186,7 +187,7 @@ class Estimate:
             saved = 1.8 * value * sum(g.outputs + g.columns for g in linear)  # of a token, for its gradients
             widest = max((max(g.rows) for g in linear), default=self.hidden)
             batch = {"one batch": float(value * self.batch * (2 * self.hidden + 3 * widest))}
-            if self.allocates:
+            if self.differentiates:
                 yield "gradients", layer | {"activations": self.length * saved}, gradients
             grams = sum(4.0 * g.columns**2 for g in kind.groups if g.sees_dense)  # all made in one pass, solved later
             # Of the dense network, inputs or outputs are kept, what is less.
@@ -239,7 +240,7 @@ class Estimate:
             steps = self.length * -(-self.num_samples // SAMPLED_TOGETHER)
             stages["calibration text"] = work(every * self.tokens, moved_bytes=steps * self.weight_bytes)
         first = min(self.tokens, -(-config.allocation_tokens // self.length) * self.length)
-        gradients = self.allocates * first
+        gradients = self.differentiates * first
         # To choose decoder layers, each round tries the model without each of them; all run half of it on average.
         layers = sum(kind.count for kind in self.shapes.kinds)
         tried = first * sum(layers + 1 - done for done in range(self.rounds))

@@ -117,6 +117,7 @@ def measure_method(
         weight = normal(max(1, round(count / scale)), width)
         outputs = dense @ weight.T
         problems.append(LayerProblem(weight, given, outputs.T @ inputs, outputs.double().square().sum(0)))
+        problems[-1].loss_changes = weight[0].abs()
     share = rows_in_block(max(rows), columns, 1 if on_cpu else SCALE_ON_DEVICES) / max(rows)
     with block_share(share), Meter() as meter:
         results = method.prune_sharing(problems, [pattern] * len(rows))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,9 @@ from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.experts import ExpertOperator
+from optimum_fista.model.gates import measure_gates
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.parts import Part
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import is_out_of_memory
@@ -33,6 +36,8 @@ class Budgets:
         config: The configuration.
         sparsities: Sparsities of the operators that share the zeros of the model.
         output_weights: What an error in each of their outputs costs, [out], nats; they share the zeros of their group.
+        loss_changes: How much the loss changes to first order without each of their columns, [in], nats, if the method
+            reads it.
         unseen: Operators that the loss did not feel; they keep the average sparsity.
         removed_layers: Numbers of the decoder layers to remove, in the order in which they were chosen, each with the
             loss without it and those before.
@@ -41,6 +46,7 @@ class Budgets:
     config: FistaPruningConfig
     sparsities: dict[str, float] = field(default_factory=dict)
     output_weights: dict[str, Tensor] = field(default_factory=dict)
+    loss_changes: dict[str, Tensor] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
     removed_layers: list[tuple[int, float]] = field(default_factory=list)
 
@@ -58,34 +64,31 @@ def share_budgets(
     config: FistaPruningConfig,
     progress: bool = False,
     storage: Storage | None = None,
+    parts: Mapping[str, Part] | None = None,
 ) -> Budgets:
-    """Allocate the zeros of `config` to the operators that take part; uniform budgets run nothing.
+    """Allocate the zeros of `config` to the operators that take part, and take the gradients that the method reads.
+
+    Uniform budgets of a method that reads none run nothing.
 
     Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity. Hidden states
-    between decoder layers wait at `storage`; `None`: on the device.
+    between decoder layers wait at `storage`; `None`: on the device. `parts` are the parts of the model that shrink, by
+    the names of the operators whose columns go.
 
     Raises:
         ValueError: If gradients of the loss can't be computed, or are not finite, or a sequence is too long.
         torch.OutOfMemoryError: If one sequence is too long for them.
     """
     budgets = Budgets(config)
+    how_much = config.allocation_tokens, progress, storage
+    if config.needs_gradients and operators:
+        with _explained_gradients(model, batches, f"method={config.method!r}", "another method"):
+            gates = measure_gates(model, layers, operators, parts or {}, batches, *how_much)
+        budgets.loss_changes = {name: found.changes for name, found in gates.items()}
     sharing = {name: operator for name, operator in operators.items() if config.shares_budget(name)}
     if not sharing or not config.sparsity:
         return budgets
-    try:
-        with explained_length(model, max(batch.input_ids.shape[1] for batch in batches), "calib_dataloader"):
-            found = measure_sensitivities(model, layers, sharing, batches, config.allocation_tokens, progress, storage)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise ValueError(
-                f"allocation='fisher' takes gradients of the loss, and they can't be computed: {error}. If the model "
-                "runs but can't be differentiated, pass allocation='uniform' (--allocation uniform)."
-            ) from error
-        # It is one sequence at a time already.
-        raise torch.OutOfMemoryError(
-            "the device ran out of memory in the gradients of the loss on one sequence: pass allocation='uniform' "
-            f"(--allocation uniform) or shorter sequences (--sequence-length) [{error}]"
-        ) from error
+    with _explained_gradients(model, batches, "allocation='fisher'", "allocation='uniform' (--allocation uniform)"):
+        found = measure_sensitivities(model, layers, sharing, batches, *how_much)
     pools: dict[str, list[str]] = {}
     for name, operator in sharing.items():
         key = f"{operator.experts.name} {operator.kind}" if isinstance(operator, ExpertOperator) else name
@@ -95,14 +98,40 @@ def share_budgets(
         if not any(found[name].is_felt for name in names):
             budgets.unseen.extend(names)
             continue
-        parts = [RemovalCost.of(found[n].saliency(sharing[n].read()), config.sparsity) for n in names]
-        costs[key] = RemovalCost(sum(part.cost for part in parts), sum(part.size for part in parts))
+        each = [RemovalCost.of(found[n].saliency(sharing[n].read()), config.sparsity) for n in names]
+        costs[key] = RemovalCost(sum(one.cost for one in each), sum(one.size for one in each))
         budgets.output_weights |= {n: found[n].outputs for n in names if found[n].seen >= _LEAST_TOKENS}
     if costs:
         for key, sparsity in allocate(costs, config.sparsity).items():
             names = pools[key]
             # whole zeros: experts of one kind get equal numbers, the first ones one more if it doesn't divide
-            each, more = divmod(round(sparsity * costs[key].size), len(names))
+            fewest, more = divmod(round(sparsity * costs[key].size), len(names))
             size = costs[key].size // len(names)
-            budgets.sparsities |= {n: (each + (i < more)) / size for i, n in enumerate(names)}
+            budgets.sparsities |= {n: (fewest + (i < more)) / size for i, n in enumerate(names)}
     return budgets
+
+
+@contextmanager
+def _explained_gradients(
+    model: PreTrainedModel, batches: Sequence[CalibrationBatch], taker: str, instead: str
+) -> Iterator[None]:
+    """Explain errors of a model whose gradients are taken, and what to pass instead of what takes them.
+
+    Raises:
+        ValueError: If they can't be computed.
+        torch.OutOfMemoryError: If one sequence is too long for them.
+    """
+    try:
+        with explained_length(model, max(batch.input_ids.shape[1] for batch in batches), "calib_dataloader"):
+            yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise ValueError(
+                f"{taker} takes gradients of the loss, and they can't be computed: {error}. If the model runs but "
+                f"can't be differentiated, pass {instead}."
+            ) from error
+        # It is one sequence at a time already.
+        raise torch.OutOfMemoryError(
+            f"the device ran out of memory in the gradients of the loss on one sequence: pass {instead} or shorter "
+            f"sequences (--sequence-length) [{error}]"
+        ) from error

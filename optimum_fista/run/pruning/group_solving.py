@@ -54,6 +54,8 @@ class GroupSolver:
             RuntimeError: If weights are not finite, or not in their pattern.
         """
         group, fitted = problems.operators, problems.fitted
+        for operator, problem in zip(group, fitted, strict=True):
+            problem.loss_changes = self._budgets.loss_changes.get(operator.name)
         patterns = [self._budgets.pattern_for(operator.name) for operator in group]
         method, message = self._method_for(problems)
         release_free_memory()  # what capturing left in the allocator is needed by the solver

@@ -132,7 +132,10 @@ class ModelPruning:
             flat = {name: operator for group in self.operators.values() for name, operator in group.items()}
             with self.split_experts():
                 calibration, config = self.batches.calibration, self.config
-                budgets = share_budgets(self.model, self.layers, flat, calibration, config, self.progress, self.storage)
+                parts = None if self.removal is None else self.removal.plan.parts
+                budgets = share_budgets(
+                    self.model, self.layers, flat, calibration, config, self.progress, self.storage, parts
+                )
             budgets.removed_layers = removed
             self.use_budgets(budgets)
             release_memory_of(self.model)

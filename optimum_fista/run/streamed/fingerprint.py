@@ -20,7 +20,7 @@ from optimum_fista.run.streamed.journal import digest_of, read_record
 _VERSIONS = ("optimum-fista", "torch", "transformers")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
 _NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version")
-_FORMAT = 3  # of the records of a journal
+_FORMAT = 4  # of the records of a journal
 _READERS = 4  # files that are hashed at a time
 
 WeightFiles = dict[str, list[Any]]

@@ -154,9 +154,10 @@ class Journal:
 
     def keep_budgets(self, budgets: Budgets) -> None:
         """Write the sparsities that the operators were given, and the decoder layers that go."""
-        weights = {name: value.cpu().contiguous() for name, value in budgets.output_weights.items()}
-        sha256 = _write(self._journal / "budgets.safetensors", weights)
-        values: dict[str, Any] = {"sparsities": budgets.sparsities, "unseen": budgets.unseen, "weights_sha256": sha256}
+        kinds = {"output_weights": budgets.output_weights, "loss_changes": budgets.loss_changes}
+        tensors = {f"{kind}/{name}": t.cpu().contiguous() for kind, found in kinds.items() for name, t in found.items()}
+        sha256 = _write(self._journal / "budgets.safetensors", tensors)
+        values: dict[str, Any] = {"sparsities": budgets.sparsities, "unseen": budgets.unseen, "tensors_sha256": sha256}
         values["removed_layers"] = budgets.removed_layers
         values["run_sha256"] = self._run_sha256  # ties budgets, and by their digest every layer, to this run
         write_record(self._journal / "budgets.json", values)
@@ -167,11 +168,15 @@ class Journal:
         values, file = read_record(self._journal / "budgets.json"), self._journal / "budgets.safetensors"
         if values is None or values.get("run_sha256") != self._run_sha256:
             return None
-        if not _is_whole(file, values["weights_sha256"]):
+        if not _is_whole(file, values["tensors_sha256"]):
             return None
         self.budgets_sha256 = _text_digest(values)
         removed = [(index, loss) for index, loss in values["removed_layers"]]
-        return Budgets(config, values["sparsities"], load_file(file), values["unseen"], removed)
+        tensors: dict[str, dict[str, Tensor]] = {"output_weights": {}, "loss_changes": {}}
+        for key, tensor in load_file(file).items():
+            kind, _, name = key.partition("/")
+            tensors[kind][name] = tensor
+        return Budgets(config, values["sparsities"], unseen=values["unseen"], removed_layers=removed, **tensors)
 
     def _file(self, kind: str, index: int) -> Path:
         return self._journal / f"{kind}-{index:05}.safetensors"

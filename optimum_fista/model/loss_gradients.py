@@ -1,0 +1,211 @@
+"""Gradients of the loss through a whole model, one decoder layer held at a time, shown to what watches operators."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from optimum_fista.model.activation_store import ActivationStore, Storage
+from optimum_fista.model.architecture import DecoderLayers, modules_around
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.replay import replaced_forwards, watching
+
+
+class Watcher:
+    """Sees one operator on one sequence after the other. All rows are float32, to be read and not kept."""
+
+    def see_input(self, inputs: Tensor, num_tokens: int) -> None:
+        """Its inputs [tokens, in] on the way forwards; an expert sees a part of the `num_tokens` of the sequence."""
+
+    def see_gradient(self, gradient: Tensor) -> None:
+        """Gradient of the loss by its outputs, [tokens, out], nats.
+
+        Not called if the loss does not depend on the operator, if that is called more than once, or if it is no
+        product with one matrix.
+        """
+
+    def see_again(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Inputs [tokens, in] and outputs [tokens, out] as its decoder layer is recomputed for the gradients.
+
+        That is just before or just after `see_gradient`: autograd recomputes a layer when it first needs something.
+        """
+
+
+def watch_gradients(
+    model: PreTrainedModel,
+    layers: DecoderLayers,
+    watchers: Mapping[LinearOperator, Watcher],
+    batches: Sequence[CalibrationBatch],
+    num_tokens: int,
+    progress: bool = False,
+    storage: Storage | None = None,
+) -> None:
+    """Run the model forwards and backwards on the first sequences, one at a time.
+
+    The loss is the cross-entropy of the next token. Decoder layers are recomputed on the way back, so that the
+    activations of one layer are held at a time, and the hidden states between layers, at `storage`. No weight gets a
+    gradient.
+
+    Args:
+        model: The dense model.
+        layers: Its decoder layers.
+        watchers: What watches each operator.
+        batches: Calibration batches.
+        num_tokens: Sequences are taken in order until they hold as many real tokens.
+        progress: Whether to show a progress bar.
+        storage: Where the hidden states between decoder layers wait; `None`: on the device.
+    """
+    device = execution_device(model.get_input_embeddings())
+    sequences = list(first_sequences(batches, num_tokens))
+    bar = tqdm(sequences, desc="Gradients of the loss", unit="sequence", disable=not progress)
+    with (
+        onloaded(modules_around(model, layers), copy=False),
+        recomputed_layers(model, layers, storage) as waiting,
+        torch.enable_grad(),
+    ):
+        for ids in bar:
+            _run(model, watchers, ids.to(device))
+            waiting.clear()
+
+
+def _run(model: PreTrainedModel, watchers: Mapping[LinearOperator, Watcher], ids: Tensor) -> None:
+    """Show one sequence [1, sequence]."""
+    forwards = True
+    calls: Counter[LinearOperator] = Counter()
+    again: dict[LinearOperator, Tensor] = {}
+
+    def rows(values: Tensor) -> Tensor:
+        return values.detach().reshape(-1, values.shape[-1]).float()
+
+    def see_input(operator: LinearOperator, inputs: Tensor) -> None:
+        if forwards:
+            calls[operator] += 1
+            watchers[operator].see_input(rows(inputs), ids.numel())
+        else:
+            again[operator] = inputs
+
+    def see_output(operator: LinearOperator, output: Tensor) -> None:
+        if not isinstance(output, Tensor) or output.shape[-1] != operator.shape[0]:
+            return
+        if not forwards:
+            watchers[operator].see_again(rows(again.pop(operator)), rows(output))
+        elif output.requires_grad:
+            # Of a second call, the gradient would be taken together with what was seen of the first.
+            output.register_hook(
+                lambda gradient: watchers[operator].see_gradient(rows(gradient)) if calls[operator] == 1 else None
+            )
+
+    inputs = {o.module: (lambda x, o=o: see_input(o, x)) for o in watchers}
+    outputs = {o.module: (lambda y, o=o: see_output(o, y)) for o in watchers}
+    with watching(inputs, outputs):
+        logits = model(input_ids=ids, use_cache=False).logits
+        # A sum, so that each token's gradient is that of its own loss and those after it, whatever the length.
+        loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum")
+        # Watchers see a layer again when it is recomputed on the way back.
+        forwards = False
+        loss.backward()
+
+
+def first_sequences(batches: Sequence[CalibrationBatch], num_tokens: int) -> Iterator[Tensor]:
+    """Ids [1, sequence] without padding, in order, until they hold `num_tokens` tokens."""
+    seen = 0
+    for batch in batches:
+        for row, ids in enumerate(batch.input_ids):
+            ids = ids if batch.attention_mask is None else ids[batch.attention_mask[row]]
+            if len(ids) < 2:
+                continue
+            yield ids[None]
+            seen += len(ids)
+            if seen >= num_tokens:
+                return
+
+
+class WaitingInputs:
+    """Hidden states that enter decoder layers, kept elsewhere until the gradients flow back to them."""
+
+    def __init__(self, storage: Storage, device: torch.device) -> None:
+        self._store = ActivationStore(storage, device)
+
+    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward`, with what checkpointing saves of its inputs kept at the storage."""
+
+        def waiting(*arguments: Any, **keywords: Any) -> Any:
+            with saved_tensors_hooks(self._keep, self._hand_out):
+                return forward(*arguments, **keywords)
+
+        return waiting
+
+    def clear(self) -> None:
+        """Free all hidden states, once the gradients have been taken."""
+        self._store.clear()
+
+    def _keep(self, tensor: Tensor) -> int | Tensor:
+        if not tensor.requires_grad or tensor.device != self._store.device:  # masks, positions: the same in every layer
+            return tensor
+        # A number takes the place of the hidden states in the graph.
+        self._store.append(tensor)
+        return len(self._store) - 1
+
+    def _hand_out(self, kept: int | Tensor) -> Tensor:
+        return kept if isinstance(kept, Tensor) else self._store[kept]
+
+
+@contextmanager
+def recomputed_layers(
+    model: PreTrainedModel, layers: DecoderLayers, storage: Storage | None = None
+) -> Iterator[WaitingInputs]:
+    """Let gradients flow from the embeddings on, not into weights; decoder layers are recomputed when they flow back.
+
+    Args:
+        model: The model.
+        layers: Its decoder layers.
+        storage: Where the hidden states between decoder layers wait, on their way to the gradients; `None`: on the
+            device.
+
+    Yields:
+        What waits; it is to be cleared between two passes.
+    """
+    device = execution_device(model.get_input_embeddings())
+    waiting = WaitingInputs(storage or device, device)
+    stays = storage is None or storage == device
+
+    def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            with set_checkpoint_early_stop(False):  # cut short, a layer would keep weights that Accelerate brought
+                return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+
+        return run if stays else waiting.around(run)
+
+    trained = [  # by name: Accelerate makes new parameters whenever it brings or offloads a weight
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+    try:
+        for module, name in trained:
+            getattr(module, name).requires_grad_(False)
+        with (
+            model.get_input_embeddings().register_forward_hook(_with_gradient),
+            replaced_forwards(layers.modules, [recomputed(layer.forward) for layer in layers.modules]),
+        ):
+            yield waiting
+    finally:
+        for module, name in trained:
+            getattr(module, name).requires_grad_(True)
+
+
+def _with_gradient(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    """The output as a tensor with a gradient that may be overwritten in place, as a leaf may not."""
+    return output.requires_grad_(True).clone()
