@@ -9,7 +9,7 @@ from pathlib import Path
 
 from optimum_fista.run.comparison.rows import Average, Row, averages
 from optimum_fista.run.comparison.settings import DENSE, NO_PATTERN, sparsity_of
-from optimum_fista.solve.patterns.whole_parts import WholeParts
+from optimum_fista.solve.patterns import WholeParts
 
 # Perplexities beyond this many times the dense model's are cut off: the others could not be told apart.
 _CUT = 4.0
