@@ -58,6 +58,21 @@ def test_the_operator_that_is_added_to_the_output_is_found(family, dtype):
         assert not any("up" in operator or "q_" in operator for operator in added)
 
 
+def test_huge_activations_of_one_token_do_not_hide_what_comes_later():
+    """In bfloat16 the MLP's answer to the attention is less than what a sum as large as that token's rounds off."""
+    model = tiny_model("llama").bfloat16()
+    layers = find_decoder_layers(model)
+    name, layer = next(iter(layers))
+    with torch.no_grad():
+        recorded = record_inputs(model, layers, read_batches(ids(), 64))
+        activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, torch.device("cpu"))
+        hidden = recorded.hidden_states[0]
+        hidden[:, 0] *= 1e4
+        operators = find_operators(name, layer)
+        added = [is_added_to_output(activations, operator.module, hidden) for operator in operators.values()]
+    assert [key for key, found in zip(operators, added, strict=True) if found] == [f"{name}.mlp.down_proj"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_scale_before_the_sum_is_seen(dtype):
     """MiniCPM3 multiplies outputs by .99, less than the rounding of the layer's output in bfloat16."""
