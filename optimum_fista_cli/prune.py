@@ -52,8 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups = (
         "keep N of every M consecutive inputs of a row, such as 2:4; 4:8-pairs keeps two whole pairs of four; "
         "channels:0.25, heads:0.5, experts:0.25 or layers:0.1, or some joined by +, removes whole parts: the model "
-        "gets smaller "
-        "(docs/smaller.md)"
+        "gets smaller (docs/smaller.md); a comma and another pattern, as in channels:0.25,2:4, prunes what stays"
     )
     add("--pattern", metavar="PATTERN", help=groups)
     add("--scope", choices=("matrix", "row"), help="share zeros over a whole operator or give each row its own")

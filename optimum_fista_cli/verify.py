@@ -37,9 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     except VerificationError as error:
         print(f"{arguments.folder}: BROKEN: {error}", file=sys.stderr)
         return 1
-    zeros = f"{proven.num_zeros:,} of {proven.num_weights:,} weights zero"
-    zeros += f" ({proven.num_zeros / max(1, proven.num_weights):.4%})"
-    print(f"{arguments.folder}: {proven.num_operators} operators keep their pattern, {proven.removed or zeros}")
+    found = [proven.removed] if proven.removed else []
+    if proven.num_zeros or not found:
+        share = proven.num_zeros / max(1, proven.num_weights)
+        found.append(f"{proven.num_zeros:,} of {proven.num_weights:,} weights zero ({share:.4%})")
+    print(f"{arguments.folder}: {proven.num_operators} operators keep their pattern, {'; '.join(found)}")
     if proven.num_equal == 0:
         print(f"it was trained after pruning, so only shapes were compared with {arguments.dense}")
     elif proven.num_equal is not None:

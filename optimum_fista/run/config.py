@@ -106,7 +106,8 @@ class FistaPruningConfig:
             `"4:8-pairs"`: two whole pairs of the four in every eight consecutive inputs. `"channels:0.25"` and
             `"heads:0.25"`, also joined by `"+"`, remove this share of the MLPs' channels and of the key-value heads
             with their query heads, `"experts:0.25"` of the experts of mixtures, and `"layers:0.25"` of the decoder
-            layers: the model becomes a smaller dense one.
+            layers: the model becomes a smaller dense one. After a comma comes the pattern, or the fraction of zeros, of
+            what stays: `"channels:0.25,2:4"`.
         scope: Unstructured only: `"matrix"` shares the zeros over a whole operator, `"row"` gives every output
             the same number. `None`: as the method's source does (Wanda by row, the others by matrix).
         method: One of `optimum_fista.solve.methods.METHODS`, or an instance of a registered method
@@ -214,7 +215,7 @@ class FistaPruningConfig:
                 f"pass one of {', '.join(map(repr, sorted(METHODS)))}."
             )
         object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
-        if self.scope is not None and self._default_pattern().fixed and not self.overrides:
+        if self.scope is not None and self._pattern_of_weights().fixed and not self.overrides:
             raise ValueError(
                 f"scope={self.scope!r} has no meaning for pattern={self.pattern!r}: pass only one of them."
             )
@@ -233,6 +234,11 @@ class FistaPruningConfig:
                     f"{name}={getattr(self, name)!r} has no meaning for pattern={self.pattern!r}, which removes no "
                     "experts: leave it out, or pass a pattern such as 'experts:0.25'."
                 )
+        if loses_experts and self._pattern_of_weights() is not self.whole_parts:
+            raise ValueError(
+                f"pattern={self.pattern!r}: experts can't go in the run in which what stays gets zeros: prune with the "
+                "part before the comma, and the smaller model again with that after it."
+            )
         if loses_experts and self.finetune is not None:
             raise ValueError(
                 f"finetune={self.finetune!r} can't train decoder layers that lose experts (pattern={self.pattern!r}): "
@@ -241,6 +247,7 @@ class FistaPruningConfig:
         methods = self.create_method(""), METHODS[self.under_calibrated_method]()
         for method in methods:
             method.require_pattern(self._default_pattern())
+            method.require_pattern(self._pattern_of_weights())
         for pattern, value in self.overrides.items():
             try:
                 for method in methods:
@@ -376,7 +383,7 @@ class FistaPruningConfig:
         """The same configuration with the method's own choice for every option of `MethodDefaults` that is `None`."""
         defaults = method_defaults(str(self.method))
         chosen = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(defaults))}
-        if self._default_pattern().fixed and not self.overrides:
+        if self._pattern_of_weights().fixed and not self.overrides:
             chosen.pop("scope")
         missing = {name: getattr(defaults, name) for name, value in chosen.items() if value is None}
         return dataclasses.replace(self, **missing)
@@ -391,7 +398,7 @@ class FistaPruningConfig:
     def shares_budget(self, name: str) -> bool:
         """Whether the operator called `name` takes part in the allocation of zeros."""
         allocation = self.allocation or method_defaults(str(self.method)).allocation
-        allocated = allocation == "fisher" and not self._default_pattern().fixed
+        allocated = allocation == "fisher" and not self._pattern_of_weights().fixed
         return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
 
     def _scope(self) -> Scope:
@@ -399,6 +406,11 @@ class FistaPruningConfig:
 
     def _default_pattern(self) -> SparsityPattern:
         return parse_pattern(self.pattern, self.sparsity, self._scope())
+
+    def _pattern_of_weights(self) -> SparsityPattern:
+        """The pattern; if whole parts go and zeros follow, that of the zeros."""
+        pattern = self._default_pattern()
+        return pattern.then or pattern if isinstance(pattern, WholeParts) else pattern
 
     def _override_pattern(self, value: float | str) -> SparsityPattern:
         if isinstance(value, str):

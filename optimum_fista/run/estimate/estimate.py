@@ -132,6 +132,7 @@ class Estimate:
         self.streams_bytes = streams * self.stream_bytes
         smaller = self.model if self.shapes.removal is None else self.shapes.removal.plan.model
         self.num_removed = self.model.num_parameters() - smaller.num_parameters()
+        self.only_removes = self.num_removed > 0 and self.shapes.removal.choice is None  # type: ignore[union-attr]
         self.rounds = 0 if self.shapes.removal is None else self.shapes.removal.num_removed_layers
         self.allocates = any(map(config.shares_budget, self.shapes.operators))
         self.differentiates = self.allocates or config.needs_gradients
@@ -284,7 +285,8 @@ class Estimate:
     def operators(self) -> dict[str, Counter[str]]:
         """`"number"`, `"weights"` and `"zeros"` of the operators to prune by their last name, and of all together.
 
-        If whole parts go, `"zeros"` are the weights of the operators that are removed with them.
+        If only whole parts go, `"zeros"` are the weights of the operators that are removed with them; if zeros follow,
+        weights and zeros are those of what stays.
         If operators share the zeros, those of a name are as if each had the average sparsity.
         """
         found: dict[str, Counter[str]] = {}
@@ -300,7 +302,7 @@ class Estimate:
     def disk_bytes(self) -> dict[str, int]:
         """Bytes on disk by part when the last decoder layer is written; packed weights bring their masks."""
         together, saved = self.operators["together"], self.num_removed * self.value
-        masks = (together["weights"] - (together["zeros"] if self.num_removed else 0)) // 8
+        masks = (together["weights"] - (together["zeros"] if self.only_removes else 0)) // 8
         for name, shape in self.shapes.operators.items() if self.packed else ():
             pattern = self.config.pattern_for(name)
             saved += (shape[0] * shape[1] - pattern.num_kept(shape)) * self.value
@@ -331,7 +333,12 @@ class Estimate:
 
     def __str__(self) -> str:
         model, held_out, together = self.model, self.config.held_out, self.operators["together"]
-        removed = self.num_removed
+        removed, others = self.num_removed, model.num_parameters() - together["weights"]
+        heads, more = ("zeros", "everything else, dense"), 0
+        if self.only_removes:
+            heads, more = ("removed", "everything else"), max(0, removed - together["zeros"])
+        else:
+            others -= removed
         lines = [
             f"{type(model).__name__}: {model.num_parameters():,} parameters in "
             f"{str(model.dtype).removeprefix('torch.')} ({size(self.weight_bytes)}), "
@@ -340,10 +347,9 @@ class Estimate:
             f"{self.length} calibration tokens{f' ({held_out} sequences held out)' * bool(held_out)}, "
             f"batches of {self.batch_size}, on {self.device}",
             "",
-            f"{'operators':<24}{'number':>8}{'weights':>20}{'removed' if removed else 'zeros':>20}",
+            f"{'operators':<24}{'number':>8}{'weights':>20}{heads[0]:>20}",
             *(f"{k:<24}{c['number']:>8}{c['weights']:>20,}{c['zeros']:>20,}" for k, c in self.operators.items()),
-            f"{'everything else' if removed else 'everything else, dense':<32}"
-            f"{model.num_parameters() - together['weights']:>20,}{max(0, removed - together['zeros']):>20,}",
+            f"{heads[1]:<32}{others:>20,}{more:>20,}",
         ]
         if removed:
             left = model.num_parameters() - removed

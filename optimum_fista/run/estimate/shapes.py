@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,14 +100,15 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
     removal = Removal.planned(model, config)
     config = config if removal is None else removal.config
     num_removed = 0 if removal is None else removal.num_removed_layers
-    chosen, left_dense = choose_operators(
-        layers, config, may_be_none=removal is not None and not removal.needs_operators
-    )
+    shape_left, may_be_none = _shape, False
+    if removal is not None:
+        shape_left, may_be_none = removal.shape_left, not removal.needs_operators
+    chosen, left_dense = choose_operators(layers, config, may_be_none=may_be_none, shape_left=shape_left)
     if removal is not None:
         if num_removed:  # which ones is a question of values: the next ones after the first stand for them
             chosen = removal.remove_layers(model, layers, chosen, dict.fromkeys(range(1, 1 + num_removed), 0.0))
             config = removal.config
-        left_dense = {name: removal.reason_left_dense(name) for name in left_dense}
+        left_dense = removal.reasons_left_dense(left_dense)
     active = getattr(settings.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
     shares: dict[int, float] = {}
     fused_bytes = 0
@@ -129,7 +130,11 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
                 continue
             linear = {key: o for key, o in chosen[name].items() if not isinstance(o, ExpertOperator)}
             traced, _ = trace_groups(layer, linear, calls[0], recorded.hidden_states[0])
-            if removal is not None:
+            groups: Counter[Group] = Counter()
+            if removal is not None and removal.choice is not None:  # what is read from the parts is solved twice
+                readers, traced = removal.with_readers_alone(traced)
+                groups.update(_groups(layer, readers, [], removal.choice, shares))
+            elif removal is not None:
                 activations = LayerActivations(layer, calls, [None], tokens.device)
                 traced, others = removal.to_prune(traced, activations, recorded.hidden_states[0])
                 chosen[name] = {key: o for key, o in chosen[name].items() if key not in others}
@@ -137,22 +142,45 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
             for operator in chosen[name].values():
                 if isinstance(operator, ExpertOperator):
                     of_experts.setdefault((id(operator.owner), operator.expert, operator.tensor), []).append(operator)
-            groups: Counter[Group] = Counter()
-            found = [*traced, *of_experts.values()]
-            alone = not of_experts and bool(traced) and len(traced[-1]) == 1
-            last = len(found) - 1 if alone and config.correction.residual_share > 0 else None
-            passes = _passes(layer, found, len(traced), config.correction, last)
-            for index, operators in enumerate(found):
-                first, rows = operators[0], tuple(operator.shape[0] for operator in operators)
-                share = shares.get(id(getattr(first.owner, first.tensor)))
-                dense, pattern = config.correction.sees_dense_inputs(index), config.pattern_for(first.name)
-                of_expert, residual = share is not None, index == last
-                group = Group(rows, first.shape[1], pattern, share or 1.0, of_expert, dense, residual, passes[index])
-                groups[group] += 1
+            groups.update(_groups(layer, traced, [*of_experts.values()], config, shares))
             num_active = sum(p.numel() * shares.get(id(p), 1.0) for p in layer.parameters())
             kinds[kind] = LayerKind(1, sum(p.nbytes for p in layer.parameters()), num_active, groups)
-    named = {name: operator.shape for those in chosen.values() for name, operator in those.items()}
+    named = {name: shape_left(operator) for those in chosen.values() for name, operator in those.items()}
     return Shapes(model, config, removal, list(kinds.values()), named, left_dense, fused_bytes)
+
+
+def _shape(operator: LinearOperator) -> tuple[int, int]:
+    return operator.shape
+
+
+def _groups(
+    layer: nn.Module,
+    traced: Sequence[Sequence[LinearOperator]],
+    of_experts: Sequence[Sequence[LinearOperator]],
+    config: FistaPruningConfig,
+    shares: Mapping[int, float],
+) -> Counter[Group]:
+    """What is pruned in one round over a decoder layer, and how often.
+
+    Args:
+        layer: The layer.
+        traced: Its operators that share their inputs, in execution order.
+        of_experts: The operators of experts.
+        config: The configuration, with a pattern for each.
+        shares: The share of the tokens that an expert sees, by the parameter that holds it.
+    """
+    groups: Counter[Group] = Counter()
+    found = [*traced, *of_experts]
+    alone = not of_experts and bool(traced) and len(traced[-1]) == 1
+    last = len(found) - 1 if alone and config.correction.residual_share > 0 else None
+    passes = _passes(layer, found, len(traced), config.correction, last)
+    for index, operators in enumerate(found):
+        first, rows = operators[0], tuple(operator.shape[0] for operator in operators)
+        share = shares.get(id(getattr(first.owner, first.tensor)))
+        dense, pattern = config.correction.sees_dense_inputs(index), config.pattern_for(first.name)
+        of_expert, residual = share is not None, index == last
+        groups[Group(rows, first.shape[1], pattern, share or 1.0, of_expert, dense, residual, passes[index])] += 1
+    return groups
 
 
 def _passes(

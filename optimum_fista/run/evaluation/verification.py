@@ -195,7 +195,7 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
         raise VerificationError(f"{name}: {error}") from error
     checked = mask.T if operator.stored_transposed else mask
     if operator.groups_kept is not None:
-        checked = _mask_before_removal(operator, pattern, checked)
+        checked = _mask_of_pattern(operator, pattern, checked)
     broken = pattern.at(operator.target_sparsity).violation(checked)
     if broken:
         raise VerificationError(f"{name}: its mask {broken}.")
@@ -209,33 +209,41 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
     return mask.numel() - kept
 
 
-def _mask_before_removal(operator: OperatorReport, pattern: SparsityPattern, mask: Tensor) -> Tensor:
-    """The mask of an operator before its columns were removed, from the groups that its report names.
+def _mask_of_pattern(operator: OperatorReport, pattern: SparsityPattern, mask: Tensor) -> Tensor:
+    """The mask in which an operator must keep its pattern, if the report names the groups of columns that stayed.
+
+    A pattern of columns is kept before the others were removed. Any other counts zeros in what stayed.
 
     Raises:
         VerificationError: If the groups are not those of the pattern, or the mask has zeros besides.
     """
     name, kept = operator.name, operator.groups_kept or ()
-    if not isinstance(pattern, Columns) or pattern.groups is None:
+    before = pattern.groups if isinstance(pattern, Columns) else operator.num_groups
+    if before is None:
         raise VerificationError(f"{name}: the report says that columns were removed, but its pattern is {pattern}.")
-    if list(kept) != sorted(set(kept) & set(range(pattern.groups))):
-        raise VerificationError(f"{name}: groups_kept are not numbers from 0 to {pattern.groups - 1} in rising order.")
-    if mask.shape[1] != len(kept) * pattern.width or not bool(mask.all()):
+    if not kept or list(kept) != sorted(set(kept) & set(range(before))):
+        raise VerificationError(f"{name}: groups_kept are not numbers from 0 to {before - 1} in rising order.")
+    columns = isinstance(pattern, Columns)
+    width = pattern.width if isinstance(pattern, Columns) else mask.shape[1] // len(kept)
+    if mask.shape[1] != len(kept) * width or (columns and not bool(mask.all())):
         raise VerificationError(
-            f"{name}: the report names {len(kept)} groups of {pattern.width} columns that stayed, the mask keeps "
+            f"{name}: the report names {len(kept)} groups of {width} columns that stayed, the mask keeps "
             f"{int(mask.sum())} weights of {mask.shape[1]} columns."
         )
-    groups = torch.zeros(pattern.groups, dtype=torch.bool)
+    if not columns:
+        return mask
+    groups = torch.zeros(before, dtype=torch.bool)
     groups[list(kept)] = True
-    return groups.repeat_interleave(pattern.width).expand(mask.shape[0], -1)
+    return groups.repeat_interleave(width).expand(mask.shape[0], -1)
 
 
 def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
     """Check that the files hold a smaller model's tensors, also those that are no pruned operators but lost rows.
 
-    If a checkpoint calls tensors otherwise than the model does, only those with the same name are compared.
+    If a checkpoint calls tensors otherwise than the model does, only those with the same name are compared. Packed
+    weights are pruned operators, and have other names.
     """
-    files = checkpoint_files(folder)
+    files = checkpoint_files(folder, "packed" if is_packed(folder) else "model")
     left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
     described = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
     missing = [name for name in described if name not in files]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -65,6 +66,7 @@ def share_budgets(
     progress: bool = False,
     storage: Storage | None = None,
     parts: Mapping[str, Part] | None = None,
+    shape_left: Callable[[LinearOperator], tuple[int, int]] = lambda operator: operator.shape,
 ) -> Budgets:
     """Allocate the zeros of `config` to the operators that take part, and take the gradients that the method reads.
 
@@ -72,7 +74,8 @@ def share_budgets(
 
     Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity. Hidden states
     between decoder layers wait at `storage`; `None`: on the device. `parts` are the parts of the model that shrink, by
-    the names of the operators whose columns go.
+    the names of the operators whose columns go. `shape_left` says what stays of an operator before it gets zeros: it
+    costs as much less as it is smaller, for which of its weights stay is not known yet.
 
     Raises:
         ValueError: If gradients of the loss can't be computed, or are not finite, or a sequence is too long.
@@ -99,7 +102,8 @@ def share_budgets(
             budgets.unseen.extend(names)
             continue
         each = [RemovalCost.of(found[n].saliency(sharing[n].read()), config.sparsity) for n in names]
-        costs[key] = RemovalCost(sum(one.cost for one in each), sum(one.size for one in each))
+        sizes = [math.prod(shape_left(sharing[n])) for n in names]
+        costs[key] = RemovalCost(sum(o.cost * (s / o.size) for o, s in zip(each, sizes, strict=True)), sum(sizes))
         budgets.output_weights |= {n: found[n].outputs for n in names if found[n].seen >= _LEAST_TOKENS}
     if costs:
         for key, sparsity in allocate(costs, config.sparsity).items():

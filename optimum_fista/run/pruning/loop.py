@@ -21,11 +21,14 @@ from optimum_fista.model.sharing import trace_groups
 from optimum_fista.model.shrinking import smaller_copy
 from optimum_fista.run.checkpoints.loading import storage_place
 from optimum_fista.run.memory import PeakMemory, is_out_of_memory, release_memory_of
+from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.pruning.group_solving import GroupSolver, report_group
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.operators import require_finite
 from optimum_fista.run.pruning.sink import Sink
 from optimum_fista.run.reports.report import FinetuningReport, LayerRecord, LayerReport, MixtureReport, OperatorReport
+from optimum_fista.solve.narrowing import Narrowing
+from optimum_fista.solve.pruned import PrunedOperator
 
 
 def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = None) -> None:
@@ -129,7 +132,13 @@ class _Loop:
         if run.removal is not None:
             run.removal.prove(name, activations, first)
         groups, left_dense = trace_groups(activations.layer, operators, activations.calls[0], first)
-        if run.removal is not None:
+        narrowed: dict[str, Narrowing] = {}
+        if run.removal is not None and run.removal.choice is not None:
+            readers, groups = run.removal.with_readers_alone(groups)
+            if readers:
+                targets = LayerTargets(activations, readers, run.config.correction, entering)
+                narrowed = self.choose_parts(operators, targets)
+        elif run.removal is not None:
             groups, others = run.removal.to_prune(groups, activations, first)
             left_dense |= others
         self.bar.update(len(left_dense))
@@ -148,7 +157,7 @@ class _Loop:
                 removed = self.remove_experts(name, experts, activations, targets, entering)
             for number in range(len(groups)):
                 # in a call: the matrices of a group must be gone before those of the next one are made
-                reports += self.prune_group(index, targets.problems(number), masks)
+                reports += self.prune_group(index, targets.problems(number), narrowed, masks)
             if experts is not None and removed is None:
                 removed = self.remove_experts(name, experts, activations, targets, entering)
             leaving = targets.leave(None if removed is None else removed[1])
@@ -161,9 +170,28 @@ class _Loop:
         report = LayerReport(name, moved, 0.0, peak, finetuning, None if removed is None else removed[0])
         return LayerRecord(report, reports, left_dense)
 
-    def prune_group(self, index: int, problems: GroupProblems, masks: dict[str, Tensor]) -> list[OperatorReport]:
+    def choose_parts(self, operators: Mapping[str, LinearOperator], targets: LayerTargets) -> dict[str, Narrowing]:
+        """What stays of the operators of a decoder layer before they get zeros.
+
+        Those that read its parts are pruned to whole columns, and then put back: the operators before them come first.
+        """
+        removal, refitted = self.run.removal, dict[str, PrunedOperator]()
+        assert removal is not None
+        assert removal.choice is not None
+        solver = GroupSolver(removal.choice, self.run.model.config.model_type, Budgets(removal.choice))
+        for number in range(targets.num_groups):
+            problems = targets.problems(number)
+            for operator, pruned in zip(problems.operators, solver.solve(problems).pruned, strict=True):
+                self.sink.write(operator, pruned)
+                refitted[operator.name] = pruned
+        self.sink.undo()
+        return removal.narrowings(operators, refitted)
+
+    def prune_group(
+        self, index: int, problems: GroupProblems, narrowed: Mapping[str, Narrowing], masks: dict[str, Tensor]
+    ) -> list[OperatorReport]:
         """Prune operators that share their inputs, and write them; masks are added if they are needed after."""
-        solved = self.solver.solve(problems)
+        solved = self.solver.solve(problems, narrowed)
         for operator, pruned in zip(problems.operators, solved.pruned, strict=True):
             self.sink.write(operator, pruned)
             if self.run.config.finetune is not None:

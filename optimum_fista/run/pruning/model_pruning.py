@@ -19,6 +19,7 @@ from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.experts import split_experts
 from optimum_fista.model.layer_choice import choose_layers
 from optimum_fista.model.offload import execution_device
+from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.loading import require_unquantized, storage_place
 from optimum_fista.run.checkpoints.stored_names import stored_names
@@ -72,10 +73,13 @@ class ModelPruning:
         self.config = asked if self.removal is None else self.removal.config
         self._num_removed = 0 if self.removal is None else self.removal.num_removed_layers
         self.operators, left_dense = choose_operators(
-            self.layers, self.config, may_be_none=self.removal is not None and not self.removal.needs_operators
+            self.layers,
+            self.config,
+            may_be_none=self.removal is not None and not self.removal.needs_operators,
+            shape_left=self._shape_left,
         )
         if self.removal is not None:
-            left_dense = {name: self.removal.reason_left_dense(name) for name in left_dense}
+            left_dense = self.removal.reasons_left_dense(left_dense)
         require_own_weights(model, self.layers)
         self.stored_names = stored_names(model, (o for group in self.operators.values() for o in group.values()))
         batches = hold_out(read_batches(calib_dataloader, input_embedding(model).shape[0]), config.held_out)
@@ -129,12 +133,15 @@ class ModelPruning:
         if self.budgets is None:
             started = time.perf_counter()
             removed = self._choose_layers()
-            flat = {name: operator for group in self.operators.values() for name, operator in group.items()}
+            gone = {f"{self.layers.name}.{index}" for index, _ in removed}
+            left = [group for name, group in self.operators.items() if name not in gone]
+            flat = {name: operator for group in left for name, operator in group.items()}
             with self.split_experts():
                 calibration, config = self.batches.calibration, self.config
                 parts = None if self.removal is None else self.removal.plan.parts
+                places = calibration, config, self.progress, self.storage
                 budgets = share_budgets(
-                    self.model, self.layers, flat, calibration, config, self.progress, self.storage, parts
+                    self.model, self.layers, flat, *places, parts=parts, shape_left=self._shape_left
                 )
             budgets.removed_layers = removed
             self.use_budgets(budgets)
@@ -154,8 +161,9 @@ class ModelPruning:
             chosen = {name: operator for group in self.operators.values() for name, operator in group.items()}
             new_name = self.removal.plan.new_name
             self.stored_names = stored_names(self.model, chosen.values(), new_name)
-            left = [name for name in self.report.left_dense if name not in chosen and new_name(name) is not None]
-            self.report.left_dense = {name: self.removal.reason_left_dense(name) for name in left}
+            left = {name: why for name, why in self.report.left_dense.items() if name not in chosen}
+            left = {name: why for name, why in left.items() if new_name(name) is not None}
+            self.report.left_dense = self.removal.reasons_left_dense(left)
         self.budgets = budgets
 
     def _choose_layers(self) -> list[tuple[int, float]]:
@@ -167,6 +175,10 @@ class ModelPruning:
             return choose_layers(
                 self.model, self.layers, batches, self._num_removed, tokens, self.progress, self.storage
             )
+
+    def _shape_left(self, operator: LinearOperator) -> tuple[int, int]:
+        """What stays of an operator before it gets zeros, [out, in]."""
+        return operator.shape if self.removal is None else self.removal.shape_left(operator)
 
     def split_experts(self) -> AbstractContextManager[None]:
         """Inside, every matrix of every expert to prune is called as a module of its own."""

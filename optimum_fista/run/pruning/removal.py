@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import is_out_of_memory
 from optimum_fista.run.reports.report import LayerRecord, LayerReport, OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
+from optimum_fista.solve.narrowing import Narrowing
 from optimum_fista.solve.patterns import Columns, WholeParts
+from optimum_fista.solve.pruned import PrunedOperator
 
 T = TypeVar("T")
 
@@ -35,13 +37,15 @@ class Removal:
     Attributes:
         plan: The smaller model; until `remove_layers`, with all decoder layers.
         config: The configuration with a pattern of whole columns for each operator that reads what is removed, and
-            with all others left as they are.
+            with all others left as they are; if zeros follow, that with the pattern of the zeros for all of them.
         asked: The configuration that the user passed.
         counts: How many parts of each kind a decoder layer keeps.
         columns: The plan of a model that keeps its experts, by which the other kinds are proved.
         experts: The plan of a model that loses experts only, by which a decoder layer runs without them.
         num_removed_layers: How many decoder layers go.
         removed_layers: Those that go, each with the loss without it and those before.
+        choice: If zeros follow, the configuration of whole columns, by which the groups are chosen before.
+        kept: The groups that were chosen so, by the names of the parts.
         proven: Kinds of decoder layers that were seen to return the same without the removed groups.
     """
 
@@ -53,6 +57,8 @@ class Removal:
     experts: Shrinking
     num_removed_layers: int
     removed_layers: Mapping[int, float] = field(default_factory=dict)
+    choice: FistaPruningConfig | None = None
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
     proven: set[object] = field(default_factory=set)
 
     @classmethod
@@ -75,18 +81,15 @@ class Removal:
             name: Columns.keeping(plan.counts[name], part.groups, part.width).text for name, part in parts.items()
         }
         others = tuple(name for name in plan.parts if name not in parts)  # mixtures: not an operator for every matrix
-        expanded = replace(
-            config,
-            pattern=f"columns:{pattern.sparsity!r}",
-            sparsity=None,
-            expert_saliency="reap",
-            expert_refit=True,
-            include=tuple(columns),
-            exclude=others if columns else ("*",),
-            overrides=columns,
-        )
+        options: dict[str, Any] = {"expert_saliency": "reap", "expert_refit": True}
+        options |= {"include": tuple(columns), "exclude": others if columns else ("*",), "overrides": columns}
+        widest = max(part.share for part in pattern.shares)
+        expanded = replace(config, pattern=f"columns:{widest!r}", sparsity=None, scope=None, **options)
         experts_only = plan_shrinking(model, experts=counts.get("experts"))
-        return cls(plan, expanded, config, counts, columns_only, experts_only, going)
+        if pattern.then is None:
+            return cls(plan, expanded, config, counts, columns_only, experts_only, going)
+        zeros = replace(config, pattern=pattern.then.text, sparsity=pattern.then.sparsity)
+        return cls(plan, zeros, config, counts, columns_only, experts_only, going, choice=expanded)
 
     @property
     def needs_operators(self) -> bool:
@@ -97,6 +100,16 @@ class Removal:
         """The mixture of a decoder layer that loses experts; `None` without."""
         found = (part for part in self.plan.parts.values() if part.is_mixture)
         return next((part for part in found if part.name.startswith(f"{layer_name}.")), None)
+
+    def shape_left(self, operator: LinearOperator) -> tuple[int, int]:
+        """What stays of an operator before it is pruned as `config` says, [out, in]: all of it if no zeros follow."""
+        weight = f"{operator.name}.weight"
+        part, shape = self.plan.part_of(weight), operator.shape
+        if part is None or self.choice is None:
+            return shape
+        stored = shape[::-1] if operator.transposed else shape
+        rows, columns = part.shrunk_shape(weight, stored, self.plan.counts[part.name])
+        return (columns, rows) if operator.transposed else (rows, columns)
 
     def remove_layers(
         self,
@@ -130,12 +143,53 @@ class Removal:
         for index, (name, layer) in enumerate(layers):
             if index in removed:
                 left[name] = {}
+            elif self.choice is not None:
+                continue  # its last operator is pruned like all others, which repairs it
             elif index - 1 in removed and correction.residual_share and not correction.independent_layers:
                 others = find_operators(name, layer, dense_experts=("*",))
                 all_columns |= {key: f"columns:{o.shape[1]}of{o.shape[1]}" for key, o in others.items()}
                 left[name] = others | left[name]
-        self.config = replace(self.config, overrides={**all_columns, **self.config.overrides})
+        if all_columns:
+            self.config = replace(self.config, overrides={**all_columns, **self.config.overrides})
         return left
+
+    def with_readers_alone(self, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+        """The operators of a decoder layer that lose columns, and all of its operators, in groups.
+
+        One that loses columns is alone: what is left of its inputs it shares with no other.
+        """
+        readers, apart = [], []
+        for group in groups:
+            alone = [[operator] for operator in group if operator.name in self.plan.parts]
+            others = [operator for operator in group if operator.name not in self.plan.parts]
+            readers += alone
+            apart += [others, *alone] if others else alone
+        return readers, apart
+
+    def narrowings(
+        self, operators: Mapping[str, LinearOperator], refitted: Mapping[str, PrunedOperator]
+    ) -> dict[str, Narrowing]:
+        """What stays of the operators of a decoder layer, those in which something goes.
+
+        Args:
+            operators: The operators of the layer.
+            refitted: Those that lose columns, pruned to whole columns: they say which groups stay.
+        """
+        self.kept |= {name: self.plan.parts[name].kept_by(pruned.mask) for name, pruned in refitted.items()}
+        found = {}
+        for name, operator in operators.items():
+            weight = f"{name}.weight"
+            part = self.plan.part_of(weight)
+            if part is None:
+                continue
+            axis = 1 if part.name == name else 0
+            entries = part.entries(weight, operator.shape[axis], self.kept[part.name])
+            entries = entries.to(refitted[part.name].mask.device)
+            if axis:
+                found[name] = Narrowing(columns=entries, weight=refitted[name].weight[:, entries])
+            else:
+                found[name] = Narrowing(rows=entries)
+        return found
 
     def to_prune(
         self, groups: Sequence[Group], activations: LayerActivations, hidden_states: Tensor
@@ -151,6 +205,12 @@ class Removal:
         pruned = {operator.name for group in chosen for operator in group}
         names = [operator.name for group in groups for operator in group if operator.name not in pruned]
         return [group for group in chosen if group], {name: self.reason_left_dense(name) for name in names}
+
+    def reasons_left_dense(self, reasons: Mapping[str, str]) -> dict[str, str]:
+        """Why operators are not pruned: for the reasons given if zeros follow, else as `reason_left_dense` says."""
+        if self.choice is not None:
+            return dict(reasons)
+        return {name: self.reason_left_dense(name) for name in reasons}
 
     def reason_left_dense(self, name: str) -> str:
         """Why an operator's weights are not pruned."""
@@ -195,7 +255,7 @@ class Removal:
     ) -> tuple[LayerRecord, dict[str, Tensor], dict[str, Tensor]]:
         """A pruned decoder layer as the smaller model has it: its record, its packed masks, and its tensors by name."""
         kept = self._kept([record.report], record.operators, masks)
-        operators, smaller = self._reports(record.operators, kept)
+        operators, smaller = self._reports(record.operators, kept, masks)
         (report,), left_dense = self._layers([record.report]), self._renamed(record.left_dense)
         shrunk = {name: self.plan.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()}
         return LayerRecord(report, operators, left_dense), smaller, self._renamed(shrunk)
@@ -212,7 +272,7 @@ class Removal:
         Before, `undo_first` is called with what gives tensors their old sizes back.
         """
         kept = self._kept(report.layers, report.operators, masks)
-        operators, smaller = self._reports(report.operators, kept)
+        operators, smaller = self._reports(report.operators, kept, masks)
         # what becomes smaller waits on the CPU: a device that is nearly full has no room for both sizes of all tensors
         before = [
             (tensor, tensor.device, tensor.data if self.plan.part_of(name) is None else tensor.data.cpu())
@@ -261,6 +321,8 @@ class Removal:
         self, layers: Sequence[LayerReport], operators: Sequence[OperatorReport], masks: Mapping[str, Tensor]
     ) -> dict[str, tuple[int, ...]]:
         """The groups that stay, by the names of the parts."""
+        if self.choice is not None:
+            return self.kept
         kept = {layer.mixture.name: layer.mixture.groups_kept for layer in layers if layer.mixture is not None}
         for operator in operators:
             shape = operator.shape[::-1] if operator.stored_transposed else operator.shape
@@ -271,21 +333,22 @@ class Removal:
         return kept
 
     def _reports(
-        self, operators: Sequence[OperatorReport], kept: Mapping[str, tuple[int, ...]]
+        self, operators: Sequence[OperatorReport], kept: Mapping[str, tuple[int, ...]], masks: Mapping[str, Tensor]
     ) -> tuple[list[OperatorReport], dict[str, Tensor]]:
-        """Reports of the operators without their removed columns, and packed masks that keep all that is left."""
-        reports, masks = [], {}
+        """Reports of the operators without what goes, and their packed masks."""
+        reports, smaller = [], {}
         for operator in operators:
-            name, new = operator.name.removesuffix(".weight"), self.plan.new_name(operator.name)
+            new, groups = self.plan.new_name(operator.name), kept.get(operator.name.removesuffix(".weight"))
             assert new is not None
-            groups, (out, columns) = kept.get(name), operator.shape
-            if groups is not None:
-                columns = len(groups) * self.plan.parts[name].width
-            stored = (columns, out) if operator.stored_transposed else (out, columns)
-            masks[new] = pack_mask(torch.ones(stored, dtype=torch.bool))
-            smaller = replace(operator, name=new, shape=(out, columns), num_kept=out * columns, sparsity=0.0)
-            reports.append(replace(smaller, groups_kept=groups))
-        return reports, masks
+            shape = operator.shape[::-1] if operator.stored_transposed else operator.shape
+            mask = self.plan.shrink_tensor(operator.name, unpack_mask(masks[operator.name], shape), kept)
+            smaller[new] = pack_mask(mask)
+            out, columns = mask.shape[::-1] if operator.stored_transposed else mask.shape
+            num_kept = int(mask.sum())
+            before = None if groups is None else self.plan.parts[operator.name.removesuffix(".weight")].groups
+            report = replace(operator, name=new, shape=(out, columns), groups_kept=groups, num_groups=before)
+            reports.append(replace(report, num_kept=num_kept, sparsity=1 - num_kept / mask.numel()))
+        return reports, smaller
 
     def _renamed(self, values: Mapping[str, T]) -> dict[str, T]:
         """What is kept by name, under the names of the smaller model, without what goes."""
@@ -328,10 +391,10 @@ def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:
 
 
 def require_zeros_to_pack(config: FistaPruningConfig, packed: bool) -> None:
-    """Refuse to pack what a run leaves if it removes whole parts.
+    """Refuse to pack what a run leaves if it removes whole parts, and no zeros follow.
 
     Raises:
         ValueError: If so.
     """
-    if packed and config.whole_parts is not None:
+    if packed and config.whole_parts is not None and config.whole_parts.then is None:
         raise ValueError(f"packed=True: pattern={config.pattern!r} leaves a dense model: there are no zeros to pack.")

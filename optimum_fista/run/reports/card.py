@@ -15,7 +15,7 @@ from optimum_fista.run.reports.markdown import markdown_lines
 from optimum_fista.run.reports.operator_grid import OperatorGrid, layer_index
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.solve.pattern import SparsityPattern
-from optimum_fista.solve.patterns import parse_pattern
+from optimum_fista.solve.patterns import WholeParts, parse_pattern
 
 PACKED_NOTE = """
 ## Packed
@@ -38,10 +38,12 @@ def model_card(report: PruningReport, picture: str | None = None) -> str:
     formats = {"thousands": "{:,}", "percent": "{:.2%}", "error": "{:.4f}"}
     environment.filters |= {"escaped": _escaped, **{name: form.format for name, form in formats.items()}}
     name, pattern, sparsities = report.model["name"], _pattern(report), [o.sparsity for o in report.operators]
-    zeros = "the same share in every operator"
-    if report.removed:
+    zeros, of_weights = "the same share in every operator", pattern
+    if isinstance(pattern, WholeParts) and pattern.then is not None:
+        of_weights = pattern.then
+    if report.only_removed:
         zeros = "none: what is removed is no longer there"
-    elif report.config["allocation"] == "fisher" and not pattern.fixed:
+    elif report.config["allocation"] == "fisher" and not of_weights.fixed:
         zeros = f"shared over the operators by gradients of the loss, {min(sparsities):.1%} to {max(sparsities):.1%}"
     return (
         environment.get_template("card.md").render(
@@ -78,7 +80,7 @@ def _rows(report: PruningReport) -> list[str]:
     """One row for the operators of the same kind in every decoder layer, below a header."""
     grid = OperatorGrid.of(report.operators)
     measured = any(o.held_out_fit_error is not None for o in report.operators)
-    gone, share = ("columns removed", "target_sparsity") if report.removed else ("sparsity", "sparsity")
+    gone, share = ("columns removed", "target_sparsity") if report.only_removed else ("sparsity", "sparsity")
     header = ["operator", "shape", gone, "mean fit error", "largest fit error", "mean output error"]
     rows = []
     for kind in grid.kinds:

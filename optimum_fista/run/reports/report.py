@@ -64,6 +64,7 @@ class OperatorReport:
         residual_corrected: Whether it compensates for the error in the rest of its layer (`residual_correction`).
         groups_kept: Numbers of the groups of columns that stayed, if the others were removed from the model: shape,
             `num_kept` and `sparsity` are then those of the smaller weight.
+        num_groups: Groups of columns before; `None` if none were removed, and in reports of older versions.
     """
 
     name: str
@@ -89,6 +90,7 @@ class OperatorReport:
     convergence: Convergence | None = None
     residual_corrected: bool = False
     groups_kept: tuple[int, ...] | None = None
+    num_groups: int | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OperatorReport:
@@ -292,6 +294,18 @@ class PruningReport:
         return f"{gone:,} of {gone + left:,} parameters removed ({share:.2%}), {left:,} left" if gone else ""
 
     @property
+    def only_removed(self) -> bool:
+        """Whether parts of the model were removed and what is left has no zeros."""
+        return bool(self.removed) and not self.totals["num_zeros"]
+
+    @property
+    def changed(self) -> str:
+        """How many parameters went, and how many weights are zero, in words."""
+        totals = self.totals
+        zeros = f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%})"
+        return "; ".join(filter(None, [self.removed, "" if self.only_removed else zeros]))
+
+    @property
     def totals(self) -> dict[str, Any]:
         """Sums and means over the pruned operators; `model_sparsity` counts every parameter of the model.
 
@@ -352,8 +366,7 @@ class PruningReport:
 
     def __str__(self) -> str:
         """A few lines for people."""
-        totals, removed, held_out, output = self.totals, self.removed, "", "not known"
-        zeros = f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%})"
+        totals, held_out, output = self.totals, "", "not known"
         if totals["mean_output_error"] is not None:
             output = f"{totals['mean_output_error']:.4f} on average, {totals['max_output_error']:.4f} at most"
         if totals["held_out_ratio"] is not None:
@@ -363,7 +376,7 @@ class PruningReport:
             )
         return (
             f"{totals['num_operators']} operators pruned by {self.config['method']}, "
-            f"{removed or zeros}; "
+            f"{self.changed}; "
             f"fit error {totals['mean_fit_error']:.4f} on average, {totals['max_fit_error']:.4f} at most{held_out}, "
             f"output error {output}{self.before}; "
             f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"

@@ -63,9 +63,11 @@ class WholeParts(SparsityPattern):
     Attributes:
         sparsity: The largest share.
         shares: What goes, one entry for each kind.
+        then: The pattern of what stays, whose sparsity and scope are then those of this one; `None`: it stays dense.
     """
 
     shares: tuple[PartShare, ...] = ()
+    then: SparsityPattern | None = None
     form: ClassVar[str] = (
         "'channels:SHARE', 'heads:SHARE', 'experts:SHARE' or 'layers:SHARE', or some joined by '+', such as "
         "'channels:0.25+layers:0.1'"
@@ -101,7 +103,15 @@ class WholeParts(SparsityPattern):
     @property
     def text(self) -> str:
         """What `read` takes."""
-        return "+".join(map(str, self.shares))
+        parts = "+".join(map(str, self.shares))
+        if self.then is None:
+            return parts
+        return f"{parts},{self.then.text if self.then.fixed else repr(self.then.sparsity)}"
+
+    def __str__(self) -> str:
+        """For people."""
+        parts = "+".join(map(str, self.shares))
+        return parts if self.then is None else f"{parts}, then {self.then}"
 
     @property
     def column_width(self) -> int:
