@@ -10,7 +10,7 @@ from optimum_fista_cli.main import build_parser, main
 FLAGS = {
     "prune": (
         "MODEL --output -o --dry-run --overwrite --packed --sparsity --pattern --scope --include "
-        "--exclude --method --paper "
+        "--exclude --method --paper --expert-saliency "
         "--error-correction --residual-correction --allocation --under-calibrated-tokens "
         "--under-calibrated-method --warm-start --max-iterations "
         "--finetune --finetune-steps --finetune-learning-rate --config "
@@ -31,7 +31,7 @@ FLAGS = {
         "--output -o --plot --original"
     ),
     "doctor": "",
-    "demo": "--model --text --output --num-samples --sequence-length --max-windows",
+    "demo": "--full --model --text --output --num-samples --sequence-length --max-windows",
 }
 
 
