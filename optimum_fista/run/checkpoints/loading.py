@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,10 +130,26 @@ def reading(name: str) -> Iterator[None]:
 def _read(kind: Any, name: str, **options: Any) -> Any:
     """What an automatic class of Transformers makes of a model's files; no code of theirs runs."""
     file = gguf_file(name)
-    if file is not None:
-        options["gguf_file"] = file
-    with reading(name):
-        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    if file is None:
+        with reading(name):
+            return kind.from_pretrained(name, trust_remote_code=False, **options)
+    with reading(name), _no_garbage_collection():
+        return kind.from_pretrained(name, trust_remote_code=False, gguf_file=file, **options)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Reading a GGUF file makes an object of every token, and the collector would look at all of them many times.
+
+    That takes nearly half of the reading: 1.9 of 4.5 seconds for the configuration of a file with 49,152 tokens.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def gguf_file(name: str) -> str | None:

@@ -1,3 +1,4 @@
+import gc
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.checkpoints import loading
 from optimum_fista.run.checkpoints.loading import load_model, quantization_method, require_unquantized
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 
@@ -146,3 +148,22 @@ def test_eight_bit_floats_are_not():
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ValueError, match=r"up_proj\.weight has dtype torch\.float8_e4m3fn: prune the model in float32"):
         require_unquantized(model)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_waits_while_a_gguf_file_is_read(gguf_folder, monkeypatch, enabled):
+    seen = []
+
+    def read(name, **options):
+        seen.append(gc.isenabled())
+        raise OSError("no file")
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", read)
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(OSError, match="no file"):
+            loading.read_config(str(gguf_folder))
+        assert (seen, gc.isenabled()) == ([False], enabled)
+    finally:
+        (gc.enable if before else gc.disable)()
