@@ -41,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     if proven.num_zeros or not found:
         share = proven.num_zeros / max(1, proven.num_weights)
         found.append(f"{proven.num_zeros:,} of {proven.num_weights:,} weights zero ({share:.4%})")
-    print(f"{arguments.folder}: {proven.num_operators} operators keep their pattern, {'; '.join(found)}")
+    mixtures = f" and {proven.num_mixtures} mixtures" if proven.num_mixtures else ""
+    print(f"{arguments.folder}: {proven.num_operators} operators{mixtures} keep their pattern, {'; '.join(found)}")
     if proven.num_equal == 0:
         print(f"it was trained after pruning, so only shapes were compared with {arguments.dense}")
     elif proven.num_equal is not None:

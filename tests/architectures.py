@@ -61,9 +61,13 @@ def format_page(outcomes: Iterable[Outcome]) -> str:
     lines += ["", "## What stays dense", ""]
     lines += _grouped("operators and reason", ((dense, o.family) for o in works for dense in o.dense))
     lines += ["", "## What can become smaller", ""]
-    counts = [f"{kind} in {sum(kind in o.smaller for o in works)}" for kind in ("channels", "heads")]
-    lines += [f"[Whole parts](smaller.md) can go: {' and '.join(counts)} families.", ""]
-    lines += _grouped("what can go", ((" and ".join(o.smaller) or "nothing", o.family) for o in works))
+    channels, heads, experts = (sum(kind in o.smaller for o in works) for kind in ("channels", "heads", "experts"))
+    lines += [
+        f"[Whole parts](smaller.md) can go: channels in {channels}, heads in {heads}, and experts in {experts} "
+        "families.",
+        "",
+    ]
+    lines += _grouped("what can go", ((", ".join(o.smaller) or "nothing", o.family) for o in works))
     lines += ["", "## What does not work", ""]
     lines += _grouped("what happens", ((_failure(o), o.family) for o in found if o.status != "works"))
     return "\n".join(lines) + "\n"

@@ -118,7 +118,7 @@ def try_family(family: str, folder: Path) -> Outcome:
 def what_can_go(family: str) -> tuple[str, ...]:
     """The kinds of parts of which half can be removed from a family; the smaller models return finite logits."""
     found = []
-    for kind, pattern in (("channels", "channels:0.5/1"), ("heads", "heads:0.5")):
+    for kind, pattern in (("channels", "channels:0.5/1"), ("heads", "heads:0.5"), ("experts", "experts:0.5")):
         model = family_model(family)
         pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="magnitude"), progress=False)
         try:

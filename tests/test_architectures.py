@@ -54,8 +54,8 @@ def test_families_that_fail_or_stay_dense_alike_share_a_row():
     assert "| Decoder-only language models | 0 of 1 |\n" in page
     assert "they are refused | 2 of 3 |\n" in page
     assert "| up: router | `a`, `b` |\n" in page
-    assert "can go: channels in 1 and heads in 1 families." in page
-    assert "| channels and heads | `b` |\n| nothing | `a` |\n" in page
+    assert "can go: channels in 1, heads in 1, and experts in 0 families." in page
+    assert "| channels, heads | `b` |\n| nothing | `a` |\n" in page
     assert "| refused: no \\| layers | `c`, `d` |\n" in page
     assert "| not built | `e` |\n" in page
 

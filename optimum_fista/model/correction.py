@@ -217,7 +217,7 @@ class LayerTargets:
         correction, seen, count = self._correction, list[Tensor](), 0
         with watching({}, {self._experts: lambda output: seen.append(tokens_of(output, count).float())}):
             for batch, hidden in enumerate(self._entering.entering):
-                count = hidden.shape[:-1].numel()
+                count = hidden.shape[:2].numel()
                 output, same = self._activations.run(batch, hidden), seen.pop()
                 target = same
                 if correction.needs_dense:
@@ -266,7 +266,7 @@ class LayerTargets:
         together = [self._experts] if self._experts is not None and self._correction.needs_dense else []
         with watching(inputs, results | dict.fromkeys(together, see_experts)):
             for batch, hidden in enumerate(hidden_states):
-                count = hidden.shape[:-1].numel()
+                count = hidden.shape[:2].numel()
                 outputs.append(self._activations.run(batch, hidden))
                 for record in records:
                     record.end_batch()

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from optimum_fista.model.architecture import input_embedding
+from optimum_fista.model.expert_removal import ROUNDS
 from optimum_fista.packed.masks import smallest_encoding
 from optimum_fista.run.checkpoints.loading import (
     default_device,
@@ -133,6 +134,7 @@ class Estimate:
         smaller = self.model if self.shapes.removal is None else self.shapes.removal.plan.model
         self.num_removed = self.model.num_parameters() - smaller.num_parameters()
         self.only_removes = self.num_removed > 0 and self.shapes.removal.choice is None  # type: ignore[union-attr]
+        self.refits = self.shapes.removal is not None and self.shapes.removal.asked.expert_refit
         self.rounds = 0 if self.shapes.removal is None else self.shapes.removal.num_removed_layers
         self.allocates = any(map(config.shares_budget, self.shapes.operators))
         self.differentiates = self.allocates or config.needs_gradients
@@ -211,6 +213,13 @@ class Estimate:
                 yield "solving", held | problems | {"solver": self._solved(g)[1]}, waiting
                 grams -= (gram + cross) * bool(config.held_out)
                 recorded.pop(g, None)
+            if kind.mixture is not None:
+                # Outputs of all experts and what is wanted of them, inputs of those that stay and what they still lack.
+                on_disk, waiting = self.storage == "disk", self.streams_bytes + 4 * stream
+                stay = {"experts that stay": float(kind.mixture.num_bytes), "what they lack": on_disk * stream}
+                gram, matrix = 4 * kind.mixture.columns**2, 4 * kind.mixture.rows * kind.mixture.columns
+                refit = {"Gram matrices": self.refits * 5 * gram, "weights and targets": self.refits * 6 * matrix}
+                yield "experts", layer | batch | stay | refit, waiting - on_disk * stream
             pruned = sum(count * g.outputs * g.columns for g, count in kind.groups.items())
             if config.finetune is not None:  # masks, weights from before, gradients, moments, weights in float32
                 training = (2 + value + 4 * (3 if value == 4 else 4)) * pruned
@@ -266,6 +275,17 @@ class Estimate:
                 moved += 10 * _SWEEP * (square + g.outputs * g.columns)
                 stages["statistics"] += work(products=sums + problems, moved_bytes=moved) * times
                 stages["solving"] += self._solved(g)[0] * times
+            if (
+                mixture := kind.mixture
+            ) is not None:  # with all experts, with those that stay, and once they are refitted
+                stages["forward passes"] += token * (kind.count * 3 * self.tokens)
+                experts, square = kind.count * mixture.number * self.refits, float(mixture.columns) ** 2
+                sums = self.tokens * mixture.share * (square + 8 * mixture.rows * mixture.columns)
+                fits = 6 * (
+                    square * mixture.columns / 3 + 4 * mixture.rows * square
+                )  # on halves and on all, twice each
+                stages["statistics"] += work(products=ROUNDS * experts * sums)
+                stages["solving"] += work(products=ROUNDS * experts * fits)
             sweeps = kind.count * _SWEEP * sum(count * g.outputs * g.columns for g, count in kind.groups.items())
             stages["allocation"] += work(moved_bytes=self.allocates * 24 * sweeps)
             if config.finetune is not None:  # forwards and backwards; Adam, masks and rounding take twelve passes

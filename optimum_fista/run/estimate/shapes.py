@@ -17,6 +17,7 @@ from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.correction import Correction
+from optimum_fista.model.expert_removal import experts_of
 from optimum_fista.model.experts import ExpertOperator, is_fused_experts
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.operator import LinearOperator
@@ -47,6 +48,17 @@ class Group:
         return sum(self.rows)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """The experts that stay in a decoder layer, if others go."""
+
+    number: int
+    rows: int  # outputs of a down projection
+    columns: int  # its inputs
+    share: float  # of all tokens, those that one of them gets
+    num_bytes: int
+
+
 @dataclass
 class LayerKind:
     """Decoder layers that are alike."""
@@ -55,6 +67,7 @@ class LayerKind:
     num_bytes: int  # of the weights of one
     num_active: float  # weights that a token meets: of experts, those that it is sent to
     groups: dict[Group, int]  # operators to prune in the order of the run, and how many such groups there are
+    mixture: Mixture | None = None
 
 
 @dataclass
@@ -124,7 +137,8 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
         recorded = record_inputs(model, layers, [CalibrationBatch(tokens)])
         for (name, layer), calls in zip(layers, recorded.calls, strict=True):
             shapes = ((key, tuple(p.shape)) for key, p in layer.named_parameters())
-            kind = type(layer), *shapes, *(key.removeprefix(name) for key in chosen[name])
+            part = None if removal is None else removal.mixture_of(name)
+            kind = type(layer), part is None, *shapes, *(key.removeprefix(name) for key in chosen[name])
             if kind in kinds:
                 kinds[kind].count += 1
                 continue
@@ -144,7 +158,13 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
                     of_experts.setdefault((id(operator.owner), operator.expert, operator.tensor), []).append(operator)
             groups.update(_groups(layer, traced, [*of_experts.values()], config, shares))
             num_active = sum(p.numel() * shares.get(id(p), 1.0) for p in layer.parameters())
-            kinds[kind] = LayerKind(1, sum(p.nbytes for p in layer.parameters()), num_active, groups)
+            mixture = None
+            if removal is not None and part is not None:
+                experts, count = experts_of(part, name, layer), removal.plan.counts[part.name]
+                outputs, inputs = experts.operators[-1].shape  # of a down projection
+                held = sum(p.nbytes for p in experts.module.parameters(recurse=False))
+                mixture = Mixture(count, outputs, inputs, min(1.0, active / count), held * count // part.groups)
+            kinds[kind] = LayerKind(1, sum(p.nbytes for p in layer.parameters()), num_active, groups, mixture)
     named = {name: shape_left(operator) for those in chosen.values() for name, operator in those.items()}
     return Shapes(model, config, removal, list(kinds.values()), named, left_dense, fused_bytes)
 

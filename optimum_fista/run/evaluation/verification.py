@@ -53,6 +53,7 @@ class Verification:
         removed: How much smaller than the dense model it is, in words; empty if no part of it was removed.
         num_equal: Tensors that are equal to those of the dense model, less the rows that were removed; `None` if they
             were not compared.
+        num_mixtures: Mixtures that lost experts.
     """
 
     num_operators: int
@@ -61,6 +62,7 @@ class Verification:
     num_parameters: int | None = None
     removed: str = ""
     num_equal: int | None = None
+    num_mixtures: int = 0
 
 
 def verify_checkpoint(
@@ -74,8 +76,9 @@ def verify_checkpoint(
     model that became smaller, all tensors have the shapes that its configuration describes.
 
     With the dense model at hand, every tensor that holds no pruned operator is compared with the dense model's: it must
-    be equal, or equal to what is left of it without the channels and heads that the report says went. Of pruned
-    operators, and of all tensors of a model that was trained after pruning, the shapes are compared.
+    be equal, or equal to what is left of it without the channels, heads and experts that the report says went. Of
+    pruned operators, of down projections of refitted experts, and of all tensors of a model that was trained after
+    pruning, the shapes are compared.
 
     Args:
         folder: The model folder.
@@ -114,7 +117,7 @@ def verify_checkpoint(
         if config.get(name, value) != value:  # older versions had fewer
             raise VerificationError(f"config.json promises {name} {config[name]!r}, {REPORT_FILE} says {value!r}.")
     equal = None if dense is None else compare_with_dense(folder, report, str(dense), progress)
-    return Verification(len(report.operators), weights, zeros, parameters, report.removed, equal)
+    return Verification(len(report.operators), weights, zeros, parameters, report.removed, equal, len(report.mixtures))
 
 
 def _verify_totals(
@@ -128,6 +131,7 @@ def _verify_totals(
         raise VerificationError(f"{REPORT_FILE} promises {claimed} parameters, the model has {parameters}.")
     if model is not None and report.removed:
         _verify_shapes(folder, model)
+        _verify_mixtures(model, report)
     counted = {"num_zeros": zeros, "num_weights": weights, "sparsity": zeros / weights if weights else 0.0}
     counted |= {"model_sparsity": zeros / claimed}
     for name, value in (report.totals | counted).items():
@@ -135,6 +139,21 @@ def _verify_totals(
         if not _agree(found, value):
             raise VerificationError(f"{REPORT_FILE}: totals promise {name} {found}, the operators make {value}.")
     return parameters
+
+
+def _verify_mixtures(model: PreTrainedModel, report: PruningReport) -> None:
+    """Check that mixtures have as many experts as the report names, and that these were in the dense model."""
+    for mixture in report.mixtures:
+        kept, total = mixture.groups_kept, len(mixture.saliency)
+        if list(kept) != sorted(set(kept) & set(range(total))):
+            raise VerificationError(
+                f"{mixture.name}: groups_kept are not numbers from 0 to {total - 1} in rising order."
+            )
+        found = {len(p) for p in model.get_submodule(mixture.name).parameters(recurse=False) if p.ndim == 3}
+        if found != {len(kept)}:
+            raise VerificationError(
+                f"{mixture.name} has {found.pop()} experts, the report names {len(kept)} that stayed."
+            )
 
 
 def _agree(promised: float | None, value: float | None) -> bool:

@@ -64,8 +64,8 @@ def read_contents(
     report = read_report(folder)
     if report.removed and not report.operators:
         raise ValueError(
-            f"{str(folder / REPORT_FILE)!r}: decoder layers were removed and no operator was changed, so there is no "
-            "error to show. The model card says which layers went."
+            f"{str(folder / REPORT_FILE)!r}: decoder layers or experts were removed and no operator was changed, so "
+            "there is no error to show. The model card says what went."
         )
     if not report.operators:
         raise ValueError(f"{str(folder / REPORT_FILE)!r} names no pruned operator: pass the folder of a pruned model.")

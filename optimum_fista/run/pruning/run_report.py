@@ -84,6 +84,7 @@ def complete_report(
     if config.correction.residual_share:
         report.warnings.extend(_without_residual_correction(report))
     report.warnings.extend(f"{o.name}: {o.message}" for o in operators if o.message and not o.converged)
+    report.warnings.extend(f"{mixture.name}: {mixture.message}" for mixture in report.mixtures if mixture.message)
     under_calibrated = [o for o in operators if config.method != o.method == config.under_calibrated_method]
     if under_calibrated:
         least = min(under_calibrated, key=lambda o: o.num_tokens)

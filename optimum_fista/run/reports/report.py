@@ -155,11 +155,6 @@ class MixtureReport:
     held_out_fit_error: float | None = None
     residual_corrected: bool = False
 
-    @property
-    def kept(self) -> str:
-        """`6 of 8 experts`."""
-        return f"{len(self.groups_kept)} of {len(self.saliency)} experts"
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MixtureReport:
         """Inverse of `dataclasses.asdict`, read from JSON."""
@@ -306,6 +301,20 @@ class PruningReport:
         return "; ".join(filter(None, [self.removed, "" if self.only_removed else zeros]))
 
     @property
+    def experts_left(self) -> str:
+        """How many experts of the mixtures stayed, and how near they come to all, in words; empty if none went."""
+        if not self.mixtures:
+            return ""
+        first, errors = self.mixtures[0], [mixture.fit_error for mixture in self.mixtures]
+        before = fmean(mixture.fit_error_before for mixture in self.mixtures)
+        refits = "" if not self.config["expert_refit"] else f", {before:.4f} before refits"
+        return (
+            f"{len(first.groups_kept)} of {len(first.saliency)} experts left in each of {len(errors)} mixtures "
+            f"({self.config['expert_saliency']}), fit error of their outputs {fmean(errors):.4f} on average, "
+            f"{max(errors):.4f} at most{refits}"
+        )
+
+    @property
     def totals(self) -> dict[str, Any]:
         """Sums and means over the pruned operators; `model_sparsity` counts every parameter of the model.
 
@@ -374,9 +383,12 @@ class PruningReport:
                 f" ({totals['held_out_ratio']:.2f} times that on {self.calibration['held_out']['num_tokens']:,} "
                 f"held-out tokens, {totals['mean_held_out_fit_error']:.4f} on average)"
             )
+        if self.mixtures and not self.operators:
+            return f"{self.removed}; {self.experts_left}; {self.seconds.get('total', 0.0):.1f} s"
+        experts = f"{self.experts_left}; " if self.mixtures else ""
         return (
             f"{totals['num_operators']} operators pruned by {self.config['method']}, "
-            f"{self.changed}; "
+            f"{self.changed}; {experts}"
             f"fit error {totals['mean_fit_error']:.4f} on average, {totals['max_fit_error']:.4f} at most{held_out}, "
             f"output error {output}{self.before}; "
             f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"

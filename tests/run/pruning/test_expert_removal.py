@@ -1,83 +1,254 @@
 """Experts go in every kind of run: those that matter least, chosen in the network as pruned so far."""
 
 import copy
+import json
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from families import family_model, family_tokens, logits
+from architectures import read_outcomes
+from families import FAMILIES, family_model, family_tokens, logits
 from folder_files import files_of
 from killed import Killed, killed_at_write
+from launched import exit_codes, launch, prune
+from tiny_llama import tiny_llama
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
+from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.parts import find_parts
 from optimum_fista.run.checkpoints.checkpoint import read_report
-from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista.run.estimate.estimate import Estimate
+from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
+from optimum_fista.run.pruning import removal
 
 IDLE = (1, 2)
+SOON = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text")
+MIXTURES = [family for family, outcome in read_outcomes().items() if "experts" in outcome.smaller]
+pytestmark = pytest.mark.usefixtures("one_picture")
 
 
-def pruned(model, pattern="experts:0.5", output=None, **options):
-    """The pruner and its report."""
+def pruned(model, pattern="experts:0.5", batches=None, output=None, **options):
+    """Prune a model, in memory or from a folder to another; returns the pruner and its report."""
     pruner = FistaPruner(FistaPruningConfig(pattern=pattern, **options), progress=False)
+    batches = family_tokens() if batches is None else batches
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of few tokens
-        return pruner, pruner.prune(model, family_tokens(), **({} if output is None else {"output_dir": output}))
+        warnings.simplefilter("ignore")  # of few tokens, and of layers without residual correction
+        return pruner, pruner.prune(model, batches, **({} if output is None else {"output_dir": output}))
 
 
-def with_idle_experts(family):
-    """A model whose router never chooses two of four experts, by its bias."""
+def kept(report):
+    return [mixture.groups_kept for mixture in report.mixtures]
+
+
+@pytest.mark.parametrize(("family", "saliency"), [("deepseek_v3", "reap"), ("gpt_oss", "frequency")])
+def test_experts_that_are_never_chosen_go_and_nothing_changes(family, saliency):
     model = family_model(family)
     tensors = model.state_dict()
     for part in find_parts(model, "experts").parts:
         bias = next(name for name in part.tensors if "bias" in name and not name.startswith(f"{part.name}."))
-        tensors[bias][list(IDLE)] = -1000
-    return model
-
-
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
-@pytest.mark.parametrize("saliency", ["reap", "frequency"])
-def test_experts_that_are_never_chosen_go_and_nothing_changes(family, saliency):
-    model = with_idle_experts(family)
+        tensors[bias][list(IDLE)] = -1000  # of the router
     expected = logits(model)
     _, report = pruned(model, expert_saliency=saliency)
-    assert report.mixtures
-    for mixture in report.mixtures:
-        assert mixture.groups_kept == (0, 3)
-        assert [mixture.expert_tokens[expert] for expert in IDLE] == [0, 0]
+    assert set(kept(report)) == {(0, 3)}
+    assert {mixture.expert_tokens[expert] for mixture in report.mixtures for expert in IDLE} == {0}
     assert torch.allclose(logits(model), expected, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
-def test_what_is_saved_loads_plainly_and_is_proved_against_the_dense_model(family, tmp_path):
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in MIXTURES]
+)
+def test_what_a_family_keeps_loads_plainly_and_is_that_of_the_dense_model(family, tmp_path):
     model = family_model(family)
     model.save_pretrained(tmp_path / "dense")
-    pruner, report = pruned(model, "experts:0.5+heads:0.5")
+    pruner, report = pruned(model, "experts:0.5+heads:0.5" if family == "mixtral" else "experts:0.5")
     pruner.save_pretrained(model, tmp_path / "smaller")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
     assert again.num_parameters() == model.num_parameters() == report.model["num_parameters"]
     assert torch.equal(logits(copy.deepcopy(again)), logits(model))
     verified = verify_checkpoint(tmp_path / "smaller", dense=tmp_path / "dense")
+    assert verified.num_mixtures == len(report.mixtures) > 0
     assert verified.num_equal
     assert verified.removed
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
-    family_model("mixtral").save_pretrained(tmp_path / "dense")
-    _, report = pruned(tmp_path / "dense", output=tmp_path / "whole")
-    with pytest.raises(Killed), killed_at_write(9):
-        pruned(tmp_path / "dense", output=tmp_path / "smaller")
-    assert len(list((tmp_path / "smaller.unfinished" / "journal").glob("layer-*.json"))) == 1
-    pruned(tmp_path / "dense", output=tmp_path / "smaller")
-    assert files_of(tmp_path / "smaller") == files_of(tmp_path / "whole")
-    model = family_model("mixtral")
-    _, here = pruned(model)
-    kept = [mixture.groups_kept for mixture in here.mixtures]
-    assert (
-        kept
-        == [m.groups_kept for m in report.mixtures]
-        == [m.groups_kept for m in read_report(tmp_path / "whole").mixtures]
-    )
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
+def test_the_families_of_the_table_are_those_that_shrink():
+    assert set(SOON) <= set(MIXTURES) <= set(FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dense mixture of four decoder layers, and what a run without an interruption makes of it."""
+    folder = tmp_path_factory.mktemp("experts")
+    tiny_model("mixtral", num_hidden_layers=4).save_pretrained(folder / "dense")
+    _, report = pruned(folder / "dense", "experts:0.5+layers:0.25", output=folder / "smaller")
+    return folder / "dense", folder / "smaller", report
+
+
+def test_a_killed_run_resumes_to_the_same_bytes_and_is_that_in_memory(folders, tmp_path):
+    dense, smaller, report = folders
+    with pytest.raises(Killed), killed_at_write(14):
+        pruned(dense, "experts:0.5+layers:0.25", output=tmp_path / "smaller")
+    assert 0 < len(list((tmp_path / "smaller.unfinished" / "journal").glob("layer-*.json"))) < 4
+    pruned(dense, "experts:0.5+layers:0.25", output=tmp_path / "smaller")
+    assert files_of(tmp_path / "smaller") == files_of(smaller)
+    model = tiny_model("mixtral", num_hidden_layers=4)
+    _, here = pruned(model, "experts:0.5+layers:0.25")
+    assert kept(here) == kept(report) == kept(read_report(smaller))
+    assert len(kept(here)) == 3
+    loaded = AutoModelForCausalLM.from_pretrained(smaller).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+    assert verify_checkpoint(smaller, dense=dense).num_mixtures == 3
+
+
+def test_ranks_write_what_one_process_writes(folders, tmp_path):
+    config = FistaPruningConfig(pattern="experts:0.5", error_correction="intra")
+    prune(0, folders[0], tmp_path / "one", config)
+    assert exit_codes(launch(2, prune, folders[0], tmp_path / "two", config)) == [0, 0]
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+
+
+@pytest.mark.parametrize("at", ["layer", "shrink"])
+def test_a_failure_leaves_the_model_as_it_was(at, monkeypatch):
+    model, changed = tiny_model("mixtral"), []
+    before, config = {name: value.clone() for name, value in model.state_dict().items()}, model.config
+    batches = torch.randint(3, 64, (48, 32), generator=torch.Generator().manual_seed(1)).split(8)
+    shrink = removal.shrink_model
+
+    class Watch(PruningCallback):
+        def on_layer_end(self, index, report, operators):
+            down = f"{report.mixture.name}.down_proj"
+            changed.append(not torch.equal(model.state_dict()[down], before[down]))
+            if index == 1 and at == "layer":
+                raise KeyboardInterrupt
+
+    def fail_at_the_end(*arguments):
+        shrink(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(removal, "shrink_model", fail_at_the_end)
+    pruner = FistaPruner(FistaPruningConfig(pattern="experts:0.5"), progress=False, callbacks=[Watch()])
+    with pytest.raises(KeyboardInterrupt):
+        pruner.prune(model, batches)
+    assert any(changed), "no expert was refitted, so that there was nothing to put back"
+    assert model.config is config
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("correction", ["none", "intra", "full", 0.0])
+def test_corrections_are_those_of_the_configuration(correction):
+    model = tiny_model("qwen3_moe")
+    _, report = pruned(model, "experts:0.5+heads:0.5", error_correction=correction, residual_correction=0.5)
+    assert len(report.mixtures) == 2
+    corrected = {mixture.residual_corrected for mixture in report.mixtures}
+    assert corrected == {correction != "none"}
+    assert bool(torch.isfinite(logits(model)).all())
+
+
+def test_channels_go_beside_experts():
+    model = family_model("deepseek_v3")
+    before = model.num_parameters()
+    _, report = pruned(model, "channels:0.5/1+experts:0.5")
+    assert report.mixtures
+    assert report.operators
+    assert report.totals["num_removed"] == before - model.num_parameters()
+
+
+def test_runs_of_experts_that_the_router_chooses_first_keep_as_many():
+    model = tiny_model("deepseek_v3", n_routed_experts=8, n_group=2, topk_group=1)
+    _, report = pruned(model, "experts:0.3")  # 5.6 experts, to the nearest even number
+    assert all(sum(expert < 4 for expert in found) == 3 for found in kept(report))
+    assert model.config.n_routed_experts == 6
+
+
+def test_saliency_and_refits_are_chosen_by_the_configuration():
+    reports = {}
+    for saliency in ("reap", "frequency", "random"):
+        _, reports[saliency] = pruned(tiny_model("mixtral"), expert_saliency=saliency, expert_refit=False)
+        assert {mixture.num_refitted for mixture in reports[saliency].mixtures} == {0}
+    for mixture in reports["frequency"].mixtures:
+        best = sorted(range(4), key=lambda expert: -mixture.expert_tokens[expert])[:2]
+        assert mixture.groups_kept == tuple(sorted(best))
+    assert "2 of 4 experts left in each of 2 mixtures (random)" in str(reports["random"])
+    assert "before refits" not in str(reports["random"])
+
+
+def test_what_is_estimated_goes(folders):
+    config = FistaPruningConfig(pattern="experts:0.5+layers:0.25")
+    estimate = Estimate(folders[0], config, num_samples=2, sequence_length=32, timed=False)
+    assert estimate.num_removed == folders[2].totals["num_removed"]
+    assert any("keeps 2 of 4 experts" in line for line in str(estimate).splitlines())
+
+
+def test_the_card_says_which_experts_are_left(folders):
+    card = (folders[1] / "README.md").read_text()
+    assert "| experts | 2 of 4 experts left in each of 3 mixtures (reap), fit error of their outputs" in card
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found[::-1], "groups_kept are not numbers from 0 to 3 in rising order"),
+        (lambda found: found[:1], "has 2 experts, the report names 1 that stayed"),
+    ],
+)
+def test_verify_finds_experts_that_are_not_those_of_the_report(folders, tmp_path, change, message):
+    shutil.copytree(folders[1], tmp_path / "changed")
+    edit(tmp_path / "changed", change)
+    with pytest.raises(VerificationError, match=message):
+        verify_checkpoint(tmp_path / "changed")
+
+
+def test_verify_finds_other_experts_in_the_dense_model(folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "changed")
+    edit(tmp_path / "changed", lambda found: [expert for expert in range(4) if expert not in found])
+    with pytest.raises(VerificationError, match="values that the run did not prune"):
+        verify_checkpoint(tmp_path / "changed", dense=folders[0])
+
+
+def edit(folder: Path, change) -> None:
+    """Change which experts the report says stayed in the first mixture."""
+    file = folder / "fista" / "report.json"
+    values = json.loads(file.read_text())
+    mixture = values["layers"][0]["mixture"]
+    mixture["groups_kept"] = change(mixture["groups_kept"])
+    file.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern", "error", "message"),
+    [
+        (tiny_llama, "experts:0.5", UnsupportedArchitectureError, "can't lose experts: its configuration states no"),
+        (
+            lambda: tiny_model("mixtral"),
+            "experts:0.75",
+            ValueError,
+            r"experts=1: model.layers.0.mlp.experts has 4; pass a number from 2 to 4\.",
+        ),
+        (lambda: tiny_model("mixtral"), "experts:0.9", ValueError, "0 of 4 experts would stay"),
+    ],
+)
+def test_what_can_not_go_is_refused_and_the_model_stays(model, pattern, error, message):
+    made = model()
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    with pytest.raises(error, match=message):
+        pruned(made, pattern)
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": "experts:0.5", "finetune": "layer"}, "finetune='layer' can't train decoder layers that lose"),
+        ({"pattern": "channels:0.5", "expert_saliency": "random"}, "expert_saliency='random' has no meaning for"),
+        ({"sparsity": 0.5, "expert_refit": False}, "expert_refit=False has no meaning for pattern='unstructured'"),
+        ({"pattern": "experts:0.5", "expert_saliency": "x"}, "expert_saliency='x': pass 'reap' or 'frequency' or"),
+        ({"pattern": "experts:0.5", "include": "*.0.*"}, "include=.* has no meaning for pattern='experts:0.5'"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FistaPruningConfig(**options)
