@@ -234,7 +234,7 @@ class FistaPruningConfig:
                     f"{name}={getattr(self, name)!r} has no meaning for pattern={self.pattern!r}, which removes no "
                     "experts: leave it out, or pass a pattern such as 'experts:0.25'."
                 )
-        if loses_experts and self._pattern_of_weights() is not self.whole_parts:
+        if loses_experts and self._pattern_of_weights() != self.whole_parts:
             raise ValueError(
                 f"pattern={self.pattern!r}: experts can't go in the run in which what stays gets zeros: prune with the "
                 "part before the comma, and the smaller model again with that after it."
