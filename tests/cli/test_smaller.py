@@ -122,7 +122,7 @@ def test_decoder_layers_that_went_are_named(tiny_folder, text_file, tmp_path, ca
     )
     capsys.readouterr()
     assert main(["report", str(alone)]) == 1
-    assert "decoder layers were removed and no operator was changed" in capsys.readouterr().err
+    assert "decoder layers or experts were removed and no operator was changed" in capsys.readouterr().err
 
 
 def test_it_is_pushed_as_it_is(smaller, tmp_path, monkeypatch, capsys):
