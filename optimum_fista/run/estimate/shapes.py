@@ -120,8 +120,9 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
     if removal is not None:
         if num_removed:  # which ones is a question of values: the next ones after the first stand for them
             chosen = removal.remove_layers(model, layers, chosen, dict.fromkeys(range(1, 1 + num_removed), 0.0))
-            config = removal.config
-        left_dense = removal.reasons_left_dense(left_dense)
+        else:
+            chosen = removal.with_repairs(layers, chosen)
+        config, left_dense = removal.config, removal.reasons_left_dense(left_dense, chosen)
     active = getattr(settings.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
     shares: dict[int, float] = {}
     fused_bytes = 0
@@ -132,6 +133,7 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
             shares[id(parameter)] = min(1.0, active / len(parameter))
             fused_bytes += parameter.nbytes
     kinds: dict[Any, LayerKind] = {}
+    pruned: dict[Any, set[str]] = {}  # the operators of each kind, without the layer's name
     with torch.no_grad(), _AnswerYes():
         tokens = torch.zeros(1, 16, dtype=torch.long, device="meta")
         recorded = record_inputs(model, layers, [CalibrationBatch(tokens)])
@@ -141,6 +143,7 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
             kind = type(layer), part is None, *shapes, *(key.removeprefix(name) for key in chosen[name])
             if kind in kinds:
                 kinds[kind].count += 1
+                chosen[name] = {key: o for key, o in chosen[name].items() if key.removeprefix(name) in pruned[kind]}
                 continue
             linear = {key: o for key, o in chosen[name].items() if not isinstance(o, ExpertOperator)}
             traced, _ = trace_groups(layer, linear, calls[0], recorded.hidden_states[0])
@@ -152,6 +155,7 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
                 activations = LayerActivations(layer, calls, [None], tokens.device)
                 traced, others = removal.to_prune(traced, activations, recorded.hidden_states[0])
                 chosen[name] = {key: o for key, o in chosen[name].items() if key not in others}
+            pruned[kind] = {key.removeprefix(name) for key in chosen[name]}
             of_experts: dict[Any, list[LinearOperator]] = {}  # what one parameter holds for one expert
             for operator in chosen[name].values():
                 if isinstance(operator, ExpertOperator):

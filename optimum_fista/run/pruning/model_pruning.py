@@ -79,7 +79,9 @@ class ModelPruning:
             shape_left=self._shape_left,
         )
         if self.removal is not None:
-            left_dense = self.removal.reasons_left_dense(left_dense)
+            self.operators = self.removal.with_repairs(self.layers, self.operators)
+            self.config = self.removal.config
+            left_dense = self.removal.reasons_left_dense(left_dense, self.operators)
         require_own_weights(model, self.layers)
         self.stored_names = stored_names(model, (o for group in self.operators.values() for o in group.values()))
         batches = hold_out(read_batches(calib_dataloader, input_embedding(model).shape[0]), config.held_out)
@@ -158,12 +160,9 @@ class ModelPruning:
             self.removed = frozenset(losses)
             self.operators = self.removal.remove_layers(self.model, self.layers, self.operators, losses)
             self.config = budgets.config = self.removal.config
-            chosen = {name: operator for group in self.operators.values() for name, operator in group.items()}
-            new_name = self.removal.plan.new_name
-            self.stored_names = stored_names(self.model, chosen.values(), new_name)
-            left = {name: why for name, why in self.report.left_dense.items() if name not in chosen}
-            left = {name: why for name, why in left.items() if new_name(name) is not None}
-            self.report.left_dense = self.removal.reasons_left_dense(left)
+            chosen = (o for group in self.operators.values() for o in group.values())
+            self.stored_names = stored_names(self.model, chosen, self.removal.plan.new_name)
+            self.report.left_dense = self.removal.reasons_left_dense(self.report.left_dense, self.operators)
         self.budgets = budgets
 
     def _choose_layers(self) -> list[tuple[int, float]]:

@@ -120,9 +120,6 @@ class Removal:
     ) -> dict[str, dict[str, LinearOperator]]:
         """Plan the model without some decoder layers.
 
-        The decoder layer after a removed one is repaired if the correction has a share of the residual: its last
-        operator keeps all columns and is refitted. Which one is the last shows when the layer runs (`to_prune`).
-
         Args:
             model: The model.
             layers: Its decoder layers.
@@ -130,7 +127,7 @@ class Removal:
             removed: `removed_layers`.
 
         Returns:
-            The operators to prune, none in removed layers, and in those to repair all that may be the last one.
+            The operators to prune, with those of `with_repairs`, and none in removed layers.
 
         Raises:
             ValueError: If no configuration describes the smaller model.
@@ -138,14 +135,25 @@ class Removal:
         stay = [index for index in range(len(layers)) if index not in removed]
         self.plan, self.columns = _plans(model, self.counts, stay)
         self.removed_layers = removed
-        correction, left = self.config.correction, {name: dict(found) for name, found in operators.items()}
+        return self.with_repairs(layers, operators)
+
+    def with_repairs(
+        self, layers: DecoderLayers, operators: Mapping[str, Mapping[str, LinearOperator]]
+    ) -> dict[str, dict[str, LinearOperator]]:
+        """The operators to prune, with those that may repair decoder layers.
+
+        A decoder layer that loses heads, or comes after a removed one, is repaired if the correction has a share of the
+        residual: its last operator, if it loses no columns itself, keeps all of them and is refitted. Which one is the
+        last shows when the layer runs (`to_prune`). If zeros follow, it is pruned like all others, which repairs.
+        """
+        correction = self.config.correction
+        repairs = self.choice is None and correction.residual_share > 0 and not correction.independent_layers
+        left = {name: dict(found) for name, found in operators.items()}
         all_columns: dict[str, float | str] = {}
         for index, (name, layer) in enumerate(layers):
-            if index in removed:
+            if index in self.removed_layers:
                 left[name] = {}
-            elif self.choice is not None:
-                continue  # its last operator is pruned like all others, which repairs it
-            elif index - 1 in removed and correction.residual_share and not correction.independent_layers:
+            elif repairs and (("heads" in self.counts and left[name]) or index - 1 in self.removed_layers):
                 others = find_operators(name, layer, dense_experts=("*",))
                 all_columns |= {key: f"columns:{o.shape[1]}of{o.shape[1]}" for key, o in others.items()}
                 left[name] = others | left[name]
@@ -206,11 +214,16 @@ class Removal:
         names = [operator.name for group in groups for operator in group if operator.name not in pruned]
         return [group for group in chosen if group], {name: self.reason_left_dense(name) for name in names}
 
-    def reasons_left_dense(self, reasons: Mapping[str, str]) -> dict[str, str]:
-        """Why operators are not pruned: for the reasons given if zeros follow, else as `reason_left_dense` says."""
-        if self.choice is not None:
-            return dict(reasons)
-        return {name: self.reason_left_dense(name) for name in reasons}
+    def reasons_left_dense(
+        self, reasons: Mapping[str, str], operators: Mapping[str, Mapping[str, LinearOperator]]
+    ) -> dict[str, str]:
+        """Why operators are not pruned: for the reasons given if zeros follow, else as `reason_left_dense` says.
+
+        Those to prune and those of removed decoder layers are left out.
+        """
+        chosen = {name for found in operators.values() for name in found}
+        left = [name for name in reasons if name not in chosen and self.plan.new_name(name) is not None]
+        return {name: reasons[name] if self.choice is not None else self.reason_left_dense(name) for name in left}
 
     def reason_left_dense(self, name: str) -> str:
         """Why an operator's weights are not pruned."""

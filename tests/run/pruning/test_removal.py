@@ -86,6 +86,24 @@ def test_parts_that_nothing_reads_are_found_and_change_nothing(method):
     assert torch.allclose(logits(model), expected, atol=2e-4 * float(expected.abs().max()))
 
 
+def test_down_projections_make_up_for_heads_that_go():
+    tokens = tiny_tokens(16, 24)
+    repaired, plain, dense = tiny_llama(), tiny_llama(), tiny_llama()
+    report = pruner("heads:0.5").prune(repaired, tokens.split(4))
+    pruner("heads:0.5", residual_correction=0.0).prune(plain, tokens.split(4))
+    refitted = [operator for operator in report.operators if "down_proj" in operator.name]
+    assert [(o.pattern, o.method, o.residual_corrected) for o in refitted] == [("columns:48of48", "refit", True)] * 2
+    assert not report.warnings
+    outputs = []
+    with torch.no_grad():
+        for model in (repaired, plain, dense):
+            outputs.append(model(tokens).logits)
+    errors = [torch.linalg.vector_norm(found - outputs[-1]) for found in outputs[:2]]
+    assert errors[0] < 0.95 * errors[1]
+    kept = {name: value for name, value in dense.state_dict().items() if "gate" in name or "up_proj" in name}
+    assert all(torch.equal(repaired.state_dict()[name], value) for name, value in kept.items())
+
+
 def test_folders_load_where_this_package_was_never_imported(saved, tmp_path):
     fewer, run = tiny_llama(num_hidden_layers=4), pruner("channels:0.25/4+layers:0.5")
     run.prune(fewer, BATCHES)
