@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,7 @@ examples:
   optimum-fista prune meta-llama/Llama-3.2-1B --output llama-50 --sparsity 0.5 --calibration c4
   optimum-fista prune ./model --output model-24 --pattern 2:4 --calibration texts.jsonl --num-samples 64
   optimum-fista prune ./model --output smaller --pattern channels:0.25 --calibration texts.jsonl
+  optimum-fista prune ./model --output smaller --target-size 0.75 --calibration texts.jsonl
   optimum-fista prune ./model --output model-50 --method wanda --device cpu --dtype float32
   optimum-fista prune ./model --output model-50 --report-to tensorboard --logging-dir runs/model-50
   accelerate launch --num_processes 8 -m optimum_fista prune ./model --output model-50 --error-correction intra
@@ -55,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "gets smaller (docs/smaller.md); a comma and another pattern, as in channels:0.25,2:4, prunes what stays"
     )
     add("--pattern", metavar="PATTERN", help=groups)
+    size = "make the model so large, as a share of the dense one: the run chooses what goes (docs/smaller.md)"
+    add("--target-size", type=float, metavar="SHARE", help=size)
+    measures = "what --target-size is measured by: bytes (default), active weights of a token, or latency of decoding"
+    add("--target", choices=("bytes", "active", "latency"), help=measures)
     add("--scope", choices=("matrix", "row"), help="share zeros over a whole operator or give each row its own")
     add("--include", action="append", metavar="GLOB", help="prune only operators whose name matches; repeatable")
     add("--exclude", action="append", metavar="GLOB", help="leave dense the operators whose name matches; repeatable")
@@ -150,6 +157,8 @@ def run(arguments: argparse.Namespace) -> int:
         if ranks.index:
             set_verbosity_error()
             disable_progress_bar()
+        if not ranks.index:
+            opened.enter_context(_choices_said())
         try:
             ranks.first(lambda: opened.enter_context(locked_output(arguments.output)) and None)
             if not ranks.index:
@@ -192,6 +201,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
     return 0
+
+
+@contextmanager
+def _choices_said() -> Iterator[None]:
+    """Inside, what a run chooses for --target-size is printed before it prunes."""
+    handler, logger = logging.StreamHandler(), logging.getLogger("optimum_fista.run.pruning.target_size")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
 
 
 def _estimate(arguments: argparse.Namespace, config: FistaPruningConfig, *, timed: bool) -> Estimate:
@@ -261,6 +284,16 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
     if arguments.paper:
         flags.pop("method", None)
         return FistaPruningConfig.paper(**flags)
+    if arguments.target is not None and arguments.target_size is None:
+        raise ValueError(f"--target {arguments.target} makes sense with --target-size SHARE only.")
+    if arguments.target_size is not None:
+        given_too = [name for name in ("sparsity", "pattern") if name in flags]
+        if given_too:
+            raise ValueError(
+                f"--target-size chooses what goes: pass it without --{given_too[0]}; for zeros in what stays pass "
+                f"--pattern bytes:{arguments.target_size!r},0.5 or bytes:{arguments.target_size!r},2:4 instead."
+            )
+        flags["pattern"] = f"{arguments.target or 'bytes'}:{arguments.target_size!r}"
     base = FistaPruningConfig.from_json(arguments.config).to_dict() if arguments.config else {}
     if {"sparsity", "pattern"} & set(flags):
         base = {key: value for key, value in base.items() if key not in ("sparsity", "pattern")}

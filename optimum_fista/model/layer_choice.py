@@ -1,9 +1,10 @@
-"""Choosing whole decoder layers to remove: one after another, that without which the loss is least."""
+"""The loss of a model without some of its parts, by which whole decoder layers to remove are chosen."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ def choose_layers(
     num_tokens: int,
     progress: bool = False,
     storage: Storage | None = None,
+    most_loss: float = math.inf,
 ) -> list[tuple[int, float]]:
     """Choose decoder layers to remove, as SLEB does (arXiv 2402.09025, Algorithm 1).
 
@@ -49,6 +51,7 @@ def choose_layers(
         num_tokens: Sequences are taken in order until they hold as many real tokens.
         progress: Whether to show a progress bar.
         storage: Where hidden states wait; `None`: where each layer computes.
+        most_loss: The choice ends before a layer without which the loss would be larger.
 
     Returns:
         The numbers of the layers in the order in which they go, each with the loss without it and those before, in
@@ -59,15 +62,7 @@ def choose_layers(
             sequence has two tokens.
         UnsupportedArchitectureError: If decoder layers hand on more than hidden states, or depend on their number.
     """
-    sequences = [CalibrationBatch(ids) for ids in first_sequences(batches, num_tokens)]
-    if not sequences:
-        raise ValueError("calib_dataloader holds no sequence of two tokens: pass longer ones to choose layers by.")
-    recorded = record_inputs(model, layers, sequences, storage)
-    if recorded.handed_on:
-        raise UnsupportedArchitectureError(
-            f"the decoder layers of {type(model).__name__} hand more to the next than hidden states, so none of them "
-            "can be removed: use another pattern."
-        )
+    sequences, recorded = _begin(model, layers, batches, num_tokens, storage)
     left, removed = list(range(len(layers))), list[tuple[int, float]]()
     num_runs = sum(len(layers) - done for done in range(count))
     with (
@@ -80,6 +75,8 @@ def choose_layers(
             if not math.isfinite(losses.pop(None)):
                 raise ValueError("the loss of the model on the calibration tokens is NaN or Inf: the model is damaged.")
             index = _cheapest(model, left, losses)
+            if losses[index] > most_loss:
+                break
             left.remove(index)
             removed.append((index, losses[index]))
             bar.set_postfix_str(f"loss {losses[index]:.4f} without {', '.join(str(i) for i, _ in removed)}")
@@ -87,9 +84,76 @@ def choose_layers(
     return removed
 
 
+@dataclass(frozen=True)
+class Missing:
+    """What a model lacks.
+
+    Attributes:
+        layers: Numbers of decoder layers.
+        columns: For some operators, by name, the columns that they still read, bool [in], True = read.
+    """
+
+    layers: frozenset[int] = frozenset()
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def losses_without(
+    model: PreTrainedModel,
+    layers: DecoderLayers,
+    missing: Sequence[Missing],
+    batches: Sequence[CalibrationBatch],
+    num_tokens: int,
+    progress: bool = False,
+    storage: Storage | None = None,
+) -> list[float]:
+    """The loss of a model without each of some sets of parts, in nats a token.
+
+    Every decoder layer is brought to its device once and runs on the hidden states of all these models.
+
+    Args:
+        model: The dense model, in evaluation mode.
+        layers: Its decoder layers.
+        missing: What is missing in each.
+        batches: Calibration batches.
+        num_tokens: Sequences are taken in order until they hold as many real tokens.
+        progress: Whether to show a progress bar.
+        storage: Where hidden states wait; `None`: where each layer computes.
+
+    Raises:
+        ValueError: If no sequence has two tokens.
+        UnsupportedArchitectureError: If decoder layers hand on more than hidden states.
+    """
+    sequences, recorded = _begin(model, layers, batches, num_tokens, storage)
+    with (
+        tqdm(total=len(layers), desc="Losses without parts", unit="layer", disable=not progress) as bar,
+        onloaded([*modules_around(model, layers), model.get_output_embeddings()], copy=False),
+    ):
+        return _Sweep(model, layers, range(len(layers)), sequences, storage).losses_without(missing, recorded, bar)
+
+
+def _begin(
+    model: PreTrainedModel,
+    layers: DecoderLayers,
+    batches: Sequence[CalibrationBatch],
+    num_tokens: int,
+    storage: Storage | None,
+) -> tuple[list[CalibrationBatch], RecordedInputs]:
+    """The sequences that losses are taken on, and what decoder layers are called with."""
+    sequences = [CalibrationBatch(ids) for ids in first_sequences(batches, num_tokens)]
+    if not sequences:
+        raise ValueError("calib_dataloader holds no sequence of two tokens: pass longer ones to choose layers by.")
+    recorded = record_inputs(model, layers, sequences, storage)
+    if recorded.handed_on:
+        raise UnsupportedArchitectureError(
+            f"the decoder layers of {type(model).__name__} hand more to the next than hidden states, so none of them "
+            "can be removed: use another pattern."
+        )
+    return sequences, recorded
+
+
 @dataclass
 class _Sweep:
-    """One round: the loss of a model with the decoder layers `left`, and that without each of them.
+    """One sweep over the decoder layers `left` of a model, each on the hidden states of several models that lack parts.
 
     Attributes:
         rest: What the last layer returned besides hidden states; `None` if it returns a tensor.
@@ -103,7 +167,7 @@ class _Sweep:
     rest: tuple[Any, ...] | None = field(default=None, init=False)
 
     def losses(self, recorded: RecordedInputs, bar: tqdm) -> dict[int | None, float]:
-        """Losses by the number of the layer that is left out, in nats a token; `None`: none is."""
+        """Losses by the number of the one layer that is left out, in nats a token; `None`: none is."""
         streams: dict[int | None, ActivationStore] = {None: recorded.hidden_states}
         for index in self.left:
             layer = self.layers.modules[index]
@@ -115,6 +179,19 @@ class _Sweep:
             streams[index] = before  # without this layer, what enters it leaves it
             bar.update()
         return {out: self._loss(stream) for out, stream in streams.items()}
+
+    def losses_without(self, missing: Sequence[Missing], recorded: RecordedInputs, bar: tqdm) -> list[float]:
+        """Losses without some parts, in nats a token."""
+        streams = [recorded.hidden_states] * len(missing)
+        for index in self.left:
+            layer, prefix = self.layers.modules[index], f"{self.layers.name}.{index}."
+            with onloaded(layer.modules(), copy=False):
+                for number, lacks in enumerate(missing):
+                    if index not in lacks.layers:
+                        with _without_columns(layer, prefix, lacks.columns):
+                            streams[number] = self._run(layer, streams[number], recorded.calls[index])
+            bar.update()
+        return [self._loss(stream) for stream in streams]
 
     def _run(self, layer: nn.Module, stream: ActivationStore, calls: Sequence[Any]) -> ActivationStore:
         """The hidden states after a layer."""
@@ -144,6 +221,25 @@ class _Sweep:
             total += loss.double().to(total.device)
             count += len(targets)
         return float(total) / count
+
+
+@contextmanager
+def _without_columns(layer: nn.Module, prefix: str, columns: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the operators of a decoder layer read zeros in the columns that are not `columns`."""
+
+    def only(read: Tensor) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (inputs[0] * read.to(inputs[0]), *inputs[1:])
+
+        return hook
+
+    chosen = {layer.get_submodule(n.removeprefix(prefix)): r for n, r in columns.items() if n.startswith(prefix)}
+    handles = [module.register_forward_pre_hook(only(read)) for module, read in chosen.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | None, float]) -> int:

@@ -106,8 +106,10 @@ class FistaPruningConfig:
             `"4:8-pairs"`: two whole pairs of the four in every eight consecutive inputs. `"channels:0.25"` and
             `"heads:0.25"`, also joined by `"+"`, remove this share of the MLPs' channels and of the key-value heads
             with their query heads, `"experts:0.25"` of the experts of mixtures, and `"layers:0.25"` of the decoder
-            layers: the model becomes a smaller dense one. After a comma comes the pattern, or the fraction of zeros, of
-            what stays: `"channels:0.25,2:4"`.
+            layers: the model becomes a smaller dense one. `"bytes:0.75"`, `"active:0.75"` or `"latency:0.75"` leave
+            this share of its bytes, of the weights that a token meets, or of the time to decode one: the run chooses
+            channels, heads and decoder layers. After a comma comes the pattern, or the fraction of zeros, of what
+            stays: `"channels:0.25,2:4"`.
         scope: Unstructured only: `"matrix"` shares the zeros over a whole operator, `"row"` gives every output
             the same number. `None`: as the method's source does (Wanda by row, the others by matrix).
         method: One of `optimum_fista.solve.methods.METHODS`, or an instance of a registered method
@@ -318,6 +320,11 @@ class FistaPruningConfig:
     def needs_gradients(self) -> bool:
         """Whether a method reads gradients of the loss."""
         return any(METHODS[name].needs_gradients for name in (str(self.method), self.under_calibrated_method))
+
+    def with_parts(self, parts: str) -> FistaPruningConfig:
+        """The same with a pattern of explicit parts in the place of the size that is to be reached."""
+        _, comma, then = self.pattern.partition(",")
+        return dataclasses.replace(self, pattern=f"{parts}{comma}{then}", sparsity=None)
 
     @property
     def whole_parts(self) -> WholeParts | None:

@@ -48,6 +48,39 @@ def test_what_was_removed_is_said_wherever_zeros_would_be(smaller, capsys):
     assert "zeros are" not in text
 
 
+def test_a_size_is_reached_and_what_is_chosen_is_said_first(tiny_folder, text_file, tmp_path, capsys):
+    folder, flags = tmp_path / "sized", ["--method", "wanda", *QUICK, "--calibration", str(text_file)]
+    assert main(["prune", str(tiny_folder), "-o", str(folder), "--target-size", "0.8", *flags]) == 0
+    said = capsys.readouterr()
+    report = read_report(folder)
+    assert report.config["pattern"] == "bytes:0.8"
+    chosen = report.model["size_choice"]["mixture"]["pattern"]
+    assert f"pattern={chosen!r} stands for the size: 0." in said.err
+    assert said.err.index("stands for the size") < said.err.index("Pruning: 100%")
+    assert report.model["num_parameters"] <= 0.8 * DENSE
+    assert main(["verify", str(folder), "--dense", str(tiny_folder)]) == 0
+    assert main(["report", str(folder)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target", "active"], "--target active makes sense with --target-size SHARE only"),
+        (["--target-size", "0.8", "--pattern", "2:4"], "pass it without --pattern"),
+        (["--target-size", "0.8", "--sparsity", "0.5"], "pass it without --sparsity"),
+        (["--target-size", "1.5"], "pattern='bytes:1.5': pass the share of the bytes that is to be left, in (0, 1)"),
+        (["--target-size", "0.8", "--exclude", "*.0.*"], "has no meaning for pattern='bytes:0.8'"),
+        (["--target-size", "0.8", "--packed"], "leaves a dense model: there are no zeros to pack"),
+        (["--target-size", "0.8", "--method", "sparsegpt"], "method 'sparsegpt' can't remove whole columns"),
+        (["--target-size", "0.01", "--dry-run"], "the smallest size that can be had is 0."),
+    ],
+)
+def test_sizes_that_make_no_sense(tiny_folder, tmp_path, capsys, flags, message):
+    assert main(["prune", str(tiny_folder), "-o", str(tmp_path / "out"), *QUICK, *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_there_is_nothing_to_pack(smaller, tmp_path, capsys):
     assert main(["pack", str(smaller), "-o", str(tmp_path / "packed")]) == 1
     assert "has no zeros to pack: whole parts of the model were removed" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def _place(pattern: str) -> tuple[str, float] | None:
     if sparsity is not None:
         return "sparsity", sparsity
     parts = WholeParts.read(pattern, None, "matrix")
-    if parts is None or len(parts.shares) > 1:
+    if parts is None or len(parts.shares) != 1:
         return None
     return f"share of {parts.shares[0].kind} removed", parts.sparsity
 

@@ -108,6 +108,7 @@ class Estimate:
                 "pass a smaller number, or more sequences."
             )
         require_zeros_to_pack(config, packed)
+        self.chooses = None if config.whole_parts is None else config.whole_parts.measure
         given = model if isinstance(model, PreTrainedConfig) else read_config(str(model))
         self.whole = not isinstance(model, PreTrainedConfig) and gguf_file(str(model)) is not None
         stored = floating_dtype((None if self.whole else getattr(given, "dtype", None)) or torch.float32)
@@ -137,7 +138,7 @@ class Estimate:
         self.refits = self.shapes.removal is not None and self.shapes.removal.asked.expert_refit
         self.rounds = 0 if self.shapes.removal is None else self.shapes.removal.num_removed_layers
         self.allocates = any(map(config.shares_budget, self.shapes.operators))
-        self.differentiates = self.allocates or config.needs_gradients
+        self.differentiates = self.allocates or config.needs_gradients or self.chooses is not None
         self.rates, self.notes = None, list(self._notes())
         self._solving: dict[Group, tuple[np.ndarray, float]] = {}
         if timed:
@@ -346,6 +347,12 @@ class Estimate:
             yield f"{fitted} calibration tokens for {widest} inputs: the Gram matrix is rank-deficient."
         if self.shapes.fused_bytes:
             yield "every expert is counted with the tokens that it sees on average."
+        if self.chooses is not None:
+            how = ", with time in proportion to weights" * (self.chooses == "latency")
+            yield (
+                "the run chooses what goes by gradients and losses, and says so before it prunes: here "
+                f"{self.shapes.chosen} stands for it{how}."
+            )
         if self.rounds:
             yield f"the run chooses which decoder layers go: {self.rounds} after the first one stand for them."
         if self.allocates:

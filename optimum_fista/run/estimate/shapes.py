@@ -26,6 +26,7 @@ from optimum_fista.run.checkpoints.loading import reading, refuse_quantized
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.operators import choose_operators
 from optimum_fista.run.pruning.removal import Removal
+from optimum_fista.run.pruning.target_size import even_mixture
 from optimum_fista.solve.pattern import SparsityPattern
 
 
@@ -84,6 +85,7 @@ class Shapes:
     operators: dict[str, tuple[int, int]]
     left_dense: dict[str, str]
     fused_bytes: int  # of parameters that hold the weights of many experts
+    chosen: str  # the pattern, with one that stands for a size
 
 
 class _AnswerYes(TorchDispatchMode):
@@ -110,6 +112,10 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
     model.eval().requires_grad_(False)
     refuse_quantized(model)
     layers = find_decoder_layers(model)
+    chosen_pattern = config.pattern
+    if config.whole_parts is not None and config.whole_parts.measure is not None:
+        chosen_pattern = even_mixture(model, config.whole_parts)
+        config = config.with_parts(chosen_pattern)
     removal = Removal.planned(model, config)
     config = config if removal is None else removal.config
     num_removed = 0 if removal is None else removal.num_removed_layers
@@ -170,7 +176,7 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
                 mixture = Mixture(count, outputs, inputs, min(1.0, active / count), held * count // part.groups)
             kinds[kind] = LayerKind(1, sum(p.nbytes for p in layer.parameters()), num_active, groups, mixture)
     named = {name: shape_left(operator) for those in chosen.values() for name, operator in those.items()}
-    return Shapes(model, config, removal, list(kinds.values()), named, left_dense, fused_bytes)
+    return Shapes(model, config, removal, list(kinds.values()), named, left_dense, fused_bytes, chosen_pattern)
 
 
 def _shape(operator: LinearOperator) -> tuple[int, int]:

@@ -97,7 +97,7 @@ def _plan_of(report: PruningReport, model: PreTrainedModel, dense: str) -> Shrin
     Raises:
         VerificationError: If there is none.
     """
-    pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
+    pattern = parse_pattern(report.explicit_pattern)
     try:
         counts = numbers_kept(model, pattern) if isinstance(pattern, WholeParts) else {}
         return plan_shrinking(model, layers=report.model.get("layers_kept"), **counts)

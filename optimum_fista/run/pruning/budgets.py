@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,8 +18,8 @@ from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import Part
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.memory import is_out_of_memory
-from optimum_fista.run.texts.positions import explained_length
+from optimum_fista.run.pruning.target_size import SizeChoice
+from optimum_fista.run.texts.positions import explained_gradients
 from optimum_fista.solve.allocation import RemovalCost, allocate
 from optimum_fista.solve.pattern import SparsityPattern
 
@@ -42,6 +40,7 @@ class Budgets:
         unseen: Operators that the loss did not feel; they keep the average sparsity.
         removed_layers: Numbers of the decoder layers to remove, in the order in which they were chosen, each with the
             loss without it and those before.
+        choice: What was chosen for the size that the model is to have.
     """
 
     config: FistaPruningConfig
@@ -50,6 +49,7 @@ class Budgets:
     loss_changes: dict[str, Tensor] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
     removed_layers: list[tuple[int, float]] = field(default_factory=list)
+    choice: SizeChoice | None = None
 
     def pattern_for(self, name: str) -> SparsityPattern:
         """The sparsity pattern of the operator called `name`."""
@@ -84,13 +84,13 @@ def share_budgets(
     budgets = Budgets(config)
     how_much = config.allocation_tokens, progress, storage
     if config.needs_gradients and operators:
-        with _explained_gradients(model, batches, f"method={config.method!r}", "another method"):
+        with explained_gradients(model, batches, f"method={config.method!r}", "another method"):
             gates = measure_gates(model, layers, operators, parts or {}, batches, *how_much)
         budgets.loss_changes = {name: found.changes for name, found in gates.items()}
     sharing = {name: operator for name, operator in operators.items() if config.shares_budget(name)}
     if not sharing or not config.sparsity:
         return budgets
-    with _explained_gradients(model, batches, "allocation='fisher'", "allocation='uniform' (--allocation uniform)"):
+    with explained_gradients(model, batches, "allocation='fisher'", "allocation='uniform' (--allocation uniform)"):
         found = measure_sensitivities(model, layers, sharing, batches, *how_much)
     pools: dict[str, list[str]] = {}
     for name, operator in sharing.items():
@@ -113,29 +113,3 @@ def share_budgets(
             size = costs[key].size // len(names)
             budgets.sparsities |= {n: (fewest + (i < more)) / size for i, n in enumerate(names)}
     return budgets
-
-
-@contextmanager
-def _explained_gradients(
-    model: PreTrainedModel, batches: Sequence[CalibrationBatch], taker: str, instead: str
-) -> Iterator[None]:
-    """Explain errors of a model whose gradients are taken, and what to pass instead of what takes them.
-
-    Raises:
-        ValueError: If they can't be computed.
-        torch.OutOfMemoryError: If one sequence is too long for them.
-    """
-    try:
-        with explained_length(model, max(batch.input_ids.shape[1] for batch in batches), "calib_dataloader"):
-            yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise ValueError(
-                f"{taker} takes gradients of the loss, and they can't be computed: {error}. If the model runs but "
-                f"can't be differentiated, pass {instead}."
-            ) from error
-        # It is one sequence at a time already.
-        raise torch.OutOfMemoryError(
-            f"the device ran out of memory in the gradients of the loss on one sequence: pass {instead} or shorter "
-            f"sequences (--sequence-length) [{error}]"
-        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.loading import require_unquantized, storage_place
-from optimum_fista.run.checkpoints.stored_names import stored_names
+from optimum_fista.run.checkpoints.stored_names import StoredName, stored_names
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import release_memory_of
 from optimum_fista.run.pruning.budgets import Budgets, share_budgets
 from optimum_fista.run.pruning.operators import choose_operators
 from optimum_fista.run.pruning.removal import Removal
 from optimum_fista.run.pruning.run_batches import RunBatches
-from optimum_fista.run.pruning.run_report import begin_report, complete_report
+from optimum_fista.run.pruning.run_report import begin_report, complete_report, warn_of_few_tokens
+from optimum_fista.run.pruning.target_size import SizeChoice, choose_size
 from optimum_fista.run.reports.report import LayerRecord
 from optimum_fista.run.texts.positions import explained_length
 
@@ -50,6 +51,8 @@ class ModelPruning:
         budgets: The operators' sparsity patterns; `None` before zeros are allocated.
         removal: How whole parts of the model are removed; `None` if they are not.
         removed: Numbers of the decoder layers that are removed; known with the budgets.
+        has_size_to_reach: Whether the run has yet to choose what goes for the size that the user asks for; operators
+            and removal are known after that.
         title: What the progress bar is called.
     """
 
@@ -68,22 +71,15 @@ class ModelPruning:
         require_unquantized(model)
         self.model = model
         self.layers = find_decoder_layers(model)
-        asked = config.resolved()
-        self.removal = Removal.planned(model, asked)
-        self.config = asked if self.removal is None else self.removal.config
-        self._num_removed = 0 if self.removal is None else self.removal.num_removed_layers
-        self.operators, left_dense = choose_operators(
-            self.layers,
-            self.config,
-            may_be_none=self.removal is not None and not self.removal.needs_operators,
-            shape_left=self._shape_left,
-        )
-        if self.removal is not None:
-            self.operators = self.removal.with_repairs(self.layers, self.operators)
-            self.config = self.removal.config
-            left_dense = self.removal.reasons_left_dense(left_dense, self.operators)
+        self.removal: Removal | None = None
+        self.config = asked = config.resolved()
+        self.operators: dict[str, dict[str, LinearOperator]] = {name: {} for name, _ in self.layers}
+        self.stored_names: dict[str, StoredName] = {}
+        parts, left_dense = asked.whole_parts, dict[str, str]()
+        self.has_size_to_reach = parts is not None and parts.measure is not None
+        if not self.has_size_to_reach:
+            left_dense = self._plan(asked)
         require_own_weights(model, self.layers)
-        self.stored_names = stored_names(model, (o for group in self.operators.values() for o in group.values()))
         batches = hold_out(read_batches(calib_dataloader, input_embedding(model).shape[0]), config.held_out)
         self.report = begin_report(model, batches, calibration_source, asked, self.operators, left_dense)
         self.batches = RunBatches(model, self.layers, batches, self.report)
@@ -133,8 +129,15 @@ class ModelPruning:
             ValueError: If the loss or its gradients are not finite, or no decoder layer can be removed.
         """
         if self.budgets is None:
-            started = time.perf_counter()
-            removed = self._choose_layers()
+            started, choice = time.perf_counter(), None
+            with explained_length(
+                self.model, max(b.input_ids.shape[1] for b in self.batches.calibration), "calib_dataloader"
+            ):
+                if self.has_size_to_reach:
+                    how_much = self.batches.calibration, self.config, self.progress, self.storage
+                    choice = choose_size(self.model, self.layers, *how_much)
+                    self._use_choice(choice)
+                removed = self._choose_layers() if choice is None else choice.removed_layers
             gone = {f"{self.layers.name}.{index}" for index, _ in removed}
             left = [group for name, group in self.operators.items() if name not in gone]
             flat = {name: operator for group in left for name, operator in group.items()}
@@ -145,7 +148,7 @@ class ModelPruning:
                 budgets = share_budgets(
                     self.model, self.layers, flat, *places, parts=parts, shape_left=self._shape_left
                 )
-            budgets.removed_layers = removed
+            budgets.removed_layers, budgets.choice = removed, choice
             self.use_budgets(budgets)
             release_memory_of(self.model)
             self.report.seconds["allocation"] = time.perf_counter() - started
@@ -153,7 +156,10 @@ class ModelPruning:
         return self.budgets
 
     def use_budgets(self, budgets: Budgets) -> None:
-        """Prune with budgets that were shared before, and without the decoder layers that they remove."""
+        """Prune with budgets that were shared before, and without what they remove."""
+        if budgets.choice is not None and self.has_size_to_reach:  # an earlier start of the run chose it
+            self._use_choice(budgets.choice)
+            budgets.config = self.config
         if budgets.removed_layers:
             assert self.removal is not None
             losses = dict(budgets.removed_layers)
@@ -165,15 +171,37 @@ class ModelPruning:
             self.report.left_dense = self.removal.reasons_left_dense(self.report.left_dense, self.operators)
         self.budgets = budgets
 
+    def _plan(self, asked: FistaPruningConfig) -> dict[str, str]:
+        """Take the configuration and the operators to prune; returns those left dense with the reason."""
+        self.removal = Removal.planned(self.model, asked)
+        self.config = asked if self.removal is None else self.removal.config
+        self.operators, left_dense = choose_operators(
+            self.layers,
+            self.config,
+            may_be_none=self.removal is not None and not self.removal.needs_operators,
+            shape_left=self._shape_left,
+        )
+        if self.removal is not None:
+            self.operators = self.removal.with_repairs(self.layers, self.operators)
+            self.config = self.removal.config
+            left_dense = self.removal.reasons_left_dense(left_dense, self.operators)
+        self.stored_names = stored_names(self.model, (o for group in self.operators.values() for o in group.values()))
+        return left_dense
+
+    def _use_choice(self, choice: SizeChoice) -> None:
+        """Go on as if the user had passed the pattern that was chosen."""
+        self.has_size_to_reach = False
+        self.report.left_dense = self._plan(self.config.with_parts(choice.mixture.pattern))
+        warn_of_few_tokens(self.report, self.operators)
+        self.report.model["size_choice"] = asdict(choice)
+
     def _choose_layers(self) -> list[tuple[int, float]]:
         """The decoder layers to remove, each with the loss without it and those before."""
-        if not self._num_removed:
-            return []
+        count = 0 if self.removal is None else self.removal.num_removed_layers
         batches, tokens = self.batches.calibration, self.config.allocation_tokens
-        with explained_length(self.model, max(b.input_ids.shape[1] for b in batches), "calib_dataloader"):
-            return choose_layers(
-                self.model, self.layers, batches, self._num_removed, tokens, self.progress, self.storage
-            )
+        if not count:
+            return []
+        return choose_layers(self.model, self.layers, batches, count, tokens, self.progress, self.storage)
 
     def _shape_left(self, operator: LinearOperator) -> tuple[int, int]:
         """What stays of an operator before it gets zeros, [out, in]."""

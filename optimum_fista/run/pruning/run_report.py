@@ -42,9 +42,9 @@ def begin_report(
         calibration=_describe_calibration(batches, source),
         left_dense=left_dense,
     )
-    pruned = [operator for group in operators.values() for operator in group.values()]
-    names = [operator.name for operator in pruned]
-    for message in (*_rank_deficiency(report, pruned), *idle_patterns(config, names, list(left_dense))):
+    names = [name for group in operators.values() for name in group]
+    warn_of_few_tokens(report, operators)
+    for message in idle_patterns(config, names, list(left_dense)):
         report.warn(message)
     return report
 
@@ -112,12 +112,12 @@ def _without_residual_correction(report: PruningReport) -> Iterator[str]:
         )
 
 
-def _rank_deficiency(report: PruningReport, operators: list[LinearOperator]) -> Iterator[str]:
-    """What to say when an operator has more inputs than there are calibration tokens."""
+def warn_of_few_tokens(report: PruningReport, operators: Mapping[str, Mapping[str, LinearOperator]]) -> None:
+    """Warn if an operator, of those by decoder layer, has more inputs than there are calibration tokens."""
     tokens = report.calibration["num_tokens"]
-    widest = max(operators, key=lambda o: o.shape[1], default=None)
+    widest = max((o for group in operators.values() for o in group.values()), key=lambda o: o.shape[1], default=None)
     if widest is not None and tokens < widest.shape[1]:
-        yield (
+        report.warn(
             f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
             "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
         )

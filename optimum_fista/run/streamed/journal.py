@@ -21,6 +21,7 @@ from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
 from optimum_fista.run.checkpoints.output_folder import FOLDER
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.budgets import Budgets
+from optimum_fista.run.pruning.target_size import SizeChoice
 from optimum_fista.run.reports.report import LayerRecord
 
 WEIGHTS_FILE = "weights.json"
@@ -159,6 +160,7 @@ class Journal:
         sha256 = _write(self._journal / "budgets.safetensors", tensors)
         values: dict[str, Any] = {"sparsities": budgets.sparsities, "unseen": budgets.unseen, "tensors_sha256": sha256}
         values["removed_layers"] = budgets.removed_layers
+        values["choice"] = None if budgets.choice is None else dataclasses.asdict(budgets.choice)
         values["run_sha256"] = self._run_sha256  # ties budgets, and by their digest every layer, to this run
         write_record(self._journal / "budgets.json", values)
         self.budgets_sha256 = _text_digest(values)
@@ -172,11 +174,13 @@ class Journal:
             return None
         self.budgets_sha256 = _text_digest(values)
         removed = [(index, loss) for index, loss in values["removed_layers"]]
+        choice = None if values["choice"] is None else SizeChoice.from_dict(values["choice"])
         tensors: dict[str, dict[str, Tensor]] = {"output_weights": {}, "loss_changes": {}}
         for key, tensor in load_file(file).items():
             kind, _, name = key.partition("/")
             tensors[kind][name] = tensor
-        return Budgets(config, values["sparsities"], unseen=values["unseen"], removed_layers=removed, **tensors)
+        weights, changes = tensors["output_weights"], tensors["loss_changes"]
+        return Budgets(config, values["sparsities"], weights, changes, values["unseen"], removed, choice)
 
     def _file(self, kind: str, index: int) -> Path:
         return self._journal / f"{kind}-{index:05}.safetensors"

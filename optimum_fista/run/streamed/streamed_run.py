@@ -163,6 +163,7 @@ class StreamedRun:
         ranks, pruning = self._ranks, self.pruning
         with self.sink:
             ranks.first(self._share_budgets)
+            ranks.each(self._read_budgets)
             self.finished = ranks.first(self._finished)
             unfinished = [index for index in range(len(pruning.layers)) if index not in self.finished]
             if unfinished:
@@ -227,10 +228,11 @@ class StreamedRun:
         self.source.require_unchanged()
         self.journal.keep_budgets(budgets)
 
+    def _read_budgets(self) -> None:
+        """What rank 0 allocated, before layers are shared by what each costs."""
+        if self.pruning.budgets is None and (budgets := self.journal.budgets(self.pruning.config)) is not None:
+            self.pruning.use_budgets(budgets)
+
     def _prune_layers(self, todo: Sequence[int]) -> None:
-        if self.pruning.budgets is None:  # rank 0 allocated the zeros
-            budgets = self.journal.budgets(self.pruning.config)
-            if budgets is not None:
-                self.pruning.use_budgets(budgets)
         if todo:
             prune_layers(self.pruning, self.sink, todo)

@@ -1,12 +1,14 @@
-"""Sequences that are longer than a model has positions for."""
+"""Errors of models on sequences explained: sequences that are too long, gradients that can't be computed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from transformers import PreTrainedModel
 
+from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.run.memory import is_out_of_memory
 
 
@@ -33,4 +35,30 @@ def explained_length(model: PreTrainedModel, length: int, name: str) -> Iterator
         raise ValueError(
             f"{name} holds sequences of {length} tokens, and the model fails on them ({error}): pass at most "
             f"{limit}, its max_position_embeddings (--sequence-length {limit})."
+        ) from error
+
+
+@contextmanager
+def explained_gradients(
+    model: PreTrainedModel, batches: Sequence[CalibrationBatch], taker: str, instead: str
+) -> Iterator[None]:
+    """Explain errors of a model whose gradients are taken, and what to pass instead of what takes them.
+
+    Raises:
+        ValueError: If they can't be computed.
+        torch.OutOfMemoryError: If one sequence is too long for them.
+    """
+    try:
+        with explained_length(model, max(batch.input_ids.shape[1] for batch in batches), "calib_dataloader"):
+            yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise ValueError(
+                f"{taker} takes gradients of the loss, and they can't be computed: {error}. If the model runs but "
+                f"can't be differentiated, pass {instead}."
+            ) from error
+        # It is one sequence at a time already.
+        raise torch.OutOfMemoryError(
+            f"the device ran out of memory in the gradients of the loss on one sequence: pass {instead} or shorter "
+            f"sequences (--sequence-length) [{error}]"
         ) from error

@@ -8,11 +8,11 @@ from optimum_fista.solve.patterns.columns import Columns
 from optimum_fista.solve.patterns.n_of_m import NOfM
 from optimum_fista.solve.patterns.pairs import Pairs
 from optimum_fista.solve.patterns.unstructured import Unstructured
-from optimum_fista.solve.patterns.whole_parts import WholeParts
+from optimum_fista.solve.patterns.whole_parts import PartShare, WholeParts
 
 PATTERNS: tuple[type[SparsityPattern], ...] = (Unstructured, NOfM, Pairs, Columns, WholeParts)
 
-__all__ = ["PATTERNS", "Columns", "NOfM", "Pairs", "Unstructured", "WholeParts", "parse_pattern"]
+__all__ = ["PATTERNS", "Columns", "NOfM", "Pairs", "PartShare", "Unstructured", "WholeParts", "parse_pattern"]
 
 
 def parse_pattern(

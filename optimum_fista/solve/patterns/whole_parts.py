@@ -11,8 +11,10 @@ from torch import Tensor
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 
 PartKind = Literal["channels", "heads", "experts", "layers"]
+Measure = Literal["bytes", "active", "latency"]
 
 _PART = re.compile(r"(channels|heads|experts|layers):([\d.]+(?:e-\d+)?)(?:/(\d+))?")
+_SIZE = re.compile(r"(bytes|active|latency):([\d.]+)")
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,7 @@ class PartShare:
         Raises:
             ValueError: If none would stay, or all.
         """
-        usual = 64 if self.kind == "channels" and number % 64 == 0 and number > 64 else equal_runs
-        step = usual if self.multiple_of is None else self.multiple_of
-        kept = step * round((1 - self.share) * number / step)
+        step, kept = self._rounded(number, equal_runs)
         if not 0 < kept < number:
             most = (number - 1) // step * step
             fits = f"pass a share for which {step} to {most} stay" if most else f"none can go in steps of {step}"
@@ -51,26 +51,50 @@ class PartShare:
         """As users write it."""
         return f"{self.kind}:{self.share!r}" + ("" if self.multiple_of is None else f"/{self.multiple_of}")
 
+    @classmethod
+    def keeping(cls, kind: PartKind, kept: int, number: int) -> Self:
+        """The share, in as few digits as say it, that leaves `kept` of so many, a multiple of the usual step."""
+        exact = 1 - kept / number
+        rounded = (cls(kind, round(exact, digits)) for digits in range(2, 9))
+        return next((part for part in rounded if part._rounded(number)[1] == kept), cls(kind, exact))
+
+    @staticmethod
+    def usual_step(kind: PartKind, number: int, equal_runs: int = 1) -> int:
+        """What the number of parts that stay is a multiple of, unless the user says it."""
+        return 64 if kind == "channels" and number % 64 == 0 and number > 64 else equal_runs
+
+    def _rounded(self, number: int, equal_runs: int = 1) -> tuple[int, int]:
+        """The step, and its multiple that is nearest to what would stay, which may be none or all."""
+        step = self.usual_step(self.kind, number, equal_runs) if self.multiple_of is None else self.multiple_of
+        return step, step * round((1 - self.share) * number / step)
+
 
 @dataclass(frozen=True)
 class WholeParts(SparsityPattern):
     """Shares of the parts of a model: as many channels, heads and experts in every decoder layer, or whole layers.
+
+    Instead of shares there may be the size that the model is to have, for which a run chooses them.
 
     It is for a whole model: a run makes `Columns` of it for the operators that read what is removed, the down
     projection and the attention's output projection, and removes the rows that compute it afterwards. Experts are
     chosen by what they return, decoder layers by the loss without them.
 
     Attributes:
-        sparsity: The largest share.
-        shares: What goes, one entry for each kind.
+        sparsity: The largest share, or that of the size.
+        shares: What goes, one entry for each kind; empty if there is a `size`.
         then: The pattern of what stays, whose sparsity and scope are then those of this one; `None`: it stays dense.
+        measure: What the size is measured by: bytes of the weights, weights that a token meets, or the time to decode
+            one token; `None` if there are shares.
+        size: Share of the dense model's size that is left, in (0, 1).
     """
 
     shares: tuple[PartShare, ...] = ()
     then: SparsityPattern | None = None
+    measure: Measure | None = None
+    size: float = 1.0
     form: ClassVar[str] = (
         "'channels:SHARE', 'heads:SHARE', 'experts:SHARE' or 'layers:SHARE', or some joined by '+', such as "
-        "'channels:0.25+layers:0.1'"
+        "'channels:0.25+layers:0.1', or 'bytes:SIZE', 'active:SIZE' or 'latency:SIZE' for the size that is left"
     )
 
     @classmethod
@@ -80,6 +104,14 @@ class WholeParts(SparsityPattern):
         Raises:
             ValueError: If a share is outside (0, 1), a multiple is 0, or a kind is named twice.
         """
+        if (wanted := _SIZE.fullmatch(text)) is not None:
+            size = float(wanted[2]) if wanted[2].count(".") <= 1 and wanted[2] != "." else 0.0
+            if not 0 < size < 1:
+                raise ValueError(
+                    f"pattern={text!r}: pass the share of the {wanted[1]} that is to be left, in (0, 1), such as "
+                    f"'{wanted[1]}:0.75'."
+                )
+            return cls(1 - size, scope, measure=cast(Measure, wanted[1]), size=size)
         found = [_PART.fullmatch(part) for part in text.split("+")]
         if not all(found):
             return None
@@ -103,15 +135,18 @@ class WholeParts(SparsityPattern):
     @property
     def text(self) -> str:
         """What `read` takes."""
-        parts = "+".join(map(str, self.shares))
         if self.then is None:
-            return parts
-        return f"{parts},{self.then.text if self.then.fixed else repr(self.then.sparsity)}"
+            return self._parts
+        return f"{self._parts},{self.then.text if self.then.fixed else repr(self.then.sparsity)}"
 
     def __str__(self) -> str:
         """For people."""
-        parts = "+".join(map(str, self.shares))
-        return parts if self.then is None else f"{parts}, then {self.then}"
+        return self._parts if self.then is None else f"{self._parts}, then {self.then}"
+
+    @property
+    def _parts(self) -> str:
+        """What goes."""
+        return "+".join(map(str, self.shares)) if self.measure is None else f"{self.measure}:{self.size!r}"
 
     @property
     def column_width(self) -> int:
