@@ -65,6 +65,25 @@ def test_decoder_layers_go_as_on_the_cpu(place, tmp_path):
     require_the_same(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("place", "family"),
+    [
+        ("in memory, stored on the cpu", "mixtral"),
+        ("on two devices", "llama4_text"),
+        ("streamed, stored on the device", "deepseek_v3"),
+        ("streamed, stored on disk", "gpt_oss"),
+    ],
+)
+def test_whole_experts_go_as_on_the_cpu(place, family, tmp_path):
+    config = FistaPruningConfig(pattern="experts:0.5")
+    batches = tokens(32, 64).split(8)
+    expected, expected_report = prune_on_cpu(tiny_model(family), config, batches)
+    found, report = pruned_at(place, config, tiny_model(family), batches, tmp_path)
+    assert [m.groups_kept for m in report.mixtures] == [m.groups_kept for m in expected_report.mixtures]
+    assert sum(mixture.num_refitted for mixture in expected_report.mixtures) > 0
+    require_the_same(found, expected)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_layers_are_finetuned_as_on_the_cpu(place, tmp_path):
     config = FistaPruningConfig(**ALL, finetune="layer", finetune_steps=8, held_out=2)
