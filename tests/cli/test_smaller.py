@@ -6,6 +6,8 @@ import re
 import pytest
 from hub_standin import HubStandIn, connect
 from launched import forked_workers
+from tiny_llama import tiny_tokenizer
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import masked_training, save_masked
@@ -155,7 +157,7 @@ def test_decoder_layers_that_went_are_named(tiny_folder, text_file, tmp_path, ca
     )
     capsys.readouterr()
     assert main(["report", str(alone)]) == 1
-    assert "decoder layers or experts were removed and no operator was changed" in capsys.readouterr().err
+    assert "decoder layers were removed and no operator was changed" in capsys.readouterr().err
 
 
 def test_it_is_pushed_as_it_is(smaller, tmp_path, monkeypatch, capsys):
@@ -206,3 +208,29 @@ def test_patterns_with_a_comma_are_compared(tiny_folder, text_file, tmp_path, ca
     table = json.loads((tmp_path / "compared" / "table.json").read_text())
     assert table["settings"]["patterns"] == ["channels:0.25/4,2:4", "0.5"]
     assert "| channels:0.25/4,2:4 |" in capsys.readouterr().out
+
+
+def test_experts_that_went_are_counted_in_every_command(text_file, tmp_path, capsys):
+    dense, folder = tmp_path / "dense", tmp_path / "smaller"
+    tiny_model("mixtral").save_pretrained(dense)
+    tiny_tokenizer().save_pretrained(dense)
+    flags = ["--pattern", "experts:0.5", *QUICK, "--calibration", str(text_file)]
+    assert main(["prune", str(dense), "-o", str(folder), *flags, "--expert-saliency", "frequency"]) == 0
+    left = "2 of 4 experts left in each of 2 mixtures (frequency), fit error of their outputs"
+    assert left in capsys.readouterr().out
+    assert left in (folder / "README.md").read_text()
+    assert main(["verify", str(folder), "--dense", str(dense)]) == 0
+    assert ": 0 operators and 2 mixtures keep their pattern, " in capsys.readouterr().out
+    assert main(["report", str(folder)]) == 0
+    text = " ".join(re.sub(r"<[^>]+>", " ", (folder / "fista" / "report.html").read_text()).split())
+    assert "model. layers. 1. mlp. experts 2 4" in text
+    assert "Where the errors are" not in text
+    assert main(["prune", str(dense), "--dry-run", *flags, "--no-expert-refit"]) == 0
+    assert "left dense (keeps 2 of 4 experts): model.layers.0.mlp.experts" in capsys.readouterr().out
+    methods = "default,default:expert_saliency=random:expert_refit=false"
+    flags = ["--methods", methods, "--patterns", "experts:0.5", "--max-windows", "1", "--num-samples", "4"]
+    texts = ["--texts", str(text_file), "--calibration", str(text_file), "--sequence-length", "16", "--device", "cpu"]
+    assert main(["compare", str(dense), "-o", str(tmp_path / "out"), *flags, *texts]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "experts:0.5" in line]
+    assert len(rows) == 2
+    assert all(f"{100 * read_report(folder).totals['share_removed']:.2f}" in row for row in rows)

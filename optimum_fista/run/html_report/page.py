@@ -62,12 +62,12 @@ def read_contents(
         ValueError: If a file holds something else.
     """
     report = read_report(folder)
-    if report.removed and not report.operators:
+    if report.removed and not report.operators and not report.mixtures:
         raise ValueError(
-            f"{str(folder / REPORT_FILE)!r}: decoder layers or experts were removed and no operator was changed, so "
-            "there is no error to show. The model card says what went."
+            f"{str(folder / REPORT_FILE)!r}: decoder layers were removed and no operator was changed, so there is no "
+            "error to show. The model card says which layers went."
         )
-    if not report.operators:
+    if not report.operators and not report.mixtures:
         raise ValueError(f"{str(folder / REPORT_FILE)!r} names no pruned operator: pass the folder of a pruned model.")
     if evaluation_files is None:
         usual = folder / EVALUATION_FILE
@@ -115,7 +115,7 @@ def render_page(contents: ReportContents) -> str:
         held_out=unseen and heat(unseen, "held-out fit error over fit error", lambda o: _held_out([o])[2]),
         held_out_kinds=[(kind, *_held_out(grid.of_kind(kind))) for kind in grid.kinds],
         zeros=heat_map(report.operators, "zeros", lambda o: zeros[o.name], lambda value: share(value, 2), share),
-        even=max(zeros.values()) - min(zeros.values()) < 5e-4,
+        even=max(zeros.values(), default=0.0) - min(zeros.values(), default=0.0) < 5e-4,
         even_rows=all(parse_pattern(o.pattern).fixed or o.scope == "row" for o in report.operators),
         columns_left=_columns_left(report),
         rows={kind: rows[kind] for kind in OperatorGrid.of(report.operators).kinds},

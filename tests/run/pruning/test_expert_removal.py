@@ -153,7 +153,7 @@ def test_a_layer_for_which_there_is_no_memory_is_tried_with_smaller_batches(monk
         return errors(mixture)
 
     monkeypatch.setattr(SmallerMixture, "errors", run_out_once)
-    pruner, report = pruned(model, batches=batches)
+    _, report = pruned(model, batches=batches)
     assert len(failed) == 2
     assert any("out of memory" in warning for warning in report.warnings)
     _, expected = pruned(other, batches=[half for batch in batches for half in batch.split(12)])
