@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how").add_argument
     names = "obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap, greedy_obs, taylor"
     add("--method", help=names)
-    add("--paper", action="store_true", help="the published settings of FISTAPruner (K=20, T=3, xi=0.3)")
+    add("--recipe", metavar="NAME", help="default, fast, best or paper (docs/quickstart.md); flags win over it")
+    add("--paper", action="store_true", help="as --recipe paper, the published settings of FISTAPruner")
     share = "none, intra, full, or a number in [0, 1] (default: the method's, obs_admm's is 0.5): see docs/method.md"
     add("--error-correction", type=_number_or_word, help=share)
     share = "share of a decoder layer's error that its last operator compensates (default: obs_admm 1, others 0)"
@@ -274,16 +275,15 @@ def _number_or_word(text: str) -> str | float:
 
 
 def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
-    """The configuration from the flags given, over that of `--config` or `--paper`."""
+    """The configuration from the flags given, over that of `--config`, `--recipe` or `--paper`."""
     from optimum_fista.run.config import FistaPruningConfig
 
     given = {field.name: getattr(arguments, field.name, None) for field in fields(FistaPruningConfig)}
     flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if arguments.paper and (arguments.config or flags.get("method", "fista") != "fista"):
-        raise ValueError("--paper sets method and options of the paper: pass it without --config and --method.")
-    if arguments.paper:
-        flags.pop("method", None)
-        return FistaPruningConfig.paper(**flags)
+    if arguments.paper and (arguments.config or arguments.recipe or flags.get("method", "fista") != "fista"):
+        raise ValueError(
+            "--paper sets method and options of the paper: pass it without --config, --recipe and --method."
+        )
     if arguments.target is not None and arguments.target_size is None:
         raise ValueError(f"--target {arguments.target} makes sense with --target-size SHARE only.")
     if arguments.target_size is not None:
@@ -294,6 +294,11 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
                 f"--pattern bytes:{arguments.target_size!r},0.5 or bytes:{arguments.target_size!r},2:4 instead."
             )
         flags["pattern"] = f"{arguments.target or 'bytes'}:{arguments.target_size!r}"
+    recipe = "paper" if arguments.paper else arguments.recipe
+    if recipe is not None and arguments.config:
+        raise ValueError(f"--recipe {recipe} and --config {arguments.config}: pass only one of them.")
+    if recipe is not None:
+        return FistaPruningConfig.recipe(recipe, **flags)
     base = FistaPruningConfig.from_json(arguments.config).to_dict() if arguments.config else {}
     if {"sparsity", "pattern"} & set(flags):
         base = {key: value for key, value in base.items() if key not in ("sparsity", "pattern")}

@@ -49,6 +49,11 @@ def method_defaults(name: str) -> MethodDefaults:
     return _METHOD_DEFAULTS.get(name, MethodDefaults())
 
 
+_RECIPE_FOLDER = Path(__file__).parent / "recipes"
+RECIPES = ("default", "fast", "best", "paper")
+"""Names for `FistaPruningConfig.recipe`; a JSON file each in `recipes`, with what differs from the defaults."""
+
+_OPTIONS_OF_METHOD = ("warm_start", "max_iterations", "tolerance", "method_options")
 _OLD_NAMES = {"starved_tokens": "under_calibrated_tokens", "starved_method": "under_calibrated_method"}
 
 
@@ -263,19 +268,26 @@ class FistaPruningConfig:
 
         Warm start by family (SparseGPT for OPT, Wanda otherwise), intra-layer error correction.
         """
-        method_options = {
-            "patience": 3,
-            "max_trials": 30,
-            "rounding_share": 0.3,
-            "refit_iterations": 0,
-            "restart": False,
-        }
-        settings: dict[str, Any] = {
-            "warm_start": "auto",
-            "max_iterations": 20,
-            "method_options": method_options,
-        }
-        return cls(sparsity=sparsity, pattern=pattern, method="fista", **(settings | options))
+        return cls.recipe("paper", sparsity=sparsity, pattern=pattern, **options)
+
+    @classmethod
+    def recipe(cls, name: str, **options: Any) -> FistaPruningConfig:
+        """The settings of a recipe, which docs/quickstart.md compares, with options that win over them.
+
+        Args:
+            name: `"default"`, `"fast"`, `"best"` or `"paper"`.
+            options: Options of this class. If `method` is another than the recipe's, the recipe's options of its own
+                method are left out.
+
+        Raises:
+            ValueError: If there is no such recipe.
+        """
+        if name not in RECIPES:
+            raise ValueError(f"recipe={name!r}: pass one of {', '.join(map(repr, RECIPES))}.")
+        settings = json.loads((_RECIPE_FOLDER / f"{name}.json").read_text())
+        if options.get("method", settings.get("method")) != settings.get("method"):
+            settings = {key: value for key, value in settings.items() if key not in _OPTIONS_OF_METHOD}
+        return cls(**(settings | options))
 
     def create_method(self, model_type: str) -> PruningMethod:
         """The method with its options; `model_type` (as in a model's config) decides `warm_start="auto"`.

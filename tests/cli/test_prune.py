@@ -143,6 +143,12 @@ def test_paper_settings_with_flags_over_them(prune, tmp_path):
     assert config_of(tmp_path / "out") == FistaPruningConfig.paper(max_iterations=5, warm_start="dense").resolved()
 
 
+def test_a_recipe_with_flags_over_it(prune, tmp_path):
+    assert prune("--recipe", "fast", "--sparsity", "0.4", "--error-correction", "1", "--seed", "5") == 0
+    expected = FistaPruningConfig(sparsity=0.4, error_correction=1.0, residual_correction=0.0, seed=5)
+    assert config_of(tmp_path / "out") == expected.resolved()
+
+
 def test_a_model_that_is_there_is_refused_before_any_work(prune, tmp_path, capsys, monkeypatch):
     assert prune("--method", "wanda") == 0
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
@@ -177,6 +183,9 @@ def test_a_model_that_is_there_is_refused_before_any_work(prune, tmp_path, capsy
         (["--dtype", "float33"], "float33"),
         (["--config", "nothing.json"], "nothing.json"),
         (["--paper", "--method", "wanda"], "--paper sets method and options of the paper"),
+        (["--recipe", "slow"], "recipe='slow': pass one of 'default', 'fast', 'best', 'paper'"),
+        (["--recipe", "fast", "--config", "config.json"], "--recipe fast and --config config.json: pass only one"),
+        (["--paper", "--recipe", "fast"], "--paper sets method and options of the paper"),
         (["--paper", "--config", "config.json"], "--paper sets method and options of the paper"),
     ],
 )

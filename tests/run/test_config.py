@@ -1,15 +1,18 @@
 import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from layer_problems import WEIGHT_METHODS
 
-from optimum_fista.run.config import FistaPruningConfig, method_defaults
+from optimum_fista.run import config as module
+from optimum_fista.run.config import RECIPES, FistaPruningConfig, method_defaults
 from optimum_fista.solve.methods import METHODS
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
 DOWN = "model.layers.3.mlp.down_proj"
+RECIPE_FOLDER = Path(module.__file__).parent / "recipes"
 QUERY = "model.layers.3.self_attn.q_proj"
 
 
@@ -225,6 +228,34 @@ def test_paper_settings_can_be_overridden():
     assert (config.pattern, config.sparsity, config.error_correction, config.seed) == ("2:4", 0.5, "none", 3)
     method = config.create_method("llama")
     assert (method.max_iterations, method.patience, method.warm_start) == (7, 3, "wanda")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_holds_only_what_differs_from_the_defaults(name):
+    settings = json.loads((RECIPE_FOLDER / f"{name}.json").read_text())
+    defaults = FistaPruningConfig().resolved().to_dict()
+    assert all(value != defaults[key] for key, value in settings.items())
+    assert FistaPruningConfig.recipe(name) == FistaPruningConfig.from_dict(settings)
+    assert bool(settings) == (name != "default")
+
+
+def test_recipes_are_the_files_of_their_folder():
+    assert sorted(RECIPES) == sorted(file.stem for file in RECIPE_FOLDER.iterdir())
+    assert FistaPruningConfig.recipe("default") == FistaPruningConfig()
+    assert FistaPruningConfig.recipe("paper", sparsity=0.6) == FistaPruningConfig.paper(0.6)
+
+
+def test_options_win_over_a_recipe():
+    config = FistaPruningConfig.recipe("fast", pattern="2:4", residual_correction=0.5, error_correction="full")
+    assert config == FistaPruningConfig(pattern="2:4", residual_correction=0.5, error_correction="full")
+    config = FistaPruningConfig.recipe("paper", method="wanda", seed=3)
+    assert config == FistaPruningConfig(method="wanda", seed=3)  # without the options of FISTA
+    assert FistaPruningConfig.recipe("best", method="sparsegpt").finetune == "layer"
+
+
+def test_an_unknown_recipe_is_refused_with_the_list():
+    with pytest.raises(ValueError, match="recipe='slow': pass one of 'default', 'fast', 'best', 'paper'"):
+        FistaPruningConfig.recipe("slow")
 
 
 def test_auto_warm_start_is_not_only_for_the_paper():

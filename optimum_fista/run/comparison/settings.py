@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.config import RECIPES, FistaPruningConfig
 
 DENSE = "dense"
 NO_PATTERN = "-"
@@ -38,8 +38,8 @@ class Candidate:
 def parse_config(method: str, pattern: str, seed: int = 0, held_out: int = 0) -> FistaPruningConfig:
     """A configuration from `name:option=value:...` and a fraction of zeros or a pattern: `0.5`, `2:4`.
 
-    Options are those of `FistaPruningConfig` or of the method, their values JSON or text. `default` is
-    `FistaPruningConfig()`, `paper` `FistaPruningConfig.paper()`.
+    Options are those of `FistaPruningConfig` or of the method, their values JSON or text. The name may be that of a
+    recipe, such as `default` or `paper`.
 
     Raises:
         ValueError: If the method, an option or the pattern is not known, or they don't go together.
@@ -60,12 +60,10 @@ def parse_config(method: str, pattern: str, seed: int = 0, held_out: int = 0) ->
     options |= {"pattern": pattern} if sparsity is None else {"sparsity": sparsity}
     fields = {field.name for field in dataclasses.fields(FistaPruningConfig)}
     own = {key: options.pop(key) for key in options.keys() - fields}
-    if name == "paper":
-        config = FistaPruningConfig.paper(**options)
+    if name in RECIPES:
+        config = FistaPruningConfig.recipe(name, **options)
         return dataclasses.replace(config, method_options={**config.method_options, **own})
-    if name != "default":
-        options["method"] = name
-    return FistaPruningConfig(method_options=own, **options)
+    return FistaPruningConfig(method=name, method_options=own, **options)
 
 
 def candidates(
@@ -112,7 +110,7 @@ class ComparisonSettings:
 
     Attributes:
         model: Hub id, model folder, or a folder with one GGUF file.
-        methods: `name:option=value:...`, `default` or `paper`: see `parse_config`.
+        methods: `name:option=value:...`, methods or recipes: see `parse_config`.
         patterns: Fractions of zeros such as `"0.5"`, or `"n:m"`.
         texts: Sources of `run.texts.text.load_text` to measure perplexity on.
         tasks: Tasks as lm-eval names them, to measure zero-shot accuracy on.

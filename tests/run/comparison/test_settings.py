@@ -13,6 +13,7 @@ from optimum_fista.run.comparison.settings import candidates, parse_config
         ("default:error_correction=0.25", "0.5", FistaPruningConfig(error_correction=0.25, seed=3)),
         ("default:ridge=0.1", "0.5", FistaPruningConfig(method_options={"ridge": 0.1}, seed=3)),
         ("paper:warm_start=dense", "0.5", FistaPruningConfig.paper(warm_start="dense", seed=3)),
+        ("fast", "2:4", FistaPruningConfig.recipe("fast", pattern="2:4", seed=3)),
         ("wanda:seed=7", "0.5", FistaPruningConfig(method="wanda", seed=7)),
     ],
 )
