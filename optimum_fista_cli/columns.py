@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 _GAP = 3
-NARROWEST = 24
-"""Characters a column has at least."""
+_NARROWEST = 24
 
 
-def side_by_side(texts: Mapping[str, str], width: int) -> list[str]:
+def side_by_side(texts: Sequence[tuple[str, str]], width: int) -> list[str]:
     """Lines that show texts below their names, in columns of equal width; one after another if these are too narrow.
 
     Args:
-        texts: Text by name.
+        texts: Names and texts; of a long name the end is shown.
         width: Characters a line has at most.
     """
-    room = (width - _GAP * (len(texts) - 1)) // len(texts)
-    if room < NARROWEST:
-        wrapped = [[name, *_wrap(text, width), ""] for name, text in texts.items()]
+    room = _room(len(texts), width)
+    if not fits(len(texts), width):
+        wrapped = [[name, *_wrap(text, width), ""] for name, text in texts]
         return [line for lines in wrapped for line in lines][:-1]
-    columns = [[name, "-" * room, *_wrap(text, room)] for name, text in texts.items()]
+    columns = [[name[-room:], "-" * room, *_wrap(text, room)] for name, text in texts]
     rows = itertools.zip_longest(*columns, fillvalue="")
     return [(" " * _GAP).join(f"{cell:{room}}" for cell in row).rstrip() for row in rows]
+
+
+def fits(count: int, width: int) -> bool:
+    """Whether as many columns are wide enough to be read."""
+    return _room(count, width) >= _NARROWEST
+
+
+def _room(count: int, width: int) -> int:
+    return (width - _GAP * (count - 1)) // count
 
 
 def _wrap(text: str, width: int) -> list[str]:

@@ -194,7 +194,7 @@ def _show_models(dense: PreTrainedModel, folders: Sequence[Path], tokenizer: Pre
         ["model", "MB in memory", "reads, tokens/s", "writes, tokens/s"],
         [[f"`{name}`", cells[name], *speeds] for name, speeds in _speeds(models).items()],
     )
-    return "\n".join([*table, "", *side_by_side(texts, shutil.get_terminal_size((120, 24)).columns)])
+    return "\n".join([*table, "", *side_by_side(list(texts.items()), shutil.get_terminal_size((120, 24)).columns)])
 
 
 def _speeds(models: dict[str, Any], rounds: int = 3) -> dict[str, list[str]]:
@@ -219,9 +219,10 @@ def _speeds(models: dict[str, Any], rounds: int = 3) -> dict[str, list[str]]:
 
 def _next_commands(arguments: argparse.Namespace) -> str:
     """Three commands to go on with, with the program as it was called, so that they can be copied."""
+    folder, dense = arguments.output / _SAVED["0.5"], arguments.model or os.path.relpath(_smollm2_folder())
     program = sys.argv[0] if Path(sys.argv[0]).name == "optimum-fista" else "optimum-fista"
     lines = [
-        f"{program} report {arguments.output}/{_SAVED['0.5']}    # a page about every operator",
+        f"{program} chat {folder} --beside {dense}    # talk to the pruned model and to the dense one",
         f"{program} prune MODEL --output pruned --sparsity 0.5    # a model of your own: Hub id or folder",
         f"{program} demo --full    # five methods, 50% and 2:4, in 20 to 30 minutes",
     ]

@@ -9,9 +9,9 @@ from importlib.metadata import version
 
 from safetensors import SafetensorError
 
-from optimum_fista_cli import bench, compare, demo, doctor, evaluate, pack, prune, report, unpack, verify
+from optimum_fista_cli import bench, chat, compare, demo, doctor, evaluate, pack, prune, report, unpack, verify
 
-_COMMANDS = (prune, evaluate, compare, report, verify, pack, unpack, bench, demo, doctor)
+_COMMANDS = (prune, evaluate, compare, report, verify, chat, pack, unpack, bench, demo, doctor)
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.

@@ -30,6 +30,7 @@ FLAGS = {
         "DIR --variants --batch-sizes --new-tokens --prompt-tokens --prefill-tokens --rounds --threads --device "
         "--output -o --plot --original"
     ),
+    "chat": "DIR --beside --max-new-tokens --temperature --seed --device --dtype",
     "doctor": "",
     "demo": "--full --model --text --output --num-samples --sequence-length --max-windows",
 }

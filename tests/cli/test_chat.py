@@ -1,0 +1,156 @@
+import io
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_llama import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from optimum_fista.run.packed_folders.packed_folder import pack_folder
+from optimum_fista_cli import chat
+from optimum_fista_cli.columns import side_by_side
+from optimum_fista_cli.main import main
+
+FEW = ["--device", "cpu", "--max-new-tokens", "6"]
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role[0] }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+)
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    """`ask("question\\n...", *arguments)`: what the command answers in a pipe, a line each."""
+
+    def run(text: str, *arguments) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        assert main(["chat", *map(str, arguments)]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def continued(folder, prompt: str, count: int = 6, **options) -> str:
+    tokenizer, model = tiny_tokenizer(), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        out = model.generate(ids, max_new_tokens=count, do_sample=False, **options)[0, ids.shape[1] :]
+    return " ".join(tokenizer.decode(out, skip_special_tokens=True).split())
+
+
+def test_without_a_template_every_line_is_continued_on_its_own(ask, tiny_folder):
+    lines = ask("the sea is\n\nthe ships\n", tiny_folder, *FEW)
+    assert lines == [continued(tiny_folder, "the sea is"), continued(tiny_folder, "the ships")]
+    assert any(lines)
+
+
+def test_with_a_template_the_conversation_goes_on(ask, tiny_folder, tmp_path):
+    AutoModelForCausalLM.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    first, second = ask("sea\nsky\n", tmp_path, *FEW)
+    assert first == continued(tmp_path, "<s>useaa")
+    settings = SimpleNamespace(device="cpu", dtype="auto", max_new_tokens=6, temperature=0, seed=0)
+    raw = chat._Speaker.load(str(tmp_path), settings)
+    said = "".join(raw.answer("sea"))
+    assert second == continued(tmp_path, f"<s>usea<s>a{said}<s>uskya")
+    assert [turn["role"] for turn in raw.turns] == ["user", "assistant"]
+    # 64 positions: the oldest turns are forgotten, so that a long conversation goes on
+    for _ in range(6):
+        "".join(raw.answer("the days"))
+    assert raw.turns[0]["content"] != "sea"
+    with pytest.raises(ValueError, match=r"the question has 83 tokens, and .* has positions for 64: shorten it"):
+        next(raw.answer("x" * 80))
+
+
+def test_beside_another_model_and_packed_folders(ask, tiny_folder, pruned_folder, tmp_path):
+    pack_folder(pruned_folder, tmp_path / "packed")
+    lines = ask("the sea\n", tmp_path / "packed", "--beside", tiny_folder, *FEW)
+    names = (tmp_path / "packed", pruned_folder), (tiny_folder, tiny_folder)
+    assert lines == [f"{name}: {continued(folder, 'the sea')}".rstrip() or name for name, folder in names]
+    assert lines[0].split(": ")[1:] != lines[1].split(": ")[1:]
+
+
+def test_a_seed_decides_what_is_sampled(ask, tiny_folder):
+    hot = [tiny_folder, *FEW, "--temperature", "5"]
+    assert ask("the sea\n", *hot, "--seed", "1") == ask("the sea\n", *hot, "--seed", "1")
+    assert ask("the sea\n", *hot, "--seed", "1") != ask("the sea\n", *hot, "--seed", "2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: pass at least 1"),
+        (["--temperature", "-1"], "--temperature -1.0: pass 0 or a number above"),
+        (["--beside", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_bad_arguments(tiny_folder, capsys, flags, message):
+    assert main(["chat", str(tiny_folder), "--device", "cpu", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_columns_are_as_wide_as_the_screen_or_one_after_another():
+    texts = [("dense", "one two three four five six seven"), ("/models/pruned", "one\ntwo")]
+    wide = side_by_side(texts, 60)
+    assert max(map(len, wide)) <= 60
+    assert wide[0].split() == ["dense", "/models/pruned"]
+    assert wide[2].index("one", 5) == wide[3].index("two", 5) == wide[0].index("/models")
+    narrow = side_by_side(texts, 30)
+    assert narrow == ["dense", "one two three four five six", "seven", "", "/models/pruned", "one", "two"]
+
+
+def test_in_a_terminal_tokens_stream_in_columns_and_are_drawn_over(monkeypatch, capsys, tiny_folder):
+    names = ["left", "right"]
+    answers = [iter(["one ", "two"]), iter(["uno ", "dos ", "tres"])]
+    chat._answer_in_columns(names, answers, os.terminal_size((60, 24)))
+    frames = capsys.readouterr().out.split("\033[3A")
+    assert [frame.replace("\033[K", "").split()[4:] for frame in frames if "uno" in frame][-1] == [
+        "one",
+        "two",
+        "uno",
+        "dos",
+        "tres",
+    ]
+    assert len(frames) == 4
+
+
+def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(tiny_folder):
+    """In a real terminal, as a user has it."""
+    parent, child = pty.openpty()
+    slow = (
+        "import sys, time; from optimum_fista_cli import chat, main; old = chat._Speaker.answer\n"
+        "def answer(self, question):\n"
+        "    for piece in old(self, question):\n"
+        "        yield piece; time.sleep(0.5)\n"
+        "chat._Speaker.answer = answer; sys.exit(main.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", slow, "chat", str(tiny_folder), "--device", "cpu", "--max-new-tokens", "60"]
+    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, start_new_session=True, env=os.environ)
+    os.close(child)
+    shown = read_until(parent, "> ")
+    assert "Ctrl-C stops an answer, Ctrl-D ends." in shown
+    os.write(parent, b"the sea\n")
+    read_until(parent, "the sea\r\n", 3)
+    process.send_signal(signal.SIGINT)
+    read_until(parent, "> ")
+    assert process.poll() is None
+    os.write(parent, b"\x04")
+    assert process.wait(timeout=60) == 0
+    os.close(parent)
+
+
+def read_until(terminal: int, end: str, more: int = 0) -> str:
+    """What a terminal shows up to a text and so many characters after it."""
+    shown, deadline = "", time.monotonic() + 120
+    while time.monotonic() < deadline:
+        shown += os.read(terminal, 1000).decode()
+        if end in shown and len(shown.split(end, 1)[1]) >= more:
+            return shown
+    raise AssertionError(f"the terminal shows {shown!r}")
