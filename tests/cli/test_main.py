@@ -9,8 +9,8 @@ from optimum_fista_cli.main import build_parser, main
 
 FLAGS = {
     "prune": (
-        "MODEL --output -o --dry-run --overwrite --packed --sparsity --pattern --scope --include "
-        "--exclude --method --recipe --paper --expert-saliency --no-expert-refit "
+        "MODEL --output -o --dry-run --overwrite --packed --sparsity --pattern --target --target-size --scope "
+        "--include --exclude --method --recipe --paper --expert-saliency --no-expert-refit "
         "--error-correction --residual-correction --allocation --under-calibrated-tokens "
         "--under-calibrated-method --warm-start --max-iterations "
         "--finetune --finetune-steps --finetune-learning-rate --config "
