@@ -147,13 +147,14 @@ class Removal:
         last shows when the layer runs (`to_prune`). If zeros follow, it is pruned like all others, which repairs.
         """
         correction = self.config.correction
-        repairs = self.choice is None and correction.residual_share > 0 and not correction.independent_layers
+        repairs = self.choice is None and correction.residual_share > 0
+        after_removed = {index + 1 for index in self.removed_layers if not correction.independent_layers}
         left = {name: dict(found) for name, found in operators.items()}
         all_columns: dict[str, float | str] = {}
         for index, (name, layer) in enumerate(layers):
             if index in self.removed_layers:
                 left[name] = {}
-            elif repairs and (("heads" in self.counts and left[name]) or index - 1 in self.removed_layers):
+            elif repairs and (("heads" in self.counts and left[name]) or index in after_removed):
                 others = find_operators(name, layer, dense_experts=("*",))
                 all_columns |= {key: f"columns:{o.shape[1]}of{o.shape[1]}" for key, o in others.items()}
                 left[name] = others | left[name]

@@ -86,11 +86,12 @@ def test_parts_that_nothing_reads_are_found_and_change_nothing(method):
     assert torch.allclose(logits(model), expected, atol=2e-4 * float(expected.abs().max()))
 
 
-def test_down_projections_make_up_for_heads_that_go():
+@pytest.mark.parametrize("options", [{}, {"error_correction": "intra"}])
+def test_down_projections_make_up_for_heads_that_go(options):
     tokens = tiny_tokens(16, 24)
     repaired, plain, dense = tiny_llama(), tiny_llama(), tiny_llama()
-    report = pruner("heads:0.5").prune(repaired, tokens.split(4))
-    pruner("heads:0.5", residual_correction=0.0).prune(plain, tokens.split(4))
+    report = pruner("heads:0.5", **options).prune(repaired, tokens.split(4))
+    pruner("heads:0.5", residual_correction=0.0, **options).prune(plain, tokens.split(4))
     refitted = [operator for operator in report.operators if "down_proj" in operator.name]
     assert [(o.pattern, o.method, o.residual_corrected) for o in refitted] == [("columns:48of48", "refit", True)] * 2
     assert not report.warnings
