@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import HiddenStates, LayerActivations
+from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.experts import AssignedTokens, ExpertLinear, FusedExperts
 from optimum_fista.model.finished_parts import FinishedParts
 from optimum_fista.model.layer_sums import Group, LayerSums
@@ -212,14 +213,22 @@ class LayerTargets:
             Y = a E(X) + (1 - a) E(X*) - b (D* - D),
 
         with `D` and `D*` the rest of the layer's output; b = 0 unless `adds_experts`.
+
+        Raises:
+            UnsupportedArchitectureError: If the layer does not call its experts exactly once.
         """
         assert self._experts is not None
         correction, seen, count = self._correction, list[Tensor](), 0
         with watching({}, {self._experts: lambda output: seen.append(tokens_of(output, count).float())}):
             for batch, hidden in enumerate(self._entering.entering):
                 count = hidden.shape[:2].numel()
-                output, same = self._activations.run(batch, hidden), seen.pop()
-                target = same
+                output = self._activations.run(batch, hidden)
+                if len(seen) != 1:
+                    raise UnsupportedArchitectureError(
+                        f"a {type(self._experts).__name__} is called {len(seen)} times in a forward pass of its "
+                        "decoder layer, so its experts can't go: use another pattern."
+                    )
+                target = same = seen.pop()
                 if correction.needs_dense:
                     dense = self._expert_outputs[batch].float()
                     target = torch.lerp(same, dense, correction.dense_share)

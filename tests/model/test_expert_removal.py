@@ -8,6 +8,7 @@ from optimum_fista.model.activations import HiddenStates, LayerActivations
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.correction import Correction, LayerTargets
+from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.expert_removal import (
     ExpertScores,
     SmallerMixture,
@@ -105,7 +106,7 @@ def test_targets_without_correction_are_what_the_experts_return_now():
     _, experts, activations, entering = mixture_layer("llama4_text")
     states = HiddenStates(None, entering)
     targets = LayerTargets(activations, [], Correction("full", 0.0), states, experts.module)
-    for batch, wanted in enumerate(targets.expert_targets()):
+    for batch, wanted in enumerate(list(targets.expert_targets())):
         one = LayerActivations(activations.layer, activations.calls[batch : batch + 1], [None], CPU)
         _, output = output_of_experts(experts, one, entering[batch])
         assert torch.allclose(wanted, output.view(4, 32, -1).sum(0), atol=1e-6)
@@ -145,3 +146,23 @@ def test_refits_to_noise_are_not_kept():
     mixture = SmallerMixture(experts, activations, entering, wanted)
     assert mixture.refit(lambda *_: pytest.fail("an expert was written")) == (0, "")
     assert torch.equal(experts.module.down_proj, before)
+
+
+def test_experts_whose_outputs_pass_a_norm_are_not_refitted():
+    _, experts, activations, entering = mixture_layer("mixtral")
+    wanted = activations.store()
+    for hidden in entering:
+        wanted.append(hidden.flatten(0, 1))
+    mixture = SmallerMixture(experts, activations, entering, wanted)
+    experts.module.has_post_expert_norm = True
+    assert mixture.refit(lambda *_: None) == (0, "not refitted: a norm follows every expert")
+
+
+def test_experts_that_are_called_twice_are_refused():
+    _, experts, activations, entering = mixture_layer("mixtral")
+    own = activations.layer.mlp.forward
+    activations.layer.mlp.forward = lambda hidden: own(hidden) + own(hidden)
+    states = HiddenStates(None, entering)
+    targets = LayerTargets(activations, [], Correction("full", 0.0), states, experts.module)
+    with pytest.raises(UnsupportedArchitectureError, match="MixtralExperts is called 2 times in a forward pass"):
+        next(targets.expert_targets())
