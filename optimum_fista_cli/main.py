@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 
@@ -44,6 +45,8 @@ def execute(arguments: argparse.Namespace) -> int:
     Returns:
         0, or 1 after an error, 130 after an interrupt.
     """
+    formatted = warnings.formatwarning
+    warnings.formatwarning = _one_warning
     try:
         return int(arguments.fista_run(arguments))
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
@@ -52,6 +55,13 @@ def execute(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = formatted
+
+
+def _one_warning(message: Warning | str, *_: object, **__: object) -> str:
+    """What to say of a warning: without the line of code that gave it, which is of no use here."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _one_line(error: Exception) -> str:

@@ -26,8 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Pack, and print what it saved."""
+    from tqdm.auto import tqdm
+
     from optimum_fista.run.packed_folders.packed_folder import pack_folder
 
-    print(pack_folder(arguments.folder, arguments.output, overwrite=arguments.overwrite, progress=print))
+    with tqdm(desc="Packing", unit="file", delay=1) as bar:
+        packed = pack_folder(
+            arguments.folder, arguments.output, overwrite=arguments.overwrite, progress=lambda _: bar.update()
+        )
+    print(packed)
     print(f"saved to {arguments.output}")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -42,15 +43,11 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+    """Add the command's arguments, those of every day first."""
+    parser.usage = "%(prog)s MODEL --output DIR [options]"
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
     add("--output", "-o", type=Path, metavar="DIR", help="folder to write the model to")
-    dry = "only print what would be pruned, peak memory, disk and time; MODEL may be a config.json; writes nothing"
-    add("--dry-run", action="store_true", help=dry)
-    add("--overwrite", action="store_true", help="replace a model that --output already holds")
-    add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")
-    add = parser.add_argument_group("what to prune").add_argument
     add("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
     groups = (
         "keep N of every M consecutive inputs of a row, such as 2:4; 4:8-pairs keeps two whole pairs of four; "
@@ -60,61 +57,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pattern", metavar="PATTERN", help=groups)
     size = "make the model so large, as a share of the dense one: the run chooses what goes (docs/smaller.md)"
     add("--target-size", type=float, metavar="SHARE", help=size)
+    names = "obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap, greedy_obs, taylor"
+    add("--method", help=names)
+    add("--recipe", metavar="NAME", help="default, fast, best or paper (docs/quickstart.md); flags win over it")
+    sources = "self (default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
+    add("--calibration", default="self", metavar="SOURCE", help=sources)
+    add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
+    add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 2048 or the model's maximum)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
+    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
+    dry = "only print what would be pruned, peak memory, disk and time; MODEL may be a config.json; writes nothing"
+    add("--dry-run", action="store_true", help=dry)
+    add("--overwrite", action="store_true", help="replace a model that --output already holds")
+    add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")
+    add("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
+    add("--private", action="store_true", default=None, help="make a new repository private")
+    add = parser.add_argument_group("advanced: which operators").add_argument
     measures = "what --target-size is measured by: bytes (default), active weights of a token, or latency of decoding"
     add("--target", choices=("bytes", "active", "latency"), help=measures)
     add("--scope", choices=("matrix", "row"), help="share zeros over a whole operator or give each row its own")
     add("--include", action="append", metavar="GLOB", help="prune only operators whose name matches; repeatable")
     add("--exclude", action="append", metavar="GLOB", help="leave dense the operators whose name matches; repeatable")
-    add = parser.add_argument_group("how").add_argument
-    names = "obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap, greedy_obs, taylor"
-    add("--method", help=names)
-    add("--recipe", metavar="NAME", help="default, fast, best or paper (docs/quickstart.md); flags win over it")
-    add("--paper", action="store_true", help="as --recipe paper, the published settings of FISTAPruner")
-    share = "none, intra, full, or a number in [0, 1] (default: the method's, obs_admm's is 0.5): see docs/method.md"
-    add("--error-correction", type=_number_or_word, help=share)
-    share = "share of a decoder layer's error that its last operator compensates (default: obs_admm 1, others 0)"
-    add("--residual-correction", type=float, help=share)
     shared = "the same sparsity everywhere, or shared by gradients of the loss (default: obs_admm fisher)"
     add("--allocation", choices=("uniform", "fisher"), help=shared)
+    add = parser.add_argument_group("advanced: method").add_argument
+    add("--paper", action="store_true", help="as --recipe paper, the published settings of FISTAPruner")
+    share = "none, intra, full, or a number in [0, 1] (default: the method's, obs_admm's is 0.5): see docs/method.md"
+    add("--error-correction", type=_number_or_word, metavar="WORD", help=share)
+    share = "share of a decoder layer's error that its last operator compensates (default: obs_admm 1, others 0)"
+    add("--residual-correction", type=float, metavar="SHARE", help=share)
     few = "experts of a mixture that the router sends fewer than N tokens are under-calibrated (default 128)"
     add("--under-calibrated-tokens", type=int, metavar="N", help=few)
-    add("--under-calibrated-method", help="the method that prunes under-calibrated experts (default magnitude)")
+    add(
+        "--under-calibrated-method",
+        metavar="METHOD",
+        help="the method that prunes under-calibrated experts (default magnitude)",
+    )
     stay = "which experts of a mixture stay if some go (default reap): see docs/smaller.md"
     add("--expert-saliency", choices=("reap", "frequency", "random"), help=stay)
     refit = "do not refit the experts that stay"
     add("--no-expert-refit", dest="expert_refit", action="store_const", const=False, help=refit)
-    add("--warm-start", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
-    add("--max-iterations", type=int, help="iteration limit of the method")
+    add("--warm-start", metavar="METHOD", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
+    add("--max-iterations", type=int, metavar="N", help="iteration limit of the method")
     trained = "train the kept weights of every pruned decoder layer to give the dense layer's outputs (default: not)"
     add("--finetune", choices=("layer",), help=trained)
     add("--finetune-steps", type=int, metavar="N", help="steps a decoder layer, a batch each (default 32)")
     add("--finetune-learning-rate", type=float, metavar="RATE", help="largest learning rate (default 3e-4)")
     add("--config", type=Path, metavar="FILE", help="a configuration saved as JSON; flags override it")
-    add = parser.add_argument_group("calibration").add_argument
-    sources = "self (default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
-    add("--calibration", default="self", metavar="SOURCE", help=sources)
-    add("--num-samples", type=int, default=128, help="number of sequences (default 128)")
+    add = parser.add_argument_group("advanced: calibration and machine").add_argument
     unseen = "N further sequences that nothing is fitted to: the report has every operator's error on them as well"
     add("--held-out", type=int, metavar="N", help=unseen)
-    add("--sequence-length", type=int, help="tokens a sequence (default: 2048 or the model's maximum)")
-    add("--batch-size", type=int, default=1, help="sequences a forward pass (default 1)")
+    add("--batch-size", type=int, default=1, metavar="N", help="sequences a forward pass (default 1)")
     add("--seed", type=int, help="seed of the sampling (default 0)")
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
-    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
     add(
         "--storage-device",
         metavar="PLACE",
         help="where activations wait between passes: a device (cpu spares the GPU's memory), disk for memory-mapped "
         "files beside --output, or a folder for them (default: --device; on the CPU disk)",
     )
-    add = parser.add_argument_group("tracking").add_argument
     curves = "draw curves over the decoder layers in tensorboard or trackio during the run; repeatable"
     add("--report-to", action="append", default=[], metavar="TRACKER", help=curves)
     add("--logging-dir", type=Path, metavar="DIR", help="where they are kept (default runs/ and --output's name)")
-    add = parser.add_argument_group("hub").add_argument
-    add("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
-    add("--private", action="store_true", default=None, help="make a new repository private")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -186,7 +189,9 @@ def run(arguments: argparse.Namespace) -> int:
                 **places,
             )
         except KeyboardInterrupt:
-            print("\nfinished decoder layers are kept: give the same command again to resume", file=sys.stderr)
+            layers = len(list((unfinished_folder(arguments.output) / FOLDER).glob("layer-*.json")))
+            again = "give the same command again to resume" if layers else "the same command starts from the beginning"
+            print(f"\n{layers or 'no'} decoder layers are finished and kept: {again}", file=sys.stderr)
             raise
         except RankError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -201,7 +206,21 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"saved to {arguments.output}")
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
+    else:
+        print(_next_commands(arguments.output))
     return 0
+
+
+def _next_commands(folder: Path) -> str:
+    """What to do with a pruned model, and how to read the errors that were printed."""
+    name = shlex.quote(str(folder))
+    return (
+        "of the errors, 0 means no change and 1 a change as large as the outputs (docs/report.md)\n"
+        "next:\n"
+        f"  optimum-fista verify {name}                       # counts the zeros in the files again\n"
+        f"  optimum-fista evaluate {name} --text wikitext2    # perplexity; the same of the dense model compares\n"
+        f"  optimum-fista report {name}                       # a page about every operator"
+    )
 
 
 @contextmanager

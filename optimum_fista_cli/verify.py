@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 
     try:
-        with tqdm(desc="Verifying", unit="tensor") as bar:
+        total = _num_operators(arguments.folder) if arguments.dense is None else None
+        with tqdm(desc="Verifying", unit="tensor", total=total) as bar:
             proven = verify_checkpoint(arguments.folder, lambda _: bar.update(), dense=arguments.dense)
     except VerificationError as error:
         print(f"{arguments.folder}: BROKEN: {error}", file=sys.stderr)
@@ -52,3 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
     if proven.num_parameters is None:
         print("its parameters were not counted: Transformers can't make a model of its class without weights")
     return 0
+
+
+def _num_operators(folder: Path) -> int | None:
+    """How many operators there are to check; `None` if the report says nothing, which the check explains."""
+    from optimum_fista.run.checkpoints.checkpoint import read_report
+
+    try:
+        return len(read_report(folder).operators)
+    except (OSError, ValueError):
+        return None

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from optimum_fista.installing import install_command
+
 PATHS = ("portable", "avx2", "avx512")
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ENVIRONMENT = "OPTIMUM_FISTA_KERNELS"
@@ -149,7 +151,7 @@ def kernels() -> Kernels | None:
     warnings.warn(
         f"The CPU kernels of packed linear layers {reason}: every product unpacks its whole weight first, which is "
         "slower than a dense model. Install a C++17 compiler (g++ or clang++), then optimum-fista again "
-        "(pip install --force-reinstall --no-deps --no-cache-dir optimum-fista), or load the model dense.",
+        f"({install_command(options='--force-reinstall --no-deps --no-cache-dir')}), or load the model dense.",
         stacklevel=2,
     )
     return None

@@ -65,7 +65,7 @@ def push_folder(
             repo_id,
         )
     api = HfApi(token=token)
-    with _failures_explained(folder, repo_id, revision, others):
+    with _failures_explained(folder, repo_id, revision, others, private):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         found_private = private if private is None else api.model_info(repo_id).private
     if found_private != private:
@@ -73,7 +73,7 @@ def push_folder(
             f"private={private} was passed, but {repo_id!r} exists with private={found_private}: omit "
             "`private` to keep that, change the repository's settings, or pass another `repo_id`"
         )
-    with _failures_explained(folder, repo_id, revision, others):
+    with _failures_explained(folder, repo_id, revision, others, private):
         if revision is not None and not revision.startswith("refs/"):  # a pull request's ref exists already
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
@@ -103,13 +103,16 @@ def require_repo_id(repo_id: str) -> None:
 
 
 @contextmanager
-def _failures_explained(folder: Path, repo_id: str, revision: str | None, others: list[str]) -> Iterator[None]:
+def _failures_explained(
+    folder: Path, repo_id: str, revision: str | None, others: list[str], private: bool | None
+) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # no common base: httpx errors, RuntimeError of threads, ValueError
         branch = [] if revision is None else ["--revision", revision]
         without = [part for name in others for part in ("--exclude", glob.escape(name))]
-        command = shlex.join(["hf", "upload", repo_id, str(folder), *branch, *without])
+        hidden = ["--private"] if private else []  # otherwise the command would make a public repository
+        command = shlex.join(["hf", "upload", repo_id, str(folder), *hidden, *branch, *without])
         raise OSError(
             f"Pushing to {repo_id!r} failed, but the model folder is safe at {folder}. "
             f"Retry with `push_folder`, or in a shell with `{command}`. The cause: {error}"

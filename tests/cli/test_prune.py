@@ -275,11 +275,13 @@ def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_
 
     monkeypatch.setattr(journal.Journal, "keep_layer", interrupted)
     assert prune("--calibration", "self", "--method", "wanda") == 130
-    assert "finished decoder layers are kept: give the same command again to resume" in capsys.readouterr().err
+    message = "\n1 decoder layers are finished and kept: give the same command again to resume\n"
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(journal.Journal, "keep_layer", keep)
     monkeypatch.setattr("optimum_fista.run.texts.calibration_source.sample_text_from_model", None)
     assert prune("--calibration", "self", "--method", "wanda") == 0
+    assert "Resuming, 1 of 2 decoder layers done:  50%" in capsys.readouterr().err  # the bar begins at 7 of 14
     assert verify_checkpoint(tmp_path / "out").num_operators == 14
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
     report = json.loads((tmp_path / "out" / "fista" / "report.json").read_text())

@@ -151,6 +151,12 @@ def test_refused_token_names_the_safe_folder(hub, model_folder, tmp_path):
     assert bytes_of(model_folder) == before
 
 
+def test_what_is_suggested_after_a_private_push_keeps_it_private(hub, model_folder, tmp_path):
+    hub.broken = "/commit/"
+    message = failure(push(hub, model_folder, tmp_path, private=True))
+    assert f"`hf upload {REPO_ID} '{model_folder}' --private`" in message
+
+
 @pytest.mark.parametrize("broken", ["/api/repos/create", "/branch/", "/commit/"])
 def test_failure_at_any_step_can_be_retried(hub, model_folder, tmp_path, broken):
     hub.broken = broken

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.util
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import (
     AutoConfig,
@@ -20,9 +24,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from optimum_fista.installing import install_command
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.offload import is_offloaded, move_execution
 from optimum_fista.run.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -130,11 +137,43 @@ def reading(name: str) -> Iterator[None]:
 def _read(kind: Any, name: str, **options: Any) -> Any:
     """What an automatic class of Transformers makes of a model's files; no code of theirs runs."""
     file = gguf_file(name)
-    if file is None:
-        with reading(name):
+    if file is not None:
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError(
+                f"model={name!r} is a GGUF file, which needs the package gguf: run {install_command('gguf')}."
+            )
+        with reading(name), _no_garbage_collection():
+            return kind.from_pretrained(name, trust_remote_code=False, gguf_file=file, **options)
+    here = Path(name).exists()
+    if not here and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        _say_once(f"there is no folder {name!r} here: asking the Hugging Face Hub for it")
+    try:
+        with reading(name), _without_talk_of_offloading():
             return kind.from_pretrained(name, trust_remote_code=False, **options)
-    with reading(name), _no_garbage_collection():
-        return kind.from_pretrained(name, trust_remote_code=False, gguf_file=file, **options)
+    except OSError as error:
+        if here:
+            raise
+        raise OSError(f"model={name!r}: there is no such folder, and the Hub gave no such model ({error})") from error
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+@contextmanager
+def _without_talk_of_offloading() -> Iterator[None]:
+    """Hold back what Accelerate warns of if weights stay in their files, which is what was asked for."""
+    talker = logging.getLogger("accelerate.big_modeling")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Some parameters are on the meta device")
+
+    talker.addFilter(is_other)
+    try:
+        yield
+    finally:
+        talker.removeFilter(is_other)
 
 
 @contextmanager

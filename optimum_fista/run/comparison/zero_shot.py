@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista.installing import install_command
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.run.comparison.rows import Score
 
@@ -45,7 +46,7 @@ class TaskSuite:
         if importlib.util.find_spec("lm_eval") is None:
             raise ImportError(
                 f"tasks={list(names)!r} need the package lm-eval, which is not installed: "
-                "pip install 'optimum-fista[eval]', or pass no tasks."
+                f"run {install_command('eval')}, or pass no tasks."
             )
         self.names = list(names)
         self.include_path = None if include_path is None else Path(include_path)

@@ -54,7 +54,13 @@ def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = N
     last = max((index for index, count in counts.items() if count), default=-1)
     with (
         run.split_experts(),
-        tqdm(total=sum(counts.values()), desc=run.title, unit="operator", disable=not run.progress) as bar,
+        tqdm(
+            total=run.num_before + sum(counts.values()),
+            initial=run.num_before,
+            desc=run.title,
+            unit="operator",
+            disable=not run.progress,
+        ) as bar,
     ):
         loop = _Loop(run, sink, solver, bar)
         recorded, run.states = run.batches.record(run.states, run.storage)

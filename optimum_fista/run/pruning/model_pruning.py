@@ -54,6 +54,7 @@ class ModelPruning:
         has_size_to_reach: Whether the run has yet to choose what goes for the size that the user asks for; operators
             and removal are known after that.
         title: What the progress bar is called.
+        num_before: Operators of decoder layers that an earlier start of the run finished.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class ModelPruning:
         self.callbacks = callbacks
         self.progress = progress
         self.title = "Pruning"
+        self.num_before = 0
         self.storage_device = storage_device
         self.states: HiddenStates | None = None
         self.budgets: Budgets | None = None

@@ -42,6 +42,12 @@ def begin_report(
         calibration=_describe_calibration(batches, source),
         left_dense=left_dense,
     )
+    before = getattr(model.config, "fista_pruning", None)
+    if isinstance(before, dict):
+        report.warn(
+            f"the model was pruned before ({before.get('method')}, {before.get('pattern')}, {before.get('num_zeros')} "
+            "zeros): errors are measured against it as it is, and zeros outside of the new pattern may be filled."
+        )
     names = [name for group in operators.values() for name in group]
     warn_of_few_tokens(report, operators)
     for message in idle_patterns(config, names, list(left_dense)):
@@ -81,6 +87,7 @@ def complete_report(
         more = ", ..." if len(left) > 4 else ""
         report.warn(f"{len(left)} operators were left dense: {shown}{more}")
     operators = report.operators
+    report.warnings.extend(_rounded(report, config))
     if config.correction.residual_share:
         report.warnings.extend(_without_residual_correction(report))
     report.warnings.extend(f"{o.name}: {o.message}" for o in operators if o.message and not o.converged)
@@ -92,6 +99,17 @@ def complete_report(
             f"{len(under_calibrated)} of {len(operators)} operators belong to experts that fewer than "
             f"{config.under_calibrated_tokens} calibration tokens reached, and were pruned by "
             f"{config.under_calibrated_method} ({least.name}: {least.num_tokens}). Pass more calibration tokens."
+        )
+
+
+def _rounded(report: PruningReport, config: FistaPruningConfig) -> Iterator[str]:
+    """What to say if rows of whole numbers of zeros miss the sparsity that was asked for."""
+    found = report.totals["sparsity"]
+    uniform = not config.overrides and all(operator.scope == "row" for operator in report.operators)
+    if uniform and report.operators and abs(found - (config.sparsity or 0.0)) > 1e-4:
+        yield (
+            f"every row has a whole number of zeros, so that {found:.2%} of the weights are zero instead of "
+            f"{config.sparsity:.2%}: pass scope='matrix' for the exact share."
         )
 
 

@@ -11,17 +11,19 @@ from statistics import fmean
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from optimum_fista.installing import install_command
 from optimum_fista.run.reports.markdown import markdown_lines
 from optimum_fista.run.reports.operator_grid import OperatorGrid, layer_index
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
 
-PACKED_NOTE = """
+PACKED_NOTE = f"""
 ## Packed
 
-The pruned weights of this folder are stored without their zeros. `import optimum_fista` (`pip install optimum-fista`)
-before `from_pretrained` loads it as a dense model, bit for bit; `optimum-fista unpack` writes that as a plain folder.
+The pruned weights of this folder are stored without their zeros. `import optimum_fista` before `from_pretrained` loads
+it as a dense model, bit for bit; `optimum-fista unpack` writes that as a plain folder. To install the package run
+{install_command()}.
 """
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from optimum_fista.installing import install_command
 from optimum_fista.run.checkpoints.checkpoint import mark_retrained
 from optimum_fista.run.retraining.masks import MaskSource, find_masks
 
@@ -19,7 +20,7 @@ try:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import transpose
 except ImportError as error:
-    raise ImportError("masked LoRA adapters need PEFT: pip install 'optimum-fista[peft]'.") from error
+    raise ImportError(f"masked LoRA adapters need PEFT: run {install_command('peft')}.") from error
 
 
 class MaskedLoraLinear(LoraLinear):

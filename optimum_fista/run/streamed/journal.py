@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -252,9 +253,15 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
         if isinstance(was, dict) and isinstance(now, dict):
             yield from _differences(was, now, f"{prefix}{key}.")
         elif was != now:
-            yield f"{prefix}{key} was {_short(was)}, is {_short(now)}"
+            before, after = _short(json.dumps(was), json.dumps(now))
+            yield f"{prefix}{key} was {before}, is {after}"
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _short(*texts: str) -> list[str]:
+    """Texts for people: of long ones a few characters around the first that is not the same in all."""
+    same = itertools.takewhile(lambda column: len({*column}) == 1, zip(*texts, strict=False))
+    start = max(0, len(list(same)) - 30) if max(map(len, texts)) > 80 else 0
+    ends = (min(start + 77, len(text)) if len(text) > 80 else len(text) for text in texts)
+    return [
+        "..." * (start > 0) + text[start:end] + "..." * (end < len(text)) for text, end in zip(texts, ends, strict=True)
+    ]

@@ -166,6 +166,10 @@ class StreamedRun:
             ranks.each(self._read_budgets)
             self.finished = ranks.first(self._finished)
             unfinished = [index for index in range(len(pruning.layers)) if index not in self.finished]
+            if self.finished and ranks.count == 1:
+                groups = list(pruning.operators.values())
+                pruning.num_before = sum(len(groups[index]) for index in self.finished)
+                pruning.title = f"Resuming, {len(self.finished)} of {len(pruning.layers)} decoder layers done"
             if unfinished:
                 todo = share_layers(unfinished, pruning.costs(), ranks.count)[ranks.index]
                 ranks.each(lambda: self._prune_layers(todo))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from optimum_fista.installing import install_command
+
 Split = Literal["calibration", "test"]
 
 _SEPARATOR = "\n\n"
@@ -158,7 +160,7 @@ def _read_hub(
     except ImportError as error:
         raise ImportError(
             f"source={source!r} needs the package `datasets`, which is not installed: "
-            "pip install 'optimum-fista[datasets]', or pass a local .txt or .jsonl file."
+            f"run {install_command('datasets')}, or pass a local .txt or .jsonl file."
         ) from error
     try:
         files = {} if file is None else {"data_files": {split: file}}

@@ -167,3 +167,27 @@ def test_the_collector_waits_while_a_gguf_file_is_read(gguf_folder, monkeypatch,
         assert (seen, gc.isenabled()) == ([False], enabled)
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_a_gguf_file_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs the package gguf: run `pip install '\.\[gguf\]'` in a clone of"):
+        load_model(str(tmp_path), device="cpu")
+
+
+def test_a_name_that_is_no_folder_is_said_before_the_hub_is_asked(monkeypatch, caplog):
+    def unreachable(*_, **__):
+        assert "there is no folder 'runs/misspelt' here: asking the Hugging Face Hub for it" in caplog.text
+        raise OSError("can't connect")
+
+    loading._say_once.cache_clear()
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", unreachable)
+    with pytest.raises(OSError, match=r"model='runs/misspelt': there is no such folder, .* \(can't connect\)"):
+        load_model("runs/misspelt", device="cpu")
+    assert caplog.text.count("there is no folder") == 1
+
+
+def test_offloading_that_was_asked_for_is_no_warning(tiny_folder, tmp_path, caplog):
+    loading.load_lazily(str(tiny_folder), tmp_path / "offload", device="cpu")
+    assert "meta device" not in caplog.text

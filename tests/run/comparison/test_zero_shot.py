@@ -159,5 +159,5 @@ def test_a_task_without_a_metric(tasks, monkeypatch):
 def test_lm_eval_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'optimum-fista\[eval\]', or pass no tasks"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[eval\]'` in a clone of optimum-fista, or pass no tasks"):
         TaskSuite(["arc_easy"])

@@ -337,6 +337,10 @@ def test_another_run_in_the_same_folder_is_refused_by_its_differences(source, wh
         ValueError, match=r"unfinished run in .* was another one \(config\.sparsity was 0\.5, is 0\.25\)\. Start it"
     ):
         prune(source, tmp_path / "pruned", FistaPruningConfig(0.25))
+    long = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    differs = r'config\.exclude was \[\], is \["model\.layers\.0\.mlp\.gate_proj", .*\.\.\.'
+    with pytest.raises(ValueError, match=differs):
+        prune(source, tmp_path / "pruned", FistaPruningConfig(exclude=long))
     with pytest.raises(ValueError, match=r"another one \(batches was"):
         FistaPruner(progress=False).prune(source, tiny_tokens().split(2), output_dir=tmp_path / "pruned")
     other = tmp_path / "other"

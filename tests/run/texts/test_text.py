@@ -162,7 +162,9 @@ def test_hub_text_and_its_local_copy_have_the_same_hash(hub, tmp_path):
 
 def test_datasets_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'optimum-fista\[datasets\]', or pass a local \.txt"):
+    with pytest.raises(
+        ImportError, match=r"pip install '\.\[datasets\]'` in a clone of optimum-fista, or pass a local \.txt"
+    ):
         load_text("c4", "calibration")
 
 

@@ -1,0 +1,64 @@
+"""What someone sees who uses the commands for the first time."""
+
+import argparse
+import re
+import warnings
+
+import pytest
+
+from optimum_fista_cli.main import execute, main
+
+QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu", "--method", "wanda"]
+
+
+def test_a_run_ends_with_the_next_commands_which_work(tiny_folder, text_file, tmp_path, capsys):
+    assert main(["prune", str(tiny_folder), "-o", str(tmp_path / "out"), *QUICK, "--calibration", str(text_file)]) == 0
+    printed = capsys.readouterr()
+    commands = [line.split("#")[0].split() for line in printed.out.split("next:\n")[1].splitlines()]
+    assert [command[:2] for command in commands] == [
+        ["optimum-fista", name] for name in ("verify", "evaluate", "report")
+    ]
+    assert "meta device" not in printed.err
+    for command in commands:
+        rest = [str(text_file) if word == "wikitext2" else word for word in command[1:]]
+        assert main([*rest, "--sequence-length", "16"] if command[1] == "evaluate" else rest) == 0
+    assert re.search(r"Verifying: 100%.* 14/14 ", capsys.readouterr().err)
+
+
+def test_a_pruned_model_and_rounded_rows_are_said(pruned_folder, text_file, tmp_path):
+    flags = ["--sparsity", "0.6", *QUICK, "--calibration", str(text_file)]
+    with pytest.warns(
+        UserWarning, match=r"the model was pruned before \(wanda, 2:4, 7680 zeros\): errors are measured"
+    ):
+        assert main(["prune", str(pruned_folder), "-o", str(tmp_path / "again"), *flags]) == 0
+    report = (tmp_path / "again" / "fista" / "report.json").read_text()
+    assert "every row has a whole number of zeros, so that 59.58% of the weights are zero instead of 60.00%" in report
+
+
+def test_a_warning_is_one_line_without_code():
+    before, shown = warnings.formatwarning, []
+
+    def command(_):
+        shown.append(warnings.formatwarning("the text\nends here", UserWarning, "prune.py", 174, "FistaPruner("))
+        return 0
+
+    assert execute(argparse.Namespace(fista_run=command)) == 0
+    assert shown == ["warning: the text ends here\n"]
+    assert warnings.formatwarning is before
+
+
+def test_packing_shows_no_list_of_files(pruned_folder, tmp_path, capsys):
+    assert main(["pack", str(pruned_folder), "-o", str(tmp_path / "packed")]) == 0
+    assert ".safetensors" not in capsys.readouterr().out
+
+
+def test_help_shows_the_options_of_every_day_first(capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    every_day, *advanced = capsys.readouterr().out.split("\nadvanced: ")
+    assert every_day.startswith("usage: optimum-fista prune MODEL --output DIR [options]")
+    shown = re.findall(r"^  (--[\w-]+)", every_day, re.MULTILINE)
+    assert shown[:3] == ["--output", "--sparsity", "--pattern"]
+    assert {"--method", "--calibration", "--num-samples", "--dry-run", "--push-to-hub"} < {*shown}
+    assert len(advanced) == 3
+    assert "--storage-device" not in shown
