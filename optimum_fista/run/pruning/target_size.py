@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,13 +53,13 @@ class Mixture:
         pattern: The pattern that stands for it.
         size: Share of the dense model's size that is left.
         predicted: Increase of the loss as the losses without its kinds alone predict it, nats a token.
-        loss: Increase of the loss as it was measured, nats a token; `None` if it was not. Nothing is refitted yet.
+        loss: Increase of the loss as it was measured, nats a token, before anything is refitted.
     """
 
     pattern: str
     size: float
     predicted: float
-    loss: float | None = None
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,12 @@ class SizeChoice:
 
     def __str__(self) -> str:
         """A line for people."""
-        others = ", ".join(f"{m.pattern} ({_nats(m.loss)})" for m in self.alternatives)
+        others = ", ".join(f"{m.pattern} ({m.loss:.3f})" for m in self.alternatives)
         return (
             f"pattern={self.mixture.pattern!r} stands for the size: {self.mixture.size:.4f} of the dense model's is "
-            f"left, the loss grows by {_nats(self.mixture.loss)} nats a token before anything is refitted "
-            f"({_nats(self.mixture.predicted)} predicted); {f'tried besides: {others}' if others else 'no other fits'}"
+            f"left, the loss grows by {self.mixture.loss:.3f} nats a token before anything is refitted "
+            f"({self.mixture.predicted:.3f} predicted); {f'tried besides: {others}' if others else 'no other fits'}"
         )
-
-
-def _nats(loss: float | None) -> str:
-    return "not measured" if loss is None else f"{loss:.3f}"
 
 
 class Sizes:
@@ -153,7 +149,9 @@ class Sizes:
                 f"{_UNITS[self.measure]}, by {most!r}{why}: pass at least {math.ceil(smallest * 1e4) / 1e4:g}."
             )
 
-    def fitting(self, size: float, removed: Sequence[int], steps: Mapping[Kind, Sequence[int]]) -> Iterator[dict]:
+    def fitting(
+        self, size: float, removed: Sequence[int], steps: Mapping[Kind, Sequence[int]]
+    ) -> Iterator[dict[Kind, int]]:
         """The numbers of groups to keep, all or one of `steps` of each kind, that bring the model to a size.
 
         Of channels as many stay as may, whatever `steps` says of them.
@@ -354,13 +352,13 @@ def choose_size(
     for (kind, count), loss in zip(alone, losses, strict=True):
         prediction.increases[kind][sizes.parts[kind].groups - count] = loss
 
-    def mixtures(num_removed: int) -> list[tuple[float, dict[Kind, int], int]]:
+    def candidates(num_removed: int) -> list[_Candidate]:
         removed = [index for index, _ in prediction.removed[:num_removed]]
-        found = sizes.fitting(pattern.size, removed, steps)
-        return [(prediction.loss(kept, num_removed), kept, num_removed) for kept in found]
+        fitting = sizes.fitting(pattern.size, removed, steps)
+        return [_Candidate(prediction.loss(kept, num_removed), kept, num_removed) for kept in fitting]
 
-    found = mixtures(0)
-    best = min((loss for loss, _, _ in found), default=math.inf)
+    found = candidates(0)
+    best = min((candidate.predicted for candidate in found), default=math.inf)
     needed = next((k for k in range(1, len(layers)) if sizes.of({}, range(1, 1 + k)) <= pattern.size), len(layers) - 1)
     try:
         prediction.removed = choose_layers(model, layers, batches, needed, *how_much[1:], prediction.dense_loss + best)
@@ -369,23 +367,36 @@ def choose_size(
             raise
         logger.info("decoder layers stay: %s", error)
     for num_removed in range(1, 1 + len(prediction.removed)):
-        found += mixtures(num_removed)
-    found.sort(key=lambda mixture: mixture[0])
-    kinds = {tuple(sorted(kept)) + ("layers",) * bool(k): (loss, kept, k) for loss, kept, k in reversed(found)}
-    single = [mixture for names, mixture in kinds.items() if len(names) == 1]  # the best of each kind, for comparison
-    tried = found[:_FINALISTS] + [mixture for mixture in single if mixture not in found[:_FINALISTS]]
-    measured = measure([prediction.missing(kept, k) for _, kept, k in tried])
-    order = sorted(range(len(tried)), key=lambda i: measured[i])
-    made = []
-    for i in order:
-        predicted, kept, k = tried[i]
-        size = sizes.of(kept, [index for index, _ in prediction.removed[:k]])
-        made.append(Mixture(pattern_of(sizes, kept, k), size, predicted, measured[i]))
-    if not made or not math.isfinite(made[0].loss or 0.0):
+        found += candidates(num_removed)
+    found.sort(key=lambda candidate: candidate.predicted)
+    tried = found[:_FINALISTS]
+    alone_best = {kinds[0]: one for one in reversed(found) if len(kinds := one.kinds) == 1}  # for comparison
+    tried += [one for one in alone_best.values() if one not in tried]
+    losses = measure([prediction.missing(one.kept, one.num_removed) for one in tried])
+    mixtures = []
+    for loss, one in sorted(zip(losses, tried, strict=True), key=lambda pair: pair[0]):
+        size = sizes.of(one.kept, [index for index, _ in prediction.removed[: one.num_removed]])
+        if math.isfinite(loss):
+            mixtures.append((Mixture(pattern_of(sizes, one.kept, one.num_removed), size, one.predicted, loss), one))
+    if not mixtures:
         raise ValueError(f"pattern={pattern.text!r}: without these parts the loss is NaN or Inf: pass a larger size.")
-    choice = SizeChoice(made[0], made[1:], prediction.removed[: tried[order[0]][2]])
+    (chosen, candidate), *others = mixtures
+    choice = SizeChoice(chosen, [mixture for mixture, _ in others], prediction.removed[: candidate.num_removed])
     logger.info("%s", choice)
     return choice
+
+
+class _Candidate(NamedTuple):
+    """What may go, with the increase of the loss that is predicted."""
+
+    predicted: float
+    kept: dict[Kind, int]
+    num_removed: int
+
+    @property
+    def kinds(self) -> list[str]:
+        """What goes."""
+        return [*self.kept, *["layers"] * bool(self.num_removed)]
 
 
 def _spread(sizes: Sizes, kind: Kind, size: float) -> list[int]:
