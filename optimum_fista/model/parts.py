@@ -153,11 +153,19 @@ def numbers_kept(model: PreTrainedModel, pattern: WholeParts) -> dict[str, int]:
     """How many channels, heads and experts a decoder layer keeps, by kind; whole layers have no part in it.
 
     Raises:
-        ValueError: If a share leaves none, or all.
+        ValueError: If a share leaves too few, or all.
         UnsupportedArchitectureError: If the model can't lose a kind.
     """
-    found = {part: find_parts(model, part.kind) for part in pattern.shares if part.kind != "layers"}
-    return {part.kind: part.num_kept(parts.groups, parts.parts[0].equal_runs) for part, parts in found.items()}
+    counts: dict[str, int] = {}
+    for share in pattern.shares:
+        if share.kind == "layers":
+            continue
+        found = find_parts(model, share.kind)
+        try:
+            counts[share.kind] = share.num_kept(found.groups, found.parts[0].equal_runs, found.at_least)
+        except ValueError as error:
+            raise ValueError(f"{found.parts[0].name}: {error}") from None
+    return counts
 
 
 def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:

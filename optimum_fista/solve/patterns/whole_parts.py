@@ -32,16 +32,18 @@ class PartShare:
     share: float
     multiple_of: int | None = None
 
-    def num_kept(self, number: int, equal_runs: int = 1) -> int:
-        """How many of so many stay, the same number in each of `equal_runs` runs.
+    def num_kept(self, number: int, equal_runs: int = 1, at_least: int = 1) -> int:
+        """How many of so many stay, at least `at_least`, and the same number in each of `equal_runs` runs.
 
         Raises:
-            ValueError: If none would stay, or all.
+            ValueError: If fewer would stay, or all.
         """
         step, kept = self._rounded(number, equal_runs)
-        if not 0 < kept < number:
-            most = (number - 1) // step * step
-            fits = f"pass a share for which {step} to {most} stay" if most else f"none can go in steps of {step}"
+        if not at_least <= kept < number:
+            least, most = -(-at_least // step) * step, (number - 1) // step * step
+            fits = f"pass a share for which {least} to {most} stay"
+            if most < least:
+                fits = f"none can go in steps of {step}" + (f" with {at_least} left at least" if at_least > 1 else "")
             raise ValueError(
                 f"pattern={str(self)!r}: {kept} of {number} {self.kind} would stay (a multiple of {step}); {fits}."
             )

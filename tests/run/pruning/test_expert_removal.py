@@ -188,6 +188,12 @@ def test_runs_of_experts_that_the_router_chooses_first_keep_as_many():
     assert model.config.n_routed_experts == 6
 
 
+def test_the_number_that_stays_is_a_multiple():
+    model = tiny_model("mixtral")
+    _, report = pruned(model, "experts:0.5/3")
+    assert {len(found) for found in kept(report)} == {model.config.num_local_experts} == {3}
+
+
 def test_saliency_and_refits_are_chosen_by_the_configuration():
     reports = {}
     for saliency in ("reap", "frequency", "random"):
@@ -250,9 +256,14 @@ def edit(folder: Path, change) -> None:
             lambda: tiny_model("mixtral"),
             "experts:0.75",
             ValueError,
-            r"experts=1: model.layers.0.mlp.experts has 4; pass a number from 2 to 4\.",
+            r"^model.layers.0.mlp.experts: pattern='experts:0.75': 1 of 4 experts would stay .* for which 2 to 3 stay",
         ),
-        (lambda: tiny_model("mixtral"), "experts:0.9", ValueError, "0 of 4 experts would stay"),
+        (
+            lambda: tiny_model("deepseek_v3", n_routed_experts=8, n_group=4, topk_group=2),
+            "experts:0.25",
+            ValueError,
+            "experts: pattern='experts:0.25': 8 of 8 experts would stay .* none can go in steps of 4 with 8 left",
+        ),
     ],
 )
 def test_what_can_not_go_is_refused_and_the_model_stays(model, pattern, error, message):
