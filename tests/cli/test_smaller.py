@@ -62,6 +62,7 @@ def test_a_size_is_reached_and_what_is_chosen_is_said_first(tiny_folder, text_fi
     assert report.model["num_parameters"] <= 0.8 * DENSE
     assert main(["verify", str(folder), "--dense", str(tiny_folder)]) == 0
     assert main(["report", str(folder)]) == 0
+    assert f"For bytes:0.8 the run chose {chosen}, which" in (folder / "fista" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
