@@ -55,13 +55,18 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def estimate_of(name: str, config: FistaPruningConfig | None = None) -> Estimate:
+    """What pruning one of `MODELS` takes on a GPU, from its published sizes."""
+    settings = dict(MODELS[name])
+    model = AutoConfig.for_model(settings.pop("model_type"), max_position_embeddings=8192, **settings)
+    return Estimate(model, config, device="cuda", storage_device="cpu", timed=False)
+
+
 def of_large_models() -> dict[str, dict[str, Any]]:
     """Numbers of the estimates of `MODELS`, from their published sizes."""
     found = {}
-    for name, sizes in MODELS.items():
-        settings = dict(sizes)
-        config = AutoConfig.for_model(settings.pop("model_type"), max_position_embeddings=8192, **settings)
-        estimate = Estimate(config, device="cuda", storage_device="cpu", timed=False)
+    for name in MODELS:
+        estimate = estimate_of(name)
         found[name] = {
             "parameters": estimate.model.num_parameters(),
             "weight_bytes": estimate.weight_bytes,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from optimum_fista.run.comparison.comparison import Comparison
+from optimum_fista.run.config import RECIPES, FistaPruningConfig
 from optimum_fista.run.speed.speed_report import SpeedReport
 from optimum_fista.solve.methods.fista import Fista
 from optimum_fista.solve.patterns import Unstructured
@@ -48,6 +50,25 @@ def test_estimates_of_large_models(benchmark):
         for stage, amounts in model["work"].items():
             assert found[name]["work"][stage] == pytest.approx(amounts, rel=0.02)
         assert found[name]["disk_bytes"] == model["disk_bytes"]
+
+
+def test_recipes_in_the_quickstart(benchmark):
+    """The measured rows are kept, and the estimates of large models are today's."""
+    page = (ROOT / "docs" / "quickstart.md").read_text().split("### Recipes")[1].split("## 5.")[0]
+    (_, fast) = Comparison.read(ROOT / "benchmarks" / "results" / "recipes.json").rows
+    assert FistaPruningConfig.from_dict(fast.config) == FistaPruningConfig.recipe("fast").resolved()
+    measured = "/".join(f"{value:.2f}" for value in fast.perplexity.values())
+    assert f"| `fast` | {measured} |" in page
+    rows = [line.split("|")[1:-1] for line in page.split("| Llama-3-70B |")[1].splitlines() if line.startswith("| `")]
+    shown = {cells[0].strip(" `"): [[float(n) for n in re.findall(r"[\d.]+", c)] for c in cells[2:]] for cells in rows}
+    assert set(shown) == set(RECIPES)
+    for recipe, numbers in shown.items():
+        for name, (hours, device, host) in zip(("Llama-3-8B", "Llama-3-70B"), numbers, strict=True):
+            model = benchmark("estimate").estimate_of(name, FistaPruningConfig.recipe(recipe))
+            products = [sum(column) for column in zip(*model.work.values(), strict=True)]
+            assert (products[0] / 100e12 + products[1] / 20e12) / 3600 == pytest.approx(hours, rel=0.06)
+            found = [model.memory[place].total / 2**30 for place in ("device", "host")]
+            assert found == pytest.approx([device, host], rel=0.06)
 
 
 def test_estimates_beside_real_runs(benchmark):
