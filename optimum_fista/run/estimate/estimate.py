@@ -6,6 +6,7 @@ docs/scale.md says how far real runs were from it.
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -29,7 +30,7 @@ from optimum_fista.run.checkpoints.loading import (
 )
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.estimate.shapes import Group, model_shapes
-from optimum_fista.run.estimate.work import measure_device, measure_method, work
+from optimum_fista.run.estimate.work import LAYER_CALL, measure_device, measure_method, work
 from optimum_fista.run.pruning.operators import idle_patterns
 from optimum_fista.run.pruning.removal import require_zeros_to_pack
 from optimum_fista.run.texts.calibration_source import usual_length
@@ -37,6 +38,8 @@ from optimum_fista.run.texts.self_sampling import SAMPLED_TOGETHER
 
 LIBRARIES = 295 * 2**20
 """Python with torch (a build for CPUs) and Transformers, and what their first calls add, in bytes; measured."""
+IMPORT_SECONDS = 6.0
+"""Python's imports of torch and Transformers, measured on a CPU."""
 _KEPT_FREE = 64 * 2**20
 """What the C library keeps of freed memory, at most; it is a tenth of what was held if that is less."""
 _SWEEP = 8
@@ -61,6 +64,7 @@ class Estimate:
     Attributes:
         shapes: The model without weights, and its operators.
         rates: What the device does in a second; `None` if it was not measured.
+        start_seconds: What a run takes before it begins: imports, and reading a GGUF file, which is done three times.
         notes: What the reader should know.
     """
 
@@ -109,8 +113,11 @@ class Estimate:
             )
         require_zeros_to_pack(config, packed)
         self.chooses = None if config.whole_parts is None else config.whole_parts.measure
+        started = time.perf_counter()
         given = model if isinstance(model, PreTrainedConfig) else read_config(str(model))
+        reading = time.perf_counter() - started
         self.whole = not isinstance(model, PreTrainedConfig) and gguf_file(str(model)) is not None
+        self.start_seconds = IMPORT_SECONDS + 3 * reading * self.whole
         stored = floating_dtype((None if self.whole else getattr(given, "dtype", None)) or torch.float32)
         self.shapes = model_shapes(given, config, stored if dtype == "auto" else floating_dtype(dtype))
         self.model, self.config = self.shapes.model, self.shapes.config
@@ -249,7 +256,10 @@ class Estimate:
         if self.samples_itself:  # a token at a time, all weights read for each
             every = sum(kind.count * 2 * kind.num_active for kind in self.shapes.kinds) + head
             steps = self.length * -(-self.num_samples // SAMPLED_TOGETHER)
-            stages["calibration text"] = work(every * self.tokens, moved_bytes=steps * self.weight_bytes)
+            calls = steps * sum(kind.count for kind in self.shapes.kinds)
+            stages["calibration text"] = work(
+                every * self.tokens, moved_bytes=steps * self.weight_bytes, layers=calls * LAYER_CALL
+            )
         first = min(self.tokens, -(-config.allocation_tokens // self.length) * self.length)
         gradients = self.differentiates * first
         # To choose decoder layers, each round tries the model without each of them; all run half of it on average.
@@ -391,8 +401,10 @@ class Estimate:
             lines += ["", f"{title:<44}{size(sum(parts.values())):>12}"]
             lines += [f"  {name:<42}{size(n):>12}" for name, n in sorted(parts.items(), key=lambda p: -p[1]) if n]
         lines += ["", f"{'products, TFLOP; time, minutes:seconds':<44}"]
-        for name, amounts in ({"together": sum(self.work.values(), work())} | self.work).items():
-            seconds = self.seconds.get(name, sum(self.seconds.values()))
+        start = {"imports, reading": self.start_seconds}
+        stages = {"together": sum(self.work.values(), work()), **self.work, **dict.fromkeys(start, work())}
+        for name, amounts in stages.items():
+            seconds = (self.seconds | start).get(name, sum(self.seconds.values()) + self.start_seconds)
             took = tqdm.format_interval(seconds) if self.seconds else ""
             lines.append(f"  {name:<42}{amounts[:2].sum() / 1e12:>12,.2f}{took:>12}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

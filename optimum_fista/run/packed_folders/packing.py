@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimum_fista.installing import NAME
 from optimum_fista.packed.format import PackedTensor, pack
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.packed_folders.packed_loading import QUANT_METHOD
@@ -115,7 +116,14 @@ def packed_settings(weights: str, names: Iterable[str]) -> dict[str, Any]:
         names: Names of the packed weights.
     """
     parameters = sorted({name.rpartition(".")[2] for name in names})
-    return {"quant_method": QUANT_METHOD, "runtime": "dense", "weights": weights, "parameters": parameters}
+    return {
+        "quant_method": QUANT_METHOD,
+        "runtime": "dense",
+        "weights": weights,
+        "parameters": parameters,
+        # for who looks here because Transformers said that it does not know the method
+        "note": f"packed by {NAME}: import optimum_fista before from_pretrained, or run `optimum-fista unpack`",
+    }
 
 
 def _siblings(packed: Iterable[str], names: Iterable[str]) -> list[str]:

@@ -1,3 +1,4 @@
+import re
 import time
 from collections import Counter
 
@@ -16,6 +17,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.estimate.estimate import Estimate
+from optimum_fista.run.estimate.work import LAYER_CALL
 from optimum_fista.run.pruning import loop
 from optimum_fista.run.streamed.journal import Journal
 
@@ -274,7 +276,8 @@ def test_time_needs_the_device(monkeypatch):
     here = estimated(timed=True)
     assert set(here.seconds) == {"allocation", "forward passes", "statistics", "solving", "files and Python"}
     assert all(seconds > 0 for seconds in here.seconds.values())
-    assert str(here).count("00:") == 6
+    assert str(here).count("00:") == 7
+    assert re.search(r"imports, reading +0\.00 +00:06", str(here))  # which a run takes before it begins
     if not torch.cuda.is_available():
         elsewhere = estimated(device="cuda", timed=True)
         assert elsewhere.seconds == {}
@@ -338,3 +341,9 @@ def test_fine_tuning_takes_what_is_estimated(dtype, monkeypatch):
     assert "fine-tuning" not in estimated(tiny_llama(**sizes).config, FistaPruningConfig(method="magnitude")).work
     parts = next(parts for moment, parts, _ in estimate._moments() if moment == "fine-tuning")
     assert 1 / 1.35 < (parts["weights in training"] + parts["activations"]) / memory < 1.35
+
+
+def test_sampling_text_takes_a_call_of_every_layer_for_every_token():
+    few, many = (estimated(calibration="self", sequence_length=length).work["calibration text"] for length in (8, 16))
+    assert many[-1] == pytest.approx(2 * few[-1])
+    assert few[-1] == pytest.approx(8 * 2 * LAYER_CALL)

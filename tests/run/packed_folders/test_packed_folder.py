@@ -367,6 +367,7 @@ def test_what_the_folder_says(pruned, tmp_path):
     pack_folder(pruned("llama"), tmp_path / "packed")
     settings = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert settings["quantization_config"]["quant_method"] == "fista_packed"
+    assert "import optimum_fista before from_pretrained" in settings["quantization_config"]["note"]
     assert settings["fista_pruning"]["num_zeros"] > 0
     assert "import optimum_fista" in (tmp_path / "packed" / "README.md").read_text()
 
