@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ class LayerActivations:
         return output
 
     def arguments_of(
-        self, module: nn.Module, hidden_states: Sequence[Tensor]
+        self, module: nn.Module, hidden_states: Iterable[Tensor]
     ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Run the layer from its start up to one of its modules; yields what that is called with, a batch each.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -372,7 +372,7 @@ class LayerTargets:
 def assigned_tokens(
     activations: LayerActivations,
     experts: FusedExperts,
-    hidden_states: Sequence[Tensor],
+    hidden_states: Iterable[Tensor],
     see: Callable[[int, AssignedTokens], None] = lambda _, __: None,
 ) -> list[AssignedTokens]:
     """What the experts of a mixture get of every batch, kept where activations wait; each is shown to `see` before."""

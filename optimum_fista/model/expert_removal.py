@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -140,6 +140,7 @@ class SmallerMixture:
         self._activations = activations
         self._residuals: list[Tensor] = []  # Y - E*, which every refit changes: not in a file
         self._energies = dict.fromkeys((False, True), 0.0)
+        self._lengths: list[int] = []  # of the sequences of each batch
         place = activations.device if isinstance(activations.storage, Path) else activations.storage
 
         def see(batch: int, assigned: AssignedTokens) -> None:
@@ -148,7 +149,12 @@ class SmallerMixture:
             self._residuals.append((target - found).to(place))
             self._energies[activations.is_held_out(batch)] += self._energy(batch, target)
 
-        self._batches = assigned_tokens(activations, experts, hidden_states, see)
+        def entering() -> Iterator[Tensor]:
+            for hidden in hidden_states:
+                self._lengths.append(hidden.shape[1])
+                yield hidden
+
+        self._batches = assigned_tokens(activations, experts, entering(), see)
 
     def errors(self) -> tuple[float, float | None]:
         """`|| E* - Y ||_F / || Y ||_F` on the tokens to fit, and on those held out, `None` if there are none."""
@@ -166,7 +172,7 @@ class SmallerMixture:
             || p_e D_e z_e - (Y - sum_{f != e} p_f (D_f z_f + b_f) - p_e b_e) ||_F^2,
 
         with the ridge of `refit_columns` towards the weights that it has. An expert is refitted if refits on each half
-        of the tokens, the first and the last of every batch, lessen the error on the other half.
+        of the tokens, the first and the last of every sequence, lessen the error on the other half.
 
         Args:
             write: Called with the number of an expert and its new weights [out, in], float32, as they are rounded.
@@ -210,8 +216,10 @@ class SmallerMixture:
             mask = self._activations.token_masks[batch]
             real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.reshape(-1)[tokens]
             targets = residual[tokens.to(residual.device)].to(device).float() + inputs @ weight.T
-            for half, counted in zip(sums, (tokens < len(residual) // 2, tokens >= len(residual) // 2), strict=True):
-                half.add_targets(inputs[counted & real], targets[counted & real])
+            length = self._lengths[batch]
+            early = tokens % length < length // 2
+            for half, counted in zip(sums, (early & real, ~early & real), strict=True):
+                half.add_targets(inputs[counted], targets[counted])
         if not all(half.gram.num_tokens for half in sums):
             return ()
         return tuple(next(half.problems([operator], [weight], 1.0)) for half in sums)

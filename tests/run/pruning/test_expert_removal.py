@@ -4,18 +4,22 @@ import copy
 import json
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from any_moment import moments
 from architectures import read_outcomes
 from families import FAMILIES, family_model, family_tokens, logits
 from folder_files import files_of
 from killed import Killed, killed_at_write
 from launched import exit_codes, launch, prune
+from raising import RaiseAt
 from tiny_llama import tiny_llama
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
+from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
 from optimum_fista.model.errors import UnsupportedArchitectureError
@@ -137,6 +141,25 @@ def test_a_failure_leaves_the_model_as_it_was(at, monkeypatch):
     assert any(changed), "no expert was refitted, so that there was nothing to put back"
     assert model.config is config
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("share", [503, pytest.param(11, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no room")], ids=["stop", "memory"])
+def test_at_any_moment_a_run_is_undone_or_ends_the_same(error, share):
+    batches, expected = torch.randint(3, 64, (16, 24)).split(8), tiny_model("mixtral")
+    with RaiseAt() as whole:
+        _, report = pruned(expected, batches=batches)
+    for moment in moments(whole.count, share):
+        model, found = tiny_model("mixtral"), None
+        untouched = Untouched(model)
+        with RaiseAt(moment, error), suppress(type(error)):
+            _, found = pruned(model, batches=batches)
+        if found is None:
+            untouched.check()
+        else:
+            assert kept(found) == kept(report)
+            for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+                assert float((one - other).detach().norm()) <= 1e-2 * float(other.detach().norm())
 
 
 def test_a_layer_for_which_there_is_no_memory_is_tried_with_smaller_batches(monkeypatch):
