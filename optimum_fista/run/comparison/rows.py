@@ -108,8 +108,9 @@ class Average:
         return spread([statistics.fmean(values) for values in complete if values and len(values) == len(tasks)])
 
     def total(self, name: str) -> Spread | None:
-        """One of `PruningReport.totals`."""
-        return spread([row.totals.get(name) for row in self.rows])
+        """One of `PruningReport.totals`; `None` for the errors of operators if no operator was pruned."""
+        rows = [row for row in self.rows if not name.endswith("_error") or row.totals.get("num_operators", 1)]
+        return spread([row.totals.get(name) for row in rows])
 
     def seconds(self) -> Spread | None:
         """Wall time of pruning."""

@@ -350,7 +350,8 @@ class PruningReport:
             "share_removed": removed / dense,
             **errors,
             "held_out_ratio": held_out / fitted if fitted else None,
-            "solve_seconds": sum(o.solve_seconds for o in self.operators),
+            "solve_seconds": sum(o.solve_seconds for o in self.operators)
+            + sum(mixture.solve_seconds for mixture in self.mixtures),
             "num_not_converged": sum(not o.converged for o in self.operators),
         }
 

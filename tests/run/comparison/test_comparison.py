@@ -150,6 +150,16 @@ def test_a_method_has_one_colour_and_a_place_in_the_legend(tmp_path, monkeypatch
     assert legends == [["wanda", "fista", "alps"]]
 
 
+def test_runs_that_prune_no_operator_have_no_fit_error():
+    """Experts that go are no operators: their mixtures have errors of their own."""
+    removed = {"num_operators": 0, "mean_fit_error": 0.0, "share_removed": 0.2, "solve_seconds": 1.0}
+    pruned = removed | {"num_operators": 7, "mean_fit_error": 0.5}
+    rows = [Row("reap", "experts:0.25", totals=removed), Row("wanda", "0.5", totals=pruned)]
+    lines = [[cell.strip() for cell in line.split("|")] for line in markdown_table(rows, []).splitlines()]
+    place = lines[0].index("fit error")
+    assert [line[place] for line in lines[2:4]] == ["", "0.5000"]
+
+
 def test_held_out_errors_have_a_column_where_there_are_any():
     totals = {**ROWS[1].totals, "mean_held_out_fit_error": 0.1875}
     rows = [ROWS[0], replace(ROWS[1], totals=totals), ROWS[2]]
