@@ -14,6 +14,7 @@ help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY) ## Create .venv and install the package with everything the tests and the demo need
+	@echo 'ready. next: source $(VENV)/bin/activate, then optimum-fista doctor, or make demo'
 
 # Without --no-compile pip compiles every file of every package, most of which the demo never imports.
 $(DEMO_READY): pyproject.toml
