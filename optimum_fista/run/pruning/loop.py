@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from optimum_fista.model.activations import HiddenStates, LayerActivations
 from optimum_fista.model.correction import GroupProblems, LayerTargets
-from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
+from optimum_fista.model.expert_removal import experts_of
 from optimum_fista.model.experts import FusedExperts
 from optimum_fista.model.hidden_states import RecordedInputs
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.reconstruction import reconstruct
 from optimum_fista.model.sharing import trace_groups
-from optimum_fista.model.shrinking import smaller_copy
 from optimum_fista.run.checkpoints.loading import storage_place
 from optimum_fista.run.memory import PeakMemory, is_out_of_memory, release_memory_of
-from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.pruning.group_solving import GroupSolver, report_group
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.operators import require_finite
+from optimum_fista.run.pruning.parts_of_layer import choose_columns, remove_experts
 from optimum_fista.run.pruning.sink import Sink
 from optimum_fista.run.reports.report import FinetuningReport, LayerRecord, LayerReport, MixtureReport, OperatorReport
 from optimum_fista.solve.narrowing import Narrowing
-from optimum_fista.solve.pruned import PrunedOperator
 
 
 def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = None) -> None:
@@ -143,7 +140,7 @@ class _Loop:
             readers, groups = run.removal.with_readers_alone(groups)
             if readers:
                 targets = LayerTargets(activations, readers, run.config.correction, entering)
-                narrowed = self.choose_parts(operators, targets)
+                narrowed = choose_columns(run.removal, run.model.config.model_type, self.sink, operators, targets)
         elif run.removal is not None:
             groups, others = run.removal.to_prune(groups, activations, first)
             left_dense |= others
@@ -153,45 +150,28 @@ class _Loop:
         finetuning = None
         part = None if run.removal is None else run.removal.mixture_of(name)
         experts = None if part is None else experts_of(part, name, activations.layer)
+        mixture: MixtureReport | None = None
+        smaller: nn.Module | None = None
         with PeakMemory(activations.device) as memory:
-            targets = LayerTargets(
-                activations, groups, run.config.correction, entering, None if experts is None else experts.module
-            )
-            removed: tuple[MixtureReport, nn.Module] | None = None
-            # with the dense network's inputs, while the layer still is that of the dense network
-            if experts is not None and run.config.correction.sees_dense_inputs(len(groups)):
-                removed = self.remove_experts(name, experts, activations, targets, entering)
+            together = None if experts is None else experts.module
+            targets = LayerTargets(activations, groups, run.config.correction, entering, together)
+            # with the dense network's inputs, while the layer still is that of the dense network; else as pruned
+            first_of_all = run.config.correction.sees_dense_inputs(len(groups))
+            if experts is not None and first_of_all:
+                mixture, smaller = self.without_experts(name, experts, activations, targets)
             for number in range(len(groups)):
                 # in a call: the matrices of a group must be gone before those of the next one are made
                 reports += self.prune_group(index, targets.problems(number), narrowed, masks)
-            if experts is not None and removed is None:
-                removed = self.remove_experts(name, experts, activations, targets, entering)
-            leaving = targets.leave(None if removed is None else removed[1])
+            if experts is not None and not first_of_all:
+                mixture, smaller = self.without_experts(name, experts, activations, targets)
+            leaving = targets.leave(smaller)
             if masks:
                 chosen = [operators[operator] for operator in masks]
                 finetuning = self.finetune(activations, chosen, masks, entering, leaving)
         run.states = leaving
-        peak = memory.peak if operators or removed else None
+        peak = memory.peak if operators or mixture else None
         moved = activations.hidden_state_error(leaving)
-        report = LayerReport(name, moved, 0.0, peak, finetuning, None if removed is None else removed[0])
-        return LayerRecord(report, reports, left_dense)
-
-    def choose_parts(self, operators: Mapping[str, LinearOperator], targets: LayerTargets) -> dict[str, Narrowing]:
-        """What stays of the operators of a decoder layer before they get zeros.
-
-        Those that read its parts are pruned to whole columns, and then put back: the operators before them come first.
-        """
-        removal, refitted = self.run.removal, dict[str, PrunedOperator]()
-        assert removal is not None
-        assert removal.choice is not None
-        solver = GroupSolver(removal.choice, self.run.model.config.model_type, Budgets(removal.choice))
-        for number in range(targets.num_groups):
-            problems = targets.problems(number)
-            for operator, pruned in zip(problems.operators, solver.solve(problems).pruned, strict=True):
-                self.sink.write(operator, pruned)
-                refitted[operator.name] = pruned
-        self.sink.undo()
-        return removal.narrowings(operators, refitted)
+        return LayerRecord(LayerReport(name, moved, 0.0, peak, finetuning, mixture), reports, left_dense)
 
     def prune_group(
         self, index: int, problems: GroupProblems, narrowed: Mapping[str, Narrowing], masks: dict[str, Tensor]
@@ -209,48 +189,16 @@ class _Loop:
                 callback.on_operator_end(report)
         return reports
 
-    def remove_experts(
-        self,
-        name: str,
-        experts: FusedExperts,
-        activations: LayerActivations,
-        targets: LayerTargets,
-        entering: HiddenStates,
+    def without_experts(
+        self, name: str, experts: FusedExperts, activations: LayerActivations, targets: LayerTargets
     ) -> tuple[MixtureReport, nn.Module]:
-        """Choose the experts of a decoder layer that stay; also returns the layer without the others."""
-        started, removal = time.perf_counter(), self.run.removal
-        assert removal is not None
-        part, asked = removal.plan.parts[experts.name], removal.asked
-        scores, wanted = score_experts(experts, activations, targets)
-        saliency = scores.saliency(asked.expert_saliency, part.name, asked.seed)
-        kept = experts_to_keep(part, saliency, removal.plan.counts[part.name])
-        smaller = smaller_copy(removal.experts, name, activations.layer, {part.name: kept})
-        mixture = SmallerMixture(
-            experts_of(part, name, smaller), replace(activations, layer=smaller), entering.entering, wanted
-        )
-        before, unseen = mixture.errors()
-        fit_error, num_refitted, message = before, 0, ""
-        if asked.expert_refit:
-            down = [operator for operator in experts.operators if operator.kind == "down_proj"]
-            num_refitted, message = mixture.refit(
-                lambda expert, weight: self.sink.overwrite(down[kept[expert]], weight)
-            )
-            fit_error, unseen = mixture.errors()
-        report = MixtureReport(
-            name=part.name,
-            groups_kept=kept,
-            saliency=tuple(saliency.tolist()),
-            expert_tokens=tuple(scores.num_tokens.tolist()),
-            fit_error=fit_error,
-            fit_error_before=before,
-            num_refitted=num_refitted,
-            solve_seconds=time.perf_counter() - started,
-            message=message,
-            held_out_fit_error=unseen,
-            residual_corrected=targets.adds_experts,
-        )
+        """Remove experts of a decoder layer; returns what to report, and the layer without them."""
+        assert self.run.removal is not None
+        assert self.run.states is not None
+        entering = self.run.states.entering
+        removed = remove_experts(self.run.removal, self.sink, name, experts, activations, targets, entering)
         self.bar.update()
-        return report, smaller
+        return removed
 
     def finetune(
         self,

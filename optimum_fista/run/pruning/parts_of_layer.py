@@ -1,0 +1,101 @@
+"""What goes of one decoder layer: columns before its operators get zeros, and experts of its mixture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from optimum_fista.model.activations import LayerActivations
+from optimum_fista.model.correction import LayerTargets
+from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
+from optimum_fista.model.experts import FusedExperts
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.shrinking import smaller_copy
+from optimum_fista.run.pruning.budgets import Budgets
+from optimum_fista.run.pruning.group_solving import GroupSolver
+from optimum_fista.run.pruning.removal import Removal
+from optimum_fista.run.pruning.sink import Sink
+from optimum_fista.run.reports.report import MixtureReport
+from optimum_fista.solve.narrowing import Narrowing
+from optimum_fista.solve.pruned import PrunedOperator
+
+
+def choose_columns(
+    removal: Removal, model_type: str, sink: Sink, operators: Mapping[str, LinearOperator], targets: LayerTargets
+) -> dict[str, Narrowing]:
+    """What stays of the operators of a decoder layer before they get zeros.
+
+    Those that read its parts are pruned to whole columns, and then put back: the operators before them come first.
+
+    Args:
+        removal: How parts go, with a `choice`.
+        model_type: The model's family, as its configuration calls it.
+        sink: Where the pruned columns are, until they are put back.
+        operators: The operators of the layer.
+        targets: The problems of those that lose columns, each in a group of its own.
+    """
+    assert removal.choice is not None
+    refitted = dict[str, PrunedOperator]()
+    solver = GroupSolver(removal.choice, model_type, Budgets(removal.choice))
+    for number in range(targets.num_groups):
+        problems = targets.problems(number)
+        for operator, pruned in zip(problems.operators, solver.solve(problems).pruned, strict=True):
+            sink.write(operator, pruned)
+            refitted[operator.name] = pruned
+    sink.undo()
+    return removal.narrowings(operators, refitted)
+
+
+def remove_experts(
+    removal: Removal,
+    sink: Sink,
+    layer_name: str,
+    experts: FusedExperts,
+    activations: LayerActivations,
+    targets: LayerTargets,
+    hidden_states: Sequence[Tensor],
+) -> tuple[MixtureReport, nn.Module]:
+    """Choose the experts of a decoder layer that stay, and refit them.
+
+    Args:
+        removal: How parts go.
+        sink: Where refitted matrices go.
+        layer_name: Name of the layer.
+        experts: The experts of its mixture.
+        activations: The layer with what it is run on.
+        targets: What its mixture should return.
+        hidden_states: Those that enter the layer, a batch each, [batch, tokens, hidden].
+
+    Returns:
+        What to report, and the layer without the experts that go.
+    """
+    started, asked, part = time.perf_counter(), removal.asked, removal.plan.parts[experts.name]
+    scores, wanted = score_experts(experts, activations, targets)
+    saliency = scores.saliency(asked.expert_saliency, part.name, asked.seed)
+    kept = experts_to_keep(part, saliency, removal.plan.counts[part.name])
+    smaller = smaller_copy(removal.experts, layer_name, activations.layer, {part.name: kept})
+    left = experts_of(part, layer_name, smaller)
+    mixture = SmallerMixture(left, replace(activations, layer=smaller), hidden_states, wanted)
+    before, unseen = mixture.errors()
+    fit_error, num_refitted, message = before, 0, ""
+    if asked.expert_refit:
+        down = [operator for operator in experts.operators if operator.kind == "down_proj"]
+        num_refitted, message = mixture.refit(lambda expert, weight: sink.overwrite(down[kept[expert]], weight))
+        fit_error, unseen = mixture.errors()
+    report = MixtureReport(
+        name=part.name,
+        groups_kept=kept,
+        saliency=tuple(saliency.tolist()),
+        expert_tokens=tuple(scores.num_tokens.tolist()),
+        fit_error=fit_error,
+        fit_error_before=before,
+        num_refitted=num_refitted,
+        solve_seconds=time.perf_counter() - started,
+        message=message,
+        held_out_fit_error=unseen,
+        residual_corrected=targets.adds_experts,
+    )
+    return report, smaller
