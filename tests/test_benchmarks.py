@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import statistics
 import sys
@@ -173,6 +174,28 @@ def test_smaller_models():
         decode, prefill = (statistics.median(smaller[k]) / statistics.median(dense[k]) for k in ("decode", "prefill"))
         cells = [f"{decode:.2f}x", "", f"{prefill:.2f}x", "", f"{smaller['file_bytes'] / dense['file_bytes']:.2f}x"]
         assert shown_row(label, cells) in page
+
+
+def test_a_trained_mixture_without_experts():
+    """Losses on what was held out, in nats a token; a random choice is the mean of three, with its deviation."""
+    page = (ROOT / "docs" / "howto" / "experts.md").read_text()
+    rows = Comparison.read(ROOT / "benchmarks" / "results" / "experts.json").rows
+    usual = ["default", "default:expert_refit=false", "default:expert_saliency=frequency:expert_refit=false"]
+    random = [f"default:expert_saliency=random:expert_refit=false:seed={seed}" for seed in range(3)]
+    found = {(row.pattern, row.method): {t: math.log(p) for t, p in row.perplexity.items()} for row in rows}
+    assert len(found) == 1 + 4 * 6
+    for text, losses in found["-", "dense"].items():
+        assert shown_row(f"{text} | none", [f"{losses:.3f}", "", "", ""]) in page
+        for number in (1, 2, 4, 6):
+            pattern = f"experts:{number / 8:g}"
+            cells = [f"{found[pattern, method][text]:.3f}" for method in usual]
+            others = [found[pattern, method][text] for method in random]
+            cells.append(f"{statistics.fmean(others):.3f} ± {statistics.stdev(others):.3f}")
+            assert shown_row(f"{text} | {number} of 8", cells) in page
+    training = json.loads((ROOT / "benchmarks" / "results" / "train_small.json").read_text())
+    last = training["rows"][-1]
+    assert f"{training['parameters'] / 1e6:.1f}M parameters" in page
+    assert f"{last['step'] * 4 * 512 / 1e6:.1f} million tokens" in page
 
 
 def shown_row(label: str, cells: list[str]) -> str:

@@ -101,7 +101,9 @@ def plot_lines(rows: Sequence[Row], texts: Sequence[str], folder: Path) -> Path 
         axis.spines[["top", "right"]].set_visible(False)
     handles = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat)
     shown = {label: handle for found in handles for handle, label in found}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    width = 0.6 + 0.075 * max(map(len, shown))  # inches: a line, and letters of 8 points
+    columns = max(1, min(3, int(size[0] / width)))
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     path = folder / "sparsity.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
