@@ -32,6 +32,7 @@ from optimum_fista.model.replay import replaced_forwards
 from optimum_fista.model.shrinking import plan_shrinking, takes
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.texts.positions import explained_gradients
+from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import PartShare, WholeParts
 
 logger = logging.getLogger(__name__)
@@ -104,10 +105,13 @@ class Sizes:
         measure: What sizes are measured by.
         parts: What it can lose, by kind.
         reasons: Why it can't lose others.
-        counts: How many groups of each kind a decoder layer may keep, fewer than it has, in rising order.
+        counts: How many groups of each kind a decoder layer may keep, fewer than it has, in rising order. If zeros
+            follow, their pattern `then` fits what stays.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: DecoderLayers, measure: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: DecoderLayers, measure: str, then: SparsityPattern | None = None
+    ) -> None:
         self.model, self.measure = model, measure
         self.parts: dict[Kind, Parts] = {}
         self.reasons: list[str] = []
@@ -116,7 +120,10 @@ class Sizes:
                 self.parts[kind] = find_parts(model, kind)
             except UnsupportedArchitectureError as error:
                 self.reasons.append(str(error))
-        self.counts = {kind: _counts(model, parts) for kind, parts in self.parts.items()}
+        self.counts = {
+            kind: [count for count in _counts(model, parts) if then is None or _fits(then, parts, count)]
+            for kind, parts in self.parts.items()
+        }
         self._groups = {kind: np.zeros(len(layers)) for kind in self.parts}
         if measure == "latency":
             self._rest, self._layers = self._time(layers)
@@ -244,6 +251,16 @@ def _counts(model: PreTrainedModel, parts: Parts) -> list[int]:
     return found if parts.kind == "channels" else [count for count in found if takes(model.config, parts, count)]
 
 
+def _fits(then: SparsityPattern, parts: Parts, count: int) -> bool:
+    """Whether the columns that stay of the operators that lose some can have a pattern of zeros."""
+    try:
+        for width in {part.width for part in parts.parts}:
+            then.require_shape((1, count * width))
+    except ValueError:
+        return False
+    return True
+
+
 def _layer_of(part: Part, layers: DecoderLayers) -> int:
     return int(part.name.removeprefix(f"{layers.name}.").partition(".")[0])
 
@@ -289,7 +306,7 @@ def even_mixture(model: PreTrainedModel, pattern: WholeParts) -> str:
     """
     assert pattern.measure is not None
     layers = find_decoder_layers(model)
-    sizes = Sizes(model, layers, "active" if pattern.measure == "latency" else pattern.measure)
+    sizes = Sizes(model, layers, "active" if pattern.measure == "latency" else pattern.measure, pattern.then)
     sizes.require(pattern)
     for num_removed in range(len(layers)):
         removed = range(1, 1 + num_removed)
@@ -327,7 +344,7 @@ def choose_size(
     pattern = config.whole_parts
     assert pattern is not None
     assert pattern.measure is not None
-    sizes = Sizes(model, layers, pattern.measure)
+    sizes = Sizes(model, layers, pattern.measure, pattern.then)
     sizes.require(pattern)
     tokens = config.allocation_tokens
     how_much = batches, tokens, progress, storage

@@ -51,10 +51,10 @@ def _parts_then_zeros(text: str, sparsity: float | None, scope: Scope) -> WholeP
         ValueError: If it makes no sense to remove what is before the comma, and to make zeros as after it.
     """
     parts, _, rest = text.partition(",")
-    if re.fullmatch(r"[\d.]+(e-\d+)?", rest):
+    if re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-\d+)?", rest):
         rest, sparsity = "unstructured", float(rest)
-    first, then = parse_pattern(parts), parse_pattern(rest, sparsity, scope)
-    if not isinstance(first, WholeParts) or isinstance(then, WholeParts) or not then.sparsity:
+    first, then = (parse_pattern(parts), parse_pattern(rest, sparsity, scope)) if parts and rest else (None, None)
+    if not isinstance(first, WholeParts) or then is None or isinstance(then, WholeParts) or not then.sparsity:
         raise ValueError(
             f"pattern={text!r}: before a comma pass whole parts, all joined by '+', and after it the pattern or the "
             "fraction of zeros of what stays, such as 'channels:0.25+heads:0.5,2:4' or 'channels:0.25,0.5'."

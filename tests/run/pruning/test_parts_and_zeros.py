@@ -83,6 +83,14 @@ def test_what_stays_has_exactly_the_zeros_asked_for(pattern, options):
         assert operator.num_kept == int(mask.sum())
 
 
+def test_whole_columns_of_what_stays_can_be_the_zeros(tmp_path):
+    model, run = tiny_llama(), pruner("channels:0.25/4,columns:0.25", method="wanda")
+    report = run.prune(model, BATCHES)
+    run.save_pretrained(model, tmp_path / "smaller")
+    assert verify_checkpoint(tmp_path / "smaller").num_zeros == report.totals["num_zeros"] > 0
+    assert int((model.model.layers[0].mlp.down_proj.weight == 0).all(0).sum()) == 9  # of 36
+
+
 def test_what_stays_compensates_for_the_columns_that_go():
     dense, one, two = tiny_llama(), tiny_llama(), tiny_llama()
     pruner(f"{PARTS},2:4").prune(one, BATCHES)
@@ -187,6 +195,8 @@ def test_heads_of_a_mixture_go_and_its_experts_get_zeros(tmp_path):
         ({"pattern": "2:4,0.5"}, "before a comma pass whole parts"),
         ({"pattern": "channels:0.25,heads:0.5"}, "all joined by '\\+'"),
         ({"pattern": "channels:0.25,0"}, "the fraction of zeros of what stays"),
+        ({"pattern": "channels:0.25,"}, "pattern='channels:0.25,': before a comma pass whole parts"),
+        ({"pattern": "channels:0.25,0.5.5"}, "pattern='0.5.5': pass 'unstructured' or 'n:m'"),
         ({"pattern": "channels:0.25,2:4", "sparsity": 0.25}, "sparsity=0.25 and pattern='2:4' disagree"),
         ({"pattern": "channels:0.25", "sparsity": 0.5}, "pass pattern='channels:0.25,0.5' alone"),
         ({"pattern": "channels:0.25,2:4", "method": "greedy_obs"}, "can't remove single weights"),

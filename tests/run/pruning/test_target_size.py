@@ -255,6 +255,19 @@ def test_shares_say_the_numbers_that_they_stand_for(number):
             assert share.num_kept(number) == kept
 
 
+def test_what_stays_for_a_size_can_have_its_zeros():
+    """Of 41 channels, the largest number that fits the size, no zeros 2:4 could be made."""
+    counts = [
+        Sizes(small_llama(), find_decoder_layers(small_llama()), "bytes", parse_pattern(zeros)).counts
+        for zeros in ("2:4", "4:8")
+    ]
+    assert counts == [{"channels": [4], "heads": [1]}, {"channels": [], "heads": [1]}]
+    model = tiny_llama(num_hidden_layers=4)
+    FistaPruner(FistaPruningConfig(pattern="bytes:0.75,2:4"), progress=False).prune(model, tiny_tokens().split(4))
+    assert model.config.intermediate_size % 4 == 0
+    assert model.num_parameters() <= 0.75 * tiny_llama(num_hidden_layers=4).num_parameters()
+
+
 def test_zeros_in_what_stays_count_nothing():
     model, dense = tiny_llama(), tiny_llama().num_parameters()
     report = FistaPruner(FistaPruningConfig(pattern="bytes:0.8,2:4"), progress=False).prune(
