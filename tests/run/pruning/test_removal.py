@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -336,3 +337,16 @@ def test_a_model_that_another_pruner_has_pruned_since_is_not_saved_with_an_old_r
     assert not (tmp_path / "stale").exists()
     second.save_pretrained(model, tmp_path / "latest")
     assert verify_checkpoint(tmp_path / "latest").num_zeros
+
+
+@pytest.mark.parametrize("pattern", ["layers:0.5", "experts:0.5"])
+def test_a_model_that_lost_more_since_is_not_saved_with_an_old_report(pattern, tmp_path):
+    model, first, second = tiny_model("llama4_text", num_hidden_layers=4), pruner(pattern), pruner(pattern)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that are not repaired
+        first.prune(model, BATCHES)
+        second.prune(model, BATCHES)
+    with pytest.raises(ValueError, match="was pruned again by another FistaPruner: save it by that one"):
+        first.save_pretrained(model, tmp_path / "stale")
+    second.save_pretrained(model, tmp_path / "latest")
+    assert verify_checkpoint(tmp_path / "latest").removed
