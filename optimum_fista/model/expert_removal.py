@@ -100,14 +100,14 @@ def score_experts(
     return ExpertScores(counts.cpu(), norms.cpu()), wanted
 
 
-def experts_to_keep(part: Part, saliency: Tensor, count: int) -> tuple[int, ...]:
+def experts_to_keep(saliency: Tensor, count: int, equal_runs: int = 1) -> tuple[int, ...]:
     """The most salient experts, as many of every run that the router chooses first, in rising order.
 
     Of equally salient ones the first stay.
     """
-    by_run = saliency.view(part.equal_runs, -1)
-    best = by_run.argsort(dim=1, descending=True, stable=True)[:, : count // part.equal_runs]
-    first = torch.arange(part.equal_runs)[:, None] * by_run.shape[1]
+    by_run = saliency.view(equal_runs, -1)
+    best = by_run.argsort(dim=1, descending=True, stable=True)[:, : count // equal_runs]
+    first = torch.arange(equal_runs)[:, None] * by_run.shape[1]
     return tuple(sorted((best + first).flatten().tolist()))
 
 

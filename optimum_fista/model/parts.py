@@ -250,12 +250,17 @@ def _numbers(config: PreTrainedConfig, kind: Kind) -> Iterator[_Number]:
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // value
             yield _Number(kind, words, groups, {"head_dim": head_dim})
         elif kind == "experts" and value:
-            runs = getattr(config, "n_group", None) or getattr(config, "num_expert_group", None) or 1
+            runs = runs_of_experts(config)
             chosen = getattr(config, "topk_group", None) or runs
             top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
             # A router of runs compares them by the sum of their two best experts (DeepSeek-V3, arXiv 2412.19437).
             least = max(-(-top_k // chosen), 2) * runs if runs > 1 else top_k
             yield _Number(kind, {word: value}, value, equal_runs=runs, at_least=least)
+
+
+def runs_of_experts(config: PreTrainedConfig) -> int:
+    """How many runs of experts the router chooses among first; 1 if it does not."""
+    return getattr(config, "n_group", None) or getattr(config, "num_expert_group", None) or 1
 
 
 def _parts_by(model: PreTrainedModel, number: _Number) -> Parts:

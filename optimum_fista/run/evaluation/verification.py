@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_fista.model.expert_removal import experts_to_keep
+from optimum_fista.model.parts import runs_of_experts, text_config
 from optimum_fista.packed.format import unpack
 from optimum_fista.packed.format import unpack_mask as unpack_packed_mask
 from optimum_fista.packed.validation import PackedFormatError
@@ -142,7 +144,8 @@ def _verify_totals(
 
 
 def _verify_mixtures(model: PreTrainedModel, report: PruningReport) -> None:
-    """Check that mixtures have as many experts as the report names, and that these were in the dense model."""
+    """Check that mixtures have as many experts as the report names, and that these are the most salient ones."""
+    runs = runs_of_experts(text_config(model.config))
     for mixture in report.mixtures:
         kept, total = mixture.groups_kept, len(mixture.saliency)
         if list(kept) != sorted(set(kept) & set(range(total))):
@@ -154,6 +157,10 @@ def _verify_mixtures(model: PreTrainedModel, report: PruningReport) -> None:
             raise VerificationError(
                 f"{mixture.name} has {found.pop()} experts, the report names {len(kept)} that stayed."
             )
+        if total % runs or kept != experts_to_keep(
+            torch.tensor(mixture.saliency, dtype=torch.float64), len(kept), runs
+        ):
+            raise VerificationError(f"{mixture.name}: groups_kept are not the experts with the largest saliency.")
 
 
 def _agree(promised: float | None, value: float | None) -> bool:

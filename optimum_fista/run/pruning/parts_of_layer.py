@@ -75,7 +75,7 @@ def remove_experts(
     started, asked, part = time.perf_counter(), removal.asked, removal.plan.parts[experts.name]
     scores, wanted = score_experts(experts, activations, targets)
     saliency = scores.saliency(asked.expert_saliency, part.name, asked.seed)
-    kept = experts_to_keep(part, saliency, removal.plan.counts[part.name])
+    kept = experts_to_keep(saliency, removal.plan.counts[part.name], part.equal_runs)
     smaller = smaller_copy(removal.experts, layer_name, activations.layer, {part.name: kept})
     left = experts_of(part, layer_name, smaller)
     mixture = SmallerMixture(left, replace(activations, layer=smaller), hidden_states, wanted)

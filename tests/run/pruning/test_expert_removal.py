@@ -255,19 +255,24 @@ def test_verify_finds_experts_that_are_not_those_of_the_report(folders, tmp_path
         verify_checkpoint(tmp_path / "changed")
 
 
-def test_verify_finds_other_experts_in_the_dense_model(folders, tmp_path):
+def test_verify_finds_experts_that_were_not_chosen(folders, tmp_path):
+    """Without the dense model by their saliency, and with it by their values if saliencies fit the choice."""
     shutil.copytree(folders[1], tmp_path / "changed")
     edit(tmp_path / "changed", lambda found: [expert for expert in range(4) if expert not in found])
+    with pytest.raises(VerificationError, match="groups_kept are not the experts with the largest saliency"):
+        verify_checkpoint(tmp_path / "changed")
+    edit(tmp_path / "changed", lambda found: [-value for value in found], "saliency")
+    verify_checkpoint(tmp_path / "changed")
     with pytest.raises(VerificationError, match="values that the run did not prune"):
         verify_checkpoint(tmp_path / "changed", dense=folders[0])
 
 
-def edit(folder: Path, change) -> None:
-    """Change which experts the report says stayed in the first mixture."""
+def edit(folder: Path, change, key="groups_kept") -> None:
+    """Change what the report says of the first mixture."""
     file = folder / "fista" / "report.json"
     values = json.loads(file.read_text())
     mixture = values["layers"][0]["mixture"]
-    mixture["groups_kept"] = change(mixture["groups_kept"])
+    mixture[key] = change(mixture[key])
     file.write_text(json.dumps(values))
 
 
