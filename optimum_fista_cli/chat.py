@@ -36,9 +36,9 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
-    add("model", metavar="DIR", help="pruned model folder, packed or not; or any other model")
+    add("model", metavar="DIR", help="pruned model folder, packed or not, or any other model")
     add("--beside", metavar="MODEL", help="another model, such as the dense one: its answers are shown as well")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens an answer has at most (default 256)")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default 256)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most probable token")
     add("--seed", type=int, default=0, help="seed of the sampling at a temperature above 0 (default 0)")
     add("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens}: pass at least 1.")
     if not 0 <= arguments.temperature < float("inf"):
-        raise ValueError(f"--temperature {arguments.temperature}: pass 0 or a number above.")
+        raise ValueError(f"--temperature {arguments.temperature}: pass 0 or a larger number.")
     names = [arguments.model, *([arguments.beside] if arguments.beside is not None else [])]
     speakers = [_Speaker.load(name, arguments) for name in names]
     terminal = sys.stdin.isatty() and sys.stdout.isatty()

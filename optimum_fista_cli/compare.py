@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to compare").add_argument
     add("--methods", type=_words, metavar="A,B", help="default magnitude,wanda,sparsegpt,fista,default")
     kinds = "fractions of zeros, N:M, channels:SHARE, heads:SHARE, layers:SHARE (default 0.5,2:4)"
-    add("--patterns", type=_patterns, metavar="A,B", help=f"{kinds}; A;B if a pattern has a comma")
+    add("--patterns", type=_patterns, metavar="A,B", help=f"{kinds}; separate them by ; if a pattern has a comma")
     add("--seeds", type=_numbers, metavar="A,B", help="mean and deviation over several (default 0)")
     add = parser.add_argument_group("what to measure").add_argument
     add(

@@ -55,11 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "gets smaller (docs/smaller.md); a comma and another pattern, as in channels:0.25,2:4, prunes what stays"
     )
     add("--pattern", metavar="PATTERN", help=groups)
-    size = "make the model so large, as a share of the dense one: the run chooses what goes (docs/smaller.md)"
+    size = "leave this share of the dense model, such as 0.75: the run chooses what goes (docs/smaller.md)"
     add("--target-size", type=float, metavar="SHARE", help=size)
     names = "obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap, greedy_obs, taylor"
     add("--method", help=names)
-    add("--recipe", metavar="NAME", help="default, fast, best or paper (docs/quickstart.md); flags win over it")
+    add("--recipe", metavar="NAME", help="default, fast, best or paper (docs/quickstart.md); other flags override it")
     sources = "self (default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
     add("--calibration", default="self", metavar="SOURCE", help=sources)
     add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
@@ -73,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
     add("--private", action="store_true", default=None, help="make a new repository private")
     add = parser.add_argument_group("advanced: which operators").add_argument
-    measures = "what --target-size is measured by: bytes (default), active weights of a token, or latency of decoding"
+    measures = (
+        "what --target-size is a share of: bytes (default), active (the weights a token uses) or latency (its time)"
+    )
     add("--target", choices=("bytes", "active", "latency"), help=measures)
     add("--scope", choices=("matrix", "row"), help="share zeros over a whole operator or give each row its own")
     add("--include", action="append", metavar="GLOB", help="prune only operators whose name matches; repeatable")
@@ -93,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help="the method that prunes under-calibrated experts (default magnitude)",
     )
-    stay = "which experts of a mixture stay if some go (default reap): see docs/smaller.md"
+    stay = "how the experts that stay are chosen if others go (default reap): see docs/smaller.md"
     add("--expert-saliency", choices=("reap", "frequency", "random"), help=stay)
     refit = "do not refit the experts that stay"
     add("--no-expert-refit", dest="expert_refit", action="store_const", const=False, help=refit)
@@ -215,10 +217,10 @@ def _next_commands(folder: Path) -> str:
     """What to do with a pruned model, and how to read the errors that were printed."""
     name = shlex.quote(str(folder))
     return (
-        "of the errors, 0 means no change and 1 a change as large as the outputs (docs/report.md)\n"
+        "an error of 0 means no change, and 1 a change as large as the outputs (docs/report.md)\n"
         "next:\n"
         f"  optimum-fista verify {name}                       # counts the zeros in the files again\n"
-        f"  optimum-fista evaluate {name} --text wikitext2    # perplexity; the same of the dense model compares\n"
+        f"  optimum-fista evaluate {name} --text wikitext2    # perplexity; run it on the dense model too, to compare\n"
         f"  optimum-fista report {name}                       # a page about every operator"
     )
 

@@ -141,7 +141,9 @@ def _begin(
     """The sequences that losses are taken on, and what decoder layers are called with."""
     sequences = [CalibrationBatch(ids) for ids in first_sequences(batches, num_tokens)]
     if not sequences:
-        raise ValueError("calib_dataloader holds no sequence of two tokens: pass longer ones to choose layers by.")
+        raise ValueError(
+            "calib_dataloader holds no sequence of two tokens, so losses can't be compared: pass longer ones."
+        )
     recorded = record_inputs(model, layers, sequences, storage)
     if recorded.handed_on:
         raise UnsupportedArchitectureError(

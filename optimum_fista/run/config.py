@@ -243,8 +243,8 @@ class FistaPruningConfig:
                 )
         if loses_experts and self._pattern_of_weights() != self.whole_parts:
             raise ValueError(
-                f"pattern={self.pattern!r}: experts can't go in the run in which what stays gets zeros: prune with the "
-                "part before the comma, and the smaller model again with that after it."
+                f"pattern={self.pattern!r}: one run can't remove experts and set zeros: prune with what is before the "
+                "comma, and then prune the smaller model with what is after it."
             )
         if loses_experts and self.finetune is not None:
             raise ValueError(

@@ -87,7 +87,7 @@ def test_a_seed_decides_what_is_sampled(ask, tiny_folder):
     ("flags", "message"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens 0: pass at least 1"),
-        (["--temperature", "-1"], "--temperature -1.0: pass 0 or a number above"),
+        (["--temperature", "-1"], "--temperature -1.0: pass 0 or a larger number"),
         (["--beside", "no/such/folder"], "no/such/folder"),
     ],
 )

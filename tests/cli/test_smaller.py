@@ -57,8 +57,8 @@ def test_a_size_is_reached_and_what_is_chosen_is_said_first(tiny_folder, text_fi
     report = read_report(folder)
     assert report.config["pattern"] == "bytes:0.8"
     chosen = report.model["size_choice"]["mixture"]["pattern"]
-    assert f"pattern={chosen!r} stands for the size: 0." in said.err
-    assert said.err.index("stands for the size") < said.err.index("Pruning: 100%")
+    assert f"pattern={chosen!r} was chosen for the size: it leaves 0." in said.err
+    assert said.err.index("was chosen for the size") < said.err.index("Pruning: 100%")
     assert report.model["num_parameters"] <= 0.8 * DENSE
     assert main(["verify", str(folder), "--dense", str(tiny_folder)]) == 0
     assert main(["report", str(folder)]) == 0
@@ -75,7 +75,7 @@ def test_a_size_is_reached_and_what_is_chosen_is_said_first(tiny_folder, text_fi
         (["--target-size", "0.8", "--exclude", "*.0.*"], "has no meaning for pattern='bytes:0.8'"),
         (["--target-size", "0.8", "--packed"], "leaves a dense model: there are no zeros to pack"),
         (["--target-size", "0.8", "--method", "sparsegpt"], "method 'sparsegpt' can't remove whole columns"),
-        (["--target-size", "0.01", "--dry-run"], "the smallest size that can be had is 0."),
+        (["--target-size", "0.01", "--dry-run"], "the smallest possible size is 0."),
     ],
 )
 def test_sizes_that_make_no_sense(tiny_folder, tmp_path, capsys, flags, message):

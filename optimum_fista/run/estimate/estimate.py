@@ -360,11 +360,11 @@ class Estimate:
         if self.chooses is not None:
             how = ", with time in proportion to weights" * (self.chooses == "latency")
             yield (
-                "the run chooses what goes by gradients and losses, and says so before it prunes: here "
-                f"{self.shapes.chosen} stands for it{how}."
+                "the run chooses what goes by gradients and losses, and logs it before it prunes: this estimate "
+                f"assumes {self.shapes.chosen}{how}."
             )
         if self.rounds:
-            yield f"the run chooses which decoder layers go: {self.rounds} after the first one stand for them."
+            yield f"the run chooses which decoder layers go: this estimate assumes {self.rounds} after the first one."
         if self.allocates:
             yield "operators share the zeros: counts by name are those of the average sparsity, the sum is exact."
 

@@ -89,9 +89,9 @@ class SizeChoice:
         """A line for people."""
         others = ", ".join(f"{m.pattern} ({m.loss:.3f})" for m in self.alternatives)
         return (
-            f"pattern={self.mixture.pattern!r} stands for the size: {self.mixture.size:.4f} of the dense model's is "
-            f"left, the loss grows by {self.mixture.loss:.3f} nats a token before anything is refitted "
-            f"({self.mixture.predicted:.3f} predicted); {f'tried besides: {others}' if others else 'no other fits'}"
+            f"pattern={self.mixture.pattern!r} was chosen for the size: it leaves {self.mixture.size:.4f} of the dense "
+            f"model's, and the loss grows by {self.mixture.loss:.3f} nats a token before anything is refitted "
+            f"({self.mixture.predicted:.3f} predicted); {f'also tried: {others}' if others else 'nothing else fits'}"
         )
 
 
@@ -152,8 +152,8 @@ class Sizes:
             most = pattern_of(self, fewest, total - 1) if fewest or total > 1 else "nothing can go"
             why = f" ({'; '.join(self.reasons)})" if self.reasons else ""
             raise ValueError(
-                f"pattern={pattern.text!r}: the smallest size that can be had is {smallest:.4f} of the model's "
-                f"{_UNITS[self.measure]}, by {most!r}{why}: pass at least {math.ceil(smallest * 1e4) / 1e4:g}."
+                f"pattern={pattern.text!r}: the smallest possible size is {smallest:.4f} of the model's "
+                f"{_UNITS[self.measure]}, with {most!r}{why}: pass at least {math.ceil(smallest * 1e4) / 1e4:g}."
             )
 
     def fitting(

@@ -122,9 +122,9 @@ def test_a_size_is_reached_by_what_stands_for_the_choice():
     estimate = estimated(tiny_llama(num_hidden_layers=5).config, config)
     total = tiny_llama(num_hidden_layers=5).num_parameters()
     assert 0.28 * total < estimate.num_removed < 0.34 * total
-    assert any("channels:0.23+heads:0.5 stands for it" in note for note in estimate.notes)
+    assert any("assumes channels:0.23+heads:0.5" in note for note in estimate.notes)
     assert flops(estimate, "allocation") > 0
-    with pytest.raises(ValueError, match=r"'bytes:0.05': the smallest size that can be had is 0\.\d+ of the model's"):
+    with pytest.raises(ValueError, match=r"'bytes:0.05': the smallest possible size is 0\.\d+ of the model's"):
         estimated(tiny_llama().config, FistaPruningConfig(pattern="bytes:0.05"))
 
 

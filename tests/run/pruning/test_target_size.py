@@ -208,9 +208,7 @@ def test_models_that_can_lose_a_part_only(family, kinds):
 def test_a_size_that_can_not_be_had_is_refused_with_the_smallest():
     model = tiny_llama()
     expected = {name: value.clone() for name, value in model.state_dict().items()}
-    message = (
-        r"pattern='bytes:0.1': the smallest size that can be had is 0\.2\d+ of the model's bytes, by 'channels:0.98"
-    )
+    message = r"pattern='bytes:0.1': the smallest possible size is 0\.2\d+ of the model's bytes, with 'channels:0.98"
     with pytest.raises(ValueError, match=message) as refused:
         FistaPruner(FistaPruningConfig(pattern="bytes:0.1"), progress=False).prune(model, tiny_tokens().split(4))
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
