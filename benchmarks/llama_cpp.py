@@ -3,7 +3,7 @@
 Before that, greedy tokens of llama.cpp in float32 must be those of Transformers in float32. Prompts are random tokens,
 and the words of the GGUF files are the numbers of their tokens. Weights are rounded to 8 and 4 bits by the package
 `gguf` (Q8_0, Q4_0). With `--texts`, Transformers reads the rounded weights back from the files and measures their
-perplexity in float32. `pip install xllamacpp` gives llama.cpp.
+perplexity in float32. `pip install xllamacpp` gives llama.cpp as a wheel; llama-cpp-python would have to be compiled.
 
     python benchmarks/llama_cpp.py --models runs/original,runs/smaller --texts TEXT --output runs/llama_cpp.json
 """
