@@ -165,14 +165,16 @@ def test_smaller_models(benchmark):
     for name, label in (("smaller_llama", "1.1B, Transformers"), ("smaller_smollm2", "SmolLM2-135M, Transformers")):
         values = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
         dense, smaller = SpeedReport.from_dict(values).variants.values()
-        ratios = [smaller.tokens_per_second[n] / dense.tokens_per_second[n] for n in (1, 4)]
+        ratios = [smaller.tokens_per_second[n] / dense.tokens_per_second[n] for n in (1, 4, 16)]
         ratios.append(smaller.prefill_tokens_per_second / dense.prefill_tokens_per_second)
         ratios += [smaller.memory_bytes / dense.memory_bytes, smaller.weight_bytes / dense.weight_bytes]
         assert shown_row(label, [f"{ratio:.2f}x" for ratio in ratios]) in page
-    dense, smaller = json.loads((ROOT / "benchmarks" / "results" / "smaller_llama_cpp.json").read_text())["rows"]
-    decode, prefill = (statistics.median(smaller[k]) / statistics.median(dense[k]) for k in ("decode", "prefill"))
-    cells = [f"{decode:.2f}x", "", f"{prefill:.2f}x", "", f"{smaller['file_bytes'] / dense['file_bytes']:.2f}x"]
-    assert shown_row("1.1B, llama.cpp", cells) in page
+    for name, label in (("smaller_llama_cpp", "1.1B"), ("smaller_layers_cpp", "SmolLM2-135M")):
+        dense, smaller = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+        decode, prefill = (statistics.median(smaller[k]) / statistics.median(dense[k]) for k in ("decode", "prefill"))
+        memory, weights = (smaller[k] / dense[k] for k in ("memory_bytes", "file_bytes"))
+        cells = [f"{decode:.2f}x", "", "", *(f"{ratio:.2f}x" for ratio in (prefill, memory, weights))]
+        assert shown_row(f"{label}, llama.cpp", cells) in page
     rows = json.loads((ROOT / "benchmarks" / "results" / "smaller_smollm2_cpp.json").read_text())["rows"]
     assert "\n".join(benchmark("llama_cpp").table(rows)) in page
 
