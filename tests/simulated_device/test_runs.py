@@ -93,6 +93,7 @@ def test_parts_go_and_zeros_follow_as_on_the_cpu(place, tmp_path):
     require_the_same(found, expected)
 
 
+@pytest.mark.parametrize("place", ["in memory", "on two devices", "streamed, stored on disk"])
 @pytest.mark.parametrize(
     "options", [{"pattern": "bytes:0.6"}, {"pattern": "channels:0.25/4+heads:0.5", "method": "taylor"}]
 )
