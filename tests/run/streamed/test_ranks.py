@@ -135,8 +135,8 @@ def test_accelerate_launches_the_command(source, tmp_path):
     code = "from accelerate.commands.launch import main; main()"
     process = run_code(code, *launcher, *arguments, "--output", tmp_path / "pruned")
     assert process.returncode == 0, process.stderr
-    shown = process.stdout.splitlines()
-    assert [line for line in shown if line] == [shown[0], f"saved to {tmp_path / 'pruned'}"]
+    for once in ("35 operators pruned by ", f"saved to {tmp_path / 'pruned'}", "optimum-fista verify "):
+        assert process.stdout.count(once) == 1  # one of the processes speaks for both
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
 
 
