@@ -279,7 +279,8 @@ def _with_random_weights(layer: nn.Module, device: torch.device, dtype: torch.dt
 def median_seconds(call: Any, device: torch.device) -> float:
     """The median time of some calls, after two to warm up."""
     times: list[float] = []
-    while len(times) < 7 or sum(times) < _TIMED_SECONDS:
+    until = time.perf_counter() + _TIMED_SECONDS
+    while len(times) < 7 or time.perf_counter() < until:
         started = time.perf_counter()
         call()
         if device.type != "cpu":
