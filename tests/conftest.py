@@ -37,12 +37,14 @@ def one_picture():
         yield
 
 
-_drawn: list[bytes | None] = []
+_drawn: list[bytes | None] = []  # once, of the first report with operators
 
 
 def _first_picture(report):
     from optimum_fista.run.reports.card import error_picture
 
+    if not report.operators:
+        return error_picture(report)
     if not _drawn:
         _drawn.append(error_picture(report))
     return _drawn[0]
