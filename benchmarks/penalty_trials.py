@@ -218,7 +218,7 @@ def import_optuna():
         import optuna
     except ImportError:
         raise SystemExit(
-            "penalty_search.py compares with Optuna, which is not installed: pip install 'optimum-fista[benchmarks]'"
+            "penalty_search.py compares with Optuna, which is not installed: pip install '.[benchmarks]'"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -1,7 +1,7 @@
 """Prune a model to 2:4, then win back part of what it lost by training little of it for minutes (as PERP does).
 
 Norms, biases and low-rank adapters are trained on the calibration text; the adapters are masked, so merging them keeps
-every zero and changes no output. Needs PEFT: pip install 'optimum-fista[peft]'.
+every zero and changes no output. Needs PEFT: pip install '.[peft]'.
 
 python examples/retrain_masked.py --calibration texts.jsonl --test other.txt --output retrained-2-4
 """

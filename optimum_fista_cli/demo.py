@@ -286,12 +286,13 @@ class _Written:
 
 def _draw(rows: list[Row], text: str, output: Path) -> str:
     """Draw the perplexities; returns what to say of it."""
+    from optimum_fista.installing import install_command
     from optimum_fista.run.comparison.plots import plot_bars
 
     try:
         return f"picture: {plot_bars(rows, [text], output)}"
     except ImportError:
-        return "no picture: Matplotlib is not installed (pip install 'optimum-fista[plots]')"
+        return f"no picture: Matplotlib is not installed; run {install_command('plots')}"
 
 
 def _smollm2_folder() -> str:

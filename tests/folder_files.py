@@ -1,7 +1,11 @@
-"""The files of a pruned model's folder, to compare them byte for byte."""
+"""The files of a pruned model's folder, to compare them byte for byte, and copies with a changed report."""
 
+import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _MEASURED = re.compile(r'seconds|_bytes|\| time \||"(total|allocation)": \d')
 
@@ -13,3 +17,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
         lines = files[name].decode().splitlines()
         files[name] = "\n".join(line for line in lines if not _MEASURED.search(line)).encode()
     return files
+
+
+def with_changed_report(folder: Path, copy: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a pruned folder in whose report `edit` has changed the first down projection."""
+    shutil.copytree(folder, copy)
+    file = copy / "fista" / "report.json"
+    values = json.loads(file.read_text())
+    edit(next(o for o in values["operators"] if o["name"].endswith("down_proj.weight")))
+    file.write_text(json.dumps(values))
+    return copy

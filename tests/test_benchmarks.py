@@ -494,7 +494,7 @@ def test_ways_to_the_penalty(benchmark, correlation):
 
 def test_penalty_search_names_the_missing_library(benchmark, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(SystemExit, match=r"optimum-fista\[benchmarks\]"):
+    with pytest.raises(SystemExit, match=r"pip install '.\[benchmarks\]'"):
         benchmark("penalty_search").import_optuna()
 
 

@@ -24,10 +24,7 @@ from optimum_fista.solve.statistics import InputStatistics
 Saliency = Literal["reap", "frequency", "random"]
 
 ROUNDS = 3
-"""How often every expert is refitted, with the others as they then are.
-
-On a trained mixture of 8 experts, half of them removed, 1, 2 and 3 rounds raised the loss by .017, .014 and .011 nats.
-"""
+"""How often every expert is refitted, with the others as they then are; each round gains less than the one before."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +80,9 @@ def score_experts(
         batch = len(wanted)
         if not activations.is_held_out(batch):
             mask = activations.token_masks[batch]
-            found = torch.linalg.vector_norm(outputs.detach().float(), dim=-1)
-            real = torch.ones_like(found) if mask is None else mask.reshape(-1)[tokens]
-            norms[expert] += (found * real).sum(dtype=torch.float64)
-            counts[expert] += real.sum(dtype=torch.int64)
+            real = outputs if mask is None else outputs[mask.reshape(-1)[tokens]]
+            norms[expert] += torch.linalg.vector_norm(real.detach().float(), dim=-1).sum(dtype=torch.float64)
+            counts[expert] += len(real)
 
     experts.watcher = see
     with split_experts(experts.operators):

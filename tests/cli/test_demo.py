@@ -132,7 +132,7 @@ def test_the_picture_has_a_panel_a_pattern_and_a_bar_a_method(rows, tmp_path, mo
 
 def test_without_matplotlib_the_demo_says_what_to_install(rows, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    assert "pip install 'optimum-fista[plots]'" in demo._draw(rows, "sea", tmp_path)
+    assert "pip install '.[plots]'" in demo._draw(rows, "sea", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -36,21 +36,24 @@ def prune(model, **options):
     return model
 
 
+@torch.no_grad()
+def added_operators(model, first_token=1.0):
+    """Operators whose output is added to that of the first decoder layer; the first token's inputs are multiplied."""
+    layers = find_decoder_layers(model)
+    name, layer = next(iter(layers))
+    recorded = record_inputs(model, layers, read_batches(ids(), 64))
+    activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, torch.device("cpu"))
+    hidden = recorded.hidden_states[0]
+    hidden[:, 0] *= first_token
+    operators = find_operators(name, layer).items()
+    found = {key for key, operator in operators if is_added_to_output(activations, operator.module, hidden)}
+    return {key.removeprefix(f"{name}.") for key in found}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", [*ADDED, "gemma3_text"])
 def test_the_operator_that_is_added_to_the_output_is_found(family, dtype):
-    model = tiny_model(family).to(dtype)
-    layers = find_decoder_layers(model)
-    name, layer = next(iter(layers))
-    with torch.no_grad():
-        recorded = record_inputs(model, layers, read_batches(ids(), 64))
-        activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, torch.device("cpu"))
-        hidden = recorded.hidden_states[0]
-        added = {
-            short.removeprefix(f"{name}.")
-            for short, operator in find_operators(name, layer).items()
-            if is_added_to_output(activations, operator.module, hidden)
-        }
+    added = added_operators(tiny_model(family).to(dtype))
     if family == "gemma3_text":
         assert added == set(), "its outputs pass a norm first"
     else:
@@ -60,17 +63,7 @@ def test_the_operator_that_is_added_to_the_output_is_found(family, dtype):
 
 def test_huge_activations_of_one_token_do_not_hide_what_comes_later():
     """In bfloat16 the MLP's answer to the attention is less than what a sum as large as that token's rounds off."""
-    model = tiny_model("llama").bfloat16()
-    layers = find_decoder_layers(model)
-    name, layer = next(iter(layers))
-    with torch.no_grad():
-        recorded = record_inputs(model, layers, read_batches(ids(), 64))
-        activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, torch.device("cpu"))
-        hidden = recorded.hidden_states[0]
-        hidden[:, 0] *= 1e4
-        operators = find_operators(name, layer)
-        added = [is_added_to_output(activations, operator.module, hidden) for operator in operators.values()]
-    assert [key for key, found in zip(operators, added, strict=True) if found] == [f"{name}.mlp.down_proj"]
+    assert added_operators(tiny_model("llama").bfloat16(), first_token=1e4) == {"mlp.down_proj"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,13 +13,14 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import patch_environment
 
+from optimum_fista.installing import install_command
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.reports.operator_grid import OperatorGrid
 from optimum_fista.run.reports.report import LayerReport, OperatorReport
 
 logger = logging.getLogger(__name__)
 
-_INSTALL = {"tensorboard": "'optimum-fista[tracking]'", "trackio": "trackio"}
+_INSTALL = {"tensorboard": install_command("tracking"), "trackio": "`pip install trackio`"}
 """Trackers by the names that Transformers' `report_to` has for them, and what to install."""
 
 
@@ -80,7 +81,7 @@ def require_tracker(name: str) -> None:
     if name not in _INSTALL:
         raise ValueError(f"report_to={name!r}: pass one of {', '.join(map(repr, _INSTALL))}.")
     if importlib.util.find_spec(name) is None:
-        raise ImportError(f"report_to={name!r}: {name} is not installed, run: pip install {_INSTALL[name]}")
+        raise ImportError(f"report_to={name!r}: {name} is not installed: run {_INSTALL[name]}.")
 
 
 @contextmanager

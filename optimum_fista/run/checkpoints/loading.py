@@ -178,10 +178,7 @@ def _without_talk_of_offloading() -> Iterator[None]:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Reading a GGUF file makes an object of every token, and the collector would look at all of them many times.
-
-    That takes nearly half of the reading: 1.9 of 4.5 seconds for the configuration of a file with 49,152 tokens.
-    """
+    """Reading a GGUF file makes an object of every token, and the collector would look at all of them many times."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -139,11 +139,12 @@ class Estimate:
         streams = (self.records or config.finetune is not None) + (not config.correction.independent_layers)
         self.stream_bytes = self.value * self.tokens * self.hidden
         self.streams_bytes = streams * self.stream_bytes
-        smaller = self.model if self.shapes.removal is None else self.shapes.removal.plan.model
+        removal = self.shapes.removal
+        smaller = self.model if removal is None else removal.plan.model
         self.num_removed = self.model.num_parameters() - smaller.num_parameters()
-        self.only_removes = self.num_removed > 0 and self.shapes.removal.choice is None  # type: ignore[union-attr]
-        self.refits = self.shapes.removal is not None and self.shapes.removal.asked.expert_refit
-        self.rounds = 0 if self.shapes.removal is None else self.shapes.removal.num_removed_layers
+        self.only_removes = removal is not None and removal.choice is None
+        self.refits = removal is not None and removal.asked.expert_refit
+        self.rounds = 0 if removal is None else removal.num_removed_layers
         self.allocates = any(map(config.shares_budget, self.shapes.operators))
         self.differentiates = self.allocates or config.needs_gradients or self.chooses is not None
         self.rates, self.notes = None, list(self._notes())
@@ -286,15 +287,13 @@ class Estimate:
                 moved += 10 * _SWEEP * (square + g.outputs * g.columns)
                 stages["statistics"] += work(products=sums + problems, moved_bytes=moved) * times
                 stages["solving"] += self._solved(g)[0] * times
-            if (
-                mixture := kind.mixture
-            ) is not None:  # with all experts, with those that stay, and once they are refitted
+            mixture = kind.mixture
+            if mixture is not None:  # with all experts, with those that stay, and once they are refitted
                 stages["forward passes"] += token * (kind.count * 3 * self.tokens)
                 experts, square = kind.count * mixture.number * self.refits, float(mixture.columns) ** 2
                 sums = self.tokens * mixture.share * (square + 8 * mixture.rows * mixture.columns)
-                fits = 6 * (
-                    square * mixture.columns / 3 + 4 * mixture.rows * square
-                )  # on halves and on all, twice each
+                once = square * mixture.columns / 3 + 4 * mixture.rows * square
+                fits = 6 * once  # on both halves and on all, twice each
                 stages["statistics"] += work(products=ROUNDS * experts * sums)
                 stages["solving"] += work(products=ROUNDS * experts * fits)
             sweeps = kind.count * _SWEEP * sum(count * g.outputs * g.columns for g, count in kind.groups.items())

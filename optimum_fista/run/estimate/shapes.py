@@ -26,7 +26,7 @@ from optimum_fista.run.checkpoints.loading import reading, refuse_quantized
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.operators import choose_operators
 from optimum_fista.run.pruning.removal import Removal
-from optimum_fista.run.pruning.target_size import even_mixture
+from optimum_fista.run.pruning.sizes import even_mixture
 from optimum_fista.solve.pattern import SparsityPattern
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from optimum_fista.model.architecture import input_embedding
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.offload import input_device
-from optimum_fista.run.texts.positions import explained_length
+from optimum_fista.run.texts.explained_errors import explained_length
 from optimum_fista.run.texts.text import TextSource
 
 # Positions whose logits are copied to float32 at a time: 131 MB for a vocabulary of 128 thousand.

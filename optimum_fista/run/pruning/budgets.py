@@ -19,7 +19,7 @@ from optimum_fista.model.parts import Part
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.target_size import SizeChoice
-from optimum_fista.run.texts.positions import explained_gradients
+from optimum_fista.run.texts.explained_errors import explained_gradients
 from optimum_fista.solve.allocation import RemovalCost, allocate
 from optimum_fista.solve.pattern import SparsityPattern
 

@@ -135,6 +135,8 @@ class _Loop:
         if run.removal is not None:
             run.removal.prove(name, activations, first)
         groups, left_dense = trace_groups(activations.layer, operators, activations.calls[0], first)
+        if run.removal is not None:
+            run.removal.require_called(name, groups)
         narrowed: dict[str, Narrowing] = {}
         if run.removal is not None and run.removal.choice is not None:
             readers, groups = run.removal.with_readers_alone(groups)

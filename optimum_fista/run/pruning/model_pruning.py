@@ -32,7 +32,7 @@ from optimum_fista.run.pruning.run_batches import RunBatches
 from optimum_fista.run.pruning.run_report import begin_report, complete_report, warn_of_few_tokens
 from optimum_fista.run.pruning.target_size import SizeChoice, choose_size
 from optimum_fista.run.reports.report import LayerRecord
-from optimum_fista.run.texts.positions import explained_length
+from optimum_fista.run.texts.explained_errors import explained_length
 
 _PRUNING_COST = 8.0  # forward passes of the layer; measured 2 (wanda) to 9 (fista) on a CPU, see docs/ranks.md
 

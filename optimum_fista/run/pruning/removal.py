@@ -162,6 +162,19 @@ class Removal:
             self.config = replace(self.config, overrides={**all_columns, **self.config.overrides})
         return left
 
+    def require_called(self, layer_name: str, groups: Sequence[Group]) -> None:
+        """Refuse a decoder layer that never calls an operator that loses columns.
+
+        Raises:
+            UnsupportedArchitectureError: If so.
+        """
+        called = {operator.name for group in groups for operator in group}
+        for name, part in self.plan.parts.items():
+            if name.startswith(f"{layer_name}.") and not part.is_mixture and name not in called:
+                raise UnsupportedArchitectureError(
+                    f"{name} is never called, so nothing tells which of its columns to remove: use another pattern."
+                )
+
     def with_readers_alone(self, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
         """The operators of a decoder layer that lose columns, and all of its operators, in groups.
 

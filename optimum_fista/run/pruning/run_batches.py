@@ -16,7 +16,7 @@ from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 from optimum_fista.model.offload import execution_device
 from optimum_fista.run.memory import is_out_of_memory, release_free_memory
 from optimum_fista.run.reports.report import PruningReport
-from optimum_fista.run.texts.positions import explained_length
+from optimum_fista.run.texts.explained_errors import explained_length
 
 
 class RunBatches:

@@ -1,6 +1,7 @@
 import importlib.util
 import logging
 import os
+import re
 import sys
 from types import SimpleNamespace
 
@@ -76,12 +77,11 @@ def test_a_tracker_is_closed_when_the_run_fails(trackio, tmp_path):
     assert trackio.told[-1] == ("finish",)
 
 
-@pytest.mark.parametrize(("name", "advice"), [("tensorboard", "'optimum-fista[tracking]'"), ("trackio", "trackio")])
+@pytest.mark.parametrize(("name", "advice"), [("tensorboard", "'.[tracking]'"), ("trackio", "trackio")])
 def test_what_is_missing_is_named_with_what_to_install(name, advice, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=f"{name} is not installed, run: pip install ") as caught:
+    with pytest.raises(ImportError, match=re.escape(f"{name} is not installed: run `pip install {advice}`")):
         require_tracker(name)
-    assert str(caught.value).endswith(advice)
 
 
 def test_an_unknown_tracker_is_refused(tmp_path):

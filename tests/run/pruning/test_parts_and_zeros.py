@@ -1,18 +1,17 @@
 """Whole parts go and what stays gets zeros, in one run."""
 
-import json
-import shutil
 import warnings
 
 import pytest
 import torch
-from folder_files import files_of
+from folder_files import files_of, with_changed_report
 from killed import Killed, killed_at_write
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.estimate.estimate import Estimate
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
@@ -102,6 +101,16 @@ def test_what_stays_compensates_for_the_columns_that_go():
     assert (logits[1] - logits[0]).norm() < 0.9 * (logits[2] - logits[0]).norm()
 
 
+@pytest.mark.parametrize("pattern", ["channels:0.25/4,0.5", "channels:0.25/4"])
+def test_an_operator_that_is_never_called_is_refused(pattern):
+    model = tiny_llama()
+    model.model.layers[1].mlp.forward = lambda hidden: hidden
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UnsupportedArchitectureError, match=r"layers\.1\.mlp\.down_proj is never called"):
+        pruner(pattern, method="magnitude").prune(model, BATCHES)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
 @pytest.fixture(scope="module", params=[f"{PARTS},2:4", "channels:0.25/4+layers:0.5,0.5"])
 def streamed(request, tmp_path_factory):
     """A dense folder, the pattern, and what an uninterrupted run from files to files makes of it."""
@@ -157,12 +166,7 @@ def test_it_is_packed_in_the_run_and_after_it(streamed, tmp_path):
     ],
 )
 def test_verify_finds_groups_that_are_not_those_of_the_weights(streamed, tmp_path, edit, message):
-    folder = tmp_path / "changed"
-    shutil.copytree(streamed[2], folder)
-    file = folder / "fista" / "report.json"
-    values = json.loads(file.read_text())
-    edit(next(o for o in values["operators"] if o["name"].endswith("down_proj.weight")))
-    file.write_text(json.dumps(values))
+    folder = with_changed_report(streamed[2], tmp_path / "changed", edit)
     with pytest.raises(VerificationError, match=message):
         verify_checkpoint(folder)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folder_files import files_of
+from folder_files import files_of, with_changed_report
 from killed import Killed, killed_at_write
 from safetensors.torch import load_file, save_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
@@ -225,12 +225,7 @@ def test_masks_and_reports_are_those_of_the_smaller_weights(saved):
     ],
 )
 def test_verify_finds_groups_that_are_not_those_of_the_weights(saved, tmp_path, edit, message):
-    folder = tmp_path / "changed"
-    shutil.copytree(saved[1], folder)
-    file = folder / "fista" / "report.json"
-    values = json.loads(file.read_text())
-    edit(next(o for o in values["operators"] if o["name"].endswith("down_proj.weight")))
-    file.write_text(json.dumps(values))
+    folder = with_changed_report(saved[1], tmp_path / "changed", edit)
     with pytest.raises(VerificationError, match=message):
         verify_checkpoint(folder)
 

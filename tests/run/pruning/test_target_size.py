@@ -1,6 +1,7 @@
 """A model of a given size: what goes is what costs least, in every kind of run."""
 
 import copy
+import itertools
 from functools import partial
 from itertools import product
 
@@ -20,8 +21,9 @@ from optimum_fista.model.layer_choice import Missing, choose_layers, losses_with
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import find_parts
 from optimum_fista.run.checkpoints.checkpoint import read_report
-from optimum_fista.run.pruning import model_pruning, target_size
-from optimum_fista.run.pruning.target_size import Sizes, choose_size
+from optimum_fista.run.pruning import model_pruning, sizes
+from optimum_fista.run.pruning.sizes import Sizes
+from optimum_fista.run.pruning.target_size import choose_size
 from optimum_fista.solve.patterns import PartShare, parse_pattern
 
 ALL = 10_000  # tokens
@@ -164,6 +166,18 @@ def test_active_weights_and_bytes_count_differently():
     assert found.of({}, [0]) == pytest.approx(1 - (own - experts / 2) / (rest - experts))
 
 
+def test_any_layers_of_the_number_that_is_tried_are_enough():
+    """The first decoder layer of a DeepSeek has a plain MLP, which is smaller than the mixtures of the others."""
+    model = tiny_model("deepseek_v3", num_hidden_layers=4, first_k_dense_replace=1, intermediate_size=16)
+    found = Sizes(model, find_decoder_layers(model), "bytes")
+    alone = [found.of({}, [index]) for index in range(4)]
+    assert max(alone) > min(alone)
+    for size in (0.4, 0.6, 0.8):
+        count = found.layers_needed(size)
+        assert all(found.of({}, gone) <= size for gone in itertools.combinations(range(4), count))
+        assert count == 1 or any(found.of({}, gone) > size for gone in itertools.combinations(range(4), count - 1))
+
+
 def test_latency_is_that_of_the_layers_and_of_all_around_them(monkeypatch):
     timed = []
 
@@ -172,7 +186,7 @@ def test_latency_is_that_of_the_layers_and_of_all_around_them(monkeypatch):
         timed.append(sum(p.numel() for p in call.func.parameters()) if isinstance(call, partial) else 5_000)
         return float(timed[-1])
 
-    monkeypatch.setattr(target_size, "median_seconds", count)
+    monkeypatch.setattr(sizes, "median_seconds", count)
     model = tiny_llama()
     state = torch.get_rng_state()
     with torch.no_grad():

@@ -4,7 +4,7 @@ from tiny_models import VOCAB_SIZE, tiny_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.texts.positions import explained_length
+from optimum_fista.run.texts.explained_errors import explained_length
 
 LONG = torch.randint(0, VOCAB_SIZE, (2, 65), generator=torch.Generator().manual_seed(0))
 ADVICE = r"holds sequences of 65 tokens, .* pass at most 64, its max_position_embeddings \(--sequence-length 64\)"
