@@ -146,6 +146,18 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(tiny_folder):
     os.close(parent)
 
 
+def test_the_model_stops_when_an_answer_is_stopped(tiny_folder):
+    settings = SimpleNamespace(device="cpu", dtype="auto", max_new_tokens=60, temperature=0.0, seed=0)
+    speaker = chat._Speaker.load(str(tiny_folder), settings)
+    speaker.ends = []
+    runs = []
+    speaker.model.register_forward_pre_hook(lambda *_: runs.append(time.sleep(0.01)))
+    answer = speaker.answer("the sea")
+    next(answer)
+    answer.close()
+    assert len(runs) < 30
+
+
 def read_until(terminal: int, end: str, more: int = 0) -> str:
     """What a terminal shows up to a text and so many characters after it."""
     shown, deadline = "", time.monotonic() + 120

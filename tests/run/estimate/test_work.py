@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from layer_problems import WEIGHT_METHODS, example
@@ -90,3 +92,11 @@ def test_a_device_is_measured_in_numbers_that_make_sense(monkeypatch):
     assert (rates[:4] > 1e6).all()
     assert float((2 * rates / rates).sum()) == 10.0
     assert list(work(file_bytes=3)) == [0, 0, 0, 3, 0]
+
+
+def test_small_operators_are_measured_no_longer_than_large_ones(monkeypatch):
+    """Each of them takes a microsecond, so there are very many."""
+    monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 1.2)
+    started = time.process_time()
+    measure_device(torch.device("cpu"), torch.float32, 16)
+    assert time.process_time() - started < 5
