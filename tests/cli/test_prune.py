@@ -338,7 +338,7 @@ def test_trackers_that_can_t_be_had_are_refused_before_any_work(tiny_folder, tmp
     assert "report_to='mlflow': pass one of 'tensorboard', 'trackio'" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main([*command, "--report-to", "trackio"]) == 1
-    assert "trackio is not installed, run: pip install trackio" in capsys.readouterr().err
+    assert "trackio is not installed: run `pip install trackio`" in capsys.readouterr().err
     assert main([*command, "--logging-dir", "logs"]) == 1
     assert "--logging-dir makes sense with --report-to" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
