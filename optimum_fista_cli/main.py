@@ -17,15 +17,39 @@ _COMMANDS = (prune, evaluate, compare, report, verify, chat, pack, unpack, bench
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.
 
-  optimum-fista prune MODEL --output DIR --sparsity 0.5
+  optimum-fista prune MODEL
   optimum-fista evaluate DIR --text wikitext2
   optimum-fista verify DIR
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose `--help` leaves out the groups of options called "advanced: ...", which `--help-all` shows."""
+
+    def format_help(self, *, everything: bool = False) -> str:
+        """What `--help` prints, or `--help-all`."""
+        groups = self._action_groups
+        shown = [group for group in groups if everything or not (group.title or "").startswith("advanced: ")]
+        self._action_groups = shown
+        try:
+            more = "" if shown == groups else f"\n{self.prog} --help-all shows the other options.\n"
+            return super().format_help() + more
+        finally:
+            self._action_groups = groups
+
+
+class _HelpAll(argparse.Action):
+    """`--help-all`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        assert isinstance(parser, _Parser)
+        print(parser.format_help(everything=True), end="")
+        parser.exit()
+
+
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands to a parser; parsed arguments get `fista_run`, the function to call with them."""
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for command in _COMMANDS:
         name = command.__name__.rsplit(".", 1)[-1]
         summary = command.DESCRIPTION.split("\n", 1)[0].replace("%", "%%")
@@ -36,6 +60,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(subparser)
+        if any((group.title or "").startswith("advanced: ") for group in subparser._action_groups):
+            subparser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all options, rare ones too")
         subparser.set_defaults(fista_run=command.run)
 
 

@@ -27,27 +27,33 @@ The model is read, pruned and written one decoder layer at a time. A run that wa
 finished decoder layer when the same command is given again. Several processes, started by accelerate launch or
 torchrun, share the decoder layers if those are independent (--error-correction none or intra): see docs/ranks.md.
 
-MODEL is a Hub id, a model folder, or a folder that holds one GGUF file. Without calibration text at hand the model
-samples its own (--calibration self, the default), so nothing but the model is needed.
+MODEL is a Hub id, a model folder, or a folder that holds one GGUF file. It is all that is needed: the model writes its
+own calibration text (--calibration self), half of its weights become zeros, and the folder is named after it.
 
 examples:
-  optimum-fista prune meta-llama/Llama-3.2-1B --output llama-50 --sparsity 0.5 --calibration c4
-  optimum-fista prune ./model --output model-24 --pattern 2:4 --calibration texts.jsonl --num-samples 64
+  optimum-fista prune meta-llama/Llama-3.2-1B
+  optimum-fista prune ./model --pattern 2:4 --calibration texts.jsonl --num-samples 64
   optimum-fista prune ./model --output smaller --pattern channels:0.25 --calibration texts.jsonl
   optimum-fista prune ./model --output smaller --target-size 0.75 --calibration texts.jsonl
   optimum-fista prune ./model --output model-50 --method wanda --device cpu --dtype float32
   optimum-fista prune ./model --output model-50 --report-to tensorboard --logging-dir runs/model-50
-  accelerate launch --num_processes 8 -m optimum_fista prune ./model --output model-50 --error-correction intra
+  accelerate launch --num_processes 8 -m optimum_fista prune ./model --error-correction intra
   optimum-fista prune meta-llama/Llama-3.1-70B --dry-run --calibration c4 --device cuda --storage-device cpu
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments, those of every day first."""
-    parser.usage = "%(prog)s MODEL --output DIR [options]"
+    parser.usage = "%(prog)s MODEL [options]"
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
-    add("--output", "-o", type=Path, metavar="DIR", help="folder to write the model to")
+    add(
+        "--output",
+        "-o",
+        type=Path,
+        metavar="DIR",
+        help="folder to write the model to (default: MODEL's name with -50pct, -2of4, ...)",
+    )
     add("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
     groups = (
         "keep N of every M consecutive inputs of a row, such as 2:4; 4:8-pairs keeps two whole pairs of four; "

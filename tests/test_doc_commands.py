@@ -27,7 +27,7 @@ def arguments_of(command: str) -> list[str]:
 
 
 def parse_own(arguments: list[str]) -> None:
-    if arguments[-1:] in (["--help"], ["--version"]):
+    if arguments[-1:] in (["--help"], ["--help-all"], ["--version"]):
         with pytest.raises(SystemExit, match="0"):
             build_parser().parse_args(arguments)
     else:

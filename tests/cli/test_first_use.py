@@ -52,13 +52,17 @@ def test_packing_shows_no_list_of_files(pruned_folder, tmp_path, capsys):
     assert ".safetensors" not in capsys.readouterr().out
 
 
-def test_help_shows_the_options_of_every_day_first(capsys):
-    with pytest.raises(SystemExit):
-        main(["prune", "--help"])
-    every_day, *advanced = capsys.readouterr().out.split("\nadvanced: ")
-    assert every_day.startswith("usage: optimum-fista prune MODEL --output DIR [options]")
-    shown = re.findall(r"^  (--[\w-]+)", every_day, re.MULTILINE)
-    assert shown[:3] == ["--output", "--sparsity", "--pattern"]
-    assert {"--method", "--calibration", "--num-samples", "--dry-run", "--push-to-hub"} < {*shown}
-    assert len(advanced) == 3
-    assert "--storage-device" not in shown
+def test_help_shows_the_options_of_every_day_alone(capsys):
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit, match="0"):
+            main(["prune", flag])
+        shown[flag] = capsys.readouterr().out
+    every_day, everything = (re.findall(r"^  (--[\w-]+)", text, re.MULTILINE) for text in shown.values())
+    assert shown["--help"].startswith("usage: optimum-fista prune MODEL [options]")
+    assert every_day[:3] == ["--output", "--sparsity", "--pattern"]
+    assert {"--method", "--calibration", "--num-samples", "--dry-run", "--push-to-hub"} < {*every_day}
+    assert "--storage-device" not in every_day
+    assert {*every_day, "--storage-device", "--scope", "--warm-start"} < {*everything}
+    assert everything[: len(every_day)] == every_day
+    assert shown["--help-all"].count("\nadvanced: ") == 3

@@ -16,7 +16,7 @@ FLAGS = {
         "--finetune --finetune-steps --finetune-learning-rate --config "
         "--calibration --num-samples --sequence-length "
         "--held-out --batch-size --seed --device --dtype --storage-device --report-to --logging-dir "
-        "--push-to-hub --private"
+        "--push-to-hub --private --help-all"
     ),
     "evaluate": "MODEL --text --sequence-length --max-windows --batch-size --device --dtype --output -o",
     "compare": (
@@ -46,7 +46,7 @@ def run(*arguments: str) -> int:
 
 @pytest.mark.parametrize("command", FLAGS)
 def test_help_explains_every_argument(command, capsys):
-    assert run(command, "--help") == 0
+    assert run(command, "--help-all" if "--help-all" in FLAGS[command] else "--help") == 0
     shown = capsys.readouterr().out
     for flag in FLAGS[command].split():
         assert flag in shown
@@ -54,6 +54,15 @@ def test_help_explains_every_argument(command, capsys):
     for action in subparsers.choices[command]._actions:
         assert action.help, action.dest
         assert not action.option_strings or set(action.option_strings) & set(f"{FLAGS[command]} -h".split()), action
+
+
+@pytest.mark.parametrize("command", [*FLAGS, "pack", "unpack", None])
+def test_help_fits_two_screens(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(*filter(None, [command]), "--help") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) <= 2 * 50
+    assert ("optimum-fista prune --help-all shows the other options." in shown) == (command == "prune")
 
 
 def test_help_of_the_whole_names_every_command(capsys):

@@ -27,7 +27,7 @@ TARGET void multiply_rows(const Product& product, const typename Lanes::Weight* 
   using Input = typename Lanes::Input;
   constexpr int kStep = Lanes::kStep;
   constexpr int U = R * B >= 4 || kStep == 64 ? 1 : 4 / (R * B) < 64 / kStep ? 4 / (R * B) : 64 / kStep;
-  constexpr int kAhead = R >= 4 ? 2048 : 3072;  // bytes; all rows together 6 to 8 KiB
+  [[maybe_unused]] constexpr int kAhead = R >= 4 ? 2048 : 3072;  // bytes; all rows together 6 to 8 KiB
   const int64_t words = product.matrix.words();
   const uint8_t* mask = product.matrix.mask + row * words * 8;
   const Input* x = static_cast<const Input*>(product.x) + first_input * 64;
