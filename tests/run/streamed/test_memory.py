@@ -32,12 +32,11 @@ def bound(hidden: int, ffn: int) -> int:
     return layer + max(down, gate_and_up) + blocks + rest
 
 
-def test_peak_memory_grows_far_less_than_the_model_and_is_what_the_formula_says():
-    eight, sixteen = peaks((8, 16), 384, 1536, 64, fewer_steps=True)  # a step needs the memory of many
-    # Single runs differ by up to 10 MiB; 8 more layers would be 36 MiB.
-    assert sixteen["peak_bytes"] == pytest.approx(eight["peak_bytes"], abs=18 * MIB)
-    assert sixteen["model_bytes"] > 1.9 * eight["model_bytes"]
-    assert max(eight["peak_bytes"], sixteen["peak_bytes"]) <= bound(384, 1536)
+def test_peak_memory_is_what_the_formula_says():
+    (run,) = peaks((12,), 384, 1536, 64, fewer_steps=True)  # a step needs the memory of many
+    most = bound(384, 1536)
+    assert run["peak_bytes"] <= most
+    assert run["peak_bytes"] + run["model_bytes"] > most + 16 * MIB  # it would not pass if the model were held as well
 
 
 @pytest.mark.slow
