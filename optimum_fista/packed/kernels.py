@@ -123,7 +123,8 @@ class Kernels:
 
 def find_library() -> Path | None:
     """The library that was compiled when this package was installed."""
-    return next(iter(sorted(Path(__file__).parent.glob("_kernels*.[spd][oy]*"))), None)
+    library = Path(__file__).with_name("_kernels.so")
+    return library if library.exists() else None
 
 
 @functools.cache
