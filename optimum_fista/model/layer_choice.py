@@ -1,4 +1,4 @@
-"""The loss of a model without some of its parts, by which whole decoder layers to remove are chosen."""
+"""Losses of a model: without some of its parts, by which those to remove are chosen, and before and after pruning."""
 
 from __future__ import annotations
 
@@ -153,6 +153,10 @@ def _begin(
     return sequences, recorded
 
 
+_PROBED_TOGETHER = 512
+"""Tokens whose logits are held at a time."""
+
+
 @dataclass
 class _Sweep:
     """One sweep over the decoder layers `left` of a model, each on the hidden states of several models that lack parts.
@@ -177,10 +181,10 @@ class _Sweep:
             with onloaded(layer.modules(), copy=False):
                 for out in list(streams):
                     # What enters is freed as it is replaced.
-                    streams[out] = self._run(layer, streams[out], recorded.calls[index])
+                    streams[out] = self.run(layer, streams[out], recorded.calls[index])
             streams[index] = before  # without this layer, what enters it leaves it
             bar.update()
-        return {out: self._loss(stream) for out, stream in streams.items()}
+        return {out: self.loss(stream) for out, stream in streams.items()}
 
     def losses_without(self, missing: Sequence[Missing], recorded: RecordedInputs, bar: tqdm) -> list[float]:
         """Losses without some parts, in nats a token."""
@@ -191,11 +195,11 @@ class _Sweep:
                 for number, lacks in enumerate(missing):
                     if index not in lacks.layers:
                         with _without_columns(layer, prefix, lacks.columns):
-                            streams[number] = self._run(layer, streams[number], recorded.calls[index])
+                            streams[number] = self.run(layer, streams[number], recorded.calls[index])
             bar.update()
-        return [self._loss(stream) for stream in streams]
+        return [self.loss(stream) for stream in streams]
 
-    def _run(self, layer: nn.Module, stream: ActivationStore, calls: Sequence[Any]) -> ActivationStore:
+    def run(self, layer: nn.Module, stream: ActivationStore, calls: Sequence[Any]) -> ActivationStore:
         """The hidden states after a layer."""
         device = execution_device(layer)
         storage = self.storage or device
@@ -207,7 +211,7 @@ class _Sweep:
             leaving.append(hidden)
         return leaving
 
-    def _loss(self, stream: ActivationStore) -> float:
+    def loss(self, stream: ActivationStore) -> float:
         """Cross-entropy of the next token, in nats a token, after the model's own norm and head."""
         total, count = torch.zeros((), dtype=torch.float64, device=stream.device), 0
         device = execution_device(self.model.get_input_embeddings())
@@ -223,6 +227,69 @@ class _Sweep:
             total += loss.double().to(total.device)
             count += len(targets)
         return float(total) / count
+
+
+class LossProbe:
+    """The loss of a model before and after it is pruned, on sequences that nothing is fitted to.
+
+    It goes along with a run over the decoder layers, which have to come in order: each is run on the hidden states of
+    the dense network while it is dense, and on those of the pruned network once it is pruned. That takes two forward
+    passes of these sequences.
+
+    Attributes:
+        next: Number of the decoder layer that is to come.
+        streams: Hidden states that enter it, by network.
+        losses: By network, in nats a token; empty before the last decoder layer is through.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: DecoderLayers, tokens: Tensor, storage: Storage | None) -> None:
+        """Take token ids int64 [sequences, length], which are cut to at most 512 a sequence: logits take memory."""
+        length = min(tokens.shape[1], _PROBED_TOGETHER)
+        rows = tokens[:, : tokens.shape[1] // length * length].reshape(-1, 1, length)
+        self.next = 0
+        self.streams: dict[str, ActivationStore] = {}
+        self.losses: dict[str, float] = {}
+        self.tokens = rows[:, 0]
+        self._recorded: RecordedInputs | None = None
+        self._sweep = _Sweep(model, layers, range(len(layers)), [CalibrationBatch(ids) for ids in rows], storage)
+
+    def begin(self) -> None:
+        """Record what the decoder layers are called with, while the whole model is dense."""
+        self._recorded = record_inputs(
+            self._sweep.model, self._sweep.layers, self._sweep.sequences, self._sweep.storage
+        )
+        self.streams = self.streams or dict.fromkeys(("dense", "pruned"), self._recorded.hidden_states)
+
+    def resume(self, index: int, kept: Mapping[str, Tensor]) -> None:
+        """Go on before a decoder layer with what `kept` returned then."""
+        self.next = index
+        if index == len(self._sweep.layers):
+            self.losses = {name: value.item() for name, value in kept.items()}
+        for name, hidden in kept.items() if not self.losses else ():
+            device = execution_device(self._sweep.model.get_input_embeddings())
+            self.streams[name] = ActivationStore(self._sweep.storage or device, device)
+            for row in hidden:
+                self.streams[name].append(row[None])
+
+    def kept(self) -> dict[str, Tensor]:
+        """What goes on before the next decoder layer; after the last one the losses."""
+        if self.losses:
+            return {name: torch.tensor(loss, dtype=torch.float64) for name, loss in self.losses.items()}
+        return {name: torch.cat([hidden.cpu() for hidden in stream.kept()]) for name, stream in self.streams.items()}
+
+    def run(self, index: int, network: str) -> None:
+        """Run a decoder layer, which is on its device, as it is now: `"dense"`, or `"pruned"`."""
+        assert self._recorded is not None
+        layer = self._sweep.layers.modules[index]
+        self.streams[network] = self._sweep.run(layer, self.streams[network], self._recorded.calls[index])
+
+    def leave(self, index: int) -> None:
+        """A decoder layer is through; after the last one the losses are measured."""
+        self.next = index + 1
+        if self.next == len(self._sweep.layers):
+            around = modules_around(self._sweep.model, self._sweep.layers)
+            with onloaded([*around, self._sweep.model.get_output_embeddings()], copy=False):
+                self.losses = {name: self._sweep.loss(stream) for name, stream in self.streams.items()}
 
 
 @contextmanager

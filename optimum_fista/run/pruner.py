@@ -77,6 +77,7 @@ class FistaPruner:
         dtype: str | torch.dtype = "auto",
         overwrite: bool = False,
         packed: bool = False,
+        perplexity_tokens: Tensor | None = None,
     ) -> PruningReport:
         """Prune a model in place, or from its files to the files of `output_dir`.
 
@@ -102,6 +103,9 @@ class FistaPruner:
             dtype: Dtype of a model given by name; `"auto"` takes the checkpoint's.
             overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
             packed: Make `output_dir` a packed folder (docs/formats.md); the zeros are never written.
+            perplexity_tokens: Ids [sequences, length] that nothing is fitted to: the report gets the perplexity of the
+                dense and of the pruned model on them. That takes two forward passes of these tokens. Not with several
+                processes, nor if experts are removed.
 
         Returns:
             The report; `save_pretrained` and `push_to_hub` save it with the model.
@@ -133,6 +137,7 @@ class FistaPruner:
                 storage_device=self.storage_device,
                 callbacks=self.callbacks,
                 packed=packed,
+                perplexity_tokens=perplexity_tokens,
             )
         if output_dir is not None or packed:
             option = "packed=True" if packed else "output_dir"
@@ -156,6 +161,7 @@ class FistaPruner:
             progress=self.progress,
             storage_device=self.storage_device,
             callbacks=self.callbacks,
+            perplexity_tokens=perplexity_tokens,
         )
         for callback in self.callbacks:
             callback.on_prune_begin(pruning.report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport
 
@@ -19,10 +19,22 @@ class PruningCallback:
     decoder layers before are kept, that of `on_layer_end` included, and the same call resumes after them. A model in
     memory is put back as it was, as after an interrupt; after `on_prune_end` it is pruned, and can be saved. If a
     failure should not matter, the callback catches it itself, as `TrackingCallback` does.
+    Attributes:
+        shows_layers: Whether it shows the progress over the decoder layers, so that no bar is needed.
     """
+
+    shows_layers: bool = False
 
     def on_prune_begin(self, report: PruningReport) -> None:
         """The run is about to prune; the report has the configuration, the model and the calibration."""
+
+    def on_layers_begin(self, num_layers: int, costs: Mapping[int, float]) -> None:
+        """Zeros are allocated, and the decoder layers are about to be pruned one after another.
+
+        Args:
+            num_layers: How many the model has.
+            costs: By index, what each that is left takes, in forward passes of a layer: an estimate.
+        """
 
     def on_operator_end(self, report: OperatorReport) -> None:
         """An operator is pruned. If the device then runs out of memory, its decoder layer is pruned once more."""

@@ -56,7 +56,7 @@ def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = N
             initial=run.num_before,
             desc=run.title,
             unit="operator",
-            disable=not run.progress,
+            disable=not run.progress or any(callback.shows_layers for callback in run.callbacks),
         ) as bar,
     ):
         loop = _Loop(run, sink, solver, bar)
@@ -65,19 +65,32 @@ def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = N
         if run.states is None:
             run.states = run.config.correction.enter(recorded.hidden_states, run.config.finetune is not None)
         del recorded.hidden_states
+        if run.probe is not None:
+            run.probe.begin()
+        costs = {index: 1 + cost for index, cost in enumerate(run.costs()) if index in todo}
+        for callback in run.callbacks:
+            callback.on_layers_begin(len(run.layers), costs)
         for index, (name, layer) in enumerate(run.layers):
             if index < first or (index > last and index not in todo):
                 recorded.calls[index] = []
                 continue
             started = time.perf_counter()
             record = LayerRecord(LayerReport(name, None, 0.0)) if index > last else None
+            probe = None if index not in todo else run.probe
             with onloaded(layer.modules()):
+                if probe is not None:
+                    probe.run(index, "dense")
                 while record is None:
                     record = loop.try_layer(index, recorded, prunes=index in todo)
                     if record is None:  # with smaller batches
                         recorded, run.states = run.batches.record(run.states, run.storage)
                         recorded.hidden_states.clear()
                 recorded.calls[index] = []
+                if probe is not None:
+                    if index not in run.removed:
+                        probe.run(index, "pruned")
+                    probe.leave(index)
+                    sink.keep_probe(probe)
                 if index in todo:
                     record = run.finished(record, time.perf_counter() - started)
                     carried = index < run.last_layer and not run.config.correction.independent_layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import Storage
@@ -17,7 +19,7 @@ from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.architecture import find_decoder_layers, input_embedding, require_bare, require_own_weights
 from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.experts import split_experts
-from optimum_fista.model.layer_choice import choose_layers
+from optimum_fista.model.layer_choice import LossProbe, choose_layers
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
@@ -55,6 +57,7 @@ class ModelPruning:
             and removal are known after that.
         title: What the progress bar is called.
         num_before: Operators of decoder layers that an earlier start of the run finished.
+        probe: What measures the loss before and after; `None` if nothing does.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class ModelPruning:
         progress: bool = True,
         storage_device: str | torch.device | Path | None = None,
         callbacks: Sequence[PruningCallback] = (),
+        perplexity_tokens: Tensor | None = None,
     ) -> None:
         require_bare(model)
         require_unquantized(model)
@@ -92,6 +96,11 @@ class ModelPruning:
         self.states: HiddenStates | None = None
         self.budgets: Budgets | None = None
         self.removed: frozenset[int] = frozenset()
+        self.probe: LossProbe | None = None
+        loses_experts = self.removal is not None and any(map(self.removal.mixture_of, self.operators))
+        if perplexity_tokens is not None and not loses_experts:
+            (rows,) = read_batches([perplexity_tokens], input_embedding(model).shape[0])
+            self.probe = LossProbe(model, self.layers, rows.input_ids, self.storage)
 
     @property
     def storage(self) -> Storage:
@@ -121,6 +130,11 @@ class ModelPruning:
             UnsupportedArchitectureError: If there is no other.
         """
         complete_report(self.report, self.config, self.layers.name, self.budgets)
+        if self.probe is not None and all(map(math.isfinite, self.probe.losses.values())):
+            self.report.perplexity = {
+                **{name: math.exp(min(loss, 700.0)) for name, loss in self.probe.losses.items()},
+                "num_tokens": self.probe.tokens[:, 1:].numel(),
+            }
         if self.removal is not None:
             self.removal.describe(self.report)
 

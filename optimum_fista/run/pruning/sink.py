@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 from torch import Tensor, nn
 
 from optimum_fista.model.activations import HiddenStates
+from optimum_fista.model.layer_choice import LossProbe
 from optimum_fista.model.offload import alignment_hooks, kept_tensor, store_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.reports.report import LayerRecord
@@ -30,6 +31,9 @@ class Sink(Protocol):
 
     def undo(self) -> None:
         """Put back all weights that were written since the last commit: their decoder layer is pruned once more."""
+
+    def keep_probe(self, probe: LossProbe) -> None:
+        """Take what the measurement of the loss goes on with after the decoder layer that is about to be committed."""
 
     def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:
         """Make the weights of a decoder layer final, while its weights are on the device.
@@ -99,6 +103,9 @@ class ModelSink:
         for owner, tensor in self._onloaded.values():
             getattr(owner, tensor).data.copy_(kept_tensor(owner, tensor))
         self._onloaded.clear()
+
+    def keep_probe(self, probe: LossProbe) -> None:
+        """Nothing to do: a run in memory is not resumed."""
 
     def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:  # noqa: ARG002
         """Overwrite what was written where Accelerate keeps it."""

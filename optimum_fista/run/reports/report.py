@@ -235,6 +235,8 @@ class PruningReport:
         seconds: Wall time of the parts of the run.
         versions: Versions of the libraries that matter.
         retrained: Whether weights were trained after pruning, so that the operators' errors are those before it.
+        perplexity: Of the `"dense"` and of the `"pruned"` network on text like that of the calibration to which
+            nothing was fitted, and `"num_tokens"` that were predicted in it; `None` if it was not measured.
     """
 
     config: dict[str, Any]
@@ -247,6 +249,7 @@ class PruningReport:
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     retrained: bool = False
+    perplexity: dict[str, Any] | None = None
 
     def add(self, record: LayerRecord) -> None:
         """Add a decoder layer."""

@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.model.layer_choice import LossProbe
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.packed.format import packed_names
 from optimum_fista.run.checkpoints.atomic import write_tensors
@@ -56,6 +57,10 @@ class FileSink(ModelSink):
         self._source = source
         self._packed = packed
         self._stem = "packed" if packed else "model"
+
+    def keep_probe(self, probe: LossProbe) -> None:
+        """Write it, for a run that resumes after this decoder layer."""
+        self._journal.keep_probe(probe.next, probe.kept())
 
     def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:
         """Write a finished decoder layer; of one that is removed, its record only."""

@@ -40,7 +40,8 @@ class KeptLayer:
         size: Its size in bytes.
         names: The tensors in it.
         sha256: Digests of the shard, of the layer's `masks`, of the hidden states `before` it, on which it was pruned,
-            and `after` it, and of the `budgets` that it was pruned with; `None` for what there is none of.
+            and `after` it, of the `budgets` that it was pruned with, and of what the measurement of the loss goes on
+            with after it, `probe`; `None` for what there is none of.
     """
 
     record: LayerRecord
@@ -72,6 +73,7 @@ class Journal:
         self.folder = folder
         self.budgets_sha256: str | None = None
         self._states_sha256: dict[int, str] = {}
+        self._probe_sha256: dict[int, str] = {}
         self._journal = folder / FOLDER
         self._journal.mkdir(parents=True, exist_ok=True)
         file = self._journal / "fingerprint.json"
@@ -126,11 +128,25 @@ class Journal:
             "before": self._states_sha256.get(index),
             "after": self._states_sha256.get(index + 1),
             "budgets": self.budgets_sha256,
+            "probe": self._probe_sha256.get(index + 1),
         }
         name, size = (shard.name, shard.stat().st_size) if shard else ("", 0)
         kept = KeptLayer(record, name, size, list(names), sha256)
         write_record(self._journal / f"layer-{index:05}.json", dataclasses.asdict(kept))
-        self._file("states", index).unlink(missing_ok=True)  # only now: until the record is there, they are needed
+        for kind in ("states", "probe"):  # only now: until the record is there, they are needed
+            self._file(kind, index).unlink(missing_ok=True)
+
+    def keep_probe(self, index: int, kept: dict[str, Tensor]) -> None:
+        """Write what the measurement of the loss goes on with before a decoder layer."""
+        self._probe_sha256[index] = _write(self._file("probe", index), kept)
+
+    def probe(self, index: int, sha256: str | None) -> dict[str, Tensor] | None:
+        """What it goes on with; `None` if that is not there whole, with this digest."""
+        file = self._file("probe", index)
+        if sha256 is None or not _is_whole(file, sha256):
+            return None
+        self._probe_sha256[index] = sha256
+        return load_file(file)
 
     def masks(self, index: int) -> dict[str, Tensor]:
         """Packed masks of a finished decoder layer."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.model.evaluation_mode import evaluation_mode
@@ -47,6 +48,7 @@ def prune_files(
     storage_device: str | torch.device | Path | None = None,
     callbacks: Sequence[PruningCallback] = (),
     packed: bool = False,
+    perplexity_tokens: Tensor | None = None,
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
@@ -73,6 +75,7 @@ def prune_files(
                 progress=progress and not ranks.index,
                 storage_device=storage_device,
                 callbacks=callbacks,
+                perplexity_tokens=None if ranks.count > 1 else perplexity_tokens,
             )
             if storage_device == "disk" or (storage_device is None and pruning.storage == torch.device("cpu")):
                 pruning.storage_device = folder  # files on the output's disk
@@ -170,6 +173,7 @@ class StreamedRun:
                 groups = list(pruning.operators.values())
                 pruning.num_before = sum(len(groups[index]) for index in self.finished)
                 pruning.title = f"Resuming, {len(self.finished)} of {len(pruning.layers)} decoder layers done"
+            self._resume_probe(unfinished)
             if unfinished:
                 todo = share_layers(unfinished, pruning.costs(), ranks.count)[ranks.index]
                 ranks.each(lambda: self._prune_layers(todo))
@@ -221,6 +225,19 @@ class StreamedRun:
             else:
                 pruning.batches.use_sizes_of(pruning.states)
         return {index: finished[index] for index in range(first)}
+
+    def _resume_probe(self, unfinished: Sequence[int]) -> None:
+        """Go on with the measurement of the loss, or give it up if its hidden states are not there."""
+        pruning, first = self.pruning, min(unfinished, default=len(self.pruning.layers))
+        if pruning.probe is None or first == 0:
+            return
+        kept = None
+        if first - 1 in self.finished and len(unfinished) == len(pruning.layers) - first:
+            kept = self.journal.probe(first, self.finished[first - 1].sha256.get("probe"))
+        if kept is None:
+            pruning.probe = None
+        else:
+            pruning.probe.resume(first, kept)
 
     def _share_budgets(self) -> None:
         """Allocate the zeros to the operators, or read how an earlier start of the run allocated them."""

@@ -444,3 +444,54 @@ def test_names_and_models_are_told_apart(source, llama, tokens, tmp_path):
         FistaPruner(progress=False).prune(str(source), tokens.split(4))
     with pytest.raises(ValueError, match="output_dir is for a model given by name"):
         FistaPruner(progress=False).prune(llama, tokens.split(4), output_dir=tmp_path / "out")
+
+
+def perplexity_of(folder: Path, tokens: torch.Tensor) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        losses = [torch.nn.functional.cross_entropy(model(t[None]).logits[0, :-1].float(), t[1:]) for t in tokens]
+    return float(torch.stack(losses).mean().exp())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FistaPruningConfig(0.5),
+        FistaPruningConfig(0.5, method="wanda", error_correction="intra", exclude=("*.layers.3.*",)),
+        FistaPruningConfig(pattern="channels:0.25+layers:0.25"),
+    ],
+    ids=["default", "intra, the last layer dense", "smaller"],
+)
+def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, config):
+    tokens = tiny_tokens(11)[8:]
+    report = prune(source, tmp_path / "out", config, perplexity_tokens=tokens)
+    assert report.perplexity["num_tokens"] == tokens[:, 1:].numel()
+    for network, folder in {"dense": source, "pruned": tmp_path / "out"}.items():
+        assert report.perplexity[network] == pytest.approx(perplexity_of(folder, tokens), rel=2e-2), network
+    assert report.perplexity["dense"] != report.perplexity["pruned"]
+    saved = json.loads((tmp_path / "out" / "fista" / "report.json").read_text())
+    assert saved["perplexity"] == report.perplexity
+    assert "tokens of the calibration text that nothing was fitted to |" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("layer", [1, LAYERS - 1])
+@pytest.mark.parametrize("correction", [0.5, "intra"])
+def test_an_interrupted_run_measures_the_same_perplexity(source, tmp_path, monkeypatch, layer, correction):
+    config, tokens = FistaPruningConfig(0.5, method="wanda", error_correction=correction), tiny_tokens(10)[8:]
+    expected = prune(source, tmp_path / "whole", config, perplexity_tokens=tokens).perplexity
+    keep = journal.Journal.keep_layer
+
+    def stop_after(self, index, *arguments):
+        keep(self, index, *arguments)
+        if index == layer:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(journal.Journal, "keep_layer", stop_after)
+        prune(source, tmp_path / "out", config, perplexity_tokens=tokens)
+    (kept,) = unfinished_folder(tmp_path / "out").glob("journal/probe-*")
+    if correction == "intra" and layer == 1:
+        kept.unlink()
+        assert prune(source, tmp_path / "out", config, perplexity_tokens=tokens).perplexity is None
+    else:
+        assert prune(source, tmp_path / "out", config, perplexity_tokens=tokens).perplexity == expected
