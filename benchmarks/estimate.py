@@ -4,13 +4,15 @@
 
 Every case is a random Llama, written to a folder, estimated from its configuration, and pruned from files to files in a
 process of its own, whose anonymous memory (not the pages of files) is sampled. Seconds are those of one thread's
-processor, in the estimate's own measurements as well, so that what else the machine does counts for little.
+processor, in the estimate's own measurements as well, which are taken before and after the run, so that what else the
+machine does counts for little.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -36,21 +38,21 @@ MODELS: dict[str, dict[str, Any]] = {
 RATES = ((100, 20), (400, 50))
 """TFLOP/s of the model's products in bfloat16, and of those in float32: what a reader's GPU might keep up."""
 
+_SMALL = {"hidden": 384, "ffn": 1536, "layers": 3, "samples": 8}
+_SMOLLM2 = {"hidden": 576, "ffn": 1536, "layers": 3, "samples": 8, "heads": 9, "vocabulary": 49152}
 CASES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden": 256, "ffn": 1024, "layers": 4, "samples": 8},
-    "small": {"hidden": 384, "ffn": 1536, "layers": 3, "samples": 8},
-    "default": {"hidden": 512, "ffn": 2048, "layers": 6, "samples": 16},
-    "wide": {"hidden": 768, "ffn": 3072, "layers": 4, "samples": 16},
-    "vocabulary": {"hidden": 512, "ffn": 1536, "layers": 4, "samples": 16, "vocabulary": 32000},
-    "float32": {"hidden": 512, "ffn": 2048, "layers": 4, "samples": 16, "dtype": "float32"},
-    "batches": {"hidden": 512, "ffn": 2048, "layers": 4, "samples": 32, "batch": 8},
-    "pattern": {"hidden": 512, "ffn": 2048, "layers": 4, "samples": 16, "config": {"pattern": "2:4"}},
-    "fine-tuned": {"hidden": 512, "ffn": 2048, "layers": 4, "samples": 16, "config": {"finetune": "layer"}},
-    **{
-        method: {"hidden": 512, "ffn": 2048, "layers": 4, "samples": 16, "config": {"method": method}}
-        for method in ("magnitude", "wanda", "dsnot", "sparsegpt", "admm", "alps", "fista")
-    },
-    "wanda, intra": {"hidden": 768, "ffn": 3072, "layers": 4, "samples": 16}
+    "small": _SMALL,
+    "3 layers of SmolLM2-135M": _SMOLLM2,
+    "3 layers of SmolLM2-135M, wanda 2:4": _SMOLLM2 | {"config": {"method": "wanda", "pattern": "2:4"}},
+    "2:4": _SMALL | {"config": {"pattern": "2:4"}},
+    "channels": _SMALL | {"config": {"pattern": "channels:0.25"}},
+    "float32, batches of 4": _SMALL | {"dtype": "float32", "batch": 4},
+    "sparsegpt": _SMALL | {"config": {"method": "sparsegpt"}},
+    "alps": _SMALL | {"layers": 2, "config": {"method": "alps"}},
+    "fista": _SMALL | {"layers": 2, "config": {"method": "fista"}},
+    "fista 2:4": _SMALL | {"layers": 2, "config": {"method": "fista", "pattern": "2:4"}},
+    "wanda, intra, wide": {"hidden": 768, "ffn": 3072, "layers": 2, "samples": 8}
     | {"config": {"method": "wanda", "error_correction": "intra"}},
 }
 
@@ -110,22 +112,28 @@ def beside_a_run(case: dict[str, Any], measured: dict[str, float] | None = None)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         sizes = run["hidden"], run["ffn"], run["layers"], run["dtype"]
-        save_llama(source, *sizes, vocab_size=run["vocabulary"])
+        heads = {"num_key_value_heads": run["heads"] // 3} if "heads" in run else {}
+        save_llama(source, *sizes, vocab_size=run["vocabulary"], **heads)
+
+        def estimated() -> Estimate:
+            return Estimate(
+                source,
+                FistaPruningConfig.from_dict(run["config"]),
+                num_samples=run["samples"],
+                sequence_length=run["length"],
+                batch_size=run["batch"],
+                device="cpu",
+            )
+
+        before = estimated()
         if measured is None:
             settings = {name: run[name] for name in ("samples", "length", "vocabulary", "batch", "config")}
             imports, curve, seconds = watched(source=source, output=f"{folder}/out", processor_time=True, **settings)
             measured = {"import_bytes": imports, "measured_bytes": max(held for _, held in curve)}
             measured["measured_seconds"] = seconds["total"]
-        estimate = Estimate(
-            source,
-            FistaPruningConfig.from_dict(run["config"]),
-            num_samples=run["samples"],
-            sequence_length=run["length"],
-            batch_size=run["batch"],
-            device="cpu",
-        )
-    estimated = {"estimated_bytes": estimate.memory["host"].total, "estimated_seconds": sum(estimate.seconds.values())}
-    return measured | estimated
+        seconds = [sum(estimate.seconds.values()) for estimate in (before, estimated())]
+    found = {"estimated_bytes": before.memory["host"].total, "estimated_seconds": statistics.mean(seconds)}
+    return measured | found
 
 
 def runs_table(runs: dict[str, dict[str, float]]) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -13,9 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from optimum_fista.run.callbacks.pruning_callback import PruningCallback
     from optimum_fista.run.callbacks.tracking import TrackingCallback
     from optimum_fista.run.config import FistaPruningConfig
     from optimum_fista.run.estimate.estimate import Estimate
+    from optimum_fista.run.reports.report import PruningReport
     from optimum_fista.run.streamed.ranks import Ranks
 
 DESCRIPTION = """\
@@ -115,7 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("advanced: calibration and machine").add_argument
     unseen = "N further sequences that nothing is fitted to: the report has every operator's error on them as well"
     add("--held-out", type=int, metavar="N", help=unseen)
-    add("--batch-size", type=int, default=1, metavar="N", help="sequences a forward pass (default 1)")
+    pass_size = "sequences a forward pass (default: 1 on a CPU, otherwise what 8192 tokens and its memory allow)"
+    add("--batch-size", type=int, metavar="N", help=pass_size)
     add("--seed", type=int, help="seed of the sampling (default 0)")
     add(
         "--storage-device",
@@ -130,41 +137,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune, save, and upload if asked."""
-    import torch
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from optimum_fista.run.callbacks.tracking import require_tracker
-    from optimum_fista.run.checkpoints.loading import storage_place
-    from optimum_fista.run.checkpoints.output_folder import FOLDER, MODEL_FILES, require_output, unfinished_folder
+    from optimum_fista.run.checkpoints.output_folder import FOLDER, unfinished_folder
     from optimum_fista.run.checkpoints.output_lock import locked_output
-    from optimum_fista.run.hub import push_folder, require_repo_id
+    from optimum_fista.run.hub import push_folder
     from optimum_fista.run.memory import keep_large_blocks_apart
     from optimum_fista.run.packed_folders.unpacking import PackedFiles
     from optimum_fista.run.pruner import FistaPruner
-    from optimum_fista.run.streamed.ranks import RankError, joined_ranks, launched_processes, require_independent_layers
-    from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
+    from optimum_fista.run.streamed.ranks import RankError, joined_ranks
+    from optimum_fista_cli.progress import Progress
 
     config = _config(arguments)
     if arguments.dry_run:
-        print(_estimate(arguments, config, timed=True))
+        estimate = _estimate(arguments, config, timed=True)
+        print(estimate.with_batch_size(arguments.batch_size or _best_batch_size(estimate)))
         return 0
-    if arguments.output is None:
-        raise ValueError("--output is missing: pass the folder to write the model to, or --dry-run for an estimate.")
-    require_independent_layers(config, launched_processes())
-    require_output(arguments.output, arguments.overwrite, source=arguments.model, names=MODEL_FILES)
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
-    storage_place(arguments.storage_device, torch.device("cpu"))
-    if arguments.logging_dir and not arguments.report_to:
-        raise ValueError("--logging-dir makes sense with --report-to tensorboard or --report-to trackio only.")
-    for name in arguments.report_to:
-        require_tracker(name)
-    if arguments.private and not arguments.push_to_hub:
-        raise ValueError("--private makes sense with --push-to-hub REPO only.")
-    if arguments.push_to_hub:
-        require_repo_id(arguments.push_to_hub)
+    _require_options(arguments, config)
     keep_large_blocks_apart()
+    folder = unfinished_folder(arguments.output)
     with joined_ranks(arguments.device) as ranks, ExitStack() as opened:
         if ranks.index:
             set_verbosity_error()
@@ -173,31 +165,25 @@ def run(arguments: argparse.Namespace) -> int:
             opened.enter_context(_choices_said())
         try:
             ranks.first(lambda: opened.enter_context(locked_output(arguments.output)) and None)
+            arguments.batch_size = ranks.first(lambda: _begin(arguments, config))
+            callbacks: list[PruningCallback] = [*_trackers(arguments, config, ranks, opened)]
             if not ranks.index:
-                _warn_of_memory(arguments, config)
-            tokens = ranks.first(
-                lambda: calibration_tokens_by_name(
-                    arguments.model,
-                    arguments.calibration,
-                    arguments.num_samples + config.held_out,
-                    arguments.sequence_length,
-                    config.seed,
-                    device=ranks.device,
-                    dtype=arguments.dtype,
-                    keep_in=unfinished_folder(arguments.output) / FOLDER,
-                )
+                callbacks.append(opened.enter_context(Progress()))
+            tokens, unseen = ranks.first(
+                lambda: _tokens(arguments, config, ranks.device, folder / FOLDER, ranks.count == 1)
             )
-            callbacks = _trackers(arguments, config, ranks, opened)
             places = {name: getattr(arguments, name) for name in ("device", "dtype", "overwrite", "packed")}
             report = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks).prune(
                 arguments.model,
                 tokens.split(arguments.batch_size),
                 calibration_source=arguments.calibration,
                 output_dir=arguments.output,
+                perplexity_tokens=unseen,
                 **places,
             )
         except KeyboardInterrupt:
-            layers = len(list((unfinished_folder(arguments.output) / FOLDER).glob("layer-*.json")))
+            opened.close()  # the table goes before anything is said
+            layers = len(list((folder / FOLDER).glob("layer-*.json")))
             again = "give the same command again to resume" if layers else "the same command starts from the beginning"
             print(f"\n{layers or 'no'} decoder layers are finished and kept: {again}", file=sys.stderr)
             raise
@@ -209,26 +195,173 @@ def run(arguments: argparse.Namespace) -> int:
     if ranks.index:
         return 0
     print(report)
+    print(*_verdicts(report), sep="\n")
     if arguments.packed:
         print(PackedFiles.of_folder(arguments.output).packing)
     print(f"saved to {arguments.output}")
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
     else:
-        print(_next_commands(arguments.output))
+        print(_next_commands(arguments.model, arguments.output))
     return 0
 
 
-def _next_commands(folder: Path) -> str:
-    """What to do with a pruned model, and how to read the errors that were printed."""
-    name = shlex.quote(str(folder))
-    return (
-        "an error of 0 means no change, and 1 a change as large as the outputs (docs/report.md)\n"
-        "next:\n"
-        f"  optimum-fista verify {name}                       # counts the zeros in the files again\n"
-        f"  optimum-fista evaluate {name} --text wikitext2    # perplexity; run it on the dense model too, to compare\n"
-        f"  optimum-fista report {name}                       # a page about every operator"
-    )
+def default_output(model: str, config: FistaPruningConfig) -> Path:
+    """The folder if none is named: the model's name and the pattern, such as `Llama-3.2-1B-50pct` or `model-2of4`."""
+    pattern = config.pattern
+    if pattern == "unstructured":
+        pattern = f"{100 * (config.sparsity or 0.0):.6g}pct"
+    pattern = re.sub(r"[:+,]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
+    name = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
+    return Path(f"{name}-{pattern}")
+
+
+def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
+    """Refuse what can't work, before anything is read; names the output if the user did not."""
+    import torch
+
+    from optimum_fista.run.callbacks.tracking import require_tracker
+    from optimum_fista.run.checkpoints.loading import storage_place
+    from optimum_fista.run.checkpoints.output_folder import MODEL_FILES, require_output, unfinished_folder
+    from optimum_fista.run.hub import require_repo_id
+    from optimum_fista.run.streamed.journal import require_same_settings
+    from optimum_fista.run.streamed.ranks import launched_processes, require_independent_layers
+
+    require_independent_layers(config, launched_processes())
+    named = arguments.output
+    arguments.output = named or default_output(arguments.model, config)
+    try:
+        require_output(arguments.output, arguments.overwrite, source=arguments.model, names=MODEL_FILES)
+    except FileExistsError as error:
+        if named is not None:
+            raise
+        numbered = (f"{arguments.output}-{number}" for number in itertools.count(2))
+        free = next(name for name in numbered if not Path(name).exists())
+        raise FileExistsError(f"{error} For example: --output {free}") from error
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
+    storage_place(arguments.storage_device, torch.device("cpu"))
+    if arguments.logging_dir and not arguments.report_to:
+        raise ValueError("--logging-dir makes sense with --report-to tensorboard or --report-to trackio only.")
+    for name in arguments.report_to:
+        require_tracker(name)
+    if arguments.private and not arguments.push_to_hub:
+        raise ValueError("--private makes sense with --push-to-hub REPO only.")
+    if arguments.push_to_hub:
+        require_repo_id(arguments.push_to_hub)
+    if not arguments.overwrite:
+        sequences = arguments.num_samples + config.held_out
+        require_same_settings(unfinished_folder(arguments.output), config, sequences, arguments.sequence_length)
+
+
+def _begin(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
+    """Say what the run will do and take; returns the size of its batches."""
+    import torch
+
+    from optimum_fista.run.checkpoints.output_folder import unfinished_folder
+    from optimum_fista.run.estimate.estimate import LIBRARIES, size
+    from optimum_fista.run.memory import available_bytes
+    from optimum_fista.run.streamed.journal import begun_batch_size
+
+    chosen: int | None = arguments.batch_size or begun_batch_size(unfinished_folder(arguments.output))
+    try:
+        estimate = _estimate(arguments, config, timed=True)
+        estimate = estimate.with_batch_size(chosen or _best_batch_size(estimate))
+        overview, memory = estimate.overview(), estimate.memory["host"]
+    except (ValueError, OSError):
+        return chosen or 1  # the run says what is wrong
+    except Exception as error:  # a model without weights can't be run in every family
+        print(f"note: memory and time could not be estimated: {error}", file=sys.stderr)
+        return chosen or 1
+    needed, free = memory.total - LIBRARIES, available_bytes(torch.device("cpu"))
+    print(overview, file=sys.stderr)
+    if free is not None:
+        print(f"{'':<13}{size(free)} of memory are free", file=sys.stderr)
+    print(f"{'output':<13}{arguments.output}", file=sys.stderr)
+    if free is not None and needed > free:
+        print(
+            f"warning: this run is estimated to need {size(needed)} of memory, and {size(free)} are free: it may be "
+            f"killed ({memory.moment}). Pass --storage-device disk, a smaller --batch-size, a shorter "
+            "--sequence-length or fewer --num-samples; --dry-run shows what they need.",
+            file=sys.stderr,
+        )
+    return estimate.batch_size
+
+
+def _best_batch_size(estimate: Estimate) -> int:
+    """The size of batches for the device at hand; the same if that is not in this machine, or says nothing of it."""
+    import torch
+
+    from optimum_fista.run.memory import available_bytes
+
+    try:
+        return estimate.best_batch_size(None if estimate.on_cpu else available_bytes(torch.device(estimate.device)))
+    except (RuntimeError, AssertionError):
+        return estimate.best_batch_size(None)
+
+
+def _num_unseen(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
+    """Sequences to measure the perplexity on, that nothing is fitted to: one, or one of 64."""
+    parts = () if config.whole_parts is None else config.whole_parts.shares
+    return 0 if any(part.kind == "experts" for part in parts) else max(1, arguments.num_samples // 64)
+
+
+def _tokens(
+    arguments: argparse.Namespace, config: FistaPruningConfig, device: str | None, keep_in: Path, measures: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The calibration tokens, and those to measure the perplexity on if there is text for them."""
+    from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
+
+    def draw(count: int) -> Tensor:
+        numbers = arguments.sequence_length, config.seed
+        places = {"device": device, "dtype": arguments.dtype, "keep_in": keep_in}
+        return calibration_tokens_by_name(arguments.model, arguments.calibration, count, *numbers, **places)
+
+    wanted, unseen = arguments.num_samples + config.held_out, _num_unseen(arguments, config) * measures
+    if config.held_out or arguments.num_samples < 1 or not unseen:
+        tokens = draw(wanted)
+        return tokens, tokens[-min(unseen, config.held_out) :] if unseen and config.held_out else None
+    try:
+        tokens = draw(wanted + unseen)
+    except ValueError:
+        if arguments.calibration == "self":
+            raise
+        return draw(wanted), None  # the text may be just long enough for these
+    return tokens[:wanted], tokens[wanted:]
+
+
+def _verdicts(report: PruningReport) -> Iterator[str]:
+    """What a run cost, and whether that is much; docs/report.md says where the words begin."""
+    words = {1.1: "close to the dense model", 1.5: "usable as it is", 3.0: "clearly worse, training would help"}
+    found = report.perplexity
+    if found is not None:
+        ratio = found["pruned"] / found["dense"]
+        word = next((word for most, word in words.items() if ratio <= most), "broken: prune less")
+        yield (
+            f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after ({word}), on "
+            f"{found['num_tokens']:,} tokens of the calibration text that nothing was fitted to"
+        )
+    if report.operators:
+        worst = max(report.operators, key=lambda o: o.fit_error)
+        word = "low" if worst.fit_error < 0.2 else "usual" if worst.fit_error < 0.5 else "high"
+        yield f"largest fit error {worst.fit_error:.2f} ({word}): {worst.name.removesuffix('.weight')}"
+
+
+def _next_commands(model: str, folder: Path) -> str:
+    """What to do with a pruned model."""
+    from optimum_fista_cli.main import has_command
+
+    name, dense = shlex.quote(str(folder)), shlex.quote(model)
+    commands = {
+        f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
+        f"evaluate {name} --text wikitext2": "perplexity; run it on the dense model too, to compare",
+        f"recover {name} --teacher {dense}": "train it for a while to be more like the dense model",
+        f"report {name}": "a page about every operator",
+        f"verify {name}": "counts the zeros in the files again",
+    }
+    lines = [f"optimum-fista {c}    # {why}" for c, why in commands.items() if has_command(c.split()[0])]
+    lines.append(f"hf upload YOUR-NAME/{shlex.quote(folder.name)} {name}    # put it on the Hub, after hf auth login")
+    return "\n".join(["next:", *(f"  {line}" for line in lines)])
 
 
 @contextmanager
@@ -248,35 +381,11 @@ def _choices_said() -> Iterator[None]:
 def _estimate(arguments: argparse.Namespace, config: FistaPruningConfig, *, timed: bool) -> Estimate:
     from optimum_fista.run.estimate.estimate import Estimate
 
-    names = ("sequence_length", "batch_size", "calibration", "device", "dtype", "storage_device", "packed")
+    names = ("sequence_length", "calibration", "device", "dtype", "storage_device", "packed")
+    numbers = {"num_samples": arguments.num_samples + config.held_out, "batch_size": arguments.batch_size or 1}
+    unseen = 0 if config.held_out else _num_unseen(arguments, config)
     options = {name: getattr(arguments, name) for name in names}
-    return Estimate(
-        arguments.model, config, num_samples=arguments.num_samples + config.held_out, timed=timed, **options
-    )
-
-
-def _warn_of_memory(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
-    """Say if the run is estimated to need more memory than is free: a system without memory ends it without a word."""
-    import torch
-
-    from optimum_fista.run.estimate.estimate import LIBRARIES, size
-    from optimum_fista.run.memory import available_bytes
-
-    try:
-        estimate = _estimate(arguments, config, timed=False)
-    except (ValueError, OSError):
-        return  # the run says what is wrong
-    except Exception as error:  # a model without weights can't be run in every family
-        print(f"note: memory could not be estimated: {error}", file=sys.stderr)
-        return
-    needed, free = estimate.memory["host"].total - LIBRARIES, available_bytes(torch.device("cpu"))
-    if free is not None and needed > free:
-        print(
-            f"warning: this run is estimated to need {size(needed)} of memory, and {size(free)} are free: it may be "
-            f"killed ({estimate.memory['host'].moment}). Pass --storage-device disk, a smaller --batch-size, a shorter "
-            "--sequence-length or fewer --num-samples; --dry-run shows what they need.",
-            file=sys.stderr,
-        )
+    return Estimate(arguments.model, config, num_unseen=unseen, timed=timed, **numbers, **options)
 
 
 def _trackers(

@@ -153,7 +153,7 @@ def _begin(
     return sequences, recorded
 
 
-_PROBED_TOGETHER = 512
+PROBED_TOGETHER = 512
 """Tokens whose logits are held at a time."""
 
 
@@ -244,7 +244,7 @@ class LossProbe:
 
     def __init__(self, model: PreTrainedModel, layers: DecoderLayers, tokens: Tensor, storage: Storage | None) -> None:
         """Take token ids int64 [sequences, length], which are cut to at most 512 a sequence: logits take memory."""
-        length = min(tokens.shape[1], _PROBED_TOGETHER)
+        length = min(tokens.shape[1], PROBED_TOGETHER)
         rows = tokens[:, : tokens.shape[1] // length * length].reshape(-1, 1, length)
         self.next = 0
         self.streams: dict[str, ActivationStore] = {}

@@ -11,6 +11,12 @@ def _one_picture(one_picture):
     """Commands save many models."""
 
 
+@pytest.fixture(autouse=True)
+def _hardly_timed(monkeypatch):
+    """Every run estimates its time first."""
+    monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.01)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A dense model and its tokenizer; do not write to it."""

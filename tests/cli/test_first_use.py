@@ -1,6 +1,7 @@
 """What someone sees who uses the commands for the first time."""
 
 import argparse
+import io
 import re
 import warnings
 
@@ -11,15 +12,17 @@ from optimum_fista_cli.main import execute, main
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu", "--method", "wanda"]
 
 
-def test_a_run_ends_with_the_next_commands_which_work(tiny_folder, text_file, tmp_path, capsys):
+def test_a_run_ends_with_the_next_commands_which_work(tiny_folder, text_file, tmp_path, capsys, monkeypatch):
     assert main(["prune", str(tiny_folder), "-o", str(tmp_path / "out"), *QUICK, "--calibration", str(text_file)]) == 0
     printed = capsys.readouterr()
     commands = [line.split("#")[0].split() for line in printed.out.split("next:\n")[1].splitlines()]
     assert [command[:2] for command in commands] == [
-        ["optimum-fista", name] for name in ("verify", "evaluate", "report")
+        *(["optimum-fista", name] for name in ("chat", "evaluate", "report", "verify")),
+        ["hf", "upload"],
     ]
     assert "meta device" not in printed.err
-    for command in commands:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    for command in commands[:-1]:
         rest = [str(text_file) if word == "wikitext2" else word for word in command[1:]]
         assert main([*rest, "--sequence-length", "16"] if command[1] == "evaluate" else rest) == 0
     assert re.search(r"Verifying: 100%.* 14/14 ", capsys.readouterr().err)

@@ -13,7 +13,9 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.streamed import journal
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
+from optimum_fista_cli import prune as prune_command
 from optimum_fista_cli.main import main
+from optimum_fista_cli.prune import default_output
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
@@ -47,7 +49,7 @@ def test_calibration_from_every_source_without_a_network(prune, text_file, tmp_p
     assert prune("--calibration", source, "--method", "wanda") == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("14 operators pruned by wanda, 7,680 of 15,360 weights zero (50.00%)")
-    assert shown[1] == f"saved to {tmp_path / 'out'}"
+    assert f"saved to {tmp_path / 'out'}" in shown
     calibration = report_of(tmp_path / "out")["calibration"]
     assert calibration["source"] == Path(source).name
     assert (calibration["num_sequences"], calibration["num_tokens"]) == (8, 128)
@@ -281,7 +283,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_
     monkeypatch.setattr(journal.Journal, "keep_layer", keep)
     monkeypatch.setattr("optimum_fista.run.texts.calibration_source.sample_text_from_model", None)
     assert prune("--calibration", "self", "--method", "wanda") == 0
-    assert "Resuming, 1 of 2 decoder layers done:  50%" in capsys.readouterr().err  # the bar begins at 7 of 14
+    assert "1 of 2 decoder layers are done already\ndecoder layer 2 of 2: " in capsys.readouterr().err
     assert verify_checkpoint(tmp_path / "out").num_operators == 14
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
     report = json.loads((tmp_path / "out" / "fista" / "report.json").read_text())
@@ -344,9 +346,47 @@ def test_trackers_that_can_t_be_had_are_refused_before_any_work(tiny_folder, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_without_an_output_is_refused(tiny_folder, capsys):
-    assert main(["prune", str(tiny_folder), *QUICK]) == 1
-    assert "--output is missing: pass the folder to write the model to, or --dry-run" in capsys.readouterr().err
+def test_a_run_without_an_option_names_its_folder_and_says_what_it_will_do_and_what_it_cost(
+    tiny_folder, text_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    command = ["prune", str(tiny_folder), *QUICK, "--calibration", str(text_file)]
+    assert main(command) == 0
+    name, shown = f"{tiny_folder.name}-50pct", capsys.readouterr()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert f"saved to {name}\n" in shown.out
+    begin = dict(line.split(maxsplit=1) for line in shown.err.splitlines() if line[:1].strip())
+    assert begin["pruned"] == "14 operators with 15,360 weights; 7,680 become zero (50.0%)"
+    assert begin["calibration"] == "8 x 16 tokens of text, batches of 1"
+    assert begin["output"] == name
+    assert {"model", "method", "time", "memory", "disk"} < {*begin}
+    found = report_of(tmp_path / name)["perplexity"]
+    assert found["num_tokens"] == 15
+    assert f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after (" in shown.out
+    assert re.search(r"\nlargest fit error 0\.\d\d \((low|usual|high)\): model\.layers\.", shown.out)
+    assert main(command) == 1
+    assert f"For example: --output {name}-2\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "name"),
+    [
+        ("owner/Llama-1B", {}, "Llama-1B-50pct"),
+        ("owner/Llama-1B", {"sparsity": 0.625}, "Llama-1B-62.5pct"),
+        ("model.v2", {"pattern": "2:4"}, "model.v2-2of4"),
+        ("model", {"pattern": "channels:0.25+heads:0.5,2:4"}, "model-channels-0.25-heads-0.5-2of4"),
+    ],
+)
+def test_names_of_folders(model, options, name):
+    assert default_output(model, FistaPruningConfig(**options)) == Path(name)
+
+
+def test_a_short_text_is_for_the_calibration_alone(prune, tmp_path, monkeypatch, capsys):
+    drawn = prune_command._num_unseen
+    monkeypatch.setattr(prune_command, "_num_unseen", lambda *given: 10_000 * drawn(*given))
+    assert prune("--method", "wanda") == 0
+    assert report_of(tmp_path / "out")["perplexity"] is None
+    assert "perplexity" not in capsys.readouterr().out.split("next:")[0]
 
 
 def test_a_bad_name_of_a_repository_is_refused_before_the_first_layer(prune, tmp_path, capsys):

@@ -78,4 +78,4 @@ def test_a_model_that_can_not_be_estimated_is_pruned(tiny_folder, tmp_path, caps
     monkeypatch.setattr("optimum_fista.run.estimate.estimate.model_shapes", fail)
     flags = ["--output", str(tmp_path / "out"), "--calibration", str(tmp_path / "text.txt"), "--method", "magnitude"]
     assert main(["prune", str(tiny_folder), *flags, *QUICK]) == 0
-    assert "note: memory could not be estimated: no such operation on meta tensors" in capsys.readouterr().err
+    assert "note: memory and time could not be estimated: no such operation on meta tensors" in capsys.readouterr().err

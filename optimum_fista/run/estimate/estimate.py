@@ -5,6 +5,7 @@ docs/scale.md says how far real runs were from it.
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from optimum_fista.model.architecture import input_embedding
 from optimum_fista.model.expert_removal import ROUNDS
+from optimum_fista.model.layer_choice import PROBED_TOGETHER
 from optimum_fista.packed.masks import smallest_encoding
 from optimum_fista.run.checkpoints.loading import (
     default_device,
@@ -34,7 +36,7 @@ from optimum_fista.run.estimate.work import LAYER_CALL, measure_device, measure_
 from optimum_fista.run.pruning.operators import idle_patterns
 from optimum_fista.run.pruning.removal import require_zeros_to_pack
 from optimum_fista.run.texts.calibration_source import usual_length
-from optimum_fista.run.texts.self_sampling import SAMPLED_TOGETHER
+from optimum_fista.run.texts.self_sampling import num_batches
 
 LIBRARIES = 295 * 2**20
 """Python with torch (a build for CPUs) and Transformers, and what their first calls add, in bytes; measured."""
@@ -42,6 +44,8 @@ IMPORT_SECONDS = 6.0
 """Python's imports of torch and Transformers, measured on a CPU."""
 _KEPT_FREE = 64 * 2**20
 """What the C library keeps of freed memory, at most; it is a tenth of what was held if that is less."""
+_TOKENS_TOGETHER = 8192
+"""Tokens a forward pass that keep an accelerator busy."""
 _SWEEP = 8
 """Bytes of a float32 that is read and written."""
 
@@ -76,6 +80,7 @@ class Estimate:
         num_samples: int = 128,
         sequence_length: int | None = None,
         batch_size: int = 1,
+        num_unseen: int = 0,
         calibration: str = "text",
         device: str | None = None,
         dtype: str | torch.dtype = "auto",
@@ -91,12 +96,13 @@ class Estimate:
             num_samples: Calibration sequences, held-out ones (`config.held_out`) included.
             sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum if that is shorter.
             batch_size: Sequences a forward pass.
+            num_unseen: Sequences to measure the perplexity on, besides.
             calibration: Source of the text; `"self"` has the model, held whole, sample it.
             device: `None`: the accelerator if there is one, otherwise the CPU. It need not be in this machine.
             dtype: Dtype of the model; `"auto"` takes the checkpoint's.
             storage_device: Where hidden states wait, as in `FistaPruner`; `None`: on the device, in files on the CPU.
             packed: Whether a packed folder is to be written.
-            timed: Whether to measure the device, about four seconds; without it there are no times.
+            timed: Whether to measure the device, about one second; without it there are no times.
 
         Raises:
             ValueError: If the model or an option can't be used.
@@ -129,7 +135,7 @@ class Estimate:
         # On the CPU, weights in the stored dtype are pages of the checkpoint's files, which the system can drop.
         self.reads = not self.whole and not (self.on_cpu and stored == self.model.dtype)
         self.samples_itself, self.packed = calibration == "self", packed
-        self.num_samples, self.batch_size = num_samples, batch_size
+        self.num_samples, self.batch_size, self.num_unseen = num_samples, batch_size, num_unseen
         self.length = sequence_length or usual_length(given)
         self.tokens, self.batch = num_samples * self.length, batch_size * self.length
         self.vocabulary, self.hidden = input_embedding(self.model).shape
@@ -141,6 +147,7 @@ class Estimate:
         self.streams_bytes = streams * self.stream_bytes
         removal = self.shapes.removal
         smaller = self.model if removal is None else removal.plan.model
+        self.num_sampled = num_samples + num_unseen
         self.num_removed = self.model.num_parameters() - smaller.num_parameters()
         self.only_removes = removal is not None and removal.choice is None
         self.refits = removal is not None and removal.asked.expert_refit
@@ -184,11 +191,17 @@ class Estimate:
             text = self.model.config.get_text_config(decoder=True)
             heads = getattr(text, "num_attention_heads", None) or 1
             width = self.hidden * (getattr(text, "num_key_value_heads", None) or heads) / heads
-            cache = 2 * value * min(SAMPLED_TOGETHER, self.num_samples) * self.length * layers * width
+            cache = 2 * value * -(-self.num_sampled // num_batches(self.num_sampled)) * self.length * layers * width
             yield "calibration text", {"whole model": self.weight_bytes, "keys and values": cache}, 0
         gradients = self.differentiates * layers * stream / self.num_samples  # hidden states between all layers
         if self.differentiates:  # a sequence at a time; the loss and its gradients are float32 in between
             yield "loss", ends | {"logits and gradients": self.length * self.vocabulary * (2 * value + 12)}, gradients
+        if self.num_unseen:
+            yield (
+                "perplexity",
+                ends | {"logits": min(self.length, PROBED_TOGETHER) * self.vocabulary * (value + 8.0)},
+                0,
+            )
         if self.rounds:  # as many models as there are layers, a sequence at a time after the layers
             first = min(self.tokens, -(-config.allocation_tokens // self.length) * self.length)
             logits = {"logits": self.length * self.vocabulary * (value + 8.0)}
@@ -256,16 +269,17 @@ class Estimate:
         head = 2.0 * self.vocabulary * self.hidden
         if self.samples_itself:  # a token at a time, all weights read for each
             every = sum(kind.count * 2 * kind.num_active for kind in self.shapes.kinds) + head
-            steps = self.length * -(-self.num_samples // SAMPLED_TOGETHER)
+            steps = self.length * num_batches(self.num_sampled)
             calls = steps * sum(kind.count for kind in self.shapes.kinds)
             stages["calibration text"] = work(
-                every * self.tokens, moved_bytes=steps * self.weight_bytes, layers=calls * LAYER_CALL
+                every * self.length * self.num_sampled, moved_bytes=steps * self.weight_bytes, layers=calls * LAYER_CALL
             )
         first = min(self.tokens, -(-config.allocation_tokens // self.length) * self.length)
         gradients = self.differentiates * first
         # To choose decoder layers, each round tries the model without each of them; all run half of it on average.
         layers = sum(kind.count for kind in self.shapes.kinds)
         tried = first * sum(layers + 1 - done for done in range(self.rounds))
+        stages["forward passes"] += work(2 * head * self.num_unseen * self.length)
         stages["allocation"] = work(2 * head * gradients + head * tried)
         for kind in self.shapes.kinds:
             widths = sum(g.outputs + g.columns for g in kind.groups if not g.of_expert)
@@ -275,7 +289,8 @@ class Estimate:
             again = float(any(g.passes for g in kind.groups))
             more = sum((g.passes - again) * n * g.outputs * g.columns * g.share for g, n in kind.groups.items())
             passes = (self.records or config.finetune is not None) + again + more / kind.num_active
-            stages["forward passes"] += token * (kind.count * (self.tokens * passes + 3 * self.batch))
+            unseen = 2 * self.num_unseen * self.length
+            stages["forward passes"] += token * (kind.count * (self.tokens * passes + 3 * self.batch + unseen))
             stages["allocation"] += token * (kind.count * (3 * gradients + tried / 2))  # forwards, again, and backwards
             for g, count in kind.groups.items():
                 times, tokens, square = kind.count * count, self.tokens * g.share, float(g.columns) ** 2
@@ -366,6 +381,64 @@ class Estimate:
             yield f"the run chooses which decoder layers go: this estimate assumes {self.rounds} after the first one."
         if self.allocates:
             yield "operators share the zeros: counts by name are those of the average sparsity, the sum is exact."
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Time of the whole run; `None` without rates."""
+        return sum(self.seconds.values()) + self.start_seconds if self.seconds else None
+
+    def best_batch_size(self, free_bytes: int | None) -> int:
+        """Sequences a forward pass that use an accelerator well: 8192 tokens, if `free_bytes` of its memory suffice.
+
+        On a CPU it is 1: one sequence keeps it busy (docs/streaming.md).
+        """
+        if self.on_cpu:
+            return 1
+        size = max(1, min(self.num_samples, _TOKENS_TOGETHER // self.length))
+        while (
+            size > 1 and free_bytes is not None and self.with_batch_size(size).memory["device"].total > 0.8 * free_bytes
+        ):
+            size //= 2
+        return size
+
+    def with_batch_size(self, batch_size: int) -> Estimate:
+        """The same run with other batches."""
+        other = copy.copy(self)
+        other.batch_size, other.batch = batch_size, batch_size * self.length
+        for name in ("memory", "work"):
+            vars(other).pop(name, None)
+        return other
+
+    def overview(self) -> str:
+        """What the run will do and take, in a few lines."""
+        model, together, config = self.model, self.operators["together"], self.config
+        pruned = f"{together['number']} operators with {together['weights']:,} weights"
+        if self.num_removed:
+            share = self.num_removed / model.num_parameters()
+            pruned += f"; {self.num_removed:,} parameters go ({share:.1%})"
+        if together["weights"] and not self.only_removes:
+            pruned += f"; {together['zeros']:,} become zero ({together['zeros'] / together['weights']:.1%})"
+        text = "that the model writes itself" if self.samples_itself else "of text"
+        seconds = self.total_seconds
+        slowest = sorted(self.seconds.items(), key=lambda stage: -stage[1])[:3]
+        stages = ", ".join(f"{name} {tqdm.format_interval(taken)}" for name, taken in slowest)
+        time_taken = "not known" if seconds is None else f"about {tqdm.format_interval(seconds)} ({stages})"
+        memory = ", ".join(f"{size(peak.total)} of the {place} ({peak.moment})" for place, peak in self.memory.items())
+        lines = {
+            "model": f"{type(model).__name__}, {model.num_parameters():,} parameters in "
+            f"{str(model.dtype).removeprefix('torch.')} ({size(self.weight_bytes)}), "
+            f"{sum(kind.count for kind in self.shapes.kinds)} decoder layers",
+            "pruned": pruned,
+            "pattern": str(
+                config.pattern if self.shapes.removal or config.pattern != "unstructured" else config.sparsity
+            ),
+            "method": f"{config.method}, error correction {config.error_correction}",
+            "calibration": f"{self.num_samples} x {self.length} tokens {text}, batches of {self.batch_size}",
+            "time": f"{time_taken}, on {self.device}",
+            "memory": f"{memory}, at most",
+            "disk": size(sum(self.disk_bytes.values())),
+        }
+        return "\n".join(f"{name:<13}{text}" for name, text in lines.items())
 
     def __str__(self) -> str:
         model, held_out, together = self.model, self.config.held_out, self.operators["together"]

@@ -33,7 +33,7 @@ _LAYER_SECONDS = 0.6
 """What Python takes in each decoder layer; measured on a CPU."""
 LAYER_CALL = 4e-4 / _LAYER_SECONDS
 """What Python takes to run a decoder layer on few tokens, in units of the above; measured while text is sampled."""
-_SECONDS = 4.0
+_SECONDS = 1.2
 """Time for all measurements of a device."""
 
 

@@ -26,6 +26,7 @@ from optimum_fista.run.pruning.target_size import SizeChoice
 from optimum_fista.run.reports.report import LayerRecord
 
 WEIGHTS_FILE = "weights.json"
+_ADVICE = "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
 _SHOWN = 6  # differences between two runs
 logger = logging.getLogger(__name__)
 
@@ -82,16 +83,9 @@ class Journal:
         if not file.exists():
             write_record(file, wanted)
         found = read_record(file)
-        advice = "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
         if found is None:
-            raise ValueError(f"output: {str(file)!r} is damaged, so it is not known which run it belongs to: {advice}")
-        different = list(_differences(found, wanted))
-        if different:
-            shown = "; ".join(different[:_SHOWN]) + ("; ..." if len(different) > _SHOWN else "")
-            raise ValueError(
-                f"output: the unfinished run in {str(folder)!r} was another one ({shown}). Start it again as it was, "
-                f"{advice}"
-            )
+            raise ValueError(f"output: {str(file)!r} is damaged, so it is not known which run it belongs to: {_ADVICE}")
+        _refuse_differences(folder, found, wanted)
 
     def finished(self, *, read_shards: bool = True) -> dict[int, KeptLayer]:
         """The decoder layers that are finished, by index, in order; `read_shards=False` trusts their files' size."""
@@ -216,6 +210,45 @@ class Journal:
             files = {"shard": shard} | ({"masks": self._file("masks", index)} if kept.sha256["masks"] else {})
             whole = all(_is_whole(file, kept.sha256[name]) for name, file in files.items())
         return kept if whole else None
+
+
+def begun_run(folder: Path) -> dict[str, Any] | None:
+    """The fingerprint of the run that an unfinished folder holds; `None` if there is none, or it is damaged."""
+    file = folder / FOLDER / "fingerprint.json"
+    return read_record(file) if file.exists() else None
+
+
+def begun_batch_size(folder: Path) -> int | None:
+    """Sequences a batch of the run that an unfinished folder holds; `None` if there is none."""
+    begun = begun_run(folder)
+    return None if begun is None else max(batch[0] for batch in begun["batches"])
+
+
+def require_same_settings(
+    folder: Path, config: FistaPruningConfig, num_sequences: int, sequence_length: int | None
+) -> None:
+    """Refuse other settings than those of the run that an unfinished folder holds, before tokens are sampled.
+
+    Raises:
+        ValueError: If they differ; the message names what.
+    """
+    begun = begun_run(folder)
+    if begun is None:
+        return
+    first = begun["batches"][0]
+    found = {"config": begun["config"], "sequences": sum(batch[0] for batch in begun["batches"]), "length": first[1]}
+    wanted = {"config": json.loads(json.dumps(config.resolved().to_dict())), "sequences": num_sequences}
+    _refuse_differences(folder, found, wanted | {"length": sequence_length or first[1]})
+
+
+def _refuse_differences(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    different = list(_differences(found, wanted))
+    if different:
+        shown = "; ".join(different[:_SHOWN]) + ("; ..." if len(different) > _SHOWN else "")
+        raise ValueError(
+            f"output: the unfinished run in {str(folder)!r} was another one ({shown}). Start it again as it was, "
+            f"{_ADVICE}"
+        )
 
 
 def write_record(path: Path, values: Mapping[str, Any]) -> None:

@@ -20,7 +20,11 @@ _TOP_P = 0.95
 
 
 SAMPLED_TOGETHER = 32
-"""Samples written at a time; bounds the memory of the key-value cache."""
+
+
+def num_batches(num_samples: int) -> int:
+    """How many batches samples are written in: about 32 at a time, which bounds the memory of the key-value cache."""
+    return max(1, round(num_samples / SAMPLED_TOGETHER))
 
 
 def sample_text_from_model(
@@ -71,7 +75,9 @@ def sample_text_from_model(
         if new_tokens == 0:
             return beginnings
         with tqdm(total=num_samples * new_tokens, desc="Self-sampling", unit="token") as bar:
-            batches = [_continue(model, batch, new_tokens, bar) for batch in beginnings.split(SAMPLED_TOGETHER)]
+            batches = [
+                _continue(model, batch, new_tokens, bar) for batch in beginnings.tensor_split(num_batches(num_samples))
+            ]
     return torch.cat(batches)
 
 
