@@ -10,9 +10,22 @@ from importlib.metadata import version
 
 from safetensors import SafetensorError
 
-from optimum_fista_cli import bench, chat, compare, demo, doctor, evaluate, pack, prune, report, unpack, verify
+from optimum_fista_cli import (
+    bench,
+    chat,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    pack,
+    prune,
+    report,
+    reproduce,
+    unpack,
+    verify,
+)
 
-_COMMANDS = (prune, evaluate, compare, report, verify, chat, pack, unpack, bench, demo, doctor)
+_COMMANDS = (prune, evaluate, compare, report, verify, reproduce, chat, pack, unpack, bench, demo, doctor)
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.

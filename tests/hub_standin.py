@@ -90,7 +90,7 @@ class HubStandIn:
     """`with HubStandIn() as hub:` serves `hub.endpoint`; `token` may write to the namespace `user`.
 
     `requests` lists what was asked ("POST /api/repos/create"); `broken` is a part of the requests to answer
-    with a 500 ("/commit/").
+    with a 500 ("/commit/"); `refused_in_cards` lists what is not valid in the metadata of a card.
     """
 
     def __init__(self, token: str = "hf_test", user: str = "tester") -> None:
@@ -99,6 +99,7 @@ class HubStandIn:
         self.lfs_objects: dict[str, bytes | None] = {}  # None: announced, not uploaded yet
         self.requests: list[str] = []
         self.broken: str | None = None
+        self.refused_in_cards: list[str] = []
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -152,6 +153,10 @@ class HubStandIn:
         return Reply(200, {"type": "user", "name": self.user, "orgs": []})
 
     def _validate_yaml(self, body: bytes) -> Reply:
+        metadata = json.loads(body)["content"].split("---")[1]
+        refused = [name for name in self.refused_in_cards if name in metadata]
+        if refused:
+            return Reply(400, f'Invalid metadata in README.md.\n- "{refused[0]}" is not allowed'.encode())
         return Reply(200, {"errors": [], "warnings": []})
 
     def _create(self, body: bytes) -> Reply:

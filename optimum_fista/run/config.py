@@ -384,7 +384,7 @@ class FistaPruningConfig:
 
     @classmethod
     def from_json(cls, text: str | Path) -> FistaPruningConfig:
-        """Read JSON text, or a JSON file when given a `Path`.
+        """Read JSON text, or a JSON file when given a `Path`: a configuration, or the report of a run that had it.
 
         Raises:
             ValueError: If it is not a JSON object of valid options.
@@ -396,7 +396,7 @@ class FistaPruningConfig:
             raise ValueError(f"{where} is not JSON: {error}.") from error
         if not isinstance(values, dict):
             raise ValueError(f"{where} holds a JSON {type(values).__name__}: pass an object of options.")
-        return cls.from_dict(values)
+        return cls.from_dict(values["config"] if "operators" in values else values)
 
     def resolved(self) -> FistaPruningConfig:
         """The same configuration with the method's own choice for every option of `MethodDefaults` that is `None`."""

@@ -22,10 +22,10 @@ from optimum_fista.packed.kernels import kernels
 from optimum_fista.packed.linear import PackedLinear
 from optimum_fista.packed.triton_kernel import triton_is_here
 from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.environment import processor_name
 from optimum_fista.run.memory import available_bytes
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.reports.report import library_versions
-from optimum_fista.run.speed.measure import processor_name
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_SIDE = 8192

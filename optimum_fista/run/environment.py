@@ -1,12 +1,17 @@
-"""The numerical environment of a run."""
+"""The numerical environment of a run, and what it computes on."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+
+from optimum_fista.model.offload import execution_device
 
 
 @contextmanager
@@ -49,3 +54,28 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         for module, value in zip(modules, finer, strict=True):
             module.fp32_precision = value
+
+
+def arithmetic_of(model: PreTrainedModel) -> dict[str, str | None]:
+    """What a model computes with, besides its weights and its configuration."""
+    return {
+        "dtype": str(model.dtype),
+        "device": execution_device(model.get_input_embeddings()).type,
+        "attention": model.config._attn_implementation,
+        "experts": getattr(model.config, "_experts_implementation", None),
+    }
+
+
+def processor() -> dict[str, str | int]:
+    """The processor, the instructions that PyTorch uses of it, and in how many threads."""
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return {"name": processor_name(), "instructions": instructions, "threads": torch.get_num_threads()}
+
+
+def processor_name() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

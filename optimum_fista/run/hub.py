@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from yaml import YAMLError
 
+from optimum_fista.run.checkpoints.checkpoint import CARD_FILE
 from optimum_fista.run.checkpoints.output_folder import WEIGHTS, all_names, model_files
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ def push_folder(
 ) -> str:
     """Upload the files of a model folder to a model repository and return the URL of the commit.
 
+    The Hub checks the metadata of the model card before anything is uploaded.
     Only files that belong to the model are uploaded: those that a run wrote, by its list in `fista/files.json`, a
     `report` and an `evaluate` into the folder. Without the list (a folder of Transformers, or of an older version),
     those with the names that Transformers and this package give. A warning names the other files.
@@ -43,8 +46,9 @@ def push_folder(
         revision: branch to push to; `None` is `main`.
 
     Raises:
-        ValueError: `folder` is not a complete model folder, `repo_id` is not a repository name, or
-            `private` contradicts the visibility of an existing repository. Nothing has been uploaded.
+        ValueError: `folder` is not a complete model folder, its card has metadata that the Hub refuses, `repo_id` is
+            not a repository name, or `private` contradicts the visibility of an existing repository. Nothing has been
+            uploaded.
         OSError: the Hub refused or was not reached. `folder` is unchanged; the client's error is the cause.
     """
     folder = Path(folder).expanduser().resolve()
@@ -64,6 +68,7 @@ def push_folder(
             more,
             repo_id,
         )
+    _require_valid_card(folder)
     api = HfApi(token=token)
     with _failures_explained(folder, repo_id, revision, others, private):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -86,6 +91,26 @@ def push_folder(
         )
     logger.info("Pushed %s to %s", folder, commit.commit_url)
     return commit.commit_url
+
+
+def _require_valid_card(folder: Path) -> None:
+    """Have the Hub check the metadata of a folder's card, if it can be reached: it would refuse the upload at its end.
+
+    Raises:
+        ValueError: If the metadata is refused.
+    """
+    file = folder / CARD_FILE
+    try:
+        if file.exists():
+            ModelCard.load(file).validate()
+    except (ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the metadata of the model card {str(file)!r} is not valid: {reason}. Mend it between the lines of --- "
+            "at its top; nothing was uploaded."
+        ) from error
+    except Exception as error:  # whatever the client raises: the upload will explain it
+        logger.info("The Hub did not check the model card: %s", error)
 
 
 def require_repo_id(repo_id: str) -> None:

@@ -135,6 +135,23 @@ def test_a_damaged_list_of_files_is_an_error(model_folder, tmp_path):
             push_folder(tmp_path / "pruned", REPO_ID)
 
 
+def test_a_card_that_the_hub_refuses_is_one_error_before_anything_is_uploaded(hub, model_folder, tmp_path):
+    hub.refused_in_cards = ["license"]
+    message = failure(push(hub, model_folder, tmp_path))
+    assert f"ValueError: the metadata of the model card '{model_folder}/README.md' is not valid: Invalid" in message
+    assert '"license" is not allowed. Mend it between the lines of --- at its top; nothing was uploaded.' in message
+    assert hub.repositories == {}
+    assert hub.requests == ["POST /api/validate-yaml"]
+
+
+def test_a_card_that_no_one_can_read_is_the_same_error(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "pruned")
+    for metadata in ("a: [", "- a", "model-index: 3"):
+        (folder / "README.md").write_text(f"---\n{metadata}\n---\n")
+        with pytest.raises(ValueError, match=r"metadata of the model card .* is not valid"):
+            push_folder(folder, REPO_ID)
+
+
 def test_refused_token_names_the_safe_folder(hub, model_folder, tmp_path):
     before = bytes_of(model_folder)
     message = failure(push(hub, model_folder, tmp_path, token="hf_wrong"))

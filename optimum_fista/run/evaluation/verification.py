@@ -102,7 +102,7 @@ def verify_checkpoint(
         raise VerificationError(f"config.json has no {CONFIG_KEY!r}.")
     try:
         zeros = weights = 0
-        for operator, weight, mask in (_read_packed if is_packed(folder) else _read_dense)(folder, report):
+        for operator, weight, mask in read_operators(folder, report):
             zeros += _verify_operator(operator, weight, mask)
             weights += weight.numel()
             progress(operator.name)
@@ -170,8 +170,13 @@ def _agree(promised: float | None, value: float | None) -> bool:
     return math.isclose(promised, value, rel_tol=1e-9)
 
 
+def read_operators(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
+    """Every operator of a folder, packed or not, with its weight and its mask, packed to bits."""
+    return (_read_packed if is_packed(folder) else _read_dense)(folder, report)
+
+
 def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
-    """Every operator with its weight and its mask, packed to bits."""
+    """The same from a dense folder."""
     files = checkpoint_files(folder)
     names = [operator.name for operator in report.operators]
     tensors = [split_index(name)[0] for name in names]
@@ -186,7 +191,7 @@ def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorR
 
 
 def _read_packed(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
-    """The same from a packed folder, whose weights bring their masks."""
+    """The same from a packed one, whose weights bring their masks."""
     reader = PackedFiles.of_folder(folder)
     name, dense, mask = "", torch.empty(0), torch.empty(0)
     for operator in report.operators:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -128,7 +127,7 @@ def render_page(contents: ReportContents) -> str:
         perplexities=_perplexities(contents),
         continuations=contents.continuations,
         config=json.dumps(report.config, indent=2),
-        command=_command(report),
+        command=report.command(),
     )
 
 
@@ -167,16 +166,6 @@ def _perplexities(contents: ReportContents) -> tuple[list[str], list[tuple[str, 
         label = f"{text or 'a text'}, {windows:,} windows of {length:,} tokens"
         rows.append((label, [measured.get(model) for model in models]))
     return names, rows
-
-
-def _command(report: PruningReport) -> str:
-    """The command that prunes the same model in the same way, with the configuration in a file."""
-    tokens, sequences = report.calibration["num_tokens"], report.calibration["num_sequences"]
-    model = ["optimum-fista", "prune", report.model.get("name") or "MODEL"]
-    calibration = ["--calibration", report.calibration.get("source") or "SOURCE", "--num-samples", str(sequences)]
-    if sequences and tokens % sequences == 0:
-        calibration += ["--sequence-length", str(tokens // sequences)]
-    return f"{shlex.join(model)} --output DIR --config config.json \\\n    {shlex.join(calibration)}"
 
 
 def share(value: float, digits: int = 1) -> str:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from optimum_fista.model.activations import HiddenStates, LayerActivations
 from optimum_fista.model.correction import GroupProblems, LayerTargets
+from optimum_fista.model.digest import layer_sha256
 from optimum_fista.model.expert_removal import experts_of
 from optimum_fista.model.experts import FusedExperts
 from optimum_fista.model.hidden_states import RecordedInputs
@@ -78,6 +79,7 @@ def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = N
             record = LayerRecord(LayerReport(name, None, 0.0)) if index > last else None
             probe = None if index not in todo else run.probe
             with onloaded(layer.modules()):
+                dense_sha256 = layer_sha256(layer) if index in todo else None
                 if probe is not None:
                     probe.run(index, "dense")
                 while record is None:
@@ -92,7 +94,7 @@ def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = N
                     probe.leave(index)
                     sink.keep_probe(probe)
                 if index in todo:
-                    record = run.finished(record, time.perf_counter() - started)
+                    record = run.finished(record, time.perf_counter() - started, dense_sha256)
                     carried = index < run.last_layer and not run.config.correction.independent_layers
                     sink.commit(index, layer, record, run.states if carried else None)
             release_memory_of(layer)

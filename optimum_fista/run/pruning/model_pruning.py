@@ -18,6 +18,7 @@ from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.architecture import find_decoder_layers, input_embedding, require_bare, require_own_weights
 from optimum_fista.model.calibration import hold_out, read_batches
+from optimum_fista.model.digest import combined_sha256, rest_sha256
 from optimum_fista.model.experts import split_experts
 from optimum_fista.model.layer_choice import LossProbe, choose_layers
 from optimum_fista.model.offload import execution_device
@@ -58,6 +59,7 @@ class ModelPruning:
         title: What the progress bar is called.
         num_before: Operators of decoder layers that an earlier start of the run finished.
         probe: What measures the loss before and after; `None` if nothing does.
+        dense_layers: Digests of all decoder layers before they were pruned, once they are.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class ModelPruning:
         self.progress = progress
         self.title = "Pruning"
         self.num_before = 0
+        self.dense_layers: list[str | None] = []
         self.storage_device = storage_device
         self.states: HiddenStates | None = None
         self.budgets: Budgets | None = None
@@ -135,6 +138,7 @@ class ModelPruning:
                 **{name: math.exp(min(loss, 700.0)) for name, loss in self.probe.losses.items()},
                 "num_tokens": self.probe.tokens[:, 1:].numel(),
             }
+        self.report.origin["model_sha256"] = combined_sha256([*map(str, self.dense_layers), rest_sha256(self.model)])
         if self.removal is not None:
             self.removal.describe(self.report)
 
@@ -227,11 +231,12 @@ class ModelPruning:
         """Inside, every matrix of every expert to prune is called as a module of its own."""
         return split_experts(operator for group in self.operators.values() for operator in group.values())
 
-    def finished(self, record: LayerRecord, seconds: float) -> LayerRecord:
+    def finished(self, record: LayerRecord, seconds: float, dense_sha256: str | None) -> LayerRecord:
         """The whole record of a layer, which joins the report."""
         prefix = f"{record.report.name}."
         left_dense = {name: why for name, why in self.report.left_dense.items() if name.startswith(prefix)}
-        report = replace(record.report, seconds=seconds)
+        report = replace(record.report, seconds=seconds, dense_sha256=dense_sha256)
+        self.dense_layers.append(dense_sha256)
         record = replace(record, report=report, left_dense=left_dense | record.left_dense)
         self.report.add(record)
         return record

@@ -8,13 +8,16 @@ import math
 import re
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from yaml import YAMLError
 
 from optimum_fista.installing import install_command
 from optimum_fista.run.reports.markdown import markdown_lines
 from optimum_fista.run.reports.operator_grid import OperatorGrid, layer_index
-from optimum_fista.run.reports.report import PruningReport
+from optimum_fista.run.reports.report import HUB_DATASETS, PruningReport
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
 
@@ -27,19 +30,23 @@ it as a dense model, bit for bit; `optimum-fista unpack` writes that as a plain 
 """
 
 
-def model_card(report: PruningReport, picture: str | None = None) -> str:
+_INHERITED = ("license", "license_name", "license_link", "language")
+
+
+def model_card(report: PruningReport, picture: str | None = None, dense: str = "") -> str:
     """Markdown of the model card, card.md filled in, with the metadata the Hub reads.
 
     Args:
         report: The report of the pruning.
         picture: Path of the picture of the fit errors, relative to the card; `None`: there is none.
+        dense: Folder or Hub id of the dense model, whose license and languages the pruned one keeps.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     formats = {"thousands": "{:,}", "percent": "{:.2%}", "error": "{:.4f}"}
     environment.filters |= {"escaped": _escaped, **{name: form.format for name, form in formats.items()}}
-    name, pattern, sparsities = report.model["name"], _pattern(report), [o.sparsity for o in report.operators]
+    pattern, sparsities = _pattern(report), [o.sparsity for o in report.operators]
     zeros, of_weights = "the same share in every operator", pattern
     if isinstance(pattern, WholeParts) and pattern.then is not None:
         of_weights = pattern.then
@@ -52,7 +59,7 @@ def model_card(report: PruningReport, picture: str | None = None) -> str:
             report=report,
             totals=report.totals,
             tokens=report.calibration,
-            base_model=name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None,  # of the Hub
+            metadata=_metadata(report, dense).to_yaml(),
             title=model_title(report),
             pattern=pattern,
             zeros=zeros,
@@ -62,6 +69,35 @@ def model_card(report: PruningReport, picture: str | None = None) -> str:
         )
         + "\n"
     )
+
+
+def _metadata(report: PruningReport, dense: str) -> ModelCardData:
+    """What the Hub reads at the top of the card."""
+    name, base = report.model["name"], _metadata_of(dense)
+    of_hub = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    dataset = HUB_DATASETS.get(report.calibration.get("source") or "")
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["optimum-fista", "pruned"] + ["sparse"] * (not report.only_removed),
+        base_model=of_hub,
+        # The Hub knows adapter, merge, quantized and finetune. A pruned model is the base model's kind of model with
+        # weights of its own, in the same number format: a packed folder too holds the same numbers.
+        base_model_relation=of_hub and "finetune",
+        datasets=dataset and [dataset],
+        **{key: base[key] for key in _INHERITED if key in base},
+    )
+
+
+def _metadata_of(model: str) -> dict[str, Any]:
+    """The metadata of the card of a model folder, or of a Hub id of which the card is in the cache; often nothing."""
+    file: Any = Path(model, "README.md")
+    try:
+        if not file.is_file():
+            file = try_to_load_from_cache(model, "README.md")
+        return ModelCard.load(file, ignore_metadata_errors=True).data.to_dict() if isinstance(file, str | Path) else {}
+    except (OSError, ValueError, YAMLError):  # no name of a repository, or a card that can't be read
+        return {}
 
 
 def model_title(report: PruningReport) -> str:

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -176,6 +177,7 @@ class LayerReport:
             none, and in reports of older versions.
         finetuning: What fine-tuning made of it; `None` if it was not fine-tuned.
         mixture: Its mixture, if that lost experts.
+        dense_sha256: Digest of its tensors before (`model.digest.layer_sha256`); `None` in reports of older versions.
     """
 
     name: str
@@ -184,6 +186,7 @@ class LayerReport:
     memory: MemoryPeak | None = None
     finetuning: FinetuningReport | None = None
     mixture: MixtureReport | None = None
+    dense_sha256: str | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
@@ -237,6 +240,7 @@ class PruningReport:
         retrained: Whether weights were trained after pruning, so that the operators' errors are those before it.
         perplexity: Of the `"dense"` and of the `"pruned"` network on text like that of the calibration to which
             nothing was fitted, and `"num_tokens"` that were predicted in it; `None` if it was not measured.
+        origin: What the run began with, for `fista/reproduce.json`, which keeps it; empty in a report that was read.
     """
 
     config: dict[str, Any]
@@ -250,6 +254,7 @@ class PruningReport:
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     retrained: bool = False
     perplexity: dict[str, Any] | None = None
+    origin: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def add(self, record: LayerRecord) -> None:
         """Add a decoder layer."""
@@ -358,9 +363,25 @@ class PruningReport:
             "num_not_converged": sum(not o.converged for o in self.operators),
         }
 
+    def command(self, *, packed: bool = False) -> str:
+        """The command that prunes the same model in the same way; what is not known is in capitals."""
+        tokens, sequences = self.calibration["num_tokens"], self.calibration["num_sequences"]
+        words = ["optimum-fista", "prune", self.model.get("name") or "MODEL", "--output", "DIR"]
+        words += ["--config", "fista/report.json", "--calibration", self.calibration.get("source") or "SOURCE"]
+        words += ["--num-samples", str(sequences)]
+        if sequences and tokens % sequences == 0:
+            words += ["--sequence-length", str(tokens // sequences)]
+        if self.origin:
+            arithmetic = self.origin["arithmetic"]
+            words += ["--batch-size", str(self.origin["batches"][0][1]), "--device", arithmetic["device"]]
+            words += ["--dtype", arithmetic["dtype"].removeprefix("torch.")]
+        return shlex.join(words + ["--packed"] * packed)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return dataclasses.asdict(self) | {"totals": self.totals}
+        values = dataclasses.asdict(self) | {"totals": self.totals}
+        del values["origin"]
+        return values
 
     def to_json(self) -> str:
         """JSON text."""
@@ -403,6 +424,14 @@ class PruningReport:
             f"output error {output}{self.before}; "
             f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"
         )
+
+
+HUB_DATASETS = {
+    "wikitext2": "Salesforce/wikitext",
+    "c4": "allenai/c4",
+    "ptb": "ptb-text-only/ptb_text_only",
+}
+"""Repositories of the data sets that have a short name here."""
 
 
 def public_name(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optimum_fista.packed.kernels import kernels
+from optimum_fista.run.environment import processor_name
 from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
 from optimum_fista.run.packed_folders.unpacking import is_packed
 from optimum_fista.run.reports.report import device_name, library_versions
@@ -139,12 +139,3 @@ def _speed(
         difference,
         seconds,
     )
-
-
-def processor_name() -> str:
-    """Name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

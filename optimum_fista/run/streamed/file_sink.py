@@ -13,9 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.model.activations import HiddenStates
-from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.model.digest import names_of_rest, tensor_of
 from optimum_fista.model.layer_choice import LossProbe
-from optimum_fista.model.offload import stored_tensor
 from optimum_fista.packed.format import packed_names
 from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.stored_names import as_stored
@@ -102,12 +101,7 @@ class FileSink(ModelSink):
         for pattern in (".tmp*", ".*.partial", "*.safetensors"):
             for left in [path for path in folder.glob(pattern) if path.name not in ours]:
                 left.unlink()  # of a process that was killed while it wrote, or of a run with more layers
-        prefix, modules, rest = f"{find_decoder_layers(model).name}.", dict(model.named_modules()), {}
-        for name in model.state_dict():
-            owner, _, leaf = name.rpartition(".")
-            if not name.startswith(prefix) and name not in model.all_tied_weights_keys:
-                rest[name] = stored_tensor(modules[owner], leaf)
-        rest = self._stored(rest)
+        rest = self._stored({name: tensor_of(model, name) for name in names_of_rest(model)})
         last = self._write_shard(len(self._left), rest)
         weight_map = {name: layer.shard for layer in layers.values() for name in layer.names}
         weight_map |= dict.fromkeys(rest, last.name)

@@ -9,11 +9,10 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from optimum_fista.model.calibration import CalibrationBatch, tokens_sha256
-from optimum_fista.model.offload import execution_device
 from optimum_fista.run.checkpoints.output_folder import FOLDER
+from optimum_fista.run.environment import arithmetic_of
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import library_versions
 from optimum_fista.run.streamed.journal import digest_of, read_record
@@ -21,7 +20,7 @@ from optimum_fista.run.streamed.journal import digest_of, read_record
 _VERSIONS = ("optimum-fista", "torch", "transformers")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
 _NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version")
-_FORMAT = 4  # of the records of a journal
+_FORMAT = 5  # of the records of a journal
 _READERS = 4  # files that are hashed at a time
 
 WeightFiles = dict[str, list[Any]]
@@ -48,16 +47,6 @@ def run_fingerprint(source: SourceFiles, pruning: ModelPruning) -> dict[str, Any
     if pruning.probe is not None:
         fingerprint["perplexity"] = tokens_sha256([CalibrationBatch(pruning.probe.tokens)])
     return dict(json.loads(json.dumps(fingerprint)))
-
-
-def arithmetic_of(model: PreTrainedModel) -> dict[str, str | None]:
-    """What a model computes with, besides its weights and its configuration."""
-    return {
-        "dtype": str(model.dtype),
-        "device": execution_device(model.get_input_embeddings()).type,
-        "attention": model.config._attn_implementation,
-        "experts": getattr(model.config, "_experts_implementation", None),
-    }
 
 
 def is_of_another_run(folder: Path, fingerprint: dict[str, Any]) -> bool:

@@ -242,7 +242,7 @@ def require_same_settings(
 
 
 def _refuse_differences(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    different = list(_differences(found, wanted))
+    different = list(differences(found, wanted))
     if different:
         shown = "; ".join(different[:_SHOWN]) + ("; ..." if len(different) > _SHOWN else "")
         raise ValueError(
@@ -295,12 +295,12 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> str:
     return digest_of(path)
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """What differs between two dictionaries of dictionaries, for people."""
     for key in {**found, **wanted}:
         was, now = found.get(key), wanted.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
-            yield from _differences(was, now, f"{prefix}{key}.")
+            yield from differences(was, now, f"{prefix}{key}.")
         elif was != now:
             before, after = _short(json.dumps(was), json.dumps(now))
             yield f"{prefix}{key} was {before}, is {after}"

@@ -189,6 +189,7 @@ class StreamedRun:
         if len(layers) < len(self.pruning.layers):
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators, report.layers, report.left_dense = [], [], {}
+        self.pruning.dense_layers = [layer.record.report.dense_sha256 for layer in layers.values()]
         for layer in layers.values():
             if layer.shard:
                 report.add(layer.record)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from optimum_fista.installing import install_command
+from optimum_fista.run.reports.report import HUB_DATASETS
 
 Split = Literal["calibration", "test"]
 
@@ -56,10 +57,10 @@ class TextSource:
 # have on today's Hub. C4's files are shuffled: the first documents of one (10 million tokens) represent all and fit in
 # memory; its test text ends after 256 windows there. PTB's main branch is a script, which `datasets` 4 refuses; the Hub
 # keeps a parquet copy of its configuration `penn_treebank` under another revision.
-_WIKITEXT = {"repository": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
-_C4_DOCUMENTS = {"repository": "allenai/c4", "max_rows": 20_000, "are_documents": True}
-_C4_TEXT = {"repository": "allenai/c4", "max_rows": 1100, "max_windows": 256}
-_PTB = {"repository": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet", "column": "sentence"}
+_WIKITEXT = {"repository": HUB_DATASETS["wikitext2"], "name": "wikitext-2-raw-v1"}
+_C4_DOCUMENTS = {"repository": HUB_DATASETS["c4"], "max_rows": 20_000, "are_documents": True}
+_C4_TEXT = {"repository": HUB_DATASETS["c4"], "max_rows": 1100, "max_windows": 256}
+_PTB = {"repository": HUB_DATASETS["ptb"], "revision": "refs/convert/parquet", "column": "sentence"}
 _HUB: dict[tuple[str, Split], dict[str, Any]] = {
     ("wikitext2", "calibration"): _WIKITEXT | {"split": "train"},
     ("wikitext2", "test"): _WIKITEXT | {"split": "test", "separator": "\n\n"},

@@ -1,10 +1,13 @@
 import errno
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from launched import exit_codes, start_code
 
 from optimum_fista.run.evaluation import evaluation_file
@@ -23,6 +26,45 @@ def test_measurements_are_added_and_those_made_again_replaced(tmp_path):
     assert read_evaluations(file) == [measured("dense", 10.0), measured("pruned", 12.0), measured("dense", 9.0, "sky")]
     add_evaluation(file, measured("dense", 11.0))
     assert read_evaluations(file) == [measured("pruned", 12.0), measured("dense", 9.0, "sky"), measured("dense", 11.0)]
+
+
+def test_a_perplexity_of_the_folder_itself_joins_the_metadata_of_its_card(saved, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved.folder, folder)
+    other = EvalResult("text-generation", "a/b", "b", "accuracy", 0.5)
+    card = ModelCard.load(folder / "README.md")
+    card.data.eval_results, card.data.model_name, card.data.license = [other], "mine", "mit"
+    card.text += "My own words.\n"
+    card.save(folder / "README.md")
+
+    def measure(of: Path, perplexity: float, text: str) -> None:
+        result = PerplexityResult(perplexity, 5, 155, 32, 1.5, text, "ab")
+        add_evaluation(folder / "fista" / "evaluation.json", Evaluation.of(str(of), result))
+
+    for of, perplexity, text in (
+        (folder, 12.5, "c4"),
+        (saved.folder, 9.0, "c4"),
+        (folder, 7.0, "c4"),
+        (folder, 3.0, "sea"),
+    ):
+        measure(of, perplexity, text)
+    found = ModelCard.load(folder / "README.md")
+    assert found.text == card.text
+    assert (found.data.license, found.data.model_name, found.data.datasets) == ("mit", "mine", ["allenai/c4"])
+    values = {(r.dataset_type, r.metric_type): r.metric_value for r in found.data.eval_results}
+    assert values == {("a/b", "accuracy"): 0.5, ("allenai/c4", "perplexity"): 7.0, ("sea", "perplexity"): 3.0}
+    index = found.data.to_dict()["model-index"]
+    assert eval_results_to_model_index(*model_index_to_eval_results(index)) == index
+
+
+def test_a_card_that_can_not_be_read_does_not_lose_the_measurement(saved, tmp_path, caplog):
+    folder = shutil.copytree(saved.folder, tmp_path / "model")
+    (folder / "README.md").write_text("---\na: [\n---\n")
+    evaluation = Evaluation.of(str(folder), measured("", 10.0).result)
+    add_evaluation(folder / "fista" / "evaluation.json", evaluation)
+    assert read_evaluations(folder / "fista" / "evaluation.json") == [evaluation]
+    assert "can't be read" in caplog.text
+    assert (folder / "README.md").read_text() == "---\na: [\n---\n"
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,26 @@ def test_base_model_is_a_hub_id(saved, name, base_model, title):
     assert f"# {title}\n" in card.text
 
 
+def test_what_search_and_the_model_tree_of_the_hub_read(saved):
+    calibration = saved.report.calibration | {"source": "c4"}
+    report = dataclasses.replace(saved.report, model=saved.report.model | {"name": "a/b"}, calibration=calibration)
+    data = ModelCard(model_card(report)).data
+    assert (data.base_model_relation, data.datasets) == ("finetune", ["allenai/c4"])
+    data = card_of(saved).data
+    assert (data.base_model, data.get("base_model_relation"), data.datasets) == (None, None, None)
+
+
+def test_license_and_languages_are_those_of_the_dense_model(saved, tmp_path):
+    card = "---\nlicense: other\nlicense_name: sea\nlanguage:\n- de\n- en\ntags:\n- dense\n---\n# The sea\n"
+    (tmp_path / "README.md").write_text(card)
+    data = ModelCard(model_card(saved.report, dense=str(tmp_path))).data
+    assert (data.license, data.license_name, data.language) == ("other", "sea", ["de", "en"])
+    assert "dense" not in data.tags
+    (tmp_path / "README.md").write_text("---\n- [\n---\n")
+    for folder in (str(tmp_path), "", "no/such-model"):
+        assert model_card(saved.report, dense=folder) == model_card(saved.report)
+
+
 def test_calibration_of_unknown_source(saved):
     calibration = saved.report.calibration | {"source": None}
     text = model_card(dataclasses.replace(saved.report, calibration=calibration))

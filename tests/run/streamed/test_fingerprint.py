@@ -14,6 +14,7 @@ from tiny_llama import tiny_llama, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.environment import arithmetic_of
 from optimum_fista.run.streamed import fingerprint
 from optimum_fista.run.streamed.journal import Journal
 
@@ -145,7 +146,7 @@ def test_another_dtype_is_refused(source, cut_off):
 
 def test_attention_and_device_are_part_of_it(dense, monkeypatch):
     def arithmetic(attention: str) -> dict:
-        return fingerprint.arithmetic_of(AutoModelForCausalLM.from_pretrained(dense, attn_implementation=attention))
+        return arithmetic_of(AutoModelForCausalLM.from_pretrained(dense, attn_implementation=attention))
 
     assert arithmetic("eager") == arithmetic("sdpa") | {"attention": "eager"}
     assert arithmetic("eager")["device"] == "cpu"

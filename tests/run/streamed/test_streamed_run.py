@@ -373,7 +373,7 @@ def test_a_folder_that_is_there_keeps_its_files_wherever_the_run_is_cut_off(sour
     for path, text in foreign.items():
         path.write_text(text)
     install = streamed_run.install
-    for writes, arrived in {1: False, 11: True, 10: True}.items():
+    for writes, arrived in {1: False, 12: True, 11: True}.items():
         with ExitStack() as until_the_end:
 
             def killed(*arguments, writes=writes, until_the_end=until_the_end) -> None:

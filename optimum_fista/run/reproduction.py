@@ -1,0 +1,247 @@
+"""Making a pruned model again as its folder says, and how near the second result comes to the first."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimum_fista.model.architecture import find_decoder_layers, input_embedding
+from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches
+from optimum_fista.model.digest import combined_sha256, layer_sha256, rest_sha256
+from optimum_fista.run.checkpoints.checkpoint import (
+    REPRODUCE_FILE,
+    checkpoint_files,
+    checkpoint_sha256,
+    read_json,
+    read_report,
+    require_files,
+)
+from optimum_fista.run.checkpoints.loading import load_lazily
+from optimum_fista.run.config import FistaPruningConfig
+from optimum_fista.run.environment import arithmetic_of, processor
+from optimum_fista.run.evaluation.verification import read_operators
+from optimum_fista.run.packed_folders.unpacking import is_packed
+from optimum_fista.run.pruner import FistaPruner
+from optimum_fista.run.pruning.run_report import describe_calibration
+from optimum_fista.run.reports.report import MixtureReport, OperatorReport, PruningReport, library_versions
+from optimum_fista.run.streamed.journal import differences
+from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
+from optimum_fista.solve.bitmask import unpack_mask
+
+SAME_MASK = 0.95
+"""Share of the weights of all operators that both runs have to keep or remove; docs/howto/reproduce.md says why."""
+SAME_ERROR = 0.1
+"""By how much the errors of an operator may differ, as a share of the first."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came out of a second run.
+
+    Attributes:
+        bit_equal: Whether all tensors are.
+        mask_agreement: Share of the weights of all operators that both runs keep or both remove; a weight in a group of
+            columns that stayed in one smaller model alone counts as another.
+        error_changes: By how much the error of each operator or mixture differs, as a share of the first; `inf` if it
+            has another size. Empty if all is bit-equal.
+    """
+
+    bit_equal: bool
+    mask_agreement: float = 1.0
+    error_changes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def nearly_equal(self) -> bool:
+        """Whether it is bit-equal, or differs by no more than results of different processors do."""
+        near = self.mask_agreement >= SAME_MASK and max(self.error_changes.values(), default=0.0) <= SAME_ERROR
+        return self.bit_equal or near
+
+    def __str__(self) -> str:
+        """A line for people."""
+        if self.bit_equal:
+            return "bit-equal: every tensor was made again"
+        worst = sorted(self.error_changes.items(), key=lambda item: -item[1])[:4]
+        shown = ", ".join(f"{name} ({change:.1%})" for name, change in worst if change)
+        found = f"masks agree in {self.mask_agreement:.2%} of the weights, errors differ most in {shown or 'none'}"
+        if self.nearly_equal:
+            return f"equal within what processors differ by: {found}"
+        limits = f"at least {SAME_MASK:.0%} and at most {SAME_ERROR:.0%} are what processors differ by"
+        return f"NOT equal: {found}; {limits}"
+
+
+def reproduce(
+    folder: str | Path,
+    output: str | Path | None = None,
+    *,
+    model: str | Path | None = None,
+    calibration: str | None = None,
+    calib_dataloader: Iterable[Any] | None = None,
+    device: str | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> Reproduction:
+    """Prune a model again as `fista/reproduce.json` of its folder says, and compare the result with it.
+
+    Versions, processor and arithmetic that differ are said first. Then the model and the calibration tokens are
+    compared by their digests, before anything is pruned. The run takes as many threads as the first one.
+
+    Args:
+        folder: The pruned model's folder, packed or not.
+        output: Where to keep the second result; `None`: nowhere.
+        model: Where the dense model is; `None`: the Hub id that was pruned, or a folder of that name here.
+        calibration: The calibration source; `None`: that of the first run. A text file is found by its name here.
+        calib_dataloader: The calibration batches, if they came from no source that has a name.
+        device: Where to compute; `None`: on the kind of device that the first run used.
+        progress: Whether to show a progress bar.
+        say: Called with each line on what differs.
+
+    Raises:
+        FileNotFoundError: If the folder does not say how it was made, or the model or the text is not here.
+        ValueError: If the model, the tokens, or the weights in the folder are others than those of the first run.
+    """
+    folder = Path(folder)
+    require_files(folder, REPRODUCE_FILE)
+    made, report = read_json(folder / REPRODUCE_FILE), read_report(folder)
+    config, arithmetic = FistaPruningConfig.from_dict(report.config), made["arithmetic"]
+    where: dict[str, Any] = {
+        "device": device or arithmetic["device"],
+        "dtype": arithmetic["dtype"].removeprefix("torch."),
+    }
+    name = _model_name(made["model"]) if model is None else str(model)
+    with _threads(made["processor"]["threads"]), tempfile.TemporaryDirectory(prefix="optimum-fista-") as scratch:
+        dense, _ = load_lazily(name, Path(scratch) / "offload", **where)
+        now = {"versions": library_versions(), "processor": processor(), "arithmetic": arithmetic_of(dense)}
+        for line in differences({key: made[key] for key in now}, now):
+            say(line)
+        _require_same_weights(folder, made)
+        digests = [layer_sha256(layer) for _, layer in find_decoder_layers(dense)]
+        if combined_sha256([*digests, rest_sha256(dense)]) != made["model"]["sha256"]:
+            others = [layer.name for layer in report.layers if layer.dense_sha256 not in digests]
+            shown = ", ".join(others[:4]) or "what is in no decoder layer"
+            raise ValueError(
+                f"model={name!r} is not the one that was pruned: {shown}{', ...' if len(others) > 4 else ''} differs. "
+                "Pass the model as it was (--model)."
+            )
+        vocabulary = input_embedding(dense).shape[0]
+        del dense
+        batches = calib_dataloader
+        if batches is None:
+            batches = _named_batches(name, calibration, made, config.seed, where)
+        batches = hold_out(read_batches(batches, vocabulary), config.held_out)
+        _require_same_tokens(batches, made)
+        again = Path(scratch) / "again" if output is None else Path(output)
+        FistaPruner(config, progress=progress).prune(
+            name,
+            [_as_passed(batch) for batch in batches],
+            calibration_source=made["calibration"]["source"],
+            output_dir=again,
+            packed=made["packed"],
+            **where,
+        )
+        if read_json(again / REPRODUCE_FILE)["result_sha256"] == made["result_sha256"]:
+            return Reproduction(bit_equal=True)
+        return _compare(folder, report, again, read_report(again))
+
+
+def _model_name(model: dict[str, Any]) -> str:
+    """The name that a run can be given again."""
+    name = str(model["name"])
+    if not name or (model["is_local"] and not Path(name).exists()):
+        raise FileNotFoundError(f"model: there is no {name or 'name, and no folder'} here: pass where it is (--model).")
+    return name
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute in so many threads, and afterwards in as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _require_same_weights(folder: Path, made: dict[str, Any]) -> None:
+    """Refuse a folder whose weights are not those that the run wrote; one that was packed later can't be told."""
+    packed = is_packed(folder)
+    if packed != made["packed"]:
+        return
+    if checkpoint_sha256(checkpoint_files(folder, "packed" if packed else "model")) != made["result_sha256"]:
+        raise ValueError(f"the weights in {str(folder)!r} were changed after the run: there is nothing to compare.")
+
+
+def _named_batches(
+    name: str,
+    calibration: str | None,
+    made: dict[str, Any],
+    seed: int,
+    where: dict[str, Any],
+) -> Iterable[Any]:
+    """The calibration batches of a source that has a name."""
+    found, source = made["calibration"], calibration or made["calibration"]["source"]
+    length, left = divmod(found["num_tokens"], found["num_sequences"])
+    if source is None or left:
+        raise ValueError(
+            "calibration: the tokens came from Python and have no name: pass the text that they were sampled from "
+            "(--calibration), or the batches themselves, reproduce(folder, calib_dataloader=...)."
+        )
+    count = found["num_sequences"] + found.get("held_out", {}).get("num_sequences", 0)
+    tokens = calibration_tokens_by_name(name, source, count, length, seed, **where)
+    return tokens.split([rows for number, rows, _ in made["batches"] for _ in range(number)])
+
+
+def _require_same_tokens(batches: list[CalibrationBatch], made: dict[str, Any]) -> None:
+    found = describe_calibration(batches, made["calibration"]["source"])
+    if found != made["calibration"]:
+        others = "; ".join(differences(made["calibration"], found))
+        raise ValueError(
+            f"the calibration tokens are not those of the first run ({others}). Pass the text that it had "
+            "(--calibration), or its batches, reproduce(folder, calib_dataloader=...)."
+        )
+
+
+def _as_passed(batch: CalibrationBatch) -> dict[str, Any]:
+    mask = batch.attention_mask
+    return {"input_ids": batch.input_ids} | ({} if mask is None else {"attention_mask": mask})
+
+
+def _compare(folder: Path, report: PruningReport, again: Path, second: PruningReport) -> Reproduction:
+    """How near two results come that are not bit-equal, one operator in memory at a time."""
+    first, others = _records(report), _records(second)
+    changes = {name: _error_change(first.get(name), others.get(name)) for name in {**first, **others}}
+    if any(change == float("inf") for change in changes.values()):
+        return Reproduction(False, 0.0, changes)
+    same = total = 0
+    for pair in zip(read_operators(folder, report), read_operators(again, second), strict=True):
+        (one, weight, mask), (other, _, mask_again) = pair
+        agree = unpack_mask(mask, tuple(weight.shape)) == unpack_mask(mask_again, tuple(weight.shape))
+        if one.groups_kept is not None and other.groups_kept is not None:  # the columns of other groups are others
+            stayed = torch.tensor([number in other.groups_kept for number in one.groups_kept])
+            columns = agree if not one.stored_transposed else agree.T
+            columns &= stayed.repeat_interleave(columns.shape[1] // len(stayed))
+        same, total = same + int(agree.sum()), total + agree.numel()
+    return Reproduction(False, same / total if total else 1.0, changes)
+
+
+def _records(report: PruningReport) -> dict[str, OperatorReport | MixtureReport]:
+    records: list[OperatorReport | MixtureReport] = [*report.operators, *report.mixtures]
+    return {record.name: record for record in records}
+
+
+def _error_change(one: OperatorReport | MixtureReport | None, other: OperatorReport | MixtureReport | None) -> float:
+    """By how much the error of an operator or a mixture differs, as a share of the first."""
+    if one is None or other is None or _size(one) != _size(other):
+        return float("inf")
+    pairs = [(getattr(one, name, None), getattr(other, name, None)) for name in ("fit_error", "output_error")]
+    return max(abs(a - b) / a if a else float(a != b) for a, b in pairs if a is not None and b is not None)
+
+
+def _size(one: OperatorReport | MixtureReport) -> tuple[int, ...]:
+    return one.shape if isinstance(one, OperatorReport) else (len(one.groups_kept),)
