@@ -317,9 +317,27 @@ def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch
         patched.setattr(journal.Journal, "keep_layer", None)
         with pytest.raises(TypeError):
             prune("--method", "wanda")
-    assert prune("--method", "wanda", "--sparsity", "0.25") == 1
+    with monkeypatch.context() as patched:  # refused before any text is sampled
+        patched.setattr("optimum_fista.run.texts.calibration_source.calibration_tokens_by_name", None)
+        assert prune("--method", "wanda", "--num-samples", "9") == 1
+        assert "was another one (sequences was 8, is 9)" in capsys.readouterr().err
+        assert prune("--method", "wanda", "--sparsity", "0.25") == 1
     assert "was another one (config.sparsity was 0.5, is 0.25)" in capsys.readouterr().err
     assert prune("--method", "wanda", "--sparsity", "0.25", "--overwrite") == 0
+
+
+def test_a_run_that_resumes_takes_the_batches_it_began_with(prune, tmp_path, monkeypatch, capsys):
+    keep = journal.Journal.keep_layer
+
+    def interrupted(self, index, *arguments):
+        keep(self, index, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal.Journal, "keep_layer", interrupted)
+        assert prune("--method", "wanda", "--batch-size", "4") == 130
+    assert prune("--method", "wanda") == 0
+    assert "8 x 16 tokens of text, batches of 4" in capsys.readouterr().err.split("decoder layers are finished")[1]
 
 
 def test_curves_in_tensorboard(tiny_folder, text_file, tmp_path, monkeypatch):

@@ -42,6 +42,10 @@ LIBRARIES = 295 * 2**20
 """Python with torch (a build for CPUs) and Transformers, and what their first calls add, in bytes; measured."""
 IMPORT_SECONDS = 6.0
 """Python's imports of torch and Transformers, measured on a CPU."""
+_FIRST_GRADIENTS = 1.3
+"""What gradients take besides their products, in units of what Python takes in a decoder layer; measured on a CPU."""
+_DEQUANTIZING = 5e-8
+"""Seconds that a weight of a GGUF file takes, measured on a CPU."""
 _KEPT_FREE = 64 * 2**20
 """What the C library keeps of freed memory, at most; it is a tenth of what was held if that is less."""
 _TOKENS_TOGETHER = 8192
@@ -68,7 +72,8 @@ class Estimate:
     Attributes:
         shapes: The model without weights, and its operators.
         rates: What the device does in a second; `None` if it was not measured.
-        start_seconds: What a run takes before it begins: imports, and reading a GGUF file, which is done three times.
+        start_seconds: What a run takes before it begins: imports, and reading a GGUF file, which is done to sample or
+            cut the text, and to prune.
         notes: What the reader should know.
     """
 
@@ -123,7 +128,6 @@ class Estimate:
         given = model if isinstance(model, PreTrainedConfig) else read_config(str(model))
         reading = time.perf_counter() - started
         self.whole = not isinstance(model, PreTrainedConfig) and gguf_file(str(model)) is not None
-        self.start_seconds = IMPORT_SECONDS + 3 * reading * self.whole
         stored = floating_dtype((None if self.whole else getattr(given, "dtype", None)) or torch.float32)
         self.shapes = model_shapes(given, config, stored if dtype == "auto" else floating_dtype(dtype))
         self.model, self.config = self.shapes.model, self.shapes.config
@@ -141,6 +145,8 @@ class Estimate:
         self.vocabulary, self.hidden = input_embedding(self.model).shape
         self.value = self.model.dtype.itemsize
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
+        dequantizing = self.model.num_parameters() * _DEQUANTIZING
+        self.start_seconds = IMPORT_SECONDS + (3 * reading + 2 * dequantizing) * self.whole
         self.corrects, self.records = config.correction.dense_share > 0, config.correction.needs_dense
         streams = (self.records or config.finetune is not None) + (not config.correction.independent_layers)
         self.stream_bytes = self.value * self.tokens * self.hidden
@@ -280,7 +286,8 @@ class Estimate:
         layers = sum(kind.count for kind in self.shapes.kinds)
         tried = first * sum(layers + 1 - done for done in range(self.rounds))
         stages["forward passes"] += work(2 * head * self.num_unseen * self.length)
-        stages["allocation"] = work(2 * head * gradients + head * tried)
+        once = _FIRST_GRADIENTS * self.differentiates
+        stages["allocation"] = work(2 * head * gradients + head * tried, layers=once)
         for kind in self.shapes.kinds:
             widths = sum(g.outputs + g.columns for g in kind.groups if not g.of_expert)
             # A token's forward pass; attention (half of all pairs of tokens) is half as fast as products.

@@ -225,6 +225,32 @@ def test_patterns_that_match_nothing_are_named_as_by_the_run(family):
     assert [note.partition(":")[0] for note in notes] == ["include", "exclude", "overrides"]
 
 
+def test_batches_are_as_large_as_an_accelerator_needs_and_its_memory_allows():
+    def best(free: int | None, **options) -> int:
+        return Estimate(LlamaConfig(), timed=False, **options).best_batch_size(free)
+
+    device = {"device": "cuda", "storage_device": "cpu", "num_samples": 128}
+    assert best(None, sequence_length=2048, **device) == 4
+    assert best(None, sequence_length=16384, **device) == 1
+    assert best(None, sequence_length=16, device="cuda", num_samples=5) == 5
+    assert best(2**50, sequence_length=2048, **device) == 4
+    assert best(2**20, sequence_length=2048, **device) == 1
+    assert best(None, device="cpu", sequence_length=16) == 1
+    one, four = (Estimate(LlamaConfig(), timed=False, batch_size=b, **device) for b in (1, 4))
+    between = (one.memory["device"].total + four.memory["device"].total) / 2
+    assert best(int(between / 0.8), sequence_length=2048, **device) == 2
+    assert one.with_batch_size(4).memory == four.memory
+
+
+def test_the_overview_is_the_estimate_in_a_few_lines():
+    shown = str(Estimate(LlamaConfig(), timed=False, device="cuda", calibration="self").overview())
+    lines = dict(line.split(maxsplit=1) for line in shown.splitlines())
+    assert lines["pruned"] == "224 operators with 6,476,005,376 weights; 3,238,002,688 become zero (50.0%)"
+    assert lines["calibration"] == "128 x 2048 tokens that the model writes itself, batches of 1"
+    assert lines["time"].startswith("not known")
+    assert len(lines) <= 10
+
+
 def test_experts_that_stay_dense_cost_no_solving():
     config = tiny_model("mixtral").config
     whole, none, some = (
