@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from optimum_fista.model.architecture import find_decoder_layers, input_embedding
-from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches
+from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches, tokens_sha256
 from optimum_fista.model.digest import combined_sha256, layer_sha256, rest_sha256
 from optimum_fista.run.checkpoints.checkpoint import (
     REPRODUCE_FILE,
@@ -132,7 +132,8 @@ def reproduce(
         del dense
         batches = calib_dataloader
         if batches is None:
-            batches = _named_batches(name, calibration, made, config.seed, where)
+            further = 0 if config.held_out or report.perplexity is None else report.perplexity["num_sequences"]
+            batches = _named_batches(name, calibration, made, config.seed, where, further)
         batches = hold_out(read_batches(batches, vocabulary), config.held_out)
         _require_same_tokens(batches, made)
         again = Path(scratch) / "again" if output is None else Path(output)
@@ -183,8 +184,12 @@ def _named_batches(
     made: dict[str, Any],
     seed: int,
     where: dict[str, Any],
+    further: int,
 ) -> Iterable[Any]:
-    """The calibration batches of a source that has a name."""
+    """The calibration batches of a source that has a name, of which `further` sequences may have been drawn with them.
+
+    The command line draws those to measure the perplexity on together with the others.
+    """
     found, source = made["calibration"], calibration or made["calibration"]["source"]
     length, left = divmod(found["num_tokens"], found["num_sequences"])
     if source is None or left:
@@ -193,7 +198,10 @@ def _named_batches(
             "(--calibration), or the batches themselves, reproduce(folder, calib_dataloader=...)."
         )
     count = found["num_sequences"] + found.get("held_out", {}).get("num_sequences", 0)
-    tokens = calibration_tokens_by_name(name, source, count, length, seed, **where)
+    for number in dict.fromkeys((further, 0)):
+        tokens = calibration_tokens_by_name(name, source, count + number, length, seed, **where)[:count]
+        if tokens_sha256([CalibrationBatch(tokens[: found["num_sequences"]])]) == found["sha256"]:
+            break
     return tokens.split([rows for number, rows, _ in made["batches"] for _ in range(number)])
 
 

@@ -326,6 +326,13 @@ def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch
     assert prune("--method", "wanda", "--sparsity", "0.25", "--overwrite") == 0
 
 
+def test_a_run_is_reproduced_with_the_text_that_the_model_writes(prune, tiny_folder, tmp_path, capsys):
+    assert prune("--calibration", "self", "--method", "wanda") == 0
+    assert report_of(tmp_path / "out")["perplexity"]["num_sequences"] == 1
+    assert main(["reproduce", str(tmp_path / "out"), "--model", str(tiny_folder)]) == 0
+    assert "bit-equal: every tensor was made again" in capsys.readouterr().out
+
+
 def test_a_run_that_resumes_takes_the_batches_it_began_with(prune, tmp_path, monkeypatch, capsys):
     keep = journal.Journal.keep_layer
 

@@ -29,7 +29,7 @@ _WIDTH = 192
 """Inputs of the small matrices that methods are tried on."""
 _DISK = 5e8
 """Bytes a second that a disk is assumed to write; nothing is written to measure it."""
-_LAYER_SECONDS = 0.6
+_LAYER_SECONDS = 0.55
 """What Python takes in each decoder layer; measured on a CPU."""
 LAYER_CALL = 4e-4 / _LAYER_SECONDS
 """What Python takes to run a decoder layer on few tokens, in units of the above; measured while text is sampled."""

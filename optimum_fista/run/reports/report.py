@@ -239,7 +239,8 @@ class PruningReport:
         versions: Versions of the libraries that matter.
         retrained: Whether weights were trained after pruning, so that the operators' errors are those before it.
         perplexity: Of the `"dense"` and of the `"pruned"` network on text like that of the calibration to which
-            nothing was fitted, and `"num_tokens"` that were predicted in it; `None` if it was not measured.
+            nothing was fitted, `"num_tokens"` that were predicted in it, and `"num_sequences"` that they are of;
+            `None` if it was not measured.
         origin: What the run began with, for `fista/reproduce.json`, which keeps it; empty in a report that was read.
     """
 
