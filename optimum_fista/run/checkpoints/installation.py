@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from optimum_fista.run.checkpoints.atomic import flush, write_text
+from optimum_fista.run.checkpoints.checkpoint import CARD_FILE, REPORT_FILE, read_report
 from optimum_fista.run.checkpoints.output_folder import (
     FILES_FILE,
     FOLDER,
@@ -25,6 +26,7 @@ from optimum_fista.run.checkpoints.output_folder import (
     names_in,
     require_output,
 )
+from optimum_fista.run.reports.card import PACKED_NOTE, PICTURE_FILE, model_card, text_of_card
 
 _OFFLOADED = "offload-*"  # in the journal: weights that a rank of a running run reads again and again
 
@@ -65,6 +67,7 @@ def install(folder: Path, output_dir: Path, overwrite: bool, foreign: Collection
     elif "tokenizer_config.json" not in names:  # a model that brings none keeps the tokenizer that is there
         old -= {*TOKENIZER}
         belong |= model_files(output) - old
+    _keep_edited_card(output)
     _write_list(folder, belong)
     partials = [_partial(name) for name in names]
     for partial in partials:
@@ -84,6 +87,25 @@ def install(folder: Path, output_dir: Path, overwrite: bool, foreign: Collection
         raise OSError(error.errno, f"{message} brings it in", error.filename) from error
     discard(folder, True)
     remove_offloaded(folder)
+
+
+def _keep_edited_card(output: Path) -> None:
+    """Copy a model card whose text is not that which a run wrote: it is about to be replaced."""
+    card, picture = output / CARD_FILE, output / PICTURE_FILE
+    if not card.is_file() or not (output / REPORT_FILE).is_file():
+        return
+    try:
+        report = read_report(output)
+    except ValueError:
+        return  # no folder of a run
+    try:
+        written = model_card(report, PICTURE_FILE if picture.exists() else None)
+    except Exception:  # of a version that reported less: its card can't be told from an edited one
+        written = ""
+    text = card.read_text(errors="replace").replace(PACKED_NOTE, "")
+    kept = [output / "README.before.md", *(output / f"README.before-{number}.md" for number in range(2, 1000))]
+    if text_of_card(text) != text_of_card(written):
+        shutil.copy2(card, next(path for path in kept if not os.path.lexists(path)))
 
 
 def settle(folder: Path, output: Path) -> None:

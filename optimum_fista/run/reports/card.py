@@ -71,6 +71,11 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
     )
 
 
+def text_of_card(card: str) -> str:
+    """What is below the metadata of a card."""
+    return re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL).strip()
+
+
 def _metadata(report: PruningReport, dense: str) -> ModelCardData:
     """What the Hub reads at the top of the card."""
     name, base = report.model["name"], _metadata_of(dense)

@@ -148,6 +148,19 @@ def test_a_model_that_is_there_is_refused_and_untouched(saved, tokens, tmp_path)
         pruner.save_pretrained(model, tmp_path / "file", overwrite=True)
 
 
+def test_an_edited_card_is_kept_when_the_model_is_replaced(saved, tokens, tmp_path):
+    folder = shutil.copytree(saved.folder, tmp_path / "model")
+    pruner, model = pruned_model(tokens)
+    pruner.save_pretrained(model, folder, overwrite=True)
+    assert not list(folder.glob("README.*before*"))
+    for name in ("README.before.md", "README.before-2.md"):
+        edited = (folder / "README.md").read_text() + "\nMy own words.\n"
+        (folder / "README.md").write_text(edited)
+        pruner.save_pretrained(model, folder, overwrite=True)
+        assert (folder / name).read_text() == edited
+        assert "My own words" not in (folder / "README.md").read_text()
+
+
 def test_overwriting_leaves_no_weight_of_the_old_model_and_every_other_file(saved_gpt2, tokens, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(saved_gpt2.folder, folder)
