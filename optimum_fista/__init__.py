@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.reports.report import PruningReport
     from optimum_fista.run.retraining.lora import mask_adapters, merge_adapters
+    from optimum_fista.run.retraining.recovery import recover
     from optimum_fista.run.retraining.training import MaskedTrainingCallback, masked_training, save_masked
     from optimum_fista.solve.pruned import PrunedOperator
 
@@ -29,6 +30,7 @@ __all__ = [
     "mask_adapters",
     "masked_training",
     "merge_adapters",
+    "recover",
     "save_masked",
 ]
 
@@ -44,6 +46,7 @@ _HOMES = {
     "mask_adapters": "optimum_fista.run.retraining.lora",
     "masked_training": "optimum_fista.run.retraining.training",
     "merge_adapters": "optimum_fista.run.retraining.lora",
+    "recover": "optimum_fista.run.retraining.recovery",
     "save_masked": "optimum_fista.run.retraining.training",
 }
 

@@ -19,13 +19,14 @@ from optimum_fista_cli import (
     evaluate,
     pack,
     prune,
+    recover,
     report,
     reproduce,
     unpack,
     verify,
 )
 
-_COMMANDS = (prune, evaluate, compare, report, verify, reproduce, chat, pack, unpack, bench, demo, doctor)
+_COMMANDS = (prune, recover, evaluate, compare, report, verify, reproduce, chat, pack, unpack, bench, demo, doctor)
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.

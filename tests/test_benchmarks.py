@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from layer_problems import example
-from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from optimum_fista.run.comparison.comparison import Comparison
 from optimum_fista.run.config import RECIPES, FistaPruningConfig
 from optimum_fista.run.speed.speed_report import SpeedReport
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import calibration_windows
 from optimum_fista.solve.methods.fista import Fista
 from optimum_fista.solve.patterns import Unstructured
 
@@ -70,6 +72,17 @@ def test_recipes_in_the_quickstart(benchmark):
             assert (products[0] / 100e12 + products[1] / 20e12) / 3600 == pytest.approx(hours, rel=0.06)
             found = [model.memory[place].total / 2**30 for place in ("device", "host")]
             assert found == pytest.approx([device, host], rel=0.06)
+
+
+def test_a_training_text_has_no_window_that_is_measured_on(benchmark, tmp_path):
+    words = [f"word{number} " for number in range(600)]
+    (tmp_path / "text.txt").write_text("".join(words))
+    tokenizer, script = tiny_tokenizer(), benchmark("recovery")
+    windows = calibration_windows(tokenizer, load_text(str(tmp_path / "text.txt"), "calibration"), 6, 64, 0)
+    left = script.text_without(str(tmp_path / "text.txt"), windows[4:], tokenizer, tmp_path).read_text()
+    found = [tokenizer.decode(window) in left for window in windows]
+    assert found == [True] * 4 + [False] * 2
+    assert len("".join(words)) - len(left) == 2 * (64 - 2)
 
 
 def test_estimates_beside_real_runs(benchmark):

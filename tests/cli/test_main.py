@@ -19,6 +19,11 @@ FLAGS = {
         "--held-out --batch-size --seed --device --dtype --storage-device --report-to --logging-dir "
         "--push-to-hub --private --help-all"
     ),
+    "recover": (
+        "DIR --teacher --output -o --calibration --tokens --train --device --compute-dtype --overwrite "
+        "--sequence-length --batch-size --accumulate --held-out --learning-rate --label-share --seed "
+        "--teacher-cache --top-k"
+    ),
     "evaluate": "MODEL --text --sequence-length --max-windows --batch-size --device --dtype --output -o",
     "compare": (
         "MODEL --output -o --render --methods --patterns --seeds --texts --tasks --include-path --limit "

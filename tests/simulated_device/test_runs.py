@@ -5,13 +5,14 @@ import torch
 from launched import exit_codes, launch
 from simulated_device.places import PLACES, dispatched, placed, pruned_at, require_the_same, weights_of
 from simulated_device.ranks import prune_on_device
-from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import MOE_FAMILIES, VOCAB_SIZE, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback, masked_training
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback, masked_training, recover
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
 
@@ -50,6 +51,22 @@ def test_padding_counts_nowhere(place, side, tmp_path):
     expected, _ = prune_on_cpu(tiny_llama(), config, batches)
     found, _ = pruned_at(place, config, tiny_llama(), batches, tmp_path)
     require_the_same(found, expected)
+
+
+def test_a_model_is_recovered_as_on_the_cpu(tmp_path):
+    pruner, model = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False), tiny_llama()
+    pruner.prune(model, tiny_tokens().split(4))
+    pruner.save_pretrained(model, tmp_path / "pruned", tiny_tokenizer())
+    (tmp_path / "text.txt").write_text(TEXT)
+    dense, found = save_tiny_folder(tmp_path / "dense"), {}
+    options = {"tokens": 640, "sequence_length": 16, "compute_dtype": "float32", "train": "all", "progress": False}
+    for device in ("cpu", "simulated:0"):
+        text, output = str(tmp_path / "text.txt"), tmp_path / device
+        recover(tmp_path / "pruned", dense, output, calibration=text, device=device, label_share=0.5, **options)
+        assert verify_checkpoint(output).num_zeros == 7680
+        found[device] = weights_of(AutoModelForCausalLM.from_pretrained(output))
+    for name, weight in found["cpu"].items():
+        torch.testing.assert_close(found["simulated:0"][name], weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,23 @@ def save_checkpoint(
         ValueError: If a weight outside its mask is no longer zero, or the checkpoint has no name for a weight.
     """
     require_output(folder, overwrite)
+    with new_output(folder, overwrite) as unfinished:
+        write_checkpoint(model, unfinished, report, masks, tokenizer)
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    folder: Path,
+    report: PruningReport,
+    masks: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Write all files of a pruned model into an unfinished folder.
+
+    Raises:
+        OSError: If the disk is full, or can't be written to.
+        ValueError: If a weight outside its mask is no longer zero, or the checkpoint has no name for a weight.
+    """
     if is_retrained(model) and not report.retrained:
         report = dataclasses.replace(report, retrained=True)
     found = operators_by_weight(model, report)
@@ -82,10 +99,9 @@ def save_checkpoint(
     stored, masks = as_stored(report.operators, masks, stored_names(model, operators))
     report = dataclasses.replace(report, operators=stored)
     forget_gguf(model)
-    with new_output(folder, overwrite) as unfinished:
-        with errors_of_writing(unfinished):
-            _save_model(model, unfinished)
-        write_all_but_weights(unfinished, model, tokenizer, report, masks)
+    with errors_of_writing(folder):
+        _save_model(model, folder)
+    write_all_but_weights(folder, model, tokenizer, report, masks)
 
 
 def write_all_but_weights(

@@ -17,8 +17,6 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.expert_removal import experts_to_keep
 from optimum_fista.model.parts import runs_of_experts, text_config
-from optimum_fista.packed.format import unpack
-from optimum_fista.packed.format import unpack_mask as unpack_packed_mask
 from optimum_fista.packed.validation import PackedFormatError
 from optimum_fista.run.checkpoints.checkpoint import (
     CONFIG_FILE,
@@ -34,9 +32,9 @@ from optimum_fista.run.checkpoints.checkpoint import (
 )
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.evaluation.against_dense import VerificationError, compare_with_dense
-from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
+from optimum_fista.run.packed_folders.unpacking import is_packed, packed_operators
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
-from optimum_fista.solve.bitmask import pack_mask, unpack_mask
+from optimum_fista.solve.bitmask import unpack_mask
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import Columns, parse_pattern
 
@@ -172,7 +170,7 @@ def _agree(promised: float | None, value: float | None) -> bool:
 
 def read_operators(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
     """Every operator of a folder, packed or not, with its weight and its mask, packed to bits."""
-    return (_read_packed if is_packed(folder) else _read_dense)(folder, report)
+    return (packed_operators if is_packed(folder) else _read_dense)(folder, report)
 
 
 def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
@@ -188,20 +186,6 @@ def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorR
             raise VerificationError("the masks and the report name different operators.")
         for operator, (_, tensor) in zip(report.operators, read_tensors(files, tensors), strict=True):
             yield operator, tensor[split_index(operator.name)[1]], masks.get_tensor(operator.name)
-
-
-def _read_packed(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
-    """The same from a packed one, whose weights bring their masks."""
-    reader = PackedFiles.of_folder(folder)
-    name, dense, mask = "", torch.empty(0), torch.empty(0)
-    for operator in report.operators:
-        tensor, index = split_index(operator.name)
-        if tensor not in reader.names:
-            raise VerificationError(f"{tensor} is in the report but not packed in the checkpoint.")
-        if tensor != name:
-            packed = reader.read(tensor)
-            name, dense, mask = tensor, unpack(packed), unpack_packed_mask(packed)
-        yield operator, dense[index], pack_mask(mask[index])
 
 
 def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -> int:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, _IdentityOp
 
-from optimum_fista.packed.format import PackedTensor, check, packed_names, unpack
-from optimum_fista.packed.validation import SUFFIXES
+from optimum_fista.packed.format import PackedTensor, check, packed_names, unpack, unpack_mask
+from optimum_fista.packed.validation import SUFFIXES, PackedFormatError
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_FILE, PACKED_KEY, checkpoint_files, read_json
+from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.packed_folders.packed_loading import QUANT_METHOD
 from optimum_fista.run.packed_folders.packing import Packing
+from optimum_fista.run.reports.report import OperatorReport, PruningReport
+from optimum_fista.solve.bitmask import pack_mask
 
 
 class Unpack(ConversionOps):
@@ -137,6 +141,24 @@ class PackedFiles:
             check(packed, name)
             self._checked.add(name)
         return packed
+
+
+def packed_operators(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
+    """Every operator of a packed folder with its weight, dense, and its mask, packed to bits as in the masks' file.
+
+    Raises:
+        PackedFormatError: If the report names a weight that is not packed, or a packed one is damaged.
+    """
+    reader = PackedFiles.of_folder(folder)
+    name, dense, mask = "", torch.empty(0), torch.empty(0)
+    for operator in report.operators:
+        tensor, index = split_index(operator.name)
+        if tensor not in reader.names:
+            raise PackedFormatError(f"{tensor} is in the report but not packed in the checkpoint.")
+        if tensor != name:
+            packed = reader.read(tensor)
+            name, dense, mask = tensor, unpack(packed), unpack_mask(packed)
+        yield operator, dense[index], pack_mask(mask[index])
 
 
 def is_packed(folder: Path) -> bool:

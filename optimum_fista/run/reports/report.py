@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -221,6 +222,58 @@ class LayerRecord:
         return cls(LayerReport.from_dict(values["report"]), operators, values["left_dense"])
 
 
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What a recovery made of the pruned model: its kept weights, trained to predict as the dense model does.
+
+    Attributes:
+        teacher: Name of the dense model (a Hub id, or the last part of a path).
+        train: What was trained: `"all"` kept weights but embeddings and head, `"lora"` (masked adapters, norms and
+            biases) or `"norms"` (norms and biases).
+        num_trained: How many weights that were, zeros aside.
+        num_tokens: Tokens trained on.
+        calibration: Their `source` and `sha256`, `sequence_length`, and `held_out`: sequences never trained on.
+        options: How it was trained.
+        evaluations: Steps done, seconds of training, and held-out loss: the mean negative log-likelihood of a token.
+        best_step: The step whose weights were kept; 0: nothing was gained, and the weights are as they were before.
+        held_out_loss_before: The held-out loss before, on the pruned model.
+        held_out_loss: The held-out loss of the weights as they were saved.
+        seconds: Time of training and evaluation.
+    """
+
+    teacher: str
+    train: str
+    num_trained: int
+    num_tokens: int
+    calibration: dict[str, Any]
+    options: dict[str, Any]
+    evaluations: list[list[float]]
+    best_step: int
+    held_out_loss_before: float
+    held_out_loss: float
+    seconds: float
+
+    def __str__(self) -> str:
+        """One line for people."""
+        perplexities = f"perplexity {math.exp(self.held_out_loss_before):.2f} -> {math.exp(self.held_out_loss):.2f}"
+        held_out = f"{self.calibration['held_out']} held-out sequences of {self.calibration['sequence_length']} tokens"
+        kept = f"best after step {self.best_step}" if self.best_step else "nothing gained, so the weights stayed"
+        return (
+            f"held-out loss {self.held_out_loss_before:.4f} -> {self.held_out_loss:.4f} ({perplexities}) on {held_out}"
+            f"; {WORDS_OF_TRAIN[self.train]} trained ({self.num_trained:,} weights) on {self.num_tokens:,} tokens of "
+            f"{self.calibration['source']} in {self.evaluations[-1][0]:.0f} steps and {self.seconds / 60:.1f} min, "
+            f"with {self.teacher} as the teacher; {kept}"
+        )
+
+
+WORDS_OF_TRAIN = {
+    "all": "all kept weights but embeddings and head",
+    "lora": "masked adapters, norms and biases",
+    "norms": "norms and biases",
+}
+"""What a recovery can train, in words."""
+
+
 @dataclass
 class PruningReport:
     """What a pruning run did.
@@ -242,6 +295,7 @@ class PruningReport:
             nothing was fitted, `"num_tokens"` that were predicted in it, and `"num_sequences"` that they are of;
             `None` if it was not measured.
         origin: What the run began with, for `fista/reproduce.json`, which keeps it; empty in a report that was read.
+        recoveries: What recoveries (`optimum_fista.recover`) made of it, in order.
     """
 
     config: dict[str, Any]
@@ -256,6 +310,7 @@ class PruningReport:
     retrained: bool = False
     perplexity: dict[str, Any] | None = None
     origin: dict[str, Any] = field(default_factory=dict, compare=False)
+    recoveries: list[RecoveryReport] = field(default_factory=list)
 
     def add(self, record: LayerRecord) -> None:
         """Add a decoder layer."""
@@ -399,7 +454,8 @@ class PruningReport:
         values = {key: value for key, value in values.items() if key != "totals"}
         operators = [OperatorReport.from_dict(operator) for operator in values.pop("operators")]
         layers = [LayerReport.from_dict(layer) for layer in values.pop("layers", [])]
-        report: PruningReport = _checked(cls(operators=operators, layers=layers, **values))
+        recoveries = [_checked(RecoveryReport(**recovery)) for recovery in values.pop("recoveries", [])]
+        report: PruningReport = _checked(cls(operators=operators, layers=layers, recoveries=recoveries, **values))
         report.config = renamed_options(report.config)
         if not report.model["num_parameters"] > 0:
             raise TypeError(f"model has {report.model['num_parameters']} parameters")

@@ -24,6 +24,7 @@ from optimum_fista.run.checkpoints.checkpoint import (
 )
 from optimum_fista.run.checkpoints.loading import require_unquantized
 from optimum_fista.run.checkpoints.stored_names import as_in_model
+from optimum_fista.run.packed_folders.unpacking import is_packed, packed_operators
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.solve.bitmask import unpack_mask
@@ -83,17 +84,31 @@ def find_record(model: PreTrainedModel, source: FistaPruner | str | Path) -> tup
     """
     if isinstance(source, FistaPruner):
         return source.result(model)
-    files = []
-    for file in (REPORT_FILE, MASKS_FILE):
-        try:
-            files.append(Path(str(cached_file(str(source), file))))
-        except OSError as error:
-            raise FileNotFoundError(
-                f"{str(source)!r} holds no {file}: pass a folder or Hub id saved by optimum-fista."
-            ) from error
-    report = read_report(files[0].parents[1])
+    folder = pruned_folder(source)
+    report = read_report(folder)
     operators = operators_by_weight(model, report).values()
-    return as_in_model(model, operators, report, load_file(files[1]))
+    if is_packed(folder):
+        packed = {operator.name: mask for operator, _, mask in packed_operators(folder, report)}
+        return as_in_model(model, operators, report, packed)
+    return as_in_model(model, operators, report, load_file(_file_of(source, MASKS_FILE)))
+
+
+def pruned_folder(source: str | Path) -> Path:
+    """The folder of a pruned model by name, which has a report.
+
+    Raises:
+        FileNotFoundError: If the folder or repository holds none.
+    """
+    return _file_of(source, REPORT_FILE).parents[1]
+
+
+def _file_of(source: str | Path, file: str) -> Path:
+    try:
+        return Path(str(cached_file(str(source), file)))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{str(source)!r} holds no {file}: pass a folder or Hub id saved by optimum-fista."
+        ) from error
 
 
 def _assemble(model: PreTrainedModel, report: PruningReport, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,135 @@
+"""What a recovery gains: perplexity before and after, and the held-out loss by tokens, by what is trained.
+
+`--folders` are models that were pruned on the first `--num-samples` windows of the calibration text (`optimum-fista
+prune` with the same `--num-samples` and `--test-length`, seed 0). Perplexity is measured on the first windows of
+`--texts`, and on `--max-windows` further windows of the calibration text; these are cut out of the text that the
+recovery reads. Recovered models lie beside their folders, as FOLDER-all and so on; those that are there are not made
+again. Finished rows are read from the output file.
+
+    python benchmarks/recovery.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --folders runs/s50,runs/s24
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from shared import calibration_of, open_record, parse_arguments, save, texts_of
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from optimum_fista import recover
+from optimum_fista.run.checkpoints.checkpoint import read_report
+from optimum_fista.run.checkpoints.loading import load_model, require_tokenizer
+from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista.run.reports.markdown import markdown_lines
+
+KINDS = ("dense", "pruned", "all", "lora", "norms")
+
+
+def text_without(source: str, windows: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """A text file without some windows of its tokens, in `folder`."""
+    text = Path(source).read_text()
+    for window in windows:
+        # A character of several bytes may be cut at either end.
+        part = tokenizer.decode(window, clean_up_tokenization_spaces=False).strip("\ufffd")
+        if text.count(part) != 1:
+            raise SystemExit(f"{source}: a held-out window is not in the text once.")
+        text = text.replace(part, "\n\n")
+    file = folder / f"{Path(source).stem}-train.txt"
+    file.write_text(text)
+    return file
+
+
+def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
+    """A row: the folder as it is (`pruned`), or recovered; `dense` is the model."""
+    row: dict[str, Any] = {"folder": folder.name, "row": kind}
+    source = {"dense": Path(arguments.model), "pruned": folder}.get(kind, folder.with_name(f"{folder.name}-{kind}"))
+    if kind not in ("dense", "pruned"):
+        if not source.exists():
+            options = {"tokens": arguments.tokens, "accumulate": arguments.accumulate, "seed": arguments.seed}
+            recover(folder, arguments.model, source, calibration=str(text), train=kind, device="cpu", **options)
+        row["recovery"] = dataclasses.asdict(read_report(source).recoveries[-1])
+    if kind != "dense":
+        row["num_zeros"] = verify_checkpoint(source).num_zeros
+    model, _ = load_model(str(source), dtype="float32", device="cpu")
+    with torch.autocast("cpu", torch.bfloat16) if arguments.bfloat16 else nullcontext():
+        row["perplexity"] = {
+            name: evaluate_perplexity(model, windows, progress=False).perplexity for name, windows in texts.items()
+        }
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Perplexities by what was trained, in Markdown."""
+    shown = []
+    for row in sorted(rows, key=lambda row: KINDS.index(row["row"])):
+        found = row.get("recovery", {"num_trained": 0, "num_tokens": 0})
+        cells = (f"{value:.2f}" for value in row["perplexity"].values())
+        done = (f"{found[name]:,}" if found[name] else "" for name in ("num_trained", "num_tokens"))
+        shown.append((row["folder"], row["row"], *cells, *done))
+    shown.sort(key=lambda cells: cells[0])
+    return markdown_lines(("model", "trained", *rows[0]["perplexity"], "weights", "tokens"), shown)
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Held-out loss by tokens trained on."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        if "recovery" in row:
+            found = row["recovery"]
+            steps, _, losses = zip(*found["evaluations"], strict=True)
+            tokens = [step * found["num_tokens"] / steps[-1] for step in steps]
+            axes.plot(tokens, losses, marker="o", label=f"{row['folder']}, {row['row']}")
+    axes.set(xlabel="tokens trained on", ylabel="held-out loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+
+
+_HELP = {
+    "folders": "pruned models",
+    "rows": "what is trained; also dense and pruned, which nothing is",
+    "tokens": "tokens to train on",
+    "accumulate": "sequences of 512 tokens a step",
+    "test_length": "tokens a window to measure on",
+    "bfloat16": "measure perplexity with products in bfloat16",
+}
+
+
+def main() -> None:
+    ways = {"rows": [*KINDS], "tokens": 98_304, "accumulate": 2, "bfloat16": False}
+    sizes = {"num_samples": 24, "max_windows": 12, "test_length": 1024}
+    others = {"threads": 1, "seed": 0, "output": Path("runs/recovery.json"), "plot": Path}
+    required = ("model", "calibration", "texts", "folders")
+    arguments = parse_arguments(__doc__, *required, helps=_HELP, **ways, **sizes, **others)
+    torch.set_num_threads(arguments.threads)
+    folders = [Path(folder) for folder in arguments.folders.split(",")]
+    tokenizer = require_tokenizer(arguments.model)
+    arguments.sequence_length = arguments.test_length
+    windows = calibration_of(arguments, tokenizer, arguments.num_samples + arguments.max_windows)
+    unseen = windows[arguments.num_samples :]
+    texts = texts_of(arguments, tokenizer, arguments.test_length) | {"held out": unseen}
+    text = text_without(arguments.calibration, unseen, tokenizer, folders[0].parent)
+    record = open_record(arguments, "folders", "rows", "threads")
+    for folder in folders:
+        for kind in arguments.rows:
+            name = {"folder": folder.name, "row": kind}
+            if not any(name.items() <= row.items() for row in record["rows"]):
+                record["rows"].append(measure(arguments, folder, kind, text, texts))
+                save(arguments, record)
+    print("\n".join(table(record["rows"])))
+    if arguments.plot is not None:
+        draw(record["rows"], arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

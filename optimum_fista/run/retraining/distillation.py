@@ -1,0 +1,182 @@
+"""Distillation: how far predictions are from a teacher's, and a teacher whose predictions are kept on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optimum_fista.run.checkpoints.output_folder import all_names
+from optimum_fista.run.evaluation.perplexity import POSITIONS_PER_CHUNK
+from optimum_fista.run.streamed.journal import read_record, write_record
+
+
+@dataclass(frozen=True)
+class LargestLogits:
+    """A teacher's predictions at some positions, without its small logits.
+
+    Attributes:
+        log_probs: The largest log-probabilities, and last the logarithm of the sum of all others, [positions, k + 1].
+        ids: The tokens of the first k, [positions, k].
+    """
+
+    log_probs: Tensor
+    ids: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int) -> LargestLogits:
+        """The `k` largest of logits [positions, vocabulary], float16 and int32."""
+        log_p = logits.float().log_softmax(-1)
+        found = log_p.topk(k, dim=-1)
+        rest = log_p.scatter_(1, found.indices, float("-inf")).logsumexp(-1, keepdim=True)
+        return cls(torch.cat((found.values, rest), 1).half(), found.indices.int())
+
+    def to(self, device: torch.device) -> LargestLogits:
+        """The same on a device."""
+        return LargestLogits(self.log_probs.to(device), self.ids.to(device))
+
+
+def divergence(logits: Tensor, teacher: Tensor | LargestLogits, labels: Tensor, label_share: float = 0.0) -> Tensor:
+    """How far predictions are from a teacher's and from the text, on average over positions.
+
+    It is `(1 - s) KL(p || q) - s log q(label)`, with `p` of the teacher and `q` of the logits. If of the teacher only
+    the largest logits are known, all other tokens count as one: `KL = sum_k p_k log(p_k / q_k) + p_rest log(p_rest /
+    q_rest)`, with the sums of the others' probabilities. The gradient is computed with the value, so that
+    no float32 copy of all logits is held.
+
+    Args:
+        logits: [positions, vocabulary].
+        teacher: The teacher's logits [positions, vocabulary], or the largest of them.
+        labels: The tokens that follow in the text, [positions].
+        label_share: `s`, how much of it the text decides.
+    """
+    found: Tensor = _Divergence.apply(logits, teacher, labels, label_share)
+    return found
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, teacher: Tensor | LargestLogits, labels: Tensor, label_share: float
+    ) -> Tensor:
+        gradient, positions = torch.empty_like(logits), logits.shape[0]
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for start in range(0, positions, POSITIONS_PER_CHUNK):
+            rows = slice(start, start + POSITIONS_PER_CHUNK)
+            log_q = logits[rows].float().log_softmax(-1)
+            if isinstance(teacher, LargestLogits):
+                part = LargestLogits(teacher.log_probs[rows], teacher.ids[rows])
+                loss, slope = _from_largest(log_q, part)
+            else:
+                log_p = teacher[rows].float().log_softmax(-1)
+                p = log_p.exp()
+                loss = log_p.sub_(log_q).mul_(p).sum()
+                slope = log_q.exp().sub_(p)
+            total += (1 - label_share) * loss
+            if label_share:
+                following = labels[rows, None]
+                total -= label_share * log_q.gather(1, following).sum()
+                slope.mul_(1 - label_share).add_(log_q.exp_(), alpha=label_share)
+                slope.scatter_add_(1, following, torch.full_like(slope[:, :1], -label_share))
+            gradient[rows] = slope.div_(positions)
+        ctx.save_for_backward(gradient)
+        return total / positions
+
+    @staticmethod
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * outward[0], None, None, None
+
+
+def _from_largest(log_q: Tensor, teacher: LargestLogits) -> tuple[Tensor, Tensor]:
+    """The sum of the divergences with the rest as one token, and its slope in the logits."""
+    ids = teacher.ids.long()
+    log_p = teacher.log_probs.float().log_softmax(-1)  # float16 has rounded them: their sum is 1 again
+    q = log_q.exp()
+    rest = log_q.scatter(1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+    both = torch.cat((log_q.gather(1, ids), rest), 1)
+    p = log_p.exp()
+    # A rest of no probability adds nothing, also if it is of no probability in q.
+    loss = torch.where(p > 0, p * (log_p - both), 0).sum()
+    # d KL / d z_j is q_j - p_j for a token that is known, and q_j (1 - p_rest / q_rest) for one of the rest.
+    slope = q * (1 - torch.where(p[:, -1:] > 0, (log_p[:, -1:] - rest).exp(), 0))
+    return loss, slope.scatter_(1, ids, (both.exp() - p)[:, :-1])
+
+
+class TeacherCache:
+    """A teacher's largest logits on windows of tokens, in files that are mapped into memory.
+
+    What is there of an earlier call with the same windows and teacher is used. Every window takes
+    `sequence_length * (6 k + 2)` bytes.
+
+    Args:
+        folder: Where the files are; it may be new.
+        k: Logits kept a position.
+        windows: Token ids [windows, sequence_length].
+        fingerprint: What the predictions depend on.
+
+    Raises:
+        FileExistsError: If the folder holds something else.
+        ValueError: If it holds the predictions of another teacher, or on other windows.
+    """
+
+    def __init__(self, folder: Path, k: int, windows: Tensor, fingerprint: Mapping[str, Any]) -> None:
+        self._windows = windows
+        self._record = folder / "teacher.json"
+        wanted = json.loads(json.dumps({**fingerprint, "k": k, "shape": list(windows.shape)}))
+        found = read_record(self._record) if folder.exists() else None
+        if found is None and folder.exists() and (not folder.is_dir() or {*all_names(folder)} - {*_FILES}):
+            raise FileExistsError(
+                f"teacher_cache {str(folder)!r} holds something else: pass a new folder (--teacher-cache DIR)."
+            )
+        if found is not None and found["of"] != wanted:
+            raise ValueError(
+                f"teacher_cache {str(folder)!r} is of another teacher, or on other tokens: delete it, or pass another "
+                "folder (--teacher-cache DIR)."
+            )
+        self._of = wanted
+        folder.mkdir(parents=True, exist_ok=True)
+        sizes: list[tuple[type, int]] = [(np.float16, k + 1), (np.int32, k)]
+        self._files = [
+            np.lib.format.open_memmap(folder / file, "w+", dtype, (*windows.shape, size))
+            if found is None
+            else np.lib.format.open_memmap(folder / file, "r+")
+            for file, (dtype, size) in zip(_FILES, sizes, strict=True)
+        ]
+        self.finished = 0 if found is None else found["finished"]
+        self._note()
+
+    def fill(self, predict: Callable[[Tensor], Tensor], progress: Callable[[], object]) -> None:
+        """Have a teacher predict what is not there yet: logits [positions, vocabulary] of a window [1, positions]."""
+        for index in range(self.finished, len(self._windows)):
+            found = self._largest(predict(self._windows[index : index + 1]))
+            for file, part in zip(self._files, (found.log_probs, found.ids), strict=True):
+                file[index] = part.cpu().numpy()
+            self.finished = index + 1
+            if self.finished % _NOTED_EVERY == 0 or self.finished == len(self._windows):
+                self._note()
+            progress()
+
+    def read(self, first: int, last: int) -> LargestLogits:
+        """The predictions on windows `first` to `last - 1`, but for the last position of each."""
+        log_probs, ids = (torch.from_numpy(np.array(file[first:last, :-1])) for file in self._files)
+        return LargestLogits(log_probs.flatten(0, 1), ids.flatten(0, 1))
+
+    def _largest(self, logits: Tensor) -> LargestLogits:
+        parts = [LargestLogits.of(rows, self._of["k"]) for rows in logits.split(POSITIONS_PER_CHUNK)]
+        return LargestLogits(torch.cat([p.log_probs for p in parts]), torch.cat([p.ids for p in parts]))
+
+    def _note(self) -> None:
+        for file in self._files:
+            file.flush()
+        write_record(self._record, {"of": self._of, "finished": self.finished})
+
+
+_FILES = ("log_probs.npy", "ids.npy")
+_NOTED_EVERY = 64
+"""Windows after which the files are brought to the disk."""

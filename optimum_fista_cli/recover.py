@@ -1,0 +1,90 @@
+"""`optimum-fista recover`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Train what a pruned model kept so that it predicts as the dense model does. Zeros stay zero.
+
+The loss is how far the pruned model's predictions are from the dense model's (the teacher) and from the text. Part of
+the text is never trained on: the model is measured on it before, during and after the training, and the best weights
+are saved. If none were better than before, the weights stay as they were. DIR is only read. A run that was interrupted
+resumes when the same command is given again.
+
+examples:
+  optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt
+  optimum-fista recover ./model-24 --teacher meta-llama/Llama-3.2-1B --calibration c4 --tokens 10000000 --batch-size 8
+  optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt --train lora --output ./model-50-lora
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments, those of every day first."""
+    parser.usage = "%(prog)s DIR --teacher MODEL [options]"
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="folder or Hub id of a pruned model, packed or not")
+    teachers = "the dense model, a Hub id or a model folder (default: the Hub id that DIR's report names)"
+    add("--teacher", metavar="MODEL", help=teachers)
+    add("--output", "-o", type=Path, metavar="DIR", help="folder to write to (default: DIR's name and -recovered)")
+    sources = "self (the teacher writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
+    add("--calibration", default="self", metavar="SOURCE", help=sources)
+    add("--tokens", type=int, default=262_144, metavar="N", help="tokens to train on (default 262144)")
+    trained = (
+        "all kept weights but embeddings and head; lora (masked adapters, norms and biases); norms (and biases); or "
+        "auto, the first of them that memory suffices for (default)"
+    )
+    add("--train", choices=("auto", "all", "lora", "norms"), default="auto", help=trained)
+    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
+    products = "dtype of products; weights are trained in float32 (default auto: bfloat16 if the device is fast in it)"
+    add("--compute-dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=products)
+    add("--overwrite", action="store_true", help="replace a model that --output already holds")
+    add = parser.add_argument_group("advanced").add_argument
+    add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 512 or the model's maximum)")
+    add("--batch-size", type=int, default=1, metavar="N", help="sequences a forward and backward pass (default 1)")
+    passes = "passes a step (default: such that there are about 256 steps, of at most 32 sequences)"
+    add("--accumulate", type=int, metavar="N", help=passes)
+    add("--held-out", type=int, default=8, metavar="N", help="sequences to measure on, never trained on (default 8)")
+    rates = "largest learning rate (default: by --train and the model's width)"
+    add("--learning-rate", type=float, metavar="RATE", help=rates)
+    shares = "how much of the loss is the text's own cross-entropy, from 0 to 1 (default %(default)s)"
+    add("--label-share", type=float, default=0.5, metavar="SHARE", help=shares)
+    add("--seed", type=int, default=0, help="decides which text is drawn, and its order (default 0)")
+    kept = "keep the teacher's largest logits in this folder, so that it is not in memory during the training"
+    add("--teacher-cache", type=Path, metavar="DIR", help=f"{kept} (default: only if both models don't fit)")
+    add("--top-k", type=int, default=64, metavar="N", help="logits a token that are kept then (default 64)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Recover, and say what it gained."""
+    from optimum_fista.run.memory import keep_large_blocks_apart
+    from optimum_fista.run.retraining.recovery import recover, recovered_folder, steps_kept
+
+    names = "teacher calibration tokens train device compute_dtype overwrite sequence_length batch_size accumulate"
+    names += " held_out learning_rate label_share seed teacher_cache top_k"
+    options = {name: getattr(arguments, name) for name in names.split()}
+    output = arguments.output or recovered_folder(arguments.folder)
+    keep_large_blocks_apart()
+    handler, logger = logging.StreamHandler(), logging.getLogger("optimum_fista.run.retraining.recovery")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        found = recover(arguments.folder, output_dir=output, **options)
+    except KeyboardInterrupt:
+        steps = steps_kept(output)
+        again = "give the same command again to resume" if steps else "the same command starts from the beginning"
+        print(f"\n{steps or 'no'} steps are done and kept: {again}", file=sys.stderr)
+        raise
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+    name = shlex.quote(str(output))
+    print(found)
+    print(f"saved to {output}")
+    print(f"next:\n  optimum-fista verify {name}    # counts the zeros in the files again")
+    return 0

@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from optimum_fista.run.retraining.distillation import LargestLogits, TeacherCache, divergence
+
+POSITIONS, VOCABULARY = 300, 40
+
+
+def example():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(POSITIONS, VOCABULARY, generator=generator) for _ in range(2))
+    return student.requires_grad_(), teacher, torch.randint(VOCABULARY, (POSITIONS,), generator=generator)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_the_divergence_and_its_gradient_are_those_of_pytorch(share):
+    student, teacher, labels = example()
+    divergence(student, teacher, labels, share).mul(2).backward()
+    again = student.detach().clone().requires_grad_()
+    log_q, log_p = again.log_softmax(-1), teacher.log_softmax(-1)
+    expected = (1 - share) * torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    expected = expected + share * torch.nn.functional.nll_loss(log_q, labels)
+    expected.mul(2).backward()
+    torch.testing.assert_close(divergence(student, teacher, labels, share), expected)
+    torch.testing.assert_close(student.grad, again.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("k", [1, 8, VOCABULARY])
+def test_the_rest_counts_as_one_token(k):
+    student, teacher, labels = example()
+    largest = LargestLogits.of(teacher, k)
+    divergence(student, largest, labels).backward()
+    again = student.detach().clone().requires_grad_()
+    p, q = teacher.softmax(-1), again.softmax(-1)
+    ids = p.topk(k).indices
+    known = torch.zeros_like(p, dtype=torch.bool).scatter_(1, ids, True)
+    parts = [torch.cat((x.gather(1, ids), (x * ~known).sum(1, keepdim=True)), 1) for x in (p, q)]
+    if k == VOCABULARY:
+        parts = [x[:, :-1] for x in parts]
+    expected = (parts[0] * (parts[0].log() - parts[1].log())).sum() / POSITIONS
+    expected.backward()
+    torch.testing.assert_close(divergence(student, largest, labels), expected, rtol=3e-3, atol=1e-4)
+    torch.testing.assert_close(student.grad, again.grad, rtol=1e-2, atol=2e-5)
+
+
+def test_a_cache_that_was_interrupted_is_filled_further(tmp_path):
+    windows = torch.arange(12).view(4, 3)
+    asked = []
+
+    def predict(ids):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(ids[0, 0].item())
+        return torch.nn.functional.one_hot(ids[0], 16) * 5.0
+
+    cache = TeacherCache(tmp_path / "cache", 2, windows, {"teacher": "t"})
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(predict, lambda: None)
+    asked.clear()
+    cache.fill(lambda ids: predict(ids), lambda: None)
+    assert asked == [6, 9]
+    found = TeacherCache(tmp_path / "cache", 2, windows, {"teacher": "t"}).read(1, 3)
+    assert found.ids[:, 0].tolist() == [3, 4, 6, 7]
+    torch.testing.assert_close(found.log_probs.exp().sum(1).float(), torch.ones(4), rtol=2e-3, atol=0)

@@ -1,0 +1,250 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
+from transformers import AutoModelForCausalLM
+
+from optimum_fista import FistaPruner, FistaPruningConfig, recover
+from optimum_fista.run.checkpoints.checkpoint import read_report
+from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista.run.packed_folders.packed_folder import pack_folder
+from optimum_fista.run.retraining import recovery
+
+QUICK = {"tokens": 640, "sequence_length": 16, "accumulate": 2, "held_out": 4, "learning_rate": 1e-2, "device": "cpu"}
+QUICK |= {"compute_dtype": "float32", "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def _one_picture(one_picture):
+    """Every run saves a model."""
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("text") / "sea.txt"
+    file.write_text(TEXT)
+    return str(file)
+
+
+def pruned_to(folder: Path, pattern: str, dtype=torch.float32) -> Path:
+    model = tiny_llama().to(dtype)
+    pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="wanda"), progress=False)
+    pruner.prune(model, tiny_tokens().split(4))
+    pruner.save_pretrained(model, folder, tiny_tokenizer())
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def bits(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("train", ["all", "lora", "norms"])
+def test_the_loss_falls_and_the_zeros_stay(train, saved, tiny_folder, text, tmp_path):
+    if train == "lora":
+        pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
+    before = bits(saved.folder)
+    found = recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train=train, **QUICK)
+    assert found.held_out_loss < found.held_out_loss_before - 0.02
+    assert found.held_out_loss_before == found.evaluations[0][2]
+    assert bits(saved.folder) == before
+    assert verify_checkpoint(tmp_path / "out").num_zeros == saved.report.totals["num_zeros"]
+    old, new = weights(saved.folder), weights(tmp_path / "out")
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {
+        name
+        for name in old
+        if "layernorm" in name or name == "model.norm.weight" or (train != "norms" and "proj" in name)
+    }
+    report = read_report(tmp_path / "out")
+    assert report.retrained
+    assert report.recoveries == [found]
+    zeros = saved.report.totals["num_zeros"]
+    assert found.num_trained == {"all": 15360 + 160 - zeros, "norms": 160}.get(train, found.num_trained)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| fit error of the operators, before retraining |" in card
+    assert f"held-out loss {found.held_out_loss_before:.4f}" in card
+
+
+def test_it_never_ends_worse(saved, tiny_folder, text, tmp_path):
+    options = QUICK | {"learning_rate": 30.0}
+    found = recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", **options)
+    assert min(loss for step, _, loss in found.evaluations if step) > found.held_out_loss_before
+    assert found.best_step == 0
+    assert found.held_out_loss == found.held_out_loss_before
+    assert all(torch.equal(new, weights(saved.folder)[name]) for name, new in weights(tmp_path / "out").items())
+    assert not read_report(tmp_path / "out").retrained
+    verify_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folder, text, tmp_path, monkeypatch):
+    if train == "lora":
+        pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
+
+    def call(name):
+        return recover(saved.folder, tiny_folder, tmp_path / name, calibration=text, train=train, **QUICK)
+
+    expected = call("whole")
+    take, measure = recovery._Recovery._take_step, recovery._Recovery._evaluate
+    # Ctrl-C keeps every step; a kill those up to the last evaluation, which is every third step.
+    moments = [("_take_step", 4, KeyboardInterrupt, 4), ("_evaluate", 6, KeyboardInterrupt, 6)]
+    for name, step, error, kept in [*moments, ("_evaluate", 9, SystemExit, 6), ("_take_step", 14, SystemExit, 12)]:
+
+        def stopped(self, name=name, step=step, error=error):
+            if self.step == step:
+                raise error
+            return {"_take_step": take, "_evaluate": measure}[name](self)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(recovery._Recovery, name, stopped)
+            with pytest.raises(error):
+                call("stopped")
+        assert recovery.steps_kept(tmp_path / "stopped") == kept
+    found = call("stopped")
+    assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
+    assert [row[::2] for row in found.evaluations] == [row[::2] for row in expected.evaluations]
+    assert not (tmp_path / "stopped.unfinished").exists()
+
+
+def test_another_run_is_not_mixed_with_an_unfinished_one(saved, tiny_folder, text, tmp_path, monkeypatch):
+    take = recovery._Recovery._take_step
+
+    def stop(self):
+        if self.step:
+            raise KeyboardInterrupt
+        return take(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery._Recovery, "_take_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", **QUICK)
+    options = QUICK | {"learning_rate": 1e-4}
+    with pytest.raises(ValueError, match=r"was another one \(options.learning_rate"):
+        recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", **options)
+    recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", overwrite=True, **options)
+    with pytest.raises(FileExistsError, match="already holds a model"):
+        recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", **options)
+
+
+def test_bfloat16_is_trained_in_float32_and_saved_as_it_was(saved_by_rows, text, tmp_path):
+    dense = tiny_llama(tie_word_embeddings=True, intermediate_size=45).bfloat16()
+    dense.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    options = QUICK | {"compute_dtype": "bfloat16"}
+    found = recover(
+        saved_by_rows.folder, tmp_path / "dense", tmp_path / "out", calibration=text, train="all", **options
+    )
+    assert found.held_out_loss < found.held_out_loss_before
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    verify_checkpoint(tmp_path / "out")
+
+
+def test_a_packed_folder_gives_what_the_plain_one_gives(saved, tiny_folder, text, tmp_path):
+    pack_folder(saved.folder, tmp_path / "packed")
+    for source in (saved.folder, tmp_path / "packed"):
+        recover(source, tiny_folder, tmp_path / f"{source.name}-out", calibration=text, train="all", **QUICK)
+    plain, packed = tmp_path / f"{saved.folder.name}-out", tmp_path / "packed-out"
+    assert bits(plain) == bits(packed)
+    assert "quantization_config" not in json.loads((packed / "config.json").read_text())
+    verify_checkpoint(packed)
+
+
+@pytest.mark.parametrize("pattern", ["channels:0.25", "layers:0.5", "channels:0.25,2:4"])
+def test_smaller_models(pattern, tiny_folder, text, tmp_path):
+    folder = pruned_to(tmp_path / "in", pattern)
+    found = recover(folder, tiny_folder, calibration=text, train="all", **QUICK)
+    assert found.held_out_loss < found.held_out_loss_before
+    proven = verify_checkpoint(tmp_path / "in-recovered", dense=tiny_folder)
+    assert bool(proven.num_zeros) == ("2:4" in pattern)
+    assert proven.removed
+
+
+def test_a_cached_teacher_is_the_teacher(saved, tiny_folder, text, tmp_path):
+    def call(name, **options):
+        return recover(saved.folder, tiny_folder, tmp_path / name, calibration=text, train="all", **QUICK | options)
+
+    beside = call("beside")
+    cached = call("cached", teacher_cache=tmp_path / "cache", top_k=64)
+    assert cached.held_out_loss == pytest.approx(beside.held_out_loss, abs=1e-3)
+    few = call("few", teacher_cache=tmp_path / "few-cache", top_k=8)
+    assert few.held_out_loss < few.held_out_loss_before
+    stamp = (tmp_path / "few-cache" / "ids.npy").stat().st_mtime_ns
+    call("again", teacher_cache=tmp_path / "few-cache", top_k=8)
+    assert (tmp_path / "few-cache" / "ids.npy").stat().st_mtime_ns == stamp
+    assert bits(tmp_path / "again") == bits(tmp_path / "few")
+    with pytest.raises(ValueError, match="is of another teacher, or on other tokens"):
+        call("other", teacher_cache=tmp_path / "few-cache", top_k=8, seed=1)
+    with pytest.raises(FileExistsError, match="holds something else"):
+        call("other", teacher_cache=tiny_folder, seed=1)
+
+
+def test_auto_takes_what_memory_suffices_for(saved, tiny_folder, text, tmp_path, monkeypatch, caplog):
+    kinds = {}
+    with caplog.at_level("INFO"):
+        for free in (None, 10**9, 900_000, 1000):
+            monkeypatch.setattr(recovery, "available_bytes", lambda device, free=free: free)
+            options = QUICK | {"tokens": 64}
+            kinds[free] = recover(saved.folder, tiny_folder, tmp_path / str(free), calibration=text, **options)
+    assert kinds[None].train == kinds[10**9].train == "all"
+    assert kinds[1000].train == "norms"
+    assert "top_k" in kinds[1000].options  # the teacher's logits were cached
+    assert "top_k" not in kinds[10**9].options
+    assert "norms and biases are trained: " in caplog.text
+
+
+def test_checkpointed_layers_change_nothing(saved, tiny_folder, text, tmp_path, monkeypatch):
+    for name in ("plain", "checkpointed"):
+        choice = {"train": "all", "checkpointed": name == "checkpointed", "cached": False}
+        monkeypatch.setattr(recovery._Recovery, "_choose", lambda self, cached, choice=choice: choice)
+        recover(saved.folder, tiny_folder, tmp_path / name, calibration=text, **QUICK)
+    for name, weight in weights(tmp_path / "plain").items():
+        torch.testing.assert_close(weights(tmp_path / "checkpointed")[name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 31}, r"tokens=31: one step takes 2 passes of 1 sequences of 16 tokens: pass at least 32"),
+        ({"tokens": 10**6}, "tokens=1000000 and held_out=4 ask for this text: text 'sea.txt' has"),
+        ({"tokens": 0}, "tokens=0: pass 1 or more"),
+        ({"train": "some"}, "train='some': pass auto, all, lora, norms"),
+        ({"compute_dtype": "int8"}, "compute_dtype='int8': pass auto, float32, bfloat16"),
+        ({"label_share": 2.0}, r"label_share=2\.0: pass a number from 0 to 1"),
+        ({"learning_rate": 0.0}, r"learning_rate=0\.0: pass a positive number"),
+        ({"teacher": None}, "teacher is missing: the report of .* calls the dense model"),
+    ],
+)
+def test_bad_options_are_refused(options, message, saved, tiny_folder, text, tmp_path):
+    given = {"teacher": tiny_folder, "calibration": text} | QUICK | options
+    with pytest.raises(ValueError, match=message):
+        recover(saved.folder, output_dir=tmp_path / "out", **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_folders_are_refused(saved, tiny_folder, text, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no fista/report\.json: pass a folder or Hub id saved by"):
+        recover(tiny_folder, tiny_folder, tmp_path / "out", calibration=text, **QUICK)
+    other = save_tiny_folder(tmp_path / "other")
+    tiny_llama(vocab_size=70).save_pretrained(other)
+    with pytest.raises(ValueError, match=r"has another vocabulary \(70 tokens\) than .* \(64\)"):
+        recover(saved.folder, other, tmp_path / "out", calibration=text, **QUICK)
+    (tmp_path / "mine").mkdir()
+    shutil.copy(text, tmp_path / "mine" / "README.md")
+    with pytest.raises(FileExistsError, match=r"holds README\.md of something else"):
+        recover(saved.folder, tiny_folder, tmp_path / "mine", calibration=text, **QUICK)
+    with pytest.raises(ValueError, match="lies in the folder that is read"):
+        recover(saved.folder, tiny_folder, saved.folder / "out", calibration=text, **QUICK)
+
+
+def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path):
+    options = QUICK | {"tokens": 64}
+    found = recover(saved.folder, tiny_folder, tmp_path / "out", **options)
+    assert found.calibration["source"] == "self"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
