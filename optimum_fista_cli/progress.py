@@ -158,6 +158,8 @@ class Progress(PruningCallback):
         total = sum(self._costs.values()) or 1.0
         done = total - self._left.cost
         bar = ProgressBar(total=total, completed=done, width=min(60, self._console.width))
+        line = Table.grid()  # a bar alone does not end its line
+        line.add_row(bar)
         table = Table(box=None, padding=(0, 2, 0, 0))
         table.add_column("operator", no_wrap=True, overflow="ellipsis")
         for name in ("fit error", *(() if narrow else ("on average", "at most", "zeros", "seconds"))):
@@ -166,7 +168,7 @@ class Progress(PruningCallback):
             last, errors = found[-1], [o.fit_error for o in found]
             more = f"{fmean(errors):.4f}", f"{max(errors):.4f}", f"{last.sparsity:.1%}", f"{last.solve_seconds:.1f}"
             table.add_row(kind, f"{last.fit_error:.4f}", *(() if narrow else more))
-        return Group(head, bar, *([table] if self._reports else []))
+        return Group(head, line, *([table] if self._reports else []))
 
 
 @contextmanager

@@ -54,6 +54,7 @@ def test_a_terminal_has_a_table_that_fits(monkeypatch, columns, whole):
     callback.on_prune_end(report)
     text = captured.get()
     assert "decoder layer 2 of 3" in text
+    assert re.search(r"^(\x1b\[\d*m)*operator", text, re.MULTILINE)  # on a line of its own
     assert "mlp.down_proj" in text
     assert ("on average" in text) == whole
     assert "\x1b[3" not in text  # no colour
