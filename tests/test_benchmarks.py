@@ -74,6 +74,11 @@ def test_recipes_in_the_quickstart(benchmark):
             assert found == pytest.approx([device, host], rel=0.06)
 
 
+def test_what_a_recovery_gains(benchmark):
+    rows = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text())["rows"]
+    assert "\n".join(benchmark("recovery").table(rows)) in (ROOT / "docs" / "howto" / "recover.md").read_text()
+
+
 def test_a_training_text_has_no_window_that_is_measured_on(benchmark, tmp_path):
     words = [f"word{number} " for number in range(600)]
     (tmp_path / "text.txt").write_text("".join(words))
