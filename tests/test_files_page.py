@@ -40,9 +40,36 @@ def written(tmp_path_factory) -> set[str]:
     quick = ["--num-samples", "4", "--sequence-length", "16", "--device", "cpu"]
     measure = ["--sequence-length", "32", "--max-windows", "2", "--device", "cpu"]
     sampled = ["--texts", "sea.txt", *quick[:2], "--calibration-length", "16", *measure]
+    recovering = [
+        "--held-out",
+        "2",
+        "--train",
+        "norms",
+        "--device",
+        "cpu",
+        "--teacher-cache",
+        "logits",
+        "-o",
+        "recovered",
+    ]
     commands = [
         ["prune", "dense", "-o", "model", *quick],
         ["prune", "dense", "-o", "written-packed", "--packed", "--method", "wanda", "--calibration", "sea.txt", *quick],
+        [
+            *[
+                "recover",
+                "model",
+                "--teacher",
+                "dense",
+                "--calibration",
+                "sea.txt",
+                "--tokens",
+                "64",
+                "--sequence-length",
+                "16",
+            ],
+            *recovering,
+        ],
         ["pack", "model", "-o", "packed"],
         ["unpack", "packed", "-o", "unpacked"],
         ["evaluate", "model", "--text", "sea.txt", *measure, "-o", "model/fista/evaluation.json"],
