@@ -78,8 +78,9 @@ def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = N
             started = time.perf_counter()
             record = LayerRecord(LayerReport(name, None, 0.0)) if index > last else None
             probe = None if index not in todo else run.probe
+            # Before its weights are on the device, so that what is kept elsewhere does not come back for this.
+            dense_sha256 = layer_sha256(layer) if index in todo else None
             with onloaded(layer.modules()):
-                dense_sha256 = layer_sha256(layer) if index in todo else None
                 if probe is not None:
                     probe.run(index, "dense")
                 while record is None:
