@@ -6,7 +6,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-_PATTERNS = ("benchmarks/results/*.json", "benchmarks/tasks/*.yaml", "examples/*.py")
+_PATTERNS = ("benchmarks/results/*.json", "benchmarks/tasks/*.yaml", "examples/*.py", "examples/*.ipynb")
 _LINK = re.compile(r"\]\(\.\./((?:\.\./)*(?:benchmarks/(?:results|tasks)|examples)/)")
 
 
