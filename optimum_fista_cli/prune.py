@@ -202,7 +202,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
     else:
-        print(_next_commands(arguments.model, arguments.output))
+        print(_next_commands(arguments.model, arguments.output, arguments.calibration))
     return 0
 
 
@@ -347,15 +347,16 @@ def _verdicts(report: PruningReport) -> Iterator[str]:
         yield f"largest fit error {worst.fit_error:.2f} ({word}): {worst.name.removesuffix('.weight')}"
 
 
-def _next_commands(model: str, folder: Path) -> str:
+def _next_commands(model: str, folder: Path, calibration: str) -> str:
     """What to do with a pruned model."""
     from optimum_fista_cli.main import has_command
 
     name, dense = shlex.quote(str(folder)), shlex.quote(model)
+    text = "c4" if calibration == "self" else calibration  # a model needs long to write as much as training takes
     commands = {
         f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
         f"evaluate {name} --text wikitext2": "perplexity; run it on the dense model too, to compare",
-        f"recover {name} --teacher {dense}": "train it for a while to be more like the dense model",
+        f"recover {name} --teacher {dense} --calibration {shlex.quote(text)}": "train it for a while to be more like the dense model",
         f"report {name}": "a page about every operator",
         f"verify {name}": "counts the zeros in the files again",
     }

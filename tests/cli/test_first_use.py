@@ -17,14 +17,18 @@ def test_a_run_ends_with_the_next_commands_which_work(tiny_folder, text_file, tm
     printed = capsys.readouterr()
     commands = [line.split("#")[0].split() for line in printed.out.split("next:\n")[1].splitlines()]
     assert [command[:2] for command in commands] == [
-        *(["optimum-fista", name] for name in ("chat", "evaluate", "report", "verify")),
+        *(["optimum-fista", name] for name in ("chat", "evaluate", "recover", "report", "verify")),
         ["hf", "upload"],
     ]
     assert "meta device" not in printed.err
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    more = {
+        "evaluate": ["--sequence-length", "16"],
+        "recover": ["--sequence-length", "16", "--tokens", "64", "--held-out", "2", "--device", "cpu"],
+    }
     for command in commands[:-1]:
         rest = [str(text_file) if word == "wikitext2" else word for word in command[1:]]
-        assert main([*rest, "--sequence-length", "16"] if command[1] == "evaluate" else rest) == 0
+        assert main([*rest, *more.get(command[1], [])]) == 0
     assert re.search(r"Verifying: 100%.* 14/14 ", capsys.readouterr().err)
 
 
