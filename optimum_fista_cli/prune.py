@@ -352,11 +352,11 @@ def _next_commands(model: str, folder: Path, calibration: str) -> str:
     from optimum_fista_cli.main import has_command
 
     name, dense = shlex.quote(str(folder)), shlex.quote(model)
-    text = "c4" if calibration == "self" else calibration  # a model needs long to write as much as training takes
+    text = shlex.quote("c4" if calibration == "self" else calibration)  # a model would write for hours
     commands = {
         f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
         f"evaluate {name} --text wikitext2": "perplexity; run it on the dense model too, to compare",
-        f"recover {name} --teacher {dense} --calibration {shlex.quote(text)}": "train it for a while to be more like the dense model",
+        f"recover {name} --teacher {dense} --calibration {text}": "train it to be more like the dense model",
         f"report {name}": "a page about every operator",
         f"verify {name}": "counts the zeros in the files again",
     }
