@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 from optimum_fista.model.loss_gradients import first_sequences
 from optimum_fista.model.offload import execution_device, onloaded
-from optimum_fista.model.replay import replaced_forwards
+from optimum_fista.model.replay import LayerCall, replaced_forwards
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs
 
 
@@ -250,15 +251,29 @@ class LossProbe:
         self.streams: dict[str, ActivationStore] = {}
         self.losses: dict[str, float] = {}
         self.tokens = rows[:, 0]
-        self._recorded: RecordedInputs | None = None
+        self._calls: dict[str, list[list[LayerCall]]] = {}
         self._sweep = _Sweep(model, layers, range(len(layers)), [CalibrationBatch(ids) for ids in rows], storage)
 
-    def begin(self) -> None:
-        """Record what the decoder layers are called with, while the whole model is dense."""
-        self._recorded = record_inputs(
-            self._sweep.model, self._sweep.layers, self._sweep.sequences, self._sweep.storage
-        )
-        self.streams = self.streams or dict.fromkeys(("dense", "pruned"), self._recorded.hidden_states)
+    def begin(self) -> bool:
+        """Record what the decoder layers are called with, while the whole model is dense.
+
+        Returns:
+            Whether the losses can be measured: not if layers hand on more than hidden states as arguments, nor if a run
+            resumes and they share a dictionary that layers before have written to.
+        """
+        recorded = record_inputs(self._sweep.model, self._sweep.layers, self._sweep.sequences, self._sweep.storage)
+        shared = {
+            id(value): value
+            for calls in recorded.calls
+            for call in calls
+            for value in (*call.arguments, *call.keywords.values())
+            if isinstance(value, MutableMapping)
+        }
+        for network in ("dense", "pruned"):  # each writes to dictionaries of its own
+            own = {key: copy.copy(value) for key, value in shared.items()}
+            self._calls[network] = [[_with_own(call, own) for call in calls] for calls in recorded.calls]
+            self.streams.setdefault(network, recorded.hidden_states)
+        return not recorded.handed_on and not (shared and 0 < self.next < len(self._sweep.layers))
 
     def resume(self, index: int, kept: Mapping[str, Tensor]) -> None:
         """Go on before a decoder layer with what `kept` returned then."""
@@ -279,9 +294,8 @@ class LossProbe:
 
     def run(self, index: int, network: str) -> None:
         """Run a decoder layer, which is on its device, as it is now: `"dense"`, or `"pruned"`."""
-        assert self._recorded is not None
         layer = self._sweep.layers.modules[index]
-        self.streams[network] = self._sweep.run(layer, self.streams[network], self._recorded.calls[index])
+        self.streams[network] = self._sweep.run(layer, self.streams[network], self._calls[network][index])
 
     def leave(self, index: int) -> None:
         """A decoder layer is through; after the last one the losses are measured."""
@@ -290,6 +304,12 @@ class LossProbe:
             around = modules_around(self._sweep.model, self._sweep.layers)
             with onloaded([*around, self._sweep.model.get_output_embeddings()], copy=False):
                 self.losses = {name: self._sweep.loss(stream) for name, stream in self.streams.items()}
+
+
+def _with_own(call: LayerCall, own: Mapping[int, Any]) -> LayerCall:
+    """A call with other dictionaries, by the `id` of those that it has."""
+    keywords = {name: own.get(id(value), value) for name, value in call.keywords.items()}
+    return LayerCall(tuple(own.get(id(value), value) for value in call.arguments), keywords)
 
 
 @contextmanager

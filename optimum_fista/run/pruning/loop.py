@@ -66,8 +66,8 @@ def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = N
         if run.states is None:
             run.states = run.config.correction.enter(recorded.hidden_states, run.config.finetune is not None)
         del recorded.hidden_states
-        if run.probe is not None:
-            run.probe.begin()
+        if run.probe is not None and not run.probe.begin():
+            run.probe = None
         costs = {index: 1 + cost for index, cost in enumerate(run.costs()) if index in todo}
         for callback in run.callbacks:
             callback.on_layers_begin(len(run.layers), costs)
