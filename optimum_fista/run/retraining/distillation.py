@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optimum_fista.run.checkpoints.atomic import errors_of_writing
 from optimum_fista.run.checkpoints.output_folder import all_names
 from optimum_fista.run.evaluation.perplexity import POSITIONS_PER_CHUNK
 from optimum_fista.run.streamed.journal import read_record, write_record
@@ -130,7 +132,7 @@ class TeacherCache:
         self._record = folder / "teacher.json"
         wanted = json.loads(json.dumps({**fingerprint, "k": k, "shape": list(windows.shape)}))
         found = read_record(self._record) if folder.exists() else None
-        if found is None and folder.exists() and (not folder.is_dir() or {*all_names(folder)} - {*_FILES}):
+        if found is None and folder.exists() and (not folder.is_dir() or {*all_names(folder)} - {_RECORD_BEGUN}):
             raise FileExistsError(
                 f"teacher_cache {str(folder)!r} holds something else: pass a new folder (--teacher-cache DIR)."
             )
@@ -141,15 +143,17 @@ class TeacherCache:
             )
         self._of = wanted
         folder.mkdir(parents=True, exist_ok=True)
+        whole = found is not None and all((folder / file).exists() for file in _FILES)
+        self.finished = found["finished"] if found is not None and whole else 0
+        if not self.finished:  # first the record: files without one are somebody's
+            write_record(self._record, {"of": wanted, "finished": 0})
         sizes: list[tuple[type, int]] = [(np.float16, k + 1), (np.int32, k)]
         self._files = [
-            np.lib.format.open_memmap(folder / file, "w+", dtype, (*windows.shape, size))
-            if found is None
-            else np.lib.format.open_memmap(folder / file, "r+")
+            np.lib.format.open_memmap(folder / file, "r+")
+            if self.finished
+            else _mapped_file(folder / file, dtype, (*windows.shape, size))
             for file, (dtype, size) in zip(_FILES, sizes, strict=True)
         ]
-        self.finished = 0 if found is None else found["finished"]
-        self._note()
 
     def fill(self, predict: Callable[[Tensor], Tensor], progress: Callable[[], object]) -> None:
         """Have a teacher predict what is not there yet: logits [positions, vocabulary] of a window [1, positions]."""
@@ -177,6 +181,20 @@ class TeacherCache:
         write_record(self._record, {"of": self._of, "finished": self.finished})
 
 
+def _mapped_file(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+    """A new file that is mapped into memory, with all its place on the disk.
+
+    Raises:
+        OSError: If the disk has not enough; a later write to the memory would kill the process.
+    """
+    file = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with errors_of_writing(path), path.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, path.stat().st_size)
+    return file
+
+
 _FILES = ("log_probs.npy", "ids.npy")
+_RECORD_BEGUN = ".teacher.json.partial"  # what a process leaves that was killed while it began the record
 _NOTED_EVERY = 64
 """Windows after which the files are brought to the disk."""

@@ -50,7 +50,7 @@ from optimum_fista.run.retraining.distillation import LargestLogits, TeacherCach
 from optimum_fista.run.retraining.masks import find_masks, find_record, pruned_folder
 from optimum_fista.run.retraining.training import MaskedTraining
 from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run
-from optimum_fista.run.streamed.journal import Journal, read_record, write_record
+from optimum_fista.run.streamed.journal import Journal, digest_of, read_record, refuse_differences, write_record
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ _EVALUATIONS = 8
 _SAVE_SECONDS = 300.0
 _MARGIN = 0.9  # of the memory that is free
 _FORMAT = 1
-_STATE = "state.safetensors"
+_STATE, _CACHE = "state.safetensors", "teacher"
 
 
 @numerical_environment()
@@ -161,6 +161,30 @@ def recover(
     with locked_output(output) as unfinished:
         require_output(output, overwrite, names=MODEL_FILES)  # another run may just have ended
         count = steps * batch_size * accumulate
+        options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "accumulate": accumulate,
+            "label_share": label_share,
+            "seed": seed,
+        }
+        options |= {"compute_dtype": str(compute).removeprefix("torch."), "top_k": top_k, "train": train}
+        options |= {"learning_rate": learning_rate, "teacher_cache": teacher_cache is not None}
+        of_teacher = {"teacher": _digests(teacher), "compute_dtype": options["compute_dtype"]}
+        versions = library_versions()
+        fingerprint: dict[str, Any] = of_teacher | {
+            "recovery": _FORMAT,
+            "weights": _digests(source),
+            "shape": [count, held_out, length],
+            "options": options,
+            "device": place.type,
+            "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
+        }
+        begun = read_record(unfinished / FOLDER / "fingerprint.json") or {}
+        kept = (unfinished / FOLDER / name for name in (_STATE, _CACHE))
+        nothing_kept = "recovery" in begun and not any(path.exists() for path in kept)
+        if begun and not overwrite and not nothing_kept:  # before another text takes the place of the one that is kept
+            known = {name: value for name, value in begun.items() if name != "windows"}
+            refuse_differences(unfinished, known, json.loads(json.dumps(fingerprint)))
         try:
             windows = calibration_tokens_by_name(
                 source if calibration != "self" and tokenizer is not None else teacher,
@@ -173,30 +197,8 @@ def recover(
             )
         except ValueError as error:
             raise ValueError(f"tokens={tokens} and held_out={held_out} ask for this text: {error}") from error
-        options: dict[str, Any] = {
-            "batch_size": batch_size,
-            "accumulate": accumulate,
-            "label_share": label_share,
-            "seed": seed,
-        }
-        options |= {"compute_dtype": str(compute).removeprefix("torch."), "top_k": top_k, "train": train}
-        options |= {"learning_rate": learning_rate, "teacher_cache": teacher_cache is not None}
-        of_teacher = {
-            "teacher": _digests(teacher),
-            "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-            "compute_dtype": options["compute_dtype"],
-        }
-        versions = library_versions()
-        fingerprint = of_teacher | {
-            "recovery": _FORMAT,
-            "weights": _digests(source),
-            "shape": [count, held_out, length],
-            "options": options,
-            "device": place.type,
-            "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
-        }
-        begun = read_record(unfinished / FOLDER / "fingerprint.json") or {}
-        nothing_kept = "recovery" in begun and not (unfinished / FOLDER / _STATE).exists()
+        text = {"windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
+        fingerprint, of_teacher = fingerprint | text, of_teacher | text
         if (overwrite or nothing_kept) and is_of_another_run(unfinished, json.loads(json.dumps(fingerprint))):
             discard(unfinished, True)
         Journal(unfinished, fingerprint)
@@ -215,7 +217,7 @@ def recover(
 
 def recovered_folder(source: str | Path) -> Path:
     """Where a recovered model is written if nothing else is said."""
-    path = Path(source)
+    path = Path(source) if Path(source).name not in ("", "..") else Path(source).resolve()
     return path.with_name(f"{path.name}-recovered") if path.is_dir() else Path(f"{path.name}-recovered")
 
 
@@ -278,7 +280,7 @@ class _Recovery:
         self._teacher: PreTrainedModel | None = None
         if choice["cached"]:
             k = min(self.options["top_k"], self.model.config.get_text_config(decoder=True).vocab_size)
-            self._cache = TeacherCache(cache or self._journal / "teacher", k, self.windows, of_teacher)
+            self._cache = TeacherCache(cache or self._journal / _CACHE, k, self.windows, of_teacher)
             if self._cache.finished < len(self.windows):
                 del self.model
                 release_free_memory(collect=True)
@@ -634,5 +636,7 @@ def _require_same_vocabulary(source: str, config: PreTrainedConfig, teacher: str
 
 
 def _digests(name: str) -> dict[str, str] | str:
-    """What identifies the weights of a model."""
-    return SourceFiles(Path(name), {}).digests if Path(name).is_dir() else name
+    """What identifies the weights and the configuration of a model."""
+    if not Path(name).is_dir():
+        return name
+    return SourceFiles(Path(name), {}).digests | {file.name: digest_of(file) for file in Path(name).glob("config.json")}

@@ -85,7 +85,7 @@ class Journal:
         found = read_record(file)
         if found is None:
             raise ValueError(f"output: {str(file)!r} is damaged, so it is not known which run it belongs to: {_ADVICE}")
-        _refuse_differences(folder, found, wanted)
+        refuse_differences(folder, found, wanted)
 
     def finished(self, *, read_shards: bool = True) -> dict[int, KeptLayer]:
         """The decoder layers that are finished, by index, in order; `read_shards=False` trusts their files' size."""
@@ -221,7 +221,7 @@ def begun_run(folder: Path) -> dict[str, Any] | None:
 def begun_batch_size(folder: Path) -> int | None:
     """Sequences a batch of the run that an unfinished folder holds; `None` if there is none."""
     begun = begun_run(folder)
-    return None if begun is None else max(batch[0] for batch in begun["batches"])
+    return None if begun is None else max((batch[0] for batch in begun.get("batches", ())), default=None)
 
 
 def require_same_settings(
@@ -235,13 +235,23 @@ def require_same_settings(
     begun = begun_run(folder)
     if begun is None:
         return
+    if "batches" not in begun:
+        raise ValueError(
+            f"output: the unfinished run in {str(folder)!r} is a recovery: give the command of `recover` again to "
+            f"finish it, {_ADVICE}"
+        )
     first = begun["batches"][0]
     found = {"config": begun["config"], "sequences": sum(batch[0] for batch in begun["batches"]), "length": first[1]}
     wanted = {"config": json.loads(json.dumps(config.resolved().to_dict())), "sequences": num_sequences}
-    _refuse_differences(folder, found, wanted | {"length": sequence_length or first[1]})
+    refuse_differences(folder, found, wanted | {"length": sequence_length or first[1]})
 
 
-def _refuse_differences(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def refuse_differences(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that was another one.
+
+    Raises:
+        ValueError: If they differ; the message names what.
+    """
     different = list(differences(found, wanted))
     if different:
         shown = "; ".join(different[:_SHOWN]) + ("; ..." if len(different) > _SHOWN else "")

@@ -1,3 +1,6 @@
+import errno
+import os
+
 import pytest
 import torch
 
@@ -62,3 +65,21 @@ def test_a_cache_that_was_interrupted_is_filled_further(tmp_path):
     found = TeacherCache(tmp_path / "cache", 2, windows, {"teacher": "t"}).read(1, 3)
     assert found.ids[:, 0].tolist() == [3, 4, 6, 7]
     torch.testing.assert_close(found.log_probs.exp().sum(1).float(), torch.ones(4), rtol=2e-3, atol=0)
+
+
+def test_files_of_somebody_else_are_not_taken_and_a_full_disk_is_said(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "ids.npy").write_bytes(b"my numbers")
+    windows = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(FileExistsError, match="holds something else"):
+        TeacherCache(tmp_path / "mine", 4, windows, {})
+    assert (tmp_path / "mine" / "ids.npy").read_bytes() == b"my numbers"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*log_probs\.npy"):
+            TeacherCache(tmp_path / "cache", 4, windows, {})
+    assert TeacherCache(tmp_path / "cache", 4, windows, {}).finished == 0

@@ -13,6 +13,7 @@ from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.retraining import recovery
+from optimum_fista.run.streamed.journal import begun_batch_size, require_same_settings
 
 QUICK = {"tokens": 640, "sequence_length": 16, "accumulate": 2, "held_out": 4, "learning_rate": 1e-2, "device": "cpu"}
 QUICK |= {"compute_dtype": "float32", "progress": False}
@@ -125,9 +126,19 @@ def test_another_run_is_not_mixed_with_an_unfinished_one(saved, tiny_folder, tex
         patched.setattr(recovery._Recovery, "_take_step", stop)
         with pytest.raises(KeyboardInterrupt):
             recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", **QUICK)
+    with pytest.raises(ValueError, match="is a recovery: give the command of `recover` again"):
+        require_same_settings(tmp_path / "out.unfinished", FistaPruningConfig(), 8, 16)
+    assert begun_batch_size(tmp_path / "out.unfinished") is None
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
     options = QUICK | {"learning_rate": 1e-4}
-    with pytest.raises(ValueError, match=r"was another one \(options.learning_rate"):
-        recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", **options)
+    with monkeypatch.context() as patched:  # a text of another run would take the place of the one that is kept
+        patched.setattr(recovery, "calibration_tokens_by_name", None)
+        with pytest.raises(ValueError, match=r"was another one \(teacher.config.json was"):
+            recover(saved.folder, other, tmp_path / "out", calibration=text, train="all", **QUICK)
+        with pytest.raises(ValueError, match=r"was another one \(options.learning_rate"):
+            recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", **options)
     recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", overwrite=True, **options)
     with pytest.raises(FileExistsError, match="already holds a model"):
         recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", **options)
@@ -226,6 +237,11 @@ def test_bad_options_are_refused(options, message, saved, tiny_folder, text, tmp
     with pytest.raises(ValueError, match=message):
         recover(saved.folder, output_dir=tmp_path / "out", **given)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_has_a_name_also_if_it_is_the_working_folder(saved, monkeypatch):
+    monkeypatch.chdir(saved.folder)
+    assert recovery.recovered_folder(".") == saved.folder.with_name(f"{saved.folder.name}-recovered")
 
 
 def test_bad_folders_are_refused(saved, tiny_folder, text, tmp_path):
