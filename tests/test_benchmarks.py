@@ -15,8 +15,9 @@ from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.comparison.comparison import Comparison
-from optimum_fista.run.config import RECIPES, FistaPruningConfig
+from optimum_fista.run.config import RECIPES
 from optimum_fista.run.speed.speed_report import SpeedReport
 from optimum_fista.run.texts.text import load_text
 from optimum_fista.run.texts.windows import calibration_windows
@@ -255,6 +256,16 @@ def test_gguf_blocks_need_rows_of_whole_blocks(benchmark, tmp_path):
         benchmark("llama_cpp").write_gguf(tmp_path, tmp_path / "model.gguf", 4)
     with pytest.raises(SystemExit, match="--bits 5 is not known"):
         benchmark("llama_cpp").write_gguf(tmp_path, tmp_path / "model.gguf", 5)
+
+
+def test_llama_cpp_writes_the_tokens_of_transformers(benchmark, tmp_path):
+    """Greedy tokens of a smaller Llama, whose heads are no longer hidden_size / num_attention_heads wide."""
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    pruner, model = FistaPruner(FistaPruningConfig(pattern="channels:0.25+heads:0.5"), progress=False), tiny_llama()
+    pruner.prune(model, tiny_tokens().split(4))
+    assert (model.config.num_attention_heads, model.config.head_dim) == (2, 8)
+    model.save_pretrained(tmp_path)
+    benchmark("llama_cpp").require_same_tokens(tmp_path, tmp_path / "float32.gguf", tiny_tokens()[0], 24, threads=1)
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt2"])
