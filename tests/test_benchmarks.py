@@ -226,6 +226,12 @@ def shown_row(label: str, cells: list[str]) -> str:
     return f"| {label} |" + "".join(f" {cell} |" if cell else " |" for cell in cells) + "\n"
 
 
+def test_zeros_in_openvino(benchmark):
+    rows = json.loads((ROOT / "benchmarks" / "results" / "openvino_zeros.json").read_text())["rows"]
+    page = (ROOT / "docs" / "howto" / "elsewhere.md").read_text()
+    assert "\n".join(benchmark("openvino_zeros").table(rows)) in page
+
+
 def test_single_products(benchmark):
     lines = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())["lines"]
     assert "\n".join(benchmark("packed_kernels").table(lines, threads=2)) in (ROOT / "docs" / "speed.md").read_text()

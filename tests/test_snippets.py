@@ -30,6 +30,9 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
         pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
     if "tensorboard" in snippet:
         pytest.importorskip("tensorboard", reason="needs TensorBoard: pip install 'optimum-fista[tracking]'")
+    if "torch.onnx" in snippet:
+        pytest.importorskip("onnxscript", reason="needs ONNX: pip install onnx onnxscript onnxruntime")
+        pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install onnxruntime")
     if '"pruned-2-4"' in snippet or '"model-50-packed"' in snippet:
         pruner, model = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False), tiny_llama()
         pruner.prune(model, tiny_tokens().split(4))
