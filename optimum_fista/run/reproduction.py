@@ -15,6 +15,7 @@ from optimum_fista.model.architecture import find_decoder_layers, input_embeddin
 from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches, tokens_sha256
 from optimum_fista.model.digest import combined_sha256, layer_sha256, rest_sha256
 from optimum_fista.run.checkpoints.checkpoint import (
+    REPORT_FILE,
     REPRODUCE_FILE,
     checkpoint_files,
     checkpoint_sha256,
@@ -24,7 +25,7 @@ from optimum_fista.run.checkpoints.checkpoint import (
 )
 from optimum_fista.run.checkpoints.loading import load_lazily
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.environment import arithmetic_of, processor
+from optimum_fista.run.environment import arithmetic_of, processor, settings_of
 from optimum_fista.run.evaluation.verification import read_operators
 from optimum_fista.run.packed_folders.unpacking import is_packed
 from optimum_fista.run.pruner import FistaPruner
@@ -88,8 +89,9 @@ def reproduce(
 ) -> Reproduction:
     """Prune a model again as `fista/reproduce.json` of its folder says, and compare the result with it.
 
-    Versions, processor and arithmetic that differ are said first. Then the model and the calibration tokens are
-    compared by their digests, before anything is pruned. The run takes as many threads as the first one.
+    What differs in versions, processor, arithmetic and the model's configuration is said first. Then the model and the
+    calibration tokens are compared by their digests, before anything is pruned. The run takes as many threads as the
+    first one.
 
     Args:
         folder: The pruned model's folder, packed or not.
@@ -106,6 +108,9 @@ def reproduce(
         ValueError: If the model, the tokens, or the weights in the folder are others than those of the first run.
     """
     folder = Path(folder)
+    require_files(folder, REPORT_FILE)
+    if read_report(folder).retrained:
+        raise ValueError(f"{str(folder)!r} was trained after pruning, which pruning alone does not make again.")
     require_files(folder, REPRODUCE_FILE)
     made, report = read_json(folder / REPRODUCE_FILE), read_report(folder)
     config, arithmetic = FistaPruningConfig.from_dict(report.config), made["arithmetic"]
@@ -117,6 +122,7 @@ def reproduce(
     with _threads(made["processor"]["threads"]), tempfile.TemporaryDirectory(prefix="optimum-fista-") as scratch:
         dense, _ = load_lazily(name, Path(scratch) / "offload", **where)
         now = {"versions": library_versions(), "processor": processor(), "arithmetic": arithmetic_of(dense)}
+        now["model_config"] = settings_of(dense)
         for line in differences({key: made[key] for key in now}, now):
             say(line)
         _require_same_weights(folder, made)

@@ -171,9 +171,12 @@ def test_what_differs_is_said_first(source, pruned, tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(reproduction, "library_versions", lambda: made(pruned)["versions"] | {"torch": "9"})
     monkeypatch.setattr(FistaPruner, "prune", lambda *_, **__: said.append("pruned") or 1 / 0)
+    other = shutil.copytree(source, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
     with pytest.raises(ZeroDivisionError):
-        again(pruned, source, say=said.append)
-    assert len(said) == 2
+        again(pruned, other, say=said.append)
+    assert said[1:] == ["model_config.rms_norm_eps was 1e-06, is 0.01", "pruned"]
     assert said[0].startswith('versions.torch was "')
     assert said[0].endswith('is "9"')
 
@@ -218,3 +221,5 @@ def test_what_processors_differ_by_has_limits():
 def test_a_trained_folder_does_not_say_that_pruning_makes_it(pruned, tmp_path):
     save_masked(AutoModelForCausalLM.from_pretrained(pruned), tmp_path / "trained", pruned)
     assert not (tmp_path / "trained" / "fista" / "reproduce.json").exists()
+    with pytest.raises(ValueError, match="was trained after pruning"):
+        again(tmp_path / "trained", None)

@@ -13,7 +13,7 @@ from optimum_fista.model.architecture import UnsupportedArchitectureError
 from optimum_fista.model.calibration import CalibrationBatch, tokens_sha256
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.environment import arithmetic_of, processor
+from optimum_fista.run.environment import arithmetic_of, processor, settings_of
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.pruning.operators import idle_patterns
 from optimum_fista.run.reports.report import PruningReport, public_name
@@ -171,6 +171,7 @@ def _describe_origin(model: PreTrainedModel, batches: list[CalibrationBatch]) ->
         "is_local": Path(getattr(model.config, "_name_or_path", "") or "").exists(),
         "batches": [[len(list(found)), *shape] for shape, found in shapes],
         "arithmetic": arithmetic_of(model),
+        "model_config": settings_of(model),
         "processor": processor(),
     }
 
