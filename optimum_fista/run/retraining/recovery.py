@@ -518,7 +518,8 @@ class _Recovery:
 
         from optimum_fista.run.retraining.lora import mask_adapters
 
-        settings = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        names = [operator.name for operator in _linears(self.model)]  # PEFT's "all-linear" takes fused experts too
+        settings = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=names, task_type="CAUSAL_LM")
         with torch.random.fork_rng():
             torch.manual_seed(self.options["seed"])
             return mask_adapters(get_peft_model(self.model, settings), self.source)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
@@ -71,6 +72,22 @@ def test_the_loss_falls_and_the_zeros_stay(train, saved, tiny_folder, text, tmp_
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| fit error of the operators, before retraining |" in card
     assert f"held-out loss {found.held_out_loss_before:.4f}" in card
+
+
+def test_adapters_leave_fused_experts_as_they_are(text, tmp_path):
+    pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda", under_calibrated_tokens=0), progress=False)
+    pruner.prune(model, tiny_tokens().split(4))
+    pruner.save_pretrained(model, tmp_path / "in", tiny_tokenizer())
+    recover(tmp_path / "in", tmp_path / "dense", tmp_path / "out", calibration=text, train="lora", **QUICK)
+    old, new = weights(tmp_path / "in"), weights(tmp_path / "out")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert any("q_proj" in name for name in changed)
+    assert not any("experts" in name or "gate" in name for name in changed)
+    assert verify_checkpoint(tmp_path / "out").num_zeros
 
 
 def test_it_never_ends_worse(saved, tiny_folder, text, tmp_path):
