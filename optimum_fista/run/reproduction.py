@@ -105,7 +105,8 @@ def reproduce(
 
     Raises:
         FileNotFoundError: If the folder does not say how it was made, or the model or the text is not here.
-        ValueError: If the model, the tokens, or the weights in the folder are others than those of the first run.
+        ValueError: If the model, the tokens, or the weights in the folder are others than those of the first run; or if the
+            results differ and so do the configurations of the models.
     """
     folder = Path(folder)
     require_files(folder, REPORT_FILE)
@@ -153,6 +154,11 @@ def reproduce(
         )
         if read_json(again / REPRODUCE_FILE)["result_sha256"] == made["result_sha256"]:
             return Reproduction(bit_equal=True)
+        if others := "; ".join(differences(made["model_config"], now["model_config"])):
+            raise ValueError(
+                f"the result is another one, and the configuration of model={name!r} is not that of the model that was "
+                f"pruned ({others}). Pass the model as it was (--model)."
+            )
         return _compare(folder, report, again, read_report(again))
 
 

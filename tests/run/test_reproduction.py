@@ -176,6 +176,9 @@ def test_what_differs_is_said_first(source, pruned, tmp_path, monkeypatch):
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
     with pytest.raises(ZeroDivisionError):
         again(pruned, other, say=said.append)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"the result is another one, .* \(rms_norm_eps was 1e-06, is 0\.01\)"):
+        again(pruned, other)
     assert said[1:] == ["model_config.rms_norm_eps was 1e-06, is 0.01", "pruned"]
     assert said[0].startswith('versions.torch was "')
     assert said[0].endswith('is "9"')
