@@ -105,8 +105,8 @@ def reproduce(
 
     Raises:
         FileNotFoundError: If the folder does not say how it was made, or the model or the text is not here.
-        ValueError: If the model, the tokens, or the weights in the folder are others than those of the first run; or if the
-            results differ and so do the configurations of the models.
+        ValueError: If the model, the tokens, or the weights in the folder are others than those of the first run;
+            or if the results differ and so do the configurations of the models.
     """
     folder = Path(folder)
     require_files(folder, REPORT_FILE)
@@ -122,8 +122,8 @@ def reproduce(
     name = _model_name(made["model"]) if model is None else str(model)
     with _threads(made["processor"]["threads"]), tempfile.TemporaryDirectory(prefix="optimum-fista-") as scratch:
         dense, _ = load_lazily(name, Path(scratch) / "offload", **where)
-        now = {"versions": library_versions(), "processor": processor(), "arithmetic": arithmetic_of(dense)}
-        now["model_config"] = settings_of(dense)
+        now: dict[str, dict[str, Any]] = {"versions": library_versions(), "arithmetic": arithmetic_of(dense)}
+        now |= {"processor": dict(processor()), "model_config": settings_of(dense)}
         for line in differences({key: made[key] for key in now}, now):
             say(line)
         _require_same_weights(folder, made)
@@ -154,10 +154,10 @@ def reproduce(
         )
         if read_json(again / REPRODUCE_FILE)["result_sha256"] == made["result_sha256"]:
             return Reproduction(bit_equal=True)
-        if others := "; ".join(differences(made["model_config"], now["model_config"])):
+        if config_changes := "; ".join(differences(made["model_config"], now["model_config"])):
             raise ValueError(
                 f"the result is another one, and the configuration of model={name!r} is not that of the model that was "
-                f"pruned ({others}). Pass the model as it was (--model)."
+                f"pruned ({config_changes}). Pass the model as it was (--model)."
             )
         return _compare(folder, report, again, read_report(again))
 

@@ -144,7 +144,8 @@ def recover(
     output = recovered_folder(source) if output_dir is None else Path(output_dir)
     _require_options(locals())
     place = usable_device(device)
-    require_output(output, overwrite, source=source, names=MODEL_FILES)
+    for read in (source, teacher):
+        require_output(output, overwrite, source=read, names=MODEL_FILES)
     config = read_config(source)
     _require_same_vocabulary(source, config, teacher)
     tokenizer = load_tokenizer(source)

@@ -272,8 +272,9 @@ def test_bad_folders_are_refused(saved, tiny_folder, text, tmp_path):
     shutil.copy(text, tmp_path / "mine" / "README.md")
     with pytest.raises(FileExistsError, match=r"holds README\.md of something else"):
         recover(saved.folder, tiny_folder, tmp_path / "mine", calibration=text, **QUICK)
-    with pytest.raises(ValueError, match="lies in the folder that is read"):
-        recover(saved.folder, tiny_folder, saved.folder / "out", calibration=text, **QUICK)
+    for output in (saved.folder / "out", saved.folder, tiny_folder):
+        with pytest.raises(ValueError, match="lies in the folder that is read"):
+            recover(saved.folder, tiny_folder, output, calibration=text, overwrite=True, **QUICK)
 
 
 def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path):
