@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import math
 import re
 import statistics
 import sys
