@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from optimum_fista.model.architecture import input_embedding
 from optimum_fista.model.expert_removal import ROUNDS
-from optimum_fista.model.layer_choice import PROBED_TOGETHER
+from optimum_fista.model.losses import PROBED_TOGETHER
 from optimum_fista.packed.masks import smallest_encoding
 from optimum_fista.run.checkpoints.loading import (
     default_device,

@@ -20,7 +20,7 @@ from optimum_fista.model.architecture import find_decoder_layers, input_embeddin
 from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.digest import combined_sha256, rest_sha256
 from optimum_fista.model.experts import split_experts
-from optimum_fista.model.layer_choice import LossProbe, choose_layers
+from optimum_fista.model.losses import LossProbe, choose_layers
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 from torch import Tensor, nn
 
 from optimum_fista.model.activations import HiddenStates
-from optimum_fista.model.layer_choice import LossProbe
+from optimum_fista.model.losses import LossProbe
 from optimum_fista.model.offload import alignment_hooks, kept_tensor, store_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.reports.report import LayerRecord

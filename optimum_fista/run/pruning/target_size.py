@@ -17,7 +17,7 @@ from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.gates import Gates, measure_gates
-from optimum_fista.model.layer_choice import Missing, choose_layers, losses_without
+from optimum_fista.model.losses import Missing, choose_layers, losses_without
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import Kind
 from optimum_fista.run.config import FistaPruningConfig

@@ -17,7 +17,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.gates import measure_gates
-from optimum_fista.model.layer_choice import Missing, choose_layers, losses_without
+from optimum_fista.model.losses import Missing, choose_layers, losses_without
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import find_parts
 from optimum_fista.run.checkpoints.checkpoint import read_report

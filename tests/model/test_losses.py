@@ -8,10 +8,10 @@ from tiny_llama import tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from optimum_fista.model import layer_choice
+from optimum_fista.model import losses as module
 from optimum_fista.model.architecture import UnsupportedArchitectureError, find_decoder_layers
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.layer_choice import choose_layers
+from optimum_fista.model.losses import choose_layers
 from optimum_fista.model.shrinking import plan_shrinking, shrink_model
 
 
@@ -84,7 +84,7 @@ def test_a_layer_that_no_configuration_can_do_without_is_passed_over(monkeypatch
             raise ValueError("it can't be said")
         return plan_shrinking(model, layers=layers)
 
-    monkeypatch.setattr(layer_choice, "plan_shrinking", plan)
+    monkeypatch.setattr(module, "plan_shrinking", plan)
     assert first not in dict(chosen(model, tokens, 2))
     with pytest.raises(ValueError, match=rf"none of the decoder layers \[{first}\] can be removed: it can't be said"):
         chosen(model, tokens, 4)
@@ -101,7 +101,7 @@ def test_a_model_whose_loss_is_not_finite_is_damaged():
 
 def test_a_layer_without_which_the_loss_is_not_finite_goes_last():
     losses = {0: float("nan"), 1: 3.0, 2: float("-inf")}
-    assert layer_choice._cheapest(tiny_llama(num_hidden_layers=3), [0, 1, 2], losses) == 1
+    assert module._cheapest(tiny_llama(num_hidden_layers=3), [0, 1, 2], losses) == 1
 
 
 def test_layers_that_depend_on_their_number_stay(monkeypatch):
@@ -130,7 +130,7 @@ def test_sequences_of_one_token_show_no_loss():
 def test_layers_that_share_a_dictionary_have_one_a_network():
     model, tokens = family_model("gemma3n_text"), torch.cat(family_tokens())
     layers = find_decoder_layers(model)
-    probe, losses = layer_choice.LossProbe(model, layers, tokens, None), []
+    probe, losses = module.LossProbe(model, layers, tokens, None), []
 
     def loss() -> float:
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
@@ -147,11 +147,11 @@ def test_layers_that_share_a_dictionary_have_one_a_network():
             probe.leave(index)
         losses.append(loss())
         assert [probe.losses["dense"], probe.losses["pruned"]] == pytest.approx(losses, rel=1e-4)
-        again = layer_choice.LossProbe(model, layers, tokens, None)
+        again = module.LossProbe(model, layers, tokens, None)
         again.resume(1, {})
         assert not again.begin()
 
 
 def test_no_loss_is_measured_if_layers_hand_on_more_than_hidden_states():
     model = family_model("glm_moe_dsa")
-    assert not layer_choice.LossProbe(model, find_decoder_layers(model), family_tokens()[0], None).begin()
+    assert not module.LossProbe(model, find_decoder_layers(model), family_tokens()[0], None).begin()
