@@ -62,7 +62,6 @@ _WIDTH_OF_RATE = 576
 """Hidden size of the model on which the rate of `"all"` was tuned; with Adam it goes down as the width goes up."""
 _RANK = 16
 _WARM_UP = 0.05
-_LAST_RATE = 0.0
 _CLIP = 1.0
 _EVALUATIONS = 8
 _SAVE_SECONDS = 300.0
@@ -584,11 +583,11 @@ def _checkpointed_layers(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _factor(step: int, steps: int) -> float:
-    """Factor of the learning rate in a step: a linear rise, then a cosine."""
+    """Factor of the learning rate in a step: a linear rise, then a cosine to zero."""
     rise = max(1, round(_WARM_UP * steps))
     if step < rise:
         return (step + 1) / rise
-    return _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
 def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
