@@ -69,23 +69,20 @@ class _Divergence(torch.autograd.Function):
     ) -> Tensor:
         gradient, positions = torch.empty_like(logits), logits.shape[0]
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        for start in range(0, positions, POSITIONS_PER_CHUNK):
-            rows = slice(start, start + POSITIONS_PER_CHUNK)
+        chunk = _POSITIONS_ON_CPU if logits.device.type == "cpu" else POSITIONS_PER_CHUNK
+        for start in range(0, positions, chunk):
+            rows = slice(start, start + chunk)
             log_q = logits[rows].float().log_softmax(-1)
+            q, following = log_q.exp(), labels[rows, None]
             if isinstance(teacher, LargestLogits):
-                part = LargestLogits(teacher.log_probs[rows], teacher.ids[rows])
-                loss, slope = _from_largest(log_q, part)
+                loss, wanted = _from_largest(log_q, q, LargestLogits(teacher.log_probs[rows], teacher.ids[rows]))
             else:
                 log_p = teacher[rows].float().log_softmax(-1)
-                p = log_p.exp()
-                loss = log_p.sub_(log_q).mul_(p).sum()
-                slope = log_q.exp().sub_(p)
-            total += (1 - label_share) * loss
-            if label_share:
-                following = labels[rows, None]
-                total -= label_share * log_q.gather(1, following).sum()
-                slope.mul_(1 - label_share).add_(log_q.exp_(), alpha=label_share)
-                slope.scatter_add_(1, following, torch.full_like(slope[:, :1], -label_share))
+                wanted = log_p.exp()
+                loss = log_p.sub_(log_q).mul_(wanted).sum()
+            total += (1 - label_share) * loss - label_share * log_q.gather(1, following).sum()
+            slope = q.sub_(wanted, alpha=1 - label_share)  # in the logits
+            slope.scatter_add_(1, following, torch.full_like(slope[:, :1], -label_share))
             gradient[rows] = slope.div_(positions)
         ctx.save_for_backward(gradient)
         return total / positions
@@ -95,19 +92,17 @@ class _Divergence(torch.autograd.Function):
         return ctx.saved_tensors[0] * outward[0], None, None, None
 
 
-def _from_largest(log_q: Tensor, teacher: LargestLogits) -> tuple[Tensor, Tensor]:
-    """The sum of the divergences with the rest as one token, and its slope in the logits."""
+def _from_largest(log_q: Tensor, q: Tensor, teacher: LargestLogits) -> tuple[Tensor, Tensor]:
+    """The sum of the divergences with the rest as one token, and the probabilities at which it is smallest."""
     ids = teacher.ids.long()
     log_p = teacher.log_probs.float().log_softmax(-1)  # float16 has rounded them: their sum is 1 again
-    q = log_q.exp()
     rest = log_q.scatter(1, ids, float("-inf")).logsumexp(-1, keepdim=True)
-    both = torch.cat((log_q.gather(1, ids), rest), 1)
     p = log_p.exp()
     # A rest of no probability adds nothing, also if it is of no probability in q.
-    loss = torch.where(p > 0, p * (log_p - both), 0).sum()
-    # d KL / d z_j is q_j - p_j for a token that is known, and q_j (1 - p_rest / q_rest) for one of the rest.
-    slope = q * (1 - torch.where(p[:, -1:] > 0, (log_p[:, -1:] - rest).exp(), 0))
-    return loss, slope.scatter_(1, ids, (both.exp() - p)[:, :-1])
+    loss = torch.where(p > 0, p * (log_p - torch.cat((log_q.gather(1, ids), rest), 1)), 0).sum()
+    # p_k for a token that is known; the others share p_rest as they share q_rest.
+    wanted = q * torch.where(p[:, -1:] > 0, (log_p[:, -1:] - rest).exp(), 0)
+    return loss, wanted.scatter_(1, ids, p[:, :-1])
 
 
 class TeacherCache:
@@ -196,5 +191,7 @@ def _mapped_file(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
 
 _FILES = ("log_probs.npy", "ids.npy")
 _RECORD_BEGUN = ".teacher.json.partial"  # what a process leaves that was killed while it began the record
+_POSITIONS_ON_CPU = 16
+"""Positions a chunk of the loss on a CPU: as many as its caches hold."""
 _NOTED_EVERY = 64
 """Windows after which the files are brought to the disk."""
