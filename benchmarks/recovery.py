@@ -2,9 +2,10 @@
 
 `--folders` are models that were pruned on the first `--num-samples` windows of the calibration text (`optimum-fista
 prune` with the same `--num-samples` and `--test-length`, seed 0). Perplexity is measured on the first windows of
-`--texts`, and on `--max-windows` further windows of the calibration text; these are cut out of the text that the
-recovery reads. Recovered models lie beside their folders, as FOLDER-all and so on; those that are there are not made
-again. Finished rows are read from the output file.
+`--texts`, on the first windows that the model was calibrated on, and on as many of the same text that nothing was
+fitted to. The rows `all`, `lora` and `norms` train on `--tokens` of the text without the latter; `once` trains all
+weights once on the calibration windows, and chooses the best state on two others. Recovered models lie beside their
+folders, as FOLDER-all and so on; those that are there are not made again. Finished rows are read from the output file.
 
     python benchmarks/recovery.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --folders runs/s50,runs/s24
 """
@@ -29,7 +30,9 @@ from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.reports.markdown import markdown_lines
 
-KINDS = ("dense", "pruned", "all", "lora", "norms")
+KINDS = ("dense", "pruned", "once", "all", "lora", "norms")
+SELECTING = 2
+"""Windows after the calibrated ones that choose the best state of `once`."""
 
 
 def text_without(source: str, windows: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -52,8 +55,13 @@ def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: di
     source = {"dense": Path(arguments.model), "pruned": folder}.get(kind, folder.with_name(f"{folder.name}-{kind}"))
     if kind not in ("dense", "pruned"):
         if not source.exists():
-            options = {"tokens": arguments.tokens, "accumulate": arguments.accumulate, "seed": arguments.seed}
-            recover(folder, arguments.model, source, calibration=str(text), train=kind, device="cpu", **options)
+            options: dict[str, Any] = {"calibration": str(text), "train": kind, "tokens": arguments.tokens}
+            options |= {"batch_size": arguments.batch_size, "accumulate": arguments.accumulate}
+            if kind == "once":  # the windows that the model was calibrated on, in the same order
+                length = arguments.test_length
+                options = {"calibration": arguments.calibration, "train": "all", "tokens": arguments.num_samples * length}
+                options |= {"sequence_length": length, "batch_size": 1, "accumulate": 1, "held_out": SELECTING}
+            recover(folder, arguments.model, source, seed=arguments.seed, device="cpu", **options)
         row["recovery"] = dataclasses.asdict(read_report(source).recoveries[-1])
     if kind != "dense":
         row["num_zeros"] = verify_checkpoint(source).num_zeros
@@ -99,14 +107,15 @@ _HELP = {
     "folders": "pruned models",
     "rows": "what is trained; also dense and pruned, which nothing is",
     "tokens": "tokens to train on",
-    "accumulate": "sequences of 512 tokens a step",
+    "batch_size": "sequences of 512 tokens a pass, of all rows but `once`",
+    "accumulate": "passes a step",
     "test_length": "tokens a window to measure on",
     "bfloat16": "measure perplexity with products in bfloat16",
 }
 
 
 def main() -> None:
-    ways = {"rows": [*KINDS], "tokens": 98_304, "accumulate": 2, "bfloat16": False}
+    ways = {"rows": [*KINDS], "tokens": 98_304, "batch_size": 2, "accumulate": 1, "bfloat16": False}
     sizes = {"num_samples": 24, "max_windows": 12, "test_length": 1024}
     others = {"threads": 1, "seed": 0, "output": Path("runs/recovery.json"), "plot": Path}
     required = ("model", "calibration", "texts", "folders")
@@ -115,9 +124,10 @@ def main() -> None:
     folders = [Path(folder) for folder in arguments.folders.split(",")]
     tokenizer = require_tokenizer(arguments.model)
     arguments.sequence_length = arguments.test_length
-    windows = calibration_of(arguments, tokenizer, arguments.num_samples + arguments.max_windows)
-    unseen = windows[arguments.num_samples :]
-    texts = texts_of(arguments, tokenizer, arguments.test_length) | {"held out": unseen}
+    first = arguments.num_samples + SELECTING
+    windows = calibration_of(arguments, tokenizer, first + arguments.max_windows)
+    unseen, calibrated = windows[first:], windows[: min(arguments.num_samples, arguments.max_windows)]
+    texts = texts_of(arguments, tokenizer, arguments.test_length) | {"calibrated": calibrated, "held out": unseen}
     text = text_without(arguments.calibration, unseen, tokenizer, folders[0].parent)
     record = open_record(arguments, "folders", "rows", "threads")
     for folder in folders:

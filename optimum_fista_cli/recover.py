@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
     add = parser.add_argument_group("advanced").add_argument
     add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 512 or the model's maximum)")
-    add("--batch-size", type=int, default=1, metavar="N", help="sequences a forward and backward pass (default 1)")
+    add("--batch-size", type=int, default=2, metavar="N", help="sequences a forward and backward pass (default 2)")
     passes = "passes a step (default: such that there are about 256 steps, of at most 32 sequences)"
     add("--accumulate", type=int, metavar="N", help=passes)
     add("--held-out", type=int, default=8, metavar="N", help="sequences to measure on, never trained on (default 8)")

@@ -79,7 +79,7 @@ def recover(
     calibration: str = "self",
     tokens: int = 262_144,
     sequence_length: int | None = None,
-    batch_size: int = 1,
+    batch_size: int = 2,
     accumulate: int | None = None,
     held_out: int = 8,
     train: str = "auto",
