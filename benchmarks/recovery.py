@@ -58,8 +58,8 @@ def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: di
             options: dict[str, Any] = {"calibration": str(text), "train": kind, "tokens": arguments.tokens}
             options |= {"batch_size": arguments.batch_size, "accumulate": arguments.accumulate}
             if kind == "once":  # the windows that the model was calibrated on, in the same order
-                length = arguments.test_length
-                options = {"calibration": arguments.calibration, "train": "all", "tokens": arguments.num_samples * length}
+                length, count = arguments.test_length, arguments.num_samples
+                options = {"calibration": arguments.calibration, "train": "all", "tokens": count * length}
                 options |= {"sequence_length": length, "batch_size": 1, "accumulate": 1, "held_out": SELECTING}
             recover(folder, arguments.model, source, seed=arguments.seed, device="cpu", **options)
         row["recovery"] = dataclasses.asdict(read_report(source).recoveries[-1])

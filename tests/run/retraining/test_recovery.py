@@ -16,8 +16,8 @@ from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.retraining import recovery
 from optimum_fista.run.streamed.journal import begun_batch_size, require_same_settings
 
-QUICK = {"tokens": 640, "sequence_length": 16, "accumulate": 2, "held_out": 4, "learning_rate": 1e-2, "device": "cpu"}
-QUICK |= {"compute_dtype": "float32", "progress": False}
+QUICK = {"tokens": 640, "sequence_length": 16, "batch_size": 1, "accumulate": 2, "held_out": 4, "learning_rate": 1e-2}
+QUICK |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
 
 
 @pytest.fixture(autouse=True)
