@@ -64,7 +64,7 @@ _RANK = 16
 _WARM_UP = 0.05
 _CLIP = 1.0
 _EVALUATIONS = 8
-_SAVE_SECONDS = 300.0
+_SAVE_SECONDS = 120.0
 _MARGIN = 0.9  # of the memory that is free
 _FORMAT = 1
 _STATE, _CACHE = "state.safetensors", "teacher"
@@ -337,6 +337,7 @@ class _Recovery:
                     if due and (not self.evaluations or self.evaluations[-1][0] < self.step):
                         self._evaluate()
                         self.seconds = before + time.perf_counter() - started
+                    if time.perf_counter() - saved > _SAVE_SECONDS:
                         self._save()
                         saved = time.perf_counter()
                     if self.step == self.steps:
@@ -350,9 +351,6 @@ class _Recovery:
                     self.seconds = before + time.perf_counter() - started
                     bar.update(positions)
                     bar.set_postfix_str(f"loss {loss:.3f}, held-out {self.evaluations[-1][2]:.4f}", refresh=False)
-                    if time.perf_counter() - saved > _SAVE_SECONDS:
-                        self._save()
-                        saved = time.perf_counter()
             except KeyboardInterrupt:
                 if not self._stepping and self.evaluations:
                     self._save()

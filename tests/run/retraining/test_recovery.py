@@ -111,9 +111,11 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folde
 
     expected = call("whole")
     take, measure = recovery._Recovery._take_step, recovery._Recovery._evaluate
-    # Ctrl-C keeps every step; a kill those up to the last evaluation, which is every third step.
-    moments = [("_take_step", 4, KeyboardInterrupt, 4), ("_evaluate", 6, KeyboardInterrupt, 6)]
-    for name, step, error, kept in [*moments, ("_evaluate", 9, SystemExit, 6), ("_take_step", 14, SystemExit, 12)]:
+    # Ctrl-C keeps every step; a kill those up to the last save.
+    moments = [("_take_step", 4, KeyboardInterrupt, 4, 120.0), ("_evaluate", 6, KeyboardInterrupt, 6, 120.0)]
+    moments += [("_evaluate", 9, SystemExit, 8, -1.0), ("_take_step", 14, SystemExit, 14, -1.0)]
+    moments += [("_take_step", 16, SystemExit, 14, 120.0)]
+    for name, step, error, kept, seconds in moments:
 
         def stopped(self, name=name, step=step, error=error):
             if self.step == step:
@@ -122,6 +124,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folde
 
         with monkeypatch.context() as patched:
             patched.setattr(recovery._Recovery, name, stopped)
+            patched.setattr(recovery, "_SAVE_SECONDS", seconds)
             with pytest.raises(error):
                 call("stopped")
         assert recovery.steps_kept(tmp_path / "stopped") == kept
