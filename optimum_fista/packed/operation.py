@@ -46,7 +46,7 @@ def packed_linear(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias:
     Raises:
         ValueError: If a dtype, device or size does not fit, or the mask is not that of the row starts.
     """
-    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(x.device.type):
+    if torch._C._is_any_autocast_enabled() and _has_autocast(x.device.type):
         x, values, bias = _as_autocast(x), _as_autocast(values), None if bias is None else _as_autocast(bias)
     if _is_plain(x, bias):
         return _multiply_on_cpu(x, values, mask, starts, bias)
@@ -60,6 +60,18 @@ def row_starts(mask: Tensor) -> Tensor:
     starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
     torch.cumsum(count_bits(mask), 0, out=starts[1:])
     return starts
+
+
+# Dynamo of PyTorch 2.8 to 2.11 can't trace these two questions, so they are asked while it traces. The answers hold: a
+# device has autocast or not, and Dynamo traces again under other transformations of `torch.func`.
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+@torch.compiler.assume_constant_result
+def _is_in_torch_func() -> bool:
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
 
 
 def _as_autocast(tensor: Tensor) -> Tensor:
@@ -86,7 +98,7 @@ def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
 
 def _is_transformed() -> bool:
     """Whether forward-mode differentiation or `torch.func` is at work, for which the operation has no rules."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+    return forward_ad._current_level >= 0 or _is_in_torch_func()
 
 
 def _check(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> None:
