@@ -3,11 +3,12 @@
 `--folders` are models that were pruned on the first `--num-samples` windows of the calibration text (`optimum-fista
 prune` with the same `--num-samples` and `--test-length`, seed 0). Perplexity is measured on the first windows of
 `--texts`, on the first windows that the model was calibrated on, and on as many of the same text that nothing was
-fitted to. The rows `all`, `lora` and `norms` train on `--tokens` of the text without the latter; `once` trains all
-weights once on the calibration windows, and chooses the best state on two others. Recovered models lie beside their
-folders, as FOLDER-all and so on; those that are there are not made again. Finished rows are read from the output file.
+fitted to. Rows are `dense`, `pruned`, what is trained on how many tokens of the text without the latter (`all:98304`,
+`lora:49152`, `norms:49152`), and `once`: all weights, once on the calibration windows, the best state chosen on two
+others. Recovered models lie beside their folders, as FOLDER-all-98304 and so on; those that are there are not made
+again. Finished rows are read from the output file.
 
-    python benchmarks/recovery.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --folders runs/s50,runs/s24
+    python benchmarks/recovery.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --folders runs/s50 --rows all:98304
 """
 
 from __future__ import annotations
@@ -52,15 +53,17 @@ def text_without(source: str, windows: Tensor, tokenizer: PreTrainedTokenizerBas
 def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
     """A row: the folder as it is (`pruned`), or recovered; `dense` is the model."""
     row: dict[str, Any] = {"folder": folder.name, "row": kind}
-    source = {"dense": Path(arguments.model), "pruned": folder}.get(kind, folder.with_name(f"{folder.name}-{kind}"))
+    beside = folder.with_name(f"{folder.name}-{kind.replace(':', '-')}")
+    source = {"dense": Path(arguments.model), "pruned": folder}.get(kind, beside)
     if kind not in ("dense", "pruned"):
         if not source.exists():
-            options: dict[str, Any] = {"calibration": str(text), "train": kind, "tokens": arguments.tokens}
-            options |= {"batch_size": arguments.batch_size, "accumulate": arguments.accumulate}
+            trained, _, tokens = kind.partition(":")
+            options: dict[str, Any] = {"calibration": str(text), "train": trained, "accumulate": 1}
+            options |= {} if kind == "once" else {"tokens": int(tokens)}
             if kind == "once":  # the windows that the model was calibrated on, in the same order
                 length, count = arguments.test_length, arguments.num_samples
-                options = {"calibration": arguments.calibration, "train": "all", "tokens": count * length}
-                options |= {"sequence_length": length, "batch_size": 1, "accumulate": 1, "held_out": SELECTING}
+                options |= {"calibration": arguments.calibration, "train": "all", "tokens": count * length}
+                options |= {"sequence_length": length, "batch_size": 1, "held_out": SELECTING}
             recover(folder, arguments.model, source, seed=arguments.seed, device="cpu", **options)
         row["recovery"] = dataclasses.asdict(read_report(source).recoveries[-1])
     if kind != "dense":
@@ -76,11 +79,11 @@ def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: di
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Perplexities by what was trained, in Markdown."""
     shown = []
-    for row in sorted(rows, key=lambda row: KINDS.index(row["row"])):
+    for row in sorted(rows, key=lambda row: KINDS.index(row["row"].partition(":")[0])):
         found = row.get("recovery", {"num_trained": 0, "num_tokens": 0})
         cells = (f"{value:.2f}" for value in row["perplexity"].values())
         done = (f"{found[name]:,}" if found[name] else "" for name in ("num_trained", "num_tokens"))
-        shown.append((row["folder"], row["row"], *cells, *done))
+        shown.append((row["folder"], row["row"].partition(":")[0], *cells, *done))
     shown.sort(key=lambda cells: cells[0])
     return markdown_lines(("model", "trained", *rows[0]["perplexity"], "weights", "tokens"), shown)
 
@@ -105,17 +108,14 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 _HELP = {
     "folders": "pruned models",
-    "rows": "what is trained; also dense and pruned, which nothing is",
-    "tokens": "tokens to train on",
-    "batch_size": "sequences of 512 tokens a pass, of all rows but `once`",
-    "accumulate": "passes a step",
+    "rows": "dense, pruned, once, or what is trained, a colon, and tokens",
     "test_length": "tokens a window to measure on",
     "bfloat16": "measure perplexity with products in bfloat16",
 }
 
 
 def main() -> None:
-    ways = {"rows": [*KINDS], "tokens": 98_304, "batch_size": 2, "accumulate": 1, "bfloat16": False}
+    ways = {"rows": ["dense", "pruned", "once", "all:98304"], "bfloat16": False}
     sizes = {"num_samples": 24, "max_windows": 12, "test_length": 1024}
     others = {"threads": 1, "seed": 0, "output": Path("runs/recovery.json"), "plot": Path}
     required = ("model", "calibration", "texts", "folders")

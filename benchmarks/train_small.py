@@ -1,12 +1,13 @@
 """Train a small language model from nothing, for measurements that random weights can't give.
 
-`mixtral` is a mixture of 8 experts, 2 a token, balanced by the loss of its family; `gpt2` has plain MLPs. The tokenizer
-is a byte-level BPE of the same texts. The last tenth of every text, from the next blank line on, is held out: neither
-model nor tokenizer sees it. Both parts lie under `texts` in the folder. The same command resumes from the last
-checkpoint.
+`mixtral` is a mixture of 8 experts, 2 a token, balanced by the loss of its family; `gpt_neox` has plain MLPs and
+biases. The tokenizer is a byte-level BPE of the same texts. The last tenth of every text, from the next blank line on,
+is held out: neither model nor tokenizer sees it. Both parts lie under `texts` in the folder. The same command resumes
+from the last checkpoint.
 
     python benchmarks/train_small.py --texts openwebtext.txt,wikitext2-test.txt --folder runs/mixture
-    python benchmarks/train_small.py --texts openwebtext.txt,wikitext2-test.txt --folder runs/gpt2 --architecture gpt2
+    python benchmarks/train_small.py --texts openwebtext.txt,wikitext2-test.txt --folder runs/neox --bfloat16 \
+        --architecture gpt_neox --ffn 1024 --sequence-length 256 --batch-size 8 --rate 1e-3 --steps 3000 --every 500
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tqdm import trange
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
+    GPTNeoXConfig,
     MixtralConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -67,8 +68,8 @@ def new_model(arguments: Namespace) -> PreTrainedModel:
     sizes = {"hidden_size": arguments.hidden, "num_hidden_layers": arguments.layers, "tie_word_embeddings": True}
     sizes |= {"num_attention_heads": arguments.hidden // 32, "max_position_embeddings": arguments.sequence_length}
     sizes |= {"vocab_size": arguments.vocabulary, "bos_token_id": 0, "eos_token_id": 0}
-    if arguments.architecture == "gpt2":
-        config = GPT2Config(n_inner=arguments.ffn, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **sizes)
+    if arguments.architecture == "gpt_neox":
+        config = GPTNeoXConfig(intermediate_size=arguments.ffn, use_parallel_residual=False, **sizes)
     else:
         sizes |= {"num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": arguments.hidden // 64}
         config = MixtralConfig(
@@ -103,7 +104,8 @@ def train(model: PreTrainedModel, ids: Tensor, held_out: dict[str, Tensor], argu
     for step in (bar := trange(first, arguments.steps, initial=first, total=arguments.steps, mininterval=5)):
         batch = torch.stack([ids[place : place + arguments.sequence_length] for place in places[step].tolist()])
         model.train()
-        loss = model(batch, labels=batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bfloat16):
+            loss = model(batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -130,17 +132,19 @@ def main() -> None:
     helps = {
         "texts": "text sources; the last tenth of each is held out",
         "folder": "where model, tokenizer, texts and checkpoint are written",
-        "architecture": "mixtral or gpt2",
+        "architecture": "mixtral or gpt_neox",
         "ffn": "intermediate channels of an expert, or of an MLP",
+        "bfloat16": "products in bfloat16",
         "every": "steps from checkpoint to checkpoint",
         "max_windows": "held-out windows of every text to measure on",
     }
     sizes = {"hidden": 256, "layers": 4, "ffn": 384, "vocabulary": 4096, "sequence_length": 512, "max_windows": 16}
     schedule = {"steps": 1200, "batch_size": 4, "rate": 2e-3, "every": 100, "seed": 0, "threads": 1}
+    schedule |= {"bfloat16": False}
     files = {"folder": Path("runs/mixture"), "output": Path("runs/train_small.json")}
     arguments = parse_arguments(__doc__, "texts", helps=helps, architecture="mixtral", **sizes, **schedule, **files)
-    if arguments.architecture not in ("mixtral", "gpt2"):
-        raise SystemExit(f"--architecture {arguments.architecture} is not known; pass mixtral or gpt2.")
+    if arguments.architecture not in ("mixtral", "gpt_neox"):
+        raise SystemExit(f"--architecture {arguments.architecture} is not known; pass mixtral or gpt_neox.")
     torch.set_num_threads(arguments.threads)
     set_seed(arguments.seed)
     trained, held_out = split_texts(arguments.texts, arguments.folder)
