@@ -283,7 +283,7 @@ def test_llama_cpp_writes_the_tokens_of_transformers(benchmark, tmp_path):
     benchmark("llama_cpp").require_same_tokens(tmp_path, tmp_path / "float32.gguf", tiny_tokens()[0], 24, threads=1)
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "gpt2"])
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_neox"])
 def test_a_small_model_resumes_its_training(benchmark, monkeypatch, tmp_path, architecture):
     """An interrupted training ends with the same weights; nothing that is held out was trained on."""
     script, text = benchmark("train_small"), tmp_path / "text.txt"
