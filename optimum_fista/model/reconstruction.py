@@ -77,7 +77,9 @@ def reconstruct(
     # Put back if training makes the layer worse.
     before = [weights.parameter.detach().clone() for weights in trained]
     error_before, held_out_before = _errors(activations, outputs or _outputs(activations, entering), wanted)
-    optimizer = torch.optim.Adam([weights.master for weights in trained], lr=learning_rate)
+    # On other devices PyTorch's own choice takes many tensors at once.
+    fused = True if device.type == "cpu" else None
+    optimizer = torch.optim.Adam([weights.master for weights in trained], lr=learning_rate, fused=fused)
     fitted = [batch for batch in range(len(activations.calls)) if not activations.is_held_out(batch)]
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
@@ -112,20 +114,21 @@ class _Trained:
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
-        # Everything is fixed until an operator's mask frees it: other experts of the parameter may stay dense.
-        self.fixed = torch.ones_like(parameter, dtype=torch.bool)
+        # Nothing is kept until an operator's mask says so: other experts of the parameter may stay dense.
+        self.kept = torch.zeros_like(parameter, dtype=torch.bool)
         self.master = parameter.detach().float()  # the parameter's own memory if that is float32
 
     def take_gradient(self) -> None:
-        # Moved from the parameter to the master, which Adam steps. It is zero for fixed weights, which never move.
+        # Moved from the parameter to the master, which Adam steps. It is zero for all other weights: they never move.
         gradient, self.parameter.grad = self.parameter.grad, None
         if gradient is None:  # no token of the batch reached it
             self.master.grad = None
             return
-        self.master.grad = gradient.float().masked_fill_(self.fixed, 0.0)
+        self.master.grad = gradient.float().mul_(self.kept)
 
     def round(self) -> None:
-        self.parameter.data.copy_(self.master)
+        if self.parameter.dtype != self.master.dtype:
+            self.parameter.data.copy_(self.master)
 
 
 def _trained(operators: Sequence[LinearOperator], masks: Mapping[str, Tensor]) -> list[_Trained]:
@@ -135,9 +138,8 @@ def _trained(operators: Sequence[LinearOperator], masks: Mapping[str, Tensor]) -
         if key not in found:
             found[key] = _Trained(getattr(operator.owner, operator.tensor))
         # A view: writing to it frees weights of the whole parameter.
-        fixed = operator.select(found[key].fixed)
-        mask = masks[operator.name].to(fixed.device)
-        fixed.copy_(~(mask.T if operator.transposed else mask))
+        kept = operator.select(found[key].kept)
+        kept.copy_(masks[operator.name].T if operator.transposed else masks[operator.name])
     return list(found.values())
 
 
