@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.products import quick_products
 from optimum_fista.model.replay import LayerCall, StopForward
 
 
@@ -82,6 +83,7 @@ class LayerActivations:
         """An empty list of activations that are kept at `storage` and needed on the layer's device."""
         return ActivationStore(self.storage, self.device)
 
+    @quick_products()
     def run(self, batch: int, hidden_states: Tensor) -> Tensor:
         """Output hidden states of the layer for one batch."""
         output = self.calls[batch].run(self.layer, hidden_states.to(self.device, non_blocking=True))
@@ -103,7 +105,8 @@ class LayerActivations:
             raise StopForward
 
         for hidden, call in zip(hidden_states, self.calls, strict=True):
-            with module.register_forward_pre_hook(stop, with_kwargs=True):  # off while the caller has the arguments
+            # off while the caller has the arguments
+            with module.register_forward_pre_hook(stop, with_kwargs=True), quick_products():
                 call.run(self.layer, hidden.to(self.device, non_blocking=True))
             if not seen:
                 raise RuntimeError(

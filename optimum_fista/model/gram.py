@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optimum_fista.model.products import quick_products
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.statistics import InputStatistics
 
@@ -24,6 +25,7 @@ class GramAccumulator:
         self._sum = torch.zeros(size, device=device)
         self.num_tokens = 0
 
+    @quick_products()
     def add(self, inputs: Tensor) -> None:
         """Add inputs [tokens, in], float32."""
         if self._upper is None:

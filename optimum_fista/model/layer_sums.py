@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.products import quick_products
 from optimum_fista.solve.blocks import row_blocks
 from optimum_fista.solve.problem import DenseOutputs, LayerProblem, inner_by_rows
 from optimum_fista.solve.statistics import InputStatistics
@@ -92,6 +93,7 @@ class LayerSums:
                 yield _problem(weight, statistics, cross, self.energies[name], dense_share, name)
 
 
+@quick_products()
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     if total is None:
         total = torch.zeros(left.shape[1], right.shape[1], device=right.device)

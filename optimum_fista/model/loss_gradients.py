@@ -19,6 +19,7 @@ from optimum_fista.model.architecture import DecoderLayers, modules_around
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.products import quick_products
 from optimum_fista.model.replay import replaced_forwards, watching
 
 
@@ -79,6 +80,7 @@ def watch_gradients(
             waiting.clear()
 
 
+@quick_products()
 def _run(model: PreTrainedModel, watchers: Mapping[LinearOperator, Watcher], ids: Tensor) -> None:
     """Show one sequence [1, sequence]."""
     forwards = True

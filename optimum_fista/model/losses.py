@@ -21,6 +21,7 @@ from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 from optimum_fista.model.loss_gradients import first_sequences
 from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.products import quick_products
 from optimum_fista.model.replay import LayerCall, replaced_forwards
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs
 
@@ -207,7 +208,8 @@ class _Sweep:
         stream.move(storage, device)
         leaving = ActivationStore(storage, device)
         for hidden, call in zip(stream, calls, strict=True):
-            output = layer(hidden, *call.arguments, **call.keywords)
+            with quick_products():
+                output = layer(hidden, *call.arguments, **call.keywords)
             hidden, self.rest = (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
             leaving.append(hidden)
         return leaving
@@ -221,7 +223,7 @@ class _Sweep:
             # The model runs with decoder layers that return these hidden states, whatever they are called with.
             output = hidden if self.rest is None else (hidden, *self.rest)
             forwards = [lambda *_, output=output, **__: output] * len(self.layers)
-            with replaced_forwards(self.layers.modules, forwards):
+            with replaced_forwards(self.layers.modules, forwards), quick_products():
                 logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
             targets = ids[0, 1:].to(logits.device)
             loss = nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")

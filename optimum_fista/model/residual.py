@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.products import quick_products
 from optimum_fista.solve.problem import relative
 
 _ROUNDED = 0.5
@@ -104,7 +105,8 @@ class LastOperator:
         squares = {kind: torch.zeros((), dtype=torch.float64, device=activations.device) for kind in (False, True)}
         outputs = None if self._rest is None else activations.store()
         for batch, inputs in enumerate(self._inputs):
-            output = operator.module(inputs)
+            with quick_products():
+                output = operator.module(inputs)
             if outputs is not None and self._rest is not None:
                 rest = self._rest[batch]
                 outputs.append(rest + output.view(rest.shape))

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from optimum_fista.model.architecture import matches
 from optimum_fista.model.correction import Correction
 from optimum_fista.model.expert_removal import Saliency
+from optimum_fista.model.products import COMPUTE_DTYPES
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
@@ -156,6 +157,9 @@ class FistaPruningConfig:
             calibration tokens, so that it returns the hidden states of the dense network. `None`: they are not.
         finetune_steps: Steps a decoder layer, a calibration batch each.
         finetune_learning_rate: The largest learning rate of these steps.
+        compute_dtype: Of the products of float32 matrices in forward passes, in gradients, and in sums over calibration
+            tokens. `"float32"`, `"bfloat16"` (on CUDA that is TensorFloat-32), or `"auto"`: bfloat16 on accelerators
+            and on CPUs with AMX, otherwise float32. Layer problems are always solved in float32.
         seed: Seed of everything random (sampling of calibration windows and texts, order of batches).
     """
 
@@ -182,6 +186,7 @@ class FistaPruningConfig:
     finetune: Literal["layer"] | None = None
     finetune_steps: int = 32
     finetune_learning_rate: float = 3e-4
+    compute_dtype: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -208,6 +213,8 @@ class FistaPruningConfig:
             raise ValueError(
                 f"expert_saliency={self.expert_saliency!r}: pass {' or '.join(map(repr, get_args(Saliency)))}."
             )
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"compute_dtype={self.compute_dtype!r}: pass {', '.join(COMPUTE_DTYPES)}.")
         rate = self.finetune_learning_rate
         if not 0 < rate < math.inf:
             raise ValueError(f"finetune_learning_rate={rate!r}: pass a number above 0, such as 3e-4.")

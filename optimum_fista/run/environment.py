@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_fista.model.offload import execution_device
+from optimum_fista.model.products import compute_dtype_of
 
 
 @contextmanager
@@ -57,11 +58,13 @@ def _full_precision() -> Iterator[None]:
             module.fp32_precision = value
 
 
-def arithmetic_of(model: PreTrainedModel) -> dict[str, str | None]:
-    """What a model computes with, besides its weights and its configuration."""
+def arithmetic_of(model: PreTrainedModel, compute_dtype: str) -> dict[str, str | None]:
+    """What a model computes with, besides its weights and its configuration; the dtype of products by its name."""
+    device = execution_device(model.get_input_embeddings())
     return {
         "dtype": str(model.dtype),
-        "device": execution_device(model.get_input_embeddings()).type,
+        "products": str(compute_dtype_of(compute_dtype, device)),
+        "device": device.type,
         "attention": model.config._attn_implementation,
         "experts": getattr(model.config, "_experts_implementation", None),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,9 @@ def reproduce(
     require_files(folder, REPRODUCE_FILE)
     made, report = read_json(folder / REPRODUCE_FILE), read_report(folder)
     config, arithmetic = FistaPruningConfig.from_dict(report.config), made["arithmetic"]
+    # the products of the first run, whatever is quick here; older folders don't say, and had float32
+    arithmetic.setdefault("products", "torch.float32")
+    config = replace(config, compute_dtype=arithmetic["products"].removeprefix("torch."))
     where: dict[str, Any] = {
         "device": device or arithmetic["device"],
         "dtype": arithmetic["dtype"].removeprefix("torch."),
@@ -122,7 +125,10 @@ def reproduce(
     name = _model_name(made["model"]) if model is None else str(model)
     with _threads(made["processor"]["threads"]), tempfile.TemporaryDirectory(prefix="optimum-fista-") as scratch:
         dense, _ = load_lazily(name, Path(scratch) / "offload", **where)
-        now: dict[str, dict[str, Any]] = {"versions": library_versions(), "arithmetic": arithmetic_of(dense)}
+        now: dict[str, dict[str, Any]] = {
+            "versions": library_versions(),
+            "arithmetic": arithmetic_of(dense, config.compute_dtype),
+        }
         now |= {"processor": dict(processor()), "model_config": settings_of(dense)}
         for line in differences({key: made[key] for key in now}, now):
             say(line)

@@ -165,7 +165,7 @@ class Estimate:
         if timed:
             try:
                 columns = max((columns for _, columns in self.shapes.operators.values()), default=self.hidden)
-                self.rates = measure_device(usable_device(device), self.model.dtype, columns)
+                self.rates = measure_device(usable_device(device), self.model.dtype, columns, self.config.compute_dtype)
             except ValueError as error:
                 self.notes.append(f"time is not estimated: {error}")
 

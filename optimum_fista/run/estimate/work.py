@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from optimum_fista.model.products import compute_dtype_of, quick_products, quick_products_in
 from optimum_fista.solve.blocks import SCALE_ON_DEVICES, block_share, rows_in_block
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
@@ -128,8 +129,9 @@ def measure_method(
     return needs, meter.peak_bytes * scale**2
 
 
-def measure_device(device: torch.device, dtype: torch.dtype, columns: int) -> np.ndarray:
+def measure_device(device: torch.device, dtype: torch.dtype, columns: int, compute_dtype: str) -> np.ndarray:
     """What a device does in a second, with a model of this dtype whose widest operator has so many inputs."""
+    products_dtype = compute_dtype_of(compute_dtype, device)
 
     def wait() -> None:
         if device.type != "cpu":
@@ -153,8 +155,10 @@ def measure_device(device: torch.device, dtype: torch.dtype, columns: int) -> np
     side = min(columns, int((rough * _SECONDS / 60) ** (1 / 3)))  # as large as time allows
     square = torch.randn(side, side, device=device)
     narrow, block = square.to(dtype), bytes(2**23)
+    with quick_products_in(products_dtype), quick_products():
+        model_products = rate(2 * side**3, lambda: nn.functional.linear(narrow, narrow))
     return work(
-        model_products=rate(2 * side**3, lambda: nn.functional.linear(narrow, narrow)),
+        model_products=model_products,
         products=rate(2 * side**3, lambda: square @ square),
         moved_bytes=rate(8 * side**2, lambda: square * 2),  # in new memory, as in a run
         layers=1 / _LAYER_SECONDS,

@@ -16,6 +16,7 @@ from optimum_fista.model.experts import FusedExperts
 from optimum_fista.model.hidden_states import RecordedInputs
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.products import quick_products_in
 from optimum_fista.model.reconstruction import reconstruct
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.run.checkpoints.loading import storage_place
@@ -52,6 +53,7 @@ def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = N
     last = max((index for index, count in counts.items() if count), default=-1)
     with (
         run.split_experts(),
+        quick_products_in(run.compute_dtype),
         tqdm(
             total=run.num_before + sum(counts.values()),
             initial=run.num_before,

@@ -23,6 +23,7 @@ from optimum_fista.model.experts import split_experts
 from optimum_fista.model.losses import LossProbe, choose_layers
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.products import compute_dtype_of, quick_products_in
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.loading import require_unquantized, storage_place
 from optimum_fista.run.checkpoints.stored_names import StoredName, stored_names
@@ -48,6 +49,7 @@ class ModelPruning:
         operators: The operators to prune.
         stored_names: Where a checkpoint keeps their weights.
         batches: The calibration batches.
+        compute_dtype: Dtype of the products in forward passes and in sums over tokens.
         report: The report; decoder layers are added as they are pruned.
         callbacks: Called while it prunes.
         states: Hidden states that enter the next decoder layer; `None` before the first.
@@ -89,6 +91,7 @@ class ModelPruning:
             left_dense = self._plan(asked)
         require_own_weights(model, self.layers)
         batches = hold_out(read_batches(calib_dataloader, input_embedding(model).shape[0]), config.held_out)
+        self.compute_dtype = compute_dtype_of(config.compute_dtype, execution_device(model.get_input_embeddings()))
         self.report = begin_report(model, batches, calibration_source, asked, self.operators, left_dense)
         self.batches = RunBatches(model, self.layers, batches, self.report)
         self.callbacks = callbacks
@@ -154,8 +157,10 @@ class ModelPruning:
         """
         if self.budgets is None:
             started, choice = time.perf_counter(), None
-            with explained_length(
-                self.model, max(b.input_ids.shape[1] for b in self.batches.calibration), "calib_dataloader"
+            longest = max(b.input_ids.shape[1] for b in self.batches.calibration)
+            with (
+                quick_products_in(self.compute_dtype),
+                explained_length(self.model, longest, "calib_dataloader"),
             ):
                 if self.has_size_to_reach:
                     how_much = self.batches.calibration, self.config, self.progress, self.storage
@@ -165,7 +170,7 @@ class ModelPruning:
             gone = {f"{self.layers.name}.{index}" for index, _ in removed}
             left = [group for name, group in self.operators.items() if name not in gone]
             flat = {name: operator for group in left for name, operator in group.items()}
-            with self.split_experts():
+            with self.split_experts(), quick_products_in(self.compute_dtype):
                 calibration, config = self.batches.calibration, self.config
                 parts = None if self.removal is None else self.removal.plan.parts
                 places = calibration, config, self.progress, self.storage

@@ -44,7 +44,7 @@ def begin_report(
         model=_describe(model),
         calibration=describe_calibration(batches, source),
         left_dense=left_dense,
-        origin=_describe_origin(model, batches),
+        origin=_describe_origin(model, batches, config.compute_dtype),
     )
     before = getattr(model.config, "fista_pruning", None)
     if isinstance(before, dict):
@@ -164,13 +164,13 @@ def describe_calibration(batches: list[CalibrationBatch], source: str | None) ->
     return found | ({"held_out": _describe_tokens(held_out)} if held_out else {})
 
 
-def _describe_origin(model: PreTrainedModel, batches: list[CalibrationBatch]) -> dict[str, Any]:
+def _describe_origin(model: PreTrainedModel, batches: list[CalibrationBatch], compute_dtype: str) -> dict[str, Any]:
     """What the bytes of a result depend on, besides the model, the configuration, the tokens and the versions."""
     shapes = itertools.groupby(list(batch.input_ids.shape) for batch in batches)
     return {
         "is_local": Path(getattr(model.config, "_name_or_path", "") or "").exists(),
         "batches": [[len(list(found)), *shape] for shape, found in shapes],
-        "arithmetic": arithmetic_of(model),
+        "arithmetic": arithmetic_of(model, compute_dtype),
         "model_config": settings_of(model),
         "processor": processor(),
     }

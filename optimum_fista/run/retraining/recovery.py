@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.products import COMPUTE_DTYPES, compute_dtype_of
 from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.checkpoint import mark_retrained, read_report
 from optimum_fista.run.checkpoints.installation import discard, empty, install
@@ -157,7 +158,7 @@ def recover(
             f"tokens={tokens}: one step takes {accumulate} passes of {batch_size} sequences of {length} tokens: pass "
             f"at least {length * batch_size * accumulate} (--tokens), or shorter sequences (--sequence-length)."
         )
-    compute = _compute_dtype(compute_dtype, place)
+    compute = compute_dtype_of(compute_dtype, place)
     with locked_output(output) as unfinished:
         require_output(output, overwrite, names=MODEL_FILES)  # another run may just have ended
         count = steps * batch_size * accumulate
@@ -588,14 +589,6 @@ def _factor(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
-def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of products; on a CPU, bfloat16 is faster only if it has units for it (AMX)."""
-    if name != "auto":
-        return torch.bfloat16 if name == "bfloat16" else torch.float32
-    fast = device.type != "cpu" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return torch.bfloat16 if fast else torch.float32
-
-
 def _teacher_of(report: PruningReport, source: str) -> str:
     name = str(report.model["name"])
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -612,7 +605,7 @@ def _require_options(given: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={given[name]}: pass 1 or more{flag}.")
     if given["sequence_length"] is not None and given["sequence_length"] < 2:
         raise ValueError(f"sequence_length={given['sequence_length']}: pass 2 or more.")
-    for name, words in (("train", ("auto", *WORDS_OF_TRAIN)), ("compute_dtype", ("auto", "float32", "bfloat16"))):
+    for name, words in (("train", ("auto", *WORDS_OF_TRAIN)), ("compute_dtype", COMPUTE_DTYPES)):
         if given[name] not in words:
             raise ValueError(f"{name}={given[name]!r}: pass {', '.join(words)}.")
     if not 0 <= given["label_share"] <= 1:

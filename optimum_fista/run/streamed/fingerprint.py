@@ -38,7 +38,7 @@ def run_fingerprint(source: SourceFiles, pruning: ModelPruning) -> dict[str, Any
         "journal": _FORMAT,
         "weights": source.digests,
         "model_config": {key: value for key, value in network.items() if key not in _NOT_COMPUTED_WITH},
-        "arithmetic": arithmetic_of(pruning.model),
+        "arithmetic": arithmetic_of(pruning.model, pruning.config.compute_dtype),
         "config": pruning.report.config,  # as asked: what a removal makes of it does not tell all patterns apart
         "calibration": tokens,
         "batches": [list(batch.input_ids.shape) for batch in pruning.batches.all],

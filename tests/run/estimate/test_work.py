@@ -88,7 +88,7 @@ def test_blocks_of_a_small_matrix_are_those_of_a_large_one():
 
 def test_a_device_is_measured_in_numbers_that_make_sense(monkeypatch):
     monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.2)
-    rates = measure_device(torch.device("cpu"), torch.float32, 256)
+    rates = measure_device(torch.device("cpu"), torch.float32, 256, "float32")
     assert (rates[:4] > 1e6).all()
     assert float((2 * rates / rates).sum()) == 10.0
     assert list(work(file_bytes=3)) == [0, 0, 0, 3, 0]

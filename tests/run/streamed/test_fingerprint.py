@@ -146,7 +146,7 @@ def test_another_dtype_is_refused(source, cut_off):
 
 def test_attention_and_device_are_part_of_it(dense, monkeypatch):
     def arithmetic(attention: str) -> dict:
-        return arithmetic_of(AutoModelForCausalLM.from_pretrained(dense, attn_implementation=attention))
+        return arithmetic_of(AutoModelForCausalLM.from_pretrained(dense, attn_implementation=attention), "float32")
 
     assert arithmetic("eager") == arithmetic("sdpa") | {"attention": "eager"}
     assert arithmetic("eager")["device"] == "cpu"

@@ -1,0 +1,51 @@
+"""Products of float32 matrices in bfloat16, where a device is fast in it: in forward passes and in sums over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
+
+_DTYPE: ContextVar[torch.dtype] = ContextVar("dtype of quick products", default=torch.float32)
+
+
+def compute_dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of products by one of `COMPUTE_DTYPES`; on a CPU, bfloat16 is faster only if it has units for it."""
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and _is_fast(device)) else torch.float32
+
+
+def _is_fast(device: torch.device) -> bool:
+    """Whether a device has units for bfloat16; an older PyTorch does not say so of a CPU."""
+    return device.type != "cpu" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+@contextmanager
+def quick_products_in(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, `quick_products` are of this dtype."""
+    token = _DTYPE.set(dtype)
+    try:
+        yield
+    finally:
+        _DTYPE.reset(token)
+
+
+@contextmanager
+def quick_products() -> Iterator[None]:
+    """Inside, float32 matrices are rounded to bfloat16 for their products, if the run around says so.
+
+    Sums and results stay float32. An accelerator may have a dtype between the two for this: CUDA takes TensorFloat-32.
+    What solves layer problems is never inside: it needs float32.
+    """
+    if _DTYPE.get() == torch.float32:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
