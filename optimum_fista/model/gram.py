@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optimum_fista.model.products import quick_products
+from optimum_fista.model.products import as_multiplied, quick_products
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.statistics import InputStatistics
 
@@ -30,6 +30,7 @@ class GramAccumulator:
         """Add inputs [tokens, in], float32."""
         if self._upper is None:
             self._upper = torch.zeros(self._shape, device=self._device)
+        inputs = as_multiplied(inputs)
         _add_upper(self._upper, inputs)
         self._sum += inputs.sum(0)
         self.num_tokens += inputs.shape[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.products import quick_products
+from optimum_fista.model.products import as_multiplied, quick_products
 from optimum_fista.solve.blocks import row_blocks
 from optimum_fista.solve.problem import DenseOutputs, LayerProblem, inner_by_rows
 from optimum_fista.solve.statistics import InputStatistics
@@ -97,11 +97,12 @@ class LayerSums:
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     if total is None:
         total = torch.zeros(left.shape[1], right.shape[1], device=right.device)
-    return total.addmm_(left.T, right)  # in place: no second matrix of this size
+    return total.addmm_(as_multiplied(left).T, as_multiplied(right))  # in place: no second matrix of this size
 
 
 def _energies(outputs: Tensor) -> Tensor:
     """Squared norms of the columns of [tokens, out], float64."""
+    outputs = as_multiplied(outputs)
     # a batch in float32, the sum of batches in float64: only that has many terms
     return outputs.square().sum(0).double()
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 
@@ -49,3 +50,11 @@ def quick_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def as_multiplied(values: Tensor) -> Tensor:
+    """Float32 values as `quick_products` take them.
+
+    Sums of squares and of products must be over the same numbers: an error is a small difference between them.
+    """
+    return values if _DTYPE.get() == torch.float32 else values.to(_DTYPE.get()).float()

@@ -12,6 +12,7 @@ from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, save_masked
+from optimum_fista.model import products
 from optimum_fista.run import reproduction
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.reproduction import Reproduction, reproduce
@@ -65,6 +66,12 @@ def test_all_that_a_result_depends_on_is_there_and_the_same_in_memory_and_from_f
     report = json.loads((pruned / found["config"]).read_text())
     assert FistaPruningConfig.from_json(pruned / found["config"]).to_dict() == report["config"]
     assert "origin" not in report
+
+
+def test_products_are_those_of_the_first_run_whatever_is_quick_here(source, pruned, monkeypatch):
+    assert made(pruned)["arithmetic"]["products"] == "torch.float32"
+    monkeypatch.setattr(products, "_is_fast", lambda device: True)
+    assert again(pruned, source).bit_equal
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
