@@ -123,8 +123,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--held-out", type=int, metavar="N", help=unseen)
     pass_size = "sequences a forward pass (default: 1 on a CPU, otherwise what 8192 tokens and its memory allow)"
     add("--batch-size", type=int, metavar="N", help=pass_size)
-    products = "dtype of products, but of the solver's (default auto: bfloat16 if the device is fast in it)"
-    add("--compute-dtype", choices=("auto", "float32", "bfloat16"), help=products)
+    products = "of float32 products, but the solver's: float32 (default), bfloat16, or auto, what the device is fast in"
+    add("--compute-dtype", choices=("float32", "bfloat16", "auto"), help=products)
     add("--seed", type=int, help="seed of the sampling (default 0)")
     add(
         "--storage-device",

@@ -27,14 +27,6 @@ def _same_random_numbers():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _same_products(monkeypatch):
-    """`compute_dtype="auto"` is float32, which tests compare with what they compute themselves, on every machine."""
-    from optimum_fista.model import products
-
-    monkeypatch.setattr(products, "_is_fast", lambda device: False)
-
-
 @pytest.fixture(scope="module")
 def one_picture():
     """All models are saved with the first one's picture, which takes longer to draw than a tiny model to prune."""

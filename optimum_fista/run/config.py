@@ -158,8 +158,8 @@ class FistaPruningConfig:
         finetune_steps: Steps a decoder layer, a calibration batch each.
         finetune_learning_rate: The largest learning rate of these steps.
         compute_dtype: Of the products of float32 matrices in forward passes, in gradients, and in sums over calibration
-            tokens. `"float32"`, `"bfloat16"` (on CUDA that is TensorFloat-32), or `"auto"`: bfloat16 on accelerators
-            and on CPUs with AMX, otherwise float32. Layer problems are always solved in float32.
+            tokens: `"float32"`, `"bfloat16"` (on CUDA, TensorFloat-32), or `"auto"`: bfloat16 on accelerators and on
+            CPUs with AMX, otherwise float32. Layer problems are always solved in float32.
         seed: Seed of everything random (sampling of calibration windows and texts, order of batches).
     """
 
@@ -186,7 +186,7 @@ class FistaPruningConfig:
     finetune: Literal["layer"] | None = None
     finetune_steps: int = 32
     finetune_learning_rate: float = 3e-4
-    compute_dtype: str = "auto"
+    compute_dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:

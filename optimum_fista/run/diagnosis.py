@@ -166,7 +166,7 @@ def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:
         tokens = torch.randint(3, 128, (16, 32))
     nn.Module.to(model, device)
     started = time.perf_counter()
-    report = FistaPruner(FistaPruningConfig(0.5, compute_dtype="float32"), progress=False).prune(model, tokens.split(4))
+    report = FistaPruner(FistaPruningConfig(0.5), progress=False).prune(model, tokens.split(4))
     seconds = time.perf_counter() - started
     found = torch.cat([model.get_parameter(o.name).detach().cpu().flatten() for o in report.operators])
     if not expected:
