@@ -98,5 +98,5 @@ def test_small_operators_are_measured_no_longer_than_large_ones(monkeypatch):
     """Each of them takes a microsecond, so there are very many."""
     monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 1.2)
     started = time.process_time()
-    measure_device(torch.device("cpu"), torch.float32, 16)
+    measure_device(torch.device("cpu"), torch.float32, 16, "float32")
     assert time.process_time() - started < 5
