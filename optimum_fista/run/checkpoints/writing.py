@@ -184,18 +184,6 @@ def write_form(
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
-def write_index(folder: Path, stem: str, weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
-    """Write which of a folder's weight files holds which tensor, and the bytes of all tensors; returns its name."""
-    total = 0
-    for shard in {*weight_map.values()}:
-        with (folder / shard).open("rb") as file:  # a safetensors file: the header's length, the header, the tensors
-            total += (folder / shard).stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-    index = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    name = f"{stem}.safetensors.index.json"
-    write_text(folder / name, json.dumps(index, indent=2) + "\n")
-    return name
-
-
 def _save_model(model: PreTrainedModel, folder: Path) -> None:
     """`save_pretrained`, also of a model that was offloaded after it was loaded, which Transformers does not notice."""
     if hasattr(model, "hf_device_map") or not any(parameter.is_meta for parameter in model.parameters()):

@@ -30,6 +30,7 @@ from optimum_fista.run.checkpoints.loading import (
     read_config,
     usable_device,
 )
+from optimum_fista.run.checkpoints.shards import FILE_BYTES
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.estimate.shapes import Group, model_shapes
 from optimum_fista.run.estimate.work import LAYER_CALL, measure_device, measure_method, work
@@ -352,16 +353,20 @@ class Estimate:
 
     @cached_property
     def disk_bytes(self) -> dict[str, int]:
-        """Bytes on disk by part when the last decoder layer is written; packed weights bring their masks."""
+        """Bytes on disk by part when the last decoder layer is written; packed weights bring their masks.
+
+        Hidden states are gone when the weight files are joined, one of them at a time.
+        """
         together, saved = self.operators["together"], self.num_removed * self.value
         masks = (together["weights"] - (together["zeros"] if self.only_removes else 0)) // 8
         for name, shape in self.shapes.operators.items() if self.packed else ():
             pattern = self.config.pattern_for(name)
             saved += (shape[0] * shape[1] - pattern.num_kept(shape)) * self.value
             saved -= shape[0] * smallest_encoding(shape[1], pattern.n_of_m).row_bytes(shape[1])
+        model = self.weight_bytes - saved
         return {
-            "model": self.weight_bytes - saved,
-            "hidden states (two layers' at a time)": 2 * self.streams_bytes,
+            "model": model,
+            "hidden states of two layers, then a joined file": max(2 * self.streams_bytes, min(model, FILE_BYTES)),
             "masks (journal and model folder)": masks if self.packed else 2 * masks,
             "fused experts, copied by the lazy reader": self.shapes.fused_bytes,
         }

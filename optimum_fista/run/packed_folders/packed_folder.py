@@ -33,8 +33,9 @@ from optimum_fista.run.checkpoints.output_folder import (
     model_files,
     require_output,
 )
+from optimum_fista.run.checkpoints.shards import write_index
 from optimum_fista.run.checkpoints.stored_names import split_index
-from optimum_fista.run.checkpoints.writing import new_output, write_form, write_index
+from optimum_fista.run.checkpoints.writing import new_output, write_form
 from optimum_fista.run.packed_folders.packing import Packer, Packing, operators_by_tensor, packed_settings
 from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
 from optimum_fista.solve.bitmask import pack_mask

@@ -17,8 +17,9 @@ from optimum_fista.model.digest import names_of_rest, tensor_of
 from optimum_fista.model.losses import LossProbe
 from optimum_fista.packed.format import packed_names
 from optimum_fista.run.checkpoints.atomic import write_tensors
+from optimum_fista.run.checkpoints.shards import groups_to_join, join, read_header, write_index
 from optimum_fista.run.checkpoints.stored_names import as_stored
-from optimum_fista.run.checkpoints.writing import write_all_but_weights, write_index
+from optimum_fista.run.checkpoints.writing import write_all_but_weights
 from optimum_fista.run.packed_folders.packing import Packer, packed_settings
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.sink import ModelSink
@@ -28,7 +29,7 @@ from optimum_fista.run.streamed.journal import Journal, KeptLayer
 
 
 class FileSink(ModelSink):
-    """Writes every finished decoder layer to a shard of its own.
+    """Writes every finished decoder layer to a shard of its own, and joins the shards at the end.
 
     What is finished is on disk, so the dense weights are kept only while their layer is being pruned.
 
@@ -67,7 +68,7 @@ class FileSink(ModelSink):
         masks, self.masks = self.masks, {}
         if index in self._pruning.removed:
             self._source.require_unchanged()
-            self._journal.keep_layer(index, None, [], {}, record, states)
+            self._journal.keep_layer(index, None, {}, record, states)
             return
         tensors = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
         if self._pruning.removal is not None:
@@ -78,12 +79,12 @@ class FileSink(ModelSink):
             tensors = Packer(operators, tensors, stored.__getitem__).pack(tensors)
         self._source.require_unchanged()
         shard = self._write_shard(self._left.index(index), tensors)
-        self._journal.keep_layer(index, shard, list(tensors), masks, record, states)
+        self._journal.keep_layer(index, shard, masks, record, states)
 
     def complete(
         self, tokenizer: PreTrainedTokenizerBase | None, report: PruningReport, layers: Mapping[int, KeptLayer]
     ) -> PruningReport:
-        """Write all that is not a decoder layer: a last shard, the index, and what the folder says of the model.
+        """Write all that is not a decoder layer, join the shards, and write what the folder says of the model.
 
         Args:
             tokenizer: The model's tokenizer.
@@ -97,14 +98,15 @@ class FileSink(ModelSink):
             ValueError: If the files that the model was read from changed in the meantime.
         """
         folder, model = self._journal.folder, self._model
-        ours = {layer.shard for layer in layers.values()}
+        ours = {layer.shard: None for layer in layers.values() if layer.shard}  # in the order of the layers
         for pattern in (".tmp*", ".*.partial", "*.safetensors"):
             for left in [path for path in folder.glob(pattern) if path.name not in ours]:
                 left.unlink()  # of a process that was killed while it wrote, or of a run with more layers
         rest = self._stored({name: tensor_of(model, name) for name in names_of_rest(model)})
-        last = self._write_shard(len(self._left), rest)
-        weight_map = {name: layer.shard for layer in layers.values() for name in layer.names}
-        weight_map |= dict.fromkeys(rest, last.name)
+        parts = [folder / shard for shard in ours]
+        if not rest.keys() <= read_header(parts[-1])[0].keys():  # otherwise an earlier start has joined it
+            parts.append(self._write_shard(len(self._left), rest))
+        weight_map = self._join(parts)
         if self._pruning.removal is not None:
             model.config = self._pruning.removal.plan.model.config
         index_name = write_index(folder, self._stem, weight_map, {"total_parameters": report.model["num_parameters"]})
@@ -115,6 +117,23 @@ class FileSink(ModelSink):
         write_all_but_weights(folder, model, tokenizer, report, masks, packed)
         self._source.require_unchanged()
         return report
+
+    def _join(self, parts: list[Path]) -> dict[str, str]:
+        """Join the shards to fewer files, one after another, and return which file holds which tensor.
+
+        The parts of a file go only when it is whole and the journal says so: until then they are read again.
+        """
+        groups, weight_map = groups_to_join(parts), {}
+        for number, group in enumerate(groups, 1):
+            name = f"{self._stem}-{number:05}-of-{len(groups):05}.safetensors"
+            whole = self._journal.folder / (name if len(groups) > 1 else f"{self._stem}.safetensors")
+            if group != [whole]:
+                join(group, whole)
+                self._journal.keep_joined(whole, group)
+                for part in group:
+                    part.unlink()
+            weight_map |= dict.fromkeys(read_header(whole)[0], whole.name)
+        return weight_map
 
     @property
     def _left(self) -> list[int]:

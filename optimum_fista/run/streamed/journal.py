@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.pruning.target_size import SizeChoice
 from optimum_fista.run.reports.report import LayerRecord
 
-WEIGHTS_FILE = "weights.json"
+WEIGHTS_FILE, _JOINED_FILE = "weights.json", "joined.json"
 _ADVICE = "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
 _SHOWN = 6  # differences between two runs
 logger = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ class KeptLayer:
         record: What the run says of it.
         shard: Name of the shard; empty if the layer is removed.
         size: Its size in bytes.
-        names: The tensors in it.
         sha256: Digests of the shard, of the layer's `masks`, of the hidden states `before` it, on which it was pruned,
             and `after` it, of the `budgets` that it was pruned with, and of what the measurement of the loss goes on
             with after it, `probe`; `None` for what there is none of.
@@ -48,7 +48,6 @@ class KeptLayer:
     record: LayerRecord
     shard: str
     size: int
-    names: list[str]
     sha256: dict[str, str | None]
 
 
@@ -90,14 +89,15 @@ class Journal:
     def finished(self, *, read_shards: bool = True) -> dict[int, KeptLayer]:
         """The decoder layers that are finished, by index, in order; `read_shards=False` trusts their files' size."""
         records = {int(file.stem.partition("-")[2]): file for file in sorted(self._journal.glob("layer-*.json"))}
-        kept = {index: self._kept(index, file, read_shards) for index, file in records.items()}
+        joined = read_record(self._journal / _JOINED_FILE) or {}
+        is_whole = functools.cache(_is_whole) if read_shards else None  # many layers may be in one file
+        kept = {index: self._kept(index, file, joined, is_whole) for index, file in records.items()}
         return {index: layer for index, layer in kept.items() if layer is not None}
 
     def keep_layer(
         self,
         index: int,
         shard: Path | None,
-        names: Sequence[str],
         masks: dict[str, Tensor],
         record: LayerRecord,
         states: HiddenStates | None,
@@ -107,7 +107,6 @@ class Journal:
         Args:
             index: Its index.
             shard: Its shard, which is on disk; `None` if the layer is removed.
-            names: The tensors in it.
             masks: Packed masks of its operators.
             record: What the run says of it.
             states: Hidden states after it; `None` if the next layer does not need them.
@@ -125,10 +124,23 @@ class Journal:
             "probe": self._probe_sha256.get(index + 1),
         }
         name, size = (shard.name, shard.stat().st_size) if shard else ("", 0)
-        kept = KeptLayer(record, name, size, list(names), sha256)
+        kept = KeptLayer(record, name, size, sha256)
         write_record(self._journal / f"layer-{index:05}.json", dataclasses.asdict(kept))
         for kind in ("states", "probe"):  # only now: until the record is there, they are needed
             self._file(kind, index).unlink(missing_ok=True)
+
+    def keep_joined(self, whole: Path, parts: Sequence[Path]) -> None:
+        """Say that a file has all that was in other shards, which may go then."""
+        joined = read_record(self._journal / _JOINED_FILE) or {}
+        found = {"shard": whole.name, "size": whole.stat().st_size, "sha256": digest_of(whole)}
+        write_record(self._journal / _JOINED_FILE, joined | {part.name: found for part in parts})
+
+    def forget_joined(self) -> bool:
+        """Take every decoder layer as lost that is in a joined file; whether there is one."""
+        file = self._journal / _JOINED_FILE
+        there = file.exists()
+        file.unlink(missing_ok=True)
+        return there
 
     def keep_probe(self, index: int, kept: dict[str, Tensor]) -> None:
         """Write what the measurement of the loss goes on with before a decoder layer."""
@@ -196,7 +208,9 @@ class Journal:
     def _file(self, kind: str, index: int) -> Path:
         return self._journal / f"{kind}-{index:05}.safetensors"
 
-    def _kept(self, index: int, file: Path, read_shard: bool) -> KeptLayer | None:
+    def _kept(
+        self, index: int, file: Path, joined: Mapping[str, Any], is_whole: Callable[[Path, str | None], bool] | None
+    ) -> KeptLayer | None:
         """A decoder layer whose record, shard and masks are whole."""
         values = read_record(file)
         if values is None:
@@ -204,11 +218,14 @@ class Journal:
         kept = KeptLayer(**{**values, "record": LayerRecord.from_dict(values["record"])})
         if not kept.shard:
             return kept
+        sha256 = kept.sha256["shard"]
+        if found := joined.get(kept.shard):
+            kept, sha256 = dataclasses.replace(kept, shard=found["shard"], size=found["size"]), found["sha256"]
         shard = self.folder / kept.shard
         whole = shard.exists() and shard.stat().st_size == kept.size
-        if whole and read_shard:
-            files = {"shard": shard} | ({"masks": self._file("masks", index)} if kept.sha256["masks"] else {})
-            whole = all(_is_whole(file, kept.sha256[name]) for name, file in files.items())
+        if whole and is_whole is not None:
+            whole = is_whole(shard, sha256)
+            whole = whole and (not kept.sha256["masks"] or is_whole(self._file("masks", index), kept.sha256["masks"]))
         return kept if whole else None
 
 

@@ -214,18 +214,20 @@ class StreamedRun:
         journal, pruning = self.journal, self.pruning
         budgets = journal.budgets_sha256
         finished = {i: layer for i, layer in journal.finished().items() if layer.sha256["budgets"] == budgets}
-        if pruning.config.correction.independent_layers:
-            return finished
-        first, states = 0, None
-        while first in finished and finished[first].sha256["before"] == states:
-            first, states = first + 1, finished[first].sha256["after"]
-        if 0 < first <= pruning.last_layer:
-            pruning.states = journal.states(first, states, pruning.storage)
-            if pruning.states is None:
-                first = 0  # they can't be made again without the layers before
-            else:
-                pruning.batches.use_sizes_of(pruning.states)
-        return {index: finished[index] for index in range(first)}
+        if not pruning.config.correction.independent_layers:
+            first, states = 0, None
+            while first in finished and finished[first].sha256["before"] == states:
+                first, states = first + 1, finished[first].sha256["after"]
+            if 0 < first <= pruning.last_layer:
+                pruning.states = journal.states(first, states, pruning.storage)
+                if pruning.states is None:
+                    first = 0  # they can't be made again without the layers before
+                else:
+                    pruning.batches.use_sizes_of(pruning.states)
+            finished = {index: finished[index] for index in range(first)}
+        if len(finished) < len(pruning.layers) and journal.forget_joined():
+            return self._finished()  # they were all there when shards were joined: one of these is damaged
+        return finished
 
     def _resume_probe(self, unfinished: Sequence[int]) -> None:
         """Go on with the measurement of the loss, or give it up if its hidden states are not there."""

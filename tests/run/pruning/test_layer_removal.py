@@ -123,12 +123,7 @@ def test_files_to_files_gives_the_same_model(streamed, tmp_path):
     for part in ("operators", "layers"):
         errors = [[(o.name, getattr(o, "fit_error", None)) for o in getattr(report, part)] for report in reports]
         assert errors[0] == errors[1]
-    shards = sorted(folder.glob("*.safetensors"))
-    assert [shard.name for shard in shards] == [f"model-{i + 1:05}-of-00004.safetensors" for i in range(4)]
-    assert {name for shard in shards for name in load_file(shard)} == set(model.state_dict())
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_parameters"] == model.num_parameters()
-    assert set(index["weight_map"]) == set(model.state_dict())
+    assert set(load_file(folder / "model.safetensors")) == set(model.state_dict())
 
 
 def test_verify_compares_with_the_layers_that_stayed(streamed, tmp_path):

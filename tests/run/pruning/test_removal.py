@@ -1,6 +1,5 @@
 """Whole parts go in every kind of run: what is left is an ordinary smaller model with the same outputs."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -135,8 +134,6 @@ def test_files_to_files_gives_the_same_model(saved, streamed):
     assert verified.num_parameters == model.num_parameters()
     kept = [[operator.groups_kept for operator in read_report(f).operators] for f in (folder, other)]
     assert kept[0] == kept[1]
-    index = json.loads((other / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_parameters"] == model.num_parameters()
 
 
 @pytest.fixture(scope="module")

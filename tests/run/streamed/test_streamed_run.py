@@ -7,20 +7,21 @@ import random
 import re
 import shutil
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from folder_files import files_of
-from killed import Killed, killed_at_write
+from killed import Killed, killed_at, killed_at_write
 from launched import begin
+from safetensors.torch import load_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.checkpoints import atomic
+from optimum_fista.run.checkpoints import atomic, shards
 from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.streamed import file_sink, journal, streamed_run
@@ -79,9 +80,7 @@ def test_files_become_what_the_model_becomes_in_memory(source, tmp_path, config)
     for (name, expected), found in zip(model.named_parameters(), reloaded.parameters(), strict=True):
         assert torch.equal(expected, found), name
     assert verify_checkpoint(tmp_path / "out").num_operators == len(report.operators)
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert len(set(index["weight_map"].values())) == LAYERS + 1
-    assert index["metadata"]["total_size"] == sum(p.numel() * 2 for p in reloaded.parameters())
+    assert [file.name for file in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
     assert not unfinished_folder(tmp_path / "out").exists()
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
@@ -118,7 +117,7 @@ def cut_off(monkeypatch, target, name, replacement, *arguments, error=Stop, **op
     return raised.value
 
 
-@pytest.mark.parametrize("writes", range(1, 26, 3))
+@pytest.mark.parametrize("writes", [*range(1, 23, 3), *range(23, 33)])
 def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp_path, writes):
     with killed_at_write(writes), pytest.raises(Killed):
         prune(source, tmp_path / "pruned")
@@ -127,6 +126,87 @@ def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp
         AutoModelForCausalLM.from_pretrained(unfinished_folder(tmp_path / "pruned"))
     prune(source, tmp_path / "pruned")
     assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+@pytest.fixture
+def three_files(monkeypatch) -> list[str]:
+    """Two decoder layers a file, and the rest in the last one."""
+    layer = sum(p.numel() * 2 for p in tiny_llama().model.layers[0].parameters())
+    monkeypatch.setattr(shards, "FILE_BYTES", 2 * layer)
+    return [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def all_layers(source, tmp_path_factory) -> Path:
+    """What a run leaves that was cut off after the last decoder layer; do not write to it."""
+    output = tmp_path_factory.mktemp("all") / "pruned"
+    with pytest.MonkeyPatch.context() as patched:
+        cut_off(patched, file_sink.FileSink, "complete", stop, source, output)
+    return unfinished_folder(output)
+
+
+def names_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("model*"))
+
+
+def test_large_models_become_several_files(source, whole, three_files, all_layers, tmp_path):
+    shutil.copytree(all_layers, unfinished_folder(tmp_path / "pruned"))
+    prune(source, tmp_path / "pruned")
+    assert names_of(tmp_path / "pruned") == [*three_files, "model.safetensors.index.json"]
+    files = [load_file(tmp_path / "pruned" / name) for name in three_files]
+    expected = load_file(whole / "model.safetensors")
+    assert sum(map(len, files)) == len(expected)
+    for tensors in files:
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+    index = json.loads((tmp_path / "pruned" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for file, some in zip(three_files, files, strict=True) for name in some}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+    assert verify_checkpoint(tmp_path / "pruned").num_operators == LAYERS * 7
+
+
+@pytest.mark.usefixtures("three_files")
+@pytest.mark.parametrize("each_alone", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killed_while_shards_are_joined(each_alone, source, all_layers, tmp_path, monkeypatch):
+    """Killed after any number of changes of files, the next start goes on and prunes no decoder layer again."""
+    monkeypatch.setattr("optimum_fista.solve.methods.obs_admm.ObsAdmm.prune", None)
+    output, expected, join, kills = tmp_path / "pruned", tmp_path / "expected", file_sink.FileSink._join, []
+    shutil.copytree(all_layers, unfinished_folder(expected))
+    prune(source, expected)
+
+    def killed(self, parts):
+        with killed_at(len(kills)):
+            return join(self, parts)
+
+    monkeypatch.setattr(file_sink.FileSink, "_join", killed)
+    shutil.copytree(all_layers, unfinished_folder(output))
+    while not output.exists():
+        with suppress(Killed):
+            prune(source, output)
+            break
+        kills.append(names_of(unfinished_folder(output)))
+        if each_alone:
+            with monkeypatch.context() as patched:
+                patched.setattr(file_sink.FileSink, "_join", join)
+                prune(source, output)
+            assert files_of(output) == files_of(expected)
+            shutil.rmtree(output)
+            shutil.copytree(all_layers, unfinished_folder(output))
+    assert files_of(output) == files_of(expected)
+    assert len(kills) > (14 if each_alone else 4)
+
+
+@pytest.mark.usefixtures("three_files")
+def test_what_is_damaged_of_joined_files_is_made_again(source, all_layers, tmp_path, monkeypatch):
+    for folder in (tmp_path / "expected", tmp_path / "pruned"):
+        shutil.copytree(all_layers, unfinished_folder(folder))
+    prune(source, tmp_path / "expected")
+    cut_off(monkeypatch, file_sink, "write_index", stop, source, tmp_path / "pruned")
+    file = unfinished_folder(tmp_path / "pruned") / "model-00002-of-00003.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(tmp_path / "expected")
 
 
 @pytest.fixture(scope="module")
@@ -434,9 +514,8 @@ def test_fewer_layers_leave_no_shard_of_more(source, tmp_path, monkeypatch):
     config = tmp_path / "source" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
     prune(tmp_path / "source", tmp_path / "pruned", overwrite=True)
-    index = json.loads((tmp_path / "pruned" / "model.safetensors.index.json").read_text())
-    assert {path.name for path in (tmp_path / "pruned").glob("*.safetensors")} == set(index["weight_map"].values())
-    assert index["metadata"]["total_size"] == sum(p.numel() * 2 for p in tiny_llama().parameters())
+    assert [file.name for file in (tmp_path / "pruned").glob("model*")] == ["model.safetensors"]
+    assert load_file(tmp_path / "pruned" / "model.safetensors").keys() == tiny_llama().state_dict().keys()
 
 
 def test_names_and_models_are_told_apart(source, llama, tokens, tmp_path):
