@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import os
 import re
 import shlex
 import sys
@@ -240,6 +241,11 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
         numbered = (f"{arguments.output}-{number}" for number in itertools.count(2))
         free = next(name for name in numbered if not Path(name).exists())
         raise FileExistsError(f"{error} For example: --output {free}") from error
+    except ValueError as error:
+        if named is not None:
+            raise
+        beside = os.path.relpath(Path(arguments.model).resolve().parent / arguments.output)  # we are in that folder
+        raise ValueError(f"{error} For example: --output {beside}") from error
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
     storage_place(arguments.storage_device, torch.device("cpu"))

@@ -406,6 +406,14 @@ def test_names_of_folders(model, options, name):
     assert default_output(model, FistaPruningConfig(**options)) == Path(name)
 
 
+def test_inside_of_the_models_folder_it_is_said_what_to_type(tiny_folder, monkeypatch, capsys):
+    monkeypatch.chdir(tiny_folder)
+    assert main(["prune", "."]) == 1
+    name = f"{tiny_folder.resolve().name}-50pct"
+    advice = f"pass a folder outside of it. For example: --output ../{name}"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(advice)
+
+
 def test_a_short_text_is_for_the_calibration_alone(prune, tmp_path, monkeypatch, capsys):
     drawn = prune_command._num_unseen
     monkeypatch.setattr(prune_command, "_num_unseen", lambda *given: 10_000 * drawn(*given))

@@ -79,6 +79,14 @@ def test_damaged_activations_of_the_last_layer_undo_the_layers_before(llama, tok
     refuse(llama, tokens.split(4), match=message, error_correction=error_correction)
 
 
+def test_outputs_that_overflow_are_warned_of(llama, tokens):
+    """Weights that float32 holds, but not the squares of what they make."""
+    llama.model.layers[1].mlp.down_proj.weight.data.fill_(1e30)
+    with pytest.warns(UserWarning, match=r"errors of 1 operators are NaN or Inf \(model\.layers\.1\.mlp\.down_proj"):
+        report = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False).prune(llama, tokens.split(4))
+    assert len([warning for warning in report.warnings if "NaN or Inf" in warning]) == 1
+
+
 def test_damaged_embeddings(llama, tokens):
     llama.model.embed_tokens.weight.data[int(tokens[2, 3])] = math.nan
     refuse(llama, tokens.split(4), match="inputs of the first decoder layer hold NaN or Inf: the embeddings")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,13 @@ def complete_report(
         more = ", ..." if len(left) > 4 else ""
         report.warn(f"{len(left)} operators were left dense: {shown}{more}")
     operators = report.operators
+    errors = {o.name: (o.fit_error, o.output_error) for o in operators}
+    overflown = [name for name, found in errors.items() if not all(math.isfinite(error or 0.0) for error in found)]
+    if overflown:
+        report.warn(
+            f"the errors of {len(overflown)} operators are NaN or Inf ({', '.join(overflown[:4])}): their outputs "
+            "overflow float32 when squared, so nothing is known of how well they were pruned."
+        )
     report.warnings.extend(_rounded(report, config))
     if config.correction.residual_share:
         report.warnings.extend(_without_residual_correction(report))

@@ -149,6 +149,11 @@ def recover(
     config = read_config(source)
     _require_same_vocabulary(source, config, teacher)
     tokenizer = load_tokenizer(source)
+    reads_text = source if calibration != "self" and tokenizer is not None else teacher
+    if reads_text == teacher and load_tokenizer(teacher) is None:
+        raise ValueError(
+            f"teacher={teacher!r} has no tokenizer, which the text needs: copy the model's into the folder."
+        )
     length = min(_USUAL_LENGTH, usual_length(config)) if sequence_length is None else sequence_length
     if accumulate is None:
         accumulate = max(1, min(_MOST_SEQUENCES, tokens // (_USUAL_STEPS * length)) // batch_size)
@@ -188,7 +193,7 @@ def recover(
             refuse_differences(unfinished, known, json.loads(json.dumps(fingerprint)))
         try:
             windows = calibration_tokens_by_name(
-                source if calibration != "self" and tokenizer is not None else teacher,
+                reads_text,
                 calibration,
                 count + held_out,
                 length,

@@ -280,6 +280,13 @@ def test_bad_folders_are_refused(saved, tiny_folder, text, tmp_path):
             recover(saved.folder, tiny_folder, output, calibration=text, overwrite=True, **QUICK)
 
 
+def test_a_teacher_without_a_tokenizer_is_refused_before_any_work(saved, tmp_path, monkeypatch):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(recovery, "_digests", None)
+    with pytest.raises(ValueError, match=r"dense' has no tokenizer, which the text needs: copy the model's into"):
+        recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK)
+
+
 def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path):
     options = QUICK | {"tokens": 64}
     found = recover(saved.folder, tiny_folder, tmp_path / "out", **options)
