@@ -123,7 +123,7 @@ class FileSink(ModelSink):
 
         The parts of a file go only when it is whole and the journal says so: until then they are read again.
         """
-        groups, weight_map = groups_to_join(parts), {}
+        groups, weight_map = groups_to_join(parts), dict[str, str]()
         for number, group in enumerate(groups, 1):
             name = f"{self._stem}-{number:05}-of-{len(groups):05}.safetensors"
             whole = self._journal.folder / (name if len(groups) > 1 else f"{self._stem}.safetensors")
