@@ -112,6 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--expert-saliency", choices=("reap", "frequency", "random"), help=stay)
     refit = "do not refit the experts that stay"
     add("--no-expert-refit", dest="expert_refit", action="store_const", const=False, help=refit)
+    places = "n:m patterns: channels of MLPs change places first, so that more is kept; the model stays the same"
+    add("--reorder-channels", action="store_const", const=True, help=places)
     add("--warm-start", metavar="METHOD", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
     add("--max-iterations", type=int, metavar="N", help="iteration limit of the method")
     trained = "train the kept weights of every pruned decoder layer to give the dense layer's outputs (default: not)"

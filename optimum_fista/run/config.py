@@ -153,6 +153,8 @@ class FistaPruningConfig:
             `"random"`: any.
         expert_refit: Whether the down projections of the experts that stay are refitted, so that together they return
             what the dense mixture does.
+        reorder_channels: Whether the channels of MLPs change places first, so that the pattern keeps more of the down
+            projection (`"n:m"` only). The model stays the same: rows and columns move together.
         finetune: `"layer"`: once a decoder layer is pruned, its kept weights are trained together by Adam on the
             calibration tokens, so that it returns the hidden states of the dense network. `None`: they are not.
         finetune_steps: Steps a decoder layer, a calibration batch each.
@@ -183,6 +185,7 @@ class FistaPruningConfig:
     under_calibrated_method: str = "magnitude"
     expert_saliency: Saliency = "reap"
     expert_refit: bool = True
+    reorder_channels: bool = False
     finetune: Literal["layer"] | None = None
     finetune_steps: int = 32
     finetune_learning_rate: float = 3e-4
@@ -257,6 +260,11 @@ class FistaPruningConfig:
             raise ValueError(
                 f"finetune={self.finetune!r} can't train decoder layers that lose experts (pattern={self.pattern!r}): "
                 "pass finetune=None; experts that stay are refitted (expert_refit)."
+            )
+        if self.reorder_channels and (not self._default_pattern().orders_inputs):
+            raise ValueError(
+                f"reorder_channels=True has no meaning for pattern={self.pattern!r}: leave it out, or pass a pattern "
+                "such as '2:4'."
             )
         methods = self.create_method(""), METHODS[self.under_calibrated_method]()
         for method in methods:

@@ -27,6 +27,7 @@ class SparsityPattern(ABC):
             Without meaning if `fixed`.
         form: What users write, for messages.
         fixed: Whether the pattern itself sets the number of zeros of every row.
+        orders_inputs: Whether `best_order` finds an order of inputs in which more is kept.
         unit: Consecutive weights of a row that are kept or removed together, if rows differ.
     """
 
@@ -34,6 +35,7 @@ class SparsityPattern(ABC):
     scope: Scope = "matrix"
     form: ClassVar[str]
     fixed: ClassVar[bool] = True
+    orders_inputs: ClassVar[bool] = False
     unit: ClassVar[int] = 1
 
     @classmethod
@@ -58,6 +60,10 @@ class SparsityPattern(ABC):
     def n_of_m(self) -> tuple[int, int] | None:
         """`(n, m)` if n of every m consecutive weights of a row are kept: packed masks may then be shorter."""
         return None
+
+    def best_order(self, scores: Tensor) -> Tensor:
+        """An order of inputs, int64 [in], in which `scores` [out, in] keep much; theirs unless `orders_inputs`."""
+        return torch.arange(scores.shape[1], device=scores.device)
 
     @property
     def column_width(self) -> int | None:

@@ -131,3 +131,20 @@ def test_masks_of_magnitudes(text):
     matrix = torch.randn(3000, 400, generator=torch.Generator().manual_seed(0))
     pattern = Unstructured(0.3, scope="row") if text == "row" else parse_pattern(text)
     assert torch.equal(pattern.mask_of(matrix), pattern.mask(matrix.abs()))
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8"])
+def test_the_best_order_of_inputs_keeps_more(text):
+    pattern, scores = parse_pattern(text), random_scores((12, 64)) ** 4
+    order = pattern.best_order(scores)
+    assert sorted(order.tolist()) == list(range(64))
+
+    def kept(order: torch.Tensor) -> float:
+        return float((scores[:, order] * pattern.mask(scores[:, order])).sum())
+
+    others = [kept(torch.randperm(64, generator=torch.Generator().manual_seed(seed))) for seed in range(50)]
+    assert kept(order) > 1.02 * max(others)
+
+
+def test_the_order_of_inputs_is_theirs_where_it_does_not_matter():
+    assert parse_pattern(sparsity=0.5).best_order(random_scores((2, 5))).tolist() == [0, 1, 2, 3, 4]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_fista.model.offload import stored_tensor
-from optimum_fista.model.parts import numbers_kept
+from optimum_fista.model.parts import find_parts, numbers_kept
 from optimum_fista.model.shrinking import Shrinking, plan_shrinking
 from optimum_fista.run.checkpoints.checkpoint import operators_by_weight
 from optimum_fista.run.checkpoints.loading import load_lazily
@@ -54,6 +54,9 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
             losing = {part: mixtures.get(str(plan.new_name(part))) for part in plan.parts}
             kept |= {part: mixture.groups_kept for part, mixture in losing.items() if mixture is not None}
             written |= {f"{mixture.name}.down_proj" for mixture in report.mixtures if mixture.num_refitted}
+        moved = {}  # tensors whose channels changed places, with their axis
+        if report.config.get("reorder_channels"):
+            moved = {n: axis for part in find_parts(theirs, "channels").parts for n, (axis, _) in part.tensors.items()}
         for name in _tensor_names(theirs):
             new = name if plan is None else plan.new_name(name)
             if new is None:
@@ -69,6 +72,8 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
                 raise VerificationError(
                     f"{new} has shape {tuple(found.shape)}, from {dense!r} it would have {tuple(expected.shape)}."
                 )
+            if name in moved:
+                found, expected = (tensor.sort(moved[name]).values for tensor in (found, expected))
             if new not in written and not report.retrained:
                 differing = int((found != expected).sum())
                 if differing:

@@ -24,7 +24,7 @@ from optimum_fista.run.memory import PeakMemory, is_out_of_memory, release_memor
 from optimum_fista.run.pruning.group_solving import GroupSolver, report_group
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.operators import require_finite
-from optimum_fista.run.pruning.parts_of_layer import choose_columns, remove_experts
+from optimum_fista.run.pruning.parts_of_layer import choose_columns, remove_experts, reorder_channels
 from optimum_fista.run.pruning.sink import Sink
 from optimum_fista.run.reports.report import FinetuningReport, LayerRecord, LayerReport, MixtureReport, OperatorReport
 from optimum_fista.solve.narrowing import Narrowing
@@ -152,6 +152,7 @@ class _Loop:
         first = entering.entering[0].to(activations.device)
         if run.removal is not None:
             run.removal.prove(name, activations, first)
+        reorder_channels(run.channels, name, run.config, self.sink, operators, activations, entering.entering)
         groups, left_dense = trace_groups(activations.layer, operators, activations.calls[0], first)
         if run.removal is not None:
             run.removal.require_called(name, groups)

@@ -23,6 +23,7 @@ from optimum_fista.model.experts import split_experts
 from optimum_fista.model.losses import LossProbe, choose_layers
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.model.products import compute_dtype_of, quick_products_in
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.loading import require_unquantized, storage_place
@@ -55,6 +56,7 @@ class ModelPruning:
         states: Hidden states that enter the next decoder layer; `None` before the first.
         budgets: The operators' sparsity patterns; `None` before zeros are allocated.
         removal: How whole parts of the model are removed; `None` if they are not.
+        channels: Parts whose channels change places, by the names of their down projections.
         removed: Numbers of the decoder layers that are removed; known with the budgets.
         has_size_to_reach: Whether the run has yet to choose what goes for the size that the user asks for; operators
             and removal are known after that.
@@ -85,6 +87,9 @@ class ModelPruning:
         self.config = asked = config.resolved()
         self.operators: dict[str, dict[str, LinearOperator]] = {name: {} for name, _ in self.layers}
         self.stored_names: dict[str, StoredName] = {}
+        self.channels: dict[str, Part] = {}
+        if asked.reorder_channels:
+            self.channels = {part.name: part for part in find_parts(model, "channels").parts}
         parts, left_dense = asked.whole_parts, dict[str, str]()
         self.has_size_to_reach = parts is not None and parts.measure is not None
         if not self.has_size_to_reach:

@@ -6,14 +6,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.correction import LayerTargets
+from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.model.experts import FusedExperts
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.shrinking import smaller_copy
+from optimum_fista.model.parts import Part
+from optimum_fista.model.replay import operator_input
+from optimum_fista.model.shrinking import difference_beyond_rounding, small_hidden_states, smaller_copy
+from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.pruning.group_solving import GroupSolver
 from optimum_fista.run.pruning.removal import Removal
@@ -47,6 +52,59 @@ def choose_columns(
             refitted[operator.name] = pruned
     sink.undo()
     return removal.narrowings(operators, refitted)
+
+
+def reorder_channels(
+    parts: Mapping[str, Part],
+    layer_name: str,
+    config: FistaPruningConfig,
+    sink: Sink,
+    operators: Mapping[str, LinearOperator],
+    activations: LayerActivations,
+    hidden_states: Sequence[Tensor],
+) -> None:
+    """Let the channels of a decoder layer's MLPs change places, so that patterns keep more of the down projections.
+
+    What counts of a weight is its size times the root mean square of its input, as Wanda has it (arXiv 2306.11695).
+
+    Args:
+        parts: The channels of all MLPs, by the down projections' names.
+        layer_name: Name of the layer.
+        config: Which patterns they are pruned to.
+        sink: Where the reordered tensors go.
+        operators: The operators of the layer to prune; other MLPs stay as they are.
+        activations: The layer with what it is run on.
+        hidden_states: Those that enter the layer, a batch each, [batch, tokens, hidden].
+
+    Raises:
+        UnsupportedArchitectureError: If the layer then returns something else.
+    """
+    call, layer = activations.calls[0], activations.layer
+    for name, operator in operators.items():
+        part = parts.get(name)
+        if part is None or not config.pattern_for(name).orders_inputs:
+            continue
+        energies = torch.zeros(operator.shape[1], device=activations.device)
+        for batch, (arguments, keywords) in enumerate(activations.arguments_of(operator.module, hidden_states)):
+            if not activations.is_held_out(batch):
+                inputs = activations.rows(operator_input(arguments, keywords), batch, operator)
+                energies += inputs.float().square().sum(0)
+        order = config.pattern_for(name).best_order(operator.read().abs_().mul_(energies.sqrt()))
+        hidden = small_hidden_states(hidden_states[0].to(activations.device))
+        expected = call.run(layer, hidden)
+        for tensor in part.tensors:
+            owner, _, leaf = tensor.rpartition(".")
+            module = layer.get_submodule(owner.removeprefix(f"{layer_name}."))
+            sink.replace(module, leaf, part.shrink(tensor, getattr(module, leaf).detach(), order.tolist()))
+        found = call.run(layer, hidden)
+        assert expected is not None
+        assert found is not None
+        difference = difference_beyond_rounding(found, expected)
+        if difference is not None:
+            raise UnsupportedArchitectureError(
+                f"{layer_name} does not return the same after its channels changed places (relative difference "
+                f"{difference:.1e}): its rows are in another order. Leave out reorder_channels for this model."
+            )
 
 
 def remove_experts(

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activations import LayerActivations
@@ -18,7 +17,13 @@ from optimum_fista.model.offload import is_offloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import Part, numbers_kept
 from optimum_fista.model.residual import is_added_to_output
-from optimum_fista.model.shrinking import Shrinking, plan_shrinking, require_same_outputs, shrink_model
+from optimum_fista.model.shrinking import (
+    Shrinking,
+    plan_shrinking,
+    require_same_outputs,
+    shrink_model,
+    small_hidden_states,
+)
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import is_out_of_memory
 from optimum_fista.run.reports.report import LayerRecord, LayerReport, OperatorReport, PruningReport
@@ -263,10 +268,7 @@ class Removal:
         # the number of a group shows, as does what depends on all of them.
         groups = {name: (self.columns.parts[name].groups, self.columns.counts[name]) for name in names}
         kept = {name: tuple(range(total - count, total)) for name, (total, count) in groups.items()}
-        # Small hidden states: the rounding of large ones in 16 bits hides what attention and MLP add to them.
-        call, hidden = activations.calls[0], hidden_states.to(activations.device, torch.float32)
-        small = nn.functional.normalize(hidden, dim=-1) * (0.01 * hidden.shape[-1] ** 0.5)
-        hidden = small.to(hidden_states.dtype)
+        call, hidden = activations.calls[0], small_hidden_states(hidden_states.to(activations.device))
         try:
             require_same_outputs(
                 self.columns, layer_name, activations.layer, kept, lambda layer: call.run(layer, hidden)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.losses import LossProbe
-from optimum_fista.model.offload import alignment_hooks, kept_tensor, store_tensor
+from optimum_fista.model.offload import alignment_hooks, is_offloaded, kept_tensor, store_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.reports.report import LayerRecord
 from optimum_fista.solve.bitmask import pack_mask
@@ -28,6 +28,9 @@ class Sink(Protocol):
 
     def overwrite(self, operator: LinearOperator, weight: Tensor) -> None:
         """The same with a weight [out, in] that has no mask."""
+
+    def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
+        """The same with a whole parameter of a module, as it is stored."""
 
     def undo(self) -> None:
         """Put back all weights that were written since the last commit: their decoder layer is pruned once more."""
@@ -84,16 +87,25 @@ class ModelSink:
 
     def overwrite(self, operator: LinearOperator, weight: Tensor) -> None:
         """Overwrite a weight; of one that is offloaded only the copy on the device, until the layer is committed."""
-        if operator.is_offloaded:
-            self._onloaded[id(operator.owner), operator.tensor] = (operator.owner, operator.tensor)
-        else:
-            original = operator.parameter.detach().to("cpu", copy=True)
-
-            def restore() -> None:
-                operator.parameter.data.copy_(original)
-
-            self._undo.append(restore)
+        self._keep(operator.owner, operator.tensor, lambda: operator.parameter)
         operator.write(weight)
+
+    def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
+        """Overwrite a parameter; of one that is offloaded only the copy on the device, until the layer is committed."""
+        self._keep(owner, name, lambda: getattr(owner, name))
+        getattr(owner, name).data.copy_(value)
+
+    def _keep(self, owner: nn.Module, name: str, parameter: Callable[[], Tensor]) -> None:
+        """Keep what is about to be overwritten: a parameter of a module, or a part of it."""
+        if is_offloaded(owner):
+            self._onloaded[id(owner), name] = (owner, name)
+            return
+        original = parameter().detach().to("cpu", copy=True)
+
+        def restore() -> None:
+            parameter().data.copy_(original)
+
+        self._undo.append(restore)
 
     def undo(self) -> None:
         """Put back the weights that were written since the last commit."""
