@@ -61,7 +61,6 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
         _methods(pattern, " ".join(f"{_BARE}:error_correction={value}" for value in ("none", "intra", "full")))
         for pattern in ("0.05", "0.1", "0.2", "0.5", "2:4")
     ],
-    "n:m": lambda _: [_methods(pattern, "default sparsegpt wanda") for pattern in ("2:4", "4:8", "8:16", "16:32")],
     "samples": lambda arguments: [
         (f"{count} windows", {"num_samples": count, "patterns": ["0.5", "0.7"], "methods": ["default"]})
         for count in arguments.sample_counts

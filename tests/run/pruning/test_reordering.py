@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from folder_files import files_of
 from killed import Killed, killed_at_write
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from tiny_models import tiny_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 
@@ -54,6 +56,16 @@ def test_rows_and_columns_move_together_and_more_is_kept(make):
             assert torch.equal(after[name], torch.where(after[name] == 0, 0, expected))
         moved |= part.tensors.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name not in moved)
+
+
+def test_offloaded_weights_move_where_they_are_kept():
+    model, offloaded = biased_llama(), biased_llama()
+    cpu_offload(offloaded, torch.device("cpu"))
+    for each in (model, offloaded):
+        pruner().prune(each, BATCHES)
+    for name, weight in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        assert torch.equal(stored_tensor(offloaded.get_submodule(owner), leaf), weight)
 
 
 @pytest.fixture(scope="module")
