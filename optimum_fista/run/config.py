@@ -261,7 +261,7 @@ class FistaPruningConfig:
                 f"finetune={self.finetune!r} can't train decoder layers that lose experts (pattern={self.pattern!r}): "
                 "pass finetune=None; experts that stay are refitted (expert_refit)."
             )
-        if self.reorder_channels and (not self._default_pattern().orders_inputs):
+        if self.reorder_channels and not self._default_pattern().orders_inputs:
             raise ValueError(
                 f"reorder_channels=True has no meaning for pattern={self.pattern!r}: leave it out, or pass a pattern "
                 "such as '2:4'."

@@ -19,6 +19,7 @@ from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.architecture import find_decoder_layers, input_embedding, require_bare, require_own_weights
 from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.digest import combined_sha256, rest_sha256
+from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.experts import split_experts
 from optimum_fista.model.losses import LossProbe, choose_layers
 from optimum_fista.model.offload import execution_device
@@ -89,7 +90,10 @@ class ModelPruning:
         self.stored_names: dict[str, StoredName] = {}
         self.channels: dict[str, Part] = {}
         if asked.reorder_channels:
-            self.channels = {part.name: part for part in find_parts(model, "channels").parts}
+            try:
+                self.channels = {part.name: part for part in find_parts(model, "channels").parts}
+            except UnsupportedArchitectureError as error:
+                raise UnsupportedArchitectureError(f"reorder_channels=True: {error} Leave it out.") from error
         parts, left_dense = asked.whole_parts, dict[str, str]()
         self.has_size_to_reach = parts is not None and parts.measure is not None
         if not self.has_size_to_reach:
