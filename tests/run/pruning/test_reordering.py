@@ -137,5 +137,5 @@ def test_patterns_for_which_the_order_changes_nothing_are_refused(pattern):
 
 
 def test_models_whose_channels_are_not_found_are_refused():
-    with pytest.raises(UnsupportedArchitectureError, match="reorder_channels=True: .* can't lose channels"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"reorder_channels=True: .* can't lose channels"):
         pruner(include=()).prune(tiny_model("mixtral"), BATCHES)
