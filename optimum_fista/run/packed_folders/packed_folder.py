@@ -59,8 +59,8 @@ def pack_folder(
         FileNotFoundError: If `folder` holds no pruned model.
         FileExistsError: If `output` holds a model and `overwrite` is False, or other files that would be replaced.
         BlockingIOError: If another run writes to `output`.
-        ValueError: If `folder` is packed already, has no zeros to pack, or has `output` in it, or if a weight is not
-            zero outside its mask.
+        ValueError: If `folder` is packed already, has no zeros to pack, lacks a weight, or has `output` in it, or if a
+            weight is not zero outside its mask.
     """
     if is_packed(folder):
         raise ValueError(f"folder {str(folder)!r} is packed already: pass a folder with dense weights.")
@@ -71,6 +71,8 @@ def pack_folder(
             f"folder {str(folder)!r} has no zeros to pack: whole parts of the model were removed, and what is left is "
             "dense. Use it as it is."
         )
+    if missing := sorted(operators_by_tensor(report.operators).keys() - files.keys()):
+        raise ValueError(f"folder {str(folder)!r} is damaged: no weight file has {missing[0]}, which its report names.")
     with safe_open(folder / MASKS_FILE, "pt") as masks:
         packer = Packer(report.operators, files, masks.get_tensor)
 
