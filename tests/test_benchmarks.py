@@ -89,6 +89,28 @@ def test_what_a_recovery_gains(benchmark):
     assert longer["recovery"]["num_tokens"] == 196_608
 
 
+def test_what_a_short_recovery_gains(benchmark):
+    """The table, and the factors that the page and the README say."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "recovery_quick.json").read_text())["rows"]
+    page = (ROOT / "docs" / "howto" / "recover.md").read_text()
+    assert "\n".join(benchmark("recovery").table(rows)) in page
+    found = {(row["folder"], row["row"]): row["perplexity"] for row in rows}
+    unseen = ("wikitext2-test", "lambada", "held out")
+
+    def factor(row, to):
+        return math.prod(found[row][name] / found[to][name] for name in unseen) ** (1 / 3)
+
+    quick = [factor((f"{name}-bf16", "all:32768"), (name, "pruned")) for name in ("s50", "s70", "s24")]
+    dense = factor(("s50", "all:49152"), ("s50", "dense"))
+    said = "falls to {:.2f} (50%), {:.2f} (70%) and {:.2f} (2:4) of the default's"
+    words = " ".join(page.split())
+    assert said.format(*quick) in words
+    assert f"On 49,152 tokens the 50% model reaches {dense:.2f} times the dense perplexity" in words
+    (line,) = (line for line in (ROOT / "README.md").read_text().splitlines() if "`recover`** on 32,768" in line)
+    shown = [found[f"{name}-bf16", "all:32768"][text] for name in ("s50", "s24") for text in unseen[:2]]
+    assert [cell.strip(" *") for cell in line.split("|")[2:-1] if cell.strip()] == [f"{value:.1f}" for value in shown]
+
+
 def test_a_training_text_has_no_window_that_is_measured_on(benchmark, tmp_path):
     words = [f"word{number} " for number in range(600)]
     (tmp_path / "text.txt").write_text("".join(words))
