@@ -70,7 +70,7 @@ def test_all_that_a_result_depends_on_is_there_and_the_same_in_memory_and_from_f
 
 def test_products_are_those_of_the_first_run_whatever_is_quick_here(source, tmp_path, monkeypatch):
     monkeypatch.setattr(products, "_is_fast", lambda device: True)
-    folder = prune(source, tmp_path / "pruned", compute_dtype="auto", **WANDA)
+    folder = prune(source, tmp_path / "pruned", compute_dtype="auto")  # with a refit, which feels the products
     assert made(folder)["arithmetic"]["products"] == "torch.bfloat16"
     monkeypatch.setattr(products, "_is_fast", lambda device: False)
     assert again(folder, source).bit_equal
