@@ -77,8 +77,9 @@ def reconstruct(
     # Put back if training makes the layer worse.
     before = [weights.parameter.detach().clone() for weights in trained]
     error_before, held_out_before = _errors(activations, outputs or _outputs(activations, entering), wanted)
-    # On other devices PyTorch's own choice takes many tensors at once.
-    fused = True if device.type == "cpu" else None
+    # One kernel, which takes the memory of a weight as one piece: a view of a larger tensor is not. On other devices
+    # PyTorch's own choice takes many tensors at once.
+    fused = True if device.type == "cpu" and all(weights.master.is_contiguous() for weights in trained) else None
     optimizer = torch.optim.Adam([weights.master for weights in trained], lr=learning_rate, fused=fused)
     fitted = [batch for batch in range(len(activations.calls)) if not activations.is_held_out(batch)]
     generator = torch.Generator().manual_seed(seed)

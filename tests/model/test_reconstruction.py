@@ -99,6 +99,21 @@ def test_it_reaches_the_least_squares_weights_of_each_row_with_tokens_weighted_b
 
 
 @torch.no_grad()
+def test_a_weight_that_is_part_of_a_larger_tensor():
+    entering, found = hidden(size=6), []
+    for columns in (6, 9):
+        layer, tensor = Linear(), torch.ones(5, columns)
+        tensor[:, :6] = layer.linear.weight
+        layer.linear.weight = nn.Parameter(tensor[:, :6])
+        operator, wanted = LinearOperator("linear", layer.linear), [layer(h)[0] for h in entering]
+        masks = halve([operator])
+        reconstruct(activations_of(layer), [operator], masks, entering, wanted, steps=5, learning_rate=0.02, seed=0)
+        found.append(tensor)
+    assert torch.allclose(found[1][:, :6], found[0])
+    assert (found[1][:, 6:] == 1).all()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("rate", [1e6, math.inf])
 def test_weights_that_got_worse_or_are_not_finite_are_put_back(rate):
     layer, entering = toy_layer(), hidden()

@@ -80,7 +80,9 @@ class _Divergence(torch.autograd.Function):
                 log_p = teacher[rows].float().log_softmax(-1)
                 wanted = log_p.exp()
                 loss = log_p.sub_(log_q).mul_(wanted).sum()
-            total += (1 - label_share) * loss - label_share * log_q.gather(1, following).sum()
+            total += (1 - label_share) * loss
+            if label_share:  # the label may be of no probability
+                total -= label_share * log_q.gather(1, following).sum()
             slope = q.sub_(wanted, alpha=1 - label_share)  # in the logits
             slope.scatter_add_(1, following, torch.full_like(slope[:, :1], -label_share))
             gradient[rows] = slope.div_(positions)

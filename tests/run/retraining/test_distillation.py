@@ -15,6 +15,16 @@ def example():
     return student.requires_grad_(), teacher, torch.randint(VOCABULARY, (POSITIONS,), generator=generator)
 
 
+def test_without_a_share_labels_of_no_probability_count_for_nothing():
+    student, teacher, labels = example()
+    with torch.no_grad():
+        student[:, 0] = -torch.inf
+    ids = torch.arange(1, VOCABULARY).expand(POSITIONS, -1)
+    largest = LargestLogits(torch.cat((teacher[:, 1:], torch.full((POSITIONS, 1), -torch.inf)), 1), ids)
+    loss = divergence(student, largest, labels, 0.0)
+    torch.testing.assert_close(loss, divergence(student[:, 1:], teacher[:, 1:], 0 * labels, 0.0))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_the_divergence_and_its_gradient_are_those_of_pytorch(share):
     student, teacher, labels = example()
