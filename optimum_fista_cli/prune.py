@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--expert-saliency", choices=("reap", "frequency", "random"), help=stay)
     refit = "do not refit the experts that stay"
     add("--no-expert-refit", dest="expert_refit", action="store_const", const=False, help=refit)
-    places = "n:m patterns: channels of MLPs change places first, so that more is kept; the model stays the same"
+    places = "n:m: order the channels of MLPs so that larger weights are kept; the dense model computes the same"
     add("--reorder-channels", action="store_const", const=True, help=places)
     add("--warm-start", metavar="METHOD", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
     add("--max-iterations", type=int, metavar="N", help="iteration limit of the method")
@@ -126,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--held-out", type=int, metavar="N", help=unseen)
     pass_size = "sequences a forward pass (default: 1 on a CPU, otherwise what 8192 tokens and its memory allow)"
     add("--batch-size", type=int, metavar="N", help=pass_size)
-    products = "of float32 products, but the solver's: float32 (default), bfloat16, or auto, what the device is fast in"
+    products = "dtype of products of float32 matrices, but the solver's: float32 (default), bfloat16, or auto, by the device"
     add("--compute-dtype", choices=("float32", "bfloat16", "auto"), help=products)
     add("--seed", type=int, help="seed of the sampling (default 0)")
     add(

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("advanced").add_argument
     add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 512 or the model's maximum)")
     add("--batch-size", type=int, default=2, metavar="N", help="sequences a forward and backward pass (default 2)")
-    passes = "passes a step (default: such that there are about 256 steps, of at most 32 sequences)"
+    passes = "passes before each update (default: about 256 updates, of at most 32 sequences; fewer for few tokens)"
     add("--accumulate", type=int, metavar="N", help=passes)
     add("--held-out", type=int, default=8, metavar="N", help="sequences to measure on, never trained on (default 8)")
     rates = "largest learning rate (default: by --train and the model's width)"
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--label-share", type=float, default=0.5, metavar="SHARE", help=shares)
     add("--seed", type=int, default=0, help="decides which text is drawn, and its order (default 0)")
     kept = "keep the teacher's largest logits in this folder, so that it is not in memory during the training"
-    add("--teacher-cache", type=Path, metavar="DIR", help=f"{kept} (default: only if both models don't fit)")
+    add("--teacher-cache", type=Path, metavar="FOLDER", help=f"{kept} (default: only if both models don't fit)")
     add("--top-k", type=int, default=64, metavar="N", help="logits a token that are kept then (default 64)")
 
 
