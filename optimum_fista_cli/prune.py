@@ -126,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--held-out", type=int, metavar="N", help=unseen)
     pass_size = "sequences a forward pass (default: 1 on a CPU, otherwise what 8192 tokens and its memory allow)"
     add("--batch-size", type=int, metavar="N", help=pass_size)
-    products = "dtype of products of float32 matrices, but the solver's: float32 (default), bfloat16, or auto, by the device"
+    products = "products of float32 matrices, but the solver's: float32 (default), bfloat16, or auto, by the device"
     add("--compute-dtype", choices=("float32", "bfloat16", "auto"), help=products)
     add("--seed", type=int, help="seed of the sampling (default 0)")
     add(
