@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = {name: getattr(arguments, name) for name in names.split()}
     output = arguments.output or recovered_folder(arguments.folder)
     keep_large_blocks_apart()
-    handler, logger = logging.StreamHandler(), logging.getLogger("optimum_fista.run.retraining.recovery")
+    handler, logger = logging.StreamHandler(), logging.getLogger("optimum_fista.run.retraining.recovery_training")
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -13,7 +13,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
-from optimum_fista.run.retraining import recovery
+from optimum_fista.run.retraining import recovery, recovery_training
 from optimum_fista.run.streamed.journal import begun_batch_size, require_same_settings
 
 QUICK = {"tokens": 640, "sequence_length": 16, "batch_size": 1, "accumulate": 2, "held_out": 4, "learning_rate": 1e-2}
@@ -110,7 +110,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folde
         return recover(saved.folder, tiny_folder, tmp_path / name, calibration=text, train=train, **QUICK)
 
     expected = call("whole")
-    take, measure = recovery._Recovery._take_step, recovery._Recovery._evaluate
+    take, measure = recovery_training.RecoveryTraining._take_step, recovery_training.RecoveryTraining._evaluate
     # Ctrl-C keeps every step; a kill those up to the last save.
     moments = [("_take_step", 4, KeyboardInterrupt, 4, 120.0), ("_evaluate", 5, KeyboardInterrupt, 5, 120.0)]
     moments += [("_evaluate", 10, SystemExit, 9, -1.0), ("_take_step", 14, SystemExit, 14, -1.0)]
@@ -123,8 +123,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folde
             return {"_take_step": take, "_evaluate": measure}[name](self)
 
         with monkeypatch.context() as patched:
-            patched.setattr(recovery._Recovery, name, stopped)
-            patched.setattr(recovery, "_SAVE_SECONDS", seconds)
+            patched.setattr(recovery_training.RecoveryTraining, name, stopped)
+            patched.setattr(recovery_training, "_SAVE_SECONDS", seconds)
             with pytest.raises(error):
                 call("stopped")
         assert recovery.steps_kept(tmp_path / "stopped") == kept
@@ -135,7 +135,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folde
 
 
 def test_another_run_is_not_mixed_with_an_unfinished_one(saved, tiny_folder, text, tmp_path, monkeypatch):
-    take = recovery._Recovery._take_step
+    take = recovery_training.RecoveryTraining._take_step
 
     def stop(self):
         if self.step:
@@ -143,7 +143,7 @@ def test_another_run_is_not_mixed_with_an_unfinished_one(saved, tiny_folder, tex
         return take(self)
 
     with monkeypatch.context() as patched:
-        patched.setattr(recovery._Recovery, "_take_step", stop)
+        patched.setattr(recovery_training.RecoveryTraining, "_take_step", stop)
         with pytest.raises(KeyboardInterrupt):
             recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", **QUICK)
     with pytest.raises(ValueError, match="is a recovery: give the command of `recover` again"):
@@ -220,7 +220,7 @@ def test_auto_takes_what_memory_suffices_for(saved, tiny_folder, text, tmp_path,
     kinds = {}
     with caplog.at_level("INFO"):
         for free in (None, 10**9, 900_000, 1000):
-            monkeypatch.setattr(recovery, "available_bytes", lambda device, free=free: free)
+            monkeypatch.setattr(recovery_training, "available_bytes", lambda device, free=free: free)
             options = QUICK | {"tokens": 64}
             kinds[free] = recover(saved.folder, tiny_folder, tmp_path / str(free), calibration=text, **options)
     assert kinds[None].train == kinds[10**9].train == "all"
@@ -233,7 +233,7 @@ def test_auto_takes_what_memory_suffices_for(saved, tiny_folder, text, tmp_path,
 def test_checkpointed_layers_change_nothing(saved, tiny_folder, text, tmp_path, monkeypatch):
     for name in ("plain", "checkpointed"):
         choice = {"train": "all", "checkpointed": name == "checkpointed", "cached": False}
-        monkeypatch.setattr(recovery._Recovery, "_choose", lambda self, cached, choice=choice: choice)
+        monkeypatch.setattr(recovery_training.RecoveryTraining, "_choose", lambda self, cached, choice=choice: choice)
         recover(saved.folder, tiny_folder, tmp_path / name, calibration=text, **QUICK)
     for name, weight in weights(tmp_path / "plain").items():
         torch.testing.assert_close(weights(tmp_path / "checkpointed")[name], weight, rtol=1e-4, atol=1e-5)

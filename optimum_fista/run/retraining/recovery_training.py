@@ -1,0 +1,412 @@
+"""The training of a recovery: what memory allows to train, how far it has come, and the best weights so far."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.run.checkpoints.atomic import write_tensors
+from optimum_fista.run.checkpoints.checkpoint import mark_retrained, read_report
+from optimum_fista.run.checkpoints.loading import (
+    load_model,
+    read_model,
+)
+from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+from optimum_fista.run.memory import available_bytes, release_free_memory
+from optimum_fista.run.reports.report import (
+    WORDS_OF_TRAIN,
+    RecoveryReport,
+    public_name,
+)
+from optimum_fista.run.retraining.distillation import LargestLogits, TeacherCache, divergence
+from optimum_fista.run.retraining.masks import find_masks, pruned_folder
+from optimum_fista.run.retraining.training import MaskedTraining
+from optimum_fista.run.streamed.journal import read_record, write_record
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE, TEACHER_FOLDER = "state.safetensors", "teacher"
+"""What an unfinished recovery keeps: weights, moments and best weights; the teacher's largest logits."""
+_RATES = {"all": 2e-4, "lora": 1e-3, "norms": 2e-3}
+_WIDTH_OF_RATE = 576
+"""Hidden size of the model on which the rate of `"all"` was tuned; with Adam it goes down as the width goes up."""
+_RANK = 16
+_WARM_UP = 0.05
+_CLIP = 1.0
+_EVALUATIONS = 4
+_SAVE_SECONDS = 120.0
+_MARGIN = 0.9  # of the memory that is free
+
+
+class RecoveryTraining:
+    """One run: what is trained, how far it has come, and the best weights so far."""
+
+    def __init__(
+        self,
+        source: str,
+        teacher: str,
+        windows: Tensor,
+        count: int,
+        options: dict[str, Any],
+        device: torch.device,
+        compute: torch.dtype,
+        journal: Path,
+        progress: bool,
+    ) -> None:
+        self.source, self.teacher, self.options, self.device, self.compute = source, teacher, options, device, compute
+        self.windows, self.held_out = windows[:count], windows[count:]
+        self.steps = count // (options["batch_size"] * options["accumulate"])
+        self.step, self.seconds, self.evaluations, self.best_step = 0, 0.0, list[list[float]](), 0
+        self._state, self._choice = journal / STATE_FILE, journal / "choice.json"
+        self._journal, self._progress, self._stepping = journal, progress, False
+        self._load()
+
+    def _read(self) -> PreTrainedModel:
+        model = read_model(self.source, dtype="auto")
+        nn.Module.to(model, self.device)
+        return model
+
+    def _load(self) -> None:
+        self.model = self._read()
+        self._dtypes = {name: tensor.dtype for name, tensor in self._tensors()}
+        self.model.float().eval().requires_grad_(False)
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [*self.model.named_parameters(), *self.model.named_buffers()]
+
+    def _round(self) -> None:
+        """Give all tensors the dtypes that they are saved in."""
+        for name, tensor in self._tensors():
+            tensor.data = tensor.data.to(self._dtypes[name])
+
+    def prepare(self, opened: ExitStack, cache: Path | None, of_teacher: Mapping[str, Any]) -> None:
+        """Choose what is trained, make the teacher ready, and take up the state of an earlier start."""
+        choice = read_record(self._choice) or self._choose(cache is not None)
+        write_record(self._choice, choice)
+        self.kind = choice["train"]
+        self._cache: TeacherCache | None = None
+        self._teacher: PreTrainedModel | None = None
+        if choice["cached"]:
+            k = min(self.options["top_k"], self.model.config.get_text_config(decoder=True).vocab_size)
+            self._cache = TeacherCache(cache or self._journal / TEACHER_FOLDER, k, self.windows, of_teacher)
+            if self._cache.finished < len(self.windows):
+                del self.model
+                release_free_memory(collect=True)
+                self._fill(self._cache)
+                release_free_memory(collect=True)
+                self._load()
+        else:
+            self._teacher = self._load_teacher()
+        if choice["checkpointed"]:
+            opened.enter_context(_checkpointed_layers(self.model))
+        self._peft_model = self._add_adapters() if self.kind == "lora" else None
+        self._trained = {
+            name: p.requires_grad_() for name, p in self.model.named_parameters() if self._is_trained(name, p)
+        }
+        masks: dict[str, Tensor] = {}
+        if self.kind == "all":
+            masks = {name: mask for name, mask in find_masks(self.model, self.source).items() if not bool(mask.all())}
+            opened.enter_context(MaskedTraining(self.model, masks))
+        zeros = sum(int((~mask).sum()) for name, mask in masks.items() if name in self._trained)
+        self.num_trained = sum(parameter.numel() for parameter in self._trained.values()) - zeros
+        rate = self.options["learning_rate"]
+        width = self.model.config.get_text_config(decoder=True).hidden_size
+        scale = min(1.0, _WIDTH_OF_RATE / width) if self.kind == "all" else 1.0
+        self.rate = _RATES[self.kind] * scale if rate is None else rate
+        self._optimizer = torch.optim.AdamW(
+            self._trained.values(),
+            lr=self.rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=True if self.device.type == "cpu" else None,  # on others the default takes many tensors at once
+        )
+        self._best: dict[str, Tensor] = {}
+        if self._state.exists():
+            self._resume()
+
+    def train(self) -> None:
+        """Train to the last step, and put the best weights into the model; Ctrl-C keeps the steps done."""
+        started = saved = time.perf_counter()
+        before = self.seconds
+        positions = self.windows[0].numel() * self.options["batch_size"] * self.options["accumulate"]
+        every = math.ceil(self.steps / _EVALUATIONS)
+        bar = tqdm(
+            total=self.steps * positions,
+            initial=self.step * positions,
+            desc="Recovering",
+            unit="token",
+            unit_scale=True,
+            disable=not self._progress,
+        )
+        with bar:
+            try:
+                while True:
+                    due = self.step % every == 0 or self.step == self.steps
+                    if due and (not self.evaluations or self.evaluations[-1][0] < self.step):
+                        self._evaluate()
+                        self.seconds = before + time.perf_counter() - started
+                    if time.perf_counter() - saved > _SAVE_SECONDS:
+                        self._save()
+                        saved = time.perf_counter()
+                    if self.step == self.steps:
+                        break
+                    loss = self._take_step()
+                    if not math.isfinite(loss):
+                        logger.warning("the loss is no longer finite in step %d: training ends here", self.step + 1)
+                        break
+                    self.step += 1
+                    self._stepping = False
+                    self.seconds = before + time.perf_counter() - started
+                    bar.update(positions)
+                    bar.set_postfix_str(f"loss {loss:.3f}, held-out {self.evaluations[-1][2]:.4f}", refresh=False)
+            except KeyboardInterrupt:
+                if not self._stepping and self.evaluations:
+                    self._save()
+                raise
+        with torch.no_grad():
+            for name, value in self._best.items():
+                self._trained[name].copy_(value)
+
+    def result(self, calibration: str) -> tuple[PreTrainedModel, RecoveryReport]:
+        """The model to save, in its own dtypes, and what was done."""
+        before, loss = self.evaluations[0][2], min(loss for _, _, loss in self.evaluations)
+        self._teacher = None
+        if self.best_step:
+            if self._peft_model is not None:
+                from optimum_fista.run.retraining.lora import merge_adapters
+
+                merge_adapters(self._peft_model)
+            self._round()
+            if self._peft_model is not None or any(self._dtypes[name] != torch.float32 for name in self._best):
+                self.model.float()
+                loss = self._held_out_loss()  # of what is saved, which has to be better
+                self._round()
+            self.best_step = self.best_step if loss < before else 0
+        if not self.best_step:
+            loss = before
+            self.model = self._read()
+        else:
+            mark_retrained(self.model)
+        used = {name: value for name, value in self.options.items() if name != "teacher_cache"}
+        if self._cache is None:
+            used.pop("top_k")
+        found = RecoveryReport(
+            teacher=public_name(self.teacher),
+            train=self.kind,
+            num_trained=self.num_trained,
+            num_tokens=self.step * self.windows.numel() // self.steps,
+            calibration={
+                "source": public_name(calibration),
+                "sha256": hashlib.sha256(self.windows.numpy().tobytes()).hexdigest(),
+                "sequence_length": self.windows.shape[1],
+                "held_out": len(self.held_out),
+            },
+            options=used | {"learning_rate": self.rate},
+            evaluations=self.evaluations,
+            best_step=self.best_step,
+            held_out_loss_before=before,
+            held_out_loss=loss,
+            seconds=self.seconds,
+        )
+        return self.model, found
+
+    def _take_step(self) -> float:
+        """Train on the sequences of one step; returns the loss, and changes nothing if that is not finite."""
+        size, passes = self.options["batch_size"], self.options["accumulate"]
+        total = torch.zeros((), device=self.device)
+        for index in range(self.step * passes, (self.step + 1) * passes):
+            first, last = index * size, (index + 1) * size
+            ids = self.windows[first:last].to(self.device)
+            with self._autocast():
+                logits = self._logits(self.model, ids)[:, :-1].flatten(0, 1)
+            target: Tensor | LargestLogits
+            if self._cache is not None:
+                target = self._cache.read(first, last).to(self.device)
+            else:
+                assert self._teacher is not None
+                with torch.no_grad():
+                    target = self._logits(self._teacher, ids)[:, :-1].flatten(0, 1)
+            loss = divergence(logits, target, ids[:, 1:].flatten(), self.options["label_share"])
+            (loss / passes).backward()
+            total += loss.detach()
+        value = float(total) / passes
+        if math.isfinite(value):
+            nn.utils.clip_grad_norm_(list(self._trained.values()), _CLIP)
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.rate * _factor(self.step, self.steps)
+            self._stepping = True  # until the step is counted
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return value
+
+    def _logits(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
+        """Logits of sequences [sequences, tokens, vocabulary]."""
+        found: Tensor = model(input_ids=ids.to(self.device), use_cache=False).logits
+        return found
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.compute == torch.float32 else torch.autocast(self.device.type, self.compute)
+
+    def _held_out_loss(self) -> float:
+        with self._autocast():
+            return math.log(evaluate_perplexity(self.model, self.held_out, progress=False).perplexity)
+
+    def _evaluate(self) -> None:
+        try:
+            loss = self._held_out_loss()
+        except ValueError:  # NaN
+            if not self.evaluations:
+                raise
+            loss = math.inf
+        logger.info("held-out loss %.4f after step %d of %d", loss, self.step, self.steps)
+        if self.evaluations and loss < min(found for _, _, found in self.evaluations):
+            self.best_step = self.step
+            self._best = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._trained.items()}
+        self.evaluations.append([self.step, round(self.seconds, 1), loss])
+
+    def _save(self) -> None:
+        """Write the state in one file, whole or not at all."""
+        tensors = {f"weights/{name}": parameter.detach() for name, parameter in self._trained.items()}
+        for name, parameter in self._trained.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}/{name}"] = value
+        tensors |= {f"best/{name}": value for name, value in self._best.items()}
+        values = {"step": self.step, "seconds": self.seconds, "evaluations": self.evaluations, "best": self.best_step}
+        contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        write_tensors(self._state, contiguous, {"state": json.dumps(values)})
+
+    def _resume(self) -> None:
+        with safe_open(self._state, "pt") as file:
+            values = json.loads(file.metadata()["state"])
+            state: dict[int, dict[str, Tensor]] = {}
+            numbers = {name: number for number, name in enumerate(self._trained)}
+            for key in file.keys():  # noqa: SIM118, it is no dictionary
+                kind, _, name = key.partition("/")
+                value = file.get_tensor(key)
+                if kind == "weights":
+                    self._trained[name].data.copy_(value)
+                elif kind == "best":
+                    self._best[name] = value
+                else:
+                    state.setdefault(numbers[name], {})[kind] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step, self.seconds, self.best_step = values["step"], values["seconds"], values["best"]
+        self.evaluations = values["evaluations"]
+        logger.info("resuming after step %d of %d", self.step, self.steps)
+
+    def _load_teacher(self) -> PreTrainedModel:
+        model, _ = load_model(self.teacher, device=str(self.device), dtype=self.compute)
+        return model.eval().requires_grad_(False)
+
+    def _fill(self, cache: TeacherCache) -> None:
+        teacher = self._load_teacher()
+        bar = tqdm(
+            total=len(self.windows), initial=cache.finished, desc="Teacher", unit="sequence", disable=not self._progress
+        )
+        with bar, torch.no_grad():
+            cache.fill(lambda ids: self._logits(teacher, ids)[0], bar.update)
+
+    def _is_trained(self, name: str, parameter: Tensor) -> bool:
+        if self.kind != "all":
+            return parameter.requires_grad or (parameter.ndim == 1 and name.rpartition(".")[0] not in self._outer())
+        return name.rpartition(".")[0] not in self._outer()
+
+    def _outer(self) -> set[str]:
+        """Names of the modules that stay as they are: embeddings and the head."""
+        head = self.model.get_output_embeddings()
+        return {
+            name for name, module in self.model.named_modules() if isinstance(module, nn.Embedding) or module is head
+        }
+
+    def _add_adapters(self) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        from optimum_fista.run.retraining.lora import mask_adapters
+
+        names = [operator.name for operator in _linears(self.model)]  # PEFT's "all-linear" takes fused experts too
+        settings = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=names, task_type="CAUSAL_LM")
+        with torch.random.fork_rng():
+            torch.manual_seed(self.options["seed"])
+            return mask_adapters(get_peft_model(self.model, settings), self.source)
+
+    def _choose(self, cached: bool) -> dict[str, Any]:
+        """What is trained, whether activations are computed twice, and whether the teacher is read from disk."""
+        asked = self.options["train"]
+        free = available_bytes(self.device)
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        teacher = size * self.compute.itemsize  # about: the pruned model may be smaller
+        if report_size := read_report(pruned_folder(self.source)).model.get("dense_num_parameters"):
+            teacher = report_size * self.compute.itemsize
+        small = sum(parameter.numel() for parameter in self.model.parameters() if parameter.ndim == 1)
+        adapters = sum(_RANK * sum(o.shape) for o in _linears(self.model))
+        each = 12 + (4 if self.device.type == "cpu" else 0)  # gradient, two moments; the best weights are on the CPU
+        trained = {"all": size, "lora": small + adapters, "norms": small}
+        tried = []
+        for kind in ("all", "lora", "norms") if asked == "auto" else (asked,):
+            for checkpointed in (False, True):
+                needed = each * trained[kind] + _activation_bytes(self.model, self.options, self.windows, checkpointed)
+                needed += size if kind != "norms" else 0  # masks
+                tried.append(f"{kind}{' with checkpointing' if checkpointed else ''} {needed / 1e9:.1f} GB")
+                if free is None or needed <= _MARGIN * free or (kind == "norms" and checkpointed):
+                    beside = free is None or needed + teacher <= _MARGIN * free
+                    if asked == "auto":
+                        logger.info("%s are trained: %s", WORDS_OF_TRAIN[kind], "; ".join(tried))
+                    return {"train": kind, "checkpointed": checkpointed, "cached": cached or not beside}
+        return {"train": asked, "checkpointed": True, "cached": True}
+
+
+def _linears(model: PreTrainedModel) -> list[Any]:
+    """The linear operators of the decoder layers, fused experts aside."""
+    return [o for name, layer in find_decoder_layers(model) for o in find_operators(name, layer, ["*"]).values()]
+
+
+def _activation_bytes(model: PreTrainedModel, options: Mapping[str, Any], windows: Tensor, checkpointed: bool) -> int:
+    """About the bytes that a forward pass keeps for its backward pass: inputs and outputs of operators, and logits."""
+    config = model.config.get_text_config(decoder=True)
+    positions = windows.shape[1] * options["batch_size"]
+    layers = len(find_decoder_layers(model))
+    inside = 8 * sum(sum(o.shape) for o in _linears(model))
+    if checkpointed:
+        inside = inside // layers + 4 * layers * config.hidden_size
+    return positions * (inside + 10 * config.vocab_size)
+
+
+@contextmanager
+def _checkpointed_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Decoder layers keep their inputs alone, and run again in the backward pass."""
+    layers = [layer for _, layer in find_decoder_layers(model)]
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            vars(layer)["forward"] = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            vars(layer).pop("forward")
+            if forward is not None:
+                vars(layer)["forward"] = forward
+
+
+def _factor(step: int, steps: int) -> float:
+    """Factor of the learning rate in a step: a linear rise, then a cosine to zero."""
+    rise = max(1, round(_WARM_UP * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
