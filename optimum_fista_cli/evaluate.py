@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 
 DESCRIPTION = """\
-Measure the perplexity of a model on a text.
+Measure the perplexity of a model on a text, its zero-shot accuracy on tasks, or both.
 
-Non-overlapping windows from the start of the text, the mean negative log likelihood of all predicted tokens: the
-protocol of the pruning literature. Use the same windows to compare models.
+Perplexity: non-overlapping windows from the start of the text, the mean negative log likelihood of all predicted
+tokens. This is the protocol of the pruning literature. Use the same windows to compare models.
+Accuracy: tasks of lm-eval without examples in the prompt, with the standard error.
 
-example:
+examples:
   optimum-fista evaluate ./model-50 --text wikitext2 --sequence-length 2048 --output ./model-50/fista/evaluation.json
+  optimum-fista evaluate ./model-50 --tasks arc_easy,lambada_openai --output ./model-50/fista/evaluation.json
 """
 
 
@@ -20,10 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
-    add("--text", required=True, metavar="SOURCE", help="a .txt or .jsonl file, wikitext2, c4, ptb, pydoc")
+    add("--text", metavar="SOURCE", help="perplexity on a .txt or .jsonl file, wikitext2, c4, ptb, pydoc")
     add("--sequence-length", type=int, default=1024, help="tokens a window (default 1024)")
     add("--max-windows", type=int, help="stop after this many windows (default: the whole text)")
-    add("--batch-size", type=int, default=1, help="windows a forward pass (default 1)")
+    add("--tasks", metavar="A,B", help="zero-shot accuracy on tasks of lm-eval")
+    add("--include-path", type=Path, metavar="DIR", help="folder of further task files (YAML)")
+    add("--limit", type=int, help="only the first documents of every task")
+    add("--batch-size", type=int, default=1, help="windows or answers a forward pass (default 1)")
     add("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
     add("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
     add(
@@ -31,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         type=Path,
         metavar="FILE.json",
-        help="add the result to this file; `report DIR` looks for DIR/fista/evaluation.json",
+        help="add the results to this file; `report DIR` looks for DIR/fista/evaluation.json",
     )
 
 
@@ -39,20 +44,36 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
     from optimum_fista.run.checkpoints.loading import load_model
     from optimum_fista.run.evaluation.evaluation_file import Evaluation, add_evaluation, read_evaluations
-    from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+    from optimum_fista.run.evaluation.perplexity import PerplexityResult, evaluate_perplexity
+    from optimum_fista.run.evaluation.zero_shot import TaskResult, TaskSuite
     from optimum_fista.run.texts.text import load_text
     from optimum_fista.run.texts.windows import evaluation_windows
 
+    def keep(result: PerplexityResult | TaskResult) -> None:
+        if arguments.output is not None:
+            add_evaluation(arguments.output, Evaluation.of(arguments.model, result))
+
+    if not arguments.text and not arguments.tasks:
+        raise ValueError("nothing to measure: pass --text SOURCE for the perplexity, or --tasks A,B for the accuracy.")
     if arguments.output is not None and arguments.output.exists():
         read_evaluations(arguments.output)  # a file that can't be added to is refused before the work
-    text = load_text(arguments.text, "test")
+    suite = None
+    if arguments.tasks:
+        options = {name: getattr(arguments, name) for name in ("include_path", "limit", "batch_size")}
+        suite = TaskSuite(arguments.tasks.split(","), **options)
+    text = load_text(arguments.text, "test") if arguments.text else None
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
-    result = evaluate_perplexity(model, windows, batch_size=arguments.batch_size, text=text)
-    print(
-        f"perplexity {result.perplexity:.3f} on {arguments.text}: {result.num_windows} windows of "
-        f"{result.sequence_length} tokens, {result.num_tokens} predicted, {result.seconds:.1f} s"
-    )
-    if arguments.output is not None:
-        add_evaluation(arguments.output, Evaluation.of(arguments.model, result))
+    if text is not None:
+        windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
+        result = evaluate_perplexity(model, windows, batch_size=arguments.batch_size, text=text)
+        print(
+            f"perplexity {result.perplexity:.3f} on {arguments.text}: {result.num_windows} windows of "
+            f"{result.sequence_length} tokens, {result.num_tokens} predicted, {result.seconds:.1f} s"
+        )
+        keep(result)
+    for found in suite.measure(model, tokenizer) if suite is not None else ():
+        for metric, score in found.scores.items():
+            error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+            print(f"{metric} {score.value:.4f}{error} on {found.task}: {found.num_documents} documents")
+        keep(found)
     return 0

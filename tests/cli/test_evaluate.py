@@ -1,10 +1,13 @@
+import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
 from tiny_llama import tiny_llama, tiny_tokenizer
 
+from optimum_fista.run.evaluation.zero_shot import TaskSuite
 from optimum_fista_cli.main import main
 
 
@@ -41,6 +44,34 @@ def test_a_pruned_folder_can_be_measured(pruned_folder, text_file, capsys):
     flags = ["--text", str(text_file), "--sequence-length", "32", "--max-windows", "3", "--device", "cpu"]
     assert main(["evaluate", str(pruned_folder), *flags]) == 0
     assert capsys.readouterr().out.startswith("perplexity ")
+
+
+def test_accuracies_join_the_perplexity_in_the_folder_and_on_its_page(
+    pruned_folder, text_file, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'optimum-fista[eval]'")
+    scores = {"acc_norm,none": 0.5, "acc,none": 0.25, "acc_stderr,none": 0.1637}
+    results = {"results": {"sea_choice": scores}, "n-samples": {"sea_choice": {"original": 20, "effective": 8}}}
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda *arguments, **options: results)
+    monkeypatch.setattr(TaskSuite, "_find_tasks", lambda suite: None)
+    folder = shutil.copytree(pruned_folder, tmp_path / "model")
+    output = folder / "fista" / "evaluation.json"
+    flags = ["--device", "cpu", "--output", str(output), "--tasks", "sea_choice", "--limit", "8"]
+    windows = ["--text", str(text_file), "--sequence-length", "32", "--max-windows", "3"]
+    assert main(["evaluate", str(folder), *flags]) == 0
+    assert main(["evaluate", str(folder), *flags, *windows]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:2] == ["acc 0.2500 ± 0.1637 on sea_choice: 8 documents", "acc_norm 0.5000 on sea_choice: 8 documents"]
+    assert [line.split()[0] for line in shown[2:]] == ["perplexity", "acc", "acc_norm"]
+    assert [record.get("task") for record in json.loads(output.read_text())] == [None, "sea_choice"]
+    assert main(["report", str(folder)]) == 0
+    assert "25.0% ± 16.4%" in (folder / "fista" / "report.html").read_text()
+    assert "standard error 0.1637" in (folder / "README.md").read_text()
+
+
+def test_something_has_to_be_measured(tiny_folder, capsys):
+    assert main(["evaluate", str(tiny_folder)]) == 1
+    assert "nothing to measure: pass --text SOURCE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,10 @@ FLAGS = {
         "--sequence-length --batch-size --accumulate --held-out --learning-rate --label-share --seed "
         "--teacher-cache --top-k"
     ),
-    "evaluate": "MODEL --text --sequence-length --max-windows --batch-size --device --dtype --output -o",
+    "evaluate": (
+        "MODEL --text --sequence-length --max-windows --tasks --include-path --limit --batch-size --device --dtype "
+        "--output -o"
+    ),
     "compare": (
         "MODEL --output -o --render --methods --patterns --seeds --texts --tasks --include-path --limit "
         "--sequence-length --max-windows --held-out --bos --calibration --num-samples --calibration-length "
@@ -96,7 +99,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported(tmp_path):
     assert process.stdout.splitlines()[-1] == "loaded:"
 
 
-@pytest.mark.parametrize("arguments", [[], ["trim"], ["verify"], ["evaluate", "model"]])
+@pytest.mark.parametrize("arguments", [[], ["trim"], ["verify"], ["evaluate"]])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     assert run(*arguments) == 2
     assert "usage: optimum-fista" in capsys.readouterr().err

@@ -29,8 +29,8 @@ from optimum_fista.run.comparison.settings import (
     ComparisonSettings,
     candidates,
 )
-from optimum_fista.run.comparison.zero_shot import TaskSuite
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+from optimum_fista.run.evaluation.zero_shot import TaskSuite
 from optimum_fista.run.memory import release_free_memory
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.reports.report import PruningReport, library_versions
@@ -157,7 +157,7 @@ class _Run:
         options: dict[str, Any] = {"seed": candidate.seed, "batch_size": settings.batch_size, "progress": self.progress}
         row = measure_row(candidate.method, candidate.pattern, model, self._texts(candidate), report, **options)
         if self.suite is not None and self._is_complete(candidate):
-            row = replace(row, accuracy=self.suite.measure(model, self.tokenizer))
+            row = replace(row, accuracy={r.task: r.scores for r in self.suite.measure(model, self.tokenizer)})
         return row
 
     def _is_complete(self, candidate: Candidate) -> bool:

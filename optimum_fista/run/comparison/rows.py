@@ -7,20 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from optimum_fista.run.evaluation.zero_shot import Score
 from optimum_fista.run.reports.report import renamed_totals
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric of a task.
-
-    Attributes:
-        value: Its mean over the task's documents.
-        stderr: Standard error of that mean, if it is known.
-    """
-
-    value: float
-    stderr: float | None = None
 
 
 @dataclass(frozen=True)

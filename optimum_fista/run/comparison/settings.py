@@ -169,14 +169,12 @@ class ComparisonSettings:
                 raise ValueError(f"{name} is empty: pass at least one.")
         if not self.texts and not self.tasks and not self.held_out:
             raise ValueError("texts, tasks and held_out are empty: pass something to measure.")
-        for name, least in (("num_samples", 1), ("held_out", 0), ("batch_size", 1), ("limit", 1), ("max_windows", 1)):
+        for name, least in (("num_samples", 1), ("held_out", 0), ("batch_size", 1), ("max_windows", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: pass {least} or more.")
         if self.bos not in get_args(Bos):
             raise ValueError(f"bos={self.bos!r}: pass one of {', '.join(map(repr, get_args(Bos)))}.")
-        if self.include_path is not None and not Path(self.include_path).is_dir():
-            raise ValueError(f"include_path={str(self.include_path)!r}: no such folder; pass one with task files.")
         candidates(self.methods, self.patterns, self.seeds)
 
     def to_dict(self) -> dict[str, Any]:

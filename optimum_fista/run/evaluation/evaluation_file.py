@@ -1,4 +1,4 @@
-"""Perplexities in a JSON file, one record a measurement."""
+"""Perplexities and accuracies in a JSON file, one record a measurement."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 from yaml import YAMLError
@@ -18,37 +19,42 @@ from optimum_fista.run.checkpoints.atomic import errors_of_writing, flush, write
 from optimum_fista.run.checkpoints.checkpoint import CARD_FILE, REPORT_FILE
 from optimum_fista.run.checkpoints.output_lock import is_at, lock_file
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
+from optimum_fista.run.evaluation.zero_shot import Score, TaskResult
 from optimum_fista.run.reports.report import HUB_DATASETS, public_name
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_FILE = "fista/evaluation.json"
 """Where a report of a model folder looks for them."""
+_ERROR = ", standard error "
+"""In the name of a metric on the Hub, which has no other place for it."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A perplexity and the model that has it.
+    """A measurement and the model that it is of.
 
     Attributes:
         model: A Hub id, or the last part of a path.
-        result: The perplexity.
+        result: The perplexity, or the metrics of a task.
         place: Digest of the path, which tells models of one name apart; empty for a Hub id.
     """
 
     model: str
-    result: PerplexityResult
+    result: PerplexityResult | TaskResult
     place: str = ""
 
     @classmethod
-    def of(cls, model: str, result: PerplexityResult) -> Evaluation:
-        """A perplexity of a Hub id or a folder."""
+    def of(cls, model: str, result: PerplexityResult | TaskResult) -> Evaluation:
+        """A measurement of a Hub id or a folder."""
         return cls(public_name(model), result, place_of(model))
 
     @property
-    def protocol(self) -> tuple[str | None, str | None, int, int]:
+    def protocol(self) -> tuple[Any, ...]:
         """What must be equal in two measurements for a comparison."""
         result = self.result
+        if isinstance(result, TaskResult):
+            return result.task, result.files_sha256, result.num_documents, result.lm_eval
         return result.text_name, result.text_sha256, result.num_windows, result.sequence_length
 
 
@@ -59,7 +65,8 @@ def place_of(model: str | Path) -> str:
 
 
 def add_evaluation(file: Path, evaluation: Evaluation) -> None:
-    """Add a measurement to a file, in the place of an earlier one of the same model on the same windows.
+    """Add a measurement to a file, in the place of an earlier one of the same model on the same windows
+    or documents.
 
     In the folder of the pruned model that was measured, it joins the metadata of the model card as well.
     Processes that add to one file at the same time wait for each other. The lock is the new file: once it has the name
@@ -93,28 +100,40 @@ def add_evaluation(file: Path, evaluation: Evaluation) -> None:
         _add_to_card(folder / CARD_FILE, evaluation.result)
 
 
-def _add_to_card(file: Path, result: PerplexityResult) -> None:
-    """Add a perplexity to the metadata of a model card, in the place of an earlier one; all else in the card stays."""
+def _add_to_card(file: Path, result: PerplexityResult | TaskResult) -> None:
+    """Add a measurement to the metadata of a model card, in the place of an earlier one; all else in the card stays."""
     try:
         card = ModelCard.load(file)
     except (ValueError, YAMLError) as error:
-        logger.warning("The perplexity is not in the metadata of %s, which can't be read: %s", file, error)
+        logger.warning("The measurement is not in the metadata of %s, which can't be read: %s", file, error)
         return
-    text = result.text_name or "a text"
-    dataset = HUB_DATASETS.get(text)
-    found = EvalResult(
-        task_type="text-generation",
-        dataset_type=dataset or text,
-        dataset_name=text,
-        dataset_split="test",
-        metric_type="perplexity",
-        metric_name=f"perplexity, {result.num_windows} windows of {result.sequence_length} tokens",
-        metric_value=round(result.perplexity, 4),
-    )
-    known = [r for r in card.data.eval_results or [] if (r.dataset_name, r.metric_name) != (text, found.metric_name)]
+    if isinstance(result, TaskResult):
+        name, dataset, split, scores = result.task, None, None, result.scores
+        how = f"{result.num_documents} documents, lm-eval {result.lm_eval}"
+    else:
+        name, split, scores = result.text_name or "a text", "test", {"perplexity": Score(result.perplexity)}
+        dataset, how = HUB_DATASETS.get(name), f"{result.num_windows} windows of {result.sequence_length} tokens"
+    found = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset or name,
+            dataset_name=name,
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=f"{metric}, {how}" + ("" if score.stderr is None else f"{_ERROR}{score.stderr:.4f}"),
+            metric_value=round(score.value, 4),
+        )
+        for metric, score in scores.items()
+    ]
+    same = {(name, f"{metric}, {how}") for metric in scores}
+    known = [
+        r
+        for r in card.data.eval_results or []
+        if (r.dataset_name, (r.metric_name or "").partition(_ERROR)[0]) not in same
+    ]
     title = re.search(r"^# (.+)", card.text, re.M)
     card.data.model_name = card.data.model_name or (title[1] if title else file.parent.name)
-    card.data.eval_results = [*known, found]
+    card.data.eval_results = [*known, *found]
     card.data.datasets = list(dict.fromkeys([*_listed(card.data.datasets), *_listed(dataset)])) or None
     write_text(file, str(card))
 
@@ -134,14 +153,17 @@ def read_evaluations(file: Path) -> list[Evaluation]:
         records = json.loads(file.read_text())
         if not records or not isinstance(records, list):
             raise TypeError("not a list of records")
-        names = [field.name for field in dataclasses.fields(PerplexityResult)]
-        results = [PerplexityResult(**{name: record[name] for name in names}) for record in records]
-        return [
-            Evaluation(str(r["model"]), result, str(r.get("place", "")))
-            for r, result in zip(records, results, strict=True)
-        ]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        return [Evaluation(str(r["model"]), _result(r), str(r.get("place", ""))) for r in records]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{str(file)!r} holds no measurements ({type(error).__name__}: {error}): pass a file written by "
             "`optimum-fista evaluate --output FILE`."
         ) from error
+
+
+def _result(record: dict[str, Any]) -> PerplexityResult | TaskResult:
+    kind = TaskResult if "task" in record else PerplexityResult
+    values = {field.name: record[field.name] for field in dataclasses.fields(kind)}
+    if kind is TaskResult:
+        values["scores"] = {metric: Score(**score) for metric, score in values["scores"].items()}
+    return kind(**values)

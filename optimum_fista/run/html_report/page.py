@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from optimum_fista.run.checkpoints.checkpoint import REPORT_FILE, read_report
 from optimum_fista.run.evaluation.evaluation_file import EVALUATION_FILE, Evaluation, place_of, read_evaluations
+from optimum_fista.run.evaluation.perplexity import PerplexityResult
+from optimum_fista.run.evaluation.zero_shot import TaskResult
 from optimum_fista.run.html_report.charts import STEPS, convergence_charts, heat_map, line_chart
 from optimum_fista.run.html_report.row_sparsity import MaskSparsities, read_sparsities
 from optimum_fista.run.reports.card import model_title
@@ -37,7 +40,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class ReportContents:
-    """What is known of a pruned model: its folder, report and masks, perplexities of it and of others, and texts."""
+    """What is known of a pruned model: its folder, report and masks, measurements of it and of others, and texts."""
 
     folder: Path
     report: PruningReport
@@ -49,11 +52,11 @@ class ReportContents:
 def read_contents(
     folder: Path, evaluation_files: Sequence[Path] | None = None, progress: Callable[[str], None] = lambda _: None
 ) -> ReportContents:
-    """Read the report, the masks and the perplexities of a pruned folder, packed or not.
+    """Read the report, the masks and the measurements of a pruned folder, packed or not.
 
     Args:
         folder: The model folder.
-        evaluation_files: Files of perplexities; `None`: `fista/evaluation.json` of the folder, if there is one.
+        evaluation_files: Files of measurements; `None`: `fista/evaluation.json` of the folder, if there is one.
         progress: Called with each operator's name once its mask is read.
 
     Raises:
@@ -124,7 +127,13 @@ def render_page(contents: ReportContents) -> str:
         memory_by_layer=memory,
         memory_peaks=memory_peaks,
         convergence=convergence_charts(report.operators),
-        perplexities=_perplexities(contents),
+        measurements=[
+            (title, note, *_measurements(contents, kind))
+            for title, note, kind in (
+                ("Perplexity", "Lower is better.", PerplexityResult),
+                ("Accuracy", "Higher is better; ± is the standard error.", TaskResult),
+            )
+        ],
         continuations=contents.continuations,
         config=json.dumps(report.config, indent=2),
         command=report.command(),
@@ -154,18 +163,25 @@ def _held_out(operators: Sequence[OperatorReport]) -> tuple[float, float, float]
     return fitted, unseen, 1.0 if unseen == fitted else math.inf
 
 
-def _perplexities(contents: ReportContents) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
-    """Names of the models, and by text its perplexities, `None` if nothing was measured."""
-    here, found = place_of(contents.folder), contents.evaluations
+def _measurements(contents: ReportContents, kind: type) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Names of the models, and by text or task what was measured of them, empty if nothing was."""
+    here, found = place_of(contents.folder), [e for e in contents.evaluations if isinstance(e.result, kind)]
     models = list(dict.fromkeys((e.model, e.place) for e in found))
     names = ["this model" if place == here else Path(name).name or name for name, place in models]
-    rows = []
-    for protocol in dict.fromkeys(evaluation.protocol for evaluation in found):
-        text, _, windows, length = protocol
-        measured = {(e.model, e.place): e.result.perplexity for e in found if e.protocol == protocol}
-        label = f"{text or 'a text'}, {windows:,} windows of {length:,} tokens"
-        rows.append((label, [measured.get(model) for model in models]))
-    return names, rows
+    rows: dict[tuple[Any, ...], tuple[str, dict[tuple[str, str], str]]] = {}
+    for e in found:
+        result = e.result
+        if isinstance(result, TaskResult):
+            metric, score = next(iter(result.scores.items()))
+            label = f"{result.task}, {metric}, {result.num_documents:,} documents"
+            shown = share(score.value) + (f" ± {share(score.stderr)}" if score.stderr is not None else "")
+        else:
+            label = (
+                f"{result.text_name or 'a text'}, {result.num_windows:,} windows of {result.sequence_length:,} tokens"
+            )
+            shown = f"{result.perplexity:.3f}"
+        rows.setdefault(e.protocol, (label, {}))[1][e.model, e.place] = shown
+    return names, [(label, [shown.get(model, "") for model in models]) for label, shown in rows.values()]
 
 
 def share(value: float, digits: int = 1) -> str:

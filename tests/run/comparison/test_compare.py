@@ -234,7 +234,6 @@ def test_one_model_at_a_time(whole, tmp_path, monkeypatch):
         ({"texts": ()}, "texts, tasks and held_out are empty"),
         ({"num_samples": 0}, "num_samples=0: pass 1 or more"),
         ({"bos": "never"}, "bos='never': pass one of 'auto'"),
-        ({"include_path": "nowhere"}, "include_path='nowhere': no such folder"),
         ({"methods": ("wnada",)}, "method 'wnada'"),
     ],
 )

@@ -13,6 +13,7 @@ from launched import exit_codes, start_code
 from optimum_fista.run.evaluation import evaluation_file
 from optimum_fista.run.evaluation.evaluation_file import Evaluation, add_evaluation, read_evaluations
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
+from optimum_fista.run.evaluation.zero_shot import Score, TaskResult
 
 
 def measured(model: str, perplexity: float, text: str = "sea") -> Evaluation:
@@ -57,6 +58,32 @@ def test_a_perplexity_of_the_folder_itself_joins_the_metadata_of_its_card(saved,
     assert eval_results_to_model_index(*model_index_to_eval_results(index)) == index
 
 
+def test_accuracies_are_kept_with_their_errors_beside_perplexities(saved, tmp_path):
+    folder = shutil.copytree(saved.folder, tmp_path / "model")
+    file = folder / "fista" / "evaluation.json"
+    few = {"acc": Score(0.25, 0.1637), "acc_norm": Score(0.5, 0.189), "likelihood": Score(2.0)}
+    for result in (
+        measured("", 12.0).result,
+        TaskResult("arc_easy", few, 8, "0.4.13", "cd"),
+        TaskResult("arc_easy", {"acc": Score(0.375, 0.1712)}, 8, "0.4.13", "cd"),  # measured again
+        TaskResult("arc_easy", {"acc": Score(0.4, 0.02)}, 400, "0.4.13", "cd"),
+    ):
+        add_evaluation(file, Evaluation.of(str(folder), result))
+    found = [evaluation.result for evaluation in read_evaluations(file)]
+    assert found[0] == measured("", 12.0).result
+    assert [r.scores["acc"] for r in found[1:]] == [Score(0.375, 0.1712), Score(0.4, 0.02)]
+    data = ModelCard.load(folder / "README.md").data
+    assert [(r.dataset_name, r.metric_type, r.metric_value, r.metric_name) for r in data.eval_results] == [
+        ("sea", "perplexity", 12.0, "perplexity, 5 windows of 32 tokens"),
+        ("arc_easy", "acc_norm", 0.5, "acc_norm, 8 documents, lm-eval 0.4.13, standard error 0.1890"),
+        ("arc_easy", "likelihood", 2.0, "likelihood, 8 documents, lm-eval 0.4.13"),
+        ("arc_easy", "acc", 0.375, "acc, 8 documents, lm-eval 0.4.13, standard error 0.1712"),
+        ("arc_easy", "acc", 0.4, "acc, 400 documents, lm-eval 0.4.13, standard error 0.0200"),
+    ]
+    index = data.to_dict()["model-index"]
+    assert eval_results_to_model_index(*model_index_to_eval_results(index)) == index
+
+
 def test_a_card_that_can_not_be_read_does_not_lose_the_measurement(saved, tmp_path, caplog):
     folder = shutil.copytree(saved.folder, tmp_path / "model")
     (folder / "README.md").write_text("---\na: [\n---\n")
@@ -68,7 +95,19 @@ def test_a_card_that_can_not_be_read_does_not_lose_the_measurement(saved, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "text", ["{", '{"model": "dense"}', '[{"model": "dense"}]', "[1]", "3", "{}", "[]", "null", ""]
+    "text",
+    [
+        "{",
+        '[{"task": "a", "scores": 3, "num_documents": 1, "lm_eval": "", "files_sha256": "", "model": ""}]',
+        '{"model": "dense"}',
+        '[{"model": "dense"}]',
+        "[1]",
+        "3",
+        "{}",
+        "[]",
+        "null",
+        "",
+    ],
 )
 def test_other_files_are_refused_and_left_alone(tmp_path, text):
     file = tmp_path / "other.json"

@@ -10,6 +10,7 @@ import pytest
 
 from optimum_fista.run.evaluation.evaluation_file import Evaluation
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
+from optimum_fista.run.evaluation.zero_shot import Score, TaskResult
 from optimum_fista.run.html_report.page import Continuation, read_contents, render_page
 from optimum_fista.run.html_report.row_sparsity import RowSparsities
 from optimum_fista.run.memory import MemoryPeak
@@ -240,8 +241,22 @@ def test_perplexities_are_beside_each_other_by_text(contents):
 
     found = [measured("org/dense", 10.0), measured(str(contents.folder), 12.5), measured("org/dense", 20.0, "sky")]
     text = text_of(dataclasses.replace(contents, evaluations=tuple(found)))
-    assert "text dense this model sea, 5 windows of 32 tokens 10.000 12.500 sky, 5 windows of 32 tokens 20.000" in text
+    assert (
+        "measured on dense this model sea, 5 windows of 32 tokens 10.000 12.500 sky, 5 windows of 32 tokens 20.000"
+        in text
+    )
     assert "Perplexity" not in text_of(contents)
+
+
+def test_accuracies_are_beside_each_other_with_their_errors(contents):
+    def measured(model, *scores):
+        named = dict(zip(("acc", "acc_norm"), scores, strict=False))
+        return Evaluation.of(model, TaskResult("sea_choice", named, 1200, "0.4.13", "ab"))
+
+    found = [measured("org/dense", Score(0.5, 0.0251)), measured(str(contents.folder), Score(0.25), Score(0.3))]
+    text = text_of(dataclasses.replace(contents, evaluations=tuple(found)))
+    assert "measured on dense this model sea_choice, acc, 1,200 documents 50.0% ± 2.5% 25.0%" in text
+    assert "Accuracy" not in text_of(contents)
 
 
 def test_a_retrained_model_and_its_texts(contents):

@@ -9,7 +9,7 @@ from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer
 
 from optimum_fista.run.comparison.compare import compare
 from optimum_fista.run.comparison.settings import ComparisonSettings
-from optimum_fista.run.comparison.zero_shot import TaskSuite
+from optimum_fista.run.evaluation.zero_shot import TaskSuite
 
 QUESTIONS = [
     {"question": "the sea is", "choices": ["deep", "a ship"], "label": 0},
@@ -58,8 +58,10 @@ def log_likelihood(model, tokenizer, question, choice):
 def test_accuracy_is_that_of_the_likelihoods(tasks):
     suite = TaskSuite(["sea_choice"], include_path=tasks, batch_size=2)
     model, tokenizer = tiny_llama().train(), tiny_tokenizer()
-    scores = suite.measure(model, tokenizer)["sea_choice"]
+    (result,) = suite.measure(model, tokenizer)
+    scores = result.scores
     assert model.training
+    assert (result.task, result.num_documents, len(result.files_sha256)) == ("sea_choice", 4, 64)
     model.eval()
     right = [
         max((0, 1), key=lambda i: log_likelihood(model, tokenizer, q["question"], q["choices"][i])) == q["label"]
@@ -73,7 +75,9 @@ def test_accuracy_is_that_of_the_likelihoods(tasks):
 
 def test_the_limit_takes_the_first_documents(tasks):
     suite = TaskSuite(["sea_choice"], include_path=tasks, limit=1)
-    assert suite.measure(tiny_llama(), tiny_tokenizer())["sea_choice"]["acc"].value in (0.0, 1.0)
+    (result,) = suite.measure(tiny_llama(), tiny_tokenizer())
+    assert result.scores["acc"].value in (0.0, 1.0)
+    assert result.num_documents == 1
     assert "the first 1 documents" in suite.recipe
     assert suite.identity != TaskSuite(["sea_choice"], include_path=tasks).identity
 
@@ -132,9 +136,9 @@ def test_task_files_of_the_benchmarks(tasks):
     (tasks / "arc-easy.test.jsonl").write_text((tasks / "sea.jsonl").read_text())
     (tasks / "lambada_test.jsonl").write_text('{"text": "the sea is a"}\n{"text": "look at b"}\n')
     suite = TaskSuite(["arc_easy_lines", "lambada_lines"], include_path=tasks)
-    scores = suite.measure(*model_that_writes_a_behind_every_word())
-    assert [next(iter(scores[name])) for name in suite.names] == ["acc", "acc"]
-    assert scores["lambada_lines"]["acc"].value == 0.5
+    results = suite.measure(*model_that_writes_a_behind_every_word())
+    assert [(r.task, next(iter(r.scores))) for r in results] == [("arc_easy_lines", "acc"), ("lambada_lines", "acc")]
+    assert results[1].scores["acc"].value == 0.5
 
 
 def test_unknown_tasks(tasks, monkeypatch):
@@ -147,6 +151,18 @@ def test_unknown_tasks(tasks, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", NoTasks)
     with pytest.raises(ValueError, match="'sea_chioce' not found; pass names of lm-eval"):
         TaskSuite(["sea_chioce", "arc_easy"], include_path=tasks)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include_path": "nowhere"}, "include_path='nowhere': no such folder"),
+        ({"limit": 0}, "limit=0: pass 1 or more"),
+    ],
+)
+def test_options_are_checked_before_any_task_is_read(options, message):
+    with pytest.raises(ValueError, match=message):
+        TaskSuite(["arc_easy"], **options)
 
 
 def test_a_task_without_a_metric(tasks, monkeypatch):

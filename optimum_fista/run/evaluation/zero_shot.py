@@ -6,7 +6,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,41 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.installing import install_command
 from optimum_fista.model.evaluation_mode import evaluation_mode
-from optimum_fista.run.comparison.rows import Score
 
 # Metrics of a task in the order in which the table prefers them.
 _PREFERRED = ("acc", "exact_match", "acc_norm")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of a task.
+
+    Attributes:
+        value: Its mean over the task's documents.
+        stderr: Standard error of that mean, if it is known.
+    """
+
+    value: float
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What was measured on a task, without examples in the prompt.
+
+    Attributes:
+        task: Its name.
+        scores: By metric; the first is the one that tables show.
+        num_documents: Documents it was measured on.
+        lm_eval: Version of lm-eval.
+        files_sha256: Hash of the folder of task files, if the task may come from one.
+    """
+
+    task: str
+    scores: Mapping[str, Score]
+    num_documents: int
+    lm_eval: str
+    files_sha256: str | None = None
 
 
 class TaskSuite:
@@ -32,7 +64,7 @@ class TaskSuite:
 
     Raises:
         ImportError: If lm-eval is missing.
-        ValueError: If there is no such task.
+        ValueError: If there is no such task or folder, or `limit` is below 1.
     """
 
     def __init__(
@@ -48,6 +80,10 @@ class TaskSuite:
                 f"tasks={list(names)!r} need the package lm-eval, which is not installed: "
                 f"run {install_command('eval')}, or pass no tasks."
             )
+        if include_path is not None and not Path(include_path).is_dir():
+            raise ValueError(f"include_path={str(include_path)!r}: no such folder; pass one with task files.")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit}: pass 1 or more.")
         self.names = list(names)
         self.include_path = None if include_path is None else Path(include_path)
         self.limit = limit
@@ -69,13 +105,11 @@ class TaskSuite:
     def recipe(self) -> str:
         """How accuracy is measured, for people."""
         documents = "all documents" if self.limit is None else f"the first {self.limit} documents"
-        version = importlib.metadata.version("lm_eval")
-        return (
-            f"Accuracy on {', '.join(self.names)}: lm-eval {version}, no examples in the prompt, {documents} of each."
-        )
+        how = f"lm-eval {_version()}, no examples in the prompt, {documents} of each"
+        return f"Accuracy on {', '.join(self.names)}: {how}."
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Score]]:
-        """Metrics of every task by name, that of the table first.
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[TaskResult]:
+        """Measure a model on every task.
 
         Raises:
             ValueError: If lm-eval gives no result for a task, such as for a tag that stands for several.
@@ -97,7 +131,11 @@ class TaskSuite:
                 torch_random_seed=None,
             )
         found = {} if results is None else results["results"]
-        return {name: _scores(name, found.get(name, {})) for name in self.names}
+        scores = {name: _scores(name, found.get(name, {})) for name in self.names}
+        documents, files = {} if results is None else results["n-samples"], self.identity["files"]
+        return [
+            TaskResult(name, those, documents[name]["effective"], _version(), files) for name, those in scores.items()
+        ]
 
     def _find_tasks(self) -> Any:
         for name in ("lm_eval", "lm-eval"):
@@ -117,6 +155,10 @@ class TaskSuite:
                 "include_path with a folder of task files."
             )
         return known
+
+
+def _version() -> str:
+    return importlib.metadata.version("lm_eval")
 
 
 def _scores(task: str, result: dict[str, Any]) -> dict[str, Score]:
