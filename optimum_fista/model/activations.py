@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,9 +87,7 @@ class LayerActivations:
     @quick_products()
     def run(self, batch: int, hidden_states: Tensor) -> Tensor:
         """Output hidden states of the layer for one batch."""
-        output = self.calls[batch].run(self.layer, hidden_states.to(self.device, non_blocking=True))
-        assert output is not None
-        return output
+        return self.calls[batch].run(self.layer, hidden_states.to(self.device, non_blocking=True))
 
     def arguments_of(
         self, module: nn.Module, hidden_states: Iterable[Tensor]
@@ -106,7 +105,7 @@ class LayerActivations:
 
         for hidden, call in zip(hidden_states, self.calls, strict=True):
             # off while the caller has the arguments
-            with module.register_forward_pre_hook(stop, with_kwargs=True), quick_products():
+            with module.register_forward_pre_hook(stop, with_kwargs=True), quick_products(), suppress(StopForward):
                 call.run(self.layer, hidden.to(self.device, non_blocking=True))
             if not seen:
                 raise RuntimeError(

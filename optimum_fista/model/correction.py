@@ -249,9 +249,7 @@ class LayerTargets:
             if self._entering.pruned is not None:
                 pruned = self._activations.store()
                 for call, hidden in zip(self._activations.calls, self._entering.pruned, strict=True):
-                    output = call.run(smaller, hidden.to(self._activations.device, non_blocking=True))
-                    assert output is not None
-                    pruned.append(output)
+                    pruned.append(call.run(smaller, hidden.to(self._activations.device, non_blocking=True)))
         elif self._last is not None:
             pruned = self._last.layer_outputs()  # D* is kept, so only the operator itself runs
         elif self._entering.pruned is not None:

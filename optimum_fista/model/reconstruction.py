@@ -89,7 +89,6 @@ def reconstruct(
             order = order or torch.randperm(len(fitted), generator=generator).tolist()
             batch = fitted[order.pop()]
             output = activations.calls[batch].run(activations.layer, entering[batch].to(device))
-            assert output is not None
             _squares(activations, batch, output, wanted[batch].to(device)).sum().backward()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _rate(step, steps)
@@ -190,7 +189,5 @@ def _errors(
 def _outputs(activations: LayerActivations, entering: Sequence[Tensor]) -> ActivationStore:
     outputs = activations.store()
     for hidden, call in zip(entering, activations.calls, strict=True):
-        output = call.run(activations.layer, hidden.to(activations.device))
-        assert output is not None
-        outputs.append(output)
+        outputs.append(call.run(activations.layer, hidden.to(activations.device)))
     return outputs

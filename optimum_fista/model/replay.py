@@ -22,12 +22,9 @@ class LayerCall:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
-    def run(self, layer: nn.Module, hidden_states: Tensor) -> Tensor | None:
-        """Output hidden states of `layer`; `None` when a watcher stopped the forward pass."""
-        try:
-            output = layer(hidden_states, *self.arguments, **self.keywords)
-        except StopForward:
-            return None
+    def run(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """Output hidden states of `layer`."""
+        output = layer(hidden_states, *self.arguments, **self.keywords)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -65,10 +62,7 @@ def watching(
     inputs: Mapping[nn.Module, Callable[[Tensor], None]],
     outputs: Mapping[nn.Module, Callable[[Tensor], None]] | None = None,
 ) -> Iterator[None]:
-    """Call back with the input (before the call) or the output (after it) of modules.
-
-    A callback may raise `StopForward` to end the forward pass there.
-    """
+    """Call back with the input (before the call) or the output (after it) of modules."""
     with ExitStack() as handles:
         for module, callback in inputs.items():
             # A default argument binds the callback of this turn of the loop.

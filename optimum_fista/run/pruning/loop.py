@@ -25,12 +25,12 @@ from optimum_fista.run.pruning.group_solving import GroupSolver, report_group
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.operators import require_finite
 from optimum_fista.run.pruning.parts_of_layer import choose_columns, remove_experts, reorder_channels
-from optimum_fista.run.pruning.sink import Sink
+from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import FinetuningReport, LayerRecord, LayerReport, MixtureReport, OperatorReport
 from optimum_fista.solve.narrowing import Narrowing
 
 
-def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = None) -> None:
+def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | None = None) -> None:
     """Prune decoder layers in place.
 
     Layers to remove are chosen and zeros are allocated to the operators first. Then one layer after the other is
@@ -109,7 +109,7 @@ def prune_layers(run: ModelPruning, sink: Sink, todo: Collection[int] | None = N
 class _Loop:
     """What is inside the loop over decoder layers: one layer, and one group of its operators."""
 
-    def __init__(self, run: ModelPruning, sink: Sink, solver: GroupSolver, bar: tqdm) -> None:
+    def __init__(self, run: ModelPruning, sink: ModelSink, solver: GroupSolver, bar: tqdm) -> None:
         self.run = run
         self.sink = sink
         self.solver = solver

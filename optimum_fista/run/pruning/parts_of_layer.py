@@ -22,14 +22,14 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.pruning.group_solving import GroupSolver
 from optimum_fista.run.pruning.removal import Removal
-from optimum_fista.run.pruning.sink import Sink
+from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import MixtureReport
 from optimum_fista.solve.narrowing import Narrowing
 from optimum_fista.solve.pruned import PrunedOperator
 
 
 def choose_columns(
-    removal: Removal, model_type: str, sink: Sink, operators: Mapping[str, LinearOperator], targets: LayerTargets
+    removal: Removal, model_type: str, sink: ModelSink, operators: Mapping[str, LinearOperator], targets: LayerTargets
 ) -> dict[str, Narrowing]:
     """What stays of the operators of a decoder layer before they get zeros.
 
@@ -58,7 +58,7 @@ def reorder_channels(
     parts: Mapping[str, Part],
     layer_name: str,
     config: FistaPruningConfig,
-    sink: Sink,
+    sink: ModelSink,
     operators: Mapping[str, LinearOperator],
     activations: LayerActivations,
     hidden_states: Sequence[Tensor],
@@ -97,8 +97,6 @@ def reorder_channels(
             module = layer.get_submodule(owner.removeprefix(f"{layer_name}."))
             sink.replace(module, leaf, part.shrink(tensor, getattr(module, leaf).detach(), order.tolist()))
         found = call.run(layer, hidden)
-        assert expected is not None
-        assert found is not None
         difference = difference_beyond_rounding(found, expected)
         if difference is not None:
             raise UnsupportedArchitectureError(
@@ -109,7 +107,7 @@ def reorder_channels(
 
 def remove_experts(
     removal: Removal,
-    sink: Sink,
+    sink: ModelSink,
     layer_name: str,
     experts: FusedExperts,
     activations: LayerActivations,

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from types import FrameType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -20,37 +20,10 @@ from optimum_fista.solve.bitmask import pack_mask
 from optimum_fista.solve.pruned import PrunedOperator
 
 
-class Sink(Protocol):
-    """Takes what a run over the decoder layers makes: `write` for each operator, then `undo` or `commit`."""
-
-    def write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
-        """Overwrite the weight of an operator in the model, so that what comes after it runs on the pruned one."""
-
-    def overwrite(self, operator: LinearOperator, weight: Tensor) -> None:
-        """The same with a weight [out, in] that has no mask."""
-
-    def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
-        """The same with a whole parameter of a module, as it is stored."""
-
-    def undo(self) -> None:
-        """Put back all weights that were written since the last commit: their decoder layer is pruned once more."""
-
-    def keep_probe(self, probe: LossProbe) -> None:
-        """Take what the measurement of the loss goes on with after the decoder layer that is about to be committed."""
-
-    def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:
-        """Make the weights of a decoder layer final, while its weights are on the device.
-
-        Args:
-            index: Its index.
-            layer: Its module.
-            record: What the run says of it.
-            states: Hidden states after it; `None` if the next layer does not need them.
-        """
-
-
 class ModelSink:
     """Overwrites the weights of a model in memory, and on any exception puts the model back as it was.
+
+    A run over the decoder layers calls `write` for each operator, then `undo` or `commit`.
 
     An interrupt (Ctrl-C) counts as one. It may come at any moment, also while a context takes off what it has
     installed on modules, and again after another. So all that modules, the hooks of Accelerate and the configuration
@@ -81,17 +54,20 @@ class ModelSink:
         self._waits = False
 
     def write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
-        """Overwrite a weight, and keep its mask."""
+        """Overwrite a weight in the model, so that what comes after it runs on the pruned one, and keep its mask."""
         self.overwrite(operator, pruned.weight)
         self.masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
 
     def overwrite(self, operator: LinearOperator, weight: Tensor) -> None:
-        """Overwrite a weight; of one that is offloaded only the copy on the device, until the layer is committed."""
+        """Overwrite a weight [out, in] that has no mask.
+
+        Of one that is offloaded only the copy on the device, until the layer is committed.
+        """
         self._keep(operator.owner, operator.tensor, lambda: operator.parameter)
         operator.write(weight)
 
     def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
-        """Overwrite a parameter; of one that is offloaded only the copy on the device, until the layer is committed."""
+        """The same with a whole parameter of a module, as it is stored."""
         self._keep(owner, name, lambda: getattr(owner, name))
         getattr(owner, name).data.copy_(value)
 
@@ -108,7 +84,7 @@ class ModelSink:
         self._undo.append(restore)
 
     def undo(self) -> None:
-        """Put back the weights that were written since the last commit."""
+        """Put back all weights that were written since the last commit: their decoder layer is pruned once more."""
         while len(self._undo) > self._committed:
             self._undo[-1]()
             self._undo.pop()  # only now: an interrupt may come in between
@@ -117,10 +93,22 @@ class ModelSink:
         self._onloaded.clear()
 
     def keep_probe(self, probe: LossProbe) -> None:
-        """Nothing to do: a run in memory is not resumed."""
+        """Take what the measurement of the loss goes on with after the decoder layer that is about to be committed.
+
+        A run in memory is not resumed, so nothing is done.
+        """
 
     def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:  # noqa: ARG002
-        """Overwrite what was written where Accelerate keeps it."""
+        """Make the weights of a decoder layer final, while its weights are on the device.
+
+        What was written is overwritten where Accelerate keeps it.
+
+        Args:
+            index: Its index.
+            layer: Its module.
+            record: What the run says of it.
+            states: Hidden states after it; `None` if the next layer does not need them.
+        """
         for owner, tensor in self._onloaded.values():
             store_tensor(owner, tensor, getattr(owner, tensor), self._undo.append)
         self._onloaded.clear()
