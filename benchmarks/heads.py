@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers, find_operators
 from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.replay import watching
 from optimum_fista.model.sensitivity import measure_sensitivities
@@ -43,7 +44,7 @@ def predicted(model: PreTrainedModel, windows: Tensor, head_size: int) -> dict[s
     layers = find_decoder_layers(model)
     operators = queries(layers)
     batches = [CalibrationBatch(window[None], None) for window in windows]
-    found = measure_sensitivities(model, layers, operators, batches, windows.numel())
+    found = measure_sensitivities(DenseLoss(model, layers, batches, windows.numel()), operators)
     energies = {name: torch.zeros(operator.shape[0]) for name, operator in operators.items()}
 
     def add(name: str, output: Tensor) -> None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.architecture import DecoderLayers
-from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.loss_gradients import Watcher, watch_gradients
+from optimum_fista.model.loss_gradients import DenseLoss, Watcher, watch_gradients
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import Part
 
@@ -49,27 +45,15 @@ class Gates:
 
 
 def measure_gates(
-    model: PreTrainedModel,
-    layers: DecoderLayers,
-    operators: Mapping[str, LinearOperator],
-    parts: Mapping[str, Part],
-    batches: Sequence[CalibrationBatch],
-    num_tokens: int,
-    progress: bool = False,
-    storage: Storage | None = None,
+    loss: DenseLoss, operators: Mapping[str, LinearOperator], parts: Mapping[str, Part]
 ) -> dict[str, Gates]:
-    """Take the gradients of the loss by all gates of some operators on the first sequences.
+    """Take the gradients of a loss by all gates of some operators.
 
     Args:
-        model: The dense model.
-        layers: Its decoder layers.
+        loss: The loss.
         operators: The operators, by name.
         parts: Parts of the model by name: the groups of columns of the operators of the same name, with the rows that
             go with them. The columns of an operator that is no part are groups of their own.
-        batches: Calibration batches.
-        num_tokens: Sequences are taken in order until they hold as many real tokens.
-        progress: Whether to show a progress bar.
-        storage: Where the hidden states between decoder layers wait; `None`: on the device.
 
     Returns:
         Gates by operator, all zero if the loss does not feel it, or it is called more than once.
@@ -79,9 +63,10 @@ def measure_gates(
     """
     columns = {n: _Columns(o, parts[n].groups if n in parts else o.shape[1]) for n, o in operators.items()}
     feeders = {tensor.removesuffix(".weight") for n in operators for tensor in (parts[n].tensors if n in parts else ())}
-    rows = {n: _Rows(LinearOperator(n, module)) for n, module in model.named_modules() if n in feeders - set(columns)}
+    modules = {name: module for name, module in loss.model.named_modules() if name in feeders - set(columns)}
+    rows = {name: _Rows(LinearOperator(name, module)) for name, module in modules.items()}
     watchers = {watcher.operator: watcher for watcher in (*columns.values(), *rows.values())}
-    watch_gradients(model, layers, watchers, batches, num_tokens, progress, storage)
+    watch_gradients(loss, watchers)
     found = {}
     for name, sums in columns.items():
         changes, size = sums.first.abs(), len(sums.squares)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,40 @@ from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.products import quick_products
 from optimum_fista.model.replay import replaced_forwards, watching
+
+
+@dataclass(frozen=True)
+class DenseLoss:
+    """The loss of a dense model on the first calibration sequences: the cross-entropy of the next token.
+
+    Attributes:
+        model: The model, in evaluation mode.
+        layers: Its decoder layers.
+        batches: Calibration batches.
+        num_tokens: Sequences are taken in order until they hold as many real tokens.
+        progress: Whether to show a progress bar.
+        storage: Where hidden states wait between decoder layers; `None`: where each layer computes.
+    """
+
+    model: PreTrainedModel
+    layers: DecoderLayers
+    batches: Sequence[CalibrationBatch]
+    num_tokens: int
+    progress: bool = False
+    storage: Storage | None = None
+
+    def sequences(self) -> Iterator[Tensor]:
+        """Ids [1, sequence] of the sequences, without padding; those of a single token have no loss."""
+        seen = 0
+        for batch in self.batches:
+            for row, ids in enumerate(batch.input_ids):
+                ids = ids if batch.attention_mask is None else ids[batch.attention_mask[row]]
+                if len(ids) < 2:
+                    continue
+                yield ids[None]
+                seen += len(ids)
+                if seen >= self.num_tokens:
+                    return
 
 
 class Watcher:
@@ -43,40 +78,21 @@ class Watcher:
         """
 
 
-def watch_gradients(
-    model: PreTrainedModel,
-    layers: DecoderLayers,
-    watchers: Mapping[LinearOperator, Watcher],
-    batches: Sequence[CalibrationBatch],
-    num_tokens: int,
-    progress: bool = False,
-    storage: Storage | None = None,
-) -> None:
-    """Run the model forwards and backwards on the first sequences, one at a time.
+def watch_gradients(loss: DenseLoss, watchers: Mapping[LinearOperator, Watcher]) -> None:
+    """Run the model forwards and backwards on the sequences of a loss, one at a time, and show it to `watchers`.
 
-    The loss is the cross-entropy of the next token. Decoder layers are recomputed on the way back, so that the
-    activations of one layer are held at a time, and the hidden states between layers, at `storage`. No weight gets a
-    gradient.
-
-    Args:
-        model: The dense model.
-        layers: Its decoder layers.
-        watchers: What watches each operator.
-        batches: Calibration batches.
-        num_tokens: Sequences are taken in order until they hold as many real tokens.
-        progress: Whether to show a progress bar.
-        storage: Where the hidden states between decoder layers wait; `None`: on the device.
+    Decoder layers are recomputed on the way back, so that the activations of one layer are held at a time, and the
+    hidden states between layers, at the loss's storage. No weight gets a gradient.
     """
-    device = execution_device(model.get_input_embeddings())
-    sequences = list(first_sequences(batches, num_tokens))
-    bar = tqdm(sequences, desc="Gradients of the loss", unit="sequence", disable=not progress)
+    device = execution_device(loss.model.get_input_embeddings())
+    bar = tqdm([*loss.sequences()], desc="Gradients of the loss", unit="sequence", disable=not loss.progress)
     with (
-        onloaded(modules_around(model, layers), copy=False),
-        recomputed_layers(model, layers, storage) as waiting,
+        onloaded(modules_around(loss.model, loss.layers), copy=False),
+        _recomputed_layers(loss) as waiting,
         torch.enable_grad(),
     ):
         for ids in bar:
-            _run(model, watchers, ids.to(device))
+            _run(loss.model, watchers, ids.to(device))
             waiting.clear()
 
 
@@ -119,21 +135,7 @@ def _run(model: PreTrainedModel, watchers: Mapping[LinearOperator, Watcher], ids
         loss.backward()
 
 
-def first_sequences(batches: Sequence[CalibrationBatch], num_tokens: int) -> Iterator[Tensor]:
-    """Ids [1, sequence] without padding, in order, until they hold `num_tokens` tokens."""
-    seen = 0
-    for batch in batches:
-        for row, ids in enumerate(batch.input_ids):
-            ids = ids if batch.attention_mask is None else ids[batch.attention_mask[row]]
-            if len(ids) < 2:
-                continue
-            yield ids[None]
-            seen += len(ids)
-            if seen >= num_tokens:
-                return
-
-
-class WaitingInputs:
+class _WaitingInputs:
     """Hidden states that enter decoder layers, kept elsewhere until the gradients flow back to them."""
 
     def __init__(self, storage: Storage, device: torch.device) -> None:
@@ -164,23 +166,16 @@ class WaitingInputs:
 
 
 @contextmanager
-def recomputed_layers(
-    model: PreTrainedModel, layers: DecoderLayers, storage: Storage | None = None
-) -> Iterator[WaitingInputs]:
+def _recomputed_layers(loss: DenseLoss) -> Iterator[_WaitingInputs]:
     """Let gradients flow from the embeddings on, not into weights; decoder layers are recomputed when they flow back.
-
-    Args:
-        model: The model.
-        layers: Its decoder layers.
-        storage: Where the hidden states between decoder layers wait, on their way to the gradients; `None`: on the
-            device.
 
     Yields:
         What waits; it is to be cleared between two passes.
     """
+    model, layers = loss.model, loss.layers
     device = execution_device(model.get_input_embeddings())
-    waiting = WaitingInputs(storage or device, device)
-    stays = storage is None or storage == device
+    waiting = _WaitingInputs(loss.storage or device, device)
+    stays = loss.storage is None or loss.storage == device
 
     def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **keywords: Any) -> Any:

@@ -19,40 +19,26 @@ from optimum_fista.model.architecture import DecoderLayers, modules_around
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
-from optimum_fista.model.loss_gradients import first_sequences
+from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.products import quick_products
 from optimum_fista.model.replay import LayerCall, replaced_forwards
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs
 
 
-def choose_layers(
-    model: PreTrainedModel,
-    layers: DecoderLayers,
-    batches: Sequence[CalibrationBatch],
-    count: int,
-    num_tokens: int,
-    progress: bool = False,
-    storage: Storage | None = None,
-    most_loss: float = math.inf,
-) -> list[tuple[int, float]]:
+def choose_layers(loss: DenseLoss, count: int, most_loss: float = math.inf) -> list[tuple[int, float]]:
     """Choose decoder layers to remove, as SLEB does (arXiv 2402.09025, Algorithm 1).
 
     In every round each layer that is left is left out in turn. The one without which the loss is least goes for good,
-    unless no configuration describes the model without it. The loss is the cross-entropy of the next token.
+    unless no configuration describes the model without it.
 
     A round is one sweep: every layer is brought to its device once, and runs on the hidden states of the model as it
     is and of all models that lack one layer before it. So it costs about half as many forward passes as there are
-    layers, and the hidden states of as many models wait at `storage`.
+    layers, and the hidden states of as many models wait at the loss's storage.
 
     Args:
-        model: The dense model, in evaluation mode.
-        layers: Its decoder layers.
-        batches: Calibration batches.
+        loss: The loss of the dense model.
         count: How many layers go, fewer than there are.
-        num_tokens: Sequences are taken in order until they hold as many real tokens.
-        progress: Whether to show a progress bar.
-        storage: Where hidden states wait; `None`: where each layer computes.
         most_loss: The choice ends before a layer without which the loss would be larger.
 
     Returns:
@@ -64,16 +50,16 @@ def choose_layers(
             sequence has two tokens.
         UnsupportedArchitectureError: If decoder layers hand on more than hidden states, or depend on their number.
     """
-    sequences, recorded = _begin(model, layers, batches, num_tokens, storage)
+    model, layers = loss.model, loss.layers
+    sequences, recorded = _begin(loss)
     left, removed = list(range(len(layers))), list[tuple[int, float]]()
     num_runs = sum(len(layers) - done for done in range(count))
     with (
-        tqdm(total=num_runs, desc="Choosing decoder layers", unit="layer", disable=not progress) as bar,
+        tqdm(total=num_runs, desc="Choosing decoder layers", unit="layer", disable=not loss.progress) as bar,
         onloaded([*modules_around(model, layers), model.get_output_embeddings()], copy=False),
     ):
         for _ in range(count):
-            sweep = _Sweep(model, layers, left, sequences, storage)
-            losses = sweep.losses(recorded, bar)
+            losses = _Sweep(model, layers, left, sequences, loss.storage).losses(recorded, bar)
             if not math.isfinite(losses.pop(None)):
                 raise ValueError("the loss of the model on the calibration tokens is NaN or Inf: the model is damaged.")
             index = _cheapest(model, left, losses)
@@ -99,58 +85,37 @@ class Missing:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def losses_without(
-    model: PreTrainedModel,
-    layers: DecoderLayers,
-    missing: Sequence[Missing],
-    batches: Sequence[CalibrationBatch],
-    num_tokens: int,
-    progress: bool = False,
-    storage: Storage | None = None,
-) -> list[float]:
-    """The loss of a model without each of some sets of parts, in nats a token.
+def losses_without(loss: DenseLoss, missing: Sequence[Missing]) -> list[float]:
+    """The loss of the model without each of some sets of parts, in nats a token.
 
     Every decoder layer is brought to its device once and runs on the hidden states of all these models.
-
-    Args:
-        model: The dense model, in evaluation mode.
-        layers: Its decoder layers.
-        missing: What is missing in each.
-        batches: Calibration batches.
-        num_tokens: Sequences are taken in order until they hold as many real tokens.
-        progress: Whether to show a progress bar.
-        storage: Where hidden states wait; `None`: where each layer computes.
 
     Raises:
         ValueError: If no sequence has two tokens.
         UnsupportedArchitectureError: If decoder layers hand on more than hidden states.
     """
-    sequences, recorded = _begin(model, layers, batches, num_tokens, storage)
+    model, layers = loss.model, loss.layers
+    sequences, recorded = _begin(loss)
     with (
-        tqdm(total=len(layers), desc="Losses without parts", unit="layer", disable=not progress) as bar,
+        tqdm(total=len(layers), desc="Losses without parts", unit="layer", disable=not loss.progress) as bar,
         onloaded([*modules_around(model, layers), model.get_output_embeddings()], copy=False),
     ):
-        return _Sweep(model, layers, range(len(layers)), sequences, storage).losses_without(missing, recorded, bar)
+        sweep = _Sweep(model, layers, range(len(layers)), sequences, loss.storage)
+        return sweep.losses_without(missing, recorded, bar)
 
 
-def _begin(
-    model: PreTrainedModel,
-    layers: DecoderLayers,
-    batches: Sequence[CalibrationBatch],
-    num_tokens: int,
-    storage: Storage | None,
-) -> tuple[list[CalibrationBatch], RecordedInputs]:
+def _begin(loss: DenseLoss) -> tuple[list[CalibrationBatch], RecordedInputs]:
     """The sequences that losses are taken on, and what decoder layers are called with."""
-    sequences = [CalibrationBatch(ids) for ids in first_sequences(batches, num_tokens)]
+    sequences = [CalibrationBatch(ids) for ids in loss.sequences()]
     if not sequences:
         raise ValueError(
             "calib_dataloader holds no sequence of two tokens, so losses can't be compared: pass longer ones."
         )
-    recorded = record_inputs(model, layers, sequences, storage)
+    recorded = record_inputs(loss.model, loss.layers, sequences, loss.storage)
     if recorded.handed_on:
         raise UnsupportedArchitectureError(
-            f"the decoder layers of {type(model).__name__} hand more to the next than hidden states, so none of them "
-            "can be removed: use another pattern."
+            f"the decoder layers of {type(loss.model).__name__} hand more to the next than hidden states, so none of "
+            "them can be removed: use another pattern."
         )
     return sequences, recorded
 

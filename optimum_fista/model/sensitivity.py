@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.architecture import DecoderLayers
-from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.loss_gradients import Watcher, watch_gradients
+from optimum_fista.model.loss_gradients import DenseLoss, Watcher, watch_gradients
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
 
@@ -63,25 +59,8 @@ class Sensitivity:
         return weight.float().square() * self.outputs[:, None] * (self.inputs / max(1, self.num_tokens))
 
 
-def measure_sensitivities(
-    model: PreTrainedModel,
-    layers: DecoderLayers,
-    operators: Mapping[str, LinearOperator],
-    batches: Sequence[CalibrationBatch],
-    num_tokens: int,
-    progress: bool = False,
-    storage: Storage | None = None,
-) -> dict[str, Sensitivity]:
-    """Sum over the first sequences what their inputs and gradients show (`loss_gradients.watch_gradients`).
-
-    Args:
-        model: The dense model.
-        layers: Its decoder layers.
-        operators: The operators to measure, by name.
-        batches: Calibration batches.
-        num_tokens: Sequences are taken in order until they hold as many real tokens.
-        progress: Whether to show a progress bar.
-        storage: Where the hidden states between decoder layers wait; `None`: on the device.
+def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperator]) -> dict[str, Sensitivity]:
+    """Sum over the sequences of a loss what the inputs and the gradients of operators, by name, show.
 
     Returns:
         Sensitivities by operator, with zero gradients if the loss does not feel an operator, or it is called more
@@ -90,10 +69,10 @@ def measure_sensitivities(
     Raises:
         ValueError: If a gradient is not finite.
     """
-    device = execution_device(model.get_input_embeddings())
+    device = execution_device(loss.model.get_input_embeddings())
     found = {name: _nothing(*operator.shape, operator.device) for name, operator in operators.items()}
     watchers = {operator: _Sums(found[name], operator) for name, operator in operators.items()}
-    watch_gradients(model, layers, watchers, batches, num_tokens, progress, storage)
+    watch_gradients(loss, watchers)
     sums = [sensitivity.gradients.sum(dtype=torch.float64).to(device) for sensitivity in found.values()]
     for (name, sensitivity), total in zip(found.items(), torch.stack(sums).tolist(), strict=True):  # one transfer
         sensitivity.is_felt = total > 0

@@ -7,6 +7,7 @@ from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.experts import split_experts
 from optimum_fista.model.gates import measure_gates
+from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.parts import find_parts
 
 TOKENS = torch.randint(3, VOCAB_SIZE, (5, 12), generator=torch.Generator().manual_seed(1))
@@ -23,7 +24,8 @@ def measure(model, parts, storage=None):
     chosen = {name: operator for name, operator in operators.items() if name in parts or not parts}
     batches = read_batches(TOKENS.split((2, 3)), VOCAB_SIZE)
     with torch.no_grad(), split_experts(operators.values()):
-        return operators, measure_gates(model, layers, chosen, parts, batches, USED * 12, storage=storage)
+        loss = DenseLoss(model, layers, batches, USED * 12, storage=storage)
+        return operators, measure_gates(loss, chosen, parts)
 
 
 def loss_of(model, ids):

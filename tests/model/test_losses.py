@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from optimum_fista.model import losses as module
 from optimum_fista.model.architecture import UnsupportedArchitectureError, find_decoder_layers
 from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.losses import choose_layers
 from optimum_fista.model.shrinking import plan_shrinking, shrink_model
 
@@ -18,7 +19,7 @@ from optimum_fista.model.shrinking import plan_shrinking, shrink_model
 def chosen(model, tokens, count, num_tokens=10**6, **options):
     batches = [tokens] if isinstance(tokens, CalibrationBatch) else [CalibrationBatch(ids) for ids in tokens.split(4)]
     with torch.no_grad():
-        return choose_layers(model, find_decoder_layers(model), batches, count, num_tokens, **options)
+        return choose_layers(DenseLoss(model, find_decoder_layers(model), batches, num_tokens, **options), count)
 
 
 def loss_with(make, tokens, left) -> float:

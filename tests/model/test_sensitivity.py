@@ -7,6 +7,7 @@ from torch import nn
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.sensitivity import Sensitivity, measure_sensitivities
 
 LENGTH = 10
@@ -32,7 +33,8 @@ def measure(model, num_tokens=10_000, sizes=(2, 3, 1), padded=True, storage=None
     parts = zip(*(tensor.split(sizes) for tensor in data(padded).values()), strict=True)
     batches = read_batches([{"input_ids": i, "attention_mask": m} for i, m in parts], VOCAB_SIZE)
     with torch.no_grad():
-        return operators, measure_sensitivities(model, layers, operators, batches, num_tokens, storage=storage)
+        loss = DenseLoss(model, layers, batches, num_tokens, storage=storage)
+        return operators, measure_sensitivities(loss, operators)
 
 
 def by_hand(model, operators, rows, padded):
@@ -182,7 +184,8 @@ def test_what_is_not_one_matrix_product_has_no_gradient_and_disturbs_no_other(fa
     layers = find_decoder_layers(model)
     operators = {k: v for name, layer in layers for k, v in find_operators(name, layer, ["*.experts"]).items()}
     with torch.no_grad():
-        found = measure_sensitivities(model, layers, operators, read_batches(family_tokens(), VOCAB_SIZE), 64)
+        loss = DenseLoss(model, layers, read_batches(family_tokens(), VOCAB_SIZE), 64)
+        found = measure_sensitivities(loss, operators)
     unfelt = {name for name, sensitivity in found.items() if not sensitivity.gradients.any()}
     expected = {name for name in operators if name.split(".", 3)[-1] in names}
     assert expected

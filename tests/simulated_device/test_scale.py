@@ -13,6 +13,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model import correction
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.estimate.estimate import Estimate
 from optimum_fista.run.pruning import group_solving, model_pruning
@@ -102,6 +103,6 @@ def test_gradients_leave_no_offloaded_weight_on_the_device():
     model = cpu_offload(tiny_llama(num_hidden_layers=4), execution_device=torch.device(DEVICE))
     layers = find_decoder_layers(model)
     operators = {name: o for layer in layers for name, o in find_operators(*layer).items()}
-    found = measure_sensitivities(model, layers, operators, [CalibrationBatch(tiny_tokens())], 64)
+    found = measure_sensitivities(DenseLoss(model, layers, [CalibrationBatch(tiny_tokens())], 64), operators)
     assert all(sensitivity.seen for sensitivity in found.values())
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.architecture import DecoderLayers
-from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.experts import ExpertOperator
 from optimum_fista.model.gates import measure_gates
+from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import Part
 from optimum_fista.model.sensitivity import measure_sensitivities
@@ -58,13 +55,9 @@ class Budgets:
 
 
 def share_budgets(
-    model: PreTrainedModel,
-    layers: DecoderLayers,
+    loss: DenseLoss,
     operators: Mapping[str, LinearOperator],
-    batches: Sequence[CalibrationBatch],
     config: FistaPruningConfig,
-    progress: bool = False,
-    storage: Storage | None = None,
     parts: Mapping[str, Part] | None = None,
     shape_left: Callable[[LinearOperator], tuple[int, int]] = lambda operator: operator.shape,
 ) -> Budgets:
@@ -72,26 +65,26 @@ def share_budgets(
 
     Uniform budgets of a method that reads none run nothing.
 
-    Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity. Hidden states
-    between decoder layers wait at `storage`; `None`: on the device. `parts` are the parts of the model that shrink, by
-    the names of the operators whose columns go. `shape_left` says what stays of an operator before it gets zeros: it
-    costs as much less as it is smaller, for which of its weights stay is not known yet.
+    Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity. `parts` are the
+    parts of the model that shrink, by the names of the operators whose columns go. `shape_left` says what stays of an
+    operator before it gets zeros: it costs as much less as it is smaller, for which of its weights stay is not known
+    yet.
 
     Raises:
         ValueError: If gradients of the loss can't be computed, or are not finite, or a sequence is too long.
         torch.OutOfMemoryError: If one sequence is too long for them.
     """
     budgets = Budgets(config)
-    how_much = config.allocation_tokens, progress, storage
     if config.needs_gradients and operators:
-        with explained_gradients(model, batches, f"method={config.method!r}", "another method"):
-            gates = measure_gates(model, layers, operators, parts or {}, batches, *how_much)
+        with explained_gradients(loss.model, loss.batches, f"method={config.method!r}", "another method"):
+            gates = measure_gates(loss, operators, parts or {})
         budgets.loss_changes = {name: found.changes for name, found in gates.items()}
     sharing = {name: operator for name, operator in operators.items() if config.shares_budget(name)}
     if not sharing or not config.sparsity:
         return budgets
-    with explained_gradients(model, batches, "allocation='fisher'", "allocation='uniform' (--allocation uniform)"):
-        found = measure_sensitivities(model, layers, sharing, batches, *how_much)
+    instead = "allocation='uniform' (--allocation uniform)"
+    with explained_gradients(loss.model, loss.batches, "allocation='fisher'", instead):
+        found = measure_sensitivities(loss, sharing)
     pools: dict[str, list[str]] = {}
     for name, operator in sharing.items():
         key = f"{operator.experts.name} {operator.kind}" if isinstance(operator, ExpertOperator) else name

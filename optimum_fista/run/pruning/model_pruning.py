@@ -21,6 +21,7 @@ from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.digest import combined_sha256, rest_sha256
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.experts import split_experts
+from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.losses import LossProbe, choose_layers
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
@@ -165,27 +166,25 @@ class ModelPruning:
             ValueError: If the loss or its gradients are not finite, or no decoder layer can be removed.
         """
         if self.budgets is None:
-            started, choice = time.perf_counter(), None
-            longest = max(b.input_ids.shape[1] for b in self.batches.calibration)
-            with (
-                quick_products_in(self.compute_dtype),
-                explained_length(self.model, longest, "calib_dataloader"),
-            ):
+            started, choice, removed = time.perf_counter(), None, list[tuple[int, float]]()
+            calibration, tokens = self.batches.calibration, self.config.allocation_tokens
+            loss = DenseLoss(self.model, self.layers, calibration, tokens, self.progress, self.storage)
+            longest = max(batch.input_ids.shape[1] for batch in calibration)
+            with quick_products_in(self.compute_dtype), explained_length(self.model, longest, "calib_dataloader"):
                 if self.has_size_to_reach:
-                    how_much = self.batches.calibration, self.config, self.progress, self.storage
-                    choice = choose_size(self.model, self.layers, *how_much)
+                    pattern = self.config.whole_parts
+                    assert pattern is not None
+                    choice = choose_size(loss, pattern)
                     self._use_choice(choice)
-                removed = self._choose_layers() if choice is None else choice.removed_layers
+                    removed = choice.removed_layers
+                elif self.removal is not None and self.removal.num_removed_layers:
+                    removed = choose_layers(loss, self.removal.num_removed_layers)
             gone = {f"{self.layers.name}.{index}" for index, _ in removed}
             left = [group for name, group in self.operators.items() if name not in gone]
             flat = {name: operator for group in left for name, operator in group.items()}
             with self.split_experts(), quick_products_in(self.compute_dtype):
-                calibration, config = self.batches.calibration, self.config
                 parts = None if self.removal is None else self.removal.plan.parts
-                places = calibration, config, self.progress, self.storage
-                budgets = share_budgets(
-                    self.model, self.layers, flat, *places, parts=parts, shape_left=self._shape_left
-                )
+                budgets = share_budgets(loss, flat, self.config, parts, self._shape_left)
             budgets.removed_layers, budgets.choice = removed, choice
             self.use_budgets(budgets)
             release_memory_of(self.model)
@@ -232,14 +231,6 @@ class ModelPruning:
         self.report.left_dense = self._plan(self.config.with_parts(choice.mixture.pattern))
         warn_of_few_tokens(self.report, self.operators)
         self.report.model["size_choice"] = asdict(choice)
-
-    def _choose_layers(self) -> list[tuple[int, float]]:
-        """The decoder layers to remove, each with the loss without it and those before."""
-        count = 0 if self.removal is None else self.removal.num_removed_layers
-        batches, tokens = self.batches.calibration, self.config.allocation_tokens
-        if not count:
-            return []
-        return choose_layers(self.model, self.layers, batches, count, tokens, self.progress, self.storage)
 
     def _shape_left(self, operator: LinearOperator) -> tuple[int, int]:
         """What stays of an operator before it gets zeros, [out, in]."""

@@ -11,18 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.architecture import DecoderLayers
-from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.gates import Gates, measure_gates
+from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.losses import Missing, choose_layers, losses_without
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import Kind
-from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.sizes import Sizes, layer_of, pattern_of
 from optimum_fista.run.texts.explained_errors import explained_gradients
+from optimum_fista.solve.patterns import WholeParts
 
 logger = logging.getLogger(__name__)
 
@@ -81,55 +79,44 @@ class SizeChoice:
         )
 
 
-def choose_size(
-    model: PreTrainedModel,
-    layers: DecoderLayers,
-    batches: Sequence[CalibrationBatch],
-    config: FistaPruningConfig,
-    progress: bool = False,
-    storage: Storage | None = None,
-) -> SizeChoice:
-    """Choose what goes so that a model has the size that `config` asks for and its loss grows least.
+def choose_size(loss: DenseLoss, pattern: WholeParts) -> SizeChoice:
+    """Choose what goes so that a model has the size that a pattern asks for and its loss grows least.
 
     Within a kind those groups go whose gates cost least (`Gates.costs`). The loss is measured without some numbers of
     channels alone, of heads alone, and of decoder layers alone (`choose_layers`). A mixture is predicted to cost the
     sum, less the share of groups that go with decoder layers anyway. The mixtures with the least prediction are
     measured as a whole, and the best of them is chosen. Nothing is refitted for this.
 
-    All losses are on the first `allocation_tokens` calibration tokens. A mixture that removes more decoder layers is
-    not looked at if that alone costs more than a mixture that is known.
+    A mixture that removes more decoder layers is not looked at if that alone costs more than a mixture that is known.
 
     Raises:
         ValueError: If the size can't be had, or losses or gradients are not finite or can't be computed.
         UnsupportedArchitectureError: If decoder layers hand on more than hidden states.
     """
-    pattern = config.whole_parts
-    assert pattern is not None
     assert pattern.measure is not None
+    model, layers = loss.model, loss.layers
     sizes = Sizes(model, layers, pattern.measure, pattern.then)
     sizes.require(pattern)
-    tokens = config.allocation_tokens
-    how_much = batches, tokens, progress, storage
     parts = {part.name: part for found in sizes.parts.values() for part in found.parts}
     operators = {name: LinearOperator(name, model.get_submodule(name)) for name in parts}
     gates: dict[str, Gates] = {}
     if operators:
-        with explained_gradients(model, batches, f"pattern={pattern.text!r}", "an explicit pattern"):
-            gates = measure_gates(model, layers, operators, parts, *how_much)
+        with explained_gradients(model, loss.batches, f"pattern={pattern.text!r}", "an explicit pattern"):
+            gates = measure_gates(loss, operators, parts)
     prediction = _Prediction(sizes, layers, gates)
 
     def measure(missing: Sequence[Missing]) -> list[float]:
-        dense, *losses = losses_without(model, layers, [Missing(), *missing], *how_much)
+        dense, *losses = losses_without(loss, [Missing(), *missing])
         if not math.isfinite(dense):
             raise ValueError("the loss of the model on the calibration tokens is NaN or Inf: the model is damaged.")
         prediction.dense_loss = dense
-        return [loss - dense if math.isfinite(loss) else math.inf for loss in losses]
+        return [found - dense if math.isfinite(found) else math.inf for found in losses]
 
     steps = {kind: _spread(sizes, kind, pattern.size) for kind in sizes.parts}
     alone = [(kind, count) for kind, counts in steps.items() for count in counts]
     losses = measure([prediction.missing({kind: count}) for kind, count in alone])
-    for (kind, count), loss in zip(alone, losses, strict=True):
-        prediction.increases[kind][sizes.parts[kind].groups - count] = loss
+    for (kind, count), increase in zip(alone, losses, strict=True):
+        prediction.increases[kind][sizes.parts[kind].groups - count] = increase
 
     def candidates(num_removed: int) -> list[_Candidate]:
         removed = [index for index, _ in prediction.removed[:num_removed]]
@@ -140,7 +127,7 @@ def choose_size(
     best = min((candidate.predicted for candidate in found), default=math.inf)
     needed = sizes.layers_needed(pattern.size)
     try:
-        prediction.removed = choose_layers(model, layers, batches, needed, *how_much[1:], prediction.dense_loss + best)
+        prediction.removed = choose_layers(loss, needed, prediction.dense_loss + best)
     except ValueError as error:  # no configuration without a layer, or it depends on the number of layers
         if not found:
             raise
@@ -153,10 +140,10 @@ def choose_size(
     tried += [one for one in alone_best.values() if one not in tried]
     losses = measure([prediction.missing(one.kept, one.num_removed) for one in tried])
     mixtures = []
-    for loss, one in sorted(zip(losses, tried, strict=True), key=lambda pair: pair[0]):
+    for increase, one in sorted(zip(losses, tried, strict=True), key=lambda pair: pair[0]):
         size = sizes.of(one.kept, [index for index, _ in prediction.removed[: one.num_removed]])
-        if math.isfinite(loss):
-            mixtures.append((Mixture(pattern_of(sizes, one.kept, one.num_removed), size, one.predicted, loss), one))
+        if math.isfinite(increase):
+            mixtures.append((Mixture(pattern_of(sizes, one.kept, one.num_removed), size, one.predicted, increase), one))
     if not mixtures:
         raise ValueError(f"pattern={pattern.text!r}: without these parts the loss is NaN or Inf: pass a larger size.")
     (chosen, candidate), *others = mixtures

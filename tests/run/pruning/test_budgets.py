@@ -6,6 +6,7 @@ from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.pruning.budgets import share_budgets
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
@@ -15,7 +16,8 @@ def budgets_of(model, tokens, **options):
     layers = find_decoder_layers(model)
     operators = {k: v for name, layer in layers for k, v in find_operators(name, layer).items()}
     config = FistaPruningConfig(**options)
-    return operators, share_budgets(model, layers, operators, read_batches(tokens.split(4), 64), config)
+    loss = DenseLoss(model, layers, read_batches(tokens.split(4), 64), config.allocation_tokens)
+    return operators, share_budgets(loss, operators, config)
 
 
 def zeros_of(model, report):

@@ -26,9 +26,9 @@ def test_hidden_states_on_the_way_to_the_gradients_wait_there_too(tokens, tmp_pa
     places = []
     measure = budgets.measure_sensitivities
 
-    def spy(*arguments):
-        places.append(arguments[-1])
-        return measure(*arguments)
+    def spy(loss, operators):
+        places.append(loss.storage)
+        return measure(loss, operators)
 
     monkeypatch.setattr(budgets, "measure_sensitivities", spy)
     place = tmp_path if storage_device else None

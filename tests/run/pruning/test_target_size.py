@@ -17,6 +17,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.gates import measure_gates
+from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.losses import Missing, choose_layers, losses_without
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import find_parts
@@ -40,9 +41,12 @@ def own_text(model):
 
 
 def choose(model, pattern, batches):
-    config = FistaPruningConfig(pattern=pattern, allocation_tokens=ALL)
     with torch.no_grad():
-        return choose_size(model, find_decoder_layers(model), read_batches(batches, 64), config)
+        return choose_size(loss_on(model, batches), parse_pattern(pattern))
+
+
+def loss_on(model, batches):
+    return DenseLoss(model, find_decoder_layers(model), read_batches(batches, 64), ALL)
 
 
 def loss_of(model, batches):
@@ -70,14 +74,13 @@ def without_columns(model, kept, gates):
 def test_the_choice_is_the_best_of_all_mixtures(size):
     """Of all that lose no more channels than the size takes."""
     model = small_llama()
-    batches, layers = own_text(model), find_decoder_layers(model)
+    batches = own_text(model)
     choice = choose(model, f"bytes:{size}", batches)
     parts = {part.name: part for kind in ("channels", "heads") for part in find_parts(model, kind).parts}
     operators = {name: LinearOperator(name, model.get_submodule(name)) for name in parts}
-    read = read_batches(batches, 64)
     with torch.no_grad():
-        gates = measure_gates(model, layers, operators, parts, read, ALL)
-        order = [index for index, _ in choose_layers(model, layers, read, 2, ALL)]
+        gates = measure_gates(loss_on(model, batches), operators, parts)
+        order = [index for index, _ in choose_layers(loss_on(model, batches), 2)]
     dense, total, losses = loss_of(model, batches), model.num_parameters(), {}
     for channels, heads, removed in product(range(1, 9), (1, 2), range(3)):
         settings = {"num_hidden_layers": 3 - removed, "intermediate_size": channels, "head_dim": 8}
@@ -241,11 +244,11 @@ def test_a_model_whose_loss_is_not_finite_is_refused():
 
 def test_losses_without_parts_are_those_of_models_without_them():
     model = tiny_llama(num_hidden_layers=3)
-    batches, layers = tiny_tokens().split(4), find_decoder_layers(model)
+    batches = tiny_tokens().split(4)
     read = torch.arange(48) % 3 > 0
     missing = [Missing(), Missing(frozenset({1})), Missing(frozenset({0}), {"model.layers.1.mlp.down_proj": read})]
     with torch.no_grad():
-        found = losses_without(model, layers, missing, read_batches(batches, 64), ALL)
+        found = losses_without(loss_on(model, batches), missing)
     assert not any(module._forward_pre_hooks for module in model.modules())
     expected = [loss_of(model, batches)]
     for lacks in missing[1:]:
