@@ -8,13 +8,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
 from optimum_fista.model.architecture import matches
 from optimum_fista.model.correction import Correction
 from optimum_fista.model.expert_removal import Saliency
 from optimum_fista.model.products import COMPUTE_DTYPES
+from optimum_fista.run.records import wrong_field
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
@@ -61,45 +61,6 @@ _OLD_NAMES = {"starved_tokens": "under_calibrated_tokens", "starved_method": "un
 def renamed_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Saved options, with the names that they have now if an older version wrote them."""
     return {name if (new := _OLD_NAMES.get(name, name)) in values else new: value for name, value in values.items()}
-
-
-_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "True or False",
-    str | PruningMethod: "text, or an instance of a PruningMethod",
-}
-
-
-def wrong_field(record: Any) -> str | None:
-    """What to say of the first field of a dataclass that holds another type than declared; `None` if none does."""
-    hints = get_type_hints(type(record))
-    for name in (f.name for f in dataclasses.fields(record)):
-        value, hint = getattr(record, name), hints[name]
-        if not _fits(value, hint):
-            return f"{name}={value!r}: pass {_WORDS.get(hint) or getattr(hint, '__name__', hint)}."
-    return None
-
-
-def _fits(value: object, hint: Any) -> bool:
-    """Whether a value, as it is or as JSON has it, is of a declared type."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, UnionType):
-        return any(_fits(value, kind) for kind in inner)
-    if origin is Literal:  # which of the words is checked where they are known
-        return isinstance(value, str)
-    if origin is tuple and inner[1:] != (...,):
-        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
-    if origin in (tuple, list):
-        return isinstance(value, origin) and all(_fits(part, inner[0]) for part in value)
-    if origin is not None:
-        return isinstance(value, origin) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
-    if hint in (int, float):
-        return isinstance(value, int | hint) and not isinstance(value, bool)
-    return isinstance(value, hint)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optimum_fista.run.evaluation.zero_shot import Score
+from optimum_fista.run.records import as_record
 from optimum_fista.run.reports.report import renamed_totals
 
 
@@ -50,11 +51,7 @@ class Row:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
         """Inverse of `dataclasses.asdict`, read from JSON."""
-        accuracy = {
-            task: {metric: Score(**score) for metric, score in metrics.items()}
-            for task, metrics in values.get("accuracy", {}).items()
-        }
-        return cls(**{**values, "totals": renamed_totals(values.get("totals", {})), "accuracy": accuracy})
+        return as_record(cls, {**values, "totals": renamed_totals(values.get("totals", {}))})
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,13 +61,6 @@ class SizeChoice:
     mixture: Mixture
     alternatives: list[Mixture]
     removed_layers: list[tuple[int, float]] = field(default_factory=list)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SizeChoice:
-        """Inverse of `dataclasses.asdict`, read from JSON."""
-        alternatives = [Mixture(**one) for one in values["alternatives"]]
-        removed = [(index, loss) for index, loss in values["removed_layers"]]
-        return cls(Mixture(**values["mixture"]), alternatives, removed)
 
     def __str__(self) -> str:
         """A line for people."""

@@ -12,7 +12,7 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 import optimum_fista
-from optimum_fista.run.config import renamed_options, wrong_field
+from optimum_fista.run.config import renamed_options
 from optimum_fista.run.memory import MemoryPeak
+from optimum_fista.run.records import as_record
 from optimum_fista.solve.pattern import Scope
 from optimum_fista.solve.pruned import Convergence
 
@@ -94,17 +95,6 @@ class OperatorReport:
     groups_kept: tuple[int, ...] | None = None
     num_groups: int | None = None
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> OperatorReport:
-        """Inverse of `dataclasses.asdict`, read from JSON; also of older versions, which had other names for errors."""
-        values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
-        found = values.get("convergence")
-        if found is not None:
-            found = Convergence(found["measure"], tuple(found["steps"]), tuple(found["residuals"]))
-        kept = values.get("groups_kept")
-        lists = {"shape": tuple(values["shape"]), "groups_kept": kept if kept is None else tuple(kept)}
-        return _checked(cls(**{**values, **lists, "convergence": found}))
-
 
 @dataclass(frozen=True)
 class FinetuningReport:
@@ -157,12 +147,6 @@ class MixtureReport:
     held_out_fit_error: float | None = None
     residual_corrected: bool = False
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MixtureReport:
-        """Inverse of `dataclasses.asdict`, read from JSON."""
-        lists = {name: tuple(values[name]) for name in ("groups_kept", "saliency", "expert_tokens")}
-        return _checked(cls(**{**values, **lists}))
-
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -189,17 +173,6 @@ class LayerReport:
     mixture: MixtureReport | None = None
     dense_sha256: str | None = None
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
-        """Inverse of `dataclasses.asdict`, read from JSON."""
-        records: dict[str, Callable[..., Any]] = {
-            "memory": lambda found: MemoryPeak(**found),
-            "finetuning": lambda found: FinetuningReport(**found),
-            "mixture": MixtureReport.from_dict,
-        }
-        found = {name: read(values[name]) for name, read in records.items() if values.get(name) is not None}
-        return _checked(cls(**{**values, **found}))
-
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -214,12 +187,6 @@ class LayerRecord:
     report: LayerReport
     operators: list[OperatorReport] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LayerRecord:
-        """Inverse of `dataclasses.asdict`, read from JSON."""
-        operators = [OperatorReport.from_dict(operator) for operator in values["operators"]]
-        return cls(LayerReport.from_dict(values["report"]), operators, values["left_dense"])
 
 
 @dataclass(frozen=True)
@@ -445,17 +412,17 @@ class PruningReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`; also reads what older versions saved, which had other names for errors.
 
         Raises:
             TypeError: If a field is missing, unknown, or of another type.
-            KeyError: If a field of a part is missing.
+            KeyError: If there are no operators.
         """
         values = {key: value for key, value in values.items() if key != "totals"}
-        operators = [OperatorReport.from_dict(operator) for operator in values.pop("operators")]
-        layers = [LayerReport.from_dict(layer) for layer in values.pop("layers", [])]
-        recoveries = [_checked(RecoveryReport(**recovery)) for recovery in values.pop("recoveries", [])]
-        report: PruningReport = _checked(cls(operators=operators, layers=layers, recoveries=recoveries, **values))
+        operators = [
+            {_OLD_NAMES.get(name, name): v for name, v in operator.items()} for operator in values["operators"]
+        ]
+        report = as_record(cls, values | {"operators": operators})
         report.config = renamed_options(report.config)
         if not report.model["num_parameters"] > 0:
             raise TypeError(f"model has {report.model['num_parameters']} parameters")
@@ -495,14 +462,6 @@ def public_name(name: str) -> str:
     """What a folder that is uploaded may say of a Hub id, a data set or a path: of a path only its last part."""
     is_path = os.path.exists(name) or os.path.isabs(name) or name.startswith(("~", "."))
     return os.path.basename(os.path.abspath(name)) if is_path else name
-
-
-def _checked(record: Any) -> Any:
-    """A record that was read, if its fields are of the types declared."""
-    wrong = wrong_field(record)
-    if wrong is not None:
-        raise TypeError(wrong)
-    return record
 
 
 def library_versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from optimum_fista.run.records import as_record
 from optimum_fista.run.reports.markdown import markdown_lines
 
 VARIANTS = ("dense bfloat16", "dense float32", "packed bfloat16", "packed float32", "dense float16", "packed float16")
@@ -107,12 +108,7 @@ class SpeedReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SpeedReport:
         """Inverse of `to_dict`, after JSON too."""
-        variants = {}
-        for name, found in values["variants"].items():
-            speeds = {int(size): speed for size, speed in found["tokens_per_second"].items()}
-            variants[name] = VariantSpeed(**found | {"tokens_per_second": speeds})
-        settings = SpeedSettings(**values["settings"])
-        return cls(values["model"], settings, variants, values["machine"], values["versions"])
+        return as_record(cls, {field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
 def speed_table(report: SpeedReport) -> str:

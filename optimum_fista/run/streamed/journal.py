@@ -24,6 +24,7 @@ from optimum_fista.run.checkpoints.output_folder import FOLDER
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.pruning.target_size import SizeChoice
+from optimum_fista.run.records import as_record
 from optimum_fista.run.reports.report import LayerRecord
 
 WEIGHTS_FILE, _JOINED_FILE = "weights.json", "joined.json"
@@ -197,7 +198,7 @@ class Journal:
             return None
         self.budgets_sha256 = _text_digest(values)
         removed = [(index, loss) for index, loss in values["removed_layers"]]
-        choice = None if values["choice"] is None else SizeChoice.from_dict(values["choice"])
+        choice = None if values["choice"] is None else as_record(SizeChoice, values["choice"])
         tensors: dict[str, dict[str, Tensor]] = {"output_weights": {}, "loss_changes": {}}
         for key, tensor in load_file(file).items():
             kind, _, name = key.partition("/")
@@ -215,7 +216,7 @@ class Journal:
         values = read_record(file)
         if values is None:
             return None
-        kept = KeptLayer(**{**values, "record": LayerRecord.from_dict(values["record"])})
+        kept = as_record(KeptLayer, values)
         if not kept.shard:
             return kept
         sha256 = kept.sha256["shard"]

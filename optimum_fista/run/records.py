@@ -1,0 +1,82 @@
+"""Records: dataclasses whose fields have the declared types, also when they are read from JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from optimum_fista.solve.method import PruningMethod
+
+T = TypeVar("T")
+
+_types_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
+
+
+def as_record(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass from what JSON has of it: the inverse of `dataclasses.asdict`.
+
+    Raises:
+        TypeError: If a field is missing, unknown, or of another type.
+    """
+    types = _types_of(kind)
+    record = kind(**{name: _as_declared(value, types.get(name)) for name, value in values.items()})
+    wrong = wrong_field(record)
+    if wrong is not None:
+        raise TypeError(wrong)
+    return record
+
+
+def _as_declared(value: Any, hint: Any) -> Any:
+    """A value as its field holds it: JSON has lists for tuples, objects for dataclasses, and text for all keys."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return _as_declared(value, inner[0])  # the other is None
+    if isinstance(value, dict) and dataclasses.is_dataclass(hint):
+        return as_record(hint, value)  # type: ignore[arg-type]
+    if isinstance(value, dict) and inner:
+        return {int(k) if inner[0] is int else k: _as_declared(v, inner[1]) for k, v in value.items()}
+    if isinstance(value, list) and inner:
+        return (tuple if origin is tuple else list)(_as_declared(part, inner[0]) for part in value)
+    return value
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "True or False",
+    str | PruningMethod: "text, or an instance of a PruningMethod",
+}
+
+
+def wrong_field(record: Any) -> str | None:
+    """What to say of the first field of a dataclass that holds another type than declared; `None` if none does."""
+    hints = _types_of(type(record))
+    for name in (f.name for f in dataclasses.fields(record)):
+        value, hint = getattr(record, name), hints[name]
+        if not _fits(value, hint):
+            return f"{name}={value!r}: pass {_WORDS.get(hint) or getattr(hint, '__name__', hint)}."
+    return None
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value, as it is or as JSON has it, is of a declared type."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, kind) for kind in inner)
+    if origin is Literal:  # which of the words is checked where they are known
+        return isinstance(value, str)
+    if origin is tuple and inner[1:] != (...,):
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if origin in (tuple, list, Sequence):
+        return isinstance(value, origin) and all(_fits(part, inner[0]) for part in value)
+    if origin is not None:
+        return isinstance(value, origin) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint)
