@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from statistics import fmean
-from types import TracebackType
 from typing import Self, TextIO
 
 from rich.console import Console, Group
@@ -91,9 +91,7 @@ class Progress(PruningCallback):
             self._opened.enter_context(bars_as_lines(self._stream))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._opened.close()
 
     def on_prune_begin(self, report: PruningReport) -> None:
@@ -169,6 +167,20 @@ class Progress(PruningCallback):
             more = f"{fmean(errors):.4f}", f"{max(errors):.4f}", f"{last.sparsity:.1%}", f"{last.solve_seconds:.1f}"
             table.add_row(kind, f"{last.fit_error:.4f}", *(() if narrow else more))
         return Group(head, line, *([table] if self._reports else []))
+
+
+@contextmanager
+def log_shown(name: str) -> Iterator[None]:
+    """Inside, what the logger called `name` says of the run is printed on the standard error stream."""
+    handler, logger = logging.StreamHandler(), logging.getLogger(name)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
 
 
 @contextmanager

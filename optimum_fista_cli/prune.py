@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import os
 import re
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,7 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.packed_folders.unpacking import PackedFiles
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.streamed.ranks import RankError, joined_ranks
-    from optimum_fista_cli.progress import Progress
+    from optimum_fista_cli.progress import Progress, log_shown
 
     config = _config(arguments)
     if arguments.dry_run:
@@ -167,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
             set_verbosity_error()
             disable_progress_bar()
         if not ranks.index:
-            opened.enter_context(_choices_said())
+            opened.enter_context(log_shown("optimum_fista.run.pruning.target_size"))  # what --target-size chooses
         try:
             ranks.first(lambda: opened.enter_context(locked_output(arguments.output)) and None)
             arguments.batch_size = ranks.first(lambda: _begin(arguments, config))
@@ -373,20 +372,6 @@ def _next_commands(model: str, folder: Path, calibration: str) -> str:
     lines = [f"optimum-fista {c}    # {why}" for c, why in commands.items() if has_command(c.split()[0])]
     lines.append(f"hf upload YOUR-NAME/{shlex.quote(folder.name)} {name}    # put it on the Hub, after hf auth login")
     return "\n".join(["next:", *(f"  {line}" for line in lines)])
-
-
-@contextmanager
-def _choices_said() -> Iterator[None]:
-    """Inside, what a run chooses for --target-size is printed before it prunes."""
-    handler, logger = logging.StreamHandler(), logging.getLogger("optimum_fista.run.pruning.target_size")
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-        logger.removeHandler(handler)
 
 
 def _estimate(arguments: argparse.Namespace, config: FistaPruningConfig, *, timed: bool) -> Estimate:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 import sys
 from pathlib import Path
@@ -63,26 +62,21 @@ def run(arguments: argparse.Namespace) -> int:
     """Recover, and say what it gained."""
     from optimum_fista.run.memory import keep_large_blocks_apart
     from optimum_fista.run.retraining.recovery import recover, recovered_folder, steps_kept
+    from optimum_fista_cli.progress import log_shown
 
     names = "teacher calibration tokens train device compute_dtype overwrite sequence_length batch_size accumulate"
     names += " held_out learning_rate label_share seed teacher_cache top_k"
     options = {name: getattr(arguments, name) for name in names.split()}
     output = arguments.output or recovered_folder(arguments.folder)
     keep_large_blocks_apart()
-    handler, logger = logging.StreamHandler(), logging.getLogger("optimum_fista.run.retraining.recovery_training")
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     try:
-        found = recover(arguments.folder, output_dir=output, **options)
+        with log_shown("optimum_fista.run.retraining.recovery_training"):
+            found = recover(arguments.folder, output_dir=output, **options)
     except KeyboardInterrupt:
         steps = steps_kept(output)
         again = "give the same command again to resume" if steps else "the same command starts from the beginning"
         print(f"\n{steps or 'no'} steps are done and kept: {again}", file=sys.stderr)
         raise
-    finally:
-        logger.setLevel(before)
-        logger.removeHandler(handler)
     name = shlex.quote(str(output))
     print(found)
     print(f"saved to {output}")

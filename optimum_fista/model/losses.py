@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -290,12 +290,10 @@ def _without_columns(layer: nn.Module, prefix: str, columns: Mapping[str, Tensor
         return hook
 
     chosen = {layer.get_submodule(n.removeprefix(prefix)): r for n, r in columns.items() if n.startswith(prefix)}
-    handles = [module.register_forward_pre_hook(only(read)) for module, read in chosen.items()]
-    try:
+    with ExitStack() as handles:
+        for module, read in chosen.items():
+            handles.enter_context(module.register_forward_pre_hook(only(read)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | None, float]) -> int:

@@ -6,10 +6,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_fista.model.offload import stored_tensor
+from optimum_fista.model.digest import tensor_of
 from optimum_fista.model.parts import find_parts, numbers_kept
 from optimum_fista.model.shrinking import Shrinking, plan_shrinking
 from optimum_fista.run.checkpoints.checkpoint import operators_by_weight
@@ -63,7 +62,7 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
                 continue
             if new not in left:
                 raise VerificationError(f"{new} is in {dense!r} and not in the pruned model.")
-            found, expected = _tensor(ours, left.pop(left.index(new))), _tensor(theirs, name)
+            found, expected = tensor_of(ours, left.pop(left.index(new))), tensor_of(theirs, name)
             try:
                 expected = expected if plan is None else plan.shrink_tensor(name, expected, kept)
             except ValueError as error:
@@ -113,8 +112,3 @@ def _plan_of(report: PruningReport, model: PreTrainedModel, dense: str) -> Shrin
 def _tensor_names(model: PreTrainedModel) -> list[str]:
     """Names of what a model stores, tied tensors once."""
     return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
-
-
-def _tensor(model: PreTrainedModel, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return stored_tensor(model.get_submodule(owner), leaf)

@@ -124,9 +124,7 @@ class Fista(PruningMethod):
     def _rounded_start(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """The warm start in the pattern, its zeros counted as in its source: Wanda's by row, the others' by matrix."""
         start: PruningMethod = _WARM_STARTS[self.warm_start]()
-        counted = replace(
-            pattern, scope="row" if pattern.scope == "row" else "row" if self.warm_start == "wanda" else "matrix"
-        )
+        counted = replace(pattern, scope="row") if self.warm_start == "wanda" else pattern
         if not start.takes(pattern):
             start = Wanda()
         rounded = start.prune(problem, counted)
