@@ -142,6 +142,7 @@ class Estimate:
         self.samples_itself, self.packed = calibration == "self", packed
         self.num_samples, self.batch_size, self.num_unseen = num_samples, batch_size, num_unseen
         self.length = sequence_length or usual_length(given)
+        self.num_layers = sum(kind.count for kind in self.shapes.kinds)
         self.tokens, self.batch = num_samples * self.length, batch_size * self.length
         self.vocabulary, self.hidden = input_embedding(self.model).shape
         self.value = self.model.dtype.itemsize
@@ -191,8 +192,7 @@ class Estimate:
 
     def _moments(self) -> Iterator[tuple[str, Mapping[str, float], float]]:
         """Moments of a run: what is held where it computes, and bytes of activations that wait at the storage."""
-        config, stream, value = self.config, self.stream_bytes, self.value
-        layers = sum(kind.count for kind in self.shapes.kinds)
+        config, stream, value, layers = self.config, self.stream_bytes, self.value, self.num_layers
         ends = {"embedding and head": 2.0 * value * self.vocabulary * self.hidden * self.reads}
         if self.samples_itself:
             text = self.model.config.get_text_config(decoder=True)
@@ -277,15 +277,14 @@ class Estimate:
         if self.samples_itself:  # a token at a time, all weights read for each
             every = sum(kind.count * 2 * kind.num_active for kind in self.shapes.kinds) + head
             steps = self.length * num_batches(self.num_sampled)
-            calls = steps * sum(kind.count for kind in self.shapes.kinds)
+            calls = steps * self.num_layers
             stages["calibration text"] = work(
                 every * self.length * self.num_sampled, moved_bytes=steps * self.weight_bytes, layers=calls * LAYER_CALL
             )
         first = min(self.tokens, -(-config.allocation_tokens // self.length) * self.length)
         gradients = self.differentiates * first
         # To choose decoder layers, each round tries the model without each of them; all run half of it on average.
-        layers = sum(kind.count for kind in self.shapes.kinds)
-        tried = first * sum(layers + 1 - done for done in range(self.rounds))
+        tried = first * sum(self.num_layers + 1 - done for done in range(self.rounds))
         stages["forward passes"] += work(2 * head * self.num_unseen * self.length)
         once = _FIRST_GRADIENTS * self.differentiates
         stages["allocation"] = work(2 * head * gradients + head * tried, layers=once)
@@ -421,6 +420,12 @@ class Estimate:
             vars(other).pop(name, None)
         return other
 
+    @property
+    def _model_size(self) -> str:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        parameters = f"{self.model.num_parameters():,} parameters in {dtype} ({size(self.weight_bytes)})"
+        return f"{parameters}, {self.num_layers} decoder layers"
+
     def overview(self) -> str:
         """What the run will do and take, in a few lines."""
         model, together, config = self.model, self.operators["together"], self.config
@@ -437,9 +442,7 @@ class Estimate:
         time_taken = "not known" if seconds is None else f"about {tqdm.format_interval(seconds)} ({stages})"
         memory = ", ".join(f"{size(peak.total)} of the {place} ({peak.moment})" for place, peak in self.memory.items())
         lines = {
-            "model": f"{type(model).__name__}, {model.num_parameters():,} parameters in "
-            f"{str(model.dtype).removeprefix('torch.')} ({size(self.weight_bytes)}), "
-            f"{sum(kind.count for kind in self.shapes.kinds)} decoder layers",
+            "model": f"{type(model).__name__}, {self._model_size}",
             "pruned": pruned,
             "pattern": str(
                 config.pattern if self.shapes.removal or config.pattern != "unstructured" else config.sparsity
@@ -461,9 +464,7 @@ class Estimate:
         else:
             others -= removed
         lines = [
-            f"{type(model).__name__}: {model.num_parameters():,} parameters in "
-            f"{str(model.dtype).removeprefix('torch.')} ({size(self.weight_bytes)}), "
-            f"{sum(kind.count for kind in self.shapes.kinds)} decoder layers",
+            f"{type(model).__name__}: {self._model_size}",
             f"{self.config.method}, error correction {self.config.error_correction}, {self.num_samples} x "
             f"{self.length} calibration tokens{f' ({held_out} sequences held out)' * bool(held_out)}, "
             f"batches of {self.batch_size}, on {self.device}",

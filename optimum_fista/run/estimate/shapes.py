@@ -24,8 +24,7 @@ from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.run.checkpoints.loading import reading, refuse_quantized
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.pruning.operators import choose_operators
-from optimum_fista.run.pruning.removal import Removal
+from optimum_fista.run.pruning.removal import Removal, plan_run
 from optimum_fista.run.pruning.sizes import even_mixture
 from optimum_fista.solve.pattern import SparsityPattern
 
@@ -116,18 +115,11 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
     if config.whole_parts is not None and config.whole_parts.measure is not None:
         chosen_pattern = even_mixture(model, config.whole_parts)
         config = config.with_parts(chosen_pattern)
-    removal = Removal.planned(model, config)
-    config = config if removal is None else removal.config
-    num_removed = 0 if removal is None else removal.num_removed_layers
-    shape_left, may_be_none = _shape, False
-    if removal is not None:
-        shape_left, may_be_none = removal.shape_left, not removal.needs_operators
-    chosen, left_dense = choose_operators(layers, config, may_be_none=may_be_none, shape_left=shape_left)
-    if removal is not None:
-        if num_removed:  # which ones is a question of values: the next ones after the first stand for them
-            chosen = removal.remove_layers(model, layers, chosen, dict.fromkeys(range(1, 1 + num_removed), 0.0))
-        else:
-            chosen = removal.with_repairs(layers, chosen)
+    removal, config, chosen, left_dense = plan_run(model, layers, config)
+    if removal is not None and removal.num_removed_layers:
+        # Which ones is a question of values: the next ones after the first stand for them.
+        going = range(1, 1 + removal.num_removed_layers)
+        chosen = removal.remove_layers(model, layers, chosen, dict.fromkeys(going, 0.0))
         config, left_dense = removal.config, removal.reasons_left_dense(left_dense, chosen)
     active = getattr(settings.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
     shares: dict[int, float] = {}
@@ -175,12 +167,9 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
                 held = sum(p.nbytes for p in experts.module.parameters(recurse=False))
                 mixture = Mixture(count, outputs, inputs, min(1.0, active / count), held * count // part.groups)
             kinds[kind] = LayerKind(1, sum(p.nbytes for p in layer.parameters()), num_active, groups, mixture)
-    named = {name: shape_left(operator) for those in chosen.values() for name, operator in those.items()}
+    every = {name: operator for those in chosen.values() for name, operator in those.items()}
+    named = {name: o.shape if removal is None else removal.shape_left(o) for name, o in every.items()}
     return Shapes(model, config, removal, list(kinds.values()), named, left_dense, fused_bytes, chosen_pattern)
-
-
-def _shape(operator: LinearOperator) -> tuple[int, int]:
-    return operator.shape
 
 
 def _groups(

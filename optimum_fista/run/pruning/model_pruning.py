@@ -33,8 +33,7 @@ from optimum_fista.run.checkpoints.stored_names import StoredName, stored_names
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import release_memory_of
 from optimum_fista.run.pruning.budgets import Budgets, share_budgets
-from optimum_fista.run.pruning.operators import choose_operators
-from optimum_fista.run.pruning.removal import Removal
+from optimum_fista.run.pruning.removal import Removal, plan_run
 from optimum_fista.run.pruning.run_batches import RunBatches
 from optimum_fista.run.pruning.run_report import begin_report, complete_report, warn_of_few_tokens
 from optimum_fista.run.pruning.target_size import SizeChoice, choose_size
@@ -210,18 +209,7 @@ class ModelPruning:
 
     def _plan(self, asked: FistaPruningConfig) -> dict[str, str]:
         """Take the configuration and the operators to prune; returns those left dense with the reason."""
-        self.removal = Removal.planned(self.model, asked)
-        self.config = asked if self.removal is None else self.removal.config
-        self.operators, left_dense = choose_operators(
-            self.layers,
-            self.config,
-            may_be_none=self.removal is not None and not self.removal.needs_operators,
-            shape_left=self._shape_left,
-        )
-        if self.removal is not None:
-            self.operators = self.removal.with_repairs(self.layers, self.operators)
-            self.config = self.removal.config
-            left_dense = self.removal.reasons_left_dense(left_dense, self.operators)
+        self.removal, self.config, self.operators, left_dense = plan_run(self.model, self.layers, asked)
         self.stored_names = stored_names(self.model, (o for group in self.operators.values() for o in group.values()))
         return left_dense
 

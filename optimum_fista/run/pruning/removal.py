@@ -26,6 +26,7 @@ from optimum_fista.model.shrinking import (
 )
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import is_out_of_memory
+from optimum_fista.run.pruning.operators import choose_operators
 from optimum_fista.run.reports.report import LayerRecord, LayerReport, OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
 from optimum_fista.solve.narrowing import Narrowing
@@ -95,11 +96,6 @@ class Removal:
             return cls(plan, expanded, config, counts, columns_only, experts_only, going)
         zeros = replace(config, pattern=pattern.then.text, sparsity=pattern.then.sparsity)
         return cls(plan, zeros, config, counts, columns_only, experts_only, going, choice=expanded)
-
-    @property
-    def needs_operators(self) -> bool:
-        """Whether nothing goes if no operator can be pruned."""
-        return not self.num_removed_layers and not any(part.is_mixture for part in self.plan.parts.values())
 
     def mixture_of(self, layer_name: str) -> Part | None:
         """The mixture of a decoder layer that loses experts; `None` without."""
@@ -393,6 +389,29 @@ class Removal:
                 mixture = None if mixture is None or new is None else replace(mixture, name=new)
                 left.append(replace(report, name=name, mixture=mixture))
         return left
+
+
+def plan_run(
+    model: PreTrainedModel, layers: DecoderLayers, asked: FistaPruningConfig
+) -> tuple[Removal | None, FistaPruningConfig, dict[str, dict[str, LinearOperator]], dict[str, str]]:
+    """The removal that a configuration asks for, and what it makes of the configuration.
+
+    Also the operators to prune, by decoder layer, and those left dense with the reason.
+
+    Raises:
+        ValueError: As `Removal.planned` and `choose_operators`.
+    """
+    removal = Removal.planned(model, asked)
+    if removal is None:
+        operators, left_dense = choose_operators(layers, asked)
+        return None, asked, operators, left_dense
+    mixtures = any(part.is_mixture for part in removal.plan.parts.values())
+    may_be_none = bool(removal.num_removed_layers) or mixtures  # then something goes although no operator is pruned
+    operators, left_dense = choose_operators(
+        layers, removal.config, may_be_none=may_be_none, shape_left=removal.shape_left
+    )
+    operators = removal.with_repairs(layers, operators)
+    return removal, removal.config, operators, removal.reasons_left_dense(left_dense, operators)
 
 
 def _plans(
