@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 DESCRIPTION = """\
@@ -26,14 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Pack, and print what it saved."""
-    from tqdm.auto import tqdm
-
     from optimum_fista.run.packed_folders.packed_folder import pack_folder
 
-    with tqdm(desc="Packing", unit="file", delay=1) as bar:
-        packed = pack_folder(
+    return convert(arguments, pack_folder, "Packing")
+
+
+def convert(arguments: argparse.Namespace, write: Callable[..., object], title: str) -> int:
+    """Write the folder in its other form, and print the sizes."""
+    from tqdm.auto import tqdm
+
+    with tqdm(desc=title, unit="file", delay=1) as bar:
+        sizes = write(
             arguments.folder, arguments.output, overwrite=arguments.overwrite, progress=lambda _: bar.update()
         )
-    print(packed)
+    print(sizes)
     print(f"saved to {arguments.output}")
     return 0

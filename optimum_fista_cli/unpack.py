@@ -18,14 +18,6 @@ add_arguments = pack.add_arguments
 
 def run(arguments: argparse.Namespace) -> int:
     """Unpack, and print the sizes."""
-    from tqdm.auto import tqdm
-
     from optimum_fista.run.packed_folders.packed_folder import unpack_folder
 
-    with tqdm(desc="Unpacking", unit="file", delay=1) as bar:
-        packed = unpack_folder(
-            arguments.folder, arguments.output, overwrite=arguments.overwrite, progress=lambda _: bar.update()
-        )
-    print(packed)
-    print(f"saved to {arguments.output}")
-    return 0
+    return pack.convert(arguments, unpack_folder, "Unpacking")

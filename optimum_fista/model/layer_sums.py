@@ -65,12 +65,9 @@ class LayerSums:
         self.energies[name] = self.energies[name] + found if name in self.energies else found
 
     def problems(self, group: Group, weights: Sequence[Tensor], dense_share: float) -> Iterator[LayerProblem]:
-        """The problems of the operators, one after the other; the sums are used up.
+        """The problems of the operators with their dense weights `W` [out, in], one by one; the sums are used up.
 
-        Args:
-            group: The operators.
-            weights: Their dense weights `W` [out, in].
-            dense_share: `a` in the targets `W (a X + (1 - a) X*)`; not used if `X* = X` or targets were summed.
+        `dense_share` is `a` in the targets `W (a X + (1 - a) X*)`; it is not used if `X* = X` or targets were summed.
 
         Raises:
             ValueError: If the sums hold NaN or Inf.
@@ -125,15 +122,10 @@ def checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:
 def _problem(
     weight: Tensor, statistics: InputStatistics, cross: Tensor, energies: Tensor, dense_share: float, name: str
 ) -> LayerProblem:
-    """The problem of target outputs `Y = W (a X + (1 - a) X*)`, a = `dense_share`.
+    """The problem of target outputs `Y = W (a X + (1 - a) X*)`, a = `dense_share`, with the statistics of `X*`.
 
-    Args:
-        weight: `W` [out, in].
-        statistics: Those of `X*`.
-        cross: `W X X*^T` [out, in]; it is overwritten by `Y X*^T = a W X X*^T + (1 - a) W G`.
-        energies: Squared norms of the rows of `W X`, [out], float64.
-        dense_share: `a`.
-        name: Name of the operator.
+    `cross`, `W X X*^T` [out, in], is overwritten by `Y X*^T = a W X X*^T + (1 - a) W G`; `energies` are the squared
+    norms of the rows of `W X`, [out], float64.
     """
     if dense_share == 1:
         return LayerProblem(weight, statistics, cross, energies, name, aims_at_dense=True)

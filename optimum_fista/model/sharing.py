@@ -21,13 +21,8 @@ def trace_groups(
     """Group operators that are called on the same tensor, in execution order.
 
     Operators that are not called exactly once, or whose output is not `W x + b`, are in no group. Operators that end a
-    part of the layer learn of it (`LinearOperator.ends`).
-
-    Args:
-        layer: The decoder layer.
-        operators: Its operators by name.
-        call: Arguments of the layer.
-        hidden_states: Input of the layer [batch, sequence, hidden].
+    part of the layer learn of it (`LinearOperator.ends`). The layer is called with `hidden_states` [batch, sequence,
+    hidden] and the arguments of `call`.
 
     Returns:
         Groups in the order of their first call, inside a group in the order of the calls; and the operators that are

@@ -152,12 +152,8 @@ def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Seq
     """Make a model the smaller one, in place.
 
     Modules and parameters stay the same objects, with their devices, modes and hooks. Tensors that lose nothing keep
-    their memory; those that shrink lose their gradients. `model.config` becomes another object.
-
-    Args:
-        model: The model that the plan was made for, with its weights in memory.
-        plan: The plan.
-        kept: The groups that stay, in rising order, by the names of `plan.parts`.
+    their memory; those that shrink lose their gradients. `model.config` becomes another object. `kept` are the groups
+    that stay, in rising order, by the names of `plan.parts`.
 
     Raises:
         ValueError: If `kept` is not as planned, or weights are offloaded. The model is then as it was.
@@ -185,11 +181,7 @@ def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Seq
 def smaller_copy(plan: Shrinking, name: str, module: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
     """A copy of a module without the groups that go. It shares all tensors that lose nothing.
 
-    Args:
-        plan: The plan.
-        name: Name of the module in the model; "" for the model itself.
-        module: The module, with its weights in memory, as it is in the model that the plan was made for.
-        kept: The groups that stay, in rising order, by the names of their parts.
+    The arguments are those of `require_same_outputs`.
 
     Raises:
         ValueError: If `kept` is not as planned.

@@ -50,17 +50,9 @@ class Kernels:
         return self.path == "avx512" and dtype == torch.bfloat16
 
     def linear(self, x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
-        """Product y = W x + b of contiguous tensors on the CPU.
+        """Product y = W x + b of contiguous tensors on the CPU, as in `operation.packed_linear`.
 
-        Args:
-            x: [..., columns], float32, float16 or bfloat16; sums are taken in float32.
-            values: [kept], the dtype of `x`.
-            mask: uint8 [rows, 8 ceil(columns / 64)].
-            starts: int64 [rows + 1], where the values of each row start.
-            bias: [rows], the dtype of `x`, or `None`.
-
-        Returns:
-            [..., rows] of the dtype of `x`.
+        All are of one dtype, float32, float16 or bfloat16; sums are taken in float32.
 
         Raises:
             ValueError: If sizes do not fit each other, or the mask keeps other numbers of weights than `starts` says.

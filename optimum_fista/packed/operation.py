@@ -37,7 +37,7 @@ def packed_linear(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias:
         x: [..., columns], the dtype and device of the values.
         values: [kept].
         mask: uint8 [rows, 8 ceil(columns / 64)].
-        starts: int64 [rows + 1].
+        starts: int64 [rows + 1], where the values of each row start.
         bias: [rows] or `None`.
 
     Returns:

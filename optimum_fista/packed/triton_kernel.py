@@ -48,18 +48,7 @@ if triton is not None:
 
 
 def multiply_one(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
-    """Product W x + b, sums in float32.
-
-    Args:
-        x: [columns], contiguous.
-        values: [kept], the dtype of `x`.
-        mask: uint8 [rows, 8 ceil(columns / 64)].
-        starts: int64 [rows + 1].
-        bias: [rows] or `None`.
-
-    Returns:
-        [rows].
-    """
+    """Product W x + b of `x` [columns], contiguous, as in `operation.packed_linear`; sums in float32."""
     rows, width = mask.shape
     y = torch.empty(rows, dtype=x.dtype, device=x.device)
     given = x if bias is None else bias.contiguous()

@@ -109,9 +109,6 @@ def prune_stacked(
         problems: Their layer problems, with the same statistics.
         patterns: Unstructured, scope `"matrix"`; the zeros of all together are shared.
         output_weights: `v`, [out] by operator, nonnegative, in one unit.
-
-    Returns:
-        Pruned operators in the order of the problems.
     """
     # Row i of W and C times sqrt(v_i) weighs its squared error by v_i; G is that of all rows and stays.
     scales = torch.cat([weights.to(problems[0].weight) for weights in output_weights]).sqrt()

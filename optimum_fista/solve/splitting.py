@@ -98,12 +98,9 @@ class SplitState:
 
 
 def damped_inverse(gram: Tensor, rho: float, *, in_place: bool = False) -> Tensor:
-    """`(G + rho I)^-1` of a symmetric positive semidefinite [in, in] matrix, rho > 0, by Cholesky.
+    """`(G + rho I)^-1` of a symmetric positive semidefinite [in, in] matrix, contiguous, rho > 0, by Cholesky.
 
-    Args:
-        gram: `G`, contiguous.
-        rho: See above.
-        in_place: Whether the inverse is to take the memory of `gram`.
+    The inverse takes the memory of `gram` if that may be used up, `in_place`.
 
     Raises:
         torch.linalg.LinAlgError: If the factorisation fails.
@@ -145,13 +142,6 @@ def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor
 
     The ridge of `ridge_problem` is `damping * mean(diag G)`. For nearly dead inputs it is the same fraction of their
     own energy (`InputStatistics.energy_ratios`).
-
-    Args:
-        problem: The layer problem.
-        damping: Fraction of the mean diagonal added.
-
-    Returns:
-        As `ridge_problem`.
     """
     statistics = problem.statistics
     return ridge_problem(problem, mean_damping(statistics.diagonal, damping) * statistics.energy_ratios)
@@ -160,12 +150,8 @@ def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor
 def ridge_problem(problem: LayerProblem, amounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A ridge towards the dense weights, and inputs scaled so that the Gram matrix with it has unit diagonal.
 
-    With `d` [in], `G_d = G + diag(d)`, `C_d = C + W diag(d)`, and `s_j = 1 / sqrt([G_d]_jj)`; scaled weights are
-    `W_ij / s_j`.
-
-    Args:
-        problem: The layer problem.
-        amounts: `d` [in], positive.
+    With the amounts `d` [in], positive, `G_d = G + diag(d)`, `C_d = C + W diag(d)`, and `s_j = 1 / sqrt([G_d]_jj)`;
+    scaled weights are `W_ij / s_j`.
 
     Returns:
         `s_i s_j [G_d]_ij` [in, in], `[C_d]_ij s_j` [out, in], and `s` [in].

@@ -41,12 +41,7 @@ def stored_names(
     """Names that `save_pretrained` gives the weights of operators, by their names in the model.
 
     Transformers renames, splits and merges tensors when it saves. Small stand-ins, filled with the number of the
-    operator, go the same way.
-
-    Args:
-        model: The model.
-        operators: The operators.
-        renamed: What they are called in the model that is saved, if it has fewer decoder layers.
+    operator, go the same way. `renamed` gives their names in the model that is saved, if it has fewer decoder layers.
 
     Raises:
         UnsupportedArchitectureError: If a weight is not kept as one matrix.

@@ -181,12 +181,8 @@ def _groups(
 ) -> Counter[Group]:
     """What is pruned in one round over a decoder layer, and how often.
 
-    Args:
-        layer: The layer.
-        traced: Its operators that share their inputs, in execution order.
-        of_experts: The operators of experts.
-        config: The configuration, with a pattern for each.
-        shares: The share of the tokens that an expert sees, by the parameter that holds it.
+    `traced` are its operators that share their inputs, in execution order, `shares` the shares of the tokens that
+    experts see, by the parameter that holds them.
     """
     groups: Counter[Group] = Counter()
     found = [*traced, *of_experts]

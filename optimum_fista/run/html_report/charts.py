@@ -64,15 +64,10 @@ def heat_map(
     *,
     from_zero: bool = False,
 ) -> HeatMap:
-    """Kinds with several operators in a layer, the experts of a mixture, get two columns: mean and maximum.
+    """The heat map of the number that `value_of` gives for each operator; `short_of` writes it in a cell.
 
-    Args:
-        operators: The operators.
-        name: What the number is.
-        value_of: The number of an operator.
-        text_of: How it is written.
-        short_of: How it is written in a cell.
-        from_zero: Whether the scale begins at 0, or at the smallest number.
+    Kinds with several operators in a layer, the experts of a mixture, get two columns: mean and maximum. The scale
+    begins at the smallest number unless `from_zero`.
     """
     grid = OperatorGrid.of(operators)
     numbers = {place: [value_of(operator) for operator in found] for place, found in grid.cells.items()}

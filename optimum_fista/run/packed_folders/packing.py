@@ -111,9 +111,7 @@ def operators_by_tensor(operators: Iterable[OperatorReport]) -> dict[str, list[O
 def packed_settings(weights: str, names: Iterable[str]) -> dict[str, Any]:
     """What `config.json` says under `quantization_config`.
 
-    Args:
-        weights: File name of the weights, or of their index.
-        names: Names of the packed weights.
+    `weights` is the file name of the weights, or of their index, and `names` are those of the packed ones.
     """
     parameters = sorted({name.rpartition(".")[2] for name in names})
     return {

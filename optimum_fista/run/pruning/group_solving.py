@@ -35,13 +35,7 @@ class SolvedGroup:
 
 
 class GroupSolver:
-    """Prunes groups of operators as a configuration asks for.
-
-    Args:
-        config: The configuration, resolved.
-        model_type: As in a model's config.
-        budgets: The operators' sparsity patterns.
-    """
+    """Prunes groups of operators as a configuration, resolved, asks for, in the patterns of the budgets."""
 
     def __init__(self, config: FistaPruningConfig, model_type: str, budgets: Budgets) -> None:
         self._budgets = budgets
@@ -53,9 +47,7 @@ class GroupSolver:
     def solve(self, problems: GroupProblems, narrowed: Mapping[str, Narrowing] | None = None) -> SolvedGroup:
         """Prune the operators of a group; nothing is written.
 
-        Args:
-            problems: Their problems.
-            narrowed: What stays of operators of which rows or columns go. One that loses columns is alone in its group.
+        `narrowed` is what stays of operators of which rows or columns go. One that loses columns is alone in its group.
 
         Raises:
             RuntimeError: If weights are not finite, or not in their pattern.

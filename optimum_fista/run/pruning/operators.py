@@ -90,13 +90,7 @@ def choose_operators(
 
 
 def idle_patterns(config: FistaPruningConfig, pruned: Sequence[str], left_dense: Sequence[str]) -> Iterator[str]:
-    """What to say of name patterns that match no operator, such as those that end with ".weight".
-
-    Args:
-        config: The configuration, with its patterns in `include`, `exclude` and `overrides`.
-        pruned: Names of the operators to prune.
-        left_dense: Names of those left dense.
-    """
+    """What to say of name patterns of a configuration that match no operator, such as those that end with ".weight"."""
     names = [*pruned, *left_dense]
     for option in ("include", "exclude", "overrides"):
         idle = [p for p in getattr(config, option) if not any(matches(name, (p,)) for name in names)]

@@ -33,14 +33,8 @@ def choose_columns(
 ) -> dict[str, Narrowing]:
     """What stays of the operators of a decoder layer before they get zeros.
 
-    Those that read its parts are pruned to whole columns, and then put back: the operators before them come first.
-
-    Args:
-        removal: How parts go, with a `choice`.
-        model_type: The model's family, as its configuration calls it.
-        sink: Where the pruned columns are, until they are put back.
-        operators: The operators of the layer.
-        targets: The problems of those that lose columns, each in a group of its own.
+    Those that read its parts, each in a group of its own in `targets`, are pruned to whole columns by the `choice` of
+    the removal, and then put back: the operators before them come first.
     """
     assert removal.choice is not None
     refitted = dict[str, PrunedOperator]()
@@ -66,15 +60,9 @@ def reorder_channels(
     """Let the channels of a decoder layer's MLPs change places, so that patterns keep more of the down projections.
 
     What counts of a weight is its size times the root mean square of its input, as Wanda has it (arXiv 2306.11695).
-
-    Args:
-        parts: The channels of all MLPs, by the down projections' names.
-        layer_name: Name of the layer.
-        config: Which patterns they are pruned to.
-        sink: Where the reordered tensors go.
-        operators: The operators of the layer to prune; other MLPs stay as they are.
-        activations: The layer with what it is run on.
-        hidden_states: Those that enter the layer, a batch each, [batch, tokens, hidden].
+    `parts` are the channels of all MLPs, by the names of the down projections; MLPs whose down projection is not among
+    the operators to prune stay as they are. The hidden states are those that enter the layer, a batch each, [batch,
+    tokens, hidden].
 
     Raises:
         UnsupportedArchitectureError: If the layer then returns something else.
@@ -114,16 +102,9 @@ def remove_experts(
     targets: LayerTargets,
     hidden_states: Sequence[Tensor],
 ) -> tuple[MixtureReport, nn.Module]:
-    """Choose the experts of a decoder layer that stay, and refit them.
+    """Choose the experts of a decoder layer that stay, and refit them, so that they return its targets together.
 
-    Args:
-        removal: How parts go.
-        sink: Where refitted matrices go.
-        layer_name: Name of the layer.
-        experts: The experts of its mixture.
-        activations: The layer with what it is run on.
-        targets: What its mixture should return.
-        hidden_states: Those that enter the layer, a batch each, [batch, tokens, hidden].
+    The hidden states are those that enter the layer, a batch each, [batch, tokens, hidden].
 
     Returns:
         What to report, and the layer without the experts that go.

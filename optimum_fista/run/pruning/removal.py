@@ -119,13 +119,7 @@ class Removal:
         operators: Mapping[str, Mapping[str, LinearOperator]],
         removed: Mapping[int, float],
     ) -> dict[str, dict[str, LinearOperator]]:
-        """Plan the model without some decoder layers.
-
-        Args:
-            model: The model.
-            layers: Its decoder layers.
-            operators: The operators to prune, by decoder layer.
-            removed: `removed_layers`.
+        """Plan the model without the decoder layers `removed`, which become `removed_layers`.
 
         Returns:
             The operators to prune, with those of `with_repairs`, and none in removed layers.
@@ -194,9 +188,7 @@ class Removal:
     ) -> dict[str, Narrowing]:
         """What stays of the operators of a decoder layer, those in which something goes.
 
-        Args:
-            operators: The operators of the layer.
-            refitted: Those that lose columns, pruned to whole columns: they say which groups stay.
+        `refitted` are those that lose columns, pruned to whole columns: they say which groups stay.
         """
         self.kept |= {name: self.plan.parts[name].kept_by(pruned.mask) for name, pruned in refitted.items()}
         found = {}
@@ -318,8 +310,7 @@ class Removal:
     def describe(self, report: PruningReport) -> None:
         """Count the parameters that stay, and say which decoder layers go and which of the others are not repaired.
 
-        Args:
-            report: The report, under the names of the smaller model.
+        The report has the names of the smaller model.
         """
         report.model["dense_num_parameters"] = report.model["num_parameters"]
         report.model["num_parameters"] = self.plan.model.num_parameters()

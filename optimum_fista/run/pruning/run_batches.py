@@ -47,16 +47,10 @@ class RunBatches:
             self._report.warnings.append(f"continues with the batches of the last run, {max(sizes)} sequences at most")
 
     def halve(self, where: str, reason: str, states: HiddenStates | None, storage: Storage) -> HiddenStates | None:
-        """Cut every batch in two after the device ran out of memory.
-
-        Args:
-            where: What did not fit.
-            reason: What the device said.
-            states: Hidden states that enter the decoder layer at hand.
-            storage: Where they are kept.
+        """Cut every batch in two after the device ran out of memory in `where`; `reason` is what it said.
 
         Returns:
-            The hidden states in the new batches.
+            The hidden states that enter the decoder layer at hand, in the new batches.
 
         Raises:
             torch.OutOfMemoryError: If every batch is one sequence already.
@@ -99,7 +93,7 @@ class RunBatches:
 
 
 def halved_sizes(batches: Sequence[CalibrationBatch], reason: str) -> list[int]:
-    """Numbers of sequences when every batch is cut in two.
+    """Numbers of sequences when every batch is cut in two; one of a single sequence is left as it is.
 
     Raises:
         torch.OutOfMemoryError: If every batch is one sequence already.
@@ -111,11 +105,6 @@ def halved_sizes(batches: Sequence[CalibrationBatch], reason: str) -> list[int]:
             f"the device ran out of memory on a batch of one sequence of {longest} tokens: pass "
             f"storage_device='cpu' (--storage-device cpu) or shorter sequences (--sequence-length) [{reason}]"
         )
-    return halves(sizes)
-
-
-def halves(sizes: Sequence[int]) -> list[int]:
-    """Every number cut in two, 1 left as it is."""
     return [part for size in sizes for part in ((size + 1) // 2, size // 2) if part]
 
 

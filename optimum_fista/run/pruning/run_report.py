@@ -31,14 +31,6 @@ def begin_report(
     """The report of a run that has pruned nothing yet.
 
     Warns when an operator has more inputs than there are calibration tokens, and of name patterns that match nothing.
-
-    Args:
-        model: The model.
-        batches: Its calibration batches.
-        source: Where they are from.
-        config: The configuration, resolved.
-        operators: The operators to prune, by decoder layer.
-        left_dense: Those left dense, with the reason.
     """
     report = PruningReport(
         config=config.to_dict(),
@@ -63,13 +55,7 @@ def begin_report(
 def complete_report(
     report: PruningReport, config: FistaPruningConfig, decoder_layers: str, budgets: Budgets | None
 ) -> None:
-    """Add what the user should know once all operators are pruned.
-
-    Args:
-        report: The report.
-        config: The configuration, resolved.
-        decoder_layers: Name of the decoder layers in the model.
-        budgets: The operators' sparsity patterns.
+    """Add what the user should know once all operators of the model's `decoder_layers` are pruned.
 
     Raises:
         UnsupportedArchitectureError: If no operator could be pruned.

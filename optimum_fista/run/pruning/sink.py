@@ -99,15 +99,10 @@ class ModelSink:
         """
 
     def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:  # noqa: ARG002
-        """Make the weights of a decoder layer final, while its weights are on the device.
+        """Make the weights of a decoder layer final, while they are on the device: overwrite those Accelerate keeps.
 
-        What was written is overwritten where Accelerate keeps it.
-
-        Args:
-            index: Its index.
-            layer: Its module.
-            record: What the run says of it.
-            states: Hidden states after it; `None` if the next layer does not need them.
+        `record` is what the run says of the layer, `states` are the hidden states after it; `None` if the next one does
+        not need them.
         """
         for owner, tensor in self._onloaded.values():
             store_tensor(owner, tensor, getattr(owner, tensor), self._undo.append)

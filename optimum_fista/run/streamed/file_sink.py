@@ -86,13 +86,8 @@ class FileSink(ModelSink):
     ) -> PruningReport:
         """Write all that is not a decoder layer, join the shards, and write what the folder says of the model.
 
-        Args:
-            tokenizer: The model's tokenizer.
-            report: The complete report.
-            layers: All decoder layers.
-
         Returns:
-            The report under the names of the checkpoint.
+            The report, which is complete, under the names of the checkpoint.
 
         Raises:
             ValueError: If the files that the model was read from changed in the meantime.

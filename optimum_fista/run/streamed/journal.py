@@ -103,14 +103,10 @@ class Journal:
         record: LayerRecord,
         states: HiddenStates | None,
     ) -> None:
-        """Finish a decoder layer.
+        """Finish a decoder layer whose shard is on disk; without one it is removed.
 
-        Args:
-            index: Its index.
-            shard: Its shard, which is on disk; `None` if the layer is removed.
-            masks: Packed masks of its operators.
-            record: What the run says of it.
-            states: Hidden states after it; `None` if the next layer does not need them.
+        `masks` are the packed masks of its operators, `record` is what the run says of it, `states` are the hidden
+        states after it; `None` if the next layer does not need them.
         """
         if states is not None:
             streams = states.kept()

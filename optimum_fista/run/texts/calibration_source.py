@@ -61,9 +61,9 @@ def calibration_tokens_by_name(
 
     Args:
         name: Hub id, model folder, or a folder with one GGUF file.
-        source: As above.
+        source: As in `calibration_tokens`, like the numbers after it.
         num_samples: Number of sequences.
-        sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum if that is shorter.
+        sequence_length: Tokens a sequence.
         seed: Seed of the sampling.
         device: Where the model samples its text.
         dtype: In which dtype.

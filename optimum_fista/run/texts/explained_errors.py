@@ -14,14 +14,9 @@ from optimum_fista.run.memory import is_out_of_memory
 
 @contextmanager
 def explained_length(model: PreTrainedModel, length: int, name: str) -> Iterator[None]:
-    """Explain the error of a model that fails inside on sequences that are too long for it.
+    """Explain the error of a model that fails inside on sequences of `length` tokens, which the argument `name` holds.
 
     None is refused beforehand: models without a table of positions may run on longer ones than they were trained on.
-
-    Args:
-        model: The model.
-        length: Tokens of the longest sequence.
-        name: The argument that holds it.
 
     Raises:
         ValueError: If the model fails and the sequence is longer than its `max_position_embeddings`.

@@ -41,15 +41,8 @@ def sample_text_from_model(
     The global random state, the model's modes and its generation config are afterwards as before. The same seed
     gives the same tokens for the same model and device.
 
-    Args:
-        model: Causal language model, on any device.
-        tokenizer: Tokenizer of the model.
-        num_samples: Number of samples N.
-        sequence_length: Tokens per sample T, the start token included.
-        seed: Decides every random choice.
-
     Returns:
-        Token ids, int64, [N, T], on the CPU.
+        Token ids, int64, [num_samples, sequence_length], on the CPU; the length includes the start token.
 
     Raises:
         ValueError: If `sequence_length` exceeds the model's `max_position_embeddings`, or an argument is out of
