@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.replay import replaced_forwards
 
 _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Largest relative difference from the model's own experts; 2e-2 in other dtypes."""
@@ -277,17 +278,10 @@ def can_be_split(module: nn.Module) -> bool:
 def split_experts(operators: Iterable[LinearOperator]) -> Iterator[None]:
     """Make the experts that some of the operators belong to call each of their matrices as a module of its own."""
     found = {id(o.experts): o.experts for o in operators if isinstance(o, ExpertOperator)}
-    replaced = []
-    try:
+    with ExitStack() as replaced:
         for experts in found.values():
             module = experts.module
             name = "_old_forward" if "_old_forward" in vars(module) else "forward"  # the hooks of Accelerate still run
-            replaced.append((module, name, vars(module).get(name)))
-            setattr(module, name, partial(experts.forward, getattr(module, name)))
+            forward = partial(experts.forward, getattr(module, name))
+            replaced.enter_context(replaced_forwards([module], [forward], name))
         yield
-    finally:
-        for module, name, original in replaced:
-            if original is None:
-                vars(module).pop(name, None)
-            else:
-                setattr(module, name, original)

@@ -42,19 +42,21 @@ def split_output(output: object) -> tuple[Tensor, tuple[Any, ...] | None] | None
 
 
 @contextmanager
-def replaced_forwards(modules: Sequence[nn.Module], forwards: Iterable[Callable[..., Any]]) -> Iterator[None]:
-    """Have modules run other functions for their forward pass; afterwards each has its own back."""
-    own = [vars(module).get("forward") for module in modules]  # of the instance, such as Accelerate's
+def replaced_forwards(
+    modules: Sequence[nn.Module], forwards: Iterable[Callable[..., Any]], name: str = "forward"
+) -> Iterator[None]:
+    """Have modules run other functions for their forward pass, `name`; afterwards each has its own back."""
+    own = [vars(module).get(name) for module in modules]  # of the instance, such as Accelerate's
     try:
         for module, forward in zip(modules, forwards, strict=True):
-            module.forward = forward
+            setattr(module, name, forward)
         yield
     finally:
         for module, original in zip(modules, own, strict=True):
             if original is not None:
-                module.forward = original
+                setattr(module, name, original)
             else:
-                vars(module).pop("forward", None)
+                vars(module).pop(name, None)
 
 
 @contextmanager

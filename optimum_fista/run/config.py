@@ -163,6 +163,12 @@ class FistaPruningConfig:
                 object.__setattr__(self, name, dict(value))
         if isinstance(self.method, PruningMethod):
             self._name_the_method(self.method)
+        self._check_values()
+        object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
+        self._check_combinations()
+
+    def _check_values(self) -> None:
+        """Refuse values that no run can have."""
         wrong = wrong_field(self)
         if wrong is not None:
             raise ValueError(wrong)
@@ -192,7 +198,9 @@ class FistaPruningConfig:
                 f"under_calibrated_method={self.under_calibrated_method!r}: "
                 f"pass one of {', '.join(map(repr, sorted(METHODS)))}."
             )
-        object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
+
+    def _check_combinations(self) -> None:
+        """Refuse options that have no meaning together, and methods that can't prune to the patterns."""
         if self.scope is not None and self._pattern_of_weights().fixed and not self.overrides:
             raise ValueError(
                 f"scope={self.scope!r} has no meaning for pattern={self.pattern!r}: pass only one of them."

@@ -97,17 +97,16 @@ class SplitState:
         return Convergence.of(FIXED_POINT_RESIDUAL, residuals, first=2)
 
 
-def damped_inverse(gram: Tensor, rho: float, *, in_place: bool = False) -> Tensor:
+def damped_inverse(gram: Tensor, rho: float) -> Tensor:
     """`(G + rho I)^-1` of a symmetric positive semidefinite [in, in] matrix, contiguous, rho > 0, by Cholesky.
 
-    The inverse takes the memory of `gram` if that may be used up, `in_place`.
+    The matrix is used up: the inverse takes its memory.
 
     Raises:
         torch.linalg.LinAlgError: If the factorisation fails.
     """
-    damped = gram if in_place else gram.clone()
-    damped.diagonal().add_(rho)
-    factor, failed = cholesky_in_place(damped)
+    gram.diagonal().add_(rho)
+    factor, failed = cholesky_in_place(gram)
     if failed:
         raise torch.linalg.LinAlgError(f"a Gram matrix of {gram.shape[0]} inputs plus {rho:g} is not positive definite")
     return inverse_in_place(factor)
@@ -130,7 +129,7 @@ def split_in_stages(
         iterations: Iterations a stage.
     """
     for rho in rhos:
-        inverse = damped_inverse(copy(), rho, in_place=True)
+        inverse = damped_inverse(copy(), rho)
         for state, pattern in zip(states, patterns, strict=True):
             for _ in range(iterations):
                 state.iterate(inverse, rho, pattern)

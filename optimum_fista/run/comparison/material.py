@@ -89,12 +89,12 @@ def _draw(
     """Windows of one seed, to calibrate on and held out, and what they are cut from."""
     count = settings.num_samples + settings.held_out
     if settings.calibration == "self":
-        options: dict[str, Any] = {
+        places: dict[str, Any] = {
             "device": settings.device,
             "dtype": settings.dtype,
             "keep_in": folder / f"seed-{seed}",
         }
-        windows = calibration_tokens_by_name(settings.model, "self", count, length, seed, **options)
+        windows = calibration_tokens_by_name(settings.model, "self", count, length, seed, **places)
         return windows, "text that the model samples itself"
     text = load_text(settings.calibration, "calibration")
     windows = calibration_windows(tokenizer, text, count, length, seed, add_bos=_CALIBRATION_BOS[settings.bos])

@@ -40,7 +40,7 @@ class Admm(PruningMethod):
         """Prune one operator to `pattern`. Symbols as in the paper: W, Z, U (scaled dual)."""
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)
-        inverse = damped_inverse(gram, self.rho, in_place=True)
+        inverse = damped_inverse(gram, self.rho)
         # The dense weights in scaled coordinates.
         Z = problem.weight / scale
         U = Z.new_zeros(Z.shape)
