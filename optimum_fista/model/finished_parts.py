@@ -50,9 +50,8 @@ class FinishedParts:
     def skipped(self, group: int, *, keep: bool) -> Iterator[None]:
         """The layer runs inside on every batch, in their order, without the parts that are finished before a group.
 
-        Args:
-            group: Number of the group; that of the first group after the last stands for the layer's end.
-            keep: Whether the layer runs again afterwards, so that it pays to keep what is not known yet.
+        The number after that of the last group stands for the layer's end. If the layer runs again afterwards it pays
+        to `keep` what is not known yet.
         """
         finished = [part for part, last in self._last_group.items() if last < group]
         outputs = {part: self._activations.store() for part in finished if keep and part not in self._outputs}

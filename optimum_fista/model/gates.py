@@ -47,13 +47,10 @@ class Gates:
 def measure_gates(
     loss: DenseLoss, operators: Mapping[str, LinearOperator], parts: Mapping[str, Part]
 ) -> dict[str, Gates]:
-    """Take the gradients of a loss by all gates of some operators.
+    """Take the gradients of a loss by all gates of some operators, by name.
 
-    Args:
-        loss: The loss.
-        operators: The operators, by name.
-        parts: Parts of the model by name: the groups of columns of the operators of the same name, with the rows that
-            go with them. The columns of an operator that is no part are groups of their own.
+    The parts are, by the same names, the groups of columns of the operators, with the rows that go with them. The
+    columns of an operator that is no part are groups of their own.
 
     Returns:
         Gates by operator, all zero if the loss does not feel it, or it is called more than once.

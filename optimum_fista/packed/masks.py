@@ -112,10 +112,7 @@ def encoding(n_of_m: tuple[int, int] | None) -> MaskEncoding:
 def smallest_encoding(columns: int, n_of_m: tuple[int, int] | None, kept: Iterable[Tensor] = ()) -> MaskEncoding:
     """Places for weights pruned to n:m, if every group keeps n and they take no more room; else one bit a weight.
 
-    Args:
-        columns: Columns of the mask.
-        n_of_m: The pattern; `None`: another one.
-        kept: The mask, in booleans [rows, columns] one after another.
+    The mask comes in booleans [rows, columns], one after another.
     """
     if n_of_m is None:
         return BITS

@@ -112,15 +112,10 @@ def write_all_but_weights(
     masks: Mapping[str, Tensor],
     packed: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a pruned model's folder but for its weights.
+    """Write a pruned model's folder but for its weights. The model's configuration gets the summary of the report.
 
-    Args:
-        folder: The folder.
-        model: The model; its configuration gets the summary of the report.
-        tokenizer: Its tokenizer; `None`: none is written.
-        report: The report, under the names of the checkpoint.
-        masks: Packed masks, under the same names.
-        packed: What `config.json` says of weights that are stored packed; `None`: they are dense.
+    The report and the packed masks have the names of the checkpoint. `packed` is what `config.json` says of weights
+    that are stored packed; `None`: they are dense.
     """
     (folder / "fista").mkdir(exist_ok=True)
     write_text(folder / REPORT_FILE, report.to_json())

@@ -24,13 +24,10 @@ class VerificationError(ValueError):
 
 
 def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress: Callable[[str], None]) -> int:
-    """Compare a pruned model with the dense one, tensor by tensor; returns how many were found equal.
+    """Compare a pruned model, whose report is verified, with the dense one; returns how many tensors were found equal.
 
-    Args:
-        folder: The pruned model, not packed.
-        report: Its report, already verified.
-        dense: A Hub id or a model folder. It is read in the dtype of the pruned model.
-        progress: Called with the name of each tensor that was compared.
+    `dense` is a Hub id or a model folder. It is read in the dtype of the pruned model. `progress` is called with the
+    name of each tensor that was compared.
 
     Raises:
         ValueError: If the folder is packed, or the dense model can't be read.

@@ -144,11 +144,8 @@ def line_chart(
 ) -> LineChart | None:
     """The chart of all finite values, from zero up; `None` if there are none.
 
-    Args:
-        labels: Names of the decoder layers.
-        series: By name, a value a layer; `None` if it is not known.
-        text_of: How a value is written.
-        unit: How much one of the axis is, and its name.
+    `labels` are the names of the decoder layers. A series has a value a layer, `None` if it is not known. The unit is
+    how much one of the axis is, and its name.
     """
     known = {
         name: found

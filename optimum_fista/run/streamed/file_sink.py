@@ -32,13 +32,6 @@ class FileSink(ModelSink):
     """Writes every finished decoder layer to a shard of its own, and joins the shards at the end.
 
     What is finished is on disk, so the dense weights are kept only while their layer is being pruned.
-
-    Args:
-        pruning: The run over the model, which is read from its files.
-        journal: Where the layers go.
-        source: The files that the model is read from.
-        packed: Whether the shards are those of a packed folder.
-        contexts: What the run works in.
     """
 
     _model: PreTrainedModel

@@ -107,16 +107,10 @@ def prune_files(
 
 
 class StreamedRun:
-    """One run from files to files, in this process.
+    """One run from the files of a model in `source` to a folder, dense or packed, in this process.
 
-    Args:
-        pruning: The run over the decoder layers.
-        tokenizer: The model's tokenizer.
-        source: The folder that the model is read from.
-        folder: The unfinished folder. If it holds a run with the same fingerprint, that is resumed.
-        ranks: This process among those that share the layers; rank 0 begins the journal.
-        overwrite: Whether the layers of another run are thrown away.
-        packed: Whether the folder becomes a packed one.
+    If the folder, an unfinished one, holds a run with the same fingerprint, that is resumed; the layers of another run
+    are thrown away if `overwrite`. Of the processes that share the layers rank 0 begins the journal.
 
     Raises:
         ValueError: If the folder holds another run, or this process's run differs from that of rank 0.
