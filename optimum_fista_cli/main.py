@@ -79,11 +79,6 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         subparser.set_defaults(fista_run=command.run)
 
 
-def has_command(name: str) -> bool:
-    """Whether there is such a subcommand."""
-    return any(command.__name__.rsplit(".", 1)[-1] == name for command in _COMMANDS)
-
-
 def execute(arguments: argparse.Namespace) -> int:
     """Run a parsed command; errors of the user or the system become one line and an exit code.
 

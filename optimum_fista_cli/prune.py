@@ -155,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = _config(arguments)
     if arguments.dry_run:
-        estimate = _estimate(arguments, config, timed=True)
+        estimate = _estimate(arguments, config)
         print(estimate.with_batch_size(arguments.batch_size or _best_batch_size(estimate)))
         return 0
     _require_options(arguments, config)
@@ -274,7 +274,7 @@ def _begin(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
 
     chosen: int | None = arguments.batch_size or begun_batch_size(unfinished_folder(arguments.output))
     try:
-        estimate = _estimate(arguments, config, timed=True)
+        estimate = _estimate(arguments, config)
         estimate = estimate.with_batch_size(chosen or _best_batch_size(estimate))
         overview, memory = estimate.overview(), estimate.memory["host"]
     except (ValueError, OSError):
@@ -358,8 +358,6 @@ def _verdicts(report: PruningReport) -> Iterator[str]:
 
 def _next_commands(model: str, folder: Path, calibration: str) -> str:
     """What to do with a pruned model."""
-    from optimum_fista_cli.main import has_command
-
     name, dense = shlex.quote(str(folder)), shlex.quote(model)
     text = shlex.quote("c4" if calibration == "self" else calibration)  # a model would write for hours
     commands = {
@@ -369,19 +367,19 @@ def _next_commands(model: str, folder: Path, calibration: str) -> str:
         f"report {name}": "a page about every operator",
         f"verify {name}": "counts the zeros in the files again",
     }
-    lines = [f"optimum-fista {c}    # {why}" for c, why in commands.items() if has_command(c.split()[0])]
+    lines = [f"optimum-fista {command}    # {why}" for command, why in commands.items()]
     lines.append(f"hf upload YOUR-NAME/{shlex.quote(folder.name)} {name}    # put it on the Hub, after hf auth login")
     return "\n".join(["next:", *(f"  {line}" for line in lines)])
 
 
-def _estimate(arguments: argparse.Namespace, config: FistaPruningConfig, *, timed: bool) -> Estimate:
+def _estimate(arguments: argparse.Namespace, config: FistaPruningConfig) -> Estimate:
     from optimum_fista.run.estimate.estimate import Estimate
 
     names = ("sequence_length", "calibration", "device", "dtype", "storage_device", "packed")
     numbers = {"num_samples": arguments.num_samples + config.held_out, "batch_size": arguments.batch_size or 1}
     unseen = 0 if config.held_out else _num_unseen(arguments, config)
     options = {name: getattr(arguments, name) for name in names}
-    return Estimate(arguments.model, config, num_unseen=unseen, timed=timed, **numbers, **options)
+    return Estimate(arguments.model, config, num_unseen=unseen, **numbers, **options)
 
 
 def _trackers(

@@ -280,12 +280,8 @@ class FistaPruningConfig:
             ValueError: If the method does not exist or does not take one of the options given, or not of its type.
         """
         options = dict(self.method_options)
-        named = {
-            "max_iterations": self.max_iterations,
-            "tolerance": self.tolerance,
-            "warm_start": self.warm_start,
-        }
-        options |= {key: value for key, value in named.items() if value is not None}
+        named = ("max_iterations", "tolerance", "warm_start")
+        options |= {name: value for name in named if (value := getattr(self, name)) is not None}
         if options.get("warm_start") == "auto":
             options["warm_start"] = "sparsegpt" if model_type == "opt" else "wanda"
         try:

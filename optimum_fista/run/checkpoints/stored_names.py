@@ -150,8 +150,7 @@ def _laid_out(mask: Tensor, operator: OperatorReport, transposed: bool) -> Tenso
     """A packed mask, laid out for a weight that is stored as [in, out] if `transposed`, else as [out, in]."""
     if transposed == operator.stored_transposed:
         return mask
-    shape = operator.shape[::-1] if operator.stored_transposed else operator.shape
-    return pack_mask(unpack_mask(mask, shape).T)
+    return pack_mask(unpack_mask(mask, operator.stored_shape).T)
 
 
 def _text(index: tuple[int | slice, ...]) -> str:

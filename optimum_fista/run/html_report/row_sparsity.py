@@ -89,8 +89,8 @@ def _of_masks(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorRep
         names = set(masks.keys())
         for operator in report.operators:
             _require(operator.name, names)
-            shape = operator.shape[::-1] if operator.stored_transposed else operator.shape
-            yield operator, count_kept(masks.get_tensor(operator.name), shape, 1 if operator.stored_transposed else 0)
+            dim = 1 if operator.stored_transposed else 0
+            yield operator, count_kept(masks.get_tensor(operator.name), operator.stored_shape, dim)
 
 
 def _of_packed(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor]]:

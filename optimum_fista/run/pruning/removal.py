@@ -341,8 +341,7 @@ class Removal:
             return self.kept
         kept = {layer.mixture.name: layer.mixture.groups_kept for layer in layers if layer.mixture is not None}
         for operator in operators:
-            shape = operator.shape[::-1] if operator.stored_transposed else operator.shape
-            mask = unpack_mask(masks[operator.name], shape)
+            mask = unpack_mask(masks[operator.name], operator.stored_shape)
             part = self.plan.parts.get(operator.name.removesuffix(".weight"))
             if part is not None:  # not one that repairs its decoder layer
                 kept[part.name] = part.kept_by(mask.T if operator.stored_transposed else mask)
@@ -356,8 +355,8 @@ class Removal:
         for operator in operators:
             new, groups = self.plan.new_name(operator.name), kept.get(operator.name.removesuffix(".weight"))
             assert new is not None
-            shape = operator.shape[::-1] if operator.stored_transposed else operator.shape
-            mask = self.plan.shrink_tensor(operator.name, unpack_mask(masks[operator.name], shape), kept)
+            mask = unpack_mask(masks[operator.name], operator.stored_shape)
+            mask = self.plan.shrink_tensor(operator.name, mask, kept)
             smaller[new] = pack_mask(mask)
             out, columns = mask.shape[::-1] if operator.stored_transposed else mask.shape
             num_kept = int(mask.sum())

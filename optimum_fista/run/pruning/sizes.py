@@ -253,12 +253,13 @@ def even_mixture(model: PreTrainedModel, pattern: WholeParts) -> str:
     layers = find_decoder_layers(model)
     sizes = Sizes(model, layers, "active" if pattern.measure == "latency" else pattern.measure, pattern.then)
     sizes.require(pattern)
+
+    def largest_share(kept: Mapping[Kind, int]) -> float:
+        return max((1 - count / sizes.parts[kind].groups for kind, count in kept.items()), default=0.0)
+
     for num_removed in range(len(layers)):
         removed = range(1, 1 + num_removed)
         found = list(sizes.fitting(pattern.size, removed, sizes.counts))
         if found:
-            shares = [[1 - count / sizes.parts[kind].groups for kind, count in kept.items()] for kept in found]
-            return pattern_of(
-                sizes, found[min(range(len(found)), key=lambda i: max(shares[i], default=0))], num_removed
-            )
+            return pattern_of(sizes, min(found, key=largest_share), num_removed)
     raise AssertionError("the smallest size was checked")

@@ -95,6 +95,11 @@ class OperatorReport:
     groups_kept: tuple[int, ...] | None = None
     num_groups: int | None = None
 
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """As the checkpoint stores the weight."""
+        return self.shape[::-1] if self.stored_transposed else self.shape
+
 
 @dataclass(frozen=True)
 class FinetuningReport:
