@@ -165,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
         if ranks.index:
             set_verbosity_error()
             disable_progress_bar()
-        if not ranks.index:
+        else:
             opened.enter_context(log_shown("optimum_fista.run.pruning.target_size"))  # what --target-size chooses
         try:
             ranks.first(lambda: opened.enter_context(locked_output(arguments.output)) and None)

@@ -72,7 +72,12 @@ class LayerSums:
         Raises:
             ValueError: If the sums hold NaN or Inf.
         """
-        statistics, row = checked_statistics(group, self.gram), 0
+        statistics, row = self.gram.finish(), 0
+        if not bool(torch.isfinite(torch.stack(statistics.gram.aminmax())).all()):
+            raise ValueError(
+                f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32): the model is "
+                "damaged there, or its activations overflow its dtype; try dtype=torch.float32 or torch.bfloat16."
+            )
         for operator, weight in zip(group, weights, strict=True):
             name = operator.name
             if self.target_cross is not None:
@@ -102,21 +107,6 @@ def _energies(outputs: Tensor) -> Tensor:
     outputs = as_multiplied(outputs)
     # a batch in float32, the sum of batches in float64: only that has many terms
     return outputs.square().sum(0).double()
-
-
-def checked_statistics(group: Group, gram: GramAccumulator) -> InputStatistics:
-    """The finished statistics of a group's inputs.
-
-    Raises:
-        ValueError: If they hold NaN or Inf.
-    """
-    statistics = gram.finish()
-    if not bool(torch.isfinite(torch.stack(statistics.gram.aminmax())).all()):
-        raise ValueError(
-            f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32): the model is "
-            "damaged there, or its activations overflow its dtype; try dtype=torch.float32 or torch.bfloat16."
-        )
-    return statistics
 
 
 def _problem(

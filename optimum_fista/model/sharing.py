@@ -64,7 +64,12 @@ def trace_groups(
             "again: have it work on a copy."
         )
     calls = Counter(operator.name for operator, _ in seen)
-    left_dense = {name: _reason(calls[name]) for name in operators if calls[name] != 1}
+    where = "in a forward pass of its decoder layer"
+    left_dense = {
+        name: f"called {calls[name]} times {where}" if calls[name] else f"not called {where}"
+        for name in operators
+        if calls[name] != 1
+    }
     left_dense |= dict.fromkeys(others, "returns something other than W x + b")
     groups: dict[object, list[LinearOperator]] = {}
     for operator, inputs in seen:
@@ -92,9 +97,3 @@ def _is_product(operator: LinearOperator, inputs: Tensor, output: object) -> boo
     expected = nn.functional.linear(inputs, weight.to(inputs.dtype), getattr(operator.module, "bias", None))
     distance = (output.float() - expected.float()).norm()
     return bool(distance <= 10 * torch.finfo(inputs.dtype).eps * expected.float().norm())
-
-
-def _reason(calls: int) -> str:
-    if not calls:
-        return "not called in a forward pass of its decoder layer"
-    return f"called {calls} times in a forward pass of its decoder layer"

@@ -72,8 +72,9 @@ def find_names(
         origins.append(tensor)
         if isinstance(operator, ExpertOperator):
             stand_ins.setdefault(tensor, _stand_in(operator))
-        part = operator.select(stand_ins.setdefault(tensor, _matrix(operator.transposed)))
-        part.fill_(number)
+        shape = _SHAPE[::-1] if operator.transposed else _SHAPE
+        stand_in = stand_ins.setdefault(tensor, torch.full(shape, _NO_OPERATOR, dtype=torch.int32))
+        operator.select(stand_in).fill_(number)
     names: dict[str, StoredName] = {}
     for tensor, numbers in revert_weight_conversion(model, dict(stand_ins)).items():
         held = [int(number) for number in numbers.unique() if number != _NO_OPERATOR]
@@ -163,10 +164,6 @@ def _text(index: tuple[int | slice, ...]) -> str:
         return ":".join("" if number is None else str(number) for number in numbers)
 
     return ", ".join(map(text, index))
-
-
-def _matrix(transposed: bool) -> Tensor:
-    return torch.full(_SHAPE[::-1] if transposed else _SHAPE, _NO_OPERATOR, dtype=torch.int32)
 
 
 def _stand_in(operator: ExpertOperator) -> Tensor:

@@ -48,7 +48,7 @@ class Alps(PruningMethod):
         values, vectors = torch.linalg.eigh(gram)
         state = SplitState(target, problem.weight / scale)
         rho, iteration, settled = self.first_rho, 0, False
-        shape = (problem.weight.shape[0], problem.weight.shape[1])
+        rows, columns = problem.weight.shape
         support: Tensor | None = None
         while iteration < self.max_iterations and not settled:
             # Rounding makes eigenvalues of a singular matrix negative.
@@ -59,7 +59,7 @@ class Alps(PruningMethod):
             assert state.mask is not None
             if support is not None:
                 # The support's size is the unit in which ALPS counts its changes.
-                changed = float((support & ~state.mask).sum()) / max(1, pattern.num_kept(shape))
+                changed = float((support & ~state.mask).sum()) / max(1, pattern.num_kept((rows, columns)))
                 settled = changed == 0
                 rho *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
             support = state.mask
