@@ -173,9 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
             callbacks: list[PruningCallback] = [*_trackers(arguments, config, ranks, opened)]
             if not ranks.index:
                 callbacks.append(opened.enter_context(Progress()))
-            tokens, unseen = ranks.first(
-                lambda: _tokens(arguments, config, ranks.device, folder / FOLDER, ranks.count == 1)
-            )
+            tokens, unseen = ranks.first(lambda: _tokens(arguments, config, ranks.device, folder / FOLDER))
             places = {name: getattr(arguments, name) for name in ("device", "dtype", "overwrite", "packed")}
             report = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks).prune(
                 arguments.model,
@@ -309,24 +307,21 @@ def _best_batch_size(estimate: Estimate) -> int:
         return estimate.best_batch_size(None)
 
 
-def _num_unseen(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
-    """Sequences to measure the perplexity on, that nothing is fitted to: one, or one of 64."""
-    parts = () if config.whole_parts is None else config.whole_parts.shares
-    return 0 if any(part.kind == "experts" for part in parts) else max(1, arguments.num_samples // 64)
-
-
 def _tokens(
-    arguments: argparse.Namespace, config: FistaPruningConfig, device: str | None, keep_in: Path, measures: bool
+    arguments: argparse.Namespace, config: FistaPruningConfig, device: str | None, keep_in: Path
 ) -> tuple[Tensor, Tensor | None]:
-    """The calibration tokens, and those to measure the perplexity on if there is text for them."""
-    from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
+    """The calibration tokens, and those to measure the perplexity on if there is text for them.
+
+    Several processes don't measure it. They draw the same: how many sequences a model writes decides what it writes.
+    """
+    from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, num_unseen
 
     def draw(count: int) -> Tensor:
         numbers = arguments.sequence_length, config.seed
         places = {"device": device, "dtype": arguments.dtype, "keep_in": keep_in}
         return calibration_tokens_by_name(arguments.model, arguments.calibration, count, *numbers, **places)
 
-    wanted, unseen = arguments.num_samples + config.held_out, _num_unseen(arguments, config) * measures
+    wanted, unseen = arguments.num_samples + config.held_out, num_unseen(config, arguments.num_samples)
     if config.held_out or arguments.num_samples < 1 or not unseen:
         tokens = draw(wanted)
         return tokens, tokens[-min(unseen, config.held_out) :] if unseen and config.held_out else None
@@ -374,10 +369,11 @@ def _next_commands(model: str, folder: Path, calibration: str) -> str:
 
 def _estimate(arguments: argparse.Namespace, config: FistaPruningConfig) -> Estimate:
     from optimum_fista.run.estimate.estimate import Estimate
+    from optimum_fista.run.texts.calibration_source import num_unseen
 
     names = ("sequence_length", "calibration", "device", "dtype", "storage_device", "packed")
     numbers = {"num_samples": arguments.num_samples + config.held_out, "batch_size": arguments.batch_size or 1}
-    unseen = 0 if config.held_out else _num_unseen(arguments, config)
+    unseen = 0 if config.held_out else num_unseen(config, arguments.num_samples)
     options = {name: getattr(arguments, name) for name in names}
     return Estimate(arguments.model, config, num_unseen=unseen, **numbers, **options)
 

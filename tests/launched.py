@@ -21,8 +21,10 @@ from torch.distributed import run as torch_run
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.estimate import work as estimated_work
 from optimum_fista.run.speed import worker
 from optimum_fista.run.streamed import journal
+from optimum_fista_cli.main import main
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["launched", "transformers.models.llama.modeling_llama"])
@@ -143,8 +145,28 @@ def _prune_alone(begun: Any, source: Path, output: Path) -> None:
     FistaPruner(progress=False).prune(source, tiny_tokens().split(4), output_dir=output)
 
 
+def command(rank: int, arguments: list[str]) -> None:
+    """The command line with these arguments."""
+    estimated_work._SECONDS = 0.01
+    raise SystemExit(main(arguments))
+
+
+def command_until_killed(rank: int, victim: int, arguments: list[str]) -> None:
+    """The same; once `victim` has finished a decoder layer, it is killed in the next."""
+    if rank == victim:
+        cut_after("killed", 1)
+    command(rank, arguments)
+
+
 def prune_until(rank: int, how: str, victim: int, layers: int, *arguments: Any) -> None:
-    """The same; once `victim` has finished as many layers, it is killed, or fails, in the next."""
+    """Prune; once `victim` has finished as many layers, it is killed, or fails, in the next."""
+    if rank == victim:
+        cut_after(how, layers)
+    prune(rank, *arguments)
+
+
+def cut_after(how: str, layers: int) -> None:
+    """This process is killed, or fails, in the decoder layer after as many."""
     keep, kept = journal.Journal.keep_layer, []
 
     def cut(self: journal.Journal, index: int, *parts: Any) -> None:
@@ -155,9 +177,7 @@ def prune_until(rank: int, how: str, victim: int, layers: int, *arguments: Any) 
         kept.append(index)
         keep(self, index, *parts)
 
-    if rank == victim:
-        journal.Journal.keep_layer = cut  # type: ignore[method-assign]
-    prune(rank, *arguments)
+    journal.Journal.keep_layer = cut  # type: ignore[method-assign]
 
 
 def prune_other_tokens(rank: int, source: Path, output: Path, config: FistaPruningConfig, log: Path) -> None:

@@ -242,22 +242,28 @@ class LossProbe:
             self.streams.setdefault(network, recorded.hidden_states)
         return not recorded.handed_on and not (shared and 0 < self.next < len(self._sweep.layers))
 
-    def resume(self, index: int, kept: Mapping[str, Tensor]) -> None:
-        """Go on before a decoder layer with what `kept` returned then."""
+    def resume(self, index: int, kept: Mapping[str, Tensor]) -> bool:
+        """Go on before a decoder layer with what `kept` returned then; `False` if that was of other tokens."""
+        of_networks = {name: tensor for name, tensor in kept.items() if name != "tokens"}
+        if not torch.equal(kept["tokens"], self.tokens.cpu()):
+            return False
         self.next = index
         if index == len(self._sweep.layers):
-            self.losses = {name: value.item() for name, value in kept.items()}
-        for name, hidden in kept.items() if not self.losses else ():
+            self.losses = {name: value.item() for name, value in of_networks.items()}
+        for name, hidden in of_networks.items() if not self.losses else ():
             device = execution_device(self._sweep.model.get_input_embeddings())
             self.streams[name] = ActivationStore(self._sweep.storage or device, device)
             for row in hidden:
                 self.streams[name].append(row[None])
+        return True
 
     def kept(self) -> dict[str, Tensor]:
-        """What goes on before the next decoder layer; after the last one the losses."""
+        """The tokens, and what goes on before the next decoder layer; after the last one the losses."""
+        tokens = {"tokens": self.tokens.cpu().contiguous()}
         if self.losses:
-            return {name: torch.tensor(loss, dtype=torch.float64) for name, loss in self.losses.items()}
-        return {name: torch.cat([hidden.cpu() for hidden in stream.kept()]) for name, stream in self.streams.items()}
+            return tokens | {name: torch.tensor(loss, dtype=torch.float64) for name, loss in self.losses.items()}
+        hidden = {name: torch.cat([row.cpu() for row in stream.kept()]) for name, stream in self.streams.items()}
+        return tokens | hidden
 
     def run(self, index: int, network: str) -> None:
         """Run a decoder layer, which is on its device, as it is now: `"dense"`, or `"pruned"`."""

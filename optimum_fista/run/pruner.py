@@ -105,7 +105,8 @@ class FistaPruner:
             packed: Make `output_dir` a packed folder (docs/formats.md); the zeros are never written.
             perplexity_tokens: Ids [sequences, length] that nothing is fitted to: the report gets the perplexity of the
                 dense and of the pruned model on them. That takes two forward passes of these tokens. Not with several
-                processes, nor if experts are removed or decoder layers hand on more than hidden states.
+                processes, nor if a run resumes that began without them or with others, nor if experts are removed or
+                decoder layers hand on more than hidden states.
 
         Returns:
             The report; `save_pretrained` and `push_to_hub` save it with the model.

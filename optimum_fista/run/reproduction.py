@@ -32,7 +32,7 @@ from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.pruning.run_report import describe_calibration
 from optimum_fista.run.reports.report import MixtureReport, OperatorReport, PruningReport, library_versions
 from optimum_fista.run.streamed.journal import differences
-from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
+from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, num_unseen
 from optimum_fista.solve.bitmask import unpack_mask
 
 SAME_MASK = 0.95
@@ -145,8 +145,9 @@ def reproduce(
         del dense
         batches = calib_dataloader
         if batches is None:
-            further = 0 if config.held_out or report.perplexity is None else report.perplexity["num_sequences"]
-            batches = _named_batches(name, calibration, made, config.seed, where, further)
+            drawn = made["calibration"]["num_sequences"]
+            further = num_unseen(config, drawn) if report.perplexity is None else report.perplexity["num_sequences"]
+            batches = _named_batches(name, calibration, made, config.seed, where, 0 if config.held_out else further)
         batches = hold_out(read_batches(batches, vocabulary), config.held_out)
         _require_same_tokens(batches, made)
         again = Path(scratch) / "again" if output is None else Path(output)
@@ -206,7 +207,8 @@ def _named_batches(
 ) -> Iterable[Any]:
     """The calibration batches of a source that has a name, of which `further` sequences may have been drawn with them.
 
-    The command line draws those to measure the perplexity on together with the others.
+    The command line draws those to measure the perplexity on together with the others. A text may be too short for
+    them; a model writes for long, so the likelier number comes first.
     """
     found, source = made["calibration"], calibration or made["calibration"]["source"]
     length, left = divmod(found["num_tokens"], found["num_sequences"])
@@ -216,7 +218,7 @@ def _named_batches(
             "(--calibration), or the batches themselves, reproduce(folder, calib_dataloader=...)."
         )
     count = found["num_sequences"] + found.get("held_out", {}).get("num_sequences", 0)
-    for number in dict.fromkeys((further, 0)):
+    for number in dict.fromkeys((further, 0) if source == "self" else (0, further)):
         tokens = calibration_tokens_by_name(name, source, count + number, length, seed, **where)[:count]
         if tokens_sha256([CalibrationBatch(tokens[: found["num_sequences"]])]) == found["sha256"]:
             break

@@ -13,7 +13,6 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.streamed import journal
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
-from optimum_fista_cli import prune as prune_command
 from optimum_fista_cli.main import main
 from optimum_fista_cli.prune import default_output
 
@@ -415,8 +414,7 @@ def test_inside_of_the_models_folder_it_is_said_what_to_type(tiny_folder, monkey
 
 
 def test_a_short_text_is_for_the_calibration_alone(prune, tmp_path, monkeypatch, capsys):
-    drawn = prune_command._num_unseen
-    monkeypatch.setattr(prune_command, "_num_unseen", lambda *given: 10_000 * drawn(*given))
+    monkeypatch.setattr("optimum_fista.run.texts.calibration_source.num_unseen", lambda *_: 10_000)
     assert prune("--method", "wanda") == 0
     assert report_of(tmp_path / "out")["perplexity"] is None
     assert "perplexity" not in capsys.readouterr().out.split("next:")[0]

@@ -149,7 +149,7 @@ def test_layers_that_share_a_dictionary_have_one_a_network():
         losses.append(loss())
         assert [probe.losses["dense"], probe.losses["pruned"]] == pytest.approx(losses, rel=1e-4)
         again = module.LossProbe(model, layers, tokens, None)
-        again.resume(1, {})
+        assert again.resume(1, {"tokens": again.tokens})
         assert not again.begin()
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
-from optimum_fista.model.calibration import CalibrationBatch, tokens_sha256
 from optimum_fista.run.checkpoints.output_folder import FOLDER
 from optimum_fista.run.environment import arithmetic_of
 from optimum_fista.run.pruning.model_pruning import ModelPruning
@@ -44,8 +43,6 @@ def run_fingerprint(source: SourceFiles, pruning: ModelPruning) -> dict[str, Any
         "batches": [list(batch.input_ids.shape) for batch in pruning.batches.all],
         "versions": {name: versions[name] for name in _VERSIONS},
     }
-    if pruning.probe is not None:
-        fingerprint["perplexity"] = tokens_sha256([CalibrationBatch(pruning.probe.tokens)])
     return dict(json.loads(json.dumps(fingerprint)))
 
 

@@ -226,15 +226,13 @@ class StreamedRun:
     def _resume_probe(self, unfinished: Sequence[int]) -> None:
         """Go on with the measurement of the loss, or give it up if its hidden states are not there."""
         pruning, first = self.pruning, min(unfinished, default=len(self.pruning.layers))
-        if pruning.probe is None or first == 0:
+        if pruning.probe is None or not self.finished:
             return
         kept = None
-        if first - 1 in self.finished and len(unfinished) == len(pruning.layers) - first:
+        if first > 0 and len(unfinished) == len(pruning.layers) - first:
             kept = self.journal.probe(first, self.finished[first - 1].sha256.get("probe"))
-        if kept is None:
+        if kept is None or not pruning.probe.resume(first, kept):
             pruning.probe = None
-        else:
-            pruning.probe.resume(first, kept)
 
     def _share_budgets(self) -> None:
         """Allocate the zeros to the operators, or read how an earlier start of the run allocated them."""

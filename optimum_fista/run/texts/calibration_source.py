@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.loading import gguf_file, load_model, read_config, require_tokenizer
+from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.texts.self_sampling import sample_text_from_model
 from optimum_fista.run.texts.text import load_text
 from optimum_fista.run.texts.windows import calibration_windows
@@ -101,6 +102,12 @@ def _kept_tokens(file: Path, settings: str) -> Tensor | None:
 
 def _digest(settings: str, tokens: Tensor) -> str:
     return hashlib.sha256(f"{settings} {tokens.dtype} {tokens.tolist()}".encode()).hexdigest()
+
+
+def num_unseen(config: FistaPruningConfig, num_samples: int) -> int:
+    """Sequences that `optimum-fista prune` draws besides, to measure the perplexity on: one, or one of 64."""
+    parts = () if config.whole_parts is None else config.whole_parts.shares
+    return 0 if any(part.kind == "experts" for part in parts) else max(1, num_samples // 64)
 
 
 def usual_length(config: PreTrainedConfig) -> int:

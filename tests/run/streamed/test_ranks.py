@@ -9,13 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 from folder_files import files_of
-from launched import exit_codes, launch, prune, prune_killed_once, prune_other_tokens, prune_until, run_code, torchrun
-from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from launched import (
+    command,
+    command_until_killed,
+    exit_codes,
+    launch,
+    prune,
+    prune_killed_once,
+    prune_other_tokens,
+    prune_until,
+    run_code,
+    torchrun,
+)
+from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.streamed.ranks import Ranks, joined_ranks, launched_processes, share_layers
+from optimum_fista_cli.main import main
 
 LAYERS = 5
 INTRA = FistaPruningConfig(0.5, error_correction="intra")
@@ -138,6 +150,27 @@ def test_accelerate_launches_the_command(source, tmp_path):
     for once in ("35 operators pruned by ", f"saved to {tmp_path / 'pruned'}", "optimum-fista verify "):
         assert process.stdout.count(once) == 1  # one of the processes speaks for both
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
+
+
+@pytest.mark.parametrize(("calibration", "count"), [("self", 2), ("text", 1)])
+def test_a_command_resumes_with_another_number_of_processes(source, tmp_path, monkeypatch, calibration, count):
+    monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.01)
+    if calibration == "text":
+        calibration = str(tmp_path / "sea.txt")
+        Path(calibration).write_text(TEXT)
+    first = ["prune", str(source), "--error-correction", "intra", "--method", "wanda", "--num-samples", "8"]
+    first += ["--sequence-length", "16", "--device", "cpu", "--calibration", calibration, "--output"]
+    alone, output = str(tmp_path / "alone"), str(tmp_path / "output")
+    assert main([*first, alone]) == 0
+    codes = exit_codes(launch(count, command_until_killed, count - 1, [*first, output]))
+    assert codes == [1, -signal.SIGKILL][-count:]
+    assert exit_codes(launch(3 - count, command, [*first, output])) == [0] * (3 - count)
+    wanted, found = files_of(tmp_path / "alone"), files_of(tmp_path / "output")
+    assert found.keys() == wanted.keys()
+    # a run that had several processes says nothing of the perplexity
+    assert [name for name in found if found[name] != wanted[name]] == ["README.md", "fista/report.json"]
+    if calibration == "self":
+        assert main(["reproduce", output, "--model", str(source)]) == 0
 
 
 def test_torchrun_starts_again_by_itself(source, expected, tmp_path, tmp_path_factory):
