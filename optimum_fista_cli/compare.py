@@ -33,18 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", "-o", type=Path, required=True, metavar="DIR", help="folder for rows, table, plots")
     add("--render", type=Path, metavar="FILE", help="only table and plots of a table.json; no MODEL")
     add = parser.add_argument_group("what to compare").add_argument
-    add("--methods", type=_words, metavar="A,B", help="default magnitude,wanda,sparsegpt,fista,default")
+    add("--methods", type=words, metavar="A,B", help="default magnitude,wanda,sparsegpt,fista,default")
     kinds = "fractions of zeros, N:M, channels:SHARE, heads:SHARE, layers:SHARE (default 0.5,2:4)"
     add("--patterns", type=_patterns, metavar="A,B", help=f"{kinds}; separate them by ; if a pattern has a comma")
     add("--seeds", type=_numbers, metavar="A,B", help="mean and deviation over several (default 0)")
     add = parser.add_argument_group("what to measure").add_argument
     add(
         "--texts",
-        type=_words,
+        type=words,
         metavar="A,B",
         help="perplexity on .txt or .jsonl files, wikitext2, c4, ptb, pydoc (default wikitext2; '' for none)",
     )
-    add("--tasks", type=_words, metavar="A,B", help="zero-shot accuracy on tasks of lm-eval")
+    add("--tasks", type=words, metavar="A,B", help="zero-shot accuracy on tasks of lm-eval")
     add("--include-path", type=Path, metavar="DIR", help="folder of further task files (YAML)")
     add("--limit", type=int, help="only the first documents of every task")
     add("--sequence-length", type=int, help="tokens a window (default: 2048 or the model's context if shorter)")
@@ -101,13 +101,14 @@ def _compare(arguments: argparse.Namespace) -> Comparison:
     return compare(settings, arguments.output)
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
+def words(text: str) -> list[str]:
+    """What commas separate, without the spaces around it."""
+    return [word for word in map(str.strip, text.split(",")) if word]
 
 
 def _patterns(text: str) -> list[str]:
-    return [pattern for pattern in text.split(";") if pattern] if ";" in text else _words(text)
+    return [pattern for pattern in text.split(";") if pattern] if ";" in text else words(text)
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(word) for word in _words(text)]
+    return [int(word) for word in words(text)]

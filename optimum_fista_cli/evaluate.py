@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from optimum_fista_cli.compare import words
+
 DESCRIPTION = """\
 Measure the perplexity of a model on a text, its zero-shot accuracy on tasks, or both.
 
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", metavar="SOURCE", help="perplexity on a .txt or .jsonl file, wikitext2, c4, ptb, pydoc")
     add("--sequence-length", type=int, default=1024, help="tokens a window (default 1024)")
     add("--max-windows", type=int, help="stop after this many windows (default: the whole text)")
-    add("--tasks", metavar="A,B", help="zero-shot accuracy on tasks of lm-eval")
+    add("--tasks", type=words, metavar="A,B", help="zero-shot accuracy on tasks of lm-eval")
     add("--include-path", type=Path, metavar="DIR", help="folder of further task files (YAML)")
     add("--limit", type=int, help="only the first documents of every task")
     add("--batch-size", type=int, default=1, help="windows or answers a forward pass (default 1)")
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
     from optimum_fista.run.checkpoints.loading import load_model
-    from optimum_fista.run.evaluation.evaluation_file import Evaluation, add_evaluation, read_evaluations
+    from optimum_fista.run.evaluation.evaluation_file import Evaluation, add_evaluation, require_addable
     from optimum_fista.run.evaluation.perplexity import PerplexityResult, evaluate_perplexity
     from optimum_fista.run.evaluation.zero_shot import TaskResult, TaskSuite
     from optimum_fista.run.texts.text import load_text
@@ -55,12 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not arguments.text and not arguments.tasks:
         raise ValueError("nothing to measure: pass --text SOURCE for the perplexity, or --tasks A,B for the accuracy.")
-    if arguments.output is not None and arguments.output.exists():
-        read_evaluations(arguments.output)  # a file that can't be added to is refused before the work
+    if arguments.output is not None:
+        require_addable(arguments.output)
     suite = None
     if arguments.tasks:
         options = {name: getattr(arguments, name) for name in ("include_path", "limit", "batch_size")}
-        suite = TaskSuite(arguments.tasks.split(","), **options)
+        suite = TaskSuite(arguments.tasks, **options)
     text = load_text(arguments.text, "test") if arguments.text else None
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     if text is not None:

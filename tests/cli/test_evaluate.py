@@ -69,8 +69,34 @@ def test_accuracies_join_the_perplexity_in_the_folder_and_on_its_page(
     assert "standard error 0.1637" in (folder / "README.md").read_text()
 
 
+def test_each_task_is_shown_and_kept_before_the_next(tiny_folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'optimum-fista[eval]'")
+
+    def measure(model, *, tasks, **options):
+        (name,) = tasks
+        results = {"results": {name: {"acc,none": 0.25}}, "n-samples": {name: {"effective": 8}}}
+        return results if name == "sea" else None
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", measure)
+    monkeypatch.setattr(TaskSuite, "_find_tasks", lambda suite: None)
+    output = tmp_path / "e.json"
+    command = ["evaluate", str(tiny_folder), "--device", "cpu", "--output", str(output), "--tasks", "sea, sky,sea"]
+    assert main(command) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "acc 0.2500 on sea: 8 documents\n"
+    assert "lm-eval gives no metric for 'sky'" in shown.err
+    assert [record["task"] for record in json.loads(output.read_text())] == ["sea"]
+
+
+def test_an_output_that_cant_be_written_is_refused_before_the_work(evaluate, text_file, capsys):
+    assert evaluate("--output", str(text_file / "new" / "e.json")) == 1
+    shown = capsys.readouterr()
+    assert "output can't be written to (Not a directory), nothing was measured: pass another file" in shown.err
+    assert not shown.out
+
+
 def test_something_has_to_be_measured(tiny_folder, capsys):
-    assert main(["evaluate", str(tiny_folder)]) == 1
+    assert main(["evaluate", str(tiny_folder), "--tasks", ", "]) == 1
     assert "nothing to measure: pass --text SOURCE" in capsys.readouterr().err
 
 

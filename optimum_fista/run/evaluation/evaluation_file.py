@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,23 @@ def place_of(model: str | Path) -> str:
     return hashlib.sha256(str(path.resolve()).encode()).hexdigest() if path.exists() else ""
 
 
+def require_addable(file: Path) -> None:
+    """Refuse a file that measurements can't be added to, before anything is measured.
+
+    Raises:
+        OSError: If it can't be written.
+        ValueError: If it holds something else.
+    """
+    if file.exists():
+        read_evaluations(file)
+    try:  # folders that are missing are made only when there is something to write
+        parents = Path(os.path.realpath(file)).parents
+        tempfile.TemporaryFile(dir=next(folder for folder in parents if folder.exists())).close()
+    except OSError as error:
+        what = f"output can't be written to ({error.strerror}), nothing was measured: pass another file"
+        raise OSError(error.errno, what, str(file)) from error
+
+
 def add_evaluation(file: Path, evaluation: Evaluation) -> None:
     """Add a measurement to a file, in the place of an earlier one of the same model on the same windows
     or documents.
@@ -94,7 +112,7 @@ def add_evaluation(file: Path, evaluation: Evaluation) -> None:
         if is_at(partial, lock):
             partial.unlink()
         os.close(lock)
-    folder = file.parents[1]
+    folder = file.parent.parent
     measured = file == folder / EVALUATION_FILE and evaluation.place == place_of(folder)
     if measured and (folder / CARD_FILE).exists() and (folder / REPORT_FILE).exists():
         _add_to_card(folder / CARD_FILE, evaluation.result)

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,15 @@ class TaskSuite:
     """Tasks to measure models on, found by their names.
 
     Args:
-        names: Tasks as lm-eval names them.
+        names: Tasks, or groups with metrics of their own, as lm-eval names them.
         include_path: Folder of further task files. If it has all the tasks, nothing else is looked at.
         limit: Only the first documents of every task; `None`: all.
         batch_size: Requests a forward pass.
 
     Raises:
         ImportError: If lm-eval is missing.
-        ValueError: If there is no such task or folder, or `limit` is below 1.
+        ValueError: If there is no such task or folder, a name stands for several tasks and has no metric of its own,
+            or `limit` is below 1.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class TaskSuite:
             raise ValueError(f"include_path={str(include_path)!r}: no such folder; pass one with task files.")
         if limit is not None and limit < 1:
             raise ValueError(f"limit={limit}: pass 1 or more.")
-        self.names = list(names)
+        self.names = list(dict.fromkeys(names))
         self.include_path = None if include_path is None else Path(include_path)
         self.limit = limit
         self.batch_size = batch_size
@@ -108,34 +109,33 @@ class TaskSuite:
         how = f"lm-eval {_version()}, no examples in the prompt, {documents} of each"
         return f"Accuracy on {', '.join(self.names)}: {how}."
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[TaskResult]:
-        """Measure a model on every task.
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[TaskResult]:
+        """Measure a model on one task after another, and yield each result before the next task begins.
 
         Raises:
-            ValueError: If lm-eval gives no result for a task, such as for a tag that stands for several.
+            ValueError: If lm-eval gives no result for a task.
         """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        with evaluation_mode(model):
-            results = lm_eval.simple_evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
-                tasks=self.names,
-                num_fewshot=0,
-                limit=self.limit,
-                bootstrap_iters=1,  # accuracies have a formula for the standard error
-                log_samples=False,
-                task_manager=self._manager,
-                random_seed=None,
-                numpy_random_seed=None,
-                torch_random_seed=None,
-            )
-        found = {} if results is None else results["results"]
-        scores = {name: _scores(name, found.get(name, {})) for name in self.names}
-        documents, files = {} if results is None else results["n-samples"], self.identity["files"]
-        return [
-            TaskResult(name, those, documents[name]["effective"], _version(), files) for name, those in scores.items()
-        ]
+        files = self.identity["files"]
+        for name in self.names:
+            with evaluation_mode(model):
+                found: Any = lm_eval.simple_evaluate(
+                    HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
+                    tasks=[name],
+                    num_fewshot=0,
+                    limit=self.limit,
+                    bootstrap_iters=1,  # accuracies have a formula for the standard error
+                    log_samples=False,
+                    task_manager=self._manager,
+                    random_seed=None,
+                    numpy_random_seed=None,
+                    torch_random_seed=None,
+                )
+            scores = _scores(name, {} if found is None else found["results"].get(name, {}))
+            documents = sum(count["effective"] for count in found["n-samples"].values())  # of all tasks of a group
+            yield TaskResult(name, scores, documents, _version(), files)
 
     def _find_tasks(self) -> Any:
         for name in ("lm_eval", "lm-eval"):
@@ -154,6 +154,13 @@ class TaskSuite:
                 f"tasks: {', '.join(map(repr, missing))} not found; pass names of lm-eval (lm-eval ls tasks), or "
                 "include_path with a folder of task files."
             )
+        groups = {name for name in known.all_groups if (known.task_index[name].cfg or {}).get("aggregate_metric_list")}
+        several = [name for name in self.names if name not in {*known.all_subtasks, *groups}]
+        if several:
+            raise ValueError(
+                f"tasks: {', '.join(map(repr, several))}: a tag or a group without a metric of its own; pass the tasks "
+                "that it stands for."
+            )
         return known
 
 
@@ -171,6 +178,6 @@ def _scores(task: str, result: dict[str, Any]) -> dict[str, Score]:
         stderr = result.get(f"{metric}_stderr,{filtered}")
         scores.setdefault(metric, Score(float(value), float(stderr) if isinstance(stderr, int | float) else None))
     if not scores:
-        raise ValueError(f"tasks: lm-eval has no metric of its own for {task!r}; pass the tasks it stands for.")
+        raise ValueError(f"tasks: lm-eval gives no metric for {task!r}; pass another task.")
     first = next((metric for metric in _PREFERRED if metric in scores), next(iter(scores)))
     return {first: scores.pop(first)} | scores

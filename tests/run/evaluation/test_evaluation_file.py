@@ -29,6 +29,13 @@ def test_measurements_are_added_and_those_made_again_replaced(tmp_path):
     assert read_evaluations(file) == [measured("pruned", 12.0), measured("dense", 9.0, "sky"), measured("dense", 11.0)]
 
 
+def test_a_file_without_a_folder_above_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.path.realpath", lambda path: path)  # one part, like a file in the root folder
+    add_evaluation(Path("evaluation.json"), measured("dense", 10.0))
+    assert read_evaluations(Path("evaluation.json")) == [measured("dense", 10.0)]
+
+
 def test_a_perplexity_of_the_folder_itself_joins_the_metadata_of_its_card(saved, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(saved.folder, folder)

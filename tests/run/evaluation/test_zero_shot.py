@@ -136,7 +136,7 @@ def test_task_files_of_the_benchmarks(tasks):
     (tasks / "arc-easy.test.jsonl").write_text((tasks / "sea.jsonl").read_text())
     (tasks / "lambada_test.jsonl").write_text('{"text": "the sea is a"}\n{"text": "look at b"}\n')
     suite = TaskSuite(["arc_easy_lines", "lambada_lines"], include_path=tasks)
-    results = suite.measure(*model_that_writes_a_behind_every_word())
+    results = list(suite.measure(*model_that_writes_a_behind_every_word()))
     assert [(r.task, next(iter(r.scores))) for r in results] == [("arc_easy_lines", "acc"), ("lambada_lines", "acc")]
     assert results[1].scores["acc"].value == 0.5
 
@@ -168,8 +168,22 @@ def test_options_are_checked_before_any_task_is_read(options, message):
 def test_a_task_without_a_metric(tasks, monkeypatch):
     suite = TaskSuite(["sea_choice"], include_path=tasks)
     monkeypatch.setattr("lm_eval.simple_evaluate", lambda *arguments, **options: {"results": {"sea_choice": {}}})
-    with pytest.raises(ValueError, match="no metric of its own for 'sea_choice'"):
-        suite.measure(tiny_llama(), tiny_tokenizer())
+    with pytest.raises(ValueError, match="gives no metric for 'sea_choice'"):
+        next(suite.measure(tiny_llama(), tiny_tokenizer()))
+
+
+def test_groups_have_metrics_of_all_their_tasks_and_what_has_none_is_refused_at_once(tasks):
+    sky = (tasks / "sea.yaml").read_text().replace("sea_choice", "sky_choice")
+    (tasks / "sky.yaml").write_text(f"{sky}tag: ocean\n")
+    for name, metrics in (("water", "aggregate_metric_list: [{metric: acc, weight_by_size: true}]"), ("bare", "")):
+        (tasks / f"{name}.yaml").write_text(f"group: {name}\ntask: [sea_choice, sky_choice]\n{metrics}\n")
+    found = list(
+        TaskSuite(["sea_choice", "water"], include_path=tasks, limit=3).measure(tiny_llama(), tiny_tokenizer())
+    )
+    assert [(result.task, result.num_documents) for result in found] == [("sea_choice", 3), ("water", 6)]
+    assert found[1].scores["acc"].value == found[0].scores["acc"].value
+    with pytest.raises(ValueError, match="'ocean', 'bare': a tag or a group without a metric of its own"):
+        TaskSuite(["ocean", "water", "bare", "sea_choice"], include_path=tasks)
 
 
 def test_lm_eval_missing(monkeypatch):
