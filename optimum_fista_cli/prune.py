@@ -111,7 +111,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--expert-saliency", choices=("reap", "frequency", "random"), help=stay)
     refit = "do not refit the experts that stay"
     add("--no-expert-refit", dest="expert_refit", action="store_const", const=False, help=refit)
-    places = "n:m: order the channels of MLPs so that larger weights are kept; the dense model computes the same"
+    places = (
+        "n:m: order the channels of MLPs so that larger weights are kept; the dense model's adapters don't fit then"
+    )
     add("--reorder-channels", action="store_const", const=True, help=places)
     add("--warm-start", metavar="METHOD", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
     add("--max-iterations", type=int, metavar="N", help="iteration limit of the method")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from optimum_fista.model.architecture import find_decoder_layers, input_embedding
 from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches, tokens_sha256
 from optimum_fista.model.digest import combined_sha256, layer_sha256, rest_sha256
+from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.run.checkpoints.checkpoint import (
     REPORT_FILE,
     REPRODUCE_FILE,
@@ -118,6 +119,8 @@ def reproduce(
     # the products of the first run, whatever is quick here; older folders don't say, and had float32
     arithmetic.setdefault("products", "torch.float32")
     config = replace(config, compute_dtype=arithmetic["products"].removeprefix("torch."))
+    if report.model.get("size_choice") is not None:  # what was chosen by measured times would be chosen anew
+        config = config.with_parts(report.explicit_pattern)
     where: dict[str, Any] = {
         "device": device or arithmetic["device"],
         "dtype": arithmetic["dtype"].removeprefix("torch."),
@@ -142,6 +145,7 @@ def reproduce(
                 "Pass the model as it was (--model)."
             )
         vocabulary = input_embedding(dense).shape[0]
+        channels = find_parts(dense, "channels").parts if config.reorder_channels else ()
         del dense
         batches = calib_dataloader
         if batches is None:
@@ -166,7 +170,7 @@ def reproduce(
                 f"the result is another one, and the configuration of model={name!r} is not that of the model that was "
                 f"pruned ({config_changes}). Pass the model as it was (--model)."
             )
-        return _compare(folder, report, again, read_report(again))
+        return _compare(folder, report, again, read_report(again), channels)
 
 
 def _model_name(model: dict[str, Any]) -> str:
@@ -240,8 +244,15 @@ def _as_passed(batch: CalibrationBatch) -> dict[str, Any]:
     return {"input_ids": batch.input_ids} | ({} if mask is None else {"attention_mask": mask})
 
 
-def _compare(folder: Path, report: PruningReport, again: Path, second: PruningReport) -> Reproduction:
-    """How near two results come that are not bit-equal, one operator in memory at a time."""
+def _compare(
+    folder: Path, report: PruningReport, again: Path, second: PruningReport, channels: Sequence[Part]
+) -> Reproduction:
+    """How near two results come that are not bit-equal, one operator in memory at a time.
+
+    `channels` are those that may have changed places: masks are compared in the order of the dense model.
+    """
+    parts = {name: part for part in channels for name in part.tensors}
+    orders = [{o.name: o.input_order for o in one.operators if o.input_order is not None} for one in (report, second)]
     first, others = _records(report), _records(second)
     changes = {name: _error_change(first.get(name), others.get(name)) for name in {**first, **others}}
     if any(change == float("inf") for change in changes.values()):
@@ -249,7 +260,12 @@ def _compare(folder: Path, report: PruningReport, again: Path, second: PruningRe
     same = total = 0
     for pair in zip(read_operators(folder, report), read_operators(again, second), strict=True):
         (one, weight, mask), (other, _, mask_again) = pair
-        agree = unpack_mask(mask, tuple(weight.shape)) == unpack_mask(mask_again, tuple(weight.shape))
+        masks = [unpack_mask(packed, tuple(weight.shape)) for packed in (mask, mask_again)]
+        part = parts.get(one.name)
+        if part is not None and all(f"{part.name}.weight" in found for found in orders):
+            places = (torch.tensor(found[f"{part.name}.weight"]).argsort().tolist() for found in orders)
+            masks = [part.shrink(one.name, *pair) for pair in zip(masks, places, strict=True)]
+        agree = masks[0] == masks[1]
         if one.groups_kept is not None and other.groups_kept is not None:  # the columns of other groups are others
             stayed = torch.tensor([number in other.groups_kept for number in one.groups_kept])
             columns = agree if not one.stored_transposed else agree.T

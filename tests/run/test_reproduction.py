@@ -15,6 +15,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig, save_masked
 from optimum_fista.model import products
 from optimum_fista.run import reproduction
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
+from optimum_fista.run.pruning import model_pruning
 from optimum_fista.run.reproduction import Reproduction, reproduce
 
 pytestmark = pytest.mark.usefixtures("one_picture")
@@ -100,6 +101,12 @@ def test_a_second_run_makes_the_same_bits(source, tmp_path, options):
     folder = prune(source, tmp_path / "model", **options)
     assert again(folder, source).bit_equal
     assert not list(tmp_path.glob("*again*"))
+
+
+def test_a_size_is_not_chosen_again(source, tmp_path, monkeypatch):
+    folder = prune(source, tmp_path / "model", pattern="bytes:0.8")
+    monkeypatch.setattr(model_pruning, "choose_size", None)  # it may measure times
+    assert again(folder, source).bit_equal
 
 
 def test_a_folder_that_was_packed_later_is_made_again_too(source, pruned, tmp_path):

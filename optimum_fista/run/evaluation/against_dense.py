@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from optimum_fista.model.digest import tensor_of
-from optimum_fista.model.parts import find_parts, numbers_kept
+from optimum_fista.model.parts import Part, find_parts, numbers_kept
 from optimum_fista.model.shrinking import Shrinking, plan_shrinking
 from optimum_fista.run.checkpoints.checkpoint import operators_by_weight
 from optimum_fista.run.checkpoints.loading import load_lazily
@@ -50,9 +50,11 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
             losing = {part: mixtures.get(str(plan.new_name(part))) for part in plan.parts}
             kept |= {part: mixture.groups_kept for part, mixture in losing.items() if mixture is not None}
             written |= {f"{mixture.name}.down_proj" for mixture in report.mixtures if mixture.num_refitted}
-        moved = {}  # tensors whose channels changed places, with their axis
-        if report.config.get("reorder_channels"):
-            moved = {n: axis for part in find_parts(theirs, "channels").parts for n, (axis, _) in part.tensors.items()}
+        moved = dict[str, tuple[Part, tuple[int, ...]]]()  # tensors whose channels changed places, with their order
+        for part in find_parts(theirs, "channels").parts if report.config.get("reorder_channels") else ():
+            operator = reports.get(f"{part.name}.weight")
+            if operator is not None and operator.input_order is not None:
+                moved |= dict.fromkeys(part.tensors, (part, operator.input_order))
         for name in _tensor_names(theirs):
             new = name if plan is None else plan.new_name(name)
             if new is None:
@@ -62,14 +64,16 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
             found, expected = tensor_of(ours, left.pop(left.index(new))), tensor_of(theirs, name)
             try:
                 expected = expected if plan is None else plan.shrink_tensor(name, expected, kept)
+                if name in moved:
+                    part, order = moved[name]
+                    part.require_kept(sorted(order), part.groups)
+                    expected = part.shrink(name, expected, order)
             except ValueError as error:
                 raise VerificationError(f"{new}: {error}") from error
             if found.shape != expected.shape:
                 raise VerificationError(
                     f"{new} has shape {tuple(found.shape)}, from {dense!r} it would have {tuple(expected.shape)}."
                 )
-            if name in moved:
-                found, expected = (tensor.sort(moved[name]).values for tensor in (found, expected))
             if new not in written and not report.retrained:
                 differing = int((found != expected).sum())
                 if differing:

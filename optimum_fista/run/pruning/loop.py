@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -152,7 +153,7 @@ class _Loop:
         first = entering.entering[0].to(activations.device)
         if run.removal is not None:
             run.removal.prove(name, activations, first)
-        reorder_channels(run.channels, name, run.config, self.sink, operators, activations, entering.entering)
+        orders = reorder_channels(run.channels, name, run.config, self.sink, operators, activations, entering.entering)
         groups, left_dense = trace_groups(activations.layer, operators, activations.calls[0], first)
         if run.removal is not None:
             run.removal.require_called(name, groups)
@@ -192,6 +193,7 @@ class _Loop:
         run.states = leaving
         peak = memory.peak if operators or mixture else None
         moved = activations.hidden_state_error(leaving)
+        reports = [replace(report, input_order=orders.get(report.name)) for report in reports]
         return LayerRecord(LayerReport(name, moved, 0.0, peak, finetuning, mixture), reports, left_dense)
 
     def prune_group(

@@ -56,7 +56,7 @@ def reorder_channels(
     operators: Mapping[str, LinearOperator],
     activations: LayerActivations,
     hidden_states: Sequence[Tensor],
-) -> None:
+) -> dict[str, tuple[int, ...]]:
     """Let the channels of a decoder layer's MLPs change places, so that patterns keep more of the down projections.
 
     What counts of a weight is its size times the root mean square of its input, as Wanda has it (arXiv 2306.11695).
@@ -64,10 +64,14 @@ def reorder_channels(
     the operators to prune stay as they are. The hidden states are those that enter the layer, a batch each, [batch,
     tokens, hidden].
 
+    Returns:
+        The numbers that the inputs of each of these down projections had before, in their new order, by the names of
+        the weights.
+
     Raises:
         UnsupportedArchitectureError: If the layer then returns something else.
     """
-    call, layer = activations.calls[0], activations.layer
+    call, layer, orders = activations.calls[0], activations.layer, dict[str, tuple[int, ...]]()
     for name, operator in operators.items():
         part = parts.get(name)
         if part is None or not config.pattern_for(name).orders_inputs:
@@ -77,13 +81,13 @@ def reorder_channels(
             if not activations.is_held_out(batch):
                 inputs = activations.rows(operator_input(arguments, keywords), batch, operator)
                 energies += inputs.float().square().sum(0)
-        order = config.pattern_for(name).best_order(operator.read().abs_().mul_(energies.sqrt()))
+        order = config.pattern_for(name).best_order(operator.read().abs_().mul_(energies.sqrt())).tolist()
         hidden = small_hidden_states(hidden_states[0].to(activations.device))
         expected = call.run(layer, hidden)
         for tensor in part.tensors:
             owner, _, leaf = tensor.rpartition(".")
             module = layer.get_submodule(owner.removeprefix(f"{layer_name}."))
-            sink.replace(module, leaf, part.shrink(tensor, getattr(module, leaf).detach(), order.tolist()))
+            sink.replace(module, leaf, part.shrink(tensor, getattr(module, leaf).detach(), order))
         found = call.run(layer, hidden)
         difference = difference_beyond_rounding(found, expected)
         if difference is not None:
@@ -91,6 +95,8 @@ def reorder_channels(
                 f"{layer_name} does not return the same after its channels changed places (relative difference "
                 f"{difference:.1e}): its rows are in another order. Leave out reorder_channels for this model."
             )
+        orders[f"{name}.weight"] = tuple(order)
+    return orders
 
 
 def remove_experts(

@@ -68,6 +68,7 @@ class OperatorReport:
         groups_kept: Numbers of the groups of columns that stayed, if the others were removed from the model: shape,
             `num_kept` and `sparsity` are then those of the smaller weight.
         num_groups: Groups of columns before; `None` if none were removed, and in reports of older versions.
+        input_order: Numbers that the inputs have in the dense model, in their order here; `None` if it is the same.
     """
 
     name: str
@@ -94,6 +95,7 @@ class OperatorReport:
     residual_corrected: bool = False
     groups_kept: tuple[int, ...] | None = None
     num_groups: int | None = None
+    input_order: tuple[int, ...] | None = None
 
     @property
     def stored_shape(self) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Channels of MLPs change places before they are pruned, so that n:m patterns keep more."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
+from optimum_fista.run.reproduction import reproduce
+from optimum_fista.solve.patterns.n_of_m import NOfM
 
 BATCHES = tiny_tokens().split(4)
 
@@ -99,22 +102,39 @@ def test_a_killed_run_resumes_to_the_same_bytes(streamed, tmp_path, number):
     assert found == expected
 
 
-def test_verify_takes_channels_in_any_order_and_nothing_else(streamed, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("up_proj.bias", lambda bias: bias + 1), ("gate_proj.weight", lambda weight: weight.flip(0))],
+)
+def test_verify_takes_channels_in_the_order_of_the_report_and_nothing_else(streamed, tmp_path, name, change):
     found = verify_checkpoint(streamed / "pruned", dense=str(streamed / "dense"))
     assert found.num_equal > 10
-    for path in (streamed / "pruned").glob("model*.safetensors"):
-        tensors = load_file(path)
-        name = next((name for name in tensors if name.endswith("up_proj.bias")), None)
-        if name is not None:
-            break
-    held = path.read_bytes()
-    tensors[name][0] += 1
-    save_file(tensors, path, {"format": "pt"})
-    try:
-        with pytest.raises(VerificationError, match=r"up_proj\.bias differs"):
-            verify_checkpoint(streamed / "pruned", dense=str(streamed / "dense"))
-    finally:
-        path.write_bytes(held)
+    changed = shutil.copytree(streamed / "pruned", tmp_path / "changed")
+    path = changed / "model.safetensors"
+    tensors = load_file(path)
+    full = f"model.layers.1.mlp.{name}"
+    save_file(tensors | {full: change(tensors[full])}, path, {"format": "pt"})
+    with pytest.raises(VerificationError, match=f"{full} differs"):
+        verify_checkpoint(changed, dense=str(streamed / "dense"))
+
+
+def test_verify_wants_every_channel_once(streamed, tmp_path):
+    changed = shutil.copytree(streamed / "pruned", tmp_path / "changed")
+    report = json.loads((changed / "fista" / "report.json").read_text())
+    order = report["operators"][0]["input_order"]
+    order[0] = order[1]
+    (changed / "fista" / "report.json").write_text(json.dumps(report))
+    with pytest.raises(VerificationError, match=r"layers\.0\.mlp.*different numbers from 0"):
+        verify_checkpoint(changed, dense=str(streamed / "dense"))
+
+
+def test_a_second_run_with_another_order_is_compared_in_that_of_the_dense_model(streamed, tmp_path, monkeypatch):
+    best_order = NOfM.best_order
+    turned = lambda self, scores: best_order(self, scores).view(-1, 4).flip(0).flatten()  # noqa: E731
+    monkeypatch.setattr(NOfM, "best_order", turned)
+    found = reproduce(streamed / "pruned", model=streamed / "dense", calib_dataloader=BATCHES, progress=False)
+    assert not found.bit_equal
+    assert found.mask_agreement == 1.0  # whole groups changed places, so each keeps the same weights
 
 
 def test_a_layer_that_returns_something_else_is_refused_and_put_back(monkeypatch):
