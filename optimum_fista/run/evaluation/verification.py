@@ -26,6 +26,7 @@ from optimum_fista.run.checkpoints.checkpoint import (
     checkpoint_files,
     read_json,
     read_report,
+    read_tensors,
     require_files,
     summary,
 )
@@ -183,11 +184,8 @@ def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorR
     with safe_open(folder / MASKS_FILE, "pt") as masks:
         if sorted(masks.keys()) != sorted(names):
             raise VerificationError("the masks and the report name different operators.")
-        for operator in report.operators:
-            tensor, index = split_index(operator.name)
-            with safe_open(files[tensor], "pt") as file:
-                weight = file.get_tensor(tensor)
-            yield operator, weight[index], masks.get_tensor(operator.name)
+        for operator, (_, tensor) in zip(report.operators, read_tensors(files, tensors), strict=True):
+            yield operator, tensor[split_index(operator.name)[1]], masks.get_tensor(operator.name)
 
 
 def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -> int:
