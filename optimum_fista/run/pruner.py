@@ -26,7 +26,7 @@ from optimum_fista.run.pruning.loop import prune_layers
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.removal import require_in_memory
 from optimum_fista.run.pruning.sink import ModelSink
-from optimum_fista.run.reports.report import PruningReport
+from optimum_fista.run.reports.report import PruningReport, RecoveryReport
 from optimum_fista.run.streamed.ranks import launched_processes
 from optimum_fista.run.streamed.streamed_run import prune_files
 from optimum_fista.solve.pruned import PrunedOperator
@@ -202,6 +202,18 @@ class FistaPruner:
             problem = single_problem(weight, inputs, dense_inputs)
             pattern.require_shape((weight.shape[0], weight.shape[1]))
             return self.config.create_method("").prune(problem, pattern)
+
+    def recover(
+        self,
+        folder: str | Path,
+        teacher: str | Path | None = None,
+        output_dir: str | Path | None = None,
+        **options: Any,
+    ) -> RecoveryReport:
+        """Train what a pruned folder's model kept, under its masks: `optimum_fista.recover`, which has the options."""
+        from optimum_fista import recover
+
+        return recover(folder, teacher, output_dir, **{"progress": self.progress, **options})
 
     def result(self, model: PreTrainedModel) -> tuple[PruningReport, dict[str, Tensor]]:
         """The report of a model this pruner has pruned in place, and its masks by `"{operator}.weight"`.
