@@ -56,6 +56,13 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
         ),
         _methods("2:4", f"default default:error_correction=0 alps:{_PIPELINE}", arguments.seeds),
     ],
+    "order": lambda arguments: [
+        _methods(
+            "2:4",
+            "default default:reorder_channels=true wanda wanda:reorder_channels=true",
+            arguments.seeds,
+        )
+    ],
     "gradients": lambda arguments: [_methods("0.5", "default default:allocation_tokens=8192", arguments.seeds)],
     "correction": lambda _: [
         _methods(pattern, " ".join(f"{_BARE}:error_correction={value}" for value in ("none", "intra", "full")))
@@ -75,7 +82,7 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
 _HELP = {
     "other_calibrations": "others for the study `calibration`",
     "studies": f"some of {', '.join(STUDIES)}",
-    "seeds": "of the studies `seeds` and `gradients`",
+    "seeds": "of the studies `seeds`, `order` and `gradients`",
     "sample_counts": "of the study `samples`",
     "sequence_length": "tokens of a window, here and in the texts",
     "folder": "where finished rows are kept",

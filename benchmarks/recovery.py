@@ -1,12 +1,12 @@
-"""What a recovery gains: perplexity before and after, and the held-out loss by tokens, by what is trained.
+"""What a recovery gains: perplexity before and after, and against minutes, by what is trained.
 
 `--folders` are models that were pruned on the first `--num-samples` windows of the calibration text (`optimum-fista
 prune` with the same `--num-samples` and `--test-length`, seed 0). Perplexity is measured on the first windows of
 `--texts`, on the first windows that the model was calibrated on, and on as many of the same text that nothing was
 fitted to. Rows are `dense`, `pruned`, what is trained on how many tokens of the text without the latter (`all:98304`,
-`lora:49152`, `norms:49152`), and `once`: all weights, once on the calibration windows, the best state chosen on two
-others. Recovered models lie beside their folders, as FOLDER-all-98304 and so on; those that are there are not made
-again. Finished rows are read from the output file.
+`lora:49152`, `norms:49152`, and `all:98304@4e-4` with a learning rate of its own), and `once`: all weights, once on the
+calibration windows, the best state chosen on two others. Recovered models lie beside their folders, as
+FOLDER-all-98304 and so on; those that are there are not made again. Finished rows are read from the output file.
 
     python benchmarks/recovery.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --folders runs/s50 --rows all:98304
 """
@@ -14,6 +14,7 @@ again. Finished rows are read from the output file.
 from __future__ import annotations
 
 import dataclasses
+import math
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
@@ -57,9 +58,11 @@ def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: di
     source = {"dense": Path(arguments.model), "pruned": folder}.get(kind, beside)
     if kind not in ("dense", "pruned"):
         if not source.exists():
-            trained, _, tokens = kind.partition(":")
-            options: dict[str, Any] = {"calibration": str(text), "train": trained, "accumulate": 1}
+            trains, _, amount = kind.partition(":")
+            tokens, _, rate = amount.partition("@")
+            options: dict[str, Any] = {"calibration": str(text), "train": trains, "accumulate": 1}
             options |= {} if kind == "once" else {"tokens": int(tokens)}
+            options |= {"learning_rate": float(rate)} if rate else {}
             if kind == "once":  # the windows that the model was calibrated on, in the same order
                 length, count = arguments.test_length, arguments.num_samples
                 options |= {"calibration": arguments.calibration, "train": "all", "tokens": count * length}
@@ -76,31 +79,46 @@ def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: di
     return row
 
 
+def trained(row: dict[str, Any]) -> str:
+    """What was trained, without on how many tokens: `all`, `all@4e-4`."""
+    kind, _, amount = row["row"].partition(":")
+    return kind + "".join(amount.partition("@")[1:])
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Perplexities by what was trained, in Markdown."""
     shown = []
-    for row in sorted(rows, key=lambda row: KINDS.index(row["row"].partition(":")[0])):
+    for row in sorted(rows, key=lambda row: KINDS.index(trained(row).partition("@")[0])):
         found = row.get("recovery", {"num_trained": 0, "num_tokens": 0})
         cells = (f"{value:.2f}" for value in row["perplexity"].values())
         done = (f"{found[name]:,}" if found[name] else "" for name in ("num_trained", "num_tokens"))
-        shown.append((row["folder"], row["row"].partition(":")[0], *cells, *done))
+        minutes = f"{found['seconds'] / 60:.1f}" if "seconds" in found else ""
+        shown.append((row["folder"], trained(row), *cells, *done, minutes))
     shown.sort(key=lambda cells: cells[0])
-    return markdown_lines(("model", "trained", *rows[0]["perplexity"], "weights", "tokens"), shown)
+    names = ("weights", "tokens", "minutes")
+    return markdown_lines(("model", "trained", *rows[0]["perplexity"], *names), shown)
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Held-out loss by tokens trained on."""
+    """Perplexity (the geometric mean of the texts without `calibrated`), relative to the dense model's, by minutes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    def mean(row: dict[str, Any]) -> float:
+        values = [value for name, value in row["perplexity"].items() if name != "calibrated"]
+        return math.exp(sum(map(math.log, values)) / len(values))
+
+    dense = mean(next(row for row in rows if row["row"] == "dense"))
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
         if "recovery" in row:
-            found = row["recovery"]
-            steps, _, losses = zip(*found["evaluations"], strict=True)
-            tokens = [step * found["num_tokens"] / steps[-1] for step in steps]
-            axes.plot(tokens, losses, marker="o", label=f"{row['folder']}, {row['row']}")
-    axes.set(xlabel="tokens trained on", ylabel="held-out loss")
+            start = next(other for other in rows if (other["folder"], other["row"]) == (row["folder"], "pruned"))
+            points = lines.setdefault((row["folder"], trained(row)), [(0.0, mean(start) / dense)])
+            points.append((row["recovery"]["seconds"] / 60, mean(row) / dense))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for (folder, kind), points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{folder}, {kind}")
+    axes.set(xlabel="minutes of training", ylabel="perplexity / dense perplexity")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=110, metadata={"Software": None})
@@ -108,7 +126,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 _HELP = {
     "folders": "pruned models",
-    "rows": "dense, pruned, once, or what is trained, a colon, and tokens",
+    "rows": "dense, pruned, once, or what is trained, a colon, tokens, and maybe @ and a learning rate",
     "test_length": "tokens a window to measure on",
     "bfloat16": "measure perplexity with products in bfloat16",
 }

@@ -23,17 +23,10 @@ from transformers import PreTrainedModel
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.checkpoint import mark_retrained, read_report
-from optimum_fista.run.checkpoints.loading import (
-    load_model,
-    read_model,
-)
+from optimum_fista.run.checkpoints.loading import load_model, read_model
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.memory import available_bytes, release_free_memory
-from optimum_fista.run.reports.report import (
-    WORDS_OF_TRAIN,
-    RecoveryReport,
-    public_name,
-)
+from optimum_fista.run.reports.report import WORDS_OF_TRAIN, RecoveryReport, public_name
 from optimum_fista.run.retraining.distillation import LargestLogits, TeacherCache, divergence
 from optimum_fista.run.retraining.masks import find_masks, pruned_folder
 from optimum_fista.run.retraining.training import MaskedTraining
