@@ -2,7 +2,8 @@
 
 Options: `source`, `output`, `samples`, `length`; `vocabulary` (256), `batch` (1), `config` ({}), `in_memory`
 (load, prune and save instead of pruning from files to files), `own_memory` (as the command line), `processor_time` (all
-clocks are the processor's), `waits` (for a line, once everything is imported).
+clocks are the processor's), `unseen` (sequences to measure the perplexity on, besides), `waits` (for a line, once
+everything is imported).
 
 Prints `ready`, and seconds at the end: `wall`, `processor`, and those of the report.
 """
@@ -25,22 +26,25 @@ from optimum_fista.run.memory import keep_large_blocks_apart  # noqa: E402
 
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, OPTIONS["vocabulary"], (OPTIONS["samples"], OPTIONS["length"]), generator=generator)
-    batches = tokens.split(OPTIONS["batch"])
+    samples, unseen = OPTIONS["samples"], OPTIONS.get("unseen", 0)
+    tokens = torch.randint(0, OPTIONS["vocabulary"], (samples + unseen, OPTIONS["length"]), generator=generator)
+    batches = tokens[:samples].split(OPTIONS["batch"])
+    probe = tokens[samples:] if unseen else None
     config = FistaPruningConfig.from_dict(OPTIONS["config"])
     pruner = FistaPruner(config, progress=False)
     if OPTIONS.get("own_memory"):
         keep_large_blocks_apart()
     print("ready", flush=True)
-    if OPTIONS["waits"]:
+    if OPTIONS.get("waits"):
         sys.stdin.readline()
     wall, processor = time.perf_counter(), time.process_time()
     if OPTIONS.get("in_memory"):
         model = AutoModelForCausalLM.from_pretrained(OPTIONS["source"])
-        report = pruner.prune(model, batches)
+        report = pruner.prune(model, batches, perplexity_tokens=probe)
         pruner.save_pretrained(model, OPTIONS["output"])
     else:
-        report = pruner.prune(OPTIONS["source"], batches, output_dir=OPTIONS["output"], device="cpu")
+        places = {"output_dir": OPTIONS["output"], "device": "cpu"}
+        report = pruner.prune(OPTIONS["source"], batches, perplexity_tokens=probe, **places)
     seconds = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
     print(json.dumps(seconds | report.seconds), flush=True)
 

@@ -34,6 +34,8 @@ _LAYER_SECONDS = 0.55
 """What Python takes in each decoder layer; measured on a CPU."""
 LAYER_CALL = 4e-4 / _LAYER_SECONDS
 """What Python takes to run a decoder layer on few tokens, in units of the above; measured while text is sampled."""
+CALL = 3e-6 / _LAYER_SECONDS
+"""What Python takes for a call of PyTorch, in the same units; measured on SparseGPT, which makes many a column."""
 _SECONDS = 1.2
 """Time for all measurements of a device."""
 
@@ -58,15 +60,16 @@ def work(
 
 
 class Meter(TorchDispatchMode):
-    """As a context: counts `products`, `moved_bytes`, and the most that tensors made inside hold, `peak_bytes`."""
+    """As a context: counts `products`, `moved_bytes` and `calls`, and the most that tensors made inside hold."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products, self.moved_bytes, self.peak_bytes = 0.0, 0.0, 0
+        self.products, self.moved_bytes, self.calls, self.peak_bytes = 0.0, 0.0, 0, 0
         self._held: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.calls += 1
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         for value in inputs:
             self._hold(value, made=False)
@@ -100,20 +103,36 @@ def measure_method(
 ) -> tuple[np.ndarray, float]:
     """What pruning operators with the same inputs takes, learnt by pruning random ones of the same proportions.
 
-    Products grow with the third power of the width, matrices and what moves with the second. Real operators may need
-    another number of steps than random ones. `rows` are their outputs, `columns` their inputs. Blocks of rows are
-    larger if the run's device is not the CPU.
+    Products grow with the third power of the width, matrices and what moves with the second. Calls of PyTorch grow with
+    the first, or not at all, which a second pruning at half the width tells. Real operators may need another number of
+    steps than random ones. `rows` are their outputs, `columns` their inputs. Blocks of rows are larger if the run's
+    device is not the CPU.
 
     Returns:
         Work, and the most bytes held at a time besides the problems themselves, results included.
     """
-    pattern, width = pattern.in_miniature(columns, _WIDTH)
+    width, meter = _prune_small(method, pattern, rows, columns, on_cpu, _WIDTH)
+    half, fewer = _prune_small(method, pattern, rows, columns, on_cpu, _WIDTH // 2)
+    scale, calls = columns / width, float(meter.calls)
+    if half < width:
+        calls += max(0, meter.calls - fewer.calls) * (columns - width) / (width - half)
+    needs = work(products=meter.products * scale**3, moved_bytes=meter.moved_bytes * scale**2, layers=calls * CALL)
+    return needs, meter.peak_bytes * scale**2
+
+
+def _prune_small(
+    method: PruningMethod, pattern: SparsityPattern, rows: Sequence[int], columns: int, on_cpu: bool, about: int
+) -> tuple[int, Meter]:
+    """Prune random operators with about so many inputs; returns how many these are, and what it took."""
+    pattern, width = pattern.in_miniature(columns, about)
     scale, generator = columns / width, torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    dense = normal(4 * width, width) @ (torch.eye(width) + normal(width, width) / width**0.5) + 0.3
+    # Inputs whose spectrum falls as in trained models. If it were flat, FISTA's search would give up early at 2:4.
+    rotation = torch.linalg.qr(normal(width, width))[0] * width**0.5
+    dense = normal(4 * width, width) * torch.logspace(0, -1.5, width) @ rotation + 0.3
     inputs = dense + 0.2 * normal(4 * width, width)  # those of the pruned network
     given, problems = InputStatistics(inputs.T @ inputs, 4 * width, inputs.mean(0)), []
     for count in rows:
@@ -125,8 +144,7 @@ def measure_method(
     with block_share(share), Meter() as meter:
         results = method.prune_sharing(problems, [pattern] * len(rows))
     del results
-    needs = work(products=meter.products * scale**3, moved_bytes=meter.moved_bytes * scale**2)
-    return needs, meter.peak_bytes * scale**2
+    return width, meter
 
 
 def measure_device(device: torch.device, dtype: torch.dtype, columns: int, compute_dtype: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints import loading
-from optimum_fista.run.checkpoints.loading import load_model, quantization_method, require_unquantized
+from optimum_fista.run.checkpoints.loading import load_model, load_tokenizer, quantization_method, require_unquantized
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 
 
@@ -70,6 +70,7 @@ def test_dtype_is_the_checkpoints_unless_given(tmp_path, tokenizer):
 
 def test_gguf_is_dequantized_pruned_saved_and_verified(gguf_folder, tmp_path):
     model, tokenizer = load_model(str(gguf_folder), device="cpu", dtype="float32")
+    assert load_tokenizer(str(gguf_folder)).get_vocab() == tokenizer.get_vocab()
     original = tiny_llama(tie_word_embeddings=True, intermediate_size=64).model.layers[1].mlp.up_proj.weight
     loaded = model.model.layers[1].mlp.up_proj.weight
     assert loaded.dtype == torch.float32

@@ -5,7 +5,7 @@ import torch
 from layer_problems import WEIGHT_METHODS, example
 
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.estimate.work import Meter, measure_device, measure_method, work
+from optimum_fista.run.estimate.work import CALL, Meter, measure_device, measure_method, work
 from optimum_fista.solve.blocks import block_share, row_blocks
 from optimum_fista.solve.patterns import Columns
 
@@ -18,8 +18,9 @@ def test_small_matrices_tell_what_larger_ones_take(name, shape):
     problem = example(*shape, corrected=True, dtype=torch.float32).problem
     with Meter() as meter:
         method.prune(problem, pattern)
-    (_, products, moved, *_), held = measure_method(method, pattern, shape[:1], shape[1], on_cpu=True)
+    (_, products, moved, _, python), held = measure_method(method, pattern, shape[:1], shape[1], on_cpu=True)
     assert 1 / 1.3 < held / meter.peak_bytes < 1.3
+    assert 1 / 1.5 < python / (meter.calls * CALL) < 1.5
     assert 1 / 1.3 < products / meter.products < 1.3
     assert 1 / 2.5 < moved / meter.moved_bytes < 2.5  # dsnot takes fewer steps on one than on the other
 
