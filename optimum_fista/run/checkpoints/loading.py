@@ -218,12 +218,7 @@ def gguf_file(name: str) -> str | None:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model, `None` if a model folder has none."""
     folder = Path(name)
-    if (
-        folder.is_dir()
-        and not gguf_file(name)
-        and not any(folder.glob("tokenizer*"))
-        and not any(folder.glob("*.model"))
-    ):
+    if folder.is_dir() and not any(any(folder.glob(kind)) for kind in ("tokenizer*", "*.model", "*.gguf")):
         return None
     return require_tokenizer(name)
 
