@@ -21,8 +21,10 @@ _written: list[str] | None = None  # paths, while they are recorded
 
 def _watch(event: str, arguments: tuple) -> None:
     if _written is not None and event == "open" and isinstance(arguments[2], int):
-        if arguments[2] & (os.O_WRONLY | os.O_RDWR) and isinstance(arguments[0], str | bytes | os.PathLike):
-            _written.append(os.fsdecode(arguments[0]))
+        path, _, flags = arguments
+        is_path = isinstance(path, str | bytes | os.PathLike)
+        if flags & (os.O_WRONLY | os.O_RDWR) and is_path and not os.path.isdir(path):  # there, it has no name
+            _written.append(os.fsdecode(path))
     elif _written is not None and event == "os.rename":
         _written.extend(os.fsdecode(path) for path in arguments[:2])
 

@@ -83,8 +83,7 @@ def require_addable(file: Path) -> None:
 
 
 def add_evaluation(file: Path, evaluation: Evaluation) -> None:
-    """Add a measurement to a file, in the place of an earlier one of the same model on the same windows
-    or documents.
+    """Add a measurement to a file, in the place of an earlier one of the same model and protocol.
 
     In the folder of the pruned model that was measured, it joins the metadata of the model card as well.
     Processes that add to one file at the same time wait for each other. The lock is the new file: once it has the name
