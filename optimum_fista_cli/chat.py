@@ -25,7 +25,8 @@ Talk to a model in the terminal, alone or beside the dense model.
 
 If the tokenizer has a chat template, the conversation goes on from turn to turn. Without one, the model continues each
 line. Tokens are shown as they come. Ctrl-C stops an answer, and Ctrl-D (or the end of what is piped in) ends the chat.
-In a pipe every line is a question, and every answer is one line.
+In a pipe every line is a question, and every answer is one line: an empty one, with an error, if the question is too
+long.
 
 examples:
   optimum-fista chat ./model-50 --beside ./model
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
             _answer(speakers, question, terminal)
         except KeyboardInterrupt:  # what was said until then stays in the conversation
             print()
-    return 0
+    return int(any(speaker.failed for speaker in speakers))
 
 
 def _questions(terminal: bool) -> Iterator[str]:
@@ -121,6 +122,7 @@ class _Speaker:
     Attributes:
         ends: Tokens that end an answer.
         turns: What was said, as chat templates take it.
+        failed: Whether a question was left without an answer.
     """
 
     name: str
@@ -129,6 +131,7 @@ class _Speaker:
     settings: argparse.Namespace
     ends: list[int]
     turns: list[dict[str, str]] = field(default_factory=list)
+    failed: bool = False
 
     @classmethod
     def load(cls, name: str, settings: argparse.Namespace) -> _Speaker:
@@ -144,10 +147,18 @@ class _Speaker:
         return cls(name, model.eval(), tokenizer, settings, sorted(found))
 
     def answer(self, question: str) -> Generator[str]:
-        """Pieces of the answer as `generate` writes them, in a thread that ends when this generator is closed."""
+        """Pieces of the answer as `generate` writes them, in a thread that ends when this generator is closed.
+
+        There are none if the question is too long: an error is shown, and the conversation stays as it was.
+        """
         import torch
 
-        ids = self._prompt(question).to(self.model.device)
+        try:
+            ids = self._prompt(question).to(self.model.device)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            self.failed = True
+            return
         written: list[int] = []
         pieces: Queue[list[int] | BaseException | None] = Queue()
         closed = threading.Event()
@@ -179,6 +190,7 @@ class _Speaker:
         Raises:
             ValueError: If the question is longer than the model has positions for.
         """
+        earlier = [*self.turns]
         self.turns.append({"role": "user", "content": question})
         while True:
             if self.tokenizer.chat_template is None:
@@ -191,7 +203,7 @@ class _Speaker:
             if limit is None or ids.shape[1] < limit:
                 return ids
             if self.tokenizer.chat_template is None or len(self.turns) == 1:
-                self.turns.clear()
+                self.turns = earlier
                 raise ValueError(
                     f"the question has {ids.shape[1]} tokens, and {self.name} has positions for {limit}: shorten it."
                 )

@@ -216,7 +216,7 @@ def default_output(model: str, config: FistaPruningConfig) -> Path:
     if pattern == "unstructured":
         pattern = f"{100 * (config.sparsity or 0.0):.6g}pct"
     pattern = re.sub(r"[:+,]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
-    name = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
+    name = Path(os.path.abspath(model)).name if Path(model).exists() else model.rpartition("/")[2]
     return Path(f"{name}-{pattern}")
 
 
@@ -365,7 +365,8 @@ def _next_commands(model: str, folder: Path, calibration: str) -> str:
         f"verify {name}": "counts the zeros in the files again",
     }
     lines = [f"optimum-fista {command}    # {why}" for command, why in commands.items()]
-    lines.append(f"hf upload YOUR-NAME/{shlex.quote(folder.name)} {name}    # put it on the Hub, after hf auth login")
+    repository = re.sub(r"[^\w.]+", "-", folder.name, flags=re.ASCII).strip("-.")  # letters that the Hub takes
+    lines.append(f"hf upload YOUR-NAME/{repository} {name}    # put it on the Hub, after hf auth login")
     return "\n".join(["next:", *(f"  {line}" for line in lines)])
 
 

@@ -65,8 +65,17 @@ def test_with_a_template_the_conversation_goes_on(ask, tiny_folder, tmp_path):
     for _ in range(6):
         "".join(raw.answer("the days"))
     assert raw.turns[0]["content"] != "sea"
-    with pytest.raises(ValueError, match=r"the question has 83 tokens, and .* has positions for 64: shorten it"):
-        next(raw.answer("x" * 80))
+    earlier = [*raw.turns]
+    assert list(raw.answer("x" * 80)) == []
+    assert raw.turns == earlier
+
+
+def test_a_question_that_is_too_long_ends_nothing(tiny_folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"the sea\n{'x' * 80}\nthe sea\n"))
+    assert main(["chat", str(tiny_folder), *FEW]) == 1
+    shown, answer = capsys.readouterr(), continued(tiny_folder, "the sea")
+    assert shown.out.splitlines() == [answer, "", answer]
+    assert f"error: the question has 80 tokens, and {tiny_folder} has positions for 64: shorten it" in shown.err
 
 
 def test_beside_another_model_and_packed_folders(ask, tiny_folder, pruned_folder, tmp_path):

@@ -14,7 +14,7 @@ from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.streamed import journal
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
 from optimum_fista_cli.main import main
-from optimum_fista_cli.prune import default_output
+from optimum_fista_cli.prune import _next_commands, default_output
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
@@ -403,6 +403,16 @@ def test_a_run_without_an_option_names_its_folder_and_says_what_it_will_do_and_w
 )
 def test_names_of_folders(model, options, name):
     assert default_output(model, FistaPruningConfig(**options)) == Path(name)
+
+
+def test_links_keep_their_name_and_repositories_have_one_that_the_hub_takes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("4fe1b2").mkdir()
+    Path("my model").symlink_to("4fe1b2")
+    folder = default_output("my model", FistaPruningConfig())
+    assert folder == Path("my model-50pct")
+    shown = _next_commands("my model", folder, "self")
+    assert "hf upload YOUR-NAME/my-model-50pct 'my model-50pct' " in shown
 
 
 def test_inside_of_the_models_folder_it_is_said_what_to_type(tiny_folder, monkeypatch, capsys):

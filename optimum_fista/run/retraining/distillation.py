@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor
 from optimum_fista.run.checkpoints.atomic import errors_of_writing
 from optimum_fista.run.checkpoints.output_folder import all_names
 from optimum_fista.run.evaluation.perplexity import POSITIONS_PER_CHUNK
-from optimum_fista.run.streamed.journal import read_record, write_record
+from optimum_fista.run.streamed.journal import differences, read_record, write_record
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class TeacherCache:
 
     Raises:
         FileExistsError: If the folder holds something else.
-        ValueError: If it holds the predictions of another teacher, or on other windows.
+        ValueError: If it holds other predictions, such as those of another teacher; the message names what differs.
     """
 
     def __init__(self, folder: Path, k: int, windows: Tensor, fingerprint: Mapping[str, Any]) -> None:
@@ -134,8 +135,9 @@ class TeacherCache:
                 f"teacher_cache {str(folder)!r} holds something else: pass a new folder (--teacher-cache DIR)."
             )
         if found is not None and found["of"] != wanted:
+            different = "; ".join(itertools.islice(differences(found["of"], wanted), 3))
             raise ValueError(
-                f"teacher_cache {str(folder)!r} is of another teacher, or on other tokens: delete it, or pass another "
+                f"teacher_cache {str(folder)!r} holds other predictions ({different}): delete it, or pass another "
                 "folder (--teacher-cache DIR)."
             )
         self._of = wanted

@@ -73,6 +73,8 @@ def test_a_cache_that_was_interrupted_is_filled_further(tmp_path):
     cache.fill(lambda ids: predict(ids), lambda: None)
     assert asked == [6, 9]
     found = TeacherCache(tmp_path / "cache", 2, windows, {"teacher": "t"}).read(1, 3)
+    with pytest.raises(ValueError, match=r"holds other predictions \(k was 2, is 3\): delete it, or pass another"):
+        TeacherCache(tmp_path / "cache", 3, windows, {"teacher": "t"})
     assert found.ids[:, 0].tolist() == [3, 4, 6, 7]
     torch.testing.assert_close(found.log_probs.exp().sum(1).float(), torch.ones(4), rtol=2e-3, atol=0)
 
