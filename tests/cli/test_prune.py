@@ -292,12 +292,12 @@ def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_
 @pytest.mark.parametrize("change", ["flipped", "truncated", "another model"])
 def test_sampled_text_that_is_damaged_or_of_another_model_is_sampled_again(tiny_folder, tmp_path, change):
     source, keep = Path(shutil.copytree(tiny_folder, tmp_path / "model")), tmp_path / "journal"
-    file = keep / "calibration.safetensors"
 
     def tokens(kept: Path | None) -> torch.Tensor:
         return calibration_tokens_by_name(str(source), "self", 4, 8, device="cpu", keep_in=kept)
 
     first = tokens(keep)
+    (file,) = keep.iterdir()
     data = bytearray(file.read_bytes())
     if change == "another model":
         tiny_llama(initializer_range=1.0).save_pretrained(source)
@@ -323,6 +323,21 @@ def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch
         assert prune("--method", "wanda", "--sparsity", "0.25") == 1
     assert "was another one (config.sparsity was 0.5, is 0.25)" in capsys.readouterr().err
     assert prune("--method", "wanda", "--sparsity", "0.25", "--overwrite") == 0
+
+
+def test_text_that_took_hours_is_kept_whatever_is_begun_with_it(prune, tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal.Journal, "keep_budgets", stopped)
+    mine = ["--calibration", "self", "--method", "wanda"]
+    assert prune(*mine, "--overwrite") == 130
+    (kept,) = (tmp_path / "out.unfinished" / "journal").glob("calibration-*")
+    whole = kept.read_bytes()
+    assert prune(*mine, "--dtype", "bfloat16") == 1
+    assert "was another one (" in capsys.readouterr().err
+    assert prune(*mine, "--allocation", "fisher", "--overwrite") == 130
+    assert kept.read_bytes() == whole
 
 
 def test_a_run_is_reproduced_with_the_text_that_the_model_writes(prune, tiny_folder, tmp_path, capsys):

@@ -28,6 +28,8 @@ from optimum_fista.run.checkpoints.output_folder import (
 )
 from optimum_fista.run.reports.card import PACKED_NOTE, PICTURE_FILE, model_card, text_of_card
 
+SAMPLED_TEXTS = "calibration-*.safetensors"
+"""In the journal: tokens that a model wrote, a file for each way to write them."""
 _OFFLOADED = "offload-*"  # in the journal: weights that a rank of a running run reads again and again
 
 
@@ -137,8 +139,10 @@ def settle(folder: Path, output: Path) -> None:
         file.unlink()
 
 
-def discard(folder: Path, overwrite: bool) -> None:
+def discard(folder: Path, overwrite: bool, *, keep_texts: bool = False) -> None:
     """Throw away what is in an unfinished folder that is locked; layers of a streamed run only if `overwrite`.
+
+    `keep_texts` leaves the tokens that models wrote: the run that begins may have written them just before.
 
     Raises:
         FileExistsError: If it holds such layers and `overwrite` is False.
@@ -150,6 +154,8 @@ def discard(folder: Path, overwrite: bool) -> None:
         )
     empty(folder)
     kept = [folder / LOCK, *(folder / FOLDER).glob(_OFFLOADED)]
+    if keep_texts:
+        kept += (folder / FOLDER).glob(SAMPLED_TEXTS)
     _remove(path for path in (folder / FOLDER).glob("*") if path not in kept)
 
 

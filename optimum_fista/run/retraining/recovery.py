@@ -178,7 +178,7 @@ def recover(
         text = {"windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
         fingerprint, of_teacher = fingerprint | text, of_teacher | text
         if (overwrite or nothing_kept) and is_of_another_run(unfinished, json.loads(json.dumps(fingerprint))):
-            discard(unfinished, True)
+            discard(unfinished, True, keep_texts=True)
         Journal(unfinished, fingerprint)
         run = RecoveryTraining(source, teacher, windows, count, options, place, compute, unfinished / FOLDER, progress)
         with ExitStack() as opened:

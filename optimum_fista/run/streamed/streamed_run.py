@@ -137,7 +137,7 @@ class StreamedRun:
 
         def begin() -> dict[str, Any]:
             if overwrite and is_of_another_run(folder, fingerprint):
-                discard(folder, overwrite)
+                discard(folder, overwrite, keep_texts=True)
             Journal(folder, fingerprint).keep_weights(self.source.hashes)
             return fingerprint
 

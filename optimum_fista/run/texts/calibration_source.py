@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.run.checkpoints.atomic import write_tensors
+from optimum_fista.run.checkpoints.installation import SAMPLED_TEXTS
 from optimum_fista.run.checkpoints.loading import gguf_file, load_model, read_config, require_tokenizer
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.texts.self_sampling import sample_text_from_model
@@ -79,7 +80,8 @@ def calibration_tokens_by_name(
         return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
     files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(name).glob("*") if p.is_file())
     settings = json.dumps([name, files, source, num_samples, sequence_length, seed, dtype])
-    file = keep_in / "calibration.safetensors" if keep_in is not None else None
+    key = hashlib.sha256(settings.encode()).hexdigest()[:8]  # a command given by mistake leaves the text of others
+    file = keep_in / SAMPLED_TEXTS.replace("*", key) if keep_in is not None else None
     if file is not None and (kept := _kept_tokens(file, settings)) is not None:
         return kept
     model, own_tokenizer = load_model(name, device=device, dtype=dtype)

@@ -287,8 +287,16 @@ def test_a_teacher_without_a_tokenizer_is_refused_before_any_work(saved, tmp_pat
         recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK)
 
 
-def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path):
-    options = QUICK | {"tokens": 64}
+def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path, monkeypatch):
+    options, kept = QUICK | {"tokens": 64}, set()
+    with monkeypatch.context() as patched:  # nothing is trained yet, so other settings take the place of the first
+        patched.setattr(recovery_training.RecoveryTraining, "train", None)
+        for other in ({"overwrite": True}, {"learning_rate": 1e-4}):
+            with pytest.raises(TypeError):
+                recover(saved.folder, tiny_folder, tmp_path / "out", **options | other)
+            (file,) = (tmp_path / "out.unfinished" / "journal").glob("calibration-*")
+            kept.add((file, file.stat().st_mtime_ns))
+    assert len(kept) == 1
     found = recover(saved.folder, tiny_folder, tmp_path / "out", **options)
     assert found.calibration["source"] == "self"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
