@@ -178,6 +178,17 @@ def test_accuracies_of_the_results_are_those_kept():
         assert cells == [f"{100 * score.value:.1f}±{100 * score.stderr:.1f}" for score in scores]
 
 
+def test_accuracies_on_whole_sets_are_those_kept():
+    kept = json.loads((ROOT / "benchmarks" / "results" / "zero_shot_whole.json").read_text())["rows"]
+    _, _, *lines = rows_of_the_results("Whole task sets")
+    for row, (zeros, method, *cells) in zip(kept, lines, strict=True):
+        assert row["documents"] == {"arc_easy_lines": 2376, "lambada_lines": 5153}
+        assert (zeros, method) == (row["zeros"], row["method"])
+        arc, lambada = row["results"]["arc_easy_lines"], row["results"]["lambada_lines"]
+        scores = ((arc, "acc"), (arc, "acc_norm"), (lambada, "acc"))
+        assert cells == [f"{100 * found[name]:.1f}±{100 * found[f'{name}_stderr']:.1f}" for found, name in scores]
+
+
 def test_layer_problems_of_the_results_are_those_kept():
     rows = json.loads((ROOT / "benchmarks" / "results" / "solvers.json").read_text())["rows"]
     (_, *titles), _, *lines = rows_of_the_results("Layer problems")
