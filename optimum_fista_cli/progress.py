@@ -171,7 +171,7 @@ class Progress(PruningCallback):
 
 @contextmanager
 def log_shown(name: str) -> Iterator[None]:
-    """Inside, what the logger called `name` says of the run is printed on the standard error stream."""
+    """Inside, the messages of the logger called `name` are printed on the standard error stream."""
     handler, logger = logging.StreamHandler(), logging.getLogger(name)
     before = logger.level
     logger.addHandler(handler)

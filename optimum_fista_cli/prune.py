@@ -314,7 +314,7 @@ def _tokens(
 ) -> tuple[Tensor, Tensor | None]:
     """The calibration tokens, and those to measure the perplexity on if there is text for them.
 
-    Several processes don't measure it. They draw the same: how many sequences a model writes decides what it writes.
+    Several processes don't measure it, but draw the same number: the text that a model writes depends on it.
     """
     from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, num_unseen
 

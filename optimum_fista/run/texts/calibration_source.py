@@ -107,7 +107,7 @@ def _digest(settings: str, tokens: Tensor) -> str:
 
 
 def num_unseen(config: FistaPruningConfig, num_samples: int) -> int:
-    """Sequences that `optimum-fista prune` draws besides, to measure the perplexity on: one, or one of 64."""
+    """Sequences that `optimum-fista prune` draws to measure the perplexity on: one for each 64, and at least one."""
     parts = () if config.whole_parts is None else config.whole_parts.shares
     return 0 if any(part.kind == "experts" for part in parts) else max(1, num_samples // 64)
 
