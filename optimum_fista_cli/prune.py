@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -356,10 +357,11 @@ def _verdicts(report: PruningReport) -> Iterator[str]:
 def _next_commands(model: str, folder: Path, calibration: str) -> str:
     """What to do with a pruned model."""
     name, dense = shlex.quote(str(folder)), shlex.quote(model)
-    text = shlex.quote("c4" if calibration == "self" else calibration)  # a model would write for hours
+    unseen, trained = ("wikitext2", "c4") if find_spec("datasets") else ("pydoc", "pydoc")  # of Python's own pages
+    text = trained if calibration == "self" else shlex.quote(calibration)  # a model would write for hours
     commands = {
         f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
-        f"evaluate {name} --text wikitext2": "perplexity; run it on the dense model too, to compare",
+        f"evaluate {name} --text {unseen}": "perplexity; run it on the dense model too, to compare",
         f"recover {name} --teacher {dense} --calibration {text}": "train it to be more like the dense model",
         f"report {name}": "a page about every operator",
         f"verify {name}": "counts the zeros in the files again",

@@ -427,6 +427,12 @@ def test_links_keep_their_name_and_repositories_have_one_that_the_hub_takes(tmp_
     folder = default_output("my model", FistaPruningConfig())
     assert folder == Path("my model-50pct")
     shown = _next_commands("my model", folder, "self")
+    assert "--text wikitext2 " in shown
+    assert "--calibration c4 " in shown
+    monkeypatch.setattr("optimum_fista_cli.prune.find_spec", lambda name: None)
+    plain = _next_commands("my model", folder, "self")  # without the extra that has the usual texts
+    assert "--text pydoc " in plain
+    assert "--calibration pydoc " in plain
     assert "hf upload YOUR-NAME/my-model-50pct 'my model-50pct' " in shown
 
 
