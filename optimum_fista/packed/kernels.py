@@ -52,7 +52,7 @@ class Kernels:
     def linear(self, x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
         """Product y = W x + b of contiguous tensors on the CPU, as in `operation.packed_linear`.
 
-        All are of one dtype, float32, float16 or bfloat16; sums are taken in float32.
+        `x`, values and bias are of one dtype, float32, float16 or bfloat16; sums are taken in float32.
 
         Raises:
             ValueError: If sizes do not fit each other, or the mask keeps other numbers of weights than `starts` says.

@@ -89,7 +89,7 @@ def refit(
 
 
 def refit_columns(problem: LayerProblem, kept: Tensor, ridge: float | None = None) -> tuple[Tensor, str]:
-    """Least squares over weights whose columns outside `kept` [in] are zero, with a ridge towards the dense weights.
+    """Least squares over weights whose columns outside `kept`, booleans [in], are zero, with a ridge.
 
     It minimizes `|| W* X* - Y ||_F^2 + r sum_ij G_jj (W*_ij - W_ij)^2` exactly: all rows share one linear system, and
     its Cholesky factor. The more inputs are removed, the more the others have to change, and the more these changes
@@ -100,7 +100,8 @@ def refit_columns(problem: LayerProblem, kept: Tensor, ridge: float | None = Non
 
     with p kept inputs, N tokens, of which eight count as one, the squared error `e_K` of the refit without a ridge, and
     `e0` of the dense weights without their removed columns. Removed inputs that the others can stand for exactly leave
-    no error, and so no ridge. With no more tokens than inputs r is 1. `ridge` is r if it is known.
+    no error, and so no ridge. With no more tokens than inputs r is 1. `ridge` is r if it is known; it draws the weights
+    towards the dense ones.
 
     Returns:
         Weights [out, in], and the message of a factorisation that needed help (`damped_cholesky`).

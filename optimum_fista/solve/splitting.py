@@ -140,7 +140,7 @@ def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor
     """Damp `G` and `C` alike and scale the inputs so that the damped Gram matrix has unit diagonal.
 
     The ridge of `ridge_problem` is `damping * mean(diag G)`. For nearly dead inputs it is the same fraction of their
-    own energy (`InputStatistics.energy_ratios`).
+    own energy (`InputStatistics.energy_ratios`). It returns what `ridge_problem` does.
     """
     statistics = problem.statistics
     return ridge_problem(problem, mean_damping(statistics.diagonal, damping) * statistics.energy_ratios)

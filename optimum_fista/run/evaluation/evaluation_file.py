@@ -21,6 +21,7 @@ from optimum_fista.run.checkpoints.checkpoint import CARD_FILE, REPORT_FILE
 from optimum_fista.run.checkpoints.output_lock import is_at, lock_file
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
 from optimum_fista.run.evaluation.zero_shot import Score, TaskResult
+from optimum_fista.run.records import as_record
 from optimum_fista.run.reports.report import HUB_DATASETS, public_name
 
 logger = logging.getLogger(__name__)
@@ -179,8 +180,5 @@ def read_evaluations(file: Path) -> list[Evaluation]:
 
 
 def _result(record: dict[str, Any]) -> PerplexityResult | TaskResult:
-    kind = TaskResult if "task" in record else PerplexityResult
-    values = {field.name: record[field.name] for field in dataclasses.fields(kind)}
-    if kind is TaskResult:
-        values["scores"] = {metric: Score(**score) for metric, score in values["scores"].items()}
-    return kind(**values)
+    kind: type[PerplexityResult | TaskResult] = TaskResult if "task" in record else PerplexityResult
+    return as_record(kind, {field.name: record[field.name] for field in dataclasses.fields(kind)})
