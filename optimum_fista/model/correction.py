@@ -290,15 +290,15 @@ class LayerTargets:
         self, group: Group, record: _DenseRecord, batch: int, inputs: Tensor, weights: Sequence[Tensor]
     ) -> None:
         operator, sums = group[0], record.sums_of(batch)
-        rows = self._activations.rows(inputs, batch, operator).float()  # sums in half precision would lose digits
+        rows = self._activations.rows(inputs, batch, operator)
         if record.outputs is not None:
-            sums.add_dense_outputs(rows, record.outputs[batch].to(rows.device, non_blocking=True).float())
+            sums.add_dense_outputs(rows, record.outputs[batch].to(rows.device, non_blocking=True))
         elif record.inputs is not None:
             tokens = self._activations.tokens(batch, operator)
             dense = record.inputs_of(batch, tokens, rows)
             if tokens is not None:  # the dense network may have sent the expert other tokens
                 for o, weight in zip(group, weights, strict=True):
-                    sums.add_energies(o.name, dense @ weight.T)
+                    sums.add_energies(o.name, dense.float() @ weight.T)
             sums.add_dense_inputs(rows, dense)
         else:
             sums.gram.add(rows)
@@ -351,7 +351,7 @@ class LayerTargets:
         activations, correction, operator = self._activations, self._correction, record.group[0]
         assert self._outputs is not None
         own, inputs = seen.pop().view(output.shape), seen.pop()  # some call their operator with [tokens, in]
-        same = operator.outputs_without_bias(activations.rows(own, batch, operator))  # W X*
+        same = operator.outputs_without_bias(activations.rows(own, batch, operator)).float()  # W X*
         if record.outputs is not None:
             dense = record.outputs[batch].to(same.device, non_blocking=True).float()  # W X
         else:
@@ -363,7 +363,7 @@ class LayerTargets:
         moved = activations.rows(both, batch, operator).float() - same + dense  # D* - D
         targets = same.mul(1 - correction.dense_share).add_(dense, alpha=correction.dense_share)
         targets.sub_(moved, alpha=correction.residual_share)
-        record.sums_of(batch).add_targets(activations.rows(inputs, batch, operator).float(), targets)
+        record.sums_of(batch).add_targets(activations.rows(inputs, batch, operator), targets)
         last.keep(inputs, output - own, dense)
 
 
@@ -437,7 +437,7 @@ class _DenseRecord:
         operator = self.group[0]
         rows = self._activations.rows(inputs, batch, operator)
         if self._same:
-            self.sums_of(batch).gram.add(rows.float())
+            self.sums_of(batch).gram.add(rows)
         elif self.inputs is not None:
             self.inputs.append(rows, copy=True)  # the layer may overwrite it
             tokens = self._activations.tokens(batch, operator)
@@ -451,7 +451,7 @@ class _DenseRecord:
         rows = operator.outputs_without_bias(self._activations.rows(output, batch, operator))
         if self.outputs is not None:
             self._side_by_side.append(rows.to(output.dtype, copy=True))  # Falcon adds to it in place
-        self.sums_of(batch).add_energies(operator.name, rows.float())
+        self.sums_of(batch).add_energies(operator.name, rows)
 
     def end_batch(self) -> None:
         """Keep the outputs of all operators of the group."""
@@ -462,7 +462,7 @@ class _DenseRecord:
     def inputs_of(self, batch: int, tokens: Tensor | None, later: Tensor) -> Tensor:
         """Dense inputs of the tokens that the rows of `later` [tokens, in] are of; those not seen are taken from it."""
         assert self.inputs is not None
-        kept = self.inputs[batch].to(later.device, non_blocking=True).float()
+        kept = self.inputs[batch].to(later.device, non_blocking=True)
         if tokens is None:
             return kept
         before = self.tokens[batch]  # rising, as `LinearOperator.tokens` promises, so a search finds them

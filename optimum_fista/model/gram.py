@@ -26,14 +26,15 @@ class GramAccumulator:
         self.num_tokens = 0
 
     @quick_products()
-    def add(self, inputs: Tensor) -> None:
-        """Add inputs [tokens, in], float32."""
+    def add(self, inputs: Tensor) -> Tensor:
+        """Add inputs [tokens, in]; returns them as they were multiplied, float32."""
         if self._upper is None:
             self._upper = torch.zeros(self._shape, device=self._device)
         inputs = as_multiplied(inputs)
         _add_upper(self._upper, inputs)
         self._sum += inputs.sum(0)
         self.num_tokens += inputs.shape[0]
+        return inputs
 
     def finish(self) -> InputStatistics:
         """Statistics with the symmetric Gram matrix; the accumulator is used up."""

@@ -21,6 +21,8 @@ Group = list[LinearOperator]
 class LayerSums:
     """Sums over the tokens of a group of operators with the inputs `X*`, and in the dense network `X`.
 
+    They are in float32, whatever dtype the activations are in: sums in half precision would lose digits.
+
     At most one of the two sums with the dense network is kept, the smaller one: the outputs of all operators, one below
     the other, or the inputs. Neither is kept if the dense network is not known, or if `X* = X`.
 
@@ -45,23 +47,21 @@ class LayerSums:
 
     def add_dense_inputs(self, inputs: Tensor, dense: Tensor) -> None:
         """Add `X*` and `X`, both [tokens, in]."""
-        self.gram.add(inputs)
-        self.input_cross = _add_product(self.input_cross, dense, inputs)
+        self.input_cross = _add_product(self.input_cross, as_multiplied(dense), self.gram.add(inputs))
 
     def add_dense_outputs(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add `X*` [tokens, in], and `W X` of all operators side by side, [tokens, out]."""
-        self.gram.add(inputs)
-        self.output_cross = _add_product(self.output_cross, outputs, inputs)
+        self.output_cross = _add_product(self.output_cross, as_multiplied(outputs), self.gram.add(inputs))
 
     def add_targets(self, inputs: Tensor, targets: Tensor) -> None:
         """Add `X*` [tokens, in] and `Y` [tokens, out]."""
-        self.gram.add(inputs)
-        self.target_cross = _add_product(self.target_cross, targets, inputs)
+        targets = as_multiplied(targets)
+        self.target_cross = _add_product(self.target_cross, targets, self.gram.add(inputs))
         self.target_energies = self.target_energies + _energies(targets)
 
     def add_energies(self, name: str, outputs: Tensor) -> None:
         """Add outputs `W X` [tokens, out] of an operator to its energies."""
-        found = _energies(outputs)
+        found = _energies(as_multiplied(outputs))
         self.energies[name] = self.energies[name] + found if name in self.energies else found
 
     def problems(self, group: Group, weights: Sequence[Tensor], dense_share: float) -> Iterator[LayerProblem]:
@@ -99,12 +99,11 @@ class LayerSums:
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     if total is None:
         total = torch.zeros(left.shape[1], right.shape[1], device=right.device)
-    return total.addmm_(as_multiplied(left).T, as_multiplied(right))  # in place: no second matrix of this size
+    return total.addmm_(left.T, right)  # in place: no second matrix of this size
 
 
 def _energies(outputs: Tensor) -> Tensor:
     """Squared norms of the columns of [tokens, out], float64."""
-    outputs = as_multiplied(outputs)
     # a batch in float32, the sum of batches in float64: only that has many terms
     return outputs.square().sum(0).double()
 

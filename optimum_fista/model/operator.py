@@ -86,8 +86,8 @@ class LinearOperator:
         self.parameter.data.copy_(weight.T if self.transposed else weight)
 
     def outputs_without_bias(self, outputs: Tensor) -> Tensor:
-        """`W x` from the module's outputs `W x + b`, [tokens, out], float32."""
+        """`W x` from the module's outputs `W x + b`, [tokens, out]; float32, or a view in their dtype without a bias."""
         # [batch, sequence, out] -> [tokens, out].
-        flat = outputs.detach().reshape(-1, self.shape[0]).float()
+        flat = outputs.detach().reshape(-1, self.shape[0])
         bias = getattr(self.module, "bias", None)
-        return flat if bias is None else flat - bias.detach().float()
+        return flat if bias is None else flat.float() - bias.detach().float()

@@ -53,8 +53,9 @@ def quick_products() -> Iterator[None]:
 
 
 def as_multiplied(values: Tensor) -> Tensor:
-    """Float32 values as `quick_products` take them.
+    """Values as `quick_products` take them, in float32.
 
     Sums of squares and of products must be over the same numbers: an error is a small difference between them.
     """
-    return values if _DTYPE.get() == torch.float32 else values.to(_DTYPE.get()).float()
+    dtype = _DTYPE.get()
+    return values.float() if dtype in (torch.float32, values.dtype) else values.to(dtype).float()
