@@ -278,7 +278,9 @@ def _begin(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
         estimate = _estimate(arguments, config)
         estimate = estimate.with_batch_size(chosen or _best_batch_size(estimate))
         overview, memory = estimate.overview(), estimate.memory["host"]
-    except (ValueError, OSError):
+    except ValueError:
+        raise  # what the run would refuse, before text is drawn: a model may write it for hours
+    except OSError:
         return chosen or 1  # the run says what is wrong
     except Exception as error:  # a model without weights can't be run in every family
         print(f"note: memory and time could not be estimated: {error}", file=sys.stderr)

@@ -174,8 +174,8 @@ def test_a_model_that_is_there_is_refused_before_any_work(prune, tmp_path, capsy
         (["--storage-device", "moon"], "device='moon' can't be used"),
         (["--include", "*.nothing"], "no linear operator to prune in model.layers"),
         (["--batch-size", "0"], "--batch-size 0: pass at least 1"),
-        (["--num-samples", "0"], "num_samples=0; pass 1 or more"),
-        (["--sequence-length", "0"], "sequence_length=0; pass 2 or more"),
+        (["--num-samples", "0"], "num_samples=0: pass at least 1"),
+        (["--sequence-length", "0"], "sequence_length=0: pass at least 1"),
         (["--num-samples", "100000"], "text 'sea.txt' has"),
         (["--calibration", "self", "--sequence-length", "100"], "max_position_embeddings=64"),
         (["--calibration", "nothing.txt"], "source='nothing.txt': there is no such file"),
@@ -197,6 +197,13 @@ def test_errors_are_one_line(prune, tmp_path, capsys, monkeypatch, flags, messag
     assert len(errors) == 1
     assert message in errors[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [("--pattern", "2:5"), ("--include", "*.nothing")])
+def test_what_can_t_be_pruned_is_refused_before_the_model_writes_text(prune, monkeypatch, capsys, flags):
+    monkeypatch.setattr("optimum_fista.run.texts.calibration_source.sample_text_from_model", None)
+    assert prune("--calibration", "self", *flags) == 1
+    assert "error: " in capsys.readouterr().err
 
 
 def test_configuration_files_with_mistakes(prune, tmp_path, capsys):
