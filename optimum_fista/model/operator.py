@@ -86,7 +86,7 @@ class LinearOperator:
         self.parameter.data.copy_(weight.T if self.transposed else weight)
 
     def outputs_without_bias(self, outputs: Tensor) -> Tensor:
-        """`W x` from the module's outputs `W x + b`, [tokens, out]; float32, or a view in their dtype without a bias."""
+        """`W x` from the module's outputs `W x + b`, [tokens, out]: float32, or without a bias in their dtype."""
         # [batch, sequence, out] -> [tokens, out].
         flat = outputs.detach().reshape(-1, self.shape[0])
         bias = getattr(self.module, "bias", None)
