@@ -26,18 +26,18 @@ Carry = Literal["none", "intra", "full"]
 
 @dataclass(frozen=True)
 class Correction:
-    """How errors made by operators pruned before are corrected.
+    """How an operator compensates for the errors of the operators that were pruned before it.
 
     With the inputs `X` of an operator in the dense network and `X*` in the network as pruned so far, it is fitted to
 
         W* X*  ~  Y = W (a X + (1 - a) X*) - b (D* - D),     a = dense_share, b = residual_share.
 
-    `D` and `D*` are the rest of the decoder layer's output in the two networks, what the operator's own output is added
-    to; they count only for the last operator of a layer. FISTAPruner (arXiv 2408.03728, eq. 2) has a = 1 and b = 0.
+    `D` and `D*` are the rest of the decoder layer's output in the two networks, to which the operator's own output is
+    added; only the last operator of a layer has them. FISTAPruner (arXiv 2408.03728, eq. 2) has a = 1 and b = 0.
 
     Attributes:
-        carry: How far pruned hidden states are carried on: `"none"`: nowhere, `X* = X`. `"intra"`: within a decoder
-            layer, and every layer starts from the dense ones. `"full"`: from layer to layer as well.
+        carry: Where `X*` comes from. `"none"`: from the dense network, `X* = X`. `"intra"`: from the pruned operators
+            of the same decoder layer; the hidden states that enter the layer are dense. `"full"`: these are pruned too.
         dense_share: `a`, in [0, 1].
         residual_share: `b`, in [0, 1].
     """
@@ -51,7 +51,7 @@ class Correction:
         """Read the two options of a configuration: a number stands for `"full"` with this share of the dense inputs.
 
         Raises:
-            ValueError: If one of them has another form.
+            ValueError: If one of them is another word or number.
         """
         number = isinstance(error_correction, int | float) and not isinstance(error_correction, bool)
         if not (0 <= error_correction <= 1 if number else error_correction in ("none", "intra", "full")):  # type: ignore[operator]
@@ -71,15 +71,15 @@ class Correction:
 
     @property
     def needs_dense(self) -> bool:
-        """Whether operators are fitted to anything that only the dense network shows."""
+        """Whether the targets need the dense network's inputs or outputs."""
         return self.independent_layers or self.dense_share > 0 or self.residual_share > 0
 
     def sees_dense_inputs(self, group: int) -> bool:
-        """Whether `X* = X` for a group of operators, by its place in the decoder layer."""
+        """Whether `X* = X` for the group of operators with this number in the decoder layer."""
         return self.carry == "none" or (self.carry == "intra" and group == 0)
 
     def enter(self, hidden_states: Sequence[Tensor], keeps_dense: bool) -> HiddenStates:
-        """The hidden states that enter the first decoder layer, in the streams that are needed."""
+        """The hidden states that enter the first decoder layer: dense, pruned, or both, as needed."""
         if self.independent_layers:
             return HiddenStates(hidden_states)
         return HiddenStates(hidden_states if self.needs_dense or keeps_dense else None, hidden_states)
@@ -93,8 +93,8 @@ class GroupProblems:
         operators: The operators.
         fitted: Their problems.
         held_out: Sums over held-out tokens; `None` if no tokens are held out, or none of them reached the operators.
-        dense_share: `a` in the targets.
-        last: The operator, if it is fitted to the output of its decoder layer.
+        dense_share: `a` in the targets (`Correction`).
+        last: The operator, if it has a residual correction.
     """
 
     operators: Group
@@ -105,7 +105,7 @@ class GroupProblems:
 
     @property
     def residual_corrected(self) -> bool:
-        """Whether the operator is fitted to the output of its decoder layer."""
+        """Whether the operator has a residual correction."""
         return self.last is not None
 
     def output_error(
@@ -116,8 +116,8 @@ class GroupProblems:
         Args:
             problem: Its problem, over the held-out tokens if `held_out`.
             weight: Its weights `W*` [out, in], as they were written.
-            fit_error: Its error against the targets of the problem: the same if these are the dense network's outputs.
-            held_out: Whether over the held-out tokens.
+            fit_error: Its fit error, which is the result if the targets are the dense network's outputs.
+            held_out: Whether to take the held-out tokens.
         """
         if self.last is not None:
             return self.last.output_error(held_out=held_out)
@@ -133,19 +133,19 @@ class GroupProblems:
 class LayerTargets:
     """The layer problems of one decoder layer, group by group: sole owner of `X`, `X*` and the targets.
 
-    The dense layer runs once, at the beginning. `X*` of a group comes from running the layer from its start up to that
-    group, with all earlier ones pruned, except for the parts that are finished (`FinishedParts`). All that is kept
-    between two groups are the hidden states that enter the layer and the outputs of such parts.
+    The dense layer runs once, at the beginning. For `X*` of a group the layer runs from its start up to that group,
+    with all earlier groups pruned; parts of the layer that are finished don't run again (`FinishedParts`). Between two
+    groups only the outputs of these parts are kept, and the hidden states that enter the layer.
 
     Args:
         activations: The decoder layer, still dense.
         groups: Its groups of operators, in execution order.
         correction: How errors are corrected.
         entering: Hidden states that enter the layer.
-        experts: The module that holds the experts of the layer, if some of them go.
+        experts: The module that holds the experts of the layer, if some of them are removed.
 
     Attributes:
-        adds_experts: Whether what the experts return together is fitted to the output of the layer.
+        adds_experts: Whether the output of all experts together has a residual correction.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class LayerTargets:
         return len(self._groups)
 
     def problems(self, index: int) -> GroupProblems:
-        """The problems of a group that is still dense, with all groups before it pruned and written.
+        """The problems of a group that is still dense; all groups before it are pruned and written.
 
         Raises:
             ValueError: If its inputs hold NaN or Inf.
@@ -202,13 +202,13 @@ class LayerTargets:
         return GroupProblems(group, fitted, held_out, dense_share, self._last)
 
     def pass_by(self) -> HiddenStates:
-        """The hidden states after a layer that is removed: the dense network runs it, the pruned one has it not."""
+        """The hidden states after a layer that is removed: in the pruned network they are those before it."""
         return HiddenStates(self._outputs, self._entering.pruned)
 
     def expert_targets(self) -> Iterator[Tensor]:
-        """Run the layer as it is now, and yield what its experts should return together, [tokens, out], a batch each.
+        """Run the layer as it is now, and yield what all experts together should return, [tokens, out], by batch.
 
-        If they return `E(X)` in the dense network, and `E(X*)` now,
+        If they return `E(X)` in the dense network and `E(X*)` now, they should return
 
             Y = a E(X) + (1 - a) E(X*) - b (D* - D),
 
@@ -239,10 +239,10 @@ class LayerTargets:
                 yield target.to(output.dtype)
 
     def leave(self, smaller: nn.Module | None = None) -> HiddenStates:
-        """The hidden states that leave the layer, with all of its groups pruned.
+        """The hidden states that leave the layer after all of its groups are pruned.
 
         Args:
-            smaller: The layer without the experts that go.
+            smaller: The layer without the experts that are removed.
         """
         pruned: ActivationStore | None = None
         if smaller is not None:
@@ -314,7 +314,7 @@ class LayerTargets:
         return (module.inputs(tokens, self._activations.device) for tokens in self._mixture[1])
 
     def _is_fitted_to_output(self, index: int) -> bool:
-        """Whether a group is the last of its layer, a single operator whose output is added to the layer's."""
+        """Whether a group, the last, is a single operator that has a residual correction."""
         correction, group = self._correction, self._groups[index]
         if not correction.residual_share or index != len(self._groups) - 1 or len(group) > 1:
             return False
@@ -373,7 +373,7 @@ def assigned_tokens(
     hidden_states: Iterable[Tensor],
     see: Callable[[int, AssignedTokens], None] = lambda _, __: None,
 ) -> list[AssignedTokens]:
-    """What the experts of a mixture get of every batch, kept where activations wait; each is shown to `see` before."""
+    """What the experts of a mixture get of every batch, kept where activations wait; first each is shown to `see`."""
     store, assigned = activations.store(), list[AssignedTokens]()
     for batch, (arguments, keywords) in enumerate(activations.arguments_of(experts.module, hidden_states)):
         assigned.append(experts.assigned(*arguments, **keywords))
@@ -386,20 +386,21 @@ def assigned_tokens(
 
 
 def tokens_of(output: Tensor, num_tokens: int) -> Tensor:
-    """What experts return together for each token, [tokens, out]; some return the output of each expert (Llama-4)."""
+    """The sum of what experts return for each token, [tokens, out]; Llama-4's return one output an expert."""
     return output.detach().reshape(-1, num_tokens, output.shape[-1]).sum(0)
 
 
 class _DenseRecord:
-    """What the dense network shows of one group: enough to form `W X X*^T` against any later `X*`.
+    """What is kept of the dense network for one group: enough to form `W X X*^T` with any later `X*`.
 
     Attributes:
         group: The operators.
         sums: Sums over the tokens that problems are fitted to.
-        held_out: The same over held-out tokens; `None` if none are.
-        inputs: Dense inputs [tokens, in], a batch each, in the model's dtype; `None` if outputs are kept, or nothing.
-        outputs: Dense outputs without bias, of all operators side by side, [tokens, out]; kept if they are fewer.
-        tokens: Indices of the tokens that the rows of `inputs` are of, a batch each, if these are not all.
+        held_out: The same over held-out tokens; `None` if there are none.
+        inputs: Dense inputs [tokens, in] by batch, in the model's dtype; `None` if outputs are kept, or nothing.
+        outputs: Dense outputs without bias, of all operators side by side, [tokens, out] by batch; kept instead of
+            inputs if they are smaller.
+        tokens: Indices of the tokens in the rows of `inputs`, by batch, if these are not all tokens.
     """
 
     def __init__(self, group: Group, activations: LayerActivations, correction: Correction, index: int) -> None:
@@ -425,11 +426,11 @@ class _DenseRecord:
             self.inputs = activations.store()
 
     def sums_of(self, batch: int) -> LayerSums:
-        """The sums that a batch counts in."""
+        """The sums to which a batch is added."""
         return self.held_out if self.held_out is not None and self._activations.is_held_out(batch) else self.sums
 
     def energies(self, operator: LinearOperator) -> list[Tensor]:
-        """Squared norms of the rows of `W X` of an operator, [out], and the same over held-out tokens if any are."""
+        """Squared norms of the rows of an operator's `W X`, [out]; the same over held-out tokens if there are any."""
         return [sums.energies[operator.name] for sums in (self.sums, self.held_out) if sums is not None]
 
     def see_input(self, inputs: Tensor, batch: int) -> None:
@@ -460,7 +461,7 @@ class _DenseRecord:
             self._side_by_side.clear()
 
     def inputs_of(self, batch: int, tokens: Tensor | None, later: Tensor) -> Tensor:
-        """Dense inputs of the tokens that the rows of `later` [tokens, in] are of; those not seen are taken from it."""
+        """Dense inputs of the tokens in the rows of `later` [tokens, in]; of tokens not seen, the row of `later`."""
         assert self.inputs is not None
         kept = self.inputs[batch].to(later.device, non_blocking=True)
         if tokens is None:

@@ -26,7 +26,7 @@ Allocation = Literal["uniform", "fisher"]
 
 @dataclass(frozen=True)
 class MethodDefaults:
-    """Options of `FistaPruningConfig` that are as the method's source has them, unless the caller chooses."""
+    """What a method's source uses for options of `FistaPruningConfig` that the caller leaves `None`."""
 
     scope: Scope = "matrix"
     error_correction: ErrorCorrection = 0.0
@@ -46,13 +46,13 @@ _METHOD_DEFAULTS = {
 
 
 def method_defaults(name: str) -> MethodDefaults:
-    """How a method is run unless the caller chooses."""
+    """The options that a method uses if the caller leaves them `None`."""
     return _METHOD_DEFAULTS.get(name, MethodDefaults())
 
 
 _RECIPE_FOLDER = Path(__file__).parent / "recipes"
 RECIPES = ("default", "fast", "best", "paper")
-"""Names for `FistaPruningConfig.recipe`; a JSON file each in `recipes`, with what differs from the defaults."""
+"""Names for `FistaPruningConfig.recipe`. Each has a JSON file in `recipes`, with what differs from the defaults."""
 
 _OPTIONS_OF_METHOD = ("warm_start", "max_iterations", "tolerance", "method_options")
 _OLD_NAMES = {"starved_tokens": "under_calibrated_tokens", "starved_method": "under_calibrated_method"}
@@ -68,34 +68,35 @@ class FistaPruningConfig:
     """Options of a pruning run, validated when constructed.
 
     Attributes:
-        sparsity: Fraction of zeros in [0, 1); 0.5 when neither it nor another pattern is given.
-        pattern: `"unstructured"`, or `"n:m"`: n weights kept of every m consecutive inputs, such as `"2:4"`, or
-            `"4:8-pairs"`: two whole pairs of the four in every eight consecutive inputs. `"channels:0.25"` and
-            `"heads:0.25"`, also joined by `"+"`, remove this share of the MLPs' channels and of the key-value heads
-            with their query heads, `"experts:0.25"` of the experts of mixtures, and `"layers:0.25"` of the decoder
-            layers: the model becomes a smaller dense one. `"bytes:0.75"`, `"active:0.75"` or `"latency:0.75"` leave
-            this share of its bytes, of the weights that a token meets, or of the time to decode one: the run chooses
-            channels, heads and decoder layers. After a comma comes the pattern, or the fraction of zeros, of what
-            stays: `"channels:0.25,2:4"`.
+        sparsity: Fraction of zeros in [0, 1). If it is `None` and no other pattern is given, 0.5.
+        pattern: `"unstructured"`: any weights become zero. `"n:m"`, such as `"2:4"`: n weights are kept of every m
+            consecutive inputs. `"4:8-pairs"`: of every eight consecutive inputs, two of the four pairs are kept whole.
+            `"channels:0.25"`, `"heads:0.25"`, `"experts:0.25"`, `"layers:0.25"`, or some joined by `"+"`: this share of
+            the MLPs' channels, of the key-value heads with their query heads, of the experts of mixtures, or of the
+            decoder layers is removed, and a smaller dense model is left. `"bytes:0.75"`, `"active:0.75"` or
+            `"latency:0.75"`: the run chooses channels, heads and decoder layers to remove, so that this share is left
+            of the model's bytes, of the weights that a token uses, or of the time to decode a token. After a comma
+            comes the pattern, or the fraction of zeros, of what stays: `"channels:0.25,2:4"`.
         scope: Unstructured only: `"matrix"` shares the zeros over a whole operator, `"row"` gives every output
-            the same number. `None`: as the method's source does (Wanda by row, the others by matrix).
+            the same number. `None`: as in the method's source (by row for Wanda and DSnoT, by matrix for the others).
         method: One of `optimum_fista.solve.methods.METHODS`, or an instance of a registered method
-            (`optimum_fista.solve.method.register`), which is kept as its name and `method_options`. Options that are
-            `None` are then as the method's source has them (`MethodDefaults`); `resolved()` fills them in.
-        error_correction: `"none"`: every operator sees the dense network's inputs. `"intra"`: inputs come from
-            the already pruned operators of the same decoder layer, targets from the dense network. `"full"`:
-            the pruned hidden states are carried on between decoder layers as well. A number `a` in [0, 1]: carried
-            on as well, with the targets `W (a X + (1 - a) X*)`: 1 is `"full"`, 0 corrects nothing, as in the sources
-            of SparseGPT and Wanda.
+            (`optimum_fista.solve.method.register`), which is kept as its name and `method_options`. It decides the
+            options that are `None` (`MethodDefaults`); `resolved()` fills them in.
+        error_correction: Which inputs `X*` an operator is pruned on, and which outputs it aims at. `"none"`: the dense
+            network's inputs `X` and outputs `W X`. `"intra"`: inputs from the pruned operators before it in the decoder
+            layer, outputs `W X`. `"full"`: inputs from all pruned operators before it, outputs `W X`. A number `a` in
+            [0, 1]: as `"full"`, with the outputs `W (a X + (1 - a) X*)`; 0 corrects nothing, as in the sources of
+            SparseGPT and Wanda.
         residual_correction: In [0, 1]: share of the error in the rest of a decoder layer's output that its last
-            operator (the down projection) compensates for, if its output is added to the residual stream.
-        allocation: `"uniform"`: every operator gets `sparsity`. `"fisher"`: the operators share the zeros, so that the
+            operator (the down projection) compensates for, if its output is added to the residual stream. It has no
+            effect with `error_correction="none"`.
+        allocation: `"uniform"`: every operator gets `sparsity`. `"fisher"`: the operators share the zeros so that the
             loss of the model, as its gradients predict it, grows least; `sparsity` holds for all of them together.
-            Operators with another pattern than unstructured or an entry in `overrides` are left out of it.
-        allocation_tokens: Calibration tokens that gradients of the loss are taken on, for the allocation or a method,
-            and that decoder layers are chosen by.
-        held_out: Number of trailing calibration sequences used for evaluation only: they run through the network
-            like the others, nothing is fitted to them, and the report has every operator's error on them as well.
+            Operators with an entry in `overrides` don't take part, and n:m patterns stay uniform.
+        allocation_tokens: Number of calibration tokens on which the loss and its gradients are computed: for
+            `allocation="fisher"`, for the method `"taylor"`, and to choose decoder layers, or parts for a size.
+        held_out: Number of calibration sequences, the last ones, to which nothing is fitted: they run through the
+            network like the others, and the report has every operator's error on them as well.
         warm_start: `"dense"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or `"auto"`, the paper's rule: SparseGPT
             for OPT, Wanda for other families. `None`: the method's default.
         max_iterations: Iteration limit of the method; `None`: the method's default.
@@ -104,26 +105,26 @@ class FistaPruningConfig:
         include: Shell-style name patterns of the operators to prune; empty means every linear operator of the
             decoder layers.
         exclude: Shell-style name patterns of the operators to leave dense.
-        overrides: Sparsity (a number) or pattern (text) by shell-style name pattern, the first match wins;
+        overrides: Sparsity (a number) or pattern (text) by shell-style name pattern. The first match counts;
             0 leaves an operator dense.
         under_calibrated_tokens: An expert of a mixture is under-calibrated if the router sends it fewer calibration
             tokens than this.
         under_calibrated_method: The method that prunes under-calibrated experts, with its default options.
-        expert_saliency: Which experts stay if some go: `"reap"`: those whose outputs are largest on average over the
-            tokens that they get, times the router's weights. `"frequency"`: those that the router chooses most often.
-            `"random"`: any.
+        expert_saliency: Which experts stay if some are removed. `"reap"`: those whose outputs, times the router's
+            weights, are largest on average over the tokens that they get. `"frequency"`: those that the router chooses
+            most often. `"random"`: any.
         expert_refit: Whether the down projections of the experts that stay are refitted, so that together they return
             what the dense mixture does.
         reorder_channels: Whether the channels of MLPs change places first, so that the pattern keeps more of the down
-            projection (`"n:m"` only). The model stays the same: rows and columns move together.
+            projection (`"n:m"` only). Rows and columns move together, so the dense model computes the same.
         finetune: `"layer"`: once a decoder layer is pruned, its kept weights are trained together by Adam on the
             calibration tokens, so that it returns the hidden states of the dense network. `None`: they are not.
-        finetune_steps: Steps a decoder layer, a calibration batch each.
+        finetune_steps: Steps for each decoder layer, one calibration batch a step.
         finetune_learning_rate: The largest learning rate of these steps.
-        compute_dtype: Of the products of float32 matrices in forward passes, in gradients, and in sums over calibration
-            tokens: `"float32"`, `"bfloat16"` (on CUDA, TensorFloat-32), or `"auto"`: bfloat16 on accelerators and on
-            CPUs with AMX, otherwise float32. Layer problems are always solved in float32.
-        seed: Seed of everything random (sampling of calibration windows and texts, order of batches).
+        compute_dtype: Dtype in which float32 matrices are multiplied in forward passes, in gradients, and in sums over
+            calibration tokens: `"float32"`, `"bfloat16"` (on CUDA, TensorFloat-32), or `"auto"`: bfloat16 on
+            accelerators and on CPUs with AMX, otherwise float32. Layer problems are always solved in float32.
+        seed: Seed of everything random: sampling of calibration windows and texts, order of batches, random experts.
     """
 
     sparsity: float | None = None
@@ -248,20 +249,21 @@ class FistaPruningConfig:
 
     @classmethod
     def paper(cls, sparsity: float | None = None, pattern: str = "unstructured", **options: Any) -> FistaPruningConfig:
-        """The published settings of FISTAPruner (arXiv 2408.03728): K = 20, T = 3, xi = 0.3, no refit.
+        """The published settings of FISTAPruner (arXiv 2408.03728).
 
-        Warm start by family (SparseGPT for OPT, Wanda otherwise), intra-layer error correction.
+        They are K = 20, T = 3, xi = 0.3, warm start by SparseGPT for OPT and by Wanda otherwise, intra-layer error
+        correction, and no refit.
         """
         return cls.recipe("paper", sparsity=sparsity, pattern=pattern, **options)
 
     @classmethod
     def recipe(cls, name: str, **options: Any) -> FistaPruningConfig:
-        """The settings of a recipe, which docs/quickstart.md compares, with options that win over them.
+        """The settings of a recipe; docs/quickstart.md compares the recipes.
 
         Args:
             name: `"default"`, `"fast"`, `"best"` or `"paper"`.
-            options: Options of this class. If `method` is another than the recipe's, the recipe's options of its own
-                method are left out.
+            options: Options of this class, which override the recipe's. If `method` is another than the recipe's, the
+                recipe's options of its own method are left out.
 
         Raises:
             ValueError: If there is no such recipe.
@@ -277,7 +279,7 @@ class FistaPruningConfig:
         """The method with its options; `model_type` (as in a model's config) decides `warm_start="auto"`.
 
         Raises:
-            ValueError: If the method does not exist or does not take one of the options given, or not of its type.
+            ValueError: If the method does not exist, does not take one of the options, or wants it of another type.
         """
         options = dict(self.method_options)
         named = ("max_iterations", "tolerance", "warm_start")
@@ -314,7 +316,7 @@ class FistaPruningConfig:
         return any(METHODS[name].needs_gradients for name in (str(self.method), self.under_calibrated_method))
 
     def with_parts(self, parts: str) -> FistaPruningConfig:
-        """The same with a pattern of explicit parts in the place of the size that is to be reached."""
+        """The same, with a pattern of explicit parts instead of the size to reach."""
         _, comma, then = self.pattern.partition(",")
         return dataclasses.replace(self, pattern=f"{parts}{comma}{then}", sparsity=None)
 

@@ -37,17 +37,17 @@ logger = logging.getLogger(__name__)
 class FistaPruner:
     """Prunes decoder-only Transformers models after training, in one shot.
 
-    It works as FISTAPruner does (arXiv 2408.03728): decoder layer by decoder layer, the linear operators that
-    share an input together and in execution order, each as a layer problem on Gram statistics of its inputs. The
-    default method is `obs_admm` (docs/solver.md); `FistaPruningConfig.paper()` is the paper's.
+    It works as FISTAPruner does (arXiv 2408.03728): one decoder layer after another, and in it the linear operators in
+    execution order, those that share an input together. For each it solves a layer problem, made from the Gram matrix
+    of its inputs. The default method is `obs_admm` (docs/solver.md); `FistaPruningConfig.paper()` is the paper's.
 
     Args:
         config: What to prune and how; 50% unstructured by default.
         progress: Whether to show a progress bar.
-        storage_device: Where hidden states and recorded activations wait between passes: a device, `"disk"` for
-            memory-mapped files beside the output (of a model in memory: in the temporary folder), or another folder for
-            them. `None`: on the model's device, but in files beside the output if a model given by name is pruned on
-            the CPU. `"cpu"` spares the memory of a GPU.
+        storage_device: Where hidden states and recorded activations wait between passes: a device (`"cpu"` spares the
+            memory of a GPU), a folder for memory-mapped files, or `"disk"`: files beside the output, or in the
+            temporary folder for a model in memory. `None`: on the model's device, but in files beside the output if a
+            model given by name is pruned on the CPU.
         callbacks: Called for every operator and decoder layer as it is pruned.
     """
 
@@ -81,32 +81,32 @@ class FistaPruner:
     ) -> PruningReport:
         """Prune a model in place, or from its files to the files of `output_dir`.
 
-        Given a name, the model is never held: each decoder layer is read, pruned, and written as a finished shard of
-        its own. After a crash or an interrupt the same call resumes after the last finished decoder layer, with
-        the same result; until all is done, what is finished lies in `output_dir` + ".unfinished", which can't be
-        loaded as a model. Processes that were launched together (`accelerate launch`, `torchrun`) and all make this
-        call share the decoder layers of a model given by name; a model in memory is a copy in each of them.
+        A model given by name is never in memory as a whole: each decoder layer is read, pruned, and written to a file
+        of its own. Until all is done, these files are in `output_dir` + ".unfinished", which can't be loaded as a
+        model. After a crash or an interrupt the same call resumes after the last finished decoder layer, with the same
+        result. If several processes (`accelerate launch`, `torchrun`) make this call, they share the decoder layers of
+        a model given by name (docs/ranks.md); a model in memory is a copy in each of them.
 
         The run sets its own numerical environment (autocast, inference mode, default dtype and device, precision of
         float32 products) and restores the caller's.
 
         Args:
-            model: Decoder-only model with a language-model head, in memory or offloaded by Accelerate, in any
-                floating dtype, which on any error is left as it was; or a Hub id, a model folder, or a folder with
-                one GGUF file.
+            model: Decoder-only model with a language-model head, in any floating dtype: in memory, or offloaded by
+                Accelerate (on any error it is left as it was), or by its name: a Hub id, a model folder, or a folder
+                with one GGUF file.
             calib_dataloader: Iterable of `{"input_ids", "attention_mask"}` dicts, tensors of ids
                 [batch, sequence] or lists of ids. Padding counts nowhere. It is read once.
             calibration_source: Name of the text, for the report.
             output_dir: Where to write the pruned model, for a model given by name only.
-            device: Where a model given by name computes; `None`: the accelerator if there is one (that of the process
-                among several; MPS has to be named), otherwise the CPU.
+            device: Where a model given by name computes; `None`: the accelerator if there is one (each of several
+                processes has its own; MPS has to be named), otherwise the CPU.
             dtype: Dtype of a model given by name; `"auto"` takes the checkpoint's.
             overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
             packed: Make `output_dir` a packed folder (docs/formats.md); the zeros are never written.
-            perplexity_tokens: Ids [sequences, length] that nothing is fitted to: the report gets the perplexity of the
-                dense and of the pruned model on them. That takes two forward passes of these tokens. Not with several
-                processes, nor if a run resumes that began without them or with others, nor if experts are removed or
-                decoder layers hand on more than hidden states.
+            perplexity_tokens: Ids [sequences, length] to which nothing is fitted: the report gets the perplexity of the
+                dense and of the pruned model on them, which takes two forward passes. It is not measured with several
+                processes, if a run resumes that began without them or with others, if experts are removed, or if
+                decoder layers pass more than hidden states to the next one.
 
         Returns:
             The report; `save_pretrained` and `push_to_hub` save it with the model.
@@ -116,8 +116,8 @@ class FistaPruner:
                 the sparsity pattern does not fit an operator, or an unfinished run in `output_dir` had other settings;
                 with several processes, if decoder layers depend on each other or the loaders differ.
             RankError: If another process failed or is gone; finished decoder layers are kept (a RuntimeError).
-            FileExistsError: If `output_dir` already holds a model and `overwrite` is False, or a file that is none of a
-                model's under the name of one.
+            FileExistsError: If `output_dir` already holds a model and `overwrite` is False, or if a file there that
+                belongs to no model has the name of a model's file.
             BlockingIOError: If another run writes to `output_dir`; the message says which.
             OSError: If the disk is full, or can't be written to; finished decoder layers are kept.
             UnsupportedArchitectureError: If the model's structure can't be pruned (a ValueError).
@@ -210,15 +210,15 @@ class FistaPruner:
         output_dir: str | Path | None = None,
         **options: Any,
     ) -> RecoveryReport:
-        """Train what a pruned folder's model kept, under its masks: `optimum_fista.recover`, which has the options."""
+        """Train the kept weights of a pruned folder under its masks: `optimum_fista.recover`, which has the options."""
         from optimum_fista import recover
 
         return recover(folder, teacher, output_dir, **{"progress": self.progress, **options})
 
     def result(self, model: PreTrainedModel) -> tuple[PruningReport, dict[str, Tensor]]:
-        """The report of a model this pruner has pruned in place, and its masks by `"{operator}.weight"`.
+        """The report of a model that this pruner has pruned in place, and its masks by `"{operator}.weight"`.
 
-        A mask is packed, one bit a weight (`solve.bitmask.unpack_mask`), laid out as the model stores the weight.
+        A mask is packed to one bit a weight (`solve.bitmask.unpack_mask`), in the layout of the model's weight.
 
         Raises:
             ValueError: If this pruner has not pruned the model, or another one has pruned it since.
@@ -245,15 +245,14 @@ class FistaPruner:
         *,
         overwrite: bool = False,
     ) -> None:
-        """Save a model this pruner has pruned, as a folder that plain Transformers loads.
+        """Save a model that this pruner has pruned, as a folder that plain Transformers loads.
 
-        Besides the usual files it holds `fista/masks.safetensors` (one bit a weight, 1 = kept),
-        `fista/report.json`, and a model card. Other files in the folder stay as they are.
+        The folder also has the masks, the report and a model card (docs/files.md). Other files in it stay as they are.
 
         Raises:
             ValueError: If this pruner has not pruned the model, or its zeros were filled since.
-            FileExistsError: If the folder already holds a model and `overwrite` is False, or a file that is none of a
-                model's under the name of one.
+            FileExistsError: If the folder already holds a model and `overwrite` is False, or if a file there that
+                belongs to no model has the name of a model's file.
             BlockingIOError: If another run writes the folder.
         """
         report, masks = self.result(model)
@@ -275,7 +274,7 @@ class FistaPruner:
             model: A model this pruner has pruned.
             repo_id: Repository, `name` or `owner/name`; created if it is absent.
             tokenizer: Saved with the model.
-            folder: Where the files are written and stay; `None`: `repo_id`'s last part in the working folder.
+            folder: Where the files are written and stay; `None`: a folder named as the last part of `repo_id`.
             overwrite: Replace a model that the folder already holds.
             options: `private`, `token`, `commit_message`, `revision` of `run.hub.push_folder`.
 

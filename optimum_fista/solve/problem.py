@@ -16,13 +16,13 @@ from optimum_fista.solve.statistics import InputStatistics
 
 @dataclass(frozen=True)
 class DenseOutputs:
-    """The dense network's outputs `W X`, known to a problem whose wanted outputs `Y` are others.
+    """What a problem knows of the dense network's outputs `W X`, if its target outputs `Y` are others.
 
     Attributes:
         energies: Squared norms of the rows of `W X`, [out], float64.
         unpruned_errors: Squared norms of the rows of `W X* - W X`, [out], float64.
         cross: `W X X*^T` [out, in]; `None` if `Y = a W X + (1 - a) W X*`, because `C = Y X*^T` then determines it.
-        dense_share: That `a`, above 0.
+        dense_share: This `a`, above 0.
     """
 
     energies: Tensor
@@ -34,24 +34,25 @@ class DenseOutputs:
 class LayerProblem:
     """Reconstruct a linear operator's outputs with sparse weights.
 
-    It minimizes `1/2 || W* X* - Y ||_F^2` over `W*` in a sparsity pattern, where `Y = W X` are the wanted
-    outputs (FISTAPruner, arXiv 2408.03728, eq. 2, without its penalty). With `G = X* X*^T` and `C = Y X*^T`,
+    It minimizes `1/2 || W* X* - Y ||_F^2` over `W*` in a sparsity pattern. `Y` are the target outputs: the dense
+    network's `W X` (FISTAPruner, arXiv 2408.03728, eq. 2, without its penalty), or others that the error correction
+    chooses. With `G = X* X*^T` and `C = Y X*^T`,
 
-        || W* X* - Y ||_F^2 = <D G, D> - 2 <D, R> + e0,   D = W* - W,  R = C - W G,  e0 = || W X* - Y ||_F^2,
+        || W* X* - Y ||_F^2 = <D G, D> - 2 <D, R> + e0,   D = W* - W,  R = C - W G,  e0 = || W X* - Y ||_F^2.
 
-    a form that loses no digits if `W*` is close to `W`. With `Y = W X*` both `R` and `e0` vanish.
+    This form loses no digits if `W*` is close to `W`. If `Y = W X*`, both `R` and `e0` vanish.
 
     Attributes:
         weight: Dense weights `W` [out, in], float32 or better.
         statistics: Statistics of the inputs `X*`.
-        target: `C = Y X*^T` [out, in]. Built from `weight` when Y = W X*.
-        output_energies: Squared norms of the rows of Y, [out], float64.
-        corrected: Whether the wanted outputs are others than those of the dense weights on the same inputs.
-        aims_at_dense: Whether the wanted outputs are known to be those of the dense network.
-        dense: The dense network's outputs if the wanted ones are others; `None` if nothing is known of them.
+        target: `C = Y X*^T` [out, in]; made from `weight` if `Y = W X*`.
+        output_energies: Squared norms of the rows of `Y`, [out], float64.
+        corrected: Whether `Y` is another matrix than `W X*`.
+        aims_at_dense: Whether `Y` is known to be `W X`.
+        dense: What is known of `W X` if `Y` is another matrix; `None` if nothing is.
         name: Name of the operator, for messages.
-        loss_changes: How much the loss of the model changes to first order if a column goes, with all that goes with
-            it, [in], nats, float32; `None` if it is not known.
+        loss_changes: How much the loss of the model changes, to first order, if a column is removed with everything
+            that is removed with it, [in], nats, float32; `None` if it is not known.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class LayerProblem:
     ) -> None:
         """Make the problem.
 
-        `same_energies`, squared norms of the rows of `W X*`, [out], float64, spare a product if they are known.
+        `same_energies` are the squared norms of the rows of `W X*`, [out], float64; knowing them spares a product.
         """
         if weight.ndim != 2 or weight.shape[1] != statistics.gram.shape[0]:
             raise ValueError(
@@ -103,7 +104,7 @@ class LayerProblem:
             self._unpruned_errors = same_energies - 2 * inner_by_rows(weight, target) + self.output_energies
 
     def of_rows(self, rows: Tensor) -> LayerProblem:
-        """The problem of some outputs alone; the statistics are the same object."""
+        """The problem of some outputs; the statistics are the same object."""
         problem, dense = copy.copy(self), self.dense
         problem.weight, problem.target = self.weight[rows], self.target[rows]
         problem.output_energies = self.output_energies[rows]
@@ -114,10 +115,10 @@ class LayerProblem:
         return problem
 
     def of_columns(self, columns: Tensor, weight: Tensor) -> LayerProblem:
-        """The problem without the other inputs, for the same outputs.
+        """The problem with some of the inputs, for the same outputs.
 
         Args:
-            columns: The inputs that stay.
+            columns: These inputs.
             weight: Dense weights [out, columns], which take the place of `W`.
         """
         statistics = self.statistics.of_inputs(columns)
@@ -125,10 +126,10 @@ class LayerProblem:
 
     @classmethod
     def stack(cls, problems: Sequence[LayerProblem], scales: Tensor) -> LayerProblem:
-        """One problem of the outputs of several that share their statistics, row i times `scales[i]`, [out, 1].
+        """One problem of the outputs of several with the same statistics; row i is multiplied by `scales[i]`, [out, 1].
 
-        Weights and targets move into it, and the problems' own become views of it, to spare a second copy: they are
-        scaled until `unstack` puts them back, up to rounding.
+        Its weights and targets are the only copy: those of the problems become views of them. So these are scaled too,
+        until `unstack` undoes that up to rounding.
         """
         stacked = copy.copy(problems[0])
         for key in ("weight", "target"):
@@ -156,7 +157,7 @@ class LayerProblem:
     def decoupled(self) -> LayerProblem:
         """The problem that methods solve: nearly dead inputs stand alone (`InputStatistics`), errors are this one's.
 
-        The same if there are no such inputs, otherwise with a Gram matrix and a target of its own.
+        It is this problem if there are no such inputs. Otherwise it has a Gram matrix and a target of its own.
         """
         statistics = self.statistics.decoupled
         if statistics is self.statistics:
@@ -177,7 +178,7 @@ class LayerProblem:
         return max(float(self._squared_error(weight)), 0.0)  # this order keeps NaN
 
     def _squared_error(self, weight: Tensor) -> Tensor:
-        """The same, a scalar on the device that rounding may have made negative."""
+        """The same as a scalar on the device; rounding may have made it negative."""
         if self._errors_of is not None:
             return self._errors_of._squared_error(weight)
         error = self._unpruned_errors.sum().clamp_min(0.0)  # e0, zero when Y = W X*
@@ -194,7 +195,7 @@ class LayerProblem:
         return error
 
     def fit_error(self, weight: Tensor) -> float:
-        """`|| W* X* - Y ||_F / || Y ||_F`; zero for outputs that vanish and are reproduced."""
+        """`|| W* X* - Y ||_F / || Y ||_F`, with 0/0 = 0."""
         error, energy = torch.stack([self._squared_error(weight), self.output_energies.sum()]).tolist()  # one transfer
         return relative(max(error, 0.0), energy)
 
@@ -206,7 +207,7 @@ class LayerProblem:
             || W* X* - W X ||^2 = <D G, D> - 2 <D, K - W G> + || W X* - W X ||^2
                                 = <(D + (2/a) W) G - (2/a) C, D> + || W X* - W X ||^2,
 
-        one product. If `K` itself is known it takes the place of `C`, and `a = 1`.
+        which takes one product. If `K` itself is known, it takes the place of `C`, with `a = 1`.
         """
         if self.aims_at_dense:
             return self.fit_error(weight)
@@ -229,7 +230,7 @@ class LayerProblem:
 
 
 _ROWS = 256
-"""Rows multiplied at a time, so that no third matrix is made."""
+"""Rows multiplied at a time, so that no third matrix of this size is made."""
 
 
 def inner_by_rows(left: Tensor, right: Tensor) -> Tensor:

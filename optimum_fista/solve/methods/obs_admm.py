@@ -25,32 +25,29 @@ from optimum_fista.solve.splitting import SplitState, split_in_stages
 class ObsAdmm(PruningMethod):
     """Splitting (ADMM) in coordinates where magnitude is the optimal-brain-surgeon saliency, then a refit.
 
-    1. Ridge towards the dense weights, so that few calibration tokens are not over-fitted: with
-       `S = diag(G)`, `G_r = G + r S` and `C_r = C + r W S`.
-    2. Columns are scaled so that `G_r^-1` has unit diagonal: `W'_ij = W_ij / sqrt([G_r^-1]_jj)`. The projection
-       on the pattern then keeps the largest `w^2 / [G_r^-1]_jj`, the increase of the error when a weight is
-       removed and the others of its row compensate for it (optimal brain surgeon, Hassibi & Stork 1993). If whole
-       columns are removed in groups, so that the diagonal blocks of `G_r^-1` are the identity.
-    3. ADMM (as in ALPS, arXiv 2406.07831) in stages of fixed `rho`, one Cholesky factorisation each for all
-       operators that share the inputs. It keeps the larger of `|w_i|` (kept) and `|g_j| / rho` (removed, with the
-       gradient `g_j`). Swapping j for i pays if `g_j^2 / s_j > w_i^2 / h_i`, with the inverse diagonal `h` of the
-       kept weights' Gram matrix and the Schur complement `s_j`. In these coordinates `h <= 1 <= s`, both near 1, so
-       that `rho` a little above 1 swaps what pays to swap, and a dozen iterations are enough.
-    4. Refit of the kept weights by conjugate gradients on the ridge problem. Whole columns are refitted exactly
+    1. A ridge pulls towards the dense weights, so that few calibration tokens are not over-fitted:
+       `G_r = G + r diag(G)` and `C_r = C + r W diag(G)`.
+    2. Columns are scaled so that `G_r^-1` has unit diagonal: `W'_ij = W_ij / sqrt([G_r^-1]_jj)`. Then the projection
+       on the pattern keeps the largest `w^2 / [G_r^-1]_jj`. This is the increase of the error if a weight is removed
+       and the others of its row compensate for it (optimal brain surgeon, Hassibi & Stork 1993). If whole columns are
+       removed in groups, the scaling makes the diagonal blocks of `G_r^-1` the identity.
+    3. ADMM (as in ALPS, arXiv 2406.07831) runs in stages of fixed `rho`. A stage takes one Cholesky factorisation for
+       all operators that share the inputs. In these coordinates a `rho` a little above 1 exchanges the kept weights
+       that are worth exchanging, and a dozen iterations are enough (docs/solver.md says why).
+    4. The kept weights are refitted by conjugate gradients on the ridge problem. Whole columns are refitted exactly
        (`refit_columns`), with a ridge of their own unless `ridge` is given.
 
-    The working set, besides the problem, is one matrix of the operators' shape and one of the Gram matrix's, in
-    float32, masks of a byte a weight, and four blocks of rows (`solve.blocks.row_blocks`).
+    Besides the problem, it needs one matrix of the operators' shape and one of the Gram matrix's, in float32, masks of
+    a byte a weight, and four blocks of rows (`solve.blocks.row_blocks`).
 
     Attributes:
-        ridge: `r` above; `None`: `ridge_tokens` divided by the calibration tokens per input, within
-            [0.003, 0.5].
+        ridge: `r` above; `None`: `ridge_tokens * inputs / calibration tokens`, within [0.003, 0.5].
         ridge_tokens: See `ridge`.
-        scale_damping: Damping of the inverse that the columns are scaled by, as a fraction of the diagonal.
+        scale_damping: Damping of `G_r` in step 2, as a fraction of its diagonal.
         stages: Stages, each with one factorisation.
-        iterations: Iterations a stage.
+        iterations: Iterations of each stage.
         first_rho: `rho` of the first stage.
-        last_rho: `rho` of the last; geometric in between.
+        last_rho: `rho` of the last stage; from stage to stage it grows by the same factor.
         refit_iterations: Conjugate-gradient steps on the final mask; 0 refits nothing.
     """
 
@@ -86,9 +83,9 @@ class ObsAdmm(PruningMethod):
             return super().prune_sharing(problems, patterns)
         problems = [problem.decoupled() for problem in problems]
         statistics = problems[0].statistics
-        # Step 1 of the docstring: r S.
+        # Step 1 of the docstring: r diag(G).
         penalty = statistics.diagonal * self.ridge_of(statistics.num_tokens, statistics.gram.shape[0])
-        # Step 2. G_r is made anew from G for every factorisation, which uses it up.
+        # Step 2. Every factorisation overwrites its G_r, so it is made again from G.
         surgeon, message = _SurgeonCoordinates.of(statistics.gram, penalty, self.scale_damping, widths.pop())
         copy = partial(surgeon.gram, statistics.gram, penalty)
         states = [SplitState(_SurgeonTarget(p, penalty, surgeon), surgeon.weight(p.weight)) for p in problems]
@@ -101,7 +98,7 @@ class ObsAdmm(PruningMethod):
         ]
 
     def ridge_of(self, num_tokens: int, num_inputs: int) -> float:
-        """Ridge in units of the Gram matrix's diagonal."""
+        """The ridge `r`, in units of the Gram matrix's diagonal."""
         if self.ridge is not None:
             return self.ridge
         # The fewer tokens an input has, the more of the Gram matrix is noise.
