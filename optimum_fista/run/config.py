@@ -249,11 +249,7 @@ class FistaPruningConfig:
 
     @classmethod
     def paper(cls, sparsity: float | None = None, pattern: str = "unstructured", **options: Any) -> FistaPruningConfig:
-        """The published settings of FISTAPruner (arXiv 2408.03728).
-
-        They are K = 20, T = 3, xi = 0.3, warm start by SparseGPT for OPT and by Wanda otherwise, intra-layer error
-        correction, and no refit.
-        """
+        """The published settings of FISTAPruner (arXiv 2408.03728); docs/method.md lists them."""
         return cls.recipe("paper", sparsity=sparsity, pattern=pattern, **options)
 
     @classmethod
