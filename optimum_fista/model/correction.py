@@ -17,6 +17,7 @@ from optimum_fista.model.experts import AssignedTokens, ExpertLinear, FusedExper
 from optimum_fista.model.finished_parts import FinishedParts
 from optimum_fista.model.layer_sums import Group, LayerSums
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.products import quick_products
 from optimum_fista.model.replay import operator_input, watching
 from optimum_fista.model.residual import LastOperator, is_added_to_output
 from optimum_fista.solve.problem import LayerProblem
@@ -238,6 +239,7 @@ class LayerTargets:
                         target -= (both - same + dense) * correction.residual_share
                 yield target.to(output.dtype)
 
+    @quick_products()
     def leave(self, smaller: nn.Module | None = None) -> HiddenStates:
         """The hidden states that leave the layer after all of its groups are pruned.
 

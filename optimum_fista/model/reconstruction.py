@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.products import quick_products
 
 _WARM_UP = 0.1  # share of the steps
 _TINY = 1e-30  # hidden states of zero would divide by zero
@@ -39,6 +40,7 @@ class Reconstruction:
     held_out_error: float | None
 
 
+@quick_products()
 def reconstruct(
     activations: LayerActivations,
     operators: Sequence[LinearOperator],
