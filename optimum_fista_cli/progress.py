@@ -70,13 +70,14 @@ class Progress(PruningCallback):
 
     Args:
         stream: Where to; `None`: the standard error stream.
+        shares: Whether other processes prune other decoder layers, which are not counted.
     """
 
     shows_layers = True
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, shares: bool = False) -> None:
         self._tokens = 0
-        self._stream = stream or sys.stderr
+        self._stream, self._shares = stream or sys.stderr, shares
         self._console = Console(file=self._stream, highlight=False)
         self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live: Live | None = None
@@ -101,8 +102,8 @@ class Progress(PruningCallback):
     def on_layers_begin(self, num_layers: int, costs: Mapping[int, float]) -> None:
         """Begin the table."""
         self._started = time.perf_counter()
-        self._num_layers, self._costs = num_layers, dict(costs)
-        self._num_done = num_layers - len(costs)
+        self._num_layers, self._costs = len(costs) if self._shares else num_layers, dict(costs)
+        self._num_done = self._num_layers - len(costs)
         self._left = TimeLeft(costs, self._started)
         if self._is_live:
             self._live = Live(

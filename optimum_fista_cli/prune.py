@@ -175,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.batch_size = ranks.first(lambda: _begin(arguments, config))
             callbacks: list[PruningCallback] = [*_trackers(arguments, config, ranks, opened)]
             if not ranks.index:
-                callbacks.append(opened.enter_context(Progress()))
+                callbacks.append(opened.enter_context(Progress(shares=ranks.count > 1)))
             tokens, unseen = ranks.first(lambda: _tokens(arguments, config, ranks.device, folder / FOLDER))
             places = {name: getattr(arguments, name) for name in ("device", "dtype", "overwrite", "packed")}
             report = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks).prune(
@@ -188,7 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         except KeyboardInterrupt:
             opened.close()  # the table goes before anything is said
-            layers = len(list((folder / FOLDER).glob("layer-*.json")))
+            layers = _num_kept(arguments, config)
             again = "give the same command again to resume" if layers else "the same command starts from the beginning"
             print(f"\n{layers or 'no'} decoder layers are finished and kept: {again}", file=sys.stderr)
             raise
@@ -216,7 +216,7 @@ def default_output(model: str, config: FistaPruningConfig) -> Path:
     pattern = config.pattern
     if pattern == "unstructured":
         pattern = f"{100 * (config.sparsity or 0.0):.6g}pct"
-    pattern = re.sub(r"[:+,]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
+    pattern = re.sub(r"[:+,/]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
     name = Path(os.path.abspath(model)).name if Path(model).exists() else model.rpartition("/")[2]
     return Path(f"{name}-{pattern}")
 
@@ -227,9 +227,8 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
 
     from optimum_fista.run.callbacks.tracking import require_tracker
     from optimum_fista.run.checkpoints.loading import storage_place
-    from optimum_fista.run.checkpoints.output_folder import MODEL_FILES, require_output, unfinished_folder
+    from optimum_fista.run.checkpoints.output_folder import MODEL_FILES, require_output
     from optimum_fista.run.hub import require_repo_id
-    from optimum_fista.run.streamed.journal import require_same_settings
     from optimum_fista.run.streamed.ranks import launched_processes, require_independent_layers
 
     require_independent_layers(config, launched_processes())
@@ -260,8 +259,26 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     if arguments.push_to_hub:
         require_repo_id(arguments.push_to_hub)
     if not arguments.overwrite:
-        sequences = arguments.num_samples + config.held_out
-        require_same_settings(unfinished_folder(arguments.output), config, sequences, arguments.sequence_length)
+        _require_same_settings(arguments, config)
+
+
+def _require_same_settings(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
+    from optimum_fista.run.checkpoints.output_folder import unfinished_folder
+    from optimum_fista.run.streamed.journal import require_same_settings
+
+    sequences = arguments.num_samples + config.held_out
+    require_same_settings(unfinished_folder(arguments.output), config, sequences, arguments.sequence_length)
+
+
+def _num_kept(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
+    """How many decoder layers are finished and kept for this command; those of another run are not."""
+    from optimum_fista.run.checkpoints.output_folder import FOLDER, unfinished_folder
+
+    try:
+        _require_same_settings(arguments, config)
+    except ValueError:
+        return 0
+    return len(list((unfinished_folder(arguments.output) / FOLDER).glob("layer-*.json")))
 
 
 def _begin(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:

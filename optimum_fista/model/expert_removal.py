@@ -210,10 +210,12 @@ class SmallerMixture:
                 continue
             inputs, tokens = self._inputs(expert, batch)
             mask = self._activations.token_masks[batch]
-            real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.reshape(-1)[tokens]
+            if mask is None:
+                early, real = tokens % self._lengths[batch] < self._lengths[batch] // 2, torch.ones_like(tokens) > 0
+            else:  # the first half of the real tokens of each sequence
+                early = (mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2).reshape(-1)[tokens]
+                real = mask.reshape(-1)[tokens]
             targets = residual[tokens.to(residual.device)].to(device).float() + inputs @ weight.T
-            length = self._lengths[batch]
-            early = tokens % length < length // 2
             for half, counted in zip(sums, (early & real, ~early & real), strict=True):
                 half.add_targets(inputs[counted], targets[counted])
         if not all(half.gram.num_tokens for half in sums):

@@ -30,7 +30,8 @@ def numerical_environment() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         for kind in kinds:
             if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+                # Its cache of rounded weights lives until the caller's autocast ends: training would see old ones.
+                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_default_dtype, dtype)

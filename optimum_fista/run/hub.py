@@ -12,7 +12,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from yaml import YAMLError
 
 from optimum_fista.run.checkpoints.checkpoint import CARD_FILE
-from optimum_fista.run.checkpoints.output_folder import WEIGHTS, all_names, model_files
+from optimum_fista.run.checkpoints.output_folder import LATER, MODEL_FILES, WEIGHTS, all_names, model_files
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def push_folder(
             commit_message=commit_message,
             revision=revision,
             allow_patterns=[glob.escape(name) for name in sorted(names)],
-            delete_patterns=WEIGHTS,
+            delete_patterns=[*WEIGHTS, *(name for name in [*MODEL_FILES, *LATER] if name.startswith("fista/"))],
         )
     logger.info("Pushed %s to %s", folder, commit.commit_url)
     return commit.commit_url

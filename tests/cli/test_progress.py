@@ -37,6 +37,17 @@ def test_a_log_has_a_line_a_decoder_layer_and_no_bar(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("shares", [False, True])
+def test_layers_of_other_processes_are_not_called_done(shares):
+    callback = Progress(stream := io.StringIO(), shares=shares)
+    callback.on_layers_begin(6, {3: 1.0, 4: 1.0})
+    callback.on_layer_end(3, None, [])
+    first, last = ([], "1 of 2") if shares else (["4 of 6 decoder layers are done already"], "5 of 6")
+    *before, line = stream.getvalue().splitlines()
+    assert before == first
+    assert line.startswith(f"decoder layer {last}: stays dense")
+
+
 @pytest.mark.parametrize(("columns", "whole"), [("100", True), ("40", False)])
 def test_a_terminal_has_a_table_that_fits(monkeypatch, columns, whole):
     monkeypatch.setenv("COLUMNS", columns)

@@ -274,14 +274,19 @@ def test_private_without_a_push_is_refused(prune, capsys):
     assert "--private makes sense with --push-to-hub" in capsys.readouterr().err
 
 
-def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_path, monkeypatch, capsys):
-    keep = journal.Journal.keep_layer
+def interrupted(keep=lambda *_, **__: None):
+    """What `keep` does, and then Ctrl-C."""
 
-    def interrupted(self, index, *arguments):
-        keep(self, index, *arguments)
+    def run(*arguments, **keywords):
+        keep(*arguments, **keywords)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(journal.Journal, "keep_layer", interrupted)
+    return run
+
+
+def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_path, monkeypatch, capsys):
+    keep = journal.Journal.keep_layer
+    monkeypatch.setattr(journal.Journal, "keep_layer", interrupted(keep))
     assert prune("--calibration", "self", "--method", "wanda") == 130
     message = "\n1 decoder layers are finished and kept: give the same command again to resume\n"
     assert message in capsys.readouterr().err
@@ -320,9 +325,12 @@ def test_sampled_text_that_is_damaged_or_of_another_model_is_sampled_again(tiny_
 
 def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
-        patched.setattr(journal.Journal, "keep_layer", None)
-        with pytest.raises(TypeError):
-            prune("--method", "wanda")
+        patched.setattr(journal.Journal, "keep_layer", interrupted(journal.Journal.keep_layer))
+        assert prune("--method", "wanda") == 130
+        capsys.readouterr()
+        patched.setattr("optimum_fista.run.texts.calibration_source.calibration_tokens_by_name", interrupted())
+        assert prune("--method", "wanda", "--sparsity", "0.25", "--overwrite") == 130
+        assert "no decoder layers are finished and kept" in capsys.readouterr().err  # those are of the first run
     with monkeypatch.context() as patched:  # refused before any text is sampled
         patched.setattr("optimum_fista.run.texts.calibration_source.calibration_tokens_by_name", None)
         assert prune("--method", "wanda", "--num-samples", "9") == 1
@@ -332,7 +340,16 @@ def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch
     assert prune("--method", "wanda", "--sparsity", "0.25", "--overwrite") == 0
 
 
-def test_text_that_took_hours_is_kept_whatever_is_begun_with_it(prune, tmp_path, monkeypatch, capsys):
+def test_a_run_that_finished_nothing_stands_in_the_way_of_no_other(prune, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(journal.Journal, "keep_budgets", interrupted())
+        assert prune("--method", "wanda") == 130
+    assert (tmp_path / "out.unfinished").exists()
+    assert prune("--method", "wanda", "--sparsity", "0.25") == 0
+    assert verify_checkpoint(tmp_path / "out").num_operators == 14
+
+
+def test_text_that_took_hours_is_kept_whatever_is_begun_with_it(prune, tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
@@ -341,8 +358,7 @@ def test_text_that_took_hours_is_kept_whatever_is_begun_with_it(prune, tmp_path,
     assert prune(*mine, "--overwrite") == 130
     (kept,) = (tmp_path / "out.unfinished" / "journal").glob("calibration-*")
     whole = kept.read_bytes()
-    assert prune(*mine, "--dtype", "bfloat16") == 1
-    assert "was another one (" in capsys.readouterr().err
+    assert prune(*mine, "--dtype", "bfloat16") == 130  # another run, which writes its own text
     assert prune(*mine, "--allocation", "fisher", "--overwrite") == 130
     assert kept.read_bytes() == whole
 
@@ -420,6 +436,7 @@ def test_a_run_without_an_option_names_its_folder_and_says_what_it_will_do_and_w
         ("owner/Llama-1B", {}, "Llama-1B-50pct"),
         ("owner/Llama-1B", {"sparsity": 0.625}, "Llama-1B-62.5pct"),
         ("model.v2", {"pattern": "2:4"}, "model.v2-2of4"),
+        ("model", {"pattern": "channels:0.25/8"}, "model-channels-0.25-8"),
         ("model", {"pattern": "channels:0.25+heads:0.5,2:4"}, "model-channels-0.25-heads-0.5-2of4"),
     ],
 )

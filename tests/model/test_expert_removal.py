@@ -135,6 +135,25 @@ def test_refits_find_the_weights_that_made_the_outputs(family, left):
     assert again.errors()[0] == pytest.approx(after, rel=1e-3)  # what was taken off step by step is what is left
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_in_no_half_of_a_sequence(side):
+    lengths, ids = [8] * 7 + [32], torch.randint(3, 64, (8, 32), generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, slice(length) if side == "right" else slice(-length, None)] = 1
+    alone = [ids[row : row + 1, mask[row] > 0] for row in range(len(ids))]
+    found = []
+    for batches in ([{"input_ids": ids, "attention_mask": mask}], alone):
+        _, experts, activations, entering = mixture_layer("mixtral", batches)
+        wanted = activations.store()
+        for hidden in entering:
+            wanted.append(torch.zeros_like(hidden).flatten(0, 1))
+        mixture = SmallerMixture(experts, activations, entering, wanted)
+        halves = mixture._problems(0, mixture._down[0].read())
+        found.append([problem.statistics.num_tokens for problem in halves])
+    assert found[0] == found[1]
+
+
 def test_refits_to_noise_are_not_kept():
     _, experts, activations, entering = mixture_layer("mixtral")
     wanted = activations.store()

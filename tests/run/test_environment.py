@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny_llama import tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
+from optimum_fista.run.environment import numerical_environment
 
 
 @contextmanager
@@ -104,6 +105,16 @@ def test_a_run_sets_its_own_and_restores_the_callers(around, run, undisturbed, t
     assert same(found, undisturbed[run])
     if run is not prune_weight:
         assert inside.seen == (False, torch.float32, torch.device("cpu"), False, False, "ieee", "ieee")
+
+
+def test_weights_that_change_are_not_cached_by_the_callers_autocast():
+    layer, outputs = torch.nn.Linear(4, 4, bias=False), []
+    with torch.autocast("cpu", torch.bfloat16), numerical_environment():
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs.append(layer(torch.ones(1, 4)))
+            layer.weight.data.mul_(2)
+    assert torch.equal(outputs[1], 2 * outputs[0])
 
 
 def test_a_model_of_inference_mode_is_refused():

@@ -94,12 +94,13 @@ def test_a_second_push_sends_only_what_changed(hub, model_folder, tmp_path):
     assert not [request for request in hub.requests if "/commit/" in request or request.startswith("PUT")]
 
 
-def test_weights_of_an_earlier_model_are_deleted(hub, model, model_folder, tmp_path):
+def test_weights_and_measurements_of_an_earlier_model_are_deleted(hub, model, model_folder, tmp_path):
+    (model_folder / "fista" / "evaluation.json").write_text("[]")
     printed(push(hub, model_folder, tmp_path))
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     printed(push(hub, tmp_path / "sharded", tmp_path))
-    kept = {path: data for path, data in bytes_of(model_folder).items() if path != "model.safetensors"}
+    kept = {path: data for path, data in bytes_of(model_folder).items() if not path.startswith(("fista/", "model."))}
     assert hub.files(REPO_ID) == kept | bytes_of(tmp_path / "sharded")
 
 

@@ -232,6 +232,13 @@ def begun_run(folder: Path) -> dict[str, Any] | None:
     return read_record(file) if file.exists() else None
 
 
+def has_only_begun(folder: Path) -> bool:
+    """Whether an unfinished folder holds a pruning run that has finished nothing yet, so that nothing is lost."""
+    begun, journal = begun_run(folder), folder / FOLDER
+    kept = any(journal.glob("layer-*.json")) or (journal / "budgets.json").exists()
+    return begun is not None and "batches" in begun and not kept
+
+
 def begun_batch_size(folder: Path) -> int | None:
     """Sequences a batch of the run that an unfinished folder holds; `None` if there is none."""
     begun = begun_run(folder)
@@ -247,7 +254,7 @@ def require_same_settings(
         ValueError: If they differ; the message names what.
     """
     begun = begun_run(folder)
-    if begun is None:
+    if begun is None or has_only_begun(folder):
         return
     if "batches" not in begun:
         raise ValueError(

@@ -27,7 +27,7 @@ from optimum_fista.run.pruning.removal import require_zeros_to_pack
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.file_sink import FileSink
 from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run, model_folder, run_fingerprint
-from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer, read_record
+from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer, has_only_begun, read_record
 from optimum_fista.run.streamed.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
 
 _ADVICE = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, and ")
@@ -136,8 +136,8 @@ class StreamedRun:
         fingerprint = run_fingerprint(self.source, pruning) | ({"packed": True} if packed else {})
 
         def begin() -> dict[str, Any]:
-            if overwrite and is_of_another_run(folder, fingerprint):
-                discard(folder, overwrite, keep_texts=True)
+            if (overwrite or has_only_begun(folder)) and is_of_another_run(folder, fingerprint):
+                discard(folder, True, keep_texts=True)
             Journal(folder, fingerprint).keep_weights(self.source.hashes)
             return fingerprint
 
