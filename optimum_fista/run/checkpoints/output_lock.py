@@ -75,6 +75,22 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
                 os.close(file)
 
 
+@contextmanager
+def locked(lock: Path, shown: str) -> Iterator[None]:
+    """Be the only one who holds a lock, a file that goes afterwards.
+
+    Raises:
+        BlockingIOError: If another run holds it; the message says which.
+    """
+    while (file := _take(lock, shown)) is None:
+        pass
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(file)
+
+
 def lock_file(path: Path, shown: str, *, wait: bool = False) -> int | None:
     """Open a file, made if it is not there, and lock it; `None` if another process took it away in the meantime.
 
@@ -116,7 +132,7 @@ def _lock(folder: Path, output_dir: Path) -> int:
             lock.parent.mkdir(parents=True, exist_ok=True)
             if output_dir.is_dir():
                 tempfile.TemporaryFile(dir=output_dir).close()
-            file = lock_file(lock, shown)
+            file = _take(lock, shown)
         except FileNotFoundError:
             continue  # its last holder is just removing it
         except FileExistsError as error:
@@ -126,11 +142,8 @@ def _lock(folder: Path, output_dir: Path) -> int:
             raise FileExistsError(
                 f"{str(folder)!r} is in the way and no unfinished run's: move it away, or pass another output."
             ) from error
-        except BlockingIOError as error:
-            holder = _text(lock) or "another process"
-            raise BlockingIOError(
-                f"{shown} is being written by {holder}: wait until it has ended, or pass another folder."
-            ) from error
+        except BlockingIOError:
+            raise
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -139,10 +152,23 @@ def _lock(folder: Path, output_dir: Path) -> int:
                 error.filename,
             ) from error
         if file is not None:
-            text = f"{_LOCKED}{os.getpid()} on {socket.gethostname()}".encode()
-            os.ftruncate(file, os.pwrite(file, text, 0))  # in this order: it is never empty again
             return file
     raise OSError(errno.EAGAIN, f"{shown} is written by others again and again", str(folder))
+
+
+def _take(lock: Path, shown: str) -> int | None:
+    """Lock a file as `lock_file` does, and write into it who holds it; if another does, the error says which."""
+    try:
+        file = lock_file(lock, shown)
+    except BlockingIOError as error:
+        holder = _text(lock) or "another process"
+        raise BlockingIOError(
+            f"{shown} is being written by {holder}: wait until it has ended, or pass another folder."
+        ) from error
+    if file is not None:
+        text = f"{_LOCKED}{os.getpid()} on {socket.gethostname()}".encode()
+        os.ftruncate(file, os.pwrite(file, text, 0))  # in this order: it is never empty again
+    return file
 
 
 def _lock_folder(file: int, output_dir: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ from torch import Tensor
 
 from optimum_fista.run.checkpoints.atomic import errors_of_writing
 from optimum_fista.run.checkpoints.output_folder import all_names
+from optimum_fista.run.checkpoints.output_lock import locked
 from optimum_fista.run.evaluation.perplexity import POSITIONS_PER_CHUNK
 from optimum_fista.run.streamed.journal import differences, read_record, write_record
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,50 +113,61 @@ def _from_largest(log_q: Tensor, q: Tensor, teacher: LargestLogits) -> tuple[Ten
     return loss, wanted.scatter_(1, ids, p[:, :-1])
 
 
+@contextmanager
+def locked_cache(folder: Path) -> Iterator[None]:
+    """Be the only one who fills a teacher's cache; several runs may read one that is full, and need no lock.
+
+    Raises:
+        FileExistsError: If the folder holds something else.
+        BlockingIOError: If another run fills it.
+    """
+    foreign = folder.exists() and (not folder.is_dir() or {*all_names(folder)} - {_RECORD_BEGUN, _LOCK})
+    if foreign and read_record(folder / _RECORD) is None:
+        raise FileExistsError(
+            f"teacher_cache {str(folder)!r} holds something else: pass a new folder (--teacher-cache DIR)."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / _LOCK, f"teacher_cache {str(folder)!r}"):
+        yield
+
+
 class TeacherCache:
     """A teacher's largest logits on windows of tokens, in files that are mapped into memory.
 
     What is there of an earlier call with the same windows and teacher is used. Every window takes
-    `sequence_length * (6 k + 2)` bytes.
+    `sequence_length * (6 k + 2)` bytes. Make and fill it in `locked_cache(folder)`.
 
     Args:
-        folder: Where the files are; it may be new.
+        folder: Where the files are.
         k: Logits kept a position.
         windows: Token ids [windows, sequence_length].
         fingerprint: What the predictions depend on.
 
     Raises:
-        FileExistsError: If the folder holds something else.
         ValueError: If it holds other predictions, such as those of another teacher; the message names what differs.
     """
 
     def __init__(self, folder: Path, k: int, windows: Tensor, fingerprint: Mapping[str, Any]) -> None:
         self._windows = windows
-        self._record = folder / "teacher.json"
-        wanted = json.loads(json.dumps({**fingerprint, "k": k, "shape": list(windows.shape)}))
-        found = read_record(self._record) if folder.exists() else None
-        if found is None and folder.exists() and (not folder.is_dir() or {*all_names(folder)} - {_RECORD_BEGUN}):
-            raise FileExistsError(
-                f"teacher_cache {str(folder)!r} holds something else: pass a new folder (--teacher-cache DIR)."
-            )
-        if found is not None and found["of"] != wanted:
-            different = "; ".join(itertools.islice(differences(found["of"], wanted), 3))
+        self._record = folder / _RECORD
+        self._of = json.loads(json.dumps({**fingerprint, "k": k, "shape": list(windows.shape)}))
+        found = read_record(self._record)
+        if found is not None and found["of"] != self._of:
+            different = "; ".join(itertools.islice(differences(found["of"], self._of), 3))
             raise ValueError(
                 f"teacher_cache {str(folder)!r} holds other predictions ({different}): delete it, or pass another "
                 "folder (--teacher-cache DIR)."
             )
-        self._of = wanted
-        folder.mkdir(parents=True, exist_ok=True)
-        whole = found is not None and all((folder / file).exists() for file in _FILES)
-        self.finished = found["finished"] if found is not None and whole else 0
-        if not self.finished:  # first the record: files without one are somebody's
-            write_record(self._record, {"of": wanted, "finished": 0})
         sizes: list[tuple[type, int]] = [(np.float16, k + 1), (np.int32, k)]
+        files = [(folder / file, dtype, (*windows.shape, n)) for file, (dtype, n) in zip(_FILES, sizes, strict=True)]
+        self.finished = found["finished"] if found is not None else 0
+        if self.finished and not all(_is_whole(*file) for file in files):
+            logger.warning("teacher_cache %r is damaged and not used: the teacher predicts anew", str(folder))
+            self.finished = 0
+        if not self.finished:  # first the record: files without one are somebody's
+            write_record(self._record, {"of": self._of, "finished": 0})
         self._files = [
-            np.lib.format.open_memmap(folder / file, "r+")
-            if self.finished
-            else _mapped_file(folder / file, dtype, (*windows.shape, size))
-            for file, (dtype, size) in zip(_FILES, sizes, strict=True)
+            np.lib.format.open_memmap(file[0], "r+") if self.finished else _mapped_file(*file) for file in files
         ]
 
     def fill(self, predict: Callable[[Tensor], Tensor], progress: Callable[[], object]) -> None:
@@ -180,12 +196,22 @@ class TeacherCache:
         write_record(self._record, {"of": self._of, "finished": self.finished})
 
 
+def _is_whole(path: Path, dtype: type, shape: tuple[int, ...]) -> bool:
+    """Whether a file is there and as long as such an array; opened to write, a short one would get zeros."""
+    try:
+        found = np.lib.format.open_memmap(path, "r")
+    except (OSError, ValueError):
+        return False
+    return found.dtype == dtype and found.shape == shape
+
+
 def _mapped_file(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
     """A new file that is mapped into memory, with all its place on the disk.
 
     Raises:
         OSError: If the disk has not enough; a later write to the memory would kill the process.
     """
+    path.unlink(missing_ok=True)  # a run may read it
     file = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
         with errors_of_writing(path), path.open("r+b") as opened:
@@ -194,7 +220,8 @@ def _mapped_file(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
 
 
 _FILES = ("log_probs.npy", "ids.npy")
-_RECORD_BEGUN = ".teacher.json.partial"  # what a process leaves that was killed while it began the record
+_RECORD, _LOCK = "teacher.json", "lock"
+_RECORD_BEGUN = f".{_RECORD}.partial"  # what a process leaves that was killed while it began the record
 _POSITIONS_ON_CPU = 16
 """Positions a chunk of the loss on a CPU: as many as its caches hold."""
 _NOTED_EVERY = 64

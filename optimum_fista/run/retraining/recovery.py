@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from optimum_fista.model.products import COMPUTE_DTYPES, compute_dtype_of
@@ -33,7 +32,7 @@ from optimum_fista.run.reports.report import (
     library_versions,
 )
 from optimum_fista.run.retraining.masks import find_record, pruned_folder
-from optimum_fista.run.retraining.recovery_training import STATE_FILE, TEACHER_FOLDER, RecoveryTraining
+from optimum_fista.run.retraining.recovery_training import STATE_FILE, TEACHER_FOLDER, RecoveryTraining, open_state
 from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run
 from optimum_fista.run.streamed.journal import Journal, digest_of, read_record, refuse_differences
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
@@ -108,7 +107,7 @@ def recover(
             unfinished run in `output_dir` had other settings.
         FileNotFoundError: If `folder` is no pruned model's.
         FileExistsError: If `output_dir` holds a model already and `overwrite` is False, or files of something else.
-        BlockingIOError: If another run writes to `output_dir`.
+        BlockingIOError: If another run writes to `output_dir`, or fills `teacher_cache`.
     """
     source = str(folder)
     report = read_report(pruned_folder(source))
@@ -201,10 +200,10 @@ def recovered_folder(source: str | Path) -> Path:
 
 def steps_kept(output: Path) -> int:
     """Steps of an interrupted run into `output` that its next start resumes after."""
-    file = unfinished_folder(output) / FOLDER / STATE_FILE
-    if not file.exists():
+    opened = open_state(unfinished_folder(output) / FOLDER / STATE_FILE)
+    if opened is None:
         return 0
-    with safe_open(file, "pt") as state:
+    with opened as state:
         return int(json.loads(state.metadata()["state"])["step"])
 
 

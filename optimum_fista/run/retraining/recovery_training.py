@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
@@ -27,7 +27,7 @@ from optimum_fista.run.checkpoints.loading import load_model, read_model
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.memory import available_bytes, release_free_memory
 from optimum_fista.run.reports.report import WORDS_OF_TRAIN, RecoveryReport, public_name
-from optimum_fista.run.retraining.distillation import LargestLogits, TeacherCache, divergence
+from optimum_fista.run.retraining.distillation import LargestLogits, TeacherCache, divergence, locked_cache
 from optimum_fista.run.retraining.masks import find_masks, pruned_folder
 from optimum_fista.run.retraining.training import MaskedTraining
 from optimum_fista.run.streamed.journal import read_record, write_record
@@ -97,13 +97,15 @@ class RecoveryTraining:
         self._teacher: PreTrainedModel | None = None
         if choice["cached"]:
             k = min(self.options["top_k"], self.model.config.get_text_config(decoder=True).vocab_size)
-            self._cache = TeacherCache(cache or self._journal / TEACHER_FOLDER, k, self.windows, of_teacher)
-            if self._cache.finished < len(self.windows):
-                del self.model
-                release_free_memory(collect=True)
-                self._fill(self._cache)
-                release_free_memory(collect=True)
-                self._load()
+            folder = cache or self._journal / TEACHER_FOLDER
+            with locked_cache(folder):
+                self._cache = TeacherCache(folder, k, self.windows, of_teacher)
+                if self._cache.finished < len(self.windows):
+                    del self.model
+                    release_free_memory(collect=True)
+                    self._fill(self._cache)
+                    release_free_memory(collect=True)
+                    self._load()
         else:
             self._teacher = self._load_teacher()
         if choice["checkpointed"]:
@@ -130,8 +132,8 @@ class RecoveryTraining:
             fused=True if self.device.type == "cpu" else None,  # on others the default takes many tensors at once
         )
         self._best: dict[str, Tensor] = {}
-        if self._state.exists():
-            self._resume()
+        if (state := open_state(self._state)) is not None:
+            self._resume(state)
 
     def train(self) -> None:
         """Train to the last step, and put the best weights into the model; Ctrl-C keeps the steps done."""
@@ -284,8 +286,8 @@ class RecoveryTraining:
         contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
         write_tensors(self._state, contiguous, {"state": json.dumps(values)})
 
-    def _resume(self) -> None:
-        with safe_open(self._state, "pt") as file:
+    def _resume(self, opened: safe_open) -> None:
+        with opened as file:
             values = json.loads(file.metadata()["state"])
             state: dict[int, dict[str, Tensor]] = {}
             numbers = {name: number for number, name in enumerate(self._trained)}
@@ -363,6 +365,17 @@ class RecoveryTraining:
                         logger.info("%s are trained: %s", WORDS_OF_TRAIN[kind], "; ".join(tried))
                     return {"train": kind, "checkpointed": checkpointed, "cached": cached or not beside}
         return {"train": asked, "checkpointed": True, "cached": True}
+
+
+def open_state(file: Path) -> safe_open | None:
+    """What an unfinished recovery keeps; `None` if it is not there, or damaged."""
+    try:
+        return safe_open(file, "pt")
+    except FileNotFoundError:
+        return None
+    except SafetensorError:
+        logger.warning("%s is damaged and not used: the training begins anew", file)
+        return None
 
 
 def _linears(model: PreTrainedModel) -> list[Any]:

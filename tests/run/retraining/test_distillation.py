@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from optimum_fista.run.retraining.distillation import LargestLogits, TeacherCache, divergence
+from optimum_fista.run.retraining.distillation import LargestLogits, TeacherCache, divergence, locked_cache
 
 POSITIONS, VOCABULARY = 300, 40
 
@@ -66,11 +66,12 @@ def test_a_cache_that_was_interrupted_is_filled_further(tmp_path):
         asked.append(ids[0, 0].item())
         return torch.nn.functional.one_hot(ids[0], 16) * 5.0
 
-    cache = TeacherCache(tmp_path / "cache", 2, windows, {"teacher": "t"})
-    with pytest.raises(KeyboardInterrupt):
-        cache.fill(predict, lambda: None)
-    asked.clear()
-    cache.fill(lambda ids: predict(ids), lambda: None)
+    with locked_cache(tmp_path / "cache"):
+        cache = TeacherCache(tmp_path / "cache", 2, windows, {"teacher": "t"})
+        with pytest.raises(KeyboardInterrupt):
+            cache.fill(predict, lambda: None)
+        asked.clear()
+        cache.fill(lambda ids: predict(ids), lambda: None)
     assert asked == [6, 9]
     found = TeacherCache(tmp_path / "cache", 2, windows, {"teacher": "t"}).read(1, 3)
     with pytest.raises(ValueError, match=r"holds other predictions \(k was 2, is 3\): delete it, or pass another"):
@@ -79,19 +80,50 @@ def test_a_cache_that_was_interrupted_is_filled_further(tmp_path):
     torch.testing.assert_close(found.log_probs.exp().sum(1).float(), torch.ones(4), rtol=2e-3, atol=0)
 
 
+def full_cache(folder):
+    with locked_cache(folder):
+        cache = TeacherCache(folder, 2, torch.arange(12).view(4, 3), {})
+        cache.fill(lambda ids: torch.nn.functional.one_hot(ids[0], 16) * 5.0, lambda: None)
+    return cache
+
+
+def test_one_run_at_a_time_fills_a_cache(tmp_path):
+    with locked_cache(tmp_path / "cache"):
+        said = rf"teacher_cache '.*cache' is being written by process {os.getpid()} on .*: wait until it has ended, or"
+        with pytest.raises(BlockingIOError, match=said):
+            full_cache(tmp_path / "cache")
+    full_cache(tmp_path / "cache")
+    assert not (tmp_path / "cache" / "lock").exists()
+
+
+@pytest.mark.parametrize("file", ["log_probs.npy", "ids.npy"])
+def test_a_cache_that_is_cut_off_is_made_anew_and_who_reads_it_still_can(file, tmp_path, caplog):
+    first = full_cache(tmp_path)
+    expected = first.read(0, 4)
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).unlink()
+    (tmp_path / file).write_bytes(whole[: len(whole) // 2])
+    assert TeacherCache(tmp_path, 2, torch.arange(12).view(4, 3), {}).finished == 0
+    assert "is damaged and not used: the teacher predicts anew" in caplog.text
+    found = first.read(0, 4)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.log_probs, expected.log_probs)
+
+
 def test_files_of_somebody_else_are_not_taken_and_a_full_disk_is_said(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "ids.npy").write_bytes(b"my numbers")
     windows = torch.zeros(2, 4, dtype=torch.int64)
-    with pytest.raises(FileExistsError, match="holds something else"):
-        TeacherCache(tmp_path / "mine", 4, windows, {})
-    assert (tmp_path / "mine" / "ids.npy").read_bytes() == b"my numbers"
+    with pytest.raises(FileExistsError, match="holds something else"), locked_cache(tmp_path / "mine"):
+        pass
+    assert [file.read_bytes() for file in (tmp_path / "mine").iterdir()] == [b"my numbers"]
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "posix_fallocate", full)
-        with pytest.raises(OSError, match=r"No space left on device: .*log_probs\.npy"):
-            TeacherCache(tmp_path / "cache", 4, windows, {})
-    assert TeacherCache(tmp_path / "cache", 4, windows, {}).finished == 0
+    with locked_cache(tmp_path / "cache"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "posix_fallocate", full)
+            with pytest.raises(OSError, match=r"No space left on device: .*log_probs\.npy"):
+                TeacherCache(tmp_path / "cache", 4, windows, {})
+        assert TeacherCache(tmp_path / "cache", 4, windows, {}).finished == 0

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,30 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folde
     assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
     assert [row[::2] for row in found.evaluations] == [row[::2] for row in expected.evaluations]
     assert not (tmp_path / "stopped.unfinished").exists()
+
+
+def test_a_state_that_is_cut_off_is_said_and_the_training_begins_anew(
+    saved, tiny_folder, text, tmp_path, monkeypatch, caplog
+):
+    def call():
+        return recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, **QUICK | {"tokens": 64})
+
+    take = recovery_training.RecoveryTraining._take_step
+
+    def stop(self):
+        return take(self) if not self.step else signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery_training.RecoveryTraining, "_take_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    assert recovery.steps_kept(tmp_path / "out") == 1
+    state = tmp_path / "out.unfinished" / "journal" / "state.safetensors"
+    os.truncate(state, state.stat().st_size // 2)
+    assert recovery.steps_kept(tmp_path / "out") == 0
+    caplog.clear()
+    assert call().num_tokens == 64
+    assert f"{state} is damaged and not used: the training begins anew" in caplog.text
 
 
 def test_another_run_is_not_mixed_with_an_unfinished_one(saved, tiny_folder, text, tmp_path, monkeypatch):
