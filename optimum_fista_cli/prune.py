@@ -157,12 +157,12 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista_cli.progress import Progress, log_shown
 
     config = _config(arguments)
+    keep_large_blocks_apart()  # before the device is measured
     if arguments.dry_run:
         estimate = _estimate(arguments, config)
         print(estimate.with_batch_size(arguments.batch_size or _best_batch_size(estimate)))
         return 0
     _require_options(arguments, config)
-    keep_large_blocks_apart()
     folder = unfinished_folder(arguments.output)
     with joined_ranks(arguments.device) as ranks, ExitStack() as opened:
         if ranks.index:

@@ -59,10 +59,15 @@ def test_estimates_of_large_models(benchmark):
 def test_recipes_in_the_quickstart(benchmark):
     """The measured rows are kept, and the estimates of large models are today's."""
     page = (ROOT / "docs" / "quickstart.md").read_text().split("### Recipes")[1].split("## 5.")[0]
-    (_, fast) = Comparison.read(ROOT / "benchmarks" / "results" / "recipes.json").rows
-    assert FistaPruningConfig.from_dict(fast.config) == FistaPruningConfig.recipe("fast").resolved()
-    measured = "/".join(f"{value:.2f}" for value in fast.perplexity.values())
-    assert f"| `fast` | {measured} |" in page
+    _, *kept = Comparison.read(ROOT / "benchmarks" / "results" / "recipes.json").rows
+    measured = {}
+    for row in kept:
+        pattern = {"sparsity": 0.5} if row.pattern == "0.5" else {"pattern": row.pattern}
+        assert FistaPruningConfig.from_dict(row.config) == FistaPruningConfig.recipe(row.method, **pattern).resolved()
+        perplexities = "/".join(f"{value:.2f}" for value in row.perplexity.values())
+        measured[row.method] = f"{measured.get(row.method, '')} {perplexities} | {row.seconds['total']:.0f} |"
+    assert len(measured) == 3
+    assert all(f"| `{recipe}` |{cells}\n" in page for recipe, cells in measured.items())
     rows = [line.split("|")[1:-1] for line in page.split("| Llama-3-70B |")[1].splitlines() if line.startswith("| `")]
     shown = {cells[0].strip(" `"): [[float(n) for n in re.findall(r"[\d.]+", c)] for c in cells[2:]] for cells in rows}
     assert set(shown) == set(RECIPES)
@@ -135,15 +140,13 @@ def test_a_training_text_has_no_window_that_is_measured_on(benchmark, tmp_path):
 
 
 def test_estimates_beside_real_runs(benchmark):
-    """docs/scale.md: within a factor of 1.25 (memory), and 25%, one of 12 within 40% (time)."""
+    """docs/scale.md: within a factor of 1.25 (memory), and 25% (time)."""
     runs = json.loads((ROOT / "benchmarks" / "results" / "estimate.json").read_text())["runs"]
     assert "\n".join(benchmark("estimate").runs_table(runs)) in PAGE
     assert len(runs) > 10
     for run in runs.values():
         assert 1 / 1.25 < run["estimated_bytes"] / run["measured_bytes"] < 1.25
-    *others, farthest = sorted(abs(run["estimated_seconds"] / run["measured_seconds"] - 1) for run in runs.values())
-    assert max(others) < 0.25
-    assert farthest < 0.4
+        assert 0.75 < run["estimated_seconds"] / run["measured_seconds"] < 1.25
 
 
 def rows_of_the_results(title):

@@ -177,10 +177,16 @@ def _recomputed_layers(loss: DenseLoss) -> Iterator[_WaitingInputs]:
     waiting = _WaitingInputs(loss.storage or device, device)
     stays = loss.storage is None or loss.storage == device
 
-    def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def recomputed(layer: nn.Module) -> Callable[..., Any]:
+        forward = layer.forward
+
+        def brought(*arguments: Any, **keywords: Any) -> Any:
+            with onloaded(layer.modules(), copy=False):
+                return forward(*arguments, **keywords)
+
         def run(*arguments: Any, **keywords: Any) -> Any:
             with set_checkpoint_early_stop(False):  # cut short, a layer would keep weights that Accelerate brought
-                return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+                return checkpoint(brought, *arguments, use_reentrant=False, **keywords)
 
         return run if stays else waiting.around(run)
 
@@ -195,7 +201,7 @@ def _recomputed_layers(loss: DenseLoss) -> Iterator[_WaitingInputs]:
             getattr(module, name).requires_grad_(False)
         with (
             model.get_input_embeddings().register_forward_hook(_with_gradient),
-            replaced_forwards(layers.modules, [recomputed(layer.forward) for layer in layers.modules]),
+            replaced_forwards(layers.modules, [recomputed(layer) for layer in layers.modules]),
         ):
             yield waiting
     finally:

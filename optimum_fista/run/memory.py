@@ -171,9 +171,19 @@ def keep_large_blocks_apart() -> None:
     Only for a process that is ours: glibc has no way back. Otherwise that size grows to 32 MiB in time, and matrices
     below it leave holes in the heap that later ones don't fit: the peak of a run is then higher.
     """
+    global _large_block
     if _glibc() is not None:
-        _glibc().mallopt(_MMAP_THRESHOLD, 4 * 2**20)
+        _large_block = 4 * 2**20
+        _glibc().mallopt(_MMAP_THRESHOLD, _large_block)
         _glibc().mallopt(_TRIM_THRESHOLD, 32 * 2**20)
+
+
+def large_block() -> int:
+    """Bytes from which on glibc takes a block from the system, in pages that are cleared first, whenever one is made.
+
+    It is the value that glibc's own rule reaches in time, unless `keep_large_blocks_apart` was called.
+    """
+    return _large_block
 
 
 @cache
@@ -185,5 +195,6 @@ def _glibc() -> Any:
     return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
 
 
+_large_block = 32 * 2**20
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of `mallopt`, from malloc.h."""

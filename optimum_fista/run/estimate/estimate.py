@@ -6,6 +6,7 @@ docs/scale.md says how far real runs were from it.
 from __future__ import annotations
 
 import copy
+import math
 import re
 import time
 from collections import Counter
@@ -33,7 +34,8 @@ from optimum_fista.run.checkpoints.loading import (
 from optimum_fista.run.checkpoints.shards import FILE_BYTES
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.estimate.shapes import Group, model_shapes
-from optimum_fista.run.estimate.work import LAYER_CALL, measure_device, measure_method, work
+from optimum_fista.run.estimate.work import CALL, LAYER_CALL, measure_device, measure_method, work
+from optimum_fista.run.memory import large_block
 from optimum_fista.run.pruning.operators import idle_patterns
 from optimum_fista.run.pruning.removal import require_zeros_to_pack
 from optimum_fista.run.texts.calibration_source import usual_length
@@ -43,8 +45,16 @@ LIBRARIES = 295 * 2**20
 """Python with torch (a build for CPUs) and Transformers, and what their first calls add, in bytes; measured."""
 IMPORT_SECONDS = 6.0
 """Python's imports of torch and Transformers, measured on a CPU."""
-_FIRST_GRADIENTS = 1.3
-"""What gradients take besides their products, in units of what Python takes in a decoder layer; measured on a CPU."""
+_LAYER_SECONDS = 0.25
+"""What Python takes for each decoder layer, most of it to look for unused objects; measured on a CPU."""
+_CARD_SECONDS = 1.5
+"""What the model card and its picture take, with the import that draws it; measured on a CPU."""
+_CALLS = 40
+"""Calls of PyTorch that add a batch to the sums of a group and read it, for each network that it is seen in."""
+_WATCHED = 36
+"""Those that see an operator on a sequence, forwards and backwards, to add up how the loss feels it."""
+_BROUGHT = 4e-4
+"""Seconds that Accelerate takes to bring one tensor of a checkpoint and to take it away; measured on a CPU."""
 _DEQUANTIZING = 5e-8
 """Seconds that a weight of a GGUF file takes, measured on a CPU."""
 _KEPT_FREE = 64 * 2**20
@@ -53,6 +63,10 @@ _TOKENS_TOGETHER = 8192
 """Tokens a forward pass that keep an accelerator busy."""
 _SWEEP = 8
 """Bytes of a float32 that is read and written."""
+_LOGIT = 14
+"""Bytes moved for a logit: it becomes float32, and log-softmax reads and writes it."""
+_LOGIT_GRADIENT = 34
+"""Bytes moved for its gradient, back through both, the choice of the next token, and that of the tokens with a loss."""
 
 
 class Peak(NamedTuple):
@@ -145,6 +159,9 @@ class Estimate:
         self.num_layers = sum(kind.count for kind in self.shapes.kinds)
         self.tokens, self.batch = num_samples * self.length, batch_size * self.length
         self.vocabulary, self.hidden = input_embedding(self.model).shape
+        text = self.model.config.get_text_config(decoder=True)
+        self.heads = getattr(text, "num_attention_heads", None) or 1
+        self.large_block = large_block() if self.on_cpu else math.inf
         self.value = self.model.dtype.itemsize
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
         dequantizing = self.model.num_parameters() * _DEQUANTIZING
@@ -161,13 +178,14 @@ class Estimate:
         self.refits = removal is not None and removal.asked.expert_refit
         self.rounds = 0 if removal is None else removal.num_removed_layers
         self.allocates = any(map(config.shares_budget, self.shapes.operators))
-        self.differentiates = self.allocates or config.needs_gradients or self.chooses is not None
+        self.differentiates = self.allocates + config.needs_gradients + (self.chooses is not None)  # how often
         self.rates, self.notes = None, list(self._notes())
         self._solving: dict[Group, tuple[np.ndarray, float]] = {}
         if timed:
             try:
                 columns = max((columns for _, columns in self.shapes.operators.values()), default=self.hidden)
-                self.rates = measure_device(usable_device(device), self.model.dtype, columns, self.config.compute_dtype)
+                options = self.model.dtype, columns, self.config.compute_dtype, self.large_block
+                self.rates = measure_device(usable_device(device), *options)
             except ValueError as error:
                 self.notes.append(f"time is not estimated: {error}")
 
@@ -196,11 +214,10 @@ class Estimate:
         ends = {"embedding and head": 2.0 * value * self.vocabulary * self.hidden * self.reads}
         if self.samples_itself:
             text = self.model.config.get_text_config(decoder=True)
-            heads = getattr(text, "num_attention_heads", None) or 1
-            width = self.hidden * (getattr(text, "num_key_value_heads", None) or heads) / heads
+            width = self.hidden * (getattr(text, "num_key_value_heads", None) or self.heads) / self.heads
             cache = 2 * value * -(-self.num_sampled // num_batches(self.num_sampled)) * self.length * layers * width
             yield "calibration text", {"whole model": self.weight_bytes, "keys and values": cache}, 0
-        gradients = self.differentiates * layers * stream / self.num_samples  # hidden states between all layers
+        gradients = bool(self.differentiates) * layers * stream / self.num_samples  # hidden states between all layers
         if self.differentiates:  # a sequence at a time; the loss and its gradients are float32 in between
             yield "loss", ends | {"logits and gradients": self.length * self.vocabulary * (2 * value + 12)}, gradients
         if self.num_unseen:
@@ -262,11 +279,20 @@ class Estimate:
             method = self.config.create_method(self.model.config.model_type)
             stacked = self.allocates and self.config.scope == "matrix"
             rows = (group.outputs,) if stacked else group.rows
-            needs, held = measure_method(method, group.pattern, rows, group.columns, self.on_cpu)
+            needs, held = measure_method(method, group.pattern, rows, group.columns, self.on_cpu, self.large_block)
             # the error of what is written, after rounding to the model's dtype and after stacking
             needs += work(products=2.0 * ((self.value < 4) + 2 * stacked) * group.outputs * group.columns**2)
             self._solving[group] = needs, held + stacked * 8 * max(group.rows) * group.columns
         return self._solving[group]
+
+    def _moved(self, amount: float, block: float) -> np.ndarray:
+        """Work of operations that move so many bytes and make blocks of so many."""
+        return work(large_bytes=amount) if block >= self.large_block else work(moved_bytes=amount)
+
+    def _loss(self, tokens: float, gradients: bool = False) -> np.ndarray:
+        """Work of the head and of the loss, a sequence at a time."""
+        moved = self._moved((_LOGIT + gradients * _LOGIT_GRADIENT) * self.vocabulary, 4 * self.vocabulary * self.length)
+        return tokens * (work(2.0 * (1 + gradients) * self.vocabulary * self.hidden) + moved)
 
     @cached_property
     def work(self) -> dict[str, np.ndarray]:
@@ -277,37 +303,57 @@ class Estimate:
         if self.samples_itself:  # a token at a time, all weights read for each
             every = sum(kind.count * 2 * kind.num_active for kind in self.shapes.kinds) + head
             steps = self.length * num_batches(self.num_sampled)
-            calls = steps * self.num_layers
             stages["calibration text"] = work(
-                every * self.length * self.num_sampled, moved_bytes=steps * self.weight_bytes, layers=calls * LAYER_CALL
+                every * self.length * self.num_sampled,
+                moved_bytes=steps * self.weight_bytes,
+                python=steps * self.num_layers * LAYER_CALL,
             )
         first = min(self.tokens, -(-config.allocation_tokens // self.length) * self.length)
         gradients = self.differentiates * first
         # To choose decoder layers, each round tries the model without each of them; all run half of it on average.
         tried = first * sum(self.num_layers + 1 - done for done in range(self.rounds))
-        stages["forward passes"] += work(2 * head * self.num_unseen * self.length)
-        once = _FIRST_GRADIENTS * self.differentiates
-        stages["allocation"] = work(2 * head * gradients + head * tried, layers=once)
+        stages["forward passes"] += self._loss(2 * self.num_unseen * self.length)
+        stages["allocation"] = self._loss(gradients, gradients=True) + self._loss(tried)
         for kind in self.shapes.kinds:
-            widths = sum(g.outputs + g.columns for g in kind.groups if not g.of_expert)
-            # A token's forward pass; attention (half of all pairs of tokens) is half as fast as products.
-            token = work(2 * kind.num_active + 4 * self.length * self.hidden, moved_bytes=4.5 * self.value * widths)
+            # A token's forward pass: products with weights, and all around them. Attention (half of all pairs of
+            # tokens) is half as fast as products, and its softmax reads and writes scores in float32 on a CPU.
+            products = work(2 * kind.num_active)
+            around = work(4 * self.length * self.hidden, python=LAYER_CALL / self.batch)
+            around += work(moved_bytes=8 * self.heads * self.length * self.on_cpu)
+            for g in (g for g in kind.groups if not g.of_expert):  # norms and rotations are float32 in any model
+                moved = (6 + 1.75 * self.value) * (g.outputs + g.columns)
+                around += self._moved(moved, self.value * self.batch * max(*g.rows, g.columns))
+            token = products + around
             # In the pruned network, what is not pruned is taken to run once.
             again = float(any(g.passes for g in kind.groups))
             more = sum((g.passes - again) * n * g.outputs * g.columns * g.share for g, n in kind.groups.items())
             passes = (self.records or config.finetune is not None) + again + more / kind.num_active
             unseen = 2 * self.num_unseen * self.length
             stages["forward passes"] += token * (kind.count * (self.tokens * passes + 3 * self.batch + unseen))
-            stages["allocation"] += token * (kind.count * (3 * gradients + tried / 2))  # forwards, again, and backwards
+            # Gradients: forwards, again, and backwards, which takes twice as long but for products with weights.
+            backwards = (3 * products + 4.5 * around) * gradients
+            bringing = 2 * gradients / self.length * kind.num_tensors * _BROUGHT * (not self.whole)
+            stages["allocation"] += kind.count * (backwards + token * (tried / 2) + work(python=bringing))
             for g, count in kind.groups.items():
                 times, tokens, square = kind.count * count, self.tokens * g.share, float(g.columns) ** 2
+                # Its operators are watched: all that is seen of them becomes float32, twice; inputs are squared,
+                # multiplied and added up, gradients squared and multiplied.
+                seen, converted = len(g.rows) * g.columns, 2 * (self.value + 4) * (self.value < 4)
+                moved = gradients * g.share * (16 * seen + 12 * g.outputs + converted * (seen + g.outputs))
+                calls = gradients / self.length * _WATCHED * len(g.rows)
+                stages["allocation"] += times * (
+                    self._moved(moved, 4 * self.length * g.columns) + work(python=calls * CALL)
+                )
                 sums = tokens * square  # half of each product of a Gram matrix is formed
                 if not g.sees_dense and (self.corrects or g.last):
                     sums += 2 * tokens * g.columns * (g.outputs if g.last else min(g.outputs, g.columns))
                 problems = 2 * g.outputs * square * (2 - g.sees_dense) * (1 + bool(config.held_out))
                 moved = tokens * (12 * g.columns + (0 if g.sees_dense else 24 * g.outputs))
-                moved += 10 * _SWEEP * (square + g.outputs * g.columns)
-                stages["statistics"] += work(products=sums + problems, moved_bytes=moved) * times
+                stages["statistics"] += times * self._moved(moved, 4 * self.batch * g.columns)
+                moved = 10 * _SWEEP * (square + g.outputs * g.columns)
+                stages["statistics"] += times * self._moved(moved, 4 * square)
+                calls = _CALLS * (2 - g.sees_dense) * self.tokens / self.batch
+                stages["statistics"] += times * work(products=sums + problems, python=calls * CALL)
                 stages["solving"] += self._solved(g)[0] * times
             mixture = kind.mixture
             if mixture is not None:  # with all experts, with those that stay, and once they are refitted
@@ -323,8 +369,10 @@ class Estimate:
             if config.finetune is not None:  # forwards and backwards; Adam, masks and rounding take twelve passes
                 stages["fine-tuning"] += token * (kind.count * (3 * config.finetune_steps * self.batch + self.tokens))
                 stages["fine-tuning"] += work(moved_bytes=config.finetune_steps * 12 * sweeps)
-            layer = work(file_bytes=2 * kind.num_bytes + self.streams_bytes, layers=1)
+            layer = work(file_bytes=2 * kind.num_bytes + self.streams_bytes, python=_LAYER_SECONDS)
             stages["files and Python"] += layer * kind.count
+        stages["files and Python"] += work(python=_CARD_SECONDS)
+        stages["allocation"] += work(python=_LAYER_SECONDS * bool(gradients + tried))
         return {name: amount for name, amount in stages.items() if amount.any()}
 
     @property

@@ -64,7 +64,8 @@ class LayerKind:
     """Decoder layers that are alike."""
 
     count: int
-    num_bytes: int  # of the weights of one
+    num_tensors: int  # of the weights of one
+    num_bytes: int
     num_active: float  # weights that a token meets: of experts, those that it is sent to
     groups: dict[Group, int]  # operators to prune in the order of the run, and how many such groups there are
     mixture: Mixture | None = None
@@ -166,7 +167,8 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
                 outputs, inputs = experts.operators[-1].shape  # of a down projection
                 held = sum(p.nbytes for p in experts.module.parameters(recurse=False))
                 mixture = Mixture(count, outputs, inputs, min(1.0, active / count), held * count // part.groups)
-            kinds[kind] = LayerKind(1, sum(p.nbytes for p in layer.parameters()), num_active, groups, mixture)
+            weights = [p.nbytes for p in layer.parameters()]
+            kinds[kind] = LayerKind(1, len(weights), sum(weights), num_active, groups, mixture)
     every = {name: operator for those in chosen.values() for name, operator in those.items()}
     named = {name: o.shape if removal is None else removal.shape_left(o) for name, o in every.items()}
     return Shapes(model, config, removal, list(kinds.values()), named, left_dense, fused_bytes, chosen_pattern)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 import time
 import weakref
@@ -24,18 +25,16 @@ from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.statistics import InputStatistics
 
 _FORMULAS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
-_CUBES = {"cholesky": 1, "inv": 1, "eigh": 40}
+_CUBES = {"cholesky": 2, "linalg_inv": 2, "eigh": 40}
 """Factorisations of a matrix [n, n], by a part of their names, in n^3 operations of products that take as long."""
 _WIDTH = 192
 """Inputs of the small matrices that methods are tried on."""
 _DISK = 5e8
 """Bytes a second that a disk is assumed to write; nothing is written to measure it."""
-_LAYER_SECONDS = 0.55
-"""What Python takes in each decoder layer; measured on a CPU."""
-LAYER_CALL = 4e-4 / _LAYER_SECONDS
-"""What Python takes to run a decoder layer on few tokens, in units of the above; measured while text is sampled."""
-CALL = 3e-6 / _LAYER_SECONDS
-"""What Python takes for a call of PyTorch, in the same units; measured on SparseGPT, which makes many a column."""
+LAYER_CALL = 4e-4
+"""Seconds that Python takes to run a decoder layer on few tokens, measured on a CPU while text is sampled."""
+CALL = 3e-6
+"""Seconds that Python takes for a call of PyTorch, measured on SparseGPT, which makes many a column."""
 _SECONDS = 1.2
 """Time for all measurements of a device."""
 
@@ -44,8 +43,9 @@ def work(
     model_products: float = 0.0,
     products: float = 0.0,
     moved_bytes: float = 0.0,
+    large_bytes: float = 0.0,
     file_bytes: float = 0.0,
-    layers: float = 0.0,
+    python: float = 0.0,
 ) -> np.ndarray:
     """An amount of work, or what a device does in a second: amounts over rates, added up, are seconds.
 
@@ -53,18 +53,23 @@ def work(
         model_products: Floating-point operations of products in the model's dtype.
         products: Those of float32 products.
         moved_bytes: Bytes that all other operations read and write.
+        large_bytes: Those of operations whose result is a block that is taken from the system anew.
         file_bytes: Bytes hashed and written to files.
-        layers: Decoder layers, each with its share of Python's calls and garbage.
+        python: Seconds of Python.
     """
-    return np.array([model_products, products, moved_bytes, file_bytes, layers], float)
+    return np.array([model_products, products, moved_bytes, large_bytes, file_bytes, python], float)
 
 
 class Meter(TorchDispatchMode):
-    """As a context: counts `products`, `moved_bytes` and `calls`, and the most that tensors made inside hold."""
+    """As a context: counts `products`, `moved_bytes` and `calls`, and the most that tensors made inside hold.
 
-    def __init__(self) -> None:
+    What operations move that make a block of at least `large` bytes is counted in `large_bytes` instead.
+    """
+
+    def __init__(self, large: float = math.inf) -> None:
         super().__init__()
-        self.products, self.moved_bytes, self.calls, self.peak_bytes = 0.0, 0.0, 0, 0
+        self.products, self.moved_bytes, self.large_bytes, self.calls, self.peak_bytes = 0.0, 0.0, 0.0, 0, 0
+        self._large = large
         self._held: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -84,7 +89,11 @@ class Meter(TorchDispatchMode):
         elif cubes:
             self.products += cubes * float(inputs[0].shape[-1]) ** 3
         else:
-            self.moved_bytes += sum(value.numel() * value.element_size() for value in inputs + outputs)
+            moved = sum(value.numel() * value.element_size() for value in inputs + outputs)
+            if any(new and value.nbytes >= self._large for new, value in zip(made, outputs, strict=True)):
+                self.large_bytes += moved
+            else:
+                self.moved_bytes += moved
         return output
 
     def _hold(self, tensor: Tensor, *, made: bool) -> bool:
@@ -99,29 +108,40 @@ class Meter(TorchDispatchMode):
 
 
 def measure_method(
-    method: PruningMethod, pattern: SparsityPattern, rows: Sequence[int], columns: int, on_cpu: bool
+    method: PruningMethod,
+    pattern: SparsityPattern,
+    rows: Sequence[int],
+    columns: int,
+    on_cpu: bool,
+    large: float = math.inf,
 ) -> tuple[np.ndarray, float]:
     """What pruning operators with the same inputs takes, learnt by pruning random ones of the same proportions.
 
     Products grow with the third power of the width, matrices and what moves with the second. Calls of PyTorch grow with
     the first, or not at all, which a second pruning at half the width tells. Real operators may need another number of
     steps than random ones. `rows` are their outputs, `columns` their inputs. Blocks of rows are larger if the run's
-    device is not the CPU.
+    device is not the CPU. Blocks of `large` bytes are taken from the system anew.
 
     Returns:
         Work, and the most bytes held at a time besides the problems themselves, results included.
     """
-    width, meter = _prune_small(method, pattern, rows, columns, on_cpu, _WIDTH)
-    half, fewer = _prune_small(method, pattern, rows, columns, on_cpu, _WIDTH // 2)
+    width, meter = _prune_small(method, pattern, rows, columns, on_cpu, _WIDTH, large)
+    half, fewer = _prune_small(method, pattern, rows, columns, on_cpu, _WIDTH // 2, large)
     scale, calls = columns / width, float(meter.calls)
     if half < width:
         calls += max(0, meter.calls - fewer.calls) * (columns - width) / (width - half)
-    needs = work(products=meter.products * scale**3, moved_bytes=meter.moved_bytes * scale**2, layers=calls * CALL)
-    return needs, meter.peak_bytes * scale**2
+    moved = {"moved_bytes": meter.moved_bytes * scale**2, "large_bytes": meter.large_bytes * scale**2}
+    return work(products=meter.products * scale**3, python=calls * CALL, **moved), meter.peak_bytes * scale**2
 
 
 def _prune_small(
-    method: PruningMethod, pattern: SparsityPattern, rows: Sequence[int], columns: int, on_cpu: bool, about: int
+    method: PruningMethod,
+    pattern: SparsityPattern,
+    rows: Sequence[int],
+    columns: int,
+    on_cpu: bool,
+    about: int,
+    large: float,
 ) -> tuple[int, Meter]:
     """Prune random operators with about so many inputs; returns how many these are, and what it took."""
     pattern, width = pattern.in_miniature(columns, about)
@@ -141,14 +161,19 @@ def _prune_small(
         problems.append(LayerProblem(weight, given, outputs.T @ inputs, outputs.double().square().sum(0)))
         problems[-1].loss_changes = weight[0].abs()
     share = rows_in_block(max(rows), columns, 1 if on_cpu else SCALE_ON_DEVICES) / max(rows)
-    with block_share(share), Meter() as meter:
+    with block_share(share), Meter(large / scale**2) as meter:
         results = method.prune_sharing(problems, [pattern] * len(rows))
     del results
     return width, meter
 
 
-def measure_device(device: torch.device, dtype: torch.dtype, columns: int, compute_dtype: str) -> np.ndarray:
-    """What a device does in a second, with a model of this dtype whose widest operator has so many inputs."""
+def measure_device(
+    device: torch.device, dtype: torch.dtype, columns: int, compute_dtype: str, large: float = math.inf
+) -> np.ndarray:
+    """What a device does in a second, with a model of this dtype whose widest operator has so many inputs.
+
+    Blocks of `large` bytes are taken from the system anew; infinity: none are.
+    """
     products_dtype = compute_dtype_of(compute_dtype, device)
 
     def wait() -> None:
@@ -175,10 +200,14 @@ def measure_device(device: torch.device, dtype: torch.dtype, columns: int, compu
     narrow, block = square.to(dtype), bytes(2**23)
     with quick_products_in(products_dtype), quick_products():
         model_products = rate(2 * side**3, lambda: nn.functional.linear(narrow, narrow))
+    few = torch.randn(2**19, device=device)  # 2 MiB, which the C library has at hand
+    moved = rate(16 * 2**18, lambda: few * 2)
+    many = torch.randn(0 if math.isinf(large) else int(large / 3), device=device)
     return work(
         model_products=model_products,
         products=rate(2 * side**3, lambda: square @ square),
-        moved_bytes=rate(8 * side**2, lambda: square * 2),  # in new memory, as in a run
-        layers=1 / _LAYER_SECONDS,
+        moved_bytes=moved,
+        large_bytes=rate(8 * many.numel(), lambda: many * 2) if many.numel() else moved,
+        python=1,
         file_bytes=1 / (1 / rate(2**23, lambda: hashlib.sha256(block)) + 1 / _DISK),
     )

@@ -17,8 +17,8 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.estimate.estimate import Estimate
-from optimum_fista.run.estimate.work import LAYER_CALL
-from optimum_fista.run.pruning import loop
+from optimum_fista.run.estimate.work import LAYER_CALL, Meter
+from optimum_fista.run.pruning import budgets, loop
 from optimum_fista.run.streamed.journal import Journal
 
 
@@ -367,6 +367,30 @@ def test_fine_tuning_takes_what_is_estimated(dtype, monkeypatch):
     assert "fine-tuning" not in estimated(tiny_llama(**sizes).config, FistaPruningConfig(method="magnitude")).work
     parts = next(parts for moment, parts, _ in estimate._moments() if moment == "fine-tuning")
     assert 1 / 1.35 < (parts["weights in training"] + parts["activations"]) / memory < 1.35
+
+
+@pytest.mark.parametrize(("dtype", "vocabulary"), [(torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 4096)])
+def test_gradients_take_what_is_estimated(dtype, vocabulary, monkeypatch):
+    """On more tokens: what is done once for all of them is left out by a difference."""
+    take, seen, estimates = budgets.measure_sensitivities, [], []
+
+    def watched(*arguments):
+        with Meter() as meter:
+            found = take(*arguments)
+        seen.append(meter)
+        return found
+
+    monkeypatch.setattr(budgets, "measure_sensitivities", watched)
+    sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": vocabulary}
+    ids = torch.randint(4, 64, (8, 64), generator=torch.Generator().manual_seed(0))
+    for count in (128, 256):
+        config = FistaPruningConfig(method="magnitude", allocation="fisher", allocation_tokens=count)
+        model = tiny_llama(**sizes).to(dtype)
+        estimates.append(estimated(model.config, config, num_samples=8, sequence_length=64, dtype=dtype))
+        FistaPruner(config, progress=False).prune(model, ids.split(2))
+    products, _, moved, *_ = estimates[1].work["allocation"] - estimates[0].work["allocation"]
+    assert products == pytest.approx(seen[1].products - seen[0].products, rel=0.15)
+    assert moved == pytest.approx(seen[1].moved_bytes - seen[0].moved_bytes, rel=0.15)
 
 
 def test_sampling_text_takes_a_call_of_every_layer_for_every_token():

@@ -18,7 +18,7 @@ def test_small_matrices_tell_what_larger_ones_take(name, shape):
     problem = example(*shape, corrected=True, dtype=torch.float32).problem
     with Meter() as meter:
         method.prune(problem, pattern)
-    (_, products, moved, _, python), held = measure_method(method, pattern, shape[:1], shape[1], on_cpu=True)
+    (_, products, moved, *_, python), held = measure_method(method, pattern, shape[:1], shape[1], on_cpu=True)
     assert 1 / 1.3 < held / meter.peak_bytes < 1.3
     assert 1 / 1.5 < python / (meter.calls * CALL) < 1.5
     assert 1 / 1.3 < products / meter.products < 1.3
@@ -80,6 +80,20 @@ def test_meter_counts_products_traffic_and_bytes():
     assert meter.peak_bytes == 4 * 8
 
 
+def test_meter_counts_what_makes_large_blocks_apart():
+    kept = torch.ones(100)
+    with Meter(large=400) as meter:
+        kept.add_(1)  # makes none
+        kept[:99] + 1
+        kept + 1
+    assert (meter.moved_bytes, meter.large_bytes) == (400 + 4 * (99 + 99) + 400, 800)
+    config = FistaPruningConfig(method="wanda").resolved()
+    method, pattern = config.create_method(""), config.pattern_for("weight")
+    (apart, _), (all_of_them, _) = (measure_method(method, pattern, [100], 1000, True, n) for n in (300_000, 1))
+    assert 0 < apart[3] < all_of_them[3]
+    assert apart[2:4].sum() == pytest.approx(all_of_them[2:4].sum())
+
+
 def test_blocks_of_a_small_matrix_are_those_of_a_large_one():
     with block_share(0.25):
         assert list(row_blocks(torch.empty(8, 3))) == [slice(i, i + 2) for i in range(0, 8, 2)]
@@ -89,10 +103,10 @@ def test_blocks_of_a_small_matrix_are_those_of_a_large_one():
 
 def test_a_device_is_measured_in_numbers_that_make_sense(monkeypatch):
     monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.2)
-    rates = measure_device(torch.device("cpu"), torch.float32, 256, "float32")
-    assert (rates[:4] > 1e6).all()
-    assert float((2 * rates / rates).sum()) == 10.0
-    assert list(work(file_bytes=3)) == [0, 0, 0, 3, 0]
+    rates = measure_device(torch.device("cpu"), torch.float32, 256, "float32", 2**22)
+    assert (rates[:5] > 1e6).all()
+    assert float((2 * rates / rates).sum()) == 12.0
+    assert list(work(file_bytes=3)) == [0, 0, 0, 0, 3, 0]
 
 
 def test_small_operators_are_measured_no_longer_than_large_ones(monkeypatch):
