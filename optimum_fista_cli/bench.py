@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the table, and write what was asked for."""
+    from optimum_fista.run.checkpoints.atomic import require_writable
     from optimum_fista.run.checkpoints.checkpoint import read_report
     from optimum_fista.run.checkpoints.loading import usable_device
     from optimum_fista.run.speed.measure import measure_speed
@@ -53,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--batch-sizes {arguments.batch_sizes}: pass numbers such as 1,4,16.") from None
     if arguments.plot is not None:
         import matplotlib  # noqa: F401, fails before anything is measured
+    for file in filter(None, (arguments.output, arguments.plot)):
+        require_writable(file)
     names = ("new_tokens", "prompt_tokens", "prefill_tokens", "rounds", "threads")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.variants is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import shutil
@@ -48,11 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer line after line."""
+    from optimum_fista.run.config import require_seed
+
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens}: pass at least 1.")
     if not 0 <= arguments.temperature < float("inf"):
         raise ValueError(f"--temperature {arguments.temperature}: pass 0 or a larger number.")
     names = [arguments.model, *([arguments.beside] if arguments.beside is not None else [])]
+    require_seed(arguments.seed)
     speakers = [_Speaker.load(name, arguments) for name in names]
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
@@ -67,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _questions(terminal: bool) -> Iterator[str]:
     """Lines of the user; blank ones are no questions."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 is a question too
     while True:
         try:
             line = input("> " if terminal else "")

@@ -43,12 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Read the folder, write the page, print where it is."""
     from tqdm.auto import tqdm
 
-    from optimum_fista.run.checkpoints.atomic import write_text
+    from optimum_fista.run.checkpoints.atomic import require_writable, write_text
     from optimum_fista.run.evaluation.generation import continue_prompts
     from optimum_fista.run.html_report.page import Continuation, read_contents, render_page
 
     if bool(arguments.dense) != bool(arguments.prompt):
         raise ValueError("--dense MODEL and --prompt TEXT belong together: pass both, or none.")
+    output = arguments.output or arguments.folder / "fista" / "report.html"
+    require_writable(output)
     with tqdm(desc="Reading masks", unit="operator") as bar:
         contents = read_contents(arguments.folder, arguments.evaluations, lambda _: bar.update())
     if arguments.dense:
@@ -58,7 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         continuations = tuple(Continuation(*texts) for texts in zip(arguments.prompt, *written, strict=True))
         contents = dataclasses.replace(contents, continuations=continuations)
-    output = arguments.output or arguments.folder / "fista" / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, render_page(contents))
     print(f"saved to {output}")

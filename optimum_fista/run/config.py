@@ -63,6 +63,16 @@ def renamed_options(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name if (new := _OLD_NAMES.get(name, name)) in values else new: value for name, value in values.items()}
 
 
+def require_seed(seed: int) -> None:
+    """Refuse a seed that PyTorch can't take.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed}: pass a whole number from 0 to {2**64 - 1}.")
+
+
 @dataclass(frozen=True)
 class FistaPruningConfig:
     """Options of a pruning run, validated when constructed.
@@ -189,11 +199,12 @@ class FistaPruningConfig:
         rate = self.finetune_learning_rate
         if not 0 < rate < math.inf:
             raise ValueError(f"finetune_learning_rate={rate!r}: pass a number above 0, such as 3e-4.")
-        wholes = {"allocation_tokens": 2, "held_out": 0, "under_calibrated_tokens": 0, "finetune_steps": 1, "seed": 0}
+        wholes = {"allocation_tokens": 2, "held_out": 0, "under_calibrated_tokens": 0, "finetune_steps": 1}
         for name, least in wholes.items():
             number = getattr(self, name)
             if number < least:
                 raise ValueError(f"{name}={number!r}: pass a whole number of at least {least}.")
+        require_seed(self.seed)
         if self.under_calibrated_method not in METHODS:
             raise ValueError(
                 f"under_calibrated_method={self.under_calibrated_method!r}: "

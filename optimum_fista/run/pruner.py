@@ -92,8 +92,8 @@ class FistaPruner:
 
         Args:
             model: Decoder-only model with a language-model head, in any floating dtype: in memory, or offloaded by
-                Accelerate (on any error it is left as it was), or by its name: a Hub id, a model folder, or a folder
-                with one GGUF file.
+                Accelerate (on any error it is left as it was, but it stays pruned if `on_prune_end` of a callback
+                fails), or by its name: a Hub id, a model folder, or a folder with one GGUF file.
             calib_dataloader: Iterable of `{"input_ids", "attention_mask"}` dicts, tensors of ids
                 [batch, sequence] or lists of ids. Padding counts nowhere. It is read once.
             calibration_source: Name of the text, for the report.

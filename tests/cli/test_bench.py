@@ -1,7 +1,9 @@
 import json
 
+import pytest
 from launched import forked_workers
 
+from optimum_fista.run.speed import measure
 from optimum_fista_cli.main import main
 
 QUICK = ["--variants", "dense float32,packed float32", "--batch-sizes", "1", "--new-tokens", "2", "--prompt-tokens"]
@@ -26,3 +28,10 @@ def test_bad_arguments(tiny_folder, pruned_folder, capsys):
     assert "--batch-sizes 1,many: pass numbers" in capsys.readouterr().err
     assert main(["bench", str(pruned_folder), "--variants", "sparse bfloat16"]) == 1
     assert "variants='sparse bfloat16'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--output", "config.json/new"), ("--plot", "fista")])
+def test_an_output_that_cant_be_written_is_refused_before_the_work(pruned_folder, monkeypatch, capsys, flag, name):
+    monkeypatch.setattr(measure, "measure_speed", None)
+    assert main(["bench", str(pruned_folder), flag, str(pruned_folder / name)]) == 1
+    assert "output can't be written to (" in capsys.readouterr().err

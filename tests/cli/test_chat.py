@@ -78,6 +78,14 @@ def test_a_question_that_is_too_long_ends_nothing(tiny_folder, monkeypatch, caps
     assert f"error: the question has 80 tokens, and {tiny_folder} has positions for 64: shorten it" in shown.err
 
 
+def test_a_line_that_is_no_utf_8_ends_nothing(tiny_folder, monkeypatch, capsys):
+    piped = io.TextIOWrapper(io.BytesIO(b"the sea\nsk\xff\nthe sea\n"), "utf-8")
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert main(["chat", str(tiny_folder), *FEW]) == 0
+    answer = continued(tiny_folder, "the sea")
+    assert capsys.readouterr().out.splitlines()[::2] == [answer, answer]
+
+
 def test_beside_another_model_and_packed_folders(ask, tiny_folder, pruned_folder, tmp_path):
     pack_folder(pruned_folder, tmp_path / "packed")
     lines = ask("the sea\n", tmp_path / "packed", "--beside", tiny_folder, *FEW)
@@ -96,6 +104,7 @@ def test_a_seed_decides_what_is_sampled(ask, tiny_folder):
     ("flags", "message"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens 0: pass at least 1"),
+        (["--seed", str(2**64)], "seed=18446744073709551616: pass a whole number from 0"),
         (["--temperature", "-1"], "--temperature -1.0: pass 0 or a larger number"),
         (["--beside", "no/such/folder"], "no/such/folder"),
     ],

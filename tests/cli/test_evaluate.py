@@ -91,7 +91,7 @@ def test_each_task_is_shown_and_kept_before_the_next(tiny_folder, tmp_path, monk
 def test_an_output_that_cant_be_written_is_refused_before_the_work(evaluate, text_file, capsys):
     assert evaluate("--output", str(text_file / "new" / "e.json")) == 1
     shown = capsys.readouterr()
-    assert "output can't be written to (Not a directory), nothing was measured: pass another file" in shown.err
+    assert "output can't be written to (Not a directory), nothing was done: pass another file" in shown.err
     assert not shown.out
 
 

@@ -40,6 +40,10 @@ def test_the_usual_places(pruned_folder, text_file, tmp_path):
         (["--prompt", "the sea"], "--dense MODEL and --prompt TEXT belong together"),
         (["--dense", "model"], "--dense MODEL and --prompt TEXT belong together"),
         (["--evaluations", "nothing.json"], "nothing.json"),
+        (
+            ["--dense", "x", "--prompt", "y", "-o", "/dev/null/page.html"],
+            "output can't be written to (Not a directory)",
+        ),
     ],
 )
 def test_errors_are_one_line(pruned_folder, tmp_path, capsys, flags, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,23 @@ def errors_of_writing(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def require_writable(file: Path) -> None:
+    """Refuse an output that can't be written, before any work is done for it.
+
+    Raises:
+        OSError: If it can't be.
+    """
+    try:  # folders that are missing are made only when there is something to write
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if file.is_file() or not file.exists():  # and no pipe
+            parents = Path(os.path.realpath(file)).parents
+            tempfile.TemporaryFile(dir=next(folder for folder in parents if folder.exists())).close()
+    except OSError as error:
+        what = f"output can't be written to ({error.strerror}), nothing was done: pass another file"
+        raise OSError(error.errno, what, str(file)) from error
 
 
 def write_text(path: Path, text: str) -> None:

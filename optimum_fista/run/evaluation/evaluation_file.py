@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from yaml import YAMLError
 
-from optimum_fista.run.checkpoints.atomic import errors_of_writing, flush, write_text
+from optimum_fista.run.checkpoints.atomic import errors_of_writing, flush, require_writable, write_text
 from optimum_fista.run.checkpoints.checkpoint import CARD_FILE, REPORT_FILE
 from optimum_fista.run.checkpoints.output_lock import is_at, lock_file
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
@@ -75,12 +74,7 @@ def require_addable(file: Path) -> None:
     """
     if file.exists():
         read_evaluations(file)
-    try:  # folders that are missing are made only when there is something to write
-        parents = Path(os.path.realpath(file)).parents
-        tempfile.TemporaryFile(dir=next(folder for folder in parents if folder.exists())).close()
-    except OSError as error:
-        what = f"output can't be written to ({error.strerror}), nothing was measured: pass another file"
-        raise OSError(error.errno, what, str(file)) from error
+    require_writable(file)
 
 
 def add_evaluation(file: Path, evaluation: Evaluation) -> None:

@@ -117,6 +117,11 @@ class ModelPruning:
         loses_experts = self.removal is not None and any(map(self.removal.mixture_of, self.operators))
         if perplexity_tokens is not None and not loses_experts:
             (rows,) = read_batches([perplexity_tokens], input_embedding(model).shape[0])
+            if rows.input_ids.shape[1] < 2:
+                raise ValueError(
+                    f"perplexity_tokens has shape {list(rows.input_ids.shape)}: pass ids [sequences, length] with a "
+                    "length of at least 2, because tokens predict the next ones."
+                )
             self.num_unseen = len(rows.input_ids)
             self.probe = LossProbe(model, self.layers, rows.input_ids, self.storage)
 

@@ -24,6 +24,7 @@ from optimum_fista.run.checkpoints.loading import (
 from optimum_fista.run.checkpoints.output_folder import FOLDER, MODEL_FILES, require_output, unfinished_folder
 from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.checkpoints.writing import write_checkpoint
+from optimum_fista.run.config import require_seed
 from optimum_fista.run.environment import numerical_environment
 from optimum_fista.run.reports.report import (
     WORDS_OF_TRAIN,
@@ -226,6 +227,7 @@ def _require_options(given: Mapping[str, Any]) -> None:
     for name, words in (("train", ("auto", *WORDS_OF_TRAIN)), ("compute_dtype", COMPUTE_DTYPES)):
         if given[name] not in words:
             raise ValueError(f"{name}={given[name]!r}: pass {', '.join(words)}.")
+    require_seed(given["seed"])
     if not 0 <= given["label_share"] <= 1:
         raise ValueError(f"label_share={given['label_share']}: pass a number from 0 to 1.")
     if given["learning_rate"] is not None and not given["learning_rate"] > 0:

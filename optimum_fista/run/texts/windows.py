@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from optimum_fista.run.config import require_seed
 from optimum_fista.run.texts.text import TextSource
 
 # English has 4 to 5 characters per token, so a segment of 8 holds one window and leaves its start to chance.
@@ -43,6 +44,7 @@ def calibration_windows(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; pass 1 or more.")
+    require_seed(seed)
     bos, length = _bos_and_length(tokenizer, add_bos, sequence_length)
     generator = torch.Generator().manual_seed(seed)
     draw = _windows_of_document if len(text.documents) == 1 else _windows_of_documents

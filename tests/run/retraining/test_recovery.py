@@ -275,6 +275,7 @@ def test_checkpointed_layers_change_nothing(saved, tiny_folder, text, tmp_path, 
         ({"compute_dtype": "int8"}, "compute_dtype='int8': pass auto, float32, bfloat16"),
         ({"label_share": 2.0}, r"label_share=2\.0: pass a number from 0 to 1"),
         ({"learning_rate": 0.0}, r"learning_rate=0\.0: pass a positive number"),
+        ({"seed": -1}, "seed=-1: pass a whole number from 0 to 18446744073709551615"),
         ({"teacher": None}, "teacher is missing: the report of .* calls the dense model"),
     ],
 )
