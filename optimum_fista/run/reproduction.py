@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from optimum_fista.model.architecture import find_decoder_layers, input_embedding
 from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches, tokens_sha256
@@ -40,6 +41,8 @@ SAME_MASK = 0.95
 """Share of the weights of all operators that both runs have to keep or remove; docs/howto/reproduce.md says why."""
 SAME_ERROR = 0.1
 """By how much the errors of an operator may differ, as a share of the first."""
+SAME_WEIGHTS = 0.3
+"""By how much the weights of an operator that both runs keep may differ, as a share of their norm in the first."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +55,39 @@ class Reproduction:
             columns that stayed in one smaller model alone counts as another.
         error_changes: By how much the error of each operator or mixture differs, as a share of the first; `inf` if it
             has another size. Empty if all is bit-equal.
+        weight_changes: `|| W - V ||_F / || W ||_F` of each operator, over the weights that both runs keep.
     """
 
     bit_equal: bool
     mask_agreement: float = 1.0
     error_changes: dict[str, float] = field(default_factory=dict)
+    weight_changes: dict[str, float] = field(default_factory=dict)
 
     @property
     def nearly_equal(self) -> bool:
         """Whether it is bit-equal, or differs by no more than results of different processors do."""
-        near = self.mask_agreement >= SAME_MASK and max(self.error_changes.values(), default=0.0) <= SAME_ERROR
-        return self.bit_equal or near
+        changes = ((self.error_changes, SAME_ERROR), (self.weight_changes, SAME_WEIGHTS))
+        near = all(value <= limit for found, limit in changes for value in found.values())  # NaN is not near
+        return self.bit_equal or (self.mask_agreement >= SAME_MASK and near)
 
     def __str__(self) -> str:
         """A line for people."""
         if self.bit_equal:
             return "bit-equal: every tensor was made again"
-        worst = sorted(self.error_changes.items(), key=lambda item: -item[1])[:4]
-        shown = ", ".join(f"{name} ({change:.1%})" for name, change in worst if change)
-        found = f"masks agree in {self.mask_agreement:.2%} of the weights, errors differ most in {shown or 'none'}"
+        found = (
+            f"masks agree in {self.mask_agreement:.2%} of the weights, errors differ most in "
+            f"{_largest(self.error_changes)}, weights that both keep in {_largest(self.weight_changes)}"
+        )
         if self.nearly_equal:
             return f"equal within what processors differ by: {found}"
-        limits = f"at least {SAME_MASK:.0%} and at most {SAME_ERROR:.0%} are what processors differ by"
-        return f"NOT equal: {found}; {limits}"
+        limits = f"at least {SAME_MASK:.0%}, at most {SAME_ERROR:.0%} and at most {SAME_WEIGHTS:.0%}"
+        return f"NOT equal: {found}; {limits} are what processors differ by"
+
+
+def _largest(changes: dict[str, float]) -> str:
+    """The largest changes, in words."""
+    worst = sorted(changes.items(), key=lambda item: -item[1])[:4]
+    return ", ".join(f"{name} ({change:.1%})" for name, change in worst if change) or "none"
 
 
 def reproduce(
@@ -257,21 +270,29 @@ def _compare(
     changes = {name: _error_change(first.get(name), others.get(name)) for name in {**first, **others}}
     if any(change == float("inf") for change in changes.values()):
         return Reproduction(False, 0.0, changes)
-    same = total = 0
+    same, total, weights = 0, 0, dict[str, float]()
     for pair in zip(read_operators(folder, report), read_operators(again, second), strict=True):
-        (one, weight, mask), (other, _, mask_again) = pair
-        masks = [unpack_mask(packed, tuple(weight.shape)) for packed in (mask, mask_again)]
-        part = parts.get(one.name)
-        if part is not None and all(f"{part.name}.weight" in found for found in orders):
-            places = (torch.tensor(found[f"{part.name}.weight"]).argsort().tolist() for found in orders)
-            masks = [part.shrink(one.name, *pair) for pair in zip(masks, places, strict=True)]
-        agree = masks[0] == masks[1]
-        if one.groups_kept is not None and other.groups_kept is not None:  # the columns of other groups are others
-            stayed = torch.tensor([number in other.groups_kept for number in one.groups_kept])
-            columns = agree if not one.stored_transposed else agree.T
-            columns &= stayed.repeat_interleave(columns.shape[1] // len(stayed))
-        same, total = same + int(agree.sum()), total + agree.numel()
-    return Reproduction(False, same / total if total else 1.0, changes)
+        part = parts.get(pair[0][0].name)
+        moved = part is not None and all(f"{part.name}.weight" in found for found in orders)
+        groups = [one.groups_kept for one, _, _ in pair]
+        seen: list[list[Tensor]] = []
+        for (one, weight, packed), order, other_groups in zip(pair, orders, reversed(groups), strict=True):
+            tensors = [unpack_mask(packed, tuple(weight.shape)), weight.float()]
+            if part is not None and moved:
+                places = torch.tensor(order[f"{part.name}.weight"]).argsort().tolist()
+                tensors = [part.shrink(one.name, tensor, places) for tensor in tensors]
+            if one.groups_kept is not None and other_groups is not None:  # the columns of other groups are others
+                common = torch.isin(torch.tensor(one.groups_kept), torch.tensor(other_groups))
+                axis = int(not one.stored_transposed)
+                columns = common.repeat_interleave(weight.shape[axis] // len(common)).nonzero().flatten()
+                tensors = [tensor.index_select(axis, columns) for tensor in tensors]
+            seen.append(tensors)
+        (mask, first_weight), (mask_again, second_weight) = seen
+        same, total = same + int((mask == mask_again).sum()), total + weight.numel()
+        kept, kept_again = (found[mask & mask_again] for found in (first_weight, second_weight))
+        norm = float(kept.norm())
+        weights[one.name] = float((kept - kept_again).norm()) / norm if norm else float(kept_again.any())
+    return Reproduction(False, same / total if total else 1.0, changes, weights)
 
 
 def _records(report: PruningReport) -> dict[str, OperatorReport | MixtureReport]:

@@ -220,17 +220,35 @@ def test_results_that_differ_are_told_by_how_much(source, pruned, tmp_path, monk
     assert "NOT equal: masks agree in" in str(found)
 
 
+@pytest.mark.parametrize(("family", "pattern"), [("gpt2", "2:4"), ("llama", "channels:0.25")])
+def test_weights_that_were_changed_before_they_were_saved_are_found(family, pattern, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "dense")
+    pruner = FistaPruner(FistaPruningConfig(pattern=pattern), progress=False)
+    name = pruner.prune(model, batches()).operators[-1].name
+    with torch.no_grad():
+        model.get_parameter(name).mul_(3)
+    pruner.save_pretrained(model, tmp_path / "pruned")
+    found = again(tmp_path / "pruned", tmp_path / "dense")
+    assert found.mask_agreement == 1
+    assert not any(found.error_changes.values())
+    assert {n: change for n, change in found.weight_changes.items() if change} == {name: pytest.approx(2 / 3)}
+    assert not found.nearly_equal
+
+
 def test_what_processors_differ_by_has_limits():
     assert str(Reproduction(True)).startswith("bit-equal")
-    found = Reproduction(False, 0.96, {"a": 0.01, "b": 0.1})
+    found = Reproduction(False, 0.96, {"a": 0.01, "b": 0.1}, {"a": 0.2})
     assert found.nearly_equal
     assert str(found) == (
         "equal within what processors differ by: masks agree in 96.00% of the weights, "
-        "errors differ most in b (10.0%), a (1.0%)"
+        "errors differ most in b (10.0%), a (1.0%), weights that both keep in a (20.0%)"
     )
     for far in (
         Reproduction(False, 0.94, {"a": 0.01}),
         Reproduction(False, 0.96, {"a": 0.11}),
+        Reproduction(False, 0.96, {"a": 0.01}, {"a": 0.9}),
+        Reproduction(False, 0.96, {"a": 0.01}, {"a": float("nan")}),
         Reproduction(False, 0.0),
     ):
         assert not far.nearly_equal
