@@ -39,7 +39,7 @@ from optimum_fista.run.memory import large_block
 from optimum_fista.run.pruning.operators import idle_patterns
 from optimum_fista.run.pruning.removal import require_zeros_to_pack
 from optimum_fista.run.texts.calibration_source import usual_length
-from optimum_fista.run.texts.self_sampling import num_batches
+from optimum_fista.run.texts.self_sampling import num_batches, num_texts
 
 LIBRARIES = 295 * 2**20
 """Python with torch (a build for CPUs) and Transformers, and what their first calls add, in bytes; measured."""
@@ -302,7 +302,7 @@ class Estimate:
         head = 2.0 * self.vocabulary * self.hidden
         if self.samples_itself:  # a token at a time, all weights read for each
             every = sum(kind.count * 2 * kind.num_active for kind in self.shapes.kinds) + head
-            steps = self.length * num_batches(self.num_sampled)
+            steps = -(-self.length // num_texts(self.length)) * num_batches(self.num_sampled)
             stages["calibration text"] = work(
                 every * self.length * self.num_sampled,
                 moved_bytes=steps * self.weight_bytes,

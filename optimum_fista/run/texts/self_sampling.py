@@ -13,13 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.offload import input_device
 
-# SmolLM2-135M's samples from its whole distribution turn into word salad (3.2 to 4.3 nats per token under the
-# model itself); those from the nucleus of 0.95 stay readable, differ from each other and are about as likely as
-# real text (2.3 to 3.3 nats; WikiText-2 has 3.1).
-_TOP_P = 0.95
-
-
 SAMPLED_TOGETHER = 32
+_TEXTS = 4
 
 
 def num_batches(num_samples: int) -> int:
@@ -27,16 +22,22 @@ def num_batches(num_samples: int) -> int:
     return max(1, round(num_samples / SAMPLED_TOGETHER))
 
 
+def num_texts(sequence_length: int) -> int:
+    """How many texts a sample consists of."""
+    return _TEXTS if sequence_length >= 2 * _TEXTS else 1
+
+
 def sample_text_from_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_samples: int, sequence_length: int, seed: int
 ) -> torch.Tensor:
     """Let the model write calibration tokens.
 
-    Every sample starts with BOS (EOS if there is none). The next token of each is drawn without replacement from
-    the model's distribution over ordinary tokens, so that no two samples start alike even if the model is sure
-    how a text starts. Without BOS and EOS, the first tokens are ordinary ones, drawn uniformly without
-    replacement. The rest is sampled at temperature 1 from the nucleus of probability 0.95. EOS does not end a
-    sample: the model continues with the next document.
+    A sample is four texts of a quarter of its length, one after the other; one of less than 8 tokens is one text. Every
+    text starts with BOS (EOS if there is none). The next token of each is drawn without replacement from the model's
+    distribution over ordinary tokens, so that no two texts start alike even if the model is sure how a text starts.
+    Without BOS and EOS, the first tokens are ordinary ones, drawn uniformly without replacement. The rest is sampled at
+    temperature 1 from the whole distribution: less likely tokens make worse reading, but better calibration text
+    (docs/ablations.md). EOS does not end a text: the model continues with the next document.
 
     The global random state, the model's modes and its generation config are afterwards as before. The same seed
     gives the same tokens for the same model and device.
@@ -63,15 +64,16 @@ def sample_text_from_model(
         _seeded(input_device(model), seed),
         torch.no_grad(),
     ):
-        beginnings = _beginnings(model, tokenizer, num_samples, torch.Generator().manual_seed(seed))
-        new_tokens = sequence_length - beginnings.shape[1]
+        texts = num_texts(sequence_length)
+        beginnings = _beginnings(model, tokenizer, num_samples * texts, torch.Generator().manual_seed(seed))
+        new_tokens = -(-sequence_length // texts) - beginnings.shape[1]
         if new_tokens == 0:
-            return beginnings
-        with tqdm(total=num_samples * new_tokens, desc="Self-sampling", unit="token") as bar:
-            batches = [
-                _continue(model, batch, new_tokens, bar) for batch in beginnings.tensor_split(num_batches(num_samples))
-            ]
-    return torch.cat(batches)
+            written = beginnings
+        else:
+            with tqdm(total=len(beginnings) * new_tokens, desc="Self-sampling", unit="token") as bar:
+                batches = beginnings.tensor_split(num_batches(num_samples))
+                written = torch.cat([_continue(model, batch, new_tokens, bar) for batch in batches])
+    return written.reshape(num_samples, -1)[:, :sequence_length]
 
 
 def _beginnings(
@@ -100,7 +102,6 @@ def _continue(model: PreTrainedModel, beginnings: torch.Tensor, new_tokens: int,
         do_sample=True,
         temperature=1.0,
         top_k=0,
-        top_p=_TOP_P,
         max_new_tokens=new_tokens,
         use_cache=True,
         streamer=_ProgressStreamer(bar),

@@ -41,18 +41,19 @@ def sample(model, tokenizer, num_samples=6, sequence_length=24, seed=0) -> torch
 
 
 @pytest.mark.parametrize("together", [1, 4, 32])
-@pytest.mark.parametrize("sequence_length", [2, 3, 24, 64])
-def test_samples_start_with_bos_and_differ_from_the_next_token_on(
-    model, tokenizer, monkeypatch, together, sequence_length
+@pytest.mark.parametrize(("sequence_length", "length"), [(2, 2), (3, 3), (7, 7), (8, 2), (26, 7), (64, 16)])
+def test_texts_start_with_bos_and_differ_from_the_next_token_on(
+    model, tokenizer, monkeypatch, together, sequence_length, length
 ):
     monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", together)
     samples = sample(model, tokenizer, 6, sequence_length)
     assert samples.shape == (6, sequence_length)
     assert samples.dtype == torch.int64
-    assert (samples[:, 0] == BOS).all()
-    assert samples[:, 1].unique().numel() == 6
-    assert samples[:, 1].min() > EOS
-    assert samples[:, 1].max() < VOCABULARY  # the head has more rows than the tokenizer has tokens
+    assert (samples[:, ::length] == BOS).all()
+    second = samples[:, 1::length]
+    assert second.unique().numel() == second.numel()
+    assert second.min() > EOS
+    assert second.max() < VOCABULARY  # the head has more rows than the tokenizer has tokens
 
 
 def test_eos_starts_where_there_is_no_bos(model, tokenizer):
@@ -62,16 +63,16 @@ def test_eos_starts_where_there_is_no_bos(model, tokenizer):
 
 def test_ordinary_tokens_start_where_there_is_neither(model, tokenizer):
     tokenizer.bos_token = tokenizer.eos_token = None
-    first = sample(model, tokenizer, num_samples=10)[:, 0]
-    assert first.unique().numel() == 10
-    assert not torch.equal(first, sample(model, tokenizer, num_samples=10, seed=1)[:, 0])
+    first = sample(model, tokenizer, num_samples=9)[:, ::6]
+    assert first.unique().numel() == 36
+    assert not torch.equal(first, sample(model, tokenizer, num_samples=9, seed=1)[:, ::6])
 
 
 def test_a_model_that_is_sure_of_the_beginning_still_starts_differently(model, tokenizer):
     logits = torch.zeros(VOCABULARY)
     logits[5] = 2000.0
     set_distribution(model, logits)
-    samples = sample(model, tokenizer, num_samples=ORDINARY)
+    samples = sample(model, tokenizer, num_samples=ORDINARY, sequence_length=7)
     assert sorted(samples[:, 1].tolist()) == list(range(2, VOCABULARY))
     assert (samples[:, 2:] == 5).all()
 
@@ -80,7 +81,7 @@ def test_likely_tokens_start_more_often(model, tokenizer):
     logits = torch.zeros(VOCABULARY)
     logits[10:14] = 12.0
     set_distribution(model, logits)
-    assert sorted(sample(model, tokenizer, num_samples=4)[:, 1].tolist()) == [10, 11, 12, 13]
+    assert sorted(sample(model, tokenizer, num_samples=4, sequence_length=7)[:, 1].tolist()) == [10, 11, 12, 13]
 
 
 def test_more_samples_than_ordinary_tokens(model, tokenizer):
@@ -89,14 +90,15 @@ def test_more_samples_than_ordinary_tokens(model, tokenizer):
     assert samples[:, 1].min() > EOS
 
 
-def test_the_rest_comes_from_the_nucleus_at_temperature_1(model, tokenizer):
-    probabilities = torch.full((VOCABULARY,), 0.03 / (VOCABULARY - 2))
-    probabilities[[20, 30]] = torch.tensor([0.67, 0.30])
+def test_the_rest_comes_from_the_whole_distribution_at_temperature_1(model, tokenizer):
+    probabilities = torch.full((VOCABULARY,), 0.1 / (VOCABULARY - 2))
+    probabilities[[20, 30]] = torch.tensor([0.6, 0.3])
     set_distribution(model, probabilities.log())
-    rest = sample(model, tokenizer, num_samples=32, sequence_length=64)[:, 2:]
-    assert rest.unique().tolist() == [20, 30]
-    # 1,984 draws: a standard error of 0.010
-    assert (rest == 20).double().mean().item() == pytest.approx(0.67 / 0.97, abs=0.04)
+    texts = sample(model, tokenizer, num_samples=32, sequence_length=64).reshape(-1, 16)
+    # 1,792 draws: standard errors of 0.012 and 0.011
+    for token, share in ((20, 0.6), (30, 0.3)):
+        assert (texts[:, 2:] == token).double().mean().item() == pytest.approx(share, abs=0.045)
+    assert texts[:, 2:].unique().numel() > 20
 
 
 def test_eos_does_not_end_a_sample(model, tokenizer):
@@ -104,8 +106,7 @@ def test_eos_does_not_end_a_sample(model, tokenizer):
     logits[[EOS, 7]] = 0.0
     set_distribution(model, logits)
     model.generation_config.eos_token_id = EOS
-    rest = sample(model, tokenizer, sequence_length=64)[:, 2:]
-    assert rest.shape == (6, 62)
+    rest = sample(model, tokenizer, sequence_length=64).reshape(-1, 16)[:, 2:]
     assert rest.unique().tolist() == [EOS, 7]
     assert 0.3 < (rest == EOS).double().mean() < 0.7
 
@@ -166,5 +167,5 @@ def test_sizes_out_of_range(model, tokenizer, sizes):
 
 def test_progress_counts_the_new_tokens(model, tokenizer, capsys, monkeypatch):
     monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", 2)
-    sample(model, tokenizer, 5, 12)
-    assert "50/50" in capsys.readouterr().err
+    sample(model, tokenizer, 5, 12)  # 20 texts of 3 tokens, the first two of which are drawn before
+    assert "20/20" in capsys.readouterr().err
