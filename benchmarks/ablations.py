@@ -74,7 +74,10 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
         for count in arguments.sample_counts
     ],
     "calibration": lambda arguments: [
-        (Path(source).stem, {"calibration": source, "patterns": ["0.5"], "methods": ["default"]})
+        (
+            Path(source).stem,
+            {"calibration": source, "patterns": ["0.5"], "methods": ["default"], "seeds": arguments.seeds},
+        )
         for source in (arguments.calibration, *arguments.other_calibrations)
     ],
 }
@@ -83,7 +86,7 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
 _HELP = {
     "other_calibrations": "others for the study `calibration`",
     "studies": f"some of {', '.join(STUDIES)}",
-    "seeds": "of the studies `seeds`, `order` and `gradients`",
+    "seeds": "of the studies `seeds`, `order`, `gradients` and `calibration`",
     "sample_counts": "of the study `samples`",
     "sequence_length": "tokens of a window, here and in the texts",
     "folder": "where finished rows are kept",
