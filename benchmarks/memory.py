@@ -30,9 +30,7 @@ def measure(arguments: Namespace, layers: int) -> dict[str, Any]:
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         sizes = {"samples": arguments.num_samples, "length": arguments.sequence_length}
         config = {"method_options": steps}
-        imports, found, _ = watched(
-            source=source, output=Path(temporary) / "out", config=config, own_memory=True, **sizes
-        )
+        imports, found, _ = watched(source=source, output=Path(temporary) / "out", config=config, **sizes)
     curve = [(moment, held - imports) for moment, held in found if held]
     peak = max(held for _, held in curve)
     print(f"{layers} layers: model {size / 2**20:.0f} MiB, peak {peak / 2**20:.0f} MiB, {peak / size:.0%}", flush=True)

@@ -1,9 +1,8 @@
 """Prunes once in a process of its own, for benchmarks that measure it: `run_once.py JSON`.
 
 Options: `source`, `output`, `samples`, `length`; `vocabulary` (256), `batch` (1), `config` ({}), `in_memory`
-(load, prune and save instead of pruning from files to files), `own_memory` (as the command line), `processor_time` (all
-clocks are the processor's), `unseen` (sequences to measure the perplexity on, besides), `waits` (for a line, once
-everything is imported).
+(load, prune and save instead of pruning from files to files), `processor_time` (all clocks are the processor's),
+`unseen` (sequences to measure the perplexity on, besides), `waits` (for a line, once everything is imported).
 
 Prints `ready`, and seconds at the end: `wall`, `processor`, and those of the report.
 """
@@ -21,7 +20,6 @@ import transformers.core_model_loading  # noqa: E402, F401
 from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: E402, F401
 
 from optimum_fista import FistaPruner, FistaPruningConfig  # noqa: E402
-from optimum_fista.run.memory import keep_large_blocks_apart  # noqa: E402
 
 
 def main() -> None:
@@ -32,8 +30,6 @@ def main() -> None:
     probe = tokens[samples:] if unseen else None
     config = FistaPruningConfig.from_dict(OPTIONS["config"])
     pruner = FistaPruner(config, progress=False)
-    if OPTIONS.get("own_memory"):
-        keep_large_blocks_apart()
     print("ready", flush=True)
     if OPTIONS.get("waits"):
         sys.stdin.readline()

@@ -150,14 +150,12 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.checkpoints.output_folder import FOLDER, unfinished_folder
     from optimum_fista.run.checkpoints.output_lock import locked_output
     from optimum_fista.run.hub import push_folder
-    from optimum_fista.run.memory import keep_large_blocks_apart
     from optimum_fista.run.packed_folders.unpacking import PackedFiles
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.streamed.ranks import RankError, joined_ranks
     from optimum_fista_cli.progress import Progress, log_shown
 
     config = _config(arguments)
-    keep_large_blocks_apart()  # before the device is measured
     if arguments.dry_run:
         estimate = _estimate(arguments, config)
         print(estimate.with_batch_size(arguments.batch_size or _best_batch_size(estimate)))

@@ -60,7 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Recover, and say what it gained."""
-    from optimum_fista.run.memory import keep_large_blocks_apart
     from optimum_fista.run.retraining.recovery import recover, recovered_folder, steps_kept
     from optimum_fista_cli.progress import log_shown
 
@@ -68,7 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
     names += " held_out learning_rate label_share seed teacher_cache top_k"
     options = {name: getattr(arguments, name) for name in names.split()}
     output = arguments.output or recovered_folder(arguments.folder)
-    keep_large_blocks_apart()
     try:
         with log_shown("optimum_fista.run.retraining.recovery_training"):
             found = recover(arguments.folder, output_dir=output, **options)

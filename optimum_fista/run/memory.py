@@ -16,6 +16,9 @@ import psutil
 import torch
 from torch import nn
 
+LARGE_BLOCK = 32 * 2**20
+"""Bytes from which on glibc takes a block from the system, in pages that are cleared first, whenever one is made."""
+
 _GROUP = Path("/sys/fs/cgroup")
 _EXHAUSTED = (
     "out of memory",  # CUDA, ROCm, XPU, MPS
@@ -165,36 +168,10 @@ def release_free_memory(*, collect: bool = False) -> None:
         _glibc().malloc_trim(0)
 
 
-def keep_large_blocks_apart() -> None:
-    """Have glibc give blocks from 4 MiB up back to the system as soon as they are freed, as long as the process lives.
-
-    Only for a process that is ours: glibc has no way back. Otherwise that size grows to 32 MiB in time, and matrices
-    below it leave holes in the heap that later ones don't fit: the peak of a run is then higher.
-    """
-    global _large_block
-    if _glibc() is not None:
-        _large_block = 4 * 2**20
-        _glibc().mallopt(_MMAP_THRESHOLD, _large_block)
-        _glibc().mallopt(_TRIM_THRESHOLD, 32 * 2**20)
-
-
-def large_block() -> int:
-    """Bytes from which on glibc takes a block from the system, in pages that are cleared first, whenever one is made.
-
-    It is the value that glibc's own rule reaches in time, unless `keep_large_blocks_apart` was called.
-    """
-    return _large_block
-
-
 @cache
 def _glibc() -> Any:
     """The C library if it is glibc."""
     if sys.platform != "linux":
         return None
     library = ctypes.CDLL(None)
-    return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
-
-
-_large_block = 32 * 2**20
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Parameters of `mallopt`, from malloc.h."""
+    return library if hasattr(library, "malloc_trim") else None

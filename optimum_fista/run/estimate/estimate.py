@@ -35,7 +35,7 @@ from optimum_fista.run.checkpoints.shards import FILE_BYTES
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.estimate.shapes import Group, model_shapes
 from optimum_fista.run.estimate.work import CALL, LAYER_CALL, measure_device, measure_method, work
-from optimum_fista.run.memory import large_block
+from optimum_fista.run.memory import LARGE_BLOCK
 from optimum_fista.run.pruning.operators import idle_patterns
 from optimum_fista.run.pruning.removal import require_zeros_to_pack
 from optimum_fista.run.texts.calibration_source import usual_length
@@ -161,7 +161,7 @@ class Estimate:
         self.vocabulary, self.hidden = input_embedding(self.model).shape
         text = self.model.config.get_text_config(decoder=True)
         self.heads = getattr(text, "num_attention_heads", None) or 1
-        self.large_block = large_block() if self.on_cpu else math.inf
+        self.large_block = LARGE_BLOCK if self.on_cpu else math.inf
         self.value = self.model.dtype.itemsize
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
         dequantizing = self.model.num_parameters() * _DEQUANTIZING
