@@ -63,7 +63,6 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
             arguments.seeds,
         )
     ],
-    "groups": lambda _: [_methods(pattern, "default sparsegpt wanda") for pattern in ("2:4", "4:8", "8:16", "16:32")],
     "gradients": lambda arguments: [_methods("0.5", "default default:allocation_tokens=8192", arguments.seeds)],
     "correction": lambda _: [
         _methods(pattern, " ".join(f"{_BARE}:error_correction={value}" for value in ("none", "intra", "full")))
