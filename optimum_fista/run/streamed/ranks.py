@@ -121,6 +121,7 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
             "`accelerate launch` or `torchrun`."
         )
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)  # newer versions give processes outside of it a number
     try:
         yield Ranks(state.process_index, count, device or str(state.device), group)
     finally:
