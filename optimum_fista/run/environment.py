@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,23 +15,20 @@ from transformers import PreTrainedModel
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.products import compute_dtype_of
 
-_ALONE = threading.RLock()
-
 
 @contextmanager
 def numerical_environment() -> Iterator[None]:
     """Compute as in a process that has set nothing; afterwards the caller's environment is as it was.
 
-    Some of it belongs to the whole process, so one thread at a time is in it and the others wait. A thread that is in
-    it may enter it again.
+    The default dtype and the precision of products belong to the whole process: let one thread at a time compute.
 
     Without autocast and inference mode, with float32 as the default dtype, the CPU as the default device, and float32
     products in full precision (no TensorFloat-32, no bfloat16). Gradients are recorded or not as callers inside ask.
     """
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu", accelerator.type} if accelerator is not None else {"cpu"}
-    with _ALONE, ExitStack() as stack:
-        dtype = torch.get_default_dtype()
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for kind in kinds:
             if torch.is_autocast_enabled(kind):

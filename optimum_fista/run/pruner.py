@@ -88,7 +88,7 @@ class FistaPruner:
         a model given by name (docs/ranks.md); a model in memory is a copy in each of them.
 
         The run sets its own numerical environment (autocast, inference mode, default dtype and device, precision of
-        float32 products) and restores the caller's.
+        float32 products) and restores the caller's. Some of it belongs to the process: let one thread at a time prune.
 
         Args:
             model: Decoder-only model with a language-model head, in any floating dtype: in memory, or offloaded by

@@ -1,6 +1,5 @@
 """Whatever numerical environment the caller is in, a run has its own, and the caller finds theirs as it was."""
 
-import threading
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -130,23 +129,4 @@ def test_the_callers_environment_is_restored_after_an_error():
         outside = surroundings()
         with pytest.raises(ValueError, match="no batch"):
             FistaPruner(progress=False).prune(tiny_llama(), [])
-        assert surroundings() == outside
-
-
-def test_threads_wait_for_each_other_and_one_may_enter_again():
-    seen = []
-
-    def other():
-        with numerical_environment():
-            seen.append((torch.get_default_dtype(), torch.get_float32_matmul_precision()))
-
-    with AROUND["dtype"](), AROUND["precision"]():
-        outside = surroundings()
-        with numerical_environment(), numerical_environment():
-            thread = threading.Thread(target=other)
-            thread.start()
-            thread.join(0.05)
-            assert not seen
-        thread.join(10)
-        assert seen == [(torch.float32, "highest")]
         assert surroundings() == outside
