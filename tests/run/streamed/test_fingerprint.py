@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_weights_that_change_while_they_are_pruned_end_the_run(source, monkeypat
             prune(source)
     names = {path.stem for path in (source.parent / "pruned.unfinished" / "journal").glob("*.json")}
     assert names - {"fingerprint", "weights"} == kept
-    with pytest.raises(ValueError, match="was another one"):
+    with pytest.raises(ValueError, match="was another one") if kept else nullcontext():  # nothing is lost without them
         prune(source)
 
 
