@@ -15,7 +15,7 @@ from optimum_fista_cli.main import main
 
 PAGE = (ROOT / "docs" / "files.md").read_text()
 ROWS = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
-NAMES = [name for row in ROWS for name in re.findall(r"`([^`]+)`", row) if not re.fullmatch("[a-z]+|FILE", name)]
+NAMES = [n for row in ROWS for n in re.findall(r"`([^`]+)`", row) if n == "lock" or not re.fullmatch("[a-z]+|FILE", n)]
 _written: list[str] | None = None  # paths, while they are recorded
 
 
