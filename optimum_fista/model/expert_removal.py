@@ -211,10 +211,9 @@ class SmallerMixture:
             inputs, tokens = self._inputs(expert, batch)
             mask = self._activations.token_masks[batch]
             if mask is None:
-                early, real = tokens % self._lengths[batch] < self._lengths[batch] // 2, torch.ones_like(tokens) > 0
-            else:  # the first half of the real tokens of each sequence
-                early = (mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2).reshape(-1)[tokens]
-                real = mask.reshape(-1)[tokens]
+                mask = torch.ones(len(residual), dtype=torch.bool, device=device).view(-1, self._lengths[batch])
+            real = mask.reshape(-1)[tokens]
+            early = (mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2).reshape(-1)[tokens]  # of the real tokens
             targets = residual[tokens.to(residual.device)].to(device).float() + inputs @ weight.T
             for half, counted in zip(sums, (early & real, ~early & real), strict=True):
                 half.add_targets(inputs[counted], targets[counted])

@@ -161,6 +161,7 @@ class Estimate:
         self.vocabulary, self.hidden = input_embedding(self.model).shape
         text = self.model.config.get_text_config(decoder=True)
         self.heads = getattr(text, "num_attention_heads", None) or 1
+        self.key_width = self.hidden * (getattr(text, "num_key_value_heads", None) or self.heads) / self.heads
         self.large_block = LARGE_BLOCK if self.on_cpu else math.inf
         self.value = self.model.dtype.itemsize
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
@@ -213,10 +214,12 @@ class Estimate:
         config, stream, value, layers = self.config, self.stream_bytes, self.value, self.num_layers
         ends = {"embedding and head": 2.0 * value * self.vocabulary * self.hidden * self.reads}
         if self.samples_itself:
-            text = self.model.config.get_text_config(decoder=True)
-            width = self.hidden * (getattr(text, "num_key_value_heads", None) or self.heads) / self.heads
-            cache = 2 * value * -(-self.num_sampled // num_batches(self.num_sampled)) * self.length * layers * width
-            yield "calibration text", {"whole model": self.weight_bytes, "keys and values": cache}, 0
+            together = -(-self.num_sampled // num_batches(self.num_sampled))
+            cache = 2 * value * together * self.length * layers * self.key_width
+            # of the next token of every text, their copy in float32, probabilities and what they are drawn by
+            next_ones = together * num_texts(self.length) * self.vocabulary * (value + 12.0)
+            held = {"whole model": float(self.weight_bytes), "keys and values": cache, "logits": next_ones}
+            yield "calibration text", held, 0
         gradients = bool(self.differentiates) * layers * stream / self.num_samples  # hidden states between all layers
         if self.differentiates:  # a sequence at a time; the loss and its gradients are float32 in between
             yield "loss", ends | {"logits and gradients": self.length * self.vocabulary * (2 * value + 12)}, gradients
