@@ -6,12 +6,9 @@ import argparse
 import itertools
 import os
 import re
-import shlex
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +18,6 @@ if TYPE_CHECKING:
     from optimum_fista.run.callbacks.pruning_callback import PruningCallback
     from optimum_fista.run.callbacks.tracking import TrackingCallback
     from optimum_fista.run.config import FistaPruningConfig
-    from optimum_fista.run.estimate.estimate import Estimate
-    from optimum_fista.run.reports.report import PruningReport
     from optimum_fista.run.streamed.ranks import Ranks
 
 DESCRIPTION = """\
@@ -153,12 +148,12 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.packed_folders.unpacking import PackedFiles
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.streamed.ranks import RankError, joined_ranks
+    from optimum_fista_cli.overview import estimate_of, next_commands, say_before, verdicts
     from optimum_fista_cli.progress import Progress, log_shown
 
     config = _config(arguments)
     if arguments.dry_run:
-        estimate = _estimate(arguments, config)
-        print(estimate.with_batch_size(arguments.batch_size or _best_batch_size(estimate)))
+        print(estimate_of(arguments, config, arguments.batch_size))
         return 0
     _require_options(arguments, config)
     folder = unfinished_folder(arguments.output)
@@ -170,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
             opened.enter_context(log_shown("optimum_fista.run.pruning.target_size"))  # what --target-size chooses
         try:
             ranks.first(lambda: opened.enter_context(locked_output(arguments.output)) and None)
-            arguments.batch_size = ranks.first(lambda: _begin(arguments, config))
+            arguments.batch_size = ranks.first(lambda: say_before(arguments, config))
             callbacks: list[PruningCallback] = [*_trackers(arguments, config, ranks, opened)]
             if not ranks.index:
                 callbacks.append(opened.enter_context(Progress(shares=ranks.count > 1)))
@@ -198,14 +193,14 @@ def run(arguments: argparse.Namespace) -> int:
     if ranks.index:
         return 0
     print(report)
-    print(*_verdicts(report), sep="\n")
+    print(*verdicts(report), sep="\n")
     if arguments.packed:
         print(PackedFiles.of_folder(arguments.output).packing)
     print(f"saved to {arguments.output}")
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))
     else:
-        print(_next_commands(arguments.model, arguments.output, arguments.calibration))
+        print(next_commands(arguments.model, arguments.output, arguments.calibration))
     return 0
 
 
@@ -279,54 +274,6 @@ def _num_kept(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
     return len(list((unfinished_folder(arguments.output) / FOLDER).glob("layer-*.json")))
 
 
-def _begin(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
-    """Say what the run will do and take; returns the size of its batches."""
-    import torch
-
-    from optimum_fista.run.checkpoints.output_folder import unfinished_folder
-    from optimum_fista.run.estimate.estimate import LIBRARIES, size
-    from optimum_fista.run.memory import available_bytes
-    from optimum_fista.run.streamed.journal import begun_batch_size
-
-    chosen: int | None = arguments.batch_size or begun_batch_size(unfinished_folder(arguments.output))
-    try:
-        estimate = _estimate(arguments, config)
-        estimate = estimate.with_batch_size(chosen or _best_batch_size(estimate))
-        overview, memory = estimate.overview(), estimate.memory["host"]
-    except ValueError:
-        raise  # what the run would refuse, before text is drawn: a model may write it for hours
-    except OSError:
-        return chosen or 1  # the run says what is wrong
-    except Exception as error:  # a model without weights can't be run in every family
-        print(f"note: memory and time could not be estimated: {error}", file=sys.stderr)
-        return chosen or 1
-    needed, free = memory.total - LIBRARIES, available_bytes(torch.device("cpu"))
-    print(overview, file=sys.stderr)
-    if free is not None:
-        print(f"{'':<13}{size(free)} of memory are free", file=sys.stderr)
-    print(f"{'output':<13}{arguments.output}", file=sys.stderr)
-    if free is not None and needed > free:
-        print(
-            f"warning: this run is estimated to need {size(needed)} of memory, and {size(free)} are free: it may be "
-            f"killed ({memory.moment}). Pass --storage-device disk, a smaller --batch-size, a shorter "
-            "--sequence-length or fewer --num-samples; --dry-run shows what they need.",
-            file=sys.stderr,
-        )
-    return estimate.batch_size
-
-
-def _best_batch_size(estimate: Estimate) -> int:
-    """The size of batches for the device at hand; the same if that is not in this machine, or says nothing of it."""
-    import torch
-
-    from optimum_fista.run.memory import available_bytes
-
-    try:
-        return estimate.best_batch_size(None if estimate.on_cpu else available_bytes(torch.device(estimate.device)))
-    except (RuntimeError, AssertionError):
-        return estimate.best_batch_size(None)
-
-
 def _tokens(
     arguments: argparse.Namespace, config: FistaPruningConfig, device: str | None, keep_in: Path
 ) -> tuple[Tensor, Tensor | None]:
@@ -352,52 +299,6 @@ def _tokens(
             raise
         return draw(wanted), None  # the text may be just long enough for these
     return tokens[:wanted], tokens[wanted:]
-
-
-def _verdicts(report: PruningReport) -> Iterator[str]:
-    """What a run cost, and whether that is much; docs/report.md says where the words begin."""
-    words = {1.1: "close to the dense model", 1.5: "usable as it is", 3.0: "clearly worse, training would help"}
-    found = report.perplexity
-    if found is not None:
-        ratio = found["pruned"] / found["dense"]
-        word = next((word for most, word in words.items() if ratio <= most), "broken: prune less")
-        yield (
-            f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after ({word}), on "
-            f"{found['num_tokens']:,} tokens of the calibration text that nothing was fitted to"
-        )
-    if report.operators:
-        worst = max(report.operators, key=lambda o: o.fit_error)
-        word = "low" if worst.fit_error < 0.2 else "usual" if worst.fit_error < 0.5 else "high"
-        yield f"largest fit error {worst.fit_error:.2f} ({word}): {worst.name.removesuffix('.weight')}"
-
-
-def _next_commands(model: str, folder: Path, calibration: str) -> str:
-    """What to do with a pruned model."""
-    name, dense = shlex.quote(str(folder)), shlex.quote(model)
-    unseen, trained = ("wikitext2", "c4") if find_spec("datasets") else ("pydoc", "pydoc")  # of Python's own pages
-    text = trained if calibration == "self" else shlex.quote(calibration)  # a model would write for hours
-    commands = {
-        f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
-        f"evaluate {name} --text {unseen}": "perplexity; run it on the dense model too, to compare",
-        f"recover {name} --teacher {dense} --calibration {text}": "train it to be more like the dense model",
-        f"report {name}": "a page about every operator",
-        f"verify {name}": "counts the zeros in the files again",
-    }
-    lines = [f"optimum-fista {command}    # {why}" for command, why in commands.items()]
-    repository = re.sub(r"[^\w.]+", "-", folder.name, flags=re.ASCII).strip("-.")  # letters that the Hub takes
-    lines.append(f"hf upload YOUR-NAME/{repository} {name}    # put it on the Hub, after hf auth login")
-    return "\n".join(["next:", *(f"  {line}" for line in lines)])
-
-
-def _estimate(arguments: argparse.Namespace, config: FistaPruningConfig) -> Estimate:
-    from optimum_fista.run.estimate.estimate import Estimate
-    from optimum_fista.run.texts.calibration_source import num_unseen
-
-    names = ("sequence_length", "calibration", "device", "dtype", "storage_device", "packed")
-    numbers = {"num_samples": arguments.num_samples + config.held_out, "batch_size": arguments.batch_size or 1}
-    unseen = 0 if config.held_out else num_unseen(config, arguments.num_samples)
-    options = {name: getattr(arguments, name) for name in names}
-    return Estimate(arguments.model, config, num_unseen=unseen, **numbers, **options)
 
 
 def _trackers(

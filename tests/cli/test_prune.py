@@ -14,7 +14,8 @@ from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.streamed import journal
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
 from optimum_fista_cli.main import main
-from optimum_fista_cli.prune import _next_commands, default_output
+from optimum_fista_cli.overview import next_commands
+from optimum_fista_cli.prune import default_output
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
@@ -450,11 +451,11 @@ def test_links_keep_their_name_and_repositories_have_one_that_the_hub_takes(tmp_
     Path("my model").symlink_to("4fe1b2")
     folder = default_output("my model", FistaPruningConfig())
     assert folder == Path("my model-50pct")
-    shown = _next_commands("my model", folder, "self")
+    shown = next_commands("my model", folder, "self")
     assert "--text wikitext2 " in shown
     assert "--calibration c4 " in shown
-    monkeypatch.setattr("optimum_fista_cli.prune.find_spec", lambda name: None)
-    plain = _next_commands("my model", folder, "self")  # without the extra that has the usual texts
+    monkeypatch.setattr("optimum_fista_cli.overview.find_spec", lambda name: None)
+    plain = next_commands("my model", folder, "self")  # without the extra that has the usual texts
     assert "--text pydoc " in plain
     assert "--calibration pydoc " in plain
     assert "hf upload YOUR-NAME/my-model-50pct 'my model-50pct' " in shown
