@@ -393,6 +393,12 @@ def test_gradients_take_what_is_estimated(dtype, vocabulary, monkeypatch):
     assert moved == pytest.approx(seen[1].moved_bytes - seen[0].moved_bytes, rel=0.15)
 
 
+def test_text_is_sampled_from_the_logits_of_every_text_that_is_written_together():
+    found = estimated(calibration="self", num_samples=64, sequence_length=8)
+    (held,) = (parts for moment, parts, _ in found._moments() if moment == "calibration text")
+    assert held["logits"] == 32 * 4 * found.vocabulary * (found.value + 12)
+
+
 def test_sampling_text_takes_a_call_of_every_layer_for_every_token_of_four_texts():
     few, many = (estimated(calibration="self", sequence_length=length).work["calibration text"] for length in (8, 16))
     assert many[-1] == pytest.approx(2 * few[-1])
