@@ -22,7 +22,8 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> int
     import torch
 
     from optimum_fista.run.checkpoints.output_folder import unfinished_folder
-    from optimum_fista.run.estimate.estimate import LIBRARIES, size
+    from optimum_fista.run.estimate.estimate import size
+    from optimum_fista.run.estimate.memory import LIBRARIES
     from optimum_fista.run.memory import available_bytes
     from optimum_fista.run.streamed.journal import begun_batch_size
 

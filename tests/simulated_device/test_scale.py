@@ -16,6 +16,7 @@ from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.estimate.estimate import Estimate
+from optimum_fista.run.estimate.memory import moments
 from optimum_fista.run.pruning import group_solving, model_pruning
 from optimum_fista.solve.blocks import SCALE_ON_DEVICES, row_blocks, rows_in_block
 from optimum_fista.solve.problem import LayerProblem
@@ -67,12 +68,12 @@ def test_the_device_holds_what_is_estimated(shape, storage, measured, tmp_path):
         warnings.simplefilter("ignore")  # so few tokens
         pruner.prune(tmp_path / "dense", ids.split(1), output_dir=tmp_path / "pruned", device=DEVICE)
     estimated: dict[str, float] = {}
-    for moment, parts, waiting in estimate._moments():
+    for moment, parts, waiting in moments(estimate):
         total = sum(parts.values()) + (waiting if storage is None else 0)
         estimated[moment] = max(estimated.get(moment, 0), total)
     for moment in ("loss", "statistics", "solving"):
         assert 1 / 1.35 < estimated[moment] / measured[moment] < 1.35, moment
-    solver = max(parts["solver"] for moment, parts, _ in estimate._moments() if moment == "solving")
+    solver = max(parts["solver"] for moment, parts, _ in moments(estimate) if moment == "solving")
     assert measured["more while solving"] == pytest.approx(solver, rel=0.3)
     assert estimate.memory["device"].total == max(estimated.values())
 

@@ -17,6 +17,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.estimate.estimate import Estimate
+from optimum_fista.run.estimate.memory import moments
 from optimum_fista.run.estimate.work import LAYER_CALL, Meter
 from optimum_fista.run.pruning import budgets, loop
 from optimum_fista.run.streamed.journal import Journal
@@ -365,7 +366,7 @@ def test_fine_tuning_takes_what_is_estimated(dtype, monkeypatch):
     estimate = estimated(tiny_llama(**sizes).config, config, **settings)
     assert np.isclose(flops(estimate, "fine-tuning"), products, rtol=0.3)
     assert "fine-tuning" not in estimated(tiny_llama(**sizes).config, FistaPruningConfig(method="magnitude")).work
-    parts = next(parts for moment, parts, _ in estimate._moments() if moment == "fine-tuning")
+    parts = next(parts for moment, parts, _ in moments(estimate) if moment == "fine-tuning")
     assert 1 / 1.35 < (parts["weights in training"] + parts["activations"]) / memory < 1.35
 
 
@@ -395,7 +396,7 @@ def test_gradients_take_what_is_estimated(dtype, vocabulary, monkeypatch):
 
 def test_text_is_sampled_from_the_logits_of_every_text_that_is_written_together():
     found = estimated(calibration="self", num_samples=64, sequence_length=8)
-    (held,) = (parts for moment, parts, _ in found._moments() if moment == "calibration text")
+    (held,) = (parts for moment, parts, _ in moments(found) if moment == "calibration text")
     assert held["logits"] == 32 * 4 * found.vocabulary * (found.value + 12)
 
 
