@@ -25,8 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="DIR", type=Path, help="pruned model folder, packed or not")
     add(
         "--variants",
-        help="what to measure; the first is the baseline (default: dense bfloat16,dense float32, if there are "
-        "zeros packed bfloat16, or original bfloat16,dense bfloat16 with --original; also float16, and packed float32)",
+        help="what to measure, the first as the baseline: dense, packed or original, each with bfloat16, float32 or "
+        "float16 (default: dense bfloat16,dense float32 and, if there are zeros, packed bfloat16; with --original: "
+        "original bfloat16,dense bfloat16)",
     )
     add("--original", type=Path, metavar="DIR", help="folder of the model before it was pruned, to compare with")
     add("--batch-sizes", default="1,4,16", help="sequences decoded together (default 1,4,16)")

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--render", type=Path, metavar="FILE", help="only table and plots of a table.json; no MODEL")
     add = parser.add_argument_group("what to compare").add_argument
     add("--methods", type=words, metavar="A,B", help="default magnitude,wanda,sparsegpt,fista,default")
-    kinds = "fractions of zeros, N:M, channels:SHARE, heads:SHARE, layers:SHARE (default 0.5,2:4)"
+    kinds = "fractions of zeros, or what prune --pattern takes (default 0.5,2:4)"
     add("--patterns", type=_patterns, metavar="A,B", help=f"{kinds}; separate them by ; if a pattern has a comma")
     add("--seeds", type=_numbers, metavar="A,B", help="mean and deviation over several (default 0)")
     add = parser.add_argument_group("what to measure").add_argument
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="only the first documents of every task")
     add("--sequence-length", type=int, help="tokens a window (default: 2048 or the model's context if shorter)")
     add("--max-windows", type=int, help="only the first windows of every text")
-    add("--held-out", type=int, metavar="N", help="perplexity on N windows of the calibration text left out of it, too")
+    add("--held-out", type=int, metavar="N", help="also measure on N windows left out of calibration, and on N in it")
     add(
         "--bos",
         choices=("auto", "every", "start", "none"),

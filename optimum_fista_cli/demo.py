@@ -36,9 +36,9 @@ comes with Python, and calibration uses later windows of the same text, so nothi
 With --full, five methods prune to 50% and to 2:4, calibrated on text that the model samples itself. That takes 20 to 30
 minutes on 2 cores.
 
-Saves what the default method pruned, verifies the files, reloads them with plain Transformers and lets them write. The
-perplexities are printed as a table, and drawn if Matplotlib (extra demo or plots) is installed. What an earlier demo
-with the same settings left in the output is replaced; anything else under its names is refused.
+The demo saves what the default method pruned, verifies the files, reloads them with plain Transformers and lets them
+write. It prints the perplexities as a table, and draws them if Matplotlib (extra demo or plots) is installed. It
+replaces what an earlier demo with the same settings left in the output, and refuses anything else under its names.
 """
 
 _DEFAULT = "default"

@@ -8,8 +8,8 @@ DESCRIPTION = """\
 Describe this machine and check that every device prunes as the CPU does.
 
 Prints versions, devices and memory, the compiler and the packed kernels, and how fast each device multiplies; prunes a
-random model of two decoder layers on each. It takes less than a minute, needs no network, and names no folders: paste
-all of it into an issue report. Exits with 1 if a check fails.
+random model of two decoder layers on each. It takes less than a minute and needs no network. Paste all of it into an
+issue report. Exits with 1 if a check fails.
 
 example:
   optimum-fista doctor

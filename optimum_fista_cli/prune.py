@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scope", choices=("matrix", "row"), help="share zeros over a whole operator or give each row its own")
     add("--include", action="append", metavar="GLOB", help="prune only operators whose name matches; repeatable")
     add("--exclude", action="append", metavar="GLOB", help="leave dense the operators whose name matches; repeatable")
-    shared = "the same sparsity everywhere, or shared by gradients of the loss (default: obs_admm fisher)"
+    shared = "uniform: the same sparsity everywhere; fisher: as gradients of the loss say (default: obs_admm fisher)"
     add("--allocation", choices=("uniform", "fisher"), help=shared)
     add = parser.add_argument_group("advanced: method").add_argument
     add("--paper", action="store_true", help="as --recipe paper, the published settings of FISTAPruner")
@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reorder-channels", action="store_const", const=True, help=places)
     add("--warm-start", metavar="METHOD", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
     add("--max-iterations", type=int, metavar="N", help="iteration limit of the method")
-    trained = "train the kept weights of every pruned decoder layer to give the dense layer's outputs (default: not)"
+    trained = "train the kept weights of every pruned decoder layer to give the dense layer's outputs (default: off)"
     add("--finetune", choices=("layer",), help=trained)
     add("--finetune-steps", type=int, metavar="N", help="steps a decoder layer, a batch each (default 32)")
     add("--finetune-learning-rate", type=float, metavar="RATE", help="largest learning rate (default 3e-4)")
@@ -121,9 +121,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("advanced: calibration and machine").add_argument
     unseen = "N further sequences that nothing is fitted to: the report has every operator's error on them as well"
     add("--held-out", type=int, metavar="N", help=unseen)
-    pass_size = "sequences a forward pass (default: 1 on a CPU, otherwise what 8192 tokens and its memory allow)"
+    pass_size = "sequences a forward pass (default: 1 on a CPU; on others up to 8192 tokens, if memory allows)"
     add("--batch-size", type=int, metavar="N", help=pass_size)
-    products = "products of float32 matrices, but the solver's: float32 (default), bfloat16, or auto, by the device"
+    products = "how float32 matrices are multiplied outside the solver: float32 (default), bfloat16, auto (by device)"
     add("--compute-dtype", choices=("float32", "bfloat16", "auto"), help=products)
     add("--seed", type=int, help="seed of the sampling (default 0)")
     add(
@@ -134,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     curves = "draw curves over the decoder layers in tensorboard or trackio during the run; repeatable"
     add("--report-to", action="append", default=[], metavar="TRACKER", help=curves)
-    add("--logging-dir", type=Path, metavar="DIR", help="where they are kept (default runs/ and --output's name)")
+    add("--logging-dir", type=Path, metavar="DIR", help="folder for the curves (default runs/ and --output's name)")
 
 
 def run(arguments: argparse.Namespace) -> int:

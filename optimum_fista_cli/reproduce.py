@@ -9,8 +9,8 @@ DESCRIPTION = """\
 Prune a model again as its folder says, and compare the two results.
 
 DIR/fista/reproduce.json says how the folder was made. What differs now is said first: versions, processor, arithmetic,
-and the model's configuration. A model or calibration tokens that are not the same end the command before it prunes. It
-exits with 0 if all tensors are bit-equal, with 3 if they differ as results of different processors do
+and the model's configuration. If the model or the calibration tokens are not the same, the command ends before it
+prunes. It exits with 0 if all tensors are bit-equal, with 3 if they differ as results of different processors do
 (docs/howto/reproduce.md), with 1 otherwise.
 
 examples:
