@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--calibration-length", type=int, help="tokens a sequence (default: those of a window)")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=int, help="sequences, windows or answers a forward pass (default 1)")
-    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)")
     add("--device-map", metavar="MAP", help="Accelerate's, such as auto, for models larger than a GPU")
     add("--dtype", help="float32, bfloat16, float16 or auto, as stored (default)")
     add("--storage-device", metavar="PLACE", help="where activations wait: see prune --help")

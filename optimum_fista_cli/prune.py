@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--calibration", default="self", metavar="SOURCE", help=sources)
     add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
     add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 2048 or the model's maximum)")
-    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)")
     add("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
     dry = "only print what would be pruned, peak memory, disk and time; MODEL may be a config.json; writes nothing"
     add("--dry-run", action="store_true", help=dry)

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "auto, the first of them that memory suffices for (default)"
     )
     add("--train", choices=("auto", "all", "lora", "norms"), default="auto", help=trained)
-    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator, otherwise the CPU)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)")
     products = "dtype of products; weights are trained in float32 (default auto: bfloat16 if the device is fast in it)"
     add("--compute-dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=products)
     add("--overwrite", action="store_true", help="replace a model that --output already holds")

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dense", metavar="MODEL", help="the model before pruning, to continue every --prompt as well")
     add("--prompt", action="append", default=[], metavar="TEXT", help="text for both models to continue; repeatable")
     add("--max-new-tokens", type=int, default=48, help="tokens a continuation (default 48)")
-    add("--device", help="cpu, cuda, cuda:1, for --prompt (default: the accelerator, or the CPU)")
+    add("--device", help="for --prompt: cpu, cuda, cuda:1 (default: as for chat)")
     add("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
 
 
