@@ -30,7 +30,8 @@ finished decoder layer when the same command is given again. Several processes, 
 torchrun, share the decoder layers if those are independent (--error-correction none or intra): see docs/ranks.md.
 
 MODEL is a Hub id, a model folder, or a folder that holds one GGUF file. It is all that is needed: the model writes its
-own calibration text (--calibration self), half of its weights become zeros, and the folder is named after it.
+own calibration text (--calibration self), half of the weights in its decoder layers become zeros, and the folder is
+named after it.
 
 examples:
   optimum-fista prune meta-llama/Llama-3.2-1B
@@ -94,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--paper", action="store_true", help="as --recipe paper, the published settings of FISTAPruner")
     share = "none, intra, full, or a number in [0, 1] (default: the method's, obs_admm's is 0.5): see docs/method.md"
     add("--error-correction", type=_number_or_word, metavar="WORD", help=share)
-    share = "share of a decoder layer's error that its last operator compensates (default: obs_admm 1, others 0)"
+    share = "share of a decoder layer's error that its last operator compensates for (default: obs_admm 1, others 0)"
     add("--residual-correction", type=float, metavar="SHARE", help=share)
     few = "experts of a mixture that the router sends fewer than N tokens are under-calibrated (default 128)"
     add("--under-calibrated-tokens", type=int, metavar="N", help=few)
@@ -125,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, metavar="N", help=pass_size)
     products = "how float32 matrices are multiplied outside the solver: float32 (default), bfloat16, auto (by device)"
     add("--compute-dtype", choices=("float32", "bfloat16", "auto"), help=products)
-    add("--seed", type=int, help="seed of the sampling (default 0)")
+    add("--seed", type=int, help="seed of everything random (default 0)")
     add(
         "--storage-device",
         metavar="PLACE",
