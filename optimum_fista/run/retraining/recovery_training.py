@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.digest import combined_sha256, tensor_sha256
 from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.checkpoint import mark_retrained, read_report
 from optimum_fista.run.checkpoints.loading import load_model, read_model
@@ -284,7 +285,9 @@ class RecoveryTraining:
         tensors |= {f"best/{name}": value for name, value in self._best.items()}
         values = {"step": self.step, "seconds": self.seconds, "evaluations": self.evaluations, "best": self.best_step}
         contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        write_tensors(self._state, contiguous, {"state": json.dumps(values)})
+        digests = {name: tensor_sha256(value) for name, value in contiguous.items()}
+        noted = json.dumps(values)
+        write_tensors(self._state, contiguous, {"state": noted, "sha256": combined_sha256({**digests, "": noted})})
 
     def _resume(self, opened: safe_open) -> None:
         with opened as file:
@@ -339,7 +342,13 @@ class RecoveryTraining:
         settings = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=names, task_type="CAUSAL_LM")
         with torch.random.fork_rng():
             torch.manual_seed(self.options["seed"])
-            return mask_adapters(get_peft_model(self.model, settings), self.source)
+            # By the type PEFT takes names of shared experts for those that fused experts had in Transformers 4.
+            vars(self.model.config)["model_type"] = ""
+            try:
+                adapted = get_peft_model(self.model, settings)
+            finally:
+                del vars(self.model.config)["model_type"]
+            return mask_adapters(adapted, self.source)
 
     def _choose(self, cached: bool) -> dict[str, Any]:
         """What is trained, whether activations are computed twice, and whether the teacher is read from disk."""
@@ -370,12 +379,17 @@ class RecoveryTraining:
 def open_state(file: Path) -> safe_open | None:
     """What an unfinished recovery keeps; `None` if it is not there, or damaged."""
     try:
-        return safe_open(file, "pt")
+        opened = safe_open(file, "pt")
+        digests = {name: tensor_sha256(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
+        noted = opened.metadata() or {}
+        if noted.get("sha256") == combined_sha256({**digests, "": noted.get("state", "")}):
+            return opened
     except FileNotFoundError:
         return None
     except SafetensorError:
-        logger.warning("%s is damaged and not used: the training begins anew", file)
-        return None
+        pass
+    logger.warning("%s is damaged and not used: the training begins anew", file)
+    return None
 
 
 def _linears(model: PreTrainedModel) -> list[Any]:

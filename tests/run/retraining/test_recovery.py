@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -76,9 +75,10 @@ def test_the_loss_falls_and_the_zeros_stay(train, saved, tiny_folder, text, tmp_
     assert f"held-out loss {found.held_out_loss_before:.4f}" in card
 
 
-def test_adapters_leave_fused_experts_as_they_are(text, tmp_path):
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])  # the second has shared experts beside the fused ones
+def test_adapters_leave_fused_experts_as_they_are(family, text, tmp_path):
     pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
-    model = tiny_model("mixtral")
+    model = tiny_model(family)
     model.save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda", under_calibrated_tokens=0), progress=False)
@@ -87,8 +87,9 @@ def test_adapters_leave_fused_experts_as_they_are(text, tmp_path):
     recover(tmp_path / "in", tmp_path / "dense", tmp_path / "out", calibration=text, train="lora", **QUICK)
     old, new = weights(tmp_path / "in"), weights(tmp_path / "out")
     changed = {name for name in old if not torch.equal(old[name], new[name])}
-    assert any("q_proj" in name for name in changed)
-    assert not any("experts" in name or "gate" in name for name in changed)
+    assert any("o_proj" in name for name in changed)
+    assert any("shared_experts" in name for name in changed) == (family == "deepseek_v3")
+    assert not any(".experts" in name or ".gate." in name for name in changed)
     assert verify_checkpoint(tmp_path / "out").num_zeros
 
 
@@ -136,7 +137,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folde
     assert not (tmp_path / "stopped.unfinished").exists()
 
 
-def test_a_state_that_is_cut_off_is_said_and_the_training_begins_anew(
+def test_a_state_that_is_damaged_is_said_and_the_training_begins_anew(
     saved, tiny_folder, text, tmp_path, monkeypatch, caplog
 ):
     def call():
@@ -153,8 +154,12 @@ def test_a_state_that_is_cut_off_is_said_and_the_training_begins_anew(
             call()
     assert recovery.steps_kept(tmp_path / "out") == 1
     state = tmp_path / "out.unfinished" / "journal" / "state.safetensors"
-    os.truncate(state, state.stat().st_size // 2)
-    assert recovery.steps_kept(tmp_path / "out") == 0
+    whole = state.read_bytes()
+    noted = whole.replace(b'\\"step\\": 1', b'\\"step\\": 2')
+    for damaged in (whole[: len(whole) // 2], whole[:-100] + bytes(100), noted):
+        assert damaged != whole
+        state.write_bytes(damaged)
+        assert recovery.steps_kept(tmp_path / "out") == 0
     caplog.clear()
     assert call().num_tokens == 64
     assert f"{state} is damaged and not used: the training begins anew" in caplog.text
