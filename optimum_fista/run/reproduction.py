@@ -26,9 +26,11 @@ from optimum_fista.run.checkpoints.checkpoint import (
     require_files,
 )
 from optimum_fista.run.checkpoints.loading import load_lazily
+from optimum_fista.run.checkpoints.output_folder import MODEL_FILES, require_output
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.environment import arithmetic_of, processor, settings_of
 from optimum_fista.run.evaluation.verification import read_operators
+from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
 from optimum_fista.run.packed_folders.unpacking import is_packed
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.pruning.run_report import describe_calibration
@@ -119,6 +121,7 @@ def reproduce(
 
     Raises:
         FileNotFoundError: If the folder does not say how it was made, or the model or the text is not here.
+        FileExistsError: If `output` holds a model already, or other files that would be replaced.
         ValueError: If the model, the tokens, or the weights in the folder are others than those of the first run;
             or if the results differ and so do the configurations of the models.
     """
@@ -139,6 +142,8 @@ def reproduce(
         "dtype": arithmetic["dtype"].removeprefix("torch."),
     }
     name = _model_name(made["model"]) if model is None else str(model)
+    if output is not None:
+        require_output(Path(output), False, source=name, names=MODEL_FILES)
     with _threads(made["processor"]["threads"]), tempfile.TemporaryDirectory(prefix="optimum-fista-") as scratch:
         dense, _ = load_lazily(name, Path(scratch) / "offload", **where)
         now: dict[str, dict[str, Any]] = {
@@ -148,7 +153,7 @@ def reproduce(
         now |= {"processor": dict(processor()), "model_config": settings_of(dense)}
         for line in differences({key: made[key] for key in now}, now):
             say(line)
-        _require_same_weights(folder, made)
+        _require_same_weights(folder, made, Path(scratch))
         digests = [layer_sha256(layer) for _, layer in find_decoder_layers(dense)]
         if combined_sha256([*digests, rest_sha256(dense)]) != made["model"]["sha256"]:
             others = [layer.name for layer in report.layers if layer.dense_sha256 not in digests]
@@ -205,12 +210,13 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _require_same_weights(folder: Path, made: dict[str, Any]) -> None:
-    """Refuse a folder whose weights are not those that the run wrote; one that was packed later can't be told."""
-    packed = is_packed(folder)
-    if packed != made["packed"]:
-        return
-    if checkpoint_sha256(checkpoint_files(folder, "packed" if packed else "model")) != made["result_sha256"]:
+def _require_same_weights(folder: Path, made: dict[str, Any], scratch: Path) -> None:
+    """Refuse a folder whose weights are not those that the run wrote, as the run stored them."""
+    packed, stored = made["packed"], folder
+    if is_packed(folder) != packed:  # later packed, or unpacked
+        stored = scratch / "stored"
+        (pack_folder if packed else unpack_folder)(folder, stored)
+    if checkpoint_sha256(checkpoint_files(stored, "packed" if packed else "model")) != made["result_sha256"]:
         raise ValueError(f"the weights in {str(folder)!r} were changed after the run: there is nothing to compare.")
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fista import FistaPruner, FistaPruningConfig, save_masked
 from optimum_fista.model import products
 from optimum_fista.run import reproduction
-from optimum_fista.run.packed_folders.packed_folder import pack_folder
+from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
 from optimum_fista.run.pruning import model_pruning
 from optimum_fista.run.reproduction import Reproduction, reproduce
 
@@ -166,8 +166,22 @@ def test_other_tokens_are_named_before_any_work(source, pruned, no_run):
 
 
 def test_weights_that_were_changed_after_the_run_are_named_before_any_work(source, pruned, tmp_path, no_run):
+    folder = changed(pruned, tmp_path / "model", "model.norm.weight")
     with pytest.raises(ValueError, match="were changed after the run"):
-        again(changed(pruned, tmp_path / "model", "model.norm.weight"), source)
+        again(folder, source)
+    pack_folder(folder, tmp_path / "packed")
+    with pytest.raises(ValueError, match="were changed after the run"):
+        again(tmp_path / "packed", source)
+
+
+def test_an_output_that_is_taken_is_refused_before_any_text_is_drawn(source, pruned, no_run):
+    with pytest.raises(FileExistsError, match="holds a model"):
+        reproduce(pruned, pruned, model=source, progress=False)
+
+
+def test_a_folder_that_was_unpacked_later_is_made_again_too(source, tmp_path):
+    unpack_folder(prune(source, tmp_path / "packed", packed=True), tmp_path / "unpacked")
+    assert again(tmp_path / "unpacked", source).bit_equal
 
 
 def test_a_model_that_lies_elsewhere_is_asked_for(pruned, tmp_path, no_run):
