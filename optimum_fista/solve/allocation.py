@@ -18,9 +18,12 @@ from optimum_fista.solve.selection import kth_smallest
 SLOPE = 7.0
 """Growth of the logarithm of an operator's squared error per unit of sparsity, about 0.5 (docs/solver.md)."""
 REACH = 0.45
-"""An operator's sparsity differs from the average by no more than this."""
-HIGHEST = 0.95
-"""An operator's sparsity is no higher than this, or than the average if that is higher."""
+"""An operator's sparsity is lower than the average by no more than this."""
+LEAST_DENSITY = 0.5
+"""An operator keeps at least this share of the average density (docs/ablations.md, "Two models, two bounds").
+
+Gradients at the dense weights don't show what it costs to lose nearly all of an operator.
+"""
 _LEAST_SCALE = 0.3
 """Smallest scale of an output, in units of their root mean square.
 
@@ -67,7 +70,7 @@ def allocate(costs: Mapping[str, RemovalCost], sparsity: float) -> dict[str, flo
     Returns:
         Sparsities by operator: whole numbers of zeros, `sparsity` on average over all weights.
     """
-    lowest, highest = max(0.0, sparsity - REACH), max(sparsity, min(HIGHEST, sparsity + REACH))
+    lowest, highest = max(0.0, sparsity - REACH), 1 - LEAST_DENSITY * (1 - sparsity)
     # log(cost_k / size_k); an operator that costs nothing has no logarithm.
     densities = {name: math.log(max(c.cost, 1e-300) / c.size) for name, c in costs.items()}
     wanted = round(sparsity * sum(c.size for c in costs.values()))

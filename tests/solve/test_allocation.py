@@ -5,7 +5,7 @@ import pytest
 import torch
 from layer_problems import WEIGHT_METHODS, example
 
-from optimum_fista.solve.allocation import HIGHEST, REACH, SLOPE, RemovalCost, allocate, prune_stacked
+from optimum_fista.solve.allocation import LEAST_DENSITY, REACH, SLOPE, RemovalCost, allocate, prune_stacked
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.patterns import Unstructured
 from optimum_fista.solve.problem import LayerProblem
@@ -67,7 +67,7 @@ def test_extreme_costs_stay_within_reach(sparsity):
     costs = {"costly": RemovalCost(1e9, 1000), "free": RemovalCost(0.0, 1000), "usual": RemovalCost(1.0, 10_000)}
     shared = allocate(costs, sparsity)
     assert max(0, sparsity - REACH) - 1e-9 <= shared["costly"] <= sparsity
-    assert sparsity <= shared["free"] <= max(sparsity, min(HIGHEST, sparsity + REACH)) + 1e-9
+    assert shared["free"] == pytest.approx(1 - LEAST_DENSITY * (1 - sparsity), abs=1e-3)
     assert average(costs, shared) == pytest.approx(round(sparsity * 12_000) / 12_000, abs=1e-12)
 
 
