@@ -20,9 +20,10 @@ SLOPE = 7.0
 REACH = 0.45
 """An operator's sparsity is lower than the average by no more than this."""
 LEAST_DENSITY = 0.5
-"""An operator keeps at least this share of the average density (docs/ablations.md, "Two models, two bounds").
+"""An operator keeps at least this share of the average density.
 
-Gradients at the dense weights don't show what it costs to lose nearly all of an operator.
+Gradients at the dense weights don't show what it costs to lose nearly all of an operator (docs/ablations.md, "A second
+model").
 """
 _LEAST_SCALE = 0.3
 """Smallest scale of an output, in units of their root mean square.
