@@ -49,10 +49,13 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
         _methods("2:4", f"{_CORRECTIONS} alps:{_PIPELINE} sparsegpt:{_PIPELINE} wanda:{_PIPELINE}"),
     ],
     "seeds": lambda arguments: [
-        _methods(
-            "0.5",
-            f"default default:error_correction=0 default:allocation=uniform default:scope=row alps:{_WHOLE}",
-            arguments.seeds,
+        *(
+            _methods(
+                sparsity,
+                f"default default:error_correction=0 default:allocation=uniform default:scope=row alps:{_WHOLE}",
+                arguments.seeds,
+            )
+            for sparsity in ("0.5", "0.7")
         ),
         _methods("2:4", f"default default:error_correction=0 alps:{_PIPELINE}", arguments.seeds),
     ],
@@ -63,6 +66,7 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
             arguments.seeds,
         )
     ],
+    "groups": lambda _: [_methods(pattern, "default sparsegpt wanda") for pattern in ("2:4", "4:8", "8:16", "16:32")],
     "gradients": lambda arguments: [_methods("0.5", "default default:allocation_tokens=8192", arguments.seeds)],
     "correction": lambda _: [
         _methods(pattern, " ".join(f"{_BARE}:error_correction={value}" for value in ("none", "intra", "full")))
