@@ -6,8 +6,9 @@ is held out: neither model nor tokenizer sees it. Both parts lie under `texts` i
 from the last checkpoint.
 
     python benchmarks/train_small.py --texts openwebtext.txt,wikitext2-test.txt --folder runs/mixture
-    python benchmarks/train_small.py --texts openwebtext.txt,wikitext2-test.txt --folder runs/neox --bfloat16 \
-        --architecture gpt_neox --ffn 1024 --sequence-length 256 --batch-size 8 --rate 1e-3 --steps 3000 --every 500
+    python benchmarks/train_small.py --texts openwebtext.txt,wikitext2-test.txt --folder runs/small --bfloat16 \
+        --architecture gpt_neox --hidden 128 --ffn 512 --vocabulary 2048 --sequence-length 256 --batch-size 8 \
+        --rate 3e-3 --steps 4000 --every 500
 """
 
 from __future__ import annotations

@@ -396,10 +396,11 @@ def test_solver_ablations():
 
 
 def test_ablations(benchmark):
-    studies = json.loads((ROOT / "benchmarks" / "results" / "ablations.json").read_text())
+    results = ROOT / "benchmarks" / "results"
+    first, second = (json.loads((results / f"{name}.json").read_text()) for name in ("ablations", "ablations_small"))
     page = (ROOT / "docs" / "ablations.md").read_text()
-    assert set(studies) == set(benchmark("ablations").STUDIES)
-    for study in studies.values():
+    assert set(first) == set(benchmark("ablations").STUDIES)
+    for study in (*first.values(), *second.values()):
         assert "\n".join(benchmark("ablations").table(study)) in page
 
 
