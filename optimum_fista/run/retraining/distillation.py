@@ -113,6 +113,19 @@ def _from_largest(log_q: Tensor, q: Tensor, teacher: LargestLogits) -> tuple[Ten
     return loss, wanted.scatter_(1, ids, p[:, :-1])
 
 
+def require_cache(folder: Path) -> None:
+    """Refuse a folder for a teacher's cache that is a file, or holds something else.
+
+    Raises:
+        FileExistsError: If it does.
+    """
+    foreign = folder.exists() and (not folder.is_dir() or {*all_names(folder)} - {_RECORD_BEGUN, _LOCK})
+    if foreign and (not folder.is_dir() or read_record(folder / _RECORD) is None):
+        raise FileExistsError(
+            f"teacher_cache {str(folder)!r} holds something else: pass a new folder (--teacher-cache DIR)."
+        )
+
+
 @contextmanager
 def locked_cache(folder: Path) -> Iterator[None]:
     """Be the only one who fills a teacher's cache; several runs may read one that is full, and need no lock.
@@ -121,11 +134,7 @@ def locked_cache(folder: Path) -> Iterator[None]:
         FileExistsError: If the folder holds something else.
         BlockingIOError: If another run fills it.
     """
-    foreign = folder.exists() and (not folder.is_dir() or {*all_names(folder)} - {_RECORD_BEGUN, _LOCK})
-    if foreign and read_record(folder / _RECORD) is None:
-        raise FileExistsError(
-            f"teacher_cache {str(folder)!r} holds something else: pass a new folder (--teacher-cache DIR)."
-        )
+    require_cache(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / _LOCK, f"teacher_cache {str(folder)!r}"):
         yield

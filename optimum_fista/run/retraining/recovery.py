@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from optimum_fista.run.reports.report import (
     RecoveryReport,
     library_versions,
 )
+from optimum_fista.run.retraining.distillation import require_cache
 from optimum_fista.run.retraining.masks import find_record, pruned_folder
 from optimum_fista.run.retraining.recovery_training import STATE_FILE, TEACHER_FOLDER, RecoveryTraining, open_state
 from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run
@@ -107,7 +109,9 @@ def recover(
         ValueError: If an option is out of range, the text is too short, the teacher has another vocabulary, or an
             unfinished run in `output_dir` had other settings.
         FileNotFoundError: If `folder` is no pruned model's.
-        FileExistsError: If `output_dir` holds a model already and `overwrite` is False, or files of something else.
+        FileExistsError: If `output_dir` holds a model already and `overwrite` is False, or it or `teacher_cache` holds
+            files of something else.
+        ImportError: If `train` is `"lora"` and PEFT is missing.
         BlockingIOError: If another run writes to `output_dir`, or fills `teacher_cache`.
     """
     source = str(folder)
@@ -228,6 +232,10 @@ def _require_options(given: Mapping[str, Any]) -> None:
         if given[name] not in words:
             raise ValueError(f"{name}={given[name]!r}: pass {', '.join(words)}.")
     require_seed(given["seed"])
+    if given["teacher_cache"] is not None:
+        require_cache(Path(given["teacher_cache"]))
+    if given["train"] == "lora":
+        importlib.import_module("optimum_fista.run.retraining.lora")  # says what to install if PEFT is missing
     if not 0 <= given["label_share"] <= 1:
         raise ValueError(f"label_share={given['label_share']}: pass a number from 0 to 1.")
     if given["learning_rate"] is not None and not given["learning_rate"] > 0:

@@ -334,9 +334,9 @@ class RecoveryTraining:
         }
 
     def _add_adapters(self) -> Any:
-        from peft import LoraConfig, get_peft_model
+        from optimum_fista.run.retraining.lora import mask_adapters  # first: it says what to install
 
-        from optimum_fista.run.retraining.lora import mask_adapters
+        from peft import LoraConfig, get_peft_model  # isort: skip
 
         names = [operator.name for operator in _linears(self.model)]  # PEFT's "all-linear" takes fused experts too
         settings = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=names, task_type="CAUSAL_LM")

@@ -1,6 +1,7 @@
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -317,6 +318,20 @@ def test_a_teacher_without_a_tokenizer_is_refused_before_any_work(saved, tmp_pat
     monkeypatch.setattr(recovery, "_digests", None)
     with pytest.raises(ValueError, match=r"dense' has no tokenizer, which the text needs: copy the model's into"):
         recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK)
+
+
+def test_a_cache_that_is_something_else_and_missing_peft_are_refused_before_any_work(
+    saved, tiny_folder, text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(recovery, "_digests", None)
+    given = QUICK | {"calibration": text}
+    for taken in (text, tiny_folder):
+        with pytest.raises(FileExistsError, match=r"teacher_cache .* holds something else"):
+            recover(saved.folder, tiny_folder, tmp_path / "out", teacher_cache=taken, **given)
+    monkeypatch.delitem(sys.modules, "optimum_fista.run.retraining.lora", raising=False)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="adapters need PEFT: run"):
+        recover(saved.folder, tiny_folder, tmp_path / "out", **given | {"train": "lora"})
 
 
 def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path, monkeypatch):
