@@ -29,6 +29,7 @@ from optimum_fista.run.comparison.settings import ComparisonSettings
 _PIPELINE = "error_correction=0.5:residual_correction=1"
 _WHOLE = f"{_PIPELINE}:allocation=fisher"
 _CORRECTIONS = "default default:error_correction=0 default:error_correction=1 default:residual_correction=0"
+_SHARED = f"default default:error_correction=0 default:allocation=uniform alps:{_WHOLE}"
 _BARE = "obs_admm:allocation=uniform:residual_correction=0"
 Case = tuple[str, dict[str, Any]]
 """What the table calls it, and the settings it changes."""
@@ -49,14 +50,8 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
         _methods("2:4", f"{_CORRECTIONS} alps:{_PIPELINE} sparsegpt:{_PIPELINE} wanda:{_PIPELINE}"),
     ],
     "seeds": lambda arguments: [
-        *(
-            _methods(
-                sparsity,
-                f"default default:error_correction=0 default:allocation=uniform default:scope=row alps:{_WHOLE}",
-                arguments.seeds,
-            )
-            for sparsity in ("0.5", "0.7")
-        ),
+        _methods("0.5", f"{_SHARED} default:scope=row", arguments.seeds),
+        _methods("0.7", _SHARED, arguments.seeds),
         _methods("2:4", f"default default:error_correction=0 alps:{_PIPELINE}", arguments.seeds),
     ],
     "order": lambda arguments: [
