@@ -170,6 +170,20 @@ def test_perplexities_of_the_results_are_those_kept():
     assert len(shown) > 20
 
 
+def test_four_times_the_text_is_as_kept():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "more_text.json").read_text())["rows"]
+    dense = {row["label"]: row["perplexity"]["held-out"] for row in rows if row["pattern"] == "-"}
+    kept = []
+    for row in rows:
+        perplexity, zeros = row["perplexity"], {"0.5": "50%", "0.7": "70%"}.get(row["pattern"], row["pattern"])
+        cells = [f"{perplexity[text]:.2f}" for text in ("wikitext2-test", "lambada")]
+        cells.append(f"{perplexity['held-out'] / dense[row['label']]:.2f}")
+        cells.append(f"{row['seconds']['total']:.0f}" if "total" in row["seconds"] else "")
+        kept += [[zeros, row["label"], *cells]] * (row["pattern"] != "-")
+    assert rows_of_the_results("Four times the text")[2:] == kept
+    assert len(kept) == 6
+
+
 def test_accuracies_of_the_results_are_those_kept():
     kept = Comparison.read(ROOT / "benchmarks" / "results" / "zero_shot.json")
     _, _, *lines = rows_of_the_results("Accuracy")
