@@ -75,7 +75,7 @@ def test_a_model_that_can_not_be_estimated_is_pruned(tiny_folder, tmp_path, caps
         raise RuntimeError("no such operation on meta tensors")
 
     (tmp_path / "text.txt").write_text("one two three four five " * 200)
-    monkeypatch.setattr("optimum_fista.run.estimate.estimate.model_shapes", fail)
+    monkeypatch.setattr("optimum_fista.run.estimate.planned_run.model_shapes", fail)
     flags = ["--output", str(tmp_path / "out"), "--calibration", str(tmp_path / "text.txt"), "--method", "magnitude"]
     assert main(["prune", str(tiny_folder), *flags, *QUICK]) == 0
     assert "note: memory and time could not be estimated: no such operation on meta tensors" in capsys.readouterr().err
