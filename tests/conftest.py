@@ -1,6 +1,9 @@
 """Every test runs on one thread: the tensors are tiny, and results do not depend on the machine."""
 
 import gc
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +28,22 @@ def _same_random_numbers():
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """`benchmark(name)` imports a script of benchmarks/."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="module")

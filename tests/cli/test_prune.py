@@ -14,7 +14,6 @@ from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.streamed import journal
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
 from optimum_fista_cli.main import main
-from optimum_fista_cli.overview import next_commands
 from optimum_fista_cli.prune import default_output
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
@@ -409,28 +408,6 @@ def test_trackers_that_can_t_be_had_are_refused_before_any_work(tiny_folder, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_without_an_option_names_its_folder_and_says_what_it_will_do_and_what_it_cost(
-    tiny_folder, text_file, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    command = ["prune", str(tiny_folder), *QUICK, "--calibration", str(text_file)]
-    assert main(command) == 0
-    name, shown = f"{tiny_folder.name}-50pct", capsys.readouterr()
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert f"saved to {name}\n" in shown.out
-    begin = dict(line.split(maxsplit=1) for line in shown.err.splitlines() if line[:1].strip())
-    assert begin["pruned"] == "14 operators with 15,360 weights; 7,680 become zero (50.0%)"
-    assert begin["calibration"] == "8 x 16 tokens of text, batches of 1"
-    assert begin["output"] == name
-    assert {"model", "method", "time", "memory", "disk"} < {*begin}
-    found = report_of(tmp_path / name)["perplexity"]
-    assert found["num_tokens"] == 15
-    assert f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after (" in shown.out
-    assert re.search(r"\nlargest fit error 0\.\d\d \((low|usual|high)\): model\.layers\.", shown.out)
-    assert main(command) == 1
-    assert f"For example: --output {name}-2\n" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("model", "options", "name"),
     [
@@ -445,20 +422,11 @@ def test_names_of_folders(model, options, name):
     assert default_output(model, FistaPruningConfig(**options)) == Path(name)
 
 
-def test_links_keep_their_name_and_repositories_have_one_that_the_hub_takes(tmp_path, monkeypatch):
+def test_links_keep_their_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("4fe1b2").mkdir()
     Path("my model").symlink_to("4fe1b2")
-    folder = default_output("my model", FistaPruningConfig())
-    assert folder == Path("my model-50pct")
-    shown = next_commands("my model", folder, "self")
-    assert "--text wikitext2 " in shown
-    assert "--calibration c4 " in shown
-    monkeypatch.setattr("optimum_fista_cli.overview.find_spec", lambda name: None)
-    plain = next_commands("my model", folder, "self")  # without the extra that has the usual texts
-    assert "--text pydoc " in plain
-    assert "--calibration pydoc " in plain
-    assert "hf upload YOUR-NAME/my-model-50pct 'my model-50pct' " in shown
+    assert default_output("my model", FistaPruningConfig()) == Path("my model-50pct")
 
 
 def test_inside_of_the_models_folder_it_is_said_what_to_type(tiny_folder, monkeypatch, capsys):

@@ -1,0 +1,376 @@
+"""The tables of the docs are what their commands print, or what is kept in benchmarks/results."""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from optimum_fista import FistaPruningConfig
+from optimum_fista.run.comparison.comparison import Comparison
+from optimum_fista.run.config import RECIPES
+from optimum_fista.run.speed.speed_report import SpeedReport
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "scale.md").read_text()
+TEXTS = ("calibration", "fresh", "other")
+
+
+def test_estimates_of_large_models(benchmark):
+    kept = json.loads((ROOT / "benchmarks" / "results" / "estimate.json").read_text())["models"]
+    found = json.loads(json.dumps(benchmark("estimate").of_large_models()))
+    assert "\n".join(benchmark("estimate").large_models_table(kept)) in PAGE
+    for name, model in kept.items():  # steps of methods differ a little between processors
+        for place, peak in model["memory"].items():
+            assert found[name]["memory"][place]["parts"] == pytest.approx(peak["parts"], rel=0.02)
+        for stage, amounts in model["work"].items():
+            assert found[name]["work"][stage] == pytest.approx(amounts, rel=0.02)
+        assert found[name]["disk_bytes"] == model["disk_bytes"]
+
+
+def test_recipes_in_the_quickstart(benchmark):
+    """The measured rows are kept, and the estimates of large models are today's."""
+    page = (ROOT / "docs" / "quickstart.md").read_text().split("### Recipes")[1].split("## 5.")[0]
+    _, *kept = Comparison.read(ROOT / "benchmarks" / "results" / "recipes.json").rows
+    measured = {}
+    for row in kept:
+        pattern = {"sparsity": 0.5} if row.pattern == "0.5" else {"pattern": row.pattern}
+        assert FistaPruningConfig.from_dict(row.config) == FistaPruningConfig.recipe(row.method, **pattern).resolved()
+        perplexities = "/".join(f"{value:.2f}" for value in row.perplexity.values())
+        measured[row.method] = f"{measured.get(row.method, '')} {perplexities} | {row.seconds['total']:.0f} |"
+    assert len(measured) == 3
+    assert all(f"| `{recipe}` |{cells}\n" in page for recipe, cells in measured.items())
+    rows = [line.split("|")[1:-1] for line in page.split("| Llama-3-70B |")[1].splitlines() if line.startswith("| `")]
+    shown = {cells[0].strip(" `"): [[float(n) for n in re.findall(r"[\d.]+", c)] for c in cells[2:]] for cells in rows}
+    assert set(shown) == set(RECIPES)
+    for recipe, numbers in shown.items():
+        for name, (hours, device, host) in zip(("Llama-3-8B", "Llama-3-70B"), numbers, strict=True):
+            model = benchmark("estimate").estimate_of(name, FistaPruningConfig.recipe(recipe))
+            products = [sum(column) for column in zip(*model.work.values(), strict=True)]
+            assert (products[0] / 100e12 + products[1] / 20e12) / 3600 == pytest.approx(hours, rel=0.06)
+            found = [model.memory[place].total / 2**30 for place in ("device", "host")]
+            assert found == pytest.approx([device, host], rel=0.06)
+
+
+def unseen_factor(row: dict[str, float], to: dict[str, float]) -> float:
+    """Geometric mean of the perplexities of texts that nothing was fitted to, over those of another row."""
+    return math.prod(row[name] / to[name] for name in ("wikitext2-test", "lambada", "held out")) ** (1 / 3)
+
+
+def test_what_a_recovery_gains(benchmark):
+    """The table, and what the page says of it in multiples of the dense perplexity."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text())["rows"]
+    page = (ROOT / "docs" / "howto" / "recover.md").read_text()
+    assert "\n".join(benchmark("recovery").table(rows)) in page
+    found = {(row["folder"], row["row"]): row for row in rows}
+    dense = found["s24", "dense"]["perplexity"]
+    words = " ".join(page.split())
+    for name, said in (
+        (("s24", "all:311296@4e-4"), "2:4 model has {:.2f} times the dense perplexity after {:.0f} minutes"),
+        (("s50", "all:131072"), "50% model has {:.2f} times after {:.0f} minutes"),
+    ):
+        row = found[name]
+        assert said.format(unseen_factor(row["perplexity"], dense), row["recovery"]["seconds"] / 60) in words
+    (line,) = (line for line in (ROOT / "README.md").read_text().splitlines() if "`recover`** for 12 minutes" in line)
+    rows = (found["s50", "all:131072"], found["s24", "all:311296@4e-4"])
+    shown = [row["perplexity"][text] for row in rows for text in ("wikitext2-test", "lambada")]
+    assert [cell.strip(" *") for cell in line.split("|")[2:-1] if cell.strip()] == [f"{value:.1f}" for value in shown]
+    of_49152 = [found["s24", f"{kind}:49152"]["perplexity"] for kind in ("all", "lora", "norms")]
+    assert (
+        "{:.2f} times, `lora` {:.2f} and `norms` {:.2f}".format(*(unseen_factor(p, dense) for p in of_49152)) in words
+    )
+
+
+def test_what_a_short_recovery_gains(benchmark):
+    """The table, and the factors that the page and the README say."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "recovery_quick.json").read_text())["rows"]
+    page = (ROOT / "docs" / "howto" / "recover.md").read_text()
+    assert "\n".join(benchmark("recovery").table(rows)) in page
+    found = {(row["folder"], row["row"]): row["perplexity"] for row in rows}
+    quick = [unseen_factor(found[f"{name}-bf16", "all:32768"], found[name, "pruned"]) for name in ("s50", "s70", "s24")]
+    dense = unseen_factor(found["s50", "all:49152"], found["s50", "dense"])
+    said = "falls to {:.2f} (50%), {:.2f} (70%) and {:.2f} (2:4) of the default's"
+    words = " ".join(page.split())
+    assert said.format(*quick) in words
+    assert f"On 49,152 tokens the 50% model reaches {dense:.2f} times the dense perplexity" in words
+    (line,) = (line for line in (ROOT / "README.md").read_text().splitlines() if "`recover`** on 32,768" in line)
+    shown = [
+        found[f"{name}-bf16", "all:32768"][text] for name in ("s50", "s24") for text in ("wikitext2-test", "lambada")
+    ]
+    assert [cell.strip(" *") for cell in line.split("|")[2:-1] if cell.strip()] == [f"{value:.1f}" for value in shown]
+
+
+def test_estimates_beside_real_runs(benchmark):
+    """docs/scale.md: within a factor of 1.25 (memory), and 25% (time)."""
+    runs = json.loads((ROOT / "benchmarks" / "results" / "estimate.json").read_text())["runs"]
+    assert "\n".join(benchmark("estimate").runs_table(runs)) in PAGE
+    assert len(runs) > 10
+    for run in runs.values():
+        assert 1 / 1.25 < run["estimated_bytes"] / run["measured_bytes"] < 1.25
+        assert 0.75 < run["estimated_seconds"] / run["measured_seconds"] < 1.25
+
+
+def rows_of_the_results(title):
+    """Cells of the first table after a title of docs/results.md, by what is in front of the numbers."""
+    section = (ROOT / "docs" / "results.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    table = section[section.index("\n|") :].strip().split("\n\n")[0]
+    return [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+
+
+def test_perplexities_of_the_results_are_those_kept():
+    kept = Comparison.read(ROOT / "benchmarks" / "results" / "perplexity.json")
+    (_, *titles), _, *lines = rows_of_the_results("Perplexity")
+    patterns = [{"50%": "0.5", "60%": "0.6", "70%": "0.7"}.get(title, title) for title in titles]
+    shown = {(p, method): cell for method, *cells in lines for p, cell in zip(patterns, cells, strict=True) if cell}
+    found = {}
+    for row in kept.rows:
+        perplexities = [row.perplexity[text] for text in ("wikitext2-raw-test", "lambada", "held-out")]
+        pattern = "0.5" if row.pattern == "-" else row.pattern  # the dense model stands in the first column
+        found[pattern, row.method] = "/".join(f"{perplexity:.2f}" for perplexity in perplexities)
+    assert shown == found
+    assert len(shown) > 20
+
+
+def test_four_times_the_text_is_as_kept():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "more_text.json").read_text())["rows"]
+    dense = {row["label"]: row["perplexity"]["held-out"] for row in rows if row["pattern"] == "-"}
+    kept = []
+    for row in rows:
+        perplexity, zeros = row["perplexity"], {"0.5": "50%", "0.7": "70%"}.get(row["pattern"], row["pattern"])
+        cells = [f"{perplexity[text]:.2f}" for text in ("wikitext2-test", "lambada")]
+        cells.append(f"{perplexity['held-out'] / dense[row['label']]:.2f}")
+        cells.append(f"{row['seconds']['total']:.0f}" if "total" in row["seconds"] else "")
+        kept += [[zeros, row["label"], *cells]] * (row["pattern"] != "-")
+    assert rows_of_the_results("Four times the text")[2:] == kept
+    assert len(kept) == 6
+
+
+def test_accuracies_of_the_results_are_those_kept():
+    kept = Comparison.read(ROOT / "benchmarks" / "results" / "zero_shot.json")
+    _, _, *lines = rows_of_the_results("Accuracy")
+    for row, (zeros, method, perplexity, *cells) in zip(kept.rows, lines, strict=True):
+        scores = [row.accuracy["arc_easy_lines"]["acc"], row.accuracy["arc_easy_lines"]["acc_norm"]]
+        scores.append(row.accuracy["lambada_lines"]["acc"])
+        assert ({"": "-", "50%": "0.5"}.get(zeros, zeros), method) == (row.pattern, row.method)
+        assert perplexity == f"{row.perplexity['wikitext2-test']:.2f}"
+        assert cells == [f"{100 * score.value:.1f}±{100 * score.stderr:.1f}" for score in scores]
+
+
+def test_accuracies_on_whole_sets_are_those_kept():
+    kept = json.loads((ROOT / "benchmarks" / "results" / "zero_shot_whole.json").read_text())["rows"]
+    _, _, *lines = rows_of_the_results("Whole task sets")
+    for row, (zeros, method, *cells) in zip(kept, lines, strict=True):
+        assert row["documents"] == {"arc_easy_lines": 2376, "lambada_lines": 5153}
+        assert (zeros, method) == (row["zeros"], row["method"])
+        arc, lambada = row["results"]["arc_easy_lines"], row["results"]["lambada_lines"]
+        scores = ((arc, "acc"), (arc, "acc_norm"), (lambada, "acc"))
+        assert cells == [f"{100 * found[name]:.1f}±{100 * found[f'{name}_stderr']:.1f}" for found, name in scores]
+
+
+def test_layer_problems_of_the_results_are_those_kept():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "solvers.json").read_text())["rows"]
+    (_, *titles), _, *lines = rows_of_the_results("Layer problems")
+    patterns = ["0.5", "0.6", "0.7", "2:4", "4:8"]
+    assert titles[:5] == ["50%", "60%", "70%", "2:4", "4:8"]
+    assert {method for method, *_ in lines} == {row["method"] for row in rows}
+    for method, *cells in lines:
+        found = {pattern: [r for r in rows if (r["method"], r["pattern"]) == (method, pattern)] for pattern in patterns}
+        for pattern, cell in zip(patterns, cells[:5], strict=True):
+            errors = [statistics.geometric_mean(r[text] for r in found[pattern]) for text in TEXTS]
+            assert [float(shown) for shown in cell.split("/")] == pytest.approx([100 * e for e in errors], abs=0.0051)
+        seconds = [sum(row["seconds"] for row in found[pattern]) for pattern in ("0.5", "2:4")]
+        assert cells[5:7] == [f"{total:.1f}" for total in seconds]
+        assert cells[7] == f"{sum(row['flops'] for row in found['0.5']) / 1e9:.0f}"
+
+
+@pytest.mark.parametrize("name", ["decoding", "decoding_avx2", "decoding_smollm2", "decoding_smollm2_avx2"])
+def test_decoding_speeds(name):
+    """Rates of the first variant, then how many times those the others have; each variant is a row of the page."""
+    report = SpeedReport.from_dict(json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()))
+    page = (ROOT / "docs" / "speed.md").read_text()
+    first, *others = report.variants.values()
+    cells = [f"{first.tokens_per_second[n]:.1f}/s" if n in first.tokens_per_second else "" for n in (1, 4, 16)]
+    cells += [f"{first.prefill_tokens_per_second:.1f}/s", f"{first.memory_bytes / 2**20:,.0f} MiB", ""]
+    assert shown_row(next(iter(report.variants)), cells) in page
+    for label, found in list(report.variants.items())[1:]:
+        rates = {n: found.tokens_per_second[n] / first.tokens_per_second[n] for n in found.tokens_per_second}
+        cells = [f"{rates[n]:.2f}x" if n in rates else "" for n in (1, 4, 16)]
+        cells.append(f"{found.prefill_tokens_per_second / first.prefill_tokens_per_second:.2f}x")
+        cells.append(f"{found.memory_bytes / first.memory_bytes:.2f}x")
+        cells.append("" if found.same_tokens is None else f"{found.same_tokens:.0%}")
+        assert shown_row(label, cells) in page
+    assert len(others) in (2, 3)
+    for found in report.variants.values():
+        for size, speed in found.tokens_per_second.items():
+            median = statistics.median(found.seconds[f"batch {size}"])
+            assert speed == pytest.approx(size * report.settings.new_tokens / median)
+
+
+def test_smaller_models(benchmark):
+    """Perplexities, and speeds of smaller models as many times those of the dense ones."""
+    page = (ROOT / "docs" / "smaller.md").read_text()
+    decoder = 30 * 3_540_096  # weights of the decoder layers of SmolLM2-135M
+    for name in ("smaller", "smaller_8"):
+        for row in Comparison.read(ROOT / "benchmarks" / "results" / f"{name}.json").rows:
+            cells = [f"`{row.pattern}`" if row.config else "", f"`{row.method}`"]
+            cells += [f"{row.perplexity[text]:.2f}" for text in ("wikitext2-test", "lambada", "openwebtext-rest")]
+            assert shown_row(f"{row.totals.get('num_removed', 0) / decoder:.1%}", cells) in page
+    for name, label in (("smaller_llama", "1.1B, Transformers"), ("smaller_smollm2", "SmolLM2-135M, Transformers")):
+        values = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        dense, smaller = SpeedReport.from_dict(values).variants.values()
+        ratios = [smaller.tokens_per_second[n] / dense.tokens_per_second[n] for n in (1, 4, 16)]
+        ratios.append(smaller.prefill_tokens_per_second / dense.prefill_tokens_per_second)
+        ratios += [smaller.memory_bytes / dense.memory_bytes, smaller.weight_bytes / dense.weight_bytes]
+        assert shown_row(label, [f"{ratio:.2f}x" for ratio in ratios]) in page
+    for name, label in (("smaller_llama_cpp", "1.1B"), ("smaller_layers_cpp", "SmolLM2-135M")):
+        dense, smaller = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+        decode, prefill = (statistics.median(smaller[k]) / statistics.median(dense[k]) for k in ("decode", "prefill"))
+        memory, weights = (smaller[k] / dense[k] for k in ("memory_bytes", "file_bytes"))
+        cells = [f"{decode:.2f}x", "", "", *(f"{ratio:.2f}x" for ratio in (prefill, memory, weights))]
+        assert shown_row(f"{label}, llama.cpp", cells) in page
+    rows = json.loads((ROOT / "benchmarks" / "results" / "smaller_smollm2_cpp.json").read_text())["rows"]
+    assert "\n".join(benchmark("llama_cpp").table(rows)) in page
+
+
+def test_a_trained_mixture_without_experts():
+    """Losses on what was held out, in nats a token; a random choice is the mean of three, with its deviation."""
+    page = (ROOT / "docs" / "howto" / "experts.md").read_text()
+    rows = Comparison.read(ROOT / "benchmarks" / "results" / "experts.json").rows
+    usual = ["default", "default:expert_refit=false", "default:expert_saliency=frequency:expert_refit=false"]
+    random = [f"default:expert_saliency=random:expert_refit=false:seed={seed}" for seed in range(3)]
+    found = {(row.pattern, row.method): {t: math.log(p) for t, p in row.perplexity.items()} for row in rows}
+    assert len(found) == 1 + 4 * 6
+    for text, losses in found["-", "dense"].items():
+        assert shown_row(f"{text} | none", [f"{losses:.3f}", "", "", ""]) in page
+        for number in (1, 2, 4, 6):
+            pattern = f"experts:{number / 8:g}"
+            cells = [f"{found[pattern, method][text]:.3f}" for method in usual]
+            others = [found[pattern, method][text] for method in random]
+            cells.append(f"{statistics.fmean(others):.3f} ± {statistics.stdev(others):.3f}")
+            assert shown_row(f"{text} | {number} of 8", cells) in page
+    training = json.loads((ROOT / "benchmarks" / "results" / "train_small.json").read_text())
+    last = training["rows"][-1]
+    assert f"{training['parameters'] / 1e6:.1f}M parameters" in page
+    assert f"{last['step'] * 4 * 512 / 1e6:.1f} million tokens" in " ".join(page.split())
+
+
+def shown_row(label: str, cells: list[str]) -> str:
+    return f"| {label} |" + "".join(f" {cell} |" if cell else " |" for cell in cells) + "\n"
+
+
+def test_zeros_in_openvino(benchmark):
+    rows = json.loads((ROOT / "benchmarks" / "results" / "openvino_zeros.json").read_text())["rows"]
+    page = (ROOT / "docs" / "howto" / "elsewhere.md").read_text()
+    assert "\n".join(benchmark("openvino_zeros").table(rows)) in page
+
+
+def test_single_products(benchmark):
+    lines = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())["lines"]
+    assert "\n".join(benchmark("packed_kernels").table(lines, threads=2)) in (ROOT / "docs" / "speed.md").read_text()
+
+
+def test_solver_ablations():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "solver_ablations.json").read_text())["rows"]
+    section = (ROOT / "docs" / "solver.md").read_text().split("## What each part")[1].split("## ")[0]
+    lines = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
+    assert len(lines[2:]) == len({row["method"] for row in rows})
+    for _, method, *cells in lines[2:]:
+        found = [row for row in rows if row["method"] == method]
+        for text, cell in zip(TEXTS, cells, strict=True):
+            assert f"{statistics.geometric_mean(row[text] for row in found):.5f}"[1:] == cell
+
+
+def test_ablations(benchmark):
+    results = ROOT / "benchmarks" / "results"
+    first, second = (json.loads((results / f"{name}.json").read_text()) for name in ("ablations", "ablations_small"))
+    page = (ROOT / "docs" / "ablations.md").read_text()
+    assert set(first) == set(benchmark("ablations").STUDIES)
+    for study in (*first.values(), *second.values()):
+        assert "\n".join(benchmark("ablations").table(study)) in page
+
+
+def test_processors():
+    """The same rows on two kinds: what differs, as docs/ablations.md says it."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "processors.json").read_text())["rows"]
+    section = (ROOT / "docs" / "ablations.md").read_text().split("## Processors")[1].split("\n## ")[0]
+    differences = {}
+    for row in rows:
+        one, other = (statistics.geometric_mean(found.values()) for found in row["perplexity"].values())
+        differences.setdefault(row["pattern"], []).append(100 * abs(other / one - 1))
+    assert f"{len(rows)} rows" in section
+    studies = json.loads((ROOT / "benchmarks" / "results" / "ablations.json").read_text()).values()
+    kept = [row["perplexity"] for study in studies for row in study["rows"]]
+    assert all(row["perplexity"]["Intel Xeon"] in kept for row in rows)
+    (widest,) = [r["perplexity"] for r in rows if (r["method"], r["pattern"]) == ("default:error_correction=0", "2:4")]
+    assert " and ".join(f"{found['wikitext2-test']:.1f}" for found in widest.values()) in section
+    for pattern in ("0.5", "0.7", "2:4"):
+        found = differences[pattern]
+        assert f"| {pattern} | {len(found)} | {statistics.median(found):.1f}% | {max(found):.1f}% |" in section
+
+
+def test_heads_that_gradients_miss(benchmark):
+    rows = json.loads((ROOT / "benchmarks" / "results" / "heads.json").read_text())["rows"]
+    assert "\n".join(benchmark("heads").table(rows)) in (ROOT / "docs" / "ablations.md").read_text()
+    largest, *others = sorted(rows, key=lambda row: -row["measured"])
+    assert largest["measured"] > 1e6 * largest["predicted"]
+    assert all(row["measured"] < 100 * row["predicted"] for row in others)
+    ratios = [row["measured"] / row["predicted"] for row in rows]
+    assert (sum(0.1 <= r <= 10 for r in ratios), sum(r < 0.1 for r in ratios), sum(r > 10 for r in ratios)) == (
+        186,
+        81,
+        3,
+    )
+
+
+def test_two_ranks_against_two_threads():
+    values = json.loads((ROOT / "benchmarks" / "results" / "ranks.json").read_text())
+    medians = {way: statistics.median(run["seconds"] for run in runs) for way, runs in values["runs"].items()}
+    _, threads, together = medians.values()
+    page = (ROOT / "docs" / "ranks.md").read_text()
+    assert f"take {together / threads:.2f} times as long" in page
+    for seconds in medians.values():
+        assert f"{seconds:.1f} s" in page.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["streaming", "streaming_wanda"])
+def test_files_against_memory(name):
+    values = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    medians = [statistics.median(run["seconds"] for run in runs) for runs in values["runs"].values()]
+    page = (ROOT / "docs" / "streaming.md").read_text().replace("\n", " ")
+    in_memory, from_files = medians
+    assert f"{from_files / in_memory:.2f} times" in page
+    assert f"({from_files:.1f} s against {in_memory:.1f} s" in page
+
+
+def test_fine_tuning_of_decoder_layers(benchmark):
+    rows = json.loads((ROOT / "benchmarks" / "results" / "reconstruction.json").read_text())["rows"]
+    page = (ROOT / "docs" / "reconstruction.md").read_text()
+    assert "\n".join(benchmark("reconstruction").table(rows)) in page
+    found = {row["row"]: row for row in rows}
+    for name, row in found.items():
+        if "+" in name:
+            errors = [layer["finetuning"] for layer in row["layers"] if layer["finetuning"]]
+            assert len(errors) == 10
+            assert all(error["error"] <= error["error_before"] for error in errors)
+
+    def gains(name: str) -> list[float]:
+        before, after = found[name]["perplexity"], found[f"{name}+32"]["perplexity"]
+        return [100 * (1 - after[text] / before[text]) for text in before]
+
+    assert f"gains {min(gains('default')):.0f} to {max(gains('default')):.0f}% for twice" in page
+    assert f"After Wanda it gains {min(gains('wanda')):.0f} to {max(gains('wanda')):.0f}%" in page
+    means = {name: statistics.geometric_mean(row["perplexity"].values()) for name, row in found.items()}
+    seconds = {name: row["processor_seconds"] for name, row in found.items() if name != "dense"}
+    text = f"from {means['default']:.1f} to {means['default@32']:.1f} in {seconds['default@32']:.0f} seconds, with "
+    text += f"fine-tuning to {means['default+32']:.1f} in {seconds['default+32']:.0f}."
+    assert text in page.replace("\n ", "")
+    assert seconds["default"] < seconds["wanda+32"]
+    for text in found["default"]["perplexity"]:
+        assert found["default"]["perplexity"][text] < found["wanda+32"]["perplexity"][text]
+
+
+def test_penalty_search_of_the_docs(benchmark):
+    rows = json.loads((ROOT / "benchmarks" / "results" / "penalty_search.json").read_text())["rows"]
+    assert "\n".join(benchmark("penalty_search").table(rows)) in (ROOT / "docs" / "penalty.md").read_text()
