@@ -18,12 +18,12 @@ from optimum_fista.solve.selection import kth_smallest
 SLOPE = 7.0
 """Growth of the logarithm of an operator's squared error per unit of sparsity, about 0.5 (docs/solver.md)."""
 REACH = 0.45
-"""An operator's sparsity is lower than the average by no more than this."""
+"""The budget of an operator is lower than the average sparsity by no more than this."""
 LEAST_DENSITY = 0.5
-"""An operator keeps at least this share of the average density.
+"""The budget of an operator leaves it at least this share of the average density.
 
 Gradients at the dense weights don't show what it costs to lose nearly all of an operator (docs/ablations.md, "A second
-model").
+model"). Operators that share their inputs pool their budgets, so one of them may keep less than its own.
 """
 _LEAST_SCALE = 0.3
 """Smallest scale of an output, in units of their root mean square.

@@ -27,7 +27,7 @@ _TOKENS_TOGETHER = 8192
 
 
 class Estimate(PlannedRun):
-    """What a run from files to files will take. Nothing is written."""
+    """What a run from files to files will take, by the settings of `PlannedRun`. Nothing is written."""
 
     @cached_property
     def memory(self) -> dict[str, Peak]:

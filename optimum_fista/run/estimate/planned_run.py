@@ -37,6 +37,7 @@ class PlannedRun:
     Attributes:
         shapes: The model without weights, and its operators.
         rates: What the device does in a second; `None` if it was not measured.
+        why_untimed: Why it could not be measured; empty if it was, or was not asked for.
         start_seconds: What a run takes before it begins: imports, and reading a GGUF file, which is done to sample or
             cut the text, and to prune.
     """
