@@ -22,11 +22,27 @@ from optimum_fista_cli import (
     recover,
     report,
     reproduce,
+    rotate,
     unpack,
     verify,
 )
 
-_COMMANDS = (prune, recover, evaluate, compare, report, verify, reproduce, chat, pack, unpack, bench, demo, doctor)
+_COMMANDS = (
+    prune,
+    recover,
+    evaluate,
+    compare,
+    report,
+    verify,
+    reproduce,
+    chat,
+    rotate,
+    pack,
+    unpack,
+    bench,
+    demo,
+    doctor,
+)
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.

@@ -72,6 +72,7 @@ def written(tmp_path_factory) -> set[str]:
             ],
             *recovering,
         ],
+        ["rotate", "dense", "-o", "rotated", "--calibration", "sea.txt", "--tokens", "64", "--steps", "1", *quick[2:]],
         ["pack", "model", "-o", "packed"],
         ["unpack", "packed", "-o", "unpacked"],
         ["evaluate", "model", "--text", "sea.txt", *measure, "-o", "model/fista/evaluation.json"],

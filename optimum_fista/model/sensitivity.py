@@ -70,9 +70,9 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
         ValueError: If a gradient is not finite.
     """
     device = execution_device(loss.model.get_input_embeddings())
-    found = {name: _nothing(*operator.shape, operator.device) for name, operator in operators.items()}
-    watchers = {operator: _Sums(found[name], operator) for name, operator in operators.items()}
+    watchers = {operator: SensitivitySums(operator) for operator in operators.values()}
     watch_gradients(loss, watchers)
+    found = {name: watchers[operator].sums for name, operator in operators.items()}
     sums = [sensitivity.gradients.sum(dtype=torch.float64).to(device) for sensitivity in found.values()]
     for (name, sensitivity), total in zip(found.items(), torch.stack(sums).tolist(), strict=True):  # one transfer
         sensitivity.is_felt = total > 0
@@ -90,24 +90,31 @@ def _nothing(rows: int, columns: int, device: torch.device) -> Sensitivity:
     return Sensitivity(torch.zeros(rows, device=device), torch.zeros(columns, device=device), energy)
 
 
-class _Sums(Watcher):
-    """Adds what is seen of an operator."""
+class SensitivitySums(Watcher):
+    """Adds what is seen of an operator.
 
-    def __init__(self, sums: Sensitivity, operator: LinearOperator) -> None:
-        self._sums = sums
+    Attributes:
+        sums: The sums so far.
+        energy: What each token of the current sequence has in the operator, [tokens], cut off.
+    """
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self.sums = _nothing(*operator.shape, operator.device)
         # sum_i w_ij^2 [in], so that the energy e_t of a token is one product with its squared inputs.
         self._columns = operator.read().square().sum(0)
-        self._energy = torch.zeros(0)
+        self.energy = torch.zeros(0)
 
     def see_input(self, inputs: Tensor, num_tokens: int) -> None:
-        sums, squares = self._sums, inputs.square()
+        """Adds the squares, and keeps the energies for the gradient that follows."""
+        sums, squares = self.sums, inputs.square()
         sums.num_tokens += num_tokens
-        self._energy = squares @ self._columns
-        if self._energy.numel():
-            self._energy.clamp_(max=_TYPICAL * self._energy.median())
+        self.energy = squares @ self._columns
+        if self.energy.numel():
+            self.energy.clamp_(max=_TYPICAL * self.energy.median())
             sums.inputs += squares.sum(0)
-            sums.energy += self._energy.double().sum()
+            sums.energy += self.energy.double().sum()
             sums.seen += squares.shape[0]
 
     def see_gradient(self, gradient: Tensor) -> None:
-        self._sums.gradients += self._energy @ gradient.square()
+        """Adds the squares, weighted by the energies."""
+        self.sums.gradients += self.energy @ gradient.square()

@@ -10,7 +10,7 @@ from tiny_models import MOE_FAMILIES, VOCAB_SIZE, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback, masked_training, recover
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback, masked_training, recover, rotate
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
@@ -51,6 +51,22 @@ def test_padding_counts_nowhere(place, side, tmp_path):
     expected, _ = prune_on_cpu(tiny_llama(), config, batches)
     found, _ = pruned_at(place, config, tiny_llama(), batches, tmp_path)
     require_the_same(found, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_model_is_rotated_as_on_the_cpu(family, tmp_path):
+    tiny_model(family, vocab_size=len(tiny_tokenizer())).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = {"calibration": str(tmp_path / "text.txt"), "tokens": 64, "sequence_length": 16, "steps": 10}
+    reports = {
+        device: rotate(tmp_path / "dense", tmp_path / device, device=device, progress=False, **options)
+        for device in ("cpu", "simulated:0")
+    }
+    ratios = [report.removed_ratio for report in reports.values()]
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-3)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / device) for device in reports]
+    require_the_same(*(weights_of(model) for model in models))
 
 
 def test_a_model_is_recovered_as_on_the_cpu(tmp_path):

@@ -1,0 +1,278 @@
+"""A dense model with a rotated residual stream: it computes the same, and a sparsity pattern removes less of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from optimum_fista.model.architecture import input_embedding, require_bare
+from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model.evaluation_mode import evaluation_mode
+from optimum_fista.model.loss_gradients import DenseLoss
+from optimum_fista.model.residual_stream import find_residual_stream
+from optimum_fista.model.shrinking import difference_beyond_rounding
+from optimum_fista.run.checkpoints.atomic import errors_of_writing
+from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY as PRUNED_KEY
+from optimum_fista.run.checkpoints.loading import (
+    floating_dtype,
+    load_model,
+    read_config,
+    require_unquantized,
+    usable_device,
+)
+from optimum_fista.run.checkpoints.output_folder import MODEL_FILES, require_output
+from optimum_fista.run.checkpoints.writing import new_output
+from optimum_fista.run.config import require_seed
+from optimum_fista.run.environment import numerical_environment
+from optimum_fista.run.texts.calibration_source import calibration_tokens, usual_length
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.patterns import WholeParts, parse_pattern
+from optimum_fista.solve.rotation import random_rotation, train_rotation
+
+CONFIG_KEY = "fista_rotation"
+_USUAL_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class RotationReport:
+    """What a rotation of the residual stream was trained on, and what it did; `config.json` holds it.
+
+    Attributes:
+        pattern: The sparsity pattern that it was trained for.
+        sparsity: Its fraction of zeros.
+        removed_ratio: What the pattern is predicted to remove after the rotation, divided by that before it: a
+            geometric mean over groups of operators (`solve.rotation`).
+        difference: Relative difference of the logits on a calibration sequence before and after, in float32.
+        num_parameters: Parameters of the model before and after: a head that shared the embedding gets its own.
+        calibration: Name of the text.
+        num_tokens: Its tokens.
+        steps: Steps of the training.
+        learning_rate: Its largest learning rate.
+        seed: Its seed, and that of the text.
+        seconds: What all of it took, loading and saving included.
+        version: Version of optimum-fista.
+    """
+
+    pattern: str
+    sparsity: float
+    removed_ratio: float
+    difference: float
+    num_parameters: tuple[int, int]
+    calibration: str
+    num_tokens: int
+    steps: int
+    learning_rate: float
+    seed: int
+    seconds: float
+    version: str
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        before, after = self.num_parameters
+        grown = f"\nthe head has its own weight now: {after / before - 1:+.1%} parameters" if after != before else ""
+        return (
+            f"rotated for {self.pattern if self.pattern != 'unstructured' else f'{self.sparsity:.0%} zeros'} in "
+            f"{self.seconds:.0f} s: what is removed is predicted to be {self.removed_ratio:.3f} times as much\n"
+            f"the model computes the same: its logits differ by {self.difference:.1e} (float32){grown}"
+        )
+
+
+@numerical_environment()
+def rotate(
+    model: str | Path,
+    output_dir: str | Path,
+    *,
+    pattern: str = "2:4",
+    sparsity: float | None = None,
+    calibration: str = "self",
+    tokens: int = 4096,
+    sequence_length: int | None = None,
+    steps: int = 200,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> RotationReport:
+    """Save a dense model with another basis of its residual stream, of which a sparsity pattern removes less.
+
+    The logits stay what they are, up to rounding. The gains of the norms move into the operators that read them, every
+    operator that reads the stream gets `W R`, and what adds to it `R^T W` (arXiv 2401.15024, 2404.00456). `R` is
+    trained on what the pattern is predicted to remove (`solve.rotation.train_rotation`). The folder is an ordinary
+    dense model: prune it with the same pattern.
+
+    It computes in float32, in memory: besides the model, four matrices [hidden, hidden] for every decoder layer.
+
+    Args:
+        model: A Hub id, a model folder, or a folder with one GGUF file.
+        output_dir: Where to write the rotated model.
+        pattern: The sparsity pattern that is meant for it.
+        sparsity: The fraction of zeros of an `"unstructured"` pattern.
+        calibration: The text: `"self"` (the model writes it) or a source of `run.texts.text.load_text`.
+        tokens: Tokens to measure inputs and gradients on, at least one sequence.
+        sequence_length: Tokens a sequence; `None`: 512, or the model's maximum if that is shorter.
+        steps: Steps of the training.
+        learning_rate: Its largest learning rate.
+        seed: Decides which text is drawn, and which weights a step looks at.
+        device: Where to compute; `None`: the accelerator if there is one, otherwise the CPU.
+        dtype: Dtype to save in; `"auto"` takes the checkpoint's.
+        overwrite: Replace a model that `output_dir` already holds.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        What it did; `config.json` holds it under `fista_rotation`.
+
+    Raises:
+        ValueError: If an option is out of range, the pattern does not fit the model, or the text is too short.
+        UnsupportedArchitectureError: If a rotation would change what the model computes (a ValueError).
+        FileExistsError: If `output_dir` holds a model already and `overwrite` is False, or files of something else.
+        BlockingIOError: If another run writes to `output_dir`.
+    """
+    source, output, started = str(model), Path(output_dir), time.perf_counter()
+    aim = _require_options(pattern, sparsity, tokens, sequence_length, steps, learning_rate, seed)
+    place = usable_device(device)
+    require_output(output, overwrite, source=source, names=MODEL_FILES)
+    config = read_config(source)
+    if getattr(config, PRUNED_KEY, None) is not None:
+        raise ValueError(f"model={source!r} was pruned: a rotation fills its zeros. Pass the dense model.")
+    length = min(_USUAL_LENGTH, usual_length(config)) if sequence_length is None else sequence_length
+    with new_output(output, overwrite) as folder:
+        dense, tokenizer = load_model(source, device=str(place), dtype=torch.float32)
+        require_unquantized(dense)
+        require_bare(dense)
+        stored = floating_dtype(config.get_text_config(decoder=True).dtype or "float32" if dtype == "auto" else dtype)
+        try:
+            ids = calibration_tokens(calibration, dense, tokenizer, max(1, tokens // length), length, seed)
+        except ValueError as error:
+            raise ValueError(f"tokens={tokens} asks for this text: {error}") from error
+        with evaluation_mode(dense):
+            report = rotate_model(dense, ids, aim, calibration, steps, learning_rate, seed, progress)
+        torch.nn.Module.to(dense, dtype=stored)
+        report = RotationReport(**(asdict(report) | {"seconds": time.perf_counter() - started}))
+        setattr(dense.config, CONFIG_KEY, asdict(report))
+        with errors_of_writing(folder):
+            dense.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return report
+
+
+def rotated_folder(source: str | Path) -> Path:
+    """Where a rotated model is written if nothing else is said."""
+    path = Path(source) if Path(source).name not in ("", "..") else Path(source).resolve()
+    return path.with_name(f"{path.name}-rotated") if path.is_dir() else Path(f"{path.name}-rotated")
+
+
+def rotate_model(
+    model: PreTrainedModel,
+    ids: Tensor,
+    pattern: SparsityPattern,
+    calibration: str,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    progress: bool,
+) -> RotationReport:
+    """Rotate a float32 model in place, trained on token ids [sequences, length].
+
+    Raises:
+        ValueError: If the pattern does not fit an operator.
+        UnsupportedArchitectureError: If the model then returns something else.
+    """
+    parameters = model.num_parameters()
+    (batch,) = read_batches([ids], input_embedding(model).shape[0])
+    stream = find_residual_stream(model, ids[:1])
+    for operator in (*(reader for norm in stream.norms for reader in norm.readers), *stream.writers):
+        if operator.name in stream.pruned:
+            pattern.require_shape(operator.shape, operator.name)
+    expected = _logits(model, ids)
+    stream.move_gains()
+    # a rotation of no use, there and back, so that a model that can't be rotated is refused before all the work
+    trial = random_rotation(stream.size, seed, stream.keeps_mean)
+    stream.rotate(trial)
+    _require_same(model, ids, expected)
+    stream.rotate(trial.T)
+    groups = stream.measure(DenseLoss(model, stream.layers, [batch], ids.numel(), progress))
+    with tqdm(total=steps, desc="Training the rotation", unit="step", disable=not progress) as bar:
+
+        def show(removed: float) -> None:
+            bar.set_postfix_str(f"removed {removed:.3f}")
+            bar.update()
+
+        rotation, ratio = train_rotation(
+            groups,
+            pattern,
+            steps=steps,
+            learning_rate=learning_rate,
+            seed=seed,
+            keeps_mean=stream.keeps_mean,
+            progress=show,
+        )
+    stream.rotate(rotation)
+    difference = _require_same(model, ids, expected)
+    return RotationReport(
+        pattern=pattern.text,
+        sparsity=pattern.sparsity,
+        removed_ratio=ratio,
+        difference=difference,
+        num_parameters=(parameters, model.num_parameters()),
+        calibration=calibration,
+        num_tokens=ids.numel(),
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        seconds=0.0,
+        version=version("optimum-fista"),
+    )
+
+
+def _require_same(model: PreTrainedModel, ids: Tensor, expected: Tensor) -> float:
+    """Refuse a model that returns other logits than before; returns their relative difference.
+
+    Raises:
+        UnsupportedArchitectureError: If rounding doesn't explain it.
+    """
+    found = _logits(model, ids)
+    beyond = difference_beyond_rounding(found, expected)
+    if beyond is not None:
+        raise UnsupportedArchitectureError(
+            f"the residual stream of {type(model).__name__} can't be rotated: its logits then differ by {beyond:.1e}, "
+            "more than rounding explains. Prune the model as it is."
+        )
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits of the first sequence, float32, on the CPU."""
+    return model(input_ids=ids[:1].to(model.device), use_cache=False).logits.float().cpu()
+
+
+def _require_options(
+    pattern: str,
+    sparsity: float | None,
+    tokens: int,
+    sequence_length: int | None,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> SparsityPattern:
+    """Refuse options out of range; returns the pattern."""
+    aim = parse_pattern(pattern, sparsity)
+    if isinstance(aim, WholeParts) or not aim.sparsity:
+        raise ValueError(f"pattern={pattern!r}, sparsity={sparsity!r}: pass a pattern of zeros, such as '2:4'.")
+    for name, value, least in (("tokens", tokens, 1), ("sequence_length", sequence_length, 2), ("steps", steps, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}: pass {least} or more.")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate={learning_rate}: pass a positive number.")
+    require_seed(seed)
+    return aim

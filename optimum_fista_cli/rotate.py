@@ -1,0 +1,57 @@
+"""`optimum-fista rotate`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+DESCRIPTION = """\
+Save a dense model that computes the same, and that loses less when it is pruned to 2:4.
+
+The hidden states between decoder layers can have any basis. This command trains a rotation of that basis, so that the
+weights which 2:4 removes are small, and multiplies it into the weights. Nothing is added to the model, but a head that
+shares the weights of the embedding gets its own. The folder is an ordinary dense model; prune it as any other, with the
+same --pattern.
+
+examples:
+  optimum-fista rotate ./model --calibration texts.txt
+  optimum-fista prune ./model-rotated --pattern 2:4 --calibration texts.txt
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments, those of every day first."""
+    parser.usage = "%(prog)s MODEL [options]"
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
+    add("--output", "-o", type=Path, metavar="DIR", help="folder to write to (default: MODEL's name and -rotated)")
+    add("--pattern", default="2:4", metavar="PATTERN", help="the pattern that you will prune to (default 2:4)")
+    add("--sparsity", type=float, help="the fraction of zeros, for --pattern unstructured")
+    sources = "self (the model writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
+    add("--calibration", default="self", metavar="SOURCE", help=sources)
+    add("--tokens", type=int, default=4096, metavar="N", help="tokens to measure the model on (default 4096)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)")
+    stored = "dtype to save in: float32, bfloat16, float16 or auto, as stored (default); it computes in float32"
+    add("--dtype", default="auto", help=stored)
+    add("--overwrite", action="store_true", help="replace a model that --output already holds")
+    add = parser.add_argument_group("advanced").add_argument
+    add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 512 or the model's maximum)")
+    add("--steps", type=int, default=200, metavar="N", help="steps of the training (default 200)")
+    add("--learning-rate", type=float, default=1e-3, metavar="RATE", help="largest learning rate (default 0.001)")
+    add("--seed", type=int, default=0, help="decides which text is drawn, and what a step looks at (default 0)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Rotate, and say what is next."""
+    from optimum_fista.run.rotation import rotate, rotated_folder
+
+    output = arguments.output or rotated_folder(arguments.model)
+    names = "pattern sparsity calibration tokens sequence_length steps learning_rate seed device dtype overwrite"
+    print(rotate(arguments.model, output, **{name: getattr(arguments, name) for name in names.split()}))
+    print(f"saved to {output}")
+    pattern = "" if arguments.pattern == "unstructured" else f" --pattern {shlex.quote(arguments.pattern)}"
+    zeros = "" if arguments.sparsity is None else f" --sparsity {arguments.sparsity:g}"
+    text = "" if arguments.calibration == "self" else f" --calibration {shlex.quote(arguments.calibration)}"
+    print(f"next:\n  optimum-fista prune {shlex.quote(str(output))}{pattern}{zeros}{text}")
+    return 0

@@ -1,0 +1,172 @@
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_llama import TEXT, tiny_llama, tiny_tokenizer, tiny_tokens
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_fista import FistaPruner, FistaPruningConfig, rotate
+from optimum_fista.model.architecture import UnsupportedArchitectureError
+from optimum_fista.run import rotation
+from optimum_fista.run.evaluation.verification import verify_checkpoint
+
+QUICK = {"tokens": 64, "sequence_length": 16, "steps": 4, "device": "cpu", "progress": False}
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "sea.txt"
+    file.write_text(TEXT)
+    return str(file)
+
+
+def logits(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        return model(tiny_tokens()).logits.float()
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_rotated_folder_is_an_ordinary_dense_model(tiny_folder, text, tmp_path):
+    before, output = files_of(tiny_folder), tmp_path / "rotated"
+    report = rotate(tiny_folder, output, calibration=text, **QUICK | {"steps": 60, "learning_rate": 0.01})
+    assert files_of(tiny_folder) == before
+    torch.testing.assert_close(logits(output), logits(tiny_folder), rtol=1e-3, atol=1e-4)
+    assert report.difference < 1e-5
+    assert report.removed_ratio < 0.97
+    assert AutoTokenizer.from_pretrained(output).get_vocab() == tiny_tokenizer().get_vocab()
+    config = json.loads((output / "config.json").read_text())
+    kept = config["fista_rotation"]
+    assert (kept["pattern"], kept["num_tokens"], kept["steps"], kept["calibration"]) == ("2:4", 64, 60, text)
+    assert kept["removed_ratio"] == report.removed_ratio
+    weights = load_file(output / "model.safetensors")
+    assert bool(torch.all(weights["model.norm.weight"] == 1))
+
+
+def test_the_same_call_writes_the_same_bits(tiny_folder, text, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        rotate(tiny_folder, tmp_path / name, calibration=text, seed=seed, **QUICK)
+    a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+
+
+def test_the_rotated_model_is_pruned_like_any_other(tiny_folder, text, tmp_path):
+    rotate(tiny_folder, tmp_path / "rotated", calibration=text, **QUICK)
+    config = FistaPruningConfig(pattern="2:4", method="wanda")
+    for packed in (False, True):
+        folder = tmp_path / f"pruned-{packed}"
+        FistaPruner(config, progress=False).prune(
+            tmp_path / "rotated", tiny_tokens().split(4), output_dir=folder, device="cpu", packed=packed
+        )
+        assert verify_checkpoint(folder).num_zeros > 0
+        assert json.loads((folder / "config.json").read_text())["fista_rotation"]["pattern"] == "2:4"
+        with pytest.raises(ValueError, match="was pruned: a rotation fills its zeros"):
+            rotate(folder, tmp_path / "again", calibration=text, **QUICK)
+    verify_checkpoint(tmp_path / "pruned-False", dense=str(tmp_path / "rotated"))
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_it_is_saved_in_the_dtype_of_the_checkpoint(dtype, expected, text, tmp_path):
+    source = saved(tiny_llama().bfloat16(), tmp_path / "source")
+    report = rotate(source, tmp_path / "rotated", calibration=text, dtype=dtype, **QUICK)
+    assert {value.dtype for value in load_file(tmp_path / "rotated" / "model.safetensors").values()} == {expected}
+    assert report.difference < 1e-5  # before it is rounded
+    torch.testing.assert_close(logits(tmp_path / "rotated"), logits(source), rtol=0.1, atol=0.1)
+
+
+def test_a_shared_head_makes_the_model_larger(text, tmp_path):
+    source = saved(tiny_llama(tie_word_embeddings=True), tmp_path / "source")
+    report = rotate(source, tmp_path / "rotated", calibration=text, **QUICK)
+    before, after = report.num_parameters
+    assert after == before + tiny_llama().lm_head.weight.numel()
+    assert f"the head has its own weight now: {after / before - 1:+.1%} parameters" in str(report)
+    torch.testing.assert_close(logits(tmp_path / "rotated"), logits(source), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "unstructured"])
+def test_patterns_of_zeros(pattern, tiny_folder, text, tmp_path):
+    sparsity = 0.3 if pattern == "unstructured" else None
+    report = rotate(tiny_folder, tmp_path / "out", pattern=pattern, sparsity=sparsity, calibration=text, **QUICK)
+    assert (report.pattern, report.sparsity) == (pattern, sparsity or 0.5)
+    assert ("30% zeros" if sparsity else pattern) in str(report).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": "channels:0.25"}, r"pattern='channels:0.25', sparsity=None: pass a pattern of zeros"),
+        ({"pattern": "unstructured", "sparsity": 0.0}, r"sparsity=0.0: pass a pattern of zeros"),
+        ({"pattern": "two"}, "pattern='two': pass"),
+        ({"pattern": "2:5"}, r"rows of 32 inputs, which 2:5 does not divide"),
+        ({"tokens": 0}, "tokens=0: pass 1 or more"),
+        ({"sequence_length": 1}, "sequence_length=1: pass 2 or more"),
+        ({"steps": 0}, "steps=0: pass 1 or more"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0: pass a positive number"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: pass a positive number"),
+        ({"seed": -1}, "seed=-1"),
+        ({"device": "nowhere"}, "device='nowhere' can't be used"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"tokens": 10_000_000}, "tokens=10000000 asks for this text: text 'sea.txt' has 3680 tokens"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, message, tiny_folder, text, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        rotate(tiny_folder, tmp_path / "out", calibration=text, **QUICK | options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_lost_of_what_is_there(tiny_folder, text, tmp_path):
+    output = saved(tiny_llama(), tmp_path / "out")
+    (output / "notes.txt").write_text("mine")
+    before = files_of(output)
+    with pytest.raises(FileExistsError, match="already holds a model"):
+        rotate(tiny_folder, output, calibration=text, **QUICK)
+    assert files_of(output) == before
+    rotate(tiny_folder, output, calibration=text, overwrite=True, **QUICK)
+    assert (output / "notes.txt").read_text() == "mine"
+    torch.testing.assert_close(logits(output), logits(tiny_folder), rtol=1e-3, atol=1e-4)
+    copy = shutil.copytree(tiny_folder, tmp_path / "copy")
+    with pytest.raises(ValueError, match="lies in the folder that is read"):
+        rotate(copy, copy, calibration=text, overwrite=True, **QUICK)
+
+
+def test_a_model_that_would_compute_something_else_is_not_saved(text, tmp_path, monkeypatch):
+    source = saved(tiny_llama(), tmp_path / "source")
+    with monkeypatch.context() as patched:
+        found = rotation.find_residual_stream
+
+        def without_a_writer(*arguments):
+            stream = found(*arguments)
+            object.__setattr__(stream, "writers", stream.writers[1:])
+            return stream
+
+        patched.setattr(rotation, "find_residual_stream", without_a_writer)
+        patched.setattr(rotation, "train_rotation", lambda *_, **__: pytest.fail("refused too late"))
+        with pytest.raises(UnsupportedArchitectureError, match=r"its logits then differ by .* rounding explains"):
+            rotate(source, tmp_path / "out", calibration=text, **QUICK)
+    assert not (tmp_path / "out").exists()
+    source = saved(tiny_model("gemma3_text", vocab_size=tiny_llama().config.vocab_size), tmp_path / "gemma3")
+    with pytest.raises(UnsupportedArchitectureError, match="the residual stream of Gemma3ForCausalLM can't be rotated"):
+        rotate(source, tmp_path / "out", calibration=text, **QUICK)
+
+
+def test_the_folder_is_named_after_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    assert rotation.rotated_folder("model").name == "model-rotated"
+    assert rotation.rotated_folder(tmp_path / "model") == tmp_path / "model-rotated"
+    assert re.fullmatch("Llama-rotated", str(rotation.rotated_folder("meta-llama/Llama")))
