@@ -32,11 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--calibration", default="self", metavar="SOURCE", help=sources)
     add("--tokens", type=int, default=4096, metavar="N", help="tokens to measure the model on (default 4096)")
     add("--device", help="cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)")
-    stored = "dtype to save in: float32, bfloat16, float16 or auto, as stored (default); it computes in float32"
+    stored = "dtype to save in: float32, bfloat16, float16 or auto, as stored (default)"
     add("--dtype", default="auto", help=stored)
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
     add = parser.add_argument_group("advanced").add_argument
     add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 512 or the model's maximum)")
+    products = "dtype of products while it measures and trains (default auto: bfloat16 if the device is fast in it)"
+    add("--compute-dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=products)
     add("--steps", type=int, default=200, metavar="N", help="steps of the training (default 200)")
     add("--learning-rate", type=float, default=1e-3, metavar="RATE", help="largest learning rate (default 0.001)")
     add("--seed", type=int, default=0, help="decides which text is drawn, and what a step looks at (default 0)")
@@ -48,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     output = arguments.output or rotated_folder(arguments.model)
     names = "pattern sparsity calibration tokens sequence_length steps learning_rate seed device dtype overwrite"
+    names += " compute_dtype"
     print(rotate(arguments.model, output, **{name: getattr(arguments, name) for name in names.split()}))
     print(f"saved to {output}")
     pattern = "" if arguments.pattern == "unstructured" else f" --pattern {shlex.quote(arguments.pattern)}"

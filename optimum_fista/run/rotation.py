@@ -17,6 +17,7 @@ from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.loss_gradients import DenseLoss
+from optimum_fista.model.products import COMPUTE_DTYPES, compute_dtype_of, quick_products, quick_products_in
 from optimum_fista.model.residual_stream import find_residual_stream
 from optimum_fista.model.shrinking import difference_beyond_rounding
 from optimum_fista.run.checkpoints.atomic import errors_of_writing
@@ -100,6 +101,7 @@ def rotate(
     seed: int = 0,
     device: str | None = None,
     dtype: str | torch.dtype = "auto",
+    compute_dtype: str = "auto",
     overwrite: bool = False,
     progress: bool = True,
 ) -> RotationReport:
@@ -110,7 +112,7 @@ def rotate(
     trained on what the pattern is predicted to remove (`solve.rotation.train_rotation`). The folder is an ordinary
     dense model: prune it with the same pattern.
 
-    It computes in float32, in memory: besides the model, four matrices [hidden, hidden] for every decoder layer.
+    The model is float32, in memory as a whole, with four matrices [hidden, hidden] for every decoder layer.
 
     Args:
         model: A Hub id, a model folder, or a folder with one GGUF file.
@@ -125,6 +127,8 @@ def rotate(
         seed: Decides which text is drawn, and which weights a step looks at.
         device: Where to compute; `None`: the accelerator if there is one, otherwise the CPU.
         dtype: Dtype to save in; `"auto"` takes the checkpoint's.
+        compute_dtype: Dtype of products while it measures and trains: `"float32"`, `"bfloat16"`, or `"auto"`, bfloat16
+            if the device is fast in it. Weights are rotated in float64.
         overwrite: Replace a model that `output_dir` already holds.
         progress: Whether to show a progress bar.
 
@@ -138,7 +142,7 @@ def rotate(
         BlockingIOError: If another run writes to `output_dir`.
     """
     source, output, started = str(model), Path(output_dir), time.perf_counter()
-    aim = _require_options(pattern, sparsity, tokens, sequence_length, steps, learning_rate, seed)
+    aim = _require_options(pattern, sparsity, tokens, sequence_length, steps, learning_rate, seed, compute_dtype)
     place = usable_device(device)
     require_output(output, overwrite, source=source, names=MODEL_FILES)
     config = read_config(source)
@@ -154,7 +158,7 @@ def rotate(
             ids = calibration_tokens(calibration, dense, tokenizer, max(1, tokens // length), length, seed)
         except ValueError as error:
             raise ValueError(f"tokens={tokens} asks for this text: {error}") from error
-        with evaluation_mode(dense):
+        with evaluation_mode(dense), quick_products_in(compute_dtype_of(compute_dtype, place)):
             report = rotate_model(dense, ids, aim, calibration, steps, learning_rate, seed, progress)
         torch.nn.Module.to(dense, dtype=stored)
         report = RotationReport(**(asdict(report) | {"seconds": time.perf_counter() - started}))
@@ -207,15 +211,16 @@ def rotate_model(
             bar.set_postfix_str(f"removed {removed:.3f}")
             bar.update()
 
-        rotation, ratio = train_rotation(
-            groups,
-            pattern,
-            steps=steps,
-            learning_rate=learning_rate,
-            seed=seed,
-            keeps_mean=stream.keeps_mean,
-            progress=show,
-        )
+        with quick_products():
+            rotation, ratio = train_rotation(
+                groups,
+                pattern,
+                steps=steps,
+                learning_rate=learning_rate,
+                seed=seed,
+                keeps_mean=stream.keeps_mean,
+                progress=show,
+            )
     stream.rotate(rotation)
     difference = _require_same(model, ids, expected)
     return RotationReport(
@@ -264,6 +269,7 @@ def _require_options(
     steps: int,
     learning_rate: float,
     seed: int,
+    compute_dtype: str,
 ) -> SparsityPattern:
     """Refuse options out of range; returns the pattern."""
     aim = parse_pattern(pattern, sparsity)
@@ -274,5 +280,7 @@ def _require_options(
             raise ValueError(f"{name}={value}: pass {least} or more.")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate={learning_rate}: pass a positive number.")
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype={compute_dtype!r}: pass {', '.join(COMPUTE_DTYPES)}.")
     require_seed(seed)
     return aim

@@ -88,6 +88,17 @@ def test_it_is_saved_in_the_dtype_of_the_checkpoint(dtype, expected, text, tmp_p
     torch.testing.assert_close(logits(tmp_path / "rotated"), logits(source), rtol=0.1, atol=0.1)
 
 
+def test_quick_products_change_the_rotation_and_not_the_model(tiny_folder, text, tmp_path):
+    reports = [
+        rotate(tiny_folder, tmp_path / dtype, calibration=text, compute_dtype=dtype, **QUICK)
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert reports[0].removed_ratio != reports[1].removed_ratio
+    assert reports[0].removed_ratio == pytest.approx(reports[1].removed_ratio, rel=2e-2)
+    assert all(report.difference < 1e-5 for report in reports)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_a_shared_head_makes_the_model_larger(text, tmp_path):
     source = saved(tiny_llama(tie_word_embeddings=True), tmp_path / "source")
     report = rotate(source, tmp_path / "rotated", calibration=text, **QUICK)
@@ -120,6 +131,7 @@ def test_patterns_of_zeros(pattern, tiny_folder, text, tmp_path):
         ({"seed": -1}, "seed=-1"),
         ({"device": "nowhere"}, "device='nowhere' can't be used"),
         ({"dtype": "int8"}, "dtype='int8'"),
+        ({"compute_dtype": "int8"}, "compute_dtype='int8': pass auto, float32, bfloat16"),
         ({"tokens": 10_000_000}, "tokens=10000000 asks for this text: text 'sea.txt' has 3680 tokens"),
     ],
 )
