@@ -7,7 +7,6 @@ read them. RMSNorm then commutes with all rotations, and LayerNorm with those th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,23 +16,15 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.architecture import (
     DecoderLayers,
-    find_decoder_layers,
     find_operators,
-    input_embedding,
-    require_own_weights,
 )
-from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.experts import (
     ExpertOperator,
-    FusedExperts,
-    can_be_split,
-    is_fused_experts,
     split_experts,
 )
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.loss_gradients import DenseLoss, watch_gradients
-from optimum_fista.model.operator import LinearOperator, is_linear
-from optimum_fista.model.replay import watching
+from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sensitivity import SensitivitySums
 from optimum_fista.solve.rotation import Readers, Writers
 
@@ -207,141 +198,13 @@ class _WriterSums(SensitivitySums):
         self._costs.addmm_((gradient * self.energy[:, None]).T, gradient)
 
 
-@torch.no_grad()
-def find_residual_stream(model: PreTrainedModel, ids: Tensor) -> ResidualStream:
-    """Find what reads and writes the residual stream by its shapes and by a forward pass on `ids` [1, sequence].
-
-    Norms are the modules with a weight [hidden] whose output linear operators, experts or routers are called on. Norms
-    of queries and keys work on the output of one of these operators, and stay inside. All other operators of a decoder
-    layer with `hidden` outputs write to the stream, and so do experts. That the model computes the same afterwards is
-    for the caller to check.
-
-    Raises:
-        UnsupportedArchitectureError: If the model has norms between its operators and the stream, or anything else that
-            the basis of the stream matters to.
-    """
-    layers, size = find_decoder_layers(model), input_embedding(model).shape[1]
-    require_own_weights(model, layers)
-    head = model.get_output_embeddings()
-    if not is_linear(head):
-        raise _unsupported(model, "its head is no linear operator")
-    names = {module: name for name, module in model.named_modules()}
-    in_layers = {module for layer in layers.modules for module in layer.modules()}
-    decoder = list(dict.fromkeys([*model.get_decoder().modules(), head]))
-    normed = [m for m in decoder if [*_shapes(m).values()] in ([(size,)], [(size,), (size,)])]
-    # a router is a module of its own kind, with a weight as that of an operator
-    operators = {m: [LinearOperator(names[m], m)] for m in decoder if _has_matrix(m) and (m in in_layers or m is head)}
-    for module in decoder:
-        if is_fused_experts(module) and can_be_split(module):
-            operators[module] = [*FusedExperts(names[module], module).operators]
-    inputs: dict[nn.Module, list[Tensor]] = {module: [] for module in (*normed, *operators)}
-    outputs: dict[nn.Module, list[Tensor]] = {module: [] for module in (*normed, *operators)}
-    with watching(
-        {module: kept.append for module, kept in inputs.items()},
-        {module: kept.append for module, kept in outputs.items()},
-    ):
-        model(input_ids=ids.to(model.device), use_cache=False)
-    for module in normed:
-        if len(outputs[module]) != 1:
-            raise _unsupported(model, f"{names[module]} is called {len(outputs[module])} times in a forward pass")
-    made_by = {_place(y): m for m, kept in outputs.items() for y in kept if isinstance(y, Tensor)}
-    reads: dict[nn.Module, list[LinearOperator]] = {module: [] for module in normed}
-    known, reading, writers = {*normed}, set[nn.Module](), list[LinearOperator]()
-    for module, found in operators.items():
-        sources = [made_by.get(_place(tensor)) for tensor in inputs[module]]
-        source = sources[0] if sources and sources[0] in reads else None
-        into = [o for o in found if o.shape[0] == size and (source is None or is_fused_experts(module))]
-        if source is not None and len(sources) == 1:
-            reads[source] += [operator for operator in found if operator not in into]
-            reading.add(module)
-        if source is not None or not is_fused_experts(module):
-            writers += into if module in in_layers else []
-            known |= {module} if source is not None or into else set()
-    for module in [m for m, group in reads.items() if not group]:
-        if made_by.get(_place(inputs[module][0])) not in reading:
-            raise _unsupported(model, f"no linear operator is called on the output of {names[module]}")
-        del reads[module]
-    if head not in reading:
-        raise _unsupported(model, "its head is not called on the output of a norm")
-    outside = [module for module in decoder if isinstance(module, nn.Embedding) and module not in in_layers]
-    embeddings = [module for module in outside if module.weight.shape[1] == size]
-    _require_known(model, decoder, size, known | {*embeddings}, names)
-    norms, centred = [], set[bool]()
-    for module, group in reads.items():
-        neutral, subtracts_mean = _kind_of_norm(model, names[module], module)
-        norms.append(Norm(names[module], module, neutral, tuple(group)))
-        centred.add(subtracts_mean)
-        if getattr(module, "bias", None) is not None and float(norms[-1].gain.abs().min()) < 1e-6:
-            raise _unsupported(model, f"{names[module]} has a bias, and a weight that is zero")
-        if all(isinstance(reader, ExpertOperator) for reader in group):
-            raise _unsupported(model, f"only experts are called on the output of {names[module]}")
-    return ResidualStream(model, layers, tuple(embeddings), tuple(norms), tuple(writers), any(centred))
-
-
-def _require_known(
-    model: PreTrainedModel,
-    modules: Sequence[nn.Module],
-    size: int,
-    known: set[nn.Module],
-    names: Mapping[nn.Module, str],
-) -> None:
-    """Refuse parameters along the stream that nothing is known of."""
-    for module in modules:
-        for name, shape in _shapes(module).items():
-            # vectors of this size also belong to norms of queries and keys, and to operators inside
-            if module not in known and size in shape and len(shape) > 1:
-                raise _unsupported(model, f"{names[module]}.{name} {list(shape)} is neither a norm nor an operator")
-
-
-def _kind_of_norm(model: PreTrainedModel, name: str, module: nn.Module) -> tuple[float, bool]:
-    """The weight with which a norm scales nothing, and whether it subtracts the mean.
-
-    Raises:
-        UnsupportedArchitectureError: If it is no RMSNorm or LayerNorm.
-    """
-    weight, bias = _parameter(module, "weight"), getattr(module, "bias", None)
-    shift = torch.zeros_like(weight) if bias is None else bias.detach()
-    probe = torch.ones_like(weight)
-    probe[::2] = -1  # of mean 0 and mean square 1
-    probe *= 100  # so large that a norm's epsilon is nothing
-    scaled = (module(probe[None, None])[0, 0] - shift) * probe.sign()
-    moved = module(probe[None, None] + 100)[0, 0] - shift
-    close = 1e-3 * float(scaled.abs().max())
-    for neutral in (1.0, 0.0):
-        gain = weight + (1 - neutral)
-        if bool(torch.all((scaled - gain).abs() <= close)):
-            for subtracts, expected in ((True, probe), (False, (probe + 100) / 2**0.5)):
-                if bool(torch.all((moved - gain * expected / 100).abs() <= close)):
-                    return neutral, subtracts
-    raise _unsupported(model, f"{name} ({type(module).__name__}) is neither an RMSNorm nor a LayerNorm")
-
-
-def _unsupported(model: PreTrainedModel, why: str) -> UnsupportedArchitectureError:
-    return UnsupportedArchitectureError(
-        f"the residual stream of {type(model).__name__} can't be rotated: {why}. Prune the model as it is."
-    )
-
-
 def _matrix(operator: LinearOperator) -> Tensor:
     """The weight [out, in] as it is stored, no copy."""
     weight = operator.parameter.detach()
     return weight.T if operator.transposed else weight
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    return not isinstance(module, nn.Embedding) and len(_shapes(module).get("weight", ())) == 2
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
-
-
 def _parameter(module: nn.Module, name: str) -> Tensor:
     parameter = getattr(module, name)
     assert isinstance(parameter, Tensor)
     return parameter.detach()
-
-
-def _place(tensor: Tensor) -> tuple[object, ...]:
-    """What tensors and their views in another shape have in common."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel()

@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.architecture import input_embedding, require_bare
 from optimum_fista.model.calibration import read_batches
-from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.products import COMPUTE_DTYPES, compute_dtype_of, quick_products, quick_products_in
-from optimum_fista.model.residual_stream import find_residual_stream
 from optimum_fista.model.shrinking import difference_beyond_rounding
+from optimum_fista.model.stream_search import find_residual_stream, unsupported
 from optimum_fista.run.checkpoints.atomic import errors_of_writing
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY as PRUNED_KEY
 from optimum_fista.run.checkpoints.loading import (
@@ -248,10 +247,7 @@ def _require_same(model: PreTrainedModel, ids: Tensor, expected: Tensor) -> floa
     found = _logits(model, ids)
     beyond = difference_beyond_rounding(found, expected)
     if beyond is not None:
-        raise UnsupportedArchitectureError(
-            f"the residual stream of {type(model).__name__} can't be rotated: its logits then differ by {beyond:.1e}, "
-            "more than rounding explains. Prune the model as it is."
-        )
+        raise unsupported(model, f"its logits then differ by {beyond:.1e}, more than rounding explains")
     return float((found - expected).norm() / expected.norm())
 
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fista.model.architecture import UnsupportedArchitectureError, find_decoder_layers
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.loss_gradients import DenseLoss
-from optimum_fista.model.residual_stream import find_residual_stream
+from optimum_fista.model.stream_search import find_residual_stream
 from optimum_fista.solve.patterns import NOfM
 from optimum_fista.solve.rotation import Readers, Writers, random_rotation
 
