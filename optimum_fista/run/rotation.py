@@ -32,6 +32,7 @@ from optimum_fista.run.checkpoints.output_folder import MODEL_FILES, require_out
 from optimum_fista.run.checkpoints.writing import new_output
 from optimum_fista.run.config import require_seed
 from optimum_fista.run.environment import numerical_environment
+from optimum_fista.run.reports.report import public_name
 from optimum_fista.run.texts.calibration_source import calibration_tokens, usual_length
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
@@ -46,6 +47,7 @@ class RotationReport:
     """What a rotation of the residual stream was trained on, and what it did; `config.json` holds it.
 
     Attributes:
+        model: Name of the dense model: a Hub id, or the name of its folder.
         pattern: The sparsity pattern that it was trained for.
         sparsity: Its fraction of zeros.
         removed_ratio: What the pattern is predicted to remove after the rotation, divided by that before it: a
@@ -61,6 +63,7 @@ class RotationReport:
         version: Version of optimum-fista.
     """
 
+    model: str
     pattern: str
     sparsity: float
     removed_ratio: float
@@ -223,12 +226,13 @@ def rotate_model(
     stream.rotate(rotation)
     difference = _require_same(model, ids, expected)
     return RotationReport(
+        model=public_name(str(model.config._name_or_path)),
         pattern=pattern.text,
         sparsity=pattern.sparsity,
         removed_ratio=ratio,
         difference=difference,
         num_parameters=(parameters, model.num_parameters()),
-        calibration=calibration,
+        calibration=public_name(calibration),
         num_tokens=ids.numel(),
         steps=steps,
         learning_rate=learning_rate,

@@ -50,7 +50,7 @@ def test_a_rotated_folder_is_an_ordinary_dense_model(tiny_folder, text, tmp_path
     assert AutoTokenizer.from_pretrained(output).get_vocab() == tiny_tokenizer().get_vocab()
     config = json.loads((output / "config.json").read_text())
     kept = config["fista_rotation"]
-    assert (kept["pattern"], kept["num_tokens"], kept["steps"], kept["calibration"]) == ("2:4", 64, 60, text)
+    assert (kept["pattern"], kept["num_tokens"], kept["steps"], kept["calibration"]) == ("2:4", 64, 60, "sea.txt")
     assert kept["removed_ratio"] == report.removed_ratio
     weights = load_file(output / "model.safetensors")
     assert bool(torch.all(weights["model.norm.weight"] == 1))
