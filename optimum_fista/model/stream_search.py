@@ -35,7 +35,10 @@ def find_residual_stream(model: PreTrainedModel, ids: Tensor) -> ResidualStream:
     head = model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
     in_layers = {module for layer in layers.modules for module in layer.modules()}
-    decoder = list(dict.fromkeys([*model.get_decoder().modules(), head]))
+    decoder = dict.fromkeys([*model.get_decoder().modules(), head])
+    for module, name in names.items():
+        if module not in decoder and _shapes(module):  # what reads images or sounds adds to the stream as well
+            raise unsupported(model, f"{name} is outside of its decoder")
     norms = [module for module in decoder if [*_shapes(module).values()] in ([(size,)], [(size,), (size,)])]
     operators = {m: _operators(names[m], m) for m in decoder if m in in_layers or m is head}
     operators = {module: found for module, found in operators.items() if found}

@@ -51,6 +51,7 @@ def test_a_rotated_model_computes_the_same_and_is_loaded_as_any_other(family, tm
         ("lfm2", r"model\.layers\.0\.conv\.conv\.weight \[32, 1, 3\] is neither a norm nor an operator"),
         ("llama4_text", r".*feed_forward\.experts\.gate_up_proj .* is neither a norm nor an operator"),
         ("bart", r".*encoder_attn_layer_norm is called 0 times"),
+        ("fuyu", r"model\.vision_embed_tokens is outside of its decoder"),
     ],
 )
 def test_what_stands_between_the_stream_and_its_operators_is_refused(family, why):
@@ -59,6 +60,15 @@ def test_what_stands_between_the_stream_and_its_operators_is_refused(family, why
     with pytest.raises(UnsupportedArchitectureError, match=rf"can't be rotated: {why}"):
         found_in(model)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])  # as in GPT-OSS 20B
+def test_experts_as_wide_as_the_stream(family):
+    model = tiny_model(family, intermediate_size=32)
+    dense, stream = logits(model), found_in(model)
+    stream.move_gains()
+    stream.rotate(random_rotation(stream.size, 0, stream.keeps_mean))
+    assert_close(logits(model), dense)
 
 
 def test_norms_of_another_kind_are_refused():
