@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--calibration", default="self", metavar="SOURCE", help=sources)
     add("--tokens", type=int, default=4096, metavar="N", help="tokens to measure the model on (default 4096)")
     add("--device", help="cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)")
-    stored = "dtype to save in: float32, bfloat16, float16 or auto, as stored (default)"
+    stored = "dtype to load and save in: float32, bfloat16, float16 or auto (default: as stored)"
     add("--dtype", default="auto", help=stored)
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
     add = parser.add_argument_group("advanced").add_argument

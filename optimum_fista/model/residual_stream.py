@@ -172,15 +172,17 @@ class _GramSums(SensitivitySums):
 
     def __init__(self, operator: LinearOperator) -> None:
         super().__init__(operator)
-        self._gram = GramAccumulator(operator.shape[1], operator.device)
+        self._gram: GramAccumulator | None = GramAccumulator(operator.shape[1], operator.device)
 
     def see_input(self, inputs: Tensor, num_tokens: int) -> None:
         super().see_input(inputs, num_tokens)
+        assert self._gram is not None
         self._gram.add(inputs)
 
     def inverse(self) -> Tensor:
-        """`(G + r diag(G))^-1`, [hidden, hidden]."""
-        found = self._gram.finish()
+        """`(G + r diag(G))^-1`, [hidden, hidden]; frees `G`."""
+        assert self._gram is not None
+        found, self._gram = self._gram.finish(), None
         gram, diagonal = found.gram.double(), found.diagonal.double()
         gram.diagonal().add_(diagonal * (_RIDGE_TOKENS * len(gram) / max(1, found.num_tokens)))
         return torch.cholesky_inverse(torch.linalg.cholesky(gram)).float()

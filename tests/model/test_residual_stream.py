@@ -1,6 +1,7 @@
 import pytest
 import torch
 from families import family_model, family_tokens, logits
+from live_memory import LiveMemory
 from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -145,6 +146,20 @@ def test_what_a_rotation_is_trained_on():
     expected = (gradient * energies(layer.mlp.down_proj, inputs)[:, None]).T @ gradient
     torch.testing.assert_close(writers.output_weights.double(), expected, rtol=1e-3, atol=1e-7)
     torch.testing.assert_close(writers.inputs[0].double(), inputs.square().mean(0), rtol=1e-3, atol=1e-6)
+
+
+def test_measuring_holds_four_matrices_a_decoder_layer():
+    peaks = []
+    for layers in (2, 4):
+        sizes = {"intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+        model = tiny_model("llama", hidden_size=256, num_hidden_layers=layers, **sizes)
+        stream = found_in(model)
+        stream.move_gains()
+        batches = read_batches([family_tokens()[0]], VOCAB_SIZE)
+        with LiveMemory() as memory:
+            stream.measure(DenseLoss(model, find_decoder_layers(model), batches, 32))
+        peaks.append(memory.peak / (2 * 256 * 256 * 4))
+    assert 3.9 < peaks[1] - peaks[0] < 4.3
 
 
 def test_experts_of_a_mixture_are_measured_together():

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,6 +13,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig, rotate
 from optimum_fista.model.architecture import UnsupportedArchitectureError
 from optimum_fista.run import rotation
 from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista.solve.patterns import parse_pattern
 
 QUICK = {"tokens": 64, "sequence_length": 16, "steps": 4, "device": "cpu", "progress": False}
 
@@ -99,6 +100,45 @@ def test_quick_products_change_the_rotation_and_not_the_model(tiny_folder, text,
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_what_transformers_keeps_in_float32_is_not_rounded(text, tmp_path):
+    source = saved(tiny_model("deepseek_v3").bfloat16(), tmp_path / "source")
+    before = load_file(source / "model.safetensors")
+    names = [name for name in before if "e_score_correction_bias" in name]
+    for name in names:
+        before[name] = 4 + torch.arange(4) / 1000
+    save_file(before, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]  # as older configurations: the files say it
+    (source / "config.json").write_text(json.dumps(config))
+    rotate(source, tmp_path / "rotated", calibration=text, **QUICK)
+    after = load_file(tmp_path / "rotated" / "model.safetensors")
+    assert names
+    assert all(torch.equal(after[name], before[name]) for name in names)
+    assert after["model.layers.0.self_attn.o_proj.weight"].dtype == torch.bfloat16
+
+
+def test_weights_that_overflow_are_not_saved(text, tmp_path):
+    model = tiny_llama()
+    model.model.norm.weight.data *= 1e3
+    model.lm_head.weight.data *= 1e3
+    source = saved(model, tmp_path / "source")
+    with pytest.raises(ValueError, match=r"dtype='float16' is too small for values of lm_head\.weight: pass"):
+        rotate(source, tmp_path / "out", calibration=text, dtype="float16", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rounding_of_a_deep_model_is_no_reason_to_refuse_it():
+    model = tiny_llama(num_hidden_layers=24, hidden_size=128)
+    report = rotation.rotate_model(model, tiny_tokens(1, 64), parse_pattern("2:4"), "random", 1, 1e-3, 0, False)
+    assert 1e-5 < report.difference < 1e-4
+
+
+def test_sequences_too_long_for_the_model_are_explained(text, tmp_path):
+    source = saved(tiny_model("gpt2"), tmp_path / "source")
+    with pytest.raises(ValueError, match=r"calibration holds sequences of 65 tokens, .* pass at most 64"):
+        rotate(source, tmp_path / "out", calibration=text, **QUICK | {"sequence_length": 65})
+
+
 def test_a_shared_head_makes_the_model_larger(text, tmp_path):
     source = saved(tiny_llama(tie_word_embeddings=True), tmp_path / "source")
     report = rotate(source, tmp_path / "rotated", calibration=text, **QUICK)
@@ -127,6 +167,7 @@ def test_patterns_of_zeros(pattern, tiny_folder, text, tmp_path):
         ({"sequence_length": 1}, "sequence_length=1: pass 2 or more"),
         ({"steps": 0}, "steps=0: pass 1 or more"),
         ({"learning_rate": 0.0}, "learning_rate=0.0: pass a positive number"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf: pass a positive number"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: pass a positive number"),
         ({"seed": -1}, "seed=-1"),
         ({"device": "nowhere"}, "device='nowhere' can't be used"),
@@ -150,6 +191,9 @@ def test_nothing_is_lost_of_what_is_there(tiny_folder, text, tmp_path):
     assert files_of(output) == before
     rotate(tiny_folder, output, calibration=text, overwrite=True, **QUICK)
     assert (output / "notes.txt").read_text() == "mine"
+    (output / "README.md").write_text("my card")
+    rotate(tiny_folder, output, calibration=text, overwrite=True, **QUICK)
+    assert (output / "README.before.md").read_text() == "my card"
     torch.testing.assert_close(logits(output), logits(tiny_folder), rtol=1e-3, atol=1e-4)
     copy = shutil.copytree(tiny_folder, tmp_path / "copy")
     with pytest.raises(ValueError, match="lies in the folder that is read"):

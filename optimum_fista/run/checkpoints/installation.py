@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from optimum_fista.run.checkpoints.atomic import flush, write_text
@@ -94,16 +95,18 @@ def install(folder: Path, output_dir: Path, overwrite: bool, foreign: Collection
 def _keep_edited_card(output: Path) -> None:
     """Copy a model card whose text is not that which a run wrote: it is about to be replaced."""
     card, picture = output / CARD_FILE, output / PICTURE_FILE
-    if not card.is_file() or not (output / REPORT_FILE).is_file():
+    if not card.is_file():
         return
-    try:
-        report = read_report(output)
-    except ValueError:
-        return  # no folder of a run
-    try:
-        written = model_card(report, PICTURE_FILE if picture.exists() else None)
-    except Exception:  # of a version that reported less: its card can't be told from an edited one
-        written = ""
+    written = ""
+    if (output / REPORT_FILE).is_file():
+        try:
+            report = read_report(output)
+        except ValueError:
+            return  # no folder of a run
+        with suppress(Exception):  # of a version that reported less: its card can't be told from an edited one
+            written = model_card(report, PICTURE_FILE if picture.exists() else None)
+    elif not (output / FILES_FILE).is_file() or CARD_FILE in model_files(output):
+        return  # beside a rotated model it is the user's, as no run wrote it
     text = card.read_text(errors="replace").replace(PACKED_NOTE, "")
     kept = [output / "README.before.md", *(output / f"README.before-{number}.md" for number in range(2, 1000))]
     if text_of_card(text) != text_of_card(written):
