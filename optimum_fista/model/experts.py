@@ -15,10 +15,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.products import products_are_rounded
 from optimum_fista.model.replay import replaced_forwards
 
 _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Largest relative difference from the model's own experts; 2e-2 in other dtypes."""
+"""Largest relative difference from the model's own experts; 2e-2 in other dtypes, and if products are rounded."""
 
 
 @dataclass
@@ -253,7 +254,8 @@ class FusedExperts:
         difference = float((output.detach() - original.detach()).float().norm())
         size = float(original.detach().float().norm())
         # Written so that NaN is refused.
-        if not difference <= _AGREEMENT.get(output.dtype, 2e-2) * size:
+        limit = 2e-2 if products_are_rounded() else _AGREEMENT.get(output.dtype, 2e-2)
+        if not difference <= limit * size:
             raise UnsupportedArchitectureError(
                 f"{self.name} ({type(self.module).__name__}) computes its experts in a way that is not known: to "
                 f"prune the rest of the model and leave them dense, pass exclude=['*.{self.name.rsplit('.', 1)[-1]}']."

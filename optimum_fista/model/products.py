@@ -52,6 +52,11 @@ def quick_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def products_are_rounded() -> bool:
+    """Whether the run around says that `quick_products` are of another dtype than float32."""
+    return _DTYPE.get() != torch.float32
+
+
 def as_multiplied(values: Tensor) -> Tensor:
     """Values as `quick_products` take them, in float32.
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fista.model.architecture import UnsupportedArchitectureError, find_decoder_layers
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.loss_gradients import DenseLoss
+from optimum_fista.model.products import quick_products_in
 from optimum_fista.model.stream_search import find_residual_stream
 from optimum_fista.solve.patterns import NOfM
 from optimum_fista.solve.rotation import Readers, Writers, random_rotation
@@ -162,12 +163,15 @@ def test_measuring_holds_four_matrices_a_decoder_layer():
     assert 3.9 < peaks[1] - peaks[0] < 4.3
 
 
-def test_experts_of_a_mixture_are_measured_together():
-    model = tiny_model("mixtral")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_of_a_mixture_are_measured_together(family, dtype):
+    model = tiny_model(family)
     stream = found_in(model)
     stream.move_gains()
     batches = read_batches([family_tokens()[0]], VOCAB_SIZE)
-    measured = stream.measure(DenseLoss(model, find_decoder_layers(model), batches, 32))
+    with quick_products_in(dtype):
+        measured = stream.measure(DenseLoss(model, find_decoder_layers(model), batches, 32))
     readers, writers = (
         [len(group.weights) for group in measured if isinstance(group, kind)] for kind in (Readers, Writers)
     )
