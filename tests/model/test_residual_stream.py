@@ -98,6 +98,7 @@ def test_a_shared_head_gets_its_own_weight():
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert model.num_parameters() == count + VOCAB_SIZE * 32
     assert not model.config.tie_word_embeddings
+    assert not model.all_tied_weights_keys
     assert_close(logits(model), dense)
 
 

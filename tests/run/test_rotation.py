@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_fista import FistaPruner, FistaPruningConfig, rotate
 from optimum_fista.model.architecture import UnsupportedArchitectureError
@@ -41,13 +42,15 @@ def saved(model, folder):
     return folder
 
 
-def test_a_rotated_folder_is_an_ordinary_dense_model(tiny_folder, text, tmp_path):
+def test_a_rotated_folder_is_an_ordinary_dense_model(tiny_folder, text, tmp_path, capsys):
     before, output = files_of(tiny_folder), tmp_path / "rotated"
     report = rotate(tiny_folder, output, calibration=text, **QUICK | {"steps": 60, "learning_rate": 0.01})
     assert files_of(tiny_folder) == before
     torch.testing.assert_close(logits(output), logits(tiny_folder), rtol=1e-3, atol=1e-4)
     assert report.difference < 1e-5
     assert report.removed_ratio < 0.97
+    assert report.seconds > 0
+    assert not {"Training", "Gradients"} & {*capsys.readouterr().err.split()}
     assert AutoTokenizer.from_pretrained(output).get_vocab() == tiny_tokenizer().get_vocab()
     config = json.loads((output / "config.json").read_text())
     kept = config["fista_rotation"]
@@ -57,9 +60,19 @@ def test_a_rotated_folder_is_an_ordinary_dense_model(tiny_folder, text, tmp_path
     assert bool(torch.all(weights["model.norm.weight"] == 1))
 
 
-def test_the_same_call_writes_the_same_bits(tiny_folder, text, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+def test_the_same_call_writes_the_same_bits_and_leaves_the_process_as_it_was(tiny_folder, text, tmp_path):
+    state = torch.get_rng_state()
+    for name, seed in (("a", 0), ("c", 1)):
         rotate(tiny_folder, tmp_path / name, calibration=text, seed=seed, **QUICK)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            rotate(tiny_folder, tmp_path / "b", calibration=text, **QUICK)
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
     a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
@@ -137,11 +150,13 @@ def test_sequences_too_long_for_the_model_are_explained(text, tmp_path):
     source = saved(tiny_model("gpt2"), tmp_path / "source")
     with pytest.raises(ValueError, match=r"calibration holds sequences of 65 tokens, .* pass at most 64"):
         rotate(source, tmp_path / "out", calibration=text, **QUICK | {"sequence_length": 65})
+    assert rotate(source, tmp_path / "out", calibration=text, **QUICK | {"sequence_length": 64}).difference < 1e-5
 
 
 def test_a_shared_head_makes_the_model_larger(text, tmp_path):
     source = saved(tiny_llama(tie_word_embeddings=True), tmp_path / "source")
-    report = rotate(source, tmp_path / "rotated", calibration=text, **QUICK)
+    report = rotate(source, tmp_path / "rotated", calibration=text, **QUICK | {"sequence_length": None})
+    assert report.num_tokens == 64  # one sequence, as long as the model takes
     before, after = report.num_parameters
     assert after == before + tiny_llama().lm_head.weight.numel()
     assert f"the head has its own weight now: {after / before - 1:+.1%} parameters" in str(report)
@@ -162,7 +177,8 @@ def test_patterns_of_zeros(pattern, tiny_folder, text, tmp_path):
         ({"pattern": "channels:0.25"}, r"pattern='channels:0.25', sparsity=None: pass a pattern of zeros"),
         ({"pattern": "unstructured", "sparsity": 0.0}, r"sparsity=0.0: pass a pattern of zeros"),
         ({"pattern": "two"}, "pattern='two': pass"),
-        ({"pattern": "2:5"}, r"rows of 32 inputs, which 2:5 does not divide"),
+        ({"pattern": "2:5"}, r"self_attn\.q_proj has rows of 32 inputs, which 2:5 does not divide"),
+        ({"pattern": "16:32"}, r"mlp\.down_proj has rows of 48 inputs, which 16:32 does not divide"),
         ({"tokens": 0}, "tokens=0: pass 1 or more"),
         ({"sequence_length": 1}, "sequence_length=1: pass 2 or more"),
         ({"steps": 0}, "steps=0: pass 1 or more"),
@@ -198,6 +214,35 @@ def test_nothing_is_lost_of_what_is_there(tiny_folder, text, tmp_path):
     copy = shutil.copytree(tiny_folder, tmp_path / "copy")
     with pytest.raises(ValueError, match="lies in the folder that is read"):
         rotate(copy, copy, calibration=text, overwrite=True, **QUICK)
+
+
+def test_a_full_disk_leaves_the_old_model(tiny_folder, text, tmp_path, monkeypatch):
+    output = saved(tiny_llama(), tmp_path / "out")
+    before = files_of(output)
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"No space left on device.*out\.unfinished"):
+        rotate(tiny_folder, output, calibration=text, overwrite=True, **QUICK)
+    assert files_of(output) == before
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: setattr(model.config, "quantization_config", {"quant_method": "gptq"}), "quantized by 'gptq'"),
+        (lambda model: model.model.layers[0].compile(), r"model\.model\.layers\.0 is compiled"),
+    ],
+)
+def test_models_that_are_not_plain_are_refused(change, message, tiny_folder, text, tmp_path, monkeypatch):
+    model = tiny_llama()
+    change(model)
+    monkeypatch.setattr(rotation, "load_model", lambda *_, **__: (model, tiny_tokenizer()))
+    with pytest.raises(ValueError, match=message):
+        rotate(tiny_folder, tmp_path / "out", calibration=text, **QUICK)
 
 
 def test_a_model_that_would_compute_something_else_is_not_saved(text, tmp_path, monkeypatch):
