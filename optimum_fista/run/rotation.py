@@ -146,6 +146,7 @@ def rotate(
         UnsupportedArchitectureError: If a rotation would change what the model computes (a ValueError).
         FileExistsError: If `output_dir` holds a model already and `overwrite` is False, or files of something else.
         BlockingIOError: If another run writes to `output_dir`.
+        OSError: If there is no such model, or the disk is full.
     """
     source, output, started = str(model), Path(output_dir), time.perf_counter()
     aim = _require_options(pattern, sparsity, tokens, sequence_length, steps, learning_rate, seed, compute_dtype)

@@ -139,8 +139,7 @@ def train_rotation(
             if progress is not None:
                 progress(total)
     with torch.no_grad():
-        left, _, right = torch.linalg.svd(_cayley(skew.double(), keeps_mean))  # orthogonal to the last bit but rounding
-        found = left @ right
+        found = _cayley(skew.double(), keeps_mean)  # in float32 it is less orthogonal
         after = torch.tensor([float(groups[n].removed(found.float(), pattern)) / before[n] for n in felt])
     return found, float(after.log().mean().exp())
 

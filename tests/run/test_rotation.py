@@ -99,7 +99,8 @@ def test_it_is_saved_in_the_dtype_of_the_checkpoint(dtype, expected, text, tmp_p
     report = rotate(source, tmp_path / "rotated", calibration=text, dtype=dtype, **QUICK)
     assert {value.dtype for value in load_file(tmp_path / "rotated" / "model.safetensors").values()} == {expected}
     assert report.difference < 1e-5  # before it is rounded
-    torch.testing.assert_close(logits(tmp_path / "rotated"), logits(source), rtol=0.1, atol=0.1)
+    found, before = logits(tmp_path / "rotated"), logits(source)
+    assert float((found - before).norm() / before.norm()) < 0.03  # of 12 rotations 0.012 to 0.014
 
 
 def test_quick_products_change_the_rotation_and_not_the_model(tiny_folder, text, tmp_path):
