@@ -102,5 +102,7 @@ def test_nothing_to_remove_is_left_as_it_is():
     found, ratio = train_rotation([nothing], TWO_OF_FOUR, steps=3, learning_rate=0.1, seed=0)
     assert torch.equal(found, torch.eye(8, dtype=torch.float64))
     assert ratio == 1
+    unfelt = Readers([randn(4, 8)], [torch.zeros(4)], torch.eye(8))  # the loss does not depend on their outputs
+    assert 0 < float(unfelt.removed(torch.eye(8), TWO_OF_FOUR)) < float(randn(4, 8).square().sum())
     found, _ = train_rotation([nothing, some_readers()], TWO_OF_FOUR, steps=3, learning_rate=0.1, seed=0)
     assert bool(torch.isfinite(found).all())
