@@ -10,7 +10,8 @@ QUICK = ["--tokens", "64", "--sequence-length", "16", "--steps", "3", "--device"
 def test_what_it_says_is_next_works(tiny_folder, text_file, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(tiny_folder, tmp_path / "my model")
-    assert main(["rotate", str(folder), *QUICK, "--calibration", str(text_file)]) == 0
+    text = shutil.copy(text_file, tmp_path / "my text.txt")
+    assert main(["rotate", str(folder), *QUICK, "--calibration", str(text)]) == 0
     printed = capsys.readouterr()
     assert "rotated for 2:4 in" in printed.out
     assert "the model computes the same: its logits differ by" in printed.out

@@ -81,6 +81,13 @@ def test_norms_of_another_kind_are_refused():
         found_in(model)
 
 
+def test_weights_that_operators_share_are_refused():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(UnsupportedArchitectureError, match=r"layers\.0\.mlp\.up_proj\.weight"):
+        found_in(model)
+
+
 def test_a_norm_with_a_bias_needs_a_gain():
     model = tiny_model("gpt2")
     with torch.no_grad():

@@ -70,9 +70,12 @@ def test_training_finds_a_basis_in_which_weights_are_sparse(pattern):
 
 
 def test_the_mean_can_be_kept():
-    found, ratio = train_rotation(
-        [some_readers(), some_writers()], TWO_OF_FOUR, steps=40, learning_rate=0.02, seed=0, keeps_mean=True
-    )
+    groups = [some_readers(), some_writers()]
+    found, ratio = train_rotation(groups, TWO_OF_FOUR, steps=40, learning_rate=0.02, seed=0, keeps_mean=True)
+    identity = torch.eye(8)
+    left = [float(g.removed(found.float(), TWO_OF_FOUR) / g.removed(identity, TWO_OF_FOUR)) for g in groups]
+    assert ratio == pytest.approx((left[0] * left[1]) ** 0.5, rel=1e-4)
+    assert sum(left) / 2 > ratio * 1.0005  # no arithmetic mean
     ones = torch.ones(8, dtype=torch.float64)
     torch.testing.assert_close(found @ ones, ones)
     torch.testing.assert_close(found.T @ ones, ones)
