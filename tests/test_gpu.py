@@ -34,7 +34,7 @@ def test_a_gpu_rotates_as_the_cpu_does(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     options = {"calibration": str(tmp_path / "text.txt"), "tokens": 64, "sequence_length": 16, "steps": 10}
     ratios = [
-        rotate(tmp_path / "source", tmp_path / device, device=device, progress=False, **options).removed_ratio
+        rotate(tmp_path / "source", tmp_path / device, device=device, progress=False, **options).error_ratio
         for device in ("cpu", "cuda")
     ]
     assert ratios[0] == pytest.approx(ratios[1], rel=1e-2)

@@ -28,7 +28,7 @@ from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sensitivity import SensitivitySums
 from optimum_fista.solve.rotation import Readers, Writers
 
-_RIDGE_TOKENS = 1.5  # as that of `obs_admm` (docs/solver.md)
+_RIDGE_TOKENS, _LEAST_RIDGE, _MOST_RIDGE = 1.5, 0.003, 0.5  # as those of `obs_admm` (docs/solver.md)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Norm:
     Attributes:
         name: Its name in the model.
         module: It has a `weight` [hidden], and maybe a `bias` [hidden].
-        neutral: The weight with which it scales nothing: 1, or 0 if it adds 1 to its weight.
+        neutral: The weight that leaves its input unscaled: 1, or 0 if it adds 1 to its weight.
         readers: The operators that are called on its output; the head may be one of them.
     """
 
@@ -80,7 +80,9 @@ class ResidualStream:
 
     @torch.no_grad()
     def move_gains(self) -> None:
-        """Move the gains and biases of the norms into the operators that read them; the model computes the same.
+        """Move the gains of the norms into the operators that read them; the model computes the same.
+
+        A bias moves too if all of these operators have one; otherwise it stays, divided by the gain.
 
         The head gets a weight of its own, if it shares that of the embedding.
         """
@@ -131,7 +133,7 @@ class ResidualStream:
         return frozenset(name for layer in self.layers for name in find_operators(*layer))
 
     def measure(self, loss: DenseLoss) -> list[Readers | Writers]:
-        """What a rotation is trained on, after `move_gains`: weights, inputs, and what errors in the outputs cost.
+        """Measure what a rotation is trained on, after `move_gains`: inputs, and what errors in the outputs cost.
 
         Raises:
             ValueError: If the gradients of the loss are not finite.
@@ -153,8 +155,8 @@ class ResidualStream:
         for operator, found in watchers.items():
             if not bool(torch.isfinite(found.sums.gradients).all()):
                 raise ValueError(
-                    f"the gradients of the loss by the outputs of {operator.name} hold NaN or Inf: pass a model in "
-                    "float32 or bfloat16."
+                    f"the gradients of the loss by the outputs of {operator.name} hold NaN or Inf: check the "
+                    "weights of the model, or pass compute_dtype='float32'."
                 )
         measured: list[Readers | Writers] = []
         for first, group in zip(whole, groups, strict=True):
@@ -184,12 +186,13 @@ class _GramSums(SensitivitySums):
         assert self._gram is not None
         found, self._gram = self._gram.finish(), None
         gram, diagonal = found.gram.double(), found.diagonal.double()
-        gram.diagonal().add_(diagonal * (_RIDGE_TOKENS * len(gram) / max(1, found.num_tokens)))
+        ridge = min(_MOST_RIDGE, max(_LEAST_RIDGE, _RIDGE_TOKENS * len(gram) / max(1, found.num_tokens)))
+        gram.diagonal().add_(diagonal * ridge)
         return torch.cholesky_inverse(torch.linalg.cholesky(gram)).float()
 
 
 class _WriterSums(SensitivitySums):
-    """Adds what is seen of an operator that writes to the stream; `sum_t e_t g_t g_t^T` to `costs` [hidden, hidden]."""
+    """Adds what is seen of an operator that writes, and `sum_t e_t g_t g_t^T` to `costs`, [hidden, hidden]."""
 
     def __init__(self, operator: LinearOperator, costs: Tensor) -> None:
         super().__init__(operator)

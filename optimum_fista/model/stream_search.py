@@ -21,10 +21,10 @@ from optimum_fista.model.residual_stream import Norm, ResidualStream
 def find_residual_stream(model: PreTrainedModel, ids: Tensor) -> ResidualStream:
     """Find what reads and writes the residual stream by its shapes and by a forward pass on `ids` [1, sequence].
 
-    Norms are the modules with a weight [hidden] whose output linear operators, experts or routers are called on. Norms
-    of queries and keys work on the output of one of these operators, and stay inside. All other operators of a decoder
-    layer with `hidden` outputs write to the stream, and so do experts. That the model computes the same afterwards is
-    for the caller to check.
+    A norm has a weight [hidden], and linear operators, experts or routers take its output: they read the stream. Norms
+    that take the output of one of these operators, as those of queries and keys, are left alone. All other operators of
+    a decoder layer with `hidden` outputs write to the stream, and so do the down projections of experts that read it.
+    Whether the model computes the same afterwards is for the caller to check.
 
     Raises:
         UnsupportedArchitectureError: If the model has norms between its operators and the stream, or anything else that
@@ -38,7 +38,7 @@ def find_residual_stream(model: PreTrainedModel, ids: Tensor) -> ResidualStream:
     decoder = dict.fromkeys([*model.get_decoder().modules(), head])
     for module, name in names.items():
         if module not in decoder and _shapes(module):  # what reads images or sounds adds to the stream as well
-            raise unsupported(model, f"{name} is outside of its decoder")
+            raise unsupported(model, f"{name} is outside of its text decoder and may add to it, as images do")
     norms = [module for module in decoder if [*_shapes(module).values()] in ([(size,)], [(size,), (size,)])]
     operators = {m: _operators(names[m], m) for m in decoder if m in in_layers or m is head}
     operators = {module: found for module, found in operators.items() if found}
@@ -77,7 +77,7 @@ def find_residual_stream(model: PreTrainedModel, ids: Tensor) -> ResidualStream:
             found_norms.append(Norm(names[norm], norm, neutral, tuple(group)))
             subtract_mean.add(subtracts)
             if getattr(norm, "bias", None) is not None and float(found_norms[-1].gain.abs().min()) < 1e-6:
-                raise unsupported(model, f"{names[norm]} has a bias, and a weight that is zero")
+                raise unsupported(model, f"{names[norm]} has a bias, and a gain of zero in front of it")
             if all(isinstance(reader, ExpertOperator) for reader in group):
                 raise unsupported(model, f"only experts are called on the output of {names[norm]}")
     return ResidualStream(model, layers, tuple(embeddings), tuple(found_norms), tuple(writers), any(subtract_mean))
@@ -114,7 +114,7 @@ def _trace(
 
 
 def _kind_of_norm(model: PreTrainedModel, name: str, module: nn.Module) -> tuple[float, bool]:
-    """The weight with which a norm scales nothing, and whether it subtracts the mean.
+    """The weight that leaves the input of a norm unscaled, and whether it subtracts the mean.
 
     Raises:
         UnsupportedArchitectureError: If it is no RMSNorm or LayerNorm.

@@ -1,4 +1,4 @@
-"""A rotation of the residual stream, trained so that a sparsity pattern removes little."""
+"""A rotation of the residual stream, trained so that a sparsity pattern costs little."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ class Readers:
     output_weights: Sequence[Tensor]
     inverse: Tensor
 
-    def removed(
+    def error(
         self, rotation: Tensor, pattern: SparsityPattern, share: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        """What the pattern removes, a scalar: the sum of `v_i (W R)_ij^2 / (R^T H^-1 R)_jj` over these weights.
+        """The predicted error, a scalar: the sum of `v_i (W R)_ij^2 / (R^T H^-1 R)_jj` over the weights that go.
 
-        That is the error of optimal brain surgery for each weight alone. `share` is that of the rows that are looked
-        at, drawn at random; they stand for all.
+        That is the error of optimal brain surgery if each weight goes alone. `H = G + r diag(G)`, and `v` are the
+        `output_weights` over their mean, none smaller than 0.09. With a `generator` a random `share` of the rows stands
+        for all.
         """
         drawn = [_some(len(weight), 1, share, generator).to(weight.device) for weight in self.weights]
         weight = torch.cat([w[rows].float() for w, rows in zip(self.weights, drawn, strict=True)])
         costs = _floored(torch.cat([*self.output_weights])).split([len(w) for w in self.weights])
         chosen = torch.cat([v[rows] for v, rows in zip(costs, drawn, strict=True)])
         scores = (weight @ rotation).square() / (rotation * (self.inverse @ rotation)).sum(0)
-        return _removed(scores * chosen[:, None], pattern) * (sum(map(len, self.weights)) / len(weight))
+        return _lost(scores * chosen[:, None], pattern) * (sum(map(len, self.weights)) / len(weight))
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,20 @@ class Writers:
     output_weights: Tensor
     inputs: Sequence[Tensor]
 
-    def removed(
+    def error(
         self, rotation: Tensor, pattern: SparsityPattern, share: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        """What the pattern removes, a scalar: the sum of `(R^T V R)_ii (R^T W)_ij^2 E[x_j^2]` over these weights.
+        """The predicted error, a scalar: the sum of `v_i (R^T W)_ij^2 E[x_j^2]` over the weights that go.
 
-        `share` is that of the columns that are looked at, drawn at random in whole groups; they stand for all.
+        `v_i` are the `(R^T V R)_ii` over their mean, none smaller than 0.09. With a `generator` a random `share` of the
+        columns, in whole groups of the pattern, stands for all.
         """
         unit = pattern.group_size(1)
         drawn = [_some(w.shape[1], unit, share, generator).to(w.device) for w in self.weights]
         weight = torch.cat([w[:, columns].float() for w, columns in zip(self.weights, drawn, strict=True)], 1)
         inputs = torch.cat([x[columns] for x, columns in zip(self.inputs, drawn, strict=True)])
         costs = _floored((rotation * (self.output_weights @ rotation)).sum(0))
-        part = _removed((rotation.T @ weight).square() * inputs * costs[:, None], pattern)
+        part = _lost((rotation.T @ weight).square() * inputs * costs[:, None], pattern)
         return part * (sum(map(len, self.inputs)) / len(inputs))
 
 
@@ -88,31 +90,31 @@ def train_rotation(
     keeps_mean: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, float]:
-    """Find a rotation `R` after which `pattern` removes little of operators around a residual stream.
+    """Find a rotation `R` after which `pattern` costs little at the operators around a residual stream.
 
-    It minimizes the mean of `removed(R) / removed(I)` over the groups, by Adam on the skew-symmetric matrix `A` of
-    Cayley's transform `R = (I - A) (I + A)^-1`, from the identity. A step draws 16 groups, and a quarter of the weights
-    of each. The learning rate rises for 20 steps and falls as a cosine.
+    It minimizes the mean of `error(R) / error(I)` over the groups whose `error(I)` is not zero, by Adam on the
+    skew-symmetric matrix `A` of Cayley's transform `R = (I - A) (I + A)^-1`, from the identity. A step draws 16 groups,
+    and a quarter of the weights of each. The learning rate falls as a cosine to zero, after a warm-up of 20 steps.
 
     Args:
         groups: Operators that read together, and those that write, on one device.
         pattern: The pattern, one that fits `hidden` inputs.
         steps: Number of steps.
-        learning_rate: The largest learning rate of Adam.
+        learning_rate: The learning rate of Adam, without warm-up and cosine.
         seed: Seed of what is drawn.
         keeps_mean: Whether `R` has to leave the mean of the hidden states as it is, which LayerNorm subtracts:
             `R 1 = 1`.
         progress: Called after every step with the mean over the groups that it looked at.
 
     Returns:
-        `R` [hidden, hidden], float64, orthogonal, and the geometric mean of `removed(R) / removed(I)` over all groups.
+        `R` [hidden, hidden], float64, orthogonal, and the geometric mean of `error(R) / error(I)` over these groups.
     """
     first = groups[0]
     size, device = (first.inverse if isinstance(first, Readers) else first.output_weights).shape[0], _device(first)
     generator = torch.Generator().manual_seed(seed)
     identity = torch.eye(size, device=device)
     with torch.no_grad():
-        before = [float(group.removed(identity, pattern)) for group in groups]
+        before = [float(group.error(identity, pattern)) for group in groups]
     felt = [number for number, energy in enumerate(before) if energy > 0]
     if not felt:
         return identity.double(), 1.0
@@ -130,7 +132,7 @@ def train_rotation(
             # a leaf, so that the solve of the transform is differentiated once a step, and not once a group
             leaf, total = rotation.detach().requires_grad_(True), 0.0
             for number in drawn:
-                loss = groups[number].removed(leaf, pattern, _SHARE, generator) / (before[number] * len(drawn))
+                loss = groups[number].error(leaf, pattern, _SHARE, generator) / (before[number] * len(drawn))
                 torch.autograd.backward(loss)
                 total += float(loss.detach())
             optimizer.zero_grad()
@@ -140,7 +142,7 @@ def train_rotation(
                 progress(total)
     with torch.no_grad():
         found = _cayley(skew.double(), keeps_mean)  # in float32 it is less orthogonal
-        after = torch.tensor([float(groups[n].removed(found.float(), pattern)) / before[n] for n in felt])
+        after = torch.tensor([float(groups[n].error(found.float(), pattern)) / before[n] for n in felt])
     return found, float(after.log().mean().exp())
 
 
@@ -151,7 +153,7 @@ def random_rotation(size: int, seed: int, keeps_mean: bool = False) -> Tensor:
 
 
 def _cayley(free: Tensor, keeps_mean: bool) -> Tensor:
-    """`(I + A)^-1 (I - A)` of the skew-symmetric part `A` of a matrix; the factors commute."""
+    """`(I + A)^-1 (I - A)` with the skew-symmetric `A` of the upper triangle of a matrix; the factors commute."""
     skew = free.triu(1)
     skew = skew - skew.T
     if keeps_mean:  # P A P, with the projection P that subtracts the mean: then A 1 = 0
@@ -161,7 +163,7 @@ def _cayley(free: Tensor, keeps_mean: bool) -> Tensor:
     return torch.linalg.solve(identity + skew, identity - skew)
 
 
-def _removed(scores: Tensor, pattern: SparsityPattern) -> Tensor:
+def _lost(scores: Tensor, pattern: SparsityPattern) -> Tensor:
     return scores.masked_fill(pattern.mask(scores.detach()), 0).sum()
 
 
@@ -172,7 +174,7 @@ def _floored(costs: Tensor) -> Tensor:
 
 
 def _some(count: int, unit: int, share: float, generator: torch.Generator | None) -> Tensor:
-    """Numbers below `count` in whole runs of `unit`: a share of them, drawn at random, in rising order; or all."""
+    """Indices below `count`, in whole runs of `unit`: a random share of the runs, rising; all without a generator."""
     groups = count // unit
     if generator is None:
         return torch.arange(groups * unit)

@@ -59,11 +59,12 @@ def test_a_model_is_rotated_as_on_the_cpu(family, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text(TEXT)
     options = {"calibration": str(tmp_path / "text.txt"), "tokens": 64, "sequence_length": 16, "steps": 10}
+    options |= {"compute_dtype": "float32"}
     reports = {
         device: rotate(tmp_path / "dense", tmp_path / device, device=device, progress=False, **options)
         for device in ("cpu", "simulated:0")
     }
-    ratios = [report.removed_ratio for report in reports.values()]
+    ratios = [report.error_ratio for report in reports.values()]
     assert ratios[0] == pytest.approx(ratios[1], rel=1e-3)
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / device) for device in reports]
     require_the_same(*(weights_of(model) for model in models))

@@ -38,7 +38,7 @@ def test_what_is_removed_of_readers():
     inverse = rotation.T @ readers.inverse @ rotation  # of the inputs R^T x
     costs = floored(torch.cat(list(readers.output_weights)))
     scores = (torch.cat(list(readers.weights)) @ rotation).square() / inverse.diagonal() * costs[:, None]
-    assert float(readers.removed(rotation, TWO_OF_FOUR)) == pytest.approx(removed_by_hand(scores), rel=1e-4)
+    assert float(readers.error(rotation, TWO_OF_FOUR)) == pytest.approx(removed_by_hand(scores), rel=1e-4)
 
 
 def test_what_is_removed_of_writers():
@@ -47,15 +47,15 @@ def test_what_is_removed_of_writers():
     scores = (
         (rotation.T @ torch.cat(list(writers.weights), 1)).square() * torch.cat(list(writers.inputs)) * costs[:, None]
     )
-    assert float(writers.removed(rotation, TWO_OF_FOUR)) == pytest.approx(removed_by_hand(scores), rel=1e-4)
+    assert float(writers.error(rotation, TWO_OF_FOUR)) == pytest.approx(removed_by_hand(scores), rel=1e-4)
 
 
 @pytest.mark.parametrize("group", [some_readers(), some_writers()], ids=["readers", "writers"])
 def test_a_share_stands_for_the_whole(group):
     generator, identity = torch.Generator().manual_seed(0), torch.eye(8)
-    drawn = [float(group.removed(identity, TWO_OF_FOUR, 0.25, generator)) for _ in range(800)]
+    drawn = [float(group.error(identity, TWO_OF_FOUR, 0.25, generator)) for _ in range(800)]
     assert len(set(drawn)) > 5
-    assert torch.tensor(drawn).mean() == pytest.approx(float(group.removed(identity, TWO_OF_FOUR)), rel=0.1)
+    assert torch.tensor(drawn).mean() == pytest.approx(float(group.error(identity, TWO_OF_FOUR)), rel=0.1)
 
 
 @pytest.mark.parametrize("pattern", [TWO_OF_FOUR, Unstructured(0.5)], ids=str)
@@ -66,7 +66,7 @@ def test_training_finds_a_basis_in_which_weights_are_sparse(pattern):
     found, ratio = train_rotation([group], pattern, steps=600, learning_rate=0.03, seed=0)
     torch.testing.assert_close(found @ found.T, torch.eye(8, dtype=torch.float64))
     assert ratio < 0.35
-    assert float(group.removed(found.float(), pattern) / group.removed(torch.eye(8), pattern)) == pytest.approx(ratio)
+    assert float(group.error(found.float(), pattern) / group.error(torch.eye(8), pattern)) == pytest.approx(ratio)
 
 
 def test_the_mean_can_be_kept():
