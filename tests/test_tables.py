@@ -133,18 +133,22 @@ def test_perplexities_of_the_results_are_those_kept():
     assert len(shown) > 20
 
 
-def test_four_times_the_text_is_as_kept():
-    rows = json.loads((ROOT / "benchmarks" / "results" / "more_text.json").read_text())["rows"]
+@pytest.mark.parametrize(
+    ("title", "name", "count"), [("Four times the text", "more_text", 6), ("A rotated model", "rotated", 4)]
+)
+def test_what_windows_change_is_as_kept(title, name, count):
+    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
     dense = {row["label"]: row["perplexity"]["held-out"] for row in rows if row["pattern"] == "-"}
     kept = []
     for row in rows:
-        perplexity, zeros = row["perplexity"], {"0.5": "50%", "0.7": "70%"}.get(row["pattern"], row["pattern"])
+        perplexity, seconds = row["perplexity"], row["seconds"]
+        zeros = {"0.5": "50%", "0.7": "70%"}.get(row["pattern"], row["pattern"])
         cells = [f"{perplexity[text]:.2f}" for text in ("wikitext2-test", "lambada")]
         cells.append(f"{perplexity['held-out'] / dense[row['label']]:.2f}")
-        cells.append(f"{row['seconds']['total']:.0f}" if "total" in row["seconds"] else "")
+        cells.append(f"{seconds['total'] + seconds.get('rotation', 0):.0f}" if "total" in seconds else "")
         kept += [[zeros, row["label"], *cells]] * (row["pattern"] != "-")
-    assert rows_of_the_results("Four times the text")[2:] == kept
-    assert len(kept) == 6
+    assert rows_of_the_results(title)[2:] == kept
+    assert len(kept) == count
 
 
 def test_accuracies_of_the_results_are_those_kept():

@@ -73,7 +73,7 @@ def test_the_mean_can_be_kept():
     groups = [some_readers(), some_writers()]
     found, ratio = train_rotation(groups, TWO_OF_FOUR, steps=40, learning_rate=0.02, seed=0, keeps_mean=True)
     identity = torch.eye(8)
-    left = [float(g.removed(found.float(), TWO_OF_FOUR) / g.removed(identity, TWO_OF_FOUR)) for g in groups]
+    left = [float(g.error(found.float(), TWO_OF_FOUR) / g.error(identity, TWO_OF_FOUR)) for g in groups]
     assert ratio == pytest.approx((left[0] * left[1]) ** 0.5, rel=1e-4)
     assert sum(left) / 2 > ratio * 1.0005  # no arithmetic mean
     ones = torch.ones(8, dtype=torch.float64)
@@ -106,6 +106,6 @@ def test_nothing_to_remove_is_left_as_it_is():
     assert torch.equal(found, torch.eye(8, dtype=torch.float64))
     assert ratio == 1
     unfelt = Readers([randn(4, 8)], [torch.zeros(4)], torch.eye(8))  # the loss does not depend on their outputs
-    assert 0 < float(unfelt.removed(torch.eye(8), TWO_OF_FOUR)) < float(randn(4, 8).square().sum())
+    assert 0 < float(unfelt.error(torch.eye(8), TWO_OF_FOUR)) < float(randn(4, 8).square().sum())
     found, _ = train_rotation([nothing, some_readers()], TWO_OF_FOUR, steps=3, learning_rate=0.1, seed=0)
     assert bool(torch.isfinite(found).all())
