@@ -48,7 +48,7 @@ def _rotated(arguments: Namespace, methods: str) -> list[Case]:
         if not folder.exists():
             length = arguments.sequence_length
             text = {"calibration": arguments.calibration, "sequence_length": length}
-            rotate(arguments.model, folder, seed=seed, device="cpu", dtype="float32", **text)
+            rotate(arguments.model, folder, seed=seed, device="cpu", dtype="float32", compute_dtype="float32", **text)
         settings = {"model": str(folder), "patterns": ["2:4"], "seeds": [seed]}
         cases += [(f"rotated, {method}", settings | {"methods": [method]}) for method in methods.split()]
     return cases

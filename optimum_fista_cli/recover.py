@@ -60,13 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Recover, and say what it gained."""
-    from optimum_fista.run.retraining.recovery import recover, recovered_folder, steps_kept
+    from optimum_fista.run.checkpoints.output_folder import folder_beside
+    from optimum_fista.run.retraining.recovery import recover, steps_kept
     from optimum_fista_cli.progress import log_shown
 
     names = "teacher calibration tokens train device compute_dtype overwrite sequence_length batch_size accumulate"
     names += " held_out learning_rate label_share seed teacher_cache top_k"
     options = {name: getattr(arguments, name) for name in names.split()}
-    output = arguments.output or recovered_folder(arguments.folder)
+    output = arguments.output or folder_beside(arguments.folder, "-recovered")
     try:
         with log_shown("optimum_fista.run.retraining.recovery_training"):
             found = recover(arguments.folder, output_dir=output, **options)

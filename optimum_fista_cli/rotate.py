@@ -47,9 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Rotate, and say what is next."""
-    from optimum_fista.run.rotation import rotate, rotated_folder
+    from optimum_fista.run.checkpoints.output_folder import folder_beside
+    from optimum_fista.run.rotation import rotate
 
-    output = arguments.output or rotated_folder(arguments.model)
+    output = arguments.output or folder_beside(arguments.model, "-rotated")
     names = "pattern sparsity calibration tokens sequence_length steps learning_rate seed device dtype overwrite"
     names += " compute_dtype"
     print(rotate(arguments.model, output, **{name: getattr(arguments, name) for name in names.split()}))

@@ -141,10 +141,10 @@ def can_be_rotated(family: str, folder: Path) -> bool:
     model = family_model(family)
     dense, pattern = logits(model), parse_pattern("2:4")
     try:
-        report = rotate_model(model, torch.cat(family_tokens()), pattern, "random", 2, 1e-3, 0, progress=False)
+        ratio, _ = rotate_model(model, torch.cat(family_tokens()), pattern, 2, 1e-3, 0, progress=False)
     except UnsupportedArchitectureError:
         return False
-    assert 0.5 < report.error_ratio < 1.1
+    assert 0.5 < ratio < 1.1
     model.save_pretrained(folder)
     for rotated in (model, AutoModelForCausalLM.from_pretrained(folder)):
         assert float((logits(rotated) - dense).norm() / dense.norm()) < 1e-4

@@ -14,21 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optimum_fista.model.architecture import (
-    DecoderLayers,
-    find_operators,
-)
-from optimum_fista.model.experts import (
-    ExpertOperator,
-    split_experts,
-)
+from optimum_fista.model.architecture import DecoderLayers, find_operators
+from optimum_fista.model.experts import ExpertOperator, split_experts
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.loss_gradients import DenseLoss, watch_gradients
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sensitivity import SensitivitySums
 from optimum_fista.solve.rotation import Readers, Writers
-
-_RIDGE_TOKENS, _LEAST_RIDGE, _MOST_RIDGE = 1.5, 0.003, 0.5  # as those of `obs_admm` (docs/solver.md)
+from optimum_fista.solve.statistics import ridge_against_noise
 
 
 @dataclass(frozen=True)
@@ -36,13 +29,11 @@ class Norm:
     """A norm of the residual stream.
 
     Attributes:
-        name: Its name in the model.
         module: It has a `weight` [hidden], and maybe a `bias` [hidden].
         neutral: The weight that leaves its input unscaled: 1, or 0 if it adds 1 to its weight.
         readers: The operators that are called on its output; the head may be one of them.
     """
 
-    name: str
     module: nn.Module
     neutral: float
     readers: tuple[LinearOperator, ...]
@@ -182,12 +173,11 @@ class _GramSums(SensitivitySums):
         self._gram.add(inputs)
 
     def inverse(self) -> Tensor:
-        """`(G + r diag(G))^-1`, [hidden, hidden]; frees `G`."""
+        """`(G + r diag(G))^-1`, [hidden, hidden], with the ridge `r` of `obs_admm`; frees `G`."""
         assert self._gram is not None
         found, self._gram = self._gram.finish(), None
         gram, diagonal = found.gram.double(), found.diagonal.double()
-        ridge = min(_MOST_RIDGE, max(_LEAST_RIDGE, _RIDGE_TOKENS * len(gram) / max(1, found.num_tokens)))
-        gram.diagonal().add_(diagonal * ridge)
+        gram.diagonal().add_(diagonal * ridge_against_noise(found.num_tokens, len(gram)))
         return torch.cholesky_inverse(torch.linalg.cholesky(gram)).float()
 
 

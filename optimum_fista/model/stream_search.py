@@ -74,7 +74,7 @@ def find_residual_stream(model: PreTrainedModel, ids: Tensor) -> ResidualStream:
     for norm, group in reads.items():
         if group:
             neutral, subtracts = _kind_of_norm(model, names[norm], norm)
-            found_norms.append(Norm(names[norm], norm, neutral, tuple(group)))
+            found_norms.append(Norm(norm, neutral, tuple(group)))
             subtract_mean.add(subtracts)
             if getattr(norm, "bias", None) is not None and float(found_norms[-1].gain.abs().min()) < 1e-6:
                 raise unsupported(model, f"{names[norm]} has a bias, and a gain of zero in front of it")

@@ -174,9 +174,24 @@ def rotate(
             quick_products_in(compute_dtype_of(compute_dtype, place)),
             explained_length(dense, ids.shape[1], "calibration"),
         ):
-            report = rotate_model(dense, ids, aim, calibration, steps, learning_rate, seed, progress)
+            parameters = dense.num_parameters()
+            ratio, difference = rotate_model(dense, ids, aim, steps, learning_rate, seed, progress)
         _round(dense, stored)
-        report = RotationReport(**(asdict(report) | {"seconds": time.perf_counter() - started}))
+        report = RotationReport(
+            model=public_name(source),
+            pattern=aim.text,
+            sparsity=aim.sparsity,
+            error_ratio=ratio,
+            difference=difference,
+            num_parameters=(parameters, dense.num_parameters()),
+            calibration=public_name(calibration),
+            num_tokens=ids.numel(),
+            steps=steps,
+            learning_rate=learning_rate,
+            seed=seed,
+            seconds=time.perf_counter() - started,
+            version=version("optimum-fista"),
+        )
         setattr(dense.config, CONFIG_KEY, asdict(report))
         with errors_of_writing(folder):
             dense.save_pretrained(folder)
@@ -211,29 +226,24 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def rotated_folder(source: str | Path) -> Path:
-    """Where a rotated model is written if nothing else is said."""
-    path = Path(source) if Path(source).name not in ("", "..") else Path(source).resolve()
-    return path.with_name(f"{path.name}-rotated") if path.is_dir() else Path(f"{path.name}-rotated")
-
-
 def rotate_model(
     model: PreTrainedModel,
     ids: Tensor,
     pattern: SparsityPattern,
-    calibration: str,
     steps: int,
     learning_rate: float,
     seed: int,
     progress: bool,
-) -> RotationReport:
+) -> tuple[float, float]:
     """Train a rotation on token ids [sequences, length], and rotate a float32 model in place.
+
+    Returns:
+        `error_ratio` and `difference` of `RotationReport`.
 
     Raises:
         ValueError: If the pattern does not fit an operator.
         UnsupportedArchitectureError: If the model then returns something else.
     """
-    parameters = model.num_parameters()
     (batch,) = read_batches([ids], input_embedding(model).shape[0])
     stream = find_residual_stream(model, ids[:1])
     for operator in (*(reader for norm in stream.norms for reader in norm.readers), *stream.writers):
@@ -264,22 +274,7 @@ def rotate_model(
                 progress=show,
             )
     stream.rotate(rotation)
-    difference = _require_same(model, ids, expected)
-    return RotationReport(
-        model=public_name(str(model.config._name_or_path)),
-        pattern=pattern.text,
-        sparsity=pattern.sparsity,
-        error_ratio=ratio,
-        difference=difference,
-        num_parameters=(parameters, model.num_parameters()),
-        calibration=public_name(calibration),
-        num_tokens=ids.numel(),
-        steps=steps,
-        learning_rate=learning_rate,
-        seed=seed,
-        seconds=0.0,
-        version=version("optimum-fista"),
-    )
+    return ratio, _require_same(model, ids, expected)
 
 
 def _require_same(model: PreTrainedModel, ids: Tensor, expected: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -110,9 +111,9 @@ def train_rotation(
         `R` [hidden, hidden], float64, orthogonal, and the geometric mean of `error(R) / error(I)` over these groups.
     """
     first = groups[0]
-    size, device = (first.inverse if isinstance(first, Readers) else first.output_weights).shape[0], _device(first)
+    square = first.inverse if isinstance(first, Readers) else first.output_weights
     generator = torch.Generator().manual_seed(seed)
-    identity = torch.eye(size, device=device)
+    identity = torch.eye(len(square), device=square.device)
     with torch.no_grad():
         before = [float(group.error(identity, pattern)) for group in groups]
     felt = [number for number, energy in enumerate(before) if energy > 0]
@@ -123,7 +124,7 @@ def train_rotation(
     waiting: list[int] = []
     with torch.enable_grad():
         for step in range(steps):
-            fall = (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item()) / 2
+            fall = (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / _WARM_UP) * fall
             if len(waiting) < min(_GROUPS, len(felt)):
                 waiting = [felt[i] for i in torch.randperm(len(felt), generator=generator).tolist()]
@@ -180,7 +181,3 @@ def _some(count: int, unit: int, share: float, generator: torch.Generator | None
         return torch.arange(groups * unit)
     chosen = torch.randperm(groups, generator=generator)[: max(1, round(share * groups))].sort().values
     return (chosen[:, None] * unit + torch.arange(unit)).flatten()
-
-
-def _device(group: Readers | Writers) -> torch.device:
-    return (group.inverse if isinstance(group, Readers) else group.output_weights).device

@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+RIDGE_TOKENS = 1.5
+"""The ridge, within its bounds, if there are as many tokens as inputs."""
 _NEARLY_DEAD = 5e-6
 """Fraction of the mean energy below which an input is nearly dead: the root of it is a 450th."""
 _DEAD = 1e-12
@@ -91,6 +93,14 @@ class InputStatistics:
     def lipschitz(self) -> float:
         """Lipschitz constant of the gradient, `lambda_max(G)`."""
         return largest_eigenvalue(self.gram)
+
+
+def ridge_against_noise(num_tokens: int, num_inputs: int, tokens: float = RIDGE_TOKENS) -> float:
+    """The ridge `r` in `G + r diag(G)`: the fewer tokens an input has, the more of the Gram matrix is noise.
+
+    It is `tokens * num_inputs / num_tokens`, between 0.003 and 0.5 (docs/solver.md).
+    """
+    return min(0.5, max(0.003, tokens * num_inputs / max(1, num_tokens)))
 
 
 def largest_eigenvalue(gram: Tensor, *, tolerance: float = 1e-4, max_iterations: int = 300) -> float:

@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 
 import pytest
@@ -13,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from optimum_fista import FistaPruner, FistaPruningConfig, rotate
 from optimum_fista.model.architecture import UnsupportedArchitectureError
 from optimum_fista.run import rotation
+from optimum_fista.run.checkpoints.output_folder import folder_beside
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.solve.patterns import parse_pattern
+from optimum_fista.solve.rotation import random_rotation
 
 QUICK = {"tokens": 64, "sequence_length": 16, "steps": 4, "device": "cpu", "progress": False}
 
@@ -58,6 +59,15 @@ def test_a_rotated_folder_is_an_ordinary_dense_model(tiny_folder, text, tmp_path
     assert kept["error_ratio"] == report.error_ratio
     weights = load_file(output / "model.safetensors")
     assert bool(torch.all(weights["model.norm.weight"] == 1))
+
+
+def test_what_is_saved_has_the_rotation_that_was_trained(tiny_folder, text, tmp_path, monkeypatch):
+    found = random_rotation(32, seed=5)
+    monkeypatch.setattr(rotation, "train_rotation", lambda *_, **__: (found, 0.5))
+    rotate(tiny_folder, tmp_path / "out", calibration=text, **QUICK)
+    dense, rotated = (load_file(folder / "model.safetensors") for folder in (tiny_folder, tmp_path / "out"))
+    name = "model.embed_tokens.weight"  # which no gain stands before
+    torch.testing.assert_close(rotated[name], (dense[name].double() @ found).float())
 
 
 def test_the_same_call_writes_the_same_bits_and_leaves_the_process_as_it_was(tiny_folder, text, tmp_path):
@@ -143,8 +153,8 @@ def test_weights_that_overflow_are_not_saved(text, tmp_path):
 
 def test_rounding_of_a_deep_model_is_no_reason_to_refuse_it():
     model = tiny_llama(num_hidden_layers=24, hidden_size=128)
-    report = rotation.rotate_model(model, tiny_tokens(1, 64), parse_pattern("2:4"), "random", 1, 1e-3, 0, False)
-    assert 1e-5 < report.difference < 1e-4
+    _, difference = rotation.rotate_model(model, tiny_tokens(1, 64), parse_pattern("2:4"), 1, 1e-3, 0, False)
+    assert 1e-5 < difference < 1e-4
 
 
 def test_sequences_too_long_for_the_model_are_explained(text, tmp_path):
@@ -273,6 +283,6 @@ def test_a_model_that_would_compute_something_else_is_not_saved(text, tmp_path, 
 def test_the_folder_is_named_after_the_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    assert rotation.rotated_folder("model").name == "model-rotated"
-    assert rotation.rotated_folder(tmp_path / "model") == tmp_path / "model-rotated"
-    assert re.fullmatch("Llama-rotated", str(rotation.rotated_folder("meta-llama/Llama")))
+    assert folder_beside("model", "-rotated").name == "model-rotated"
+    assert folder_beside(tmp_path / "model", "-rotated") == tmp_path / "model-rotated"
+    assert str(folder_beside("meta-llama/Llama", "-rotated")) == "Llama-rotated"

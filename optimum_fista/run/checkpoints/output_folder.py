@@ -40,6 +40,12 @@ def unfinished_folder(output_dir: Path) -> Path:
     return output / name if inside else output.with_name(name)
 
 
+def folder_beside(source: str | Path, ending: str) -> Path:
+    """Where a command writes what it makes of a model if nothing else is said: the model's name and `ending`."""
+    path = Path(source) if Path(source).name not in ("", "..") else Path(source).resolve()
+    return path.with_name(f"{path.name}{ending}") if path.is_dir() else Path(f"{path.name}{ending}")
+
+
 def require_output(
     output_dir: Path, overwrite: bool, *, source: str | Path | None = None, names: Iterable[str] = ()
 ) -> None:

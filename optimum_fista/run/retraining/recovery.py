@@ -22,7 +22,13 @@ from optimum_fista.run.checkpoints.loading import (
     read_config,
     usable_device,
 )
-from optimum_fista.run.checkpoints.output_folder import FOLDER, MODEL_FILES, require_output, unfinished_folder
+from optimum_fista.run.checkpoints.output_folder import (
+    FOLDER,
+    MODEL_FILES,
+    folder_beside,
+    require_output,
+    unfinished_folder,
+)
 from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.checkpoints.writing import write_checkpoint
 from optimum_fista.run.config import require_seed
@@ -117,7 +123,7 @@ def recover(
     source = str(folder)
     report = read_report(pruned_folder(source))
     teacher = _teacher_of(report, source) if teacher is None else str(teacher)
-    output = recovered_folder(source) if output_dir is None else Path(output_dir)
+    output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
     _require_options(locals())
     place = usable_device(device)
     for read in (source, teacher):
@@ -195,12 +201,6 @@ def recover(
         write_checkpoint(model, unfinished, record, masks, tokenizer)
         install(unfinished, output, overwrite)
     return found
-
-
-def recovered_folder(source: str | Path) -> Path:
-    """Where a recovered model is written if nothing else is said."""
-    path = Path(source) if Path(source).name not in ("", "..") else Path(source).resolve()
-    return path.with_name(f"{path.name}-recovered") if path.is_dir() else Path(f"{path.name}-recovered")
 
 
 def steps_kept(output: Path) -> int:

@@ -18,6 +18,7 @@ from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
 from optimum_fista.solve.refit import refit, refit_columns
 from optimum_fista.solve.splitting import SplitState, split_in_stages
+from optimum_fista.solve.statistics import RIDGE_TOKENS, ridge_against_noise
 
 
 @register
@@ -52,7 +53,7 @@ class ObsAdmm(PruningMethod):
     """
 
     ridge: float | None = None
-    ridge_tokens: float = 1.5
+    ridge_tokens: float = RIDGE_TOKENS
     scale_damping: float = 0.0
     stages: int = 3
     iterations: int = 4
@@ -101,8 +102,7 @@ class ObsAdmm(PruningMethod):
         """The ridge `r`, in units of the Gram matrix's diagonal."""
         if self.ridge is not None:
             return self.ridge
-        # The fewer tokens an input has, the more of the Gram matrix is noise.
-        return min(0.5, max(0.003, self.ridge_tokens * num_inputs / max(1, num_tokens)))
+        return ridge_against_noise(num_tokens, num_inputs, self.ridge_tokens)
 
     @property
     def rhos(self) -> list[float]:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.run.checkpoints.checkpoint import read_report
+from optimum_fista.run.checkpoints.output_folder import folder_beside
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.retraining import recovery, recovery_training
@@ -294,7 +295,7 @@ def test_bad_options_are_refused(options, message, saved, tiny_folder, text, tmp
 
 def test_the_folder_has_a_name_also_if_it_is_the_working_folder(saved, monkeypatch):
     monkeypatch.chdir(saved.folder)
-    assert recovery.recovered_folder(".") == saved.folder.with_name(f"{saved.folder.name}-recovered")
+    assert folder_beside(".", "-recovered") == saved.folder.with_name(f"{saved.folder.name}-recovered")
 
 
 def test_bad_folders_are_refused(saved, tiny_folder, text, tmp_path):
