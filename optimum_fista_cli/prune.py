@@ -155,6 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if arguments.dry_run:
         print(estimate_of(arguments, config, arguments.batch_size))
+        _require_output(arguments, config)
         return 0
     _require_options(arguments, config)
     folder = unfinished_folder(arguments.output)
@@ -221,11 +222,29 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
 
     from optimum_fista.run.callbacks.tracking import require_tracker
     from optimum_fista.run.checkpoints.loading import storage_place
-    from optimum_fista.run.checkpoints.output_folder import MODEL_FILES, require_output
     from optimum_fista.run.hub import require_repo_id
     from optimum_fista.run.streamed.ranks import launched_processes, require_independent_layers
 
     require_independent_layers(config, launched_processes())
+    _require_output(arguments, config)
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
+    storage_place(arguments.storage_device, torch.device("cpu"))
+    if arguments.logging_dir and not arguments.report_to:
+        raise ValueError("--logging-dir makes sense with --report-to tensorboard or --report-to trackio only.")
+    for name in arguments.report_to:
+        require_tracker(name)
+    if arguments.private and not arguments.push_to_hub:
+        raise ValueError("--private makes sense with --push-to-hub REPO only.")
+    if arguments.push_to_hub:
+        require_repo_id(arguments.push_to_hub)
+    if not arguments.overwrite:
+        _require_same_settings(arguments, config)
+
+
+def _require_output(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
+    from optimum_fista.run.checkpoints.output_folder import MODEL_FILES, require_output
+
     named = arguments.output
     arguments.output = named or default_output(arguments.model, config)
     try:
@@ -241,19 +260,6 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
             raise
         beside = os.path.relpath(Path(arguments.model).resolve().parent / arguments.output)  # we are in that folder
         raise ValueError(f"{error} For example: --output {beside}") from error
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
-    storage_place(arguments.storage_device, torch.device("cpu"))
-    if arguments.logging_dir and not arguments.report_to:
-        raise ValueError("--logging-dir makes sense with --report-to tensorboard or --report-to trackio only.")
-    for name in arguments.report_to:
-        require_tracker(name)
-    if arguments.private and not arguments.push_to_hub:
-        raise ValueError("--private makes sense with --push-to-hub REPO only.")
-    if arguments.push_to_hub:
-        require_repo_id(arguments.push_to_hub)
-    if not arguments.overwrite:
-        _require_same_settings(arguments, config)
 
 
 def _require_same_settings(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:

@@ -23,6 +23,9 @@ from optimum_fista.model.sensitivity import SensitivitySums
 from optimum_fista.solve.rotation import Readers, Writers
 from optimum_fista.solve.statistics import ridge_against_noise
 
+_LEAST_ENERGY = 1e-10
+"""Mean square of an input, as a share of the average input's, below which it is rounding: it comes to 1e-14."""
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -153,7 +156,9 @@ class ResidualStream:
         for first, group in zip(whole, groups, strict=True):
             if group:
                 outputs = [reading[reader].sums.outputs for reader in group]
-                measured.append(Readers([_matrix(reader) for reader in group], outputs, grams[first].inverse()))
+                inverse, live = grams[first].inverse()
+                weights = [_matrix(reader) if bool(live.all()) else _matrix(reader) * live for reader in group]
+                measured.append(Readers(weights, outputs, inverse))
         for key, group in together.items():
             inputs = [writing[writer].sums.inputs / max(1, writing[writer].sums.seen) for writer in group]
             measured.append(Writers([_matrix(writer) for writer in group], costs[key], inputs))
@@ -172,13 +177,19 @@ class _GramSums(SensitivitySums):
         assert self._gram is not None
         self._gram.add(inputs)
 
-    def inverse(self) -> Tensor:
-        """`(G + r diag(G))^-1`, [hidden, hidden], with the ridge `r` of `obs_admm`; frees `G`."""
+    def inverse(self) -> tuple[Tensor, Tensor]:
+        """`(G + r diag(G))^-1`, [hidden, hidden], with the ridge `r` of `obs_admm`, and which inputs live; frees `G`.
+
+        The others are zero for all tokens: they get the mean energy. Without any, a weight that is rotated into one
+        could be made up for at no cost, and the predicted error of all of them would be next to nothing.
+        """
         assert self._gram is not None
         found, self._gram = self._gram.finish(), None
         gram, diagonal = found.gram.double(), found.diagonal.double()
-        gram.diagonal().add_(diagonal * ridge_against_noise(found.num_tokens, len(gram)))
-        return torch.cholesky_inverse(torch.linalg.cholesky(gram)).float()
+        live = diagonal > _LEAST_ENERGY * diagonal.mean()
+        diagonal = torch.where(live, diagonal, diagonal.mean())
+        gram.diagonal().copy_(diagonal + diagonal * ridge_against_noise(found.num_tokens, len(gram)))
+        return torch.cholesky_inverse(torch.linalg.cholesky(gram)).float(), live
 
 
 class _WriterSums(SensitivitySums):

@@ -81,11 +81,12 @@ class FistaPruner:
     ) -> PruningReport:
         """Prune a model in place, or from its files to the files of `output_dir`.
 
-        A model given by name is never in memory as a whole: each decoder layer is read, pruned, and written to a file
-        of its own. Until all is done, these files are in `output_dir` + ".unfinished", which can't be loaded as a
-        model. After a crash or an interrupt the same call resumes after the last finished decoder layer, with the same
-        result. If several processes (`accelerate launch`, `torchrun`) make this call, they share the decoder layers of
-        a model given by name (docs/ranks.md); a model in memory is a copy in each of them.
+        Of a model given by name each decoder layer is read, pruned, and written to a file of its own. The model is not
+        in memory as a whole, unless it comes from a GGUF file, or writes its own calibration text. Until all is done,
+        these files are in `output_dir` + ".unfinished", which can't be loaded as a model. After a crash or an interrupt
+        the same call resumes after the last finished decoder layer, with the same result. If several processes
+        (`accelerate launch`, `torchrun`) make this call, they share the decoder layers of a model given by name
+        (docs/ranks.md); a model in memory is a copy in each of them.
 
         The run sets its own numerical environment (autocast, inference mode, default dtype and device, precision of
         float32 products) and restores the caller's. Some of it belongs to the process: let one thread at a time prune.

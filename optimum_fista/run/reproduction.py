@@ -169,7 +169,8 @@ def reproduce(
         if batches is None:
             drawn = made["calibration"]["num_sequences"]
             further = num_unseen(config, drawn) if report.perplexity is None else report.perplexity["num_sequences"]
-            batches = _named_batches(name, calibration, made, config.seed, where, 0 if config.held_out else further)
+            options = {**where, "progress": progress}
+            batches = _named_batches(name, calibration, made, config.seed, options, 0 if config.held_out else further)
         batches = hold_out(read_batches(batches, vocabulary), config.held_out)
         _require_same_tokens(batches, made)
         again = Path(scratch) / "again" if output is None else Path(output)
@@ -225,7 +226,7 @@ def _named_batches(
     calibration: str | None,
     made: dict[str, Any],
     seed: int,
-    where: dict[str, Any],
+    options: dict[str, Any],
     further: int,
 ) -> Iterable[Any]:
     """The calibration batches of a source that has a name, of which `further` sequences may have been drawn with them.
@@ -242,7 +243,7 @@ def _named_batches(
         )
     count = found["num_sequences"] + found.get("held_out", {}).get("num_sequences", 0)
     for number in dict.fromkeys((further, 0) if source == "self" else (0, further)):
-        tokens = calibration_tokens_by_name(name, source, count + number, length, seed, **where)[:count]
+        tokens = calibration_tokens_by_name(name, source, count + number, length, seed, **options)[:count]
         if tokens_sha256([CalibrationBatch(tokens[: found["num_sequences"]])]) == found["sha256"]:
             break
     return tokens.split([rows for number, rows, _ in made["batches"] for _ in range(number)])

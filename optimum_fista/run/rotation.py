@@ -21,7 +21,8 @@ from optimum_fista.model.experts import is_fused_experts
 from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.products import COMPUTE_DTYPES, compute_dtype_of, quick_products, quick_products_in
 from optimum_fista.model.stream_search import find_residual_stream, unsupported
-from optimum_fista.run.checkpoints.atomic import errors_of_writing
+from optimum_fista.run.checkpoints.atomic import errors_of_writing, require_room
+from optimum_fista.run.checkpoints.checkpoint import CARD_FILE
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY as PRUNED_KEY
 from optimum_fista.run.checkpoints.loading import (
     load_model,
@@ -143,9 +144,9 @@ def rotate(
         What it did; `config.json` holds it under `fista_rotation`.
 
     Raises:
-        ValueError: If an option is out of range, the model is pruned or quantized, the pattern does not fit it, the
-            text is too short, its sequences are too long for the model, gradients are not finite, or a rotated weight
-            is too large for the dtype.
+        ValueError: If an option is out of range, the model is pruned, quantized or damaged, the pattern does not fit
+            it, the text is too short, its sequences are too long for the model, gradients are not finite, or a rotated
+            weight is too large for the dtype.
         UnsupportedArchitectureError: If a rotation would change what the model computes (a ValueError).
         FileExistsError: If `output_dir` holds a model already, or has an unfinished run, and `overwrite` is False, or
             it holds files of something else.
@@ -155,7 +156,8 @@ def rotate(
     source, output, started = str(model), Path(output_dir), time.perf_counter()
     aim = _require_options(pattern, sparsity, tokens, sequence_length, steps, learning_rate, seed, compute_dtype)
     place = usable_device(device)
-    require_output(output, overwrite, source=source, names=MODEL_FILES)
+    names = [name for name in MODEL_FILES if name != CARD_FILE]  # it writes none
+    require_output(output, overwrite, source=source, names=names)
     config = read_config(source)
     if getattr(config, PRUNED_KEY, None) is not None:
         raise ValueError(f"model={source!r} was pruned: a rotation fills its zeros. Pass the dense model.")
@@ -165,8 +167,10 @@ def rotate(
         require_unquantized(dense)
         require_bare(dense)
         stored = _in_float32(dense)
+        require_room(folder, sum(tensor.numel() * stored[name].itemsize for name, tensor in _tensors(dense)))
         try:
-            ids = calibration_tokens(calibration, dense, tokenizer, max(1, tokens // length), length, seed)
+            count = max(1, tokens // length)
+            ids = calibration_tokens(calibration, dense, tokenizer, count, length, seed, progress=progress)
         except ValueError as error:
             raise ValueError(f"calibration={calibration!r}, tokens={tokens}: {error}") from error
         with (
@@ -200,7 +204,14 @@ def rotate(
 
 
 def _in_float32(model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """Convert a model; returns the dtypes that its tensors had: Transformers keeps biases of routers in float32."""
+    """Convert a model; returns the dtypes that its tensors had: Transformers keeps biases of routers in float32.
+
+    Raises:
+        ValueError: If a parameter holds NaN or Inf.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or Inf: the model is damaged, download it again.")
     dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
     torch.nn.Module.float(model)
     return dtypes
@@ -241,7 +252,7 @@ def rotate_model(
         `error_ratio` and `difference` of `RotationReport`.
 
     Raises:
-        ValueError: If the pattern does not fit an operator.
+        ValueError: If the pattern does not fit an operator, or an operator fits it already.
         UnsupportedArchitectureError: If the model then returns something else.
     """
     (batch,) = read_batches([ids], input_embedding(model).shape[0])
@@ -249,6 +260,12 @@ def rotate_model(
     for operator in (*(reader for norm in stream.norms for reader in norm.readers), *stream.writers):
         if operator.name in stream.pruned:
             pattern.require_shape(operator.shape, operator.name)
+            weight = operator.read()
+            if bool(weight.any()) and not bool(weight[~pattern.mask(weight.square())].any()):
+                raise ValueError(
+                    f"{operator.name} has the zeros of pattern={pattern.text!r} already: a rotation fills them. Pass a "
+                    "dense model."
+                )
     expected = _logits(model, ids)
     stream.move_gains()
     # a rotation of no use, there and back, so that a model that can't be rotated is refused before all the work

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from launched import forked_workers
@@ -35,3 +36,13 @@ def test_an_output_that_cant_be_written_is_refused_before_the_work(pruned_folder
     monkeypatch.setattr(measure, "measure_speed", None)
     assert main(["bench", str(pruned_folder), flag, str(pruned_folder / name)]) == 1
     assert "output can't be written to (" in capsys.readouterr().err
+
+
+def test_a_read_only_output_is_refused_before_the_work(pruned_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "measure_speed", None)
+    (tmp_path / "bench.json").write_text("mine")
+    (tmp_path / "bench.json").chmod(0o444)
+    if os.geteuid() == 0:  # whom permission bits don't bind
+        monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    assert main(["bench", str(pruned_folder), "--output", str(tmp_path / "bench.json")]) == 1
+    assert "output can't be written to (Permission denied), nothing was done" in capsys.readouterr().err

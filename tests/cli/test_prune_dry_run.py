@@ -28,8 +28,11 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, ca
     ]
     shown = []
     for model in ("config.json", ".", str(tiny_folder)):
-        assert main(["prune", model, *flags, "--calibration", "c4"]) == 0
-        shown.append(capsys.readouterr().out.split("products, TFLOP")[0])
+        inside = model == "."  # where a run would be refused
+        assert main(["prune", model, *flags, "--calibration", "c4"]) == int(inside)
+        said = capsys.readouterr()
+        assert ("lies in the folder that is read, '.': pass a folder outside of it" in said.err) == inside
+        shown.append(said.out.split("products, TFLOP")[0])
     assert shown[0] == shown[1] == shown[2]
     assert "together                       7               7,680               3,840" in shown[0]
     assert "left dense (exclude): model.layers.0.self_attn.q_proj" in shown[0]

@@ -220,11 +220,63 @@ def test_nothing_is_lost_of_what_is_there(tiny_folder, text, tmp_path):
     assert (output / "notes.txt").read_text() == "mine"
     (output / "README.md").write_text("my card")
     rotate(tiny_folder, output, calibration=text, overwrite=True, **QUICK)
-    assert (output / "README.before.md").read_text() == "my card"
+    assert (output / "README.md").read_text() == "my card"
+    assert not (output / "README.before.md").exists()
     torch.testing.assert_close(logits(output), logits(tiny_folder), rtol=1e-3, atol=1e-4)
     copy = shutil.copytree(tiny_folder, tmp_path / "copy")
     with pytest.raises(ValueError, match="lies in the folder that is read"):
         rotate(copy, copy, calibration=text, overwrite=True, **QUICK)
+
+
+def test_without_progress_nothing_is_shown_while_the_model_writes(tiny_folder, tmp_path, capsys):
+    assert rotate(tiny_folder, tmp_path / "out", **QUICK).calibration == "self"
+    assert "Self-sampling" not in capsys.readouterr().err
+
+
+def test_a_readme_alone_is_no_obstacle_and_stays(tiny_folder, text, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("my notes")
+    rotate(tiny_folder, tmp_path / "out", calibration=text, **QUICK)
+    assert (tmp_path / "out" / "README.md").read_text() == "my notes"
+
+
+def test_a_disk_without_room_is_refused_before_the_training(tiny_folder, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(rotation, "calibration_tokens", lambda *_: pytest.fail("refused too late"))
+    free = tiny_llama().num_parameters() * 4 - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2 * free, free, free))
+    with pytest.raises(OSError, match=r"No space left on device: 0 MiB are needed and 0 free.*out\.unfinished"):
+        rotate(tiny_folder, tmp_path / "out", calibration=text, **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["sea.txt"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_named(value, text, tmp_path):
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    source = saved(model, tmp_path / "source")
+    with pytest.raises(
+        ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight holds NaN or Inf: the model is damaged"
+    ):
+        rotate(source, tmp_path / "out", calibration=text, **QUICK)
+
+
+def test_channels_that_nothing_uses_promise_nothing(text, tmp_path):
+    model, unused = tiny_llama(), [3, 7, 11]
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            stream = parameter.data.T if name.endswith(("o_proj.weight", "down_proj.weight")) else parameter.data
+            stream[:, unused] = 0
+    report = rotate(saved(model, tmp_path / "source"), tmp_path / "out", calibration=text, **QUICK)
+    assert 0.9 < report.error_ratio <= 1  # after so few steps
+    assert report.difference < 1e-5
+
+
+def test_what_has_the_zeros_already_is_refused(text, tmp_path):
+    model = tiny_llama()
+    model.model.layers[0].mlp.gate_proj.weight.data[:, ::2] = 0
+    source = saved(model, tmp_path / "source")
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate_proj has the zeros of pattern='2:4' already"):
+        rotate(source, tmp_path / "out", calibration=text, **QUICK)
 
 
 def test_a_full_disk_leaves_the_old_model(tiny_folder, text, tmp_path, monkeypatch):

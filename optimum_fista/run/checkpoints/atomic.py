@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,12 +59,27 @@ def require_writable(file: Path) -> None:
     try:  # folders that are missing are made only when there is something to write
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if file.is_file() and not os.access(file, os.W_OK):  # a new file could take its place
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if file.is_file() or not file.exists():  # and no pipe
             parents = Path(os.path.realpath(file)).parents
             tempfile.TemporaryFile(dir=next(folder for folder in parents if folder.exists())).close()
     except OSError as error:
         what = f"output can't be written to ({error.strerror}), nothing was done: pass another file"
         raise OSError(error.errno, what, str(file)) from error
+
+
+def require_room(folder: Path, num_bytes: int) -> None:
+    """Refuse to begin long work whose result the disk of a folder has no room for.
+
+    Raises:
+        OSError: If less than `num_bytes` are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        needed = f"{num_bytes / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} free"
+        what = f"{os.strerror(errno.ENOSPC)}: {needed}, nothing was done: make room, or pass another output"
+        raise OSError(errno.ENOSPC, what, str(folder))
 
 
 def write_text(path: Path, text: str) -> None:

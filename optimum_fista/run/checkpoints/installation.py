@@ -70,7 +70,10 @@ def install(folder: Path, output_dir: Path, overwrite: bool, foreign: Collection
     elif "tokenizer_config.json" not in names:  # a model that brings none keeps the tokenizer that is there
         old -= {*TOKENIZER}
         belong |= model_files(output) - old
-    _keep_edited_card(output)
+    if CARD_FILE in names or not (output / FILES_FILE).exists() or CARD_FILE in model_files(output):
+        _keep_edited_card(output)
+    else:
+        old -= {CARD_FILE}  # the user's: the old model had none, and the new one brings none
     _write_list(folder, belong)
     partials = [_partial(name) for name in names]
     for partial in partials:

@@ -69,7 +69,7 @@ def compare(settings: ComparisonSettings, output: str | Path, *, progress: bool 
             options = {name: getattr(settings, name) for name in ("include_path", "limit", "batch_size")}
             suite = TaskSuite(settings.tasks, **options)
         tokenizer = require_tokenizer(settings.model)
-        material = prepare(settings, tokenizer, output / "calibration")
+        material = prepare(settings, tokenizer, output / "calibration", progress)
         recipe = list(dict.fromkeys(line for seed in settings.seeds for line in material[seed].recipe))
         comparison = Comparison(settings.to_dict(), [*recipe, *([suite.recipe] if suite is not None else [])])
         run = _Run(settings, tokenizer, material, suite, output / "rows", progress, _identity(settings.model))

@@ -36,7 +36,9 @@ class Material:
     recipe: list[str]
 
 
-def prepare(settings: ComparisonSettings, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[int, Material]:
+def prepare(
+    settings: ComparisonSettings, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: bool = True
+) -> dict[int, Material]:
     """Cut the windows of every seed; text that the model samples itself is kept in `folder`.
 
     Raises:
@@ -60,7 +62,7 @@ def prepare(settings: ComparisonSettings, tokenizer: PreTrainedTokenizerBase, fo
         )
     drawn = {}
     for seed in settings.seeds:
-        windows, origin = _draw(settings, tokenizer, seed, settings.calibration_length or length, folder)
+        windows, origin = _draw(settings, tokenizer, seed, settings.calibration_length or length, folder, progress)
         calibration, held_out = windows[: settings.num_samples], windows[settings.num_samples :]
         lines = [
             f"Calibration, seed {seed}: {settings.num_samples} random windows of {windows.shape[1]} tokens of "
@@ -84,7 +86,12 @@ def windows_sha256(windows: torch.Tensor) -> str:
 
 
 def _draw(
-    settings: ComparisonSettings, tokenizer: PreTrainedTokenizerBase, seed: int, length: int, folder: Path
+    settings: ComparisonSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    length: int,
+    folder: Path,
+    progress: bool,
 ) -> tuple[torch.Tensor, str]:
     """Windows of one seed, to calibrate on and held out, and what they are cut from."""
     count = settings.num_samples + settings.held_out
@@ -93,6 +100,7 @@ def _draw(
             "device": settings.device,
             "dtype": settings.dtype,
             "keep_in": folder / f"seed-{seed}",
+            "progress": progress,
         }
         windows = calibration_tokens_by_name(settings.model, "self", count, length, seed, **places)
         return windows, "text that the model samples itself"

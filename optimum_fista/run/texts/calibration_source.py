@@ -28,6 +28,8 @@ def calibration_tokens(
     num_samples: int,
     sequence_length: int | None = None,
     seed: int = 0,
+    *,
+    progress: bool = True,
 ) -> Tensor:
     """Token ids int64 [num_samples, sequence_length] to calibrate a model with.
 
@@ -38,13 +40,14 @@ def calibration_tokens(
         num_samples: Number of sequences.
         sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum if that is shorter.
         seed: Seed of the sampling.
+        progress: Whether to show a progress bar while the model writes.
 
     Raises:
         ValueError: If the source is unknown, too short, or a number is not positive.
     """
     length = usual_length(model.config) if sequence_length is None else sequence_length
     if source == "self":
-        return sample_text_from_model(model, tokenizer, num_samples, length, seed)
+        return sample_text_from_model(model, tokenizer, num_samples, length, seed, progress)
     return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
 
 
@@ -58,6 +61,7 @@ def calibration_tokens_by_name(
     device: str | None = None,
     dtype: str = "auto",
     keep_in: Path | None = None,
+    progress: bool = True,
 ) -> Tensor:
     """The same for a model given by name, which is loaded only if it samples its own text.
 
@@ -70,6 +74,7 @@ def calibration_tokens_by_name(
         device: Where the model samples its text.
         dtype: In which dtype.
         keep_in: Folder to keep sampled text in, and to take it from when a run is started again on the same files.
+        progress: As in `calibration_tokens`.
 
     Raises:
         ValueError: If the source is unknown, too short, or a number is not positive.
@@ -85,7 +90,7 @@ def calibration_tokens_by_name(
     if file is not None and (kept := _kept_tokens(file, settings)) is not None:
         return kept
     model, own_tokenizer = load_model(name, device=device, dtype=dtype)
-    tokens = calibration_tokens(source, model, own_tokenizer, num_samples, sequence_length, seed)
+    tokens = calibration_tokens(source, model, own_tokenizer, num_samples, sequence_length, seed, progress=progress)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(file, {"tokens": tokens}, {"sha256": _digest(settings, tokens)})

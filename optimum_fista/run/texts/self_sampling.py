@@ -28,7 +28,12 @@ def num_texts(sequence_length: int) -> int:
 
 
 def sample_text_from_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_samples: int, sequence_length: int, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    sequence_length: int,
+    seed: int,
+    progress: bool = True,
 ) -> torch.Tensor:
     """Let the model write calibration tokens.
 
@@ -70,7 +75,8 @@ def sample_text_from_model(
         if new_tokens == 0:
             written = beginnings
         else:
-            with tqdm(total=len(beginnings) * new_tokens, desc="Self-sampling", unit="token") as bar:
+            total = len(beginnings) * new_tokens
+            with tqdm(total=total, desc="Self-sampling", unit="token", disable=not progress) as bar:
                 batches = beginnings.tensor_split(num_batches(num_samples))
                 written = torch.cat([_continue(model, batch, new_tokens, bar) for batch in batches])
     return written.reshape(num_samples, -1)[:, :sequence_length]

@@ -194,9 +194,10 @@ def test_held_out_windows_are_not_calibrated_on(settings, tmp_path):
     assert wanda.calibration["num_sequences"] == 6
 
 
-def test_text_that_the_model_samples_is_kept(settings, tmp_path, monkeypatch):
+def test_text_that_the_model_samples_is_kept(settings, tmp_path, monkeypatch, capsys):
     own = replace(settings, methods=("wanda",), patterns=("0.5",), calibration="self")
     first = compare(own, tmp_path, progress=False)
+    assert "Self-sampling" not in capsys.readouterr().err
     monkeypatch.setattr("optimum_fista.run.texts.calibration_source.sample_text_from_model", None)
     assert compare(own, tmp_path, progress=False) == first
     assert "samples itself" in first.recipe[1]

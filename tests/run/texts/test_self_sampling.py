@@ -36,8 +36,8 @@ def set_distribution(model: LlamaForCausalLM, logits: torch.Tensor) -> None:
         model.lm_head.weight.copy_(torch.outer(padded, hidden / hidden.dot(hidden)))
 
 
-def sample(model, tokenizer, num_samples=6, sequence_length=24, seed=0) -> torch.Tensor:
-    return sample_text_from_model(model, tokenizer, num_samples, sequence_length, seed)
+def sample(model, tokenizer, num_samples=6, sequence_length=24, seed=0, **options) -> torch.Tensor:
+    return sample_text_from_model(model, tokenizer, num_samples, sequence_length, seed, **options)
 
 
 @pytest.mark.parametrize("together", [1, 4, 32])
@@ -169,3 +169,5 @@ def test_progress_counts_the_new_tokens(model, tokenizer, capsys, monkeypatch):
     monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", 2)
     sample(model, tokenizer, 5, 12)  # 20 texts of 3 tokens, the first two of which are drawn before
     assert "20/20" in capsys.readouterr().err
+    sample(model, tokenizer, 5, 12, progress=False)
+    assert not capsys.readouterr().err
