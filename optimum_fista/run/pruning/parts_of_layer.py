@@ -27,6 +27,9 @@ from optimum_fista.run.reports.report import MixtureReport
 from optimum_fista.solve.narrowing import Narrowing
 from optimum_fista.solve.pruned import PrunedOperator
 
+_TOKENS_OF_ORDER = 8192
+"""Tokens, and those to the end of their batch, that the sizes of channels are measured on: few are enough for them."""
+
 
 def choose_columns(
     removal: Removal, model_type: str, sink: ModelSink, operators: Mapping[str, LinearOperator], targets: LayerTargets
@@ -76,11 +79,14 @@ def reorder_channels(
         part = parts.get(name)
         if part is None or not config.pattern_for(name).orders_inputs:
             continue
-        energies = torch.zeros(operator.shape[1], device=activations.device)
+        energies, tokens = torch.zeros(operator.shape[1], device=activations.device), 0
         for batch, (arguments, keywords) in enumerate(activations.arguments_of(operator.module, hidden_states)):
             if not activations.is_held_out(batch):
                 inputs = activations.rows(operator_input(arguments, keywords), batch, operator)
                 energies += inputs.float().square().sum(0)
+                tokens += len(inputs)
+            if tokens >= _TOKENS_OF_ORDER:
+                break
         order = config.pattern_for(name).best_order(operator.read().abs_().mul_(energies.sqrt())).tolist()
         hidden = small_hidden_states(hidden_states[0].to(activations.device))
         expected = call.run(layer, hidden)

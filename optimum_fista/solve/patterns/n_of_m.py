@@ -93,8 +93,9 @@ class NOfM(SparsityPattern):
         for place in [*range(self.m)] * _SWEEPS:
             others = [other for other in range(self.m) if other != place]
             threshold = scores[:, order[:, others]].topk(self.n, -1).values[..., -1]  # [out, groups]
-            # gain[i, j]: the input of group i in group j, [groups, groups]; a row of it is as large as `threshold`
-            gain = torch.stack([(scores[:, [i]] - threshold).clamp_min(0).sum(0) for i in order[:, place].tolist()])
+            # gain[i, j]: twice what exceeds the threshold of group j by the input of group i, [groups, groups]
+            own = scores[:, order[:, place]]
+            gain = torch.cdist(own.T, threshold.T, p=1.0) + own.sum(0)[:, None] - threshold.sum(0)
             stay = gain.diagonal()
             swap = gain + gain.T - stay - stay[:, None]
             free = torch.ones_like(groups, dtype=torch.bool)
