@@ -1,5 +1,6 @@
 """Processes forked from a server that has imported everything: alone, or such as find each other under `torchrun`."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +28,16 @@ from optimum_fista.run.speed import worker
 from optimum_fista.run.streamed import journal
 from optimum_fista_cli.main import main
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["launched", "transformers.models.llama.modeling_llama"])
+
+@functools.cache
+def forks() -> Any:
+    """The server that processes are forked from."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["launched", "transformers.models.llama.modeling_llama"])
+    with pytest.MonkeyPatch.context() as patched:  # without this some Pythons import nothing, and say nothing
+        patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    return context
 
 
 def launch(count: int, work: Callable[..., Any], *arguments: Any) -> list[BaseProcess]:
@@ -35,7 +45,7 @@ def launch(count: int, work: Callable[..., Any], *arguments: Any) -> list[BasePr
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [FORKS.Process(target=_run, args=(r, count, port, work, *arguments)) for r in range(count)]
+    processes = [forks().Process(target=_run, args=(r, count, port, work, *arguments)) for r in range(count)]
     for process in processes:
         process.start()
     return processes
@@ -53,7 +63,7 @@ def exit_codes(processes: list[BaseProcess]) -> list[int | None]:
 
 def start_code(code: str, *arguments: Any, streams: Path) -> BaseProcess:
     """Run Python code with arguments as `python -c` does; what it prints goes to `stdout` and `stderr` in `streams`."""
-    process = FORKS.Process(target=_run_code, args=(code, arguments, streams))
+    process = forks().Process(target=_run_code, args=(code, arguments, streams))
     process.start()
     return process
 
@@ -80,13 +90,13 @@ def _run_code(code: str, arguments: tuple[Any, ...], streams: Path) -> None:
 def forked_workers() -> Iterator[None]:
     """The workers of `measure_speed` are forked from the server; others import everything themselves."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(worker, "multiprocessing", SimpleNamespace(get_context=lambda _: FORKS))
+        patched.setattr(worker, "multiprocessing", SimpleNamespace(get_context=lambda _: forks()))
         yield
 
 
 def torchrun(options: list[str], work: Callable[..., Any], *arguments: Any) -> int | None:
     """The exit code of `torchrun` with these options, whose ranks are forked to call a function, and run no script."""
-    process = FORKS.Process(target=_torchrun, args=(options, work, arguments))
+    process = forks().Process(target=_torchrun, args=(options, work, arguments))
     process.start()
     return exit_codes([process])[0]
 
@@ -132,8 +142,8 @@ def prune(rank: int, source: Path, output: Path, config: FistaPruningConfig, log
 
 def begin(source: Path, output: Path) -> BaseProcess:
     """A process of its own that has begun to prune."""
-    begun = FORKS.Event()
-    process = FORKS.Process(target=_prune_alone, args=(begun, source, output))
+    begun = forks().Event()
+    process = forks().Process(target=_prune_alone, args=(begun, source, output))
     process.start()
     assert begun.wait(300)
     return process
