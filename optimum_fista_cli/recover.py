@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 DESCRIPTION = """\
@@ -19,6 +20,8 @@ examples:
   optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt
   optimum-fista recover ./model-24 --teacher meta-llama/Llama-3.2-1B --calibration c4 --tokens 10000000 --batch-size 8
   optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt --train lora --output ./model-50-lora
+several processes share weights and sequences:
+  accelerate launch --multi_gpu --num_processes 8 -m optimum_fista recover ./model-50 --teacher ./model
 """
 
 
@@ -45,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("advanced").add_argument
     add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 512 or the model's maximum)")
     add("--batch-size", type=int, default=2, metavar="N", help="sequences a forward and backward pass (default 2)")
-    passes = "passes before each update (default: about 256 updates, of at most 32 sequences; fewer for few tokens)"
+    passes = (
+        "passes before each update, of all processes together (default: about 256 updates, of at most 32 sequences; "
+        "fewer for few tokens)"
+    )
     add("--accumulate", type=int, metavar="N", help=passes)
     add("--held-out", type=int, default=8, metavar="N", help="sequences to measure on, never trained on (default 8)")
     rates = "largest learning rate (default: by --train and the model's width)"
@@ -60,22 +66,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Recover, and say what it gained."""
+    from accelerate import PartialState
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
     from optimum_fista.run.checkpoints.output_folder import folder_beside
     from optimum_fista.run.retraining.recovery import recover, steps_kept
+    from optimum_fista.run.streamed.ranks import joined_ranks
     from optimum_fista_cli.progress import log_shown
 
     names = "teacher calibration tokens train device compute_dtype overwrite sequence_length batch_size accumulate"
     names += " held_out learning_rate label_share seed teacher_cache top_k"
     options = {name: getattr(arguments, name) for name in names.split()}
     output = arguments.output or folder_beside(arguments.folder, "-recovered")
-    try:
-        with log_shown("optimum_fista.run.retraining.recovery_training"):
+    with joined_ranks(arguments.device) as ranks, ExitStack() as opened:
+        if ranks.index:
+            set_verbosity_error()
+            disable_progress_bar()
+        else:
+            opened.enter_context(log_shown("optimum_fista.run.retraining.recovery_training"))
+        try:
             found = recover(arguments.folder, output_dir=output, **options)
-    except KeyboardInterrupt:
-        steps = steps_kept(output)
-        again = "give the same command again to resume" if steps else "the same command starts from the beginning"
-        print(f"\n{steps or 'no'} steps are done and kept: {again}", file=sys.stderr)
-        raise
+        except KeyboardInterrupt:
+            if not ranks.index:
+                steps = steps_kept(output)
+                resume = "give the same command again to resume"
+                again = resume if steps else "the same command starts from the beginning"
+                print(f"\n{steps or 'no'} steps are done and kept: {again}", file=sys.stderr)
+            raise
+    if ranks.count > 1:
+        PartialState().destroy_process_group()
+    if ranks.index:
+        return 0
     name = shlex.quote(str(output))
     print(found)
     print(f"saved to {output}")

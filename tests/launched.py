@@ -20,12 +20,18 @@ import pytest
 import torch
 from tiny_llama import tiny_tokens
 from torch.distributed import run as torch_run
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from transformers import AutoModelForCausalLM
 
-from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, recover
+from optimum_fista.run.checkpoints import writing
 from optimum_fista.run.estimate import work as estimated_work
+from optimum_fista.run.retraining import recovery_training
+from optimum_fista.run.retraining.sharding import local
 from optimum_fista.run.speed import worker
 from optimum_fista.run.streamed import journal
+from optimum_fista.run.streamed.ranks import joined_ranks
 from optimum_fista_cli.main import main
 
 
@@ -188,6 +194,77 @@ def cut_after(how: str, layers: int) -> None:
         keep(self, index, *parts)
 
     journal.Journal.keep_layer = cut  # type: ignore[method-assign]
+
+
+def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
+    """Recover with these arguments, one call after another; `log` followed by call and rank gets what goes wrong.
+
+    Besides arguments of `recover` there is `free`, the bytes that are free, and `stop = (how, victim, step)`: states
+    are written after every step, and in this one a rank is killed while it writes its state, or fails before that.
+    """
+    training = recovery_training.RecoveryTraining
+    write, take = recovery_training.write_tensors, training._take_step
+    writing.error_picture = lambda _: None
+    codes = {0}
+    for number, given in enumerate(calls):
+        free, (how, victim, last) = given.get("free"), given.get("stop", (None, None, None))
+
+        def killed(file: Path, *arguments: Any, name: str = f"state-{victim}-{last}", how: str | None = how) -> None:
+            if file.stem == name and how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(file, *arguments)
+
+        def failed(self: Any, at: tuple[Any, ...] = (last, victim, how)) -> float:
+            if (self.step, rank, "fails") == at:
+                raise RuntimeError("no more of this")
+            return take(self)
+
+        recovery_training.write_tensors, training._take_step = killed, failed  # type: ignore[method-assign]
+        recovery_training._SAVE_SECONDS = -1.0 if how else 120.0
+        recovery_training.available_bytes = lambda _, free=free: free
+        try:
+            recover(**{name: value for name, value in given.items() if name not in ("free", "stop")})
+        except Exception as error:
+            codes.add(3)
+            log.with_name(f"{log.name}-{number}-{rank}").write_text(f"{type(error).__name__}: {error}")
+    raise SystemExit(max(codes))
+
+
+def train_sharded(rank: int, folder: Path) -> None:
+    """Train a pruned model by hand, its weights sharded by `fully_shard`, and as a whole: the same comes of it."""
+    with joined_ranks("cpu") as ranks:
+        whole, sharded = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+        for module in (*sharded.model.layers, sharded):
+            fully_shard(module)
+        assert 2 * sum(p.to_local().numel() for p in sharded.parameters()) == whole.num_parameters()
+        with pytest.raises(ValueError, match="is sharded, so its zeros are not all here: pass the folder"):
+            masked_training(sharded)
+        for model in (whole, sharded):
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, fused=model is sharded)
+            with masked_training(model, folder) as training:
+                for ids in tiny_tokens().split(4):
+                    share = ids if model is whole else ids.chunk(2)[ranks.index]
+                    model(share, labels=share).loss.backward()
+                    for name, mask in training.masks.items():
+                        gradient = local(model.get_parameter(name).grad)
+                        assert gradient[mask].any()
+                        assert not gradient[~mask].any()
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                assert len(training.masks) == 14
+                for name, mask in training.masks.items():
+                    state = optimizer.state[model.get_parameter(name)]
+                    for value in (model.get_parameter(name).data, state["exp_avg"], state["exp_avg_sq"]):
+                        assert not local(value)[~mask].any()
+        for name, parameter in whole.named_parameters():
+            torch.testing.assert_close(sharded.get_parameter(name).full_tensor(), parameter, rtol=1e-3, atol=1e-4)
+
+
+def train_and_recover(rank: int, folder: Path, *arguments: Any) -> None:
+    """Both, one after the other."""
+    train_sharded(rank, folder)
+    recover_together(rank, *arguments)
 
 
 def prune_other_tokens(rank: int, source: Path, output: Path, config: FistaPruningConfig, log: Path) -> None:

@@ -49,7 +49,8 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     # Names of classes that Transformers does not split over devices, because they hold a residual connection.
     wanted = set(getattr(model, "_no_split_modules", None) or ())
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    found = {name: m for name, m in lists.items() if any(type(layer).__name__ in wanted for layer in m)}
+    # PyTorch's fully_shard puts FSDP before the name of a layer's class.
+    found = {n: m for n, m in lists.items() if wanted & {type(layer).__name__.removeprefix("FSDP") for layer in m}}
     if not found:
         found = {name: m for name, m in lists.items() if isinstance(m[0], GradientCheckpointingLayer)}
     # Such as the layers of a vision encoder.

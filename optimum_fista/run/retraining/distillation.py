@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +39,14 @@ class LargestLogits:
 
     @classmethod
     def of(cls, logits: Tensor, k: int) -> LargestLogits:
-        """The `k` largest of logits [positions, vocabulary], float16 and int32."""
-        log_p = logits.float().log_softmax(-1)
-        found = log_p.topk(k, dim=-1)
-        rest = log_p.scatter_(1, found.indices, float("-inf")).logsumexp(-1, keepdim=True)
-        return cls(torch.cat((found.values, rest), 1).half(), found.indices.int())
+        """The `k` largest of logits [positions, vocabulary], float16 and int32, in CPU memory."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        for rows in logits.split(POSITIONS_PER_CHUNK):
+            log_p = rows.float().log_softmax(-1)
+            found = log_p.topk(k, dim=-1)
+            rest = log_p.scatter_(1, found.indices, float("-inf")).logsumexp(-1, keepdim=True)
+            parts.append((torch.cat((found.values, rest), 1).half().cpu(), found.indices.int().cpu()))
+        return cls(torch.cat([log_probs for log_probs, _ in parts]), torch.cat([ids for _, ids in parts]))
 
     def to(self, device: torch.device) -> LargestLogits:
         """The same on a device."""
@@ -157,7 +160,7 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path, k: int, windows: Tensor, fingerprint: Mapping[str, Any]) -> None:
-        self._windows = windows
+        self._count = len(windows)
         self._record = folder / _RECORD
         self._of = json.loads(json.dumps({**fingerprint, "k": k, "shape": list(windows.shape)}))
         found = read_record(self._record)
@@ -179,25 +182,21 @@ class TeacherCache:
             np.lib.format.open_memmap(file[0], "r+") if self.finished else _mapped_file(*file) for file in files
         ]
 
-    def fill(self, predict: Callable[[Tensor], Tensor], progress: Callable[[], object]) -> None:
-        """Have a teacher predict what is not there yet: logits [positions, vocabulary] of a window [1, positions]."""
-        for index in range(self.finished, len(self._windows)):
-            found = self._largest(predict(self._windows[index : index + 1]))
-            for file, part in zip(self._files, (found.log_probs, found.ids), strict=True):
-                file[index] = part.cpu().numpy()
-            self.finished = index + 1
-            if self.finished % _NOTED_EVERY == 0 or self.finished == len(self._windows):
-                self._note()
-            progress()
+    def fill(self, predict: Callable[[int], Sequence[LargestLogits]], progress: Callable[[], object]) -> None:
+        """Have a teacher predict what is not there yet: a window by its index, and as many after it as it likes."""
+        while self.finished < self._count:
+            for found in predict(self.finished)[: self._count - self.finished]:
+                for file, part in zip(self._files, (found.log_probs, found.ids), strict=True):
+                    file[self.finished] = part.numpy()
+                self.finished += 1
+                if self.finished % _NOTED_EVERY == 0 or self.finished == self._count:
+                    self._note()
+                progress()
 
     def read(self, first: int, last: int) -> LargestLogits:
         """The predictions on windows `first` to `last - 1`, but for the last position of each."""
         log_probs, ids = (torch.from_numpy(np.array(file[first:last, :-1])) for file in self._files)
         return LargestLogits(log_probs.flatten(0, 1), ids.flatten(0, 1))
-
-    def _largest(self, logits: Tensor) -> LargestLogits:
-        parts = [LargestLogits.of(rows, self._of["k"]) for rows in logits.split(POSITIONS_PER_CHUNK)]
-        return LargestLogits(torch.cat([p.log_probs for p in parts]), torch.cat([p.ids for p in parts]))
 
     def _note(self) -> None:
         for file in self._files:

@@ -27,6 +27,7 @@ from optimum_fista.run.checkpoints.stored_names import as_in_model
 from optimum_fista.run.packed_folders.unpacking import is_packed, packed_operators
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.reports.report import PruningReport
+from optimum_fista.run.retraining.sharding import local, local_part
 from optimum_fista.solve.bitmask import unpack_mask
 
 MaskSource: TypeAlias = FistaPruner | str | Path | Mapping[str, Tensor] | None
@@ -45,7 +46,8 @@ def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, T
             of the decoder layers have.
 
     Returns:
-        By parameter name, bool of the parameter's shape and device, True = kept.
+        By parameter name, bool of the parameter's shape and device, True = kept. Of parameters that are sharded over
+        processes (FSDP2) it is this process's part.
 
     Raises:
         ValueError: If the model is quantized, offloaded or not pruned, or the masks are not those of this model.
@@ -65,8 +67,8 @@ def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, T
         weight = parameters[name]
         if weight.device.type == "meta":
             raise ValueError(f"{name} is offloaded, and offloaded weights can't be trained: load the model without it.")
-        masks[name] = mask.to(weight.device)
-        stray = int(torch.count_nonzero(weight.detach().masked_fill(masks[name], 0)))
+        masks[name] = local_part(mask, weight)
+        stray = int(torch.count_nonzero(local(weight.detach()).masked_fill(masks[name], 0)))
         if stray:
             raise ValueError(
                 f"{name} has {stray} weights outside its mask that are not zero: the model was changed after pruning, "
@@ -132,6 +134,8 @@ def _from_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
         return masks
     zeros = weights = 0
     for name, weight in _candidates(model):
+        if local(weight.detach()).shape != weight.shape:
+            raise ValueError(f"{name} is sharded, so its zeros are not all here: pass the folder of the pruned model.")
         kept = weight.detach() != 0
         found = weight.numel() - int(kept.sum())
         zeros, weights = zeros + found, weights + weight.numel()

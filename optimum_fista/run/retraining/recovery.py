@@ -6,12 +6,14 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from optimum_fista.model.products import COMPUTE_DTYPES, compute_dtype_of
@@ -41,9 +43,10 @@ from optimum_fista.run.reports.report import (
 )
 from optimum_fista.run.retraining.distillation import require_cache
 from optimum_fista.run.retraining.masks import find_record, pruned_folder
-from optimum_fista.run.retraining.recovery_training import STATE_FILE, TEACHER_FOLDER, RecoveryTraining, open_state
+from optimum_fista.run.retraining.recovery_training import TEACHER_FOLDER, RecoveryTraining, open_state, state_files
 from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run
 from optimum_fista.run.streamed.journal import Journal, digest_of, read_record, refuse_differences
+from optimum_fista.run.streamed.ranks import joined_ranks, launched_processes
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
 
 _USUAL_LENGTH = 512
@@ -85,6 +88,8 @@ def recover(
     After a crash or an interrupt the same call resumes and ends with the same bits (on one machine); until all is done,
     what is finished lies in `output_dir` + ".unfinished".
 
+    Processes that were launched together (docs/ranks.md) and all make this call share the weights and the sequences.
+
     Args:
         folder: A folder or Hub id saved by optimum-fista, packed or not. It is only read.
         teacher: The dense model, a Hub id or a model folder; `None`: the report of `folder` names a Hub id.
@@ -93,10 +98,11 @@ def recover(
         tokens: Tokens to train on.
         sequence_length: Tokens a sequence; `None`: 512, or the model's maximum if that is shorter.
         batch_size: Sequences a forward and backward pass.
-        accumulate: Passes a step; `None`: such that there are about 256 steps, of at most 32 sequences.
+        accumulate: Passes a step, of all processes together; `None`: such that there are about 256 steps, of at most 32
+            sequences.
         held_out: Further sequences, to measure the loss on.
-        train: `"all"` kept weights but embeddings and head, `"lora"`, `"norms"`, or `"auto"`, the first of them for
-            which there is enough memory.
+        train: `"all"` kept weights but embeddings and head, `"lora"` (in one process), `"norms"`, or `"auto"`, the
+            first of them for which there is enough memory.
         learning_rate: The largest learning rate; `None`: one that fits `train` and the width of the model.
         label_share: How much of the loss is the cross-entropy of the text itself, in [0, 1].
         seed: Decides which text is drawn, and its order.
@@ -112,20 +118,21 @@ def recover(
         What it did; the report in the folder holds it too, under `recoveries`.
 
     Raises:
-        ValueError: If an option is out of range, the text is too short, the teacher has another vocabulary, or an
-            unfinished run in `output_dir` had other settings.
+        ValueError: If an option is out of range, the text is too short, the teacher has another vocabulary, an
+            unfinished run in `output_dir` had other settings or another number of processes, or the processes can't
+            share the passes of a step.
         FileNotFoundError: If `folder` is no pruned model's.
         FileExistsError: If `output_dir` holds a model already and `overwrite` is False, or it or `teacher_cache` holds
             files of something else.
         ImportError: If `train` is `"lora"` and PEFT is missing.
         BlockingIOError: If another run writes to `output_dir`, or fills `teacher_cache`.
+        RankError: If another process failed or is gone.
     """
-    source = str(folder)
+    source, processes = str(folder), launched_processes()
     report = read_report(pruned_folder(source))
     teacher = _teacher_of(report, source) if teacher is None else str(teacher)
     output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
     _require_options(locals())
-    place = usable_device(device)
     for read in (source, teacher):
         require_output(output, overwrite, source=read, names=MODEL_FILES)
     config = read_config(source)
@@ -139,15 +146,22 @@ def recover(
     length = min(_USUAL_LENGTH, usual_length(config)) if sequence_length is None else sequence_length
     if accumulate is None:
         accumulate = max(1, min(_MOST_SEQUENCES, tokens // (_USUAL_STEPS * length)) // batch_size)
+        accumulate = processes * math.ceil(accumulate / processes)
+    if accumulate % processes:
+        raise ValueError(
+            f"accumulate={accumulate}: {processes} processes share the passes of a step: pass a multiple of "
+            f"{processes} (--accumulate)."
+        )
     steps = tokens // (length * batch_size * accumulate)
     if not steps:
         raise ValueError(
             f"tokens={tokens}: one step takes {accumulate} passes of {batch_size} sequences of {length} tokens: pass "
             f"at least {length * batch_size * accumulate} (--tokens), or shorter sequences (--sequence-length)."
         )
-    compute = compute_dtype_of(compute_dtype, place)
-    with locked_output(output) as unfinished:
-        require_output(output, overwrite, names=MODEL_FILES)  # another run may just have ended
+    unfinished = unfinished_folder(output)
+    with joined_ranks(device) as ranks, ExitStack() as opened:
+        place = usable_device(ranks.device)
+        compute = compute_dtype_of(compute_dtype, place)
         count = steps * batch_size * accumulate
         options: dict[str, Any] = {
             "batch_size": batch_size,
@@ -157,59 +171,71 @@ def recover(
         }
         options |= {"compute_dtype": str(compute).removeprefix("torch."), "top_k": top_k, "train": train}
         options |= {"learning_rate": learning_rate, "teacher_cache": teacher_cache is not None}
-        of_teacher = {"teacher": _digests(teacher), "compute_dtype": options["compute_dtype"]}
-        versions = library_versions()
-        fingerprint: dict[str, Any] = of_teacher | {
-            "recovery": _FORMAT,
-            "weights": _digests(source),
-            "shape": [count, held_out, length],
-            "options": options,
-            "device": place.type,
-            "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
-        }
-        begun = read_record(unfinished / FOLDER / "fingerprint.json") or {}
-        kept = (unfinished / FOLDER / name for name in (STATE_FILE, TEACHER_FOLDER))
-        nothing_kept = "recovery" in begun and not any(path.exists() for path in kept)
-        if begun and not overwrite and not nothing_kept:  # before another text takes the place of the one that is kept
-            known = {name: value for name, value in begun.items() if name != "windows"}
-            refuse_differences(unfinished, known, json.loads(json.dumps(fingerprint)))
-        try:
-            windows = calibration_tokens_by_name(
-                reads_text,
-                calibration,
-                count + held_out,
-                length,
-                seed,
-                device=str(place),
-                keep_in=unfinished / FOLDER,
-            )
-        except ValueError as error:
-            raise ValueError(f"tokens={tokens} and held_out={held_out} ask for this text: {error}") from error
-        text = {"windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
-        fingerprint, of_teacher = fingerprint | text, of_teacher | text
-        if (overwrite or nothing_kept) and is_of_another_run(unfinished, json.loads(json.dumps(fingerprint))):
-            discard(unfinished, True, keep_texts=True)
-        Journal(unfinished, fingerprint)
-        run = RecoveryTraining(source, teacher, windows, count, options, place, compute, unfinished / FOLDER, progress)
-        with ExitStack() as opened:
-            run.prepare(opened, None if teacher_cache is None else Path(teacher_cache), of_teacher)
-            run.train()
-        model, found = run.result(calibration)
-        record, masks = find_record(model, source)
-        record = dataclasses.replace(record, recoveries=[*record.recoveries, found])
-        empty(unfinished)
-        write_checkpoint(model, unfinished, record, masks, tokenizer)
-        install(unfinished, output, overwrite)
-    return found
+
+        def begin() -> tuple[Tensor, dict[str, Any]]:
+            """The text, and what the teacher's predictions depend on."""
+            opened.enter_context(locked_output(output))
+            require_output(output, overwrite, names=MODEL_FILES)  # another run may just have ended
+            of_teacher = {"teacher": _digests(teacher), "compute_dtype": options["compute_dtype"]}
+            versions = library_versions()
+            fingerprint: dict[str, Any] = of_teacher | {
+                "recovery": _FORMAT,
+                "processes": ranks.count,  # sums are rounded otherwise with others
+                "weights": _digests(source),
+                "shape": [count, held_out, length],
+                "options": options,
+                "device": place.type,
+                "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
+            }
+            begun = read_record(unfinished / FOLDER / "fingerprint.json") or {}
+            kept = bool(state_files(unfinished / FOLDER)) or (unfinished / FOLDER / TEACHER_FOLDER).exists()
+            nothing_kept = "recovery" in begun and not kept
+            if begun and not overwrite and not nothing_kept:  # before another text takes the place of the kept one
+                known = {name: value for name, value in begun.items() if name != "windows"}
+                refuse_differences(unfinished, known, json.loads(json.dumps(fingerprint)))
+            try:
+                windows = calibration_tokens_by_name(
+                    reads_text,
+                    calibration,
+                    count + held_out,
+                    length,
+                    seed,
+                    device=str(place),
+                    keep_in=unfinished / FOLDER,
+                )
+            except ValueError as error:
+                raise ValueError(f"tokens={tokens} and held_out={held_out} ask for this text: {error}") from error
+            text = {"windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
+            fingerprint, of_teacher = fingerprint | text, of_teacher | text
+            if (overwrite or nothing_kept) and is_of_another_run(unfinished, json.loads(json.dumps(fingerprint))):
+                discard(unfinished, True, keep_texts=True)
+            Journal(unfinished, fingerprint)
+            return windows, of_teacher
+
+        def finish() -> RecoveryReport:
+            assert model is not None  # in rank 0
+            record, masks = find_record(model, source)
+            record = dataclasses.replace(record, recoveries=[*record.recoveries, found])
+            empty(unfinished)
+            write_checkpoint(model, unfinished, record, masks, tokenizer)
+            install(unfinished, output, overwrite)
+            return found
+
+        windows, of_teacher = ranks.first(begin)
+        journal = unfinished / FOLDER
+        with ranks.exchanging():
+            run = RecoveryTraining(source, teacher, windows, count, options, place, compute, journal, progress, ranks)
+            with ExitStack() as trained:
+                run.prepare(trained, None if teacher_cache is None else Path(teacher_cache), of_teacher)
+                run.train()
+            model, found = run.result(calibration)
+        return ranks.first(finish)
 
 
 def steps_kept(output: Path) -> int:
     """Steps of an interrupted run into `output` that its next start resumes after."""
-    opened = open_state(unfinished_folder(output) / FOLDER / STATE_FILE)
-    if opened is None:
-        return 0
-    with opened as state:
-        return int(json.loads(state.metadata()["state"])["step"])
+    files = state_files(unfinished_folder(output) / FOLDER)
+    return max((step for step, file in files.items() if open_state(file) is not None), default=0)
 
 
 def _teacher_of(report: PruningReport, source: str) -> str:
@@ -234,6 +260,8 @@ def _require_options(given: Mapping[str, Any]) -> None:
     require_seed(given["seed"])
     if given["teacher_cache"] is not None:
         require_cache(Path(given["teacher_cache"]))
+    if given["train"] == "lora" and given["processes"] > 1:
+        raise ValueError("train='lora': several processes train no adapters: pass all or norms, or start one process.")
     if given["train"] == "lora":
         importlib.import_module("optimum_fista.run.retraining.lora")  # says what to install if PEFT is missing
     if not 0 <= given["label_share"] <= 1:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -30,13 +32,15 @@ from optimum_fista.run.memory import available_bytes, release_free_memory
 from optimum_fista.run.reports.report import WORDS_OF_TRAIN, RecoveryReport, public_name
 from optimum_fista.run.retraining.distillation import LargestLogits, TeacherCache, divergence, locked_cache
 from optimum_fista.run.retraining.masks import find_masks, pruned_folder
+from optimum_fista.run.retraining.sharding import local, shard, whole
 from optimum_fista.run.retraining.training import MaskedTraining
 from optimum_fista.run.streamed.journal import read_record, write_record
+from optimum_fista.run.streamed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE, TEACHER_FOLDER = "state.safetensors", "teacher"
-"""What an unfinished recovery keeps: weights, moments and best weights; the teacher's largest logits."""
+TEACHER_FOLDER = "teacher"
+"""Where an unfinished recovery keeps the teacher's largest logits."""
 _RATES = {"all": 2e-4, "lora": 1e-3, "norms": 2e-3}
 _WIDTH_OF_RATE = 576
 """Hidden size of the model on which the rate of `"all"` was tuned; with Adam it goes down as the width goes up."""
@@ -62,53 +66,72 @@ class RecoveryTraining:
         compute: torch.dtype,
         journal: Path,
         progress: bool,
+        ranks: Ranks,
     ) -> None:
         self.source, self.teacher, self.options, self.device, self.compute = source, teacher, options, device, compute
         self.windows, self.held_out = windows[:count], windows[count:]
         self.steps = count // (options["batch_size"] * options["accumulate"])
         self.step, self.seconds, self.evaluations, self.best_step = 0, 0.0, list[list[float]](), 0
-        self._state, self._choice = journal / STATE_FILE, journal / "choice.json"
-        self._journal, self._progress, self._stepping = journal, progress, False
-        self._load()
-
-    def _read(self) -> PreTrainedModel:
-        model = read_model(self.source, dtype="auto")
-        nn.Module.to(model, self.device)
-        return model
+        self._journal, self._progress, self._stepping = journal, progress and not ranks.index, False
+        self._ranks = ranks
+        self._mesh: DeviceMesh | None = init_device_mesh(device.type, (ranks.count,)) if ranks.count > 1 else None
+        ranks.each(self._load)
 
     def _load(self) -> None:
-        self.model = self._read()
-        self._dtypes = {name: tensor.dtype for name, tensor in self._tensors()}
-        self.model.float().eval().requires_grad_(False)
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self.model.named_parameters(), *self.model.named_buffers()]
+        self.model = read_model(self.source, dtype="auto")
+        self._dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        if self._mesh is not None:
+            shard(self.model, self._mesh, torch.float32)
+        else:
+            nn.Module.to(self.model, self.device)
+            self.model.float()
+        self.model.eval().requires_grad_(False)
 
     def _round(self) -> None:
-        """Give all tensors the dtypes that they are saved in."""
-        for name, tensor in self._tensors():
-            tensor.data = tensor.data.to(self._dtypes[name])
+        """Round the weights to what is saved of them."""
+        for name, parameter in self.model.named_parameters():
+            part = local(parameter.data)
+            part.copy_(part.to(self._dtypes[name]))
+
+    def _recovered(self) -> PreTrainedModel | None:
+        """In rank 0 the model of the source, with the trained weights if these are better."""
+        model = None if self._ranks.index else read_model(self.source, dtype="auto")
+        for name, parameter in self.model.named_parameters() if self.best_step else ():
+            value = whole(parameter.detach())
+            if model is not None:
+                model.get_parameter(name).data.copy_(value)
+        if model is not None and self.best_step:
+            mark_retrained(model)
+        return model
 
     def prepare(self, opened: ExitStack, cache: Path | None, of_teacher: Mapping[str, Any]) -> None:
         """Choose what is trained, make the teacher ready, and take up the state of an earlier start."""
-        choice = read_record(self._choice) or self._choose(cache is not None)
-        write_record(self._choice, choice)
+        ranks, record = self._ranks, self._journal / "choice.json"
+        free = ranks.gather(available_bytes(self.device))
+        choice = ranks.first(lambda: read_record(record) or self._choose(cache is not None, free))
+        ranks.first(lambda: write_record(record, choice))
         self.kind = choice["train"]
         self._cache: TeacherCache | None = None
         self._teacher: PreTrainedModel | None = None
         if choice["cached"]:
             k = min(self.options["top_k"], self.model.config.get_text_config(decoder=True).vocab_size)
             folder = cache or self._journal / TEACHER_FOLDER
-            with locked_cache(folder):
-                self._cache = TeacherCache(folder, k, self.windows, of_teacher)
-                if self._cache.finished < len(self.windows):
+            with ExitStack() as filling:
+
+                def begin() -> int:
+                    filling.enter_context(locked_cache(folder))
+                    self._cache = TeacherCache(folder, k, self.windows, of_teacher)
+                    return self._cache.finished
+
+                if (finished := ranks.first(begin)) < len(self.windows):
                     del self.model
                     release_free_memory(collect=True)
-                    self._fill(self._cache)
+                    self._fill(finished, k)
                     release_free_memory(collect=True)
-                    self._load()
+                    ranks.each(self._load)
+                self._cache = self._cache or TeacherCache(folder, k, self.windows, of_teacher)
         else:
-            self._teacher = self._load_teacher()
+            self._teacher = ranks.each(self._load_teacher)
         if choice["checkpointed"]:
             opened.enter_context(_checkpointed_layers(self.model))
         self._peft_model = self._add_adapters() if self.kind == "lora" else None
@@ -117,9 +140,10 @@ class RecoveryTraining:
         }
         masks: dict[str, Tensor] = {}
         if self.kind == "all":
-            masks = {name: mask for name, mask in find_masks(self.model, self.source).items() if not bool(mask.all())}
+            found = ranks.each(lambda: find_masks(self.model, self.source))
+            masks = {name: mask for name, mask in found.items() if not bool(mask.all())}
             opened.enter_context(MaskedTraining(self.model, masks))
-        zeros = sum(int((~mask).sum()) for name, mask in masks.items() if name in self._trained)
+        zeros = sum(ranks.gather(sum(int((~mask).sum()) for name, mask in masks.items() if name in self._trained)))
         self.num_trained = sum(parameter.numel() for parameter in self._trained.values()) - zeros
         rate = self.options["learning_rate"]
         width = self.model.config.get_text_config(decoder=True).hidden_size
@@ -133,8 +157,7 @@ class RecoveryTraining:
             fused=True if self.device.type == "cpu" else None,  # on others the default takes many tensors at once
         )
         self._best: dict[str, Tensor] = {}
-        if (state := open_state(self._state)) is not None:
-            self._resume(state)
+        self._resume()
 
     def train(self) -> None:
         """Train to the last step, and put the best weights into the model; Ctrl-C keeps the steps done."""
@@ -157,7 +180,7 @@ class RecoveryTraining:
                     if due and (not self.evaluations or self.evaluations[-1][0] < self.step):
                         self._evaluate()
                         self.seconds = before + time.perf_counter() - started
-                    if time.perf_counter() - saved > _SAVE_SECONDS:
+                    if self._ranks.gather(time.perf_counter() - saved > _SAVE_SECONDS)[0]:
                         self._save()
                         saved = time.perf_counter()
                     if self.step == self.steps:
@@ -172,17 +195,17 @@ class RecoveryTraining:
                     bar.update(positions)
                     bar.set_postfix_str(f"loss {loss:.3f}, held-out {self.evaluations[-1][2]:.4f}", refresh=False)
             except KeyboardInterrupt:
-                if not self._stepping and self.evaluations:
+                if not self._stepping and self.evaluations and self._mesh is None:  # others may be elsewhere
                     self._save()
                 raise
-        with torch.no_grad():
-            for name, value in self._best.items():
-                self._trained[name].copy_(value)
+        for name, value in self._best.items():
+            local(self._trained[name].data).copy_(value)
 
-    def result(self, calibration: str) -> tuple[PreTrainedModel, RecoveryReport]:
-        """The model to save, in its own dtypes, and what was done."""
+    def result(self, calibration: str) -> tuple[PreTrainedModel | None, RecoveryReport]:
+        """The model to save, in its own dtypes, which rank 0 has, and what was done."""
         before, loss = self.evaluations[0][2], min(loss for _, _, loss in self.evaluations)
         self._teacher = None
+        self._optimizer.state.clear()
         if self.best_step:
             if self._peft_model is not None:
                 from optimum_fista.run.retraining.lora import merge_adapters
@@ -190,15 +213,8 @@ class RecoveryTraining:
                 merge_adapters(self._peft_model)
             self._round()
             if self._peft_model is not None or any(self._dtypes[name] != torch.float32 for name in self._best):
-                self.model.float()
                 loss = self._held_out_loss()  # of what is saved, which has to be better
-                self._round()
             self.best_step = self.best_step if loss < before else 0
-        if not self.best_step:
-            loss = before
-            self.model = self._read()
-        else:
-            mark_retrained(self.model)
         used = {name: value for name, value in self.options.items() if name != "teacher_cache"}
         if self._cache is None:
             used.pop("top_k")
@@ -217,16 +233,18 @@ class RecoveryTraining:
             evaluations=self.evaluations,
             best_step=self.best_step,
             held_out_loss_before=before,
-            held_out_loss=loss,
+            held_out_loss=loss if self.best_step else before,
             seconds=self.seconds,
         )
-        return self.model, found
+        return self._recovered(), found
 
     def _take_step(self) -> float:
         """Train on the sequences of one step; returns the loss, and changes nothing if that is not finite."""
-        size, passes = self.options["batch_size"], self.options["accumulate"]
+        size, ranks = self.options["batch_size"], self._ranks
+        passes = self.options["accumulate"] // ranks.count  # of this process; gradients are averaged over all
         total = torch.zeros((), device=self.device)
-        for index in range(self.step * passes, (self.step + 1) * passes):
+        start = (self.step * ranks.count + ranks.index) * passes
+        for index in range(start, start + passes):
             first, last = index * size, (index + 1) * size
             ids = self.windows[first:last].to(self.device)
             with self._autocast():
@@ -241,7 +259,7 @@ class RecoveryTraining:
             loss = divergence(logits, target, ids[:, 1:].flatten(), self.options["label_share"])
             (loss / passes).backward()
             total += loss.detach()
-        value = float(total) / passes
+        value = sum(ranks.gather(float(total) / passes)) / ranks.count
         if math.isfinite(value):
             nn.utils.clip_grad_norm_(list(self._trained.values()), _CLIP)
             for group in self._optimizer.param_groups:
@@ -257,40 +275,61 @@ class RecoveryTraining:
         return found
 
     def _autocast(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.compute == torch.float32 else torch.autocast(self.device.type, self.compute)
+        if self.compute == torch.float32:
+            return nullcontext()
+        # Rounded weights in its cache would be whole, and of all decoder layers.
+        return torch.autocast(self.device.type, self.compute, cache_enabled=self._mesh is None)
 
     def _held_out_loss(self) -> float:
-        with self._autocast():
-            return math.log(evaluate_perplexity(self.model, self.held_out, progress=False).perplexity)
+        """The mean over the held-out sequences, of which every process measures some; infinite if one gives NaN."""
+        total, count, ranks = 0.0, len(self.held_out), self._ranks
+        for mine in range(ranks.index, count + ranks.index, ranks.count):  # all run the model equally often
+            ids = self.held_out[min(mine, count - 1)][None]
+            try:
+                with self._autocast():
+                    loss = math.log(evaluate_perplexity(self.model, ids, progress=False).perplexity)
+            except ValueError:
+                if not self.evaluations:
+                    raise
+                loss = math.inf
+            total += loss if mine < count else 0.0
+        return sum(ranks.gather(total)) / count
 
     def _evaluate(self) -> None:
-        try:
-            loss = self._held_out_loss()
-        except ValueError:  # NaN
-            if not self.evaluations:
-                raise
-            loss = math.inf
+        loss = self._held_out_loss()
         logger.info("held-out loss %.4f after step %d of %d", loss, self.step, self.steps)
         if self.evaluations and loss < min(found for _, _, found in self.evaluations):
             self.best_step = self.step
-            self._best = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._trained.items()}
+            self._best = {name: local(p.detach()).to("cpu", copy=True) for name, p in self._trained.items()}
         self.evaluations.append([self.step, round(self.seconds, 1), loss])
 
     def _save(self) -> None:
-        """Write the state in one file, whole or not at all."""
-        tensors = {f"weights/{name}": parameter.detach() for name, parameter in self._trained.items()}
+        """Write the state, each process its own in one file; the last one goes when all have done so."""
+        tensors = {f"weights/{name}": local(parameter.detach()) for name, parameter in self._trained.items()}
         for name, parameter in self._trained.items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}/{name}"] = value
+                tensors[f"{key}/{name}"] = local(value)
         tensors |= {f"best/{name}": value for name, value in self._best.items()}
         values = {"step": self.step, "seconds": self.seconds, "evaluations": self.evaluations, "best": self.best_step}
         contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
         digests = {name: tensor_sha256(value) for name, value in contiguous.items()}
         noted = json.dumps(values)
-        write_tensors(self._state, contiguous, {"state": noted, "sha256": combined_sha256({**digests, "": noted})})
+        metadata = {"state": noted, "sha256": combined_sha256({**digests, "": noted})}
+        old = state_files(self._journal, self._ranks.index)
+        new = self._journal / f"state-{self._ranks.index}-{self.step}.safetensors"
+        self._ranks.each(lambda: write_tensors(new, contiguous, metadata))
+        for file in old.values():
+            if file != new:
+                file.unlink()
 
-    def _resume(self, opened: safe_open) -> None:
-        with opened as file:
+    def _resume(self) -> None:
+        """Take up the last state that all processes have, if there is one."""
+        files = state_files(self._journal, self._ranks.index)
+        kept = {step: found for step, file in files.items() if (found := open_state(file)) is not None}
+        common = set.intersection(*map(set, self._ranks.gather([*kept])))
+        if not common:
+            return
+        with kept[max(common)] as file:
             values = json.loads(file.metadata()["state"])
             state: dict[int, dict[str, Tensor]] = {}
             numbers = {name: number for number, name in enumerate(self._trained)}
@@ -298,11 +337,15 @@ class RecoveryTraining:
                 kind, _, name = key.partition("/")
                 value = file.get_tensor(key)
                 if kind == "weights":
-                    self._trained[name].data.copy_(value)
+                    local(self._trained[name].data).copy_(value)
                 elif kind == "best":
                     self._best[name] = value
                 else:
-                    state.setdefault(numbers[name], {})[kind] = value
+                    moment = value
+                    if kind != "step":
+                        moment = torch.zeros_like(self._trained[name].detach())
+                        local(moment).copy_(value)
+                    state.setdefault(numbers[name], {})[kind] = moment
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step, self.seconds, self.best_step = values["step"], values["seconds"], values["best"]
@@ -310,16 +353,28 @@ class RecoveryTraining:
         logger.info("resuming after step %d of %d", self.step, self.steps)
 
     def _load_teacher(self) -> PreTrainedModel:
-        model, _ = load_model(self.teacher, device=str(self.device), dtype=self.compute)
+        model, _ = load_model(
+            self.teacher, device=str(self.device) if self._mesh is None else "cpu", dtype=self.compute
+        )
+        if self._mesh is not None:
+            shard(model, self._mesh)
         return model.eval().requires_grad_(False)
 
-    def _fill(self, cache: TeacherCache) -> None:
-        teacher = self._load_teacher()
-        bar = tqdm(
-            total=len(self.windows), initial=cache.finished, desc="Teacher", unit="sequence", disable=not self._progress
-        )
+    def _fill(self, finished: int, k: int) -> None:
+        """Have the teacher predict, each process another sequence at a time; rank 0 writes all."""
+        ranks, count = self._ranks, len(self.windows)
+        teacher = ranks.each(self._load_teacher)
+
+        def predict(first: int) -> list[LargestLogits]:
+            mine = min(first + ranks.index, count - 1)
+            return ranks.gather(LargestLogits.of(self._logits(teacher, self.windows[mine : mine + 1])[0], k))
+
+        bar = tqdm(total=count, initial=finished, desc="Teacher", unit="sequence", disable=not self._progress)
         with bar, torch.no_grad():
-            cache.fill(lambda ids: self._logits(teacher, ids)[0], bar.update)
+            if self._cache is not None:
+                self._cache.fill(predict, bar.update)
+            for first in range(finished, count, ranks.count) if self._cache is None else ():
+                predict(first)
 
     def _is_trained(self, name: str, parameter: Tensor) -> bool:
         if self.kind != "all":
@@ -350,23 +405,36 @@ class RecoveryTraining:
                 del vars(self.model.config)["model_type"]
             return mask_adapters(adapted, self.source)
 
-    def _choose(self, cached: bool) -> dict[str, Any]:
-        """What is trained, whether activations are computed twice, and whether the teacher is read from disk."""
-        asked = self.options["train"]
-        free = available_bytes(self.device)
+    def _choose(self, cached: bool, free_bytes: Sequence[int | None]) -> dict[str, Any]:
+        """What is trained, whether activations are computed twice, and whether the teacher is read from disk.
+
+        It is one choice for all processes, by what the one with the least memory has.
+        """
+        asked, count = self.options["train"], self._ranks.count
+        known = [free for free in free_bytes if free is not None]
+        free = min(known) if known else None
+        if free is not None and count > 1 and self.device.type == "cpu":
+            free //= int(os.environ.get("LOCAL_WORLD_SIZE", count))  # they share it
         size = sum(parameter.numel() for parameter in self.model.parameters())
-        teacher = size * self.compute.itemsize  # about: the pruned model may be smaller
-        if report_size := read_report(pruned_folder(self.source)).model.get("dense_num_parameters"):
-            teacher = report_size * self.compute.itemsize
+        gathered = 0  # parameters that are whole at a time: all outside of decoder layers, two of these, and gradients
+        if count > 1:
+            layers = [sum(p.numel() for p in layer.parameters()) for _, layer in find_decoder_layers(self.model)]
+            gathered = size - sum(layers) + 3 * max(layers)
+        dense = read_report(pruned_folder(self.source)).model.get("dense_num_parameters") or size
+        teacher = (dense // count + gathered) * self.compute.itemsize
         small = sum(parameter.numel() for parameter in self.model.parameters() if parameter.ndim == 1)
         adapters = sum(_RANK * sum(o.shape) for o in _linears(self.model))
         each = 12 + (4 if self.device.type == "cpu" else 0)  # gradient, two moments; the best weights are on the CPU
         trained = {"all": size, "lora": small + adapters, "norms": small}
         tried = []
-        for kind in ("all", "lora", "norms") if asked == "auto" else (asked,):
+        usual = tuple(trained) if count == 1 else ("all", "norms")
+        for kind in usual if asked == "auto" else (asked,):
             for checkpointed in (False, True):
-                needed = each * trained[kind] + _activation_bytes(self.model, self.options, self.windows, checkpointed)
-                needed += size if kind != "norms" else 0  # masks
+                needed = each * trained[kind] // count + 4 * gathered
+                needed += _activation_bytes(self.model, self.options, self.windows, checkpointed)
+                needed += size // count if kind != "norms" else 0  # masks
+                if count > 1 and not checkpointed and self.compute != torch.float32:
+                    needed += size * self.compute.itemsize  # the backward pass keeps the rounded weights, whole
                 tried.append(f"{kind}{' with checkpointing' if checkpointed else ''} {needed / 1e9:.1f} GB")
                 if free is None or needed <= _MARGIN * free or (kind == "norms" and checkpointed):
                     beside = free is None or needed + teacher <= _MARGIN * free
@@ -374,6 +442,11 @@ class RecoveryTraining:
                         logger.info("%s are trained: %s", WORDS_OF_TRAIN[kind], "; ".join(tried))
                     return {"train": kind, "checkpointed": checkpointed, "cached": cached or not beside}
         return {"train": asked, "checkpointed": True, "cached": True}
+
+
+def state_files(journal: Path, rank: int = 0) -> dict[int, Path]:
+    """The files in which a process keeps its part of an unfinished recovery, by the steps that were done then."""
+    return {int(file.stem.rpartition("-")[2]): file for file in journal.glob(f"state-{rank}-*.safetensors")}
 
 
 def open_state(file: Path) -> safe_open | None:

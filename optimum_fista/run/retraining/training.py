@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from transformers import (
@@ -21,6 +22,7 @@ from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, mark_retrained,
 from optimum_fista.run.checkpoints.writing import save_checkpoint
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.retraining.masks import MaskSource, find_masks, find_record
+from optimum_fista.run.retraining.sharding import local
 
 
 class MaskedTraining:
@@ -29,22 +31,27 @@ class MaskedTraining:
     Two kinds of hooks do it, and nothing about the model, its names or its checkpoints changes:
 
     - a hook on every pruned parameter sets its gradients outside the mask to zero before they are accumulated, so that
-      clipping, accumulation, loss scaling, the other processes and the optimizer's moments never see them;
+      clipping, accumulation, loss scaling, the other processes and the optimizer's moments never see them; if the
+      parameter is sharded, it does so once FSDP2 has summed them over the processes;
     - a hook after every optimizer step sets the weights themselves to zero, for optimizers that move weights without a
       gradient. State that an optimizer already has is masked after its first step.
     """
 
     def __init__(self, model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
         parameters = dict(model.named_parameters())
-        self._names = list(masks)
+        self._masked = {name: parameters[name] for name in masks}
         self._model = model
         self._parameters = {id(parameter): parameter for parameter in parameters.values()}
         self._pruned = {id(parameters[name]): ~mask for name, mask in masks.items()}
         self._clean: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._handles: list[RemovableHandle] = []
-        for name in masks:
-            if parameters[name].requires_grad:
-                self._handles.append(parameters[name].register_hook(self._gradient_hook(parameters[name])))
+        for parameter in self._masked.values():
+            if not parameter.requires_grad:
+                continue
+            if isinstance(parameter, DTensor):  # FSDP2 calls these hooks and no others
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._mask_gradient))
+            else:  # Python's garbage collector sees through these, so that they may keep this object
+                self._handles.append(parameter.register_hook(self._gradient_hook(parameter)))
         # The hooks of the parameters keep this object alive, with the model; the hook on all optimizers must not.
         this = weakref.ref(self)
 
@@ -59,14 +66,13 @@ class MaskedTraining:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Masks by parameter name, bool, True = kept."""
-        return {name: ~self._pruned_of(self._model.get_parameter(name)) for name in self._names}
+        """Masks by parameter name, bool, True = kept; of sharded parameters this process's part."""
+        return {name: ~self._pruned_of(parameter) for name, parameter in self._masked.items()}
 
     def apply(self) -> None:
         """Set every weight outside its mask to zero."""
-        for key, parameter in self._parameters.items():
-            if key in self._pruned:
-                parameter.data.masked_fill_(self._pruned_of(parameter), 0)
+        for parameter in self._masked.values():
+            local(parameter.data).masked_fill_(self._pruned_of(parameter), 0)
 
     def remove(self) -> None:
         """Apply the masks once more and release the model."""
@@ -87,6 +93,10 @@ class MaskedTraining:
     def _gradient_hook(self, parameter: Tensor) -> Any:
         return lambda gradient: gradient.masked_fill(self._pruned_of(parameter), 0)
 
+    def _mask_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        local(parameter.grad).masked_fill_(self._pruned_of(parameter), 0)
+
     def _pruned_of(self, parameter: Tensor) -> Tensor:
         """Where a parameter is pruned, on its device of now."""
         pruned = self._pruned[id(parameter)]
@@ -102,11 +112,11 @@ class MaskedTraining:
         for parameter in trained:
             if id(parameter) in self._pruned:
                 pruned = self._pruned_of(parameter)
-                parameter.data.masked_fill_(pruned, 0)
+                local(parameter.data).masked_fill_(pruned, 0)
                 if optimizer not in self._clean:
                     for value in optimizer.state.get(parameter, {}).values():
-                        if isinstance(value, Tensor) and value.shape == pruned.shape:
-                            value.masked_fill_(pruned.to(value.device), 0)
+                        if isinstance(value, Tensor) and local(value).shape == pruned.shape:
+                            local(value).masked_fill_(pruned.to(value.device), 0)
         if optimizer not in self._clean:
             self._clean.add(optimizer)
             self._handles.append(optimizer.register_load_state_dict_post_hook(self._clean.discard))
@@ -116,8 +126,9 @@ def masked_training(model: PreTrainedModel, masks: MaskSource = None) -> MaskedT
     """Keep the zeros of a pruned model zero while it is trained, with any PyTorch optimizer.
 
     Use it in a `with` block around the training loop, or keep what it returns and call its `remove`. Costs a byte a
-    pruned parameter's weight and one pass over these weights a backward pass and a step. Weights that are sharded
-    over processes (FSDP, DeepSpeed ZeRO-3) are not supported.
+    pruned parameter's weight and one pass over these weights a backward pass and a step. Of weights that are sharded
+    over processes, those of PyTorch's `fully_shard` (FSDP2) are supported: call it after `fully_shard` and before the
+    first forward pass, with a folder. FSDP1 and DeepSpeed ZeRO-3 are not.
 
     Args:
         model: A pruned model, in memory.
@@ -149,7 +160,10 @@ class MaskedTrainingCallback(TrainerCallback):
             ValueError: As `masked_training`, and if the trainer shards the weights.
         """
         if args.fsdp or args.deepspeed:
-            raise ValueError("MaskedTrainingCallback does not know sharded weights: train without fsdp and deepspeed.")
+            raise ValueError(
+                "MaskedTrainingCallback does not know the weights that the Trainer shards: train without fsdp and "
+                "deepspeed, or shard a model by fully_shard and train it by hand in masked_training(model, folder)."
+            )
         self._stop()  # what a training run that failed has left
         self._training = masked_training(given["model"], self.masks)
 

@@ -1,4 +1,4 @@
-"""Processes that prune one model together, started by `accelerate launch` or `torchrun`."""
+"""Processes that prune or recover one model together, started by `accelerate launch` or `torchrun`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that prune one model; by default it is alone.
+    """This process among those that work on one model; by default it is alone.
 
     Attributes:
         index: Index of this process; 0 finishes the folder.
@@ -59,11 +59,10 @@ class Ranks:
         except Exception as error:
             failure = error
             logger.error("rank %d failed, and waits for the others: %s", self.index, _line(error))
-        failures: list[str | None] = [None] * self.count
         try:
-            dist.all_gather_object(failures, None if failure is None else _line(failure), group=self.group)
-        except RuntimeError as error:
-            raise failure or self._gone(error) from error
+            failures = self.gather(None if failure is None else _line(failure))
+        except RankError as error:
+            raise failure or error from error
         if failure is not None:
             raise failure
         failed = [f"rank {index} of {self.count} failed: {text}" for index, text in enumerate(failures) if text]
@@ -86,6 +85,34 @@ class Ranks:
             raise self._gone(error) from error
         result: T = found[0]  # type: ignore[assignment]
         return result
+
+    def gather(self, value: T) -> list[T]:
+        """What all processes have, by rank, in every process.
+
+        Raises:
+            RankError: If another process is gone.
+        """
+        found = [value] * self.count
+        if self.count > 1:
+            try:
+                dist.all_gather_object(found, value, group=self.group)
+            except RuntimeError as error:
+                raise self._gone(error) from error
+        return found
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Work in which the processes wait for each other's tensors, so that one that fails must not wait for them.
+
+        Raises:
+            RankError: If another process is gone. What fails in this one is raised at once.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or isinstance(error, RankError) or not _is_lost_connection(error):
+                raise
+            raise self._gone(error) from error
 
     def _gone(self, error: RuntimeError) -> RankError:
         return RankError(f"rank {self.index} of {self.count} has lost the others: one has ended ({_line(error)[:200]})")
@@ -184,6 +211,10 @@ def share_layers(unfinished: Sequence[int], pruning_costs: Sequence[float], num_
             low = middle + 1
     shares = fill(limits[low]) if limits else []
     return shares + [[] for _ in range(num_ranks - len(shares))]
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def _line(error: BaseException) -> str:

@@ -56,23 +56,27 @@ def test_the_rest_counts_as_one_token(k):
     torch.testing.assert_close(student.grad, again.grad, rtol=1e-2, atol=2e-5)
 
 
+def largest(windows, first):
+    return [LargestLogits.of(torch.nn.functional.one_hot(windows[first], 16) * 5.0, 2)]
+
+
 def test_a_cache_that_was_interrupted_is_filled_further(tmp_path):
     windows = torch.arange(12).view(4, 3)
     asked = []
 
-    def predict(ids):
+    def predict(first):
         if len(asked) == 2:
             raise KeyboardInterrupt
-        asked.append(ids[0, 0].item())
-        return torch.nn.functional.one_hot(ids[0], 16) * 5.0
+        asked.append(first)
+        return largest(windows, first)
 
     with locked_cache(tmp_path / "cache"):
         cache = TeacherCache(tmp_path / "cache", 2, windows, {"teacher": "t"})
         with pytest.raises(KeyboardInterrupt):
             cache.fill(predict, lambda: None)
         asked.clear()
-        cache.fill(lambda ids: predict(ids), lambda: None)
-    assert asked == [6, 9]
+        cache.fill(predict, lambda: None)
+    assert asked == [2, 3]
     found = TeacherCache(tmp_path / "cache", 2, windows, {"teacher": "t"}).read(1, 3)
     with pytest.raises(ValueError, match=r"holds other predictions \(k was 2, is 3\): delete it, or pass another"):
         TeacherCache(tmp_path / "cache", 3, windows, {"teacher": "t"})
@@ -82,8 +86,9 @@ def test_a_cache_that_was_interrupted_is_filled_further(tmp_path):
 
 def full_cache(folder):
     with locked_cache(folder):
-        cache = TeacherCache(folder, 2, torch.arange(12).view(4, 3), {})
-        cache.fill(lambda ids: torch.nn.functional.one_hot(ids[0], 16) * 5.0, lambda: None)
+        windows = torch.arange(12).view(4, 3)
+        cache = TeacherCache(folder, 2, windows, {})
+        cache.fill(lambda first: largest(windows, first), lambda: None)
     return cache
 
 

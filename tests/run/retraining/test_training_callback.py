@@ -95,5 +95,5 @@ def test_a_dense_model_and_sharding_are_refused(saved, llama, tmp_path):
         trainer_of(llama, tmp_path / "run").train()
     trainer = trainer_of(reload(saved), tmp_path / "run")
     trainer.args.fsdp = ["full_shard"]
-    with pytest.raises(ValueError, match="does not know sharded weights"):
+    with pytest.raises(ValueError, match="does not know the weights that the Trainer shards"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)

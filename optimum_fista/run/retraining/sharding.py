@@ -1,0 +1,42 @@
+"""Weights that are shared out: every process holds a part of every tensor (FSDP2), as a DTensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from optimum_fista.model.architecture import find_decoder_layers
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+    """Leave of a model in CPU memory this process's part, on the mesh's device; every process calls it.
+
+    A forward or backward pass gathers one decoder layer after another. What is in none of them is gathered too, for as
+    long as the pass takes.
+    """
+    for module in (*find_decoder_layers(model).modules, model):
+        for tensor in (*module.parameters(), *module.buffers()):
+            if dtype is not None and tensor.is_floating_point() and not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(dtype)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)  # the model's own tensors too, by default they stay
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is in this process, in the same memory; all of it if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(value: Tensor, like: Tensor) -> Tensor:
+    """Of a tensor that every process has as a whole, the part that lies where this process's part of `like` does."""
+    if not isinstance(like, DTensor):
+        return value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from the parts of all processes, which all call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
