@@ -95,11 +95,16 @@ def verdicts(report: PruningReport) -> Iterator[str]:
         yield f"largest fit error {worst.fit_error:.2f} ({word}): {worst.name.removesuffix('.weight')}"
 
 
+def argument(path: str | Path) -> str:
+    """A path as it is typed in a command: quoted, and no option if it begins with a dash."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+
+
 def next_commands(model: str, folder: Path, calibration: str) -> str:
     """What to do with a pruned model."""
-    name, dense = shlex.quote(str(folder)), shlex.quote(model)
+    name, dense = argument(folder), argument(model)
     unseen, trained = ("wikitext2", "c4") if find_spec("datasets") else ("pydoc", "pydoc")  # of Python's own pages
-    text = trained if calibration == "self" else shlex.quote(calibration)  # a model would write for hours
+    text = trained if calibration == "self" else argument(calibration)  # a model would write for hours
     commands = {
         f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
         f"evaluate {name} --text {unseen}": "perplexity; run it on the dense model too, to compare",

@@ -244,6 +244,7 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
 
 def _require_output(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
     from optimum_fista.run.checkpoints.output_folder import MODEL_FILES, require_output
+    from optimum_fista_cli.overview import argument
 
     named = arguments.output
     arguments.output = named or default_output(arguments.model, config)
@@ -254,12 +255,12 @@ def _require_output(arguments: argparse.Namespace, config: FistaPruningConfig) -
             raise
         numbered = (f"{arguments.output}-{number}" for number in itertools.count(2))
         free = next(name for name in numbered if not Path(name).exists())
-        raise FileExistsError(f"{error} For example: --output {free}") from error
+        raise FileExistsError(f"{error} For example: --output {argument(free)}") from error
     except ValueError as error:
         if named is not None:
             raise
         beside = os.path.relpath(Path(arguments.model).resolve().parent / arguments.output)  # we are in that folder
-        raise ValueError(f"{error} For example: --output {beside}") from error
+        raise ValueError(f"{error} For example: --output {argument(beside)}") from error
 
 
 def _require_same_settings(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -72,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.checkpoints.output_folder import folder_beside
     from optimum_fista.run.retraining.recovery import recover, steps_kept
     from optimum_fista.run.streamed.ranks import joined_ranks
+    from optimum_fista_cli.overview import argument
     from optimum_fista_cli.progress import log_shown
 
     names = "teacher calibration tokens train device compute_dtype overwrite sequence_length batch_size accumulate"
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         PartialState().destroy_process_group()
     if ranks.index:
         return 0
-    name = shlex.quote(str(output))
+    name = argument(output)
     print(found)
     print(f"saved to {output}")
     print(f"next:\n  optimum-fista verify {name}    # counts the zeros in the files again")

@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Rotate, and say what is next."""
     from optimum_fista.run.checkpoints.output_folder import folder_beside
     from optimum_fista.run.rotation import rotate
+    from optimum_fista_cli.overview import argument
 
     output = arguments.output or folder_beside(arguments.model, "-rotated")
     names = "pattern sparsity calibration tokens sequence_length steps learning_rate seed device dtype overwrite"
@@ -57,6 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"saved to {output}")
     pattern = "" if arguments.pattern == "unstructured" else f" --pattern {shlex.quote(arguments.pattern)}"
     zeros = "" if arguments.sparsity is None else f" --sparsity {arguments.sparsity:g}"
-    text = "" if arguments.calibration == "self" else f" --calibration {shlex.quote(arguments.calibration)}"
-    print(f"next:\n  optimum-fista prune {shlex.quote(str(output))}{pattern}{zeros}{text}")
+    text = "" if arguments.calibration == "self" else f" --calibration {argument(arguments.calibration)}"
+    print(f"next:\n  optimum-fista prune {argument(output)}{pattern}{zeros}{text}")
     return 0

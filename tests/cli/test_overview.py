@@ -40,3 +40,7 @@ def test_the_next_commands_can_be_pasted(monkeypatch):
     assert "--text pydoc " in plain
     assert "--calibration pydoc " in plain
     assert "hf upload YOUR-NAME/my-model-50pct 'my model-50pct' " in shown
+    shown = next_commands("./-model", Path("-model-50pct"), "-text.txt")
+    assert "chat ./-model-50pct --beside ./-model " in shown
+    assert "--calibration ./-text.txt " in shown
+    assert "hf upload YOUR-NAME/model-50pct ./-model-50pct " in shown

@@ -145,6 +145,9 @@ def _lock(folder: Path, output_dir: Path) -> int:
         except BlockingIOError:
             raise
         except OSError as error:
+            for made in (lock.parent, folder):
+                with suppress(OSError):  # what is in them stays
+                    made.rmdir()
             raise OSError(
                 error.errno,
                 f"{shown} can't be written to ({error.strerror}), nothing was done: pass another folder, or make this "
@@ -167,7 +170,13 @@ def _take(lock: Path, shown: str) -> int | None:
         ) from error
     if file is not None:
         text = f"{_LOCKED}{os.getpid()} on {socket.gethostname()}".encode()
-        os.ftruncate(file, os.pwrite(file, text, 0))  # in this order: it is never empty again
+        try:
+            os.ftruncate(file, os.pwrite(file, text, 0))  # in this order: it is never empty again
+        except OSError:  # a full disk
+            if not _text(lock):
+                lock.unlink()
+            os.close(file)
+            raise
     return file
 
 

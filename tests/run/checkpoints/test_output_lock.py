@@ -85,6 +85,19 @@ def test_the_other_run_is_told_who_writes_until_that_process_is_gone(tmp_path):
     assert contents(tmp_path / "model") == dict.fromkeys(NEW, "new")
 
 
+def test_a_full_disk_leaves_neither_a_lock_nor_a_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match=r"No space left on device\), nothing was done: pass another folder"):
+            put(tmp_path / "model")
+    assert not [*tmp_path.iterdir()]
+    put(tmp_path / "model")  # which nobody holds
+    assert contents(tmp_path / "model") == dict.fromkeys(NEW, "new")
+
+
 def test_threads_exclude_each_other_and_one_may_ask_again(tmp_path):
     failures = []
 
