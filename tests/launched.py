@@ -223,7 +223,11 @@ def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
         recovery_training._SAVE_SECONDS = -1.0 if how else 120.0
         recovery_training.available_bytes = lambda _, free=free: free
         try:
-            recover(**{name: value for name, value in given.items() if name not in ("free", "stop")})
+            options = {name: value for name, value in given.items() if name not in ("free", "stop")}
+            if "teacher_cache" in options:  # each node has its own
+                options["teacher_cache"] = options["teacher_cache"] / str(rank)
+                options["teacher_cache"].mkdir()
+            recover(**options)
         except Exception as error:
             codes.add(3)
             log.with_name(f"{log.name}-{number}-{rank}").write_text(f"{type(error).__name__}: {error}")

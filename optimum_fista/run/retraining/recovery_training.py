@@ -50,6 +50,7 @@ _CLIP = 1.0
 _EVALUATIONS = 4
 _SAVE_SECONDS = 120.0
 _MARGIN = 0.9  # of the memory that is free
+_SHARED = "pass a folder that all nodes share"
 
 
 class RecoveryTraining:
@@ -74,6 +75,8 @@ class RecoveryTraining:
         self.step, self.seconds, self.evaluations, self.best_step = 0, 0.0, list[list[float]](), 0
         self._journal, self._progress, self._stepping = journal, progress and not ranks.index, False
         self._ranks = ranks
+        if not journal.exists():
+            raise ValueError(f"output: rank 0 began {str(journal.parent)!r}, and it isn't here: {_SHARED}.")
         self._mesh: DeviceMesh | None = init_device_mesh(device.type, (ranks.count,)) if ranks.count > 1 else None
         ranks.each(self._load)
 
@@ -114,22 +117,7 @@ class RecoveryTraining:
         self._cache: TeacherCache | None = None
         self._teacher: PreTrainedModel | None = None
         if choice["cached"]:
-            k = min(self.options["top_k"], self.model.config.get_text_config(decoder=True).vocab_size)
-            folder = cache or self._journal / TEACHER_FOLDER
-            with ExitStack() as filling:
-
-                def begin() -> int:
-                    filling.enter_context(locked_cache(folder))
-                    self._cache = TeacherCache(folder, k, self.windows, of_teacher)
-                    return self._cache.finished
-
-                if (finished := ranks.first(begin)) < len(self.windows):
-                    del self.model
-                    release_free_memory(collect=True)
-                    self._fill(finished, k)
-                    release_free_memory(collect=True)
-                    ranks.each(self._load)
-                self._cache = self._cache or TeacherCache(folder, k, self.windows, of_teacher)
+            self._open_cache(cache or self._journal / TEACHER_FOLDER, of_teacher)
         else:
             self._teacher = ranks.each(self._load_teacher)
         if choice["checkpointed"]:
@@ -359,6 +347,34 @@ class RecoveryTraining:
         if self._mesh is not None:
             shard(model, self._mesh)
         return model.eval().requires_grad_(False)
+
+    def _open_cache(self, folder: Path, of_teacher: Mapping[str, Any]) -> None:
+        """Have all predictions of the teacher in a folder; the student makes room for it meanwhile."""
+        ranks = self._ranks
+        k = min(self.options["top_k"], self.model.config.get_text_config(decoder=True).vocab_size)
+        with ExitStack() as filling:
+
+            def begin() -> int:
+                filling.enter_context(locked_cache(folder))
+                self._cache = TeacherCache(folder, k, self.windows, of_teacher)
+                return self._cache.finished
+
+            if (finished := ranks.first(begin)) < len(self.windows):
+                del self.model
+                release_free_memory(collect=True)
+                self._fill(finished, k)
+                release_free_memory(collect=True)
+                ranks.each(self._load)
+
+            def read() -> TeacherCache:
+                cache = self._cache
+                if cache is None and folder.is_dir():
+                    cache = TeacherCache(folder, k, self.windows, of_teacher)
+                if cache is None or cache.finished < len(self.windows):
+                    raise ValueError(f"teacher_cache: rank 0 filled {str(folder)!r}, and it isn't here: {_SHARED}.")
+                return cache
+
+            self._cache = ranks.each(read)
 
     def _fill(self, finished: int, k: int) -> None:
         """Have the teacher predict, each process another sequence at a time; rank 0 writes all."""

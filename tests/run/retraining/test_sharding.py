@@ -47,10 +47,11 @@ def kinds(saved_by_rows, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def log(call, kinds, saved):
-    """Two processes train by hand, recover, are refused twice, and one fails; what they say of that."""
+    """Two processes train by hand, recover, are refused three times, and one fails; what they say of that."""
     calls = [call(f"{kind}-2", **changes) for kind, changes in kinds.items()]
-    calls += [call("odd", accumulate=3), call("lora", train="lora"), call("cut", stop=("fails", 1, 1))]
     log = calls[0]["output_dir"].with_name("log")
+    calls += [call("odd", accumulate=3), call("lora", train="lora"), call("apart", teacher_cache=log.parent, tokens=64)]
+    calls.append(call("cut", stop=("fails", 1, 1)))
     assert exit_codes(launch(2, train_and_recover, saved.folder, calls, log)) == [3, 3]
     return log
 
@@ -59,8 +60,11 @@ def test_what_goes_wrong_is_said(log):
     said = {path.name.removeprefix("log-"): path.read_text() for path in log.parent.glob("log-?-?")}
     share = "ValueError: accumulate=3: 2 processes share the passes of a step: pass a multiple of 2 (--accumulate)."
     adapters = "ValueError: train='lora': several processes train no adapters: pass all or norms, or start one process."
-    assert said.pop("5-0").startswith("RankError: rank 0 of 2 has lost the others: one has ended (RuntimeError: ")
-    assert said.pop("5-1") == "RuntimeError: no more of this"
+    cache = f"ValueError: teacher_cache: rank 0 filled '{log.parent / '1'}', and it isn't here: pass a folder that all"
+    assert said.pop("5-1") == f"{cache} nodes share."
+    assert said.pop("5-0") == f"RankError: rank 1 of 2 failed: {cache} nodes share."
+    assert said.pop("6-0").startswith("RankError: rank 0 of 2 has lost the others: one has ended (RuntimeError: ")
+    assert said.pop("6-1") == "RuntimeError: no more of this"
     assert said == {"3-0": share, "3-1": share, "4-0": adapters, "4-1": adapters}
 
 
