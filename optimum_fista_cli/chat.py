@@ -155,7 +155,7 @@ class _Speaker:
     def answer(self, question: str) -> Generator[str]:
         """Pieces of the answer as `generate` writes them, in a thread that ends when this generator is closed.
 
-        There are none if the question is too long: an error is shown, and the conversation stays as it was.
+        There are none if the model can't be asked: an error is shown, and the conversation stays as it was.
         """
         import torch
 
@@ -194,8 +194,11 @@ class _Speaker:
         """Token ids [1, T] of the conversation and a question, or of the question alone without a chat template.
 
         Raises:
-            ValueError: If the question is longer than the model has positions for.
+            ValueError: If the question is longer than the model has positions for, the chat template fails, or there
+                are no tokens.
         """
+        from jinja2 import TemplateError
+
         earlier = [*self.turns]
         self.turns.append({"role": "user", "content": question})
         while True:
@@ -203,8 +206,15 @@ class _Speaker:
                 ids = self.tokenizer(question, return_tensors="pt").input_ids
             else:
                 options: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-                prompt: Any = self.tokenizer.apply_chat_template(self.turns, **options)
+                try:
+                    prompt: Any = self.tokenizer.apply_chat_template(self.turns, **options)
+                except TemplateError as error:
+                    self.turns = earlier
+                    raise ValueError(f"the chat template of {self.name} fails: {error}") from error
                 ids = prompt["input_ids"]
+            if not ids.shape[1]:
+                self.turns = earlier
+                raise ValueError(f"the tokenizer of {self.name} makes no tokens of the question.")
             limit = self._positions()
             if limit is None or ids.shape[1] < limit:
                 return ids

@@ -46,6 +46,10 @@ SAME_ERROR = 0.1
 SAME_WEIGHTS = 0.3
 """By how much the weights of an operator that both runs keep may differ, as a share of their norm in the first."""
 
+_ORIGIN: dict[str, type] = {"batches": list, "packed": bool, "result_sha256": str}
+_ORIGIN |= dict.fromkeys(("arithmetic", "calibration", "model", "model_config", "processor", "versions"), dict)
+"""What `fista/reproduce.json` holds."""
+
 
 @dataclass(frozen=True)
 class Reproduction:
@@ -130,7 +134,7 @@ def reproduce(
     if read_report(folder).retrained:
         raise ValueError(f"{str(folder)!r} was trained after pruning, which pruning alone does not make again.")
     require_files(folder, REPRODUCE_FILE)
-    made, report = read_json(folder / REPRODUCE_FILE), read_report(folder)
+    made, report = _read_origin(folder), read_report(folder)
     config, arithmetic = FistaPruningConfig.from_dict(report.config), made["arithmetic"]
     # the products of the first run, whatever is quick here; older folders don't say, and had float32
     arithmetic.setdefault("products", "torch.float32")
@@ -143,7 +147,8 @@ def reproduce(
     }
     name = _model_name(made["model"]) if model is None else str(model)
     if output is not None:
-        require_output(Path(output), False, source=name, names=MODEL_FILES)
+        for source in (name, folder):
+            require_output(Path(output), False, source=source, names=MODEL_FILES)
     with _threads(made["processor"]["threads"]), tempfile.TemporaryDirectory(prefix="optimum-fista-") as scratch:
         dense, _ = load_lazily(name, Path(scratch) / "offload", **where)
         now: dict[str, dict[str, Any]] = {
@@ -190,6 +195,20 @@ def reproduce(
                 f"pruned ({config_changes}). Pass the model as it was (--model)."
             )
         return _compare(folder, report, again, read_report(again), channels)
+
+
+def _read_origin(folder: Path) -> dict[str, Any]:
+    """What `fista/reproduce.json` says.
+
+    Raises:
+        ValueError: If it is damaged, or of a later version.
+    """
+    made = read_json(folder / REPRODUCE_FILE)
+    wrong = [name for name, kind in _ORIGIN.items() if not isinstance(made.get(name), kind)]
+    if made.get("format") != 1 or wrong:
+        what = f"its format is {made.get('format')!r}, this version reads 1" if not wrong else f"it lacks {wrong[0]}"
+        raise ValueError(f"{str(folder / REPRODUCE_FILE)!r} can't be used: {what}.")
+    return made
 
 
 def _model_name(model: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 import io
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,24 @@ def test_a_question_that_is_too_long_ends_nothing(tiny_folder, monkeypatch, caps
     shown, answer = capsys.readouterr(), continued(tiny_folder, "the sea")
     assert shown.out.splitlines() == [answer, "", answer]
     assert f"error: the question has 80 tokens, and {tiny_folder} has positions for 64: shorten it" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "fails: roles must alternate"),
+        ("{% for m in messages %}", "fails: Unexpected end of template"),
+        ("", "makes no tokens of the question"),
+    ],
+)
+def test_a_template_that_fails_is_one_error_a_question(tiny_folder, tmp_path, monkeypatch, capsys, template, message):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the sea\nthe sky\n"))
+    assert main(["chat", str(folder), *FEW]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == ["", ""]
+    assert [message in line for line in shown.err.splitlines() if line.startswith("error: ")] == [True, True]
 
 
 def test_a_line_that_is_no_utf_8_ends_nothing(tiny_folder, monkeypatch, capsys):

@@ -177,6 +177,19 @@ def test_weights_that_were_changed_after_the_run_are_named_before_any_work(sourc
 def test_an_output_that_is_taken_is_refused_before_any_text_is_drawn(source, pruned, no_run):
     with pytest.raises(FileExistsError, match="holds a model"):
         reproduce(pruned, pruned, model=source, progress=False)
+    with pytest.raises(ValueError, match="lies in the folder that is read"):
+        reproduce(pruned, pruned / "again", model=source, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [({"arithmetic": None}, "it lacks arithmetic"), ({"packed": 1}, "it lacks packed"), ({"format": 2}, "reads 1")],
+)
+def test_what_cant_be_read_of_how_it_was_made_is_one_error(source, pruned, tmp_path, no_run, change, shown):
+    folder = shutil.copytree(pruned, tmp_path / "model")
+    (folder / "fista" / "reproduce.json").write_text(json.dumps(made(pruned) | change))
+    with pytest.raises(ValueError, match=rf"reproduce\.json' can't be used: .*{shown}"):
+        again(folder, source)
 
 
 def test_a_folder_that_was_unpacked_later_is_made_again_too(source, tmp_path):

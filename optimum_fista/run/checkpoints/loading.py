@@ -88,9 +88,17 @@ def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hub id, a model folder, or a folder with one GGUF file, without the model.
 
     Raises:
-        ValueError: If `name` is a folder without a model, or its files are damaged.
+        ValueError: If `name` is a folder without a model or a tokenizer, or its files are damaged.
     """
-    return _read(AutoTokenizer, name)
+    try:
+        return _read(AutoTokenizer, name)
+    except ValueError as error:
+        if _has_no_tokenizer(name):
+            raise ValueError(
+                f"model={name!r} has no tokenizer: copy the files of its tokenizer into the folder (tokenizer.json, "
+                "tokenizer_config.json)."
+            ) from error
+        raise
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -217,10 +225,12 @@ def gguf_file(name: str) -> str | None:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model, `None` if a model folder has none."""
-    folder = Path(name)
-    if folder.is_dir() and not any(any(folder.glob(kind)) for kind in ("tokenizer*", "*.model", "*.gguf")):
-        return None
-    return require_tokenizer(name)
+    return None if _has_no_tokenizer(name) else require_tokenizer(name)
+
+
+def _has_no_tokenizer(name: str) -> bool:
+    folder, kinds = Path(name), ("tokenizer*", "*.model", "*.gguf", "vocab.*")
+    return (folder / "config.json").is_file() and not any(any(folder.glob(kind)) for kind in kinds)
 
 
 def default_device() -> str:

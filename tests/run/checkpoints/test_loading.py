@@ -6,11 +6,17 @@ import pytest
 import torch
 from tiny_llama import tiny_llama, tiny_tokens
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints import loading
-from optimum_fista.run.checkpoints.loading import load_model, load_tokenizer, quantization_method, require_unquantized
+from optimum_fista.run.checkpoints.loading import (
+    load_model,
+    load_tokenizer,
+    quantization_method,
+    require_tokenizer,
+    require_unquantized,
+)
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 
 
@@ -58,6 +64,17 @@ def test_folder(tiny_folder):
     assert all(torch.equal(model.state_dict()[name], value) for name, value in tiny_llama().state_dict().items())
     assert tokenizer.decode(tokenizer("the sea").input_ids) == "the sea"
     assert not model.training
+
+
+def test_a_tokenizer_of_old_files_is_one_and_a_folder_without_any_is_named(tmp_path):
+    tiny_llama().config.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)) is None
+    with pytest.raises(ValueError, match=r"model='.*' has no tokenizer: copy the files"):
+        require_tokenizer(str(tmp_path))
+    GPT2Config(vocab_size=3, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path)
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert load_tokenizer(str(tmp_path))("ab").input_ids == [2]
 
 
 def test_dtype_is_the_checkpoints_unless_given(tmp_path, tokenizer):
