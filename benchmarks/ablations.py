@@ -170,11 +170,11 @@ def table(study: dict[str, Any]) -> list[str]:
             if not found:
                 cells.append("")
                 continue
-            mean = {row["seed"]: _geometric_mean(row["perplexity"].values()) for row in found}
+            mean = {row["seed"]: geometric_mean(row["perplexity"].values()) for row in found}
             reference = first.setdefault(pattern, mean)
-            cell = "/".join(_shown([row["perplexity"][text] for row in found]) for text in found[0]["perplexity"])
+            cell = "/".join(shown([row["perplexity"][text] for row in found]) for text in found[0]["perplexity"])
             ratios = [mean[seed] / reference[seed] for seed in mean if seed in reference]
-            cells.append(cell if reference is mean else f"{cell} ({_shown(ratios, 3)})")
+            cells.append(cell if reference is mean else f"{cell} ({shown(ratios, 3)})")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
 
@@ -186,7 +186,7 @@ def plot(study: dict[str, Any], path: Path) -> None:
     panels: dict[str, dict[str, float]] = {}
     for row in study["rows"]:
         if row["pattern"] != "-":
-            panels.setdefault(row["pattern"], {})[row["label"]] = _geometric_mean(row["perplexity"].values())
+            panels.setdefault(row["pattern"], {})[row["label"]] = geometric_mean(row["perplexity"].values())
     heights = [len(found) for found in panels.values()]
     size = (9, 0.34 * sum(heights) + 1.2)
     figure, axes = plt.subplots(len(panels), 1, figsize=size, layout="constrained", sharex=True, height_ratios=heights)
@@ -210,14 +210,16 @@ def _kept(row: Row) -> dict[str, Any]:
     return {key: values[key] for key in ("method", "pattern", "seed", "perplexity", "totals", "seconds", "versions")}
 
 
-def _shown(values: Sequence[float], digits: int = 2) -> str:
+def shown(values: Sequence[float], digits: int = 2) -> str:
+    """The mean, and of several values the standard deviation."""
     found = spread(values)
     assert found is not None
     deviation = "" if found.deviation is None else f"±{found.deviation:.{digits}f}"
     return f"{found.mean:.{digits}f}{deviation}"
 
 
-def _geometric_mean(values: Iterable[float]) -> float:
+def geometric_mean(values: Iterable[float]) -> float:
+    """The exponential of the mean logarithm."""
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
 

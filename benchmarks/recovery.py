@@ -8,19 +8,22 @@ fitted to. Rows are `dense`, `pruned`, what is trained on how many tokens of the
 calibration windows, the best state chosen on two others. Recovered models lie beside their folders, as
 FOLDER-all-98304 and so on; those that are there are not made again. Finished rows are read from the output file.
 
+Folders that were pruned with the seeds 0 and 1 are called NAME-0 and NAME-1, and each seed is a call with its `--seed`
+and the same output file. A second table then has the means over the seeds.
+
     python benchmarks/recovery.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --folders runs/s50 --rows all:98304
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from ablations import geometric_mean, shown
 from shared import calibration_of, open_record, parse_arguments, save, texts_of
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -53,7 +56,7 @@ def text_without(source: str, windows: Tensor, tokenizer: PreTrainedTokenizerBas
 
 def measure(arguments: Namespace, folder: Path, kind: str, text: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
     """A row: the folder as it is (`pruned`), or recovered; `dense` is the model."""
-    row: dict[str, Any] = {"folder": folder.name, "row": kind}
+    row: dict[str, Any] = {"folder": folder.name, "row": kind, "seed": arguments.seed}
     beside = folder.with_name(f"{folder.name}-{kind.replace(':', '-')}")
     source = {"dense": Path(arguments.model), "pruned": folder}.get(kind, beside)
     if kind not in ("dense", "pruned"):
@@ -99,13 +102,31 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return markdown_lines(("model", "trained", *rows[0]["perplexity"], *names), shown)
 
 
+def table_of_seeds(rows: list[dict[str, Any]]) -> list[str]:
+    """Means over seeds with their standard deviation, and the geometric mean over that of `pruned`, in Markdown.
+
+    The geometric mean is that of the texts without `calibrated`. A model is a folder without its seed.
+    """
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["row"] != "dense":
+            found.setdefault((row["folder"].rpartition("-")[0], trained(row)), []).append(row)
+    lines = []
+    for (model, kind), group in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != "pruned")):
+        cells = [shown([row["perplexity"][name] for row in group]) for name in group[0]["perplexity"]]
+        before = {row["seed"]: mean(row) for row in found[model, "pruned"]}
+        lines.append((model, kind, *cells, shown([mean(row) / before[row["seed"]] for row in group], 3)))
+    return markdown_lines(("model", "trained", *rows[0]["perplexity"], "ratio"), lines)
+
+
+def mean(row: dict[str, Any]) -> float:
+    """The geometric mean of a row's perplexities, without `calibrated`."""
+    return geometric_mean(value for name, value in row["perplexity"].items() if name != "calibrated")
+
+
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """Perplexity (the geometric mean of the texts without `calibrated`), relative to the dense model's, by minutes."""
     from matplotlib.figure import Figure
-
-    def mean(row: dict[str, Any]) -> float:
-        values = [value for name, value in row["perplexity"].items() if name != "calibrated"]
-        return math.exp(sum(map(math.log, values)) / len(values))
 
     dense = mean(next(row for row in rows if row["row"] == "dense"))
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -147,7 +168,7 @@ def main() -> None:
     unseen, calibrated = windows[first:], windows[: min(arguments.num_samples, arguments.max_windows)]
     texts = texts_of(arguments, tokenizer, arguments.test_length) | {"calibrated": calibrated, "held out": unseen}
     text = text_without(arguments.calibration, unseen, tokenizer, folders[0].parent)
-    record = open_record(arguments, "folders", "rows", "threads")
+    record = open_record(arguments, "folders", "rows", "threads", "seed")
     for folder in folders:
         for kind in arguments.rows:
             name = {"folder": folder.name, "row": kind}
@@ -155,6 +176,8 @@ def main() -> None:
                 record["rows"].append(measure(arguments, folder, kind, text, texts))
                 save(arguments, record)
     print("\n".join(table(record["rows"])))
+    if len({row["seed"] for row in record["rows"]}) > 1:
+        print("\n".join(table_of_seeds(record["rows"])))
     if arguments.plot is not None:
         draw(record["rows"], arguments.plot)
 
