@@ -46,8 +46,9 @@ class Readers:
         weight = torch.cat([w[rows].float() for w, rows in zip(self.weights, drawn, strict=True)])
         costs = _floored(torch.cat([*self.output_weights])).split([len(w) for w in self.weights])
         chosen = torch.cat([v[rows] for v, rows in zip(costs, drawn, strict=True)])
-        scores = (weight @ rotation).square() / (rotation * (self.inverse @ rotation)).sum(0)
-        return _lost(scores * chosen[:, None], pattern) * (sum(map(len, self.weights)) / len(weight))
+        rotated, sizes = weight @ rotation, (rotation * (self.inverse @ rotation)).sum(0)
+        errors = chosen @ _lost(rotated, chosen[:, None] / sizes, pattern).square() / sizes
+        return errors.sum() * (sum(map(len, self.weights)) / len(weight))
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class Writers:
         weight = torch.cat([w[:, columns].float() for w, columns in zip(self.weights, drawn, strict=True)], 1)
         inputs = torch.cat([x[columns] for x, columns in zip(self.inputs, drawn, strict=True)])
         costs = _floored((rotation * (self.output_weights @ rotation)).sum(0))
-        part = _lost((rotation.T @ weight).square() * inputs * costs[:, None], pattern)
-        return part * (sum(map(len, self.inputs)) / len(inputs))
+        lost = _lost(rotation.T @ weight, costs[:, None] * inputs, pattern)
+        return costs @ lost.square() @ inputs * (sum(map(len, self.inputs)) / len(inputs))
 
 
 def train_rotation(
@@ -164,8 +165,11 @@ def _cayley(free: Tensor, keeps_mean: bool) -> Tensor:
     return torch.linalg.solve(identity + skew, identity - skew)
 
 
-def _lost(scores: Tensor, pattern: SparsityPattern) -> Tensor:
-    return scores.masked_fill(pattern.mask(scores.detach()), 0).sum()
+def _lost(weight: Tensor, costs: Tensor, pattern: SparsityPattern) -> Tensor:
+    """The weights that go, zero elsewhere; `costs`, broadcast to them, are what the square of each costs."""
+    with torch.no_grad():
+        kept = pattern.mask(weight.square().mul_(costs))
+    return weight.masked_fill(kept, 0)
 
 
 def _floored(costs: Tensor) -> Tensor:
