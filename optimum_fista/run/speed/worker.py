@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 import warnings
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -124,15 +126,14 @@ class _Runner:
 
 
 def _serve(connection: Connection, *model: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in a terminal reaches it as well: it ends without a word
     warnings.simplefilter("ignore")
     runner: _Runner | None = None
-    while True:
-        try:
+    with suppress(EOFError, OSError):  # the process that asks is gone
+        while True:
             name, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            runner = runner or _Runner(*model)
-            connection.send((None, getattr(runner, name)(*arguments)))
-        except Exception as error:
-            connection.send((f"{type(error).__name__}: {error}", None))
+            try:
+                runner = runner or _Runner(*model)
+                connection.send((None, getattr(runner, name)(*arguments)))
+            except Exception as error:
+                connection.send((f"{type(error).__name__}: {error}", None))

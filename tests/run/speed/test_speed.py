@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -106,6 +108,19 @@ def test_a_worker_says_what_went_wrong(saved):
             worker.ask("memory")
     finally:
         worker.close()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_worker_whose_parent_is_gone_or_that_is_interrupted_ends_without_a_word(saved, interrupted):
+    with forked_workers():
+        worker = Worker("dense float32", saved.folder, "cpu", 1)
+    assert worker.ask("parameters")[0] == 64
+    if interrupted:
+        os.kill(worker._process.pid, signal.SIGINT)
+    else:
+        worker._connection.send(("generate", (torch.tensor([[1]]), 40)))
+    worker.close()
+    assert worker._process.exitcode == (-signal.SIGINT if interrupted else 0)
 
 
 @pytest.mark.parametrize(
