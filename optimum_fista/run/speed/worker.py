@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import time
 import warnings
 from contextlib import suppress
@@ -126,7 +127,8 @@ class _Runner:
 
 
 def _serve(connection: Connection, *model: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in a terminal reaches it as well: it ends without a word
+    # Ctrl-C in a terminal reaches this process as well: it ends without a word
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     warnings.simplefilter("ignore")
     runner: _Runner | None = None
     with suppress(EOFError, OSError):  # the process that asks is gone
