@@ -188,7 +188,7 @@ def recover(
                 "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
             }
             begun = read_record(unfinished / FOLDER / "fingerprint.json") or {}
-            kept = bool(state_files(unfinished / FOLDER)) or (unfinished / FOLDER / TEACHER_FOLDER).exists()
+            kept = any(any((unfinished / FOLDER).glob(name)) for name in ("state*.safetensors", TEACHER_FOLDER))
             nothing_kept = "recovery" in begun and not kept
             if begun and not overwrite and not nothing_kept:  # before another text takes the place of the kept one
                 known = {name: value for name, value in begun.items() if name != "windows"}
