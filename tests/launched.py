@@ -20,11 +20,12 @@ import pytest
 import torch
 from tiny_llama import tiny_tokens
 from torch.distributed import run as torch_run
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM
 
-from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, recover
+from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, recover, save_masked
 from optimum_fista.run.checkpoints import writing
 from optimum_fista.run.estimate import work as estimated_work
 from optimum_fista.run.retraining import recovery_training
@@ -261,8 +262,12 @@ def train_sharded(rank: int, folder: Path) -> None:
                     state = optimizer.state[model.get_parameter(name)]
                     for value in (model.get_parameter(name).data, state["exp_avg"], state["exp_avg_sq"]):
                         assert not local(value)[~mask].any()
-        for name, parameter in whole.named_parameters():
-            torch.testing.assert_close(sharded.get_parameter(name).full_tensor(), parameter, rtol=1e-3, atol=1e-4)
+        with pytest.raises(ValueError, match=r"model has sharded weights: put them together by .*get_model_state_dict"):
+            save_masked(sharded, folder.with_name("sharded"), folder)
+        together = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        for name, weight in together.items():
+            torch.testing.assert_close(weight, whole.get_parameter(name).detach(), rtol=1e-3, atol=1e-4)
+        assert ranks.index or len(together) == len(whole.state_dict())
 
 
 def train_and_recover(rank: int, folder: Path, *arguments: Any) -> None:

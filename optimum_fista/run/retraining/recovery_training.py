@@ -312,6 +312,8 @@ class RecoveryTraining:
 
     def _resume(self) -> None:
         """Take up the last state that all processes have, if there is one."""
+        for begun in self._journal.glob(f".state-{self._ranks.index}-*"):  # by a process that was killed meanwhile
+            begun.unlink()
         files = state_files(self._journal, self._ranks.index)
         kept = {step: found for step, file in files.items() if (found := open_state(file)) is not None}
         common = set.intersection(*map(set, self._ranks.gather([*kept])))

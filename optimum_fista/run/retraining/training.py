@@ -198,10 +198,16 @@ def save_masked(
         overwrite: Replace a model that the folder already holds.
 
     Raises:
-        ValueError: If a weight outside its mask is no longer zero, or the masks are not those of this model.
+        ValueError: If a weight outside its mask is no longer zero, the masks are not those of this model, or the
+            weights are sharded.
         FileNotFoundError: If `source` holds no masks.
         FileExistsError: If the folder already holds a model and `overwrite` is False.
     """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "model has sharded weights: put them together by torch.distributed.checkpoint.state_dict."
+            "get_model_state_dict with full_state_dict=True, load them into a model that is not sharded, and save that."
+        )
     report, masks = find_record(model, source)
     if getattr(model.config, CONFIG_KEY, None) is None:
         setattr(model.config, CONFIG_KEY, summary(report))

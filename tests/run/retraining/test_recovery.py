@@ -133,6 +133,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folde
             with pytest.raises(error):
                 call("stopped")
         assert recovery.steps_kept(tmp_path / "stopped") == kept
+        begun = tmp_path / "stopped.unfinished" / "journal" / ".state-0-7.safetensors.partial"
+        assert not begun.exists()
+        begun.touch()  # as a process leaves it that is killed while it writes
     found = call("stopped")
     assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
     assert [row[::2] for row in found.evaluations] == [row[::2] for row in expected.evaluations]
