@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import tiny_tokens
+from tiny_llama import tiny_llama, tiny_tokens
+from torch.distributed import init_device_mesh
 from torch.distributed import run as torch_run
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +30,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, reco
 from optimum_fista.run.checkpoints import writing
 from optimum_fista.run.estimate import work as estimated_work
 from optimum_fista.run.retraining import recovery_training
-from optimum_fista.run.retraining.sharding import local
+from optimum_fista.run.retraining.sharding import local, shard
 from optimum_fista.run.speed import worker
 from optimum_fista.run.streamed import journal
 from optimum_fista.run.streamed.ranks import joined_ranks
@@ -268,6 +269,15 @@ def train_sharded(rank: int, folder: Path) -> None:
         for name, weight in together.items():
             torch.testing.assert_close(weight, whole.get_parameter(name).detach(), rtol=1e-3, atol=1e-4)
         assert ranks.index or len(together) == len(whole.state_dict())
+        whole, sharded = (tiny_llama() for _ in range(2))
+        for model in (whole, sharded):  # decoder layers that share parameters
+            model.model.layers[1].mlp = model.model.layers[0].mlp
+        shard(sharded, init_device_mesh("cpu", (2,)))
+        for model in (whole, sharded):
+            model(tiny_tokens(), labels=tiny_tokens()).loss.backward()
+        for name, parameter in whole.named_parameters():
+            found = sharded.get_parameter(name).grad.full_tensor()
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-6)
 
 
 def train_and_recover(rank: int, folder: Path, *arguments: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 from torch.distributed import DeviceMesh
@@ -16,9 +18,12 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype | None = 
     """Leave of a model in CPU memory this process's part, on the mesh's device; every process calls it.
 
     A forward or backward pass gathers one decoder layer after another. What is in none of them is gathered too, for as
-    long as the pass takes.
+    long as the pass takes, and so are layers that share parameters with others.
     """
-    for module in (*find_decoder_layers(model).modules, model):
+    layers = find_decoder_layers(model).modules
+    holders = Counter(parameter for layer in layers for parameter in layer.parameters())
+    alone = [layer for layer in layers if all(holders[parameter] == 1 for parameter in layer.parameters())]
+    for module in (*alone, model):
         for tensor in (*module.parameters(), *module.buffers()):
             if dtype is not None and tensor.is_floating_point() and not isinstance(tensor, DTensor):
                 tensor.data = tensor.data.to(dtype)
