@@ -115,7 +115,8 @@ def table_of_seeds(rows: list[dict[str, Any]]) -> list[str]:
     for (model, kind), group in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != "pruned")):
         cells = [shown([row["perplexity"][name] for row in group]) for name in group[0]["perplexity"]]
         before = {row["seed"]: mean(row) for row in found[model, "pruned"]}
-        lines.append((model, kind, *cells, shown([mean(row) / before[row["seed"]] for row in group], 3)))
+        ratios = [mean(row) / before[row["seed"]] for row in group if kind != "pruned"]
+        lines.append((model, kind, *cells, shown(ratios, 3) if ratios else ""))
     return markdown_lines(("model", "trained", *rows[0]["perplexity"], "ratio"), lines)
 
 
