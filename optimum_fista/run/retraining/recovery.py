@@ -202,6 +202,7 @@ def recover(
                     seed,
                     device=str(place),
                     keep_in=unfinished / FOLDER,
+                    progress=progress,
                 )
             except ValueError as error:
                 raise ValueError(f"tokens={tokens} and held_out={held_out} ask for this text: {error}") from error

@@ -342,7 +342,7 @@ def test_a_cache_that_is_something_else_and_missing_peft_are_refused_before_any_
         recover(saved.folder, tiny_folder, tmp_path / "out", **given | {"train": "lora"})
 
 
-def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path, monkeypatch):
+def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path, monkeypatch, capsys):
     options, kept = QUICK | {"tokens": 64}, set()
     with monkeypatch.context() as patched:  # nothing is trained yet, so other settings take the place of the first
         patched.setattr(recovery_training.RecoveryTraining, "train", None)
@@ -354,4 +354,5 @@ def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_pa
     assert len(kept) == 1
     found = recover(saved.folder, tiny_folder, tmp_path / "out", **options)
     assert found.calibration["source"] == "self"
+    assert "Self-sampling" not in capsys.readouterr().err  # QUICK asks for no progress
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
