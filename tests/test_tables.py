@@ -102,6 +102,12 @@ def test_what_a_short_recovery_gains(benchmark):
     assert [cell.strip(" *") for cell in line.split("|")[2:-1] if cell.strip()] == [f"{value:.1f}" for value in shown]
 
 
+@pytest.mark.parametrize("name", ["recovery_seeds", "recovery_seeds_small"])
+def test_what_a_recovery_gains_with_each_seed(benchmark, name):
+    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+    assert "\n".join(benchmark("recovery").table_of_seeds(rows)) in (ROOT / "docs" / "ablations.md").read_text()
+
+
 def test_estimates_beside_real_runs(benchmark):
     """docs/scale.md: within a factor of 1.25 (memory), and 25% (time)."""
     runs = json.loads((ROOT / "benchmarks" / "results" / "estimate.json").read_text())["runs"]
