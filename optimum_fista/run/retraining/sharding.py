@@ -27,7 +27,10 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype | None = 
         for tensor in (*module.parameters(), *module.buffers()):
             if dtype is not None and tensor.is_floating_point() and not isinstance(tensor, DTensor):
                 tensor.data = tensor.data.to(dtype)
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)  # the model's own tensors too, by default they stay
+        # the model's own tensors too are given back after the forward pass, by default they stay
+        sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        # sums that are divided: gloo of PyTorch 2.8 takes means for sums, in silence
+        sharded.set_force_sum_reduction_for_comms(True)
 
 
 def local(tensor: Tensor) -> Tensor:
