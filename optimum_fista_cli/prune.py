@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from optimum_fista.run.callbacks.pruning_callback import PruningCallback
     from optimum_fista.run.callbacks.tracking import TrackingCallback
     from optimum_fista.run.config import FistaPruningConfig
-    from optimum_fista.run.streamed.ranks import Ranks
+    from optimum_fista.run.ranks import Ranks
 
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
@@ -148,7 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.hub import push_folder
     from optimum_fista.run.packed_folders.unpacking import PackedFiles
     from optimum_fista.run.pruner import FistaPruner
-    from optimum_fista.run.streamed.ranks import RankError, joined_ranks
+    from optimum_fista.run.ranks import RankError, joined_ranks
     from optimum_fista_cli.overview import estimate_of, next_commands, say_before, verdicts
     from optimum_fista_cli.progress import Progress, log_shown
 
@@ -223,7 +223,7 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     from optimum_fista.run.callbacks.tracking import require_tracker
     from optimum_fista.run.checkpoints.loading import storage_place
     from optimum_fista.run.hub import require_repo_id
-    from optimum_fista.run.streamed.ranks import launched_processes, require_independent_layers
+    from optimum_fista.run.ranks import launched_processes, require_independent_layers
 
     require_independent_layers(config, launched_processes())
     _require_output(arguments, config)

@@ -69,8 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from optimum_fista.run.checkpoints.output_folder import folder_beside
+    from optimum_fista.run.ranks import joined_ranks
     from optimum_fista.run.retraining.recovery import recover, steps_kept
-    from optimum_fista.run.streamed.ranks import joined_ranks
     from optimum_fista_cli.overview import argument
     from optimum_fista_cli.progress import log_shown
 

@@ -26,8 +26,8 @@ from optimum_fista.run.pruning.loop import prune_layers
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.removal import require_in_memory
 from optimum_fista.run.pruning.sink import ModelSink
+from optimum_fista.run.ranks import launched_processes
 from optimum_fista.run.reports.report import PruningReport, RecoveryReport
-from optimum_fista.run.streamed.ranks import launched_processes
 from optimum_fista.run.streamed.streamed_run import prune_files
 from optimum_fista.solve.pruned import PrunedOperator
 

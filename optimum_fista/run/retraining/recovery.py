@@ -35,6 +35,7 @@ from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.checkpoints.writing import write_checkpoint
 from optimum_fista.run.config import require_seed
 from optimum_fista.run.environment import numerical_environment
+from optimum_fista.run.ranks import joined_ranks, launched_processes
 from optimum_fista.run.reports.report import (
     WORDS_OF_TRAIN,
     PruningReport,
@@ -46,7 +47,6 @@ from optimum_fista.run.retraining.masks import find_record, pruned_folder
 from optimum_fista.run.retraining.recovery_training import TEACHER_FOLDER, RecoveryTraining, open_state, state_files
 from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run
 from optimum_fista.run.streamed.journal import Journal, digest_of, read_record, refuse_differences
-from optimum_fista.run.streamed.ranks import joined_ranks, launched_processes
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
 
 _USUAL_LENGTH = 512

@@ -29,13 +29,13 @@ from optimum_fista.run.checkpoints.checkpoint import mark_retrained, read_report
 from optimum_fista.run.checkpoints.loading import load_model, read_model
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.memory import available_bytes, release_free_memory
+from optimum_fista.run.ranks import Ranks
 from optimum_fista.run.reports.report import WORDS_OF_TRAIN, RecoveryReport, public_name
 from optimum_fista.run.retraining.distillation import LargestLogits, TeacherCache, divergence, locked_cache
 from optimum_fista.run.retraining.masks import find_masks, pruned_folder
 from optimum_fista.run.retraining.sharding import local, shard, whole
 from optimum_fista.run.retraining.training import MaskedTraining
 from optimum_fista.run.streamed.journal import read_record, write_record
-from optimum_fista.run.streamed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

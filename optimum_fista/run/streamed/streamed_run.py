@@ -24,11 +24,11 @@ from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.loop import prune_layers
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.removal import require_zeros_to_pack
+from optimum_fista.run.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.file_sink import FileSink
 from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run, model_folder, run_fingerprint
 from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer, has_only_begun, read_record
-from optimum_fista.run.streamed.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
 
 _ADVICE = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, and ")
 _ADVICE |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and ")
