@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             set_verbosity_error()
             disable_progress_bar()
         else:
-            opened.enter_context(log_shown("optimum_fista.run.retraining.recovery_training"))
+            opened.enter_context(log_shown("optimum_fista.run.retraining"))
         try:
             found = recover(arguments.folder, output_dir=output, **options)
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The training of a recovery: what memory allows to train, how far it has come, and the best weights so far."""
+"""The training of a recovery: how far it has come, and the best weights so far."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -22,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.digest import combined_sha256, tensor_sha256
 from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.checkpoint import mark_retrained, read_report
@@ -30,7 +29,8 @@ from optimum_fista.run.checkpoints.loading import load_model, read_model
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.memory import available_bytes, release_free_memory
 from optimum_fista.run.ranks import Ranks
-from optimum_fista.run.reports.report import WORDS_OF_TRAIN, RecoveryReport, public_name
+from optimum_fista.run.reports.report import RecoveryReport, public_name
+from optimum_fista.run.retraining.choice import RANK, choose, linear_operators
 from optimum_fista.run.retraining.distillation import LargestLogits, TeacherCache, divergence, locked_cache
 from optimum_fista.run.retraining.masks import find_masks, pruned_folder
 from optimum_fista.run.retraining.sharding import local, shard, whole
@@ -44,12 +44,10 @@ TEACHER_FOLDER = "teacher"
 _RATES = {"all": 2e-4, "lora": 1e-3, "norms": 2e-3}
 _WIDTH_OF_RATE = 576
 """Hidden size of the model on which the rate of `"all"` was tuned; with Adam it goes down as the width goes up."""
-_RANK = 16
 _WARM_UP = 0.05
 _CLIP = 1.0
 _EVALUATIONS = 4
 _SAVE_SECONDS = 120.0
-_MARGIN = 0.9  # of the memory that is free
 _SHARED = "pass a folder that all nodes share"
 
 
@@ -394,6 +392,11 @@ class RecoveryTraining:
             for first in range(finished, count, ranks.count) if self._cache is None else ():
                 predict(first)
 
+    def _choose(self, cached: bool, free_bytes: Sequence[int | None]) -> dict[str, Any]:
+        dense = read_report(pruned_folder(self.source)).model.get("dense_num_parameters")
+        shape = (self.options["batch_size"], self.windows.shape[1])
+        return choose(self.model, dense, self.options["train"], shape, self.device, self.compute, free_bytes, cached)
+
     def _is_trained(self, name: str, parameter: Tensor) -> bool:
         if self.kind != "all":
             return parameter.requires_grad or (parameter.ndim == 1 and name.rpartition(".")[0] not in self._outer())
@@ -411,8 +414,10 @@ class RecoveryTraining:
 
         from peft import LoraConfig, get_peft_model  # isort: skip
 
-        names = [operator.name for operator in _linears(self.model)]  # PEFT's "all-linear" takes fused experts too
-        settings = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=names, task_type="CAUSAL_LM")
+        names = [
+            operator.name for operator in linear_operators(self.model)
+        ]  # PEFT's "all-linear" takes fused experts too
+        settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, task_type="CAUSAL_LM")
         with torch.random.fork_rng():
             torch.manual_seed(self.options["seed"])
             # By the type PEFT takes names of shared experts for those that fused experts had in Transformers 4.
@@ -422,44 +427,6 @@ class RecoveryTraining:
             finally:
                 del vars(self.model.config)["model_type"]
             return mask_adapters(adapted, self.source)
-
-    def _choose(self, cached: bool, free_bytes: Sequence[int | None]) -> dict[str, Any]:
-        """What is trained, whether activations are computed twice, and whether the teacher is read from disk.
-
-        It is one choice for all processes, by what the one with the least memory has.
-        """
-        asked, count = self.options["train"], self._ranks.count
-        known = [free for free in free_bytes if free is not None]
-        free = min(known) if known else None
-        if free is not None and count > 1 and self.device.type == "cpu":
-            free //= int(os.environ.get("LOCAL_WORLD_SIZE", count))  # they share it
-        size = sum(parameter.numel() for parameter in self.model.parameters())
-        gathered = 0  # parameters that are whole at a time: all outside of decoder layers, two of these, and gradients
-        if count > 1:
-            layers = [sum(p.numel() for p in layer.parameters()) for _, layer in find_decoder_layers(self.model)]
-            gathered = size - sum(layers) + 3 * max(layers)
-        dense = read_report(pruned_folder(self.source)).model.get("dense_num_parameters") or size
-        teacher = (dense // count + gathered) * self.compute.itemsize
-        small = sum(parameter.numel() for parameter in self.model.parameters() if parameter.ndim == 1)
-        adapters = sum(_RANK * sum(o.shape) for o in _linears(self.model))
-        each = 12 + (4 if self.device.type == "cpu" else 0)  # gradient, two moments; the best weights are on the CPU
-        trained = {"all": size, "lora": small + adapters, "norms": small}
-        tried = []
-        usual = tuple(trained) if count == 1 else ("all", "norms")
-        for kind in usual if asked == "auto" else (asked,):
-            for checkpointed in (False, True):
-                needed = each * trained[kind] // count + 4 * gathered
-                needed += _activation_bytes(self.model, self.options, self.windows, checkpointed)
-                needed += size // count if kind != "norms" else 0  # masks
-                if count > 1 and not checkpointed and self.compute != torch.float32:
-                    needed += size * self.compute.itemsize  # the backward pass keeps the rounded weights, whole
-                tried.append(f"{kind}{' with checkpointing' if checkpointed else ''} {needed / 1e9:.1f} GB")
-                if free is None or needed <= _MARGIN * free or (kind == "norms" and checkpointed):
-                    beside = free is None or needed + teacher <= _MARGIN * free
-                    if asked == "auto":
-                        logger.info("%s are trained: %s", WORDS_OF_TRAIN[kind], "; ".join(tried))
-                    return {"train": kind, "checkpointed": checkpointed, "cached": cached or not beside}
-        return {"train": asked, "checkpointed": True, "cached": True}
 
 
 def state_files(journal: Path, rank: int = 0) -> dict[int, Path]:
@@ -481,22 +448,6 @@ def open_state(file: Path) -> safe_open | None:
         pass
     logger.warning("%s is damaged and not used: the training begins anew", file)
     return None
-
-
-def _linears(model: PreTrainedModel) -> list[Any]:
-    """The linear operators of the decoder layers, fused experts aside."""
-    return [o for name, layer in find_decoder_layers(model) for o in find_operators(name, layer, ["*"]).values()]
-
-
-def _activation_bytes(model: PreTrainedModel, options: Mapping[str, Any], windows: Tensor, checkpointed: bool) -> int:
-    """About the bytes that a forward pass keeps for its backward pass: inputs and outputs of operators, and logits."""
-    config = model.config.get_text_config(decoder=True)
-    positions = windows.shape[1] * options["batch_size"]
-    layers = len(find_decoder_layers(model))
-    inside = 8 * sum(sum(o.shape) for o in _linears(model))
-    if checkpointed:
-        inside = inside // layers + 4 * layers * config.hidden_size
-    return positions * (inside + 10 * config.vocab_size)
 
 
 @contextmanager
