@@ -28,7 +28,7 @@ from optimum_fista.solve.narrowing import Narrowing
 from optimum_fista.solve.pruned import PrunedOperator
 
 _TOKENS_OF_ORDER = 8192
-"""Tokens, and those to the end of their batch, that the sizes of channels are measured on: few are enough for them."""
+"""Tokens, and those to the end of their batch, that sizes of inputs are measured on; docs/ablations.md had as many."""
 
 
 def choose_columns(
@@ -62,7 +62,8 @@ def reorder_channels(
 ) -> dict[str, tuple[int, ...]]:
     """Let the channels of a decoder layer's MLPs change places, so that patterns keep more of the down projections.
 
-    What counts of a weight is its size times the root mean square of its input, as Wanda has it (arXiv 2306.11695).
+    What counts of a weight is its size times the root mean square of its input, as Wanda has it (arXiv 2306.11695), on
+    the first `_TOKENS_OF_ORDER` tokens that are not held out.
     `parts` are the channels of all MLPs, by the names of the down projections; MLPs whose down projection is not among
     the operators to prune stay as they are. The hidden states are those that enter the layer, a batch each, [batch,
     tokens, hidden].

@@ -28,6 +28,16 @@ def pruner(reorder: bool = True, **options) -> FistaPruner:
     return FistaPruner(FistaPruningConfig(reorder_channels=reorder, **options), progress=False)
 
 
+def test_sizes_of_channels_are_measured_on_the_first_tokens_alone(monkeypatch):
+    def order(batches):
+        report = pruner().prune(tiny_llama(), batches)
+        return [operator.input_order for operator in report.operators]
+
+    first, all_of_them = order(BATCHES[:1]), order(BATCHES)
+    monkeypatch.setattr("optimum_fista.run.pruning.parts_of_layer._TOKENS_OF_ORDER", BATCHES[0].numel())
+    assert order(BATCHES)[0] == first[0] != all_of_them[0]
+
+
 def biased_llama():
     model = tiny_llama(mlp_bias=True)
     for name, bias in model.named_parameters():
