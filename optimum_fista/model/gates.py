@@ -104,18 +104,15 @@ class _Paired(Watcher):
         self._gradient = gradient.clone()
         self._add_both()
 
-    def see_again(self, inputs: Tensor, outputs: Tensor) -> None:
-        self._seen = self.chosen(inputs, outputs).clone()
+    def take(self, seen: Tensor) -> None:
+        """Pair this with the gradient: the inputs of a sequence, or the outputs."""
+        self._seen = seen.clone()
         self._add_both()
 
     def _add_both(self) -> None:
         if self._seen is not None and self._gradient is not None:
             self.add(self._seen, self._gradient)
             self._seen = self._gradient = None
-
-    def chosen(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """What is paired with the gradient: the inputs, or the outputs."""
-        raise NotImplementedError
 
     def add(self, seen: Tensor, gradient: Tensor) -> None:
         """Add one sequence."""
@@ -129,8 +126,8 @@ class _Columns(_Paired):
         super().__init__(operator, operator.shape[1])
         self.squares = torch.zeros(groups, device=operator.device)
 
-    def chosen(self, inputs: Tensor, outputs: Tensor) -> Tensor:  # noqa: ARG002
-        return inputs
+    def see_again(self, inputs: Tensor, outputs: Tensor) -> None:  # noqa: ARG002
+        self.take(inputs)
 
     def add(self, seen: Tensor, gradient: Tensor) -> None:
         # read once a sequence and not kept: the weights of all operators together may not fit
@@ -145,8 +142,8 @@ class _Rows(_Paired):
     def __init__(self, operator: LinearOperator) -> None:
         super().__init__(operator, operator.shape[0])
 
-    def chosen(self, inputs: Tensor, outputs: Tensor) -> Tensor:  # noqa: ARG002
-        return outputs
+    def see_again(self, inputs: Tensor, outputs: Tensor) -> None:  # noqa: ARG002
+        self.take(outputs)
 
     def add(self, seen: Tensor, gradient: Tensor) -> None:
         self.first += (seen * gradient).sum(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,47 +135,27 @@ def _run(model: PreTrainedModel, watchers: Mapping[LinearOperator, Watcher], ids
         loss.backward()
 
 
-class _WaitingInputs:
-    """Hidden states that enter decoder layers, kept elsewhere until the gradients flow back to them."""
-
-    def __init__(self, storage: Storage, device: torch.device) -> None:
-        self._store = ActivationStore(storage, device)
-
-    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward`, with what checkpointing saves of its inputs kept at the storage."""
-
-        def waiting(*arguments: Any, **keywords: Any) -> Any:
-            with saved_tensors_hooks(self._keep, self._hand_out):
-                return forward(*arguments, **keywords)
-
-        return waiting
-
-    def clear(self) -> None:
-        """Free all hidden states, once the gradients have been taken."""
-        self._store.clear()
-
-    def _keep(self, tensor: Tensor) -> int | Tensor:
-        if not tensor.requires_grad or tensor.device != self._store.device:  # masks, positions: the same in every layer
-            return tensor
-        # A number takes the place of the hidden states in the graph.
-        self._store.append(tensor)
-        return len(self._store) - 1
-
-    def _hand_out(self, kept: int | Tensor) -> Tensor:
-        return kept if isinstance(kept, Tensor) else self._store[kept]
-
-
 @contextmanager
-def _recomputed_layers(loss: DenseLoss) -> Iterator[_WaitingInputs]:
+def _recomputed_layers(loss: DenseLoss) -> Iterator[ActivationStore]:
     """Let gradients flow from the embeddings on, not into weights; decoder layers are recomputed when they flow back.
 
     Yields:
-        What waits; it is to be cleared between two passes.
+        What waits at the storage until then: hidden states that enter decoder layers. Clear it between two passes.
     """
     model, layers = loss.model, loss.layers
     device = execution_device(model.get_input_embeddings())
-    waiting = _WaitingInputs(loss.storage or device, device)
+    waiting = ActivationStore(loss.storage or device, device)
     stays = loss.storage is None or loss.storage == device
+
+    def keep(tensor: Tensor) -> int | Tensor:
+        if not tensor.requires_grad or tensor.device != device:  # masks, positions: the same in every layer
+            return tensor
+        # A number takes the place of the hidden states in the graph.
+        waiting.append(tensor)
+        return len(waiting) - 1
+
+    def hand_out(kept: int | Tensor) -> Tensor:
+        return kept if isinstance(kept, Tensor) else waiting[kept]
 
     def recomputed(layer: nn.Module) -> Callable[..., Any]:
         forward = layer.forward
@@ -185,10 +165,13 @@ def _recomputed_layers(loss: DenseLoss) -> Iterator[_WaitingInputs]:
                 return forward(*arguments, **keywords)
 
         def run(*arguments: Any, **keywords: Any) -> Any:
-            with set_checkpoint_early_stop(False):  # cut short, a layer would keep weights that Accelerate brought
+            with (
+                nullcontext() if stays else saved_tensors_hooks(keep, hand_out),
+                set_checkpoint_early_stop(False),  # cut short, a layer would keep weights that Accelerate brought
+            ):
                 return checkpoint(brought, *arguments, use_reentrant=False, **keywords)
 
-        return run if stays else waiting.around(run)
+        return run
 
     trained = [  # by name: Accelerate makes new parameters whenever it brings or offloads a weight
         (module, name)

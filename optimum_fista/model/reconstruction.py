@@ -93,7 +93,7 @@ def reconstruct(
             output = activations.calls[batch].run(activations.layer, entering[batch].to(device))
             _squares(activations, batch, output, wanted[batch].to(device)).sum().backward()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * _rate(step, steps)
+                group["lr"] = learning_rate * rate_factor(step, steps, _WARM_UP)
             for weights in trained:
                 weights.take_gradient()
             optimizer.step()
@@ -161,9 +161,9 @@ def _training(layer: nn.Module, trained: Sequence[_Trained]) -> Iterator[None]:
             weights.parameter.grad = None
 
 
-def _rate(step: int, steps: int) -> float:
-    """Factor of the learning rate in a step: a linear rise, then a cosine to zero."""
-    rise = max(1, round(_WARM_UP * steps))
+def rate_factor(step: int, steps: int, warm_up: float) -> float:
+    """Factor of the learning rate in a step: a linear rise over a share of the steps, then a cosine to zero."""
+    rise = max(1, round(warm_up * steps))
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))

@@ -44,7 +44,7 @@ class Norm:
     @property
     def gain(self) -> Tensor:
         """What it multiplies by, [hidden], float64."""
-        return _parameter(self.module, "weight").double() + (1 - self.neutral)
+        return self.module.get_parameter("weight").detach().double() + (1 - self.neutral)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ResidualStream:
                 bias.data.copy_(bias.double() / gain)
             for reader in norm.readers:
                 reader.write(reader.read().double() * gain)
-            _parameter(norm.module, "weight").fill_(norm.neutral)
+            norm.module.get_parameter("weight").fill_(norm.neutral)
 
     @torch.no_grad()
     def rotate(self, rotation: Tensor) -> None:
@@ -208,9 +208,3 @@ def _matrix(operator: LinearOperator) -> Tensor:
     """The weight [out, in] as it is stored, no copy."""
     weight = operator.parameter.detach()
     return weight.T if operator.transposed else weight
-
-
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    parameter = getattr(module, name)
-    assert isinstance(parameter, Tensor)
-    return parameter.detach()

@@ -84,12 +84,6 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
     return found
 
 
-def _nothing(rows: int, columns: int, device: torch.device) -> Sensitivity:
-    """The sums before any token."""
-    energy = torch.zeros((), dtype=torch.float64, device=device)
-    return Sensitivity(torch.zeros(rows, device=device), torch.zeros(columns, device=device), energy)
-
-
 class SensitivitySums(Watcher):
     """Adds what is seen of an operator.
 
@@ -99,7 +93,9 @@ class SensitivitySums(Watcher):
     """
 
     def __init__(self, operator: LinearOperator) -> None:
-        self.sums = _nothing(*operator.shape, operator.device)
+        device = operator.device
+        gradients, inputs = (torch.zeros(size, device=device) for size in operator.shape)
+        self.sums = Sensitivity(gradients, inputs, torch.zeros((), dtype=torch.float64, device=device))
         # sum_i w_ij^2 [in], so that the energy e_t of a token is one product with its squared inputs.
         self._columns = operator.read().square().sum(0)
         self.energy = torch.zeros(0)

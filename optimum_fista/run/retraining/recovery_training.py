@@ -7,8 +7,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.digest import combined_sha256, tensor_sha256
+from optimum_fista.model.reconstruction import rate_factor
+from optimum_fista.model.replay import replaced_forwards
 from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.checkpoint import mark_retrained, read_report
 from optimum_fista.run.checkpoints.loading import load_model, read_model
@@ -249,7 +251,7 @@ class RecoveryTraining:
         if math.isfinite(value):
             nn.utils.clip_grad_norm_(list(self._trained.values()), _CLIP)
             for group in self._optimizer.param_groups:
-                group["lr"] = self.rate * _factor(self.step, self.steps)
+                group["lr"] = self.rate * rate_factor(self.step, self.steps, _WARM_UP)
             self._stepping = True  # until the step is counted
             self._optimizer.step()
         self._optimizer.zero_grad()
@@ -450,25 +452,8 @@ def open_state(file: Path) -> safe_open | None:
     return None
 
 
-@contextmanager
-def _checkpointed_layers(model: PreTrainedModel) -> Iterator[None]:
+def _checkpointed_layers(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Decoder layers keep their inputs alone, and run again in the backward pass."""
-    layers = [layer for _, layer in find_decoder_layers(model)]
-    before = [vars(layer).get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            vars(layer)["forward"] = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            vars(layer).pop("forward")
-            if forward is not None:
-                vars(layer)["forward"] = forward
-
-
-def _factor(step: int, steps: int) -> float:
-    """Factor of the learning rate in a step: a linear rise, then a cosine to zero."""
-    rise = max(1, round(_WARM_UP * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+    layers = find_decoder_layers(model).modules
+    twice = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    return replaced_forwards(layers, [partial(twice, layer.forward) for layer in layers])
