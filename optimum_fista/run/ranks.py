@@ -110,7 +110,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if self.count == 1 or isinstance(error, RankError) or not _is_lost_connection(error):
+            is_lost_connection = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+            if self.count == 1 or isinstance(error, RankError) or not is_lost_connection:
                 raise
             raise self._gone(error) from error
 
@@ -211,10 +212,6 @@ def share_layers(unfinished: Sequence[int], pruning_costs: Sequence[float], num_
             low = middle + 1
     shares = fill(limits[low]) if limits else []
     return shares + [[] for _ in range(num_ranks - len(shares))]
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def _line(error: BaseException) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import statistics
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from optimum_fista.model.products import compute_dtype_of, quick_products, quick_products_in
+from optimum_fista.run.pruning.sizes import median_seconds
 from optimum_fista.solve.blocks import SCALE_ON_DEVICES, block_share, rows_in_block
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
@@ -176,22 +175,9 @@ def measure_device(
     """
     products_dtype = compute_dtype_of(compute_dtype, device)
 
-    def wait() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
     def rate(amount: float, call: Callable[[], object]) -> float:
         """Amount a second; a run meets the machine as it usually is, so the median of the times counts."""
-        call()
-        times: list[float] = []
-        until = time.perf_counter() + _SECONDS / 6
-        while len(times) < 3 or time.perf_counter() < until:
-            wait()
-            started = time.perf_counter()
-            call()
-            wait()
-            times.append(time.perf_counter() - started)
-        return amount / statistics.median(times)
+        return amount / median_seconds(call, device, _SECONDS / 6)
 
     square = torch.randn(512, 512, device=device)
     rough = rate(2 * 512**3, lambda: square @ square)

@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,6 @@ from optimum_fista.solve.patterns import PartShare, WholeParts
 
 _KINDS: tuple[Kind, ...] = ("channels", "heads")
 """What goes besides decoder layers. Experts do not: what is left of a mixture is refitted too much to foretell."""
-_TIMED_SECONDS = 0.2
 
 
 class Sizes:
@@ -220,10 +219,10 @@ def _with_random_weights(layer: nn.Module, device: torch.device, dtype: torch.dt
     return made
 
 
-def median_seconds(call: Any, device: torch.device) -> float:
-    """The median time of some calls, after two to warm up."""
+def median_seconds(call: Callable[[], object], device: torch.device, about: float = 0.2) -> float:
+    """The median time of some calls, after two to warm up; they take about so many seconds together."""
     times: list[float] = []
-    until = time.perf_counter() + _TIMED_SECONDS
+    until = time.perf_counter() + about
     while len(times) < 7 or time.perf_counter() < until:
         started = time.perf_counter()
         call()

@@ -170,7 +170,7 @@ class StreamedRun:
             self._resume_probe(unfinished)
             if unfinished:
                 todo = share_layers(unfinished, pruning.costs(), ranks.count)[ranks.index]
-                ranks.each(lambda: self._prune_layers(todo))
+                ranks.each(lambda: prune_layers(pruning, self.sink, todo) if todo else None)
 
     def complete(self, output_dir: Path, overwrite: bool, started: float) -> PruningReport:
         """Write all that is not a decoder layer, and bring the model into `output_dir`.
@@ -235,20 +235,14 @@ class StreamedRun:
             pruning.probe = None
 
     def _share_budgets(self) -> None:
-        """Allocate the zeros to the operators, or read how an earlier start of the run allocated them."""
-        budgets = self.journal.budgets(self.pruning.config)
-        if budgets is not None:
-            self.pruning.use_budgets(budgets)
-            return
-        budgets = self.pruning.shared_budgets()
-        self.source.require_unchanged()
-        self.journal.keep_budgets(budgets)
+        """Allocate the zeros to the operators, unless an earlier start of the run did."""
+        self._read_budgets()
+        if self.pruning.budgets is None:
+            budgets = self.pruning.shared_budgets()
+            self.source.require_unchanged()
+            self.journal.keep_budgets(budgets)
 
     def _read_budgets(self) -> None:
-        """What rank 0 allocated, before layers are shared by what each costs."""
+        """How the zeros were allocated, by an earlier start or by rank 0; they say what each layer costs."""
         if self.pruning.budgets is None and (budgets := self.journal.budgets(self.pruning.config)) is not None:
             self.pruning.use_budgets(budgets)
-
-    def _prune_layers(self, todo: Sequence[int]) -> None:
-        if todo:
-            prune_layers(self.pruning, self.sink, todo)
