@@ -1,11 +1,14 @@
-"""A process that is killed while it works on files, played in this process."""
+"""A process that is killed, or interrupted, while it works on files, played in this process."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from optimum_fista.run.streamed.journal import Journal
 
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.mkdir", "os.chmod", "shutil.rmtree"}
 _left: list[int] = []
@@ -38,6 +41,21 @@ def killed_at_write(number: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Path, "replace", counted)
+        yield
+
+
+@contextmanager
+def interrupted_after(layer: int) -> Iterator[None]:
+    """Press Ctrl-C once a run from files has finished this decoder layer."""
+    keep = Journal.keep_layer
+
+    def keep_and_stop(self: Journal, index: int, *arguments: Any) -> None:
+        keep(self, index, *arguments)
+        if index == layer:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Journal, "keep_layer", keep_and_stop)
         yield
 
 

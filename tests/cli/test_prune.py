@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
+from killed import interrupted_after
 from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
 
@@ -274,24 +275,16 @@ def test_private_without_a_push_is_refused(prune, capsys):
     assert "--private makes sense with --push-to-hub" in capsys.readouterr().err
 
 
-def interrupted(keep=lambda *_, **__: None):
-    """What `keep` does, and then Ctrl-C."""
-
-    def run(*arguments, **keywords):
-        keep(*arguments, **keywords)
-        raise KeyboardInterrupt
-
-    return run
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
 
 
 def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_path, monkeypatch, capsys):
-    keep = journal.Journal.keep_layer
-    monkeypatch.setattr(journal.Journal, "keep_layer", interrupted(keep))
-    assert prune("--calibration", "self", "--method", "wanda") == 130
+    with interrupted_after(0):
+        assert prune("--calibration", "self", "--method", "wanda") == 130
     message = "\n1 decoder layers are finished and kept: give the same command again to resume\n"
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(journal.Journal, "keep_layer", keep)
     monkeypatch.setattr("optimum_fista.run.texts.calibration_source.sample_text_from_model", None)
     assert prune("--calibration", "self", "--method", "wanda") == 0
     assert "1 of 2 decoder layers are done already\ndecoder layer 2 of 2: " in capsys.readouterr().err
@@ -324,11 +317,11 @@ def test_sampled_text_that_is_damaged_or_of_another_model_is_sampled_again(tiny_
 
 
 def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patched:
-        patched.setattr(journal.Journal, "keep_layer", interrupted(journal.Journal.keep_layer))
+    with interrupted_after(0):
         assert prune("--method", "wanda") == 130
-        capsys.readouterr()
-        patched.setattr("optimum_fista.run.texts.calibration_source.calibration_tokens_by_name", interrupted())
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr("optimum_fista.run.texts.calibration_source.calibration_tokens_by_name", interrupt)
         assert prune("--method", "wanda", "--sparsity", "0.25", "--overwrite") == 130
         assert "no decoder layers are finished and kept" in capsys.readouterr().err  # those are of the first run
     with monkeypatch.context() as patched:  # refused before any text is sampled
@@ -342,7 +335,7 @@ def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch
 
 def test_a_run_that_finished_nothing_stands_in_the_way_of_no_other(prune, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(journal.Journal, "keep_budgets", interrupted())
+        patched.setattr(journal.Journal, "keep_budgets", interrupt)
         assert prune("--method", "wanda") == 130
     assert (tmp_path / "out.unfinished").exists()
     assert prune("--method", "wanda", "--sparsity", "0.25") == 0
@@ -350,10 +343,7 @@ def test_a_run_that_finished_nothing_stands_in_the_way_of_no_other(prune, tmp_pa
 
 
 def test_text_that_took_hours_is_kept_whatever_is_begun_with_it(prune, tmp_path, monkeypatch):
-    def stopped(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(journal.Journal, "keep_budgets", stopped)
+    monkeypatch.setattr(journal.Journal, "keep_budgets", interrupt)
     mine = ["--calibration", "self", "--method", "wanda"]
     assert prune(*mine, "--overwrite") == 130
     (kept,) = (tmp_path / "out.unfinished" / "journal").glob("calibration-*")
@@ -370,15 +360,8 @@ def test_a_run_is_reproduced_with_the_text_that_the_model_writes(prune, tiny_fol
     assert "bit-equal: every tensor was made again" in capsys.readouterr().out
 
 
-def test_a_run_that_resumes_takes_the_batches_it_began_with(prune, tmp_path, monkeypatch, capsys):
-    keep = journal.Journal.keep_layer
-
-    def interrupted(self, index, *arguments):
-        keep(self, index, *arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(journal.Journal, "keep_layer", interrupted)
+def test_a_run_that_resumes_takes_the_batches_it_began_with(prune, capsys):
+    with interrupted_after(0):
         assert prune("--method", "wanda", "--batch-size", "4") == 130
     assert prune("--method", "wanda") == 0
     assert "8 x 16 tokens of text, batches of 4" in capsys.readouterr().err.split("decoder layers are finished")[1]

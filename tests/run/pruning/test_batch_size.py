@@ -3,14 +3,16 @@
 import pytest
 import torch
 from accelerate import cpu_offload
+from any_moment import assert_same_files
 from families import family_model, family_tokens
+from killed import interrupted_after
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.run.pruning.run_batches import cut_batches, cut_states, halved_sizes
-from optimum_fista.run.streamed import journal, streamed_run
+from optimum_fista.run.streamed import streamed_run
 
 CONFIGS = [FistaPruningConfig(), FistaPruningConfig(method="sparsegpt", error_correction="intra")]
 
@@ -180,26 +182,14 @@ def streamed(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")
-def test_a_streamed_run_goes_on_with_the_smaller_batches(streamed, tmp_path, monkeypatch):
+def test_a_streamed_run_goes_on_with_the_smaller_batches(streamed, tmp_path):
     report = streamed("whole")
     assert [w.partition(":")[0] for w in report.warnings] == ["out of memory in model.layers.1"] * 2
-    keep, kept = journal.Journal.keep_layer, []
-
-    def stop(self, index, *arguments):
-        if index == 2:
-            raise KeyboardInterrupt
-        kept.append(index)
-        keep(self, index, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(journal.Journal, "keep_layer", stop)
-        with pytest.raises(KeyboardInterrupt):
-            streamed("cut")
-    assert kept == [0, 1]
+    with interrupted_after(1), pytest.raises(KeyboardInterrupt):
+        streamed("cut")
     report = streamed("cut")
     assert report.warnings == ["continues with the batches of the last run, 2 sequences at most"]
-    for shard in (tmp_path / "whole").glob("*.safetensors"):
-        assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes(), shard.name
+    assert_same_files(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_batches_and_states_are_cut_alike():

@@ -7,13 +7,13 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from folder_files import files_of
+from killed import interrupted_after
 from pruning import error_of, inputs_of, inputs_seen, prune, same, weights
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import VOCAB_SIZE, tiny_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.streamed import streamed_run
 
 
 @pytest.mark.parametrize("error_correction", ["none", "intra", "full", 0.0, 0.25, 1.0])
@@ -223,7 +223,7 @@ def test_offloaded_models_and_stored_activations(tokens, tmp_path, error_correct
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "wanda", "error_correction": "intra"}], ids=["carried on", "intra"])
-def test_a_run_from_files_that_is_cut_off_goes_on_to_the_same_bytes(tmp_path, monkeypatch, options):
+def test_a_run_from_files_that_is_cut_off_goes_on_to_the_same_bytes(tmp_path, options):
     source = save_tiny_folder(tmp_path / "source")
     config = FistaPruningConfig(held_out=3, **options)
 
@@ -231,16 +231,8 @@ def test_a_run_from_files_that_is_cut_off_goes_on_to_the_same_bytes(tmp_path, mo
         FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=tmp_path / name)
 
     run("whole")
-    keep_layer = streamed_run.Journal.keep_layer
-
-    def cut_off(self, index, *arguments):
-        keep_layer(self, index, *arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(streamed_run.Journal, "keep_layer", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            run("cut")
+    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
+        run("cut")
     with pytest.raises(ValueError, match=r"the unfinished run in .* was another one .config.held_out was"):
         run("cut", FistaPruningConfig(held_out=2, **options))
     run("cut")

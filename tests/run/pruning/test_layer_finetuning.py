@@ -6,13 +6,14 @@ import json
 import pytest
 import torch
 from accelerate import cpu_offload
+from any_moment import assert_same_files
+from killed import interrupted_after
 from tiny_llama import tiny_llama, tiny_tokens
 from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
 from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.streamed.journal import Journal
 
 OPTIONS = {"finetune": "layer", "finetune_steps": 12, "finetune_learning_rate": 3e-3}
 
@@ -95,27 +96,13 @@ def test_files_and_offloaded_models_become_what_the_model_becomes_in_memory(fami
 
 
 @pytest.mark.parametrize("options", [{}, {"error_correction": "intra"}])
-def test_a_run_cut_off_goes_on_to_the_same_weights_and_numbers(tokens, tmp_path, monkeypatch, options):
+def test_a_run_cut_off_goes_on_to_the_same_weights_and_numbers(tokens, tmp_path, options):
     tiny_llama(num_hidden_layers=3).to(torch.bfloat16).save_pretrained(tmp_path / "in")
     whole = pruner(**options).prune(tmp_path / "in", tokens.split(2), output_dir=tmp_path / "whole")
-
-    class Stop(BaseException):
-        pass
-
-    keep = Journal.keep_layer
-
-    def cut(self, index, *arguments):
-        keep(self, index, *arguments)
-        if index == 0:
-            raise Stop
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Journal, "keep_layer", cut)
-        with pytest.raises(Stop):
-            pruner(**options).prune(tmp_path / "in", tokens.split(2), output_dir=tmp_path / "out")
+    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
+        pruner(**options).prune(tmp_path / "in", tokens.split(2), output_dir=tmp_path / "out")
     report = pruner(**options).prune(tmp_path / "in", tokens.split(2), output_dir=tmp_path / "out")
-    for file in (tmp_path / "whole").glob("*.safetensors"):
-        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    assert_same_files(tmp_path / "out", tmp_path / "whole")
     for layer, expected in zip(report.layers, whole.layers, strict=True):
         assert layer.hidden_state_error == expected.hidden_state_error
         assert layer.finetuning == dataclasses.replace(expected.finetuning, seconds=layer.finetuning.seconds)

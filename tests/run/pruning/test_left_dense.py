@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from families import family_model, family_tokens
+from killed import interrupted_after
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import UnsupportedArchitectureError
 from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.streamed import journal
 
 UNCALLED = "not called in a forward pass of its decoder layer"
 EXPECTED = {
@@ -60,7 +60,7 @@ def test_model_of_which_nothing_can_be_pruned_is_refused_and_left_as_it_was():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_reasons_survive_an_interruption(tmp_path, monkeypatch):
+def test_reasons_survive_an_interruption(tmp_path):
     family_model("mamba").save_pretrained(tmp_path / "source")
     run = pruner(sparsity=0.5, method="wanda")
 
@@ -70,16 +70,8 @@ def test_reasons_survive_an_interruption(tmp_path, monkeypatch):
         return json.loads((tmp_path / name / "fista" / "report.json").read_text())
 
     whole = prune("whole")
-    keep = journal.Journal.keep_layer
-
-    def cut(self, *arguments):
-        keep(self, *arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(journal.Journal, "keep_layer", cut)
-        with pytest.raises(KeyboardInterrupt):
-            prune("resumed")
+    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
+        prune("resumed")
     resumed = prune("resumed")
     assert resumed["left_dense"] == whole["left_dense"] == EXPECTED["mamba"]
     assert resumed["warnings"] == whole["warnings"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from folder_files import files_of
+from killed import interrupted_after
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_llama, tiny_tokens
@@ -20,10 +21,6 @@ from optimum_fista.run.streamed import fingerprint
 from optimum_fista.run.streamed.journal import Journal
 
 WANDA = FistaPruningConfig(method="wanda", error_correction="full")
-
-
-class Stop(BaseException):
-    """An end that nothing catches."""
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +47,10 @@ def prune(source: Path, **options):
 
 
 @pytest.fixture
-def cut_off(source, monkeypatch) -> Path:
+def cut_off(source) -> Path:
     """The journal of a run that was cut off after the first of two decoder layers."""
-
-    def stop(*_):
-        raise Stop
-
-    with monkeypatch.context() as patched:
-        keep = Journal.keep_layer
-        patched.setattr(Journal, "keep_layer", lambda *arguments: [keep(*arguments), stop(*arguments)])
-        with pytest.raises(Stop):
-            prune(source)
+    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
+        prune(source)
     return source.parent / "pruned.unfinished" / "journal"
 
 

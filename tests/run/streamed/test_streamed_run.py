@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from folder_files import files_of
-from killed import Killed, killed_at, killed_at_write
+from killed import Killed, interrupted_after, killed_at, killed_at_write
 from launched import begin
 from safetensors.torch import load_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
@@ -212,27 +212,14 @@ def test_what_is_damaged_of_joined_files_is_made_again(source, all_layers, tmp_p
 @pytest.fixture(scope="module")
 def cut_off_half_way(source, tmp_path_factory) -> Path:
     """What a run leaves that was cut off after the second of four decoder layers; do not write to it."""
-    output, keep = tmp_path_factory.mktemp("half") / "pruned", journal.Journal.keep_layer
-
-    def cut(self, index, *arguments):
-        keep(self, index, *arguments)
-        if index == 1:
-            raise Stop
-
-    with pytest.MonkeyPatch.context() as patched:
-        cut_off(patched, journal.Journal, "keep_layer", cut, source, output)
+    output = tmp_path_factory.mktemp("half") / "pruned"
+    with interrupted_after(1), pytest.raises(KeyboardInterrupt):
+        prune(source, output)
     return unfinished_folder(output)
 
 
-def test_finished_layers_are_not_pruned_again(source, whole, tmp_path, monkeypatch):
-    keep = journal.Journal.keep_layer
-
-    def cut(self, index, *arguments):
-        keep(self, index, *arguments)
-        if index == 1:
-            raise Stop
-
-    cut_off(monkeypatch, journal.Journal, "keep_layer", cut, source, tmp_path / "pruned")
+def test_finished_layers_are_not_pruned_again(source, whole, cut_off_half_way, tmp_path, monkeypatch):
+    shutil.copytree(cut_off_half_way, unfinished_folder(tmp_path / "pruned"))
     pruned = []
     solve = FistaPruningConfig().create_method("").prune
 
@@ -330,13 +317,11 @@ def test_hidden_states_of_another_chain_of_layers_are_not_taken(source, whole, c
         pruned.weight.mul_(0.5)
         write(self, operator, pruned)
 
-    keep = journal.Journal.keep_layer
-    with monkeypatch.context() as patched:
+    with interrupted_after(0), monkeypatch.context() as patched:
         patched.setattr(file_sink.FileSink, "write", otherwise)
-        patched.setattr(journal.Journal, "keep_layer", lambda *arguments: [keep(*arguments), stop()])
-        with pytest.raises(Stop):
+        with pytest.raises(KeyboardInterrupt):
             prune(source, tmp_path / "pruned")
-    kept = []
+    kept, keep = [], journal.Journal.keep_layer
     monkeypatch.setattr(
         journal.Journal, "keep_layer", lambda self, index, *a: [kept.append(index), keep(self, index, *a)]
     )
@@ -555,27 +540,16 @@ def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, co
 
 @pytest.mark.parametrize("layer", [1, LAYERS - 1])
 @pytest.mark.parametrize("correction", [0.5, "intra"])
-def test_an_interrupted_run_measures_the_same_perplexity(source, tmp_path, monkeypatch, layer, correction):
+def test_an_interrupted_run_measures_the_same_perplexity(source, tmp_path, layer, correction):
     config, tokens = FistaPruningConfig(0.5, method="wanda", error_correction=correction), tiny_tokens(10)[8:]
     expected = prune(source, tmp_path / "whole", config, perplexity_tokens=tokens).perplexity
-    keep = journal.Journal.keep_layer
-
-    def stop_after(self, index, *arguments):
-        keep(self, index, *arguments)
-        if index == layer:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(journal.Journal, "keep_layer", stop_after)
-        with pytest.raises(KeyboardInterrupt):
-            prune(source, tmp_path / "out", config, perplexity_tokens=tokens)
+    with interrupted_after(layer), pytest.raises(KeyboardInterrupt):
+        prune(source, tmp_path / "out", config, perplexity_tokens=tokens)
     (kept,) = unfinished_folder(tmp_path / "out").glob("journal/probe-*")
     lost = correction == "intra" or layer == 1
     if correction == "intra":
         (kept if layer == 1 else kept.with_name("layer-00000.json")).unlink()
     elif layer == 1:
         tokens = tiny_tokens(11)[9:]
-    if lost:
-        assert prune(source, tmp_path / "out", config, perplexity_tokens=tokens).perplexity is None
-    else:
-        assert prune(source, tmp_path / "out", config, perplexity_tokens=tokens).perplexity == expected
+    found = prune(source, tmp_path / "out", config, perplexity_tokens=tokens).perplexity
+    assert found == (None if lost else expected)
