@@ -52,6 +52,14 @@ def test_error_corrections_are_told_apart_in_two_files():
     assert knowing <= {"optimum_fista.model.correction", "optimum_fista.run.config"}
 
 
+def test_every_bar_can_be_hidden():
+    for name, file in modules().items():
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        bars = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "tqdm"]
+        if not name.startswith("optimum_fista_cli"):  # `verify` and others have no option for it
+            assert all("disable" in {keyword.arg for keyword in bar.keywords} for bar in bars), name
+
+
 def test_modules_are_not_cut_into_pieces_for_one_reader():
     own = ("optimum_fista_cli", "optimum_fista.solve.methods", "optimum_fista.solve.patterns")
     single = [name for name, who in importers().items() if len(who) == 1 and not name.startswith(own)]

@@ -35,7 +35,6 @@ from optimum_fista.run.memory import release_free_memory
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.reports.report import PruningReport, library_versions
 from optimum_fista.run.streamed.fingerprint import SourceFiles
-from optimum_fista.run.streamed.journal import digest_of
 
 
 def compare(settings: ComparisonSettings, output: str | Path, *, progress: bool = True) -> Comparison:
@@ -67,12 +66,12 @@ def compare(settings: ComparisonSettings, output: str | Path, *, progress: bool 
         suite = None
         if settings.tasks:
             options = {name: getattr(settings, name) for name in ("include_path", "limit", "batch_size")}
-            suite = TaskSuite(settings.tasks, **options)
+            suite = TaskSuite(settings.tasks, progress=progress, **options)
         tokenizer = require_tokenizer(settings.model)
         material = prepare(settings, tokenizer, output / "calibration", progress)
         recipe = list(dict.fromkeys(line for seed in settings.seeds for line in material[seed].recipe))
         comparison = Comparison(settings.to_dict(), [*recipe, *([suite.recipe] if suite is not None else [])])
-        run = _Run(settings, tokenizer, material, suite, output / "rows", progress, _identity(settings.model))
+        run = _Run(settings, tokenizer, material, suite, output / "rows", progress, _identity(settings.model, progress))
         # of another seed, the dense model is measured on windows of that seed alone, if there are any
         seeds = settings.seeds if settings.held_out else settings.seeds[:1]
         wanted = [Candidate(DENSE, NO_PATTERN, seed) for seed in seeds]
@@ -184,9 +183,8 @@ class _Run:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _identity(name: str) -> dict[str, Any]:
+def _identity(name: str, progress: bool) -> dict[str, Any]:
     """What tells one set of weights from another: digests of a folder's files, or the Hub's commit."""
     if Path(name).is_dir():
-        file = Path(name) / "config.json"
-        return SourceFiles(Path(name), {}).digests | ({file.name: digest_of(file)} if file.exists() else {})
+        return SourceFiles(Path(name), {}, progress).digests
     return {"name": name, "commit": getattr(read_config(name), "_commit_hash", None)}

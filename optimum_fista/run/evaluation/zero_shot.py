@@ -61,6 +61,7 @@ class TaskSuite:
         include_path: Folder of further task files. If it has all the tasks, nothing else is looked at.
         limit: Only the first documents of every task; `None`: all.
         batch_size: Requests a forward pass.
+        progress: Whether to show that lm-eval's tasks are being read, which takes a while.
 
     Raises:
         ImportError: If lm-eval is missing.
@@ -75,6 +76,7 @@ class TaskSuite:
         include_path: str | Path | None = None,
         limit: int | None = None,
         batch_size: int = 1,
+        progress: bool = True,
     ) -> None:
         if importlib.util.find_spec("lm_eval") is None:
             raise ImportError(
@@ -89,7 +91,7 @@ class TaskSuite:
         self.include_path = None if include_path is None else Path(include_path)
         self.limit = limit
         self.batch_size = batch_size
-        self._manager = self._find_tasks()
+        self._manager = self._find_tasks(progress)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -137,7 +139,7 @@ class TaskSuite:
             documents = sum(count["effective"] for count in found["n-samples"].values())  # of all tasks of a group
             yield TaskResult(name, scores, documents, _version(), files)
 
-    def _find_tasks(self) -> Any:
+    def _find_tasks(self, progress: bool) -> Any:
         for name in ("lm_eval", "lm-eval"):
             logging.getLogger(name).setLevel(logging.ERROR)
         from lm_eval.tasks import TaskManager
@@ -146,7 +148,8 @@ class TaskSuite:
         if self.include_path is not None:
             known = TaskManager(include_path=self.include_path, include_defaults=False)
         if known is None or not set(self.names) <= set(known.all_tasks):
-            with tqdm(total=1, desc="Reading lm-eval's tasks", bar_format="{desc} [{elapsed}]"):
+            title = "Reading lm-eval's tasks"
+            with tqdm(total=1, desc=title, bar_format="{desc} [{elapsed}]", disable=not progress):
                 known = TaskManager(include_path=self.include_path)
         missing = [name for name in self.names if name not in known.all_tasks]
         if missing:

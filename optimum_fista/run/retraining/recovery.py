@@ -46,7 +46,7 @@ from optimum_fista.run.retraining.distillation import require_cache
 from optimum_fista.run.retraining.masks import find_record, pruned_folder
 from optimum_fista.run.retraining.recovery_training import TEACHER_FOLDER, RecoveryTraining, open_state, state_files
 from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run
-from optimum_fista.run.streamed.journal import Journal, digest_of, read_record, refuse_differences
+from optimum_fista.run.streamed.journal import Journal, read_record, refuse_differences
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
 
 _USUAL_LENGTH = 512
@@ -176,12 +176,12 @@ def recover(
             """The text, and what the teacher's predictions depend on."""
             opened.enter_context(locked_output(output))
             require_output(output, overwrite, names=MODEL_FILES)  # another run may just have ended
-            of_teacher = {"teacher": _digests(teacher), "compute_dtype": options["compute_dtype"]}
+            of_teacher = {"teacher": _digests(teacher, progress), "compute_dtype": options["compute_dtype"]}
             versions = library_versions()
             fingerprint: dict[str, Any] = of_teacher | {
                 "recovery": _FORMAT,
                 "processes": ranks.count,  # sums are rounded otherwise with others
-                "weights": _digests(source),
+                "weights": _digests(source, progress),
                 "shape": [count, held_out, length],
                 "options": options,
                 "device": place.type,
@@ -284,8 +284,8 @@ def _require_same_vocabulary(source: str, config: PreTrainedConfig, teacher: str
         )
 
 
-def _digests(name: str) -> dict[str, str] | str:
+def _digests(name: str, progress: bool) -> dict[str, str] | str:
     """What identifies the weights and the configuration of a model."""
     if not Path(name).is_dir():
         return name
-    return SourceFiles(Path(name), {}).digests | {file.name: digest_of(file) for file in Path(name).glob("config.json")}
+    return SourceFiles(Path(name), {}, progress).digests

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
+from optimum_fista.run.checkpoints.checkpoint import CONFIG_FILE
 from optimum_fista.run.checkpoints.output_folder import FOLDER
 from optimum_fista.run.environment import arithmetic_of
 from optimum_fista.run.pruning.model_pruning import ModelPruning
@@ -22,8 +23,8 @@ _NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version")
 _FORMAT = 5  # of the records of a journal
 _READERS = 4  # files that are hashed at a time
 
-WeightFiles = dict[str, list[Any]]
-"""Size, times of change, inode and SHA-256 of weight files, by name."""
+SourceStamps = dict[str, list[Any]]
+"""Size, times of change, inode and SHA-256 of a model's files, by name."""
 
 
 def run_fingerprint(source: SourceFiles, pruning: ModelPruning) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def run_fingerprint(source: SourceFiles, pruning: ModelPruning) -> dict[str, Any
     network = json.loads(pruning.model.config.to_json_string(use_diff=False))
     fingerprint = {
         "journal": _FORMAT,
-        "weights": source.digests,
+        "weights": {name: digest for name, digest in source.digests.items() if name != CONFIG_FILE},
         "model_config": {key: value for key, value in network.items() if key not in _NOT_COMPUTED_WITH},
         "arithmetic": arithmetic_of(pruning.model, pruning.config.compute_dtype),
         "config": pruning.report.config,  # as asked: what a removal makes of it does not tell all patterns apart
@@ -57,7 +58,7 @@ def model_folder(name: str) -> Path:
 
 
 class SourceFiles:
-    """The weight files of the model that is read, hashed.
+    """The weight files and the configuration of the model that is read, hashed.
 
     Files whose size, times and inode are those of `known` are not read again: writing to a file changes its ctime,
     which no program can set. The others are read whole, at 1 to 2 GB/s a core: 140 GB take a minute on a disk that is
@@ -68,8 +69,9 @@ class SourceFiles:
         hashes: What was found.
     """
 
-    def __init__(self, folder: Path, known: WeightFiles) -> None:
+    def __init__(self, folder: Path, known: SourceStamps, progress: bool) -> None:
         self.folder = folder
+        self._progress = progress
         self.hashes = self._hash(known)
 
     @property
@@ -78,25 +80,33 @@ class SourceFiles:
         return {name: values[-1] for name, values in self.hashes.items()}
 
     def require_unchanged(self) -> None:
-        """Refuse what was made of weights that changed after they were hashed.
+        """Refuse what was made of files that changed after they were hashed.
 
         Raises:
             ValueError: If they did.
         """
-        found = SourceFiles(self.folder, self.hashes)
-        if found.digests != self.digests:
+        found = SourceFiles(self.folder, self.hashes, self._progress)
+        if changed := sorted({name for name, _ in self.digests.items() ^ found.digests.items()}):
             raise ValueError(
-                f"the weight files in {str(self.folder)!r} changed while they were pruned: put them back and start "
-                "again with the same output, or pass overwrite=True (--overwrite) to begin with what they are now."
+                f"{', '.join(changed)} in {str(self.folder)!r} changed while the model was pruned: put back what was "
+                "there and start again with the same output, or pass overwrite=True (--overwrite) to begin anew."
             )
         self.hashes = found.hashes
 
-    def _hash(self, known: WeightFiles) -> WeightFiles:
-        files = sorted(path for path in self.folder.iterdir() if path.name.endswith(_WEIGHTS))
+    def _hash(self, known: SourceStamps) -> SourceStamps:
+        files = [f for f in sorted(self.folder.iterdir()) if f.name == CONFIG_FILE or f.name.endswith(_WEIGHTS)]
         stamps = {path: _stamp(path) for path in files}
         changed = [path for path in files if known.get(path.name, [])[:-1] != stamps[path]]
         with ThreadPoolExecutor(_READERS) as pool:
-            bar = tqdm(pool.map(digest_of, changed), "Hashing weights", len(changed), unit="file", delay=3, leave=False)
+            bar = tqdm(
+                pool.map(digest_of, changed),
+                desc="Hashing weights",
+                total=len(changed),
+                unit="file",
+                delay=3,
+                leave=False,
+                disable=not self._progress,
+            )
             found = dict(zip(changed, bar, strict=True))
         return {path.name: [*stamps[path], found[path] if path in found else known[path.name][-1]] for path in files}
 

@@ -131,8 +131,9 @@ class StreamedRun:
         self.finished: dict[int, KeptLayer] = {}
         self._tokenizer = tokenizer
         self._ranks = ranks
-        known = ranks.first(lambda: SourceFiles(source, read_record(folder / FOLDER / WEIGHTS_FILE) or {}).hashes)
-        self.source = ranks.each(lambda: SourceFiles(source, known))
+        file = folder / FOLDER / WEIGHTS_FILE
+        known = ranks.first(lambda: SourceFiles(source, read_record(file) or {}, pruning.progress).hashes)
+        self.source = ranks.each(lambda: SourceFiles(source, known, pruning.progress))
         fingerprint = run_fingerprint(self.source, pruning) | ({"packed": True} if packed else {})
 
         def begin() -> dict[str, Any]:
@@ -176,7 +177,7 @@ class StreamedRun:
         """Write all that is not a decoder layer, and bring the model into `output_dir`.
 
         Raises:
-            ValueError: If the weights changed meanwhile.
+            ValueError: If the weights or the configuration changed meanwhile.
             RankError: If decoder layers are not there.
         """
         report, layers = self.pruning.report, self.journal.finished(read_shards=False)

@@ -141,7 +141,8 @@ def test_task_files_of_the_benchmarks(tasks):
     assert results[1].scores["acc"].value == 0.5
 
 
-def test_unknown_tasks(tasks, monkeypatch):
+@pytest.mark.parametrize("progress", [True, False])
+def test_unknown_tasks(tasks, monkeypatch, capsys, progress):
     class NoTasks:
         all_tasks = ("arc_easy",)
 
@@ -150,7 +151,8 @@ def test_unknown_tasks(tasks, monkeypatch):
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", NoTasks)
     with pytest.raises(ValueError, match="'sea_chioce' not found; pass names of lm-eval"):
-        TaskSuite(["sea_chioce", "arc_easy"], include_path=tasks)
+        TaskSuite(["sea_chioce", "arc_easy"], include_path=tasks, progress=progress)
+    assert ("Reading lm-eval's tasks" in capsys.readouterr().err) == progress
 
 
 @pytest.mark.parametrize(

@@ -101,12 +101,35 @@ def test_weights_that_change_while_they_are_pruned_end_the_run(source, monkeypat
 
     with monkeypatch.context() as patched:
         patched.setattr(Journal, after, change)
-        with pytest.raises(ValueError, match=r"weight files in .* changed while they were pruned: put them back"):
+        with pytest.raises(ValueError, match=r"^model.safetensors in .* changed while the model was pruned: put back"):
             prune(source)
     names = {path.stem for path in (source.parent / "pruned.unfinished" / "journal").glob("*.json")}
     assert names - {"fingerprint", "weights"} == kept
     with pytest.raises(ValueError, match="was another one") if kept else nullcontext():  # nothing is lost without them
         prune(source)
+
+
+def test_a_configuration_that_changes_meanwhile_ends_the_run_which_resumes_once_it_is_put_back(source, monkeypatch):
+    file, keep = source / "config.json", Journal.keep_layer
+    before = file.read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "keep_layer", lambda *arguments: [keep(*arguments), file.write_text(before + "\n")])
+        with pytest.raises(ValueError, match=r"^config\.json in .* changed while the model was pruned: put back"):
+            prune(source)
+    file.write_text(before)
+    with monkeypatch.context() as patched:
+        kept = []
+        patched.setattr(Journal, "keep_layer", lambda *arguments: [keep(*arguments), kept.append(arguments[1])])
+        prune(source)
+    assert kept == [1]
+
+
+def test_without_progress_no_bar_is_shown_while_weights_are_hashed(source, monkeypatch):
+    hidden = []
+    monkeypatch.setattr(fingerprint, "tqdm", lambda found, disable, **_: [hidden.append(disable), found][1])
+    prune(source)
+    assert hidden
+    assert all(hidden)
 
 
 @pytest.mark.parametrize(
