@@ -103,6 +103,19 @@ def test_a_second_run_makes_the_same_bits(source, tmp_path, options):
     assert not list(tmp_path.glob("*again*"))
 
 
+def test_without_progress_no_bar_is_shown_while_text_is_drawn_and_the_model_is_pruned(
+    source, pruned, monkeypatch, capsys
+):
+    seen = []
+    monkeypatch.setattr(
+        reproduction, "calibration_tokens_by_name", lambda *_, progress, **__: [tiny_tokens(), seen.append(progress)][0]
+    )
+    monkeypatch.setattr(reproduction, "_require_same_tokens", lambda *_: None)  # their source has another name
+    assert reproduce(pruned, model=source, calibration="self", progress=False).bit_equal
+    assert seen == [False]
+    assert "Pruning" not in capsys.readouterr().err
+
+
 def test_a_size_is_not_chosen_again(source, tmp_path, monkeypatch):
     folder = prune(source, tmp_path / "model", pattern="bytes:0.8")
     monkeypatch.setattr(model_pruning, "choose_size", None)  # it may measure times
