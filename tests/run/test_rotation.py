@@ -1,12 +1,13 @@
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, tiny_llama, tiny_tokenizer, tiny_tokens
-from tiny_models import tiny_model
+from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_fista import FistaPruner, FistaPruningConfig, rotate
@@ -330,6 +331,18 @@ def test_a_model_that_would_compute_something_else_is_not_saved(text, tmp_path, 
     source = saved(tiny_model("gemma3_text", vocab_size=tiny_llama().config.vocab_size), tmp_path / "gemma3")
     with pytest.raises(UnsupportedArchitectureError, match="the residual stream of Gemma3ForCausalLM can't be rotated"):
         rotate(source, tmp_path / "out", calibration=text, **QUICK)
+
+
+@pytest.mark.parametrize(("family", "most"), [("llama", 0), ("mixtral", 6)])
+def test_rounding_may_send_a_tenth_of_the_tokens_to_other_experts(family, most, monkeypatch):
+    model, expected = tiny_model(family), torch.ones(64, VOCAB_SIZE)
+    for number in (0, 6, 7):  # of 64 tokens
+        found = expected.clone()
+        found[:number] *= 2
+        monkeypatch.setattr(rotation, "_logits", lambda *_, found=found: found)
+        refused = pytest.raises(UnsupportedArchitectureError, match="logits then differ by")
+        with nullcontext() if number <= most else refused:
+            rotation._require_same(model, tiny_tokens(), expected)
 
 
 def test_the_folder_is_named_after_the_model(tmp_path, monkeypatch):

@@ -11,16 +11,17 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def some_readers(size=8):
-    gram = randn(64, size).T @ randn(64, size)
-    weights = [randn(8, size, seed=1), randn(12, size, seed=2)]
-    return Readers(weights, [randn(8, seed=3).square(), randn(12, seed=4).square() * 5], torch.linalg.inv(gram))
+def some_readers(seed=0):
+    gram = randn(64, 8, seed=seed).T @ randn(64, 8, seed=seed)
+    weights = [randn(8, 8, seed=seed + 1), randn(12, 8, seed=seed + 2)]
+    costs = [randn(8, seed=seed + 3).square(), randn(12, seed=seed + 4).square() * 5]
+    return Readers(weights, costs, torch.linalg.inv(gram))
 
 
-def some_writers(size=8):
-    weights = [randn(size, 12, seed=5), randn(size, 12, seed=6)]
-    costs = randn(size, 20, seed=7)
-    return Writers(weights, costs @ costs.T, [randn(12, seed=8).square(), randn(12, seed=9).square()])
+def some_writers(seed=0):
+    weights = [randn(8, 12, seed=seed + 5), randn(8, 12, seed=seed + 6)]
+    costs = randn(8, 20, seed=seed + 7)
+    return Writers(weights, costs @ costs.T, [randn(12, seed=seed + 8).square(), randn(12, seed=seed + 9).square()])
 
 
 def removed_by_hand(scores):
@@ -67,6 +68,13 @@ def test_training_finds_a_basis_in_which_weights_are_sparse(pattern):
     torch.testing.assert_close(found @ found.T, torch.eye(8, dtype=torch.float64))
     assert ratio < 0.35
     assert float(group.error(found.float(), pattern) / group.error(torch.eye(8), pattern)) == pytest.approx(ratio)
+
+
+def test_training_comes_as_far_as_it_did():
+    """Another number of groups, schedule or beta of Adam changes 0.4% or more, noise of 1e-5 in the weights 0.01%."""
+    groups = [some(seed) for seed in range(0, 200, 20) for some in (some_readers, some_writers)]
+    _, ratio = train_rotation(groups, TWO_OF_FOUR, steps=60, learning_rate=0.03, seed=0)
+    assert ratio == pytest.approx(0.71607, rel=1e-3)
 
 
 def test_the_mean_can_be_kept():
