@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,7 @@ from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer,
 
 _ADVICE = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, and ")
 _ADVICE |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and ")
+logger = logging.getLogger(__name__)
 
 
 def prune_files(
@@ -221,7 +223,9 @@ class StreamedRun:
                     pruning.batches.use_sizes_of(pruning.states)
             finished = {index: finished[index] for index in range(first)}
         if len(finished) < len(pruning.layers) and journal.forget_joined():
-            return self._finished()  # they were all there when shards were joined: one of these is damaged
+            # all were there when shards were joined
+            logger.warning("a file was damaged after shards were joined: the layers in joined files are pruned again")
+            return self._finished()
         return finished
 
     def _resume_probe(self, unfinished: Sequence[int]) -> None:

@@ -196,7 +196,7 @@ def test_killed_while_shards_are_joined(each_alone, source, all_layers, tmp_path
 
 
 @pytest.mark.usefixtures("three_files")
-def test_what_is_damaged_of_joined_files_is_made_again(source, all_layers, tmp_path, monkeypatch):
+def test_what_is_damaged_of_joined_files_is_made_again(source, all_layers, tmp_path, monkeypatch, caplog):
     for folder in (tmp_path / "expected", tmp_path / "pruned"):
         shutil.copytree(all_layers, unfinished_folder(folder))
     prune(source, tmp_path / "expected")
@@ -205,8 +205,11 @@ def test_what_is_damaged_of_joined_files_is_made_again(source, all_layers, tmp_p
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
+    assert not caplog.messages
     prune(source, tmp_path / "pruned")
     assert files_of(tmp_path / "pruned") == files_of(tmp_path / "expected")
+    assert caplog.messages[0] == f"{file} is damaged and not used"
+    assert caplog.messages[-1].endswith("after shards were joined: the layers in joined files are pruned again")
 
 
 @pytest.fixture(scope="module")
