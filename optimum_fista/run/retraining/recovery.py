@@ -85,8 +85,8 @@ def recover(
     now and then, and at the end: the weights with the smallest loss are saved, or those of `folder` if none had a
     smaller one.
 
-    After a crash or an interrupt the same call resumes and ends with the same bits (on one machine); until all is done,
-    what is finished lies in `output_dir` + ".unfinished".
+    After a crash or an interrupt the same call resumes and ends with the same bits; if the processor or the number of
+    threads is another, a warning says so. Until all is done, what is finished lies in `output_dir` + ".unfinished".
 
     Processes that were launched together (docs/ranks.md) and all make this call share the weights and the sequences.
 

@@ -28,6 +28,7 @@ from optimum_fista.model.replay import replaced_forwards
 from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.checkpoint import mark_retrained, read_report
 from optimum_fista.run.checkpoints.loading import load_model, read_model
+from optimum_fista.run.environment import processor
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.memory import available_bytes, release_free_memory
 from optimum_fista.run.ranks import Ranks
@@ -37,7 +38,7 @@ from optimum_fista.run.retraining.distillation import LargestLogits, TeacherCach
 from optimum_fista.run.retraining.masks import find_masks, pruned_folder
 from optimum_fista.run.retraining.sharding import local, shard, whole
 from optimum_fista.run.retraining.training import MaskedTraining
-from optimum_fista.run.streamed.journal import read_record, write_record
+from optimum_fista.run.streamed.journal import differences, read_record, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -299,6 +300,7 @@ class RecoveryTraining:
                 tensors[f"{key}/{name}"] = local(value)
         tensors |= {f"best/{name}": value for name, value in self._best.items()}
         values = {"step": self.step, "seconds": self.seconds, "evaluations": self.evaluations, "best": self.best_step}
+        values["processor"] = processor()
         contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
         digests = {name: tensor_sha256(value) for name, value in contiguous.items()}
         noted = json.dumps(values)
@@ -341,6 +343,8 @@ class RecoveryTraining:
         self.step, self.seconds, self.best_step = values["step"], values["seconds"], values["best"]
         self.evaluations = values["evaluations"]
         logger.info("resuming after step %d of %d", self.step, self.steps)
+        if changes := "; ".join(differences(values.get("processor", {}), processor())):
+            logger.warning("the result may not be that of an uninterrupted run to the bit: %s", changes)
 
     def _load_teacher(self) -> PreTrainedModel:
         model, _ = load_model(

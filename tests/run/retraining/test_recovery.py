@@ -107,7 +107,7 @@ def test_it_never_ends_worse(saved, tiny_folder, text, tmp_path):
 
 
 @pytest.mark.parametrize("train", ["all", "lora"])
-def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folder, text, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folder, text, tmp_path, monkeypatch, caplog):
     if train == "lora":
         pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
 
@@ -140,9 +140,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folde
     assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
     assert [row[::2] for row in found.evaluations] == [row[::2] for row in expected.evaluations]
     assert not (tmp_path / "stopped.unfinished").exists()
+    assert not caplog.text
 
 
-def test_a_state_that_is_damaged_is_said_and_the_training_begins_anew(
+def test_a_state_of_another_processor_or_a_damaged_one_is_said_and_the_training_resumes_or_begins_anew(
     saved, tiny_folder, text, tmp_path, monkeypatch, caplog
 ):
     def call():
@@ -157,6 +158,11 @@ def test_a_state_that_is_damaged_is_said_and_the_training_begins_anew(
         patched.setattr(recovery_training.RecoveryTraining, "_take_step", stop)
         with pytest.raises(KeyboardInterrupt):
             call()
+        other = recovery_training.processor() | {"threads": 99}
+        patched.setattr(recovery_training, "processor", lambda: other)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    assert f"run to the bit: threads was {torch.get_num_threads()}, is 99" in caplog.text
     assert recovery.steps_kept(tmp_path / "out") == 1
     (state,) = (tmp_path / "out.unfinished" / "journal").glob("state-*")
     whole = state.read_bytes()
