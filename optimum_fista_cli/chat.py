@@ -251,6 +251,14 @@ def _generate(speaker: _Speaker, ids: Tensor, count: int, pieces: Queue[Any], cl
     temperature = speaker.settings.temperature
     generator = torch.Generator(ids.device).manual_seed(speaker.settings.seed)
 
+    def refuse_nan(_: Tensor, scores: Tensor) -> Tensor:
+        if bool(scores.isnan().any()):
+            raise ValueError(
+                f"{speaker.name} gives NaN logits: look for NaN in its weights, or pass --dtype float32 if it overflows "
+                "in 16 bits."
+            )
+        return scores
+
     def sample(_: Tensor, scores: Tensor) -> Tensor:
         """Scores whose largest one is a sample of the softmax at the temperature (Gumbel's trick).
 
@@ -267,7 +275,7 @@ def _generate(speaker: _Speaker, ids: Tensor, count: int, pieces: Queue[Any], cl
             do_sample=False,
             eos_token_id=speaker.ends or None,
             pad_token_id=speaker.ends[0] if speaker.ends else 0,
-            logits_processor=[sample] if temperature > 0 else [],
+            logits_processor=[refuse_nan, *([sample] if temperature > 0 else [])],
             stopping_criteria=[lambda found, _: torch.full((len(found),), closed.is_set(), device=found.device)],
             streamer=Streamer(),
         )

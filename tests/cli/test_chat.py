@@ -105,6 +105,19 @@ def test_a_line_that_is_no_utf_8_ends_nothing(tiny_folder, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[::2] == [answer, answer]
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_nan_is_one_error(tiny_folder, tmp_path, monkeypatch, capsys, temperature):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("sea\nsky\n"))
+    assert main(["chat", str(tmp_path), *FEW, "--temperature", str(temperature)]) == 1
+    out, error = capsys.readouterr()
+    assert not out
+    assert error.splitlines()[-1].startswith(f"error: {tmp_path} gives NaN logits: look for NaN in its weights")
+
+
 def test_beside_another_model_and_packed_folders(ask, tiny_folder, pruned_folder, tmp_path):
     pack_folder(pruned_folder, tmp_path / "packed")
     lines = ask("the sea\n", tmp_path / "packed", "--beside", tiny_folder, *FEW)
