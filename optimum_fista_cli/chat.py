@@ -254,8 +254,8 @@ def _generate(speaker: _Speaker, ids: Tensor, count: int, pieces: Queue[Any], cl
     def refuse_nan(_: Tensor, scores: Tensor) -> Tensor:
         if bool(scores.isnan().any()):
             raise ValueError(
-                f"{speaker.name} gives NaN logits: look for NaN in its weights, or pass --dtype float32 if it overflows "
-                "in 16 bits."
+                f"{speaker.name} gives NaN logits: look for NaN in its weights, or pass --dtype float32 if it "
+                "overflows in 16 bits."
             )
         return scores
 
