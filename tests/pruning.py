@@ -1,5 +1,8 @@
 """Pruning a model in one call, and what its linear operators see."""
 
+from contextlib import ExitStack
+from typing import Any
+
 import torch
 from tiny_llama import tiny_llama
 from torch import Tensor, nn
@@ -21,16 +24,24 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 def inputs_of(model, tokens: Tensor) -> dict[str, Tensor]:
     """Input [tokens, in] of every linear operator, by the name of its weight."""
-    seen, handles = {}, []
-    for name, module in model.model.layers.named_modules(prefix="model.layers"):
-        if isinstance(module, nn.Linear):
-            hook = lambda _, args, name=name: seen.update({f"{name}.weight": args[0].flatten(0, 1).float()})  # noqa: E731
-            handles.append(module.register_forward_pre_hook(hook))
-    with torch.no_grad():
+    seen = {}
+    with torch.no_grad(), ExitStack() as handles:
+        for name, module in model.model.layers.named_modules(prefix="model.layers"):
+            if isinstance(module, nn.Linear):
+                hook = lambda _, args, name=name: seen.update({f"{name}.weight": args[0].flatten(0, 1).float()})  # noqa: E731
+                handles.enter_context(module.register_forward_pre_hook(hook))
         model(tokens)
-    for handle in handles:
-        handle.remove()
     return seen
+
+
+def hidden_states_of(model, tokens: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    """Outputs [batch, sequence, hidden] of every decoder layer."""
+    seen: list[Any] = []
+    with torch.no_grad(), ExitStack() as handles:
+        for layer in model.model.layers:
+            handles.enter_context(layer.register_forward_hook(lambda *given: seen.append(given[2])))
+        model(input_ids=tokens, attention_mask=mask)
+    return [h[0] if isinstance(h, tuple) else h for h in seen]
 
 
 def error_of(pruned: Tensor, dense: Tensor, inputs: Tensor, dense_inputs: Tensor) -> float:

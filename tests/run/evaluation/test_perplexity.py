@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from untouched import Untouched
 
 from optimum_fista.model.offload import input_device
 from optimum_fista.run.evaluation import perplexity
@@ -69,9 +70,7 @@ def test_an_impossible_text_has_infinite_perplexity(model, windows):
 def test_the_model_is_left_as_it_was(model, windows):
     model.train()
     model.model.layers[1].eval()
-    modes = [module.training for module in model.modules()]
-    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    seen = []
+    untouched, seen = Untouched(model), []
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((module.training, kwargs["use_cache"], torch.is_grad_enabled())),
         with_kwargs=True,
@@ -79,8 +78,7 @@ def test_the_model_is_left_as_it_was(model, windows):
     evaluate_perplexity(model, windows, progress=False)
     hook.remove()
     assert seen == [(False, False, False)] * 5
-    assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    untouched.check()
 
 
 def test_the_modes_are_restored_after_an_error(model, windows):

@@ -28,7 +28,6 @@ from optimum_fista.model.parts import find_parts
 from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.estimate.estimate import Estimate
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
-from optimum_fista.run.pruning import removal
 
 IDLE = (1, 2)
 SOON = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text")
@@ -117,11 +116,11 @@ def test_ranks_write_what_one_process_writes(folders, tmp_path):
 
 
 @pytest.mark.parametrize("at", ["layer", "shrink"])
-def test_a_failure_leaves_the_model_as_it_was(at, monkeypatch):
+@pytest.mark.usefixtures("fails_at_the_end")
+def test_a_failure_leaves_the_model_as_it_was(at):
     model, changed = tiny_model("mixtral"), []
     before, config = {name: value.clone() for name, value in model.state_dict().items()}, model.config
     batches = torch.randint(3, 64, (48, 32), generator=torch.Generator().manual_seed(1)).split(8)
-    shrink = removal.shrink_model
 
     class Watch(PruningCallback):
         def on_layer_end(self, index, report, operators):
@@ -130,11 +129,6 @@ def test_a_failure_leaves_the_model_as_it_was(at, monkeypatch):
             if index == 1 and at == "layer":
                 raise KeyboardInterrupt
 
-    def fail_at_the_end(*arguments):
-        shrink(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(removal, "shrink_model", fail_at_the_end)
     pruner = FistaPruner(FistaPruningConfig(pattern="experts:0.5"), progress=False, callbacks=[Watch()])
     with pytest.raises(KeyboardInterrupt):
         pruner.prune(model, batches)
@@ -295,11 +289,8 @@ def edit(folder: Path, change, key="groups_kept") -> None:
     ],
 )
 def test_what_can_not_go_is_refused_and_the_model_stays(model, pattern, error, message):
-    made = model()
-    before = {name: value.clone() for name, value in made.state_dict().items()}
-    with pytest.raises(error, match=message):
+    with Untouched(made := model()), pytest.raises(error, match=message):
         pruned(made, pattern)
-    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
 
 
 @pytest.mark.parametrize(

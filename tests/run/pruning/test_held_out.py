@@ -2,13 +2,14 @@
 
 import json
 import re
+from contextlib import ExitStack
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from folder_files import files_of
 from killed import interrupted_after
-from pruning import error_of, inputs_of, inputs_seen, prune, same, weights
+from pruning import error_of, hidden_states_of, inputs_of, inputs_seen, prune, same, weights
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import VOCAB_SIZE, tiny_model
 
@@ -44,16 +45,8 @@ def parts_of(model, tokens, layer):
     """Inputs [tokens, in] and outputs of a down projection, and the hidden states after its layer without it."""
     seen = {}
     projection = model.model.layers[layer].mlp.down_proj
-    handles = [
-        projection.register_forward_hook(lambda _, args, output: seen.update(inputs=args[0], own=output)),
-        model.model.layers[layer].register_forward_hook(
-            lambda _, args, output: seen.update(after=output[0] if isinstance(output, tuple) else output)
-        ),
-    ]
-    with torch.no_grad():
-        model(tokens)
-    for handle in handles:
-        handle.remove()
+    with projection.register_forward_hook(lambda _, args, output: seen.update(inputs=args[0], own=output)):
+        seen["after"] = hidden_states_of(model, tokens)[layer]
     flat = {name: value.reshape(-1, value.shape[-1]).double() for name, value in seen.items()}
     return flat["inputs"], flat["own"], flat["after"] - flat["own"]
 
@@ -155,7 +148,7 @@ def test_bfloat16_errors_are_those_of_the_rounded_weights(tokens):
 
 def routed_inputs(model, tokens):
     """Inputs [tokens, hidden] that each expert of each layer of a Mixtral gets, by the name of its gate projection."""
-    seen, handles = {}, []
+    seen = {}
 
     def record(name, hidden_states, index, *_):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -163,13 +156,12 @@ def routed_inputs(model, tokens):
         for expert in range(int(model.config.num_local_experts)):
             seen[f"{name}.{expert}.gate_proj.weight"] = flat[(chosen == expert).any(-1)].float()
 
-    for name, module in model.named_modules():
-        if name.endswith(".experts"):
-            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: record(name, *args)))
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as handles:
+        for name, module in model.named_modules():
+            if name.endswith(".experts"):
+                hook = module.register_forward_pre_hook(lambda _, args, name=name: record(name, *args))
+                handles.enter_context(hook)
         model(tokens)
-    for handle in handles:
-        handle.remove()
     return seen
 
 

@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload
 from any_moment import assert_same_files
 from killed import interrupted_after
+from pruning import hidden_states_of
 from tiny_llama import tiny_llama, tiny_tokens
 from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
@@ -22,29 +23,18 @@ def pruner(**options) -> FistaPruner:
     return FistaPruner(FistaPruningConfig(**OPTIONS | {"under_calibrated_tokens": 0} | options), progress=False)
 
 
-def behind_layers(model, tokens) -> list[torch.Tensor]:
-    """Output hidden states of every decoder layer [tokens, hidden]."""
-    seen = []
-    handles = [layer.register_forward_hook(lambda *given: seen.append(given[2])) for layer in model.model.layers]
-    with torch.no_grad():
-        model(tokens)
-    for handle in handles:
-        handle.remove()
-    return [(h[0] if isinstance(h, tuple) else h).flatten(0, 1) for h in seen]
-
-
 def error_of(made: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(((made - wanted).square().sum(-1) / wanted.square().sum(-1)).mean().sqrt())
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "wanda"}, {"pattern": "2:4", "error_correction": "full"}])
 def test_hidden_states_get_nearer_to_those_of_the_dense_model(llama, tokens, options):
-    wanted = behind_layers(llama, tokens)
+    wanted = hidden_states_of(llama, tokens)
     plain = tiny_llama()
     FistaPruner(FistaPruningConfig(**options), progress=False).prune(plain, tokens.split(2))
     prune = pruner(**options)
     report = prune.prune(llama, tokens.split(2))
-    found = zip(behind_layers(llama, tokens), behind_layers(plain, tokens), wanted, report.layers, strict=True)
+    found = zip(hidden_states_of(llama, tokens), hidden_states_of(plain, tokens), wanted, report.layers, strict=True)
     for index, (made, other, target, layer) in enumerate(found):
         assert layer.finetuning.error == pytest.approx(error_of(made, target), rel=1e-3)
         assert layer.finetuning.error < layer.finetuning.error_before
@@ -60,8 +50,8 @@ def test_independent_layers_aim_at_the_dense_network_too(llama, tokens):
     pruner(error_correction="intra").prune(llama, tokens.split(4))
     plain = tiny_llama()
     FistaPruner(FistaPruningConfig(error_correction="intra"), progress=False).prune(plain, tokens.split(4))
-    wanted = behind_layers(dense, tokens)[0]
-    assert error_of(behind_layers(llama, tokens)[0], wanted) < error_of(behind_layers(plain, tokens)[0], wanted)
+    wanted = hidden_states_of(dense, tokens)[0]
+    assert error_of(hidden_states_of(llama, tokens)[0], wanted) < error_of(hidden_states_of(plain, tokens)[0], wanted)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MOE_FAMILIES])

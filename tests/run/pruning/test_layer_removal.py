@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
+from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
-from optimum_fista.run.pruning import model_pruning, removal
+from optimum_fista.run.pruning import model_pruning
 from optimum_fista.solve.bitmask import unpack_mask
 
 LAYERS = 5
@@ -203,16 +204,10 @@ def test_families_are_loaded_plainly(family, options, pattern, tmp_path):
         assert config["first_k_dense_replace"] == sum(i < 2 for i in kept)
 
 
-def test_a_failure_at_the_end_brings_all_layers_back(monkeypatch):
+@pytest.mark.usefixtures("fails_at_the_end")
+def test_a_failure_at_the_end_brings_all_layers_back():
     model = dense_model()
     layers, config, expected = list(model.model.layers), model.config, logits(model)
-    shrink = removal.shrink_model
-
-    def fail_at_the_end(*arguments):
-        shrink(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(removal, "shrink_model", fail_at_the_end)
     with pytest.raises(KeyboardInterrupt):
         pruner(TOGETHER).prune(model, BATCHES)
     assert list(model.model.layers) == layers
@@ -230,8 +225,5 @@ def test_a_failure_at_the_end_brings_all_layers_back(monkeypatch):
     ],
 )
 def test_shares_that_remove_all_layers_or_none_are_refused(pattern, message):
-    model = dense_model()
-    expected = logits(model)
-    with pytest.raises(ValueError, match=message):
+    with Untouched(model := dense_model()), pytest.raises(ValueError, match=message):
         pruner(pattern).prune(model, BATCHES)
-    assert torch.equal(logits(model), expected)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pruning import prune, weights
+from pruning import hidden_states_of, prune, weights
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
 from optimum_fista.model.evaluation_mode import evaluation_mode
@@ -65,17 +65,6 @@ def test_no_stream_runs_that_is_not_needed(llama, tokens, error_correction, resi
     prune(llama, tokens.split(4), method="wanda", error_correction=error_correction, residual_correction=residual)
     others = 1 + (2 if residual else 0)  # tracing, and whether the last operator is added to the output
     assert len(runs) == passes * 2 + others
-
-
-def hidden_states_of(model, ids, mask) -> list[torch.Tensor]:
-    """Outputs [batch, sequence, hidden] of every decoder layer."""
-    seen = []
-    handles = [layer.register_forward_hook(lambda *given: seen.append(given[2])) for layer in model.model.layers]
-    with torch.no_grad():
-        model(input_ids=ids, attention_mask=mask)
-    for handle in handles:
-        handle.remove()
-    return seen
 
 
 @pytest.mark.parametrize(

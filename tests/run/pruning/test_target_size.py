@@ -9,9 +9,11 @@ import pytest
 import torch
 from folder_files import files_of
 from killed import Killed, killed_at_write
+from pruning import prune
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from torch import nn
+from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import find_decoder_layers
@@ -115,7 +117,7 @@ def test_what_is_redundant_goes_and_nothing_changes(redundant):
     with torch.no_grad():
         expected = model(torch.cat(batches)).logits
     size = {"heads": 0.83, "channels": 0.74, "layers": 0.8}[redundant]
-    report = FistaPruner(FistaPruningConfig(pattern=f"bytes:{size}"), progress=False).prune(model, batches)
+    report = prune(model, batches, pattern=f"bytes:{size}")
     chosen = report.model["size_choice"]["mixture"]
     share = {"heads": 0.5, "channels": 0.5, "layers": 0.25}[redundant]
     assert chosen["pattern"] == f"{redundant}:{share}"
@@ -128,24 +130,24 @@ def test_what_is_redundant_goes_and_nothing_changes(redundant):
 def test_files_to_files_and_the_explicit_pattern_give_the_same_model(tmp_path, monkeypatch):
     source, tokens = save_tiny_folder(tmp_path / "source"), tiny_tokens().split(4)
 
-    def prune(output, pattern="bytes:0.8"):
+    def stream(output, pattern="bytes:0.8"):
         return FistaPruner(FistaPruningConfig(pattern=pattern), progress=False).prune(source, tokens, output_dir=output)
 
-    whole = prune(tmp_path / "whole")
+    whole = stream(tmp_path / "whole")
     model = tiny_llama()
-    report = FistaPruner(FistaPruningConfig(pattern="bytes:0.8"), progress=False).prune(model, tokens)
+    report = prune(model, tokens, pattern="bytes:0.8")
     assert report.model["size_choice"] == whole.model["size_choice"]
     chosen = report.model["size_choice"]["mixture"]["pattern"]
     assert read_report(tmp_path / "whole").model["size_choice"]["mixture"]["pattern"] == chosen
     assert f"| chosen for this size | {chosen}:" in (tmp_path / "whole" / "README.md").read_text()
-    prune(tmp_path / "explicit", chosen)
+    stream(tmp_path / "explicit", chosen)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "explicit")]
     assert weights[0] == weights[1]
     with pytest.raises(Killed), killed_at_write(12):
-        prune(tmp_path / "smaller")
+        stream(tmp_path / "smaller")
     assert (tmp_path / "smaller.unfinished" / "journal" / "layer-00000.json").exists()
     monkeypatch.setattr(model_pruning, "choose_size", lambda *_: pytest.fail("it chose again"))
-    prune(tmp_path / "smaller")
+    stream(tmp_path / "smaller")
     assert files_of(tmp_path / "smaller") == files_of(tmp_path / "whole")
 
 
@@ -216,7 +218,7 @@ def test_time_is_measured():
 def test_models_that_can_lose_a_part_only(family, kinds):
     model = tiny_model(family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": 4})
     before = model.num_parameters()
-    report = FistaPruner(FistaPruningConfig(pattern="bytes:0.8"), progress=False).prune(model, tiny_tokens().split(4))
+    report = prune(model, tiny_tokens().split(4), pattern="bytes:0.8")
     chosen = report.model["size_choice"]["mixture"]["pattern"]
     assert {part.partition(":")[0] for part in chosen.split("+")} <= kinds
     assert model.num_parameters() <= 0.8 * before
@@ -224,11 +226,9 @@ def test_models_that_can_lose_a_part_only(family, kinds):
 
 def test_a_size_that_can_not_be_had_is_refused_with_the_smallest():
     model = tiny_llama()
-    expected = {name: value.clone() for name, value in model.state_dict().items()}
     message = r"pattern='bytes:0.1': the smallest possible size is 0\.2\d+ of the model's bytes, with 'channels:0.98"
-    with pytest.raises(ValueError, match=message) as refused:
-        FistaPruner(FistaPruningConfig(pattern="bytes:0.1"), progress=False).prune(model, tiny_tokens().split(4))
-    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    with Untouched(model), pytest.raises(ValueError, match=message) as refused:
+        prune(model, tiny_tokens().split(4), pattern="bytes:0.1")
     least = float(str(refused.value).rpartition("at least ")[2].rstrip("."))
     choice = choose(model, f"bytes:{least}", tiny_tokens().split(4))
     assert choice.mixture.pattern == "channels:0.98+heads:0.5+layers:0.5"
@@ -278,20 +278,18 @@ def test_what_stays_for_a_size_can_have_its_zeros():
     ]
     assert counts == [{"channels": [4], "heads": [1]}, {"channels": [], "heads": [1]}]
     model = tiny_llama(num_hidden_layers=4)
-    FistaPruner(FistaPruningConfig(pattern="bytes:0.75,2:4"), progress=False).prune(model, tiny_tokens().split(4))
+    prune(model, tiny_tokens().split(4), pattern="bytes:0.75,2:4")
     assert model.config.intermediate_size % 4 == 0
     assert model.num_parameters() <= 0.75 * tiny_llama(num_hidden_layers=4).num_parameters()
 
 
 def test_zeros_in_what_stays_count_nothing():
     model, dense = tiny_llama(), tiny_llama().num_parameters()
-    report = FistaPruner(FistaPruningConfig(pattern="bytes:0.8,2:4"), progress=False).prune(
-        model, tiny_tokens().split(4)
-    )
+    report = prune(model, tiny_tokens().split(4), pattern="bytes:0.8,2:4")
     chosen = report.model["size_choice"]["mixture"]["pattern"]
     assert "," not in chosen
     assert model.num_parameters() <= 0.8 * dense
     assert report.totals["sparsity"] == 0.5
     other = tiny_llama()
-    FistaPruner(FistaPruningConfig(pattern=f"{chosen},2:4"), progress=False).prune(other, tiny_tokens().split(4))
+    prune(other, tiny_tokens().split(4), pattern=f"{chosen},2:4")
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
