@@ -84,10 +84,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         name = command.__name__.rsplit(".", 1)[-1]
         summary = command.DESCRIPTION.split("\n", 1)[0].replace("%", "%%")
         subparser = subparsers.add_parser(
-            name,
-            help=summary,
-            description=command.DESCRIPTION,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=summary, description=command.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         command.add_arguments(subparser)
         if any((group.title or "").startswith("advanced: ") for group in subparser._action_groups):

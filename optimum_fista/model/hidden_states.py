@@ -38,10 +38,7 @@ class RecordedInputs:
 
 
 def record_inputs(
-    model: PreTrainedModel,
-    layers: DecoderLayers,
-    batches: Sequence[CalibrationBatch],
-    storage: Storage | None = None,
+    model: PreTrainedModel, layers: DecoderLayers, batches: Sequence[CalibrationBatch], storage: Storage | None = None
 ) -> RecordedInputs:
     """Run the model on every batch with its decoder layers skipped, and record what each is called with.
 

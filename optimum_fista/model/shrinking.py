@@ -197,11 +197,7 @@ def smaller_copy(plan: Shrinking, name: str, module: nn.Module, kept: Mapping[st
 
 
 def require_same_outputs(
-    plan: Shrinking,
-    name: str,
-    module: nn.Module,
-    kept: Mapping[str, Sequence[int]],
-    call: Callable[[nn.Module], Any],
+    plan: Shrinking, name: str, module: nn.Module, kept: Mapping[str, Sequence[int]], call: Callable[[nn.Module], Any]
 ) -> None:
     """Prove that a module returns the same without the removed groups as with zeros in their columns.
 

@@ -15,14 +15,7 @@ from torch import Tensor
 
 from optimum_fista.packed.bits import as_words, place, select
 from optimum_fista.packed.masks import CHUNK, MaskEncoding, encoding, smallest_encoding
-from optimum_fista.packed.validation import (
-    PLAIN_VERSION,
-    SUFFIXES,
-    VERSION,
-    PackedFormatError,
-    check_tensors,
-    shape_of,
-)
+from optimum_fista.packed.validation import PLAIN_VERSION, SUFFIXES, VERSION, PackedFormatError, check_tensors, shape_of
 
 
 @dataclass(frozen=True)

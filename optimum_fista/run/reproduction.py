@@ -241,12 +241,7 @@ def _require_same_weights(folder: Path, made: dict[str, Any], scratch: Path) -> 
 
 
 def _named_batches(
-    name: str,
-    calibration: str | None,
-    made: dict[str, Any],
-    seed: int,
-    options: dict[str, Any],
-    further: int,
+    name: str, calibration: str | None, made: dict[str, Any], seed: int, options: dict[str, Any], further: int
 ) -> Iterable[Any]:
     """The calibration batches of a source that has a name, of which `further` sequences may have been drawn with them.
 

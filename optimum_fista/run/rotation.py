@@ -24,12 +24,7 @@ from optimum_fista.model.stream_search import find_residual_stream, unsupported
 from optimum_fista.run.checkpoints.atomic import errors_of_writing, require_room
 from optimum_fista.run.checkpoints.checkpoint import CARD_FILE
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY as PRUNED_KEY
-from optimum_fista.run.checkpoints.loading import (
-    load_model,
-    read_config,
-    require_unquantized,
-    usable_device,
-)
+from optimum_fista.run.checkpoints.loading import load_model, read_config, require_unquantized, usable_device
 from optimum_fista.run.checkpoints.output_folder import MODEL_FILES, require_output
 from optimum_fista.run.checkpoints.writing import new_output
 from optimum_fista.run.config import require_seed

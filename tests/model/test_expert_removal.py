@@ -9,13 +9,7 @@ from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.errors import UnsupportedArchitectureError
-from optimum_fista.model.expert_removal import (
-    ExpertScores,
-    SmallerMixture,
-    experts_of,
-    experts_to_keep,
-    score_experts,
-)
+from optimum_fista.model.expert_removal import ExpertScores, SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.parts import find_parts
 from optimum_fista.model.products import quick_products_in

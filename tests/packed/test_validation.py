@@ -55,10 +55,7 @@ CASES = {
     "strided values": (broken(packed_bits(), values=packed_bits().values.repeat(2)[::2]), "must be contiguous"),
     "values dtype": (broken(packed_bits(), values=packed_bits().values.int()), "weight_values is torch.int32"),
     "values shape": (broken(packed_bits(), values=packed_bits().values[None]), "one dimension"),
-    "values cut": (
-        broken(packed_bits(), values=packed_bits().values[:-1]),
-        r"holds 2\d\d weights, but the mask keeps",
-    ),
+    "values cut": (broken(packed_bits(), values=packed_bits().values[:-1]), r"holds 2\d\d weights, but the mask keeps"),
     "values of groups cut": (broken(packed_groups(), values=packed_groups().values[1:]), "holds 143 weights"),
 }
 

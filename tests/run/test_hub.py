@@ -157,12 +157,7 @@ def test_refused_token_names_the_safe_folder(hub, model_folder, tmp_path):
     before = bytes_of(model_folder)
     message = failure(push(hub, model_folder, tmp_path, token="hf_wrong"))
     assert message.count("OSError: ") == 1
-    for part in (
-        "401",
-        "Invalid credentials",
-        f"safe at {model_folder}",
-        f"`hf upload {REPO_ID} '{model_folder}'`",
-    ):
+    for part in ("401", "Invalid credentials", f"safe at {model_folder}", f"`hf upload {REPO_ID} '{model_folder}'`"):
         assert part in message
     assert "hf_wrong" not in message
     assert hub.repositories == {}

@@ -170,14 +170,7 @@ def test_steps_without_momentum_are_plain_proximal_steps(restart):
     problem, l1_penalty = made.problem, 0.02 * critical_penalty(made)
     lipschitz = problem.statistics.lipschitz
     found = fista(
-        problem.gram,
-        problem.target,
-        made.weight,
-        l1_penalty,
-        lipschitz,
-        tolerance=0,
-        restart=restart,
-        momentum=False,
+        problem.gram, problem.target, made.weight, l1_penalty, lipschitz, tolerance=0, restart=restart, momentum=False
     )
     slow = made.weight
     for _ in range(20):

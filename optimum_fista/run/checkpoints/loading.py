@@ -33,11 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(
-    name: str,
-    *,
-    device: str | None = None,
-    dtype: str | torch.dtype = "auto",
-    device_map: str | None = None,
+    name: str, *, device: str | None = None, dtype: str | torch.dtype = "auto", device_map: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 

@@ -11,13 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from optimum_fista.model.architecture import input_embedding
-from optimum_fista.run.checkpoints.loading import (
-    default_device,
-    floating_dtype,
-    gguf_file,
-    read_config,
-    usable_device,
-)
+from optimum_fista.run.checkpoints.loading import default_device, floating_dtype, gguf_file, read_config, usable_device
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.estimate.shapes import Group, model_shapes
 from optimum_fista.run.estimate.work import measure_device, measure_method, work

@@ -61,7 +61,7 @@ class RunBatches:
             states = cut_states(states, sizes, storage, execution_device(self._model.get_input_embeddings()))
         release_free_memory(collect=True)
         self._report.warn(
-            f"out of memory in {where}: batches of {max(sizes)} sequences from here on ({reason.splitlines()[0]})",
+            f"out of memory in {where}: batches of {max(sizes)} sequences from here on ({reason.splitlines()[0]})"
         )
         return states
 

@@ -457,11 +457,7 @@ class PruningReport:
         )
 
 
-HUB_DATASETS = {
-    "wikitext2": "Salesforce/wikitext",
-    "c4": "allenai/c4",
-    "ptb": "ptb-text-only/ptb_text_only",
-}
+HUB_DATASETS = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4", "ptb": "ptb-text-only/ptb_text_only"}
 """Repositories of the data sets that have a short name here."""
 
 

@@ -19,11 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from optimum_fista.model.products import COMPUTE_DTYPES, compute_dtype_of
 from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.checkpoints.installation import discard, empty, install
-from optimum_fista.run.checkpoints.loading import (
-    load_tokenizer,
-    read_config,
-    usable_device,
-)
+from optimum_fista.run.checkpoints.loading import load_tokenizer, read_config, usable_device
 from optimum_fista.run.checkpoints.output_folder import (
     FOLDER,
     MODEL_FILES,
@@ -36,12 +32,7 @@ from optimum_fista.run.checkpoints.writing import write_checkpoint
 from optimum_fista.run.config import require_seed
 from optimum_fista.run.environment import numerical_environment
 from optimum_fista.run.ranks import joined_ranks, launched_processes
-from optimum_fista.run.reports.report import (
-    WORDS_OF_TRAIN,
-    PruningReport,
-    RecoveryReport,
-    library_versions,
-)
+from optimum_fista.run.reports.report import WORDS_OF_TRAIN, PruningReport, RecoveryReport, library_versions
 from optimum_fista.run.retraining.distillation import require_cache
 from optimum_fista.run.retraining.masks import find_record, pruned_folder
 from optimum_fista.run.retraining.recovery_training import TEACHER_FOLDER, RecoveryTraining, open_state, state_files

@@ -122,10 +122,7 @@ def speed_table(report: SpeedReport) -> str:
         speeds = [(found.tokens_per_second[size], first.tokens_per_second[size]) for size in sizes]
         speeds.append((found.prefill_tokens_per_second, first.prefill_tokens_per_second))
         cells = [f"{value:.1f} ({value / base:.2f}x)" for value, base in speeds]
-        for value, base in (
-            (found.memory_bytes, first.memory_bytes),
-            (found.weight_bytes, first.weight_bytes),
-        ):
+        for value, base in ((found.memory_bytes, first.memory_bytes), (found.weight_bytes, first.weight_bytes)):
             cells.append(f"{value / 2**20:,.0f} ({value / max(1, base):.2f}x)")
         cells.append("" if found.same_tokens is None else f"{found.same_tokens:.0%}")
         rows.append([name, *cells])

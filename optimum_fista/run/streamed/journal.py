@@ -96,12 +96,7 @@ class Journal:
         return {index: layer for index, layer in kept.items() if layer is not None}
 
     def keep_layer(
-        self,
-        index: int,
-        shard: Path | None,
-        masks: dict[str, Tensor],
-        record: LayerRecord,
-        states: HiddenStates | None,
+        self, index: int, shard: Path | None, masks: dict[str, Tensor], record: LayerRecord, states: HiddenStates | None
     ) -> None:
         """Finish a decoder layer whose shard is on disk; without one it is removed.
 

@@ -63,12 +63,7 @@ def sample_text_from_model(
             f"sequence_length={sequence_length} exceeds the model's max_position_embeddings={limit}; "
             f"pass {limit} or less."
         )
-    with (
-        evaluation_mode(model),
-        _plain_generation(model),
-        _seeded(input_device(model), seed),
-        torch.no_grad(),
-    ):
+    with evaluation_mode(model), _plain_generation(model), _seeded(input_device(model), seed), torch.no_grad():
         texts = num_texts(sequence_length)
         beginnings = _beginnings(model, tokenizer, num_samples * texts, torch.Generator().manual_seed(seed))
         new_tokens = -(-sequence_length // texts) - beginnings.shape[1]

@@ -123,11 +123,7 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = 
 
 
 def _windows_of_document(
-    tokenizer: PreTrainedTokenizerBase,
-    text: TextSource,
-    num_samples: int,
-    length: int,
-    generator: torch.Generator,
+    tokenizer: PreTrainedTokenizerBase, text: TextSource, num_samples: int, length: int, generator: torch.Generator
 ) -> torch.Tensor:
     """One window from each of `num_samples` segments; from the whole document if it has too few segments."""
     document, characters = text.documents[0], _CHARACTERS_PER_TOKEN * length
@@ -162,11 +158,7 @@ def _spread_windows(ids: torch.Tensor, num_samples: int, length: int, generator:
 
 
 def _windows_of_documents(
-    tokenizer: PreTrainedTokenizerBase,
-    text: TextSource,
-    num_samples: int,
-    length: int,
-    generator: torch.Generator,
+    tokenizer: PreTrainedTokenizerBase, text: TextSource, num_samples: int, length: int, generator: torch.Generator
 ) -> torch.Tensor:
     eos = tokenizer.eos_token_id
     separator = torch.tensor([] if eos is None else [eos], dtype=torch.int64)

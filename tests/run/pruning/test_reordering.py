@@ -114,8 +114,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(streamed, tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
-    [("up_proj.bias", lambda bias: bias + 1), ("gate_proj.weight", lambda weight: weight.flip(0))],
+    ("name", "change"), [("up_proj.bias", lambda bias: bias + 1), ("gate_proj.weight", lambda weight: weight.flip(0))]
 )
 def test_verify_takes_channels_in_the_order_of_the_report_and_nothing_else(streamed, tmp_path, name, change):
     found = verify_checkpoint(streamed / "pruned", dense=str(streamed / "dense"))

@@ -9,11 +9,7 @@ from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.statistics import InputStatistics
 
-PATTERNS = [
-    Unstructured(0.5),
-    Unstructured(0.5, "row"),
-    *map(parse_pattern, ("2:4", "1:4", "4:8")),
-]
+PATTERNS = [Unstructured(0.5), Unstructured(0.5, "row"), *map(parse_pattern, ("2:4", "1:4", "4:8"))]
 
 
 def naive(weight: torch.Tensor, gram: torch.Tensor, pattern: SparsityPattern, damping: float, block: int):
