@@ -89,6 +89,13 @@ class LayerActivations:
         """Output hidden states of the layer for one batch."""
         return self.calls[batch].run(self.layer, hidden_states.to(self.device, non_blocking=True))
 
+    def outputs(self, hidden_states: Iterable[Tensor]) -> ActivationStore:
+        """Output hidden states of the layer, a batch each."""
+        outputs = self.store()
+        for batch, hidden in enumerate(hidden_states):
+            outputs.append(self.run(batch, hidden))
+        return outputs
+
     def arguments_of(
         self, module: nn.Module, hidden_states: Iterable[Tensor]
     ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:

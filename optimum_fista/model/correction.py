@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,6 @@ from optimum_fista.model.experts import AssignedTokens, ExpertLinear, FusedExper
 from optimum_fista.model.finished_parts import FinishedParts
 from optimum_fista.model.layer_sums import Group, LayerSums
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.products import quick_products
 from optimum_fista.model.replay import operator_input, watching
 from optimum_fista.model.residual import LastOperator, is_added_to_output
 from optimum_fista.solve.problem import LayerProblem
@@ -239,26 +238,20 @@ class LayerTargets:
                         target -= (both - same + dense) * correction.residual_share
                 yield target.to(output.dtype)
 
-    @quick_products()
     def leave(self, smaller: nn.Module | None = None) -> HiddenStates:
         """The hidden states that leave the layer after all of its groups are pruned.
 
         Args:
             smaller: The layer without the experts that are removed.
         """
-        pruned: ActivationStore | None = None
+        entering, pruned = self._entering.pruned, None
         if smaller is not None:
-            if self._entering.pruned is not None:
-                pruned = self._activations.store()
-                for call, hidden in zip(self._activations.calls, self._entering.pruned, strict=True):
-                    pruned.append(call.run(smaller, hidden.to(self._activations.device, non_blocking=True)))
+            pruned = None if entering is None else replace(self._activations, layer=smaller).outputs(entering)
         elif self._last is not None:
             pruned = self._last.layer_outputs()  # D* is kept, so only the operator itself runs
-        elif self._entering.pruned is not None:
-            pruned = self._activations.store()
+        elif entering is not None:
             with self._finished.skipped(len(self._groups), keep=False):
-                for batch, hidden in enumerate(self._entering.pruned):
-                    pruned.append(self._activations.run(batch, hidden))
+                pruned = self._activations.outputs(entering)
         return HiddenStates(self._outputs, pruned)
 
     def _run_dense(self, hidden_states: Sequence[Tensor]) -> ActivationStore:

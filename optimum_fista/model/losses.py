@@ -327,11 +327,6 @@ def _require_no_number(
         return
     layer, call = layers.modules[index], recorded.calls[index][0]
     hidden = recorded.hidden_states.kept()[0].to(execution_device(layer))
+    plan = plan_shrinking(model, layers=left)
     with onloaded(layer.modules(), copy=False):
-        require_same_outputs(
-            plan_shrinking(model, layers=left),
-            f"{layers.name}.{index}",
-            layer,
-            {},
-            lambda module: module(hidden, *call.arguments, **call.keywords),
-        )
+        require_same_outputs(plan, f"{layers.name}.{index}", layer, {}, lambda module: call.run(module, hidden))

@@ -78,7 +78,7 @@ def reconstruct(
     trained = _trained(operators, masks)
     # Put back if training makes the layer worse.
     before = [weights.parameter.detach().clone() for weights in trained]
-    error_before, held_out_before = _errors(activations, outputs or _outputs(activations, entering), wanted)
+    error_before, held_out_before = _errors(activations, outputs or activations.outputs(entering), wanted)
     # One kernel, which takes the memory of a weight as one piece: a view of a larger tensor is not. On other devices
     # PyTorch's own choice takes many tensors at once.
     fused = True if device.type == "cpu" and all(weights.master.is_contiguous() for weights in trained) else None
@@ -101,7 +101,7 @@ def reconstruct(
                 weights.round()
     # Its moments are twice the weights in float32.
     del optimizer
-    remade = _outputs(activations, entering)
+    remade = activations.outputs(entering)
     error, held_out = _errors(activations, remade, wanted)
     # False for NaN as well.
     if error < error_before:
@@ -186,10 +186,3 @@ def _errors(
         into[0], into[1] = into[0] + float(squares.double().sum()), into[1] + squares.numel()
     fitted, held_out = (math.sqrt(total / tokens) if tokens else None for total, tokens in sums.values())
     return fitted or 0.0, held_out
-
-
-def _outputs(activations: LayerActivations, entering: Sequence[Tensor]) -> ActivationStore:
-    outputs = activations.store()
-    for hidden, call in zip(entering, activations.calls, strict=True):
-        outputs.append(call.run(activations.layer, hidden.to(activations.device)))
-    return outputs
