@@ -70,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.checkpoints.loading import load_model
     from optimum_fista.run.comparison.compare import measure_row
     from optimum_fista.run.comparison.comparison import markdown_table
-    from optimum_fista.run.comparison.settings import DENSE, NO_PATTERN
+    from optimum_fista.run.comparison.settings import DENSE, NO_PATTERN, parse_config
+    from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.texts.text import load_text
 
     clock = _Clock()
@@ -85,10 +86,19 @@ def run(arguments: argparse.Namespace) -> int:
     texts = {text.name: windows}
     with clock.part("measuring the dense model"):
         rows = [measure_row(DENSE, NO_PATTERN, dense, texts, progress=False)]
-    source = "self" if arguments.full else text.name
+
+    def prune(method: str, pattern: str) -> Row:
+        """A row of the table; a model pruned by the default method is saved, and noted as written."""
+        pruned, pruner = copy.deepcopy(dense), FistaPruner(parse_config(method, pattern))
+        report = pruner.prune(pruned, tokens.split(1), calibration_source="self" if arguments.full else text.name)
+        if method == _DEFAULT:
+            pruner.save_pretrained(pruned, written.output / _SAVED[pattern], tokenizer, overwrite=True)
+            written.note(_SAVED[pattern])
+        return measure_row(method, pattern, pruned, texts, report, progress=False)
+
     for method, pattern in runs:
         with clock.part(f"pruning by {method}, {pattern}"):
-            rows.append(_prune(method, pattern, dense, tokenizer, tokens, source, texts, written))
+            rows.append(prune(method, pattern))
     print(f"\nPerplexity on {arguments.text} ({len(windows)} windows of {windows.shape[1]} tokens), lower is better\n")
     print(markdown_table(rows, [text.name]))
     print(_draw(rows, text.name, arguments.output))
@@ -146,30 +156,6 @@ def _material(
             f"and {num_samples} to calibrate on are needed: pass a longer text, or a shorter --sequence-length."
         )
     return others[:: len(others) // num_samples][:num_samples], windows[:max_windows]
-
-
-def _prune(
-    method: str,
-    pattern: str,
-    dense: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: Tensor,
-    source: str,
-    texts: dict[str, Tensor],
-    written: _Written,
-) -> Row:
-    """A row of the table; a model pruned by the default method is saved, and noted as written."""
-    from optimum_fista.run.comparison.compare import measure_row
-    from optimum_fista.run.comparison.settings import parse_config
-    from optimum_fista.run.pruner import FistaPruner
-
-    pruned = copy.deepcopy(dense)
-    pruner = FistaPruner(parse_config(method, pattern))
-    report = pruner.prune(pruned, tokens.split(1), calibration_source=source)
-    if method == _DEFAULT:
-        pruner.save_pretrained(pruned, written.output / _SAVED[pattern], tokenizer, overwrite=True)
-        written.note(_SAVED[pattern])
-    return measure_row(method, pattern, pruned, texts, report, progress=False)
 
 
 def _show_models(dense: PreTrainedModel, folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -145,6 +145,8 @@ class LayerTargets:
         experts: The module that holds the experts of the layer, if some of them are removed.
 
     Attributes:
+        activations: The decoder layer.
+        entering: Hidden states that enter it.
         adds_experts: Whether the output of all experts together has a residual correction.
     """
 
@@ -156,10 +158,10 @@ class LayerTargets:
         entering: HiddenStates,
         experts: nn.Module | None = None,
     ) -> None:
-        self._activations = activations
+        self.activations = activations
         self._groups = groups
         self._correction = correction
-        self._entering = entering
+        self.entering = entering
         self._finished = FinishedParts(activations, groups)
         self._mixture: tuple[FusedExperts, list[AssignedTokens]] | None = None
         self._last: LastOperator | None = None
@@ -193,7 +195,7 @@ class LayerTargets:
             with self._finished.skipped(index, keep=False):
                 self._last = self._sum_residual(group[0], record)
         elif not self._correction.sees_dense_inputs(index):
-            runs_again = index + 1 < len(self._groups) or self._entering.pruned is not None
+            runs_again = index + 1 < len(self._groups) or self.entering.pruned is not None
             with self._finished.skipped(index, keep=runs_again):
                 self._sum_corrected(group, record)
         # otherwise the sums were finished by the dense pass: X* = X
@@ -203,7 +205,7 @@ class LayerTargets:
 
     def pass_by(self) -> HiddenStates:
         """The hidden states after a layer that is removed: in the pruned network they are those before it."""
-        return HiddenStates(self._outputs, self._entering.pruned)
+        return HiddenStates(self._outputs, self.entering.pruned)
 
     def expert_targets(self) -> Iterator[Tensor]:
         """Run the layer as it is now, and yield what all experts together should return, [tokens, out], by batch.
@@ -220,9 +222,9 @@ class LayerTargets:
         assert self._experts is not None
         correction, seen, count = self._correction, list[Tensor](), 0
         with watching({}, {self._experts: lambda output: seen.append(tokens_of(output, count).float())}):
-            for batch, hidden in enumerate(self._entering.entering):
+            for batch, hidden in enumerate(self.entering.entering):
                 count = hidden.shape[:2].numel()
-                output = self._activations.run(batch, hidden)
+                output = self.activations.run(batch, hidden)
                 if len(seen) != 1:
                     raise UnsupportedArchitectureError(
                         f"a {type(self._experts).__name__} is called {len(seen)} times in a forward pass of its "
@@ -244,19 +246,19 @@ class LayerTargets:
         Args:
             smaller: The layer without the experts that are removed.
         """
-        entering, pruned = self._entering.pruned, None
+        entering, pruned = self.entering.pruned, None
         if smaller is not None:
-            pruned = None if entering is None else replace(self._activations, layer=smaller).outputs(entering)
+            pruned = None if entering is None else replace(self.activations, layer=smaller).outputs(entering)
         elif self._last is not None:
             pruned = self._last.layer_outputs()  # D* is kept, so only the operator itself runs
         elif entering is not None:
             with self._finished.skipped(len(self._groups), keep=False):
-                pruned = self._activations.outputs(entering)
+                pruned = self.activations.outputs(entering)
         return HiddenStates(self._outputs, pruned)
 
     def _run_dense(self, hidden_states: Sequence[Tensor]) -> ActivationStore:
         """Run the dense layer on every batch for the records of its groups; returns its output hidden states."""
-        batch, count, outputs = 0, 0, self._activations.store()
+        batch, count, outputs = 0, 0, self.activations.store()
         # one pass serves all groups: each sees the inputs and outputs of its operators as they come by
         records = list(self._records.values()) if self._correction.needs_dense else []
         inputs = {r.group[0].module: (lambda x, r=r: r.see_input(x, batch)) for r in records}
@@ -269,7 +271,7 @@ class LayerTargets:
         with watching(inputs, results | dict.fromkeys(together, see_experts)):
             for batch, hidden in enumerate(hidden_states):
                 count = hidden.shape[:2].numel()
-                outputs.append(self._activations.run(batch, hidden))
+                outputs.append(self.activations.run(batch, hidden))
                 for record in records:
                     record.end_batch()
         return outputs
@@ -285,11 +287,11 @@ class LayerTargets:
         self, group: Group, record: _DenseRecord, batch: int, inputs: Tensor, weights: Sequence[Tensor]
     ) -> None:
         operator, sums = group[0], record.sums_of(batch)
-        rows = self._activations.rows(inputs, batch, operator)
+        rows = self.activations.rows(inputs, batch, operator)
         if record.outputs is not None:
             sums.add_dense_outputs(rows, record.outputs[batch].to(rows.device, non_blocking=True))
         elif record.inputs is not None:
-            tokens = self._activations.tokens(batch, operator)
+            tokens = self.activations.tokens(batch, operator)
             dense = record.inputs_of(batch, tokens, rows)
             if tokens is not None:  # the dense network may have sent the expert other tokens
                 for o, weight in zip(group, weights, strict=True):
@@ -300,13 +302,13 @@ class LayerTargets:
 
     def _inputs(self, operator: LinearOperator) -> Iterator[Tensor]:
         """`X*` of an operator [batch, sequence, in] or, of an expert, [tokens, in], a batch each."""
-        module, entering = operator.module, self._entering.entering
+        module, entering = operator.module, self.entering.entering
         if not isinstance(module, ExpertLinear):
-            return (operator_input(*found) for found in self._activations.arguments_of(module, entering))
+            return (operator_input(*found) for found in self.activations.arguments_of(module, entering))
         if self._mixture is None or self._mixture[0] is not module.experts:
             # one run for all experts of a mixture: the inputs of each are made from what enters the mixture
-            self._mixture = (module.experts, assigned_tokens(self._activations, module.experts, entering))
-        return (module.inputs(tokens, self._activations.device) for tokens in self._mixture[1])
+            self._mixture = (module.experts, assigned_tokens(self.activations, module.experts, entering))
+        return (module.inputs(tokens, self.activations.device) for tokens in self._mixture[1])
 
     def _is_fitted_to_output(self, index: int) -> bool:
         """Whether a group, the last, is a single operator that has a residual correction."""
@@ -315,14 +317,14 @@ class LayerTargets:
             return False
         if correction.sees_dense_inputs(index) or group[0].tokens is not None:
             return False
-        return is_added_to_output(self._activations, group[0].module, self._entering.entering[0])
+        return is_added_to_output(self.activations, group[0].module, self.entering.entering[0])
 
     def _sum_residual(self, operator: LinearOperator, record: _DenseRecord) -> LastOperator:
         """Sum over `X*` and the targets of the last operator.
 
         The layer runs to its end with the operator's dense weights, which gives `X*`, `W X*` and `D* + W X*`.
         """
-        activations, entering = self._activations, self._entering
+        activations, entering = self.activations, self.entering
         last = LastOperator(
             operator, activations, record.outputs, record.energies(operator), carried=entering.pruned is not None
         )
@@ -343,7 +345,7 @@ class LayerTargets:
         weight: Tensor | None,
     ) -> None:
         """Add a batch to the sums, with the targets `Y = W (a X + (1 - a) X*) - b (D* - D)`."""
-        activations, correction, operator = self._activations, self._correction, record.group[0]
+        activations, correction, operator = self.activations, self._correction, record.group[0]
         assert self._outputs is not None
         own, inputs = seen.pop().view(output.shape), seen.pop()  # some call their operator with [tokens, in]
         same = operator.outputs_without_bias(activations.rows(own, batch, operator)).float()  # W X*

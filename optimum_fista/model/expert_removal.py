@@ -61,9 +61,7 @@ def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
     return FusedExperts(part.name, layer.get_submodule(part.name.removeprefix(f"{layer_name}.")))
 
 
-def score_experts(
-    experts: FusedExperts, activations: LayerActivations, targets: LayerTargets
-) -> tuple[ExpertScores, ActivationStore]:
+def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[ExpertScores, ActivationStore]:
     """Run the decoder layer on what enters it, and see what its experts do.
 
     Returns:
@@ -72,6 +70,7 @@ def score_experts(
     Raises:
         ValueError: If an output of an expert is not finite.
     """
+    activations = targets.activations
     norms = torch.zeros(len(experts), dtype=torch.float64, device=activations.device)
     counts = torch.zeros(len(experts), dtype=torch.int64, device=activations.device)
     wanted = activations.store()

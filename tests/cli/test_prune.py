@@ -194,9 +194,8 @@ def test_a_model_that_is_there_is_refused_before_any_work(prune, tmp_path, capsy
 def test_errors_are_one_line(prune, tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     assert prune(*flags) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert message in errors[0]
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in error
     assert not (tmp_path / "out").exists()
 
 
@@ -219,9 +218,8 @@ def test_models_that_are_not_there(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for model, message in ((tmp_path / "empty", "neither a config.json"), (tmp_path / "missing", "missing")):
         assert main(["prune", str(model), "--output", str(tmp_path / "out"), *QUICK]) == 1
-        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1
-        assert message in errors[0]
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert message in error
 
 
 def test_push_to_hub_uploads_the_folder(hub, tiny_folder, text_file, tmp_path):

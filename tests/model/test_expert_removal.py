@@ -49,7 +49,7 @@ def test_scores_are_those_of_a_plain_loop_over_tokens():
     batches = [{"input_ids": ids[:1], "attention_mask": mask[:1]}, ids[1:], ids[1:]]
     _, experts, activations, entering = mixture_layer("mixtral", batches, held_out=1)
     targets = LayerTargets(activations, [], Correction("full"), HiddenStates(entering, entering), experts.module)
-    scores, _ = score_experts(experts, activations, targets)
+    scores, _ = score_experts(experts, targets)
     counts, norms, module = [0] * 4, [0.0] * 4, experts.module
     for batch, length in ((0, 20), (1, 32)):
         for hidden, call in [(entering[batch], activations.calls[batch])]:

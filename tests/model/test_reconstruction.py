@@ -34,6 +34,15 @@ def halve(operators: list[LinearOperator]) -> dict[str, Tensor]:
     return masks
 
 
+def halved_layer(last: float = 1.0, **options):
+    """A decoder layer, what enters it, what it should return, its operators, halved, and their masks."""
+    layer, entering = toy_layer(**options), hidden()
+    entering[-1] = entering[-1] * last
+    wanted = [layer(h) for h in entering]
+    operators = [operator for group in layer.groups() for operator in group]
+    return layer, entering, wanted, operators, halve(operators)
+
+
 def relative_error(outputs: list[Tensor], wanted: list[Tensor]) -> float:
     """The error in float64, token by token."""
     squares = [
@@ -46,10 +55,7 @@ def relative_error(outputs: list[Tensor], wanted: list[Tensor]) -> float:
 
 @torch.no_grad()
 def test_the_error_falls_and_is_that_of_the_outputs():
-    layer, entering = toy_layer(bias=True), hidden()
-    wanted = [layer(h) for h in entering]
-    operators = [operator for group in layer.groups() for operator in group]
-    masks = halve(operators)
+    layer, entering, wanted, operators, masks = halved_layer(bias=True)
     pruned = [layer(h) for h in entering]
     biases = [module.bias.clone() for module in layer.children()]
     made = reconstruct(activations_of(layer), operators, masks, entering, wanted, steps=80, learning_rate=1e-2, seed=0)
@@ -116,10 +122,7 @@ def test_a_weight_that_is_part_of_a_larger_tensor():
 @torch.no_grad()
 @pytest.mark.parametrize("rate", [1e6, math.inf])
 def test_weights_that_got_worse_or_are_not_finite_are_put_back(rate):
-    layer, entering = toy_layer(), hidden()
-    wanted = [layer(h) for h in entering]
-    operators = [operator for group in layer.groups() for operator in group]
-    masks = halve(operators)
+    layer, entering, wanted, operators, masks = halved_layer()
     before = [operator.read() for operator in operators]
     made = reconstruct(activations_of(layer), operators, masks, entering, wanted, steps=5, learning_rate=rate, seed=0)
     assert made.outputs is None
@@ -131,10 +134,7 @@ def test_weights_that_got_worse_or_are_not_finite_are_put_back(rate):
 def test_the_seed_decides_the_result():
     results = []
     for seed in (0, 0, 1):
-        layer, entering = toy_layer(), hidden()
-        wanted = [layer(h) for h in entering]
-        operators = [operator for group in layer.groups() for operator in group]
-        masks = halve(operators)
+        layer, entering, wanted, operators, masks = halved_layer()
         reconstruct(activations_of(layer), operators, masks, entering, wanted, steps=6, learning_rate=1e-2, seed=seed)
         results.append(layer.up.weight.clone())
     assert torch.equal(results[0], results[1])
@@ -183,11 +183,7 @@ def test_steps_below_the_resolution_of_bfloat16_add_up():
 def test_held_out_batches_are_measured_and_not_fitted_to():
     tuned = []
     for held_out in (1.0, 3.0):
-        layer, entering = toy_layer(), hidden()
-        entering[3] = entering[3] * held_out
-        wanted = [layer(h) for h in entering]
-        operators = [operator for group in layer.groups() for operator in group]
-        masks = halve(operators)
+        layer, entering, wanted, operators, masks = halved_layer(last=held_out)
         before = relative_error([layer(entering[3])], wanted[3:])
         activations = activations_of(layer)
         activations.held_out = [False, False, False, True]

@@ -37,17 +37,22 @@ def prune(model, **options):
 
 
 @torch.no_grad()
-def added_operators(model, first_token=1.0):
-    """Operators whose output is added to that of the first decoder layer; the first token's inputs are multiplied."""
+def first_layer(model):
+    """The first decoder layer of a model, what enters it, and its operators by their names in it."""
     layers = find_decoder_layers(model)
     name, layer = next(iter(layers))
     recorded = record_inputs(model, layers, read_batches(ids(), 64))
     activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, torch.device("cpu"))
-    hidden = recorded.hidden_states[0]
+    operators = {key.removeprefix(f"{name}."): operator for key, operator in find_operators(name, layer).items()}
+    return activations, recorded.hidden_states[0], operators
+
+
+@torch.no_grad()
+def added_operators(model, first_token=1.0):
+    """Operators whose output is added to that of the first decoder layer; the first token's inputs are multiplied."""
+    activations, hidden, operators = first_layer(model)
     hidden[:, 0] *= first_token
-    operators = find_operators(name, layer).items()
-    found = {key for key, operator in operators if is_added_to_output(activations, operator.module, hidden)}
-    return {key.removeprefix(f"{name}.") for key in found}
+    return {name for name, operator in operators.items() if is_added_to_output(activations, operator.module, hidden)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -69,14 +74,7 @@ def test_huge_activations_of_one_token_do_not_hide_what_comes_later():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_scale_before_the_sum_is_seen(dtype):
     """MiniCPM3 multiplies outputs by .99, less than the rounding of the layer's output in bfloat16."""
-    model = family_model("minicpm3").to(dtype)
-    layers = find_decoder_layers(model)
-    name, layer = next(iter(layers))
-    operator = find_operators(name, layer)[f"{name}.mlp.down_proj"]
-    with torch.no_grad():
-        recorded = record_inputs(model, layers, read_batches(ids(), 64))
-        activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, torch.device("cpu"))
-        assert not is_added_to_output(activations, operator.module, recorded.hidden_states[0])
+    assert "mlp.down_proj" not in added_operators(family_model("minicpm3").to(dtype))
 
 
 @pytest.mark.parametrize(("family", "corrected"), [("llama", 2), ("gemma3_text", 0)])
@@ -90,14 +88,9 @@ def test_the_report_says_where_nothing_was_corrected(family, corrected):
 
 
 def test_a_trial_that_runs_out_of_memory_leaves_no_hook():
-    model = tiny_model("llama")
-    layers = find_decoder_layers(model)
-    name, layer = next(iter(layers))
-    operator = find_operators(name, layer)[f"{name}.mlp.down_proj"]
+    activations, hidden, operators = first_layer(tiny_model("llama"))
+    operator = operators["mlp.down_proj"]
     with torch.no_grad():
-        recorded = record_inputs(model, layers, read_batches(ids(), 64))
-        activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, torch.device("cpu"))
-        hidden = recorded.hidden_states[0]
         with RaiseAt() as whole:
             assert is_added_to_output(activations, operator.module, hidden)
         for number in range(1, whole.count + 1):

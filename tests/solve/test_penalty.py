@@ -36,6 +36,12 @@ class Solver:
         return FistaSolution(self.answer(start, l1_penalty), 7, False)
 
 
+def start():
+    """A problem, and what Wanda makes of it in the first pattern."""
+    made = example(6, 8)
+    return made, Wanda().prune(made.problem, PATTERNS[0])
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("corrected", [False, True])
 def test_improves_on_the_start_and_the_best_error_never_rises(pattern, corrected):
@@ -60,8 +66,7 @@ def test_improves_on_the_start_and_the_best_error_never_rises(pattern, corrected
 @pytest.mark.parametrize("patience", [1, 3, 5])
 @pytest.mark.parametrize("damage", [-1.0, math.nan, math.inf])
 def test_a_solver_that_never_improves_returns_the_start(patience, damage):
-    made = example(6, 8)
-    rounded = Wanda().prune(made.problem, PATTERNS[0])
+    made, rounded = start()
     solver = Solver(lambda start, _: start * damage)
     found = search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver, patience=patience)
     assert found.weight is rounded.weight
@@ -74,9 +79,7 @@ def test_a_solver_that_never_improves_returns_the_start(patience, damage):
 
 
 def test_failures_count_from_the_last_improvement():
-    made = example(6, 8)
-    pattern = PATTERNS[0]
-    rounded = Wanda().prune(made.problem, pattern)
+    (made, rounded), pattern = start(), PATTERNS[0]
     better = refit(made.problem.gram, made.problem.target, rounded.weight, rounded.mask)[0]
     answers = iter([-better, -better, better, -better, -better, -better, better])
     solver = Solver(lambda start, _: next(answers))
@@ -88,9 +91,7 @@ def test_failures_count_from_the_last_improvement():
 
 
 def test_trials_start_from_the_best_rounded_weights():
-    made = example(6, 8)
-    pattern = PATTERNS[0]
-    rounded = Wanda().prune(made.problem, pattern)
+    (made, rounded), pattern = start(), PATTERNS[0]
     better = refit(made.problem.gram, made.problem.target, rounded.weight, rounded.mask)[0]
     answers = iter([-better, better, -better, -better, -better])
     solver = Solver(lambda start, _: next(answers))
@@ -102,8 +103,7 @@ def test_trials_start_from_the_best_rounded_weights():
 
 
 def test_penalty_rises_where_rounding_dominates():
-    made = example(6, 8)
-    rounded = Wanda().prune(made.problem, PATTERNS[0])
+    made, rounded = start()
     # Dense weights lose everything by rounding.
     solver = Solver(lambda start, _: made.weight)
     search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver, patience=6)
@@ -111,8 +111,7 @@ def test_penalty_rises_where_rounding_dominates():
 
 
 def test_penalty_falls_where_rounding_changes_nothing():
-    made = example(6, 8)
-    rounded = Wanda().prune(made.problem, PATTERNS[0])
+    made, rounded = start()
     solver = Solver(lambda start, _: -rounded.weight)
     search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver, patience=6)
     assert solver.penalties == sorted(set(solver.penalties), reverse=True)
@@ -120,9 +119,7 @@ def test_penalty_falls_where_rounding_changes_nothing():
 
 @pytest.mark.parametrize("share", [0.05, 0.95])
 def test_rounding_share_is_the_threshold_between_the_two(share):
-    made = example(6, 8)
-    pattern = PATTERNS[0]
-    rounded = Wanda().prune(made.problem, pattern)
+    (made, rounded), pattern = start(), PATTERNS[0]
     # Rounding moves these weights by about half of their total error.
     answer = rounded.weight * 1.6 + 0.25 * made.weight * ~rounded.mask
     mask = pattern.mask(answer.abs())
@@ -134,8 +131,7 @@ def test_rounding_share_is_the_threshold_between_the_two(share):
 
 
 def test_bisection_is_on_a_logarithmic_scale_below_the_critical_penalty():
-    made = example(6, 8)
-    rounded = Wanda().prune(made.problem, PATTERNS[0])
+    made, rounded = start()
     solver = Solver(lambda start, _: -rounded.weight)
     search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver, penalty_range=(1e-4, 1.0))
     critical = float(made.problem.target.abs().max())
@@ -143,8 +139,7 @@ def test_bisection_is_on_a_logarithmic_scale_below_the_critical_penalty():
 
 
 def test_number_of_trials_is_limited():
-    made = example(6, 8)
-    rounded = Wanda().prune(made.problem, PATTERNS[0])
+    made, rounded = start()
     solver = Solver(lambda start, _: -rounded.weight)
     search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver, patience=100, max_trials=4)
     assert len(solver.penalties) == 4

@@ -153,7 +153,7 @@ class _Loop:
         first = entering.entering[0].to(activations.device)
         if run.removal is not None:
             run.removal.prove(name, activations, first)
-        orders = reorder_channels(run.channels, name, run.config, self.sink, operators, activations, entering.entering)
+        orders = reorder_channels(run, self.sink, name, activations, entering.entering)
         groups, left_dense = trace_groups(activations.layer, operators, activations.calls[0], first)
         if run.removal is not None:
             run.removal.require_called(name, groups)
@@ -162,7 +162,7 @@ class _Loop:
             readers, groups = run.removal.with_readers_alone(groups)
             if readers:
                 targets = LayerTargets(activations, readers, run.config.correction, entering)
-                narrowed = choose_columns(run.removal, run.model.config.model_type, self.sink, operators, targets)
+                narrowed = choose_columns(run, self.sink, operators, targets)
         elif run.removal is not None:
             groups, others = run.removal.to_prune(groups, activations, first)
             left_dense |= others
@@ -180,12 +180,12 @@ class _Loop:
             # with the dense network's inputs, while the layer still is that of the dense network; else as pruned
             first_of_all = run.config.correction.sees_dense_inputs(len(groups))
             if experts is not None and first_of_all:
-                mixture, smaller = self.without_experts(name, experts, activations, targets)
+                mixture, smaller = self.without_experts(name, experts, targets)
             for number in range(len(groups)):
                 # in a call: the matrices of a group must be gone before those of the next one are made
                 reports += self.prune_group(index, targets.problems(number), narrowed, masks)
             if experts is not None and not first_of_all:
-                mixture, smaller = self.without_experts(name, experts, activations, targets)
+                mixture, smaller = self.without_experts(name, experts, targets)
             leaving = targets.leave(smaller)
             if masks:
                 chosen = [operators[operator] for operator in masks]
@@ -213,13 +213,11 @@ class _Loop:
         return reports
 
     def without_experts(
-        self, name: str, experts: FusedExperts, activations: LayerActivations, targets: LayerTargets
+        self, name: str, experts: FusedExperts, targets: LayerTargets
     ) -> tuple[MixtureReport, nn.Module]:
         """Remove experts of a decoder layer; returns what to report, and the layer without them."""
         assert self.run.removal is not None
-        assert self.run.states is not None
-        entering = self.run.states.entering
-        removed = remove_experts(self.run.removal, self.sink, name, experts, activations, targets, entering)
+        removed = remove_experts(self.run.removal, self.sink, name, experts, targets)
         self.bar.update()
         return removed
 

@@ -15,12 +15,11 @@ from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.model.experts import FusedExperts
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.parts import Part
 from optimum_fista.model.replay import operator_input
 from optimum_fista.model.shrinking import difference_beyond_rounding, small_hidden_states, smaller_copy
-from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.pruning.group_solving import GroupSolver
+from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.removal import Removal
 from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import MixtureReport
@@ -32,41 +31,34 @@ _TOKENS_OF_ORDER = 8192
 
 
 def choose_columns(
-    removal: Removal, model_type: str, sink: ModelSink, operators: Mapping[str, LinearOperator], targets: LayerTargets
+    run: ModelPruning, sink: ModelSink, operators: Mapping[str, LinearOperator], targets: LayerTargets
 ) -> dict[str, Narrowing]:
     """What stays of the operators of a decoder layer before they get zeros.
 
     Those that read its parts, each in a group of its own in `targets`, are pruned to whole columns by the `choice` of
     the removal, and then put back: the operators before them come first.
     """
-    assert removal.choice is not None
+    assert run.removal is not None
+    assert run.removal.choice is not None
     refitted = dict[str, PrunedOperator]()
-    solver = GroupSolver(removal.choice, model_type, Budgets(removal.choice))
+    solver = GroupSolver(run.removal.choice, run.model.config.model_type, Budgets(run.removal.choice))
     for number in range(targets.num_groups):
         problems = targets.problems(number)
         for operator, pruned in zip(problems.operators, solver.solve(problems).pruned, strict=True):
             sink.write(operator, pruned)
             refitted[operator.name] = pruned
     sink.undo()
-    return removal.narrowings(operators, refitted)
+    return run.removal.narrowings(operators, refitted)
 
 
 def reorder_channels(
-    parts: Mapping[str, Part],
-    layer_name: str,
-    config: FistaPruningConfig,
-    sink: ModelSink,
-    operators: Mapping[str, LinearOperator],
-    activations: LayerActivations,
-    hidden_states: Sequence[Tensor],
+    run: ModelPruning, sink: ModelSink, layer_name: str, activations: LayerActivations, hidden_states: Sequence[Tensor]
 ) -> dict[str, tuple[int, ...]]:
     """Let the channels of a decoder layer's MLPs change places, so that patterns keep more of the down projections.
 
     What counts of a weight is its size times the root mean square of its input, as Wanda has it (arXiv 2306.11695), on
-    the first `_TOKENS_OF_ORDER` tokens that are not held out.
-    `parts` are the channels of all MLPs, by the names of the down projections; MLPs whose down projection is not among
-    the operators to prune stay as they are. The hidden states are those that enter the layer, a batch each, [batch,
-    tokens, hidden].
+    the first `_TOKENS_OF_ORDER` tokens that are not held out. MLPs whose down projection is not among the operators to
+    prune stay as they are. The hidden states are those that enter the layer, a batch each, [batch, tokens, hidden].
 
     Returns:
         The numbers that the inputs of each of these down projections had before, in their new order, by the names of
@@ -76,9 +68,9 @@ def reorder_channels(
         UnsupportedArchitectureError: If the layer then returns something else.
     """
     call, layer, orders = activations.calls[0], activations.layer, dict[str, tuple[int, ...]]()
-    for name, operator in operators.items():
-        part = parts.get(name)
-        if part is None or not config.pattern_for(name).orders_inputs:
+    for name, operator in run.operators[layer_name].items():
+        part, pattern = run.channels.get(name), run.config.pattern_for(name)
+        if part is None or not pattern.orders_inputs:
             continue
         energies, tokens = torch.zeros(operator.shape[1], device=activations.device), 0
         for batch, (arguments, keywords) in enumerate(activations.arguments_of(operator.module, hidden_states)):
@@ -88,7 +80,7 @@ def reorder_channels(
                 tokens += len(inputs)
             if tokens >= _TOKENS_OF_ORDER:
                 break
-        order = config.pattern_for(name).best_order(operator.read().abs_().mul_(energies.sqrt())).tolist()
+        order = pattern.best_order(operator.read().abs_().mul_(energies.sqrt())).tolist()
         hidden = small_hidden_states(hidden_states[0].to(activations.device))
         expected = call.run(layer, hidden)
         for tensor in part.tensors:
@@ -107,28 +99,20 @@ def reorder_channels(
 
 
 def remove_experts(
-    removal: Removal,
-    sink: ModelSink,
-    layer_name: str,
-    experts: FusedExperts,
-    activations: LayerActivations,
-    targets: LayerTargets,
-    hidden_states: Sequence[Tensor],
+    removal: Removal, sink: ModelSink, layer_name: str, experts: FusedExperts, targets: LayerTargets
 ) -> tuple[MixtureReport, nn.Module]:
     """Choose the experts of a decoder layer that stay, and refit them, so that they return its targets together.
-
-    The hidden states are those that enter the layer, a batch each, [batch, tokens, hidden].
 
     Returns:
         What to report, and the layer without the experts that go.
     """
     started, asked, part = time.perf_counter(), removal.asked, removal.plan.parts[experts.name]
-    scores, wanted = score_experts(experts, activations, targets)
+    scores, wanted = score_experts(experts, targets)
     saliency = scores.saliency(asked.expert_saliency, part.name, asked.seed)
     kept = experts_to_keep(saliency, removal.plan.counts[part.name], part.equal_runs)
-    smaller = smaller_copy(removal.experts, layer_name, activations.layer, {part.name: kept})
+    smaller = smaller_copy(removal.experts, layer_name, targets.activations.layer, {part.name: kept})
     left = experts_of(part, layer_name, smaller)
-    mixture = SmallerMixture(left, replace(activations, layer=smaller), hidden_states, wanted)
+    mixture = SmallerMixture(left, replace(targets.activations, layer=smaller), targets.entering.entering, wanted)
     before, unseen = mixture.errors()
     fit_error, num_refitted, message = before, 0, ""
     if asked.expert_refit:

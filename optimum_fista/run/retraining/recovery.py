@@ -154,13 +154,8 @@ def recover(
         place = usable_device(ranks.device)
         compute = compute_dtype_of(compute_dtype, place)
         count = steps * batch_size * accumulate
-        options: dict[str, Any] = {
-            "batch_size": batch_size,
-            "accumulate": accumulate,
-            "label_share": label_share,
-            "seed": seed,
-        }
-        options |= {"compute_dtype": str(compute).removeprefix("torch."), "top_k": top_k, "train": train}
+        options: dict[str, Any] = {"batch_size": batch_size, "accumulate": accumulate, "label_share": label_share}
+        options |= {"seed": seed, "compute_dtype": str(compute).removeprefix("torch."), "top_k": top_k, "train": train}
         options |= {"learning_rate": learning_rate, "teacher_cache": teacher_cache is not None}
 
         def begin() -> tuple[Tensor, dict[str, Any]]:

@@ -124,9 +124,7 @@ class RecoveryTraining:
         if choice["checkpointed"]:
             opened.enter_context(_checkpointed_layers(self.model))
         self._peft_model = self._add_adapters() if self.kind == "lora" else None
-        self._trained = {
-            name: p.requires_grad_() for name, p in self.model.named_parameters() if self._is_trained(name, p)
-        }
+        self._trained = self._trained_parameters()
         masks: dict[str, Tensor] = {}
         if self.kind == "all":
             found = ranks.each(lambda: find_masks(self.model, self.source))
@@ -403,26 +401,22 @@ class RecoveryTraining:
         shape = (self.options["batch_size"], self.windows.shape[1])
         return choose(self.model, dense, self.options["train"], shape, self.device, self.compute, free_bytes, cached)
 
-    def _is_trained(self, name: str, parameter: Tensor) -> bool:
-        if self.kind != "all":
-            return parameter.requires_grad or (parameter.ndim == 1 and name.rpartition(".")[0] not in self._outer())
-        return name.rpartition(".")[0] not in self._outer()
-
-    def _outer(self) -> set[str]:
-        """Names of the modules that stay as they are: embeddings and the head."""
-        head = self.model.get_output_embeddings()
-        return {
-            name for name, module in self.model.named_modules() if isinstance(module, nn.Embedding) or module is head
-        }
+    def _trained_parameters(self) -> dict[str, Tensor]:
+        """What is trained, by name: all or what has one dimension, but of embeddings and the head; and adapters."""
+        head, parameters = self.model.get_output_embeddings(), dict(self.model.named_parameters())
+        modules = self.model.named_modules()
+        outer = {name for name, module in modules if isinstance(module, nn.Embedding) or module is head}
+        inner = [name for name in parameters if name.rpartition(".")[0] not in outer]
+        chosen = {name for name in inner if self.kind == "all" or parameters[name].ndim == 1}
+        return {n: p.requires_grad_() for n, p in parameters.items() if n in chosen or p.requires_grad}
 
     def _add_adapters(self) -> Any:
         from optimum_fista.run.retraining.lora import mask_adapters  # first: it says what to install
 
         from peft import LoraConfig, get_peft_model  # isort: skip
 
-        names = [
-            operator.name for operator in linear_operators(self.model)
-        ]  # PEFT's "all-linear" takes fused experts too
+        # PEFT's "all-linear" takes fused experts too.
+        names = [operator.name for operator in linear_operators(self.model)]
         settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, task_type="CAUSAL_LM")
         with torch.random.fork_rng():
             torch.manual_seed(self.options["seed"])
