@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
@@ -135,3 +136,10 @@ def checkpoint_sha256(files: Mapping[str, Path]) -> str:
         with safe_open(path, "pt") as file:
             found |= {name: tensor_sha256(file.get_tensor(name)) for name in files if files[name] == path}
     return combined_sha256(found)
+
+
+def read_tensors(files: dict[str, Path], names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors one at a time, in the order of `names`."""
+    for name in names:
+        with safe_open(files[name], "pt") as file:
+            yield name, file.get_tensor(name)

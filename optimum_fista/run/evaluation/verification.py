@@ -26,6 +26,7 @@ from optimum_fista.run.checkpoints.checkpoint import (
     checkpoint_files,
     read_json,
     read_report,
+    read_tensors,
     require_files,
     summary,
 )
@@ -176,17 +177,15 @@ def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorR
     """The same from a dense folder."""
     files = checkpoint_files(folder)
     names = [operator.name for operator in report.operators]
-    places = [split_index(name) for name in names]
-    missing = [tensor for tensor, _ in places if tensor not in files]
+    tensors = [split_index(name)[0] for name in names]
+    missing = [name for name in tensors if name not in files]
     if missing:
         raise VerificationError(f"{missing[0]} is in the report but not in the checkpoint.")
     with safe_open(folder / MASKS_FILE, "pt") as masks:
         if sorted(masks.keys()) != sorted(names):
             raise VerificationError("the masks and the report name different operators.")
-        for operator, (tensor, index) in zip(report.operators, places, strict=True):
-            with safe_open(files[tensor], "pt") as file:
-                weight = file.get_tensor(tensor)
-            yield operator, weight[index], masks.get_tensor(operator.name)
+        for operator, (_, tensor) in zip(report.operators, read_tensors(files, tensors), strict=True):
+            yield operator, tensor[split_index(operator.name)[1]], masks.get_tensor(operator.name)
 
 
 def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -> int:
