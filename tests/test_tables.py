@@ -14,14 +14,40 @@ from optimum_fista.run.config import RECIPES
 from optimum_fista.run.speed.speed_report import SpeedReport
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "scale.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
 TEXTS = ("calibration", "fresh", "other")
 
 
+def kept_in(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def page_of(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "module", "table"),
+    [
+        ("howto/recover", "recovery", "recovery", "table"),
+        ("howto/recover", "recovery_quick", "recovery", "table"),
+        ("ablations", "recovery_seeds", "recovery", "table_of_seeds"),
+        ("ablations", "recovery_seeds_small", "recovery", "table_of_seeds"),
+        ("ablations", "heads", "heads", "table"),
+        ("smaller", "smaller_smollm2_cpp", "llama_cpp", "table"),
+        ("howto/elsewhere", "openvino_zeros", "openvino_zeros", "table"),
+        ("reconstruction", "reconstruction", "reconstruction", "table"),
+        ("penalty", "penalty_search", "penalty_search", "table"),
+    ],
+)
+def test_a_table_of_the_docs_is_that_of_the_kept_rows(benchmark, page, name, module, table):
+    assert "\n".join(getattr(benchmark(module), table)(kept_in(name)["rows"])) in page_of(page)
+
+
 def test_estimates_of_large_models(benchmark):
-    kept = json.loads((ROOT / "benchmarks" / "results" / "estimate.json").read_text())["models"]
+    kept = kept_in("estimate")["models"]
     found = json.loads(json.dumps(benchmark("estimate").of_large_models()))
-    assert "\n".join(benchmark("estimate").large_models_table(kept)) in PAGE
+    assert "\n".join(benchmark("estimate").large_models_table(kept)) in page_of("scale")
     for name, model in kept.items():  # steps of methods differ a little between processors
         for place, peak in model["memory"].items():
             assert found[name]["memory"][place]["parts"] == pytest.approx(peak["parts"], rel=0.02)
@@ -32,8 +58,8 @@ def test_estimates_of_large_models(benchmark):
 
 def test_recipes_in_the_quickstart(benchmark):
     """The measured rows are kept, and the estimates of large models are today's."""
-    page = (ROOT / "docs" / "quickstart.md").read_text().split("### Recipes")[1].split("## 5.")[0]
-    _, *kept = Comparison.read(ROOT / "benchmarks" / "results" / "recipes.json").rows
+    page = page_of("quickstart").split("### Recipes")[1].split("## 5.")[0]
+    _, *kept = Comparison.read(RESULTS / "recipes.json").rows
     measured = {}
     for row in kept:
         pattern = {"sparsity": 0.5} if row.pattern == "0.5" else {"pattern": row.pattern}
@@ -59,11 +85,10 @@ def unseen_factor(row: dict[str, float], to: dict[str, float]) -> float:
     return math.prod(row[name] / to[name] for name in ("wikitext2-test", "lambada", "held out")) ** (1 / 3)
 
 
-def test_what_a_recovery_gains(benchmark):
-    """The table, and what the page says of it in multiples of the dense perplexity."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text())["rows"]
-    page = (ROOT / "docs" / "howto" / "recover.md").read_text()
-    assert "\n".join(benchmark("recovery").table(rows)) in page
+def test_what_a_recovery_gains():
+    """What the page says of the table in multiples of the dense perplexity."""
+    rows = kept_in("recovery")["rows"]
+    page = page_of("howto/recover")
     found = {(row["folder"], row["row"]): row for row in rows}
     dense = found["s24", "dense"]["perplexity"]
     words = " ".join(page.split())
@@ -83,11 +108,10 @@ def test_what_a_recovery_gains(benchmark):
     )
 
 
-def test_what_a_short_recovery_gains(benchmark):
-    """The table, and the factors that the page and the README say."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / "recovery_quick.json").read_text())["rows"]
-    page = (ROOT / "docs" / "howto" / "recover.md").read_text()
-    assert "\n".join(benchmark("recovery").table(rows)) in page
+def test_what_a_short_recovery_gains():
+    """The factors that the page and the README say."""
+    rows = kept_in("recovery_quick")["rows"]
+    page = page_of("howto/recover")
     found = {(row["folder"], row["row"]): row["perplexity"] for row in rows}
     quick = [unseen_factor(found[f"{name}-bf16", "all:32768"], found[name, "pruned"]) for name in ("s50", "s70", "s24")]
     dense = unseen_factor(found["s50", "all:49152"], found["s50", "dense"])
@@ -102,16 +126,10 @@ def test_what_a_short_recovery_gains(benchmark):
     assert [cell.strip(" *") for cell in line.split("|")[2:-1] if cell.strip()] == [f"{value:.1f}" for value in shown]
 
 
-@pytest.mark.parametrize("name", ["recovery_seeds", "recovery_seeds_small"])
-def test_what_a_recovery_gains_with_each_seed(benchmark, name):
-    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
-    assert "\n".join(benchmark("recovery").table_of_seeds(rows)) in (ROOT / "docs" / "ablations.md").read_text()
-
-
 def test_estimates_beside_real_runs(benchmark):
     """docs/scale.md: within a factor of 1.25 (memory), and 25% (time)."""
-    runs = json.loads((ROOT / "benchmarks" / "results" / "estimate.json").read_text())["runs"]
-    assert "\n".join(benchmark("estimate").runs_table(runs)) in PAGE
+    runs = kept_in("estimate")["runs"]
+    assert "\n".join(benchmark("estimate").runs_table(runs)) in page_of("scale")
     assert len(runs) > 10
     for run in runs.values():
         assert 1 / 1.25 < run["estimated_bytes"] / run["measured_bytes"] < 1.25
@@ -120,13 +138,13 @@ def test_estimates_beside_real_runs(benchmark):
 
 def rows_of_the_results(title):
     """Cells of the first table after a title of docs/results.md, by what is in front of the numbers."""
-    section = (ROOT / "docs" / "results.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    section = page_of("results").split(f"## {title}\n")[1].split("\n## ")[0]
     table = section[section.index("\n|") :].strip().split("\n\n")[0]
     return [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.splitlines()]
 
 
 def test_perplexities_of_the_results_are_those_kept():
-    kept = Comparison.read(ROOT / "benchmarks" / "results" / "perplexity.json")
+    kept = Comparison.read(RESULTS / "perplexity.json")
     (_, *titles), _, *lines = rows_of_the_results("Perplexity")
     patterns = [{"50%": "0.5", "60%": "0.6", "70%": "0.7"}.get(title, title) for title in titles]
     shown = {(p, method): cell for method, *cells in lines for p, cell in zip(patterns, cells, strict=True) if cell}
@@ -143,7 +161,7 @@ def test_perplexities_of_the_results_are_those_kept():
     ("title", "name", "count"), [("Four times the text", "more_text", 6), ("A rotated model", "rotated", 4)]
 )
 def test_what_windows_change_is_as_kept(title, name, count):
-    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+    rows = kept_in(name)["rows"]
     dense = {row["label"]: row["perplexity"]["held-out"] for row in rows if row["pattern"] == "-"}
     kept = []
     for row in rows:
@@ -158,7 +176,7 @@ def test_what_windows_change_is_as_kept(title, name, count):
 
 
 def test_accuracies_of_the_results_are_those_kept():
-    kept = Comparison.read(ROOT / "benchmarks" / "results" / "zero_shot.json")
+    kept = Comparison.read(RESULTS / "zero_shot.json")
     _, _, *lines = rows_of_the_results("Accuracy")
     for row, (zeros, method, perplexity, *cells) in zip(kept.rows, lines, strict=True):
         scores = [row.accuracy["arc_easy_lines"]["acc"], row.accuracy["arc_easy_lines"]["acc_norm"]]
@@ -169,7 +187,7 @@ def test_accuracies_of_the_results_are_those_kept():
 
 
 def test_accuracies_on_whole_sets_are_those_kept():
-    kept = json.loads((ROOT / "benchmarks" / "results" / "zero_shot_whole.json").read_text())["rows"]
+    kept = kept_in("zero_shot_whole")["rows"]
     _, _, *lines = rows_of_the_results("Whole task sets")
     for row, (zeros, method, *cells) in zip(kept, lines, strict=True):
         assert row["documents"] == {"arc_easy_lines": 2376, "lambada_lines": 5153}
@@ -180,7 +198,7 @@ def test_accuracies_on_whole_sets_are_those_kept():
 
 
 def test_layer_problems_of_the_results_are_those_kept():
-    rows = json.loads((ROOT / "benchmarks" / "results" / "solvers.json").read_text())["rows"]
+    rows = kept_in("solvers")["rows"]
     (_, *titles), _, *lines = rows_of_the_results("Layer problems")
     patterns = ["0.5", "0.6", "0.7", "2:4", "4:8"]
     assert titles[:5] == ["50%", "60%", "70%", "2:4", "4:8"]
@@ -198,8 +216,8 @@ def test_layer_problems_of_the_results_are_those_kept():
 @pytest.mark.parametrize("name", ["decoding", "decoding_avx2", "decoding_smollm2", "decoding_smollm2_avx2"])
 def test_decoding_speeds(name):
     """Rates of the first variant, then how many times those the others have; each variant is a row of the page."""
-    report = SpeedReport.from_dict(json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()))
-    page = (ROOT / "docs" / "speed.md").read_text()
+    report = SpeedReport.from_dict(kept_in(name))
+    page = page_of("speed")
     first, *others = report.variants.values()
     cells = [f"{first.tokens_per_second[n]:.1f}/s" if n in first.tokens_per_second else "" for n in (1, 4, 16)]
     cells += [f"{first.prefill_tokens_per_second:.1f}/s", f"{first.memory_bytes / 2**20:,.0f} MiB", ""]
@@ -218,36 +236,34 @@ def test_decoding_speeds(name):
             assert speed == pytest.approx(size * report.settings.new_tokens / median)
 
 
-def test_smaller_models(benchmark):
+def test_smaller_models():
     """Perplexities, and speeds of smaller models as many times those of the dense ones."""
-    page = (ROOT / "docs" / "smaller.md").read_text()
+    page = page_of("smaller")
     decoder = 30 * 3_540_096  # weights of the decoder layers of SmolLM2-135M
     for name in ("smaller", "smaller_8"):
-        for row in Comparison.read(ROOT / "benchmarks" / "results" / f"{name}.json").rows:
+        for row in Comparison.read(RESULTS / f"{name}.json").rows:
             cells = [f"`{row.pattern}`" if row.config else "", f"`{row.method}`"]
             cells += [f"{row.perplexity[text]:.2f}" for text in ("wikitext2-test", "lambada", "openwebtext-rest")]
             assert shown_row(f"{row.totals.get('num_removed', 0) / decoder:.1%}", cells) in page
     for name, label in (("smaller_llama", "1.1B, Transformers"), ("smaller_smollm2", "SmolLM2-135M, Transformers")):
-        values = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        values = kept_in(name)
         dense, smaller = SpeedReport.from_dict(values).variants.values()
         ratios = [smaller.tokens_per_second[n] / dense.tokens_per_second[n] for n in (1, 4, 16)]
         ratios.append(smaller.prefill_tokens_per_second / dense.prefill_tokens_per_second)
         ratios += [smaller.memory_bytes / dense.memory_bytes, smaller.weight_bytes / dense.weight_bytes]
         assert shown_row(label, [f"{ratio:.2f}x" for ratio in ratios]) in page
     for name, label in (("smaller_llama_cpp", "1.1B"), ("smaller_layers_cpp", "SmolLM2-135M")):
-        dense, smaller = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+        dense, smaller = kept_in(name)["rows"]
         decode, prefill = (statistics.median(smaller[k]) / statistics.median(dense[k]) for k in ("decode", "prefill"))
         memory, weights = (smaller[k] / dense[k] for k in ("memory_bytes", "file_bytes"))
         cells = [f"{decode:.2f}x", "", "", *(f"{ratio:.2f}x" for ratio in (prefill, memory, weights))]
         assert shown_row(f"{label}, llama.cpp", cells) in page
-    rows = json.loads((ROOT / "benchmarks" / "results" / "smaller_smollm2_cpp.json").read_text())["rows"]
-    assert "\n".join(benchmark("llama_cpp").table(rows)) in page
 
 
 def test_a_trained_mixture_without_experts():
     """Losses on what was held out, in nats a token; a random choice is the mean of three, with its deviation."""
-    page = (ROOT / "docs" / "howto" / "experts.md").read_text()
-    rows = Comparison.read(ROOT / "benchmarks" / "results" / "experts.json").rows
+    page = page_of("howto/experts")
+    rows = Comparison.read(RESULTS / "experts.json").rows
     usual = ["default", "default:expert_refit=false", "default:expert_saliency=frequency:expert_refit=false"]
     random = [f"default:expert_saliency=random:expert_refit=false:seed={seed}" for seed in range(3)]
     found = {(row.pattern, row.method): {t: math.log(p) for t, p in row.perplexity.items()} for row in rows}
@@ -260,7 +276,7 @@ def test_a_trained_mixture_without_experts():
             others = [found[pattern, method][text] for method in random]
             cells.append(f"{statistics.fmean(others):.3f} ± {statistics.stdev(others):.3f}")
             assert shown_row(f"{text} | {number} of 8", cells) in page
-    training = json.loads((ROOT / "benchmarks" / "results" / "train_small.json").read_text())
+    training = kept_in("train_small")
     last = training["rows"][-1]
     assert f"{training['parameters'] / 1e6:.1f}M parameters" in page
     assert f"{last['step'] * 4 * 512 / 1e6:.1f} million tokens" in " ".join(page.split())
@@ -270,20 +286,14 @@ def shown_row(label: str, cells: list[str]) -> str:
     return f"| {label} |" + "".join(f" {cell} |" if cell else " |" for cell in cells) + "\n"
 
 
-def test_zeros_in_openvino(benchmark):
-    rows = json.loads((ROOT / "benchmarks" / "results" / "openvino_zeros.json").read_text())["rows"]
-    page = (ROOT / "docs" / "howto" / "elsewhere.md").read_text()
-    assert "\n".join(benchmark("openvino_zeros").table(rows)) in page
-
-
 def test_single_products(benchmark):
-    lines = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())["lines"]
-    assert "\n".join(benchmark("packed_kernels").table(lines, threads=2)) in (ROOT / "docs" / "speed.md").read_text()
+    lines = kept_in("kernels")["lines"]
+    assert "\n".join(benchmark("packed_kernels").table(lines, threads=2)) in page_of("speed")
 
 
 def test_solver_ablations():
-    rows = json.loads((ROOT / "benchmarks" / "results" / "solver_ablations.json").read_text())["rows"]
-    section = (ROOT / "docs" / "solver.md").read_text().split("## What each part")[1].split("## ")[0]
+    rows = kept_in("solver_ablations")["rows"]
+    section = page_of("solver").split("## What each part")[1].split("## ")[0]
     lines = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
     assert len(lines[2:]) == len({row["method"] for row in rows})
     for _, method, *cells in lines[2:]:
@@ -293,9 +303,8 @@ def test_solver_ablations():
 
 
 def test_ablations(benchmark):
-    results = ROOT / "benchmarks" / "results"
-    first, second = (json.loads((results / f"{name}.json").read_text()) for name in ("ablations", "ablations_small"))
-    page = (ROOT / "docs" / "ablations.md").read_text()
+    first, second = kept_in("ablations"), kept_in("ablations_small")
+    page = page_of("ablations")
     assert set(first) == set(benchmark("ablations").STUDIES)
     for study in (*first.values(), *second.values()):
         assert "\n".join(benchmark("ablations").table(study)) in page
@@ -303,14 +312,14 @@ def test_ablations(benchmark):
 
 def test_processors():
     """The same rows on two kinds: what differs, as docs/ablations.md says it."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / "processors.json").read_text())["rows"]
-    section = (ROOT / "docs" / "ablations.md").read_text().split("## Processors")[1].split("\n## ")[0]
+    rows = kept_in("processors")["rows"]
+    section = page_of("ablations").split("## Processors")[1].split("\n## ")[0]
     differences = {}
     for row in rows:
         one, other = (statistics.geometric_mean(found.values()) for found in row["perplexity"].values())
         differences.setdefault(row["pattern"], []).append(100 * abs(other / one - 1))
     assert f"{len(rows)} rows" in section
-    studies = json.loads((ROOT / "benchmarks" / "results" / "ablations.json").read_text()).values()
+    studies = kept_in("ablations").values()
     kept = [row["perplexity"] for study in studies for row in study["rows"]]
     assert all(row["perplexity"]["Intel Xeon"] in kept for row in rows if row["pattern"] == "2:4")
     (widest,) = [r["perplexity"] for r in rows if (r["method"], r["pattern"]) == ("default:error_correction=0", "2:4")]
@@ -320,25 +329,21 @@ def test_processors():
         assert f"| {pattern} | {len(found)} | {statistics.median(found):.1f}% | {max(found):.1f}% |" in section
 
 
-def test_heads_that_gradients_miss(benchmark):
-    rows = json.loads((ROOT / "benchmarks" / "results" / "heads.json").read_text())["rows"]
-    assert "\n".join(benchmark("heads").table(rows)) in (ROOT / "docs" / "ablations.md").read_text()
+def test_heads_that_gradients_miss():
+    rows = kept_in("heads")["rows"]
     largest, *others = sorted(rows, key=lambda row: -row["measured"])
     assert largest["measured"] > 1e6 * largest["predicted"]
     assert all(row["measured"] < 100 * row["predicted"] for row in others)
     ratios = [row["measured"] / row["predicted"] for row in rows]
-    assert (sum(0.1 <= r <= 10 for r in ratios), sum(r < 0.1 for r in ratios), sum(r > 10 for r in ratios)) == (
-        186,
-        81,
-        3,
-    )
+    counts = sum(0.1 <= r <= 10 for r in ratios), sum(r < 0.1 for r in ratios), sum(r > 10 for r in ratios)
+    assert counts == (186, 81, 3)
 
 
 def test_two_ranks_against_two_threads():
-    values = json.loads((ROOT / "benchmarks" / "results" / "ranks.json").read_text())
+    values = kept_in("ranks")
     medians = {way: statistics.median(run["seconds"] for run in runs) for way, runs in values["runs"].items()}
     _, threads, together = medians.values()
-    page = (ROOT / "docs" / "ranks.md").read_text()
+    page = page_of("ranks")
     assert f"take {together / threads:.2f} times as long" in page
     for seconds in medians.values():
         assert f"{seconds:.1f} s" in page.replace("\n", " ")
@@ -346,18 +351,17 @@ def test_two_ranks_against_two_threads():
 
 @pytest.mark.parametrize("name", ["streaming", "streaming_wanda"])
 def test_files_against_memory(name):
-    values = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    values = kept_in(name)
     medians = [statistics.median(run["seconds"] for run in runs) for runs in values["runs"].values()]
-    page = (ROOT / "docs" / "streaming.md").read_text().replace("\n", " ")
+    page = page_of("streaming").replace("\n", " ")
     in_memory, from_files = medians
     assert f"{from_files / in_memory:.2f} times" in page
     assert f"({from_files:.1f} s against {in_memory:.1f} s" in page
 
 
-def test_fine_tuning_of_decoder_layers(benchmark):
-    rows = json.loads((ROOT / "benchmarks" / "results" / "reconstruction.json").read_text())["rows"]
-    page = (ROOT / "docs" / "reconstruction.md").read_text()
-    assert "\n".join(benchmark("reconstruction").table(rows)) in page
+def test_fine_tuning_of_decoder_layers():
+    rows = kept_in("reconstruction")["rows"]
+    page = page_of("reconstruction")
     found = {row["row"]: row for row in rows}
     for name, row in found.items():
         if "+" in name:
@@ -379,8 +383,3 @@ def test_fine_tuning_of_decoder_layers(benchmark):
     assert seconds["default"] < seconds["wanda+32"]
     for text in found["default"]["perplexity"]:
         assert found["default"]["perplexity"][text] < found["wanda+32"]["perplexity"][text]
-
-
-def test_penalty_search_of_the_docs(benchmark):
-    rows = json.loads((ROOT / "benchmarks" / "results" / "penalty_search.json").read_text())["rows"]
-    assert "\n".join(benchmark("penalty_search").table(rows)) in (ROOT / "docs" / "penalty.md").read_text()

@@ -67,7 +67,7 @@ def test_what_is_finished_runs_once_more_and_never_again(form, stored, tmp_path)
     layer.first.runs = layer.second.runs = 0
     for group, runs in ((0, (3, 3)), (1, (6, 6)), (2, (6, 9)), (3, (6, 9)), (3, (6, 9))):
         with parts.skipped(group, keep=True):
-            found = [activations.run(index, batch) for index, batch in enumerate(BATCHES)]
+            found = activations.outputs(BATCHES)
         assert all(map(torch.equal, found, expected))
         assert (layer.first.runs, layer.second.runs) == runs, group
     assert not {"forward"} & (vars(layer.first).keys() | vars(layer.second).keys())
@@ -78,8 +78,7 @@ def test_what_is_not_to_be_kept_runs_each_time():
     parts, activations = parts_of(layer)
     for _ in range(2):
         with parts.skipped(3, keep=False):
-            for index, batch in enumerate(BATCHES):
-                activations.run(index, batch)
+            activations.outputs(BATCHES)
     assert layer.first.runs == layer.second.runs == 6
 
 
@@ -88,8 +87,7 @@ def test_parts_that_give_out_more_tensors_run_as_ever():
     parts, activations = parts_of(layer)
     for _ in range(3):
         with parts.skipped(3, keep=True):
-            for index, batch in enumerate(BATCHES):
-                activations.run(index, batch)
+            activations.outputs(BATCHES)
     assert (layer.first.runs, layer.second.runs) == (9, 3)
 
 
@@ -101,8 +99,7 @@ def test_what_a_part_gives_out_besides_is_that_of_the_batch():
     for _ in range(3):
         lengths.clear()
         with parts.skipped(3, keep=True):
-            for index, batch in enumerate(batches):
-                activations.run(index, batch)
+            activations.outputs(batches)
         assert lengths == [2, 5, 3]
 
 
@@ -119,7 +116,7 @@ def test_an_error_leaves_the_parts_as_they_were_and_keeps_nothing():
         fail_after_one_batch()
     assert "forward" not in vars(layer.first)
     with parts.skipped(3, keep=True):
-        found = [activations.run(index, batch) for index, batch in enumerate(BATCHES)]
+        found = activations.outputs(BATCHES)
     assert all(map(torch.equal, found, [layer(batch) for batch in BATCHES]))
 
 
@@ -151,7 +148,7 @@ def test_a_part_that_ends_with_an_operator_runs_only_up_to_that(form, stored, tm
     assert layer.first.runs == 3
     for keep in (False, True, True):
         with parts.skipped(1, keep=keep):
-            found = [activations.run(index, batch) for index, batch in enumerate(BATCHES)]
+            found = activations.outputs(BATCHES)
         assert layer.first.runs == 3
         assert all(map(torch.equal, found, [layer(batch) for batch in BATCHES]))
         layer.first.runs = 3
@@ -165,7 +162,7 @@ def test_a_hook_that_changes_what_an_operator_reads_does_so_once():
     parts = FinishedParts(activations, traced(layer))
     for group in (0, 1, 2):
         with parts.skipped(group, keep=True):
-            found = [activations.run(index, batch) for index, batch in enumerate(BATCHES)]
+            found = activations.outputs(BATCHES)
         assert all(map(torch.equal, found, [layer(batch) for batch in BATCHES]))
 
 
