@@ -26,7 +26,13 @@ from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_f
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
 from optimum_fista.run.packed_folders.unpacking import is_packed
 
+PACKED = FistaPackedConfig(runtime="packed")
 FAMILIES = ["llama", "gpt2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "granitemoe"]
+
+
+def assert_same_weights(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
@@ -50,8 +56,7 @@ def test_round_trip_and_loading(family, pattern, pruned, tmp_path):
         assert torch.equal(found[name], tensor), name
     model.save_pretrained(tmp_path / "saved")  # a dense model like any other
     assert not is_packed(tmp_path / "saved")
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
-    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+    assert_same_weights(tmp_path / "saved", expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
@@ -72,9 +77,7 @@ def test_other_dtypes_and_device_maps(family, pruned, tmp_path):
 def test_experts_that_were_left_dense(family, exclude, pruned, tmp_path):
     folder = pruned(family, exclude=(exclude,))
     pack_folder(folder, tmp_path / "packed")
-    expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert_same_weights(tmp_path / "packed", AutoModelForCausalLM.from_pretrained(folder).state_dict())
 
 
 def test_sizes_of_a_matrix_of_usual_width(tmp_path):
@@ -86,11 +89,9 @@ def test_sizes_of_a_matrix_of_usual_width(tmp_path):
         pruner.save_pretrained(model, tmp_path / pattern)
         packing = pack_folder(tmp_path / pattern, tmp_path / f"{pattern}-packed")
         assert packing.packed_bytes <= 0.57 * packing.dense_bytes
-        files = [
-            sum(f.stat().st_size for f in (tmp_path / name).glob("*.safetensors"))
-            for name in (pattern, f"{pattern}-packed")
-        ]
-        assert files[0] - files[1] >= 0.42 * packing.dense_bytes
+        folders = (tmp_path / pattern, tmp_path / f"{pattern}-packed")
+        dense, packed = (sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in folders)
+        assert dense - packed >= 0.42 * packing.dense_bytes
 
 
 WITHOUT = """
@@ -175,8 +176,7 @@ def test_sharded_folders_keep_their_shards(pruned, tmp_path):
     pack_folder(sharded, tmp_path / "packed")
     assert len(list((tmp_path / "packed").glob("packed-*.safetensors"))) == shards
     verify_checkpoint(tmp_path / "packed")
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    assert_same_weights(tmp_path / "packed", model.state_dict())
     unpack_folder(tmp_path / "packed", tmp_path / "again")
     for file in sharded.glob("model*"):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
@@ -192,35 +192,16 @@ def edit(folder: Path, change) -> None:
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 
-def drop_part(tensors):
-    del tensors[f"{NAME}_mask"]
-
-
-def one_value_less(tensors):
-    tensors[f"{NAME}_values"] = tensors[f"{NAME}_values"][:-1].clone()
-
-
-def flip_a_bit(tensors):
-    tensors[f"{NAME}_mask"][0, 0] ^= 1
-
-
-def hostile_shape(tensors):
-    tensors[f"{NAME}_layout"][-2] = 2**62
-
-
-def one_value_changed(tensors):
-    tensors[f"{NAME}_values"][0] *= 2
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop_part, "up_proj.weight is packed, but .*_mask is missing"),
-        (one_value_less, "up_proj.weight_values holds"),
-        (flip_a_bit, "up_proj.weight_values holds"),
-        (hostile_shape, "up_proj.weight"),
-        (one_value_changed, r"layers\.1\.mlp\.up_proj\.weight has another checksum"),
+        (lambda t: t.pop(f"{NAME}_mask"), "up_proj.weight is packed, but .*_mask is missing"),
+        (lambda t: t.update({f"{NAME}_values": t[f"{NAME}_values"][:-1].clone()}), "up_proj.weight_values holds"),
+        (lambda t: t[f"{NAME}_mask"][0, 0].bitwise_xor_(1), "up_proj.weight_values holds"),
+        (lambda t: t[f"{NAME}_layout"][-2].fill_(2**62), "up_proj.weight"),
+        (lambda t: t[f"{NAME}_values"][0].mul_(2), r"layers\.1\.mlp\.up_proj\.weight has another checksum"),
     ],
+    ids=["part missing", "value less", "bit flipped", "hostile shape", "value changed"],
 )
 def test_malformed_folders_are_refused_and_named(change, message, pruned, tmp_path):
     pack_folder(pruned("llama"), tmp_path / "packed")
@@ -286,9 +267,7 @@ def test_shapes_are_those_of_the_model(family, name, pruned, tmp_path):
     pack_folder(pruned(family), tmp_path / "packed")
     edit(tmp_path / "packed", widened(name))
     with pytest.raises(ValueError, match=rf"{name}(_layout says shape| have other shapes|, .*have other shapes)"):
-        AutoModelForCausalLM.from_pretrained(
-            tmp_path / "packed", quantization_config=FistaPackedConfig(runtime="packed")
-        )
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=PACKED)
     with pytest.raises(RuntimeError):  # Transformers' own, of mismatched or unequal sizes
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
@@ -303,9 +282,7 @@ def test_other_numbers_of_experts_are_refused(pruned, tmp_path):
 
     edit(tmp_path / "packed", drop_one)
     with pytest.raises(ValueError, match=f"{name} holds 3 experts: the model has 4"):
-        AutoModelForCausalLM.from_pretrained(
-            tmp_path / "packed", quantization_config=FistaPackedConfig(runtime="packed")
-        )
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=PACKED)
 
 
 @pytest.mark.parametrize(
@@ -369,10 +346,8 @@ def test_what_the_folder_says(pruned, tmp_path):
 
 def test_whenever_it_is_killed_there_is_the_old_folder_the_new_one_or_none(pruned, tmp_path):
     def files_of(folder):
-        files = [
-            path for path in folder.glob("*") if path.is_file() and path.suffix != ".partial"
-        ]  # those load nothing
-        return {path.name: path.read_bytes() for path in files}
+        """Without partial files, which load nothing."""
+        return {p.name: p.read_bytes() for p in folder.glob("*") if p.is_file() and p.suffix != ".partial"}
 
     pack_folder(pruned("llama", "2:4"), tmp_path / "whole")
     old, new = files_of(pruned("llama", "unstructured")), files_of(tmp_path / "whole")
@@ -383,12 +358,11 @@ def test_whenever_it_is_killed_there_is_the_old_folder_the_new_one_or_none(prune
         try:
             with killed_at(step):
                 pack_folder(pruned("llama", "2:4"), folder, overwrite=True)
+            break
         except Killed:
             files = files_of(folder) if (folder / "config.json").exists() else {}  # without it nothing loads
             assert files in ({}, old, new)
             found.add(len(files))
-            continue
-        break
     assert found == {0, len(old), len(new)}
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
