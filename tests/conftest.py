@@ -30,6 +30,14 @@ def _same_random_numbers():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """The dense Llama and its tokenizer, saved; do not write to it."""
+    from tiny_llama import save_tiny_folder
+
+    return save_tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture
 def benchmark(monkeypatch):
     """`benchmark(name)` imports a script of benchmarks/."""

@@ -10,9 +10,13 @@ from typing import Any
 _MEASURED = re.compile(r'seconds|_bytes|\| time \||"(total|allocation)": \d')
 
 
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     """The files of a folder; without the times and the memory in the two that tell them."""
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = bytes_of(folder)
     for name in ("README.md", "fista/report.json"):
         lines = files[name].decode().splitlines()
         files[name] = "\n".join(line for line in lines if not _MEASURED.search(line)).encode()

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from folder_files import bytes_of
 from launched import run_code
 
 REPO, REVISION = r"(?P<repo>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
@@ -297,6 +298,14 @@ def run_with_hub(
         command = [sys.executable, "-c", code]
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     return run_code(_CONNECT + code, json.dumps(environment), tmp_path)
+
+
+def assert_pushed(hub: HubStandIn, process: subprocess.CompletedProcess[str], folder: Path, name: str) -> None:
+    """The process ended with the address of a commit, and the private repository holds what the folder does."""
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1].startswith(f"{hub.endpoint}/{name}/commit/")
+    assert hub.files(name) == bytes_of(folder)
+    assert hub.repositories[name].private
 
 
 _CONNECT = """

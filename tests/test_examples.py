@@ -7,18 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_standin import hub_fixture, run_with_hub  # noqa: F401
-from tiny_llama import TEXT, save_tiny_folder
+from hub_standin import assert_pushed, hub_fixture, run_with_hub  # noqa: F401
+from tiny_llama import TEXT
 
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SMALL = ["--num-samples", "6", "--sequence-length", "32"]
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory) -> Path:
-    return save_tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -88,13 +83,8 @@ def test_push_to_hub(hub, tiny_folder, tmp_path):
     code = f"import runpy, sys\nsys.argv = {['push_to_hub.py', *flags]!r}\n"
     code += f"runpy.run_path({str(EXAMPLES / 'push_to_hub.py')!r}, run_name='__main__')"
     process = run_with_hub(hub, code, tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[-1].startswith(f"{hub.endpoint}/tester/tiny-50/commit/")
-    folder = tmp_path / "out"
-    verify_checkpoint(folder)
-    local = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert hub.files("tester/tiny-50") == local
-    assert hub.repositories["tester/tiny-50"].private
+    assert_pushed(hub, process, tmp_path / "out", "tester/tiny-50")
+    verify_checkpoint(tmp_path / "out")
 
 
 def test_every_example_is_tested_short_and_documented():

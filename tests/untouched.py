@@ -1,4 +1,4 @@
-"""What belongs to the caller of a run, before and after it."""
+"""What belongs to the caller of a run, before and after it; and the weights of a model, wherever they are."""
 
 from typing import Any
 
@@ -6,6 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from optimum_fista.model.offload import stored_tensor
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters by name, on the CPU, wherever they are kept."""
+    modules = dict(model.named_modules())
+    names = [name.rpartition(".") for name, _ in model.named_parameters()]
+    return {f"{owner}.{name}": stored_tensor(modules[owner], name).cpu().clone() for owner, _, name in names}
 
 
 class Untouched:

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_llama import TEXT, save_tiny_folder
+from tiny_llama import TEXT
 
 from optimum_fista_cli.main import main
 
@@ -15,12 +15,6 @@ def _one_picture(one_picture):
 def _hardly_timed(monkeypatch):
     """Every run estimates its time first."""
     monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.01)
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> Path:
-    """A dense model and its tokenizer; do not write to it."""
-    return save_tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_standin import hub_fixture, run_with_hub  # noqa: F401
+from folder_files import bytes_of
+from hub_standin import assert_pushed, hub_fixture, run_with_hub  # noqa: F401
 from killed import interrupted_after
 from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
@@ -153,12 +154,12 @@ def test_a_recipe_with_flags_over_it(prune, tmp_path):
 
 def test_a_model_that_is_there_is_refused_before_any_work(prune, tmp_path, capsys, monkeypatch):
     assert prune("--method", "wanda") == 0
-    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    before = bytes_of(tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr("optimum_fista.run.checkpoints.loading.load_model", None)
         assert prune("--method", "magnitude") == 1
     assert "already holds a model: pass another folder, or overwrite=True (--overwrite)" in capsys.readouterr().err
-    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+    assert bytes_of(tmp_path / "out") == before
     assert prune("--method", "magnitude", "--overwrite") == 0
     assert config_of(tmp_path / "out").method == "magnitude"
 
@@ -227,13 +228,8 @@ def test_push_to_hub_uploads_the_folder(hub, tiny_folder, text_file, tmp_path):
     arguments += [*QUICK, "--push-to-hub", "tester/tiny-50", "--private"]
     code = f"from optimum_fista_cli.main import main\nraise SystemExit(main({arguments!r}))"
     process = run_with_hub(hub, code, tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[-1].startswith(f"{hub.endpoint}/tester/tiny-50/commit/")
-    folder = tmp_path / "out"
-    local = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert hub.files("tester/tiny-50") == local
-    assert hub.repositories["tester/tiny-50"].private
-    loaded, dense = AutoModelForCausalLM.from_pretrained(folder).state_dict(), tiny_llama().state_dict()
+    assert_pushed(hub, process, tmp_path / "out", "tester/tiny-50")
+    loaded, dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(), tiny_llama().state_dict()
     assert torch.equal(loaded["lm_head.weight"], dense["lm_head.weight"])
 
 

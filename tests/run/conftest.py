@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
+from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import VOCAB_SIZE, tiny_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -35,12 +35,6 @@ def tokens() -> Tensor:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> Path:
-    """The dense model and its tokenizer, saved; do not write to it."""
-    return save_tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
 def prune_and_save(model: PreTrainedModel, folder: Path, **options) -> Saved:

@@ -8,6 +8,7 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
+from folder_files import bytes_of
 from hub_standin import HubStandIn, hub_fixture, run_with_hub  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,10 +35,6 @@ def model_folder(model, tmp_path_factory) -> Path:
     names = ["README.md", "config.json", "fista/files.json", "generation_config.json", "model.safetensors"]
     (folder / "fista" / "files.json").write_text(json.dumps([*names, "reports/layer 0.json"]))
     return folder
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def push(hub: HubStandIn, folder: Path, tmp_path: Path, repo_id=REPO_ID, **options) -> CompletedProcess:

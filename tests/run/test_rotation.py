@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from folder_files import bytes_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, tiny_llama, tiny_tokenizer, tiny_tokens
@@ -34,10 +35,6 @@ def logits(folder):
         return model(tiny_tokens()).logits.float()
 
 
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def saved(model, folder):
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -45,9 +42,9 @@ def saved(model, folder):
 
 
 def test_a_rotated_folder_is_an_ordinary_dense_model(tiny_folder, text, tmp_path, capsys):
-    before, output = files_of(tiny_folder), tmp_path / "rotated"
+    before, output = bytes_of(tiny_folder), tmp_path / "rotated"
     report = rotate(tiny_folder, output, calibration=text, **QUICK | {"steps": 60, "learning_rate": 0.01})
-    assert files_of(tiny_folder) == before
+    assert bytes_of(tiny_folder) == before
     torch.testing.assert_close(logits(output), logits(tiny_folder), rtol=1e-3, atol=1e-4)
     assert report.difference < 1e-5
     assert report.error_ratio < 0.97
@@ -213,10 +210,10 @@ def test_what_makes_no_sense_is_refused(options, message, tiny_folder, text, tmp
 def test_nothing_is_lost_of_what_is_there(tiny_folder, text, tmp_path):
     output = saved(tiny_llama(), tmp_path / "out")
     (output / "notes.txt").write_text("mine")
-    before = files_of(output)
+    before = bytes_of(output)
     with pytest.raises(FileExistsError, match="already holds a model"):
         rotate(tiny_folder, output, calibration=text, **QUICK)
-    assert files_of(output) == before
+    assert bytes_of(output) == before
     rotate(tiny_folder, output, calibration=text, overwrite=True, **QUICK)
     assert (output / "notes.txt").read_text() == "mine"
     (output / "README.md").write_text("my card")
@@ -282,7 +279,7 @@ def test_what_has_the_zeros_already_is_refused(text, tmp_path):
 
 def test_a_full_disk_leaves_the_old_model(tiny_folder, text, tmp_path, monkeypatch):
     output = saved(tiny_llama(), tmp_path / "out")
-    before = files_of(output)
+    before = bytes_of(output)
 
     def full(*_, **__):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -290,7 +287,7 @@ def test_a_full_disk_leaves_the_old_model(tiny_folder, text, tmp_path, monkeypat
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     with pytest.raises(OSError, match=r"No space left on device.*out\.unfinished"):
         rotate(tiny_folder, output, calibration=text, overwrite=True, **QUICK)
-    assert files_of(output) == before
+    assert bytes_of(output) == before
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
 
 

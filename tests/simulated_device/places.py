@@ -8,10 +8,10 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from untouched import weights_of
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
 from optimum_fista.model.architecture import find_decoder_layers
-from optimum_fista.model.offload import stored_tensor
 
 PLACES = (
     "in memory",
@@ -69,13 +69,6 @@ def pruned_at(
     model = placed(model, place, tmp_path)
     report = pruner.prune(model, batches)
     return weights_of(model), report
-
-
-def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters by name on the CPU, wherever they are kept."""
-    modules = dict(model.named_modules())
-    names = [name.rpartition(".") for name, _ in model.named_parameters()]
-    return {f"{owner}.{name}": stored_tensor(modules[owner], name).cpu() for owner, _, name in names}
 
 
 def require_the_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4) -> None:

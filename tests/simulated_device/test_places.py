@@ -4,12 +4,13 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from simulated_device import backend
+from simulated_device.places import require_the_same
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from transformers import AutoModelForCausalLM
+from untouched import weights_of
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.activation_store import ActivationStore
-from optimum_fista.model.offload import stored_tensor
 
 ON_BOTH = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
 ON_BOTH |= {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
@@ -37,18 +38,6 @@ MODELS = {
 }
 
 
-def weights_of(model) -> dict[str, torch.Tensor]:
-    modules = dict(model.named_modules())
-    names = [name.rsplit(".", 1) for name, _ in model.named_parameters()]
-    return {f"{owner}.{name}": stored_tensor(modules[owner], name).cpu() for owner, name in names}
-
-
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-4, msg=name)
-
-
 @pytest.mark.parametrize(("padded", "storage"), [(False, None), (True, "cpu"), (True, "disk")])
 @pytest.mark.parametrize("place", MODELS)
 def test_a_model_is_pruned_wherever_it_is(place, padded, storage):
@@ -56,7 +45,7 @@ def test_a_model_is_pruned_wherever_it_is(place, padded, storage):
     expected, model = tiny_llama(), MODELS[place]()
     FistaPruner(config, progress=False).prune(expected, batches(padded))
     FistaPruner(config, progress=False, storage_device=storage).prune(model, batches(padded))
-    assert_close(weights_of(model), weights_of(expected))
+    require_the_same(weights_of(model), weights_of(expected))
 
 
 @pytest.mark.parametrize("storage", [None, "cpu"])
@@ -69,7 +58,7 @@ def test_files_are_pruned_on_a_device(storage, tmp_path):
         pruner = FistaPruner(config, progress=False, storage_device=storage)
         pruner.prune(source, batches(), output_dir=output, device=device)
         found.append(weights_of(AutoModelForCausalLM.from_pretrained(output)))
-    assert_close(*found)
+    require_the_same(*found)
 
 
 def test_hidden_states_follow_the_layers_to_their_device():

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from launched import exit_codes, launch
-from simulated_device.places import PLACES, dispatched, placed, pruned_at, require_the_same, weights_of
+from simulated_device.places import PLACES, dispatched, placed, pruned_at, require_the_same
 from simulated_device.ranks import prune_on_device
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import MOE_FAMILIES, VOCAB_SIZE, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
+from untouched import weights_of
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback, masked_training, recover, rotate
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity

@@ -64,14 +64,13 @@ def test_a_folder_without_a_model_is_finished_without_overwriting(tmp_path, exis
         try:
             with killed_at(step):
                 put(output, overwrite=False)
+            break
         except Killed:
             try:
                 put(output, overwrite=False)
             except FileExistsError:  # it was finished
                 put(output)
             assert contents(output) == foreign | dict.fromkeys(NEW, "new")
-            continue
-        break
     assert [path.name for path in output.parent.iterdir()] == ["model"]
 
 

@@ -74,10 +74,6 @@ def overlap(model):
     model.model.layers[1].mlp.gate_proj.weight = nn.Parameter(both[32:])
 
 
-def expand(model):
-    model.get_submodule(UP).weight = nn.Parameter(torch.randn(1, 32).expand(48, 32))
-
-
 @pytest.mark.parametrize("change", [tie, tie_to_embedding, overlap])
 def test_weights_that_share_memory(change):
     model = tiny_llama(tie_word_embeddings=True)
@@ -87,7 +83,7 @@ def test_weights_that_share_memory(change):
 
 def test_a_weight_that_repeats_its_memory():
     model = tiny_llama()
-    expand(model)
+    model.get_submodule(UP).weight = nn.Parameter(torch.randn(1, 32).expand(48, 32))
     assert refused(model, method="wanda").startswith(f"{UP}.weight repeats its own memory")
 
 
