@@ -1,7 +1,8 @@
 import json
 import shutil
-import signal
 import sys
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,32 @@ def text(tmp_path_factory) -> str:
     file = tmp_path_factory.mktemp("text") / "sea.txt"
     file.write_text(TEXT)
     return str(file)
+
+
+@pytest.fixture
+def run(saved, tiny_folder, text, tmp_path):
+    """`run("out")` recovers the saved model quickly, into this folder of `tmp_path`."""
+
+    def recovered(output="out", *, source=saved.folder, teacher=tiny_folder, **options):
+        return recover(source, teacher, tmp_path / output, **{"calibration": text} | QUICK | options)
+
+    return recovered
+
+
+@contextmanager
+def stopped_at(step: int, error: type[BaseException] = KeyboardInterrupt, method: str = "_take_step"):
+    """What is run inside ends with an error in front of this step, or of the measurement after it (`_evaluate`)."""
+    original = getattr(recovery_training.RecoveryTraining, method)
+
+    def stopped(self):
+        if self.step == step:
+            raise error
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(recovery_training.RecoveryTraining, method, stopped)
+        with pytest.raises(error):
+            yield
 
 
 def pruned_to(folder: Path, pattern: str, dtype=torch.float32) -> Path:
@@ -95,9 +122,8 @@ def test_adapters_leave_fused_experts_as_they_are(family, text, tmp_path):
     assert verify_checkpoint(tmp_path / "out").num_zeros
 
 
-def test_it_never_ends_worse(saved, tiny_folder, text, tmp_path):
-    options = QUICK | {"learning_rate": 30.0}
-    found = recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", **options)
+def test_it_never_ends_worse(run, saved, tmp_path):
+    found = run(train="all", learning_rate=30.0)
     assert min(loss for step, _, loss in found.evaluations if step) > found.held_out_loss_before
     assert found.best_step == 0
     assert found.held_out_loss == found.held_out_loss_before
@@ -107,36 +133,23 @@ def test_it_never_ends_worse(saved, tiny_folder, text, tmp_path):
 
 
 @pytest.mark.parametrize("train", ["all", "lora"])
-def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folder, text, tmp_path, monkeypatch, caplog):
+def test_a_run_that_was_stopped_ends_with_the_same_bits(train, run, tmp_path, monkeypatch, caplog):
     if train == "lora":
         pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
-
-    def call(name):
-        return recover(saved.folder, tiny_folder, tmp_path / name, calibration=text, train=train, **QUICK)
-
-    expected = call("whole")
-    take, measure = recovery_training.RecoveryTraining._take_step, recovery_training.RecoveryTraining._evaluate
+    expected = run("whole", train=train)
     # Ctrl-C keeps every step; a kill those up to the last save.
     moments = [("_take_step", 4, KeyboardInterrupt, 4, 120.0), ("_evaluate", 5, KeyboardInterrupt, 5, 120.0)]
     moments += [("_evaluate", 10, SystemExit, 9, -1.0), ("_take_step", 14, SystemExit, 14, -1.0)]
     moments += [("_take_step", 16, SystemExit, 14, 120.0)]
-    for name, step, error, kept, seconds in moments:
-
-        def stopped(self, name=name, step=step, error=error):
-            if self.step == step:
-                raise error
-            return {"_take_step": take, "_evaluate": measure}[name](self)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(recovery_training.RecoveryTraining, name, stopped)
+    for method, step, error, kept, seconds in moments:
+        with monkeypatch.context() as patched, stopped_at(step, error, method):
             patched.setattr(recovery_training, "_SAVE_SECONDS", seconds)
-            with pytest.raises(error):
-                call("stopped")
+            run("stopped", train=train)
         assert recovery.steps_kept(tmp_path / "stopped") == kept
         begun = tmp_path / "stopped.unfinished" / "journal" / ".state-0-7.safetensors.partial"
         assert not begun.exists()
         begun.touch()  # as a process leaves it that is killed while it writes
-    found = call("stopped")
+    found = run("stopped", train=train)
     assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
     assert [row[::2] for row in found.evaluations] == [row[::2] for row in expected.evaluations]
     assert not (tmp_path / "stopped.unfinished").exists()
@@ -144,24 +157,14 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, saved, tiny_folde
 
 
 def test_a_state_of_another_processor_or_a_damaged_one_is_said_and_the_training_resumes_or_begins_anew(
-    saved, tiny_folder, text, tmp_path, monkeypatch, caplog
+    run, tmp_path, monkeypatch, caplog
 ):
-    def call():
-        return recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, **QUICK | {"tokens": 64})
-
-    take = recovery_training.RecoveryTraining._take_step
-
-    def stop(self):
-        return take(self) if not self.step else signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(recovery_training.RecoveryTraining, "_take_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            call()
-        other = recovery_training.processor() | {"threads": 99}
+    with stopped_at(1):
+        run(tokens=64)
+    other = recovery_training.processor() | {"threads": 99}
+    with monkeypatch.context() as patched, stopped_at(1):
         patched.setattr(recovery_training, "processor", lambda: other)
-        with pytest.raises(KeyboardInterrupt):
-            call()
+        run(tokens=64)
     assert f"run to the bit: threads was {torch.get_num_threads()}, is 99" in caplog.text
     assert recovery.steps_kept(tmp_path / "out") == 1
     (state,) = (tmp_path / "out.unfinished" / "journal").glob("state-*")
@@ -172,62 +175,50 @@ def test_a_state_of_another_processor_or_a_damaged_one_is_said_and_the_training_
         state.write_bytes(damaged)
         assert recovery.steps_kept(tmp_path / "out") == 0
     caplog.clear()
-    assert call().num_tokens == 64
+    assert run(tokens=64).num_tokens == 64
     assert f"{state} is damaged and not used: the training begins anew" in caplog.text
 
 
-def test_another_run_is_not_mixed_with_an_unfinished_one(saved, tiny_folder, text, tmp_path, monkeypatch):
-    take = recovery_training.RecoveryTraining._take_step
-
-    def stop(self):
-        if self.step:
-            raise KeyboardInterrupt
-        return take(self)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(recovery_training.RecoveryTraining, "_take_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", **QUICK)
+def test_another_run_is_not_mixed_with_an_unfinished_one(run, tiny_folder, tmp_path, monkeypatch):
+    with stopped_at(1):
+        run(train="all")
     with pytest.raises(ValueError, match="is a recovery: give the command of `recover` again"):
         require_same_settings(tmp_path / "out.unfinished", FistaPruningConfig(), 8, 16)
     assert begun_batch_size(tmp_path / "out.unfinished") is None
     other = shutil.copytree(tiny_folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
-    options = QUICK | {"learning_rate": 1e-4}
     with monkeypatch.context() as patched:  # a text of another run would take the place of the one that is kept
         patched.setattr(recovery, "calibration_tokens_by_name", None)
         with pytest.raises(ValueError, match=r"was another one \(teacher.config.json was"):
-            recover(saved.folder, other, tmp_path / "out", calibration=text, train="all", **QUICK)
+            run(teacher=other, train="all")
         journal = tmp_path / "out.unfinished" / "journal"
         (state,) = journal.glob("state-*")
         for name in (state.name, "state-1-1.safetensors", "state.safetensors"):  # of another process; as it once was
             state = state.rename(journal / name)
             with pytest.raises(ValueError, match=r"was another one \(options.learning_rate"):
-                recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", **options)
-    recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", overwrite=True, **options)
+                run(train="all", learning_rate=1e-4)
+    run(train="all", learning_rate=1e-4, overwrite=True)
     with pytest.raises(FileExistsError, match="already holds a model"):
-        recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train="all", **options)
+        run(train="all", learning_rate=1e-4)
 
 
-def test_bfloat16_is_trained_in_float32_and_saved_as_it_was(saved_by_rows, text, tmp_path):
+def test_bfloat16_is_trained_in_float32_and_saved_as_it_was(run, saved_by_rows, tmp_path):
     dense = tiny_llama(tie_word_embeddings=True, intermediate_size=45).bfloat16()
     dense.save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    options = QUICK | {"compute_dtype": "bfloat16"}
-    found = recover(
-        saved_by_rows.folder, tmp_path / "dense", tmp_path / "out", calibration=text, train="all", **options
-    )
+    options = {"source": saved_by_rows.folder, "teacher": tmp_path / "dense", "compute_dtype": "bfloat16"}
+    found = run(train="all", **options)
     assert found.held_out_loss < found.held_out_loss_before
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
     verify_checkpoint(tmp_path / "out")
 
 
-def test_a_packed_folder_gives_what_the_plain_one_gives(saved, tiny_folder, text, tmp_path):
+def test_a_packed_folder_gives_what_the_plain_one_gives(run, saved, tmp_path):
     pack_folder(saved.folder, tmp_path / "packed")
-    for source in (saved.folder, tmp_path / "packed"):
-        recover(source, tiny_folder, tmp_path / f"{source.name}-out", calibration=text, train="all", **QUICK)
-    plain, packed = tmp_path / f"{saved.folder.name}-out", tmp_path / "packed-out"
+    plain, packed = tmp_path / "out", tmp_path / "packed-out"
+    run(plain, train="all")
+    run(packed, source=tmp_path / "packed", train="all")
     assert bits(plain) == bits(packed)
     assert "quantization_config" not in json.loads((packed / "config.json").read_text())
     verify_checkpoint(packed)
@@ -243,32 +234,29 @@ def test_smaller_models(pattern, tiny_folder, text, tmp_path):
     assert proven.removed
 
 
-def test_a_cached_teacher_is_the_teacher(saved, tiny_folder, text, tmp_path):
-    def call(name, **options):
-        return recover(saved.folder, tiny_folder, tmp_path / name, calibration=text, train="all", **QUICK | options)
-
-    beside = call("beside")
-    cached = call("cached", teacher_cache=tmp_path / "cache", top_k=64)
+def test_a_cached_teacher_is_the_teacher(run, tiny_folder, tmp_path):
+    run = partial(run, train="all")
+    beside = run("beside")
+    cached = run("cached", teacher_cache=tmp_path / "cache", top_k=64)
     assert cached.held_out_loss == pytest.approx(beside.held_out_loss, abs=1e-3)
-    few = call("few", teacher_cache=tmp_path / "few-cache", top_k=8)
+    few = run("few", teacher_cache=tmp_path / "few-cache", top_k=8)
     assert few.held_out_loss < few.held_out_loss_before
     stamp = (tmp_path / "few-cache" / "ids.npy").stat().st_mtime_ns
-    call("again", teacher_cache=tmp_path / "few-cache", top_k=8)
+    run("again", teacher_cache=tmp_path / "few-cache", top_k=8)
     assert (tmp_path / "few-cache" / "ids.npy").stat().st_mtime_ns == stamp
     assert bits(tmp_path / "again") == bits(tmp_path / "few")
     with pytest.raises(ValueError, match=r"holds other predictions \(windows was \"\w{64}\", is \"\w{64}\"\): delete"):
-        call("other", teacher_cache=tmp_path / "few-cache", top_k=8, seed=1)
+        run("other", teacher_cache=tmp_path / "few-cache", top_k=8, seed=1)
     with pytest.raises(FileExistsError, match="holds something else"):
-        call("other", teacher_cache=tiny_folder, seed=1)
+        run("other", teacher_cache=tiny_folder, seed=1)
 
 
-def test_auto_takes_what_memory_suffices_for(saved, tiny_folder, text, tmp_path, monkeypatch, caplog):
+def test_auto_takes_what_memory_suffices_for(run, monkeypatch, caplog):
     kinds = {}
     with caplog.at_level("INFO"):
         for free in (None, 10**9, 900_000, 1000):
             monkeypatch.setattr(recovery_training, "available_bytes", lambda device, free=free: free)
-            options = QUICK | {"tokens": 64}
-            kinds[free] = recover(saved.folder, tiny_folder, tmp_path / str(free), calibration=text, **options)
+            kinds[free] = run(str(free), tokens=64)
     assert kinds[None].train == kinds[10**9].train == "all"
     assert kinds[1000].train == "norms"
     assert "top_k" in kinds[1000].options  # the teacher's logits were cached
@@ -276,11 +264,11 @@ def test_auto_takes_what_memory_suffices_for(saved, tiny_folder, text, tmp_path,
     assert "norms and biases are trained: " in caplog.text
 
 
-def test_checkpointed_layers_change_nothing(saved, tiny_folder, text, tmp_path, monkeypatch):
+def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
     for name in ("plain", "checkpointed"):
         choice = {"train": "all", "checkpointed": name == "checkpointed", "cached": False}
         monkeypatch.setattr(recovery_training.RecoveryTraining, "_choose", lambda self, *_, choice=choice: choice)
-        recover(saved.folder, tiny_folder, tmp_path / name, calibration=text, **QUICK)
+        run(name)
     for name, weight in weights(tmp_path / "plain").items():
         torch.testing.assert_close(weights(tmp_path / "checkpointed")[name], weight, rtol=1e-4, atol=1e-5)
 
@@ -299,10 +287,9 @@ def test_checkpointed_layers_change_nothing(saved, tiny_folder, text, tmp_path, 
         ({"teacher": None}, "teacher is missing: the report of .* calls the dense model"),
     ],
 )
-def test_bad_options_are_refused(options, message, saved, tiny_folder, text, tmp_path):
-    given = {"teacher": tiny_folder, "calibration": text} | QUICK | options
+def test_bad_options_are_refused(options, message, run, tmp_path):
     with pytest.raises(ValueError, match=message):
-        recover(saved.folder, output_dir=tmp_path / "out", **given)
+        run(**options)
     assert not list(tmp_path.iterdir())
 
 
@@ -311,20 +298,20 @@ def test_the_folder_has_a_name_also_if_it_is_the_working_folder(saved, monkeypat
     assert folder_beside(".", "-recovered") == saved.folder.with_name(f"{saved.folder.name}-recovered")
 
 
-def test_bad_folders_are_refused(saved, tiny_folder, text, tmp_path):
+def test_bad_folders_are_refused(run, saved, tiny_folder, text, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no fista/report\.json: pass a folder or Hub id saved by"):
-        recover(tiny_folder, tiny_folder, tmp_path / "out", calibration=text, **QUICK)
+        run(source=tiny_folder)
     other = save_tiny_folder(tmp_path / "other")
     tiny_llama(vocab_size=70).save_pretrained(other)
     with pytest.raises(ValueError, match=r"has another vocabulary \(70 tokens\) than .* \(64\)"):
-        recover(saved.folder, other, tmp_path / "out", calibration=text, **QUICK)
+        run(teacher=other)
     (tmp_path / "mine").mkdir()
     shutil.copy(text, tmp_path / "mine" / "README.md")
     with pytest.raises(FileExistsError, match=r"holds README\.md of something else"):
-        recover(saved.folder, tiny_folder, tmp_path / "mine", calibration=text, **QUICK)
+        run("mine")
     for output in (saved.folder / "out", saved.folder, tiny_folder):
         with pytest.raises(ValueError, match="lies in the folder that is read"):
-            recover(saved.folder, tiny_folder, output, calibration=text, overwrite=True, **QUICK)
+            run(output, overwrite=True)
 
 
 def test_a_teacher_without_a_tokenizer_is_refused_before_any_work(saved, tmp_path, monkeypatch):
@@ -335,17 +322,16 @@ def test_a_teacher_without_a_tokenizer_is_refused_before_any_work(saved, tmp_pat
 
 
 def test_a_cache_that_is_something_else_and_missing_peft_are_refused_before_any_work(
-    saved, tiny_folder, text, tmp_path, monkeypatch
+    run, tiny_folder, text, monkeypatch
 ):
     monkeypatch.setattr(recovery, "_digests", None)
-    given = QUICK | {"calibration": text}
     for taken in (text, tiny_folder):
         with pytest.raises(FileExistsError, match=r"teacher_cache .* holds something else"):
-            recover(saved.folder, tiny_folder, tmp_path / "out", teacher_cache=taken, **given)
+            run(teacher_cache=taken)
     monkeypatch.delitem(sys.modules, "optimum_fista.run.retraining.lora", raising=False)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="adapters need PEFT: run"):
-        recover(saved.folder, tiny_folder, tmp_path / "out", **given | {"train": "lora"})
+        run(train="lora")
 
 
 def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path, monkeypatch, capsys):
