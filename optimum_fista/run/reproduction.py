@@ -33,7 +33,7 @@ from optimum_fista.run.evaluation.verification import read_operators
 from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
 from optimum_fista.run.packed_folders.unpacking import is_packed
 from optimum_fista.run.pruner import FistaPruner
-from optimum_fista.run.pruning.run_report import describe_calibration
+from optimum_fista.run.pruning.run_report import describe_calibration, first_names
 from optimum_fista.run.reports.report import MixtureReport, OperatorReport, PruningReport, library_versions
 from optimum_fista.run.streamed.journal import differences
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, num_unseen
@@ -162,10 +162,9 @@ def reproduce(
         digests = [layer_sha256(layer) for _, layer in find_decoder_layers(dense)]
         if combined_sha256([*digests, rest_sha256(dense)]) != made["model"]["sha256"]:
             others = [layer.name for layer in report.layers if layer.dense_sha256 not in digests]
-            shown = ", ".join(others[:4]) or "what is in no decoder layer"
+            shown = first_names(others) or "what is in no decoder layer"
             raise ValueError(
-                f"model={name!r} is not the one that was pruned: {shown}{', ...' if len(others) > 4 else ''} differs. "
-                "Pass the model as it was (--model)."
+                f"model={name!r} is not the one that was pruned: {shown} differs. Pass the model as it was (--model)."
             )
         vocabulary = input_embedding(dense).shape[0]
         channels = find_parts(dense, "channels").parts if config.reorder_channels else ()

@@ -53,7 +53,7 @@ def _as_array(values: Tensor) -> np.ndarray:
     return (values if values.dtype in (torch.float32, torch.float64) else values.float()).numpy()
 
 
-def _kth_by_bracket(array: np.ndarray, k: int, *, magnitude: bool = False) -> float:
+def _kth_by_bracket(array: np.ndarray, k: int, *, magnitude: bool) -> float:
     """The `k`-th smallest of many values: a sample brackets it, and only what lies inside is partitioned.
 
     With `magnitude`, of their absolute values.

@@ -27,6 +27,7 @@ from optimum_fista.model.shrinking import (
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import is_out_of_memory
 from optimum_fista.run.pruning.operators import choose_operators
+from optimum_fista.run.pruning.run_report import first_names
 from optimum_fista.run.reports.report import LayerRecord, LayerReport, OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
 from optimum_fista.solve.narrowing import Narrowing
@@ -325,12 +326,12 @@ class Removal:
         after = [f"{self.plan.layers_name}.{number}" for number in numbers]
         without = [name for name in after if not any(operator.startswith(f"{name}.") for operator in repaired)]
         if without:
-            shown = ", ".join(without[:4]) + (", ..." if len(without) > 4 else "")
             why = "that takes error_correction='full' or a number, and residual_correction above 0"
             if asked:
                 why = "the output of their last operator is not added to theirs"
             report.warn(
-                f"{len(without)} of {len(after)} decoder layers after removed ones are not repaired ({shown}): {why}"
+                f"{len(without)} of {len(after)} decoder layers after removed ones are not repaired "
+                f"({first_names(without)}): {why}"
             )
 
     def _kept(

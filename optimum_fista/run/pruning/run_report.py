@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,8 @@ def complete_report(
             f"no linear operator of {decoder_layers} can be pruned; {name}, for one: {left[name]}."
         )
     if left:
-        shown = ", ".join(f"{name} ({reason})" for name, reason in list(left.items())[:4])
-        more = ", ..." if len(left) > 4 else ""
-        report.warn(f"{len(left)} operators were left dense: {shown}{more}")
+        shown = first_names([f"{name} ({reason})" for name, reason in left.items()])
+        report.warn(f"{len(left)} operators were left dense: {shown}")
     operators = report.operators
     errors = {o.name: (o.fit_error, o.output_error) for o in operators}
     overflown = [name for name, found in errors.items() if not all(math.isfinite(error or 0.0) for error in found)]
@@ -120,12 +119,16 @@ def _without_residual_correction(report: PruningReport) -> Iterator[str]:
                 corrected[layer.name] = corrected.get(layer.name, False) or operator.residual_corrected
     without = [name for name, done in corrected.items() if not done]
     if without:
-        shown = ", ".join(without[:4]) + (", ..." if len(without) > 4 else "")
         yield (
-            f"no residual correction in {len(without)} of {len(corrected)} decoder layers ({shown}): the output of one "
-            "pruned operator, the last, is not added to the layer's output there (a norm or a scale comes between, or "
-            "it is a mixture of experts)"
+            f"no residual correction in {len(without)} of {len(corrected)} decoder layers ({first_names(without)}): "
+            "the output of one pruned operator, the last, is not added to the layer's output there (a norm or a scale "
+            "comes between, or it is a mixture of experts)"
         )
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first four of many names, for a message."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def warn_of_few_tokens(report: PruningReport, operators: Mapping[str, Mapping[str, LinearOperator]]) -> None:
