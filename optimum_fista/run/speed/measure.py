@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Set
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def measure_speed(
             f"original={str(original)!r} and variants={', '.join(settings.variants)!r}: pass the folder of the model "
             "before it was pruned together with variants such as 'original bfloat16', or neither."
         )
-    with _folders(folder, runtimes, progress) as folders, ExitStack() as opened:
+    with tempfile.TemporaryDirectory(prefix="optimum-fista-") as temporary, ExitStack() as opened:
+        folders = _folders(folder, runtimes, Path(temporary), progress)
         if original is not None:
             folders["original"] = original
         workers = {}
@@ -60,6 +62,8 @@ def measure_speed(
         for name, worker in workers.items():
             progress(f"loading {name}")
             sizes[name] = worker.ask("parameters")
+        # All models are loaded: if the run is killed from now on, no copy of the model is left.
+        shutil.rmtree(temporary, ignore_errors=True)
         vocabulary = min(found for found, _ in sizes.values())
         seconds, outputs = _measure(workers, settings, vocabulary, progress)
         variants = {
@@ -76,16 +80,14 @@ def measure_speed(
     return SpeedReport(folder.name, settings, variants, machine, library_versions())
 
 
-@contextmanager
-def _folders(folder: Path, runtimes: Set[str], progress: Callable[[str], None]) -> Iterator[dict[str, Path]]:
+def _folders(folder: Path, runtimes: Set[str], temporary: Path, progress: Callable[[str], None]) -> dict[str, Path]:
     """The pruned model as a dense and as a packed folder, as far as `runtimes` need them."""
-    with tempfile.TemporaryDirectory(prefix="optimum-fista-") as temporary:
-        made = Path(temporary) / folder.name
-        given, missing = ("packed", "dense") if is_packed(folder) else ("dense", "packed")
-        if missing in runtimes:
-            progress(f"{'unpacking' if missing == 'dense' else 'packing'} {folder}")
-            (unpack_folder if missing == "dense" else pack_folder)(folder, made)
-        yield {given: folder, missing: made}
+    made = temporary / folder.name
+    given, missing = ("packed", "dense") if is_packed(folder) else ("dense", "packed")
+    if missing in runtimes:
+        progress(f"{'unpacking' if missing == 'dense' else 'packing'} {folder}")
+        (unpack_folder if missing == "dense" else pack_folder)(folder, made)
+    return {given: folder, missing: made}
 
 
 def _measure(

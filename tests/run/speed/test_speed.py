@@ -28,10 +28,17 @@ SETTINGS = SpeedSettings(
 
 
 @pytest.fixture(scope="module")
-def report(saved):
-    lines: list[str] = []
-    with forked_workers():
-        report = measure_speed(saved.folder, SETTINGS, lines.append)
+def report(saved, tmp_path_factory):
+    lines, temporary = list[str](), tmp_path_factory.mktemp("temporary")
+
+    def progress(line: str) -> None:
+        lines.append(line)
+        # the packed copy is there until it is loaded: a run that is killed later leaves none
+        assert bool(list(temporary.iterdir())) == line.startswith(("packing", "loading"))
+
+    with forked_workers(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tempfile.tempdir", str(temporary))
+        report = measure_speed(saved.folder, SETTINGS, progress)
     assert lines[:3] == [f"packing {saved.folder}", "loading dense float32", "loading packed float32"]
     assert lines[-1] == "round 2 of 2, prefill"
     return report
