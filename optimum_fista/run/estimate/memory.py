@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from optimum_fista.model.losses import PROBED_TOGETHER
 from optimum_fista.run.estimate.planned_run import PlannedRun
+from optimum_fista.run.reports.operator_grid import layer_and_kind
 from optimum_fista.run.texts.self_sampling import num_batches, num_texts
 
 LIBRARIES = 295 * 2**20
 """Python with torch (a build for CPUs) and Transformers, and what their first calls add, in bytes; measured."""
+_LAYER = 2**20 // 4
+"""Modules, hooks and records of a decoder layer, in bytes; measured."""
+_PICTURE, _PICTURE_OF_OPERATOR = 30 * 2**20, 2**20 // 14
+"""Matplotlib, which draws the picture of the model card when all is pruned, and an operator in it; measured."""
 _KEPT_FREE = 64 * 2**20
 """What the C library keeps of freed memory, at most; it is a tenth of what was held if that is less."""
 
@@ -31,9 +37,14 @@ def peak_memory(run: PlannedRun) -> dict[str, Peak]:
     """The most that is held by place: `"device"` and `"host"`, or `"host"` alone on a CPU."""
     peaks: dict[str, Peak] = {}
     always = {"Python and libraries": float(LIBRARIES), "calibration tokens": 8.0 * run.tokens}
+    always["modules and records"] = float(_LAYER * run.num_layers)
     whole = {"whole model": float(run.weight_bytes)} if run.whole else {}
     num_weights = sum(rows * columns for rows, columns in run.shapes.operators.values())
-    peaks["host"] = Peak("masks", always | {"masks": num_weights / 8})
+    end = {"masks": num_weights / 8}
+    if find_spec("matplotlib") is not None:
+        drawn = {layer_and_kind(name) for name in run.shapes.operators}  # the experts of a mixture are one
+        end["picture of the model card"] = float(_PICTURE + _PICTURE_OF_OPERATOR * len(drawn))
+    peaks["host"] = Peak("model card", always | end)
     for moment, computing, waiting in moments(run):
         held = {"device": whole | dict(computing), "host": dict(always), "disk": {}}
         held[run.storage]["activations that wait"] = waiting

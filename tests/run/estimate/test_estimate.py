@@ -1,6 +1,8 @@
 import re
 import time
+import tracemalloc
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from optimum_fista.run.estimate.estimate import Estimate
 from optimum_fista.run.estimate.memory import moments
 from optimum_fista.run.estimate.work import LAYER_CALL, Meter
 from optimum_fista.run.pruning import budgets, loop
+from optimum_fista.run.reports.card import error_picture
 from optimum_fista.run.streamed.journal import Journal
 
 
@@ -344,6 +347,23 @@ def test_a_real_run_takes_what_is_estimated(monkeypatch):
     assert 1 / 2 < run["estimated_seconds"] / run["measured_seconds"] < 2
     above, measured = (run[f"{how}_bytes"] - run["import_bytes"] for how in ("estimated", "measured"))
     assert 1 / 1.5 < above / measured < 1.5
+
+
+def test_the_picture_of_many_narrow_layers_takes_what_is_estimated():
+    config, held = FistaPruningConfig(method="magnitude"), []
+    report = FistaPruner(config, progress=False).prune(tiny_llama(num_hidden_layers=1), tiny_tokens().split(4))
+    first = report.operators
+    for layers in (2, 2, 22):  # Matplotlib is imported first
+        names = [(operator, f".{layer}.") for layer in range(layers) for operator in first]
+        report.operators = [replace(operator, name=operator.name.replace(".0.", new)) for operator, new in names]
+        tracemalloc.start()
+        assert error_picture(report)
+        measured = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        parts = estimated(llama(num_hidden_layers=layers), config).memory["host"].parts
+        held.append((measured, parts["picture of the model card"]))
+    _, few, many = held
+    assert many[0] - few[0] == pytest.approx(many[1] - few[1], rel=0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
