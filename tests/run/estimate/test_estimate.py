@@ -351,6 +351,7 @@ def test_a_real_run_takes_what_is_estimated(monkeypatch):
 
 
 def test_the_picture_of_many_narrow_layers_takes_what_is_estimated():
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'optimum-fista[plots]'")
     config, held = FistaPruningConfig(method="magnitude"), []
     report = FistaPruner(config, progress=False).prune(tiny_llama(num_hidden_layers=1), tiny_tokens().split(4))
     first = report.operators
