@@ -179,7 +179,7 @@ def test_what_windows_change_is_as_kept(title, name, count):
 def test_what_a_rotation_and_more_windows_gain():
     rows = kept_in("rotated")["rows"]
     found = {(row["label"], row["pattern"]): row["perplexity"] for row in rows}
-    factors = []
+    factors, of_two_texts = [], []
     for seed in range(3):
         few, many = (f"{windows}, seed {seed}" for windows in ("24 windows", "128 windows, rotated"))
         above_dense = [
@@ -187,9 +187,22 @@ def test_what_a_rotation_and_more_windows_gain():
             for label in (many, few)
         ]
         factors.append(unseen_factor(*above_dense))
-    first, second, third = (f"{factor:.2f}" for factor in factors)
-    said = f"falls to {first}, {second} and {third} times the default's ({statistics.mean(factors):.2f} on average)"
-    assert said in " ".join(page_of("results").split())
+        of_two_texts.append(unseen_factor(*({**found, "held out": 1} for found in above_dense)) ** 1.5)
+    said = (
+        "falls to {:.2f}, {:.2f} and {:.2f} times the default's ({:.2f} on average), that of WikiText-2 and LAMBADA to "
+        "{:.2f}, {:.2f} and {:.2f} times."
+    )
+    words = " ".join(page_of("results").split())
+    assert said.format(*factors, statistics.mean(factors), *of_two_texts) in words
+
+
+def test_what_larger_groups_cost():
+    rows = Comparison.read(RESULTS / "perplexity.json").rows
+    found = {r.pattern: statistics.geometric_mean(r.perplexity.values()) for r in rows if r.method == "default"}
+    factors = [found[pattern] / found["2:4"] for pattern in ("4:8", "8:16", "16:32")]
+    said = "4:8 has {:.2f} times the perplexity of 2:4, 8:16 has {:.2f} times and 16:32 has {:.2f} times"
+    assert said.format(*factors) in " ".join(page_of("results").split())
+    assert f"8:16 has {factors[1]:.2f} times the perplexity of 2:4" in page_of("howto/two-of-four")
 
 
 def test_accuracies_of_the_results_are_those_kept():

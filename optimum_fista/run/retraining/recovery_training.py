@@ -402,7 +402,7 @@ class RecoveryTraining:
         return choose(self.model, dense, self.options["train"], shape, self.device, self.compute, free_bytes, cached)
 
     def _trained_parameters(self) -> dict[str, Tensor]:
-        """What is trained, by name: all or what has one dimension, but of embeddings and the head; and adapters."""
+        """What is trained, by name: outside of embeddings and head all, or what has one dimension; and adapters."""
         head, parameters = self.model.get_output_embeddings(), dict(self.model.named_parameters())
         modules = self.model.named_modules()
         outer = {name for name, module in modules if isinstance(module, nn.Embedding) or module is head}
