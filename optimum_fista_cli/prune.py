@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
 
-Weights become zeros, or with a --pattern such as channels:0.25 or layers:0.1 whole parts go and the model gets smaller.
+Weights become zeros. A --pattern such as channels:0.25 or layers:0.1 removes whole parts, so the model gets smaller.
 
-The model is read, pruned and written one decoder layer at a time. A run that was interrupted resumes after its last
-finished decoder layer when the same command is given again. Several processes, started by accelerate launch or
-torchrun, share the decoder layers if those are independent (--error-correction none or intra): see docs/ranks.md.
+The model is read, pruned and written one decoder layer at a time. Only GGUF files, and models that write their own
+calibration text, are loaded whole. Give the same command again to resume an interrupted run after its last finished
+decoder layer. Several processes, started by accelerate launch or torchrun, share the decoder layers if these are
+independent (--error-correction none or intra): see docs/ranks.md.
 
-MODEL is a Hub id, a model folder, or a folder that holds one GGUF file. It is all that is needed: the model writes its
-own calibration text (--calibration self), half of the weights in its decoder layers become zeros, and the folder is
-named after it.
+MODEL is a Hub id, a model folder, or a folder with one GGUF file. Nothing else is needed: the model writes its own
+calibration text (--calibration self), half of the weights in its decoder layers become zeros, and the folder is named
+after MODEL.
 
 examples:
   optimum-fista prune meta-llama/Llama-3.2-1B
@@ -59,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
     groups = (
-        "keep N of every M consecutive inputs of a row, such as 2:4; 4:8-pairs keeps two whole pairs of four; "
-        "channels:0.25, heads:0.5, experts:0.25 or layers:0.1, or some joined by +, removes whole parts: the model "
-        "gets smaller (docs/smaller.md); a comma and another pattern, as in channels:0.25,2:4, prunes what stays"
+        "2:4 keeps 2 of every 4 consecutive inputs of a row, 4:8-pairs two whole pairs of every four; channels:0.25, "
+        "heads:0.5, experts:0.25 or layers:0.1, or several joined by +, removes whole parts (docs/smaller.md); a comma "
+        "and another pattern, as in channels:0.25,2:4, prunes what stays"
     )
     add("--pattern", metavar="PATTERN", help=groups)
     size = "leave this share of the dense model, such as 0.75: the run chooses what goes (docs/smaller.md)"
@@ -69,13 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = "obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap, greedy_obs, taylor"
     add("--method", help=names)
     add("--recipe", metavar="NAME", help="default, fast, best or paper (docs/quickstart.md); other flags override it")
-    sources = "self (default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
+    sources = "self (the model writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
     add("--calibration", default="self", metavar="SOURCE", help=sources)
     add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
-    add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 2048 or the model's maximum)")
+    add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 2048, at most the model's limit)")
     add("--device", help="cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)")
-    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
-    dry = "only print what would be pruned, peak memory, disk and time; MODEL may be a config.json; writes nothing"
+    add("--dtype", default="auto", help="of the weights: float32, bfloat16, float16 or auto, as stored (default)")
+    dry = "only print what would be pruned, peak memory, disk and time; MODEL may be a config.json"
     add("--dry-run", action="store_true", help=dry)
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
     add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")

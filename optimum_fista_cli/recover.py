@@ -8,18 +8,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 DESCRIPTION = """\
-Train what a pruned model kept so that it predicts as the dense model does. Zeros stay zero.
+Train the weights that a pruned model kept, so that it predicts as the dense model does. Zeros stay zero.
 
-The loss is how far the pruned model's predictions are from the dense model's (the teacher) and from the text. Part of
-the text is never trained on: the model is measured on it before, during and after the training, and the best weights
-are saved. If none were better than before, the weights stay as they were. DIR is only read. A run that was interrupted
-resumes when the same command is given again.
+The loss is how far the pruned model's predictions are from those of the dense model (the teacher) and from the text.
+Part of the text is never trained on: the model is measured on it before, during and after the training, and the best
+weights are saved. If none were better than before, the weights stay as they were. DIR is only read. Give the same
+command again to resume an interrupted run.
 
 examples:
   optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt
   optimum-fista recover ./model-24 --teacher meta-llama/Llama-3.2-1B --calibration c4 --tokens 10000000 --batch-size 8
   optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt --train lora --output ./model-50-lora
-several processes share weights and sequences:
+  # several processes share weights and sequences:
   accelerate launch --multi_gpu --num_processes 8 -m optimum_fista recover ./model-50 --teacher ./model
 """
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=262_144, metavar="N", help="tokens to train on (default 262144)")
     trained = (
         "all kept weights but embeddings and head; lora (masked adapters, norms and biases); norms (and biases); or "
-        "auto, the first of them that memory suffices for (default)"
+        "auto, the first of these that fits into memory (default)"
     )
     add("--train", choices=("auto", "all", "lora", "norms"), default="auto", help=trained)
     add("--device", help="cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)")
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compute-dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=products)
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
     add = parser.add_argument_group("advanced").add_argument
-    add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 512 or the model's maximum)")
+    add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 512, at most the model's limit)")
     add("--batch-size", type=int, default=2, metavar="N", help="sequences a forward and backward pass (default 2)")
     passes = (
         "passes before each update, of all processes together (default: about 256 updates, of at most 32 sequences; "
@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shares = "how much of the loss is the text's own cross-entropy, from 0 to 1 (default %(default)s)"
     add("--label-share", type=float, default=0.5, metavar="SHARE", help=shares)
     add("--seed", type=int, default=0, help="decides which text is drawn, and its order (default 0)")
-    kept = "keep the teacher's largest logits in this folder, so that it is not in memory during the training"
+    kept = "keep the teacher's largest logits in this folder, so that the teacher is not in memory during the training"
     add("--teacher-cache", type=Path, metavar="FOLDER", help=f"{kept} (default: only if both models don't fit)")
-    add("--top-k", type=int, default=64, metavar="N", help="logits a token that are kept then (default 64)")
+    add("--top-k", type=int, default=64, metavar="N", help="logits a token in --teacher-cache (default 64)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 
 DESCRIPTION = """\
-Save a dense model that computes the same, and that loses less when it is pruned to 2:4.
+Save a dense model that computes the same as MODEL, and that loses less when it is pruned to 2:4.
 
-The hidden states between decoder layers can have any basis. This command trains a rotation of that basis, which makes
-the error of 2:4 smaller, and multiplies it into the weights. If the head shares the weights of the embedding, it gets a
-copy of its own. The folder is an ordinary dense model; prune it as any other, with the same --pattern.
+The weights that write the hidden states between decoder layers apply a rotation, and those that read them undo it. The
+rotation is trained to make the error of 2:4 small. If the head shares the weights of the embedding, it gets a copy of
+its own. The folder is an ordinary dense model; prune it as any other, with the same --pattern.
 
 The whole model is in memory, in float32. At 50% zeros without a pattern a rotation gained nothing.
 
@@ -28,21 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
     add("--output", "-o", type=Path, metavar="DIR", help="folder to write to (default: MODEL's name and -rotated)")
     add("--pattern", default="2:4", metavar="PATTERN", help="the pattern that you will prune to (default 2:4)")
-    add("--sparsity", type=float, help="the fraction of zeros, for --pattern unstructured (default 0.5)")
+    add("--sparsity", type=float, help="the fraction of zeros of --pattern unstructured (default 0.5)")
     sources = "self (the model writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
     add("--calibration", default="self", metavar="SOURCE", help=sources)
-    add("--tokens", type=int, default=4096, metavar="N", help="tokens to measure on, in whole sequences (default 4096)")
+    add("--tokens", type=int, default=4096, metavar="N", help="calibration tokens, in whole sequences (default 4096)")
     add("--device", help="cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)")
-    stored = "dtype to save in: float32, bfloat16, float16 or auto (default: as stored)"
+    stored = "dtype to save in: float32, bfloat16, float16 or auto, as stored (default)"
     add("--dtype", default="auto", help=stored)
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
     add = parser.add_argument_group("advanced").add_argument
-    add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 512 or the model's maximum)")
+    add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 512, at most the model's limit)")
     products = "dtype of products while it measures and trains (default auto: bfloat16 if the device is fast in it)"
     add("--compute-dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=products)
     add("--steps", type=int, default=200, metavar="N", help="steps of the training (default 200)")
     add("--learning-rate", type=float, default=1e-3, metavar="RATE", help="largest learning rate (default 0.001)")
-    add("--seed", type=int, default=0, help="decides which text is drawn, and what a step looks at (default 0)")
+    drawn = "decides which text is drawn, and which weights a step looks at (default 0)"
+    add("--seed", type=int, default=0, help=drawn)
 
 
 def run(arguments: argparse.Namespace) -> int:
