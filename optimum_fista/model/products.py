@@ -20,8 +20,9 @@ def compute_dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 
 def _is_fast(device: torch.device) -> bool:
-    """Whether a device has units for bfloat16; an older PyTorch does not say so of a CPU."""
-    return device.type != "cpu" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    """Whether a device multiplies bfloat16 itself: a CPU by AMX or AVX512-BF16. An older PyTorch may not say so."""
+    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device.type != "cpu" or any(getattr(torch.cpu, name, lambda: False)() for name in asked)
 
 
 @contextmanager

@@ -133,7 +133,8 @@ class FistaPruningConfig:
         finetune_learning_rate: The largest learning rate of these steps.
         compute_dtype: Dtype in which float32 matrices are multiplied in forward passes, in gradients, and in sums over
             calibration tokens: `"float32"`, `"bfloat16"` (on CUDA, TensorFloat-32), or `"auto"`: bfloat16 on
-            accelerators and on CPUs with AMX, otherwise float32. Layer problems are always solved in float32.
+            accelerators and on CPUs with AMX or AVX512-BF16, otherwise float32. Layer problems are always solved in
+            float32.
         seed: Seed of everything random: sampling of calibration windows and texts, order of batches, random experts.
     """
 

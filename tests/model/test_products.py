@@ -5,7 +5,7 @@ import torch
 from pruning import prune
 from tiny_llama import tiny_llama, tiny_tokens
 
-from optimum_fista.model import gram, products
+from optimum_fista.model import gram
 from optimum_fista.model.layer_sums import LayerSums
 from optimum_fista.model.products import compute_dtype_of, quick_products, quick_products_in
 from optimum_fista.run.pruning.group_solving import GroupSolver
@@ -13,10 +13,15 @@ from optimum_fista.run.pruning.group_solving import GroupSolver
 precision = torch.get_float32_matmul_precision
 
 
-@pytest.mark.parametrize(("name", "fast", "expected"), [("auto", True, "bfloat16"), ("auto", False, "float32")])
-def test_auto_asks_the_device(monkeypatch, name, fast, expected):
-    monkeypatch.setattr(products, "_is_fast", lambda device: fast)
-    assert compute_dtype_of(name, torch.device("cpu")) == getattr(torch, expected)
+UNITS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+
+
+@pytest.mark.parametrize("there", [None, *UNITS])
+def test_auto_asks_the_device(monkeypatch, there):
+    for unit in UNITS:
+        monkeypatch.setattr(torch.cpu, unit, lambda unit=unit: unit == there, raising=False)
+    assert compute_dtype_of("auto", torch.device("cpu")) == (torch.bfloat16 if there else torch.float32)
+    assert compute_dtype_of("auto", torch.device("cuda")) == torch.bfloat16
     for given in ("float32", "bfloat16"):
         assert compute_dtype_of(given, torch.device("cpu")) == getattr(torch, given)
 

@@ -72,9 +72,9 @@ def recover(
 
     It minimizes how far the pruned model's predictions are from the dense model's and from the text (`divergence`), by
     AdamW with a warm-up and a cosine, on text that is read once. Weights, gradients and moments are float32; products
-    are bfloat16 on an accelerator and on a CPU with AMX. Sequences that are never trained on measure the loss before,
-    now and then, and at the end: the weights with the smallest loss are saved, or those of `folder` if none had a
-    smaller one.
+    are bfloat16 on an accelerator and on a CPU with AMX or AVX512-BF16. Sequences that are never trained on measure the
+    loss before, now and then, and at the end: the weights with the smallest loss are saved, or those of `folder` if
+    none had a smaller one.
 
     After a crash or an interrupt the same call resumes and ends with the same bits; if the processor or the number of
     threads is another, a warning says so. Until all is done, what is finished lies in `output_dir` + ".unfinished".
