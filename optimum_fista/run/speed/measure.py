@@ -77,12 +77,13 @@ def measure_speed(
         "threads": settings.threads,
         "kernels": compiled.path if compiled else "none",
     }
-    return SpeedReport(folder.name, settings, variants, machine, library_versions())
+    name = folder.resolve().name  # "." and ".." have one too
+    return SpeedReport(name, settings, variants, machine, library_versions())
 
 
 def _folders(folder: Path, runtimes: Set[str], temporary: Path, progress: Callable[[str], None]) -> dict[str, Path]:
     """The pruned model as a dense and as a packed folder, as far as `runtimes` need them."""
-    made = temporary / folder.name
+    made = temporary / "model"
     given, missing = ("packed", "dense") if is_packed(folder) else ("dense", "packed")
     if missing in runtimes:
         progress(f"{'unpacking' if missing == 'dense' else 'packing'} {folder}")

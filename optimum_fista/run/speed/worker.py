@@ -20,6 +20,7 @@ from optimum_fista.model.architecture import input_embedding
 from optimum_fista.run.checkpoints.loading import read_model
 from optimum_fista.run.memory import device_counts, release_free_memory
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
+from optimum_fista.run.texts.explained_errors import explained_length
 
 
 class Worker:
@@ -100,23 +101,25 @@ class _Runner:
     def generate(self, prompt: Tensor, new_tokens: int) -> tuple[float, Tensor]:
         """Seconds of greedy decoding, and the tokens [batch, new_tokens]."""
         ids = prompt.to(self.device)
+        length, flags = ids.shape[1] + new_tokens, "--prompt-tokens + --new-tokens"
         started = self._now()
-        output = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=0,
-        )
+        with explained_length(self.model, length, "prompt_tokens + new_tokens", flags):
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=0,
+            )
         return self._now() - started, output[:, ids.shape[1] :].cpu()
 
     def prefill(self, prompt: Tensor) -> tuple[float, Tensor]:
         """Seconds of one forward pass, and the logits [batch, vocabulary] of the last token."""
         ids = prompt.to(self.device)
         started = self._now()
-        with torch.no_grad():
+        with torch.no_grad(), explained_length(self.model, ids.shape[1], "prefill_tokens", "--prefill-tokens"):
             logits = self.model(ids, logits_to_keep=1, use_cache=True).logits[:, -1]
         return self._now() - started, logits.float().cpu()
 

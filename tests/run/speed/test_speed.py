@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +76,15 @@ def test_a_table_and_a_picture(report, tmp_path):
     assert speed_table(again) == speed_table(report)
 
 
+def test_a_folder_above_has_a_name_and_can_be_measured(saved, tmp_path, monkeypatch):
+    below = shutil.copytree(saved.folder, tmp_path / "pruned") / "below"
+    below.mkdir()
+    monkeypatch.chdir(below)
+    settings = dataclasses.replace(SETTINGS, variants=["packed float32"], batch_sizes=[1], rounds=1)
+    with forked_workers():
+        assert measure_speed(Path(".."), settings).model == "pruned"
+
+
 def test_a_packed_folder_is_measured_dense_from_an_unpacked_one(saved, tmp_path):
     pack_folder(saved.folder, tmp_path / "packed")
     lines: list[str] = []
@@ -102,6 +113,19 @@ def test_a_smaller_model_is_measured_beside_the_original(saved, tmp_path):
     only = dataclasses.replace(settings, variants=["dense float32"])
     with pytest.raises(ValueError, match="variants='dense float32'"):
         measure_speed(tmp_path / "smaller", only, original=tmp_path / "original")
+
+
+def test_more_tokens_than_positions_are_explained(saved_gpt2):
+    most = saved_gpt2.model.config.n_positions
+    worker, prompt = Worker("dense float32", saved_gpt2.folder, "cpu", 1), torch.ones(1, most + 1, dtype=torch.long)
+    try:
+        with pytest.raises(RuntimeError, match=rf"prefill_tokens .* at most {most}.*\(--prefill-tokens {most}"):
+            worker.ask("prefill", prompt)
+        with pytest.raises(RuntimeError, match=rf"{most + 2} tokens.*\(--prompt-tokens \+ --new-tokens {most}"):
+            worker.ask("generate", prompt[:, 3:], 4)
+        assert worker.ask("generate", prompt[:, 4:], 3)[0] > 0
+    finally:
+        worker.close()
 
 
 def test_a_worker_says_what_went_wrong(saved):
