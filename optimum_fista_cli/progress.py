@@ -121,14 +121,18 @@ class Progress(PruningCallback):
         """Add an operator to the table."""
         self._reports.setdefault(layer_and_kind(report.name)[1], []).append(report)
 
-    def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:  # noqa: ARG002
+    def on_layer_end(self, index: int, layer: LayerReport, operators: Sequence[OperatorReport]) -> None:
         """Say that a decoder layer is finished, in a log."""
         now = time.perf_counter()
         self._left.finish(index, now)
         self._num_done += 1
         if self._is_live:
             return
-        found = "stays dense"
+        found = "no operator to prune"  # it stays dense, or is removed
+        if layer.mixture is not None:
+            mixture = layer.mixture
+            left, total = len(mixture.groups_kept), len(mixture.expert_tokens)
+            found = f"{left} of {total} experts left, fit error {mixture.fit_error:.4f}"
         if operators:
             worst = max(operators, key=lambda o: o.fit_error)
             mean, kind = fmean(o.fit_error for o in operators), layer_and_kind(worst.name)[1]

@@ -7,8 +7,10 @@ import sys
 import pytest
 from rich.console import Console
 from tiny_llama import tiny_llama, tiny_tokens
+from tiny_models import tiny_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.reports.report import LayerReport
 from optimum_fista_cli import progress
 from optimum_fista_cli.progress import Progress, TimeLeft, bars_as_lines
 
@@ -41,11 +43,19 @@ def test_a_log_has_a_line_a_decoder_layer_and_no_bar(capsys):
 def test_layers_of_other_processes_are_not_called_done(shares):
     callback = Progress(stream := io.StringIO(), shares=shares)
     callback.on_layers_begin(6, {3: 1.0, 4: 1.0})
-    callback.on_layer_end(3, None, [])
+    callback.on_layer_end(3, LayerReport("model.layers.3", None, 0.0), [])
     first, last = ([], "1 of 2") if shares else (["4 of 6 decoder layers are done already"], "5 of 6")
     *before, line = stream.getvalue().splitlines()
     assert before == first
-    assert line.startswith(f"decoder layer {last}: stays dense")
+    assert line.startswith(f"decoder layer {last}: no operator to prune")
+
+
+def test_a_layer_that_loses_experts_is_not_called_dense():
+    with Progress(stream := io.StringIO()) as callback:
+        pruner = FistaPruner(FistaPruningConfig(pattern="experts:0.25"), callbacks=[callback])
+        pruner.prune(tiny_model("mixtral"), tiny_tokens().split(4))
+    line = stream.getvalue().splitlines()[1]
+    assert re.match(r"decoder layer 2 of 2: 3 of 4 experts left, fit error 0\.\d{4}; 128 tokens", line)
 
 
 @pytest.mark.parametrize(("columns", "whole"), [("100", True), ("40", False)])

@@ -46,7 +46,7 @@ class PruningCallback:
         Args:
             index: Its index.
             layer: Its report.
-            operators: Those of its operators; none if it stays dense.
+            operators: Those of its operators; none if it stays dense, is removed, or loses nothing but experts.
         """
 
     def on_prune_end(self, report: PruningReport) -> None:

@@ -163,9 +163,7 @@ class Estimate(PlannedRun):
         lines = {
             "model": f"{type(model).__name__}, {self._model_size}",
             "pruned": pruned,
-            "pattern": str(
-                config.pattern if self.shapes.removal or config.pattern != "unstructured" else config.sparsity
-            ),
+            "pattern": str(config.sparsity if self.asked.pattern == "unstructured" else self.asked.pattern),
             "method": f"{config.method}, error correction {config.error_correction}",
             "calibration": f"{self.num_samples} x {self.length} tokens {text}, batches of {self.batch_size}",
             "time": f"{time_taken}, on {self.device}",

@@ -71,7 +71,7 @@ class PlannedRun:
         Raises:
             ValueError: If the model or an option can't be used.
         """
-        self.config = config = (config or FistaPruningConfig()).resolved()
+        self.config = self.asked = config = (config or FistaPruningConfig()).resolved()
         numbers = {"num_samples": num_samples, "sequence_length": sequence_length, "batch_size": batch_size}
         for name, number in numbers.items():
             if number is not None and number < 1:

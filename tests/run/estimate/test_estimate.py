@@ -253,7 +253,14 @@ def test_the_overview_is_the_estimate_in_a_few_lines():
     assert lines["pruned"] == "224 operators with 6,476,005,376 weights; 3,238,002,688 become zero (50.0%)"
     assert lines["calibration"] == "128 x 2048 tokens that the model writes itself, batches of 1"
     assert lines["time"].startswith("not known")
+    assert lines["pattern"] == "0.5"
     assert len(lines) <= 10
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "channels:0.25", "layers:0.5", "heads:0.5+channels:0.25,2:4", "bytes:0.75"])
+def test_the_overview_names_the_pattern_that_was_asked_for(pattern):
+    shown = estimated(tiny_model("llama").config, FistaPruningConfig(pattern=pattern)).overview()
+    assert f"\npattern      {pattern}\n" in shown
 
 
 def test_experts_that_stay_dense_cost_no_solving():
