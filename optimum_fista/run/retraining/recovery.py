@@ -109,9 +109,9 @@ def recover(
         What it did; the report in the folder holds it too, under `recoveries`.
 
     Raises:
-        ValueError: If an option is out of range, the text is too short, the teacher has another vocabulary, an
-            unfinished run in `output_dir` had other settings or another number of processes, or the processes can't
-            share the passes of a step.
+        ValueError: If an option is out of range, the text is too short, the teacher has another vocabulary, the
+            weights or the configuration in `folder` change meanwhile, an unfinished run in `output_dir` had other
+            settings or another number of processes, or the processes can't share the passes of a step.
         FileNotFoundError: If `folder` is no pruned model's.
         FileExistsError: If `output_dir` holds a model already and `overwrite` is False, or it or `teacher_cache` holds
             files of something else.
@@ -157,17 +157,21 @@ def recover(
         options: dict[str, Any] = {"batch_size": batch_size, "accumulate": accumulate, "label_share": label_share}
         options |= {"seed": seed, "compute_dtype": str(compute).removeprefix("torch."), "top_k": top_k, "train": train}
         options |= {"learning_rate": learning_rate, "teacher_cache": teacher_cache is not None}
+        files: SourceFiles | None = None
 
         def begin() -> tuple[Tensor, dict[str, Any]]:
             """The text, and what the teacher's predictions depend on."""
+            nonlocal files
             opened.enter_context(locked_output(output))
             require_output(output, overwrite, names=MODEL_FILES)  # another run may just have ended
-            of_teacher = {"teacher": _digests(teacher, progress), "compute_dtype": options["compute_dtype"]}
+            files, theirs = (_files(name, progress) for name in (source, teacher))
+            of_teacher: dict[str, Any] = {"teacher": teacher if theirs is None else theirs.digests}
+            of_teacher["compute_dtype"] = options["compute_dtype"]
             versions = library_versions()
             fingerprint: dict[str, Any] = of_teacher | {
                 "recovery": _FORMAT,
                 "processes": ranks.count,  # sums are rounded otherwise with others
-                "weights": _digests(source, progress),
+                "weights": source if files is None else files.digests,
                 "shape": [count, held_out, length],
                 "options": options,
                 "device": place.type,
@@ -201,6 +205,8 @@ def recover(
 
         def finish() -> RecoveryReport:
             assert model is not None  # in rank 0
+            if files is not None:  # it was read again for what is saved
+                files.require_unchanged()
             record, masks = find_record(model, source)
             record = dataclasses.replace(record, recoveries=[*record.recoveries, found])
             empty(unfinished)
@@ -270,8 +276,6 @@ def _require_same_vocabulary(source: str, config: PreTrainedConfig, teacher: str
         )
 
 
-def _digests(name: str, progress: bool) -> dict[str, str] | str:
-    """What identifies the weights and the configuration of a model."""
-    if not Path(name).is_dir():
-        return name
-    return SourceFiles(Path(name), {}, progress).digests
+def _files(name: str, progress: bool) -> SourceFiles | None:
+    """What identifies the weights and the configuration of a model; `None`: its Hub id does."""
+    return SourceFiles(Path(name), {}, progress) if Path(name).is_dir() else None

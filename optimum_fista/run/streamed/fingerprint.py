@@ -88,8 +88,8 @@ class SourceFiles:
         found = SourceFiles(self.folder, self.hashes, self._progress)
         if changed := sorted({name for name, _ in self.digests.items() ^ found.digests.items()}):
             raise ValueError(
-                f"{', '.join(changed)} in {str(self.folder)!r} changed while the model was pruned: put back what was "
-                "there and start again with the same output, or pass overwrite=True (--overwrite) to begin anew."
+                f"{', '.join(changed)} in {str(self.folder)!r} changed during the run: put back what was there "
+                "and start again with the same output, or pass overwrite=True (--overwrite) to begin anew."
             )
         self.hashes = found.hashes
 

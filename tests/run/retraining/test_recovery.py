@@ -203,6 +203,23 @@ def test_another_run_is_not_mixed_with_an_unfinished_one(run, tiny_folder, tmp_p
         run(train="all", learning_rate=1e-4)
 
 
+def test_a_model_that_changes_meanwhile_ends_the_run_which_resumes_once_it_is_put_back(run, saved, tmp_path):
+    source = shutil.copytree(saved.folder, tmp_path / "pruned")
+    train, changed = recovery_training.RecoveryTraining.train, source / "config.json"
+    before = changed.read_text()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            recovery_training.RecoveryTraining, "train", lambda it: [train(it), changed.write_text(before + "\n")]
+        )
+        with pytest.raises(ValueError, match=r"^config\.json in .*pruned' changed during the run: put back"):
+            run(source=source)
+    assert not (tmp_path / "out").exists()
+    changed.write_text(before)
+    run(source=source)
+    run("other")
+    assert bits(tmp_path / "out") == bits(tmp_path / "other")
+
+
 def test_bfloat16_is_trained_in_float32_and_saved_as_it_was(run, saved_by_rows, tmp_path):
     dense = tiny_llama(tie_word_embeddings=True, intermediate_size=45).bfloat16()
     dense.save_pretrained(tmp_path / "dense")
@@ -316,7 +333,7 @@ def test_bad_folders_are_refused(run, saved, tiny_folder, text, tmp_path):
 
 def test_a_teacher_without_a_tokenizer_is_refused_before_any_work(saved, tmp_path, monkeypatch):
     tiny_llama().save_pretrained(tmp_path / "dense")
-    monkeypatch.setattr(recovery, "_digests", None)
+    monkeypatch.setattr(recovery, "_files", None)
     with pytest.raises(ValueError, match=r"dense' has no tokenizer, which the text needs: copy the model's into"):
         recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK)
 
@@ -324,7 +341,7 @@ def test_a_teacher_without_a_tokenizer_is_refused_before_any_work(saved, tmp_pat
 def test_a_cache_that_is_something_else_and_missing_peft_are_refused_before_any_work(
     run, tiny_folder, text, monkeypatch
 ):
-    monkeypatch.setattr(recovery, "_digests", None)
+    monkeypatch.setattr(recovery, "_files", None)
     for taken in (text, tiny_folder):
         with pytest.raises(FileExistsError, match=r"teacher_cache .* holds something else"):
             run(teacher_cache=taken)

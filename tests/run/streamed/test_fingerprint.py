@@ -101,7 +101,7 @@ def test_weights_that_change_while_they_are_pruned_end_the_run(source, monkeypat
 
     with monkeypatch.context() as patched:
         patched.setattr(Journal, after, change)
-        with pytest.raises(ValueError, match=r"^model.safetensors in .* changed while the model was pruned: put back"):
+        with pytest.raises(ValueError, match=r"^model.safetensors in .* changed during the run: put back"):
             prune(source)
     names = {path.stem for path in (source.parent / "pruned.unfinished" / "journal").glob("*.json")}
     assert names - {"fingerprint", "weights"} == kept
@@ -114,7 +114,7 @@ def test_a_configuration_that_changes_meanwhile_ends_the_run_which_resumes_once_
     before = file.read_text()
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "keep_layer", lambda *arguments: [keep(*arguments), file.write_text(before + "\n")])
-        with pytest.raises(ValueError, match=r"^config\.json in .* changed while the model was pruned: put back"):
+        with pytest.raises(ValueError, match=r"^config\.json in .* changed during the run: put back"):
             prune(source)
     file.write_text(before)
     with monkeypatch.context() as patched:
