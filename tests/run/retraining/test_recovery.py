@@ -124,7 +124,8 @@ def test_adapters_leave_fused_experts_as_they_are(family, text, tmp_path):
 
 def test_it_never_ends_worse(run, saved, tmp_path):
     found = run(train="all", learning_rate=30.0)
-    assert min(loss for step, _, loss in found.evaluations if step) > found.held_out_loss_before
+    # on some processors the loss overflows before it is measured again
+    assert all(loss > found.held_out_loss_before for step, _, loss in found.evaluations if step)
     assert found.best_step == 0
     assert found.held_out_loss == found.held_out_loss_before
     assert all(torch.equal(new, weights(saved.folder)[name]) for name, new in weights(tmp_path / "out").items())
