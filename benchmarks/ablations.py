@@ -90,6 +90,15 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
         (f"{count} windows", {"num_samples": count, "patterns": ["0.5", "0.7"], "methods": ["default"]})
         for count in arguments.sample_counts
     ],
+    "lengths": lambda arguments: [
+        (
+            f"{tokens // length} windows of {length}",
+            {"num_samples": tokens // length, "calibration_length": length, **case, "seeds": arguments.seeds},
+        )
+        for tokens in [arguments.num_samples * arguments.sequence_length]
+        for length in arguments.lengths
+        for _, case in [_methods("0.5", "default"), _methods("2:4", "default")]
+    ],
     "calibration": lambda arguments: [
         (
             Path(source).stem,
@@ -103,8 +112,9 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
 _HELP = {
     "other_calibrations": "others for the study `calibration`",
     "studies": f"some of {', '.join(STUDIES)}",
-    "seeds": "of the studies `seeds`, `order`, `rotation`, `gradients` and `calibration`",
+    "seeds": "of the studies `seeds`, `order`, `rotation`, `gradients`, `lengths` and `calibration`",
     "sample_counts": "of the study `samples`",
+    "lengths": "tokens of a window in the study `lengths`, which has as many tokens as the others",
     "sequence_length": "tokens of a window, here and in the texts",
     "folder": "where finished rows are kept",
     "plot": "picture of the study `parts`, once --output has it",
@@ -114,6 +124,7 @@ _HELP = {
 def arguments_given() -> Namespace:
     choices = {"other_calibrations": [], "studies": list(STUDIES), "seeds": [0, 1, 2]}
     sizes = {"sample_counts": [8, 16, 32, 64, 128], "num_samples": 16, "sequence_length": 512, "max_windows": 16}
+    choices |= {"lengths": [512, 1024]}
     machine = {"batch_size": 4, "threads": 1, "folder": Path("runs/ablations")}
     files = {"output": Path("runs/ablations.json"), "plot": Path}
     required = ("model", "calibration", "texts")
