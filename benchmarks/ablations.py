@@ -122,9 +122,8 @@ _HELP = {
 
 
 def arguments_given() -> Namespace:
-    choices = {"other_calibrations": [], "studies": list(STUDIES), "seeds": [0, 1, 2]}
+    choices = {"other_calibrations": [], "studies": list(STUDIES), "seeds": [0, 1, 2], "lengths": [512, 1024]}
     sizes = {"sample_counts": [8, 16, 32, 64, 128], "num_samples": 16, "sequence_length": 512, "max_windows": 16}
-    choices |= {"lengths": [512, 1024]}
     machine = {"batch_size": 4, "threads": 1, "folder": Path("runs/ablations")}
     files = {"output": Path("runs/ablations.json"), "plot": Path}
     required = ("model", "calibration", "texts")
