@@ -87,7 +87,7 @@ def verdicts(report: PruningReport) -> Iterator[str]:
         word = next((word for most, word in words.items() if ratio <= most), "broken: prune less")
         yield (
             f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after ({word}), on "
-            f"{found['num_tokens']:,} tokens of the calibration text that nothing was fitted to"
+            f"{found['num_tokens']:,} tokens of the calibration text that no weight was fitted to"
         )
     if report.operators:
         worst = max(report.operators, key=lambda o: o.fit_error)

@@ -19,7 +19,7 @@ class CalibrationBatch:
     Attributes:
         input_ids: int64 [batch, sequence].
         attention_mask: bool [batch, sequence], True = a real token; `None` when all are.
-        held_out: Whether errors are measured on it and nothing is fitted to it.
+        held_out: Whether errors are measured on it and no weight is fitted to it.
     """
 
     input_ids: Tensor
@@ -100,6 +100,25 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
                 f"held_out={num_sequences}: the {name} sequences hold no real token, every attention_mask is zero."
             )
     return found
+
+
+def held_out_rows(batches: Sequence[CalibrationBatch]) -> Tensor:
+    """Ids of the held-out sequences with at least two real tokens, int64 [sequences, length], cut to the shortest.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = list[Tensor]()
+    for batch in batches:
+        for row, ids in enumerate(batch.input_ids if batch.held_out else ()):
+            found.append(ids if batch.attention_mask is None else ids[batch.attention_mask[row]])
+    found = [ids for ids in found if len(ids) > 1]
+    if not found:
+        raise ValueError(
+            "held_out: no held-out sequence has two tokens, which temperature_scaling needs: pass longer ones."
+        )
+    length = min(map(len, found))
+    return torch.stack([ids[:length] for ids in found])
 
 
 def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:

@@ -1,10 +1,9 @@
-"""Losses of a model: without some of its parts, by which those to remove are chosen, and before and after pruning."""
+"""Losses of a model without some of its parts, by which those to remove are chosen."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.products import quick_products
-from optimum_fista.model.replay import LayerCall, replaced_forwards
+from optimum_fista.model.replay import replaced_forwards
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs
 
 
@@ -59,7 +58,7 @@ def choose_layers(loss: DenseLoss, count: int, most_loss: float = math.inf) -> l
         onloaded([*modules_around(model, layers), model.get_output_embeddings()], copy=False),
     ):
         for _ in range(count):
-            losses = _Sweep(model, layers, left, sequences, loss.storage).losses(recorded, bar)
+            losses = Sweep(model, layers, left, sequences, loss.storage).losses(recorded, bar)
             if not math.isfinite(losses.pop(None)):
                 raise ValueError("the loss of the model on the calibration tokens is NaN or Inf: the model is damaged.")
             index = _cheapest(model, left, losses)
@@ -100,7 +99,7 @@ def losses_without(loss: DenseLoss, missing: Sequence[Missing]) -> list[float]:
         tqdm(total=len(layers), desc="Losses without parts", unit="layer", disable=not loss.progress) as bar,
         onloaded([*modules_around(model, layers), model.get_output_embeddings()], copy=False),
     ):
-        sweep = _Sweep(model, layers, range(len(layers)), sequences, loss.storage)
+        sweep = Sweep(model, layers, range(len(layers)), sequences, loss.storage)
         return sweep.losses_without(missing, recorded, bar)
 
 
@@ -120,12 +119,8 @@ def _begin(loss: DenseLoss) -> tuple[list[CalibrationBatch], RecordedInputs]:
     return sequences, recorded
 
 
-PROBED_TOGETHER = 512
-"""Tokens whose logits are held at a time."""
-
-
 @dataclass
-class _Sweep:
+class Sweep:
     """One sweep over the decoder layers `left` of a model, each on the hidden states of several models that lack parts.
 
     Attributes:
@@ -182,107 +177,24 @@ class _Sweep:
     def loss(self, stream: ActivationStore) -> float:
         """Cross-entropy of the next token, in nats a token, after the model's own norm and head."""
         total, count = torch.zeros((), dtype=torch.float64, device=stream.device), 0
-        device = execution_device(self.model.get_input_embeddings())
         for hidden, batch in zip(stream, self.sequences, strict=True):
-            ids = batch.input_ids.to(device)
-            # The model runs with decoder layers that return these hidden states, whatever they are called with.
-            output = hidden if self.rest is None else (hidden, *self.rest)
-            forwards = [lambda *_, output=output, **__: output] * len(self.layers)
-            with replaced_forwards(self.layers.modules, forwards), quick_products():
-                logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-            targets = ids[0, 1:].to(logits.device)
+            logits = self.logits(hidden, batch.input_ids)
+            targets = batch.input_ids[0, 1:].to(logits.device)
             loss = nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
             total += loss.double().to(total.device)
             count += len(targets)
         return float(total) / count
 
-
-class LossProbe:
-    """The loss of a model before and after it is pruned, on sequences that nothing is fitted to.
-
-    It goes along with a run over the decoder layers, which have to come in order: each is run on the hidden states of
-    the dense network while it is dense, and on those of the pruned network once it is pruned. That takes two forward
-    passes of these sequences.
-
-    Attributes:
-        next: Number of the decoder layer that is to come.
-        streams: Hidden states that enter it, by network.
-        losses: By network, in nats a token; empty before the last decoder layer is through.
-    """
-
-    def __init__(self, model: PreTrainedModel, layers: DecoderLayers, tokens: Tensor, storage: Storage | None) -> None:
-        """Take token ids int64 [sequences, length], which are cut to at most 512 a sequence: logits take memory."""
-        length = min(tokens.shape[1], PROBED_TOGETHER)
-        rows = tokens[:, : tokens.shape[1] // length * length].reshape(-1, 1, length)
-        self.next = 0
-        self.streams: dict[str, ActivationStore] = {}
-        self.losses: dict[str, float] = {}
-        self.tokens = rows[:, 0]
-        self._calls: dict[str, list[list[LayerCall]]] = {}
-        self._sweep = _Sweep(model, layers, range(len(layers)), [CalibrationBatch(ids) for ids in rows], storage)
-
-    def begin(self) -> bool:
-        """Record what the decoder layers are called with, while the whole model is dense.
-
-        Returns:
-            Whether the losses can be measured: not if layers hand on more than hidden states as arguments, nor if a run
-            resumes and they share a dictionary that layers before have written to.
-        """
-        recorded = record_inputs(self._sweep.model, self._sweep.layers, self._sweep.sequences, self._sweep.storage)
-        shared = {
-            id(value): value
-            for calls in recorded.calls
-            for call in calls
-            for value in (*call.arguments, *call.keywords.values())
-            if isinstance(value, MutableMapping)
-        }
-        for network in ("dense", "pruned"):  # each writes to dictionaries of its own
-            own = {key: copy.copy(value) for key, value in shared.items()}
-            self._calls[network] = [[_with_own(call, own) for call in calls] for calls in recorded.calls]
-            self.streams.setdefault(network, recorded.hidden_states)
-        return not recorded.handed_on and not (shared and 0 < self.next < len(self._sweep.layers))
-
-    def resume(self, index: int, kept: Mapping[str, Tensor]) -> bool:
-        """Go on before a decoder layer with what `kept` returned then; `False` if that was of other tokens."""
-        of_networks = {name: tensor for name, tensor in kept.items() if name != "tokens"}
-        if not torch.equal(kept["tokens"], self.tokens.cpu()):
-            return False
-        self.next = index
-        if index == len(self._sweep.layers):
-            self.losses = {name: value.item() for name, value in of_networks.items()}
-        for name, hidden in of_networks.items() if not self.losses else ():
-            device = execution_device(self._sweep.model.get_input_embeddings())
-            self.streams[name] = ActivationStore(self._sweep.storage or device, device)
-            for row in hidden:
-                self.streams[name].append(row[None])
-        return True
-
-    def kept(self) -> dict[str, Tensor]:
-        """The tokens, and what goes on before the next decoder layer; after the last one the losses."""
-        tokens = {"tokens": self.tokens.cpu().contiguous()}
-        if self.losses:
-            return tokens | {name: torch.tensor(loss, dtype=torch.float64) for name, loss in self.losses.items()}
-        hidden = {name: torch.cat([row.cpu() for row in stream.kept()]) for name, stream in self.streams.items()}
-        return tokens | hidden
-
-    def run(self, index: int, network: str) -> None:
-        """Run a decoder layer, which is on its device, as it is now: `"dense"`, or `"pruned"`."""
-        layer = self._sweep.layers.modules[index]
-        self.streams[network] = self._sweep.run(layer, self.streams[network], self._calls[network][index])
-
-    def leave(self, index: int) -> None:
-        """A decoder layer is through; after the last one the losses are measured."""
-        self.next = index + 1
-        if self.next == len(self._sweep.layers):
-            around = modules_around(self._sweep.model, self._sweep.layers)
-            with onloaded([*around, self._sweep.model.get_output_embeddings()], copy=False):
-                self.losses = {name: self._sweep.loss(stream) for name, stream in self.streams.items()}
-
-
-def _with_own(call: LayerCall, own: Mapping[int, Any]) -> LayerCall:
-    """A call with other dictionaries, by the `id` of those that it has."""
-    keywords = {name: own.get(id(value), value) for name, value in call.keywords.items()}
-    return LayerCall(tuple(own.get(id(value), value) for value in call.arguments), keywords)
+    def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """What the model makes of hidden states after its last decoder layer; a layer must have run before."""
+        # The model runs with decoder layers that return these hidden states, whatever they are called with.
+        output = hidden if self.rest is None else (hidden, *self.rest)
+        forwards = [lambda *_, **__: output] * len(self.layers)
+        with replaced_forwards(self.layers.modules, forwards), quick_products():
+            logits: Tensor = self.model(
+                input_ids=ids.to(execution_device(self.model.get_input_embeddings())), use_cache=False
+            ).logits
+        return logits
 
 
 @contextmanager

@@ -126,33 +126,3 @@ def test_layers_that_hand_on_more_than_hidden_states_stay():
 def test_sequences_of_one_token_show_no_loss():
     with pytest.raises(ValueError, match="no sequence of two tokens"):
         chosen(tiny_llama(), torch.ones(4, 1, dtype=torch.int64), 1)
-
-
-def test_layers_that_share_a_dictionary_have_one_a_network():
-    model, tokens = family_model("gemma3n_text"), torch.cat(family_tokens())
-    layers = find_decoder_layers(model)
-    probe, losses = module.LossProbe(model, layers, tokens, None), []
-
-    def loss() -> float:
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
-
-    with torch.no_grad():
-        losses.append(loss())
-        assert probe.begin()
-        for index, (_, layer) in enumerate(layers):
-            probe.run(index, "dense")
-            for parameter in layer.parameters():
-                parameter.mul_(0.5)
-            probe.run(index, "pruned")
-            probe.leave(index)
-        losses.append(loss())
-        assert [probe.losses["dense"], probe.losses["pruned"]] == pytest.approx(losses, rel=1e-4)
-        again = module.LossProbe(model, layers, tokens, None)
-        assert again.resume(1, {"tokens": again.tokens})
-        assert not again.begin()
-
-
-def test_no_loss_is_measured_if_layers_hand_on_more_than_hidden_states():
-    model = family_model("glm_moe_dsa")
-    assert not module.LossProbe(model, find_decoder_layers(model), family_tokens()[0], None).begin()

@@ -175,7 +175,7 @@ class ComparisonSettings:
                 raise ValueError(f"{name}={value}: pass {least} or more.")
         if self.bos not in get_args(Bos):
             raise ValueError(f"bos={self.bos!r}: pass one of {', '.join(map(repr, get_args(Bos)))}.")
-        candidates(self.methods, self.patterns, self.seeds)
+        candidates(self.methods, self.patterns, self.seeds, self.held_out)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from optimum_fista.model.losses import PROBED_TOGETHER
+from optimum_fista.model.loss_probe import PROBED_TOGETHER
 from optimum_fista.run.estimate.planned_run import PlannedRun
 from optimum_fista.run.reports.operator_grid import layer_and_kind
 from optimum_fista.run.texts.self_sampling import num_batches, num_texts

@@ -12,7 +12,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from optimum_fista.model.activations import HiddenStates
-from optimum_fista.model.losses import LossProbe
+from optimum_fista.model.loss_probe import LossProbe
 from optimum_fista.model.offload import alignment_hooks, is_offloaded, kept_tensor, store_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.reports.report import LayerRecord
@@ -104,6 +104,10 @@ class ModelSink:
         `record` is what the run says of the layer, `states` are the hidden states after it; `None` if the next one does
         not need them.
         """
+        self.settle()
+
+    def settle(self) -> None:
+        """Make all that was written final, while it is on the device."""
         for owner, tensor in self._onloaded.values():
             store_tensor(owner, tensor, getattr(owner, tensor), self._undo.append)
         self._onloaded.clear()

@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.digest import names_of_rest, tensor_of
-from optimum_fista.model.losses import LossProbe
+from optimum_fista.model.loss_probe import LossProbe
 from optimum_fista.packed.format import packed_names
 from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.shards import groups_to_join, join, read_header, write_index

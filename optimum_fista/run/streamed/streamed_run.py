@@ -193,6 +193,7 @@ class StreamedRun:
         before = sum(layer.record.report.seconds for layer in self.finished.values())
         report.seconds["total"] = before + time.perf_counter() - started
         self.pruning.complete_report()
+        self.pruning.scale_logits(self.sink)
         report = self.sink.complete(self._tokenizer, report, layers)
         install(self.journal.folder, output_dir, overwrite)
         return report
@@ -237,7 +238,7 @@ class StreamedRun:
         if first > 0 and len(unfinished) == len(pruning.layers) - first:
             kept = self.journal.probe(first, self.finished[first - 1].sha256.get("probe"))
         if kept is None or not pruning.probe.resume(first, kept):
-            pruning.probe = None
+            pruning.give_up_probe("what it was measured on before is damaged or gone")
 
     def _share_budgets(self) -> None:
         """Allocate the zeros to the operators, unless an earlier start of the run did."""
