@@ -168,19 +168,6 @@ class ModelPruning:
         if self.removal is not None:
             self.removal.describe(self.report)
 
-    def give_up_probe(self, reason: str) -> None:
-        """Go on without measuring the loss, for a reason.
-
-        Raises:
-            ValueError: If the temperature can't be fitted without.
-        """
-        self.probe = None
-        if self.config.temperature_scaling:
-            raise ValueError(
-                f"temperature_scaling=True: the loss can't be measured, because {reason}. Leave temperature_scaling "
-                "out, and start again (overwrite=True, --overwrite, if there is an unfinished run)."
-            )
-
     def scale_logits(self, sink: ModelSink) -> None:
         """Divide the logits by the temperature that was found, once the report is complete."""
         if self.probe is None or self.probe.temperature is None:

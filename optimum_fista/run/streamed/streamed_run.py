@@ -6,7 +6,7 @@ import errno
 import logging
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.model.evaluation_mode import evaluation_mode
+from optimum_fista.model.loss_probe import LossProbe
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.installation import discard, install
 from optimum_fista.run.checkpoints.loading import load_lazily
@@ -170,7 +171,6 @@ class StreamedRun:
                 groups = list(pruning.operators.values())
                 pruning.num_before = sum(len(groups[index]) for index in self.finished)
                 pruning.title = f"Resuming, {len(self.finished)} of {len(pruning.layers)} decoder layers done"
-            self._resume_probe(unfinished)
             if unfinished:
                 todo = share_layers(unfinished, pruning.costs(), ranks.count)[ranks.index]
                 ranks.each(lambda: prune_layers(pruning, self.sink, todo) if todo else None)
@@ -227,18 +227,21 @@ class StreamedRun:
             # all were there when shards were joined
             logger.warning("a file was damaged after shards were joined: the layers in joined files are pruned again")
             return self._finished()
+        if pruning.probe is not None and finished and not self._resume_probe(pruning.probe, finished):
+            if pruning.config.temperature_scaling:
+                logger.warning("what the temperature is fitted to is damaged or gone: all layers are pruned again")
+                pruning.states = None
+                return {}
+            pruning.probe = None
         return finished
 
-    def _resume_probe(self, unfinished: Sequence[int]) -> None:
-        """Go on with the measurement of the loss, or give it up if its hidden states are not there."""
-        pruning, first = self.pruning, min(unfinished, default=len(self.pruning.layers))
-        if pruning.probe is None or not self.finished:
-            return
-        kept = None
-        if first > 0 and len(unfinished) == len(pruning.layers) - first:
-            kept = self.journal.probe(first, self.finished[first - 1].sha256.get("probe"))
-        if kept is None or not pruning.probe.resume(first, kept):
-            pruning.give_up_probe("what it was measured on before is damaged or gone")
+    def _resume_probe(self, probe: LossProbe, finished: Mapping[int, KeptLayer]) -> bool:
+        """Go on with the measurement of the loss; `False` if its hidden states are not there."""
+        first = len(finished)
+        if any(index >= first for index in finished):
+            return False
+        kept = self.journal.probe(first, finished[first - 1].sha256.get("probe"))
+        return kept is not None and probe.resume(first, kept)
 
     def _share_budgets(self) -> None:
         """Allocate the zeros to the operators, unless an earlier start of the run did."""
