@@ -103,7 +103,9 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
 
 
 def held_out_rows(batches: Sequence[CalibrationBatch]) -> Tensor:
-    """Ids of the held-out sequences with at least two real tokens, int64 [sequences, length], cut to the shortest.
+    """Ids of held-out sequences, int64 [sequences, length].
+
+    They are cut to one of their lengths, that with which most real tokens stay; shorter sequences are left out.
 
     Raises:
         ValueError: If there is none.
@@ -117,8 +119,9 @@ def held_out_rows(batches: Sequence[CalibrationBatch]) -> Tensor:
         raise ValueError(
             "held_out: no held-out sequence has two tokens, which temperature_scaling needs: pass longer ones."
         )
-    length = min(map(len, found))
-    return torch.stack([ids[:length] for ids in found])
+    lengths = [len(ids) for ids in found]
+    length = max(lengths, key=lambda least: least * sum(least <= other for other in lengths))
+    return torch.stack([ids[:length] for ids in found if len(ids) >= length])
 
 
 def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:

@@ -40,7 +40,7 @@ class Temperature:
             token.
         divergence: The same with the temperature.
         tensors: Names of the parameters that were divided by it, with what the model adds to each before it multiplies
-            by it: 1 for the weight of a norm like that of Gemma, otherwise 0. None if nothing was gained.
+            by it: 1 for the weight of a norm like that of Gemma, otherwise 0. Empty if nothing was gained.
     """
 
     value: float
@@ -50,9 +50,10 @@ class Temperature:
 
 
 def divided(tensor: Tensor, offset: float, temperature: float) -> Tensor:
-    """A parameter that the logits are proportional to, or that plus an offset, for logits divided by a temperature."""
+    """A parameter, plus an offset, divided by a temperature; the same bits on every device."""
     exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    return ((exact + offset) / temperature - offset).to(tensor.dtype)
+    # CUDA divides by a number as it multiplies by the reciprocal, the CPU does not
+    return ((exact + offset) * (1 / temperature) - offset).to(tensor.dtype)
 
 
 class LossProbe:
@@ -160,7 +161,8 @@ class LossProbe:
         """A decoder layer is through; after the last one the losses are measured.
 
         Raises:
-            UnsupportedArchitectureError: If a temperature is wanted, and no parameter divides the logits by it.
+            UnsupportedArchitectureError: If a temperature is wanted, and there are no parameters to divide by it.
+            ValueError: If a temperature is wanted, and the logits are not finite after the first decoder layer.
         """
         self.next = index + 1
         last, sweep = self.next == len(self._sweep.layers), self._sweep
@@ -215,77 +217,86 @@ def _vertex(places: Sequence[float], values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class _Scaled:
-    """Parameters of one module that the logits are proportional to.
+    """Parameters that the logits are proportional to.
 
     Attributes:
-        owner: The last norm, or the head.
-        prefix: Its name in the model, with a dot.
-        offsets: Their names in it, with what is added to each before it multiplies.
+        model: The model.
+        tensors: Their names in it, with what is added to each before it multiplies.
     """
 
-    owner: nn.Module
-    prefix: str
-    offsets: dict[str, float]
-
-    @property
-    def tensors(self) -> dict[str, float]:
-        """Their offsets by their names in the model."""
-        return {self.prefix + name: offset for name, offset in self.offsets.items()}
+    model: nn.Module
+    tensors: dict[str, float]
 
     @contextmanager
     def divided(self, temperature: float) -> Iterator[None]:
         """Inside, the model divides its logits by a temperature."""
-        own = {name: self.owner.get_parameter(name) for name in self.offsets}
+        own, changed = {name: self.model.get_parameter(name) for name in self.tensors}, dict[str, nn.Parameter]()
         try:
-            for name, offset in self.offsets.items():
-                changed = nn.Parameter(divided(own[name].detach(), offset, temperature), requires_grad=False)
-                self.owner.register_parameter(name, changed)
+            for name, offset in self.tensors.items():
+                value = divided(own[name].detach(), offset, temperature)
+                changed[name] = nn.Parameter(value, requires_grad=False)
+                self._put(name, changed[name])
             yield
         finally:
-            for name, parameter in own.items():
-                self.owner.register_parameter(name, parameter)
+            for name, parameter in changed.items():
+                if self.model.get_parameter(name) is parameter:  # an interrupt may have put the model back before
+                    self._put(name, own[name])
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        owner, _, leaf = name.rpartition(".")
+        self.model.get_submodule(owner).register_parameter(leaf, parameter)
 
 
 def _find_scaled(sweep: Sweep, stream: ActivationStore) -> _Scaled:
-    """Find the last norm, or another module that makes the input of the head; else the head, if its weight is its own.
+    """Find the last norm, or another module in front of the head; else the head. A bias of the head goes with either.
 
-    Each is proven: at a temperature of 2 the head returns half of what it returned.
+    Each is proven: at a temperature of 2 the head returns half of what it returned. Parameters that are used elsewhere
+    too are left alone.
 
     Raises:
         UnsupportedArchitectureError: If there is none.
+        ValueError: If the logits are not finite.
     """
     model, hidden, ids = sweep.model, next(iter(stream)), sweep.sequences[0].input_ids
     head, names = model.get_output_embeddings(), {module: name for name, module in model.named_modules()}
-    around = [module for module in modules_around(model, sweep.layers) if [*module.parameters(recurse=False)]]
+    others = [module for module in modules_around(model, sweep.layers) if module is not model.get_input_embeddings()]
 
     def run() -> tuple[Tensor, Tensor, dict[nn.Module, Tensor]]:
-        """The input of the head, its output without a bias, and what the others return."""
+        """The input of the head, its output, and what the others return."""
         inputs, outputs, made = list[Tensor](), list[Tensor](), dict[nn.Module, Tensor]()
         with watching(
-            {head: inputs.append}, {head: outputs.append} | {m: partial(made.__setitem__, m) for m in around}
+            {head: inputs.append}, {head: outputs.append} | {m: partial(made.__setitem__, m) for m in others}
         ):
             sweep.logits(hidden, ids)
-        bias = getattr(head, "bias", None)
-        return inputs[-1], outputs[-1] if bias is None else outputs[-1] - bias, made
+        return inputs[-1], outputs[-1], made
 
     read, whole, made = run()
-    found = []
-    for module, output in made.items():
-        if isinstance(output, Tensor) and output.data_ptr() == read.data_ptr():
-            own = [name for name, _ in module.named_parameters(recurse=False)]
-            prefix = f"{names[module]}."
-            found += [_Scaled(module, prefix, {n: float(n == "weight") * offset for n in own}) for offset in (0.0, 1.0)]
-    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
-    if f"{names[head]}.weight" not in tied:
-        found.append(_Scaled(head, f"{names[head]}.", {"weight": 0.0}))
-    for scaled in found:
+    if not bool(whole.isfinite().all()):
+        raise ValueError(
+            f"temperature_scaling=True: the logits of the {type(model).__name__} are NaN or Inf. Leave "
+            "temperature_scaling out."
+        )
+    bias = {} if getattr(head, "bias", None) is None else {f"{names[head]}.bias": 0.0}
+    found = list[dict[str, float]]()
+    for module, output in reversed(made.items()):
+        own = [name for name, _ in module.named_parameters(prefix=names[module], recurse=False)]
+        if own and isinstance(output, Tensor) and output.shape == read.shape:
+            found += [{n: offset * n.endswith(".weight") for n in own} | bias for offset in (0.0, 1.0)]
+    found.append({f"{names[head]}.weight": 0.0} | bias)
+    used_elsewhere = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(parameter.data_ptr() or id(parameter), []).append(name)  # 0: it is kept elsewhere
+    used_elsewhere |= {name for same in places.values() if len(same) > 1 for name in same}
+    for scaled in (_Scaled(model, tensors) for tensors in found if used_elsewhere.isdisjoint(tensors)):
         with scaled.divided(2.0):
             half = run()[1]
         if bool(((2 * half - whole).abs() <= _CLOSE * whole.abs().max()).all()):
             return scaled
     raise UnsupportedArchitectureError(
-        f"temperature_scaling=True: no parameter of {type(model).__name__} scales all logits: its head shares the "
-        "weight of the embedding, and no norm is in front of it. Leave temperature_scaling out."
+        f"temperature_scaling=True: no parameter of {type(model).__name__} scales all logits: its head shares its "
+        "parameters with other modules, and no norm with parameters was found in front of it. Leave "
+        "temperature_scaling out."
     )
 
 

@@ -1,5 +1,6 @@
 """Losses before and after, and the temperature, are those of the whole model."""
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -62,6 +63,7 @@ FAMILIES = {
     "a head with a bias": lambda: with_head_bias(family_model("phi")),
     "a projection after the norm": lambda: random_norms(tiny_model("opt", word_embed_proj_dim=16)),
     "a norm without weights": lambda: family_model("olmo"),
+    "a number after the norm": lambda: family_model("minicpm3"),
 }
 
 
@@ -75,8 +77,6 @@ def test_the_temperature_divides_the_logits_and_diverges_least(kind):
     def divergence(temperature):
         cap = getattr(model.config, "final_logit_softcapping", None)
         scaled = pruned / temperature if cap is None else cap * ((pruned / cap).atanh() / temperature).tanh()
-        bias = getattr(model.get_output_embeddings(), "bias", None)
-        scaled = scaled if bias is None else scaled + bias * (1 - 1 / temperature)
         return kl_div(scaled.log_softmax(-1), dense, log_target=True, reduction="sum").item() / tokens.numel()
 
     assert found.divergence_before == pytest.approx(divergence(1.0), rel=1e-3)
@@ -95,8 +95,17 @@ def test_the_temperature_divides_the_logits_and_diverges_least(kind):
     targets = tokens[:, 1:].flatten()
     loss = torch.nn.functional.cross_entropy(losses[1][:, :-1].flatten(0, 1), targets).item()
     assert probe.losses["pruned"] == pytest.approx(loss, rel=1e-4)
-    if kind != "a head with a bias":
-        assert torch.equal(losses[0].argmax(-1), losses[1].argmax(-1))
+    assert torch.equal(losses[0].argmax(-1), losses[1].argmax(-1))
+
+
+def test_a_model_that_was_put_back_before_stays_so():
+    model = tiny_llama()
+    context = probed(model, tiny_tokens(), noisy)._scaled.divided(2.0)
+    context.__enter__()
+    kept = torch.nn.Parameter(torch.empty(32, device="meta"))
+    model.model.norm.register_parameter("weight", kept)
+    context.__exit__(None, None, None)
+    assert model.model.norm.weight is kept
 
 
 def test_a_model_that_is_as_it_was_keeps_its_logits():
@@ -119,12 +128,28 @@ def test_offloaded_parameters_are_measured_and_stay_where_they_are():
     assert offloaded.model.norm.weight.device.type == "meta"
 
 
-def test_a_model_whose_logits_no_parameter_scales_is_refused():
+def test_a_parameter_is_divided_in_the_same_steps_on_every_device():
+    weight = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    expected = (weight.numpy() + np.float32(1)) * np.float32(1 / 1.1) - np.float32(1)
+    assert np.array_equal(divided(weight, 1.0, 1.1).numpy(), expected)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_model_whose_logits_no_parameter_scales_is_refused(declared):
     model = family_model("olmo")
-    model.lm_head.weight = model.model.embed_tokens.weight
-    model.all_tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    if declared:
+        model.all_tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    else:
+        model.lm_head.weight = model.model.embed_tokens.weight
     message = "temperature_scaling=True: no parameter of OlmoForCausalLM scales all logits"
     with pytest.raises(UnsupportedArchitectureError, match=message):
+        probed(model, tiny_tokens(), noisy)
+
+
+def test_logits_that_are_not_finite_are_refused():
+    model = tiny_llama()
+    model.model.norm.weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="the logits of the LlamaForCausalLM are NaN or Inf"):
         probed(model, tiny_tokens(), noisy)
 
 

@@ -169,10 +169,14 @@ class ModelPruning:
             self.removal.describe(self.report)
 
     def scale_logits(self, sink: ModelSink) -> None:
-        """Divide the logits by the temperature that was found, once the report is complete."""
+        """Divide the logits by the temperature that was found, once the report is complete; not if it is not finite."""
         if self.probe is None or self.probe.temperature is None:
             return
-        self.report.temperature = found = self.probe.temperature
+        found = self.probe.temperature
+        if not math.isfinite(found.divergence_before):
+            self.report.warn("temperature_scaling: logits of the held-out sequences are NaN or Inf: none are divided")
+            return
+        self.report.temperature = found
         for name, offset in found.tensors.items():
             owner = self.model.get_submodule(name.rpartition(".")[0])
             with onloaded([owner]):

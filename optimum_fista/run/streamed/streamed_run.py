@@ -229,19 +229,25 @@ class StreamedRun:
             return self._finished()
         if pruning.probe is not None and finished and not self._resume_probe(pruning.probe, finished):
             if pruning.config.temperature_scaling:
-                logger.warning("what the temperature is fitted to is damaged or gone: all layers are pruned again")
+                logger.warning("what the temperature is fitted to can't be taken up again: all layers are pruned again")
+                journal.forget_joined()
                 pruning.states = None
+                pruning.probe.next = 0
+                pruning.probe.streams.clear()
                 return {}
             pruning.probe = None
         return finished
 
     def _resume_probe(self, probe: LossProbe, finished: Mapping[int, KeptLayer]) -> bool:
-        """Go on with the measurement of the loss; `False` if its hidden states are not there."""
+        """Go on with the measurement of the loss; `False` if that is not possible."""
         first = len(finished)
         if any(index >= first for index in finished):
             return False
         kept = self.journal.probe(first, finished[first - 1].sha256.get("probe"))
-        return kept is not None and probe.resume(first, kept)
+        if kept is None or not probe.resume(first, kept):
+            return False
+        # asked now, because a run with a temperature can't go on without it
+        return not probe.fits_temperature or first == len(self.pruning.layers) or probe.begin()
 
     def _share_budgets(self) -> None:
         """Allocate the zeros to the operators, unless an earlier start of the run did."""

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
+from families import family_model
 from folder_files import files_of
-from killed import Killed, killed_at_write
+from killed import Killed, interrupted_after, killed_at_write
 from pruning import prune
 from safetensors.torch import load_file, save_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model.loss_probe import LossProbe
+from optimum_fista.model.loss_probe import LossProbe, Temperature
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 from optimum_fista.run.ranks import require_independent_layers
@@ -25,6 +26,7 @@ from optimum_fista.run.reproduction import reproduce
 
 BATCHES = tiny_tokens(16, 16).split(4)
 NORM = "model.norm.weight"
+AGAIN = "what the temperature is fitted to can't be taken up again: all layers are pruned again"
 
 
 def pruner(scaled: bool = True, **options) -> FistaPruner:
@@ -135,9 +137,33 @@ def test_a_run_that_lost_what_it_measures_on_prunes_again(folder, tmp_path, capl
     for probe in probes:
         probe.unlink()
     pruner().prune(folder / "dense", BATCHES, output_dir=tmp_path / "again")
-    assert "what the temperature is fitted to is damaged or gone: all layers are pruned again" in caplog.text
+    assert AGAIN in caplog.text
     again, pruned = (load_file(each / "model.safetensors") for each in (tmp_path / "again", folder / "pruned"))
     assert all(torch.equal(tensor, pruned[name]) for name, tensor in again.items())
+
+
+def test_a_run_that_prunes_again_writes_the_temperature_that_it_finds(folder, tmp_path, monkeypatch):
+    output = tmp_path / "again"
+    with monkeypatch.context() as patched:
+        patched.setattr("optimum_fista.run.streamed.file_sink.write_all_but_weights", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pruner().prune(folder / "dense", BATCHES, output_dir=output)
+    next((tmp_path / "again.unfinished").rglob("probe-*")).unlink()
+    monkeypatch.setattr(LossProbe, "_fit", lambda self, scaled: Temperature(1.25, 2.0, 1.0, scaled.tensors))
+    pruner().prune(folder / "dense", BATCHES, output_dir=output)
+    weights = [load_file(each / "model.safetensors")[NORM] for each in (output, folder / "dense")]
+    torch.testing.assert_close(weights[0] * 1.25, weights[1])
+
+
+def test_layers_that_share_a_dictionary_are_pruned_again_if_a_run_resumes(tmp_path, caplog):
+    family_model("gemma3n_text").save_pretrained(tmp_path / "dense")
+    with pytest.raises(KeyboardInterrupt), interrupted_after(1):
+        pruner().prune(tmp_path / "dense", BATCHES, output_dir=tmp_path / "again")
+    for name in ("again", "whole"):
+        pruner().prune(tmp_path / "dense", BATCHES, output_dir=tmp_path / name)
+    assert AGAIN in caplog.text
+    again, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("again", "whole"))
+    assert again == whole
 
 
 def test_verify_takes_the_temperature_of_the_report_and_nothing_else(folder, tmp_path):
@@ -151,6 +177,15 @@ def test_verify_takes_the_temperature_of_the_report_and_nothing_else(folder, tmp
 
 def test_a_second_run_finds_the_same(folder):
     assert reproduce(folder / "pruned", model=folder / "dense", calib_dataloader=BATCHES, progress=False).bit_equal
+
+
+def test_logits_that_are_not_finite_are_not_divided(monkeypatch):
+    monkeypatch.setattr(LossProbe, "_divergences", lambda self, scaled, temperatures: [torch.nan] * len(temperatures))
+    model = sure_llama()
+    with pytest.warns(UserWarning, match="logits of the held-out sequences are NaN or Inf"):
+        report = pruner().prune(model, BATCHES)
+    assert report.temperature is None
+    assert torch.equal(model.model.norm.weight, sure_llama().model.norm.weight)
 
 
 def test_padding_is_left_out():
