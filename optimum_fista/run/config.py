@@ -109,7 +109,8 @@ class FistaPruningConfig:
             network like the others, and the report has every operator's error on them as well.
         temperature_scaling: Whether the logits of the pruned model are divided by the temperature at which its
             predictions on the held-out sequences are nearest to those of the dense one (arXiv 1706.04599). The last
-            norm is divided by it, or the head, so it costs nothing at run time and changes no ranking of tokens.
+            norm is divided by it, or the head, so it costs nothing at run time. The ranking of tokens stays, except for
+            what weights of 16 bits are rounded by.
         warm_start: `"dense"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or `"auto"`, the paper's rule: SparseGPT
             for OPT, Wanda for other families. `None`: the method's default.
         max_iterations: Iteration limit of the method; `None`: the method's default.

@@ -61,7 +61,7 @@ class OperatorReport:
         solve_seconds: Time of the method, shared evenly over the operators it solved together.
         output_error: `|| W* X* - W X ||_F / || W X ||_F`, against the dense network's outputs; `None` if they were
             not known (`error_correction=0` without residual correction, and reports of older versions).
-        held_out_fit_error: `fit_error` on held-out tokens, to which nothing was fitted; `None` if there are none.
+        held_out_fit_error: `fit_error` on held-out tokens, to which no weight was fitted; `None` if there are none.
         held_out_output_error: `output_error` on held-out tokens.
         held_out_tokens: Held-out tokens seen.
         convergence: Convergence history; `None` if it takes no steps, or its residual is not known.
@@ -139,7 +139,7 @@ class MixtureReport:
         num_refitted: How many of them have another down projection than in the dense model.
         solve_seconds: Time of choosing and refitting.
         message: What the user should know of the refits.
-        held_out_fit_error: `fit_error` on held-out tokens, to which nothing was fitted; `None` if there are none.
+        held_out_fit_error: `fit_error` on held-out tokens, to which no weight was fitted; `None` if there are none.
         residual_corrected: Whether they compensate for the error in the rest of their layer.
     """
 
@@ -267,7 +267,7 @@ class PruningReport:
         versions: Versions of the libraries that matter.
         retrained: Whether weights were trained after pruning, so that the operators' errors are those before it.
         perplexity: Of the `"dense"` and of the `"pruned"` network on text like that of the calibration to which
-            nothing was fitted, `"num_tokens"` that were predicted in it, and `"num_sequences"` that they are of;
+            no weight was fitted, `"num_tokens"` that were predicted in it, and `"num_sequences"` that they are of;
             `None` if it was not measured.
         temperature: The temperature that the logits of the pruned model are divided by (`temperature_scaling`); `None`
             if none was fitted. `perplexity` is with it, the errors of operators don't depend on it.
