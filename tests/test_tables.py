@@ -158,7 +158,7 @@ def test_perplexities_of_the_results_are_those_kept():
 
 
 @pytest.mark.parametrize(
-    ("title", "name", "count"), [("Four times the text", "more_text", 6), ("A rotated model", "rotated", 12)]
+    ("title", "name", "count"), [("Four times the text", "more_text", 6), ("A rotated model", "rotated", 15)]
 )
 def test_what_windows_change_is_as_kept(title, name, count):
     rows = kept_in(name)["rows"]
@@ -200,6 +200,8 @@ def test_what_a_rotation_and_more_windows_gain():
     assert said.format(*factors("24 windows", "128 windows, rotated")) in words
     said = "the mean of the three texts falls to {:.2f}, {:.2f} and {:.2f} times ({:.2f} on average)"
     assert said.format(*factors("24 windows, AMD", "224 windows of 512, rotated, AMD")) in words
+    scaled = factors("24 windows, AMD", "384 windows of 256, rotated, scaled, AMD")
+    assert "to {:.2f}, {:.2f} and {:.2f} times ({:.2f} on average)".format(*scaled) in words
 
 
 def test_what_larger_groups_cost():
@@ -342,7 +344,7 @@ def test_ablations(benchmark):
     first, second = kept_in("ablations"), kept_in("ablations_small")
     page = page_of("ablations")
     assert set(first) == set(benchmark("ablations").STUDIES)
-    for study in (*first.values(), *second.values()):
+    for study in (*first.values(), *second.values(), kept_in("temperature")):
         assert "\n".join(benchmark("ablations").table(study)) in page
 
 

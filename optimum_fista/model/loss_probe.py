@@ -182,7 +182,8 @@ class LossProbe:
 
     def _fit(self, scaled: _Scaled) -> Temperature:
         """Find the temperature; 1 if none is better."""
-        before, *tried = self._divergences(scaled, (1.0, *_TEMPERATURES))
+        tried = self._divergences(scaled, _TEMPERATURES)
+        before = tried[_TEMPERATURES.index(1.0)]
         found = min(range(1, len(_TEMPERATURES) - 1), key=tried.__getitem__)
         around = [1 / temperature for temperature in _TEMPERATURES[found - 1 : found + 2]]
         best = 1 / _vertex(around, tried[found - 1 : found + 2])  # near it the divergence is a parabola in 1 / T
