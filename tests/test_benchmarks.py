@@ -243,15 +243,15 @@ def test_models_with_and_without_a_temperature_have_the_same_weights(benchmark, 
     model.save_pretrained(save_tiny_folder(tmp_path / "dense"))
     (tmp_path / "text.txt").write_text(TEXT)
     text = str(tmp_path / "text.txt")
-    sizes = {"num_samples": 8, "held_out": 4, "sequence_length": 16, "max_windows": 4, "seed": 0}
-    arguments = Namespace(model=str(tmp_path / "dense"), calibration=text, texts=[text], folder=tmp_path, **sizes)
-    plain, scaled = benchmark("temperature").measure(arguments, "2:4", rotated=False)
+    sizes = {"held_out": 4, "sequence_length": 16, "max_windows": 4, "seed": 0}
+    arguments = Namespace(model=str(tmp_path / "dense"), calibration=text, texts=[text], **sizes)
+    plain, scaled = benchmark("temperature").measure(arguments, "2:4", 8)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="bfloat16"), tiny_tokenizer()
     windows = calibration_windows(tokenizer, load_text(text, "calibration"), 12, 16, 0)
     config = FistaPruningConfig(pattern="2:4", held_out=4, compute_dtype="bfloat16")
     FistaPruner(config, progress=False).prune(model, windows.split(4))
     ids = evaluation_windows(tokenizer, load_text(text, "test"), 16, 4)
     assert plain["perplexity"]["text"] == evaluate_perplexity(model, ids, batch_size=4, progress=False).perplexity
-    assert (plain["label"], scaled["label"]) == ("default", "temperature_scaling=true")
+    assert (plain["label"], scaled["label"]) == ("8 windows", "8 windows, scaled")
     assert plain["perplexity"] != scaled["perplexity"]
     assert scaled["temperature"]["tensors"]

@@ -348,6 +348,30 @@ def test_ablations(benchmark):
         assert "\n".join(benchmark("ablations").table(study)) in page
 
 
+def test_what_a_temperature_gains():
+    rows = kept_in("temperature")["rows"]
+    mean = {(r["label"], r["pattern"], r["seed"]): statistics.geometric_mean(r["perplexity"].values()) for r in rows}
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        if "temperature" in row:
+            label, pattern, seed = row["label"], row["pattern"], row["seed"]
+            lost = 1 - mean[label, pattern, seed] / mean[label.removesuffix(", scaled"), pattern, seed]
+            found.setdefault((label, pattern), []).append((100 * lost, row["temperature"]["value"]))
+    gains = {key: [f"{gain:.1f}" for gain in sorted(g for g, _ in values)] for key, values in found.items()}
+    values = {key: [f"{value:.2f}" for value in sorted(v for _, v in pairs)] for key, pairs in found.items()}
+    few = "16 windows, scaled"
+    said = (
+        f"at most {gains[few, '2:4'][-1]}% at 2:4, and {gains[few, '0.7'][0]} to {gains[few, '0.7'][-1]}% at 70%. The "
+        f"temperatures are {values[few, '0.5'][-1]}, {values[few, '2:4'][0]} to {values[few, '2:4'][-1]}, and "
+        f"{values[few, '0.7'][0]} to {values[few, '0.7'][-1]}."
+    )
+    words = " ".join(page_of("ablations").split())
+    assert said in words
+    assert max(float(gain) for gain in gains[few, "0.5"]) <= 0.1
+    more = "192 windows, scaled", "2:4"
+    assert f"is {' and '.join(values[more])} there, and the perplexity falls by {' and '.join(gains[more])}%." in words
+
+
 def test_processors():
     """The same rows on two kinds: what differs, as docs/ablations.md says it."""
     rows = kept_in("processors")["rows"]
