@@ -238,17 +238,17 @@ def test_accuracies_on_whole_sets_are_those_kept():
 def test_layer_problems_of_the_results_are_those_kept():
     rows = kept_in("solvers")["rows"]
     (_, *titles), _, *lines = rows_of_the_results("Layer problems")
-    patterns = ["0.5", "0.6", "0.7", "2:4", "4:8"]
-    assert titles[:5] == ["50%", "60%", "70%", "2:4", "4:8"]
+    patterns = ["0.5", "0.6", "0.7", "2:4", "4:8", "8:16", "16:32"]
+    assert titles[:7] == ["50%", "60%", "70%", "2:4", "4:8", "8:16", "16:32"]
     assert {method for method, *_ in lines} == {row["method"] for row in rows}
     for method, *cells in lines:
         found = {pattern: [r for r in rows if (r["method"], r["pattern"]) == (method, pattern)] for pattern in patterns}
-        for pattern, cell in zip(patterns, cells[:5], strict=True):
+        for pattern, cell in zip(patterns, cells[:7], strict=True):
             errors = [statistics.geometric_mean(r[text] for r in found[pattern]) for text in TEXTS]
             assert [float(shown) for shown in cell.split("/")] == pytest.approx([100 * e for e in errors], abs=0.0051)
         seconds = [sum(row["seconds"] for row in found[pattern]) for pattern in ("0.5", "2:4")]
-        assert cells[5:7] == [f"{total:.1f}" for total in seconds]
-        assert cells[7] == f"{sum(row['flops'] for row in found['0.5']) / 1e9:.0f}"
+        assert cells[7:9] == [f"{total:.1f}" for total in seconds]
+        assert cells[9] == f"{sum(row['flops'] for row in found['0.5']) / 1e9:.0f}"
 
 
 @pytest.mark.parametrize("name", ["decoding", "decoding_avx2", "decoding_smollm2", "decoding_smollm2_avx2"])
