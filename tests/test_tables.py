@@ -369,7 +369,8 @@ def test_what_a_temperature_gains():
     assert said in words
     assert max(float(gain) for gain in gains[few, "0.5"]) <= 0.1
     more = "192 windows, scaled", "2:4"
-    assert f"is {' and '.join(values[more])} there, and the perplexity falls by {' and '.join(gains[more])}%." in words
+    said = "is {0} to {2} there, and the perplexity falls by {3} to {5}%."
+    assert said.format(*values[more], *gains[more]) in words
 
 
 def test_processors():
