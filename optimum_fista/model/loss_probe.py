@@ -50,9 +50,9 @@ class Temperature:
 
 
 def divided(tensor: Tensor, offset: float, temperature: float) -> Tensor:
-    """A parameter, plus an offset, divided by a temperature; the same bits on every device."""
+    """A parameter of any shape, plus an offset, divided by a temperature, in its dtype."""
     exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    # CUDA divides by a number as it multiplies by the reciprocal, the CPU does not
+    # no division: some devices multiply by the reciprocal instead, and `verify` compares the bits on the CPU
     return ((exact + offset) * (1 / temperature) - offset).to(tensor.dtype)
 
 

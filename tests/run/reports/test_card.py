@@ -55,6 +55,8 @@ def test_card_of_a_retrained_model_says_what_was_measured_before(saved):
         card = model_card(each)
         assert f"| temperature{before} | logits are divided by 1.125" in card
         assert f"| perplexity{before} | 30.00, of the dense model 20.00" in card
+    nothing = dataclasses.replace(report, temperature=Temperature(1.0, 0.5, 0.5, {}))
+    assert "| temperature | 1: no other was better; divergence" in model_card(nothing)
 
 
 def test_saved_card_has_one_row_for_every_kind_of_operator(saved):
