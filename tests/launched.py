@@ -27,6 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, recover, save_masked
+from optimum_fista.cli.main import main
 from optimum_fista.run.checkpoints import writing
 from optimum_fista.run.estimate import work as estimated_work
 from optimum_fista.run.ranks import joined_ranks
@@ -34,7 +35,6 @@ from optimum_fista.run.retraining import recovery_training
 from optimum_fista.run.retraining.sharding import local, shard
 from optimum_fista.run.speed import worker
 from optimum_fista.run.streamed import journal
-from optimum_fista_cli.main import main
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import setuptools  # noqa: F401  # brings distutils to Python 3.12 and later
 from distutils.core import run_setup  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("optimum_fista", "optimum_fista_cli", "optimum")
+PACKAGES = ("optimum_fista", "optimum")
 AROUND = {"setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"}
 
 

@@ -15,7 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 from doc_pages import PAGES, ROOT, commands
 from torch.distributed.run import get_args_parser
 
-from optimum_fista_cli.main import build_parser
+from optimum_fista.cli.main import build_parser
 
 COMMANDS = sorted({command for page in PAGES for command in commands(page)})
 OF_OTHERS = {"source", "hf", "chmod"}
@@ -100,7 +100,7 @@ def test_every_kind_of_command_is_found():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_options_named_in_sentences_exist(page):
-    sources = [*(ROOT / "optimum_fista_cli").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    sources = [*(ROOT / "optimum_fista/cli").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     known = " ".join(source.read_text() for source in sources) + ' "--help" "--max-restarts" "--machine_rank"'
     for flag in re.findall(r"`(--[\w-]+)", page.read_text()):
         field = flag.removeprefix("--").replace("-", "_")  # benchmarks make some flags from names

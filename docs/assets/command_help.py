@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from optimum_fista_cli.main import build_parser
+from optimum_fista.cli.main import build_parser
 
 _PLACE = "<!-- commands -->"
 _WIDTH = "100"

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from tiny_llama import TEXT
 
-from optimum_fista_cli.main import main
+from optimum_fista.cli.main import main
 
 
 @pytest.fixture(autouse=True)

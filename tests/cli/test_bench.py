@@ -4,8 +4,8 @@ import os
 import pytest
 from launched import forked_workers
 
+from optimum_fista.cli.main import main
 from optimum_fista.run.speed import measure
-from optimum_fista_cli.main import main
 
 QUICK = ["--variants", "dense float32,packed float32", "--batch-sizes", "1", "--new-tokens", "2", "--prompt-tokens"]
 QUICK += ["2", "--prefill-tokens", "3", "--rounds", "1", "--threads", "1"]

@@ -13,10 +13,10 @@ import torch
 from tiny_llama import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from optimum_fista.cli import chat
+from optimum_fista.cli.columns import side_by_side
+from optimum_fista.cli.main import main
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
-from optimum_fista_cli import chat
-from optimum_fista_cli.columns import side_by_side
-from optimum_fista_cli.main import main
 
 FEW = ["--device", "cpu", "--max-new-tokens", "6"]
 TEMPLATE = (
@@ -175,7 +175,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(tiny_folder):
     """In a real terminal, as a user has it."""
     parent, child = pty.openpty()
     slow = (
-        "import sys, time; from optimum_fista_cli import chat, main; old = chat._Speaker.answer\n"
+        "import sys, time; from optimum_fista.cli import chat, main; old = chat._Speaker.answer\n"
         "def answer(self, question):\n"
         "    for piece in old(self, question):\n"
         "        yield piece; time.sleep(0.5)\n"

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from optimum_fista_cli.main import main
+from optimum_fista.cli.main import main
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1234\n"
 Damage = Callable[[Path], object]

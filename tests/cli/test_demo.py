@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from optimum_fista.cli import demo
+from optimum_fista.cli.main import build_parser, main
 from optimum_fista.run.comparison import compare
 from optimum_fista.run.comparison.rows import Row
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.pruner import FistaPruner
-from optimum_fista_cli import demo
-from optimum_fista_cli.main import build_parser, main
 
 QUICK = ["--num-samples", "4", "--sequence-length", "32", "--max-windows", "3"]
 

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from optimum_fista_cli.main import execute, main
+from optimum_fista.cli.main import execute, main
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu", "--method", "wanda"]
 

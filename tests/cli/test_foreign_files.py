@@ -11,8 +11,8 @@ from killed import Killed, killed_at
 from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.cli.main import main
 from optimum_fista.run.comparison.comparison import Comparison
-from optimum_fista_cli.main import main
 
 QUICK = ["--num-samples", "4", "--sequence-length", "16", "--device", "cpu", "--method", "magnitude"]
 FILES = ["notes.txt", "sub/config.json", "sub/deep/model.safetensors", "fista/mine.txt", "adapter.safetensors"]

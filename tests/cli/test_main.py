@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import optimum_fista
-from optimum_fista_cli.main import build_parser, main
+from optimum_fista.cli.main import build_parser, main
 
 FLAGS = {
     "prune": (
@@ -87,7 +87,7 @@ def test_help_of_the_whole_names_every_command(capsys):
 def test_help_is_quick_because_nothing_heavy_is_imported(tmp_path):
     code = f"""if True:
         import sys
-        from optimum_fista_cli.main import main
+        from optimum_fista.cli.main import main
         for command in {list(FLAGS)}:
             try:
                 main([command, "--help"])
@@ -142,7 +142,7 @@ def test_errors_are_one_line_and_exit_with_1(error, monkeypatch, capsys):
     def fail(arguments):
         raise error
 
-    monkeypatch.setattr("optimum_fista_cli.verify.run", fail)
+    monkeypatch.setattr("optimum_fista.cli.verify.run", fail)
     assert run("verify", "folder") == 1
     assert capsys.readouterr().err == "error: two lines\n"
 
@@ -151,7 +151,7 @@ def test_an_interrupt_exits_with_130(monkeypatch, capsys):
     def interrupt(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("optimum_fista_cli.verify.run", interrupt)
+    monkeypatch.setattr("optimum_fista.cli.verify.run", interrupt)
     assert run("verify", "folder") == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -160,7 +160,7 @@ def test_a_bug_is_not_hidden(monkeypatch):
     def fail(arguments):
         raise AttributeError("a bug")
 
-    monkeypatch.setattr("optimum_fista_cli.verify.run", fail)
+    monkeypatch.setattr("optimum_fista.cli.verify.run", fail)
     with pytest.raises(AttributeError):
         run("verify", "folder")
 
@@ -176,6 +176,6 @@ def test_running_out_of_memory_is_one_line_of_advice(error, shown, monkeypatch, 
     def run_out(arguments):
         raise error
 
-    monkeypatch.setattr("optimum_fista_cli.verify.run", run_out)
+    monkeypatch.setattr("optimum_fista.cli.verify.run", run_out)
     assert main(["verify", "."]) == 1
     assert shown in capsys.readouterr().err

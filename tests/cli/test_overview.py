@@ -3,9 +3,9 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+from optimum_fista.cli.main import main
+from optimum_fista.cli.overview import next_commands, verdicts
 from optimum_fista.model.loss_probe import Temperature
-from optimum_fista_cli.main import main
-from optimum_fista_cli.overview import next_commands, verdicts
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
@@ -43,7 +43,7 @@ def test_the_next_commands_can_be_pasted(monkeypatch):
     shown = next_commands("my model", folder, "self")
     assert "--text wikitext2 " in shown
     assert "--calibration c4 " in shown
-    monkeypatch.setattr("optimum_fista_cli.overview.find_spec", lambda name: None)
+    monkeypatch.setattr("optimum_fista.cli.overview.find_spec", lambda name: None)
     plain = next_commands("my model", folder, "self")  # without the extra that has the usual texts
     assert "--text pydoc " in plain
     assert "--calibration pydoc " in plain

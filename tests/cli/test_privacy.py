@@ -8,7 +8,7 @@ from tiny_llama import tiny_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista_cli.main import main
+from optimum_fista.cli.main import main
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu", "--method", "wanda"]
 

@@ -10,9 +10,9 @@ from tiny_llama import tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.cli import progress
+from optimum_fista.cli.progress import Progress, TimeLeft, bars_as_lines
 from optimum_fista.run.reports.report import LayerReport
-from optimum_fista_cli import progress
-from optimum_fista_cli.progress import Progress, TimeLeft, bars_as_lines
 
 
 class Terminal(io.StringIO):

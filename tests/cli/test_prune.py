@@ -11,12 +11,12 @@ from killed import interrupted_after
 from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
 
+from optimum_fista.cli.main import main
+from optimum_fista.cli.prune import default_output
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.streamed import journal
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name
-from optimum_fista_cli.main import main
-from optimum_fista_cli.prune import default_output
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
@@ -226,7 +226,7 @@ def test_models_that_are_not_there(tmp_path, capsys):
 def test_push_to_hub_uploads_the_folder(hub, tiny_folder, text_file, tmp_path):
     arguments = ["prune", str(tiny_folder), "--output", "out", "--method", "wanda", "--calibration", str(text_file)]
     arguments += [*QUICK, "--push-to-hub", "tester/tiny-50", "--private"]
-    code = f"from optimum_fista_cli.main import main\nraise SystemExit(main({arguments!r}))"
+    code = f"from optimum_fista.cli.main import main\nraise SystemExit(main({arguments!r}))"
     process = run_with_hub(hub, code, tmp_path)
     assert_pushed(hub, process, tmp_path / "out", "tester/tiny-50")
     loaded, dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(), tiny_llama().state_dict()
@@ -248,7 +248,7 @@ def test_a_model_of_the_hub_is_pruned_by_its_id(hub, tiny_folder, text_file, tmp
     code = f"""if True:
         from optimum_fista.run.streamed import journal
         from optimum_fista.run.hub import push_folder
-        from optimum_fista_cli.main import main
+        from optimum_fista.cli.main import main
         push_folder({str(tiny_folder)!r}, "tester/dense")
         keep = journal.Journal.keep_layer
         def cut(self, index, *arguments):

@@ -1,6 +1,6 @@
 """`optimum-fista prune --dry-run`."""
 
-from optimum_fista_cli.main import main
+from optimum_fista.cli.main import main
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from optimum_fista_cli.main import main
+from optimum_fista.cli.main import main
 
 
 def test_from_measurements_to_a_page(pruned_folder, tiny_folder, text_file, tmp_path, capsys):

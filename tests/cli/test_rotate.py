@@ -2,7 +2,7 @@ import json
 import shlex
 import shutil
 
-from optimum_fista_cli.main import main
+from optimum_fista.cli.main import main
 
 QUICK = ["--tokens", "64", "--sequence-length", "16", "--steps", "3", "--device", "cpu"]
 

@@ -11,10 +11,10 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import masked_training, save_masked
+from optimum_fista.cli.main import main
 from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.hub import push_folder
 from optimum_fista.run.speed import measure
-from optimum_fista_cli.main import main
 
 PATTERN = "channels:0.25/4+heads:0.5"
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]

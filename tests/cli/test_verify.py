@@ -2,7 +2,7 @@ import shutil
 
 from safetensors.torch import load_file, save_file
 
-from optimum_fista_cli.main import main
+from optimum_fista.cli.main import main
 
 
 def test_what_was_proven(pruned_folder, capsys):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from optimum_fista import FistaPruner
+from optimum_fista.cli.main import main
 from optimum_fista.run import diagnosis
-from optimum_fista_cli.main import main
 
 
 @pytest.fixture

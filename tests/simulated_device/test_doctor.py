@@ -2,8 +2,8 @@
 
 from simulated_device import backend
 
+from optimum_fista.cli.main import main
 from optimum_fista.run import diagnosis
-from optimum_fista_cli.main import main
 
 
 def test_every_device_is_tried(monkeypatch, capsys):

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from optimum_fista_cli.main import add_commands, execute
+from optimum_fista.cli.main import add_commands, execute
 
 
 class FistaCommand(BaseOptimumCLICommand):

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from safetensors import SafetensorError
 
-from optimum_fista_cli import (
+from optimum_fista.cli import (
     bench,
     chat,
     compare,

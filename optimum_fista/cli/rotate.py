@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Rotate, and say what is next."""
+    from optimum_fista.cli.overview import argument
     from optimum_fista.run.checkpoints.output_folder import folder_beside
     from optimum_fista.run.rotation import rotate
-    from optimum_fista_cli.overview import argument
 
     output = arguments.output or folder_beside(arguments.model, "-rotated")
     names = "pattern sparsity calibration tokens sequence_length steps learning_rate seed device dtype overwrite"

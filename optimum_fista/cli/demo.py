@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_fista_cli.columns import side_by_side
+from optimum_fista.cli.columns import side_by_side
 
 if TYPE_CHECKING:
     from torch import Tensor

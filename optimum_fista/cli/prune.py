@@ -146,14 +146,14 @@ def run(arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+    from optimum_fista.cli.overview import estimate_of, next_commands, say_before, verdicts
+    from optimum_fista.cli.progress import Progress, log_shown
     from optimum_fista.run.checkpoints.output_folder import FOLDER, unfinished_folder
     from optimum_fista.run.checkpoints.output_lock import locked_output
     from optimum_fista.run.hub import push_folder
     from optimum_fista.run.packed_folders.unpacking import PackedFiles
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.ranks import RankError, joined_ranks
-    from optimum_fista_cli.overview import estimate_of, next_commands, say_before, verdicts
-    from optimum_fista_cli.progress import Progress, log_shown
 
     config = _config(arguments)
     if arguments.dry_run:
@@ -246,8 +246,8 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
 
 
 def _require_output(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
+    from optimum_fista.cli.overview import argument
     from optimum_fista.run.checkpoints.output_folder import MODEL_FILES, require_output
-    from optimum_fista_cli.overview import argument
 
     named = arguments.output
     arguments.output = named or default_output(arguments.model, config)

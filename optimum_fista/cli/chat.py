@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
-from optimum_fista_cli.columns import fits, side_by_side
+from optimum_fista.cli.columns import fits, side_by_side
 
 if TYPE_CHECKING:
     from torch import Tensor

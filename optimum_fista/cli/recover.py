@@ -68,11 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+    from optimum_fista.cli.overview import argument
+    from optimum_fista.cli.progress import log_shown
     from optimum_fista.run.checkpoints.output_folder import folder_beside
     from optimum_fista.run.ranks import joined_ranks
     from optimum_fista.run.retraining.recovery import recover, steps_kept
-    from optimum_fista_cli.overview import argument
-    from optimum_fista_cli.progress import log_shown
 
     names = "teacher calibration tokens train device compute_dtype overwrite sequence_length batch_size accumulate"
     names += " held_out learning_rate label_share seed teacher_cache top_k"

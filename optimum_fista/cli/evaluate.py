@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from optimum_fista_cli.compare import words
+from optimum_fista.cli.compare import words
 
 DESCRIPTION = """\
 Measure the perplexity of a model on a text, its zero-shot accuracy on tasks, or both.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from optimum_fista_cli import pack
+from optimum_fista.cli import pack
 
 DESCRIPTION = """\
 Make a packed model folder dense again, bit for bit, so that every loader reads it.
