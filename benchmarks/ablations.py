@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from shared import parse_arguments
 
-from optimum_fista import rotate
 from optimum_fista.run.checkpoints.atomic import write_text
 from optimum_fista.run.comparison.compare import compare
 from optimum_fista.run.comparison.rows import Row, spread
@@ -38,20 +37,6 @@ Case = tuple[str, dict[str, Any]]
 
 def _methods(pattern: str, methods: str, seeds: Sequence[int] = (0,)) -> Case:
     return "", {"patterns": [pattern], "methods": tuple(methods.split()), "seeds": seeds}
-
-
-def _rotated(arguments: Namespace, methods: str) -> list[Case]:
-    """Methods on models that were rotated with the same seed; these are made where they are missing."""
-    cases: list[Case] = []
-    for seed in arguments.seeds:
-        folder = arguments.folder / f"rotated-{Path(arguments.model).name}-{seed}"
-        if not folder.exists():
-            length = arguments.sequence_length
-            text = {"calibration": arguments.calibration, "sequence_length": length}
-            rotate(arguments.model, folder, seed=seed, device="cpu", dtype="float32", compute_dtype="float32", **text)
-        settings = {"model": str(folder), "patterns": ["2:4"], "seeds": [seed]}
-        cases += [(f"rotated, {method}", settings | {"methods": [method]}) for method in methods.split()]
-    return cases
 
 
 STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
@@ -72,13 +57,9 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
     "order": lambda arguments: [
         _methods(
             "2:4",
-            "default default:reorder_channels=true wanda wanda:reorder_channels=true",
+            "default default:reorder_channels=true wanda wanda:reorder_channels=true sparsegpt",
             arguments.seeds,
         )
-    ],
-    "rotation": lambda arguments: [
-        _methods("2:4", "default default:reorder_channels=true sparsegpt", arguments.seeds),
-        *_rotated(arguments, "default default:reorder_channels=true sparsegpt"),
     ],
     "groups": lambda _: [_methods(pattern, "default sparsegpt wanda") for pattern in ("2:4", "4:8", "8:16", "16:32")],
     "gradients": lambda arguments: [_methods("0.5", "default default:allocation_tokens=8192", arguments.seeds)],
@@ -112,7 +93,7 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
 _HELP = {
     "other_calibrations": "others for the study `calibration`",
     "studies": f"some of {', '.join(STUDIES)}",
-    "seeds": "of the studies `seeds`, `order`, `rotation`, `gradients`, `lengths` and `calibration`",
+    "seeds": "of the studies `seeds`, `order`, `gradients`, `lengths` and `calibration`",
     "sample_counts": "of the study `samples`",
     "lengths": "tokens of a window in the study `lengths`, which has as many tokens as the others",
     "sequence_length": "tokens of a window, here and in the texts",

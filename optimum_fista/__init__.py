@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from optimum_fista.run.retraining.lora import mask_adapters, merge_adapters
     from optimum_fista.run.retraining.recovery import recover
     from optimum_fista.run.retraining.training import MaskedTrainingCallback, masked_training, save_masked
-    from optimum_fista.run.rotation import RotationReport, rotate
     from optimum_fista.solve.pruned import PrunedOperator
 
 __version__ = "0.1.0"
@@ -27,13 +26,11 @@ __all__ = [
     "PrunedOperator",
     "PruningCallback",
     "PruningReport",
-    "RotationReport",
     "TrackingCallback",
     "mask_adapters",
     "masked_training",
     "merge_adapters",
     "recover",
-    "rotate",
     "save_masked",
 ]
 
@@ -45,13 +42,11 @@ _HOMES = {
     "PrunedOperator": "optimum_fista.solve.pruned",
     "PruningCallback": "optimum_fista.run.callbacks.pruning_callback",
     "PruningReport": "optimum_fista.run.reports.report",
-    "RotationReport": "optimum_fista.run.rotation",
     "TrackingCallback": "optimum_fista.run.callbacks.tracking",
     "mask_adapters": "optimum_fista.run.retraining.lora",
     "masked_training": "optimum_fista.run.retraining.training",
     "merge_adapters": "optimum_fista.run.retraining.lora",
     "recover": "optimum_fista.run.retraining.recovery",
-    "rotate": "optimum_fista.run.rotation",
     "save_masked": "optimum_fista.run.retraining.training",
 }
 

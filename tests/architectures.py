@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from families import FAMILIES, Outcome, can_be_rotated, try_family, what_can_go
+from families import FAMILIES, Outcome, try_family, what_can_go
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -68,13 +68,6 @@ def format_page(outcomes: Iterable[Outcome]) -> str:
         "",
     ]
     lines += _grouped("what can go", ((", ".join(o.smaller) or "nothing", o.family) for o in works))
-    lines += ["", "## What can be rotated", ""]
-    rotates = [o for o in works if o.rotates]
-    lines += [
-        f"`optimum-fista rotate` [works](howto/two-of-four.md) for {len(rotates)} families, and refuses the others:",
-        "",
-        ", ".join(f"`{o.family}`" for o in rotates),
-    ]
     lines += ["", "## What does not work", ""]
     lines += _grouped("what happens", ((_failure(o), o.family) for o in found if o.status != "works"))
     return "\n".join(lines) + "\n"
@@ -103,8 +96,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             outcome = try_family(family, Path(folder) / "model")
             if outcome.status == "works":
-                rotates = can_be_rotated(family, Path(folder) / "rotated")
-                outcome = replace(outcome, smaller=what_can_go(family), rotates=rotates)
+                outcome = replace(outcome, smaller=what_can_go(family))
         outcomes.append(outcome)
     write_outcomes(outcomes)
     text = PAGE.read_text().partition(MARKER)[0]

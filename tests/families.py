@@ -20,8 +20,6 @@ from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.experts import can_be_split, is_fused_experts
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
-from optimum_fista.run.rotation import rotate_model
-from optimum_fista.solve.patterns import parse_pattern
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -40,7 +38,6 @@ class Outcome:
         dense: What stays dense in the decoder layers, with the reason; without layer numbers, each once.
         reason: Why it does not work.
         smaller: Kinds of parts of which half can go (`what_can_go`).
-        rotates: Whether its residual stream can be rotated (`can_be_rotated`).
     """
 
     family: str
@@ -50,7 +47,6 @@ class Outcome:
     dense: tuple[str, ...] = ()
     reason: str = ""
     smaller: tuple[str, ...] = ()
-    rotates: bool = False
 
 
 class NotReloaded(Exception):
@@ -134,21 +130,6 @@ def what_can_go(family: str) -> tuple[str, ...]:
         assert bool(torch.isfinite(logits(model)).all())
         found.append(kind)
     return tuple(found)
-
-
-def can_be_rotated(family: str, folder: Path) -> bool:
-    """Whether a family can be rotated for 2:4; if so, it is saved to `folder` and loaded to the same logits."""
-    model = family_model(family)
-    dense, pattern = logits(model), parse_pattern("2:4")
-    try:
-        ratio, _ = rotate_model(model, torch.cat(family_tokens()), pattern, 2, 1e-3, 0, progress=False)
-    except UnsupportedArchitectureError:
-        return False
-    assert 0.5 < ratio < 1.1
-    model.save_pretrained(folder)
-    for rotated in (model, AutoModelForCausalLM.from_pretrained(folder)):
-        assert float((logits(rotated) - dense).norm() / dense.norm()) < 1e-4
-    return True
 
 
 def prune(pruner: FistaPruner, model: PreTrainedModel) -> PruningReport:

@@ -2,7 +2,7 @@
 
 import pytest
 from architectures import COMMAND, PAGE, format_page, read_outcomes, write_outcomes
-from families import FAMILIES, Outcome, can_be_rotated, try_family, what_can_go
+from families import FAMILIES, Outcome, try_family, what_can_go
 
 TABLE = read_outcomes()
 pytestmark = pytest.mark.usefixtures("one_picture")
@@ -26,12 +26,6 @@ def test_whole_parts_of_a_family_can_go_as_the_page_says(family):
         assert what_can_go(family) == TABLE[family].smaller
 
 
-@pytest.mark.parametrize("family", [*FAMILIES[5::24], "gpt2", "qwen3_moe", "gemma3_text"])
-def test_a_family_can_be_rotated_as_the_page_says(family, tmp_path):
-    if family in TABLE and TABLE[family].status == "works":
-        assert can_be_rotated(family, tmp_path) == TABLE[family].rotates
-
-
 def test_at_least_forty_decoder_only_families_work():
     works = [o for o in TABLE.values() if o.kind == "decoder-only" and o.status == "works"]
     assert len({o.model_class for o in works}) >= 40
@@ -39,9 +33,7 @@ def test_at_least_forty_decoder_only_families_work():
 
 def test_outcomes_are_read_as_they_are_written(tmp_path):
     outcomes = [
-        Outcome(
-            "a", "decoder-only", "AForCausalLM", "works", ("x.up: a | b", "y: c"), smaller=("heads",), rotates=True
-        ),
+        Outcome("a", "decoder-only", "AForCausalLM", "works", ("x.up: a | b", "y: c"), smaller=("heads",)),
         Outcome("b", "encoder", "", "not built", reason="c | d"),
     ]
     file = tmp_path / "outcomes.jsonl"
@@ -53,7 +45,7 @@ def test_families_that_fail_or_stay_dense_alike_share_a_row():
     page = format_page(
         [
             Outcome("b", "encoder", "B", "works", ("up: router",), smaller=("channels", "heads")),
-            Outcome("a", "encoder", "A", "works", ("up: router",), rotates=True),
+            Outcome("a", "encoder", "A", "works", ("up: router",)),
             Outcome("c", "encoder", "C", "refused", reason="C can't be pruned: no | layers"),
             Outcome("d", "decoder-only", "D", "refused", reason="D can't be pruned: no | layers"),
             Outcome("e", "unknown", "", "not built", reason="words of Transformers"),
@@ -64,7 +56,6 @@ def test_families_that_fail_or_stay_dense_alike_share_a_row():
     assert "| up: router | `a`, `b` |\n" in page
     assert "can go: channels in 1, heads in 1, and experts in 0 families." in page
     assert "| channels, heads | `b` |\n| nothing | `a` |\n" in page
-    assert "works](howto/two-of-four.md) for 1 families, and refuses the others:\n\n`a`\n" in page
     assert "| refused: no \\| layers | `c`, `d` |\n" in page
     assert "| not built | `e` |\n" in page
 

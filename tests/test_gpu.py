@@ -6,10 +6,10 @@ import pytest
 import torch
 from launched import exit_codes, launch, prune
 from layer_problems import WEIGHT_METHODS
-from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from transformers import AutoModelForCausalLM
 
-from optimum_fista import FistaPruner, FistaPruningConfig, rotate
+from optimum_fista import FistaPruner, FistaPruningConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -27,17 +27,6 @@ def test_a_gpu_prunes_as_the_cpu_does(method, pattern, storage_device):
     assert report.totals["num_zeros"] == expected.totals["num_zeros"]
     assert all(layer.memory.device_bytes > 0 for layer in report.layers)
     assert report.totals["mean_fit_error"] == pytest.approx(expected.totals["mean_fit_error"], rel=2e-2)
-
-
-def test_a_gpu_rotates_as_the_cpu_does(tmp_path):
-    save_tiny_folder(tmp_path / "source")
-    (tmp_path / "text.txt").write_text(TEXT)
-    options = {"calibration": str(tmp_path / "text.txt"), "tokens": 64, "sequence_length": 16, "steps": 10}
-    ratios = [
-        rotate(tmp_path / "source", tmp_path / device, device=device, progress=False, **options).error_ratio
-        for device in ("cpu", "cuda")
-    ]
-    assert ratios[0] == pytest.approx(ratios[1], rel=1e-2)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")

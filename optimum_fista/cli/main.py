@@ -22,7 +22,6 @@ from optimum_fista.cli import (
     recover,
     report,
     reproduce,
-    rotate,
     unpack,
     verify,
 )
@@ -36,7 +35,6 @@ _COMMANDS = (
     verify,
     reproduce,
     chat,
-    rotate,
     pack,
     unpack,
     bench,

@@ -25,7 +25,7 @@ LEAST_DENSITY = 0.5
 Gradients at the dense weights don't show what it costs to lose nearly all of an operator (docs/ablations.md, "A second
 model"). Operators that share their inputs pool their budgets, so one of them may keep less than its own.
 """
-LEAST_SCALE = 0.3
+_LEAST_SCALE = 0.3
 """Smallest scale of an output, in units of their root mean square.
 
 Gradients say little about outputs that saturate: a query head that attends to one token only hardly feels a small
@@ -117,7 +117,7 @@ def prune_stacked(
     # Row i of W and C times sqrt(v_i) weighs its squared error by v_i; G is that of all rows and stays.
     scales = torch.cat([weights.to(problems[0].weight) for weights in output_weights]).sqrt()
     scales /= scales.square().mean().sqrt().clamp_min(torch.finfo(scales.dtype).tiny)
-    scales = scales.clamp_min(LEAST_SCALE)[:, None]
+    scales = scales.clamp_min(_LEAST_SCALE)[:, None]
     shapes = [(p.weight.shape[0], p.weight.shape[1]) for p in problems]
     kept = sum(pattern.num_kept(shape) for pattern, shape in zip(patterns, shapes, strict=True))
     stacked = LayerProblem.stack(problems, scales)

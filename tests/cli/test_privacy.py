@@ -56,16 +56,6 @@ def test_a_streamed_run_and_what_is_made_of_its_folder(home, relative):
         require_private(home / name, home)
 
 
-def test_a_rotated_model(home):
-    text = ["--calibration", str(home / "texts" / "sea.txt")]
-    quick = ["--tokens", "64", "--sequence-length", "16", "--steps", "1", "--device", "cpu"]
-    assert main(["rotate", str(home / "models" / "tiny"), "-o", str(home / "out"), *text, *quick]) == 0
-    config = (home / "out" / "config.json").read_text()
-    assert home.name not in config
-    assert '"model": "tiny"' in config
-    assert '"calibration": "sea.txt"' in config
-
-
 def test_a_run_that_sampled_its_text(home):
     assert main(["prune", str(home / "models" / "tiny"), *QUICK, "--output", str(home / "out")]) == 0
     require_private(home / "out", home)

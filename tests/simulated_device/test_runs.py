@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from untouched import weights_of
 
-from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback, masked_training, recover, rotate
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback, masked_training, recover
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
@@ -67,23 +67,6 @@ def test_logits_are_scaled_as_on_the_cpu(place, tmp_path):
     assert wanted.temperature.tensors == report.temperature.tensors == {"model.norm.weight": 0.0}
     assert report.temperature.value == pytest.approx(wanted.temperature.value, rel=1e-3)
     torch.testing.assert_close(found["model.norm.weight"], expected["model.norm.weight"], rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_a_model_is_rotated_as_on_the_cpu(family, tmp_path):
-    tiny_model(family, vocab_size=len(tiny_tokenizer())).save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text(TEXT)
-    options = {"calibration": str(tmp_path / "text.txt"), "tokens": 64, "sequence_length": 16, "steps": 10}
-    options |= {"compute_dtype": "float32"}
-    reports = {
-        device: rotate(tmp_path / "dense", tmp_path / device, device=device, progress=False, **options)
-        for device in ("cpu", "simulated:0")
-    }
-    ratios = [report.error_ratio for report in reports.values()]
-    assert ratios[0] == pytest.approx(ratios[1], rel=1e-3)
-    models = [AutoModelForCausalLM.from_pretrained(tmp_path / device) for device in reports]
-    require_the_same(*(weights_of(model) for model in models))
 
 
 def test_a_model_is_recovered_as_on_the_cpu(tmp_path):

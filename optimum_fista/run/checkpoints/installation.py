@@ -109,7 +109,7 @@ def _keep_edited_card(output: Path) -> None:
         with suppress(Exception):  # of a version that reported less: its card can't be told from an edited one
             written = model_card(report, PICTURE_FILE if picture.exists() else None)
     elif not (output / FILES_FILE).is_file() or CARD_FILE in model_files(output):
-        return  # beside a rotated model it is the user's, as no run wrote it
+        return  # it is the user's: no run wrote it
     text = card.read_text(errors="replace").replace(PACKED_NOTE, "")
     kept = [output / "README.before.md", *(output / f"README.before-{number}.md" for number in range(2, 1000))]
     if text_of_card(text) != text_of_card(written):
