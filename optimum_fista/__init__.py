@@ -56,8 +56,3 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'optimum_fista' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
-
-
-# Transformers learns to load packed folders as soon as this package is imported: it can't find them by itself, and any
-# earlier hook would have to sit in Python's imports. This costs the imports of torch and transformers.
-importlib.import_module("optimum_fista.run.packed_folders.packed_loading")

@@ -1,1 +1,6 @@
-"""Sparse weights stored by their kept values and a mask, and linear layers that compute with them as they are."""
+"""Sparse weights stored by their kept values and a mask, and linear layers that compute with them as they are.
+
+Importing this package teaches Transformers to load packed folders.
+"""
+
+import optimum_fista.run.packed_folders.packed_loading  # noqa: F401

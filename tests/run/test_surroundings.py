@@ -75,7 +75,7 @@ def surroundings():
     states = torch.get_rng_state().tolist(), str(numpy.random.get_state()), random.getstate()
     return torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ), states
 before = surroundings()
-import optimum_fista
+import optimum_fista.packed
 assert surroundings() == before
 assert not [f for f in sys.meta_path if type(f).__module__.startswith("optimum_fista")]
 """

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import optimum_fista.packed  # noqa: F401  # so that packed folders load
 from optimum_fista.installing import install_command
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.offload import is_offloaded, move_execution

@@ -174,8 +174,11 @@ def write_form(
         write_tensors(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
     if card is not None:
         write_text(folder / CARD_FILE, card.replace(PACKED_NOTE, "") + ("" if packed is None else PACKED_NOTE))
-    config = {key: value for key, value in config.items() if key != PACKED_KEY}
-    config |= {} if packed is None else {PACKED_KEY: dict(packed)}
+    config = {key: value for key, value in config.items() if key not in (PACKED_KEY, "transformers_weights")}
+    if packed is not None:
+        # Our loader replaces this name. Transformers without it finds no such file, and its error says what to do.
+        refusal = "packed, run `import optimum_fista.packed` first.safetensors"
+        config |= {PACKED_KEY: dict(packed), "transformers_weights": refusal}
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 

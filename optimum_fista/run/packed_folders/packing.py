@@ -120,7 +120,7 @@ def packed_settings(weights: str, names: Iterable[str]) -> dict[str, Any]:
         "weights": weights,
         "parameters": parameters,
         # for who looks here because Transformers said that it does not know the method
-        "note": f"packed by {NAME}: import optimum_fista before from_pretrained, or run `optimum-fista unpack`",
+        "note": f"packed by {NAME}: import optimum_fista.packed before from_pretrained, or run `optimum-fista unpack`",
     }
 
 

@@ -24,8 +24,8 @@ from optimum_fista.solve.patterns import WholeParts, parse_pattern
 PACKED_NOTE = f"""
 ## Packed
 
-The pruned weights of this folder are stored without their zeros. `import optimum_fista` before `from_pretrained` loads
-it as a dense model, bit for bit; `optimum-fista unpack` writes that as a plain folder. To install the package run
+The pruned weights of this folder are stored without their zeros. `import optimum_fista.packed` before `from_pretrained`
+loads it as a dense model, bit for bit; `optimum-fista unpack` writes that as a plain folder. To install the package run
 {install_command()}.
 """
 

@@ -102,7 +102,7 @@ for cls in (AutoModelForCausalLM, LlamaForCausalLM):
         try:
             cls.from_pretrained(sys.argv[1], **options)
         except OSError as error:
-            assert "no file named model.safetensors" in str(error), error
+            assert "packed, run `import optimum_fista.packed` first" in str(error), error
         else:
             sys.exit(f"{cls.__name__} loaded it with {options}")
 assert "optimum_fista" not in sys.modules
@@ -129,7 +129,7 @@ print("equal")
 def test_the_import_is_enough_after_transformers(pruned, tmp_path):
     """A process can't load a packed folder before it imports this package. (The next test imports it first.)"""
     pack_folder(pruned("llama"), tmp_path / "packed")
-    result = run(f"{WITHOUT}import optimum_fista\n{WITH}", tmp_path / "packed", pruned("llama"))
+    result = run(f"{WITHOUT}import optimum_fista.packed\n{WITH}", tmp_path / "packed", pruned("llama"))
     assert result.stdout == "refused\nequal\n", result.stdout + result.stderr
 
 
@@ -145,7 +145,7 @@ def test_pushed_and_pulled_like_any_model(hub, pruned, tmp_path):
     load = f"""
         import sys
         import torch
-        import optimum_fista
+        import optimum_fista.packed
         from transformers import AutoModelForCausalLM
 
         found = AutoModelForCausalLM.from_pretrained("tester/packed").state_dict()
@@ -339,7 +339,7 @@ def test_what_the_folder_says(pruned, tmp_path):
     pack_folder(pruned("llama"), tmp_path / "packed")
     settings = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert settings["quantization_config"]["quant_method"] == "fista_packed"
-    assert "import optimum_fista before from_pretrained" in settings["quantization_config"]["note"]
+    assert "import optimum_fista.packed before from_pretrained" in settings["quantization_config"]["note"]
     assert settings["fista_pruning"]["num_zeros"] > 0
     assert "import optimum_fista" in (tmp_path / "packed" / "README.md").read_text()
 
