@@ -2,7 +2,6 @@
 
 import json
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
+from optimum_fista.run.texts.windows import calibration_windows
 from optimum_fista.solve.methods.fista import Fista
 from optimum_fista.solve.patterns import Unstructured
 
@@ -235,23 +233,3 @@ def test_products_in_place_are_counted(benchmark):
         torch.zeros(3, 5).addmm_(left, right)
         left @ right
     assert counter.get_total_flops() == 2 * (2 * 3 * 4 * 5)
-
-
-def test_models_with_and_without_a_temperature_have_the_same_weights(benchmark, tmp_path):
-    model = tiny_llama()
-    model.model.norm.weight.data.mul_(3)  # sure enough of its predictions to be worth a temperature
-    model.save_pretrained(save_tiny_folder(tmp_path / "dense"))
-    (tmp_path / "text.txt").write_text(TEXT)
-    text = str(tmp_path / "text.txt")
-    sizes = {"held_out": 4, "sequence_length": 16, "max_windows": 4, "seed": 0}
-    arguments = Namespace(model=str(tmp_path / "dense"), calibration=text, texts=[text], **sizes)
-    plain, scaled = benchmark("temperature").measure(arguments, "2:4", 8)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="bfloat16"), tiny_tokenizer()
-    windows = calibration_windows(tokenizer, load_text(text, "calibration"), 12, 16, 0)
-    config = FistaPruningConfig(pattern="2:4", held_out=4, compute_dtype="bfloat16")
-    FistaPruner(config, progress=False).prune(model, windows.split(4))
-    ids = evaluation_windows(tokenizer, load_text(text, "test"), 16, 4)
-    assert plain["perplexity"]["text"] == evaluate_perplexity(model, ids, batch_size=4, progress=False).perplexity
-    assert (plain["label"], scaled["label"]) == ("8 windows", "8 windows, scaled")
-    assert plain["perplexity"] != scaled["perplexity"]
-    assert scaled["temperature"]["tensors"]

@@ -89,12 +89,6 @@ def verdicts(report: PruningReport) -> Iterator[str]:
             f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after ({word}), on "
             f"{found['num_tokens']:,} tokens of the calibration text that no weight was fitted to"
         )
-    if report.temperature is not None:
-        scaled = report.temperature
-        yield (
-            f"temperature {scaled.value:.3f}: divergence from the dense model's predictions "
-            f"{scaled.divergence_before:.4f} nats a token without it and {scaled.divergence:.4f} with it"
-        )
     if report.operators:
         worst = max(report.operators, key=lambda o: o.fit_error)
         word = "low" if worst.fit_error < 0.2 else "usual" if worst.fit_error < 0.5 else "high"

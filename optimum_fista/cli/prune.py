@@ -123,8 +123,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("advanced: calibration and machine").add_argument
     unseen = "N further sequences that no weight is fitted to: the report has every operator's error on them as well"
     add("--held-out", type=int, metavar="N", help=unseen)
-    scaled = "divide the logits by the temperature that fits the dense model best on the sequences of --held-out"
-    add("--temperature-scaling", action="store_const", const=True, help=scaled)
     pass_size = "sequences a forward pass (default: 1 on a CPU; on others up to 8192 tokens, if memory allows)"
     add("--batch-size", type=int, metavar="N", help=pass_size)
     products = "how float32 matrices are multiplied outside the solver: float32 (default), bfloat16, auto (by device)"

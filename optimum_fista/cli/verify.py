@@ -47,10 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     if proven.num_equal == 0:
         print(f"it was trained after pruning, so only shapes were compared with {arguments.dense}")
     elif proven.num_equal is not None:
-        print(
-            f"{proven.num_equal} tensors that were not pruned equal those of {arguments.dense}, less what was removed, "
-            "and divided by the temperature if there is one"
-        )
+        print(f"{proven.num_equal} tensors that were not pruned equal what {arguments.dense} has of them")
     if proven.num_parameters is None:
         print("its parameters were not counted: Transformers can't make a model of its class without weights")
     return 0

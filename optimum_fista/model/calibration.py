@@ -102,28 +102,6 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
     return found
 
 
-def held_out_rows(batches: Sequence[CalibrationBatch]) -> Tensor:
-    """Ids of held-out sequences, int64 [sequences, length].
-
-    They are cut to one of their lengths, that with which most real tokens stay; shorter sequences are left out.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    found = list[Tensor]()
-    for batch in batches:
-        for row, ids in enumerate(batch.input_ids if batch.held_out else ()):
-            found.append(ids if batch.attention_mask is None else ids[batch.attention_mask[row]])
-    found = [ids for ids in found if len(ids) > 1]
-    if not found:
-        raise ValueError(
-            "held_out: no held-out sequence has two tokens, which temperature_scaling needs: pass longer ones."
-        )
-    lengths = [len(ids) for ids in found]
-    length = max(lengths, key=lambda least: least * sum(least <= other for other in lengths))
-    return torch.stack([ids[:length] for ids in found if len(ids) >= length])
-
-
 def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:
     """SHA-256 of all real tokens with the sequence boundaries, whatever the batch size."""
     digest = hashlib.sha256()

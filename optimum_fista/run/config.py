@@ -107,10 +107,6 @@ class FistaPruningConfig:
             `allocation="fisher"`, for the method `"taylor"`, and to choose decoder layers, or parts for a size.
         held_out: Number of calibration sequences, the last ones, to which no weight is fitted: they run through the
             network like the others, and the report has every operator's error on them as well.
-        temperature_scaling: Whether the logits of the pruned model are divided by the temperature at which its
-            predictions on the held-out sequences are nearest to those of the dense one (arXiv 1706.04599). The last
-            norm is divided by it, or the head, so it costs nothing at run time. The ranking of tokens stays, except for
-            what weights of 16 bits are rounded by.
         warm_start: `"dense"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or `"auto"`, the paper's rule: SparseGPT
             for OPT, Wanda for other families. `None`: the method's default.
         max_iterations: Iteration limit of the method; `None`: the method's default.
@@ -151,7 +147,6 @@ class FistaPruningConfig:
     allocation: Allocation | None = None
     allocation_tokens: int = 2048
     held_out: int = 0
-    temperature_scaling: bool = False
     warm_start: str | None = None
     max_iterations: int | None = None
     tolerance: float | None = None
@@ -247,16 +242,6 @@ class FistaPruningConfig:
             raise ValueError(
                 f"finetune={self.finetune!r} can't train decoder layers that lose experts (pattern={self.pattern!r}): "
                 "pass finetune=None; experts that stay are refitted (expert_refit)."
-            )
-        if self.temperature_scaling and loses_experts:
-            raise ValueError(
-                f"temperature_scaling=True is not possible with pattern={self.pattern!r}, which removes experts: leave "
-                "it out."
-            )
-        if self.temperature_scaling and not self.held_out:
-            raise ValueError(
-                "temperature_scaling=True has nothing to fit the temperature to: pass held_out=4, or another number of "
-                "sequences that no weight is fitted to (--held-out 4)."
             )
         if self.reorder_channels and not self._default_pattern().orders_inputs:
             raise ValueError(

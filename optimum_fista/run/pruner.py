@@ -105,10 +105,9 @@ class FistaPruner:
             overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
             packed: Make `output_dir` a packed folder (docs/formats.md); the zeros are never written.
             perplexity_tokens: Ids [sequences, length] to which nothing is fitted: the report gets the perplexity of the
-                dense and of the pruned model on them, which takes two forward passes. With `temperature_scaling` it
-                gets that on the held-out sequences instead. It is not measured with several processes, if a run resumes
-                that began without them or with others, if experts are removed, or if decoder layers pass more than
-                hidden states to the next one.
+                dense and of the pruned model on them, which takes two forward passes. It is not measured with
+                several processes, if a run resumes that began without them or with others, if experts are removed, or
+                if decoder layers pass more than hidden states to the next one.
 
         Returns:
             The report; `save_pretrained` and `push_to_hub` save it with the model.
@@ -174,7 +173,6 @@ class FistaPruner:
             if pruning.removal is not None:
                 pruning.removal.shrink(model, report, sink.masks, sink.undo_first)
             pruning.complete_report()
-            pruning.scale_logits(sink)
             report.seconds["total"] = time.perf_counter() - started
             model.config.fista_pruning = summary(report)
             self._results[model] = (report, sink.masks)

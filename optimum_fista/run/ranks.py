@@ -163,11 +163,6 @@ def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
         ValueError: If so.
     """
     correction = config.resolved().error_correction
-    if count > 1 and config.temperature_scaling:
-        raise ValueError(
-            f"temperature_scaling=True compares whole models, which {count} processes that share the decoder layers "
-            "don't have: leave it out, or start one process."
-        )
     if count > 1 and not config.correction.independent_layers:
         raise ValueError(
             f"error_correction={correction!r} prunes every decoder layer on the outputs of the pruned ones before it, "

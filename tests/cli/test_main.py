@@ -16,7 +16,7 @@ FLAGS = {
         "--under-calibrated-method --reorder-channels --warm-start --max-iterations "
         "--finetune --finetune-steps --finetune-learning-rate --config "
         "--calibration --num-samples --sequence-length "
-        "--held-out --temperature-scaling --batch-size --compute-dtype --seed --device --dtype --storage-device "
+        "--held-out --batch-size --compute-dtype --seed --device --dtype --storage-device "
         "--report-to --logging-dir "
         "--push-to-hub --private --help-all"
     ),

@@ -1,11 +1,9 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 from optimum_fista.cli.main import main
-from optimum_fista.cli.overview import next_commands, verdicts
-from optimum_fista.model.loss_probe import Temperature
+from optimum_fista.cli.overview import next_commands
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
@@ -30,12 +28,6 @@ def test_a_run_without_an_option_names_its_folder_and_says_what_it_will_do_and_w
     assert re.search(r"\nlargest fit error 0\.\d\d \((low|usual|high)\): model\.layers\.", shown.out)
     assert main(command) == 1
     assert f"For example: --output {name}-2\n" in capsys.readouterr().err
-
-
-def test_a_run_says_what_a_temperature_gained():
-    found = SimpleNamespace(perplexity=None, operators=[], temperature=Temperature(1.125, 0.5, 0.25, {}))
-    gained = "divergence from the dense model's predictions 0.5000 nats a token without it and 0.2500 with it"
-    assert list(verdicts(found)) == [f"temperature 1.125: {gained}"]
 
 
 def test_the_next_commands_can_be_pasted(monkeypatch):

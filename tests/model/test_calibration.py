@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import BatchEncoding
 
-from optimum_fista.model.calibration import CalibrationBatch, held_out_rows, hold_out, read_batches, tokens_sha256
+from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches, tokens_sha256
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
 MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]])
@@ -189,13 +189,6 @@ def test_cut_batches_have_a_mask_only_where_they_need_one():
     first, second = hold_out([CalibrationBatch(IDS, MASK.bool())], 2)
     assert first.attention_mask is None
     assert torch.equal(second.attention_mask, MASK[1:].bool())
-
-
-@pytest.mark.parametrize(("lengths", "shape"), [([2, 9, 9], (2, 9)), ([7, 8, 9], (3, 7)), ([1, 2], (1, 2))])
-def test_held_out_sequences_are_cut_to_the_length_with_which_most_tokens_stay(lengths, shape):
-    batches = [CalibrationBatch(torch.arange(9)[None, :length], held_out=True) for length in lengths]
-    rows = held_out_rows([CalibrationBatch(torch.zeros(1, 9, dtype=torch.long)), *batches])
-    assert torch.equal(rows, torch.arange(shape[1]).expand(shape))
 
 
 def test_nothing_held_out_changes_nothing():

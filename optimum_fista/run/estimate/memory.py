@@ -73,9 +73,8 @@ def moments(run: PlannedRun) -> Iterator[tuple[str, Mapping[str, float], float]]
     if run.differentiates:  # a sequence at a time; the loss and its gradients are float32 in between
         yield "loss", ends | {"logits and gradients": run.length * run.vocabulary * (2 * value + 12)}, gradients
     if run.num_unseen:
-        # with a temperature log-probabilities of both networks, their exponentials, differences and products
-        each = 20.0 if config.temperature_scaling else value + 8.0
-        yield "perplexity", ends | {"logits": min(run.length, PROBED_TOGETHER) * run.vocabulary * each}, 0
+        logits = {"logits": min(run.length, PROBED_TOGETHER) * run.vocabulary * (value + 8.0)}
+        yield "perplexity", ends | logits, 0
     if run.rounds:  # as many models as there are layers, a sequence at a time after the layers
         first = min(run.tokens, -(-config.allocation_tokens // run.length) * run.length)
         logits = {"logits": run.length * run.vocabulary * (value + 8.0)}

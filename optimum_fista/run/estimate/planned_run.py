@@ -99,7 +99,7 @@ class PlannedRun:
         self.reads = not self.whole and not (self.on_cpu and stored == self.model.dtype)
         self.samples_itself, self.packed = calibration == "self", packed
         self.num_samples, self.batch_size = num_samples, batch_size
-        self.num_unseen = config.held_out if config.temperature_scaling else num_unseen
+        self.num_unseen = num_unseen
         self.length = sequence_length or usual_length(given)
         self.num_layers = sum(kind.count for kind in self.shapes.kinds)
         self.tokens, self.batch = num_samples * self.length, batch_size * self.length

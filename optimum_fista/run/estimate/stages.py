@@ -44,8 +44,7 @@ def work_by_stage(run: PlannedRun) -> dict[str, np.ndarray]:
     gradients = run.differentiates * first
     # To choose decoder layers, each round tries the model without each of them; all run half of it on average.
     tried = first * sum(run.num_layers + 1 - done for done in range(run.rounds))
-    with_head = 12 if config.temperature_scaling else 2  # a pass with the norm and the head for each temperature
-    stages["forward passes"] += _loss(run, with_head * run.num_unseen * run.length)
+    stages["forward passes"] += _loss(run, 2 * run.num_unseen * run.length)
     stages["allocation"] = _loss(run, gradients, gradients=True) + _loss(run, tried)
     for kind in run.shapes.kinds:
         # A token's forward pass: products with weights, and all around them. Attention (half of all pairs of

@@ -9,7 +9,6 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from optimum_fista.model.digest import tensor_of
-from optimum_fista.model.loss_probe import divided
 from optimum_fista.model.parts import Part, find_parts, numbers_kept
 from optimum_fista.model.shrinking import Shrinking, plan_shrinking
 from optimum_fista.run.checkpoints.checkpoint import operators_by_weight
@@ -75,8 +74,6 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
                 raise VerificationError(
                     f"{new} has shape {tuple(found.shape)}, from {dense!r} it would have {tuple(expected.shape)}."
                 )
-            if report.temperature is not None and new in report.temperature.tensors:
-                expected = divided(expected, report.temperature.tensors[new], report.temperature.value)
             if new not in written and not report.retrained:
                 differing = int((found != expected).sum())
                 if differing:

@@ -70,12 +70,6 @@ def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | Non
             run.states = run.config.correction.enter(recorded.hidden_states, run.config.finetune is not None)
         del recorded.hidden_states
         if run.probe is not None and not run.probe.begin():
-            if run.config.temperature_scaling:
-                raise ValueError(
-                    f"temperature_scaling=True: {type(run.model).__name__} can't be run one decoder layer at a time "
-                    "beside the pruning, because its layers share more than hidden states. Leave temperature_scaling "
-                    "out."
-                )
             run.probe = None
         costs = {index: 1 + cost for index, cost in enumerate(run.costs()) if index in todo}
         for callback in run.callbacks:

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.architecture import find_decoder_layers, input_embedding, require_bare, require_own_weights
-from optimum_fista.model.calibration import held_out_rows, hold_out, read_batches
+from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.digest import combined_sha256, rest_sha256
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.experts import split_experts
 from optimum_fista.model.loss_gradients import DenseLoss
-from optimum_fista.model.loss_probe import LossProbe, divided
+from optimum_fista.model.loss_probe import LossProbe
 from optimum_fista.model.losses import choose_layers
-from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.model.products import compute_dtype_of, quick_products_in
@@ -37,7 +37,6 @@ from optimum_fista.run.pruning.budgets import Budgets, share_budgets
 from optimum_fista.run.pruning.removal import Removal, plan_run
 from optimum_fista.run.pruning.run_batches import RunBatches
 from optimum_fista.run.pruning.run_report import begin_report, complete_report, warn_of_few_tokens
-from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.pruning.target_size import SizeChoice, choose_size
 from optimum_fista.run.reports.report import LayerRecord
 from optimum_fista.run.texts.explained_errors import explained_length
@@ -117,8 +116,6 @@ class ModelPruning:
         self.probe: LossProbe | None = None
         self.num_unseen = 0
         loses_experts = self.removal is not None and any(map(self.removal.mixture_of, self.operators))
-        if config.temperature_scaling:
-            perplexity_tokens = held_out_rows(batches)
         if perplexity_tokens is not None and not loses_experts:
             (rows,) = read_batches([perplexity_tokens], input_embedding(model).shape[0])
             if rows.input_ids.shape[1] < 2:
@@ -127,8 +124,7 @@ class ModelPruning:
                     "length of at least 2, because tokens predict the next ones."
                 )
             self.num_unseen = len(rows.input_ids)
-            fits = config.temperature_scaling
-            self.probe = LossProbe(model, self.layers, rows.input_ids, self.storage, fits_temperature=fits)
+            self.probe = LossProbe(model, self.layers, rows.input_ids, self.storage)
 
     @property
     def storage(self) -> Storage:
@@ -167,22 +163,6 @@ class ModelPruning:
         self.report.origin["model_sha256"] = combined_sha256([*map(str, self.dense_layers), rest_sha256(self.model)])
         if self.removal is not None:
             self.removal.describe(self.report)
-
-    def scale_logits(self, sink: ModelSink) -> None:
-        """Divide the logits by the temperature that was found, once the report is complete; not if it is not finite."""
-        if self.probe is None or self.probe.temperature is None:
-            return
-        found = self.probe.temperature
-        if not math.isfinite(found.divergence_before):
-            self.report.warn("temperature_scaling: logits of the held-out sequences are NaN or Inf: none are divided")
-            return
-        self.report.temperature = found
-        for name, offset in found.tensors.items():
-            owner = self.model.get_submodule(name.rpartition(".")[0])
-            with onloaded([owner]):
-                leaf = name.rpartition(".")[2]
-                sink.replace(owner, leaf, divided(getattr(owner, leaf).detach(), offset, found.value))
-                sink.settle()
 
     def shared_budgets(self) -> Budgets:
         """The operators' sparsity patterns; the first call chooses the decoder layers to remove and allocates zeros.

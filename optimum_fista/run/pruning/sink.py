@@ -104,10 +104,6 @@ class ModelSink:
         `record` is what the run says of the layer, `states` are the hidden states after it; `None` if the next one does
         not need them.
         """
-        self.settle()
-
-    def settle(self) -> None:
-        """Make all that was written final, while it is on the device."""
         for owner, tensor in self._onloaded.values():
             store_tensor(owner, tensor, getattr(owner, tensor), self._undo.append)
         self._onloaded.clear()

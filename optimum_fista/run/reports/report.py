@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 import optimum_fista
-from optimum_fista.model.loss_probe import Temperature
 from optimum_fista.run.config import renamed_options
 from optimum_fista.run.memory import MemoryPeak
 from optimum_fista.run.records import as_record
@@ -269,8 +268,6 @@ class PruningReport:
         perplexity: Of the `"dense"` and of the `"pruned"` network on text like that of the calibration to which
             no weight was fitted, `"num_tokens"` that were predicted in it, and `"num_sequences"` that they are of;
             `None` if it was not measured.
-        temperature: The temperature that the logits of the pruned model are divided by (`temperature_scaling`); `None`
-            if none was fitted. `perplexity` is with it, the errors of operators don't depend on it.
         origin: What the run began with, for `fista/reproduce.json`, which keeps it; empty in a report that was read.
         recoveries: What recoveries (`optimum_fista.recover`) made of it, in order.
     """
@@ -286,7 +283,6 @@ class PruningReport:
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     retrained: bool = False
     perplexity: dict[str, Any] | None = None
-    temperature: Temperature | None = None
     origin: dict[str, Any] = field(default_factory=dict, compare=False)
     recoveries: list[RecoveryReport] = field(default_factory=list)
 

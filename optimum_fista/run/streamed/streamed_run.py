@@ -193,7 +193,6 @@ class StreamedRun:
         before = sum(layer.record.report.seconds for layer in self.finished.values())
         report.seconds["total"] = before + time.perf_counter() - started
         self.pruning.complete_report()
-        self.pruning.scale_logits(self.sink)
         report = self.sink.complete(self._tokenizer, report, layers)
         install(self.journal.folder, output_dir, overwrite)
         return report
@@ -228,13 +227,6 @@ class StreamedRun:
             logger.warning("a file was damaged after shards were joined: the layers in joined files are pruned again")
             return self._finished()
         if pruning.probe is not None and finished and not self._resume_probe(pruning.probe, finished):
-            if pruning.config.temperature_scaling:
-                logger.warning("what the temperature is fitted to can't be taken up again: all layers are pruned again")
-                journal.forget_joined()
-                pruning.states = None
-                pruning.probe.next = 0
-                pruning.probe.streams.clear()
-                return {}
             pruning.probe = None
         return finished
 
@@ -244,10 +236,7 @@ class StreamedRun:
         if any(index >= first for index in finished):
             return False
         kept = self.journal.probe(first, finished[first - 1].sha256.get("probe"))
-        if kept is None or not probe.resume(first, kept):
-            return False
-        # asked now, because a run with a temperature can't go on without it
-        return not probe.fits_temperature or first == len(self.pruning.layers) or probe.begin()
+        return kept is not None and probe.resume(first, kept)
 
     def _share_budgets(self) -> None:
         """Allocate the zeros to the operators, unless an earlier start of the run did."""

@@ -113,8 +113,6 @@ def _digest(settings: str, tokens: Tensor) -> str:
 
 def num_unseen(config: FistaPruningConfig, num_samples: int) -> int:
     """Sequences that `optimum-fista prune` draws to measure the perplexity on: one for each 64, and at least one."""
-    if config.temperature_scaling:
-        return config.held_out  # the run measures it on these
     parts = () if config.whole_parts is None else config.whole_parts.shares
     return 0 if any(part.kind == "experts" for part in parts) else max(1, num_samples // 64)
 

@@ -205,14 +205,6 @@ def test_held_out_sequences_cost_memory_and_products():
     assert "held out" not in str(without)
 
 
-def test_a_temperature_costs_logits_and_passes():
-    without, scaled = (estimated(config=FistaPruningConfig(held_out=2, temperature_scaling=t)) for t in (False, True))
-    (held,) = (parts["logits"] for moment, parts, _ in moments(scaled) if moment == "perplexity")
-    assert held == 20 * 16 * 64
-    assert flops(scaled, "forward passes") > flops(without, "forward passes")
-    assert scaled.num_sampled == without.num_sampled
-
-
 def test_what_the_reader_should_know_is_noted():
     itself = estimated(calibration="self")
     assert any("--calibration self" in note for note in itself.notes)

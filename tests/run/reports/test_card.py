@@ -7,7 +7,6 @@ import pytest
 from huggingface_hub import ModelCard
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model.loss_probe import Temperature
 from optimum_fista.run.reports.card import PICTURE_FILE, error_picture, model_card
 
 
@@ -48,15 +47,10 @@ def test_card_tells_how_the_zeros_were_shared(saved_by_rows):
 
 
 def test_card_of_a_retrained_model_says_what_was_measured_before(saved):
-    found = Temperature(1.125, 0.5, 0.25, {"model.norm.weight": 0.0})
     perplexity = {"dense": 20.0, "pruned": 30.0, "num_tokens": 1000, "num_sequences": 2}
-    report = dataclasses.replace(saved.report, temperature=found, perplexity=perplexity)
+    report = dataclasses.replace(saved.report, perplexity=perplexity)
     for each, before in ((report, ""), (dataclasses.replace(report, retrained=True), ", before retraining")):
-        card = model_card(each)
-        assert f"| temperature{before} | logits are divided by 1.125" in card
-        assert f"| perplexity{before} | 30.00, of the dense model 20.00" in card
-    nothing = dataclasses.replace(report, temperature=Temperature(1.0, 0.5, 0.5, {}))
-    assert "| temperature | 1: no other was better; divergence" in model_card(nothing)
+        assert f"| perplexity{before} | 30.00, of the dense model 20.00" in model_card(each)
 
 
 def test_saved_card_has_one_row_for_every_kind_of_operator(saved):
