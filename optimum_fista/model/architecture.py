@@ -225,6 +225,12 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many tokens of a sequence have a position; `None`: any number."""
+    config = model.config.get_text_config(decoder=True)
+    return None if getattr(config, "alibi", False) else getattr(config, "max_position_embeddings", None)
+
+
 def input_embedding(model: PreTrainedModel) -> Tensor:
     """Weight of the input embedding [vocabulary, hidden]; its device is where token ids go."""
     weight = model.get_input_embeddings().weight

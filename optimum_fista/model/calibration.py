@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
+
+_NOT_READ = re.compile(
+    "pixel|image|video|audio|bbox|embeds|input_(features|values)|coder_|cross_attention|token_type_ids|"
+    "past_key_values|per_layer_inputs|langs|mems|perm_mask"
+)
+"""Arguments of models that change what they make of tokens."""
+_PACKING = ("seq_idx", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 @dataclass(frozen=True)
@@ -37,24 +46,30 @@ class CalibrationBatch:
         return replace(self, input_ids=self.input_ids[start:stop], attention_mask=mask)
 
 
-def read_batches(loader: Iterable[Any], vocab_size: int) -> list[CalibrationBatch]:
+def read_batches(loader: Iterable[Any], vocab_size: int, longest: int | None = None) -> list[CalibrationBatch]:
     """Read every batch of a calibration loader once; padding in front of tokens moves to the end of their sequence.
+
+    Documents that are packed in a row become sequences of their own, and padded batches no larger than theirs. They are
+    known by numbers in `attention_mask` (1, 1, 2, 2) or `seq_idx`, `position_ids` that begin again, and
+    `cu_seq_lens_q`. Nothing depends on `labels`, which data collators add.
 
     Args:
         loader: Iterable of dicts with `input_ids` (and `attention_mask`), tensors of ids [batch, sequence] or
             [sequence], or lists of ids; a `torch.utils.data.DataLoader`, a data set or a generator.
         vocab_size: Number of rows of the input embedding.
+        longest: Tokens a sequence at most; `None`: any number.
 
     Raises:
-        ValueError: If the loader is empty, an item has no ids or an impossible mask, or an id lies outside
-            [0, vocab_size).
+        ValueError: If the loader is empty, an item has no ids, an impossible mask or other inputs than tokens, an id
+            lies outside [0, vocab_size), or a sequence is too long.
     """
     if isinstance(loader, Mapping | str) or not isinstance(loader, Iterable | Dataset):
         raise ValueError(
             f"calib_dataloader is a {type(loader).__name__}: pass an iterable of batches, such as a DataLoader "
             "or a list of {'input_ids': ..., 'attention_mask': ...} dicts."
         )
-    batches = [_read_batch(item, i, vocab_size) for i, item in enumerate(_items(loader))]
+    items = enumerate(_items(loader))
+    batches = [batch for i, item in items for batch in _read_batch(item, f"calib_dataloader[{i}]", vocab_size, longest)]
     if not batches:
         used_up = isinstance(loader, Iterator)
         raise ValueError(
@@ -130,12 +145,21 @@ def _items(loader: Iterable[Any]) -> Iterable[Any]:
     return loader
 
 
-def _read_batch(item: Any, index: int, vocab_size: int) -> CalibrationBatch:
-    where = f"calib_dataloader[{index}]"
+def _read_batch(item: Any, where: str, vocab_size: int, longest: int | None) -> list[CalibrationBatch]:
+    packing: dict[str, Any] = {}
     mask = None
     if isinstance(item, Mapping):
+        for key, value in item.items():
+            if value is None or isinstance(value, str) or not _NOT_READ.search(key):
+                continue
+            if not key.endswith("token_type_ids") or torch.as_tensor(value).any():
+                raise ValueError(
+                    f"{where} holds {key!r}, and the model is only run on token ids: pass text without it, as "
+                    "'input_ids' (and 'attention_mask')."
+                )
         if "input_ids" not in item:
             raise ValueError(f"{where} has the keys {sorted(item)}: pass 'input_ids' (and 'attention_mask').")
+        packing = {key: item[key] for key in _PACKING if item.get(key) is not None}
         mask = item.get("attention_mask")
         item = item["input_ids"]
     # A batch of a TensorDataset.
@@ -143,25 +167,90 @@ def _read_batch(item: Any, index: int, vocab_size: int) -> CalibrationBatch:
         item = item[0]
     ids = _as_rows(item, where, "input_ids").to(torch.int64)
     low, high = int(ids.min()), int(ids.max())
-    if mask is not None:
-        mask = _as_rows(mask, where, "attention_mask").bool()
-        if mask.shape != ids.shape:
-            raise ValueError(
-                f"{where}: attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}: "
-                "pass one mask value a token."
-            )
-        if bool(mask.all()):
-            mask = None
-        else:  # real tokens first: models count positions, and recurrent ones carry states, from the first token on
-            order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-            ids, mask = ids.gather(1, order), mask.gather(1, order)
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
         raise ValueError(
             f"{where}: input_ids holds the token id {bad}, outside the model's vocabulary [0, {vocab_size}): "
             "tokenise with the model's own tokenizer."
         )
-    return CalibrationBatch(ids, mask)
+    numbers = torch.ones_like(ids) if mask is None else _like(ids, mask, where, "attention_mask")
+    documents = _documents(ids, numbers, packing, where)
+    if len(documents) > int(numbers.any(1).sum()):  # rows of several documents
+        batches = _padded(documents, ids.numel())
+    else:  # real tokens first: models count positions, and recurrent ones carry states, from the first token on
+        real = numbers.bool()
+        order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        batches = [_without_idle_mask(CalibrationBatch(ids.gather(1, order), real.gather(1, order)))]
+    length = max(batch.input_ids.shape[1] for batch in batches)
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"{where} holds sequences of {length} tokens: pass at most {longest}, the model's max_position_embeddings "
+            f"(--sequence-length {longest})."
+        )
+    return batches
+
+
+def _documents(ids: Tensor, numbers: Tensor, packing: Mapping[str, Any], where: str) -> list[Tensor]:
+    """The ids of every document, in order; a row may hold several.
+
+    A document ends where another number begins in `numbers` [batch, sequence] (0: padding) or `seq_idx`, where
+    `position_ids` begin again, and at the ends that `cu_seq_lens_q` and `cu_seq_lens_k` name.
+
+    Raises:
+        ValueError: If documents have holes, or other positions than their own or those in their row.
+    """
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = numbers.diff() != 0
+    for row in numbers:
+        runs = row.unique_consecutive()
+        if len(runs[runs != 0]) > len(row[row != 0].unique()):
+            raise ValueError(
+                f"{where}: attention_mask has a hole, zeros or another document between two tokens of the same number: "
+                "pass zeros only before or after a document."
+            )
+    if "seq_idx" in packing:
+        starts[:, 1:] |= _like(ids, packing["seq_idx"], where, "seq_idx").diff() != 0
+    if "position_ids" in packing:
+        positions = _like(ids, packing["position_ids"], where, "position_ids")
+        starts[:, 1:] |= positions.diff() != 1
+        rows, columns = (starts & numbers.bool()).nonzero(as_tuple=True)
+        first = positions[rows, columns]
+        if not bool(((first == 0) | (first == columns)).all()):
+            raise ValueError(
+                f"{where}: position_ids are neither 0, 1, 2, ... from the beginning of every document nor of every "
+                "row: leave position_ids out, or let them begin at 0."
+            )
+    for key in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if key in packing:
+            ends = torch.as_tensor(packing[key]).reshape(-1).tolist()
+            if ends != sorted({*ends, 0, ids.numel()}):
+                raise ValueError(f"{where}: {key} is {ends}: pass rising numbers from 0 to {ids.numel()}, all tokens.")
+            starts.view(-1)[ends[1:-1]] = True
+    begins = starts.view(-1).nonzero()[:, 0].tolist()
+    parts = zip(begins, [*begins[1:], ids.numel()], strict=True)
+    return [ids.reshape(-1)[begin:end] for begin, end in parts if numbers.reshape(-1)[begin]]
+
+
+def _padded(documents: Sequence[Tensor], most: int) -> list[CalibrationBatch]:
+    """Batches of documents in their order, each a row, of at most so many tokens with padding."""
+    groups: list[list[Tensor]] = [[]]
+    for ids in documents:
+        if groups[-1] and max(map(len, [*groups[-1], ids])) * (len(groups[-1]) + 1) > most:
+            groups.append([])
+        groups[-1].append(ids)
+    padded = [pad_sequence(group, batch_first=True) for group in groups]
+    masks = [pad_sequence([torch.ones_like(ids, dtype=torch.bool) for ids in g], batch_first=True) for g in groups]
+    return [_without_idle_mask(CalibrationBatch(ids, mask)) for ids, mask in zip(padded, masks, strict=True)]
+
+
+def _like(ids: Tensor, values: Any, where: str, key: str) -> Tensor:
+    """Values for every token of `ids`, int64."""
+    rows = _as_rows(values, where, key)
+    if rows.shape != ids.shape:
+        raise ValueError(
+            f"{where}: {key} has shape {tuple(rows.shape)}, input_ids {tuple(ids.shape)}: pass one value a token."
+        )
+    return rows.to(ids)
 
 
 def _as_rows(values: Any, where: str, key: str) -> Tensor:

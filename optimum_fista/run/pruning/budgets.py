@@ -76,14 +76,14 @@ def share_budgets(
     """
     budgets = Budgets(config)
     if config.needs_gradients and operators:
-        with explained_gradients(loss.model, loss.batches, f"method={config.method!r}", "another method"):
+        with explained_gradients(f"method={config.method!r}", "another method"):
             gates = measure_gates(loss, operators, parts or {})
         budgets.loss_changes = {name: found.changes for name, found in gates.items()}
     sharing = {name: operator for name, operator in operators.items() if config.shares_budget(name)}
     if not sharing or not config.sparsity:
         return budgets
     instead = "allocation='uniform' (--allocation uniform)"
-    with explained_gradients(loss.model, loss.batches, "allocation='fisher'", instead):
+    with explained_gradients("allocation='fisher'", instead):
         found = measure_sensitivities(loss, sharing)
     pools: dict[str, list[str]] = {}
     for name, operator in sharing.items():

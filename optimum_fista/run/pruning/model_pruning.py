@@ -16,7 +16,13 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.activations import HiddenStates
-from optimum_fista.model.architecture import find_decoder_layers, input_embedding, require_bare, require_own_weights
+from optimum_fista.model.architecture import (
+    find_decoder_layers,
+    input_embedding,
+    position_limit,
+    require_bare,
+    require_own_weights,
+)
 from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.digest import combined_sha256, rest_sha256
 from optimum_fista.model.errors import UnsupportedArchitectureError
@@ -39,7 +45,6 @@ from optimum_fista.run.pruning.run_batches import RunBatches
 from optimum_fista.run.pruning.run_report import begin_report, complete_report, warn_of_few_tokens
 from optimum_fista.run.pruning.target_size import SizeChoice, choose_size
 from optimum_fista.run.reports.report import LayerRecord
-from optimum_fista.run.texts.explained_errors import explained_length
 
 _PRUNING_COST = 8.0  # forward passes of the layer; measured 2 (wanda) to 9 (fista) on a CPU, see docs/ranks.md
 
@@ -100,7 +105,8 @@ class ModelPruning:
         if not self.has_size_to_reach:
             left_dense = self._plan(asked)
         require_own_weights(model, self.layers)
-        batches = hold_out(read_batches(calib_dataloader, input_embedding(model).shape[0]), config.held_out)
+        vocab_size = input_embedding(model).shape[0]
+        batches = hold_out(read_batches(calib_dataloader, vocab_size, position_limit(model)), config.held_out)
         self.compute_dtype = compute_dtype_of(config.compute_dtype, execution_device(model.get_input_embeddings()))
         self.report = begin_report(model, batches, calibration_source, asked, self.operators, left_dense)
         self.batches = RunBatches(model, self.layers, batches, self.report)
@@ -174,8 +180,7 @@ class ModelPruning:
             started, choice, removed = time.perf_counter(), None, list[tuple[int, float]]()
             calibration, tokens = self.batches.calibration, self.config.allocation_tokens
             loss = DenseLoss(self.model, self.layers, calibration, tokens, self.progress, self.storage)
-            longest = max(batch.input_ids.shape[1] for batch in calibration)
-            with quick_products_in(self.compute_dtype), explained_length(self.model, longest, "calib_dataloader"):
+            with quick_products_in(self.compute_dtype):
                 if self.has_size_to_reach:
                     pattern = self.config.whole_parts
                     assert pattern is not None

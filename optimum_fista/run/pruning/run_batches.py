@@ -16,7 +16,6 @@ from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 from optimum_fista.model.offload import execution_device
 from optimum_fista.run.memory import is_out_of_memory, release_free_memory
 from optimum_fista.run.reports.report import PruningReport
-from optimum_fista.run.texts.explained_errors import explained_length
 
 
 class RunBatches:
@@ -71,11 +70,9 @@ class RunBatches:
         Raises:
             torch.OutOfMemoryError: If smaller batches would have to be recorded in a network that is partly pruned.
         """
-        longest = max(batch.input_ids.shape[1] for batch in self.all)
         while True:
             try:
-                with explained_length(self._model, longest, "calib_dataloader"):
-                    recorded = record_inputs(self._model, self._layers, self.all, storage)
+                recorded = record_inputs(self._model, self._layers, self.all, storage)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

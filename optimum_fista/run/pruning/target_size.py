@@ -94,7 +94,7 @@ def choose_size(loss: DenseLoss, pattern: WholeParts) -> SizeChoice:
     operators = {name: LinearOperator(name, model.get_submodule(name)) for name in parts}
     gates: dict[str, Gates] = {}
     if operators:
-        with explained_gradients(model, loss.batches, f"pattern={pattern.text!r}", "an explicit pattern"):
+        with explained_gradients(f"pattern={pattern.text!r}", "an explicit pattern"):
             gates = measure_gates(loss, operators, parts)
     prediction = _Prediction(sizes, layers, gates)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
 
-from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.architecture import position_limit
 from optimum_fista.run.memory import is_out_of_memory
 
 
@@ -17,7 +17,8 @@ def explained_length(model: PreTrainedModel, length: int, name: str, flag: str =
     """Explain the error of a model that fails inside on sequences of `length` tokens, which the argument `name` holds;
     `flag` makes them shorter.
 
-    None is refused beforehand: models without a table of positions may run on longer ones than they were trained on.
+    None is refused beforehand: models without a table of positions can be measured on longer ones than they were
+    trained on.
 
     Raises:
         ValueError: If the model fails and the sequence is longer than its `max_position_embeddings`.
@@ -25,7 +26,7 @@ def explained_length(model: PreTrainedModel, length: int, name: str, flag: str =
     try:
         yield
     except (IndexError, RuntimeError) as error:
-        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = position_limit(model)
         if limit is None or length <= limit or is_out_of_memory(error):
             raise
         raise ValueError(
@@ -35,9 +36,7 @@ def explained_length(model: PreTrainedModel, length: int, name: str, flag: str =
 
 
 @contextmanager
-def explained_gradients(
-    model: PreTrainedModel, batches: Sequence[CalibrationBatch], taker: str, instead: str
-) -> Iterator[None]:
+def explained_gradients(taker: str, instead: str) -> Iterator[None]:
     """Explain errors of a model whose gradients are taken, and what to pass instead of what takes them.
 
     Raises:
@@ -45,8 +44,7 @@ def explained_gradients(
         torch.OutOfMemoryError: If one sequence is too long for them.
     """
     try:
-        with explained_length(model, max(batch.input_ids.shape[1] for batch in batches), "calib_dataloader"):
-            yield
+        yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise ValueError(

@@ -2,19 +2,11 @@ import pytest
 import torch
 from tiny_models import VOCAB_SIZE, tiny_model
 
-from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.texts.explained_errors import explained_length
 
 LONG = torch.randint(0, VOCAB_SIZE, (2, 65), generator=torch.Generator().manual_seed(0))
 ADVICE = r"holds sequences of 65 tokens, .* pass at most 64, its max_position_embeddings \(--sequence-length 64\)"
-
-
-@pytest.mark.parametrize("allocation", ["fisher", "uniform"])
-def test_pruning_says_that_sequences_are_too_long(allocation):
-    pruner = FistaPruner(FistaPruningConfig(allocation=allocation), progress=False)
-    with pytest.raises(ValueError, match=f"calib_dataloader {ADVICE}"):
-        pruner.prune(tiny_model("gpt2"), [LONG])
 
 
 def test_perplexity_says_that_windows_are_too_long():
