@@ -21,7 +21,6 @@ from optimum_fista.cli import (
     prune,
     recover,
     report,
-    reproduce,
     unpack,
     verify,
 )
@@ -33,7 +32,6 @@ _COMMANDS = (
     compare,
     report,
     verify,
-    reproduce,
     chat,
     pack,
     unpack,

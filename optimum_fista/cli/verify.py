@@ -12,10 +12,12 @@ Prove from the files that a pruned model keeps its sparsity pattern.
 Reads the checkpoint, the masks and the report again: exact counts, the pattern in every group or row, zeros outside
 the masks, the totals of the report. With --dense it also proves that all other tensors are those of the dense model,
 or of a smaller model what is left of them. Exits with 1 and the name of the first operator or tensor that breaks it.
+With --same-as it compares two folders of the same model, and exits with 1 if any tensor differs.
 
 examples:
   optimum-fista verify ./model-24
   optimum-fista verify ./smaller --dense ./model
+  optimum-fista verify ./model-24 --same-as ./model-24-again
 """
 
 
@@ -23,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder saved by optimum-fista")
     parser.add_argument("--dense", metavar="MODEL", help="the model before it was pruned, to compare with")
+    other = "a second folder, whose masks and weights should be the same; either may be packed"
+    parser.add_argument("--same-as", metavar="DIR", type=Path, help=other)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,7 +54,19 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{proven.num_equal} tensors that were not pruned equal what {arguments.dense} has of them")
     if proven.num_parameters is None:
         print("its parameters were not counted: Transformers can't make a model of its class without weights")
-    return 0
+    return 0 if arguments.same_as is None else _compare(arguments.folder, arguments.same_as)
+
+
+def _compare(folder: Path, other: Path) -> int:
+    """Print how two folders differ; returns 1 if they do."""
+    from tqdm.auto import tqdm
+
+    from optimum_fista.run.evaluation.same_as import compare_folders
+
+    with tqdm(desc="Comparing", unit="tensor") as bar:
+        found = compare_folders(folder, other, lambda _: bar.update())
+    print(f"{folder} and {other}: {found}")
+    return 1 if found.different else 0
 
 
 def _num_operators(folder: Path) -> int | None:

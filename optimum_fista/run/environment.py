@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -71,13 +70,6 @@ def arithmetic_of(model: PreTrainedModel, compute_dtype: str) -> dict[str, str |
         "attention": model.config._attn_implementation,
         "experts": getattr(model.config, "_experts_implementation", None),
     }
-
-
-def settings_of(model: PreTrainedModel) -> dict[str, Any]:
-    """What the configuration of a model says that its class does not say already, such as the base of its rotations."""
-    told = {"_name_or_path", "transformers_version", "dtype", "architectures", "fista_pruning"}
-    found = json.loads(model.config.to_json_string())
-    return {name: value for name, value in found.items() if name not in told}
 
 
 def processor() -> dict[str, str | int]:

@@ -35,8 +35,7 @@ FLAGS = {
         "--batch-size --device --device-map --dtype --storage-device"
     ),
     "report": "DIR --output -o --evaluations --dense --prompt --max-new-tokens --device --dtype",
-    "verify": "DIR --dense",
-    "reproduce": "DIR --output -o --model --calibration --device",
+    "verify": "DIR --dense --same-as",
     "bench": (
         "DIR --variants --batch-sizes --new-tokens --prompt-tokens --prefill-tokens --rounds --threads --device "
         "--output -o --plot --original"

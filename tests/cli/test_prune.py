@@ -347,13 +347,6 @@ def test_text_that_took_hours_is_kept_whatever_is_begun_with_it(prune, tmp_path,
     assert kept.read_bytes() == whole
 
 
-def test_a_run_is_reproduced_with_the_text_that_the_model_writes(prune, tiny_folder, tmp_path, capsys):
-    assert prune("--calibration", "self", "--method", "wanda") == 0
-    assert report_of(tmp_path / "out")["perplexity"]["num_sequences"] == 1
-    assert main(["reproduce", str(tmp_path / "out"), "--model", str(tiny_folder)]) == 0
-    assert "bit-equal: every tensor was made again" in capsys.readouterr().out
-
-
 def test_a_run_that_resumes_takes_the_batches_it_began_with(prune, capsys):
     with interrupted_after(0):
         assert prune("--method", "wanda", "--batch-size", "4") == 130

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
-from optimum_fista.model.digest import combined_sha256, tensor_sha256
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.reports.report import PruningReport
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
 CONFIG_KEY, PACKED_KEY = "fista_pruning", "quantization_config"
 MASKS_FILE = "fista/masks.safetensors"
-REPORT_FILE, REPRODUCE_FILE = "fista/report.json", "fista/reproduce.json"
+REPORT_FILE = "fista/report.json"
 _CONFIG_KEYS = {"method", "pattern", "error_correction"}
 _CALIBRATION_KEYS = {"num_sequences", "num_tokens"}
 MASKS_FORMAT = "bitmask-1"
@@ -127,15 +126,6 @@ def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
         raise FileNotFoundError(f"{str(folder)!r} holds no {stem}.safetensors: pass a pruned model folder.")
     with safe_open(single, "pt") as file:
         return dict.fromkeys(file.keys(), single)
-
-
-def checkpoint_sha256(files: Mapping[str, Path]) -> str:
-    """Digest of all tensors of a checkpoint, whichever files they are in, one in memory at a time."""
-    found: dict[str, str] = {}
-    for path in sorted({*files.values()}):
-        with safe_open(path, "pt") as file:
-            found |= {name: tensor_sha256(file.get_tensor(name)) for name in files if files[name] == path}
-    return combined_sha256(found)
 
 
 def read_tensors(files: dict[str, Path], names: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -26,7 +26,7 @@ TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 TOKENIZER += ["chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"]
 _BESIDE = ["README.md", "generation_config.json", "fista/masks.safetensors", "fista/report.json"]
 FILES_FILE = "fista/files.json"  # names of the files that belong to the model, tokenizers' unusual ones included
-_BESIDE += ["fista/relative_error.png", "fista/reproduce.json", FILES_FILE]
+_BESIDE += ["fista/relative_error.png", FILES_FILE]
 LATER = ["fista/report.html", "fista/evaluation.json"]  # what other commands wrote about the model
 MODEL_FILES = ["config.json", *WEIGHTS, *TOKENIZER, *_BESIDE]
 """Names of the files that a run writes, as patterns."""

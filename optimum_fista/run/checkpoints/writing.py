@@ -23,9 +23,6 @@ from optimum_fista.run.checkpoints.checkpoint import (
     MASKS_METADATA,
     PACKED_KEY,
     REPORT_FILE,
-    REPRODUCE_FILE,
-    checkpoint_files,
-    checkpoint_sha256,
     is_retrained,
     operators_by_weight,
     summary,
@@ -129,29 +126,9 @@ def write_all_but_weights(
     model.config.fista_pruning = summary(report)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
-    if report.origin and not report.retrained:
-        write_text(folder / REPRODUCE_FILE, json.dumps(_origin(folder, report, packed is not None), indent=1) + "\n")
     dense = getattr(model.config, "_name_or_path", "") or ""
     card = model_card(report, None if picture is None else PICTURE_FILE, dense)
     write_form(folder, json.loads(model.config.to_json_string()), card, masks, packed)
-
-
-def _origin(folder: Path, report: PruningReport, packed: bool) -> dict[str, Any]:
-    """What it takes to make the model in a folder again, and the digest of the result."""
-    held = {key: value for key, value in report.origin.items() if key not in ("is_local", "model_sha256")}
-    model = {"name": report.model["name"], "is_local": report.origin["is_local"]}
-    return {
-        "format": 1,
-        "command": report.command(packed=packed),
-        "config": REPORT_FILE,  # with all that was found of the operators
-        "seed": report.config["seed"],
-        "model": model | {"sha256": report.origin["model_sha256"]},
-        "calibration": report.calibration,
-        **held,
-        "versions": report.versions,
-        "packed": packed,
-        "result_sha256": checkpoint_sha256(checkpoint_files(folder, "packed" if packed else "model")),
-    }
 
 
 def write_form(

@@ -166,7 +166,7 @@ class ModelPruning:
                 "num_tokens": self.probe.tokens[:, 1:].numel(),
                 "num_sequences": self.num_unseen,
             }
-        self.report.origin["model_sha256"] = combined_sha256([*map(str, self.dense_layers), rest_sha256(self.model)])
+        self.report.model["sha256"] = combined_sha256([*map(str, self.dense_layers), rest_sha256(self.model)])
         if self.removal is not None:
             self.removal.describe(self.report)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,7 +13,7 @@ from optimum_fista.model.architecture import UnsupportedArchitectureError
 from optimum_fista.model.calibration import CalibrationBatch, tokens_sha256
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.environment import arithmetic_of, processor, settings_of
+from optimum_fista.run.environment import arithmetic_of, processor
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.pruning.operators import idle_patterns
 from optimum_fista.run.reports.report import PruningReport, public_name
@@ -35,9 +34,9 @@ def begin_report(
     report = PruningReport(
         config=config.to_dict(),
         model=_describe(model),
-        calibration=describe_calibration(batches, source),
+        calibration=_describe_calibration(batches, source),
         left_dense=left_dense,
-        origin=_describe_origin(model, batches, config.compute_dtype),
+        environment=_describe_environment(model, batches, config.compute_dtype),
     )
     before = getattr(model.config, "fista_pruning", None)
     if isinstance(before, dict):
@@ -152,7 +151,7 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def describe_calibration(batches: list[CalibrationBatch], source: str | None) -> dict[str, Any]:
+def _describe_calibration(batches: list[CalibrationBatch], source: str | None) -> dict[str, Any]:
     """What a report says of calibration batches, `PruningReport.calibration`."""
     found = {"source": source and public_name(source)} | _describe_tokens(
         [batch for batch in batches if not batch.held_out]
@@ -161,16 +160,13 @@ def describe_calibration(batches: list[CalibrationBatch], source: str | None) ->
     return found | ({"held_out": _describe_tokens(held_out)} if held_out else {})
 
 
-def _describe_origin(model: PreTrainedModel, batches: list[CalibrationBatch], compute_dtype: str) -> dict[str, Any]:
+def _describe_environment(
+    model: PreTrainedModel, batches: list[CalibrationBatch], compute_dtype: str
+) -> dict[str, Any]:
     """What the bytes of a result depend on, besides the model, the configuration, the tokens and the versions."""
     shapes = itertools.groupby(list(batch.input_ids.shape) for batch in batches)
-    return {
-        "is_local": Path(getattr(model.config, "_name_or_path", "") or "").exists(),
-        "batches": [[len(list(found)), *shape] for shape, found in shapes],
-        "arithmetic": arithmetic_of(model, compute_dtype),
-        "model_config": settings_of(model),
-        "processor": processor(),
-    }
+    found = [[len(list(same)), *shape] for shape, same in shapes]
+    return {**arithmetic_of(model, compute_dtype), "processor": processor(), "batches": found}
 
 
 def _describe_tokens(batches: list[CalibrationBatch]) -> dict[str, Any]:

@@ -254,8 +254,9 @@ class PruningReport:
 
     Attributes:
         config: The configuration, as plain values.
-        model: Class, type, name (a Hub id, or the last part of a path) and number of parameters of the model; also
-            `dense_num_parameters` if parts of it were removed, and `size_choice` if they were chosen for a size.
+        model: Class, type, name (a Hub id, or the last part of a path) and number of parameters of the model, and the
+            `sha256` of the dense model's tensors; also `dense_num_parameters` if parts of it were removed, and
+            `size_choice` if they were chosen for a size.
         calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` if known; the same of the
             tokens held out under `held_out`, if there are any.
         operators: One report an operator, in pruning order.
@@ -268,7 +269,8 @@ class PruningReport:
         perplexity: Of the `"dense"` and of the `"pruned"` network on text like that of the calibration to which
             no weight was fitted, `"num_tokens"` that were predicted in it, and `"num_sequences"` that they are of;
             `None` if it was not measured.
-        origin: What the run began with, for `fista/reproduce.json`, which keeps it; empty in a report that was read.
+        environment: What the run computed with: dtypes, device, attention, processor and threads, and its `batches`,
+            `[number, sequences, tokens]` for each shape in turn.
         recoveries: What recoveries (`optimum_fista.recover`) made of it, in order.
     """
 
@@ -283,7 +285,7 @@ class PruningReport:
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     retrained: bool = False
     perplexity: dict[str, Any] | None = None
-    origin: dict[str, Any] = field(default_factory=dict, compare=False)
+    environment: dict[str, Any] = field(default_factory=dict)
     recoveries: list[RecoveryReport] = field(default_factory=list)
 
     def add(self, record: LayerRecord) -> None:
@@ -393,7 +395,7 @@ class PruningReport:
             "num_not_converged": sum(not o.converged for o in self.operators),
         }
 
-    def command(self, *, packed: bool = False) -> str:
+    def command(self) -> str:
         """The command that prunes the same model in the same way; what is not known is in capitals."""
         tokens, sequences = self.calibration["num_tokens"], self.calibration["num_sequences"]
         words = ["optimum-fista", "prune", self.model.get("name") or "MODEL", "--output", "DIR"]
@@ -401,17 +403,14 @@ class PruningReport:
         words += ["--num-samples", str(sequences)]
         if sequences and tokens % sequences == 0:
             words += ["--sequence-length", str(tokens // sequences)]
-        if self.origin:
-            arithmetic = self.origin["arithmetic"]
-            words += ["--batch-size", str(self.origin["batches"][0][1]), "--device", arithmetic["device"]]
-            words += ["--dtype", arithmetic["dtype"].removeprefix("torch.")]
-        return shlex.join(words + ["--packed"] * packed)
+        if found := self.environment:
+            words += ["--batch-size", str(found["batches"][0][1]), "--device", found["device"]]
+            words += ["--dtype", found["dtype"].removeprefix("torch.")]
+        return shlex.join(words)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        values = dataclasses.asdict(self) | {"totals": self.totals}
-        del values["origin"]
-        return values
+        return dataclasses.asdict(self) | {"totals": self.totals, "command": self.command()}
 
     def to_json(self) -> str:
         """JSON text."""
@@ -425,7 +424,7 @@ class PruningReport:
             TypeError: If a field is missing, unknown, or of another type.
             KeyError: If there are no operators.
         """
-        values = {key: value for key, value in values.items() if key != "totals"}
+        values = {key: value for key, value in values.items() if key not in ("totals", "command")}
         operators = [
             {_OLD_NAMES.get(name, name): v for name, v in operator.items()} for operator in values["operators"]
         ]
