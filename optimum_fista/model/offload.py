@@ -12,7 +12,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, offload_weight, set_module_tensor_to_device
 from accelerate.utils.modeling import named_module_tensors
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -116,6 +116,27 @@ def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[Non
                 set_module_tensor_to_device(module, name, "meta")
 
 
+def settle_ties(model: PreTrainedModel) -> None:
+    """Compare offloaded weights that the configuration calls tied: equal ones are tied, others stay two weights.
+
+    Transformers does this with weights in memory, and leaves it out if they are on disk.
+    """
+    for target, source in list(model.all_tied_weights_keys.items()):
+        (owner, leaf), theirs = (_place(model, name) for name in (target, source))
+        if getattr(owner, leaf) is getattr(*theirs) or not getattr(owner, leaf).is_meta:
+            continue
+        if torch.equal(stored_tensor(owner, leaf), stored_tensor(*theirs)):
+            setattr(owner, leaf, getattr(*theirs))
+        else:
+            del model.all_tied_weights_keys[target]
+
+
+def describe_ties(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Have a configuration say so if the model's head is not tied, although its own configuration says it is."""
+    if not model.all_tied_weights_keys and model.get_expanded_tied_weights_keys(all_submodels=True):
+        config.tie_word_embeddings = False
+
+
 def move_execution(model: nn.Module, device: torch.device) -> None:
     """Make an offloaded model compute on another device, and move there what is not offloaded, such as buffers."""
     for module in model.modules():
@@ -132,6 +153,11 @@ def alignment_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     hook = getattr(module, "_hf_hook", None)
     found = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     return [h for h in found if isinstance(h, AlignDevicesHook)]
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf
 
 
 def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:

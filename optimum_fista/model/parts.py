@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_fista.model.architecture import find_decoder_layers, shared_weights
 from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model.offload import describe_ties
 from optimum_fista.model.operator import LinearOperator, is_linear
 from optimum_fista.solve.patterns import WholeParts
 
@@ -393,6 +394,7 @@ def described_model(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreT
         ValueError: If the configuration does not take them, or no such model can be built.
     """
     config = changed_config(model.config, settings)
+    describe_ties(model, config)
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             return type(model)(config)

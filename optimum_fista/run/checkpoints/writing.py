@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_fista.model.offload import stored_tensor
+from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.checkpoints.atomic import errors_of_writing, write_bytes, write_tensors, write_text
 from optimum_fista.run.checkpoints.checkpoint import (
@@ -123,6 +123,7 @@ def write_all_but_weights(
         tokenizer.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+    describe_ties(model, model.config)
     model.config.fista_pruning = summary(report)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")

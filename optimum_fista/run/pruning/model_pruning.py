@@ -30,7 +30,7 @@ from optimum_fista.model.experts import split_experts
 from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.loss_probe import LossProbe
 from optimum_fista.model.losses import choose_layers
-from optimum_fista.model.offload import execution_device
+from optimum_fista.model.offload import execution_device, settle_ties
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.model.products import compute_dtype_of, quick_products_in
@@ -88,6 +88,7 @@ class ModelPruning:
     ) -> None:
         require_bare(model)
         require_unquantized(model)
+        settle_ties(model)
         self.model = model
         self.layers = find_decoder_layers(model)
         self.removal: Removal | None = None
