@@ -70,12 +70,7 @@ def store_tensor(module: nn.Module, name: str, value: Tensor, keep_undo: Callabl
     Raises:
         ValueError: If Accelerate keeps it in a form that can't be written.
     """
-    hook = _offload_hook(module)
-    assert hook is not None
-    data, key = hook.weights_map, name
-    # A module's map is a view of the whole model's, whose names have a prefix.
-    while isinstance(data, PrefixedDataset):
-        data, key = data.dataset, f"{data.prefix}{key}"
+    data, key = _whole_map(module, name)
     if isinstance(data, OffloadedWeightsLoader):
         if key not in data.state_dict:
             _store_on_disk(data, key, value, keep_undo)
@@ -119,11 +114,17 @@ def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[Non
 def settle_ties(model: PreTrainedModel) -> None:
     """Compare offloaded weights that the configuration calls tied: equal ones are tied, others stay two weights.
 
-    Transformers does this with weights in memory, and leaves it out if they are on disk.
+    A weight that is stored under the name of another one only is found under its own as well. Transformers does all
+    this with weights in memory, and leaves it out if they are on disk.
     """
     for target, source in list(model.all_tied_weights_keys.items()):
         (owner, leaf), theirs = (_place(model, name) for name in (target, source))
-        if getattr(owner, leaf) is getattr(*theirs) or not getattr(owner, leaf).is_meta:
+        if not getattr(owner, leaf).is_meta:
+            continue
+        data, _ = _whole_map(owner, leaf)
+        if isinstance(data, OffloadedWeightsLoader) and target in data.index and source not in data.state_dict:
+            data.index.setdefault(source, data.index[target])
+        if getattr(owner, leaf) is getattr(*theirs):
             continue
         if torch.equal(stored_tensor(owner, leaf), stored_tensor(*theirs)):
             setattr(owner, leaf, getattr(*theirs))
@@ -153,6 +154,17 @@ def alignment_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     hook = getattr(module, "_hf_hook", None)
     found = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     return [h for h in found if isinstance(h, AlignDevicesHook)]
+
+
+def _whole_map(module: nn.Module, name: str) -> tuple[Any, str]:
+    """What Accelerate reads the offloaded weights of the whole model from, and a tensor's name in it."""
+    hook = _offload_hook(module)
+    assert hook is not None
+    data, key = hook.weights_map, name
+    # A module's map is a view of the whole model's, whose names have a prefix.
+    while isinstance(data, PrefixedDataset):
+        data, key = data.dataset, f"{data.prefix}{key}"
+    return data, key
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -54,3 +54,9 @@ def test_a_tied_head_that_is_stored_twice_counts_once(tmp_path):
     source = tied_folder(tmp_path / "source", lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
     folders = prune_both(source, tmp_path)
     assert HEAD not in load_file(folders[1] / "model.safetensors")
+
+
+def test_a_tied_head_that_is_stored_without_the_embedding(tmp_path):
+    source = tied_folder(tmp_path / "source", lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
+    folders = prune_both(source, tmp_path)
+    assert load_file(folders[1] / "model.safetensors").keys() == load_file(folders[0] / "model.safetensors").keys()
