@@ -20,6 +20,7 @@ from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.parts import text_config
 from optimum_fista.model.products import quick_products
 from optimum_fista.model.replay import replaced_forwards
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs
@@ -215,10 +216,16 @@ def _without_columns(layer: nn.Module, prefix: str, columns: Mapping[str, Tensor
 
 
 def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | None, float]) -> int:
-    """The layer without which the loss is least, of those without which a configuration describes the model."""
+    """The layer without which the loss is least, of those without which a configuration describes the model.
+
+    The last layer of a kind, such as the only attention between state-space layers, stays: caches need one.
+    """
     refused: ValueError | None = None
+    kinds = getattr(text_config(model.config), "layer_types", None) or [None] * (max(left) + 1)
     for index in sorted(left, key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf):
         try:
+            if kinds[index] is not None and [kinds[i] for i in left].count(kinds[index]) == 1:
+                raise ValueError(f"decoder layer {index} is the last of its kind ({kinds[index]}): remove fewer")
             plan_shrinking(model, layers=[i for i in left if i != index])
             return index
         except ValueError as error:

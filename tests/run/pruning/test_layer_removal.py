@@ -10,6 +10,7 @@ from families import family_model, family_tokens
 from folder_files import files_of
 from killed import Killed, killed_at_write
 from safetensors.torch import load_file
+from shrunken_config import shrunken_config
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -172,6 +173,20 @@ def test_a_run_that_removes_another_number_of_layers_is_not_resumed(tmp_path):
         pruner("channels:0.5/4+layers:0.2").prune(tmp_path / "source", BATCHES, output_dir=tmp_path / "smaller")
     with pytest.raises(ValueError, match=r'config.pattern was "channels:0.5/4\+layers:0.2", is "channels:0.5/4\+lay'):
         pruner("channels:0.5/4+layers:0.4").prune(tmp_path / "source", BATCHES, output_dir=tmp_path / "smaller")
+
+
+def test_the_last_attention_layer_of_a_hybrid_stays():
+    config = shrunken_config("bamba")
+    config.num_hidden_layers = 4
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+        model.model.layers[1].feed_forward.down_proj.weight.zero_()  # the loss would take this layer first
+    report = pruner("layers:0.5").prune(model, family_tokens())
+    assert 1 in report.model["layers_kept"]
+    assert model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3).shape == (1, 7)
+    with pytest.raises(ValueError, match=r"last of its kind \(.*_attention\): remove fewer"):
+        pruner("layers:0.5").prune(model, family_tokens())
 
 
 @pytest.mark.parametrize(
