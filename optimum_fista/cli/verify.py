@@ -48,9 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         found.append(f"{proven.num_zeros:,} of {proven.num_weights:,} weights zero ({share:.4%})")
     mixtures = f" and {proven.num_mixtures} mixtures" if proven.num_mixtures else ""
     print(f"{arguments.folder}: {proven.num_operators} operators{mixtures} keep their pattern, {'; '.join(found)}")
-    if proven.num_equal == 0:
-        print(f"it was trained after pruning, so only shapes were compared with {arguments.dense}")
-    elif proven.num_equal is not None:
+    if proven.num_equal is not None:
         print(f"{proven.num_equal} tensors that were not pruned equal what {arguments.dense} has of them")
     if proven.num_parameters is None:
         print("its parameters were not counted: Transformers can't make a model of its class without weights")

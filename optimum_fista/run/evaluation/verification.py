@@ -77,8 +77,8 @@ def verify_checkpoint(
 
     With the dense model at hand, every tensor that holds no pruned operator is compared with the dense model's: it must
     be equal, or equal to what is left of it without the channels, heads and experts that the report says went. Of
-    pruned operators, of down projections of refitted experts, and of all tensors of a model that was trained after
-    pruning, the shapes are compared.
+    pruned operators, of down projections of refitted experts, and of MLPs whose channels were reordered the shapes are
+    compared.
 
     Args:
         folder: The model folder.
@@ -87,7 +87,7 @@ def verify_checkpoint(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If `dense` can't be read, or if the folder is packed and `dense` is given.
+        ValueError: If `dense` can't be read or lose such parts, or is given for a folder that is packed or was trained.
         VerificationError: If something does not hold.
     """
     try:

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
+from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 
 BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
@@ -45,7 +45,7 @@ def copied(smaller, tmp_path) -> tuple[Path, Path]:
 
 
 def broken(folder: Path, dense: Path) -> str:
-    with pytest.raises(VerificationError) as caught:
+    with pytest.raises(ValueError) as caught:
         verify_checkpoint(folder, dense=dense)
     return str(caught.value)
 
@@ -101,14 +101,14 @@ def test_another_dense_model(smaller, tmp_path):
         other.model.embed_tokens.weight.add_(1)
     for changes, wrong in (
         ({"hidden_size": 64, "head_dim": 8}, "model.embed_tokens.weight has shape (64, 32), from "),
-        ({"num_key_value_heads": 1}, "can't become this model: LlamaForCausalLM can't lose heads"),
+        ({"num_key_value_heads": 1}, "LlamaForCausalLM can't lose heads"),
     ):
         tiny_llama(**BIASES | changes).save_pretrained(tmp_path / "other")
         assert wrong in broken(folder, tmp_path / "other")
     other.bfloat16().save_pretrained(tmp_path / "other")
     assert broken(folder, tmp_path / "other").startswith("model.embed_tokens.weight differs from ")
     GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
-    assert "the model is a LlamaForCausalLM, and" in broken(folder, tmp_path / "gpt2")
+    assert broken(folder, tmp_path / "gpt2")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -123,7 +123,7 @@ def test_ordinary_pruned_folders(family, tmp_path):
     assert f" differs from '{dense}' in 1 of " in broken(folder, dense)
 
 
-def test_of_a_model_that_was_trained_since_only_shapes_are_compared(copied):
+def test_trained_folders_are_refused(copied):
     dense, folder = copied
     for file, key in (("fista/report.json", ()), ("config.json", ("fista_pruning",))):
         values = entry = json.loads((folder / file).read_text())
@@ -131,13 +131,12 @@ def test_of_a_model_that_was_trained_since_only_shapes_are_compared(copied):
             entry = entry[step]
         entry["retrained"] = True
         (folder / file).write_text(json.dumps(values))
-    assert verify_checkpoint(folder, dense=dense).num_equal == 0
-    tiny_llama(**BIASES, num_hidden_layers=3).save_pretrained(folder.parent / "deeper")
-    assert "layers.2" in broken(folder, folder.parent / "deeper")
+    with pytest.raises(ValueError, match="was trained, so it can't be compared"):
+        verify_checkpoint(folder, dense=dense)
 
 
 def test_packed_folders_are_to_be_unpacked(tmp_path):
     dense, folder = dense_and_pruned(tiny_llama(), tmp_path, pattern="2:4", method="magnitude")
     pack_folder(folder, tmp_path / "packed")
-    with pytest.raises(ValueError, match=f"dense='{dense}': .* is packed. Unpack it"):
+    with pytest.raises(ValueError, match=f"dense='{dense}': .* is packed: unpack it"):
         verify_checkpoint(tmp_path / "packed", dense=dense)

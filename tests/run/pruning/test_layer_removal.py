@@ -18,7 +18,7 @@ from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints.checkpoint import read_report
-from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
+from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.pruning import model_pruning
 from optimum_fista.solve.bitmask import unpack_mask
 
@@ -144,7 +144,7 @@ def test_verify_compares_with_the_layers_that_stayed(streamed, tmp_path):
         assert values["model"]["layers_kept"] != kept
         values["model"]["layers_kept"] = kept
         file.write_text(json.dumps(values))
-        with pytest.raises(VerificationError, match=message):
+        with pytest.raises(ValueError, match=message):
             verify_checkpoint(folder, dense=source)
 
 

@@ -111,28 +111,16 @@ def test_a_killed_run_resumes_to_the_same_bytes(streamed, tmp_path, number):
     assert found == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "change"), [("up_proj.bias", lambda bias: bias + 1), ("gate_proj.weight", lambda weight: weight.flip(0))]
-)
-def test_verify_takes_channels_in_the_order_of_the_report_and_nothing_else(streamed, tmp_path, name, change):
-    found = verify_checkpoint(streamed / "pruned", dense=str(streamed / "dense"))
-    assert found.num_equal > 10
+def test_verify_compares_all_but_the_reordered_mlps(streamed, tmp_path):
+    assert verify_checkpoint(streamed / "pruned", dense=str(streamed / "dense")).num_equal > 6
     changed = shutil.copytree(streamed / "pruned", tmp_path / "changed")
-    path = changed / "model.safetensors"
-    tensors = load_file(path)
-    full = f"model.layers.1.mlp.{name}"
-    save_file(tensors | {full: change(tensors[full])}, path, {"format": "pt"})
-    with pytest.raises(VerificationError, match=f"{full} differs"):
-        verify_checkpoint(changed, dense=str(streamed / "dense"))
-
-
-def test_verify_wants_every_channel_once(streamed, tmp_path):
-    changed = shutil.copytree(streamed / "pruned", tmp_path / "changed")
-    report = json.loads((changed / "fista" / "report.json").read_text())
-    order = report["operators"][0]["input_order"]
-    order[0] = order[1]
-    (changed / "fista" / "report.json").write_text(json.dumps(report))
-    with pytest.raises(VerificationError, match=r"layers\.0\.mlp.*different numbers from 0"):
+    tensors = load_file(changed / "model.safetensors")
+    save_file(
+        tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1},
+        changed / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(VerificationError, match=r"model\.norm\.weight differs"):
         verify_checkpoint(changed, dense=str(streamed / "dense"))
 
 

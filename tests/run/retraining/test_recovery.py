@@ -247,7 +247,7 @@ def test_smaller_models(pattern, tiny_folder, text, tmp_path):
     folder = pruned_to(tmp_path / "in", pattern)
     found = recover(folder, tiny_folder, calibration=text, train="all", **QUICK)
     assert found.held_out_loss < found.held_out_loss_before
-    proven = verify_checkpoint(tmp_path / "in-recovered", dense=tiny_folder)
+    proven = verify_checkpoint(tmp_path / "in-recovered")
     assert bool(proven.num_zeros) == ("2:4" in pattern)
     assert proven.removed
 
