@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer line after line."""
-    from optimum_fista.run.config import require_seed
+    from optimum_fista.run.options import require_seed
 
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens}: pass at least 1.")

@@ -8,9 +8,11 @@ import os
 import re
 import sys
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from optimum_fista.cli.options import add_options, given
+from optimum_fista.run.options import PruningOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,17 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder to write the model to (default: MODEL's name with -50pct, -2of4, ...)",
     )
-    add("--sparsity", type=float, help="fraction of zeros in [0, 1); default 0.5")
-    groups = (
-        "2:4 keeps 2 of every 4 consecutive inputs of a row, 4:8-pairs two whole pairs of every four; channels:0.25, "
-        "heads:0.5, experts:0.25 or layers:0.1, or several joined by +, removes whole parts (docs/smaller.md); a comma "
-        "and another pattern, as in channels:0.25,2:4, prunes what stays"
-    )
-    add("--pattern", metavar="PATTERN", help=groups)
+    advanced = add_options(parser, PruningOptions)
     size = "leave this share of the dense model, such as 0.75: the run chooses what goes (docs/smaller.md)"
     add("--target-size", type=float, metavar="SHARE", help=size)
-    names = "obs_admm (default), fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap, greedy_obs, taylor"
-    add("--method", help=names)
     add("--recipe", metavar="NAME", help="default, fast, best or paper (docs/quickstart.md); other flags override it")
     sources = "self (the model writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
     add("--calibration", default="self", metavar="SOURCE", help=sources)
@@ -82,52 +76,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")
     add("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
     add("--private", action="store_true", default=None, help="make a new repository private")
-    add = parser.add_argument_group("advanced: which operators").add_argument
     measures = (
         "what --target-size is a share of: bytes (default), active (the weights a token uses) or latency (its time)"
     )
-    add("--target", choices=("bytes", "active", "latency"), help=measures)
-    add("--scope", choices=("matrix", "row"), help="share zeros over a whole operator or give each row its own")
-    add("--include", action="append", metavar="GLOB", help="prune only operators whose name matches; repeatable")
-    add("--exclude", action="append", metavar="GLOB", help="leave dense the operators whose name matches; repeatable")
-    shared = "uniform: the same sparsity everywhere; fisher: as gradients of the loss say (default: obs_admm fisher)"
-    add("--allocation", choices=("uniform", "fisher"), help=shared)
-    add = parser.add_argument_group("advanced: method").add_argument
+    advanced["which operators"].add_argument("--target", choices=("bytes", "active", "latency"), help=measures)
+    add = advanced["method"].add_argument
     add("--paper", action="store_true", help="as --recipe paper, the published settings of FISTAPruner")
-    share = "none, intra, full, or a number in [0, 1] (default: the method's, obs_admm's is 0.5): see docs/method.md"
-    add("--error-correction", type=_number_or_word, metavar="WORD", help=share)
-    share = "share of a decoder layer's error that its last operator compensates for (default: obs_admm 1, others 0)"
-    add("--residual-correction", type=float, metavar="SHARE", help=share)
-    few = "experts of a mixture that the router sends fewer than N tokens are under-calibrated (default 128)"
-    add("--under-calibrated-tokens", type=int, metavar="N", help=few)
-    add(
-        "--under-calibrated-method",
-        metavar="METHOD",
-        help="the method that prunes under-calibrated experts (default magnitude)",
-    )
-    stay = "how the experts that stay are chosen if others go (default reap): see docs/smaller.md"
-    add("--expert-saliency", choices=("reap", "frequency", "random"), help=stay)
-    refit = "do not refit the experts that stay"
-    add("--no-expert-refit", dest="expert_refit", action="store_const", const=False, help=refit)
-    places = (
-        "n:m: order the channels of MLPs so that larger weights are kept; the dense model's adapters don't fit then"
-    )
-    add("--reorder-channels", action="store_const", const=True, help=places)
-    add("--warm-start", metavar="METHOD", help="where FISTA starts: auto, dense, magnitude, wanda, sparsegpt")
-    add("--max-iterations", type=int, metavar="N", help="iteration limit of the method")
-    trained = "train the kept weights of every pruned decoder layer to give the dense layer's outputs (default: off)"
-    add("--finetune", choices=("layer",), help=trained)
-    add("--finetune-steps", type=int, metavar="N", help="steps a decoder layer, a batch each (default 32)")
-    add("--finetune-learning-rate", type=float, metavar="RATE", help="largest learning rate (default 3e-4)")
     add("--config", type=Path, metavar="FILE", help="a configuration saved as JSON; flags override it")
-    add = parser.add_argument_group("advanced: calibration and machine").add_argument
-    unseen = "N further sequences that no weight is fitted to: the report has every operator's error on them as well"
-    add("--held-out", type=int, metavar="N", help=unseen)
+    add = advanced["calibration and machine"].add_argument
     pass_size = "sequences a forward pass (default: 1 on a CPU; on others up to 8192 tokens, if memory allows)"
     add("--batch-size", type=int, metavar="N", help=pass_size)
-    products = "how float32 matrices are multiplied outside the solver: float32 (default), bfloat16, auto (by device)"
-    add("--compute-dtype", choices=("float32", "bfloat16", "auto"), help=products)
-    add("--seed", type=int, help="seed of everything random (default 0)")
     add(
         "--storage-device",
         metavar="PLACE",
@@ -325,19 +283,11 @@ def _trackers(
     ]
 
 
-def _number_or_word(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
     """The configuration from the flags given, over that of `--config`, `--recipe` or `--paper`."""
     from optimum_fista.run.config import FistaPruningConfig
 
-    given = {field.name: getattr(arguments, field.name, None) for field in fields(FistaPruningConfig)}
-    flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    flags = given(arguments, PruningOptions)
     if arguments.paper and (arguments.config or arguments.recipe or flags.get("method", "fista") != "fista"):
         raise ValueError(
             "--paper sets method and options of the paper: pass it without --config, --recipe and --method."

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from optimum_fista.model.architecture import matches
 from optimum_fista.model.correction import Correction
-from optimum_fista.model.expert_removal import Saliency
-from optimum_fista.model.products import COMPUTE_DTYPES
+from optimum_fista.run.options import Allocation, ErrorCorrection, PruningOptions
 from optimum_fista.run.records import wrong_field
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
-
-ErrorCorrection = Literal["none", "intra", "full"] | float
-Allocation = Literal["uniform", "fisher"]
 
 
 @dataclass(frozen=True)
@@ -63,107 +58,9 @@ def renamed_options(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name if (new := _OLD_NAMES.get(name, name)) in values else new: value for name, value in values.items()}
 
 
-def require_seed(seed: int) -> None:
-    """Refuse a seed that PyTorch can't take.
-
-    Raises:
-        ValueError: If it is one.
-    """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed}: pass a whole number from 0 to {2**64 - 1}.")
-
-
 @dataclass(frozen=True)
-class FistaPruningConfig:
-    """Options of a pruning run, validated when constructed.
-
-    Attributes:
-        sparsity: Fraction of zeros in [0, 1). If it is `None` and no other pattern is given, 0.5.
-        pattern: `"unstructured"`: any weights become zero. `"n:m"`, such as `"2:4"`: n weights are kept of every m
-            consecutive inputs. `"4:8-pairs"`: of every eight consecutive inputs, two of the four pairs are kept whole.
-            `"channels:0.25"`, `"heads:0.25"`, `"experts:0.25"`, `"layers:0.25"`, or some joined by `"+"`: this share of
-            the MLPs' channels, of the key-value heads with their query heads, of the experts of mixtures, or of the
-            decoder layers is removed, and a smaller dense model is left. `"bytes:0.75"`, `"active:0.75"` or
-            `"latency:0.75"`: the run chooses channels, heads and decoder layers to remove, so that this share is left
-            of the model's bytes, of the weights that a token uses, or of the time to decode a token. After a comma
-            comes the pattern, or the fraction of zeros, of what stays: `"channels:0.25,2:4"`.
-        scope: Unstructured only: `"matrix"` shares the zeros over a whole operator, `"row"` gives every output
-            the same number. `None`: as in the method's source (by row for Wanda and DSnoT, by matrix for the others).
-        method: One of `optimum_fista.solve.methods.METHODS`, or an instance of a registered method
-            (`optimum_fista.solve.method.register`), which is kept as its name and `method_options`. It decides the
-            options that are `None` (`MethodDefaults`); `resolved()` fills them in.
-        error_correction: Which inputs `X*` an operator is pruned on, and which outputs it aims at. `"none"`: the dense
-            network's inputs `X` and outputs `W X`. `"intra"`: inputs from the pruned operators before it in the decoder
-            layer, outputs `W X`. `"full"`: inputs from all pruned operators before it, outputs `W X`. A number `a` in
-            [0, 1]: as `"full"`, with the outputs `W (a X + (1 - a) X*)`; 0 corrects nothing, as in the sources of
-            SparseGPT and Wanda.
-        residual_correction: In [0, 1]: share of the error in the rest of a decoder layer's output that its last
-            operator (the down projection) compensates for, if its output is added to the residual stream. It has no
-            effect with `error_correction="none"`.
-        allocation: `"uniform"`: every operator gets `sparsity`. `"fisher"`: the operators share the zeros so that the
-            loss of the model, as its gradients predict it, grows least; `sparsity` holds for all of them together.
-            Operators with an entry in `overrides` don't take part, and n:m patterns stay uniform.
-        allocation_tokens: Number of calibration tokens on which the loss and its gradients are computed: for
-            `allocation="fisher"`, for the method `"taylor"`, and to choose decoder layers, or parts for a size.
-        held_out: Number of calibration sequences, the last ones, to which no weight is fitted: they run through the
-            network like the others, and the report has every operator's error on them as well.
-        warm_start: `"dense"`, `"magnitude"`, `"wanda"`, `"sparsegpt"`, or `"auto"`, the paper's rule: SparseGPT
-            for OPT, Wanda for other families. `None`: the method's default.
-        max_iterations: Iteration limit of the method; `None`: the method's default.
-        tolerance: Relative change at which the method stops; `None`: the method's default.
-        method_options: Further options of the method, by name.
-        include: Shell-style name patterns of the operators to prune; empty means every linear operator of the
-            decoder layers.
-        exclude: Shell-style name patterns of the operators to leave dense.
-        overrides: Sparsity (a number) or pattern (text) by shell-style name pattern. The first match counts;
-            0 leaves an operator dense.
-        under_calibrated_tokens: An expert of a mixture is under-calibrated if the router sends it fewer calibration
-            tokens than this.
-        under_calibrated_method: The method that prunes under-calibrated experts, with its default options.
-        expert_saliency: Which experts stay if some are removed. `"reap"`: those whose outputs, times the router's
-            weights, are largest on average over the tokens that they get. `"frequency"`: those that the router chooses
-            most often. `"random"`: any.
-        expert_refit: Whether the down projections of the experts that stay are refitted, so that together they return
-            what the dense mixture does.
-        reorder_channels: Whether the channels of MLPs change places first, so that the pattern keeps more of the down
-            projection (`"n:m"` only). Rows and columns move together, so the dense model computes the same.
-        finetune: `"layer"`: once a decoder layer is pruned, its kept weights are trained together by Adam on the
-            calibration tokens, so that it returns the hidden states of the dense network. `None`: they are not.
-        finetune_steps: Steps for each decoder layer, one calibration batch a step.
-        finetune_learning_rate: The largest learning rate of these steps.
-        compute_dtype: Dtype in which float32 matrices are multiplied in forward passes, in gradients, and in sums over
-            calibration tokens: `"float32"`, `"bfloat16"` (on CUDA, TensorFloat-32), or `"auto"`: bfloat16 on
-            accelerators and on CPUs with AMX or AVX512-BF16, otherwise float32. Layer problems are always solved in
-            float32.
-        seed: Seed of everything random: sampling of calibration windows and texts, order of batches, random experts.
-    """
-
-    sparsity: float | None = None
-    pattern: str = "unstructured"
-    scope: Scope | None = None
-    method: str | PruningMethod = "obs_admm"
-    error_correction: ErrorCorrection | None = None
-    residual_correction: float | None = None
-    allocation: Allocation | None = None
-    allocation_tokens: int = 2048
-    held_out: int = 0
-    warm_start: str | None = None
-    max_iterations: int | None = None
-    tolerance: float | None = None
-    method_options: Mapping[str, Any] = field(default_factory=dict)
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    overrides: Mapping[str, float | str] = field(default_factory=dict)
-    under_calibrated_tokens: int = 128
-    under_calibrated_method: str = "magnitude"
-    expert_saliency: Saliency = "reap"
-    expert_refit: bool = True
-    reorder_channels: bool = False
-    finetune: Literal["layer"] | None = None
-    finetune_steps: int = 32
-    finetune_learning_rate: float = 3e-4
-    compute_dtype: str = "float32"
-    seed: int = 0
+class FistaPruningConfig(PruningOptions):
+    """Options of a pruning run, checked when constructed; `PruningOptions` declares and explains them."""
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -175,42 +72,15 @@ class FistaPruningConfig:
                 object.__setattr__(self, name, dict(value))
         if isinstance(self.method, PruningMethod):
             self._name_the_method(self.method)
-        self._check_values()
-        object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
-        self._check_combinations()
-
-    def _check_values(self) -> None:
-        """Refuse values that no run can have."""
-        wrong = wrong_field(self)
-        if wrong is not None:
+        if wrong := wrong_field(self):
             raise ValueError(wrong)
-        Correction.parse(
-            "none" if self.error_correction is None else self.error_correction, self.residual_correction or 0.0
-        )
-        if self.allocation not in (None, "uniform", "fisher"):
-            raise ValueError(f"allocation={self.allocation!r}: pass 'uniform' or 'fisher'.")
-        if self.finetune not in (None, "layer"):
-            raise ValueError(f"finetune={self.finetune!r}: pass 'layer', or None for no fine-tuning.")
-        if self.expert_saliency not in get_args(Saliency):
-            raise ValueError(
-                f"expert_saliency={self.expert_saliency!r}: pass {' or '.join(map(repr, get_args(Saliency)))}."
-            )
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise ValueError(f"compute_dtype={self.compute_dtype!r}: pass {', '.join(COMPUTE_DTYPES)}.")
-        rate = self.finetune_learning_rate
-        if not 0 < rate < math.inf:
-            raise ValueError(f"finetune_learning_rate={rate!r}: pass a number above 0, such as 3e-4.")
-        wholes = {"allocation_tokens": 2, "held_out": 0, "under_calibrated_tokens": 0, "finetune_steps": 1}
-        for name, least in wholes.items():
-            number = getattr(self, name)
-            if number < least:
-                raise ValueError(f"{name}={number!r}: pass a whole number of at least {least}.")
-        require_seed(self.seed)
         if self.under_calibrated_method not in METHODS:
             raise ValueError(
                 f"under_calibrated_method={self.under_calibrated_method!r}: "
                 f"pass one of {', '.join(map(repr, sorted(METHODS)))}."
             )
+        object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
+        self._check_combinations()
 
     def _check_combinations(self) -> None:
         """Refuse options that have no meaning together, and methods that can't prune to the patterns."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from optimum_fista.solve.method import PruningMethod
 
 T = TypeVar("T")
 
@@ -43,23 +42,36 @@ def _as_declared(value: Any, hint: Any) -> Any:
     return value
 
 
-_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "True or False",
-    str | PruningMethod: "text, or an instance of a PruningMethod",
-}
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
 def wrong_field(record: Any) -> str | None:
-    """What to say of the first field of a dataclass that holds another type than declared; `None` if none does."""
+    """What to say of the first field of a dataclass that holds another type than declared, a word that is no choice, or
+    a number outside of the `limits` in its metadata; `None` if none does.
+    """
     hints = _types_of(type(record))
-    for name in (f.name for f in dataclasses.fields(record)):
-        value, hint = getattr(record, name), hints[name]
-        if not _fits(value, hint):
-            return f"{name}={value!r}: pass {_WORDS.get(hint) or getattr(hint, '__name__', hint)}."
+    for field in dataclasses.fields(record):
+        value, hint = getattr(record, field.name), hints[field.name]
+        least, most = field.metadata.get("limits") or (None, None)
+        limited = least is not None and isinstance(value, int | float)
+        if not _fits(value, hint) or (limited and not least <= value <= (most or math.inf)):
+            limits = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
+            return f"{field.name}={value!r}: pass {_words(hint)}{limits}."
     return None
+
+
+def kinds_of(hint: Any) -> list[Any]:
+    """The types that a field takes, but for None."""
+    return [t for t in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]) if t is not NoneType]
+
+
+def _words(hint: Any) -> str:
+    """What a field takes, in words."""
+    words: list[str] = []
+    for kind in kinds_of(hint):
+        name = str(getattr(kind, "__name__", kind))
+        words += map(repr, get_args(kind)) if get_origin(kind) is Literal else [_WORDS.get(kind, name)]
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -69,8 +81,8 @@ def _fits(value: object, hint: Any) -> bool:
         return True
     if origin in (Union, UnionType):
         return any(_fits(value, kind) for kind in inner)
-    if origin is Literal:  # which of the words is checked where they are known
-        return isinstance(value, str)
+    if origin is Literal:
+        return value in inner
     if origin is tuple and inner[1:] != (...,):
         return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
     if origin in (tuple, list, Sequence):

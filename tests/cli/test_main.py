@@ -13,7 +13,7 @@ FLAGS = {
         "MODEL --output -o --dry-run --overwrite --packed --sparsity --pattern --target --target-size --scope "
         "--include --exclude --method --recipe --paper --expert-saliency --no-expert-refit "
         "--error-correction --residual-correction --allocation --under-calibrated-tokens "
-        "--under-calibrated-method --reorder-channels --warm-start --max-iterations "
+        "--under-calibrated-method --reorder-channels --warm-start --max-iterations --tolerance --allocation-tokens "
         "--finetune --finetune-steps --finetune-learning-rate --config "
         "--calibration --num-samples --sequence-length "
         "--held-out --batch-size --compute-dtype --seed --device --dtype --storage-device "

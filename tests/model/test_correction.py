@@ -69,12 +69,6 @@ def test_words_and_numbers_are_read_once(given, expected):
     assert Correction.parse(*given) == expected
 
 
-@pytest.mark.parametrize("wrong", ["both", "", -0.1, 1.5, math.nan, True, None])
-def test_what_is_no_correction_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"error_correction=.*: pass 'none', 'intra', 'full', or a number in \[0, 1\]"):
-        Correction.parse(wrong)
-
-
 def targets_of(layer: ToyLayer, correction: Correction, masks=MASKS, held_out: tuple[bool, ...] = ()) -> LayerTargets:
     """Of the layer with hidden states that are others in the pruned network than in the dense one."""
     activations = activations_of(layer, masks)

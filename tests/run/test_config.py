@@ -43,8 +43,12 @@ def test_scope_is_that_of_the_method_unless_given():
         ({"pattern": "2:4", "sparsity": 0.6}, "disagree: 2:4 means a sparsity of 0.5"),
         ({"scope": "column"}, "scope='column': pass 'matrix' or 'row'"),
         ({"method": "obd"}, "method='obd': pass one of .*'fista'"),
-        ({"error_correction": "inter"}, r"error_correction='inter': pass 'none', 'intra', 'full', or a number"),
+        (
+            {"error_correction": "inter"},
+            r"error_correction='inter': pass 'none', 'intra', 'full' or a number from 0 to 1",
+        ),
         ({"error_correction": 1.5}, "error_correction=1.5"),
+        ({"error_correction": True}, "error_correction=True"),
         ({"residual_correction": -0.5}, "residual_correction=-0.5"),
         ({"allocation": "owl"}, "allocation='owl': pass 'uniform' or 'fisher'"),
         ({"allocation_tokens": 1}, "allocation_tokens=1: pass a whole number of at least 2"),

@@ -29,8 +29,8 @@ from optimum_fista.run.checkpoints.output_folder import (
 )
 from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.checkpoints.writing import write_checkpoint
-from optimum_fista.run.config import require_seed
 from optimum_fista.run.environment import numerical_environment
+from optimum_fista.run.options import require_seed
 from optimum_fista.run.ranks import joined_ranks, launched_processes
 from optimum_fista.run.reports.report import WORDS_OF_TRAIN, PruningReport, RecoveryReport, library_versions
 from optimum_fista.run.retraining.distillation import require_cache

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from optimum_fista.run.config import require_seed
+from optimum_fista.run.options import require_seed
 from optimum_fista.run.texts.text import TextSource
 
 # English has 4 to 5 characters per token, so a segment of 8 holds one window and leaves its start to chance.
