@@ -1,17 +1,18 @@
-"""Puts what `--help` prints of every command into the page of the command line."""
+"""Puts the help of every command into the page of the command line, and the options of a run into that of Python."""
 
 import argparse
+import dataclasses
 import os
 
 from optimum_fista.cli.main import build_parser
+from optimum_fista.run.options import PruningOptions
 
-_PLACE = "<!-- commands -->"
 _WIDTH = "100"
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Replace the place on the page by a section a command."""
-    return markdown.replace(_PLACE, _sections()) if _PLACE in markdown else markdown
+    """Replace the places on the pages by a section a command, and by a line an option."""
+    return markdown.replace("<!-- commands -->", _sections()).replace("<!-- options -->", _options())
 
 
 def _sections() -> str:
@@ -21,3 +22,7 @@ def _sections() -> str:
     return "\n".join(
         f"## {name}\n\n```text\n{command.format_help(everything=True)}```\n" for name, command in commands.items()
     )
+
+
+def _options() -> str:
+    return "\n".join(f"- `{f.name}: {f.type}`: {f.metadata['help']}" for f in dataclasses.fields(PruningOptions))

@@ -139,10 +139,10 @@ def test_memory_that_runs_out_halves_the_batches(llama, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"finetune": "model"}, r"finetune='model': pass 'layer', or None"),
+        ({"finetune": "model"}, r"finetune='model': pass 'layer'"),
         ({"finetune_steps": 0}, r"finetune_steps=0: pass a whole number of at least 1"),
-        ({"finetune_learning_rate": 0}, r"finetune_learning_rate=0: pass a number above 0"),
-        ({"finetune_learning_rate": float("inf")}, r"finetune_learning_rate=inf: pass a number above 0"),
+        ({"finetune_learning_rate": 0}, r"finetune_learning_rate=0: pass a number from"),
+        ({"finetune_learning_rate": float("inf")}, r"finetune_learning_rate=inf: pass a number from"),
         ({"finetune_learning_rate": "fast"}, r"finetune_learning_rate='fast': pass a number"),
     ],
 )
