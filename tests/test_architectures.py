@@ -63,6 +63,5 @@ def test_families_that_fail_or_stay_dense_alike_share_a_row():
 def test_readme_and_page_count_what_was_found():
     works = sum(outcome.status == "works" for outcome in TABLE.values())
     readme = " ".join((PAGE.parents[1] / "README.md").read_text().split())
-    assert f"of the {len(TABLE)} families of causal language models in Transformers" in readme
-    assert f", {works} work, in tiny" in readme
+    assert f"{works} of the {len(TABLE)} families of causal language models" in readme
     assert format_page(TABLE.values()).partition(": ")[2] in PAGE.read_text()
