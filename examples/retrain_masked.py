@@ -1,7 +1,4 @@
-"""Prune a model to 2:4, then win back part of what it lost by training little of it for minutes (as PERP does).
-
-Norms, biases and low-rank adapters are trained on the calibration text; the adapters are masked, so merging them keeps
-every zero and changes no output. Needs PEFT: pip install '.[peft]'.
+"""Prune a model to 2:4, then win back part of what it lost by training the kept weights for minutes.
 
 python examples/retrain_masked.py --calibration texts.jsonl --test other.txt --output retrained-2-4
 """
@@ -10,20 +7,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_fista import (
-    FistaPruner,
-    FistaPruningConfig,
-    calibration_tokens,
-    evaluate_perplexity,
-    evaluation_windows,
-    load_text,
-    mask_adapters,
-    merge_adapters,
-    verify_checkpoint,
-)
+from optimum_fista import FistaPruner, FistaPruningConfig, masked_training
+from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
+from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista.run.texts.calibration_source import calibration_tokens
+from optimum_fista.run.texts.text import load_text
+from optimum_fista.run.texts.windows import evaluation_windows
 
 
 def main() -> None:
@@ -45,16 +36,13 @@ def main() -> None:
     print(pruner.prune(model, tokens[:32].split(1), calibration_source=arguments.calibration))
     before = evaluate_perplexity(model, windows).perplexity
 
-    adapters = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    peft_model = mask_adapters(get_peft_model(model, adapters), pruner).train()
-    trained = [p for name, p in model.named_parameters() if "lora_" in name or p.ndim == 1]  # norms and biases are 1-D
-    optimizer = torch.optim.AdamW([p.requires_grad_() for p in trained], lr=5e-4)
-    for sequence in tokens.split(1):
-        peft_model(sequence, labels=sequence).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model = merge_adapters(peft_model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    with masked_training(model, pruner):
+        for sequence in tokens.split(1):
+            model(sequence, labels=sequence).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
     print(f"perplexity {before:.2f} -> {evaluate_perplexity(model, windows).perplexity:.2f} on {arguments.test}")
     pruner.save_pretrained(model, arguments.output, tokenizer)  # the report says that it was retrained
     print(f"{verify_checkpoint(arguments.output).num_zeros:,} weights are still zero")

@@ -8,16 +8,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny_llama import tiny_llama, tiny_tokens
-from torch.distributed import init_device_mesh
+from tiny_llama import tiny_tokens
 from torch.distributed import run as torch_run
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -29,8 +30,9 @@ from optimum_fista.cli.main import main
 from optimum_fista.run.checkpoints import writing
 from optimum_fista.run.estimate import work as estimated_work
 from optimum_fista.run.ranks import joined_ranks
-from optimum_fista.run.retraining import recovery_training
-from optimum_fista.run.retraining.sharding import local, shard
+from optimum_fista.run.retraining import distillation
+from optimum_fista.run.retraining.masks import find_masks, local
+from optimum_fista.run.speed import worker
 from optimum_fista.run.streamed import journal
 
 
@@ -89,6 +91,14 @@ def _run_code(code: str, arguments: tuple[Any, ...], streams: Path) -> None:
         os.dup2(os.open(streams / stream, os.O_WRONLY | os.O_CREAT), number)
     sys.argv = ["-c", *map(str, arguments)]
     exec(code, {"__name__": "__main__"})
+
+
+@contextmanager
+def forked_workers() -> Iterator[None]:
+    """The workers of `measure_speed` are forked from the server; others import everything themselves."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(worker, "multiprocessing", SimpleNamespace(get_context=lambda _: forks()))
+        yield
 
 
 def torchrun(options: list[str], work: Callable[..., Any], *arguments: Any) -> int | None:
@@ -190,35 +200,25 @@ def cut_after(how: str, layers: int) -> None:
 def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
     """Recover with these arguments, one call after another; `log` followed by call and rank gets what goes wrong.
 
-    Besides arguments of `recover` there is `free`, the bytes that are free, and `stop = (how, victim, step)`: states
-    are written after every step, and in this one a rank is killed while it writes its state, or fails before that.
+    Besides arguments of `recover` there is `stop = (how, victim, step)`: states are saved after every step, and after
+    this one a rank is killed, or fails.
     """
-    training = recovery_training.RecoveryTraining
-    write, take = recovery_training.write_tensors, training._take_step
     writing.error_picture = lambda _: None
-    codes = {0}
+    on_step_end, codes = distillation.Watch.on_step_end, {0}
     for number, given in enumerate(calls):
-        free, (how, victim, last) = given.get("free"), given.get("stop", (None, None, None))
+        how, victim, last = given.get("stop", (None, None, None))
 
-        def killed(file: Path, *arguments: Any, name: str = f"state-{victim}-{last}", how: str | None = how) -> None:
-            if file.stem == name and how == "killed":
+        def stopped(self: Any, *found: Any, how: Any = how, at: Any = (victim, last), **named: Any) -> None:
+            on_step_end(self, *found, **named)
+            if (rank, found[1].global_step) == at and how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            write(file, *arguments)
-
-        def failed(self: Any, at: tuple[Any, ...] = (last, victim, how)) -> float:
-            if (self.step, rank, "fails") == at:
+            if (rank, found[1].global_step) == at:
                 raise RuntimeError("no more of this")
-            return take(self)
 
-        recovery_training.write_tensors, training._take_step = killed, failed  # type: ignore[method-assign]
-        recovery_training._SAVE_SECONDS = -1.0 if how else 120.0
-        recovery_training.available_bytes = lambda _, free=free: free
+        distillation.Watch.on_step_end = stopped  # type: ignore[method-assign]
+        distillation._SAVE_SECONDS = -1.0 if how else 120.0
         try:
-            options = {name: value for name, value in given.items() if name not in ("free", "stop")}
-            if "teacher_cache" in options:  # each node has its own
-                options["teacher_cache"] = options["teacher_cache"] / str(rank)
-                options["teacher_cache"].mkdir()
-            recover(**options)
+            recover(**{name: value for name, value in given.items() if name != "stop"})
         except Exception as error:
             codes.add(3)
             log.with_name(f"{log.name}-{number}-{rank}").write_text(f"{type(error).__name__}: {error}")
@@ -233,22 +233,23 @@ def train_sharded(rank: int, folder: Path) -> None:
             fully_shard(module)
         assert 2 * sum(p.to_local().numel() for p in sharded.parameters()) == whole.num_parameters()
         with pytest.raises(ValueError, match="is sharded, so its zeros are not all here: pass the folder"):
-            masked_training(sharded)
+            find_masks(sharded)
         for model in (whole, sharded):
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, fused=model is sharded)
-            with masked_training(model, folder) as training:
+            masks = find_masks(model, folder)
+            with masked_training(model, folder):
                 for ids in tiny_tokens().split(4):
                     share = ids if model is whole else ids.chunk(2)[ranks.index]
                     model(share, labels=share).loss.backward()
-                    for name, mask in training.masks.items():
+                    for name, mask in masks.items():
                         gradient = local(model.get_parameter(name).grad)
                         assert gradient[mask].any()
                         assert not gradient[~mask].any()
                     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
                     optimizer.step()
                     optimizer.zero_grad()
-                assert len(training.masks) == 14
-                for name, mask in training.masks.items():
+                assert len(masks) == 14
+                for name, mask in masks.items():
                     state = optimizer.state[model.get_parameter(name)]
                     for value in (model.get_parameter(name).data, state["exp_avg"], state["exp_avg_sq"]):
                         assert not local(value)[~mask].any()
@@ -258,15 +259,6 @@ def train_sharded(rank: int, folder: Path) -> None:
         for name, weight in together.items():
             torch.testing.assert_close(weight, whole.get_parameter(name).detach(), rtol=1e-3, atol=1e-4)
         assert ranks.index or len(together) == len(whole.state_dict())
-        whole, sharded = (tiny_llama() for _ in range(2))
-        for model in (whole, sharded):  # decoder layers that share parameters
-            model.model.layers[1].mlp = model.model.layers[0].mlp
-        shard(sharded, init_device_mesh("cpu", (2,)))
-        for model in (whole, sharded):
-            model(tiny_tokens(), labels=tiny_tokens()).loss.backward()
-        for name, parameter in whole.named_parameters():
-            found = sharded.get_parameter(name).grad.full_tensor()
-            torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-6)
 
 
 def train_and_recover(rank: int, folder: Path, *arguments: Any) -> None:

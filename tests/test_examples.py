@@ -59,7 +59,6 @@ def test_prune_offloaded(run, tmp_path, flags):
 
 
 def test_retrain_masked(run, tmp_path):
-    pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
     (tmp_path / "sea.txt").write_text(TEXT)
     shown = run("retrain_masked", "--output", "out", "--calibration", "sea.txt", "--test", "sea.txt")
     before, after = map(float, re.search(r"perplexity ([\d.]+) -> ([\d.]+) on sea\.txt", shown).groups())

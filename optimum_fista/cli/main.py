@@ -11,6 +11,7 @@ from importlib.metadata import version
 from safetensors import SafetensorError
 
 from optimum_fista.cli import (
+    bench,
     chat,
     compare,
     demo,
@@ -34,6 +35,7 @@ _COMMANDS = (
     chat,
     pack,
     unpack,
+    bench,
     demo,
     doctor,
 )

@@ -19,7 +19,7 @@ examples:
   optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt
   optimum-fista recover ./model-24 --teacher meta-llama/Llama-3.2-1B --calibration c4 --tokens 10000000 --batch-size 8
   optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt --train lora --output ./model-50-lora
-  # several processes share weights and sequences:
+  # several processes share the sequences, and with --use_fsdp --fsdp_version 2 the weights:
   accelerate launch --multi_gpu --num_processes 8 -m optimum_fista recover ./model-50 --teacher ./model
 """
 
@@ -58,9 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shares = "how much of the loss is the text's own cross-entropy, from 0 to 1 (default %(default)s)"
     add("--label-share", type=float, default=0.5, metavar="SHARE", help=shares)
     add("--seed", type=int, default=0, help="decides which text is drawn, and its order (default 0)")
-    kept = "keep the teacher's largest logits in this folder, so that the teacher is not in memory during the training"
-    add("--teacher-cache", type=Path, metavar="FOLDER", help=f"{kept} (default: only if both models don't fit)")
-    add("--top-k", type=int, default=64, metavar="N", help="logits a token in --teacher-cache (default 64)")
+    trackers = "a tracker of the Trainer, such as tensorboard (into OUTPUT-logs; default none)"
+    add("--report-to", default="none", metavar="NAME", help=trackers)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -75,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.retraining.recovery import recover, steps_kept
 
     names = "teacher calibration tokens train device compute_dtype overwrite sequence_length batch_size accumulate"
-    names += " held_out learning_rate label_share seed teacher_cache top_k"
+    names += " held_out learning_rate label_share seed report_to"
     options = {name: getattr(arguments, name) for name in names.split()}
     output = arguments.output or folder_beside(arguments.folder, "-recovered")
     with joined_ranks(arguments.device) as ranks, ExitStack() as opened:

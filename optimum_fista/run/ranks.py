@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -45,67 +46,47 @@ class Ranks:
     group: dist.ProcessGroup | None = None
 
     def each(self, work: Callable[[], T]) -> T:
-        """Do this process's part and wait for the others to do theirs.
+        """Do this process's part and wait for the others to do theirs; only then raise what failed in this one.
 
         Raises:
-            RankError: If another process failed or is gone. What fails in this one is raised as it is, when the others
-                have done their part.
+            RankError: If another process failed or is gone.
         """
-        if self.count == 1:
-            return work()
-        failure: Exception | None = None
+        result, failure = None, None
         try:
             result = work()
         except Exception as error:
+            if self.count == 1:
+                raise
             failure = error
             logger.error("rank %d failed, and waits for the others: %s", self.index, _line(error))
         try:
-            failures = self.gather(None if failure is None else _line(failure))
+            failures = self.gather(failure and _line(failure))
         except RankError as error:
             raise failure or error from error
         if failure is not None:
             raise failure
-        failed = [f"rank {index} of {self.count} failed: {text}" for index, text in enumerate(failures) if text]
-        if failed:
+        if failed := [f"rank {index} of {self.count} failed: {text}" for index, text in enumerate(failures) if text]:
             raise RankError("; ".join(failed))
-        return result
+        return cast(T, result)
 
     def first(self, work: Callable[[], T]) -> T:
-        """Have rank 0 do it, and hand the result to all.
-
-        Raises:
-            RankError: If rank 0 failed, or another process is gone. Rank 0 raises its own error as it is.
-        """
-        if self.count == 1:
-            return work()
-        found = [self.each(work if self.index == 0 else lambda: None)]
-        try:
-            dist.broadcast_object_list(found, src=0, group=self.group)
-        except RuntimeError as error:
-            raise self._gone(error) from error
-        result: T = found[0]  # type: ignore[assignment]
-        return result
+        """Have rank 0 do it, and hand the result to all; fails as `each` does."""
+        return cast(T, self.gather(self.each(work if self.index == 0 else lambda: None))[0])
 
     def gather(self, value: T) -> list[T]:
-        """What all processes have, by rank, in every process.
-
-        Raises:
-            RankError: If another process is gone.
-        """
+        """What all processes have, by rank, in every process; fails as `exchanging` does."""
         found = [value] * self.count
         if self.count > 1:
-            try:
+            with self.exchanging():
                 dist.all_gather_object(found, value, group=self.group)
-            except RuntimeError as error:
-                raise self._gone(error) from error
         return found
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:
-        """Work in which the processes wait for each other's tensors, so that one that fails must not wait for them.
+        """Wait for tensors of other processes inside; what fails in this one is raised at once.
 
         Raises:
-            RankError: If another process is gone. What fails in this one is raised at once.
+            RankError: If another process is gone.
         """
         try:
             yield
@@ -113,10 +94,8 @@ class Ranks:
             is_lost_connection = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
             if self.count == 1 or isinstance(error, RankError) or not is_lost_connection:
                 raise
-            raise self._gone(error) from error
-
-    def _gone(self, error: RuntimeError) -> RankError:
-        return RankError(f"rank {self.index} of {self.count} has lost the others: one has ended ({_line(error)[:200]})")
+            gone = f"has lost the others: one has ended ({_line(error)[:200]})"
+            raise RankError(f"rank {self.index} of {self.count} {gone}") from error
 
 
 def launched_processes() -> int:
@@ -128,13 +107,10 @@ def launched_processes() -> int:
 
 @contextmanager
 def joined_ranks(device: str | None) -> Iterator[Ranks]:
-    """This process among those it was launched with; all of them must come here.
-
-    Args:
-        device: Where to compute; `None`: the device that Accelerate gives the process.
+    """This process among those it was launched with, which all come here; computes on `device`, or on Accelerate's.
 
     Raises:
-        ValueError: If the environment names other processes and Accelerate finds none.
+        ValueError: If the environment names other processes than Accelerate finds.
     """
     count = launched_processes()
     if count == 1:
@@ -148,8 +124,7 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
             f"the environment names {count} processes and Accelerate finds {state.num_processes}: start them by "
             "`accelerate launch` or `torchrun`."
         )
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    assert isinstance(group, dist.ProcessGroup)  # newer versions give processes outside of it a number
+    group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
     try:
         yield Ranks(state.process_index, count, device or str(state.device), group)
     finally:
@@ -157,11 +132,7 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
 
 
 def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
-    """Refuse several processes if every decoder layer waits for the one before.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Refuse several processes (ValueError) if every decoder layer waits for the one before."""
     correction = config.resolved().error_correction
     if count > 1 and not config.correction.independent_layers:
         raise ValueError(
@@ -172,20 +143,14 @@ def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
 
 
 def share_layers(unfinished: Sequence[int], pruning_costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Shares of the unfinished decoder layers, one a rank, so that the rank that takes longest takes least.
+    """Share the unfinished decoder layers, so that the rank that takes longest takes least; the last may get none.
 
     Shares are contiguous, because a rank runs the dense network up to its last layer only: early ranks get more layers.
 
         cost of a share = 1 + (last layer in it that is pruned) + sum of its pruning costs
 
-    Args:
-        unfinished: Indices of the layers to share, ascending.
-        pruning_costs: By decoder layer, what pruning it costs besides the dense forward pass, in forward passes of a
-            layer; 0 if there is nothing to prune, so that no hidden states are needed.
-        num_ranks: Number of processes.
-
-    Returns:
-        Indices by rank; the last ones are empty if there are fewer layers than ranks.
+    `pruning_costs` are those of all decoder layers, in forward passes of a layer besides the dense one; 0 if there is
+    nothing to prune, so that no hidden states are needed.
     """
 
     def cost(share: Sequence[int]) -> float:
@@ -201,16 +166,9 @@ def share_layers(unfinished: Sequence[int], pruning_costs: Sequence[float], num_
             shares[-1].append(index)
         return shares
 
-    stretches = [unfinished[i:j] for i in range(len(unfinished)) for j in range(i + 1, len(unfinished) + 1)]
-    limits = sorted({cost(stretch) for stretch in stretches})
-    low, high = 0, len(limits) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if len(fill(limits[middle])) <= num_ranks:
-            high = middle
-        else:
-            low = middle + 1
-    shares = fill(limits[low]) if limits else []
+    limits = sorted({cost(unfinished[i:j]) for i in range(len(unfinished)) for j in range(i + 1, len(unfinished) + 1)})
+    enough = bisect_left(limits, True, key=lambda limit: len(fill(limit)) <= num_ranks)
+    shares = fill(limits[enough]) if limits else []
     return shares + [[] for _ in range(num_ranks - len(shares))]
 
 

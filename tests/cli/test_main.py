@@ -23,7 +23,7 @@ FLAGS = {
     "recover": (
         "DIR --teacher --output -o --calibration --tokens --train --device --compute-dtype --overwrite "
         "--sequence-length --batch-size --accumulate --held-out --learning-rate --label-share --seed "
-        "--teacher-cache --top-k"
+        "--report-to"
     ),
     "evaluate": (
         "MODEL --text --sequence-length --max-windows --tasks --include-path --limit --batch-size --device --dtype "
@@ -36,6 +36,10 @@ FLAGS = {
     ),
     "report": "DIR --output -o --evaluations --dense --prompt --max-new-tokens --device --dtype",
     "verify": "DIR --dense --same-as",
+    "bench": (
+        "DIR --variants --batch-sizes --new-tokens --prompt-tokens --prefill-tokens --rounds --threads --device "
+        "--output -o --plot --original"
+    ),
     "chat": "DIR --beside --max-new-tokens --temperature --seed --device --dtype",
     "doctor": "",
     "demo": "--full --model --text --output --num-samples --sequence-length --max-windows",

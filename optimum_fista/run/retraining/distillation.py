@@ -1,69 +1,39 @@
-"""Distillation: how far predictions are from a teacher's, and a teacher whose predictions are kept on disk."""
+"""Distillation: how far predictions are from a teacher's, and the Trainer that makes this smaller."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate.utils import fsdp2_prepare_model
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from optimum_fista.run.checkpoints.atomic import errors_of_writing
-from optimum_fista.run.checkpoints.output_folder import all_names
-from optimum_fista.run.checkpoints.output_lock import locked
 from optimum_fista.run.evaluation.perplexity import POSITIONS_PER_CHUNK
-from optimum_fista.run.streamed.journal import differences, read_record, write_record
+from optimum_fista.run.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class LargestLogits:
-    """A teacher's predictions at some positions, without its small logits.
-
-    Attributes:
-        log_probs: The largest log-probabilities, and last the logarithm of the sum of all others, [positions, k + 1].
-        ids: The tokens of the first k, [positions, k].
-    """
-
-    log_probs: Tensor
-    ids: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, k: int) -> LargestLogits:
-        """The `k` largest of logits [positions, vocabulary], float16 and int32, in CPU memory."""
-        parts: list[tuple[Tensor, Tensor]] = []
-        for rows in logits.split(POSITIONS_PER_CHUNK):
-            log_p = rows.float().log_softmax(-1)
-            found = log_p.topk(k, dim=-1)
-            rest = log_p.scatter_(1, found.indices, float("-inf")).logsumexp(-1, keepdim=True)
-            parts.append((torch.cat((found.values, rest), 1).half().cpu(), found.indices.int().cpu()))
-        return cls(torch.cat([log_probs for log_probs, _ in parts]), torch.cat([ids for _, ids in parts]))
-
-    def to(self, device: torch.device) -> LargestLogits:
-        """The same on a device."""
-        return LargestLogits(self.log_probs.to(device), self.ids.to(device))
+_POSITIONS_ON_CPU = 16
+"""Positions a chunk of the loss on a CPU: as many as its caches hold."""
+_SAVE_SECONDS = 120.0
 
 
-def divergence(logits: Tensor, teacher: Tensor | LargestLogits, labels: Tensor, label_share: float = 0.0) -> Tensor:
+def divergence(logits: Tensor, teacher: Tensor, labels: Tensor, label_share: float = 0.0) -> Tensor:
     """How far predictions are from a teacher's and from the text, on average over positions.
 
-    It is `(1 - s) KL(p || q) - s log q(label)`, with `p` of the teacher and `q` of the logits. If of the teacher only
-    the largest logits are known, all other tokens count as one: `KL = sum_k p_k log(p_k / q_k) + p_rest log(p_rest /
-    q_rest)`, with the sums of the others' probabilities. The gradient is computed with the value, so that
-    no float32 copy of all logits is held.
+    It is `(1 - s) KL(p || q) - s log q(label)`, with `p` of the teacher and `q` of the logits. The gradient is computed
+    with the value, so that no float32 copy of all logits is held.
 
     Args:
         logits: [positions, vocabulary].
-        teacher: The teacher's logits [positions, vocabulary], or the largest of them.
+        teacher: The teacher's logits, [positions, vocabulary].
         labels: The tokens that follow in the text, [positions].
         label_share: `s`, how much of it the text decides.
     """
@@ -73,26 +43,18 @@ def divergence(logits: Tensor, teacher: Tensor | LargestLogits, labels: Tensor, 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, teacher: Tensor | LargestLogits, labels: Tensor, label_share: float
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, teacher: Tensor, labels: Tensor, label_share: float) -> Tensor:
         gradient, positions = torch.empty_like(logits), logits.shape[0]
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         chunk = _POSITIONS_ON_CPU if logits.device.type == "cpu" else POSITIONS_PER_CHUNK
         for start in range(0, positions, chunk):
             rows = slice(start, start + chunk)
-            log_q = logits[rows].float().log_softmax(-1)
-            q, following = log_q.exp(), labels[rows, None]
-            if isinstance(teacher, LargestLogits):
-                loss, wanted = _from_largest(log_q, q, LargestLogits(teacher.log_probs[rows], teacher.ids[rows]))
-            else:
-                log_p = teacher[rows].float().log_softmax(-1)
-                wanted = log_p.exp()
-                loss = log_p.sub_(log_q).mul_(wanted).sum()
-            total += (1 - label_share) * loss
+            log_q, log_p = (values[rows].float().log_softmax(-1) for values in (logits, teacher))
+            q, p, following = log_q.exp(), log_p.exp(), labels[rows, None]
+            total += (1 - label_share) * log_p.sub_(log_q).mul_(p).sum()
             if label_share:  # the label may be of no probability
                 total -= label_share * log_q.gather(1, following).sum()
-            slope = q.sub_(wanted, alpha=1 - label_share)  # in the logits
+            slope = q.sub_(p, alpha=1 - label_share)  # in the logits
             slope.scatter_add_(1, following, torch.full_like(slope[:, :1], -label_share))
             gradient[rows] = slope.div_(positions)
         ctx.save_for_backward(gradient)
@@ -103,134 +65,99 @@ class _Divergence(torch.autograd.Function):
         return ctx.saved_tensors[0] * outward[0], None, None, None
 
 
-def _from_largest(log_q: Tensor, q: Tensor, teacher: LargestLogits) -> tuple[Tensor, Tensor]:
-    """The sum of the divergences with the rest as one token, and the probabilities at which it is smallest."""
-    ids = teacher.ids.long()
-    log_p = teacher.log_probs.float().log_softmax(-1)  # float16 has rounded them: their sum is 1 again
-    rest = log_q.scatter(1, ids, float("-inf")).logsumexp(-1, keepdim=True)
-    p = log_p.exp()
-    # A rest of no probability adds nothing, also if it is of no probability in q.
-    loss = torch.where(p > 0, p * (log_p - torch.cat((log_q.gather(1, ids), rest), 1)), 0).sum()
-    # p_k for a token that is known; the others share p_rest as they share q_rest.
-    wanted = q * torch.where(p[:, -1:] > 0, (log_p[:, -1:] - rest).exp(), 0)
-    return loss, wanted.scatter_(1, ids, p[:, :-1])
+class DistillationTrainer(Trainer):
+    """The Trainer with `divergence` as its loss; evaluation gives the cross-entropy of the held-out text.
 
-
-def require_cache(folder: Path) -> None:
-    """Refuse a folder for a teacher's cache that is a file, or holds something else.
-
-    Raises:
-        FileExistsError: If it does.
-    """
-    foreign = folder.exists() and (not folder.is_dir() or {*all_names(folder)} - {_RECORD_BEGUN, _LOCK})
-    if foreign and (not folder.is_dir() or read_record(folder / _RECORD) is None):
-        raise FileExistsError(
-            f"teacher_cache {str(folder)!r} holds something else: pass a new folder (--teacher-cache DIR)."
-        )
-
-
-@contextmanager
-def locked_cache(folder: Path) -> Iterator[None]:
-    """Be the only one who fills a teacher's cache; several runs may read one that is full, and need no lock.
-
-    Raises:
-        FileExistsError: If the folder holds something else.
-        BlockingIOError: If another run fills it.
-    """
-    require_cache(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / _LOCK, f"teacher_cache {str(folder)!r}"):
-        yield
-
-
-class TeacherCache:
-    """A teacher's largest logits on windows of tokens, in files that are mapped into memory.
-
-    What is there of an earlier call with the same windows and teacher is used. Every window takes
-    `sequence_length * (6 k + 2)` bytes. Make and fill it in `locked_cache(folder)`.
-
-    Args:
-        folder: Where the files are.
-        k: Logits kept a position.
-        windows: Token ids [windows, sequence_length].
-        fingerprint: What the predictions depend on.
-
-    Raises:
-        ValueError: If it holds other predictions, such as those of another teacher; the message names what differs.
+    Checkpoints hold the parameters that are trained, under their names in memory: those of adapters too, and of experts
+    that the files of a model have one by one.
     """
 
-    def __init__(self, folder: Path, k: int, windows: Tensor, fingerprint: Mapping[str, Any]) -> None:
-        self._count = len(windows)
-        self._record = folder / _RECORD
-        self._of = json.loads(json.dumps({**fingerprint, "k": k, "shape": list(windows.shape)}))
-        found = read_record(self._record)
-        if found is not None and found["of"] != self._of:
-            different = "; ".join(itertools.islice(differences(found["of"], self._of), 3))
-            raise ValueError(
-                f"teacher_cache {str(folder)!r} holds other predictions ({different}): delete it, or pass another "
-                "folder (--teacher-cache DIR)."
-            )
-        sizes: list[tuple[type, int]] = [(np.float16, k + 1), (np.int32, k)]
-        files = [(folder / file, dtype, (*windows.shape, n)) for file, (dtype, n) in zip(_FILES, sizes, strict=True)]
-        self.finished = found["finished"] if found is not None else 0
-        if self.finished and not all(_is_whole(*file) for file in files):
-            logger.warning("teacher_cache %r is damaged and not used: the teacher predicts anew", str(folder))
-            self.finished = 0
-        if not self.finished:  # first the record: files without one are somebody's
-            write_record(self._record, {"of": self._of, "finished": 0})
-        self._files = [
-            np.lib.format.open_memmap(file[0], "r+") if self.finished else _mapped_file(*file) for file in files
-        ]
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        label_share: float,
+        arguments: TrainingArguments,
+        trained_on: Tensor,
+        held_out: Tensor,
+        callbacks: Sequence[TrainerCallback],
+    ) -> None:
+        rows: Any = ([{"input_ids": row} for row in windows] for windows in (trained_on, held_out))
+        self._trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        data = dict(zip(("train_dataset", "eval_dataset"), rows, strict=True))
+        super().__init__(model, arguments, callbacks=list(callbacks), **data)
+        self.remove_callback(PrinterCallback)
+        sharded = self.is_fsdp_enabled and self.accelerator.is_fsdp2
+        self._teacher = fsdp2_prepare_model(self.accelerator, teacher) if sharded else teacher
+        self._label_share = label_share
 
-    def fill(self, predict: Callable[[int], Sequence[LargestLogits]], progress: Callable[[], object]) -> None:
-        """Have a teacher predict what is not there yet: a window by its index, and as many after it as it likes."""
-        while self.finished < self._count:
-            for found in predict(self.finished)[: self._count - self.finished]:
-                for file, part in zip(self._files, (found.log_probs, found.ids), strict=True):
-                    file[self.finished] = part.numpy()
-                self.finished += 1
-                if self.finished % _NOTED_EVERY == 0 or self.finished == self._count:
-                    self._note()
-                progress()
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        """The divergence from the teacher and the text, on average over a batch."""
+        ids = inputs["input_ids"]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        with torch.no_grad():
+            wanted = self._teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        return divergence(logits, wanted, ids[:, 1:].flatten(), self._label_share)
 
-    def read(self, first: int, last: int) -> LargestLogits:
-        """The predictions on windows `first` to `last - 1`, but for the last position of each."""
-        log_probs, ids = (torch.from_numpy(np.array(file[first:last, :-1])) for file in self._files)
-        return LargestLogits(log_probs.flatten(0, 1), ids.flatten(0, 1))
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
+        """The mean negative log-likelihood of a token of held-out sequences."""
+        ids = self._prepare_inputs(inputs)["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten())
+        return loss.nan_to_num(math.inf, math.inf), None, None
 
-    def _note(self) -> None:
-        for file in self._files:
-            file.flush()
-        write_record(self._record, {"of": self._of, "finished": self.finished})
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            model: Any = self.model
+            folder, found = Path(str(output_dir)), state_dict or model.state_dict()
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: found[name].contiguous() for name in self._trained}, folder / "model.safetensors")
 
-
-def _is_whole(path: Path, dtype: type, shape: tuple[int, ...]) -> bool:
-    """Whether a file is there and as long as such an array; opened to write, a short one would get zeros."""
-    try:
-        found = np.lib.format.open_memmap(path, "r")
-    except (OSError, ValueError):
-        return False
-    return found.dtype == dtype and found.shape == shape
+    def _issue_warnings_after_load(self, _: Any) -> None:
+        """Say nothing: of a checkpoint only the trained parameters are asked."""
 
 
-def _mapped_file(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
-    """A new file that is mapped into memory, with all its place on the disk.
+class Watch(TrainerCallback):
+    """Saves a state every two minutes, counts seconds, and ends a training whose held-out loss is no longer finite.
 
-    Raises:
-        OSError: If the disk has not enough; a later write to the memory would kill the process.
+    Weights only count as the best if their loss is smaller than that before the training.
     """
-    path.unlink(missing_ok=True)  # a run may read it
-    file = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        with errors_of_writing(path), path.open("r+b") as opened:
-            os.posix_fallocate(opened.fileno(), 0, path.stat().st_size)
-    return file
 
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._began = self._saved = time.perf_counter()
 
-_FILES = ("log_probs.npy", "ids.npy")
-_RECORD, _LOCK = "teacher.json", "lock"
-_RECORD_BEGUN = f".{_RECORD}.partial"  # what a process leaves that was killed while it began the record
-_POSITIONS_ON_CPU = 16
-"""Positions a chunk of the loss on a CPU: as many as its caches hold."""
-_NOTED_EVERY = 64
-"""Windows after which the files are brought to the disk."""
+    def on_train_begin(self, *given: Any, **_: Any) -> None:
+        """Count on from the seconds of earlier starts."""
+        before = max((entry.get("seconds", 0.0) for entry in given[1].log_history), default=0.0)
+        self._began, self._saved = time.perf_counter() - before, time.perf_counter()
+
+    def on_step_end(self, *given: Any, **_: Any) -> None:
+        """Have a state saved; rank 0's clock decides for all."""
+        if self._ranks.gather(time.perf_counter() - self._saved > _SAVE_SECONDS)[0]:
+            given[2].should_save = True
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Note the time."""
+        self._saved = time.perf_counter()
+
+    def on_log(self, *given: Any, **_: Any) -> None:
+        """Add the seconds of training to what is kept of it."""
+        given[1].log_history[-1]["seconds"] = round(time.perf_counter() - self._began, 1)
+
+    def on_evaluate(self, *given: Any, **named: Any) -> None:
+        """Look at the held-out loss.
+
+        Raises:
+            ValueError: If it is not finite before the training.
+        """
+        (_, state, control), loss = given, named["metrics"]["eval_loss"]
+        if not state.global_step:
+            state.best_metric = loss
+        if math.isfinite(loss):
+            return
+        if not state.global_step:
+            raise ValueError(f"the pruned model's loss on the held-out text is {loss}: look for NaN in its weights.")
+        logger.warning("the loss is no longer finite at step %d: the training ends here", state.global_step)
+        control.should_training_stop = True

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -27,7 +28,6 @@ from optimum_fista.run.checkpoints.stored_names import as_in_model
 from optimum_fista.run.packed_folders.unpacking import is_packed, packed_operators
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.reports.report import PruningReport
-from optimum_fista.run.retraining.sharding import local, local_part
 from optimum_fista.solve.bitmask import unpack_mask
 
 MaskSource: TypeAlias = FistaPruner | str | Path | Mapping[str, Tensor] | None
@@ -54,7 +54,7 @@ def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, T
         FileNotFoundError: If the folder or repository holds no masks.
     """
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
-        raise ValueError(f"model is a {type(model).__name__}: pass it to mask_adapters, or merge its adapters first.")
+        raise ValueError(f"model is a {type(model).__name__}: merge its adapters first (merge_and_unload()).")
     require_unquantized(model)
     if source is None:
         masks = _from_zeros(model)
@@ -67,7 +67,9 @@ def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, T
         weight = parameters[name]
         if weight.device.type == "meta":
             raise ValueError(f"{name} is offloaded, and offloaded weights can't be trained: load the model without it.")
-        masks[name] = local_part(mask, weight)
+        if isinstance(weight, DTensor):
+            mask = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+        masks[name] = mask.to(weight.device)
         stray = int(torch.count_nonzero(local(weight.detach()).masked_fill(masks[name], 0)))
         if stray:
             raise ValueError(
@@ -75,6 +77,11 @@ def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, T
                 "or the masks are those of another model. Load the pruned model, or pass its own masks."
             )
     return masks
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is in this process (FSDP2), in the same memory; all of it if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def find_record(model: PreTrainedModel, source: FistaPruner | str | Path) -> tuple[PruningReport, dict[str, Tensor]]:

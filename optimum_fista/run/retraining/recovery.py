@@ -5,21 +5,32 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import json
+import logging
 import math
+import os
+import random
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.products import COMPUTE_DTYPES, compute_dtype_of
-from optimum_fista.run.checkpoints.checkpoint import read_report
+from optimum_fista.run.checkpoints.checkpoint import mark_retrained, read_report
 from optimum_fista.run.checkpoints.installation import discard, empty, install
-from optimum_fista.run.checkpoints.loading import load_tokenizer, read_config, usable_device
+from optimum_fista.run.checkpoints.loading import load_model, load_tokenizer, read_config, read_model, usable_device
 from optimum_fista.run.checkpoints.output_folder import (
     FOLDER,
     MODEL_FILES,
@@ -30,19 +41,35 @@ from optimum_fista.run.checkpoints.output_folder import (
 from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.checkpoints.writing import write_checkpoint
 from optimum_fista.run.environment import numerical_environment
+from optimum_fista.run.memory import available_bytes
 from optimum_fista.run.options import require_seed
-from optimum_fista.run.ranks import joined_ranks, launched_processes
-from optimum_fista.run.reports.report import WORDS_OF_TRAIN, PruningReport, RecoveryReport, library_versions
-from optimum_fista.run.retraining.distillation import require_cache
-from optimum_fista.run.retraining.masks import find_record, pruned_folder
-from optimum_fista.run.retraining.recovery_training import TEACHER_FOLDER, RecoveryTraining, open_state, state_files
+from optimum_fista.run.ranks import Ranks, joined_ranks, launched_processes
+from optimum_fista.run.reports.report import (
+    WORDS_OF_TRAIN,
+    PruningReport,
+    RecoveryReport,
+    library_versions,
+    public_name,
+)
+from optimum_fista.run.retraining.distillation import DistillationTrainer, Watch
+from optimum_fista.run.retraining.masks import find_masks, find_record, local, pruned_folder
+from optimum_fista.run.retraining.training import MaskedTrainingCallback
 from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run
-from optimum_fista.run.streamed.journal import Journal, read_record, refuse_differences
+from optimum_fista.run.streamed.journal import Journal, read_record, write_record
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
+
+logger = logging.getLogger(__name__)
 
 _USUAL_LENGTH = 512
 _USUAL_STEPS, _MOST_SEQUENCES = 256, 32  # of the default: as many steps, of as few sequences as that allows
-_FORMAT = 1
+_FORMAT = 2
+_RATES = {"all": 2e-4, "lora": 1e-3, "norms": 2e-3}
+_WIDTH_OF_RATE = 576
+"""Hidden size of the model on which the rate of `"all"` was tuned; with Adam it goes down as the width goes up."""
+_WARM_UP, _LEAST_WARM_UP = 0.05, 10  # a share of the steps, and steps
+_EVALUATIONS = 4
+_MARGIN = 0.9  # of the memory that is free
+_RANK = 16  # of adapters
 
 
 @numerical_environment()
@@ -63,23 +90,22 @@ def recover(
     seed: int = 0,
     device: str | None = None,
     compute_dtype: str = "auto",
-    teacher_cache: str | Path | None = None,
-    top_k: int = 64,
+    report_to: str = "none",
     overwrite: bool = False,
     progress: bool = True,
 ) -> RecoveryReport:
     """Train what a pruned model kept, so that it predicts as the dense model does; its zeros stay zero.
 
     It minimizes how far the pruned model's predictions are from the dense model's and from the text (`divergence`), by
-    AdamW with a warm-up and a cosine, on text that is read once. Weights, gradients and moments are float32; products
-    are bfloat16 on an accelerator and on a CPU with AMX or AVX512-BF16. Sequences that are never trained on measure the
-    loss before, now and then, and at the end: the weights with the smallest loss are saved, or those of `folder` if
-    none had a smaller one.
+    `transformers.Trainer` with AdamW, a warm-up and a cosine, on text that is read once. Weights, gradients and moments
+    are float32; products are bfloat16 on an accelerator and on a CPU with AMX or AVX512-BF16. Sequences that are never
+    trained on measure the loss before, now and then, and at the end: the weights with the smallest loss are saved, or
+    those of `folder` if none had a smaller one.
 
-    After a crash or an interrupt the same call resumes and ends with the same bits; if the processor or the number of
-    threads is another, a warning says so. Until all is done, what is finished lies in `output_dir` + ".unfinished".
+    After a crash or an interrupt the same call resumes after the last state, which is saved every two minutes, and ends
+    with the same bits on the same machine. Until all is done, what is finished lies in `output_dir` + ".unfinished".
 
-    Processes that were launched together (docs/ranks.md) and all make this call share the weights and the sequences.
+    Processes that were launched together (docs/ranks.md) and all make this call share the sequences.
 
     Args:
         folder: A folder or Hub id saved by optimum-fista, packed or not. It is only read.
@@ -99,9 +125,7 @@ def recover(
         seed: Decides which text is drawn, and its order.
         device: Where to compute; `None`: the accelerator if there is one, otherwise the CPU.
         compute_dtype: `"float32"`, `"bfloat16"`, or `"auto"`.
-        teacher_cache: A folder to keep the teacher's largest logits in, so that it need not be in memory during the
-            training; `None`: this is done, with the run's own files, only if both models don't fit.
-        top_k: Logits a position that are kept then.
+        report_to: A tracker of the Trainer, such as `"tensorboard"` (into `output_dir` + "-logs").
         overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
         progress: Whether to show a progress bar.
 
@@ -113,10 +137,9 @@ def recover(
             weights or the configuration in `folder` change meanwhile, an unfinished run in `output_dir` had other
             settings or another number of processes, or the processes can't share the passes of a step.
         FileNotFoundError: If `folder` is no pruned model's.
-        FileExistsError: If `output_dir` holds a model already and `overwrite` is False, or it or `teacher_cache` holds
-            files of something else.
+        FileExistsError: If `output_dir` holds a model already and `overwrite` is False, or files of something else.
         ImportError: If `train` is `"lora"` and PEFT is missing.
-        BlockingIOError: If another run writes to `output_dir`, or fills `teacher_cache`.
+        BlockingIOError: If another run writes to `output_dir`.
         RankError: If another process failed or is gone.
     """
     source, processes = str(folder), launched_processes()
@@ -149,40 +172,20 @@ def recover(
             f"tokens={tokens}: one step takes {accumulate} passes of {batch_size} sequences of {length} tokens: pass "
             f"at least {length * batch_size * accumulate} (--tokens), or shorter sequences (--sequence-length)."
         )
-    unfinished = unfinished_folder(output)
+    unfinished, count = unfinished_folder(output), steps * batch_size * accumulate
+    options: dict[str, Any] = {"batch_size": batch_size, "accumulate": accumulate, "label_share": label_share}
+    options |= {"seed": seed, "train": train, "learning_rate": learning_rate}
     with joined_ranks(device) as ranks, ExitStack() as opened:
         place = usable_device(ranks.device)
         compute = compute_dtype_of(compute_dtype, place)
-        count = steps * batch_size * accumulate
-        options: dict[str, Any] = {"batch_size": batch_size, "accumulate": accumulate, "label_share": label_share}
-        options |= {"seed": seed, "compute_dtype": str(compute).removeprefix("torch."), "top_k": top_k, "train": train}
-        options |= {"learning_rate": learning_rate, "teacher_cache": teacher_cache is not None}
+        options["compute_dtype"] = str(compute).removeprefix("torch.")
         files: SourceFiles | None = None
 
-        def begin() -> tuple[Tensor, dict[str, Any]]:
-            """The text, and what the teacher's predictions depend on."""
+        def begin() -> Tensor:
             nonlocal files
             opened.enter_context(locked_output(output))
             require_output(output, overwrite, names=MODEL_FILES)  # another run may just have ended
             files, theirs = (_files(name, progress) for name in (source, teacher))
-            of_teacher: dict[str, Any] = {"teacher": teacher if theirs is None else theirs.digests}
-            of_teacher["compute_dtype"] = options["compute_dtype"]
-            versions = library_versions()
-            fingerprint: dict[str, Any] = of_teacher | {
-                "recovery": _FORMAT,
-                "processes": ranks.count,  # sums are rounded otherwise with others
-                "weights": source if files is None else files.digests,
-                "shape": [count, held_out, length],
-                "options": options,
-                "device": place.type,
-                "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
-            }
-            begun = read_record(unfinished / FOLDER / "fingerprint.json") or {}
-            kept = any(any((unfinished / FOLDER).glob(name)) for name in ("state*.safetensors", TEACHER_FOLDER))
-            nothing_kept = "recovery" in begun and not kept
-            if begun and not overwrite and not nothing_kept:  # before another text takes the place of the kept one
-                known = {name: value for name, value in begun.items() if name != "windows"}
-                refuse_differences(unfinished, known, json.loads(json.dumps(fingerprint)))
             try:
                 windows = calibration_tokens_by_name(
                     reads_text,
@@ -196,12 +199,22 @@ def recover(
                 )
             except ValueError as error:
                 raise ValueError(f"tokens={tokens} and held_out={held_out} ask for this text: {error}") from error
-            text = {"windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
-            fingerprint, of_teacher = fingerprint | text, of_teacher | text
-            if (overwrite or nothing_kept) and is_of_another_run(unfinished, json.loads(json.dumps(fingerprint))):
+            versions = library_versions()
+            fingerprint: dict[str, Any] = {
+                "recovery": _FORMAT,
+                "processes": ranks.count,  # sums are rounded otherwise with others
+                "weights": source if files is None else files.digests,
+                "teacher": teacher if theirs is None else theirs.digests,
+                "shape": [count, held_out, length],
+                "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+                "options": options,
+                "device": place.type,
+                "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
+            }
+            if overwrite and is_of_another_run(unfinished, json.loads(json.dumps(fingerprint))):
                 discard(unfinished, True, keep_texts=True)
             Journal(unfinished, fingerprint)
-            return windows, of_teacher
+            return windows
 
         def finish() -> RecoveryReport:
             assert model is not None  # in rank 0
@@ -214,21 +227,242 @@ def recover(
             install(unfinished, output, overwrite)
             return found
 
-        windows, of_teacher = ranks.first(begin)
-        journal = unfinished / FOLDER
-        with ranks.exchanging():
-            run = RecoveryTraining(source, teacher, windows, count, options, place, compute, journal, progress, ranks)
-            with ExitStack() as trained:
-                run.prepare(trained, None if teacher_cache is None else Path(teacher_cache), of_teacher)
-                run.train()
-            model, found = run.result(calibration)
+        windows = ranks.first(begin)
+        run = _Run(
+            source, teacher, windows[:count], windows[count:], options, place, compute, unfinished / FOLDER, ranks
+        )
+        with _trainers_settings(place, output), ranks.exchanging():
+            model, found = run.train(report, calibration, report_to, progress)
         return ranks.first(finish)
 
 
 def steps_kept(output: Path) -> int:
     """Steps of an interrupted run into `output` that its next start resumes after."""
-    files = state_files(unfinished_folder(output) / FOLDER)
-    return max((step for step, file in files.items() if open_state(file) is not None), default=0)
+    return max(_kept_states(unfinished_folder(output) / FOLDER), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The training, in each of the processes."""
+
+    source: str
+    teacher: str
+    windows: Tensor
+    held_out: Tensor
+    options: dict[str, Any]
+    place: torch.device
+    compute: torch.dtype
+    journal: Path
+    ranks: Ranks
+
+    def train(
+        self, report: PruningReport, calibration: str, report_to: str, progress: bool
+    ) -> tuple[PreTrainedModel | None, RecoveryReport]:
+        """Train, or resume; the model to save, which rank 0 has, and what was done."""
+        model = self.ranks.each(self._load)
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        model.float()
+        free = self.ranks.gather(available_bytes(self.place))
+        kind, checkpointed = self.ranks.first(lambda: self._choose(model, report, free))
+        num_trained = _mark_trained(model, kind, self.source, self.options["seed"])
+        num_trained -= report.totals["num_zeros"] if kind == "all" else 0
+        teacher, _ = self.ranks.each(lambda: load_model(self.teacher, device=str(self.place), dtype=self.compute))
+        kept = self.ranks.first(lambda: _kept_states(self.journal, others_go=True))
+        arguments = self._arguments(model, kind, checkpointed, report_to, progress, resumed=bool(kept))
+        callbacks = [Watch(self.ranks), *([MaskedTrainingCallback(self.source)] if kind == "all" else [])]
+        teacher, share = teacher.eval().requires_grad_(False), self.options["label_share"]
+        trainer = DistillationTrainer(model, teacher, share, arguments, self.windows, self.held_out, callbacks)
+        trainer.train(str(kept[max(kept)]) if kept else None)
+        state, trained = trainer.state, cast(nn.Module, trainer.model)
+        evaluations = [
+            [row["step"], row["seconds"], row["eval_loss"]] for row in state.log_history if "eval_loss" in row
+        ]
+        steps, seconds, before = state.global_step, state.log_history[-1]["seconds"], evaluations[0][2]
+        best_step, loss = state.best_global_step or 0, before
+        if best_step:
+            if kind == "lora":
+                _lora().merge_adapters(model)
+            for name, parameter in trained.named_parameters():
+                part = local(parameter.data)
+                part.copy_(part.to(dtypes.get(name.replace(".base_layer.", "."), part.dtype)))
+            loss = trainer.evaluate()["eval_loss"]  # of what is saved, which has to be better
+        if not loss < before:
+            best_step, loss = 0, before
+        found = RecoveryReport(
+            teacher=public_name(self.teacher),
+            train=kind,
+            num_trained=num_trained,
+            num_tokens=self.windows.numel() // state.max_steps * steps,
+            calibration={
+                "source": public_name(calibration),
+                "sha256": hashlib.sha256(torch.cat((self.windows, self.held_out)).numpy().tobytes()).hexdigest(),
+                "sequence_length": self.windows.shape[1],
+                "held_out": len(self.held_out),
+            },
+            options=self.options | {"learning_rate": arguments.learning_rate},
+            evaluations=evaluations,
+            best_step=best_step,
+            held_out_loss_before=before,
+            held_out_loss=loss,
+            seconds=seconds,
+        )
+        return self._recovered(trained if best_step else None), found
+
+    def _load(self) -> PreTrainedModel:
+        """The pruned model, without what is random in training."""
+        if not self.journal.exists():
+            raise ValueError(
+                f"output: rank 0 began {str(self.journal.parent)!r}, and it isn't here: pass a folder that all nodes "
+                "share."
+            )
+        config = read_config(self.source)
+        for part in (config, config.get_text_config(decoder=True)):
+            for name, value in vars(part).items():
+                if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                    setattr(part, name, 0.0)
+        return read_model(self.source, dtype="auto", config=config)
+
+    def _choose(self, model: PreTrainedModel, report: PruningReport, free: list[int | None]) -> tuple[str, bool]:
+        """What is trained, and whether activations are computed twice: the first that there is memory for."""
+        noted = read_record(self.journal / "choice.json")  # of an earlier start
+        if noted is not None:
+            return noted["train"], noted["checkpointed"]
+        size, operators = model.num_parameters(), _linear_operators(model)
+        small = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
+        trained = {"all": size, "lora": small + sum(_RANK * sum(o.shape) for o in operators), "norms": small}
+        asked = self.options["train"]
+        kinds = [asked] if asked != "auto" else [kind for kind in trained if kind != "lora" or self.ranks.count == 1]
+        known = [found for found in free if found is not None]
+        shared = int(os.environ.get("LOCAL_WORLD_SIZE", len(free))) if self.place.type == "cpu" else 1
+        for kind, twice in itertools.product(kinds, (False, True)):
+            # Gradient and two moments; masks; the teacher; inputs and outputs of operators, and logits.
+            needed = 12 * trained[kind] + (size if kind != "norms" else 0)
+            needed += (report.model.get("dense_num_parameters") or size) * self.compute.itemsize
+            config, layers = model.config.get_text_config(decoder=True), len(find_decoder_layers(model))
+            inside = 8 * sum(sum(operator.shape) for operator in operators)
+            inside = inside // layers + 4 * layers * config.hidden_size if twice else inside
+            needed += self.options["batch_size"] * self.windows.shape[1] * (inside + 10 * config.vocab_size)
+            if not known or needed <= _MARGIN * min(known) / shared:
+                break
+        more = ", with activations that are computed twice" if twice else ""
+        logger.info("%s are trained: %s takes %.1f GB%s", WORDS_OF_TRAIN[kind], kind, needed / 1e9, more)
+        write_record(self.journal / "choice.json", {"train": kind, "checkpointed": twice})
+        return kind, twice
+
+    def _arguments(
+        self, model: PreTrainedModel, kind: str, checkpointed: bool, report_to: str, progress: bool, *, resumed: bool
+    ) -> TrainingArguments:
+        sequences = self.options["batch_size"] * self.options["accumulate"]
+        steps, rate = len(self.windows) // sequences, self.options["learning_rate"]
+        width = model.config.get_text_config(decoder=True).hidden_size
+        every = math.ceil(steps / _EVALUATIONS)
+        arguments = TrainingArguments(
+            str(self.journal.resolve()),
+            per_device_train_batch_size=self.options["batch_size"],
+            per_device_eval_batch_size=1,
+            gradient_accumulation_steps=self.options["accumulate"] // self.ranks.count,
+            num_train_epochs=1,
+            train_sampling_strategy="sequential",
+            learning_rate=rate or _RATES[kind] * (min(1.0, _WIDTH_OF_RATE / width) if kind == "all" else 1.0),
+            lr_scheduler_type="cosine_warmup_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.0},
+            warmup_steps=min(steps, max(_LEAST_WARM_UP, round(_WARM_UP * steps))),
+            optim="adamw_torch_fused",
+            adam_beta2=0.95,
+            bf16=self.compute == torch.bfloat16,
+            activation_checkpointing=checkpointed,
+            activation_checkpointing_kwargs={"use_reentrant": False},
+            eval_strategy="steps",
+            eval_steps=every,
+            eval_on_start=not resumed,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+            load_best_model_at_end=True,
+            save_strategy="best",
+            save_total_limit=1,
+            logging_steps=every if report_to == "none" else 1,
+            logging_nan_inf_filter=False,
+            report_to=report_to,
+            disable_tqdm=not progress,
+            dataloader_pin_memory=False,
+            seed=self.options["seed"] % 2**32,
+            use_cpu=self.place.type == "cpu",
+        )
+        arguments._setup_devices, arguments._n_gpu = self.place, 1  # the first accelerator or all of them otherwise
+        return arguments
+
+    def _recovered(self, trained: nn.Module | None) -> PreTrainedModel | None:
+        """In rank 0 the model of the source in its own dtypes, with the trained weights if these are better."""
+        model = None if self.ranks.index else read_model(self.source, dtype="auto")
+        for name, parameter in trained.named_parameters() if trained is not None else ():
+            value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if model is not None and "lora_" not in name:
+                model.get_parameter(name.replace(".base_layer.", ".")).data.copy_(value.detach())
+        if model is not None and trained is not None:
+            mark_retrained(model)
+        return model
+
+
+def _linear_operators(model: PreTrainedModel) -> list[LinearOperator]:
+    """The linear operators of the decoder layers, fused experts aside."""
+    return [o for name, layer in find_decoder_layers(model) for o in find_operators(name, layer, ["*"]).values()]
+
+
+def _lora() -> Any:
+    """Adapters, which need PEFT."""
+    return importlib.import_module("optimum_fista.run.retraining.lora")
+
+
+def _mark_trained(model: PreTrainedModel, kind: str, source: str, seed: int) -> int:
+    """Have gradients for what is trained, outside of embeddings and head; how many weights that are."""
+    head, parameters = model.get_output_embeddings(), dict(model.named_parameters())
+    outer = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head}
+    model.requires_grad_(False)
+    if kind == "lora":
+        torch.manual_seed(seed)
+        # PEFT's "all-linear" takes fused experts too.
+        names, masks = [operator.name for operator in _linear_operators(model)], find_masks(model, source)
+        _lora().add_adapters(model, names, masks, _RANK)
+    for name, parameter in parameters.items():
+        if name.rpartition(".")[0] not in outer and (kind == "all" or parameter.ndim == 1):
+            parameter.requires_grad_()
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@contextmanager
+def _trainers_settings(place: torch.device, output: Path) -> Iterator[None]:
+    """What the Trainer and Accelerate change in the process is put back: states, random numbers, the environment."""
+    kinds, environment = (AcceleratorState, GradientState, PartialState), dict(os.environ)
+    states = [dict(kind._shared_state) for kind in kinds]
+    drawn = random.getstate(), np.random.get_state()
+    devices = range(torch.accelerator.device_count()) if place.type != "cpu" else ()
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{output}-logs")
+    if place.type != "cpu":
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(place)
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=place.type):
+            yield
+    finally:
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
+        os.environ.clear()
+        os.environ.update(environment)
+        for kind, state in zip(kinds, states, strict=True):
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
+
+
+def _kept_states(journal: Path, *, others_go: bool = False) -> dict[int, Path]:
+    """The states that an unfinished recovery can resume from, by the steps done then."""
+    found = {}
+    for folder in journal.glob("checkpoint-*"):
+        try:  # the Trainer writes this file last
+            json.loads((folder / "trainer_state.json").read_text())
+            found[int(folder.name.rpartition("-")[2])] = folder.resolve()
+        except (FileNotFoundError, ValueError):
+            if others_go:  # the Trainer would take one for the last state, and remove those before
+                shutil.rmtree(folder)
+    return found
 
 
 def _teacher_of(report: PruningReport, source: str) -> str:
@@ -242,21 +476,19 @@ def _teacher_of(report: PruningReport, source: str) -> str:
 
 
 def _require_options(given: Mapping[str, Any]) -> None:
-    for name, flag in (("tokens", ""), ("batch_size", ""), ("accumulate", ""), ("held_out", ""), ("top_k", "")):
+    for name in ("tokens", "batch_size", "accumulate", "held_out"):
         if given[name] is not None and given[name] < 1:
-            raise ValueError(f"{name}={given[name]}: pass 1 or more{flag}.")
+            raise ValueError(f"{name}={given[name]}: pass 1 or more.")
     if given["sequence_length"] is not None and given["sequence_length"] < 2:
         raise ValueError(f"sequence_length={given['sequence_length']}: pass 2 or more.")
     for name, words in (("train", ("auto", *WORDS_OF_TRAIN)), ("compute_dtype", COMPUTE_DTYPES)):
         if given[name] not in words:
             raise ValueError(f"{name}={given[name]!r}: pass {', '.join(words)}.")
     require_seed(given["seed"])
-    if given["teacher_cache"] is not None:
-        require_cache(Path(given["teacher_cache"]))
     if given["train"] == "lora" and given["processes"] > 1:
         raise ValueError("train='lora': several processes train no adapters: pass all or norms, or start one process.")
     if given["train"] == "lora":
-        importlib.import_module("optimum_fista.run.retraining.lora")  # says what to install if PEFT is missing
+        _lora()  # says what to install if PEFT is missing
     if not 0 <= given["label_share"] <= 1:
         raise ValueError(f"label_share={given['label_share']}: pass a number from 0 to 1.")
     if given["learning_rate"] is not None and not given["learning_rate"] > 0:

@@ -13,8 +13,9 @@ from optimum_fista.run.memory import is_out_of_memory
 
 
 @contextmanager
-def explained_length(model: PreTrainedModel, length: int, name: str) -> Iterator[None]:
-    """Explain the error of a model that fails inside on sequences of `length` tokens, which the argument `name` holds.
+def explained_length(model: PreTrainedModel, length: int, name: str, flag: str = "--sequence-length") -> Iterator[None]:
+    """Explain the error of a model that fails inside on sequences of `length` tokens, which the argument `name` holds;
+    `flag` makes them shorter.
 
     None is refused beforehand: models without a table of positions can be measured on longer ones than they were
     trained on.
@@ -30,7 +31,7 @@ def explained_length(model: PreTrainedModel, length: int, name: str) -> Iterator
             raise
         raise ValueError(
             f"{name} holds sequences of {length} tokens, and the model fails on them ({error}): pass at most "
-            f"{limit}, its max_position_embeddings (--sequence-length {limit})."
+            f"{limit}, its max_position_embeddings ({flag} {limit})."
         ) from error
 
 

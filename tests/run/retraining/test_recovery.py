@@ -1,12 +1,14 @@
 import json
+import os
+import random
 import shutil
 import sys
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import tiny_model
@@ -17,8 +19,9 @@ from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.checkpoints.output_folder import folder_beside
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
-from optimum_fista.run.retraining import recovery, recovery_training
-from optimum_fista.run.streamed.journal import begun_batch_size, require_same_settings
+from optimum_fista.run.retraining import distillation, recovery
+from optimum_fista.run.retraining.distillation import DistillationTrainer, Watch
+from optimum_fista.run.streamed.journal import require_same_settings
 
 QUICK = {"tokens": 640, "sequence_length": 16, "batch_size": 1, "accumulate": 2, "held_out": 4, "learning_rate": 1e-2}
 QUICK |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
@@ -47,17 +50,18 @@ def run(saved, tiny_folder, text, tmp_path):
 
 
 @contextmanager
-def stopped_at(step: int, error: type[BaseException] = KeyboardInterrupt, method: str = "_take_step"):
-    """What is run inside ends with an error in front of this step, or of the measurement after it (`_evaluate`)."""
-    original = getattr(recovery_training.RecoveryTraining, method)
+def stopped_at(step: int, error: type[BaseException] = KeyboardInterrupt, *, saves: bool = False):
+    """What is run inside ends with an error after this step; `saves`: every step's state was saved."""
+    on_step_end = Watch.on_step_end
 
-    def stopped(self):
-        if self.step == step:
+    def stopped(self, *given, **named):
+        on_step_end(self, *given, **named)
+        if given[1].global_step == step:
             raise error
-        return original(self)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(recovery_training.RecoveryTraining, method, stopped)
+        patched.setattr(Watch, "on_step_end", stopped)
+        patched.setattr(distillation, "_SAVE_SECONDS", -1.0 if saves else 120.0)
         with pytest.raises(error):
             yield
 
@@ -134,71 +138,36 @@ def test_it_never_ends_worse(run, saved, tmp_path):
 
 
 @pytest.mark.parametrize("train", ["all", "lora"])
-def test_a_run_that_was_stopped_ends_with_the_same_bits(train, run, tmp_path, monkeypatch, caplog):
+def test_a_run_that_was_stopped_ends_with_the_same_bits(train, run, tmp_path):
     if train == "lora":
         pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
     expected = run("whole", train=train)
-    # Ctrl-C keeps every step; a kill those up to the last save.
-    moments = [("_take_step", 4, KeyboardInterrupt, 4, 120.0), ("_evaluate", 5, KeyboardInterrupt, 5, 120.0)]
-    moments += [("_evaluate", 10, SystemExit, 9, -1.0), ("_take_step", 14, SystemExit, 14, -1.0)]
-    moments += [("_take_step", 16, SystemExit, 14, 120.0)]
-    for method, step, error, kept, seconds in moments:
-        with monkeypatch.context() as patched, stopped_at(step, error, method):
-            patched.setattr(recovery_training, "_SAVE_SECONDS", seconds)
+    journal = tmp_path / "stopped.unfinished" / "journal"
+    for step, kept, saves in ((4, 0, False), (7, 6, True), (8, 7, True), (12, 10, False)):
+        with stopped_at(step, saves=saves):
             run("stopped", train=train)
         assert recovery.steps_kept(tmp_path / "stopped") == kept
-        begun = tmp_path / "stopped.unfinished" / "journal" / ".state-0-7.safetensors.partial"
-        assert not begun.exists()
-        begun.touch()  # as a process leaves it that is killed while it writes
+        (journal / "checkpoint-19").mkdir(exist_ok=True)  # as a process leaves it that is killed while it saves
+        (journal / "checkpoint-19" / "trainer_state.json").write_text('{"global_')
     found = run("stopped", train=train)
     assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
     assert [row[::2] for row in found.evaluations] == [row[::2] for row in expected.evaluations]
     assert not (tmp_path / "stopped.unfinished").exists()
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_a_state_of_another_processor_or_a_damaged_one_is_said_and_the_training_resumes_or_begins_anew(
-    run, tmp_path, monkeypatch, caplog
-):
-    with stopped_at(1):
-        run(tokens=64)
-    other = recovery_training.processor() | {"threads": 99}
-    with monkeypatch.context() as patched, stopped_at(1):
-        patched.setattr(recovery_training, "processor", lambda: other)
-        run(tokens=64)
-    assert f"run to the bit: threads was {torch.get_num_threads()}, is 99" in caplog.text
-    assert recovery.steps_kept(tmp_path / "out") == 1
-    (state,) = (tmp_path / "out.unfinished" / "journal").glob("state-*")
-    whole = state.read_bytes()
-    noted = whole.replace(b'\\"step\\": 1', b'\\"step\\": 2')
-    for damaged in (whole[: len(whole) // 2], whole[:-100] + bytes(100), noted):
-        assert damaged != whole
-        state.write_bytes(damaged)
-        assert recovery.steps_kept(tmp_path / "out") == 0
-    caplog.clear()
-    assert run(tokens=64).num_tokens == 64
-    assert f"{state} is damaged and not used: the training begins anew" in caplog.text
-
-
-def test_another_run_is_not_mixed_with_an_unfinished_one(run, tiny_folder, tmp_path, monkeypatch):
-    with stopped_at(1):
+def test_another_run_is_not_mixed_with_an_unfinished_one(run, tiny_folder, tmp_path):
+    with stopped_at(6):
         run(train="all")
     with pytest.raises(ValueError, match="is a recovery: give the command of `recover` again"):
         require_same_settings(tmp_path / "out.unfinished", FistaPruningConfig(), 8, 16)
-    assert begun_batch_size(tmp_path / "out.unfinished") is None
     other = shutil.copytree(tiny_folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
-    with monkeypatch.context() as patched:  # a text of another run would take the place of the one that is kept
-        patched.setattr(recovery, "calibration_tokens_by_name", None)
-        with pytest.raises(ValueError, match=r"was another one \(teacher.config.json was"):
-            run(teacher=other, train="all")
-        journal = tmp_path / "out.unfinished" / "journal"
-        (state,) = journal.glob("state-*")
-        for name in (state.name, "state-1-1.safetensors", "state.safetensors"):  # of another process; as it once was
-            state = state.rename(journal / name)
-            with pytest.raises(ValueError, match=r"was another one \(options.learning_rate"):
-                run(train="all", learning_rate=1e-4)
+    with pytest.raises(ValueError, match=r"was another one \(teacher.config.json was"):
+        run(teacher=other, train="all")
+    with pytest.raises(ValueError, match=r"was another one \(options.learning_rate"):
+        run(train="all", learning_rate=1e-4)
+    assert recovery.steps_kept(tmp_path / "out") == 5
     run(train="all", learning_rate=1e-4, overwrite=True)
     with pytest.raises(FileExistsError, match="already holds a model"):
         run(train="all", learning_rate=1e-4)
@@ -206,12 +175,10 @@ def test_another_run_is_not_mixed_with_an_unfinished_one(run, tiny_folder, tmp_p
 
 def test_a_model_that_changes_meanwhile_ends_the_run_which_resumes_once_it_is_put_back(run, saved, tmp_path):
     source = shutil.copytree(saved.folder, tmp_path / "pruned")
-    train, changed = recovery_training.RecoveryTraining.train, source / "config.json"
+    train, changed = DistillationTrainer.train, source / "config.json"
     before = changed.read_text()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            recovery_training.RecoveryTraining, "train", lambda it: [train(it), changed.write_text(before + "\n")]
-        )
+        patched.setattr(DistillationTrainer, "train", lambda *given: [train(*given), changed.write_text(before + "\n")])
         with pytest.raises(ValueError, match=r"^config\.json in .*pruned' changed during the run: put back"):
             run(source=source)
     assert not (tmp_path / "out").exists()
@@ -252,41 +219,20 @@ def test_smaller_models(pattern, tiny_folder, text, tmp_path):
     assert proven.removed
 
 
-def test_a_cached_teacher_is_the_teacher(run, tiny_folder, tmp_path):
-    run = partial(run, train="all")
-    beside = run("beside")
-    cached = run("cached", teacher_cache=tmp_path / "cache", top_k=64)
-    assert cached.held_out_loss == pytest.approx(beside.held_out_loss, abs=1e-3)
-    few = run("few", teacher_cache=tmp_path / "few-cache", top_k=8)
-    assert few.held_out_loss < few.held_out_loss_before
-    stamp = (tmp_path / "few-cache" / "ids.npy").stat().st_mtime_ns
-    run("again", teacher_cache=tmp_path / "few-cache", top_k=8)
-    assert (tmp_path / "few-cache" / "ids.npy").stat().st_mtime_ns == stamp
-    assert bits(tmp_path / "again") == bits(tmp_path / "few")
-    with pytest.raises(ValueError, match=r"holds other predictions \(windows was \"\w{64}\", is \"\w{64}\"\): delete"):
-        run("other", teacher_cache=tmp_path / "few-cache", top_k=8, seed=1)
-    with pytest.raises(FileExistsError, match="holds something else"):
-        run("other", teacher_cache=tiny_folder, seed=1)
-
-
 def test_auto_takes_what_memory_suffices_for(run, monkeypatch, caplog):
     kinds = {}
     with caplog.at_level("INFO"):
-        for free in (None, 10**9, 900_000, 1000):
-            monkeypatch.setattr(recovery_training, "available_bytes", lambda device, free=free: free)
-            kinds[free] = run(str(free), tokens=64)
-    assert kinds[None].train == kinds[10**9].train == "all"
-    assert kinds[1000].train == "norms"
-    assert "top_k" in kinds[1000].options  # the teacher's logits were cached
-    assert "top_k" not in kinds[10**9].options
+        for free in (None, 10**9, 1000):
+            monkeypatch.setattr(recovery, "available_bytes", lambda device, free=free: free)
+            kinds[free] = run(str(free), tokens=64).train
+    assert kinds == {None: "all", 10**9: "all", 1000: "norms"}
     assert "norms and biases are trained: " in caplog.text
 
 
 def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
     for name in ("plain", "checkpointed"):
-        choice = {"train": "all", "checkpointed": name == "checkpointed", "cached": False}
-        monkeypatch.setattr(recovery_training.RecoveryTraining, "_choose", lambda self, *_, choice=choice: choice)
-        run(name)
+        monkeypatch.setattr(recovery._Run, "_choose", lambda *_, twice=name == "checkpointed": ("all", twice))
+        run(name, tokens=64)
     for name, weight in weights(tmp_path / "plain").items():
         torch.testing.assert_close(weights(tmp_path / "checkpointed")[name], weight, rtol=1e-4, atol=1e-5)
 
@@ -339,30 +285,35 @@ def test_a_teacher_without_a_tokenizer_is_refused_before_any_work(saved, tmp_pat
         recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK)
 
 
-def test_a_cache_that_is_something_else_and_missing_peft_are_refused_before_any_work(
-    run, tiny_folder, text, monkeypatch
-):
+def test_missing_peft_is_said_before_any_work(run, monkeypatch):
     monkeypatch.setattr(recovery, "_files", None)
-    for taken in (text, tiny_folder):
-        with pytest.raises(FileExistsError, match=r"teacher_cache .* holds something else"):
-            run(teacher_cache=taken)
     monkeypatch.delitem(sys.modules, "optimum_fista.run.retraining.lora", raising=False)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match="adapters need PEFT: run"):
+    with pytest.raises(ImportError, match="train='lora' needs PEFT: run"):
         run(train="lora")
 
 
-def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path, monkeypatch, capsys):
-    options, kept = QUICK | {"tokens": 64}, set()
-    with monkeypatch.context() as patched:  # nothing is trained yet, so other settings take the place of the first
-        patched.setattr(recovery_training.RecoveryTraining, "train", None)
-        for other in ({"overwrite": True}, {"learning_rate": 1e-4}):
-            with pytest.raises(TypeError):
-                recover(saved.folder, tiny_folder, tmp_path / "out", **options | other)
-            (file,) = (tmp_path / "out.unfinished" / "journal").glob("calibration-*")
-            kept.add((file, file.stat().st_mtime_ns))
-    assert len(kept) == 1
+def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path, capsys):
+    options = QUICK | {"tokens": 64}
+    with stopped_at(1):
+        recover(saved.folder, tiny_folder, tmp_path / "out", **options | {"learning_rate": 1e-4})
+    (file,) = (tmp_path / "out.unfinished" / "journal").glob("calibration-*")
+    written = file.stat().st_mtime_ns
+    with stopped_at(1):  # other settings take the place of the first, with its text
+        recover(saved.folder, tiny_folder, tmp_path / "out", **options, overwrite=True)
+    assert file.stat().st_mtime_ns == written
     found = recover(saved.folder, tiny_folder, tmp_path / "out", **options)
     assert found.calibration["source"] == "self"
     assert "Self-sampling" not in capsys.readouterr().err  # QUICK asks for no progress
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
+
+
+def test_the_process_is_afterwards_as_it_was(run, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="needs TensorBoard: pip install 'optimum-fista[tracking]'")
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {"mixed_precision": "of the caller"})
+    random.seed(1)
+    expected = [random.getstate(), torch.get_rng_state().tolist(), dict(os.environ)]
+    run(tokens=64, report_to="tensorboard")
+    assert [random.getstate(), torch.get_rng_state().tolist(), dict(os.environ)] == expected
+    assert AcceleratorState._shared_state == {"mixed_precision": "of the caller"}
+    assert [*(tmp_path / "out-logs").glob("events.*")]

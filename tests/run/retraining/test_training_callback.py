@@ -17,7 +17,7 @@ def trainer_of(model, folder, masks=None, **options) -> Trainer:
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "gradient_checkpointing": True,
+        "activation_checkpointing": True,
         "learning_rate": 1e-2,
         "weight_decay": 0.1,
         "max_steps": 8,
@@ -94,6 +94,6 @@ def test_a_dense_model_and_sharding_are_refused(saved, llama, tmp_path):
     with pytest.raises(ValueError, match="LlamaForCausalLM is not pruned"):
         trainer_of(llama, tmp_path / "run").train()
     trainer = trainer_of(reload(saved), tmp_path / "run")
-    trainer.args.fsdp = ["full_shard"]
-    with pytest.raises(ValueError, match="does not know the weights that the Trainer shards"):
+    trainer.args.deepspeed_plugin = object()
+    with pytest.raises(ValueError, match="does not know the weights that DeepSpeed and FSDP1 keep: use FSDP2"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)

@@ -1,0 +1,1 @@
+"""How fast pruned models run, dense and packed."""
