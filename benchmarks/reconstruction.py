@@ -1,14 +1,17 @@
-"""Fine-tuning of decoder layers after pruning (`finetune="layer"`): perplexity and time, with it and without.
+"""Block-wise SGD (EBFT, arXiv 2402.12419): kept weights of a decoder layer, trained to return what the dense one does.
 
 One row a method, `wanda`; with 32 steps a decoder layer, `wanda+32`; or on 32 instead of `--num-samples` windows,
 `wanda@32`. Every row prunes the model again. Seconds are those of the processor, which other programs of the machine
-lengthen less. Finished rows are read from the output file.
+lengthen less. Finished rows are read from the output file. `results/reconstruction.json` is of commit 4565bfc, which
+trained each decoder layer before it pruned the next one; rows without steps are equal.
 
-    python benchmarks/reconstruction.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --patterns 0.5,2:4
+    python benchmarks/reconstruction.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --patterns 2:4 --max-windows 6 \\
+        --held-out 6 --rows default,default+32,default@32,wanda,wanda+32 --include "*.layers.?.*"
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from argparse import Namespace
@@ -17,13 +20,73 @@ from typing import Any
 
 import torch
 from shared import calibration_of, open_record, parse_arguments, save, texts_of
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+from transformers import PreTrainedModel
 
 from optimum_fista import FistaPruner
+from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.replay import LayerCall
 from optimum_fista.run.checkpoints.loading import load_model
 from optimum_fista.run.comparison.settings import parse_config
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.reports.markdown import markdown_lines
+
+
+@torch.no_grad()
+def train_layers(
+    model: PreTrainedModel, dense: PreTrainedModel, windows: Tensor, steps: int, learning_rate: float, seed: int
+) -> list[tuple[float, float]]:
+    """Train the decoder layers of a pruned model, one after another; returns each one's error before and after.
+
+    Inputs are the hidden states of the model as trained so far, targets those of the dense model.
+    """
+    layers, others = find_decoder_layers(model), find_decoder_layers(dense).modules
+    recorded = record_inputs(model, layers, [CalibrationBatch(window[None]) for window in windows])
+    entering = wanted = list(recorded.hidden_states)
+    errors = []
+    for layer, other, calls in zip(layers.modules, others, recorded.calls, strict=True):
+        wanted = [call.run(other, hidden) for call, hidden in zip(calls, wanted, strict=True)]
+        batches = list(zip(calls, entering, wanted, strict=True))
+        errors.append(train_layer(layer, batches, steps, learning_rate, seed))
+        entering = [call.run(layer, hidden) for call, hidden in zip(calls, entering, strict=True)]
+    return errors
+
+
+def train_layer(
+    layer: nn.Module, batches: list[tuple[LayerCall, Tensor, Tensor]], steps: int, learning_rate: float, seed: int
+) -> tuple[float, float]:
+    """Minimize the error `|| h* - h ||^2 / || h ||^2`, summed over tokens, by Adam, a batch a step."""
+
+    def squares(call: LayerCall, entering: Tensor, wanted: Tensor) -> Tensor:
+        return (call.run(layer, entering) - wanted).square().sum(-1) / wanted.square().sum(-1)
+
+    def error() -> float:
+        return float(torch.cat([squares(*batch) for batch in batches]).mean().sqrt())
+
+    before, old = error(), copy.deepcopy(layer.state_dict())
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    kept = {module.weight: module.weight != 0 for module in linears if not bool(module.weight.all())}
+    if not kept:
+        return before, before
+    optimizer = torch.optim.Adam([*kept], lr=learning_rate)
+    schedule = OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    generator, order = torch.Generator().manual_seed(seed), list[int]()
+    for _ in range(steps):
+        order = order or torch.randperm(len(batches), generator=generator).tolist()
+        with torch.enable_grad():
+            loss = squares(*batches[order.pop()]).sum()
+        for (weight, mask), gradient in zip(kept.items(), torch.autograd.grad(loss, [*kept]), strict=True):
+            weight.grad = gradient * mask  # Adam never moves a weight whose gradient is always zero
+        optimizer.step()
+        schedule.step()
+    after = error()
+    if after < before:
+        return before, after
+    layer.load_state_dict(old)  # also if it is NaN
+    return before, before
 
 
 def way_of(name: str) -> tuple[str, int, int]:
@@ -34,62 +97,48 @@ def way_of(name: str) -> tuple[str, int, int]:
 
 
 def measure(arguments: Namespace, pattern: str, name: str, windows: Tensor, texts: dict[str, Tensor]) -> dict[str, Any]:
-    """Prune on `windows` in one way and measure."""
+    """Prune on `windows` in one way, train, and measure."""
     row: dict[str, Any] = {"pattern": pattern, "row": name}
     model, _ = load_model(arguments.model, dtype="float32", device="cpu")
     if name != "dense":
-        method, steps, _ = way_of(name)
-        options = f":finetune=layer:finetune_steps={steps}:finetune_learning_rate={arguments.learning_rate}"
-        config = parse_config(method + (options if steps else ""), pattern, arguments.seed)
-        config = dataclasses.replace(config, include=(arguments.include,))
-        started, processor = time.perf_counter(), time.process_time()
+        dense, (method, steps, _) = copy.deepcopy(model), way_of(name)
+        config = dataclasses.replace(parse_config(method, pattern, arguments.seed), include=(arguments.include,))
+        started = time.process_time()
         report = FistaPruner(config).prune(model, windows.split(1))
-        row |= {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - processor}
-        row |= {"config": report.config, "totals": report.totals, "layers": [vars(layer) for layer in report.layers]}
+        if steps:
+            row["errors"] = train_layers(model, dense, windows, steps, arguments.learning_rate, arguments.seed)
+        row |= {"processor_seconds": time.process_time() - started, "totals": report.totals}
     row["perplexity"] = {
         text: evaluate_perplexity(model, ids, batch_size=4, progress=False).perplexity for text, ids in texts.items()
     }
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of the table: a row each, in the order measured."""
-    texts, lines = list(rows[0]["perplexity"]), []
-    for row in rows:
-        seconds = f"{row['processor_seconds']:.0f}" if "processor_seconds" in row else ""
-        perplexities = (f"{row['perplexity'][text]:.2f}" for text in texts)
-        lines.append((row["pattern"], f"`{row['row']}`", *perplexities, seconds))
-    return markdown_lines(("zeros", "row", *texts, "processor seconds"), lines)
-
-
-_HELP = {
-    "rows": "method, method+steps, method@windows",
-    "include": "name pattern of the operators to prune, such as *.layers.?.*",
-    "held_out": "windows of the calibration text to measure on besides",
-}
-
-
 def main() -> None:
-    ways = {"patterns": ["0.5"], "rows": ["default", "default+32", "default@32", "wanda", "wanda+32"]}
+    ways = {"patterns": ["2:4"], "rows": ["default", "default+32", "default@32", "wanda", "wanda+32"]}
     sizes = {"num_samples": 16, "held_out": 8, "sequence_length": 512, "max_windows": 12, "threads": 1, "seed": 0}
     others = {"include": "*", "learning_rate": 3e-4, "output": Path("runs/reconstruction.json")}
-    arguments = parse_arguments(__doc__, "model", "calibration", "texts", helps=_HELP, **ways, **sizes, **others)
+    helps = {"held_out": "windows of the calibration text to measure on besides"}
+    arguments = parse_arguments(__doc__, "model", "calibration", "texts", helps=helps, **ways, **sizes, **others)
     torch.set_num_threads(arguments.threads)
     _, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
     wanted = [("", "dense"), *((pattern, row) for pattern in arguments.patterns for row in arguments.rows)]
     number, held_out = arguments.num_samples, arguments.held_out
-    most = max(number, *(way_of(name)[2] for _, name in wanted))
-    windows = calibration_of(arguments, tokenizer, most + held_out)
+    windows = calibration_of(arguments, tokenizer, max(number, *(way_of(row)[2] for _, row in wanted)) + held_out)
     texts = texts_of(arguments, tokenizer, arguments.sequence_length)
     texts["held out"] = windows[number : number + held_out]
     windows = torch.cat([windows[:number], windows[number + held_out :]])
     record = open_record(arguments, "rows", "patterns")
     for pattern, name in wanted:
         if (pattern, name) not in {(row["pattern"], row["row"]) for row in record["rows"]}:
-            calibration = windows[: way_of(name)[2] or number]
-            record["rows"].append(measure(arguments, pattern, name, calibration, texts))
+            record["rows"].append(measure(arguments, pattern, name, windows[: way_of(name)[2] or number], texts))
             save(arguments, record)
-    print("\n".join(table(record["rows"])))
+    columns = (*texts, "processor seconds")
+    cells = [[f"{p:.2f}" for p in row["perplexity"].values()] for row in record["rows"]]
+    seconds = [f"{row['processor_seconds']:.0f}" if "processor_seconds" in row else "" for row in record["rows"]]
+    names = [(row["pattern"], f"`{row['row']}`") for row in record["rows"]]
+    lines = [(*name, *cell, second) for name, cell, second in zip(names, cells, seconds, strict=True)]
+    print("\n".join(markdown_lines(("zeros", "row", *columns), lines)))
 
 
 if __name__ == "__main__":

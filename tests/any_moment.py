@@ -5,9 +5,7 @@ from tiny_llama import tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 
-CONFIG = FistaPruningConfig(
-    method="wanda", error_correction="full", residual_correction=1.0, finetune="layer", finetune_steps=2
-)
+CONFIG = FistaPruningConfig(method="wanda", error_correction="full", residual_correction=1.0)
 """All that a run may do, in few operations."""
 
 

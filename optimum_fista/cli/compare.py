@@ -16,7 +16,7 @@ Prune a model by several methods, measure every result, and write one table and 
 
 Every row (method, pattern, seed) is kept in --output; the same command given again resumes where it was interrupted.
 A method is name:option=value:..., with the options of FistaPruningConfig or of the method; name may
-be a recipe too: default, fast, best, paper. See docs/compare.md.
+be a recipe too: default, fast, paper. See docs/compare.md.
 
 examples:
   optimum-fista compare facebook/opt-125m --output opt --calibration c4 --texts wikitext2,c4,ptb --bos start

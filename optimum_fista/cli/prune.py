@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     advanced = add_options(parser, PruningOptions)
     size = "leave this share of the dense model, such as 0.75: the run chooses what goes (docs/smaller.md)"
     add("--target-size", type=float, metavar="SHARE", help=size)
-    add("--recipe", metavar="NAME", help="default, fast, best or paper (docs/quickstart.md); other flags override it")
+    add("--recipe", metavar="NAME", help="default, fast or paper (docs/quickstart.md); other flags override it")
     sources = "self (the model writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
     add("--calibration", default="self", metavar="SOURCE", help=sources)
     add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")

@@ -67,11 +67,11 @@ class Correction:
         """Whether `X* = X` for the group of operators with this number in the decoder layer."""
         return self.carry == "none" or (self.carry == "intra" and group == 0)
 
-    def enter(self, hidden_states: Sequence[Tensor], keeps_dense: bool) -> HiddenStates:
+    def enter(self, hidden_states: Sequence[Tensor]) -> HiddenStates:
         """The hidden states that enter the first decoder layer: dense, pruned, or both, as needed."""
         if self.independent_layers:
             return HiddenStates(hidden_states)
-        return HiddenStates(hidden_states if self.needs_dense or keeps_dense else None, hidden_states)
+        return HiddenStates(hidden_states if self.needs_dense else None, hidden_states)
 
 
 @dataclass

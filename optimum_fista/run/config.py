@@ -46,7 +46,7 @@ def method_defaults(name: str) -> MethodDefaults:
 
 
 _RECIPE_FOLDER = Path(__file__).parent / "recipes"
-RECIPES = ("default", "fast", "best", "paper")
+RECIPES = ("default", "fast", "paper")
 """Names for `FistaPruningConfig.recipe`. Each has a JSON file in `recipes`, with what differs from the defaults."""
 
 _OPTIONS_OF_METHOD = ("warm_start", "max_iterations", "tolerance", "method_options")
@@ -108,11 +108,6 @@ class FistaPruningConfig(PruningOptions):
                 f"pattern={self.pattern!r}: one run can't remove experts and set zeros: prune with what is before the "
                 "comma, and then prune the smaller model with what is after it."
             )
-        if loses_experts and self.finetune is not None:
-            raise ValueError(
-                f"finetune={self.finetune!r} can't train decoder layers that lose experts (pattern={self.pattern!r}): "
-                "pass finetune=None; experts that stay are refitted (expert_refit)."
-            )
         if self.reorder_channels and not self._default_pattern().orders_inputs:
             raise ValueError(
                 f"reorder_channels=True has no meaning for pattern={self.pattern!r}: leave it out, or pass a pattern "
@@ -139,7 +134,7 @@ class FistaPruningConfig(PruningOptions):
         """The settings of a recipe; docs/quickstart.md compares the recipes.
 
         Args:
-            name: `"default"`, `"fast"`, `"best"` or `"paper"`.
+            name: `"default"`, `"fast"` or `"paper"`.
             options: Options of this class, which override the recipe's. If `method` is another than the recipe's, the
                 recipe's options of its own method are left out.
 

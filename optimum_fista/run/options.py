@@ -130,13 +130,6 @@ class PruningOptions:
         "n:m: order the channels of MLPs so that larger weights are kept; the dense model's adapters don't fit then",
         advanced=_METHOD,
     )
-    finetune: Literal["layer"] | None = option(
-        None,
-        "train the kept weights of every pruned decoder layer to give the dense layer's outputs (default: off)",
-        advanced=_METHOD,
-    )
-    finetune_steps: int = option(32, "steps a decoder layer, a batch each", limits=(1, None), advanced=_METHOD)
-    finetune_learning_rate: float = option(3e-4, "largest learning rate", limits=(1e-30, 1e30), advanced=_METHOD)
     compute_dtype: Literal["float32", "bfloat16", "auto"] = option(
         "float32",
         "how float32 matrices are multiplied in forward passes, gradients and sums over tokens; bfloat16 is "

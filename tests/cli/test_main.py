@@ -14,7 +14,7 @@ FLAGS = {
         "--include --exclude --method --recipe --paper --expert-saliency --no-expert-refit "
         "--error-correction --residual-correction --allocation --under-calibrated-tokens "
         "--under-calibrated-method --reorder-channels --warm-start --max-iterations --tolerance --allocation-tokens "
-        "--finetune --finetune-steps --finetune-learning-rate --config "
+        "--config "
         "--calibration --num-samples --sequence-length "
         "--held-out --batch-size --compute-dtype --seed --device --dtype --storage-device "
         "--report-to --logging-dir "

@@ -86,18 +86,6 @@ def test_default_method_with_its_dials_turned(prune, tmp_path):
     assert config.error_correction == 0.5
 
 
-def test_decoder_layers_are_fine_tuned(prune, tmp_path):
-    assert prune("--finetune", "layer", "--finetune-steps", "16", "--finetune-learning-rate", "1e-3") == 0
-    config = config_of(tmp_path / "out")
-    assert (config.finetune, config.finetune_steps, config.finetune_learning_rate) == ("layer", 16, 1e-3)
-    report = report_of(tmp_path / "out")
-    errors = [(layer["finetuning"]["error_before"], layer["finetuning"]["error"]) for layer in report["layers"]]
-    assert all(before > after for before, after in errors), errors
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "with every decoder layer fine-tuned under its masks" in card
-    assert "fit error of the operators, before fine-tuning" in card
-
-
 @pytest.mark.parametrize(("flag", "value"), [("none", "none"), ("0.25", 0.25), ("1", 1.0)])
 def test_error_correction_is_a_word_or_a_number(prune, tmp_path, flag, value):
     assert prune("--method", "wanda", "--error-correction", flag) == 0
@@ -186,7 +174,7 @@ def test_a_model_that_is_there_is_refused_before_any_work(prune, tmp_path, capsy
         (["--dtype", "float33"], "float33"),
         (["--config", "nothing.json"], "nothing.json"),
         (["--paper", "--method", "wanda"], "--paper sets method and options of the paper"),
-        (["--recipe", "slow"], "recipe='slow': pass one of 'default', 'fast', 'best', 'paper'"),
+        (["--recipe", "slow"], "recipe='slow': pass one of 'default', 'fast', 'paper'"),
         (["--recipe", "fast", "--config", "config.json"], "--recipe fast and --config config.json: pass only one"),
         (["--paper", "--recipe", "fast"], "--paper sets method and options of the paper"),
         (["--paper", "--config", "config.json"], "--paper sets method and options of the paper"),

@@ -40,7 +40,7 @@ def test_layers_and_sums_have_the_precision_asked_for_and_the_solver_float32(mon
     for layer in model.model.layers:
         hook = lambda *_: note("gradient" if torch.is_grad_enabled() else "layer")  # noqa: E731
         layer.mlp.act_fn.register_forward_hook(hook)
-    prune(model, tiny_tokens().split(4), compute_dtype=dtype, finetune="layer", finetune_steps=1)
+    prune(model, tiny_tokens().split(4), compute_dtype=dtype)
     traced = {"highest"}  # which operators are called, and how, is looked up on one batch
     assert seen.pop("layer") == {expected} | traced
     assert seen == {"gradient": {expected}, "sum": {expected}, "solver": {"highest"}}

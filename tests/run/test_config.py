@@ -255,11 +255,10 @@ def test_options_win_over_a_recipe():
     assert config == FistaPruningConfig(pattern="2:4", residual_correction=0.5, error_correction="full")
     config = FistaPruningConfig.recipe("paper", method="wanda", seed=3)
     assert config == FistaPruningConfig(method="wanda", seed=3)  # without the options of FISTA
-    assert FistaPruningConfig.recipe("best", method="sparsegpt").finetune == "layer"
 
 
 def test_an_unknown_recipe_is_refused_with_the_list():
-    with pytest.raises(ValueError, match="recipe='slow': pass one of 'default', 'fast', 'best', 'paper'"):
+    with pytest.raises(ValueError, match="recipe='slow': pass one of 'default', 'fast', 'paper'"):
         FistaPruningConfig.recipe("slow")
 
 

@@ -115,9 +115,4 @@ def moments(run: PlannedRun) -> Iterator[tuple[str, Mapping[str, float], float]]
             gram, matrix = 4 * kind.mixture.columns**2, 4 * kind.mixture.rows * kind.mixture.columns
             refit = {"Gram matrices": run.refits * 5 * gram, "weights and targets": run.refits * 6 * matrix}
             yield "experts", layer | batch | stay | refit, waiting - on_disk * stream
-        pruned = sum(count * g.outputs * g.columns for g, count in kind.groups.items())
-        if config.finetune is not None:  # masks, weights from before, gradients, moments, weights in float32
-            training = (2 + value + 4 * (3 if value == 4 else 4)) * pruned
-            parts = layer | {"weights in training": training, "activations": run.batch * saved}
-            yield "fine-tuning", parts, 2 * run.streams_bytes
     yield "embedding and head", ends, 0

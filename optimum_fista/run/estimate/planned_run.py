@@ -113,7 +113,7 @@ class PlannedRun:
         dequantizing = self.model.num_parameters() * _DEQUANTIZING
         self.start_seconds = IMPORT_SECONDS + (3 * reading + 2 * dequantizing) * self.whole
         self.corrects, self.records = config.correction.dense_share > 0, config.correction.needs_dense
-        streams = (self.records or config.finetune is not None) + (not config.correction.independent_layers)
+        streams = self.records + (not config.correction.independent_layers)
         self.stream_bytes = self.value * self.tokens * self.hidden
         self.streams_bytes = streams * self.stream_bytes
         removal = self.shapes.removal

@@ -30,7 +30,7 @@ _LOGIT_GRADIENT = 34
 def work_by_stage(run: PlannedRun) -> dict[str, np.ndarray]:
     """Work by stage."""
     config, names = run.config, ("calibration text", "allocation", "forward passes", "statistics", "solving")
-    stages = {name: work() for name in (*names, "fine-tuning", "files and Python")}
+    stages = {name: work() for name in (*names, "files and Python")}
     head = 2.0 * run.vocabulary * run.hidden
     if run.samples_itself:  # a token at a time, all weights read for each
         every = sum(kind.count * 2 * kind.num_active for kind in run.shapes.kinds) + head
@@ -59,7 +59,7 @@ def work_by_stage(run: PlannedRun) -> dict[str, np.ndarray]:
         # In the pruned network, what is not pruned is taken to run once.
         again = float(any(g.passes for g in kind.groups))
         more = sum((g.passes - again) * n * g.outputs * g.columns * g.share for g, n in kind.groups.items())
-        passes = (run.records or config.finetune is not None) + again + more / kind.num_active
+        passes = run.records + again + more / kind.num_active
         unseen = 2 * run.num_unseen * run.length
         stages["forward passes"] += token * (kind.count * (run.tokens * passes + 3 * run.batch + unseen))
         # Gradients: forwards, again, and backwards, which takes twice as long but for products with weights.
@@ -96,9 +96,6 @@ def work_by_stage(run: PlannedRun) -> dict[str, np.ndarray]:
             stages["solving"] += work(products=ROUNDS * experts * fits)
         sweeps = kind.count * _SWEEP * sum(count * g.outputs * g.columns for g, count in kind.groups.items())
         stages["allocation"] += work(moved_bytes=run.allocates * 24 * sweeps)
-        if config.finetune is not None:  # forwards and backwards; Adam, masks and rounding take twelve passes
-            stages["fine-tuning"] += token * (kind.count * (3 * config.finetune_steps * run.batch + run.tokens))
-            stages["fine-tuning"] += work(moved_bytes=config.finetune_steps * 12 * sweeps)
         layer = work(file_bytes=2 * kind.num_bytes + run.streams_bytes, python=_LAYER_SECONDS)
         stages["files and Python"] += layer * kind.count
     stages["files and Python"] += work(python=_CARD_SECONDS)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from optimum_fista.model.activations import HiddenStates, LayerActivations
+from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.correction import GroupProblems, LayerTargets
 from optimum_fista.model.digest import layer_sha256
 from optimum_fista.model.expert_removal import experts_of
 from optimum_fista.model.experts import FusedExperts
 from optimum_fista.model.hidden_states import RecordedInputs
 from optimum_fista.model.offload import execution_device, onloaded
-from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.products import quick_products_in
-from optimum_fista.model.reconstruction import reconstruct
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.run.checkpoints.loading import storage_place
 from optimum_fista.run.memory import PeakMemory, is_out_of_memory, release_memory_of
@@ -27,7 +25,7 @@ from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.operators import require_finite
 from optimum_fista.run.pruning.parts_of_layer import choose_columns, remove_experts, reorder_channels
 from optimum_fista.run.pruning.sink import ModelSink
-from optimum_fista.run.reports.report import FinetuningReport, LayerRecord, LayerReport, MixtureReport, OperatorReport
+from optimum_fista.run.reports.report import LayerRecord, LayerReport, MixtureReport, OperatorReport
 from optimum_fista.solve.narrowing import Narrowing
 
 
@@ -67,7 +65,7 @@ def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | Non
         recorded, run.states = run.batches.record(run.states, run.storage)
         first = 0 if run.states is None else min(todo)
         if run.states is None:
-            run.states = run.config.correction.enter(recorded.hidden_states, run.config.finetune is not None)
+            run.states = run.config.correction.enter(recorded.hidden_states)
         del recorded.hidden_states
         if run.probe is not None and not run.probe.begin():
             run.probe = None
@@ -168,8 +166,6 @@ class _Loop:
             left_dense |= others
         self.bar.update(len(left_dense))
         reports: list[OperatorReport] = []
-        masks: dict[str, Tensor] = {}
-        finetuning = None
         part = None if run.removal is None else run.removal.mixture_of(name)
         experts = None if part is None else experts_of(part, name, activations.layer)
         mixture: MixtureReport | None = None
@@ -183,28 +179,23 @@ class _Loop:
                 mixture, smaller = self.without_experts(name, experts, targets)
             for number in range(len(groups)):
                 # in a call: the matrices of a group must be gone before those of the next one are made
-                reports += self.prune_group(index, targets.problems(number), narrowed, masks)
+                reports += self.prune_group(index, targets.problems(number), narrowed)
             if experts is not None and not first_of_all:
                 mixture, smaller = self.without_experts(name, experts, targets)
             leaving = targets.leave(smaller)
-            if masks:
-                chosen = [operators[operator] for operator in masks]
-                finetuning = self.finetune(activations, chosen, masks, entering, leaving)
         run.states = leaving
         peak = memory.peak if operators or mixture else None
         moved = activations.hidden_state_error(leaving)
         reports = [replace(report, input_order=orders.get(report.name)) for report in reports]
-        return LayerRecord(LayerReport(name, moved, 0.0, peak, finetuning, mixture), reports, left_dense)
+        return LayerRecord(LayerReport(name, moved, 0.0, peak, mixture), reports, left_dense)
 
     def prune_group(
-        self, index: int, problems: GroupProblems, narrowed: Mapping[str, Narrowing], masks: dict[str, Tensor]
+        self, index: int, problems: GroupProblems, narrowed: Mapping[str, Narrowing]
     ) -> list[OperatorReport]:
-        """Prune operators that share their inputs, and write them; masks are added if they are needed after."""
+        """Prune operators that share their inputs, and write them."""
         solved = self.solver.solve(problems, narrowed)
         for operator, pruned in zip(problems.operators, solved.pruned, strict=True):
             self.sink.write(operator, pruned)
-            if self.run.config.finetune is not None:
-                masks[operator.name] = pruned.mask
         reports = report_group(problems, solved)
         self.show(index, reports)
         for callback in self.run.callbacks:
@@ -220,36 +211,6 @@ class _Loop:
         removed = remove_experts(self.run.removal, self.sink, name, experts, targets)
         self.bar.update()
         return removed
-
-    def finetune(
-        self,
-        activations: LayerActivations,
-        operators: Sequence[LinearOperator],
-        masks: Mapping[str, Tensor],
-        entering: HiddenStates,
-        leaving: HiddenStates,
-    ) -> FinetuningReport:
-        """Train the kept weights of a decoder layer in place, towards the dense network's hidden states after it.
-
-        The pruned hidden states of `leaving` become those of the trained weights.
-        """
-        started, config = time.perf_counter(), self.run.config
-        assert leaving.dense is not None
-        made = reconstruct(
-            activations,
-            operators,
-            masks,
-            entering.entering,
-            leaving.dense,
-            leaving.pruned,
-            steps=config.finetune_steps,
-            learning_rate=config.finetune_learning_rate,
-            seed=config.seed,
-        )
-        if leaving.pruned is not None and made.outputs is not None:
-            leaving.pruned = made.outputs
-        seconds = time.perf_counter() - started
-        return FinetuningReport(made.error_before, made.error, seconds, made.held_out_error_before, made.held_out_error)
 
     def show(self, index: int, reports: list[OperatorReport]) -> None:
         """Move the progress bar on."""

@@ -50,7 +50,7 @@ class OperatorReport:
         sparsity: Fraction of zeros.
         method: Pruning method.
         fit_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, weights as saved, or as they
-            were before fine-tuning or retraining; `Y` are the outputs that the error correction aims at, those of the
+            were before retraining; `Y` are the outputs that the error correction aims at, those of the
             dense network `W X` or others.
         l1_penalty: Penalty of the solution, if the method has one.
         iterations: Iterations over all trials.
@@ -104,26 +104,6 @@ class OperatorReport:
 
 
 @dataclass(frozen=True)
-class FinetuningReport:
-    """What fine-tuning made of one decoder layer.
-
-    Attributes:
-        error_before: `sqrt(mean over tokens of || h* - h ||^2 / || h ||^2)` of the hidden states after the layer when
-            its operators were pruned: `h*` those of the pruned layer, `h` those wanted.
-        error: The same after fine-tuning; equal if that gained nothing, and the layer kept its old weights.
-        seconds: Its wall time.
-        held_out_error_before: `error_before` on held-out tokens; `None` if there are none.
-        held_out_error: `error` on held-out tokens.
-    """
-
-    error_before: float
-    error: float
-    seconds: float
-    held_out_error_before: float | None = None
-    held_out_error: float | None = None
-
-
-@dataclass(frozen=True)
 class MixtureReport:
     """Which experts of a mixture stayed, and how near the others come to all of them.
 
@@ -167,7 +147,6 @@ class LayerReport:
         seconds: Wall time of the layer.
         memory: The most memory that the process held while the layer's operators were pruned; `None` if there are
             none, and in reports of older versions.
-        finetuning: What fine-tuning made of it; `None` if it was not fine-tuned.
         mixture: Its mixture, if that lost experts.
         dense_sha256: Digest of its tensors before (`model.digest.layer_sha256`); `None` in reports of older versions.
     """
@@ -176,7 +155,6 @@ class LayerReport:
     hidden_state_error: float | None
     seconds: float
     memory: MemoryPeak | None = None
-    finetuning: FinetuningReport | None = None
     mixture: MixtureReport | None = None
     dense_sha256: str | None = None
 
@@ -305,16 +283,9 @@ class PruningReport:
         warnings.warn(message, stacklevel=level)
 
     @property
-    def finetuned(self) -> bool:
-        """Whether decoder layers were fine-tuned once pruned, so that the operators' errors are those before it."""
-        return any(layer.finetuning is not None for layer in self.layers)
-
-    @property
     def before(self) -> str:
-        """What the operators' errors were measured before: `", before ..."`, or nothing."""
-        if self.retrained:
-            return ", before retraining"
-        return ", before fine-tuning" if self.finetuned else ""
+        """What the operators' errors were measured before: `", before retraining"`, or nothing."""
+        return ", before retraining" if self.retrained else ""
 
     @property
     def mixtures(self) -> list[MixtureReport]:

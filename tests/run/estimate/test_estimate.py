@@ -4,15 +4,12 @@ import tracemalloc
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from estimate import CASES, beside_a_run
-from live_memory import LiveMemory
 from safetensors.torch import load_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -21,7 +18,7 @@ from optimum_fista.run.checkpoints.output_folder import unfinished_folder
 from optimum_fista.run.estimate.estimate import Estimate
 from optimum_fista.run.estimate.memory import moments
 from optimum_fista.run.estimate.work import LAYER_CALL, Meter
-from optimum_fista.run.pruning import budgets, loop
+from optimum_fista.run.pruning import budgets
 from optimum_fista.run.reports.card import error_picture
 from optimum_fista.run.streamed.journal import Journal
 
@@ -373,30 +370,6 @@ def test_the_picture_of_many_narrow_layers_takes_what_is_estimated():
         held.append((measured, parts["picture of the model card"]))
     _, few, many = held
     assert many[0] - few[0] == pytest.approx(many[1] - few[1], rel=0.25)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fine_tuning_takes_what_is_estimated(dtype, monkeypatch):
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 64}
-    config = FistaPruningConfig(0.5, method="magnitude", finetune="layer", finetune_steps=6)
-    train, seen = loop.reconstruct, []
-
-    def watched(*arguments, **options):
-        with FlopCounterMode(display=False) as products, LiveMemory() as memory:
-            made = train(*arguments, **options)
-        seen.append((products.get_total_flops(), memory.peak))
-        return made
-
-    monkeypatch.setattr(loop, "reconstruct", watched)
-    ids = torch.randint(4, 64, (8, 32), generator=torch.Generator().manual_seed(0))
-    FistaPruner(config, progress=False).prune(tiny_llama(**sizes).to(dtype), ids.split(2))
-    (products, memory), *_ = seen
-    settings = {"num_samples": 8, "sequence_length": 32, "batch_size": 2, "dtype": dtype}
-    estimate = estimated(tiny_llama(**sizes).config, config, **settings)
-    assert np.isclose(flops(estimate, "fine-tuning"), products, rtol=0.3)
-    assert "fine-tuning" not in estimated(tiny_llama(**sizes).config, FistaPruningConfig(method="magnitude")).work
-    parts = next(parts for moment, parts, _ in moments(estimate) if moment == "fine-tuning")
-    assert 1 / 1.35 < (parts["weights in training"] + parts["activations"]) / memory < 1.35
 
 
 @pytest.mark.parametrize(("dtype", "vocabulary"), [(torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 4096)])

@@ -296,7 +296,6 @@ def test_what_can_not_go_is_refused_and_the_model_stays(model, pattern, error, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pattern": "experts:0.5", "finetune": "layer"}, "finetune='layer' can't train decoder layers that lose"),
         ({"pattern": "experts:0.5,2:4"}, "one run can't remove experts and set zeros"),
         ({"pattern": "channels:0.5", "expert_saliency": "random"}, "expert_saliency='random' has no meaning for"),
         ({"sparsity": 0.5, "expert_refit": False}, "expert_refit=False has no meaning for pattern='unstructured'"),

@@ -64,7 +64,7 @@ def test_magnitude_pruning_in_one_run_is_that_in_two(family, parts, zeros):
     [
         (f"{PARTS},0.5", {}),
         (f"{PARTS}+layers:0.25,0.5", {}),
-        (f"{PARTS},2:4", {"error_correction": "intra", "finetune": "layer", "finetune_steps": 2}),
+        (f"{PARTS},2:4", {"error_correction": "intra"}),
         (f"{PARTS},unstructured", {"method": "wanda", "sparsity": 0.25, "held_out": 2}),
     ],
 )
