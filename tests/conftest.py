@@ -55,6 +55,16 @@ def benchmark(monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def enough_tokens():
+    """No expert of a mixture is under-calibrated, however few tokens it gets."""
+    from optimum_fista.run.pruning import group_solving
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(group_solving, "UNDER_CALIBRATED_TOKENS", 0)
+        yield
+
+
+@pytest.fixture(scope="module")
 def one_picture():
     """All models are saved with the first one's picture, which takes longer to draw than a tiny model to prune."""
     from optimum_fista.run.checkpoints import writing

@@ -156,7 +156,6 @@ CASES |= {
     "bfloat16": lambda: in_memory(dtype=torch.bfloat16),
     "held out": lambda: in_memory(held_out=3),
     "some left dense": lambda: in_memory(exclude=("*.layers.1.*",)),
-    "under-calibrated experts": lambda: in_memory("mixtral", under_calibrated_tokens=60),
     "streamed": lambda: streamed(),
     "streamed 2:4": lambda: streamed(pattern="2:4"),
     "streamed intra": lambda: streamed(error_correction="intra"),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +18,6 @@ from optimum_fista.model.parts import Part
 from optimum_fista.solve.problem import LayerProblem, relative
 from optimum_fista.solve.refit import refit_columns
 from optimum_fista.solve.statistics import InputStatistics
-
-Saliency = Literal["reap", "frequency", "random"]
 
 ROUNDS = 3
 """How often every expert is refitted, with the others as they then are; each round gains less than the one before."""
@@ -39,21 +35,10 @@ class ExpertScores:
     num_tokens: Tensor
     norms: Tensor
 
-    def saliency(self, kind: Saliency, name: str, seed: int) -> Tensor:
-        """What each expert is kept for, float64 [experts].
-
-        Args:
-            kind: `"reap"`: the mean of `norms` over the tokens of each expert (REAP, arXiv 2510.13999, eq. 9).
-                `"frequency"`: the share of the router's choices. `"random"`: a number in [0, 1).
-            name: Name of the mixture, which random numbers depend on.
-            seed: Their seed.
-        """
-        if kind == "reap":
-            return self.norms / self.num_tokens.clamp_min(1)
-        if kind == "frequency":
-            return self.num_tokens.double() / self.num_tokens.sum().clamp_min(1)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        return torch.rand(len(self.norms), dtype=torch.float64, generator=generator)
+    @property
+    def saliency(self) -> Tensor:
+        """The mean of `norms` over the tokens of each expert (REAP, arXiv 2510.13999, eq. 9), float64 [experts]."""
+        return self.norms / self.num_tokens.clamp_min(1)
 
 
 def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:

@@ -50,12 +50,6 @@ RECIPES = ("default", "fast", "paper")
 """Names for `FistaPruningConfig.recipe`. Each has a JSON file in `recipes`, with what differs from the defaults."""
 
 _OPTIONS_OF_METHOD = ("warm_start", "max_iterations", "tolerance", "method_options")
-_OLD_NAMES = {"starved_tokens": "under_calibrated_tokens", "starved_method": "under_calibrated_method"}
-
-
-def renamed_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved options, with the names that they have now if an older version wrote them."""
-    return {name if (new := _OLD_NAMES.get(name, name)) in values else new: value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -74,11 +68,6 @@ class FistaPruningConfig(PruningOptions):
             self._name_the_method(self.method)
         if wrong := wrong_field(self):
             raise ValueError(wrong)
-        if self.under_calibrated_method not in METHODS:
-            raise ValueError(
-                f"under_calibrated_method={self.under_calibrated_method!r}: "
-                f"pass one of {', '.join(map(repr, sorted(METHODS)))}."
-            )
         object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
         self._check_combinations()
 
@@ -97,12 +86,11 @@ class FistaPruningConfig(PruningOptions):
             )
         shares = () if self.whole_parts is None else self.whole_parts.shares
         loses_experts = any(part.kind == "experts" for part in shares)
-        for name, usual in (("expert_saliency", "reap"), ("expert_refit", True)):
-            if getattr(self, name) != usual and not loses_experts:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no meaning for pattern={self.pattern!r}, which removes no "
-                    "experts: leave it out, or pass a pattern such as 'experts:0.25'."
-                )
+        if not self.expert_refit and not loses_experts:
+            raise ValueError(
+                f"expert_refit=False has no meaning for pattern={self.pattern!r}, which removes no experts: leave it "
+                "out, or pass a pattern such as 'experts:0.25'."
+            )
         if loses_experts and self._pattern_of_weights() != self.whole_parts:
             raise ValueError(
                 f"pattern={self.pattern!r}: one run can't remove experts and set zeros: prune with what is before the "
@@ -113,14 +101,12 @@ class FistaPruningConfig(PruningOptions):
                 f"reorder_channels=True has no meaning for pattern={self.pattern!r}: leave it out, or pass a pattern "
                 "such as '2:4'."
             )
-        methods = self.create_method(""), METHODS[self.under_calibrated_method]()
-        for method in methods:
-            method.require_pattern(self._default_pattern())
-            method.require_pattern(self._pattern_of_weights())
+        method = self.create_method("")
+        method.require_pattern(self._default_pattern())
+        method.require_pattern(self._pattern_of_weights())
         for pattern, value in self.overrides.items():
             try:
-                for method in methods:
-                    method.require_pattern(self._override_pattern(value))
+                method.require_pattern(self._override_pattern(value))
             except ValueError as error:
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from error
 
@@ -186,7 +172,7 @@ class FistaPruningConfig(PruningOptions):
     @property
     def needs_gradients(self) -> bool:
         """Whether a method reads gradients of the loss."""
-        return any(METHODS[name].needs_gradients for name in (str(self.method), self.under_calibrated_method))
+        return METHODS[str(self.method)].needs_gradients
 
     def with_parts(self, parts: str) -> FistaPruningConfig:
         """The same, with a pattern of explicit parts instead of the size to reach."""
@@ -226,7 +212,6 @@ class FistaPruningConfig(PruningOptions):
         Raises:
             ValueError: If a key is no option.
         """
-        values = renamed_options(values)
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:

@@ -112,18 +112,6 @@ class PruningOptions:
     overrides: Mapping[str, float | str] = option(
         dict, "sparsity or pattern by pattern of names; the first match counts, and 0 leaves an operator dense"
     )
-    under_calibrated_tokens: int = option(
-        128,
-        "experts of a mixture that the router sends fewer tokens are under-calibrated",
-        limits=(0, None),
-        advanced=_METHOD,
-    )
-    under_calibrated_method: str = option(
-        "magnitude", "the method that prunes under-calibrated experts", advanced=_METHOD
-    )
-    expert_saliency: Literal["reap", "frequency", "random"] = option(
-        "reap", "how the experts that stay are chosen if others go: see docs/smaller.md", advanced=_METHOD
-    )
     expert_refit: bool = option(True, "refit the experts that stay if others go", advanced=_METHOD)
     reorder_channels: bool = option(
         False,

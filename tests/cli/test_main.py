@@ -11,9 +11,9 @@ from optimum_fista.cli.main import build_parser, main
 FLAGS = {
     "prune": (
         "MODEL --output -o --dry-run --overwrite --packed --sparsity --pattern --target --target-size --scope "
-        "--include --exclude --method --recipe --paper --expert-saliency --no-expert-refit "
-        "--error-correction --residual-correction --allocation --under-calibrated-tokens "
-        "--under-calibrated-method --reorder-channels --warm-start --max-iterations --tolerance --allocation-tokens "
+        "--include --exclude --method --recipe --paper --no-expert-refit "
+        "--error-correction --residual-correction --allocation "
+        "--reorder-channels --warm-start --max-iterations --tolerance --allocation-tokens "
         "--config "
         "--calibration --num-samples --sequence-length "
         "--held-out --batch-size --compute-dtype --seed --device --dtype --storage-device "

@@ -216,8 +216,8 @@ def test_experts_that_went_are_counted_in_every_command(text_file, tmp_path, cap
     tiny_model("mixtral").save_pretrained(dense)
     tiny_tokenizer().save_pretrained(dense)
     flags = ["--pattern", "experts:0.5", *QUICK, "--calibration", str(text_file)]
-    assert main(["prune", str(dense), "-o", str(folder), *flags, "--expert-saliency", "frequency"]) == 0
-    left = "2 of 4 experts left in each of 2 mixtures (frequency), fit error of their outputs"
+    assert main(["prune", str(dense), "-o", str(folder), *flags]) == 0
+    left = "2 of 4 experts left in each of 2 mixtures (REAP), fit error of their outputs"
     assert left in capsys.readouterr().out
     assert left in (folder / "README.md").read_text()
     assert main(["verify", str(folder), "--dense", str(dense)]) == 0
@@ -228,7 +228,7 @@ def test_experts_that_went_are_counted_in_every_command(text_file, tmp_path, cap
     assert "Where the errors are" not in text
     assert main(["prune", str(dense), "--dry-run", *flags, "--no-expert-refit"]) == 0
     assert "left dense (keeps 2 of 4 experts): model.layers.0.mlp.experts" in capsys.readouterr().out
-    methods = "default,default:expert_saliency=random:expert_refit=false"
+    methods = "default,default:expert_refit=false"
     flags = ["--methods", methods, "--patterns", "experts:0.5", "--max-windows", "1", "--num-samples", "4"]
     texts = ["--texts", str(text_file), "--calibration", str(text_file), "--sequence-length", "16", "--device", "cpu"]
     assert main(["compare", str(dense), "-o", str(tmp_path / "out"), *flags, *texts]) == 0

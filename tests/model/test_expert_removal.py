@@ -9,7 +9,7 @@ from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.errors import UnsupportedArchitectureError
-from optimum_fista.model.expert_removal import ExpertScores, SmallerMixture, experts_of, experts_to_keep, score_experts
+from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.parts import find_parts
 from optimum_fista.model.products import quick_products_in
@@ -63,18 +63,9 @@ def test_scores_are_those_of_a_plain_loop_over_tokens():
                 norms[expert] += float(weight * output.norm())
     assert scores.num_tokens.tolist() == counts
     assert scores.norms.tolist() == pytest.approx(norms, rel=1e-5)
-    assert scores.saliency("reap", "", 0).tolist() == pytest.approx(
+    assert scores.saliency.tolist() == pytest.approx(
         [norm / max(1, count) for norm, count in zip(norms, counts, strict=True)], rel=1e-5
     )
-    assert scores.saliency("frequency", "", 0).tolist() == pytest.approx([count / sum(counts) for count in counts])
-
-
-def test_random_saliency_depends_on_seed_and_mixture():
-    scores = ExpertScores(torch.ones(8, dtype=torch.int64), torch.ones(8, dtype=torch.float64))
-    drawn = [scores.saliency("random", name, seed).tolist() for name, seed in (("a", 0), ("a", 0), ("b", 0), ("a", 1))]
-    assert drawn[0] == drawn[1]
-    assert drawn[0] != drawn[2]
-    assert drawn[0] != drawn[3]
 
 
 def test_every_run_keeps_as_many_and_the_first_of_equals_stay():

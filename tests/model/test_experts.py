@@ -14,6 +14,7 @@ from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.experts import FusedExperts, split_experts
 from optimum_fista.model.operator import LinearOperator
 
+pytestmark = pytest.mark.usefixtures("enough_tokens")
 CONCATENATED = ("mixtral", "qwen3_moe", "deepseek_v3")
 KINDS = ("gate_proj", "up_proj", "down_proj")
 
@@ -95,7 +96,7 @@ def expert_inputs(model: PreTrainedModel) -> dict[str, dict[int, Tensor]]:
 def test_experts_are_pruned_on_the_tokens_that_the_router_sends_them(family, error_correction):
     dense = tiny_model(family)
     model, progressive = deepcopy(dense), deepcopy(dense)
-    recorder = prune(model, error_correction, batches(3, 2, 3), under_calibrated_tokens=0)
+    recorder = prune(model, error_correction, batches(3, 2, 3))
     operators, later = operators_of(dense), operators_of(progressive)
     dense_inputs = expert_inputs(dense)
     layer = "0"
@@ -138,7 +139,7 @@ def test_padding_reaches_no_expert(family):
     data, changed = batches(4, 4), batches(4, 4)
     for batch in changed:
         batch["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 7)
-    ours, expected = (prune(tiny_model(family), "full", part, under_calibrated_tokens=0) for part in (data, changed))
+    ours, expected = (prune(tiny_model(family), "full", part) for part in (data, changed))
     for record, other in zip(ours.records, expected.records, strict=True):
         assert record.num_tokens == other.num_tokens
         assert_close(record.gram, other.gram, f"gram of {record.name}")
@@ -162,7 +163,7 @@ def test_an_expert_that_sees_no_token_is_called_all_the_same():
         layer.mlp.gate.register_forward_hook(
             lambda _, __, output: (output[0], output[1], torch.where(output[2] == 2, 3, output[2]))
         )
-    recorder = prune(model, 0.5, batches(4, 4), under_calibrated_tokens=0)
+    recorder = prune(model, 0.5, batches(4, 4))
     under_calibrated = [record for record in recorder.records if ".experts.2." in record.name]
     assert len(under_calibrated) == 6
     assert all(record.num_tokens == 0 and record.fit_error == 0 for record in under_calibrated)

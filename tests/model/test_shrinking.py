@@ -48,9 +48,7 @@ def test_what_is_left_computes_what_the_whole_does_without_the_rest(family, numb
 def test_columns_that_a_run_removed_can_go(family, kind, pattern):
     model = tiny_model(family)
     parts = find_parts(model, kind).parts
-    config = FistaPruningConfig(
-        pattern=pattern, include=[part.name for part in parts], method="greedy_obs", under_calibrated_tokens=0
-    )
+    config = FistaPruningConfig(pattern=pattern, include=[part.name for part in parts], method="greedy_obs")
     FistaPruner(config, progress=False).prune(model, family_tokens())
     expected, kept = logits(model), {}
     for part in parts:

@@ -80,7 +80,7 @@ def pruned(tmp_path_factory):
         key = family, pattern, exclude
         if key not in found:
             model = tiny_model(family)
-            config = FistaPruningConfig(pattern=pattern, under_calibrated_tokens=0, exclude=exclude)
+            config = FistaPruningConfig(pattern=pattern, exclude=exclude)
             pruner = FistaPruner(config, progress=False)
             pruner.prune(model, tokens.split(2))
             found[key] = tmp_path_factory.mktemp("pruned") / family

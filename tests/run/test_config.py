@@ -193,13 +193,6 @@ def test_unknown_keys_are_named():
         FistaPruningConfig.from_dict({"sparcity": 0.5, "zeros": 1, "seed": 0})
 
 
-def test_options_that_older_versions_saved_under_other_names():
-    read = FistaPruningConfig.from_dict({"starved_tokens": 64, "starved_method": "wanda"})
-    assert read == FistaPruningConfig(under_calibrated_tokens=64, under_calibrated_method="wanda")
-    with pytest.raises(ValueError, match="unknown options 'starved_tokens'"):
-        FistaPruningConfig.from_dict({"starved_tokens": 64, "under_calibrated_tokens": 32})
-
-
 def test_json_that_is_no_configuration(tmp_path):
     file = tmp_path / "half.json"
     file.write_text("{")
@@ -273,7 +266,6 @@ def test_auto_warm_start_is_not_only_for_the_paper():
     [
         ({"method": "greedy_obs"}, "^method 'greedy_obs' can't remove single weights"),
         ({"method": "dsnot", "pattern": "columns:0.25"}, "^method 'dsnot' can't remove whole columns"),
-        ({"under_calibrated_method": "greedy_obs"}, "^method 'greedy_obs' can't remove single weights"),
         (
             {"method": "sparsegpt", "overrides": {"*.q": "columns:0.5"}},
             r"^overrides\['\*.q'\]: method 'sparsegpt' can't",

@@ -13,7 +13,7 @@ OPERATORS = 7  # of a decoder layer
 
 
 def counts_of(model, *, batch_size=8, storage=None, **options):
-    config = FistaPruningConfig(0.5, under_calibrated_tokens=0, **{"method": "wanda"} | options)
+    config = FistaPruningConfig(0.5, **{"method": "wanda"} | options)
     with backend.counted() as counts:
         FistaPruner(config, progress=False, storage_device=storage).prune(model, tiny_tokens(16).split(batch_size))
     return counts

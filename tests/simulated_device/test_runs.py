@@ -17,7 +17,8 @@ from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
 
-ALL = {"sparsity": 0.5, "error_correction": 0.5, "allocation": "fisher", "under_calibrated_tokens": 0}
+pytestmark = pytest.mark.usefixtures("enough_tokens")
+ALL = {"sparsity": 0.5, "error_correction": 0.5, "allocation": "fisher"}
 
 
 def tokens(num_sequences: int, length: int) -> torch.Tensor:
@@ -198,7 +199,7 @@ def test_a_run_resumes_on_another_device_of_its_type_only(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
 def test_packed_models_run_on_devices(family, tmp_path):
     model, ids = tiny_model(family), tokens(4, 24)
-    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda", under_calibrated_tokens=0), progress=False)
+    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
     pruner.prune(model, ids.split(2))
     pruner.save_pretrained(model, tmp_path / "pruned")
     pack_folder(tmp_path / "pruned", tmp_path / "packed")

@@ -15,12 +15,15 @@ from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.reports.report import OperatorReport
 from optimum_fista.solve.allocation import prune_stacked
 from optimum_fista.solve.method import PruningMethod
-from optimum_fista.solve.methods import create_method
+from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.narrowing import Narrowing
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
 from optimum_fista.solve.refit import refit_columns
+
+UNDER_CALIBRATED_TOKENS = 128
+"""An expert to which the router sends fewer calibration tokens is pruned by magnitude."""
 
 
 @dataclass
@@ -41,8 +44,6 @@ class GroupSolver:
         self._budgets = budgets
         self._output_weights = budgets.output_weights if config.scope == "matrix" else {}
         self._method = config.create_method(model_type)
-        self._under_calibrated_method = create_method(config.under_calibrated_method)
-        self._under_calibrated_tokens = config.under_calibrated_tokens
 
     def solve(self, problems: GroupProblems, narrowed: Mapping[str, Narrowing] | None = None) -> SolvedGroup:
         """Prune the operators of a group; nothing is written.
@@ -91,10 +92,9 @@ class GroupSolver:
     def _method_for(self, problems: GroupProblems) -> tuple[PruningMethod, str]:
         """The method for a group, and what to say if it is not the usual one."""
         tokens = problems.fitted[0].statistics.num_tokens
-        if problems.operators[0].tokens is None or tokens >= self._under_calibrated_tokens:
+        if problems.operators[0].tokens is None or tokens >= UNDER_CALIBRATED_TOKENS:
             return self._method, ""
-        method = self._under_calibrated_method
-        return method, f"under-calibrated expert: {tokens} calibration tokens reached it, so {method.name} pruned it"
+        return Magnitude(), f"under-calibrated expert: {tokens} calibration tokens reached it, so magnitude pruned it"
 
 
 def _refitted(problem: LayerProblem) -> PrunedOperator:

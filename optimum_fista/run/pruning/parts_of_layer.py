@@ -108,7 +108,7 @@ def remove_experts(
     """
     started, asked, part = time.perf_counter(), removal.asked, removal.plan.parts[experts.name]
     scores, wanted = score_experts(experts, targets)
-    saliency = scores.saliency(asked.expert_saliency, part.name, asked.seed)
+    saliency = scores.saliency
     kept = experts_to_keep(saliency, removal.plan.counts[part.name], part.equal_runs)
     smaller = smaller_copy(removal.experts, layer_name, targets.activations.layer, {part.name: kept})
     left = experts_of(part, layer_name, smaller)

@@ -88,7 +88,7 @@ class Removal:
             name: Columns.keeping(plan.counts[name], part.groups, part.width).text for name, part in parts.items()
         }
         others = tuple(name for name in plan.parts if name not in parts)  # mixtures: not an operator for every matrix
-        options: dict[str, Any] = {"expert_saliency": "reap", "expert_refit": True}
+        options: dict[str, Any] = {"expert_refit": True}
         options |= {"include": tuple(columns), "exclude": others if columns else ("*",), "overrides": columns}
         widest = max(part.share for part in pattern.shares)
         expanded = replace(config, pattern=f"columns:{widest!r}", sparsity=None, scope=None, **options)

@@ -15,8 +15,10 @@ from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.environment import arithmetic_of, processor
 from optimum_fista.run.pruning.budgets import Budgets
+from optimum_fista.run.pruning.group_solving import UNDER_CALIBRATED_TOKENS
 from optimum_fista.run.pruning.operators import idle_patterns
 from optimum_fista.run.reports.report import PruningReport, public_name
+from optimum_fista.solve.methods.magnitude import Magnitude
 
 
 def begin_report(
@@ -88,13 +90,13 @@ def complete_report(
         report.warnings.extend(_without_residual_correction(report))
     report.warnings.extend(f"{o.name}: {o.message}" for o in operators if o.message and not o.converged)
     report.warnings.extend(f"{mixture.name}: {mixture.message}" for mixture in report.mixtures if mixture.message)
-    under_calibrated = [o for o in operators if config.method != o.method == config.under_calibrated_method]
+    under_calibrated = [o for o in operators if config.method != o.method == Magnitude.name]
     if under_calibrated:
         least = min(under_calibrated, key=lambda o: o.num_tokens)
         report.warn(
             f"{len(under_calibrated)} of {len(operators)} operators belong to experts that fewer than "
-            f"{config.under_calibrated_tokens} calibration tokens reached, and were pruned by "
-            f"{config.under_calibrated_method} ({least.name}: {least.num_tokens}). Pass more calibration tokens."
+            f"{UNDER_CALIBRATED_TOKENS} calibration tokens reached, and were pruned by magnitude "
+            f"({least.name}: {least.num_tokens}). Pass more calibration tokens."
         )
 
 

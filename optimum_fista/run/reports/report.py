@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 import optimum_fista
-from optimum_fista.run.config import renamed_options
 from optimum_fista.run.memory import MemoryPeak
 from optimum_fista.run.records import as_record
 from optimum_fista.solve.pattern import Scope
@@ -110,7 +109,7 @@ class MixtureReport:
     Attributes:
         name: Name of the module that holds the experts.
         groups_kept: Numbers that the experts that stayed had in the dense model.
-        saliency: What each expert of the dense model was kept for (`expert_saliency`).
+        saliency: What each expert of the dense model was kept for (`ExpertScores.saliency`).
         expert_tokens: How many calibration tokens the router sent to each of them.
         fit_error: `|| E* - Y ||_F / || Y ||_F` of what the experts that stayed return together on the calibration
             tokens, weights as saved; `Y` is what the error correction aims at, the outputs of all experts or others.
@@ -327,7 +326,7 @@ class PruningReport:
         refits = "" if not self.config["expert_refit"] else f", {before:.4f} before refits"
         return (
             f"{len(first.groups_kept)} of {len(first.saliency)} experts left in each of {len(errors)} mixtures "
-            f"({self.config['expert_saliency']}), fit error of their outputs {fmean(errors):.4f} on average, "
+            f"(REAP), fit error of their outputs {fmean(errors):.4f} on average, "
             f"{max(errors):.4f} at most{refits}"
         )
 
@@ -400,7 +399,6 @@ class PruningReport:
             {_OLD_NAMES.get(name, name): v for name, v in operator.items()} for operator in values["operators"]
         ]
         report = as_record(cls, values | {"operators": operators})
-        report.config = renamed_options(report.config)
         if not report.model["num_parameters"] > 0:
             raise TypeError(f"model has {report.model['num_parameters']} parameters")
         return report

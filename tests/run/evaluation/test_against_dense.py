@@ -114,7 +114,7 @@ def test_another_dense_model(smaller, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_ordinary_pruned_folders(family, tmp_path):
     model = tiny_llama() if family == "llama" else tiny_model(family)
-    dense, folder = dense_and_pruned(model, tmp_path, pattern="2:4", method="magnitude", under_calibrated_tokens=0)
+    dense, folder = dense_and_pruned(model, tmp_path, pattern="2:4", method="magnitude")
     assert verify_checkpoint(folder, dense=dense).num_equal > 4
     norm = next(name for name in load_file(folder / "model.safetensors") if "norm" in name or "ln_f" in name)
     tensors = load_file(folder / "model.safetensors")

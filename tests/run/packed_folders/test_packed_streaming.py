@@ -31,7 +31,7 @@ def source(tmp_path_factory) -> Path:
 
 
 def prune(source: Path, output: Path, config: FistaPruningConfig | None = None, **options):
-    config = config or FistaPruningConfig(method="wanda", under_calibrated_tokens=0)
+    config = config or FistaPruningConfig(method="wanda")
     return FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=output, **options)
 
 
@@ -48,7 +48,7 @@ def whole(source, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss", "granitemoe"])
 def test_the_same_folder_as_packed_afterwards(family, pattern, tmp_path):
     tiny_model(family).to(torch.bfloat16).save_pretrained(tmp_path / "source")
-    config = FistaPruningConfig(pattern=pattern, method="wanda", under_calibrated_tokens=0)
+    config = FistaPruningConfig(pattern=pattern, method="wanda")
     prune(tmp_path / "source", tmp_path / "packed", config, packed=True)
     prune(tmp_path / "source", tmp_path / "dense", config)
     packing = pack_folder(tmp_path / "dense", tmp_path / "afterwards")

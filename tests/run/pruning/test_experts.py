@@ -17,10 +17,14 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
+from optimum_fista.run.pruning import group_solving
 from optimum_fista.solve.methods import METHODS
 
 STREAMED = [family for family in MOE_FAMILIES if family != "llama4_text"]
 """Transformers can't run Llama-4 offloaded to disk: its complex position embeddings stay on the meta device."""
+
+
+pytestmark = pytest.mark.usefixtures("enough_tokens")
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def tokens() -> Tensor:
 
 
 def pruner(**options) -> FistaPruner:
-    return FistaPruner(FistaPruningConfig(**{"under_calibrated_tokens": 0} | options), progress=False)
+    return FistaPruner(FistaPruningConfig(**options), progress=False)
 
 
 def same(model: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -128,20 +132,16 @@ def test_every_method_prunes_experts(method, tokens):
     assert sum(seen) == 2 * tokens.numel()  # two experts a token
 
 
-def test_under_calibrated_experts_are_pruned_by_the_named_method_and_reported(tokens):
-    model = tiny_model("mixtral")
-    report = pruner(method="sparsegpt", under_calibrated_tokens=10**6, under_calibrated_method="wanda").prune(
-        model, tokens.split(4)
-    )
-    experts = [o for o in report.operators if ".experts." in o.name]
-    assert {o.method for o in experts} == {"wanda"}
-    assert {o.method for o in report.operators if o not in experts} == {"sparsegpt"}
-    assert all(f"{o.num_tokens} calibration tokens" in o.message and "wanda" in o.message for o in experts)
-    assert any(w.startswith(f"{len(experts)} of {len(report.operators)} operators") for w in report.warnings)
-    partly = pruner(method="sparsegpt", under_calibrated_tokens=sorted(o.num_tokens for o in experts)[12]).prune(
-        tiny_model("mixtral"), tokens.split(4)
-    )
-    assert {o.method for o in partly.operators if ".experts." in o.name} == {"sparsegpt", "magnitude"}
+def test_experts_with_too_few_tokens_are_pruned_by_magnitude_and_reported(tokens, monkeypatch):
+    report = pruner(method="sparsegpt").prune(tiny_model("mixtral"), tokens.split(4))
+    counts = sorted(o.num_tokens for o in report.operators if ".experts." in o.name)
+    monkeypatch.setattr(group_solving, "UNDER_CALIBRATED_TOKENS", counts[12])
+    report = pruner(method="sparsegpt").prune(tiny_model("mixtral"), tokens.split(4))
+    few = [o for o in report.operators if o.method == "magnitude"]
+    assert few
+    assert all(".experts." in o.name and o.num_tokens < counts[12] for o in few)
+    assert all(f"{o.num_tokens} calibration tokens" in o.message for o in few)
+    assert any(w.startswith(f"{len(few)} of {len(report.operators)} operators") for w in report.warnings)
 
 
 def test_zeros_shared_by_gradients_are_the_same_for_all_experts_of_a_kind(tokens):
@@ -187,13 +187,6 @@ def test_names_of_parts_of_tensors(name, tensor, index):
 
 def test_layers_of_a_mixture_are_found():
     assert len(find_decoder_layers(tiny_model("gpt_oss"))) == 2
-
-
-def test_under_calibrated_options_are_checked():
-    with pytest.raises(ValueError, match=r"under_calibrated_method='cheapest': pass one of 'admm'"):
-        FistaPruningConfig(under_calibrated_method="cheapest")
-    with pytest.raises(ValueError, match=r"under_calibrated_tokens=-1: pass a whole number of at least 0"):
-        FistaPruningConfig(under_calibrated_tokens=-1)
 
 
 def test_a_resumed_mixture_is_the_same(tokens, tmp_path, monkeypatch):

@@ -165,10 +165,11 @@ def routed_inputs(model, tokens):
     return seen
 
 
+@pytest.mark.usefixtures("enough_tokens")
 def test_experts_are_measured_on_the_tokens_they_get():
     tokens = torch.randint(0, VOCAB_SIZE, (9, 24), generator=torch.Generator().manual_seed(1))
     dense, model = tiny_model("mixtral"), tiny_model("mixtral")
-    options = {"method": "wanda", "error_correction": "none", "under_calibrated_tokens": 0}
+    options = {"method": "wanda", "error_correction": "none"}
     report = prune(model, [tokens[:8], tokens[8:, :2]], held_out=1, **options)
     inputs = routed_inputs(dense, tokens[8:, :2])
     gates = [o for o in report.operators if o.name.endswith("gate_proj.weight")]
@@ -186,10 +187,11 @@ def test_experts_are_measured_on_the_tokens_they_get():
             assert operator.held_out_fit_error == pytest.approx(error_of(new, old, seen, seen), rel=1e-4)
 
 
+@pytest.mark.usefixtures("enough_tokens")
 def test_corrected_experts_have_errors_where_they_have_tokens():
     tokens = torch.randint(0, VOCAB_SIZE, (9, 24), generator=torch.Generator().manual_seed(1))
     alone, model = tiny_model("mixtral"), tiny_model("mixtral")
-    options = {"method": "sparsegpt", "error_correction": 0.5, "under_calibrated_tokens": 0}
+    options = {"method": "sparsegpt", "error_correction": 0.5}
     prune(alone, [tokens[:8]], **options)
     report = prune(model, [tokens[:8], tokens[8:, :2]], held_out=1, **options)
     assert same(weights(model), weights(alone))

@@ -129,12 +129,6 @@ def test_reports_of_older_versions_have_no_held_out_errors():
     assert PruningReport.from_dict(values) == TWO
 
 
-def test_reports_of_older_versions_call_under_calibrated_experts_starved():
-    values = TWO.to_dict()
-    values["config"] = TWO.config | {"starved_tokens": 64}
-    assert PruningReport.from_dict(values).config == TWO.config | {"under_calibrated_tokens": 64}
-
-
 def test_reports_of_older_versions_call_the_fit_error_relative_error():
     fitted = [dataclasses.replace(o, held_out_fit_error=0.75) for o in TWO.operators]
     values = dataclasses.replace(TWO, operators=fitted).to_dict()

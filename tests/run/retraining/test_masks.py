@@ -34,7 +34,7 @@ def test_the_pruner_the_folder_and_the_zeros_give_the_same_masks(name, request):
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_masks_of_experts_are_put_together(family, tokens, tmp_path):
     model = tiny_model(family)
-    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda", under_calibrated_tokens=0), progress=False)
+    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
     report = pruner.prune(model, tokens.split(4))
     pruner.save_pretrained(model, tmp_path / "out")
     masks = find_masks(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tmp_path / "out")

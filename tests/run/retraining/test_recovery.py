@@ -114,7 +114,7 @@ def test_adapters_leave_fused_experts_as_they_are(family, text, tmp_path):
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda", under_calibrated_tokens=0), progress=False)
+    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
     pruner.prune(model, tiny_tokens().split(4))
     pruner.save_pretrained(model, tmp_path / "in", tiny_tokenizer())
     recover(tmp_path / "in", tmp_path / "dense", tmp_path / "out", calibration=text, train="lora", **QUICK)

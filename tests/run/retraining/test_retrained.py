@@ -53,7 +53,7 @@ def test_a_retrained_model_is_saved_with_its_masks_and_says_so(name, request, to
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_mixtures_of_experts(family, tmp_path):
     model = tiny_model(family)
-    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda", under_calibrated_tokens=0), progress=False)
+    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
     pruner.prune(model, tiny_tokens().split(4))
     pruner.save_pretrained(model, tmp_path / "in")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "in")

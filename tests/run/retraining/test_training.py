@@ -161,7 +161,7 @@ def test_data_parallel_processes_reduce_masked_gradients(saved):
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gpt2"])
 def test_fused_experts_and_transposed_weights(family, tokens, tmp_path):
     model = tiny_model(family)
-    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda", under_calibrated_tokens=0), progress=False)
+    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
     pruner.prune(model, tokens.split(4))
     pruner.save_pretrained(model, tmp_path / "out")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
