@@ -11,12 +11,15 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.texts.calibration_source import calibration_tokens
-from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import evaluation_windows
+from optimum_fista import (
+    FistaPruner,
+    FistaPruningConfig,
+    calibration_tokens,
+    evaluate_perplexity,
+    evaluation_windows,
+    load_text,
+    verify_checkpoint,
+)
 
 
 def main() -> None:

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.texts.calibration_source import calibration_tokens
+from optimum_fista import FistaPruner, FistaPruningConfig, calibration_tokens
 
 
 def main() -> None:

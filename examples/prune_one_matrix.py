@@ -11,9 +11,7 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import calibration_windows
+from optimum_fista import FistaPruner, FistaPruningConfig, calibration_windows, load_text
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     advanced["which operators"].add_argument("--target", choices=("bytes", "active", "latency"), help=measures)
     add = advanced["method"].add_argument
     add("--paper", action="store_true", help="as --recipe paper, the published settings of FISTAPruner")
-    add("--config", type=Path, metavar="FILE", help="a configuration saved as JSON; flags override it")
+    add("--config", metavar="FILE", help="JSON file, pruned folder or Hub id with a configuration; flags override it")
     add = advanced["calibration and machine"].add_argument
     pass_size = "sequences a forward pass (default: 1 on a CPU; on others up to 8192 tokens, if memory allows)"
     add("--batch-size", type=int, metavar="N", help=pass_size)
@@ -307,7 +307,7 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
         raise ValueError(f"--recipe {recipe} and --config {arguments.config}: pass only one of them.")
     if recipe is not None:
         return FistaPruningConfig.recipe(recipe, **flags)
-    base = FistaPruningConfig.from_json(arguments.config).to_dict() if arguments.config else {}
+    base = FistaPruningConfig.from_pretrained(arguments.config).to_dict() if arguments.config else {}
     if {"sparsity", "pattern"} & set(flags):
         base = {key: value for key, value in base.items() if key not in ("sparsity", "pattern")}
     return FistaPruningConfig.from_dict(base | flags)

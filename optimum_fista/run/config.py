@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import cached_file
+
 from optimum_fista.model.architecture import matches
 from optimum_fista.model.correction import Correction
 from optimum_fista.run.options import Allocation, ErrorCorrection, PruningOptions
@@ -49,6 +51,8 @@ _RECIPE_FOLDER = Path(__file__).parent / "recipes"
 RECIPES = ("default", "fast", "paper")
 """Names for `FistaPruningConfig.recipe`. Each has a JSON file in `recipes`, with what differs from the defaults."""
 
+_CONFIG_FILE = "pruning_config.json"
+_FILES = ("fista/report.json", _CONFIG_FILE)
 _OPTIONS_OF_METHOD = ("warm_start", "max_iterations", "tolerance", "method_options")
 
 
@@ -218,24 +222,31 @@ class FistaPruningConfig(PruningOptions):
             raise ValueError(f"unknown options {', '.join(map(repr, unknown))}: pass some of {', '.join(known)}.")
         return cls(**values)
 
-    def to_json(self) -> str:
-        """JSON text."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `pruning_config.json` to a folder, for `from_pretrained` and `--config`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / _CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
 
     @classmethod
-    def from_json(cls, text: str | Path) -> FistaPruningConfig:
-        """Read JSON text, or a JSON file when given a `Path`: a configuration, or the report of a run that had it.
+    def from_pretrained(cls, source: str | Path) -> FistaPruningConfig:
+        """The configuration of a pruned folder or Hub id, of a folder that `save_pretrained` wrote, or of a JSON file.
 
         Raises:
+            FileNotFoundError: If the folder or repository holds none.
             ValueError: If it is not a JSON object of valid options.
         """
-        where = f"config {str(text)!r}" if isinstance(text, Path) else "config"
+        file = Path(source)
+        if not file.is_file():
+            found = (cached_file(str(source), name, _raise_exceptions_for_missing_entries=False) for name in _FILES)
+            if (name := next(filter(None, found), None)) is None:
+                raise FileNotFoundError(f"{str(source)!r} holds neither {' nor '.join(_FILES)}: pass a pruned folder.")
+            file = Path(name)
         try:
-            values = json.loads(text.read_text() if isinstance(text, Path) else text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}.") from error
+            values = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"config {str(file)!r} is not JSON: {error}.") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{where} holds a JSON {type(values).__name__}: pass an object of options.")
+            raise ValueError(f"config {str(file)!r} holds a JSON {type(values).__name__}: pass an object of options.")
         return cls.from_dict(values["config"] if "operators" in values else values)
 
     def resolved(self) -> FistaPruningConfig:

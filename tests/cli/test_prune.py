@@ -116,7 +116,7 @@ def test_seed_batch_size_and_dtype(prune, tmp_path):
 def test_flags_override_a_configuration_file(prune, tmp_path):
     file = tmp_path / "config.json"
     saved = FistaPruningConfig(pattern="2:4", method="wanda", error_correction="none", exclude=("*.0.*",), seed=2)
-    file.write_text(saved.to_json())
+    file.write_text(json.dumps(saved.to_dict()))
     assert prune("--config", file) == 0
     assert config_of(tmp_path / "out") == saved.resolved()
     assert prune("--config", file, "--sparsity", "0.25", "--seed", "4", "--overwrite") == 0

@@ -16,6 +16,10 @@ RECIPE_FOLDER = Path(module.__file__).parent / "recipes"
 QUERY = "model.layers.3.self_attn.q_proj"
 
 
+def through_json(config: FistaPruningConfig) -> FistaPruningConfig:
+    return FistaPruningConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+
+
 def test_default_is_half_of_all_operators_together():
     config = FistaPruningConfig()
     assert (config.sparsity, config.method, config.error_correction) == (0.5, "obs_admm", None)
@@ -77,8 +81,8 @@ def test_options_are_checked_when_constructed(options, message):
 @pytest.mark.parametrize("value", [{"a": []}, [3], "", "word", 3, 2.5, True, None])
 def test_values_of_any_type_are_options_or_named(option, value):
     with contextlib.suppress(ValueError):
-        config = FistaPruningConfig.from_json(json.dumps({"method": "fista"} | {option: value}))
-        assert FistaPruningConfig.from_json(config.to_json()) == config
+        config = FistaPruningConfig.from_dict({"method": "fista"} | {option: value})
+        assert through_json(config) == config
 
 
 def test_options_of_methods_have_types():
@@ -91,7 +95,7 @@ def test_an_instance_is_kept_as_its_name_and_options():
     config = FistaPruningConfig(method=METHODS["fista"](max_iterations=7, restart=True))
     assert config == FistaPruningConfig(method="fista", method_options={"max_iterations": 7, "restart": True})
     assert config.create_method("llama") == METHODS["fista"](max_iterations=7, restart=True)
-    assert FistaPruningConfig.from_json(config.to_json()) == config
+    assert through_json(config) == config
     assert FistaPruningConfig(method=METHODS["wanda"]()).resolved().scope == "row"
     with pytest.raises(ValueError, match=r"method_options=.*: give them to the instance"):
         FistaPruningConfig(method=METHODS["fista"](), method_options={"patience": 2})
@@ -181,11 +185,22 @@ def test_names_are_matched_with_their_case():
     ],
 )
 def test_json_round_trip(config, tmp_path):
-    assert FistaPruningConfig.from_dict(config.to_dict()) == config
-    assert FistaPruningConfig.from_json(config.to_json()) == config
-    (tmp_path / "config.json").write_text(config.to_json())
-    assert FistaPruningConfig.from_json(tmp_path / "config.json") == config
-    assert set(json.loads(config.to_json())) == {f.name for f in dataclasses.fields(config)}
+    assert through_json(config) == config
+    config.save_pretrained(tmp_path / "saved")
+    assert FistaPruningConfig.from_pretrained(tmp_path / "saved") == config
+    assert set(json.loads((tmp_path / "saved" / "pruning_config.json").read_text())) == {
+        f.name for f in dataclasses.fields(config)
+    }
+
+
+def test_a_pruned_folder_has_its_configuration(tmp_path):
+    config = FistaPruningConfig(0.25, method="wanda", exclude=("*.o_proj",))
+    (tmp_path / "fista").mkdir()
+    (tmp_path / "fista" / "report.json").write_text(json.dumps({"config": config.to_dict(), "operators": []}))
+    assert FistaPruningConfig.from_pretrained(tmp_path) == config
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty' holds neither fista/report.json nor pruning_config.json"):
+        FistaPruningConfig.from_pretrained(tmp_path / "empty")
 
 
 def test_unknown_keys_are_named():
@@ -197,11 +212,10 @@ def test_json_that_is_no_configuration(tmp_path):
     file = tmp_path / "half.json"
     file.write_text("{")
     with pytest.raises(ValueError, match=r"config '.*half\.json' is not JSON: Expecting"):
-        FistaPruningConfig.from_json(file)
-    with pytest.raises(ValueError, match="config is not JSON"):
-        FistaPruningConfig.from_json("sparsity: 0.5")
-    with pytest.raises(ValueError, match="config holds a JSON float: pass an object of options"):
-        FistaPruningConfig.from_json("0.5")
+        FistaPruningConfig.from_pretrained(file)
+    file.write_text("0.5")
+    with pytest.raises(ValueError, match=r"half\.json' holds a JSON float: pass an object of options"):
+        FistaPruningConfig.from_pretrained(file)
 
 
 def test_paper_settings():

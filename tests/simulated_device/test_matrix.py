@@ -3,6 +3,7 @@
 `make test` runs a covering array, in which every two values of the options meet; `-m slow` runs all combinations.
 """
 
+import json
 from functools import cache
 from itertools import product
 
@@ -35,7 +36,7 @@ BATCHES = tiny_tokens(16, 64).split(4)  # so many tokens that rounding changes n
 @cache
 def on_cpu(config: str) -> tuple[dict[str, Tensor], PruningReport]:
     model = tiny_llama()
-    report = FistaPruner(FistaPruningConfig.from_json(config), progress=False).prune(model, BATCHES)
+    report = FistaPruner(FistaPruningConfig.from_dict(json.loads(config)), progress=False).prune(model, BATCHES)
     return dict(model.state_dict()), report
 
 
@@ -43,7 +44,7 @@ def require_pruned_as_on_the_cpu(method, place, pattern, correction, allocation,
     config = FistaPruningConfig(
         method=method, **PATTERNS[pattern], **CORRECTIONS[correction], **ALLOCATIONS[allocation]
     )
-    expected, expected_report = on_cpu(config.to_json())
+    expected, expected_report = on_cpu(json.dumps(config.to_dict()))
     with counted() as counts:
         found, report = pruned_at(place, config, tiny_llama(), BATCHES, tmp_path)
     assert counts.runs["mm"] + counts.runs["addmm"] > 0

@@ -187,7 +187,7 @@ def test_streamed_verified_and_reported(tmp_path):
         method="greedy_obs",
         error_correction=0.5,
     )
-    assert FistaPruningConfig.from_json(config.to_json()) == config
+    assert FistaPruningConfig.from_dict(config.to_dict()) == config
     pruned = tmp_path / "pruned"
     report = FistaPruner(config, progress=False).prune(
         tmp_path / "model", list(tiny_tokens().split(4)), output_dir=pruned

@@ -83,7 +83,7 @@ def test_a_packed_mask_takes_one_bit_a_weight():
 def test_streamed_verified_packed_and_reported(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     config = FistaPruningConfig(pattern="4:8-pairs", overrides={"*.q_proj": "2:4"}, method="sparsegpt")
-    assert FistaPruningConfig.from_json(config.to_json()) == config
+    assert FistaPruningConfig.from_dict(config.to_dict()) == config
     batches = list(tiny_tokens().split(4))
     pruned = tmp_path / "pruned"
     report = FistaPruner(config, progress=False).prune(tmp_path / "model", batches, output_dir=pruned)
