@@ -6,15 +6,18 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimum_fista.run.config import FistaPruningConfig
     from optimum_fista.run.estimate.estimate import Estimate
     from optimum_fista.run.reports.report import PruningReport
+
+LEAST_TOKENS = 4096
+"""Tokens that a verdict rests on at least."""
 
 
 def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
@@ -80,19 +83,30 @@ def _best_batch_size(estimate: Estimate) -> int:
 
 def verdicts(report: PruningReport) -> Iterator[str]:
     """What a run cost, and whether that is much; docs/report.md says where the words begin."""
-    words = {1.1: "close to the dense model", 1.5: "usable as it is", 3.0: "clearly worse, training would help"}
-    found = report.perplexity
-    if found is not None:
-        ratio = found["pruned"] / found["dense"]
-        word = next((word for most, word in words.items() if ratio <= most), "broken: prune less")
+    if report.perplexity is not None:
+        found = report.perplexity
         yield (
-            f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after ({word}), on "
-            f"{found['num_tokens']:,} tokens of the calibration text that no weight was fitted to"
+            f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after ({_verdict(found)}), on "
+            f"{report.measured_on}"
         )
     if report.operators:
         worst = max(report.operators, key=lambda o: o.fit_error)
         word = "low" if worst.fit_error < 0.2 else "usual" if worst.fit_error < 0.5 else "high"
         yield f"largest fit error {worst.fit_error:.2f} ({word}): {worst.name.removesuffix('.weight')}"
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    """Whether the perplexity after is much more than before, if it rests on enough text."""
+    if found["num_tokens"] < LEAST_TOKENS:
+        return f"no verdict on fewer than {LEAST_TOKENS:,} tokens"
+    if found["text"] == "self":
+        return "no verdict on text of its own"
+    if found["dense"] > found["vocabulary"] / 2:
+        return "the dense model is no better than chance"
+    words = {1.1: "close to the dense model", 1.5: "usable as it is", 3.0: "clearly worse, training would help"}
+    return next(
+        (word for most, word in words.items() if found["pruned"] <= most * found["dense"]), "broken: prune less"
+    )
 
 
 def argument(path: str | Path) -> str:

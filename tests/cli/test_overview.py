@@ -2,8 +2,11 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from optimum_fista.cli.main import main
-from optimum_fista.cli.overview import next_commands
+from optimum_fista.cli.overview import next_commands, verdicts
+from optimum_fista.run.reports.report import PruningReport
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
@@ -24,10 +27,27 @@ def test_a_run_without_an_option_names_its_folder_and_says_what_it_will_do_and_w
     assert {"model", "method", "time", "memory", "disk"} < {*begin}
     found = json.loads((tmp_path / name / "fista" / "report.json").read_text())["perplexity"]
     assert found["num_tokens"] == 15
-    assert f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after (" in shown.out
+    assert f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after (no verdict on few" in shown.out
     assert re.search(r"\nlargest fit error 0\.\d\d \((low|usual|high)\): model\.layers\.", shown.out)
     assert main(command) == 1
     assert f"For example: --output {name}-2\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("found", "word"),
+    [
+        ({}, "usable as it is"),
+        ({"pruned": 90.0}, "broken: prune less"),
+        ({"num_tokens": 4095}, "no verdict on fewer than 4,096 tokens"),
+        ({"text": "self"}, "no verdict on text of its own"),
+        ({"dense": 40.0, "pruned": 41.0}, "the dense model is no better than chance"),
+    ],
+)
+def test_a_verdict_rests_on_enough_text_that_others_wrote(found, word):
+    report = PruningReport({}, {}, {})
+    report.perplexity = {"dense": 20.0, "pruned": 24.0, "num_tokens": 4096, "text": None, "vocabulary": 64} | found
+    (shown,) = verdicts(report)
+    assert f" after ({word}), on {report.perplexity['num_tokens']:,} tokens of text" in shown
 
 
 def test_the_next_commands_can_be_pasted(monkeypatch):

@@ -70,7 +70,6 @@ class ModelPruning:
         title: What the progress bar is called.
         num_before: Operators of decoder layers that an earlier start of the run finished.
         probe: What measures the loss before and after; `None` if nothing does.
-        num_unseen: Sequences that it measures the loss on.
         dense_layers: Digests of all decoder layers before they were pruned, once they are.
     """
 
@@ -121,7 +120,6 @@ class ModelPruning:
         self.budgets: Budgets | None = None
         self.removed: frozenset[int] = frozenset()
         self.probe: LossProbe | None = None
-        self.num_unseen = 0
         loses_experts = self.removal is not None and any(map(self.removal.mixture_of, self.operators))
         if perplexity_tokens is not None and not loses_experts:
             (rows,) = read_batches([perplexity_tokens], input_embedding(model).shape[0])
@@ -130,7 +128,6 @@ class ModelPruning:
                     f"perplexity_tokens has shape {list(rows.input_ids.shape)}: pass ids [sequences, length] with a "
                     "length of at least 2, because tokens predict the next ones."
                 )
-            self.num_unseen = len(rows.input_ids)
             self.probe = LossProbe(model, self.layers, rows.input_ids, self.storage)
 
     @property
@@ -165,7 +162,8 @@ class ModelPruning:
             self.report.perplexity = {
                 **{name: math.exp(min(loss, 700.0)) for name, loss in self.probe.losses.items()},
                 "num_tokens": self.probe.tokens[:, 1:].numel(),
-                "num_sequences": self.num_unseen,
+                "text": self.report.calibration["source"],
+                "vocabulary": input_embedding(self.model).shape[0],
             }
         self.report.model["sha256"] = combined_sha256([*map(str, self.dense_layers), rest_sha256(self.model)])
         if self.removal is not None:

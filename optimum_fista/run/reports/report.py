@@ -243,9 +243,8 @@ class PruningReport:
         seconds: Wall time of the parts of the run.
         versions: Versions of the libraries that matter.
         retrained: Whether weights were trained after pruning, so that the operators' errors are those before it.
-        perplexity: Of the `"dense"` and of the `"pruned"` network on text like that of the calibration to which
-            no weight was fitted, `"num_tokens"` that were predicted in it, and `"num_sequences"` that they are of;
-            `None` if it was not measured.
+        perplexity: Of the `"dense"` and of the `"pruned"` network on `"num_tokens"` to which no weight was fitted, the
+            name of their `"text"` if known, and the size of the `"vocabulary"`; `None` if it was not measured.
         environment: What the run computed with: dtypes, device, attention, processor and threads, and its `batches`,
             `[number, sequences, tokens]` for each shape in turn.
         recoveries: What recoveries (`optimum_fista.recover`) made of it, in order.
@@ -280,6 +279,13 @@ class PruningReport:
         ):
             frame, level = frame.f_back, level + 1
         warnings.warn(message, stacklevel=level)
+
+    @property
+    def measured_on(self) -> str:
+        """What the perplexity was measured on, in words."""
+        found = self.perplexity or {}
+        text = {None: "text", "self": "text of its own"}.get(found.get("text"), found.get("text"))
+        return f"{found['num_tokens']:,} tokens of {text} that no weight was fitted to"
 
     @property
     def before(self) -> str:

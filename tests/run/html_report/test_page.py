@@ -61,6 +61,13 @@ def text_of(contents) -> str:
     return " ".join(Outline(render_page(contents)).text.split())
 
 
+def test_the_perplexity_is_that_of_the_card(contents):
+    found = {"dense": 20.0, "pruned": 30.0, "num_tokens": 4096, "text": "self", "vocabulary": 64}
+    shown = "Perplexity 30.00 20.00 of the dense model, on 4,096 tokens of text of its own that no weight was"
+    assert shown in text_of(changed(contents, perplexity=found))
+    assert "Perplexity" not in text_of(contents)
+
+
 def test_headline_numbers_and_all_operators_are_there(contents, saved):
     text, totals = text_of(contents), saved.report.totals
     assert f"{totals['sparsity']:.2%}" in text

@@ -47,10 +47,10 @@ def test_card_tells_how_the_zeros_were_shared(saved_by_rows):
 
 
 def test_card_of_a_retrained_model_says_what_was_measured_before(saved):
-    perplexity = {"dense": 20.0, "pruned": 30.0, "num_tokens": 1000, "num_sequences": 2}
+    perplexity = {"dense": 20.0, "pruned": 30.0, "num_tokens": 1000, "text": "sea.txt"}
     report = dataclasses.replace(saved.report, perplexity=perplexity)
     for each, before in ((report, ""), (dataclasses.replace(report, retrained=True), ", before retraining")):
-        assert f"| perplexity{before} | 30.00, of the dense model 20.00" in model_card(each)
+        assert f"| perplexity{before} | 30.00, of the dense model 20.00: on 1,000 tokens of sea.txt" in model_card(each)
 
 
 def test_saved_card_has_one_row_for_every_kind_of_operator(saved):

@@ -538,7 +538,7 @@ def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, co
     assert report.perplexity["dense"] != report.perplexity["pruned"]
     saved = json.loads((tmp_path / "out" / "fista" / "report.json").read_text())
     assert saved["perplexity"] == report.perplexity
-    assert "tokens of the calibration text that no weight was fitted to |" in (tmp_path / "out/README.md").read_text()
+    assert "tokens of text that no weight was fitted to |" in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize("layer", [1, LAYERS - 1])
