@@ -1,4 +1,4 @@
-"""Write a random Llama in bfloat16 with the sizes of TinyLlama-1.1B, pruned by magnitude, for `optimum-fista bench`.
+"""Write a random Llama in bfloat16 with the sizes of TinyLlama-1.1B, pruned by magnitude, for `speed.py`.
 
 Random weights are enough, because the speed depends on the number of zeros, or on what was removed, alone.
 

@@ -8,12 +8,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +30,6 @@ from optimum_fista.run.estimate import work as estimated_work
 from optimum_fista.run.ranks import joined_ranks
 from optimum_fista.run.retraining import distillation
 from optimum_fista.run.retraining.masks import find_masks, local
-from optimum_fista.run.speed import worker
 from optimum_fista.run.streamed import journal
 
 
@@ -91,14 +88,6 @@ def _run_code(code: str, arguments: tuple[Any, ...], streams: Path) -> None:
         os.dup2(os.open(streams / stream, os.O_WRONLY | os.O_CREAT), number)
     sys.argv = ["-c", *map(str, arguments)]
     exec(code, {"__name__": "__main__"})
-
-
-@contextmanager
-def forked_workers() -> Iterator[None]:
-    """The workers of `measure_speed` are forked from the server; others import everything themselves."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(worker, "multiprocessing", SimpleNamespace(get_context=lambda _: forks()))
-        yield
 
 
 def torchrun(options: list[str], work: Callable[..., Any], *arguments: Any) -> int | None:

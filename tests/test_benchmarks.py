@@ -52,6 +52,29 @@ def test_gguf_files_hold_the_weights(benchmark, tmp_path, bits, largest_error):
             assert largest_error / 8 <= error <= largest_error
 
 
+def test_speed_of_every_variant_and_the_table_again(benchmark, tmp_path, monkeypatch, capsys):
+    script, output = benchmark("speed"), tmp_path / "speed.json"
+    pruner, model = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False), tiny_llama()
+    pruner.prune(model, tiny_tokens())
+    pruner.save_pretrained(model, tmp_path / "pruned")
+    monkeypatch.setattr(
+        script.multiprocessing, "get_context", lambda _, get=script.multiprocessing.get_context: get("fork")
+    )
+    flags = ["--variants", "dense float32,packed float32", "--batch-sizes", "1,2", "--rounds", "2", "--threads", "1"]
+    flags += ["--new-tokens", "4", "--prompt-tokens", "3", "--prefill-tokens", "5", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["speed.py", str(tmp_path / "pruned"), *flags])
+    script.main()
+    shown, variants = capsys.readouterr().out, json.loads(output.read_text())["variants"]
+    for found in variants.values():
+        assert found["tokens_per_second"]["2"] == pytest.approx(8 / (sum(found["seconds"]["batch 2"]) / 2))
+    dense, packed = variants["dense float32"], variants["packed float32"]
+    assert (dense["same_tokens"], packed["same_tokens"]) == (None, 1)
+    assert packed["weight_bytes"] < dense["weight_bytes"] == 4 * model.num_parameters()
+    monkeypatch.setattr(sys, "argv", ["speed.py", str(output)])
+    script.main()
+    assert capsys.readouterr().out == shown[shown.index("| pruned |") :]
+
+
 def test_gguf_blocks_need_rows_of_whole_blocks(benchmark, tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match=r"down_proj.weight has rows of 48 weights; Q4_0 needs a multiple of 32"):

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from safetensors import SafetensorError
 
 from optimum_fista.cli import (
-    bench,
     chat,
     compare,
     demo,
@@ -35,7 +34,6 @@ _COMMANDS = (
     chat,
     pack,
     unpack,
-    bench,
     demo,
     doctor,
 )

@@ -135,16 +135,16 @@ MASK_FILES = {
     "a mask is missing": tensors(MASKS, drop),
     "a mask has another shape": tensors(MASKS, reshape),
 }
-# which commands read what; `bench` reads a folder to pack or unpack it before a model is loaded
+# which commands read what
 CASES = [
     *(("dense", command, WEIGHTS) for command in ("prune", "evaluate", "compare")),
     *(("dense", command, MODEL_CONFIG | TOKENIZER) for command in ("prune", "evaluate", "compare")),
     ("dense", "dry run", MODEL_CONFIG),
-    *(("pruned", command, WEIGHTS) for command in ("evaluate", "verify", "pack", "bench")),
-    *(("pruned", command, ANY_CONFIG | REPORTS) for command in ("verify", "pack", "report", "bench")),
-    *(("pruned", command, MASK_FILES) for command in ("verify", "pack", "report", "bench")),
-    *(("packed", command, WEIGHTS) for command in ("evaluate", "verify", "unpack", "report", "bench")),
-    *(("packed", command, ANY_CONFIG | REPORTS) for command in ("verify", "unpack", "report", "bench")),
+    *(("pruned", command, WEIGHTS) for command in ("evaluate", "verify", "pack")),
+    *(("pruned", command, ANY_CONFIG | REPORTS) for command in ("verify", "pack", "report")),
+    *(("pruned", command, MASK_FILES) for command in ("verify", "pack", "report")),
+    *(("packed", command, WEIGHTS) for command in ("evaluate", "verify", "unpack", "report")),
+    *(("packed", command, ANY_CONFIG | REPORTS) for command in ("verify", "unpack", "report")),
 ]
 
 
@@ -158,11 +158,6 @@ def folders(tiny_folder, pruned_folder, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def run(folders, text_file, tmp_path, monkeypatch, capsys):
     """`run(kind, command, damage)` damages a copy and runs a command on it; exit code and lines of errors."""
-
-    def no_worker(*_):
-        pytest.fail("the damage was not found before a model was to be loaded")
-
-    monkeypatch.setattr("optimum_fista.run.speed.measure.Worker", no_worker)
     folder, out = tmp_path / "model", tmp_path / "out"
     quick = ["--num-samples", "4", "--calibration", text_file, "--device", "cpu"]
     evaluate = ["--text", text_file, "--sequence-length", "16", "--max-windows", "2", "--device", "cpu"]
@@ -176,7 +171,6 @@ def run(folders, text_file, tmp_path, monkeypatch, capsys):
         "report": ["report", folder, "--output", out / "page.html"],
         "pack": ["pack", folder, "--output", out],
         "unpack": ["unpack", folder, "--output", out],
-        "bench": ["bench", folder],
     }
 
     def contents() -> dict[Path, bytes | None]:

@@ -36,10 +36,6 @@ FLAGS = {
     ),
     "report": "DIR --output -o --evaluations --dense --prompt --max-new-tokens --device --dtype",
     "verify": "DIR --dense --same-as",
-    "bench": (
-        "DIR --variants --batch-sizes --new-tokens --prompt-tokens --prefill-tokens --rounds --threads --device "
-        "--output -o --plot --original"
-    ),
     "chat": "DIR --beside --max-new-tokens --temperature --seed --device --dtype",
     "doctor": "",
     "demo": "--full --model --text --output --num-samples --sequence-length --max-windows",

@@ -5,7 +5,6 @@ import re
 
 import pytest
 from hub_standin import HubStandIn, connect
-from launched import forked_workers
 from tiny_llama import tiny_tokenizer
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -14,7 +13,6 @@ from optimum_fista import masked_training, save_masked
 from optimum_fista.cli.main import main
 from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.hub import push_folder
-from optimum_fista.run.speed import measure
 
 PATTERN = "channels:0.25/4+heads:0.5"
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
@@ -88,19 +86,6 @@ def test_there_is_nothing_to_pack(smaller, tmp_path, capsys):
     assert main(["pack", str(smaller), "-o", str(tmp_path / "packed")]) == 1
     assert "has no zeros to pack: whole parts of the model were removed" in capsys.readouterr().err
     assert not (tmp_path / "packed").exists()
-
-
-def test_bench_measures_it_dense(smaller, tmp_path, monkeypatch):
-    flags = ["--batch-sizes", "1", "--new-tokens", "2", "--prompt-tokens", "2", "--prefill-tokens", "3"]
-    flags += ["--rounds", "1", "--threads", "1", "-o", str(tmp_path / "bench.json")]
-    with forked_workers():
-        assert main(["bench", str(smaller), *flags, "--variants", "dense float32"]) == 0
-    assert set(json.loads((tmp_path / "bench.json").read_text())["variants"]) == {"dense float32"}
-    seen = []
-    monkeypatch.setattr(measure, "measure_speed", lambda *given, **_: seen.append(given) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        main(["bench", str(smaller)])
-    assert seen[0][1].variants == ["dense bfloat16", "dense float32"]
 
 
 def test_evaluate(smaller, text_file, capsys):

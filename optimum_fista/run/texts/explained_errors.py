@@ -13,9 +13,8 @@ from optimum_fista.run.memory import is_out_of_memory
 
 
 @contextmanager
-def explained_length(model: PreTrainedModel, length: int, name: str, flag: str = "--sequence-length") -> Iterator[None]:
-    """Explain the error of a model that fails inside on sequences of `length` tokens, which the argument `name` holds;
-    `flag` makes them shorter.
+def explained_length(model: PreTrainedModel, length: int, name: str) -> Iterator[None]:
+    """Explain the error of a model that fails inside on sequences of `length` tokens, which the argument `name` holds.
 
     None is refused beforehand: models without a table of positions can be measured on longer ones than they were
     trained on.
@@ -31,7 +30,7 @@ def explained_length(model: PreTrainedModel, length: int, name: str, flag: str =
             raise
         raise ValueError(
             f"{name} holds sequences of {length} tokens, and the model fails on them ({error}): pass at most "
-            f"{limit}, its max_position_embeddings ({flag} {limit})."
+            f"{limit}, its max_position_embeddings (--sequence-length {limit})."
         ) from error
 
 

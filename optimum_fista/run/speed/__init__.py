@@ -1,1 +1,0 @@
-"""How fast pruned models run, dense and packed."""
