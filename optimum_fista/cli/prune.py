@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder to write the model to (default: MODEL's name with -50pct, -2of4, ...)",
     )
     advanced = add_options(parser, PruningOptions)
-    size = "leave this share of the dense model, such as 0.75: the run chooses what goes (docs/smaller.md)"
+    size = "leave this share of the dense model, such as 0.75: as many channels go as it takes (docs/smaller.md)"
     add("--target-size", type=float, metavar="SHARE", help=size)
     add("--recipe", metavar="NAME", help="default, fast or paper (docs/quickstart.md); other flags override it")
     sources = "self (the model writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
@@ -76,10 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")
     add("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
     add("--private", action="store_true", default=None, help="make a new repository private")
-    measures = (
-        "what --target-size is a share of: bytes (default), active (the weights a token uses) or latency (its time)"
-    )
-    advanced["which operators"].add_argument("--target", choices=("bytes", "active", "latency"), help=measures)
     add = advanced["method"].add_argument
     add("--paper", action="store_true", help="as --recipe paper, the published settings of FISTAPruner")
     add("--config", metavar="FILE", help="JSON file, pruned folder or Hub id with a configuration; flags override it")
@@ -123,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
             set_verbosity_error()
             disable_progress_bar()
         else:
-            opened.enter_context(log_shown("optimum_fista.run.pruning.target_size"))  # what --target-size chooses
+            opened.enter_context(log_shown("optimum_fista.run.pruning.size"))  # what --target-size removes
         try:
             ranks.first(lambda: opened.enter_context(locked_output(arguments.output)) and None)
             arguments.batch_size = ranks.first(lambda: say_before(arguments, config))
@@ -292,16 +288,14 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
         raise ValueError(
             "--paper sets method and options of the paper: pass it without --config, --recipe and --method."
         )
-    if arguments.target is not None and arguments.target_size is None:
-        raise ValueError(f"--target {arguments.target} makes sense with --target-size SHARE only.")
     if arguments.target_size is not None:
         given_too = [name for name in ("sparsity", "pattern") if name in flags]
         if given_too:
             raise ValueError(
-                f"--target-size chooses what goes: pass it without --{given_too[0]}; for zeros in what stays pass "
-                f"--pattern bytes:{arguments.target_size!r},0.5 or bytes:{arguments.target_size!r},2:4 instead."
+                f"--target-size says how many channels go: pass it without --{given_too[0]}; for zeros in what stays "
+                "prune the result again."
             )
-        flags["pattern"] = f"{arguments.target or 'bytes'}:{arguments.target_size!r}"
+        flags["pattern"] = f"bytes:{arguments.target_size!r}"
     recipe = "paper" if arguments.paper else arguments.recipe
     if recipe is not None and arguments.config:
         raise ValueError(f"--recipe {recipe} and --config {arguments.config}: pass only one of them.")

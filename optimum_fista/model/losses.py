@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +25,7 @@ from optimum_fista.model.replay import replaced_forwards
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs
 
 
-def choose_layers(loss: DenseLoss, count: int, most_loss: float = math.inf) -> list[tuple[int, float]]:
+def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
     """Choose decoder layers to remove, as SLEB does (arXiv 2402.09025, Algorithm 1).
 
     In every round each layer that is left is left out in turn. The one without which the loss is least goes for good,
@@ -39,7 +38,6 @@ def choose_layers(loss: DenseLoss, count: int, most_loss: float = math.inf) -> l
     Args:
         loss: The loss of the dense model.
         count: How many layers go, fewer than there are.
-        most_loss: The choice ends before a layer without which the loss would be larger.
 
     Returns:
         The numbers of the layers in the order in which they go, each with the loss without it and those before, in
@@ -63,45 +61,11 @@ def choose_layers(loss: DenseLoss, count: int, most_loss: float = math.inf) -> l
             if not math.isfinite(losses.pop(None)):
                 raise ValueError("the loss of the model on the calibration tokens is NaN or Inf: the model is damaged.")
             index = _cheapest(model, left, losses)
-            if losses[index] > most_loss:
-                break
             left.remove(index)
             removed.append((index, losses[index]))
             bar.set_postfix_str(f"loss {losses[index]:.4f} without {', '.join(str(i) for i, _ in removed)}")
     _require_no_number(model, layers, left, recorded)
     return removed
-
-
-@dataclass(frozen=True)
-class Missing:
-    """What a model lacks.
-
-    Attributes:
-        layers: Numbers of decoder layers.
-        columns: For some operators, by name, the columns that they still read, bool [in], True = read.
-    """
-
-    layers: frozenset[int] = frozenset()
-    columns: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def losses_without(loss: DenseLoss, missing: Sequence[Missing]) -> list[float]:
-    """The loss of the model without each of some sets of parts, in nats a token.
-
-    Every decoder layer is brought to its device once and runs on the hidden states of all these models.
-
-    Raises:
-        ValueError: If no sequence has two tokens.
-        UnsupportedArchitectureError: If decoder layers hand on more than hidden states.
-    """
-    model, layers = loss.model, loss.layers
-    sequences, recorded = _begin(loss)
-    with (
-        tqdm(total=len(layers), desc="Losses without parts", unit="layer", disable=not loss.progress) as bar,
-        onloaded([*modules_around(model, layers), model.get_output_embeddings()], copy=False),
-    ):
-        sweep = Sweep(model, layers, range(len(layers)), sequences, loss.storage)
-        return sweep.losses_without(missing, recorded, bar)
 
 
 def _begin(loss: DenseLoss) -> tuple[list[CalibrationBatch], RecordedInputs]:
@@ -149,19 +113,6 @@ class Sweep:
             bar.update()
         return {out: self.loss(stream) for out, stream in streams.items()}
 
-    def losses_without(self, missing: Sequence[Missing], recorded: RecordedInputs, bar: tqdm) -> list[float]:
-        """Losses without some parts, in nats a token."""
-        streams = [recorded.hidden_states] * len(missing)
-        for index in self.left:
-            layer, prefix = self.layers.modules[index], f"{self.layers.name}.{index}."
-            with onloaded(layer.modules(), copy=False):
-                for number, lacks in enumerate(missing):
-                    if index not in lacks.layers:
-                        with _without_columns(layer, prefix, lacks.columns):
-                            streams[number] = self.run(layer, streams[number], recorded.calls[index])
-            bar.update()
-        return [self.loss(stream) for stream in streams]
-
     def run(self, layer: nn.Module, stream: ActivationStore, calls: Sequence[Any]) -> ActivationStore:
         """The hidden states after a layer."""
         device = execution_device(layer)
@@ -196,23 +147,6 @@ class Sweep:
                 input_ids=ids.to(execution_device(self.model.get_input_embeddings())), use_cache=False
             ).logits
         return logits
-
-
-@contextmanager
-def _without_columns(layer: nn.Module, prefix: str, columns: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the operators of a decoder layer read zeros in the columns that are not `columns`."""
-
-    def only(read: Tensor) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (inputs[0] * read.to(inputs[0]), *inputs[1:])
-
-        return hook
-
-    chosen = {layer.get_submodule(n.removeprefix(prefix)): r for n, r in columns.items() if n.startswith(prefix)}
-    with ExitStack() as handles:
-        for module, read in chosen.items():
-            handles.enter_context(module.register_forward_pre_hook(only(read)))
-        yield
 
 
 def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | None, float]) -> int:

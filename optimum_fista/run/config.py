@@ -37,7 +37,6 @@ _METHOD_DEFAULTS = {
     "flap": MethodDefaults(error_correction="none"),
     "magnitude": MethodDefaults(error_correction="none"),
     "obs_admm": MethodDefaults(error_correction=0.5, residual_correction=1.0, allocation="fisher"),
-    "taylor": MethodDefaults(error_correction="none"),
     "wanda": MethodDefaults(scope="row"),
 }
 
@@ -172,16 +171,6 @@ class FistaPruningConfig(PruningOptions):
         object.__setattr__(
             self, "method_options", {name: value for name, (value, default) in fields.items() if value != default}
         )
-
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether a method reads gradients of the loss."""
-        return METHODS[str(self.method)].needs_gradients
-
-    def with_parts(self, parts: str) -> FistaPruningConfig:
-        """The same, with a pattern of explicit parts instead of the size to reach."""
-        _, comma, then = self.pattern.partition(",")
-        return dataclasses.replace(self, pattern=f"{parts}{comma}{then}", sparsity=None)
 
     @property
     def whole_parts(self) -> WholeParts | None:

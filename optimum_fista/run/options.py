@@ -67,7 +67,7 @@ class PruningOptions:
     )
     method: str | Any = option(
         "obs_admm",
-        "obs_admm, fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap, greedy_obs or taylor (in Python also "
+        "obs_admm, fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap or greedy_obs (in Python also "
         "an instance of one)",
     )
     error_correction: ErrorCorrection | None = option(

@@ -25,8 +25,6 @@ class PruningMethod(ABC):
     """Whether it prunes to patterns in which every row has zeros of its own."""
     takes_columns: ClassVar[bool] = True
     """Whether it removes whole columns (`SparsityPattern.column_width`)."""
-    needs_gradients: ClassVar[bool] = False
-    """Whether it reads `LayerProblem.loss_changes`, for which a run takes gradients of the model's loss."""
 
     @classmethod
     def takes(cls, pattern: SparsityPattern) -> bool:

@@ -51,8 +51,6 @@ class LayerProblem:
         aims_at_dense: Whether `Y` is known to be `W X`.
         dense: What is known of `W X` if `Y` is another matrix; `None` if nothing is.
         name: Name of the operator, for messages.
-        loss_changes: How much the loss of the model changes, to first order, if a column is removed with everything
-            that is removed with it, [in], nats, float32; `None` if it is not known.
     """
 
     def __init__(
@@ -84,7 +82,6 @@ class LayerProblem:
         self.corrected = target is not None
         self.aims_at_dense = aims_at_dense
         self.dense = dense
-        self.loss_changes: Tensor | None = None
         self._errors_of: LayerProblem | None = None
         if target is None or output_energies is None:
             self.target = weight @ statistics.gram

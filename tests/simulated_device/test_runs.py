@@ -117,28 +117,6 @@ def test_parts_go_and_zeros_follow_as_on_the_cpu(place, tmp_path):
     require_the_same(found, expected)
 
 
-@pytest.mark.parametrize("place", ["in memory", "on two devices", "streamed, stored on disk"])
-@pytest.mark.parametrize(
-    "options", [{"pattern": "bytes:0.6"}, {"pattern": "channels:0.25/4+heads:0.5", "method": "taylor"}]
-)
-def test_gradients_choose_what_goes_as_on_the_cpu(place, options, tmp_path):
-    config, batches = FistaPruningConfig(**options, allocation_tokens=128), tiny_tokens(16, 48).split(4)
-    expected, expected_report = prune_on_cpu(tiny_llama(num_hidden_layers=4), config, batches)
-    found, report = pruned_at(place, config, tiny_llama(num_hidden_layers=4), batches, tmp_path)
-    assert report.explicit_pattern == expected_report.explicit_pattern
-    assert [o.groups_kept for o in report.operators] == [o.groups_kept for o in expected_report.operators]
-    require_the_same(found, expected)
-
-
-@pytest.mark.parametrize("place", ["in memory", "streamed, stored on disk"])
-def test_the_time_of_a_token_is_measured_on_the_device(place, tmp_path):
-    model, dense = tiny_llama(num_hidden_layers=4), tiny_llama(num_hidden_layers=4).num_parameters()
-    config = FistaPruningConfig(pattern="latency:0.8", method="magnitude", allocation_tokens=128)
-    _, report = pruned_at(place, config, model, tiny_tokens(16, 48).split(4), tmp_path)
-    assert report.model["size_choice"]["mixture"]["size"] <= 0.8
-    assert report.model["num_parameters"] < dense
-
-
 @pytest.mark.parametrize("place", ["in memory", "on two devices"])
 def test_masked_training_and_perplexity(place, tmp_path):
     results = []

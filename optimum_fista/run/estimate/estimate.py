@@ -99,12 +99,6 @@ class Estimate(PlannedRun):
             yield f"{fitted} calibration tokens for {widest} inputs: the Gram matrix is rank-deficient."
         if self.shapes.fused_bytes:
             yield "every expert is counted with the tokens that it sees on average."
-        if self.chooses is not None:
-            how = ", with time in proportion to weights" * (self.chooses == "latency")
-            yield (
-                "the run chooses what goes by gradients and losses, and logs it before it prunes: this estimate "
-                f"assumes {self.shapes.chosen}{how}."
-            )
         if self.rounds:
             yield f"the run chooses which decoder layers go: this estimate assumes {self.rounds} after the first one."
         if self.allocates:

@@ -82,7 +82,6 @@ class PlannedRun:
                 "pass a smaller number, or more sequences."
             )
         require_zeros_to_pack(config, packed)
-        self.chooses = None if config.whole_parts is None else config.whole_parts.measure
         started = time.perf_counter()
         given = model if isinstance(model, PreTrainedConfig) else read_config(str(model))
         reading = time.perf_counter() - started
@@ -124,7 +123,7 @@ class PlannedRun:
         self.refits = removal is not None and removal.asked.expert_refit
         self.rounds = 0 if removal is None else removal.num_removed_layers
         self.allocates = any(map(config.shares_budget, self.shapes.operators))
-        self.differentiates = self.allocates + config.needs_gradients + (self.chooses is not None)  # how often
+        self.differentiates = int(self.allocates)
         self.rates, self.why_untimed = None, ""
         self._solving: dict[Group, tuple[np.ndarray, float]] = {}
         if timed:

@@ -25,7 +25,7 @@ from optimum_fista.model.sharing import trace_groups
 from optimum_fista.run.checkpoints.loading import reading, refuse_quantized
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.removal import Removal, plan_run
-from optimum_fista.run.pruning.sizes import even_mixture
+from optimum_fista.run.pruning.size import with_channels_for_size
 from optimum_fista.solve.pattern import SparsityPattern
 
 
@@ -85,7 +85,6 @@ class Shapes:
     operators: dict[str, tuple[int, int]]
     left_dense: dict[str, str]
     fused_bytes: int  # of parameters that hold the weights of many experts
-    chosen: str  # the pattern, with one that stands for a size
 
 
 class _AnswerYes(TorchDispatchMode):
@@ -112,11 +111,7 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
     model.eval().requires_grad_(False)
     refuse_quantized(model)
     layers = find_decoder_layers(model)
-    chosen_pattern = config.pattern
-    if config.whole_parts is not None and config.whole_parts.measure is not None:
-        chosen_pattern = even_mixture(model, config.whole_parts)
-        config = config.with_parts(chosen_pattern)
-    removal, config, chosen, left_dense = plan_run(model, layers, config)
+    removal, config, chosen, left_dense = plan_run(model, layers, with_channels_for_size(model, config))
     if removal is not None and removal.num_removed_layers:
         # Which ones is a question of values: the next ones after the first stand for them.
         going = range(1, 1 + removal.num_removed_layers)
@@ -171,7 +166,7 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
             kinds[kind] = LayerKind(1, len(weights), sum(weights), num_active, groups, mixture)
     every = {name: operator for those in chosen.values() for name, operator in those.items()}
     named = {name: o.shape if removal is None else removal.shape_left(o) for name, o in every.items()}
-    return Shapes(model, config, removal, list(kinds.values()), named, left_dense, fused_bytes, chosen_pattern)
+    return Shapes(model, config, removal, list(kinds.values()), named, left_dense, fused_bytes)
 
 
 def _groups(

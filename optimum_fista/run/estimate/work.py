@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from optimum_fista.model.products import compute_dtype_of, quick_products, quick_products_in
-from optimum_fista.run.pruning.sizes import median_seconds
 from optimum_fista.solve.blocks import SCALE_ON_DEVICES, block_share, rows_in_block
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
@@ -158,7 +159,6 @@ def _prune_small(
         weight = normal(max(1, round(count / scale)), width)
         outputs = dense @ weight.T
         problems.append(LayerProblem(weight, given, outputs.T @ inputs, outputs.double().square().sum(0)))
-        problems[-1].loss_changes = weight[0].abs()
     share = rows_in_block(max(rows), columns, 1 if on_cpu else SCALE_ON_DEVICES) / max(rows)
     with block_share(share), Meter(large / scale**2) as meter:
         results = method.prune_sharing(problems, [pattern] * len(rows))
@@ -197,3 +197,16 @@ def measure_device(
         python=1,
         file_bytes=1 / (1 / rate(2**23, lambda: hashlib.sha256(block)) + 1 / _DISK),
     )
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, about: float = 0.2) -> float:
+    """The median time of some calls, after two to warm up; they take about so many seconds together."""
+    times: list[float] = []
+    until = time.perf_counter() + about
+    while len(times) < 7 or time.perf_counter() < until:
+        started = time.perf_counter()
+        call()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:])

@@ -73,7 +73,7 @@ def _what_stays(
     if not report.removed:
         yield from ((name, tensor_of(model, name)) for name in _tensor_names(model))
         return
-    pattern = parse_pattern(report.explicit_pattern)
+    pattern = parse_pattern(report.config["pattern"])
     counts = numbers_kept(model, pattern) if isinstance(pattern, WholeParts) else {}
     plan = plan_shrinking(model, layers=report.model.get("layers_kept"), **counts)
     groups = {name.removesuffix(".weight"): operator.groups_kept or () for name, operator in pruned.items()}

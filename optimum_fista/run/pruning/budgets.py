@@ -9,13 +9,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from optimum_fista.model.experts import ExpertOperator
-from optimum_fista.model.gates import measure_gates
 from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.parts import Part
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.pruning.target_size import SizeChoice
 from optimum_fista.run.texts.explained_errors import explained_gradients
 from optimum_fista.solve.allocation import RemovalCost, allocate
 from optimum_fista.solve.pattern import SparsityPattern
@@ -32,21 +29,16 @@ class Budgets:
         config: The configuration.
         sparsities: Sparsities of the operators that share the zeros of the model.
         output_weights: What an error in each of their outputs costs, [out], nats; they share the zeros of their group.
-        loss_changes: How much the loss changes to first order without each of their columns, [in], nats, if the method
-            reads it.
         unseen: Operators that the loss did not feel; they keep the average sparsity.
         removed_layers: Numbers of the decoder layers to remove, in the order in which they were chosen, each with the
             loss without it and those before.
-        choice: What was chosen for the size that the model is to have.
     """
 
     config: FistaPruningConfig
     sparsities: dict[str, float] = field(default_factory=dict)
     output_weights: dict[str, Tensor] = field(default_factory=dict)
-    loss_changes: dict[str, Tensor] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
     removed_layers: list[tuple[int, float]] = field(default_factory=list)
-    choice: SizeChoice | None = None
 
     def pattern_for(self, name: str) -> SparsityPattern:
         """The sparsity pattern of the operator called `name`."""
@@ -58,27 +50,19 @@ def share_budgets(
     loss: DenseLoss,
     operators: Mapping[str, LinearOperator],
     config: FistaPruningConfig,
-    parts: Mapping[str, Part] | None = None,
     shape_left: Callable[[LinearOperator], tuple[int, int]] = lambda operator: operator.shape,
 ) -> Budgets:
-    """Allocate the zeros of `config` to the operators that take part, and take the gradients that the method reads.
+    """Allocate the zeros of `config` to the operators that take part. Uniform budgets run nothing.
 
-    Uniform budgets of a method that reads none run nothing.
-
-    Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity. `parts` are the
-    parts of the model that shrink, by the names of the operators whose columns go. `shape_left` says what stays of an
-    operator before it gets zeros: it costs as much less as it is smaller, for which of its weights stay is not known
-    yet.
+    Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity. `shape_left`
+    says what stays of an operator before it gets zeros: it costs as much less as it is smaller, for which of its
+    weights stay is not known yet.
 
     Raises:
         ValueError: If gradients of the loss can't be computed, or are not finite, or a sequence is too long.
         torch.OutOfMemoryError: If one sequence is too long for them.
     """
     budgets = Budgets(config)
-    if config.needs_gradients and operators:
-        with explained_gradients(f"method={config.method!r}", "another method"):
-            gates = measure_gates(loss, operators, parts or {})
-        budgets.loss_changes = {name: found.changes for name, found in gates.items()}
     sharing = {name: operator for name, operator in operators.items() if config.shares_budget(name)}
     if not sharing or not config.sparsity:
         return budgets

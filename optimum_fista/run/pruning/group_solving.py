@@ -54,8 +54,6 @@ class GroupSolver:
             RuntimeError: If weights are not finite, or not in their pattern.
         """
         group, whole = problems.operators, Narrowing()
-        for operator, problem in zip(group, problems.fitted, strict=True):
-            problem.loss_changes = self._budgets.loss_changes.get(operator.name)
         narrowings = [whole if narrowed is None else narrowed.get(operator.name, whole) for operator in group]
         fitted = [stays.problem(problem) for stays, problem in zip(narrowings, problems.fitted, strict=True)]
         patterns = [self._budgets.pattern_for(operator.name) for operator in group]

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,10 @@ from optimum_fista.run.checkpoints.stored_names import StoredName, stored_names
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import release_memory_of
 from optimum_fista.run.pruning.budgets import Budgets, share_budgets
-from optimum_fista.run.pruning.removal import Removal, plan_run
+from optimum_fista.run.pruning.removal import plan_run
 from optimum_fista.run.pruning.run_batches import RunBatches
-from optimum_fista.run.pruning.run_report import begin_report, complete_report, warn_of_few_tokens
-from optimum_fista.run.pruning.target_size import SizeChoice, choose_size
+from optimum_fista.run.pruning.run_report import begin_report, complete_report
+from optimum_fista.run.pruning.size import with_channels_for_size
 from optimum_fista.run.reports.report import LayerRecord
 
 _PRUNING_COST = 8.0  # forward passes of the layer; measured 2 (wanda) to 9 (fista) on a CPU, see docs/ranks.md
@@ -65,8 +65,6 @@ class ModelPruning:
         removal: How whole parts of the model are removed; `None` if they are not.
         channels: Parts whose channels change places, by the names of their down projections.
         removed: Numbers of the decoder layers that are removed; known with the budgets.
-        has_size_to_reach: Whether the run has yet to choose what goes for the size that the user asks for; operators
-            and removal are known after that.
         title: What the progress bar is called.
         num_before: Operators of decoder layers that an earlier start of the run finished.
         probe: What measures the loss before and after; `None` if nothing does.
@@ -90,20 +88,16 @@ class ModelPruning:
         settle_ties(model)
         self.model = model
         self.layers = find_decoder_layers(model)
-        self.removal: Removal | None = None
-        self.config = asked = config.resolved()
-        self.operators: dict[str, dict[str, LinearOperator]] = {name: {} for name, _ in self.layers}
-        self.stored_names: dict[str, StoredName] = {}
+        asked = with_channels_for_size(model, config.resolved())
         self.channels: dict[str, Part] = {}
         if asked.reorder_channels:
             try:
                 self.channels = {part.name: part for part in find_parts(model, "channels").parts}
             except UnsupportedArchitectureError as error:
                 raise UnsupportedArchitectureError(f"reorder_channels=True: {error} Leave it out.") from error
-        parts, left_dense = asked.whole_parts, dict[str, str]()
-        self.has_size_to_reach = parts is not None and parts.measure is not None
-        if not self.has_size_to_reach:
-            left_dense = self._plan(asked)
+        self.removal, self.config, self.operators, left_dense = plan_run(model, self.layers, asked)
+        chosen = (o for group in self.operators.values() for o in group.values())
+        self.stored_names: dict[str, StoredName] = stored_names(model, chosen)
         require_own_weights(model, self.layers)
         vocab_size = input_embedding(model).shape[0]
         batches = hold_out(read_batches(calib_dataloader, vocab_size, position_limit(model)), config.held_out)
@@ -176,25 +170,18 @@ class ModelPruning:
             ValueError: If the loss or its gradients are not finite, or no decoder layer can be removed.
         """
         if self.budgets is None:
-            started, choice, removed = time.perf_counter(), None, list[tuple[int, float]]()
+            started, removed = time.perf_counter(), list[tuple[int, float]]()
             calibration, tokens = self.batches.calibration, self.config.allocation_tokens
             loss = DenseLoss(self.model, self.layers, calibration, tokens, self.progress, self.storage)
             with quick_products_in(self.compute_dtype):
-                if self.has_size_to_reach:
-                    pattern = self.config.whole_parts
-                    assert pattern is not None
-                    choice = choose_size(loss, pattern)
-                    self._use_choice(choice)
-                    removed = choice.removed_layers
-                elif self.removal is not None and self.removal.num_removed_layers:
+                if self.removal is not None and self.removal.num_removed_layers:
                     removed = choose_layers(loss, self.removal.num_removed_layers)
             gone = {f"{self.layers.name}.{index}" for index, _ in removed}
             left = [group for name, group in self.operators.items() if name not in gone]
             flat = {name: operator for group in left for name, operator in group.items()}
             with self.split_experts(), quick_products_in(self.compute_dtype):
-                parts = None if self.removal is None else self.removal.plan.parts
-                budgets = share_budgets(loss, flat, self.config, parts, self._shape_left)
-            budgets.removed_layers, budgets.choice = removed, choice
+                budgets = share_budgets(loss, flat, self.config, self._shape_left)
+            budgets.removed_layers = removed
             self.use_budgets(budgets)
             release_memory_of(self.model)
             self.report.seconds["allocation"] = time.perf_counter() - started
@@ -203,9 +190,6 @@ class ModelPruning:
 
     def use_budgets(self, budgets: Budgets) -> None:
         """Prune with budgets that were shared before, and without what they remove."""
-        if budgets.choice is not None and self.has_size_to_reach:  # an earlier start of the run chose it
-            self._use_choice(budgets.choice)
-            budgets.config = self.config
         if budgets.removed_layers:
             assert self.removal is not None
             losses = dict(budgets.removed_layers)
@@ -216,19 +200,6 @@ class ModelPruning:
             self.stored_names = stored_names(self.model, chosen, self.removal.plan.new_name)
             self.report.left_dense = self.removal.reasons_left_dense(self.report.left_dense, self.operators)
         self.budgets = budgets
-
-    def _plan(self, asked: FistaPruningConfig) -> dict[str, str]:
-        """Take the configuration and the operators to prune; returns those left dense with the reason."""
-        self.removal, self.config, self.operators, left_dense = plan_run(self.model, self.layers, asked)
-        self.stored_names = stored_names(self.model, (o for group in self.operators.values() for o in group.values()))
-        return left_dense
-
-    def _use_choice(self, choice: SizeChoice) -> None:
-        """Go on as if the user had passed the pattern that was chosen."""
-        self.has_size_to_reach = False
-        self.report.left_dense = self._plan(self.config.with_parts(choice.mixture.pattern))
-        warn_of_few_tokens(self.report, self.operators)
-        self.report.model["size_choice"] = asdict(choice)
 
     def _shape_left(self, operator: LinearOperator) -> tuple[int, int]:
         """What stays of an operator before it gets zeros, [out, in]."""

@@ -232,8 +232,7 @@ class PruningReport:
     Attributes:
         config: The configuration, as plain values.
         model: Class, type, name (a Hub id, or the last part of a path) and number of parameters of the model, and the
-            `sha256` of the dense model's tensors; also `dense_num_parameters` if parts of it were removed, and
-            `size_choice` if they were chosen for a size.
+            `sha256` of the dense model's tensors; also `dense_num_parameters` if parts of it were removed.
         calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` if known; the same of the
             tokens held out under `held_out`, if there are any.
         operators: One report an operator, in pruning order.
@@ -296,12 +295,6 @@ class PruningReport:
     def mixtures(self) -> list[MixtureReport]:
         """Mixtures that lost experts, in the order of their decoder layers."""
         return [layer.mixture for layer in self.layers if layer.mixture is not None]
-
-    @property
-    def explicit_pattern(self) -> str:
-        """The pattern, or that which was chosen if the run was asked for a size."""
-        choice = self.model.get("size_choice")
-        return str(self.config["pattern"] if choice is None else choice["mixture"]["pattern"])
 
     @property
     def removed(self) -> str:

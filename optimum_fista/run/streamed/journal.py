@@ -23,7 +23,6 @@ from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
 from optimum_fista.run.checkpoints.output_folder import FOLDER
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.budgets import Budgets
-from optimum_fista.run.pruning.target_size import SizeChoice
 from optimum_fista.run.records import as_record
 from optimum_fista.run.reports.report import LayerRecord
 
@@ -170,12 +169,10 @@ class Journal:
 
     def keep_budgets(self, budgets: Budgets) -> None:
         """Write the sparsities that the operators were given, and the decoder layers that go."""
-        kinds = {"output_weights": budgets.output_weights, "loss_changes": budgets.loss_changes}
-        tensors = {f"{kind}/{name}": t.cpu().contiguous() for kind, found in kinds.items() for name, t in found.items()}
+        tensors = {name: t.cpu().contiguous() for name, t in budgets.output_weights.items()}
         sha256 = _write(self._journal / "budgets.safetensors", tensors)
         values: dict[str, Any] = {"sparsities": budgets.sparsities, "unseen": budgets.unseen, "tensors_sha256": sha256}
         values["removed_layers"] = budgets.removed_layers
-        values["choice"] = None if budgets.choice is None else dataclasses.asdict(budgets.choice)
         values["run_sha256"] = self._run_sha256  # ties budgets, and by their digest every layer, to this run
         write_record(self._journal / "budgets.json", values)
         self.budgets_sha256 = _text_digest(values)
@@ -189,13 +186,7 @@ class Journal:
             return None
         self.budgets_sha256 = _text_digest(values)
         removed = [(index, loss) for index, loss in values["removed_layers"]]
-        choice = None if values["choice"] is None else as_record(SizeChoice, values["choice"])
-        tensors: dict[str, dict[str, Tensor]] = {"output_weights": {}, "loss_changes": {}}
-        for key, tensor in load_file(file).items():
-            kind, _, name = key.partition("/")
-            tensors[kind][name] = tensor
-        weights, changes = tensors["output_weights"], tensors["loss_changes"]
-        return Budgets(config, values["sparsities"], weights, changes, values["unseen"], removed, choice)
+        return Budgets(config, values["sparsities"], load_file(file), values["unseen"], removed)
 
     def _file(self, kind: str, index: int) -> Path:
         return self._journal / f"{kind}-{index:05}.safetensors"

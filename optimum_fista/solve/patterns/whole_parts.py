@@ -11,10 +11,9 @@ from torch import Tensor
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 
 PartKind = Literal["channels", "heads", "experts", "layers"]
-Measure = Literal["bytes", "active", "latency"]
 
 _PART = re.compile(r"(channels|heads|experts|layers):([\d.]+(?:e-\d+)?)(?:/(\d+))?")
-_SIZE = re.compile(r"(bytes|active|latency):([\d.]+)")
+_SIZE = re.compile(r"bytes:([\d.]+)")
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class PartShare:
 class WholeParts(SparsityPattern):
     """Shares of the parts of a model: as many channels, heads and experts in every decoder layer, or whole layers.
 
-    Instead of shares there may be the size that the model is to have, for which a run chooses them.
+    Instead of shares there may be the size that the model is to have; a run then removes as many channels as it takes.
 
     It is for a whole model: a run makes `Columns` of it for the operators that read what is removed, the down
     projection and the attention's output projection, and removes the rows that compute it afterwards. Experts are
@@ -85,18 +84,15 @@ class WholeParts(SparsityPattern):
         sparsity: The largest share, or that of the size.
         shares: What goes, one entry for each kind; empty if there is a `size`.
         then: The pattern of what stays, whose sparsity and scope are then those of this one; `None`: it stays dense.
-        measure: What the size is measured by: bytes of the weights, weights that a token meets, or the time to decode
-            one token; `None` if there are shares.
-        size: Share of the dense model's size that is left, in (0, 1).
+        size: Share of the dense model's bytes that is left, in (0, 1); `None` if there are shares.
     """
 
     shares: tuple[PartShare, ...] = ()
     then: SparsityPattern | None = None
-    measure: Measure | None = None
-    size: float = 1.0
+    size: float | None = None
     form: ClassVar[str] = (
         "'channels:SHARE', 'heads:SHARE', 'experts:SHARE' or 'layers:SHARE', or some joined by '+', such as "
-        "'channels:0.25+layers:0.1', or 'bytes:SIZE', 'active:SIZE' or 'latency:SIZE' for the size that is left"
+        "'channels:0.25+layers:0.1', or 'bytes:SIZE' for the size that is left"
     )
 
     @classmethod
@@ -107,13 +103,12 @@ class WholeParts(SparsityPattern):
             ValueError: If a share is outside (0, 1), a multiple is 0, or a kind is named twice.
         """
         if (wanted := _SIZE.fullmatch(text)) is not None:
-            size = float(wanted[2]) if wanted[2].count(".") <= 1 and wanted[2] != "." else 0.0
+            size = float(wanted[1]) if wanted[1].count(".") <= 1 and wanted[1] != "." else 0.0
             if not 0 < size < 1:
                 raise ValueError(
-                    f"pattern={text!r}: pass the share of the {wanted[1]} that is to be left, in (0, 1), such as "
-                    f"'{wanted[1]}:0.75'."
+                    f"pattern={text!r}: pass the share of the bytes that is to be left, in (0, 1): 'bytes:0.75'."
                 )
-            return cls(1 - size, scope, measure=cast(Measure, wanted[1]), size=size)
+            return cls(1 - size, scope, size=size)
         found = [_PART.fullmatch(part) for part in text.split("+")]
         if not all(found):
             return None
@@ -148,7 +143,7 @@ class WholeParts(SparsityPattern):
     @property
     def _parts(self) -> str:
         """What goes."""
-        return "+".join(map(str, self.shares)) if self.measure is None else f"{self.measure}:{self.size!r}"
+        return "+".join(map(str, self.shares)) if self.size is None else f"bytes:{self.size!r}"
 
     @property
     def column_width(self) -> int:

@@ -119,17 +119,6 @@ def test_decoder_layers_that_go_are_as_large_as_those_of_the_run(pattern):
     assert estimate.operators["together"]["number"] - plain.operators["together"]["number"] == repaired
 
 
-def test_a_size_is_reached_by_what_stands_for_the_choice():
-    config = FistaPruningConfig(pattern="bytes:0.7")
-    estimate = estimated(tiny_llama(num_hidden_layers=5).config, config)
-    total = tiny_llama(num_hidden_layers=5).num_parameters()
-    assert 0.28 * total < estimate.num_removed < 0.34 * total
-    assert any("assumes channels:0.23+heads:0.5" in note for note in estimate.notes)
-    assert flops(estimate, "allocation") > 0
-    with pytest.raises(ValueError, match=r"'bytes:0.05': the smallest possible size is 0\.\d+ of the model's"):
-        estimated(tiny_llama().config, FistaPruningConfig(pattern="bytes:0.05"))
-
-
 def test_zeros_that_are_shared_add_up():
     estimate = estimated()
     report = FistaPruner(FistaPruningConfig(), progress=False).prune(tiny_llama(), tiny_tokens().split(4))
