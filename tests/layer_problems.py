@@ -67,5 +67,4 @@ def example(
     problem = LayerProblem(weight, statistics)
     if corrected:
         problem = LayerProblem(weight, statistics, outputs.T @ inputs, outputs.double().square().sum(0))
-    problem.loss_changes = outputs.sum(0).mul(weight.T).sum(1).abs()  # of the loss <Y 1, W 1>
     return Example(weight, inputs, outputs, problem)
