@@ -61,9 +61,10 @@ def load_model(
 def load_lazily(
     name: str, offload_folder: Path, *, device: str | None = None, dtype: str | torch.dtype = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """A model whose weights stay in its files until they are needed, and its tokenizer if it has one.
+    """A model whose weights stay in its files until they are needed.
 
-    The weights of a GGUF file are dequantized in memory, because they can't be read one at a time.
+    The weights of a GGUF file are dequantized in memory, because they can't be read one at a time; its tokenizer, which
+    is in no file of its own, comes with it.
 
     Raises:
         ValueError: If `name` is a folder without a model, its files are damaged, or the device or dtype can't be used.
@@ -78,7 +79,7 @@ def load_lazily(
         offload_folder=offload_folder,
     )
     move_execution(model, target)
-    return model, load_tokenizer(name)
+    return model, None
 
 
 def require_tokenizer(name: str) -> PreTrainedTokenizerBase:

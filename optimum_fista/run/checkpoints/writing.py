@@ -31,6 +31,7 @@ from optimum_fista.run.checkpoints.installation import discard, install
 from optimum_fista.run.checkpoints.loading import forget_gguf
 from optimum_fista.run.checkpoints.output_folder import require_output
 from optimum_fista.run.checkpoints.output_lock import locked_output
+from optimum_fista.run.checkpoints.source_files import copy_source
 from optimum_fista.run.checkpoints.stored_names import as_stored, stored_names
 from optimum_fista.run.reports.card import PACKED_NOTE, PICTURE_FILE, error_picture, model_card
 from optimum_fista.run.reports.report import PruningReport
@@ -97,6 +98,8 @@ def write_checkpoint(
     report = dataclasses.replace(report, operators=stored)
     forget_gguf(model)
     with errors_of_writing(folder):
+        if getattr(model.config, "auto_map", None):
+            copy_source(Path(model.config._name_or_path), folder, "*.py")
         _save_model(model, folder)
     write_all_but_weights(folder, model, tokenizer, report, masks)
 
@@ -121,7 +124,7 @@ def write_all_but_weights(
         write_bytes(folder / PICTURE_FILE, picture)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if model.can_generate():
+    if model.can_generate() and not (folder / "generation_config.json").exists():
         model.generation_config.save_pretrained(folder)
     describe_ties(model, model.config)
     model.config.fista_pruning = summary(report)

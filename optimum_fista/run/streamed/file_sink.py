@@ -18,6 +18,7 @@ from optimum_fista.model.loss_probe import LossProbe
 from optimum_fista.packed.format import packed_names
 from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.shards import groups_to_join, join, read_header, write_index
+from optimum_fista.run.checkpoints.source_files import copy_source
 from optimum_fista.run.checkpoints.stored_names import as_stored
 from optimum_fista.run.checkpoints.writing import write_all_but_weights
 from optimum_fista.run.packed_folders.packing import Packer, packed_settings
@@ -102,6 +103,7 @@ class FileSink(ModelSink):
         operators, masks = as_stored(report.operators, masks, self._pruning.stored_names)
         report = replace(report, operators=operators)
         packed = packed_settings(index_name, packed_names(weight_map)) if self._packed else None
+        copy_source(self._source.folder, folder)
         write_all_but_weights(folder, model, tokenizer, report, masks, packed)
         self._source.require_unchanged()
         return report

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_FILE
@@ -50,11 +49,6 @@ def run_fingerprint(source: SourceFiles, pruning: ModelPruning) -> dict[str, Any
 def is_of_another_run(folder: Path, fingerprint: dict[str, Any]) -> bool:
     """Whether a folder is there and holds no run with this fingerprint."""
     return folder.exists() and read_record(folder / FOLDER / "fingerprint.json") != fingerprint
-
-
-def model_folder(name: str) -> Path:
-    """The folder of a model that has been loaded."""
-    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True))
 
 
 class SourceFiles:

@@ -22,6 +22,7 @@ from optimum_fista.run.checkpoints.installation import discard, install
 from optimum_fista.run.checkpoints.loading import load_lazily
 from optimum_fista.run.checkpoints.output_folder import FOLDER, MODEL_FILES, require_output, unfinished_folder
 from optimum_fista.run.checkpoints.output_lock import locked_output
+from optimum_fista.run.checkpoints.source_files import source_folder
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.loop import prune_layers
 from optimum_fista.run.pruning.model_pruning import ModelPruning
@@ -29,7 +30,7 @@ from optimum_fista.run.pruning.removal import require_zeros_to_pack
 from optimum_fista.run.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.file_sink import FileSink
-from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run, model_folder, run_fingerprint
+from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run, run_fingerprint
 from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer, has_only_begun, read_record
 
 _ADVICE = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, and ")
@@ -84,7 +85,7 @@ def prune_files(
                 pruning.storage_device = folder  # files on the output's disk
             if ranks.count > 1:
                 pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
-            return pruning, tokenizer, model_folder(str(name))
+            return pruning, tokenizer, source_folder(str(name), getattr(model.config, "_commit_hash", None))
 
         def begin() -> None:
             for callback in callbacks:

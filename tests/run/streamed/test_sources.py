@@ -1,11 +1,14 @@
 """Model folders as people have them: what a run from files to files makes of them."""
 
+import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from safetensors.torch import load_file, save_file
-from tiny_llama import tiny_llama, tiny_tokens
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -60,3 +63,68 @@ def test_a_tied_head_that_is_stored_without_the_embedding(tmp_path):
     source = tied_folder(tmp_path / "source", lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
     folders = prune_both(source, tmp_path)
     assert load_file(folders[1] / "model.safetensors").keys() == load_file(folders[0] / "model.safetensors").keys()
+
+
+CODE = "from transformers import LlamaForCausalLM\n\n\nclass OwnLlama(LlamaForCausalLM):\n    own = True\n"
+BESIDE = {
+    "preprocessor_config.json": "{}",
+    "tokenizer.model": "as it was",
+    "special_tokens_map.json": "{}",
+    "generation_config.json": '{"temperature": 0.6, "top_p": 0.9}',  # which Transformers reads, and doesn't write
+    "LICENSE": "MIT",
+    "modeling_own.py": CODE,
+    "additional_chat_templates/rag.jinja": "{{ messages }}",
+}
+
+
+def folder_with_code(folder: Path) -> Path:
+    """A Llama with `BESIDE`, whose configuration names code of its own, and with files that are not to be copied."""
+    save_tiny_folder(folder)
+    others = ["README.md", ".git/config", "original/params.json", "model.onnx"]
+    for name, text in {**BESIDE, **dict.fromkeys(others, "---\nlicense: mit\n---\n")}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnLlama"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_files_beside_the_weights_come_along(tmp_path, caplog):
+    source, output = folder_with_code(tmp_path / "my source"), tmp_path / "out"
+    with caplog.at_level(logging.WARNING):
+        pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+        pruner.prune(source, tiny_tokens().split(4), output_dir=output)
+    assert f"not copied from {source}: model.onnx, original/" in caplog.messages
+    assert {name: (output / name).read_text() for name in BESIDE} == BESIDE
+    assert (output / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert not (output / ".git").exists()
+    assert "Pruned after training" in (output / "README.md").read_text()
+    assert AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).own
+
+
+def test_code_of_a_model_in_memory_is_saved_too(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder_with_code(tmp_path / "source"))
+    model.generation_config.temperature = model.generation_config.top_p = None
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+    pruner.prune(model, tiny_tokens().split(4))
+    pruner.save_pretrained(model, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).own
+
+
+def test_small_files_of_the_hub_are_fetched(hub, tmp_path):
+    source = folder_with_code(tmp_path / "source")
+    code = f"""
+        import logging
+        import torch
+        from huggingface_hub import HfApi
+        from optimum_fista import FistaPruner, FistaPruningConfig
+        HfApi().create_repo("tester/dense")
+        HfApi().upload_folder(repo_id="tester/dense", folder_path={str(source)!r})
+        pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+        pruner.prune("tester/dense", [torch.arange(64).view(4, 16)], output_dir={str(tmp_path / "out")!r})
+    """
+    done = run_with_hub(hub, code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {name: (tmp_path / "out" / name).read_text() for name in BESIDE} == BESIDE
+    assert not any(request.endswith("onnx") for request in hub.requests)

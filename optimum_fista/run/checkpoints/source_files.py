@@ -1,0 +1,51 @@
+"""Files of a dense model that come along when it is pruned: tokenizer, processor, templates, code, licences."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from huggingface_hub import HfApi, RepoFile, snapshot_download, try_to_load_from_cache
+
+_TEMPLATES = "additional_chat_templates"
+_WRITTEN = {"config.json", "README.md", "fista"}  # by the run
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|gguf|pth?|ckpt|h5|msgpack|onnx(_data)?|tflite|npz|ot)(\.index\.json)?$|^adapter_config\.json$"
+)
+_READ = re.compile(r"^(model|pytorch_model)\b.*\.(safetensors|bin)(\.index\.json)?$|\.gguf$")
+_MOST_BYTES = 2**28  # the largest vocabularies have about 2**25
+logger = logging.getLogger(__name__)
+
+
+def source_folder(name: str, revision: str | None) -> Path:
+    """The folder of a model that has been loaded. Of one of the Hub, its small files come into the cache first."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        tree = HfApi().list_repo_tree(name, revision=revision)
+        small = [file.path for file in tree if isinstance(file, RepoFile) and _comes_along(file.path, file.size)]
+        snapshot_download(name, revision=revision, allow_patterns=[*small, f"{_TEMPLATES}/*"])
+    except Exception as error:  # the client has no common base
+        logger.warning("the Hub doesn't tell which files %s has (%s): those in the cache are copied", name, error)
+    return Path(str(try_to_load_from_cache(name, "config.json", revision=revision))).parent
+
+
+def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
+    """Copy the files of a model's folder that match, but for weights and what a run writes; log what stays behind."""
+    left = []
+    for path in sorted(source.glob(pattern)):
+        name = path.name
+        if path.is_file() and _comes_along(name, path.stat().st_size):
+            shutil.copyfile(path, folder / name)
+        elif name == _TEMPLATES and path.is_dir():
+            shutil.copytree(path, folder / name, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        elif not name.startswith(".") and name not in _WRITTEN and not _READ.search(name):
+            left.append(f"{name}/" if path.is_dir() else name)
+    if left:
+        logger.warning("not copied from %s: %s", source, ", ".join(left))
+
+
+def _comes_along(name: str, size: int) -> bool:
+    return not name.startswith(".") and name not in _WRITTEN and not _WEIGHTS.search(name) and size <= _MOST_BYTES
