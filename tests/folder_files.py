@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 _MEASURED = re.compile(r'seconds|_bytes|\| time \||"(total|allocation)": \d')
 
 
@@ -15,12 +18,18 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """The files of a folder; without the times and the memory in the two that tell them."""
+    """The files of a folder; without the times and the memory in the two that tell them, and what follows from them."""
     files = bytes_of(folder)
+    files["fista/files.json"] = str(sorted(json.loads(files["fista/files.json"]))).encode()
     for name in ("README.md", "fista/report.json"):
         lines = files[name].decode().splitlines()
         files[name] = "\n".join(line for line in lines if not _MEASURED.search(line)).encode()
     return files
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """The weights in the files of a model folder."""
+    return dict(item for file in folder.glob("model*.safetensors") for item in load_file(file).items())
 
 
 def with_changed_report(folder: Path, copy: Path, edit: Callable[[dict[str, Any]], None]) -> Path:

@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, or render a finished comparison; 1 if a row failed."""
-    from optimum_fista.run.checkpoints.output_lock import locked_output
+    from optimum_fista.run.checkpoints.output import locked_output
     from optimum_fista.run.comparison.comparison import Comparison
 
     if arguments.render is not None:

@@ -261,7 +261,7 @@ class _Written:
 
     def _sha256(self, name: str) -> str:
         """Digest of a file, or of the model in a folder and what commands added to it."""
-        from optimum_fista.run.checkpoints.output_folder import model_files
+        from optimum_fista.run.checkpoints.output import model_files
 
         place, found = self.output / name, hashlib.sha256()
         for path in [place / file for file in sorted(model_files(place))] if place.is_dir() else [place]:

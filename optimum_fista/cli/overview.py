@@ -24,7 +24,7 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> int
     """Say what the run will do and take; returns the size of its batches."""
     import torch
 
-    from optimum_fista.run.checkpoints.output_folder import unfinished_folder
+    from optimum_fista.run.checkpoints.output import unfinished_folder
     from optimum_fista.run.estimate.estimate import size
     from optimum_fista.run.estimate.memory import LIBRARIES
     from optimum_fista.run.memory import available_bytes

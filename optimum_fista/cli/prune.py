@@ -100,8 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from optimum_fista.cli.overview import estimate_of, next_commands, say_before, verdicts
     from optimum_fista.cli.progress import Progress, log_shown
-    from optimum_fista.run.checkpoints.output_folder import FOLDER, unfinished_folder
-    from optimum_fista.run.checkpoints.output_lock import locked_output
+    from optimum_fista.run.checkpoints.output import FOLDER, locked_output, unfinished_folder
     from optimum_fista.run.hub import push_folder
     from optimum_fista.run.packed_folders.unpacking import PackedFiles
     from optimum_fista.run.pruner import FistaPruner
@@ -199,12 +198,12 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
 
 def _require_output(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
     from optimum_fista.cli.overview import argument
-    from optimum_fista.run.checkpoints.output_folder import MODEL_FILES, require_output
+    from optimum_fista.run.checkpoints.output import require_output
 
     named = arguments.output
     arguments.output = named or default_output(arguments.model, config)
     try:
-        require_output(arguments.output, arguments.overwrite, source=arguments.model, names=MODEL_FILES)
+        require_output(arguments.output, arguments.overwrite, source=arguments.model)
     except FileExistsError as error:
         if named is not None:
             raise
@@ -219,7 +218,7 @@ def _require_output(arguments: argparse.Namespace, config: FistaPruningConfig) -
 
 
 def _require_same_settings(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
-    from optimum_fista.run.checkpoints.output_folder import unfinished_folder
+    from optimum_fista.run.checkpoints.output import unfinished_folder
     from optimum_fista.run.streamed.journal import require_same_settings
 
     sequences = arguments.num_samples + config.held_out
@@ -228,7 +227,7 @@ def _require_same_settings(arguments: argparse.Namespace, config: FistaPruningCo
 
 def _num_kept(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
     """How many decoder layers are finished and kept for this command; those of another run are not."""
-    from optimum_fista.run.checkpoints.output_folder import FOLDER, unfinished_folder
+    from optimum_fista.run.checkpoints.output import FOLDER, unfinished_folder
 
     try:
         _require_same_settings(arguments, config)

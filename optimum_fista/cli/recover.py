@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from optimum_fista.cli.overview import argument
     from optimum_fista.cli.progress import log_shown
-    from optimum_fista.run.checkpoints.output_folder import folder_beside
+    from optimum_fista.run.checkpoints.output import folder_beside
     from optimum_fista.run.ranks import joined_ranks
     from optimum_fista.run.retraining.recovery import recover, steps_kept
 

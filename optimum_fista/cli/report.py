@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Read the folder, write the page, print where it is."""
     from tqdm.auto import tqdm
 
-    from optimum_fista.run.checkpoints.atomic import require_writable, write_text
+    from optimum_fista.run.checkpoints.atomic import require_writable
+    from optimum_fista.run.checkpoints.output import write_about
     from optimum_fista.run.evaluation.generation import continue_prompts
     from optimum_fista.run.html_report.page import Continuation, read_contents, render_page
 
@@ -61,6 +62,6 @@ def run(arguments: argparse.Namespace) -> int:
         continuations = tuple(Continuation(*texts) for texts in zip(arguments.prompt, *written, strict=True))
         contents = dataclasses.replace(contents, continuations=continuations)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, render_page(contents))
+    write_about(output, render_page(contents))
     print(f"saved to {output}")
     return 0

@@ -12,9 +12,12 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from yaml import YAMLError
 
 from optimum_fista.run.checkpoints.checkpoint import CARD_FILE
-from optimum_fista.run.checkpoints.output_folder import LATER, MODEL_FILES, WEIGHTS, all_names, model_files
+from optimum_fista.run.checkpoints.output import all_names, model_files
 
 logger = logging.getLogger(__name__)
+
+_STEMS = ("model.", "model-*-of-*.", "packed.", "packed-*-of-*.", "pytorch_model.", "pytorch_model-*-of-*.")
+_ENDINGS = ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
 
 
 def push_folder(
@@ -26,39 +29,35 @@ def push_folder(
     commit_message: str = "Upload pruned model",
     revision: str | None = None,
 ) -> str:
-    """Upload the files of a model folder to a model repository and return the URL of the commit.
+    """Upload the files of a pruned model's folder to a model repository and return the URL of the commit.
 
-    The Hub checks the metadata of the model card before anything is uploaded.
-    Only files that belong to the model are uploaded: those that a run wrote, by its list in `fista/files.json`, a
-    `report` and an `evaluate` into the folder. Without the list (a folder of Transformers, or of an older version),
-    those with the names that Transformers and this package give. A warning names the other files.
+    Only the files on the list in `fista/files.json` are uploaded: those that a run, `report` and `evaluate` wrote. A
+    warning names the others. The Hub checks the metadata of the model card before anything is uploaded.
 
-    The repository, and the branch `revision` (from the head of `main`), are created if absent. Files of
-    the same name are replaced; weights of a standard name (`model.safetensors`, ...) that are on the
-    branch but not in `folder` are deleted in the same commit, because they belong to another model.
+    The repository, and the branch `revision` (from the head of `main`), are created if absent. Files of the same name
+    are replaced. Weights of a standard name (`model.safetensors`, ...), and `fista/`, that are on the branch but not in
+    `folder` are deleted in the same commit, because they belong to another model.
 
     Args:
-        folder: a model folder with `config.json` and at least one `*.safetensors`.
+        folder: A folder that this package wrote.
         repo_id: `"namespace/name"`, or `"name"` for the namespace of the token's owner.
-        private: visibility of the repository; `None` takes what exists, or the namespace's default.
-        token: access token; `None` takes `HF_TOKEN` or the one stored by `hf auth login`.
-        commit_message: first line of the commit.
-        revision: branch to push to; `None` is `main`.
+        private: Visibility of the repository; `None` takes what exists, or the namespace's default.
+        token: Access token; `None` takes `HF_TOKEN` or the one stored by `hf auth login`.
+        commit_message: First line of the commit.
+        revision: Branch to push to; `None` is `main`.
 
     Raises:
-        ValueError: `folder` is not a complete model folder, its card has metadata that the Hub refuses, `repo_id` is
-            not a repository name, or `private` contradicts the visibility of an existing repository. Nothing has been
-            uploaded.
-        OSError: the Hub refused or was not reached. `folder` is unchanged; the client's error is the cause.
+        ValueError: If `folder` is not complete or not of this package, its card has metadata that the Hub refuses,
+            `repo_id` is not a repository name, or `private` contradicts the visibility of an existing repository.
+            Nothing has been uploaded.
+        OSError: If the Hub refused or was not reached. `folder` is unchanged; the client's error is the cause.
     """
     folder = Path(folder).expanduser().resolve()
-    for pattern in ("config.json", "*.safetensors"):
-        if not any(folder.glob(pattern)):
-            raise ValueError(
-                f"folder='{folder}' holds no {pattern}: pass a model folder as `save_pretrained` writes it"
-            )
-    require_repo_id(repo_id)
     names = model_files(folder)
+    for pattern in ("fista/files.json", "config.json", "*.safetensors"):
+        if not names or not any(folder.glob(pattern)):
+            raise ValueError(f"folder='{folder}' has no {pattern} of optimum-fista: pass a folder that it wrote.")
+    require_repo_id(repo_id)
     others = [name for name in all_names(folder) if name not in names and not name.startswith((".git/", ".cache/"))]
     if others:
         more = f" and {len(others) - 10} more" if len(others) > 10 else ""
@@ -87,7 +86,7 @@ def push_folder(
             commit_message=commit_message,
             revision=revision,
             allow_patterns=[glob.escape(name) for name in sorted(names)],
-            delete_patterns=[*WEIGHTS, *(name for name in [*MODEL_FILES, *LATER] if name.startswith("fista/"))],
+            delete_patterns=[*(stem + ending for stem in _STEMS for ending in _ENDINGS), "fista/*"],
         )
     logger.info("Pushed %s to %s", folder, commit.commit_url)
     return commit.commit_url

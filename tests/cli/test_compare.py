@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from optimum_fista.cli.main import main
-from optimum_fista.run.checkpoints.output_lock import locked_output
+from optimum_fista.run.checkpoints.output import locked_output
 from optimum_fista.run.comparison.comparison import Comparison
 
 QUICK = ["--num-samples", "4", "--sequence-length", "32", "--max-windows", "2", "--device", "cpu"]

@@ -25,7 +25,7 @@ from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import main
-from optimum_fista.run.checkpoints.output_folder import unfinished_folder
+from optimum_fista.run.checkpoints.output import unfinished_folder
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.ranks import Ranks, joined_ranks, launched_processes, share_layers
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,19 +69,6 @@ def require_writable(file: Path) -> None:
         raise OSError(error.errno, what, str(file)) from error
 
 
-def require_room(folder: Path, num_bytes: int) -> None:
-    """Refuse to begin long work whose result the disk of a folder has no room for.
-
-    Raises:
-        OSError: If less than `num_bytes` are free.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        needed = f"{num_bytes / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} free"
-        what = f"{os.strerror(errno.ENOSPC)}: {needed}, nothing was done: make room, or pass another output"
-        raise OSError(errno.ENOSPC, what, str(folder))
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     write_atomically(path, lambda partial: partial.write_text(text))
@@ -95,6 +82,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all."""
     write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

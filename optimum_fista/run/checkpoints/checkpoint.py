@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.run.checkpoints.atomic import write_text
 from optimum_fista.run.reports.report import PruningReport
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
@@ -124,8 +125,25 @@ def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
         return {name: folder / file for name, file in weight_map.items()}
     if not single.exists():
         raise FileNotFoundError(f"{str(folder)!r} holds no {stem}.safetensors: pass a pruned model folder.")
-    with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    return dict.fromkeys(names_in(single), single)
+
+
+def names_in(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+def write_index(folder: Path, stem: str, weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
+    """Write which of a folder's weight files holds which tensor, and the bytes of all tensors; returns its name."""
+    total = 0
+    for name in {*weight_map.values()}:
+        with (folder / name).open("rb") as file:
+            total += (folder / name).stat().st_size - 8 - int.from_bytes(file.read(8), "little")  # less the header
+    index = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    name = f"{stem}.safetensors.index.json"
+    write_text(folder / name, json.dumps(index, indent=2) + "\n")
+    return name
 
 
 def read_tensors(files: dict[str, Path], names: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +26,13 @@ from optimum_fista.run.checkpoints.checkpoint import (
     operators_by_weight,
     summary,
 )
-from optimum_fista.run.checkpoints.installation import discard, install
 from optimum_fista.run.checkpoints.loading import forget_gguf
-from optimum_fista.run.checkpoints.output_folder import require_output
-from optimum_fista.run.checkpoints.output_lock import locked_output
+from optimum_fista.run.checkpoints.output import new_output, require_output
 from optimum_fista.run.checkpoints.source_files import copy_source
 from optimum_fista.run.checkpoints.stored_names import as_stored, stored_names
 from optimum_fista.run.reports.card import PACKED_NOTE, PICTURE_FILE, error_picture, model_card
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.solve.bitmask import unpack_mask
-
-
-@contextmanager
-def new_output(output_dir: Path, overwrite: bool, foreign: Collection[str] = ()) -> Iterator[Path]:
-    """Write a model folder at once: yields an empty folder, whose files come into `output_dir` at the end (`install`).
-
-    Raises:
-        BlockingIOError: As `locked_output`.
-        FileExistsError: As `install`, or if an unfinished run is there and `overwrite` is False.
-        OSError: As both.
-    """
-    with locked_output(output_dir) as folder:
-        discard(folder, overwrite)
-        yield folder
-        install(folder, output_dir, overwrite, foreign)
 
 
 def save_checkpoint(
@@ -62,13 +44,11 @@ def save_checkpoint(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write the model folder; see `installation.install` for how it replaces one that is there.
+    """Write the model folder; `output` says what it may replace.
 
     Raises:
-        BlockingIOError: If another run is writing the folder.
-        FileExistsError: If the folder holds a model, or an unfinished run, and `overwrite` is False; or files of
-            something else that have the names of a model's.
-        OSError: If the disk is full, or can't be written to.
+        FileExistsError: As `require_output`, or if it holds an unfinished run and `overwrite` is False.
+        OSError: If another run is writing the folder, the disk is full, or it can't be written to.
         ValueError: If a weight outside its mask is no longer zero, or the checkpoint has no name for a weight.
     """
     require_output(folder, overwrite)

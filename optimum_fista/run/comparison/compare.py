@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.run.checkpoints.atomic import write_text
 from optimum_fista.run.checkpoints.loading import load_model, read_config, require_tokenizer
-from optimum_fista.run.checkpoints.output_lock import locked_output
+from optimum_fista.run.checkpoints.output import locked_output
 from optimum_fista.run.comparison.comparison import Comparison
 from optimum_fista.run.comparison.material import Material, prepare, windows_sha256
 from optimum_fista.run.comparison.rows import Row

@@ -15,7 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 from optimum_fista.packed.masks import smallest_encoding
-from optimum_fista.run.checkpoints.shards import FILE_BYTES
 from optimum_fista.run.estimate.memory import Peak, peak_memory
 from optimum_fista.run.estimate.planned_run import PlannedRun
 from optimum_fista.run.estimate.stages import work_by_stage
@@ -77,7 +76,7 @@ class Estimate(PlannedRun):
         model = self.weight_bytes - saved
         return {
             "model": model,
-            "hidden states of two layers, then a joined file": max(2 * self.streams_bytes, min(model, FILE_BYTES)),
+            "hidden states of two layers": 2 * self.streams_bytes,
             "masks (journal and model folder)": masks if self.packed else 2 * masks,
             "fused experts, copied by the lazy reader": self.shapes.fused_bytes,
         }

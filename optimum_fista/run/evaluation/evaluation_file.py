@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from huggingface_hub import EvalResult, ModelCard
 from yaml import YAMLError
 
-from optimum_fista.run.checkpoints.atomic import errors_of_writing, flush, require_writable, write_text
+from optimum_fista.run.checkpoints.atomic import require_writable
 from optimum_fista.run.checkpoints.checkpoint import CARD_FILE, REPORT_FILE
-from optimum_fista.run.checkpoints.output_lock import is_at, lock_file
+from optimum_fista.run.checkpoints.output import write_about
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
 from optimum_fista.run.evaluation.zero_shot import Score, TaskResult
 from optimum_fista.run.records import as_record
@@ -81,35 +82,27 @@ def add_evaluation(file: Path, evaluation: Evaluation) -> None:
     """Add a measurement to a file, in the place of an earlier one of the same model and protocol.
 
     In the folder of the pruned model that was measured, it joins the metadata of the model card as well.
-    Processes that add to one file at the same time wait for each other. The lock is the new file: once it has the name
-    of the old one, those that waited for it begin anew.
+    Processes that add to one file at the same time wait for each other.
 
     Raises:
         ValueError: If the file holds something else.
     """
     file = Path(os.path.realpath(file))  # several links to one file share its lock
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    while (lock := lock_file(partial, f"output {str(file)!r}", wait=True)) is None:
-        pass
-    try:
-        known = read_evaluations(file) if file.exists() else []
-        key = (evaluation.model, evaluation.place, evaluation.protocol)
-        kept = [e for e in known if (e.model, e.place, e.protocol) != key]
-        records = [{"model": e.model, "place": e.place} | dataclasses.asdict(e.result) for e in [*kept, evaluation]]
-        with errors_of_writing(file):
-            partial.write_text(json.dumps(records, indent=1) + "\n")
-            flush(partial)
-            partial.replace(file)
-            flush(file.parent)
-    finally:
-        if is_at(partial, lock):
-            partial.unlink()
-        os.close(lock)
-    folder = file.parent.parent
-    measured = file == folder / EVALUATION_FILE and evaluation.place == place_of(folder)
-    if measured and (folder / CARD_FILE).exists() and (folder / REPORT_FILE).exists():
-        _add_to_card(folder / CARD_FILE, evaluation.result)
+    lock = file.with_name(f".{file.name}.lock")
+    with FileLock(lock):
+        try:
+            known = read_evaluations(file) if file.exists() else []
+            key = (evaluation.model, evaluation.place, evaluation.protocol)
+            kept = [e for e in known if (e.model, e.place, e.protocol) != key]
+            records = [{"model": e.model, "place": e.place} | dataclasses.asdict(e.result) for e in [*kept, evaluation]]
+            write_about(file, json.dumps(records, indent=1) + "\n")
+            folder = file.parent.parent
+            measured = file == folder / EVALUATION_FILE and evaluation.place == place_of(folder)
+            if measured and (folder / CARD_FILE).exists() and (folder / REPORT_FILE).exists():
+                _add_to_card(folder / CARD_FILE, evaluation.result)
+        finally:
+            lock.unlink()  # who waits for it begins anew
 
 
 def _add_to_card(file: Path, result: PerplexityResult | TaskResult) -> None:
@@ -147,7 +140,7 @@ def _add_to_card(file: Path, result: PerplexityResult | TaskResult) -> None:
     card.data.model_name = card.data.model_name or (title[1] if title else file.parent.name)
     card.data.eval_results = [*known, *found]
     card.data.datasets = list(dict.fromkeys([*_listed(card.data.datasets), *_listed(dataset)])) or None
-    write_text(file, str(card))
+    write_about(file, str(card))
 
 
 def _listed(names: str | list[str] | None) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,18 +22,18 @@ from optimum_fista.run.checkpoints.checkpoint import (
     read_json,
     read_report,
     require_files,
+    write_index,
 )
-from optimum_fista.run.checkpoints.output_folder import (
+from optimum_fista.run.checkpoints.output import (
     FILES_FILE,
-    FOLDER,
     all_names,
-    is_model_file,
+    foreign_files,
     model_files,
+    new_output,
     require_output,
 )
-from optimum_fista.run.checkpoints.shards import write_index
 from optimum_fista.run.checkpoints.stored_names import split_index
-from optimum_fista.run.checkpoints.writing import new_output, write_form
+from optimum_fista.run.checkpoints.writing import write_form
 from optimum_fista.run.packed_folders.packing import Packer, Packing, operators_by_tensor, packed_settings
 from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
 from optimum_fista.solve.bitmask import pack_mask
@@ -144,13 +142,9 @@ def _convert_folder(
     weights = sorted(set(files.values()))
     targets = {source: source.name.replace(old, new, 1) for source in weights}
     left = {index.name, FILES_FILE, *targets.values(), *(source.name for source in weights)}
-    others = [name for name in all_names(folder) if (folder / name).is_file() and name not in left]
-    others = [name for name in others if not name.startswith(f"{FOLDER}/")]
-    foreign = {*others} - model_files(folder)
-    require_output(output, overwrite, source=folder, names=[*others, *targets.values()])
-    replaced = model_files(output)
-    copied = [name for name in others if name in replaced or not _is_kept(folder / name, output, name)]
-    with new_output(output, overwrite, foreign) as partial:
+    copied = [name for name in all_names(folder) if (folder / name).is_file() and name not in left]
+    require_output(output, overwrite, source=folder)
+    with new_output(output, overwrite, foreign_files(folder) if model_files(folder) else ()) as partial:
         (partial / MASKS_FILE).parent.mkdir(exist_ok=True)
         for name in [name for name in copied if name not in _REWRITTEN]:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -167,18 +161,3 @@ def _convert_folder(
             weights_name = write_index(partial, new, weight_map, read_json(index)["metadata"])
         card = (folder / CARD_FILE).read_text() if CARD_FILE in copied else None
         write_form(partial, read_json(folder / CONFIG_FILE), card, masks, settings(weights_name))
-
-
-def _is_kept(file: Path, output: Path, name: str) -> bool:
-    """Whether the output has a file that is no model's already.
-
-    Raises:
-        FileExistsError: If it has another one of the same name.
-    """
-    if is_model_file(name) or not os.path.lexists(output / name):
-        return False
-    if (output / name).is_file() and filecmp.cmp(file, output / name, shallow=False):
-        return True
-    raise FileExistsError(
-        f"output {str(output)!r} holds another {name} than {str(file.parent)!r}: move it away, or pass another folder."
-    )

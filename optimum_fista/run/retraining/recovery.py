@@ -29,16 +29,17 @@ from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.products import COMPUTE_DTYPES, compute_dtype_of
 from optimum_fista.run.checkpoints.checkpoint import mark_retrained, read_report
-from optimum_fista.run.checkpoints.installation import discard, empty, install
 from optimum_fista.run.checkpoints.loading import load_model, load_tokenizer, read_config, read_model, usable_device
-from optimum_fista.run.checkpoints.output_folder import (
+from optimum_fista.run.checkpoints.output import (
     FOLDER,
-    MODEL_FILES,
+    MODEL,
+    discard,
     folder_beside,
+    install,
+    locked_output,
     require_output,
     unfinished_folder,
 )
-from optimum_fista.run.checkpoints.output_lock import locked_output
 from optimum_fista.run.checkpoints.writing import write_checkpoint
 from optimum_fista.run.environment import numerical_environment
 from optimum_fista.run.memory import available_bytes
@@ -148,7 +149,7 @@ def recover(
     output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
     _require_options(locals())
     for read in (source, teacher):
-        require_output(output, overwrite, source=read, names=MODEL_FILES)
+        require_output(output, overwrite, source=read)
     config = read_config(source)
     _require_same_vocabulary(source, config, teacher)
     tokenizer = load_tokenizer(source)
@@ -184,7 +185,7 @@ def recover(
         def begin() -> Tensor:
             nonlocal files
             opened.enter_context(locked_output(output))
-            require_output(output, overwrite, names=MODEL_FILES)  # another run may just have ended
+            require_output(output, overwrite)  # another run may just have ended
             files, theirs = (_files(name, progress) for name in (source, teacher))
             try:
                 windows = calibration_tokens_by_name(
@@ -212,7 +213,7 @@ def recover(
                 "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
             }
             if overwrite and is_of_another_run(unfinished, json.loads(json.dumps(fingerprint))):
-                discard(unfinished, True, keep_texts=True)
+                discard(unfinished, keep_texts=True)
             Journal(unfinished, fingerprint)
             return windows
 
@@ -222,8 +223,9 @@ def recover(
                 files.require_unchanged()
             record, masks = find_record(model, source)
             record = dataclasses.replace(record, recoveries=[*record.recoveries, found])
-            empty(unfinished)
-            write_checkpoint(model, unfinished, record, masks, tokenizer)
+            shutil.rmtree(unfinished / MODEL)  # of an earlier start
+            (unfinished / MODEL).mkdir()
+            write_checkpoint(model, unfinished / MODEL, record, masks, tokenizer)
             install(unfinished, output, overwrite)
             return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from optimum_fista.model.digest import names_of_rest, tensor_of
 from optimum_fista.model.loss_probe import LossProbe
 from optimum_fista.packed.format import packed_names
 from optimum_fista.run.checkpoints.atomic import write_tensors
-from optimum_fista.run.checkpoints.shards import groups_to_join, join, read_header, write_index
+from optimum_fista.run.checkpoints.checkpoint import names_in, write_index
 from optimum_fista.run.checkpoints.source_files import copy_source
 from optimum_fista.run.checkpoints.stored_names import as_stored
 from optimum_fista.run.checkpoints.writing import write_all_but_weights
@@ -30,7 +31,7 @@ from optimum_fista.run.streamed.journal import Journal, KeptLayer
 
 
 class FileSink(ModelSink):
-    """Writes every finished decoder layer to a shard of its own, and joins the shards at the end.
+    """Writes every finished decoder layer to a shard of its own.
 
     What is finished is on disk, so the dense weights are kept only while their layer is being pruned.
     """
@@ -78,7 +79,7 @@ class FileSink(ModelSink):
     def complete(
         self, tokenizer: PreTrainedTokenizerBase | None, report: PruningReport, layers: Mapping[int, KeptLayer]
     ) -> PruningReport:
-        """Write all that is not a decoder layer, join the shards, and write what the folder says of the model.
+        """Write all that is not a decoder layer, and what the folder says of the model.
 
         Returns:
             The report, which is complete, under the names of the checkpoint.
@@ -86,16 +87,13 @@ class FileSink(ModelSink):
         Raises:
             ValueError: If the files that the model was read from changed in the meantime.
         """
-        folder, model = self._journal.folder, self._model
-        ours = {layer.shard: None for layer in layers.values() if layer.shard}  # in the order of the layers
-        for pattern in (".tmp*", ".*.partial", "*.safetensors"):
-            for left in [path for path in folder.glob(pattern) if path.name not in ours]:
-                left.unlink()  # of a process that was killed while it wrote, or of a run with more layers
+        folder, model = self._journal.model, self._model
+        shards = {folder / layer.shard for layer in layers.values() if layer.shard}
+        for left in {*folder.iterdir()} - shards:  # by a process that was killed, or of a run with more layers
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         rest = self._stored({name: tensor_of(model, name) for name in names_of_rest(model)})
-        parts = [folder / shard for shard in ours]
-        if not rest.keys() <= read_header(parts[-1])[0].keys():  # otherwise an earlier start has joined it
-            parts.append(self._write_shard(len(self._left), rest))
-        weight_map = self._join(parts)
+        shards.add(self._write_shard(len(self._left), rest))
+        weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
         if self._pruning.removal is not None:
             model.config = self._pruning.removal.plan.model.config
         index_name = write_index(folder, self._stem, weight_map, {"total_parameters": report.model["num_parameters"]})
@@ -108,23 +106,6 @@ class FileSink(ModelSink):
         self._source.require_unchanged()
         return report
 
-    def _join(self, parts: list[Path]) -> dict[str, str]:
-        """Join the shards to fewer files, one after another, and return which file holds which tensor.
-
-        The parts of a file go only when it is whole and the journal says so: until then they are read again.
-        """
-        groups, weight_map = groups_to_join(parts), dict[str, str]()
-        for number, group in enumerate(groups, 1):
-            name = f"{self._stem}-{number:05}-of-{len(groups):05}.safetensors"
-            whole = self._journal.folder / (name if len(groups) > 1 else f"{self._stem}.safetensors")
-            if group != [whole]:
-                join(group, whole)
-                self._journal.keep_joined(whole, group)
-                for part in group:
-                    part.unlink()
-            weight_map |= dict.fromkeys(read_header(whole)[0], whole.name)
-        return weight_map
-
     @property
     def _left(self) -> list[int]:
         """Numbers of the decoder layers that stay."""
@@ -132,7 +113,7 @@ class FileSink(ModelSink):
 
     def _write_shard(self, index: int, tensors: dict[str, Tensor]) -> Path:
         total = len(self._left) + 1  # the last one is for all that is not a decoder layer
-        shard = self._journal.folder / f"{self._stem}-{index + 1:05}-of-{total:05}.safetensors"
+        shard = self._journal.model / f"{self._stem}-{index + 1:05}-of-{total:05}.safetensors"
         write_tensors(shard, tensors, {"format": "pt"})
         return shard
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from optimum_fista.run.checkpoints.atomic import digest_of
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_FILE
-from optimum_fista.run.checkpoints.output_folder import FOLDER
+from optimum_fista.run.checkpoints.output import FOLDER
 from optimum_fista.run.environment import arithmetic_of
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import library_versions
-from optimum_fista.run.streamed.journal import digest_of, read_record
+from optimum_fista.run.streamed.journal import read_record
 
 _VERSIONS = ("optimum-fista", "torch", "transformers")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ from torch import Tensor
 
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.activations import HiddenStates
-from optimum_fista.run.checkpoints.atomic import write_tensors, write_text
-from optimum_fista.run.checkpoints.output_folder import FOLDER
+from optimum_fista.run.checkpoints.atomic import digest_of, write_tensors, write_text
+from optimum_fista.run.checkpoints.output import FOLDER, MODEL
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.records import as_record
 from optimum_fista.run.reports.report import LayerRecord
 
-WEIGHTS_FILE, _JOINED_FILE = "weights.json", "joined.json"
+WEIGHTS_FILE = "weights.json"
 _ADVICE = "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
 _SHOWN = 6  # differences between two runs
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ class KeptLayer:
 
 
 class Journal:
-    """Finished decoder layers, hidden states and budgets of a run, in a folder that becomes the model.
+    """Finished decoder layers, hidden states and budgets of a run.
 
     A decoder layer is finished when its record is there and its shard is whole. The record is written last, after the
     shard, the masks, and the hidden states that the next layer needs. Nothing is written in place, and every layer has
@@ -60,7 +59,8 @@ class Journal:
     record, and every record its own: what is damaged is not taken.
 
     Attributes:
-        folder: Holds the final shards, and the journal in a folder of its own until the run is complete.
+        folder: The unfinished folder.
+        model: In it, the folder that becomes the output; it holds the final shards.
         budgets_sha256: Digest of the budgets that were last written or read.
     """
 
@@ -70,12 +70,13 @@ class Journal:
         Raises:
             ValueError: If it was begun with another fingerprint, or that is damaged; the message names what differs.
         """
-        self.folder = folder
+        self.folder, self.model = folder, folder / MODEL
         self.budgets_sha256: str | None = None
         self._states_sha256: dict[int, str] = {}
         self._probe_sha256: dict[int, str] = {}
         self._journal = folder / FOLDER
-        self._journal.mkdir(parents=True, exist_ok=True)
+        for made in (self.model, self._journal):
+            made.mkdir(parents=True, exist_ok=True)
         file = self._journal / "fingerprint.json"
         wanted = json.loads(json.dumps(fingerprint))  # as it will be read: tuples are lists, keys are text
         self._run_sha256 = _text_digest(wanted)
@@ -89,9 +90,7 @@ class Journal:
     def finished(self, *, read_shards: bool = True) -> dict[int, KeptLayer]:
         """The decoder layers that are finished, by index, in order; `read_shards=False` trusts their files' size."""
         records = {int(file.stem.partition("-")[2]): file for file in sorted(self._journal.glob("layer-*.json"))}
-        joined = read_record(self._journal / _JOINED_FILE) or {}
-        is_whole = functools.cache(_is_whole) if read_shards else None  # many layers may be in one file
-        kept = {index: self._kept(index, file, joined, is_whole) for index, file in records.items()}
+        kept = {index: self._kept(index, file, read_shards) for index, file in records.items()}
         return {index: layer for index, layer in kept.items() if layer is not None}
 
     def keep_layer(
@@ -119,19 +118,6 @@ class Journal:
         write_record(self._journal / f"layer-{index:05}.json", dataclasses.asdict(kept))
         for kind in ("states", "probe"):  # only now: until the record is there, they are needed
             self._file(kind, index).unlink(missing_ok=True)
-
-    def keep_joined(self, whole: Path, parts: Sequence[Path]) -> None:
-        """Say that a file has all that was in other shards, which may go then."""
-        joined = read_record(self._journal / _JOINED_FILE) or {}
-        found = {"shard": whole.name, "size": whole.stat().st_size, "sha256": digest_of(whole)}
-        write_record(self._journal / _JOINED_FILE, joined | {part.name: found for part in parts})
-
-    def forget_joined(self) -> bool:
-        """Take every decoder layer as lost that is in a joined file; whether there is one."""
-        file = self._journal / _JOINED_FILE
-        there = file.exists()
-        file.unlink(missing_ok=True)
-        return there
 
     def keep_probe(self, index: int, kept: dict[str, Tensor]) -> None:
         """Write what the measurement of the loss goes on with before a decoder layer."""
@@ -191,9 +177,7 @@ class Journal:
     def _file(self, kind: str, index: int) -> Path:
         return self._journal / f"{kind}-{index:05}.safetensors"
 
-    def _kept(
-        self, index: int, file: Path, joined: Mapping[str, Any], is_whole: Callable[[Path, str | None], bool] | None
-    ) -> KeptLayer | None:
+    def _kept(self, index: int, file: Path, read_shard: bool) -> KeptLayer | None:
         """A decoder layer whose record, shard and masks are whole."""
         values = read_record(file)
         if values is None:
@@ -201,14 +185,11 @@ class Journal:
         kept = as_record(KeptLayer, values)
         if not kept.shard:
             return kept
-        sha256 = kept.sha256["shard"]
-        if found := joined.get(kept.shard):
-            kept, sha256 = dataclasses.replace(kept, shard=found["shard"], size=found["size"]), found["sha256"]
-        shard = self.folder / kept.shard
+        shard, masks = self.model / kept.shard, kept.sha256["masks"]
         whole = shard.exists() and shard.stat().st_size == kept.size
-        if whole and is_whole is not None:
-            whole = is_whole(shard, sha256)
-            whole = whole and (not kept.sha256["masks"] or is_whole(self._file("masks", index), kept.sha256["masks"]))
+        if whole and read_shard:
+            whole = _is_whole(shard, kept.sha256["shard"])
+            whole = whole and (not masks or _is_whole(self._file("masks", index), masks))
         return kept if whole else None
 
 
@@ -286,12 +267,6 @@ def read_record(path: Path) -> dict[str, Any] | None:
         pass
     logger.warning("%s is damaged and not used", path)
     return None
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text_digest(values: Mapping[str, Any]) -> str:

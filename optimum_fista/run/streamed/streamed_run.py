@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,10 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.loss_probe import LossProbe
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-from optimum_fista.run.checkpoints.installation import discard, install
 from optimum_fista.run.checkpoints.loading import load_lazily
-from optimum_fista.run.checkpoints.output_folder import FOLDER, MODEL_FILES, require_output, unfinished_folder
-from optimum_fista.run.checkpoints.output_lock import locked_output
+from optimum_fista.run.checkpoints.output import (
+    FOLDER,
+    discard,
+    install,
+    locked_output,
+    require_output,
+    unfinished_folder,
+)
 from optimum_fista.run.checkpoints.source_files import source_folder
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.loop import prune_layers
@@ -35,7 +39,6 @@ from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer,
 
 _ADVICE = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, and ")
 _ADVICE |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and ")
-logger = logging.getLogger(__name__)
 
 
 def prune_files(
@@ -56,14 +59,14 @@ def prune_files(
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
-    require_output(output_dir, overwrite, source=name, names=MODEL_FILES)
+    require_output(output_dir, overwrite, source=name)
     require_zeros_to_pack(config, packed)
     folder = unfinished_folder(output_dir)
     with joined_ranks(device) as ranks, ExitStack() as opened:
 
         def lock() -> None:
             opened.enter_context(locked_output(output_dir))
-            require_output(output_dir, overwrite, names=MODEL_FILES)  # another run may just have ended
+            require_output(output_dir, overwrite)  # another run may just have ended
 
         def load() -> tuple[ModelPruning, PreTrainedTokenizerBase | None, Path]:
             if not (folder / FOLDER).exists():
@@ -82,7 +85,7 @@ def prune_files(
                 perplexity_tokens=None if ranks.count > 1 else perplexity_tokens,
             )
             if storage_device == "disk" or (storage_device is None and pruning.storage == torch.device("cpu")):
-                pruning.storage_device = folder  # files on the output's disk
+                pruning.storage_device = folder / FOLDER  # files on the output's disk
             if ranks.count > 1:
                 pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
             return pruning, tokenizer, source_folder(str(name), getattr(model.config, "_commit_hash", None))
@@ -142,7 +145,7 @@ class StreamedRun:
 
         def begin() -> dict[str, Any]:
             if (overwrite or has_only_begun(folder)) and is_of_another_run(folder, fingerprint):
-                discard(folder, True, keep_texts=True)
+                discard(folder, keep_texts=True)
             Journal(folder, fingerprint).keep_weights(self.source.hashes)
             return fingerprint
 
@@ -223,10 +226,6 @@ class StreamedRun:
                 else:
                     pruning.batches.use_sizes_of(pruning.states)
             finished = {index: finished[index] for index in range(first)}
-        if len(finished) < len(pruning.layers) and journal.forget_joined():
-            # all were there when shards were joined
-            logger.warning("a file was damaged after shards were joined: the layers in joined files are pruned again")
-            return self._finished()
         if pruning.probe is not None and finished and not self._resume_probe(pruning.probe, finished):
             pruning.probe = None
         return finished

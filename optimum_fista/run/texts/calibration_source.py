@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.run.checkpoints.atomic import write_tensors
-from optimum_fista.run.checkpoints.installation import SAMPLED_TEXTS
 from optimum_fista.run.checkpoints.loading import gguf_file, load_model, read_config, require_tokenizer
+from optimum_fista.run.checkpoints.output import SAMPLED_TEXTS
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.texts.self_sampling import sample_text_from_model
 from optimum_fista.run.texts.text import load_text

@@ -7,7 +7,7 @@ from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
-from optimum_fista.run.checkpoints.output_folder import unfinished_folder
+from optimum_fista.run.checkpoints.output import unfinished_folder
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 
 LAYERS = 3

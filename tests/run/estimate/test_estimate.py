@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.errors import UnsupportedArchitectureError
-from optimum_fista.run.checkpoints.output_folder import unfinished_folder
+from optimum_fista.run.checkpoints.output import unfinished_folder
 from optimum_fista.run.estimate.estimate import Estimate
 from optimum_fista.run.estimate.memory import moments
 from optimum_fista.run.estimate.work import LAYER_CALL, Meter

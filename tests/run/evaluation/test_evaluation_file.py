@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from launched import exit_codes, start_code
 
-from optimum_fista.run.evaluation import evaluation_file
+from optimum_fista.run.checkpoints import atomic
 from optimum_fista.run.evaluation.evaluation_file import Evaluation, add_evaluation, read_evaluations
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
 from optimum_fista.run.evaluation.zero_shot import Score, TaskResult
@@ -173,7 +173,7 @@ def test_a_failure_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     file = tmp_path / "evaluation.json"
     add_evaluation(file, measured("dense", 10.0))
     before = file.read_bytes()
-    monkeypatch.setattr(evaluation_file, "flush", full)
+    monkeypatch.setattr(atomic, "flush", full)
     with pytest.raises(OSError, match="No space left"):
         add_evaluation(file, measured("pruned", 12.0))
     assert file.read_bytes() == before

@@ -3,7 +3,8 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from folder_files import tensors_of
+from safetensors.torch import save_file
 from tiny_llama import save_tiny_folder, tiny_tokens
 from transformers import AutoModelForCausalLM
 
@@ -48,14 +49,14 @@ def test_folders_are_the_same_packed_or_not(folders, tmp_path, capsys):
 
 def test_what_differs_is_counted(folders, tmp_path, capsys):
     changed = shutil.copytree(folders / "files", tmp_path / "changed")
-    tensors = load_file(changed / "model.safetensors")
+    tensors = tensors_of(changed)
     tensors[NORM][0] += 0.5
     tensors[DOWN][0] = 0
     save_file(tensors, changed / "model.safetensors", {"format": "pt"})
     found = compare_folders(folders / "files", changed)
     assert found.different == [DOWN, NORM]
     assert (found.largest, found.where) == (0.5, NORM)
-    lost = int((load_file(folders / "files" / "model.safetensors")[DOWN][0] != 0).sum())
+    lost = int((tensors_of(folders / "files")[DOWN][0] != 0).sum())
     assert found.same_masks == pytest.approx(1 - lost / 15360)
     assert main(["verify", str(folders / "files"), "--same-as", str(changed)]) == 1
     assert "2 of 21 tensors differ, by at most 0.5 (model.norm.weight)" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """Packed folders: bytes, round trips, verification, loading with and without this package."""
 
-import itertools
 import json
 import shutil
 import subprocess
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from folder_files import files_of
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
-from killed import Killed, killed_at
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -20,7 +19,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.packed.bits import unpack_bits
 from optimum_fista.packed.format import PackedTensor, pack, unpack
 from optimum_fista.packed.validation import SUFFIXES
-from optimum_fista.run.checkpoints.output_folder import model_files
+from optimum_fista.run.checkpoints.output import model_files
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
@@ -45,8 +44,7 @@ def test_round_trip_and_loading(family, pattern, pruned, tmp_path):
     assert not list(packed.glob("model*.safetensors"))
     assert verify_checkpoint(packed) == verify_checkpoint(dense)
     unpack_folder(packed, tmp_path / "again")
-    for file in sorted(path.relative_to(dense) for path in dense.rglob("*") if path.is_file()):
-        assert (tmp_path / "again" / file).read_bytes() == (dense / file).read_bytes(), file
+    assert files_of(tmp_path / "again") == files_of(dense)
     expected = AutoModelForCausalLM.from_pretrained(dense).state_dict()
     model = AutoModelForCausalLM.from_pretrained(packed)
     found = model.state_dict()
@@ -344,51 +342,20 @@ def test_what_the_folder_says(pruned, tmp_path):
     assert "import optimum_fista" in (tmp_path / "packed" / "README.md").read_text()
 
 
-def test_whenever_it_is_killed_there_is_the_old_folder_the_new_one_or_none(pruned, tmp_path):
-    def files_of(folder):
-        """Without partial files, which load nothing."""
-        return {p.name: p.read_bytes() for p in folder.glob("*") if p.is_file() and p.suffix != ".partial"}
-
-    pack_folder(pruned("llama", "2:4"), tmp_path / "whole")
-    old, new = files_of(pruned("llama", "unstructured")), files_of(tmp_path / "whole")
-    found = set()
-    for step in itertools.count():
-        folder = tmp_path / str(step) / "model"
-        shutil.copytree(pruned("llama", "unstructured"), folder)
-        try:
-            with killed_at(step):
-                pack_folder(pruned("llama", "2:4"), folder, overwrite=True)
-            break
-        except Killed:
-            files = files_of(folder) if (folder / "config.json").exists() else {}  # without it nothing loads
-            assert files in ({}, old, new)
-            found.add(len(files))
-    assert found == {0, len(old), len(new)}
-    assert [path.name for path in folder.parent.iterdir()] == ["model"]
-
-
 def test_files_of_others_come_along_and_replace_none(pruned, tmp_path):
     folder, output = tmp_path / "folder", tmp_path / "packed"
     shutil.copytree(pruned("llama"), folder)
     (folder / "sub").mkdir()
     (folder / "sub" / "notes.txt").write_text("mine")
     (folder / "nowhere").symlink_to("nothing")
-    (folder / "vocab.bpe").write_text("a tokenizer's")
-    names = json.loads((folder / "fista" / "files.json").read_text())
-    (folder / "fista" / "files.json").write_text(json.dumps([*names, "vocab.bpe"]))
-    output.mkdir()
-    (output / "model.bin").write_text("of others")
-    for overwrite in (False, True):
-        pack_folder(folder, output, overwrite=overwrite)
-        assert (output / "sub" / "notes.txt").read_text() == "mine"
-        noted = {*names, "vocab.bpe", "packed.safetensors"} - {"model.safetensors", "fista/masks.safetensors"}
-        assert model_files(output) == noted
-    (output / "sub" / "notes.txt").write_text("theirs")
-    before = (output / "packed.safetensors").stat()
-    with pytest.raises(FileExistsError, match=r"holds another sub/notes\.txt than '.*': move it away, or pass another"):
+    pack_folder(folder, output)
+    assert (output / "sub" / "notes.txt").read_text() == "mine"
+    names = model_files(folder) | {"packed.safetensors"}
+    assert model_files(output) == names - {"model.safetensors", "fista/masks.safetensors"}
+    with pytest.raises(FileExistsError, match=r"holds sub/notes\.txt, which"):
         pack_folder(folder, output, overwrite=True)
-    assert (output / "packed.safetensors").stat() == before
-    assert (output / "model.bin").read_text() == "of others"
+    shutil.rmtree(output / "sub")
+    pack_folder(folder, output, overwrite=True)
     for place in (folder, folder / "packed"):
         with pytest.raises(ValueError, match="lies in the folder that is read"):
             pack_folder(folder, place, overwrite=True)

@@ -7,9 +7,8 @@ import warnings
 import pytest
 import torch
 from families import family_model, family_tokens
-from folder_files import files_of
+from folder_files import files_of, tensors_of
 from killed import Killed, killed_at_write
-from safetensors.torch import load_file
 from shrunken_config import shrunken_config
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
@@ -125,7 +124,7 @@ def test_files_to_files_gives_the_same_model(streamed, tmp_path):
     for part in ("operators", "layers"):
         errors = [[(o.name, getattr(o, "fit_error", None)) for o in getattr(report, part)] for report in reports]
         assert errors[0] == errors[1]
-    assert set(load_file(folder / "model.safetensors")) == set(model.state_dict())
+    assert set(tensors_of(folder)) == set(model.state_dict())
 
 
 def test_verify_compares_with_the_layers_that_stayed(streamed, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from accelerate import cpu_offload
-from folder_files import files_of
+from folder_files import files_of, tensors_of
 from killed import Killed, killed_at_write
 from safetensors.torch import load_file, save_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
@@ -114,7 +114,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(streamed, tmp_path, number):
 def test_verify_compares_all_but_the_reordered_mlps(streamed, tmp_path):
     assert verify_checkpoint(streamed / "pruned", dense=str(streamed / "dense")).num_equal > 6
     changed = shutil.copytree(streamed / "pruned", tmp_path / "changed")
-    tensors = load_file(changed / "model.safetensors")
+    tensors = tensors_of(changed)
     save_file(
         tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1},
         changed / "model.safetensors",

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.run.checkpoints.checkpoint import read_report
-from optimum_fista.run.checkpoints.output_folder import folder_beside
+from optimum_fista.run.checkpoints.output import folder_beside
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.retraining import distillation, recovery

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folder_files import tensors_of
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from safetensors.torch import load_file, save_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
@@ -49,20 +50,20 @@ def test_a_head_of_its_own_is_kept_although_the_configuration_calls_it_tied(tmp_
 
     source = tied_folder(tmp_path / "source", change)
     for folder in prune_both(source, tmp_path, **options):
-        tensors = load_file(folder / "model.safetensors")
+        tensors = tensors_of(folder)
         assert torch.equal(tensors[HEAD], tensors[EMBEDDING] * 1.5 + 0.1)
 
 
 def test_a_tied_head_that_is_stored_twice_counts_once(tmp_path):
     source = tied_folder(tmp_path / "source", lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
     folders = prune_both(source, tmp_path)
-    assert HEAD not in load_file(folders[1] / "model.safetensors")
+    assert HEAD not in tensors_of(folders[1])
 
 
 def test_a_tied_head_that_is_stored_without_the_embedding(tmp_path):
     source = tied_folder(tmp_path / "source", lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
     folders = prune_both(source, tmp_path)
-    assert load_file(folders[1] / "model.safetensors").keys() == load_file(folders[0] / "model.safetensors").keys()
+    assert tensors_of(folders[1]).keys() == tensors_of(folders[0]).keys()
 
 
 CODE = "from transformers import LlamaForCausalLM\n\n\nclass OwnLlama(LlamaForCausalLM):\n    own = True\n"

@@ -7,28 +7,26 @@ import random
 import re
 import shutil
 import threading
-from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from folder_files import files_of
-from killed import Killed, interrupted_after, killed_at, killed_at_write
+from killed import Killed, interrupted_after, killed_at_write
 from launched import begin
-from safetensors.torch import load_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.checkpoints import atomic, shards
-from optimum_fista.run.checkpoints.output_folder import unfinished_folder
+from optimum_fista.run.checkpoints import atomic
+from optimum_fista.run.checkpoints.output import unfinished_folder
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.streamed import file_sink, journal, streamed_run
 
 LAYERS = 4
 _READ_AGAIN = [
-    f"model-00002-of-0000{LAYERS + 1}.safetensors",
+    f"model/model-00002-of-0000{LAYERS + 1}.safetensors",
     "journal/masks-00001.safetensors",
     "journal/states-00002.safetensors",
     "journal/budgets.safetensors",
@@ -80,7 +78,9 @@ def test_files_become_what_the_model_becomes_in_memory(source, tmp_path, config)
     for (name, expected), found in zip(model.named_parameters(), reloaded.parameters(), strict=True):
         assert torch.equal(expected, found), name
     assert verify_checkpoint(tmp_path / "out").num_operators == len(report.operators)
-    assert [file.name for file in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    files = load_index(tmp_path / "out")
+    assert sorted({*files.values()}) == [f"model-{n:05}-of-{LAYERS + 1:05}.safetensors" for n in range(1, LAYERS + 2)]
+    assert {files[name] for name in files if ".layers.1." in name} == {f"model-00002-of-{LAYERS + 1:05}.safetensors"}
     assert not unfinished_folder(tmp_path / "out").exists()
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
@@ -98,6 +98,10 @@ def test_other_families_and_tied_heads(name, tmp_path):
     found = dict(reloaded.named_parameters())
     for key, expected in model.named_parameters():
         assert torch.allclose(expected, found[key], atol=1e-6), key
+
+
+def load_index(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
 
 
 class Stop(BaseException):
@@ -126,90 +130,6 @@ def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp
         AutoModelForCausalLM.from_pretrained(unfinished_folder(tmp_path / "pruned"))
     prune(source, tmp_path / "pruned")
     assert files_of(tmp_path / "pruned") == files_of(whole)
-
-
-@pytest.fixture
-def three_files(monkeypatch) -> list[str]:
-    """Two decoder layers a file, and the rest in the last one."""
-    layer = sum(p.numel() * 2 for p in tiny_llama().model.layers[0].parameters())
-    monkeypatch.setattr(shards, "FILE_BYTES", 2 * layer)
-    return [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
-
-
-@pytest.fixture(scope="module")
-def all_layers(source, tmp_path_factory) -> Path:
-    """What a run leaves that was cut off after the last decoder layer; do not write to it."""
-    output = tmp_path_factory.mktemp("all") / "pruned"
-    with pytest.MonkeyPatch.context() as patched:
-        cut_off(patched, file_sink.FileSink, "complete", stop, source, output)
-    return unfinished_folder(output)
-
-
-def names_of(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("model*"))
-
-
-def test_large_models_become_several_files(source, whole, three_files, all_layers, tmp_path):
-    shutil.copytree(all_layers, unfinished_folder(tmp_path / "pruned"))
-    prune(source, tmp_path / "pruned")
-    assert names_of(tmp_path / "pruned") == [*three_files, "model.safetensors.index.json"]
-    files = [load_file(tmp_path / "pruned" / name) for name in three_files]
-    expected = load_file(whole / "model.safetensors")
-    assert sum(map(len, files)) == len(expected)
-    for tensors in files:
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
-    index = json.loads((tmp_path / "pruned" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == {name: file for file, some in zip(three_files, files, strict=True) for name in some}
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
-    assert verify_checkpoint(tmp_path / "pruned").num_operators == LAYERS * 7
-
-
-@pytest.mark.usefixtures("three_files")
-@pytest.mark.parametrize("each_alone", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_killed_while_shards_are_joined(each_alone, source, all_layers, tmp_path, monkeypatch):
-    """Killed after any number of changes of files, the next start goes on and prunes no decoder layer again."""
-    monkeypatch.setattr("optimum_fista.solve.methods.obs_admm.ObsAdmm.prune", None)
-    output, expected, join, kills = tmp_path / "pruned", tmp_path / "expected", file_sink.FileSink._join, []
-    shutil.copytree(all_layers, unfinished_folder(expected))
-    prune(source, expected)
-
-    def killed(self, parts):
-        with killed_at(len(kills)):
-            return join(self, parts)
-
-    monkeypatch.setattr(file_sink.FileSink, "_join", killed)
-    shutil.copytree(all_layers, unfinished_folder(output))
-    while not output.exists():
-        with suppress(Killed):
-            prune(source, output)
-            break
-        kills.append(names_of(unfinished_folder(output)))
-        if each_alone:
-            with monkeypatch.context() as patched:
-                patched.setattr(file_sink.FileSink, "_join", join)
-                prune(source, output)
-            assert files_of(output) == files_of(expected)
-            shutil.rmtree(output)
-            shutil.copytree(all_layers, unfinished_folder(output))
-    assert files_of(output) == files_of(expected)
-    assert len(kills) > (14 if each_alone else 4)
-
-
-@pytest.mark.usefixtures("three_files")
-def test_what_is_damaged_of_joined_files_is_made_again(source, all_layers, tmp_path, monkeypatch, caplog):
-    for folder in (tmp_path / "expected", tmp_path / "pruned"):
-        shutil.copytree(all_layers, unfinished_folder(folder))
-    prune(source, tmp_path / "expected")
-    cut_off(monkeypatch, file_sink, "write_index", stop, source, tmp_path / "pruned")
-    file = unfinished_folder(tmp_path / "pruned") / "model-00002-of-00003.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    assert not caplog.messages
-    prune(source, tmp_path / "pruned")
-    assert files_of(tmp_path / "pruned") == files_of(tmp_path / "expected")
-    assert caplog.messages[0] == f"{file} is damaged and not used"
-    assert caplog.messages[-1].endswith("after shards were joined: the layers in joined files are pruned again")
 
 
 @pytest.fixture(scope="module")
@@ -262,17 +182,10 @@ def test_killed_at_random_moments(source, tmp_path):
     assert files_of(output) == files_of(tmp_path / "whole")
 
 
-def test_a_run_cut_off_before_the_last_rename_only_renames(source, whole, tmp_path, monkeypatch):
-    cut_off(monkeypatch, streamed_run, "install", stop, source, tmp_path / "pruned")
-    monkeypatch.setattr("optimum_fista.solve.methods.obs_admm.ObsAdmm.prune", None)
-    prune(source, tmp_path / "pruned")
-    assert files_of(tmp_path / "pruned") == files_of(whole)
-
-
 def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, monkeypatch):
     cut_off(monkeypatch, file_sink.FileSink, "complete", stop, source, tmp_path / "pruned")
     for name in (".tmpq7NgZZ", ".model-00009-of-00009.safetensors.partial"):
-        (unfinished_folder(tmp_path / "pruned") / name).write_bytes(b"half a shard")
+        (unfinished_folder(tmp_path / "pruned") / "model" / name).write_bytes(b"half a shard")
     prune(source, tmp_path / "pruned")
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
@@ -313,7 +226,7 @@ def test_hidden_states_of_another_chain_of_layers_are_not_taken(source, whole, c
     """Layer 0 is made again and comes out otherwise; the layers after it, which are whole, do not fit it."""
     output = unfinished_folder(tmp_path / "pruned")
     shutil.copytree(cut_off_half_way, output)
-    (output / f"model-00001-of-0000{LAYERS + 1}.safetensors").unlink()
+    (output / f"model/model-00001-of-0000{LAYERS + 1}.safetensors").unlink()
     write = file_sink.FileSink.write
 
     def otherwise(self, operator, pruned):
@@ -339,7 +252,7 @@ def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monke
         cut_off(monkeypatch, file_sink.FileSink, "complete", stop, source, tmp_path / name, config)
     prune(source, tmp_path / "whole", configs["wanda"])
     other, mine = (unfinished_folder(tmp_path / name) for name in configs)
-    for file in [*other.glob("model-*"), *other.glob("journal/*.json"), *other.glob("journal/[mb]*.safetensors")]:
+    for file in [*other.glob("model/model-*"), *other.glob("journal/*.json"), *other.glob("journal/[mb]*.safetensors")]:
         if file.name not in ("fingerprint.json", "weights.json"):
             shutil.copy2(file, mine / file.relative_to(other))
     prune(source, tmp_path / "wanda", configs["wanda"])
@@ -383,13 +296,9 @@ def test_a_disk_that_turns_read_only_keeps_what_is_finished(source, whole, tmp_p
 def test_an_output_that_cannot_be_written_to_is_refused_before_any_work(source, tmp_path, monkeypatch):
     monkeypatch.setattr(streamed_run, "load_lazily", None)
     (tmp_path / "file").write_text("kept")
-    for output in (tmp_path / "file" / "pruned", tmp_path / "taken"):
-        unfinished_folder(tmp_path / "taken").write_text("kept")
-        with pytest.raises(
-            OSError, match=r"output_dir='.*' can't be written to \(.*\), nothing was done: pass another"
-        ):
-            prune(source, output)
-    assert (tmp_path / "file").read_text() == unfinished_folder(tmp_path / "taken").read_text() == "kept"
+    with pytest.raises(OSError, match=r"output_dir='.*' can't be written to \(.*\), nothing was done: pass another"):
+        prune(source, tmp_path / "file" / "pruned")
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="permission bits do not bind root")
@@ -433,37 +342,11 @@ def test_an_older_model_goes_only_when_the_new_one_is_whole(source, whole, tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["pruned"]
 
 
-def test_a_folder_that_is_there_keeps_its_files_wherever_the_run_is_cut_off(source, whole, tmp_path, monkeypatch):
-    disk, output = tmp_path / "disk", tmp_path / "link"
-    (disk / "mine").mkdir(parents=True)
-    output.symlink_to("disk")
-    foreign = {disk / "notes.txt": "a", disk / "mine" / "model.safetensors": "b", disk / "old.safetensors": "c"}
-    for path, text in foreign.items():
-        path.write_text(text)
-    install = streamed_run.install
-    for writes, arrived in {1: False, 12: True, 11: True}.items():
-        with ExitStack() as until_the_end:
-
-            def killed(*arguments, writes=writes, until_the_end=until_the_end) -> None:
-                until_the_end.enter_context(killed_at_write(writes))
-                install(*arguments)
-
-            cut_off(monkeypatch, streamed_run, "install", killed, source, output, error=Killed)
-        assert (disk / "model.safetensors").exists() == arrived
-        assert not (disk / "config.json").exists()
-    prune(source, output)
-    assert {path: path.read_text() for path in foreign} == foreign
-    for path in foreign:
-        path.unlink()
-    assert files_of(output) == files_of(whole)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
-
-
 def test_a_second_run_into_the_same_output_is_told_who_writes_it(source, whole, tmp_path, monkeypatch):
     keep, refused = journal.Journal.keep_layer, []
 
     def second() -> None:
-        with pytest.raises(BlockingIOError, match=rf"being written by process {os.getpid()} on ") as raised:
+        with pytest.raises(BlockingIOError, match="is being written by another run") as raised:
             prune(source, tmp_path / "pruned", FistaPruningConfig(0.25), overwrite=True)
         refused.append(raised)
 
@@ -502,8 +385,8 @@ def test_fewer_layers_leave_no_shard_of_more(source, tmp_path, monkeypatch):
     config = tmp_path / "source" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
     prune(tmp_path / "source", tmp_path / "pruned", overwrite=True)
-    assert [file.name for file in (tmp_path / "pruned").glob("model*")] == ["model.safetensors"]
-    assert load_file(tmp_path / "pruned" / "model.safetensors").keys() == tiny_llama().state_dict().keys()
+    assert load_index(tmp_path / "pruned").keys() == tiny_llama().state_dict().keys()
+    assert len([*(tmp_path / "pruned").glob("*.safetensors")]) == 3
 
 
 def test_names_and_models_are_told_apart(source, llama, tokens, tmp_path):
