@@ -1,15 +1,20 @@
-"""Every test runs on one thread: the tensors are tiny, and results do not depend on the machine."""
+"""Every test runs on one thread and with the same instructions, so that results hardly depend on the machine."""
 
 import gc
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+PINNED = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
+"""Instructions that PyTorch, oneDNN and MKL use; read when they compute for the first time."""
+
 
 def pytest_configure(config):
     """The process that only hands tests to others need not import PyTorch, for which they would wait."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in PINNED.items()})
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         import torch
 
