@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-    from optimum_fista.run.callbacks.tracking import TrackingCallback
     from optimum_fista.run.checkpoints.loading import load_model
     from optimum_fista.run.config import FistaPruningConfig
     from optimum_fista.run.evaluation.generation import continue_prompts
@@ -34,7 +33,6 @@ __all__ = [
     "PrunedOperator",
     "PruningCallback",
     "PruningReport",
-    "TrackingCallback",
     "calibration_tokens",
     "calibration_windows",
     "continue_prompts",
@@ -59,7 +57,6 @@ _HOMES = {
     "PrunedOperator": "optimum_fista.solve.pruned",
     "PruningCallback": "optimum_fista.run.callbacks.pruning_callback",
     "PruningReport": "optimum_fista.run.reports.report",
-    "TrackingCallback": "optimum_fista.run.callbacks.tracking",
     "calibration_tokens": "optimum_fista.run.texts.calibration_source",
     "calibration_windows": "optimum_fista.run.texts.windows",
     "continue_prompts": "optimum_fista.run.evaluation.generation",

@@ -29,7 +29,7 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     if "from peft" in snippet:
         pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
     if "tensorboard" in snippet:
-        pytest.importorskip("tensorboard", reason="needs TensorBoard: pip install 'optimum-fista[tracking]'")
+        pytest.importorskip("tensorboard", reason="needs TensorBoard: pip install tensorboard")
     if "torch.onnx" in snippet:
         pytest.importorskip("onnxscript", reason="needs ONNX: pip install onnx onnxscript onnxruntime")
         pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install onnxruntime")

@@ -17,10 +17,7 @@ from optimum_fista.run.options import PruningOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-    from optimum_fista.run.callbacks.tracking import TrackingCallback
     from optimum_fista.run.config import FistaPruningConfig
-    from optimum_fista.run.ranks import Ranks
 
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
@@ -42,7 +39,6 @@ examples:
   optimum-fista prune ./model --output smaller --pattern channels:0.25 --calibration texts.jsonl
   optimum-fista prune ./model --output smaller --target-size 0.75 --calibration texts.jsonl
   optimum-fista prune ./model --output model-50 --method wanda --device cpu --dtype float32
-  optimum-fista prune ./model --output model-50 --report-to tensorboard --logging-dir runs/model-50
   accelerate launch --num_processes 8 -m optimum_fista prune ./model --error-correction intra
   optimum-fista prune meta-llama/Llama-3.1-70B --dry-run --calibration c4 --device cuda --storage-device cpu
 """
@@ -88,9 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where activations wait between passes: a device (cpu spares the GPU's memory), disk for memory-mapped "
         "files beside --output, or a folder for them (default: --device; on the CPU disk)",
     )
-    curves = "draw curves over the decoder layers in tensorboard or trackio during the run; repeatable"
-    add("--report-to", action="append", default=[], metavar="TRACKER", help=curves)
-    add("--logging-dir", type=Path, metavar="DIR", help="folder for the curves (default runs/ and --output's name)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -122,9 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             ranks.first(lambda: opened.enter_context(locked_output(arguments.output)) and None)
             arguments.batch_size = ranks.first(lambda: say_before(arguments, config))
-            callbacks: list[PruningCallback] = [*_trackers(arguments, config, ranks, opened)]
-            if not ranks.index:
-                callbacks.append(opened.enter_context(Progress(shares=ranks.count > 1)))
+            callbacks = [] if ranks.index else [opened.enter_context(Progress(shares=ranks.count > 1))]
             tokens, unseen = ranks.first(lambda: _tokens(arguments, config, ranks.device, folder / FOLDER))
             places = {name: getattr(arguments, name) for name in ("device", "dtype", "overwrite", "packed")}
             report = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks).prune(
@@ -174,7 +165,6 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     """Refuse what can't work, before anything is read; names the output if the user did not."""
     import torch
 
-    from optimum_fista.run.callbacks.tracking import require_tracker
     from optimum_fista.run.checkpoints.loading import storage_place
     from optimum_fista.run.hub import require_repo_id
     from optimum_fista.run.ranks import launched_processes, require_independent_layers
@@ -184,10 +174,6 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
     storage_place(arguments.storage_device, torch.device("cpu"))
-    if arguments.logging_dir and not arguments.report_to:
-        raise ValueError("--logging-dir makes sense with --report-to tensorboard or --report-to trackio only.")
-    for name in arguments.report_to:
-        require_tracker(name)
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
     if arguments.push_to_hub:
@@ -261,21 +247,6 @@ def _tokens(
             raise
         return draw(wanted), None  # the text may be just long enough for these
     return tokens[:wanted], tokens[wanted:]
-
-
-def _trackers(
-    arguments: argparse.Namespace, config: FistaPruningConfig, ranks: Ranks, opened: ExitStack
-) -> list[TrackingCallback]:
-    """The trackers asked for, closed with `opened`; among several processes each has a run and a folder of its own."""
-    from optimum_fista.run.callbacks.tracking import open_tracker
-
-    folder, run = arguments.logging_dir or Path("runs") / arguments.output.name, arguments.output.name
-    if ranks.count > 1:
-        folder, run = folder / f"rank-{ranks.index}", f"{run}-rank-{ranks.index}"
-    values = config.resolved().to_dict()
-    return [
-        opened.enter_context(open_tracker(name, folder, run, values)) for name in dict.fromkeys(arguments.report_to)
-    ]
 
 
 def _config(arguments: argparse.Namespace) -> FistaPruningConfig:

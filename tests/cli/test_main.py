@@ -17,7 +17,6 @@ FLAGS = {
         "--config "
         "--calibration --num-samples --sequence-length "
         "--held-out --batch-size --compute-dtype --seed --device --dtype --storage-device "
-        "--report-to --logging-dir "
         "--push-to-hub --private --help-all"
     ),
     "recover": (

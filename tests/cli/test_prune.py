@@ -342,30 +342,6 @@ def test_a_run_that_resumes_takes_the_batches_it_began_with(prune, capsys):
     assert "8 x 16 tokens of text, batches of 4" in capsys.readouterr().err.split("decoder layers are finished")[1]
 
 
-def test_curves_in_tensorboard(tiny_folder, text_file, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    monkeypatch.chdir(tmp_path)
-    flags = ["--method", "wanda", "--calibration", str(text_file), "--report-to", "tensorboard", *QUICK]
-    assert main(["prune", str(tiny_folder), "-o", "model-50", *flags]) == 0
-    assert main(["prune", str(tiny_folder), "-o", "other", *flags, "--logging-dir", str(tmp_path / "logs")]) == 0
-    for folder in ("runs/model-50", "logs"):
-        (events,) = (tmp_path / folder).iterdir()
-        assert events.stat().st_size > 1000
-
-
-def test_trackers_that_can_t_be_had_are_refused_before_any_work(tiny_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("optimum_fista.run.checkpoints.loading.load_model", None)
-    command = ["prune", str(tiny_folder), "-o", str(tmp_path / "pruned"), *QUICK]
-    assert main([*command, "--report-to", "mlflow"]) == 1
-    assert "report_to='mlflow': pass one of 'tensorboard', 'trackio'" in capsys.readouterr().err
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main([*command, "--report-to", "trackio"]) == 1
-    assert "trackio is not installed: run `pip install trackio`" in capsys.readouterr().err
-    assert main([*command, "--logging-dir", "logs"]) == 1
-    assert "--logging-dir makes sense with --report-to" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("model", "options", "name"),
     [

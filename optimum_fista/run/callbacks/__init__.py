@@ -1,1 +1,1 @@
-"""Callbacks for pruning runs, and trackers."""
+"""Callbacks for pruning runs."""

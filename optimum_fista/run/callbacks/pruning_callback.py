@@ -18,7 +18,7 @@ class PruningCallback:
     wrong, and no failure hides in the log of a run of hours. From files to files nothing finished is lost by it: the
     decoder layers before are kept, that of `on_layer_end` included, and the same call resumes after them. A model in
     memory is put back as it was, as after an interrupt; after `on_prune_end` it is pruned, and can be saved. If a
-    failure should not matter, the callback catches it itself, as `TrackingCallback` does.
+    failure should not matter, the callback catches it itself.
 
     Attributes:
         shows_layers: Whether it shows the progress over the decoder layers, so that no bar is needed.

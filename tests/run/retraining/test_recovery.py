@@ -309,7 +309,7 @@ def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_pa
 
 
 def test_the_process_is_afterwards_as_it_was(run, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard", reason="needs TensorBoard: pip install 'optimum-fista[tracking]'")
+    pytest.importorskip("tensorboard", reason="needs TensorBoard: pip install tensorboard")
     monkeypatch.setattr(AcceleratorState, "_shared_state", {"mixed_precision": "of the caller"})
     random.seed(1)
     expected = [random.getstate(), torch.get_rng_state().tolist(), dict(os.environ)]
