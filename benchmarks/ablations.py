@@ -1,10 +1,8 @@
 """Ablations: perplexity of a whole model when one part of the method, or of the calibration, is changed.
 
-Every study is a few comparisons (`optimum_fista.run.comparison`) that share their finished rows in `--folder`: the same
-command resumes where it was stopped, and several studies can be run side by side in processes of their own. `--output`
-keeps the studies it already has.
+Every study is a few comparisons (`compare.py`). The same command resumes: rows in `--output` are not measured again.
 
-    python benchmarks/ablations.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --folder runs/ablations
+    python benchmarks/ablations.py MODEL --calibration TEXT --texts TEXT1,TEXT2
 """
 
 from __future__ import annotations
@@ -14,23 +12,19 @@ import math
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from compare import DENSE, measure, spread, wanted
 from shared import parse_arguments
-
-from optimum_fista.run.checkpoints.atomic import write_text
-from optimum_fista.run.comparison.compare import compare
-from optimum_fista.run.comparison.rows import Row, spread
-from optimum_fista.run.comparison.settings import ComparisonSettings
 
 _PIPELINE = "error_correction=0.5:residual_correction=1"
 _WHOLE = f"{_PIPELINE}:allocation=fisher"
 _CORRECTIONS = "default default:error_correction=0 default:error_correction=1 default:residual_correction=0"
 _SHARED = f"default default:error_correction=0 default:allocation=uniform alps:{_WHOLE}"
 _BARE = "obs_admm:allocation=uniform:residual_correction=0"
+KEPT = ("method", "pattern", "seed", "perplexity", "totals", "seconds", "versions")
 Case = tuple[str, dict[str, Any]]
 """What the table calls it, and the settings it changes."""
 
@@ -97,7 +91,6 @@ _HELP = {
     "sample_counts": "of the study `samples`",
     "lengths": "tokens of a window in the study `lengths`, which has as many tokens as the others",
     "sequence_length": "tokens of a window, here and in the texts",
-    "folder": "where finished rows are kept",
     "plot": "picture of the study `parts`, once --output has it",
 }
 
@@ -105,7 +98,7 @@ _HELP = {
 def arguments_given() -> Namespace:
     choices = {"other_calibrations": [], "studies": list(STUDIES), "seeds": [0, 1, 2], "lengths": [512, 1024]}
     sizes = {"sample_counts": [8, 16, 32, 64, 128], "num_samples": 16, "sequence_length": 512, "max_windows": 16}
-    machine = {"batch_size": 4, "threads": 1, "folder": Path("runs/ablations")}
+    machine = {"batch_size": 4, "threads": 1}
     files = {"output": Path("runs/ablations.json"), "plot": Path}
     required = ("model", "calibration", "texts")
     arguments = parse_arguments(__doc__, *required, helps=_HELP, **choices, **sizes, **machine, **files)
@@ -116,32 +109,27 @@ def arguments_given() -> Namespace:
 
 
 def run_study(study: str, arguments: Namespace) -> dict[str, Any]:
-    """All rows of a study, labelled, with the recipes of its comparisons."""
-    base = ComparisonSettings(
-        model=arguments.model,
-        methods=["default"],
-        texts=arguments.texts,
-        calibration=arguments.calibration,
-        num_samples=arguments.num_samples,
-        calibration_length=arguments.sequence_length,
-        sequence_length=arguments.sequence_length,
-        max_windows=arguments.max_windows,
-        batch_size=arguments.batch_size,
-        device="cpu",
-        dtype="float32",
-    )
-    rows: list[dict[str, Any]] = []
-    recipe: list[str] = []
+    """All rows of a study, labelled, with the recipes of its comparisons; those in `--output` are taken from there."""
+    alone = {"held_out": 0, "bos": "auto", "device": "cpu", "dtype": "float32", "device_map": None}
+    base = vars(arguments) | alone | {"storage_device": None, "calibration_length": arguments.sequence_length}
+    every = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    found = every.setdefault(study, {"recipe": [], "rows": []})
+    done = {(row["label"], row["pattern"], row["seed"]) for row in found["rows"]}
     for label, changes in STUDIES[study](arguments):
-        comparison = compare(replace(base, **changes), arguments.folder)
-        recipe += [line for line in comparison.recipe if line not in recipe]
-        for row in comparison.rows:
-            if row.error is not None:
-                raise SystemExit(f"{row.method}, {row.pattern}: {row.error}")
-            if row.method != "dense" or not rows:
-                is_labelled = label and row.method != "dense"
-                rows.append({"label": label if is_labelled else row.method.removeprefix("default:"), **_kept(row)})
-    return {"recipe": recipe, "rows": rows}
+        case = Namespace(**base | {"methods": ["default"], "seeds": [0]} | changes)
+        for method, pattern, seed in wanted(case):
+            name = method.removeprefix("default:") if (method, pattern) == DENSE or not label else label
+            if (name, pattern, seed) in done:
+                continue
+            row, recipe = measure(case, method, pattern, seed)
+            if row["error"] is not None:
+                raise SystemExit(f"{method}, {pattern}: {row['error']}")
+            done.add((name, pattern, seed))
+            found["rows"].append({"label": name} | {key: row[key] for key in KEPT})
+            found["recipe"] += [line for line in recipe if line not in found["recipe"]]
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(every, indent=1) + "\n")
+    return found
 
 
 def table(study: dict[str, Any]) -> list[str]:
@@ -196,17 +184,12 @@ def plot(study: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _kept(row: Row) -> dict[str, Any]:
-    values = asdict(row)
-    return {key: values[key] for key in ("method", "pattern", "seed", "perplexity", "totals", "seconds", "versions")}
-
-
 def shown(values: Sequence[float], digits: int = 2) -> str:
     """The mean, and of several values the standard deviation."""
     found = spread(values)
     assert found is not None
-    deviation = "" if found.deviation is None else f"±{found.deviation:.{digits}f}"
-    return f"{found.mean:.{digits}f}{deviation}"
+    mean, deviation = found
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f"±{deviation:.{digits}f}")
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -220,9 +203,6 @@ def main() -> None:
     for study in arguments.studies:
         found = run_study(study, arguments)
         print("\n".join(["", study, "", *table(found)]), flush=True)
-        kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(arguments.output, json.dumps(kept | {study: found}, indent=1) + "\n")
     if arguments.plot:
         plot(json.loads(arguments.output.read_text())["parts"], arguments.plot)
 

@@ -12,10 +12,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from shared import parse_arguments, save_llama
+from shared import parse_arguments, parse_config, save_llama
 
 from optimum_fista import FistaPruner
-from optimum_fista.run.comparison.settings import parse_config
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import calibration_of, open_record, parse_arguments, save, texts_of
+from shared import calibration_of, open_record, parse_arguments, parse_config, save, texts_of
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedModel
@@ -30,7 +30,6 @@ from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.replay import LayerCall
 from optimum_fista.run.checkpoints.loading import load_model
-from optimum_fista.run.comparison.settings import parse_config
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.reports.markdown import markdown_lines
 

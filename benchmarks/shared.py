@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from optimum_fista.run.comparison.settings import sparsity_of
+from optimum_fista.run.config import RECIPES, FistaPruningConfig
 from optimum_fista.run.reports.report import library_versions
 from optimum_fista.run.texts.text import load_text
 from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
@@ -98,6 +99,36 @@ def texts_of(arguments: Namespace, tokenizer: PreTrainedTokenizerBase, length: i
     }
 
 
+def sparsity_of(pattern: str) -> float | None:
+    """The fraction of zeros, if the text of a pattern is one."""
+    try:
+        return float(pattern)
+    except ValueError:
+        return None
+
+
+def parse_config(method: str, pattern: str, seed: int = 0, held_out: int = 0) -> FistaPruningConfig:
+    """A configuration from `name:option=value:...` and a fraction of zeros or a pattern; values are JSON or text."""
+    name, *pairs = method.split(":")
+    options: dict[str, Any] = {"seed": seed, "held_out": held_out}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"method={method!r}: {pair!r} is no option; pass name:option=value.")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    sparsity = sparsity_of(pattern)
+    options |= {"pattern": pattern} if sparsity is None else {"sparsity": sparsity}
+    known = {field.name for field in fields(FistaPruningConfig)}
+    own = {key: options.pop(key) for key in options.keys() - known}
+    if name not in RECIPES:
+        return FistaPruningConfig(method=name, method_options=own, **options)
+    config = FistaPruningConfig.recipe(name, **options)
+    return replace(config, method_options={**config.method_options, **own})
+
+
 def pattern_of(text: str, scope: Scope = "matrix") -> SparsityPattern:
     """The pattern of a fraction of zeros, such as `0.5`, or of a pattern's text, such as `2:4`."""
     sparsity = sparsity_of(text)
@@ -132,7 +163,7 @@ def open_record(arguments: Namespace, *without: str) -> dict[str, Any]:
         previous = json.loads(arguments.output.read_text())
         if previous["settings"] != settings:
             raise SystemExit(f"{arguments.output} holds rows with other settings: pass another --output.")
-        record["rows"] = previous["rows"]
+        record |= {key: previous[key] for key in ("recipe", "rows") if key in previous}
     return record
 
 

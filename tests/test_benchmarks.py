@@ -12,8 +12,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import calibration_windows
+from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
 from optimum_fista.solve.methods.fista import Fista
 from optimum_fista.solve.patterns import Unstructured
 
@@ -50,6 +51,73 @@ def test_gguf_files_hold_the_weights(benchmark, tmp_path, bits, largest_error):
             assert 0 < error < 0.5 / 127 + 2**-11
         else:
             assert largest_error / 8 <= error <= largest_error
+
+
+@pytest.fixture
+def compared(benchmark, tmp_path, monkeypatch, capsys):
+    """`compared("--flag", ...)` runs compare.py on a tiny model and returns the lines of its table and its record."""
+    save_tiny_folder(tmp_path / "model")
+    (tmp_path / "sea.txt").write_text(TEXT)
+    (tmp_path / "calm.txt").write_text(TEXT[::-1])
+    script, output = benchmark("compare"), tmp_path / "out" / "compare.json"
+    given = ["--texts", str(tmp_path / "sea.txt"), "--calibration", str(tmp_path / "calm.txt"), "--output", str(output)]
+    given += ["--num-samples", "6", "--sequence-length", "32", "--max-windows", "3", "--device", "cpu"]
+    monkeypatch.setattr(script, "release_free_memory", lambda **_: None)
+
+    def run(*flags, model=tmp_path / "model"):
+        monkeypatch.setattr(sys, "argv", ["compare.py", str(model), *given, *flags])
+        script.main()
+        return capsys.readouterr().out, json.loads(output.read_text())
+
+    return run
+
+
+def test_compared_rows_are_what_pruning_and_measuring_give(compared, tmp_path):
+    shown, record = compared("--methods", "wanda:error_correction=intra", "--patterns", "2:4,3:5", "--held-out", "2")
+    dense, wanda, failed = record["rows"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    windows = evaluation_windows(tiny_tokenizer(), load_text(str(tmp_path / "sea.txt"), "test"), 32, 3)
+    tokens = calibration_windows(tiny_tokenizer(), load_text(str(tmp_path / "calm.txt"), "calibration"), 8, 32, 0)
+    assert dense["perplexity"]["held-out"] == evaluate_perplexity(model, tokens[6:]).perplexity
+    assert dense["perplexity"]["calibrated"] == evaluate_perplexity(model, tokens[:2]).perplexity
+    config = FistaPruningConfig(pattern="2:4", method="wanda", error_correction="intra", held_out=2)
+    report = FistaPruner(config, progress=False).prune(model, tokens.split(1))
+    assert wanda["perplexity"]["sea"] == evaluate_perplexity(model, windows).perplexity
+    assert wanda["totals"]["mean_held_out_fit_error"] == report.totals["mean_held_out_fit_error"]
+    assert "rows of 32 inputs" in failed["error"]
+    assert "| 3:5 | `wanda:error_correction=intra` | failed |" in shown
+    assert "random windows of 32 tokens of file calm.txt" in record["recipe"][1]
+
+
+def test_a_comparison_resumes_and_its_table_is_shown_again(compared, tmp_path):
+    _, first = compared("--methods", "magnitude,nothing", "--patterns", "0.5")
+    first["rows"][1]["seconds"]["total"] = 12345
+    (tmp_path / "out" / "compare.json").write_text(json.dumps(first))
+    shown, second = compared("--methods", "wanda", "--patterns", "0.5", "--seeds", "0,1")
+    assert second["rows"][:2] == first["rows"][:2]
+    assert [(row["method"], row["seed"], row["error"]) for row in second["rows"][2:]] == [
+        ("wanda", 0, None),
+        ("wanda", 1, None),
+    ]
+    table = shown[shown.index("| pattern |") :]
+    assert compared(model=tmp_path / "out" / "compare.json")[0] == table
+    assert [line.count(" ± ") for line in table.splitlines()[2:5]] == [0, 0, 5]
+    with pytest.raises(SystemExit, match="other settings"):
+        compared("--num-samples", "5")
+
+
+def test_the_best_of_a_pattern_is_bold_and_tasks_have_their_mean(benchmark):
+    def row(method, pattern, perplexity, first, second):
+        scores = {"a": {"acc": {"value": first, "stderr": 0.01}}, "b": {"acc": {"value": second, "stderr": 0.02}}}
+        found = {"method": method, "pattern": pattern, "seed": 0, "error": None, "accuracy": scores, "seconds": {}}
+        return found | {"perplexity": {"sea": perplexity}, "totals": {"sparsity": 0.5} if pattern != "-" else {}}
+
+    rows = [row("dense", "-", 10, 0.75, 0.5), row("wanda", "0.5", 20, 0.6, 0.25), row("fista", "0.5", 15, 0.4, 0.5)]
+    assert benchmark("compare").table(rows)[2:] == [
+        "|  | `dense` | 10.00 | 75.0 ± 1.0 | 50.0 ± 2.0 | 62.5 |  |  |  |  |",
+        "| 0.5 | `wanda` | 20.00 | **60.0** ± 1.0 | 25.0 ± 2.0 | 42.5 |  | 50.00 |  |  |",
+        "| 0.5 | `fista` | **15.00** | 40.0 ± 1.0 | **50.0** ± 2.0 | **45.0** |  | 50.00 |  |  |",
+    ]
 
 
 def test_speed_of_every_variant_and_the_table_again(benchmark, tmp_path, monkeypatch, capsys):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from optimum_fista.cli.compare import words
-
 DESCRIPTION = """\
 Measure the perplexity of a model on a text, its zero-shot accuracy on tasks, or both.
 
@@ -79,3 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{metric} {score.value:.4f}{error} on {found.task}: {found.num_documents} documents")
         keep(found)
     return 0
+
+
+def words(text: str) -> list[str]:
+    """What commas separate, without the spaces around it."""
+    return [word for word in map(str.strip, text.split(",")) if word]

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 
 from optimum_fista.cli import (
     chat,
-    compare,
     demo,
     doctor,
     evaluate,
@@ -28,7 +27,6 @@ _COMMANDS = (
     prune,
     recover,
     evaluate,
-    compare,
     report,
     verify,
     chat,

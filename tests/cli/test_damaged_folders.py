@@ -137,8 +137,8 @@ MASK_FILES = {
 }
 # which commands read what
 CASES = [
-    *(("dense", command, WEIGHTS) for command in ("prune", "evaluate", "compare")),
-    *(("dense", command, MODEL_CONFIG | TOKENIZER) for command in ("prune", "evaluate", "compare")),
+    *(("dense", command, WEIGHTS) for command in ("prune", "evaluate")),
+    *(("dense", command, MODEL_CONFIG | TOKENIZER) for command in ("prune", "evaluate")),
     ("dense", "dry run", MODEL_CONFIG),
     *(("pruned", command, WEIGHTS) for command in ("evaluate", "verify", "pack")),
     *(("pruned", command, ANY_CONFIG | REPORTS) for command in ("verify", "pack", "report")),
@@ -161,12 +161,10 @@ def run(folders, text_file, tmp_path, monkeypatch, capsys):
     folder, out = tmp_path / "model", tmp_path / "out"
     quick = ["--num-samples", "4", "--calibration", text_file, "--device", "cpu"]
     evaluate = ["--text", text_file, "--sequence-length", "16", "--max-windows", "2", "--device", "cpu"]
-    compare = ["--output", out, "--methods", "magnitude", "--patterns", "0.5", "--texts", text_file]
     arguments = {
         "prune": ["prune", folder, "--output", out, "--method", "magnitude", "--sequence-length", "16", *quick],
         "dry run": ["prune", folder, "--dry-run", "--method", "magnitude", "--sequence-length", "16", *quick],
         "evaluate": ["evaluate", folder, *evaluate],
-        "compare": ["compare", folder, *compare, *quick],
         "verify": ["verify", folder],
         "report": ["report", folder, "--output", out / "page.html"],
         "pack": ["pack", folder, "--output", out],
@@ -197,7 +195,7 @@ def test_damage_is_one_line_and_exit_code_1(run, kind, command, damages):
         assert (code, len(lines)) == (1, 1), f"{name}: exit code {code}, {lines}"
 
 
-@pytest.mark.parametrize("command", ["prune", "dry run", "evaluate", "compare"])
+@pytest.mark.parametrize("command", ["prune", "dry run", "evaluate"])
 def test_code_of_a_model_is_never_run_nor_asked_for(run, command, tmp_path, monkeypatch):
     def evil(folder: Path) -> None:
         classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": "code.Tokenizer"}

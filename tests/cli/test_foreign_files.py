@@ -12,24 +12,22 @@ from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import main
-from optimum_fista.run.comparison.comparison import Comparison
 
 QUICK = ["--num-samples", "4", "--sequence-length", "16", "--device", "cpu", "--method", "magnitude"]
 FILES = ["notes.txt", "sub/config.json", "sub/deep/model.safetensors", "fista/mine.txt", "adapter.safetensors"]
-FILES += ["journal/lock.txt", "table.json", "table.md", "perplexity.png", "rows/mine.json", ".hidden", "model.bin"]
+FILES += ["journal/lock.txt", ".hidden", "model.bin"]
 ALIKE = ["README.md", "tokenizer.json", "generation_config.json", "fista/report.json", "vocab.json"]  # a model's names
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_folder, text_file, pruned_folder):
-    """What command lines start from: models dense, pruned, packed and in memory, a finished comparison, a text."""
+    """What command lines start from: models dense, pruned, packed and in memory, a text."""
     folder = tmp_path_factory.mktemp("world")
     assert main(["pack", str(pruned_folder), "-o", str(folder / "packed")]) == 0
-    Comparison().write_tables(folder / "comparison")
     pruner, model = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False), tiny_llama()
     pruner.prune(model, tiny_tokens().split(4))
     sources = {"dense": tiny_folder, "pruned": pruned_folder, "packed": folder / "packed"}
-    return sources | {"render": folder / "comparison" / "table.json", "text": text_file, "memory": (pruner, model)}
+    return sources | {"text": text_file, "memory": (pruner, model)}
 
 
 def identity(path: Path) -> tuple:
@@ -80,14 +78,12 @@ def scene(root: Path, chance: random.Random, world: dict, overwrite: bool) -> di
 
 
 def command(chance: random.Random, world: dict, output: str, overwrite: bool) -> tuple[str, list[str]]:
-    kind = chance.choice(["prune", "prune", "prune --packed", "pack", "unpack", "compare", "save", "save"])
+    kind = chance.choice(["prune", "prune", "prune --packed", "pack", "unpack", "save", "save"])
     flags = ["--output", output, *(["--overwrite"] if overwrite else [])]
     if kind.startswith("prune"):
         flags = [*kind.split(), str(world["dense"]), *flags, *QUICK, "--calibration", str(world["text"])]
     elif kind in ("pack", "unpack"):
         flags = [kind, str(world["pruned" if kind == "pack" else "packed"]), *flags]
-    elif kind == "compare":
-        flags = ["compare", "--output", output, "--render", str(world["render"])]
     return kind, flags
 
 

@@ -28,16 +28,11 @@ FLAGS = {
         "MODEL --text --sequence-length --max-windows --tasks --include-path --limit --batch-size --device --dtype "
         "--output -o"
     ),
-    "compare": (
-        "MODEL --output -o --render --methods --patterns --seeds --texts --tasks --include-path --limit "
-        "--sequence-length --max-windows --held-out --bos --calibration --num-samples --calibration-length "
-        "--batch-size --device --device-map --dtype --storage-device"
-    ),
     "report": "DIR --output -o --evaluations --dense --prompt --max-new-tokens --device --dtype",
     "verify": "DIR --dense --same-as",
     "chat": "DIR --beside --max-new-tokens --temperature --seed --device --dtype",
     "doctor": "",
-    "demo": "--full --model --text --output --num-samples --sequence-length --max-windows",
+    "demo": "--full --model --text --output --overwrite --num-samples --sequence-length --max-windows",
 }
 
 

@@ -93,23 +93,6 @@ def test_evaluate(smaller, text_file, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
-def test_compare_has_what_was_removed_beside_the_zeros(tiny_folder, text_file, tmp_path, capsys):
-    output, texts = tmp_path / "out", ["--texts", str(text_file), "--calibration", str(text_file)]
-    flags = ["--methods", "wanda", "--patterns", f"2:4,{PATTERN}", "--max-windows", "2", *texts]
-    quick = ["--num-samples", "4", "--sequence-length", "32", "--device", "cpu"]
-    assert main(["compare", str(tiny_folder), "-o", str(output), *flags, *quick]) == 0
-    header, _, dense, groups, parts = [
-        [cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines() if line[:1] == "|"
-    ]
-    zeros, removed = header.index("zeros, %"), header.index("removed, %")
-    assert [(row[zeros], row[removed]) for row in (dense, groups, parts)] == [
-        ("", ""),
-        ("50.00", "0.00"),
-        ("0.00", f"{100 * GONE / DENSE:.2f}"),
-    ]
-    assert f",{GONE / DENSE!r}," in (output / "table.csv").read_text()
-
-
 def test_zeros_in_the_smaller_model_are_counted_along_what_stayed(smaller, text_file, tmp_path, capsys):
     folder = tmp_path / "both"
     flags = ["--pattern", "2:4", "--method", "wanda", *QUICK, "--calibration", str(text_file)]
@@ -186,15 +169,6 @@ def test_parts_and_zeros_are_both_said(tiny_folder, text_file, tmp_path, capsys)
         assert part in text
 
 
-def test_patterns_with_a_comma_are_compared(tiny_folder, text_file, tmp_path, capsys):
-    flags = ["--patterns", "channels:0.25/4,2:4;0.5", "--methods", "magnitude", "--texts", str(text_file)]
-    flags += ["--sequence-length", "16", "--max-windows", "1", "--calibration", str(text_file), "--num-samples", "4"]
-    assert main(["compare", str(tiny_folder), "-o", str(tmp_path / "compared"), *flags]) == 0
-    table = json.loads((tmp_path / "compared" / "table.json").read_text())
-    assert table["settings"]["patterns"] == ["channels:0.25/4,2:4", "0.5"]
-    assert "| channels:0.25/4,2:4 |" in capsys.readouterr().out
-
-
 def test_experts_that_went_are_counted_in_every_command(text_file, tmp_path, capsys):
     dense, folder = tmp_path / "dense", tmp_path / "smaller"
     tiny_model("mixtral").save_pretrained(dense)
@@ -212,10 +186,3 @@ def test_experts_that_went_are_counted_in_every_command(text_file, tmp_path, cap
     assert "Where the errors are" not in text
     assert main(["prune", str(dense), "--dry-run", *flags, "--no-expert-refit"]) == 0
     assert "left dense (keeps 2 of 4 experts): model.layers.0.mlp.experts" in capsys.readouterr().out
-    methods = "default,default:expert_refit=false"
-    flags = ["--methods", methods, "--patterns", "experts:0.5", "--max-windows", "1", "--num-samples", "4"]
-    texts = ["--texts", str(text_file), "--calibration", str(text_file), "--sequence-length", "16", "--device", "cpu"]
-    assert main(["compare", str(dense), "-o", str(tmp_path / "out"), *flags, *texts]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if "experts:0.5" in line]
-    assert len(rows) == 2
-    assert all(f"{100 * read_report(folder).totals['share_removed']:.2f}" in row for row in rows)

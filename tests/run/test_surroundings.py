@@ -8,10 +8,8 @@ import sys
 import numpy as np
 import torch
 from pruning import prune
-from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 
-from optimum_fista.run.comparison.compare import compare
-from optimum_fista.run.comparison.settings import ComparisonSettings
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
 from optimum_fista.run.pruner import FistaPruner
@@ -39,26 +37,12 @@ def test_calls_leave_the_process_and_the_model_as_they_were(tmp_path):
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 > 0)
     save_tiny_folder(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text(TEXT)
-    text = str(tmp_path / "text.txt")
-    settings = ComparisonSettings(
-        str(tmp_path / "dense"),
-        methods=("wanda",),
-        patterns=("2:4",),
-        texts=(text,),
-        calibration=text,
-        num_samples=4,
-        sequence_length=32,
-        max_windows=2,
-        device="cpu",
-    )
     steps = {
         "prune in memory": lambda: prune(model, batches),
         "streamed prune": lambda: FistaPruner(progress=False).prune(
             tmp_path / "dense", batches, output_dir=tmp_path / "pruned"
         ),
         "evaluate": lambda: evaluate_perplexity(model, tiny_tokens(), progress=False),
-        "compare": lambda: compare(settings, tmp_path / "table", progress=False),
         "pack": lambda: pack_folder(tmp_path / "pruned", tmp_path / "packed"),
     }
     for name, step in steps.items():

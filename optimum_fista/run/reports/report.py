@@ -28,12 +28,6 @@ from optimum_fista.solve.pruned import Convergence
 _OLD_NAMES = {"relative_error": "fit_error", "held_out_error": "held_out_fit_error"}
 
 
-def renamed_totals(totals: Mapping[str, Any]) -> dict[str, Any]:
-    """`PruningReport.totals`, with the names that errors have now if an older version wrote them."""
-    old = {f"{kind}_{name}": f"{kind}_{new}" for name, new in _OLD_NAMES.items() for kind in ("mean", "max")}
-    return {old.get(name, name): value for name, value in totals.items()}
-
-
 @dataclass(frozen=True)
 class OperatorReport:
     """How one linear operator was pruned.

@@ -1,14 +1,11 @@
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer
+from tiny_llama import tiny_llama, tiny_tokenizer
 
-from optimum_fista.run.comparison.compare import compare
-from optimum_fista.run.comparison.settings import ComparisonSettings
 from optimum_fista.run.evaluation.zero_shot import TaskSuite
 
 QUESTIONS = [
@@ -40,7 +37,6 @@ def tasks(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'optimum-fista[eval]'")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
-    monkeypatch.setattr("optimum_fista.run.comparison.comparison.Comparison.write_plots", lambda self, folder: [])
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "sea.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
@@ -80,37 +76,6 @@ def test_the_limit_takes_the_first_documents(tasks):
     assert result.num_documents == 1
     assert "the first 1 documents" in suite.recipe
     assert suite.identity != TaskSuite(["sea_choice"], include_path=tasks).identity
-
-
-def test_a_comparison_measures_tasks_once_for_the_dense_model(tasks, tmp_path):
-    (tmp_path / "sea.txt").write_text(TEXT)
-    save_tiny_folder(tmp_path / "model")
-    settings = ComparisonSettings(
-        str(tmp_path / "model"),
-        methods=("magnitude",),
-        patterns=("0.5",),
-        texts=(),
-        tasks=("sea_choice",),
-        include_path=tasks,
-        calibration=str(tmp_path / "sea.txt"),
-        num_samples=4,
-        sequence_length=32,
-        device="cpu",
-    )
-    comparison = compare(settings, tmp_path / "out", progress=False)
-    assert [list(row.accuracy) for row in comparison.rows] == [["sea_choice"], ["sea_choice"]]
-    assert "sea_choice, %" in (tmp_path / "out" / "table.md").read_text()
-    with (tasks / "sea.jsonl").open("a") as file:
-        file.write(json.dumps(QUESTIONS[0]) + "\n")
-    again = compare(settings, tmp_path / "out", progress=False)
-    assert [a.key == b.key for a, b in zip(comparison.rows, again.rows, strict=True)] == [False, False]
-    seeds = compare(replace(settings, seeds=(0, 1), held_out=1), tmp_path / "out", progress=False)
-    assert [(r.method, r.seed, len(r.accuracy)) for r in seeds.rows] == [
-        ("dense", 0, 1),
-        ("dense", 1, 0),
-        ("magnitude", 0, 1),
-        ("magnitude", 1, 1),
-    ]
 
 
 def model_that_writes_a_behind_every_word():
