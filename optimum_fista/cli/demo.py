@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_fista.cli.columns import side_by_side
-
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -131,6 +129,9 @@ def _material(
 
 def _show_models(dense: PreTrainedModel, folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
     """Sizes and texts of the dense model and of the saved ones, verified and loaded by plain Transformers."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
     from transformers import AutoModelForCausalLM
 
     from optimum_fista.run.evaluation.verification import verify_checkpoint
@@ -140,14 +141,19 @@ def _show_models(dense: PreTrainedModel, folders: Sequence[Path], tokenizer: Pre
         verify_checkpoint(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
         models[folder.name] = model.to(dense.device)
-    lines, texts = [], []
+    lines, texts = [], dict[str, str]()
     for name, model in models.items():
         inputs = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
         output = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.2)
-        texts.append((name, str(tokenizer.decode(output[0], skip_special_tokens=True))))
+        texts[name] = str(tokenizer.decode(output[0], skip_special_tokens=True))
         size = sum(p.nbytes for p in model.parameters()) / 1e6
         lines.append(f"{name:<12}{model.num_parameters():>13,} parameters, {size:.0f} MB in memory")
-    return "\n".join([*lines, "", *side_by_side(texts, shutil.get_terminal_size((120, 24)).columns)])
+    console = Console(width=shutil.get_terminal_size((120, 24)).columns)
+    with console.capture() as captured:
+        beside = Table(*texts, expand=True)
+        beside.add_row(*map(Text, texts.values()))
+        console.print(beside)
+    return "\n".join([*lines, "", captured.get()])
 
 
 def _next_commands(arguments: argparse.Namespace) -> str:
