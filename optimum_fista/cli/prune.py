@@ -156,7 +156,7 @@ def default_output(model: str, config: FistaPruningConfig) -> Path:
     pattern = config.pattern
     if pattern == "unstructured":
         pattern = f"{100 * (config.sparsity or 0.0):.6g}pct"
-    pattern = re.sub(r"[:+,/]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
+    pattern = re.sub(r"[:+/]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
     name = Path(os.path.abspath(model)).name if Path(model).exists() else model.rpartition("/")[2]
     return Path(f"{name}-{pattern}")
 

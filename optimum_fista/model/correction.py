@@ -166,11 +166,6 @@ class LayerTargets:
         if entering.dense is not None:
             self._outputs = self._run_dense(entering.dense)
 
-    @property
-    def num_groups(self) -> int:
-        """How many groups of operators there are."""
-        return len(self._groups)
-
     def problems(self, index: int) -> GroupProblems:
         """The problems of a group that is still dense; all groups before it are pruned and written.
 

@@ -76,7 +76,7 @@ class FistaPruningConfig(PruningOptions):
 
     def _check_combinations(self) -> None:
         """Refuse options that have no meaning together, and methods that can't prune to the patterns."""
-        if self.scope is not None and self._pattern_of_weights().fixed and not self.overrides:
+        if self.scope is not None and self._default_pattern().fixed and not self.overrides:
             raise ValueError(
                 f"scope={self.scope!r} has no meaning for pattern={self.pattern!r}: pass only one of them."
             )
@@ -94,11 +94,6 @@ class FistaPruningConfig(PruningOptions):
                 f"expert_refit=False has no meaning for pattern={self.pattern!r}, which removes no experts: leave it "
                 "out, or pass a pattern such as 'experts:0.25'."
             )
-        if loses_experts and self._pattern_of_weights() != self.whole_parts:
-            raise ValueError(
-                f"pattern={self.pattern!r}: one run can't remove experts and set zeros: prune with what is before the "
-                "comma, and then prune the smaller model with what is after it."
-            )
         if self.reorder_channels and not self._default_pattern().orders_inputs:
             raise ValueError(
                 f"reorder_channels=True has no meaning for pattern={self.pattern!r}: leave it out, or pass a pattern "
@@ -106,7 +101,6 @@ class FistaPruningConfig(PruningOptions):
             )
         method = self.create_method("")
         method.require_pattern(self._default_pattern())
-        method.require_pattern(self._pattern_of_weights())
         for pattern, value in self.overrides.items():
             try:
                 method.require_pattern(self._override_pattern(value))
@@ -242,7 +236,7 @@ class FistaPruningConfig(PruningOptions):
         """The same configuration with the method's own choice for every option of `MethodDefaults` that is `None`."""
         defaults = method_defaults(str(self.method))
         chosen = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(defaults))}
-        if self._pattern_of_weights().fixed and not self.overrides:
+        if self._default_pattern().fixed and not self.overrides:
             chosen.pop("scope")
         missing = {name: getattr(defaults, name) for name, value in chosen.items() if value is None}
         return dataclasses.replace(self, **missing)
@@ -257,7 +251,7 @@ class FistaPruningConfig(PruningOptions):
     def shares_budget(self, name: str) -> bool:
         """Whether the operator called `name` takes part in the allocation of zeros."""
         allocation = self.allocation or method_defaults(str(self.method)).allocation
-        allocated = allocation == "fisher" and not self._pattern_of_weights().fixed
+        allocated = allocation == "fisher" and not self._default_pattern().fixed
         return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
 
     def _scope(self) -> Scope:
@@ -265,11 +259,6 @@ class FistaPruningConfig(PruningOptions):
 
     def _default_pattern(self) -> SparsityPattern:
         return parse_pattern(self.pattern, self.sparsity, self._scope())
-
-    def _pattern_of_weights(self) -> SparsityPattern:
-        """The pattern; if whole parts go and zeros follow, that of the zeros."""
-        pattern = self._default_pattern()
-        return pattern.then or pattern if isinstance(pattern, WholeParts) else pattern
 
     def _override_pattern(self, value: float | str) -> SparsityPattern:
         if isinstance(value, str):

@@ -59,8 +59,7 @@ class PruningOptions:
     pattern: str = option(
         "unstructured",
         "2:4 keeps 2 of every 4 consecutive inputs of a row, 4:8-pairs two whole pairs of every four; channels:0.25, "
-        "heads:0.5, experts:0.25 or layers:0.1, or several joined by +, removes whole parts (docs/smaller.md); a comma "
-        "and another pattern, as in channels:0.25,2:4, prunes what stays",
+        "heads:0.5, experts:0.25 or layers:0.1, or several joined by +, removes whole parts (docs/smaller.md)",
     )
     scope: Literal["matrix", "row"] | None = option(
         None, "share zeros over a whole operator or give each row its own (default: the method's)", advanced=_WHICH

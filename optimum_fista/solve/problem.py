@@ -100,27 +100,6 @@ class LayerProblem:
                 same_energies = torch.cat([inner_by_rows(part @ statistics.gram, part) for part in parts])
             self._unpruned_errors = same_energies - 2 * inner_by_rows(weight, target) + self.output_energies
 
-    def of_rows(self, rows: Tensor) -> LayerProblem:
-        """The problem of some outputs; the statistics are the same object."""
-        problem, dense = copy.copy(self), self.dense
-        problem.weight, problem.target = self.weight[rows], self.target[rows]
-        problem.output_energies = self.output_energies[rows]
-        problem._unpruned_errors = self._unpruned_errors[rows]
-        if dense is not None:
-            cross = None if dense.cross is None else dense.cross[rows]
-            problem.dense = DenseOutputs(dense.energies[rows], dense.unpruned_errors[rows], cross, dense.dense_share)
-        return problem
-
-    def of_columns(self, columns: Tensor, weight: Tensor) -> LayerProblem:
-        """The problem with some of the inputs, for the same outputs.
-
-        Args:
-            columns: These inputs.
-            weight: Dense weights [out, columns], which take the place of `W`.
-        """
-        statistics = self.statistics.of_inputs(columns)
-        return LayerProblem(weight, statistics, self.target[:, columns], self.output_energies, self.name)
-
     @classmethod
     def stack(cls, problems: Sequence[LayerProblem], scales: Tensor) -> LayerProblem:
         """One problem of the outputs of several with the same statistics; row i is multiplied by `scales[i]`, [out, 1].

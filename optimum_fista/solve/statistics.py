@@ -36,11 +36,6 @@ class InputStatistics:
         self.num_tokens = num_tokens
         self._mean = mean
 
-    def of_inputs(self, inputs: Tensor) -> InputStatistics:
-        """Statistics of some of the inputs."""
-        mean = None if self._mean is None else self._mean[inputs]
-        return InputStatistics(self.gram[inputs][:, inputs], self.num_tokens, mean)
-
     @property
     def mean(self) -> Tensor:
         """Mean of the inputs over the tokens, [in].

@@ -349,7 +349,7 @@ def test_a_run_that_resumes_takes_the_batches_it_began_with(prune, capsys):
         ("owner/Llama-1B", {"sparsity": 0.625}, "Llama-1B-62.5pct"),
         ("model.v2", {"pattern": "2:4"}, "model.v2-2of4"),
         ("model", {"pattern": "channels:0.25/8"}, "model-channels-0.25-8"),
-        ("model", {"pattern": "channels:0.25+heads:0.5,2:4"}, "model-channels-0.25-heads-0.5-2of4"),
+        ("model", {"pattern": "channels:0.25+heads:0.5"}, "model-channels-0.25-heads-0.5"),
     ],
 )
 def test_names_of_folders(model, options, name):

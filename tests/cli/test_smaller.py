@@ -148,27 +148,6 @@ def test_training_keeps_no_zeros_because_there_are_none(smaller, tmp_path, capsy
     assert read_report(tmp_path / "tuned").retrained
 
 
-def test_parts_and_zeros_are_both_said(tiny_folder, text_file, tmp_path, capsys):
-    folder = tmp_path / "both"
-    flags = ["--pattern", f"{PATTERN},2:4", "--method", "wanda", *QUICK, "--calibration", str(text_file)]
-    assert main(["prune", str(tiny_folder), "-o", str(folder), *flags]) == 0
-    zeros = "4,992 of 9,984 weights zero (50.00"
-    assert str(read_report(folder)).startswith(f"14 operators pruned by wanda, {REMOVED}; {zeros}%); fit error")
-    capsys.readouterr()
-    assert main(["verify", str(folder), "--dense", str(tiny_folder)]) == 0
-    assert capsys.readouterr().out.startswith(f"{folder}: 14 operators keep their pattern, {REMOVED}; {zeros}00%)\n")
-    card = (folder / "README.md").read_text()
-    assert f"{REMOVED}; {zeros}%)" in card
-    assert "| pattern | channels:0.25/4+heads:0.5, then 2:4 |" in card
-    assert "| mlp.down_proj | 32 x 36 | 50.00% |" in card
-    assert "- sparse" in card
-    assert "masks.safetensors" in card
-    assert main(["report", str(folder)]) == 0
-    text = " ".join(re.sub(r"<[^>]+>", " ", (folder / "fista" / "report.html").read_text()).split())
-    for part in (f"Removed {GONE / DENSE:.2%}", "Zeros 50.00%", "mlp. down_proj 36 48", "Where the zeros are"):
-        assert part in text
-
-
 def test_experts_that_went_are_counted_in_every_command(text_file, tmp_path, capsys):
     dense, folder = tmp_path / "dense", tmp_path / "smaller"
     tiny_model("mixtral").save_pretrained(dense)

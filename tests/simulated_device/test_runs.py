@@ -108,15 +108,6 @@ def test_whole_experts_go_as_on_the_cpu(place, family, tmp_path):
     require_the_same(found, expected)
 
 
-@pytest.mark.parametrize("place", ["in memory", "on two devices", "streamed, stored on disk"])
-def test_parts_go_and_zeros_follow_as_on_the_cpu(place, tmp_path):
-    config = FistaPruningConfig(pattern="channels:0.25/4+heads:0.5,0.5", allocation_tokens=128)
-    batches = tiny_tokens(16, 48).split(4)
-    expected, _ = prune_on_cpu(tiny_llama(), config, batches)
-    found, _ = pruned_at(place, config, tiny_llama(), batches, tmp_path)
-    require_the_same(found, expected)
-
-
 @pytest.mark.parametrize("place", ["in memory", "on two devices"])
 def test_masked_training_and_perplexity(place, tmp_path):
     results = []

@@ -56,6 +56,11 @@ def test_sparsity_and_pattern_that_disagree_are_refused(text, sparsity):
         parse_pattern(text, sparsity)
 
 
+def test_parts_and_zeros_are_two_runs():
+    with pytest.raises(ValueError, match=r"Prune with 'channels:0.25', and then prune the smaller model with '2:4'"):
+        parse_pattern("channels:0.25,2:4")
+
+
 def test_unknown_scope_is_refused():
     with pytest.raises(ValueError, match="scope='column': pass 'matrix' or 'row'"):
         parse_pattern(scope="column")

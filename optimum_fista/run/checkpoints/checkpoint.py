@@ -93,7 +93,7 @@ def read_report(folder: Path) -> PruningReport:
 
 def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[str, LinearOperator]:
     """The linear operators of a pruned model, by the names of their weights in the model."""
-    dense_experts = ["*"] if report.only_removed else report.config["exclude"]  # removing parts prunes no experts
+    dense_experts = ["*"] if report.removed else report.config["exclude"]  # removing parts prunes no experts
     found = (find_operators(name, layer, dense_experts) for name, layer in find_decoder_layers(model))
     return {f"{name}.weight": operator for operators in found for name, operator in operators.items()}
 

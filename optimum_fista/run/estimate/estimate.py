@@ -48,8 +48,7 @@ class Estimate(PlannedRun):
     def operators(self) -> dict[str, Counter[str]]:
         """`"number"`, `"weights"` and `"zeros"` of the operators to prune by their last name, and of all together.
 
-        If only whole parts go, `"zeros"` are the weights of the operators that are removed with them; if zeros follow,
-        weights and zeros are those of what stays.
+        If whole parts go, `"zeros"` are the weights of the operators that are removed with them.
         If operators share the zeros, those of a name are as if each had the average sparsity.
         """
         found: dict[str, Counter[str]] = {}

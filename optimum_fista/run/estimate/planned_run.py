@@ -119,7 +119,7 @@ class PlannedRun:
         smaller = self.model if removal is None else removal.plan.model
         self.num_sampled = num_samples + num_unseen
         self.num_removed = self.model.num_parameters() - smaller.num_parameters()
-        self.only_removes = removal is not None and removal.choice is None
+        self.only_removes = removal is not None
         self.refits = removal is not None and removal.asked.expert_refit
         self.rounds = 0 if removal is None else removal.num_removed_layers
         self.allocates = any(map(config.shares_budget, self.shapes.operators))

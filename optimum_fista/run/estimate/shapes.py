@@ -142,10 +142,7 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
             linear = {key: o for key, o in chosen[name].items() if not isinstance(o, ExpertOperator)}
             traced, _ = trace_groups(layer, linear, calls[0], recorded.hidden_states[0])
             groups: Counter[Group] = Counter()
-            if removal is not None and removal.choice is not None:  # what is read from the parts is solved twice
-                readers, traced = removal.with_readers_alone(traced)
-                groups.update(_groups(layer, readers, [], removal.choice, shares))
-            elif removal is not None:
+            if removal is not None:
                 activations = LayerActivations(layer, calls, [None], tokens.device)
                 traced, others = removal.to_prune(traced, activations, recorded.hidden_states[0])
                 chosen[name] = {key: o for key, o in chosen[name].items() if key not in others}
@@ -165,7 +162,7 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
             weights = [p.nbytes for p in layer.parameters()]
             kinds[kind] = LayerKind(1, len(weights), sum(weights), num_active, groups, mixture)
     every = {name: operator for those in chosen.values() for name, operator in those.items()}
-    named = {name: o.shape if removal is None else removal.shape_left(o) for name, o in every.items()}
+    named = {name: operator.shape for name, operator in every.items()}
     return Shapes(model, config, removal, list(kinds.values()), named, left_dense, fused_bytes)
 
 

@@ -225,32 +225,25 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
 
 
 def _mask_of_pattern(operator: OperatorReport, pattern: SparsityPattern, mask: Tensor) -> Tensor:
-    """The mask in which an operator must keep its pattern, if the report names the groups of columns that stayed.
-
-    A pattern that counts its groups of columns is kept before the others were removed. Any other counts zeros in what
-    stayed.
+    """The mask before groups of columns were removed, of which the report names those that stayed.
 
     Raises:
         VerificationError: If the groups are not those of the pattern, or the mask has zeros besides.
     """
     name, kept = operator.name, operator.groups_kept or ()
-    removal = pattern if isinstance(pattern, Columns) and pattern.groups is not None else None
-    before = operator.num_groups if removal is None else removal.groups
-    if before is None:
+    before = pattern.groups if isinstance(pattern, Columns) else None
+    if not isinstance(pattern, Columns) or before is None:
         raise VerificationError(f"{name}: the report says that columns were removed, but its pattern is {pattern}.")
     if not kept or list(kept) != sorted(set(kept) & set(range(before))):
         raise VerificationError(f"{name}: groups_kept are not numbers from 0 to {before - 1} in rising order.")
-    width = mask.shape[1] // len(kept) if removal is None else removal.width
-    if mask.shape[1] != len(kept) * width or (removal is not None and not bool(mask.all())):
+    if mask.shape[1] != len(kept) * pattern.width or not bool(mask.all()):
         raise VerificationError(
-            f"{name}: the report names {len(kept)} groups of {width} columns that stayed, the mask keeps "
+            f"{name}: the report names {len(kept)} groups of {pattern.width} columns that stayed, the mask keeps "
             f"{int(mask.sum())} weights of {mask.shape[1]} columns."
         )
-    if removal is None:
-        return mask
     groups = torch.zeros(before, dtype=torch.bool)
     groups[list(kept)] = True
-    return groups.repeat_interleave(width).expand(mask.shape[0], -1)
+    return groups.repeat_interleave(pattern.width).expand(mask.shape[0], -1)
 
 
 def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:

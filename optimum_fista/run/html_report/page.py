@@ -144,14 +144,7 @@ def _columns_left(report: PruningReport) -> list[tuple[str, int, int]]:
     """By kind of operator, how many columns stayed of how many; only those that lost some."""
     grid = OperatorGrid.of(operator for operator in report.operators if operator.groups_kept is not None)
     kinds = [(kind, grid.of_kind(kind)[0]) for kind in grid.kinds]
-    return [(kind, o.shape[1], _columns_before(o)) for kind, o in kinds]
-
-
-def _columns_before(operator: OperatorReport) -> int:
-    """How many columns an operator had before some were removed."""
-    if operator.num_groups is None:  # of an older version
-        return round(operator.shape[1] / (1 - operator.target_sparsity))
-    return operator.shape[1] // len(operator.groups_kept or (0,)) * operator.num_groups
+    return [(kind, o.shape[1], round(o.shape[1] / (1 - o.target_sparsity))) for kind, o in kinds]
 
 
 def _held_out(operators: Sequence[OperatorReport]) -> tuple[float, float, float]:

@@ -64,7 +64,7 @@ def pack_folder(
         raise ValueError(f"folder {str(folder)!r} is packed already: pass a folder with dense weights.")
     require_files(folder, CONFIG_FILE, MASKS_FILE, REPORT_FILE)
     report, files = read_report(folder), checkpoint_files(folder)
-    if report.only_removed:
+    if report.removed:
         raise ValueError(
             f"folder {str(folder)!r} has no zeros to pack: whole parts of the model were removed, and what is left is "
             "dense. Use it as it is."

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -50,13 +49,10 @@ def share_budgets(
     loss: DenseLoss,
     operators: Mapping[str, LinearOperator],
     config: FistaPruningConfig,
-    shape_left: Callable[[LinearOperator], tuple[int, int]] = lambda operator: operator.shape,
 ) -> Budgets:
     """Allocate the zeros of `config` to the operators that take part. Uniform budgets run nothing.
 
-    Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity. `shape_left`
-    says what stays of an operator before it gets zeros: it costs as much less as it is smaller, for which of its
-    weights stay is not known yet.
+    Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity.
 
     Raises:
         ValueError: If gradients of the loss can't be computed, or are not finite, or a sequence is too long.
@@ -79,8 +75,7 @@ def share_budgets(
             budgets.unseen.extend(names)
             continue
         each = [RemovalCost.of(found[n].saliency(sharing[n].read()), config.sparsity) for n in names]
-        sizes = [math.prod(shape_left(sharing[n])) for n in names]
-        costs[key] = RemovalCost(sum(o.cost * (s / o.size) for o, s in zip(each, sizes, strict=True)), sum(sizes))
+        costs[key] = RemovalCost(sum(operator.cost for operator in each), sum(operator.size for operator in each))
         budgets.output_weights |= {n: found[n].outputs for n in names if found[n].seen >= _LEAST_TOKENS}
     if costs:
         for key, sparsity in allocate(costs, config.sparsity).items():

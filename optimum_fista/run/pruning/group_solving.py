@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +15,6 @@ from optimum_fista.run.reports.report import OperatorReport
 from optimum_fista.solve.allocation import prune_stacked
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods.magnitude import Magnitude
-from optimum_fista.solve.narrowing import Narrowing
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.pruned import PrunedOperator
@@ -28,10 +26,9 @@ UNDER_CALIBRATED_TOKENS = 128
 
 @dataclass
 class SolvedGroup:
-    """Pruned operators of a group, in its order, with what stays of them, in which patterns, and how that was done."""
+    """Pruned operators of a group, in its order, in which patterns, and how that was done."""
 
     pruned: list[PrunedOperator]
-    narrowings: list[Narrowing]
     patterns: list[SparsityPattern]
     method: str
     seconds: float
@@ -45,17 +42,13 @@ class GroupSolver:
         self._output_weights = budgets.output_weights if config.scope == "matrix" else {}
         self._method = config.create_method(model_type)
 
-    def solve(self, problems: GroupProblems, narrowed: Mapping[str, Narrowing] | None = None) -> SolvedGroup:
+    def solve(self, problems: GroupProblems) -> SolvedGroup:
         """Prune the operators of a group; nothing is written.
-
-        `narrowed` is what stays of operators of which rows or columns go. One that loses columns is alone in its group.
 
         Raises:
             RuntimeError: If weights are not finite, or not in their pattern.
         """
-        group, whole = problems.operators, Narrowing()
-        narrowings = [whole if narrowed is None else narrowed.get(operator.name, whole) for operator in group]
-        fitted = [stays.problem(problem) for stays, problem in zip(narrowings, problems.fitted, strict=True)]
+        group, fitted = problems.operators, problems.fitted
         patterns = [self._budgets.pattern_for(operator.name) for operator in group]
         method, message = self._method_for(problems)
         release_free_memory()  # what capturing left in the allocator is needed by the solver
@@ -65,8 +58,7 @@ class GroupSolver:
             pruned, name = [_refitted(problem) for problem in fitted], "refit"
         elif not message and all(operator.name in self._output_weights for operator in group):
             # rows of all operators compete for the zeros of the group, so shares per operator come out of it
-            outputs = (self._output_weights[operator.name] for operator in group)
-            weights = [stays.of_outputs(values) for stays, values in zip(narrowings, outputs, strict=True)]
+            weights = [self._output_weights[operator.name] for operator in group]
             pruned = prune_stacked(method, fitted, patterns, weights)
             patterns = [replace(p, sparsity=q.sparsity) for p, q in zip(patterns, pruned, strict=True)]
         else:
@@ -83,9 +75,7 @@ class GroupSolver:
                     f"method {method.name!r} failed on {operator.name}: {broken or 'weights hold NaN or Inf'}."
                 )
             result.weight.masked_fill_(~result.mask, 0.0)  # no -0.0
-        if narrowed:
-            pruned = [n.widened(p, o.shape) for n, p, o in zip(narrowings, pruned, group, strict=True)]
-        return SolvedGroup(pruned, narrowings, patterns, name, seconds)
+        return SolvedGroup(pruned, patterns, name, seconds)
 
     def _method_for(self, problems: GroupProblems) -> tuple[PruningMethod, str]:
         """The method for a group, and what to say if it is not the usual one."""
@@ -110,19 +100,15 @@ def report_group(problems: GroupProblems, solved: SolvedGroup) -> list[OperatorR
         problems.fitted,
         problems.held_out_problems(),
         solved.pruned,
-        solved.narrowings,
         solved.patterns,
         strict=True,
     )
-    for operator, problem, held_out, pruned, stays, pattern in parts:
+    for operator, problem, held_out, pruned, pattern in parts:
         exact = operator.parameter.dtype == problem.weight.dtype  # otherwise rounding changed what was solved for
         written = pruned.weight if exact else operator.read()
-        if stays.rows is not None:  # nothing reads the outputs of the others
-            problem, written = problem.of_rows(stays.rows), written[stays.rows]
-            held_out = None if held_out is None else held_out.of_rows(stays.rows)
         fit_error = pruned.fit_error if exact else problem.fit_error(written)
         unseen = None if held_out is None else held_out.fit_error(written)
-        kept = pattern.num_kept(stays.shape(operator.shape))  # the mask was counted when the pattern was checked
+        kept = pattern.num_kept(operator.shape)  # the mask was counted when the pattern was checked
         reports.append(
             OperatorReport(
                 name=f"{operator.name}.weight",

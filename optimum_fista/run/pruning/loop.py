@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 
 from torch import nn
@@ -23,10 +23,9 @@ from optimum_fista.run.memory import PeakMemory, is_out_of_memory, release_memor
 from optimum_fista.run.pruning.group_solving import GroupSolver, report_group
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.operators import require_finite
-from optimum_fista.run.pruning.parts_of_layer import choose_columns, remove_experts, reorder_channels
+from optimum_fista.run.pruning.parts_of_layer import remove_experts, reorder_channels
 from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import LayerRecord, LayerReport, MixtureReport, OperatorReport
-from optimum_fista.solve.narrowing import Narrowing
 
 
 def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | None = None) -> None:
@@ -155,13 +154,6 @@ class _Loop:
         groups, left_dense = trace_groups(activations.layer, operators, activations.calls[0], first)
         if run.removal is not None:
             run.removal.require_called(name, groups)
-        narrowed: dict[str, Narrowing] = {}
-        if run.removal is not None and run.removal.choice is not None:
-            readers, groups = run.removal.with_readers_alone(groups)
-            if readers:
-                targets = LayerTargets(activations, readers, run.config.correction, entering)
-                narrowed = choose_columns(run, self.sink, operators, targets)
-        elif run.removal is not None:
             groups, others = run.removal.to_prune(groups, activations, first)
             left_dense |= others
         self.bar.update(len(left_dense))
@@ -179,7 +171,7 @@ class _Loop:
                 mixture, smaller = self.without_experts(name, experts, targets)
             for number in range(len(groups)):
                 # in a call: the matrices of a group must be gone before those of the next one are made
-                reports += self.prune_group(index, targets.problems(number), narrowed)
+                reports += self.prune_group(index, targets.problems(number))
             if experts is not None and not first_of_all:
                 mixture, smaller = self.without_experts(name, experts, targets)
             leaving = targets.leave(smaller)
@@ -189,11 +181,9 @@ class _Loop:
         reports = [replace(report, input_order=orders.get(report.name)) for report in reports]
         return LayerRecord(LayerReport(name, moved, 0.0, peak, mixture), reports, left_dense)
 
-    def prune_group(
-        self, index: int, problems: GroupProblems, narrowed: Mapping[str, Narrowing]
-    ) -> list[OperatorReport]:
+    def prune_group(self, index: int, problems: GroupProblems) -> list[OperatorReport]:
         """Prune operators that share their inputs, and write them."""
-        solved = self.solver.solve(problems, narrowed)
+        solved = self.solver.solve(problems)
         for operator, pruned in zip(problems.operators, solved.pruned, strict=True):
             self.sink.write(operator, pruned)
         reports = report_group(problems, solved)

@@ -31,7 +31,6 @@ from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.loss_probe import LossProbe
 from optimum_fista.model.losses import choose_layers
 from optimum_fista.model.offload import execution_device, settle_ties
-from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.model.products import compute_dtype_of, quick_products_in
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
@@ -180,7 +179,7 @@ class ModelPruning:
             left = [group for name, group in self.operators.items() if name not in gone]
             flat = {name: operator for group in left for name, operator in group.items()}
             with self.split_experts(), quick_products_in(self.compute_dtype):
-                budgets = share_budgets(loss, flat, self.config, self._shape_left)
+                budgets = share_budgets(loss, flat, self.config)
             budgets.removed_layers = removed
             self.use_budgets(budgets)
             release_memory_of(self.model)
@@ -200,10 +199,6 @@ class ModelPruning:
             self.stored_names = stored_names(self.model, chosen, self.removal.plan.new_name)
             self.report.left_dense = self.removal.reasons_left_dense(self.report.left_dense, self.operators)
         self.budgets = budgets
-
-    def _shape_left(self, operator: LinearOperator) -> tuple[int, int]:
-        """What stays of an operator before it gets zeros, [out, in]."""
-        return operator.shape if self.removal is None else self.removal.shape_left(operator)
 
     def split_experts(self) -> AbstractContextManager[None]:
         """Inside, every matrix of every expert to prune is called as a module of its own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -48,15 +48,9 @@ def require_parameter(operator: LinearOperator) -> None:
 
 
 def choose_operators(
-    layers: DecoderLayers,
-    config: FistaPruningConfig,
-    *,
-    may_be_none: bool = False,
-    shape_left: Callable[[LinearOperator], tuple[int, int]] = lambda operator: operator.shape,
+    layers: DecoderLayers, config: FistaPruningConfig, *, may_be_none: bool = False
 ) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
     """Operators to prune by decoder layer, and those left dense with the reason.
-
-    Patterns must fit what is left of the operators, `shape_left`.
 
     Raises:
         ValueError: If a pattern does not fit, or a weight in memory is not finite.
@@ -75,7 +69,7 @@ def choose_operators(
                 left_dense[name] = reason
                 continue
             require_parameter(operator)
-            config.pattern_for(name).require_shape(shape_left(operator), name)
+            config.pattern_for(name).require_shape(operator.shape, name)
             chosen[layer_name][name] = operator
     # others are checked when they are onloaded; a plan has no weights
     here = [o for group in chosen.values() for o in group.values() if not (o.is_offloaded or o.parameter.is_meta)]

@@ -1,9 +1,9 @@
-"""What goes of one decoder layer: columns before its operators get zeros, and experts of its mixture."""
+"""What happens to one decoder layer besides pruning: channels that change places, experts that go."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,41 +14,15 @@ from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.model.experts import FusedExperts
-from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.replay import operator_input
 from optimum_fista.model.shrinking import difference_beyond_rounding, small_hidden_states, smaller_copy
-from optimum_fista.run.pruning.budgets import Budgets
-from optimum_fista.run.pruning.group_solving import GroupSolver
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.removal import Removal
 from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import MixtureReport
-from optimum_fista.solve.narrowing import Narrowing
-from optimum_fista.solve.pruned import PrunedOperator
 
 _TOKENS_OF_ORDER = 8192
 """Tokens, and those to the end of their batch, that sizes of inputs are measured on; docs/ablations.md had as many."""
-
-
-def choose_columns(
-    run: ModelPruning, sink: ModelSink, operators: Mapping[str, LinearOperator], targets: LayerTargets
-) -> dict[str, Narrowing]:
-    """What stays of the operators of a decoder layer before they get zeros.
-
-    Those that read its parts, each in a group of its own in `targets`, are pruned to whole columns by the `choice` of
-    the removal, and then put back: the operators before them come first.
-    """
-    assert run.removal is not None
-    assert run.removal.choice is not None
-    refitted = dict[str, PrunedOperator]()
-    solver = GroupSolver(run.removal.choice, run.model.config.model_type, Budgets(run.removal.choice))
-    for number in range(targets.num_groups):
-        problems = targets.problems(number)
-        for operator, pruned in zip(problems.operators, solver.solve(problems).pruned, strict=True):
-            sink.write(operator, pruned)
-            refitted[operator.name] = pruned
-    sink.undo()
-    return run.removal.narrowings(operators, refitted)
 
 
 def reorder_channels(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -30,9 +30,7 @@ from optimum_fista.run.pruning.operators import choose_operators
 from optimum_fista.run.pruning.run_report import first_names
 from optimum_fista.run.reports.report import LayerRecord, LayerReport, OperatorReport, PruningReport
 from optimum_fista.solve.bitmask import pack_mask, unpack_mask
-from optimum_fista.solve.narrowing import Narrowing
 from optimum_fista.solve.patterns import Columns, WholeParts
-from optimum_fista.solve.pruned import PrunedOperator
 
 T = TypeVar("T")
 
@@ -44,15 +42,13 @@ class Removal:
     Attributes:
         plan: The smaller model; until `remove_layers`, with all decoder layers.
         config: The configuration with a pattern of whole columns for each operator that reads what is removed, and
-            with all others left as they are; if zeros follow, that with the pattern of the zeros for all of them.
+            with all others left as they are.
         asked: The configuration that the user passed.
         counts: How many parts of each kind a decoder layer keeps.
         columns: The plan of a model that keeps its experts, by which the other kinds are proved.
         experts: The plan of a model that loses experts only, by which a decoder layer runs without them.
         num_removed_layers: How many decoder layers go.
         removed_layers: Those that go, each with the loss without it and those before.
-        choice: If zeros follow, the configuration of whole columns, by which the groups are chosen before.
-        kept: The groups that were chosen so, by the names of the parts.
         proven: Kinds of decoder layers that were seen to return the same without the removed groups.
     """
 
@@ -64,8 +60,6 @@ class Removal:
     experts: Shrinking
     num_removed_layers: int
     removed_layers: Mapping[int, float] = field(default_factory=dict)
-    choice: FistaPruningConfig | None = None
-    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
     proven: set[object] = field(default_factory=set)
 
     @classmethod
@@ -93,25 +87,12 @@ class Removal:
         widest = max(part.share for part in pattern.shares)
         expanded = replace(config, pattern=f"columns:{widest!r}", sparsity=None, scope=None, **options)
         experts_only = plan_shrinking(model, experts=counts.get("experts"))
-        if pattern.then is None:
-            return cls(plan, expanded, config, counts, columns_only, experts_only, going)
-        zeros = replace(config, pattern=pattern.then.text, sparsity=pattern.then.sparsity)
-        return cls(plan, zeros, config, counts, columns_only, experts_only, going, choice=expanded)
+        return cls(plan, expanded, config, counts, columns_only, experts_only, going)
 
     def mixture_of(self, layer_name: str) -> Part | None:
         """The mixture of a decoder layer that loses experts; `None` without."""
         found = (part for part in self.plan.parts.values() if part.is_mixture)
         return next((part for part in found if part.name.startswith(f"{layer_name}.")), None)
-
-    def shape_left(self, operator: LinearOperator) -> tuple[int, int]:
-        """What stays of an operator before it is pruned as `config` says, [out, in]: all of it if no zeros follow."""
-        weight = f"{operator.name}.weight"
-        part, shape = self.plan.part_of(weight), operator.shape
-        if part is None or self.choice is None:
-            return shape
-        stored = shape[::-1] if operator.transposed else shape
-        rows, columns = part.shrunk_shape(weight, stored, self.plan.counts[part.name])
-        return (columns, rows) if operator.transposed else (rows, columns)
 
     def remove_layers(
         self,
@@ -140,10 +121,10 @@ class Removal:
 
         A decoder layer that loses heads, or comes after a removed one, is repaired if the correction has a share of the
         residual: its last operator, if it loses no columns itself, keeps all of them and is refitted. Which one is the
-        last shows when the layer runs (`to_prune`). If zeros follow, it is pruned like all others, which repairs.
+        last shows when the layer runs (`to_prune`).
         """
         correction = self.config.correction
-        repairs = self.choice is None and correction.residual_share > 0
+        repairs = correction.residual_share > 0
         after_removed = {index + 1 for index in self.removed_layers if not correction.independent_layers}
         left = {name: dict(found) for name, found in operators.items()}
         all_columns: dict[str, float | str] = {}
@@ -171,42 +152,6 @@ class Removal:
                     f"{name} is never called, so nothing tells which of its columns to remove: use another pattern."
                 )
 
-    def with_readers_alone(self, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
-        """The operators of a decoder layer that lose columns, and all of its operators, in groups.
-
-        One that loses columns is alone: what is left of its inputs it shares with no other.
-        """
-        readers, apart = [], []
-        for group in groups:
-            alone = [[operator] for operator in group if operator.name in self.plan.parts]
-            others = [operator for operator in group if operator.name not in self.plan.parts]
-            readers += alone
-            apart += [others, *alone] if others else alone
-        return readers, apart
-
-    def narrowings(
-        self, operators: Mapping[str, LinearOperator], refitted: Mapping[str, PrunedOperator]
-    ) -> dict[str, Narrowing]:
-        """What stays of the operators of a decoder layer, those in which something goes.
-
-        `refitted` are those that lose columns, pruned to whole columns: they say which groups stay.
-        """
-        self.kept |= {name: self.plan.parts[name].kept_by(pruned.mask) for name, pruned in refitted.items()}
-        found = {}
-        for name, operator in operators.items():
-            weight = f"{name}.weight"
-            part = self.plan.part_of(weight)
-            if part is None:
-                continue
-            axis = 1 if part.name == name else 0
-            entries = part.entries(weight, operator.shape[axis], self.kept[part.name])
-            entries = entries.to(refitted[part.name].mask.device)
-            if axis:
-                found[name] = Narrowing(columns=entries, weight=refitted[name].weight[:, entries])
-            else:
-                found[name] = Narrowing(rows=entries)
-        return found
-
     def to_prune(
         self, groups: Sequence[Group], activations: LayerActivations, hidden_states: Tensor
     ) -> tuple[list[Group], dict[str, str]]:
@@ -223,15 +168,12 @@ class Removal:
         return [group for group in chosen if group], {name: self.reason_left_dense(name) for name in names}
 
     def reasons_left_dense(
-        self, reasons: Mapping[str, str], operators: Mapping[str, Mapping[str, LinearOperator]]
+        self, reasons: Iterable[str], operators: Mapping[str, Mapping[str, LinearOperator]]
     ) -> dict[str, str]:
-        """Why operators are not pruned: for the reasons given if zeros follow, else as `reason_left_dense` says.
-
-        Those to prune and those of removed decoder layers are left out.
-        """
+        """Why operators are not pruned, without those to prune and those of removed decoder layers."""
         chosen = {name for found in operators.values() for name in found}
         left = [name for name in reasons if name not in chosen and self.plan.new_name(name) is not None]
-        return {name: reasons[name] if self.choice is not None else self.reason_left_dense(name) for name in left}
+        return {name: self.reason_left_dense(name) for name in left}
 
     def reason_left_dense(self, name: str) -> str:
         """Why an operator's weights are not pruned."""
@@ -338,8 +280,6 @@ class Removal:
         self, layers: Sequence[LayerReport], operators: Sequence[OperatorReport], masks: Mapping[str, Tensor]
     ) -> dict[str, tuple[int, ...]]:
         """The groups that stay, by the names of the parts."""
-        if self.choice is not None:
-            return self.kept
         kept = {layer.mixture.name: layer.mixture.groups_kept for layer in layers if layer.mixture is not None}
         for operator in operators:
             mask = unpack_mask(masks[operator.name], operator.stored_shape)
@@ -361,8 +301,7 @@ class Removal:
             smaller[new] = pack_mask(mask)
             out, columns = mask.shape[::-1] if operator.stored_transposed else mask.shape
             num_kept = int(mask.sum())
-            before = None if groups is None else self.plan.parts[operator.name.removesuffix(".weight")].groups
-            report = replace(operator, name=new, shape=(out, columns), groups_kept=groups, num_groups=before)
+            report = replace(operator, name=new, shape=(out, columns), groups_kept=groups)
             reports.append(replace(report, num_kept=num_kept, sparsity=1 - num_kept / mask.numel()))
         return reports, smaller
 
@@ -398,9 +337,7 @@ def plan_run(
         return None, asked, operators, left_dense
     mixtures = any(part.is_mixture for part in removal.plan.parts.values())
     may_be_none = bool(removal.num_removed_layers) or mixtures  # then something goes although no operator is pruned
-    operators, left_dense = choose_operators(
-        layers, removal.config, may_be_none=may_be_none, shape_left=removal.shape_left
-    )
+    operators, left_dense = choose_operators(layers, removal.config, may_be_none=may_be_none)
     operators = removal.with_repairs(layers, operators)
     return removal, removal.config, operators, removal.reasons_left_dense(left_dense, operators)
 
@@ -430,10 +367,10 @@ def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:
 
 
 def require_zeros_to_pack(config: FistaPruningConfig, packed: bool) -> None:
-    """Refuse to pack what a run leaves if it removes whole parts, and no zeros follow.
+    """Refuse to pack what a run leaves if it removes whole parts.
 
     Raises:
         ValueError: If so.
     """
-    if packed and config.whole_parts is not None and config.whole_parts.then is None:
+    if packed and config.whole_parts is not None:
         raise ValueError(f"packed=True: pattern={config.pattern!r} leaves a dense model: there are no zeros to pack.")

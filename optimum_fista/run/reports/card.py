@@ -19,7 +19,7 @@ from optimum_fista.run.reports.markdown import markdown_lines
 from optimum_fista.run.reports.operator_grid import OperatorGrid, layer_index
 from optimum_fista.run.reports.report import HUB_DATASETS, PruningReport
 from optimum_fista.solve.pattern import SparsityPattern
-from optimum_fista.solve.patterns import WholeParts, parse_pattern
+from optimum_fista.solve.patterns import parse_pattern
 
 PACKED_NOTE = f"""
 ## Packed
@@ -47,12 +47,10 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
     formats = {"thousands": "{:,}", "percent": "{:.2%}", "error": "{:.4f}"}
     environment.filters |= {"escaped": _escaped, **{name: form.format for name, form in formats.items()}}
     pattern, sparsities = _pattern(report), [o.sparsity for o in report.operators]
-    zeros, of_weights = "the same share in every operator", pattern
-    if isinstance(pattern, WholeParts) and pattern.then is not None:
-        of_weights = pattern.then
-    if report.only_removed:
+    zeros = "the same share in every operator"
+    if report.removed:
         zeros = "none: what is removed is no longer there"
-    elif report.config["allocation"] == "fisher" and not of_weights.fixed:
+    elif report.config["allocation"] == "fisher" and not pattern.fixed:
         zeros = f"shared over the operators by gradients of the loss, {min(sparsities):.1%} to {max(sparsities):.1%}"
     return (
         environment.get_template("card.md").render(
@@ -84,7 +82,7 @@ def _metadata(report: PruningReport, dense: str) -> ModelCardData:
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["optimum-fista", "pruned"] + ["sparse"] * (not report.only_removed),
+        tags=["optimum-fista", "pruned"] + ["sparse"] * (not report.removed),
         base_model=of_hub,
         # The Hub knows adapter, merge, quantized and finetune. A pruned model is the base model's kind of model with
         # weights of its own, in the same number format: a packed folder too holds the same numbers.
@@ -123,7 +121,7 @@ def _rows(report: PruningReport) -> list[str]:
     """One row for the operators of the same kind in every decoder layer, below a header."""
     grid = OperatorGrid.of(report.operators)
     measured = any(o.held_out_fit_error is not None for o in report.operators)
-    gone, share = ("columns removed", "target_sparsity") if report.only_removed else ("sparsity", "sparsity")
+    gone, share = ("columns removed", "target_sparsity") if report.removed else ("sparsity", "sparsity")
     header = ["operator", "shape", gone, "mean fit error", "largest fit error", "mean output error"]
     rows = []
     for kind in grid.kinds:

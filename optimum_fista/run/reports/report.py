@@ -60,7 +60,6 @@ class OperatorReport:
         residual_corrected: Whether it compensates for the error in the rest of its layer (`residual_correction`).
         groups_kept: Numbers of the groups of columns that stayed, if the others were removed from the model: shape,
             `num_kept` and `sparsity` are then those of the smaller weight.
-        num_groups: Groups of columns before; `None` if none were removed, and in reports of older versions.
         input_order: Numbers that the inputs have in the dense model, in their order here; `None` if it is the same.
     """
 
@@ -87,7 +86,6 @@ class OperatorReport:
     convergence: Convergence | None = None
     residual_corrected: bool = False
     groups_kept: tuple[int, ...] | None = None
-    num_groups: int | None = None
     input_order: tuple[int, ...] | None = None
 
     @property
@@ -298,16 +296,11 @@ class PruningReport:
         return f"{gone:,} of {gone + left:,} parameters removed ({share:.2%}), {left:,} left" if gone else ""
 
     @property
-    def only_removed(self) -> bool:
-        """Whether parts of the model were removed and what is left has no zeros."""
-        return bool(self.removed) and not self.totals["num_zeros"]
-
-    @property
     def changed(self) -> str:
-        """How many parameters went, and how many weights are zero, in words."""
+        """How many parameters went, or how many weights are zero, in words."""
         totals = self.totals
         zeros = f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%})"
-        return "; ".join(filter(None, [self.removed, "" if self.only_removed else zeros]))
+        return self.removed or zeros
 
     @property
     def experts_left(self) -> str:

@@ -83,12 +83,10 @@ class WholeParts(SparsityPattern):
     Attributes:
         sparsity: The largest share, or that of the size.
         shares: What goes, one entry for each kind; empty if there is a `size`.
-        then: The pattern of what stays, whose sparsity and scope are then those of this one; `None`: it stays dense.
         size: Share of the dense model's bytes that is left, in (0, 1); `None` if there are shares.
     """
 
     shares: tuple[PartShare, ...] = ()
-    then: SparsityPattern | None = None
     size: float | None = None
     form: ClassVar[str] = (
         "'channels:SHARE', 'heads:SHARE', 'experts:SHARE' or 'layers:SHARE', or some joined by '+', such as "
@@ -132,17 +130,6 @@ class WholeParts(SparsityPattern):
     @property
     def text(self) -> str:
         """What `read` takes."""
-        if self.then is None:
-            return self._parts
-        return f"{self._parts},{self.then.text if self.then.fixed else repr(self.then.sparsity)}"
-
-    def __str__(self) -> str:
-        """For people."""
-        return self._parts if self.then is None else f"{self._parts}, then {self.then}"
-
-    @property
-    def _parts(self) -> str:
-        """What goes."""
         return "+".join(map(str, self.shares)) if self.size is None else f"bytes:{self.size!r}"
 
     @property

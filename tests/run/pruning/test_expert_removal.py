@@ -291,7 +291,6 @@ def test_what_can_not_go_is_refused_and_the_model_stays(model, pattern, error, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pattern": "experts:0.5,2:4"}, "one run can't remove experts and set zeros"),
         ({"sparsity": 0.5, "expert_refit": False}, "expert_refit=False has no meaning for pattern='unstructured'"),
         ({"pattern": "experts:0.5", "include": "*.0.*"}, "include=.* has no meaning for pattern='experts:0.5'"),
     ],

@@ -209,13 +209,12 @@ def test_a_packed_folder_gives_what_the_plain_one_gives(run, saved, tmp_path):
     verify_checkpoint(packed)
 
 
-@pytest.mark.parametrize("pattern", ["channels:0.25", "layers:0.5", "channels:0.25,2:4"])
+@pytest.mark.parametrize("pattern", ["channels:0.25", "layers:0.5"])
 def test_smaller_models(pattern, tiny_folder, text, tmp_path):
     folder = pruned_to(tmp_path / "in", pattern)
     found = recover(folder, tiny_folder, calibration=text, train="all", **QUICK)
     assert found.held_out_loss < found.held_out_loss_before
     proven = verify_checkpoint(tmp_path / "in-recovered")
-    assert bool(proven.num_zeros) == ("2:4" in pattern)
     assert proven.removed
 
 
