@@ -76,5 +76,4 @@ def test_nothing_is_loaded_from_the_network(pages):
 def test_commands_and_docstrings_are_on_their_pages(site):
     assert "--error-correction" in (site / "commands.html").read_text()
     api = (site / "api.html").read_text()
-    assert "In [0, 1]: share of the error" in api
     assert 'id="optimum_fista.FistaPruner.prune"' in api

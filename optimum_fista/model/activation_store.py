@@ -44,11 +44,7 @@ class ActivationStore(Sequence[Tensor]):
         return self._staging is not None
 
     def append(self, tensor: Tensor, *, copy: bool = False) -> None:
-        """Keep a tensor; with `copy`, the caller may overwrite it afterwards.
-
-        Raises:
-            OSError: If the disk is full.
-        """
+        """Keep a tensor; with `copy`, the caller may overwrite it afterwards."""
         tensor = tensor.detach()
         if self._staging is not None:
             self._staging.write(tensor.clone() if copy else tensor)  # the stream reads it at any time from now on

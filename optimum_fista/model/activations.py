@@ -99,11 +99,7 @@ class LayerActivations:
     def arguments_of(
         self, module: nn.Module, hidden_states: Iterable[Tensor]
     ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Run the layer from its start up to one of its modules; yields what that is called with, a batch each.
-
-        Raises:
-            RuntimeError: If the module is not called.
-        """
+        """Run the layer from its start up to one of its modules; yields what that is called with, a batch each."""
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def stop(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:

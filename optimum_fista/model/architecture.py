@@ -41,9 +41,6 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
 
     These are the model's `_no_split_modules`, or else modules made for gradient checkpointing. If a model has
     several such lists, as beside a vision encoder, it is the one that belongs to `model.get_decoder()`.
-
-    Raises:
-        UnsupportedArchitectureError: If the model is not a causal language model, or there is no or more than one list.
     """
     require_causal(model)
     # Names of classes that Transformers does not split over devices, because they hold a residual connection.
@@ -74,11 +71,7 @@ def modules_around(model: PreTrainedModel, layers: DecoderLayers) -> list[nn.Mod
 
 
 def require_causal(model: PreTrainedModel) -> None:
-    """Refuse models whose tokens see what follows them, and models without a language-model head.
-
-    Raises:
-        UnsupportedArchitectureError: If so.
-    """
+    """Refuse models whose tokens see what follows them, and models without a language-model head."""
     config = model.config
     if not model.can_generate():
         reason = "it can't generate text (it has no causal language-model head)"
@@ -111,10 +104,6 @@ def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[st
 
     Returns:
         Operators by their full names.
-
-    Raises:
-        UnsupportedArchitectureError: If the layer holds fused experts in an unknown form that `dense_experts` doesn't
-            name.
     """
     operators: dict[str, LinearOperator] = {}
     passed_over = left_out(layer_name, layer, dense_experts)
@@ -165,11 +154,7 @@ def shared_weights(layers: DecoderLayers) -> dict[str, str]:
 
 
 def require_bare(model: nn.Module) -> None:
-    """Refuse compiled models, whose hooks may not run, and adapters, whose matrices look like operators.
-
-    Raises:
-        UnsupportedArchitectureError: If a module is compiled or has an adapter.
-    """
+    """Refuse compiled models, whose hooks may not run, and adapters, whose matrices look like operators."""
     for name, module in model.named_modules():
         where = f"model.{name}" if name else "model"
         forward: Any = module.forward
@@ -191,9 +176,6 @@ def require_own_weights(model: PreTrainedModel, layers: DecoderLayers) -> None:
     """Refuse parameters of the decoder layers whose memory is that of others too, unless the model declares them tied.
 
     Pruning one would change the other, and Transformers can't save them.
-
-    Raises:
-        UnsupportedArchitectureError: If there are any.
     """
     declared = getattr(model, "all_tied_weights_keys", {})
     tied = {*declared, *declared.values()}

@@ -167,11 +167,7 @@ class LayerTargets:
             self._outputs = self._run_dense(entering.dense)
 
     def problems(self, index: int) -> GroupProblems:
-        """The problems of a group that is still dense; all groups before it are pruned and written.
-
-        Raises:
-            ValueError: If its inputs hold NaN or Inf.
-        """
+        """The problems of a group that is still dense; all groups before it are pruned and written."""
         # popped, so that the record and its sums are freed with the problems, before those of the next group are made
         group, record = self._groups[index], self._records.pop(index)
         dense_share = self._correction.dense_share
@@ -199,9 +195,6 @@ class LayerTargets:
             Y = a E(X) + (1 - a) E(X*) - b (D* - D),
 
         with `D` and `D*` the rest of the layer's output; b = 0 unless `adds_experts`.
-
-        Raises:
-            UnsupportedArchitectureError: If the layer does not call its experts exactly once.
         """
         assert self._experts is not None
         correction, seen, count = self._correction, list[Tensor](), 0

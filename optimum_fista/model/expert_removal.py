@@ -51,9 +51,6 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[ExpertS
 
     Returns:
         Their scores, and what they should return together (`LayerTargets.expert_targets`).
-
-    Raises:
-        ValueError: If an output of an expert is not finite.
     """
     activations = targets.activations
     norms = torch.zeros(len(experts), dtype=torch.float64, device=activations.device)
@@ -159,9 +156,6 @@ class SmallerMixture:
 
         Returns:
             How many experts were refitted, and what the user should know.
-
-        Raises:
-            RuntimeError: If weights are not finite.
         """
         if getattr(self.experts.module, "has_post_expert_norm", False):
             return 0, "not refitted: a norm follows every expert"

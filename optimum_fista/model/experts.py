@@ -176,11 +176,7 @@ class FusedExperts:
         return len(self._experts)
 
     def forward(self, original: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
-        """What the module computes, expert by expert; the first call is compared with the original.
-
-        Raises:
-            UnsupportedArchitectureError: If the module computes something else.
-        """
+        """What the module computes, expert by expert; the first call is compared with the original."""
         output = self.outputs(self.assigned(*arguments, **keywords))
         output = output.view(self._values(arguments, keywords)[0].shape)
         # Once is enough: whether the form is known does not depend on the batch.

@@ -63,11 +63,7 @@ def _add_upper(out: Tensor, inputs: Tensor) -> None:
 
 
 def single_problem(weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None = None) -> LayerProblem:
-    """Form the layer problem of `weight` [out, in] on `inputs` X* [tokens, in], dense inputs X [tokens, in].
-
-    Raises:
-        ValueError: If shapes disagree, a value is NaN or Inf, or the inputs overflow when squared.
-    """
+    """Form the layer problem of `weight` [out, in] on `inputs` X* [tokens, in], dense inputs X [tokens, in]."""
     named = {"weight": weight, "inputs": inputs, "dense_inputs": dense_inputs}
     for name, tensor in named.items():
         if tensor is None:

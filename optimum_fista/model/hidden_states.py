@@ -46,10 +46,6 @@ def record_inputs(
     hand more to the next than hidden states (indices that attention shares, the state of a router), all of them run,
     and what is handed on is recorded as it is in the dense network. Hidden states are kept at `storage`; `None`: on the
     device.
-
-    Raises:
-        ValueError: If the hidden states that enter the first decoder layer are not finite.
-        UnsupportedArchitectureError: If the model does anything but run its decoder layers once, one after another.
     """
     # Skipping the layers is cheap; only the recording itself shows that a model hands on more.
     try:

@@ -68,9 +68,6 @@ class LayerSums:
         """The problems of the operators with their dense weights `W` [out, in], one by one; the sums are used up.
 
         `dense_share` is `a` in the targets `W (a X + (1 - a) X*)`; it is not used if `X* = X` or targets were summed.
-
-        Raises:
-            ValueError: If the sums hold NaN or Inf.
         """
         statistics, row = self.gram.finish(), 0
         if not bool(torch.isfinite(torch.stack(statistics.gram.aminmax())).all()):

@@ -40,11 +40,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def stored_tensor(module: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer of a module, read from where it is kept.
-
-    Raises:
-        ValueError: If it is on the meta device and Accelerate does not keep it.
-    """
+    """A parameter or buffer of a module, read from where it is kept."""
     tensor = getattr(module, name)
     if tensor.device.type != "meta":
         return tensor.detach()
@@ -66,9 +62,6 @@ def store_tensor(module: nn.Module, name: str, value: Tensor, keep_undo: Callabl
 
     A file of the checkpoint that the model was loaded from is never written to: the new value goes to a file of its
     own.
-
-    Raises:
-        ValueError: If Accelerate keeps it in a form that can't be written.
     """
     data, key = _whole_map(module, name)
     if isinstance(data, OffloadedWeightsLoader):

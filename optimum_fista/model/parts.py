@@ -59,11 +59,7 @@ class Part:
         return f"{self.name}.weight" not in self.tensors
 
     def kept_by(self, mask: Tensor) -> tuple[int, ...]:
-        """The groups that a mask [out, in] of the operator keeps (True = kept).
-
-        Raises:
-            ValueError: If a group is neither kept nor removed as a whole.
-        """
+        """The groups that a mask [out, in] of the operator keeps (True = kept)."""
         by_group = mask.unflatten(1, (self.groups, self.width)).movedim(1, 0).flatten(1)
         kept, partly = by_group.all(1), by_group.any(1)
         if not torch.equal(kept, partly):
@@ -75,11 +71,7 @@ class Part:
         return tuple(kept.nonzero()[:, 0].tolist())
 
     def require_kept(self, kept: Sequence[int], count: int) -> None:
-        """Refuse groups to keep that are not `count` different groups in rising order, equally many of every run.
-
-        Raises:
-            ValueError: If so.
-        """
+        """Refuse groups to keep that are not `count` different groups in rising order, equally many of every run."""
         groups = [int(group) for group in kept]
         rising = groups == sorted(set(groups)) and all(0 <= group < self.groups for group in groups)
         length = self.groups // self.equal_runs
@@ -135,11 +127,7 @@ class Parts:
     at_least: int = 1
 
     def sizes(self, count: int) -> dict[str, int]:
-        """What a configuration says if every part keeps `count` groups.
-
-        Raises:
-            ValueError: If a part can't keep this many.
-        """
+        """What a configuration says if every part keeps `count` groups."""
         divisors = [self.parts[0].equal_runs, *(one.denominator for one in self.settings.values())]
         if not self.at_least <= count <= self.groups or any(count % divisor for divisor in divisors):
             divisible = f" that is divisible by {max(divisors)}" if max(divisors) > 1 else ""
@@ -151,12 +139,7 @@ class Parts:
 
 
 def numbers_kept(model: PreTrainedModel, pattern: WholeParts) -> dict[str, int]:
-    """How many channels, heads and experts a decoder layer keeps, by kind; whole layers have no part in it.
-
-    Raises:
-        ValueError: If a share leaves too few, or all.
-        UnsupportedArchitectureError: If the model can't lose a kind.
-    """
+    """How many channels, heads and experts a decoder layer keeps, by kind; whole layers have no part in it."""
     counts: dict[str, int] = {}
     for share in pattern.shares:
         if share.kind == "layers":
@@ -184,10 +167,6 @@ def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:
     Args:
         model: On any device, meta included. It is not changed.
         kind: What is looked for.
-
-    Raises:
-        UnsupportedArchitectureError: If the configuration has no number for it; if the number changes other tensors
-            as well, such as a norm over all channels; or if q, k and v are one matrix.
     """
     reasons = [f"{name} {why}" for name, why in shared_weights(find_decoder_layers(model)).items()][:1]
     for number in () if reasons else _numbers(text_config(model.config), kind):
@@ -224,9 +203,6 @@ class _Number:
         """Other values to try: one key-value head, else half, which divide whatever the whole number divides.
 
         A word without a value gets one that no model would choose.
-
-        Raises:
-            UnsupportedArchitectureError: If there are no smaller ones.
         """
         divisor = self.groups if self.kind == "heads" and self.groups else 2
         values = {word: value // divisor if value else 8 for word, value in self.words.items()}
@@ -265,12 +241,7 @@ def runs_of_experts(config: PreTrainedConfig) -> int:
 
 
 def _parts_by(model: PreTrainedModel, number: _Number) -> Parts:
-    """The parts that become smaller if a number does.
-
-    Raises:
-        UnsupportedArchitectureError: If there are none, or something else changes as well.
-        ValueError: If the configuration does not take a smaller number.
-    """
+    """The parts that become smaller if a number does."""
     fewer = number.fewer()
     dense, small = described_model(model, {}), described_model(model, {**fewer, **number.constants})
     axes = _smaller_axes(dense, small, as_text(fewer))
@@ -289,12 +260,7 @@ def _parts_by(model: PreTrainedModel, number: _Number) -> Parts:
 
 
 def _smaller_axes(dense: PreTrainedModel, small: PreTrainedModel, stated: str) -> dict[str, int]:
-    """The axis on which a tensor of the smaller model is smaller, for each that is.
-
-    Raises:
-        UnsupportedArchitectureError: If a tensor differs in another way, or if a table differs that the model computes
-            when it is built: a piece of it need not be what the smaller model computes.
-    """
+    """The axis on which a tensor of the smaller model is smaller, for each that is."""
     axes, stored, after = {}, dense.state_dict().keys(), shapes_of(small)
     for name, shape in shapes_of(dense).items():
         now = after.get(name, ())
@@ -308,11 +274,7 @@ def _smaller_axes(dense: PreTrainedModel, small: PreTrainedModel, stated: str) -
 
 
 def _operators(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], number: _Number) -> Iterator[Part]:
-    """The parts of a decoder layer that are columns of a linear operator.
-
-    Raises:
-        UnsupportedArchitectureError: If the rows that compute their inputs can't be told.
-    """
+    """The parts of a decoder layer that are columns of a linear operator."""
     shapes = {name: shape for name, shape in shapes_of(dense).items() if name in axes and name.startswith(prefix)}
     owners = {name: name.rpartition(".")[0] for name in shapes}
     modules = {name: dense.get_submodule(owner) for name, owner in owners.items()}
@@ -342,11 +304,7 @@ def _operators(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], num
 
 
 def _mixtures(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], number: _Number) -> Iterator[Part]:
-    """The mixture of a decoder layer: tensors with an entry for each expert on one axis.
-
-    Raises:
-        UnsupportedArchitectureError: If it keeps them otherwise, or holds a table of the numbers of experts.
-    """
+    """The mixture of a decoder layer: tensors with an entry for each expert on one axis."""
     tensors = {name: tensor for name, tensor in dense.state_dict().items() if name.startswith(prefix)}
     shrinking = [name for name in tensors if name in axes]
     fused = {name.rpartition(".")[0] for name in shrinking if tensors[name].ndim == 3}
@@ -362,11 +320,7 @@ def _mixtures(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], numb
 
 
 def changed_config(config: PreTrainedConfig, settings: Mapping[str, Any]) -> PreTrainedConfig:
-    """A copy of a configuration with other settings of its text model. A number replaces all of a list.
-
-    Raises:
-        ValueError: If it does not take them, or reads differently once it was saved.
-    """
+    """A copy of a configuration with other settings of its text model. A number replaces all of a list."""
     changed = copy.deepcopy(config)
     text = text_config(changed)
     try:
@@ -388,11 +342,7 @@ def changed_config(config: PreTrainedConfig, settings: Mapping[str, Any]) -> Pre
 
 
 def described_model(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """The model without weights, on the meta device, that its configuration describes with other settings.
-
-    Raises:
-        ValueError: If the configuration does not take them, or no such model can be built.
-    """
+    """The model without weights, on the meta device, that its configuration describes with other settings."""
     config = changed_config(model.config, settings)
     describe_ties(model, config)
     try:

@@ -65,9 +65,6 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
     Returns:
         Sensitivities by operator, with zero gradients if the loss does not feel an operator, or it is called more
         than once.
-
-    Raises:
-        ValueError: If a gradient is not finite.
     """
     device = execution_device(loss.model.get_input_embeddings())
     watchers = {operator: SensitivitySums(operator) for operator in operators.values()}

@@ -27,9 +27,6 @@ def trace_groups(
     Returns:
         Groups in the order of their first call, inside a group in the order of the calls; and the operators that are
         in no group, with the reason.
-
-    Raises:
-        UnsupportedArchitectureError: If the layer overwrites its input.
     """
     # It holds the inputs until groups are made: memory that was freed could be that of another input.
     seen: list[tuple[LinearOperator, Tensor]] = []

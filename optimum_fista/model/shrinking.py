@@ -70,9 +70,6 @@ class Shrinking:
             name: Its name in the model; `new_name` gives that in the smaller model.
             tensor: As the model stores it, on any device.
             kept: The groups that stay, in rising order, by the names of parts. Those of other tensors may be missing.
-
-        Raises:
-            ValueError: If the groups are not as planned.
         """
         part = self.part_of(name)
         if part is None:
@@ -101,10 +98,6 @@ def plan_shrinking(
         heads: Key-value heads that every attention keeps, each with its query heads; `None`: all.
         experts: Experts that every mixture keeps; `None`: all.
         layers: Numbers of the decoder layers that stay, in rising order; `None`: all.
-
-    Raises:
-        ValueError: If a number is impossible, or no configuration describes the result.
-        UnsupportedArchitectureError: If the model has no such parts (see `find_parts`).
     """
     decoder_layers = find_decoder_layers(model)
     total, prefix = len(decoder_layers), decoder_layers.name
@@ -154,9 +147,6 @@ def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Seq
     Modules and parameters stay the same objects, with their devices, modes and hooks. Tensors that lose nothing keep
     their memory; those that shrink lose their gradients. `model.config` becomes another object. `kept` are the groups
     that stay, in rising order, by the names of `plan.parts`.
-
-    Raises:
-        ValueError: If `kept` is not as planned, or weights are offloaded. The model is then as it was.
     """
     for name, part in plan.parts.items():
         part.require_kept(kept.get(name, ()), plan.counts[name])
@@ -182,9 +172,6 @@ def smaller_copy(plan: Shrinking, name: str, module: nn.Module, kept: Mapping[st
     """A copy of a module without the groups that go. It shares all tensors that lose nothing.
 
     The arguments are those of `require_same_outputs`.
-
-    Raises:
-        ValueError: If `kept` is not as planned.
     """
     smaller: dict[str, Tensor] = {}
     for key, tensor in _tensors(module):
@@ -211,10 +198,6 @@ def require_same_outputs(
         module: The module, with its weights in memory. It and its weights stay as they are.
         kept: The groups that stay, in rising order, by the names of their parts.
         call: Runs a module on some inputs, and returns its output or a tuple that begins with it.
-
-    Raises:
-        UnsupportedArchitectureError: If the outputs differ by more than rounding, or the smaller module does not run.
-        ValueError: If it holds decoder layers that go, or a mixture that loses experts.
     """
     if any(plan.new_name(full) is None for full, _ in module.named_modules(prefix=name)):
         raise ValueError(f"{name or 'the model'} loses decoder layers: compare those that stay, one at a time.")
@@ -293,11 +276,7 @@ def _layer_settings(config: PreTrainedConfig, stay: Sequence[int], total: int) -
 
 
 def _require_own_shapes(model: PreTrainedModel, dense: PreTrainedModel) -> None:
-    """Refuse a model that is not what its configuration describes.
-
-    Raises:
-        ValueError: If a tensor has another shape.
-    """
+    """Refuse a model that is not what its configuration describes."""
     described = shapes_of(dense)
     for name, tensor in _tensors(model):
         if tuple(tensor.shape) != described.get(name):
@@ -308,11 +287,7 @@ def _require_own_shapes(model: PreTrainedModel, dense: PreTrainedModel) -> None:
 
 
 def _require_described(dense: PreTrainedModel, plan: Shrinking) -> None:
-    """Compare what is left of all tensors with the tensors of the smaller model.
-
-    Raises:
-        ValueError: If a shape differs.
-    """
+    """Compare what is left of all tensors with the tensors of the smaller model."""
     left: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes_of(dense).items():
         new, part = plan.new_name(name), plan.part_of(name)
@@ -329,11 +304,7 @@ def _require_described(dense: PreTrainedModel, plan: Shrinking) -> None:
 def _changed_attributes(
     dense: PreTrainedModel, small: PreTrainedModel, layers: str, stay: tuple[int, ...], ratios: set[Fraction]
 ) -> dict[str, dict[str, Any]]:
-    """`Shrinking.attributes`: sizes that shrink by one of the ratios, numbers of layers, lists with one entry for each.
-
-    Raises:
-        ValueError: If modules differ in something else, which may change what they compute.
-    """
+    """`Shrinking.attributes`: sizes that shrink by one of the ratios, numbers of layers, lists with one entry each."""
     others, total = dict(small.named_modules()), len(find_decoder_layers(dense))
     found: dict[str, dict[str, Any]] = {}
     for name, module in dense.named_modules():

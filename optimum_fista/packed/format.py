@@ -84,10 +84,6 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
 
     Returns:
         The packed tensor, on the device of `weight`. It can be larger than a dense one: `num_bytes`, `dense_bytes`.
-
-    Raises:
-        ValueError: If `weight` is not floating or empty, if the mask is not boolean or has another shape, or if a
-            weight outside of the mask is not zero (-0.0 is, and becomes 0.0).
     """
     if not weight.is_floating_point() or weight.numel() == 0 or weight.dim() == 0:
         raise ValueError(
@@ -122,23 +118,14 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
 
 
 def check(packed: PackedTensor, name: str = "weight") -> None:
-    """Check that three tensors of unknown origin are a packed tensor, and those that were packed if they say so.
-
-    Raises:
-        PackedFormatError: If the version, a dtype, a size or a count is wrong, the mask is malformed, or the checksum
-            is another one.
-    """
+    """Check that three tensors of unknown origin are a packed tensor, and those that were packed if they say so."""
     check_tensors(packed.values, packed.mask, packed.layout, name)
     if packed.layout[0] == VERSION and packed.layout[3] != _checksum(packed):
         raise PackedFormatError(f"{name} has another checksum than its layout says: the file is damaged.")
 
 
 def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
-    """The dense tensor, bit for bit, on the device of the values.
-
-    Raises:
-        PackedFormatError: If the tensors are not a packed tensor; `name` is what the error calls it.
-    """
+    """The dense tensor, bit for bit, on the device of the values."""
     check(packed, name)
     shape, device = packed.shape, packed.values.device
     columns = shape[-1]
@@ -154,11 +141,7 @@ def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
 
 
 def unpack_mask(packed: PackedTensor) -> Tensor:
-    """Boolean mask of the dense tensor's shape, True = kept.
-
-    Raises:
-        PackedFormatError: If the tensors are not a packed tensor.
-    """
+    """Boolean mask of the dense tensor's shape, True = kept."""
     check(packed)
     rows, columns = packed.mask.shape[0], packed.shape[-1]
     chunks = (packed.encoding.read(packed.mask[chunk], columns) for chunk in _chunks(rows, columns))
@@ -179,9 +162,6 @@ def pack_state_dict(
 
     Returns:
         The state with `NAME_values`, `NAME_mask` and `NAME_layout` in the place of each packed NAME.
-
-    Raises:
-        ValueError: If `masks` names a tensor that `state` lacks, or as `pack` does.
     """
     if missing := sorted(set(masks) - set(state)):
         raise ValueError(f"masks names {missing[0]!r}, which state does not hold: pass the masks of these tensors.")
@@ -197,11 +177,7 @@ def pack_state_dict(
 
 
 def packed_names(names: Iterable[str]) -> list[str]:
-    """Names of the dense tensors that are packed among the tensors called `names`, in their order.
-
-    Raises:
-        PackedFormatError: If one of three tensors is missing, or the dense tensor is there as well.
-    """
+    """Names of the dense tensors that are packed among the tensors called `names`, in their order."""
     present = list(names)
     known = set(present)
     found = []
@@ -220,11 +196,7 @@ def packed_names(names: Iterable[str]) -> list[str]:
 
 
 def unpack_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of `pack_state_dict`, bit for bit.
-
-    Raises:
-        PackedFormatError: If a packed tensor is incomplete or malformed; it is named.
-    """
+    """Inverse of `pack_state_dict`, bit for bit."""
     parts = {name + suffix: name for name in packed_names(state) for suffix in SUFFIXES}
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():

@@ -25,9 +25,6 @@ class Kernels:
     Args:
         library: The compiled library.
         path: `"portable"`, `"avx2"` or `"avx512"`; `None` for the best that this CPU has.
-
-    Raises:
-        ValueError: If this CPU does not have the path.
     """
 
     def __init__(self, library: Path, path: str | None = None) -> None:
@@ -53,9 +50,6 @@ class Kernels:
         """Product y = W x + b of contiguous tensors on the CPU, as in `operation.packed_linear`.
 
         `x`, values and bias are of one dtype, float32, float16 or bfloat16; sums are taken in float32.
-
-        Raises:
-            ValueError: If sizes do not fit each other, or the mask keeps other numbers of weights than `starts` says.
         """
         *leading, columns = x.shape
         y = torch.empty((*leading, mask.shape[0]), dtype=x.dtype)
@@ -124,9 +118,6 @@ def kernels() -> Kernels | None:
     """The kernels of this installation; `None`, with one warning, if they were not compiled.
 
     The environment variable OPTIMUM_FISTA_KERNELS chooses a path: portable, avx2, avx512, or none.
-
-    Raises:
-        ValueError: If the variable names something else, or a path that this CPU does not have.
     """
     wanted = os.environ.get(_ENVIRONMENT) or None
     if wanted == "none":

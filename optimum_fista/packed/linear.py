@@ -73,11 +73,7 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_packed(cls, packed: PackedTensor, bias: Tensor | None = None) -> PackedLinear:
-        """A layer that uses the tensors given, without copying them unless the mask holds places in groups.
-
-        Raises:
-            PackedFormatError: If the tensors are malformed, or not those of a matrix.
-        """
+        """A layer that uses the tensors given, without copying them unless the mask holds places in groups."""
         check(packed)
         if len(packed.shape) != 2:
             raise PackedFormatError(f"weight_layout says shape {packed.shape}: a linear layer needs a matrix.")
@@ -93,11 +89,7 @@ class PackedLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, mask: Tensor | None = None, pattern: tuple[int, int] | None = None
     ) -> PackedLinear:
-        """Pack a sparse linear layer; its bias is shared. `mask` and `pattern` are those of `format.pack`.
-
-        Raises:
-            ValueError: As `format.pack` does.
-        """
+        """Pack a sparse linear layer; its bias is shared. `mask` and `pattern` are those of `format.pack`."""
         layer = cls.from_packed(pack(linear.weight.detach(), mask, pattern), linear.bias)
         return layer.train(linear.training)
 
@@ -109,11 +101,7 @@ class PackedLinear(nn.Module):
         return linear.train(self.training)
 
     def to_semi_structured(self) -> nn.Linear:
-        """On CUDA, a 2:4 layer in the form of the sparse tensor cores, for inference with many tokens at a time.
-
-        Raises:
-            RuntimeError: By PyTorch, if the device, dtype, size or pattern is not one that they have.
-        """
+        """On CUDA, a 2:4 layer in the form of the sparse tensor cores, for inference with many tokens at a time."""
         linear = self.to_linear()
         linear.weight = nn.Parameter(to_sparse_semi_structured(linear.weight), requires_grad=False)
         return linear
@@ -129,11 +117,7 @@ class PackedLinear(nn.Module):
         return PackedTensor(self.weight_values, self.weight_mask, self.weight_layout).without_checksum()
 
     def prepare(self) -> None:
-        """Check the tensors and find the row starts. Call it after replacing a tensor by hand; loading a state does.
-
-        Raises:
-            PackedFormatError: If the tensors are malformed, or the shape is not that of this layer.
-        """
+        """Check the tensors and find the row starts. Call it after replacing a tensor by hand; loading a state does."""
         if self.weight_mask.is_meta:
             self.weight_starts = torch.empty(self.out_features + 1, dtype=torch.int64, device="meta")
             return
@@ -147,11 +131,7 @@ class PackedLinear(nn.Module):
         self.weight_starts = row_starts(self.weight_mask)
 
     def transpose_(self) -> None:
-        """Become the layer of the transposed weight; the bias is that of the new one. The weight is dense on the way.
-
-        Raises:
-            PackedFormatError: If the tensors are malformed.
-        """
+        """Become the layer of the transposed weight; the bias is that of the new one. It is dense on the way."""
         self.in_features, self.out_features = self.out_features, self.in_features
         self._hold(transposed(self.packed))
         self.prepare()

@@ -42,9 +42,6 @@ def packed_linear(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias:
 
     Returns:
         [..., rows].
-
-    Raises:
-        ValueError: If a dtype, device or size does not fit, or the mask is not that of the row starts.
     """
     if torch._C._is_any_autocast_enabled() and _has_autocast(x.device.type):
         x, values, bias = _as_autocast(x), _as_autocast(values), None if bias is None else _as_autocast(bias)

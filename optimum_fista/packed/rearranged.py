@@ -13,11 +13,7 @@ from optimum_fista.packed.validation import PLAIN_VERSION
 
 
 def with_bits(packed: PackedTensor) -> PackedTensor:
-    """The same tensor with one bit a weight in its mask; the values are shared.
-
-    Raises:
-        PackedFormatError: If the tensors are malformed.
-    """
+    """The same tensor with one bit a weight in its mask; the values are shared."""
     if packed.encoding is BITS:
         return packed.without_checksum()
     columns = packed.shape[-1]
@@ -49,11 +45,7 @@ def stacked_rows(parts: Sequence[PackedTensor]) -> PackedTensor:
 
 
 def transposed(packed: PackedTensor) -> PackedTensor:
-    """The transpose of a matrix, with the same weights kept; it is dense on the way.
-
-    Raises:
-        PackedFormatError: If the tensors are malformed.
-    """
+    """The transpose of a matrix, with the same weights kept; it is dense on the way."""
     return pack(unpack(packed).t(), unpack_mask(packed).t()).without_checksum()
 
 

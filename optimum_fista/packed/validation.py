@@ -24,9 +24,6 @@ def check_tensors(values: Tensor, mask: Tensor, layout: Tensor, name: str) -> No
 
     Sizes are compared with those of the tensors before anything is computed from them, in Python's integers, so
     that no number in `layout` can make this allocate much or overflow.
-
-    Raises:
-        PackedFormatError: With what is wrong, and the tensor's name.
     """
     shape, written = _check_layout(layout, name)
     rows, columns = prod(shape[:-1]), shape[-1]

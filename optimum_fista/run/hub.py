@@ -93,11 +93,7 @@ def push_folder(
 
 
 def _require_valid_card(folder: Path) -> None:
-    """Have the Hub check the metadata of a folder's card, if it can be reached: it would refuse the upload at its end.
-
-    Raises:
-        ValueError: If the metadata is refused.
-    """
+    """Have the Hub check the metadata of a folder's card, if it is reached: it would refuse the upload at its end."""
     file = folder / CARD_FILE
     try:
         if file.exists():
@@ -113,11 +109,7 @@ def _require_valid_card(folder: Path) -> None:
 
 
 def require_repo_id(repo_id: str) -> None:
-    """Refuse what is no name of a repository.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Refuse what is no name of a repository."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

@@ -46,11 +46,7 @@ class Ranks:
     group: dist.ProcessGroup | None = None
 
     def each(self, work: Callable[[], T]) -> T:
-        """Do this process's part and wait for the others to do theirs; only then raise what failed in this one.
-
-        Raises:
-            RankError: If another process failed or is gone.
-        """
+        """Do this process's part and wait for the others to do theirs; only then raise what failed in this one."""
         result, failure = None, None
         try:
             result = work()
@@ -83,11 +79,7 @@ class Ranks:
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:
-        """Wait for tensors of other processes inside; what fails in this one is raised at once.
-
-        Raises:
-            RankError: If another process is gone.
-        """
+        """Wait for tensors of other processes inside; what fails in this one is raised at once."""
         try:
             yield
         except RuntimeError as error:
@@ -107,11 +99,7 @@ def launched_processes() -> int:
 
 @contextmanager
 def joined_ranks(device: str | None) -> Iterator[Ranks]:
-    """This process among those it was launched with, which all come here; computes on `device`, or on Accelerate's.
-
-    Raises:
-        ValueError: If the environment names other processes than Accelerate finds.
-    """
+    """This process among those it was launched with, which all come here; computes on `device`, or on Accelerate's."""
     count = launched_processes()
     if count == 1:
         yield Ranks(device=device)

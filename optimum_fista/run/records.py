@@ -15,11 +15,7 @@ _types_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
 
 def as_record(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass from what JSON has of it: the inverse of `dataclasses.asdict`.
-
-    Raises:
-        TypeError: If a field is missing, unknown, or of another type.
-    """
+    """A dataclass from what JSON has of it: the inverse of `dataclasses.asdict`."""
     types = _types_of(kind)
     record = kind(**{name: _as_declared(value, types.get(name)) for name, value in values.items()})
     wrong = wrong_field(record)

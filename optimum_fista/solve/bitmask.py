@@ -16,11 +16,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Inverse of `pack_mask`.
-
-    Raises:
-        ValueError: If the number of bytes does not fit the shape.
-    """
+    """Inverse of `pack_mask`."""
     count = int(np.prod(shape))
     if packed.dtype != torch.uint8 or packed.numel() != (count + 7) // 8:
         raise ValueError(
@@ -35,9 +31,6 @@ def count_kept(packed: Tensor, shape: tuple[int, int], dim: int) -> Tensor:
     """Weights that each row (`dim=0`) or column (`dim=1`) of a packed mask [rows, columns] keeps, int64.
 
     About 16 million weights are unpacked at a time.
-
-    Raises:
-        ValueError: If the number of bytes does not fit the shape.
     """
     rows, columns = shape
     step = max(8, _BLOCK // columns // 8 * 8)  # whole bytes

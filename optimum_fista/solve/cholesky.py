@@ -21,9 +21,6 @@ def damped_cholesky(copy: Callable[[], Tensor], damping: float, ratios: Tensor |
 
     Returns:
         The factor [n, n], and a message that is empty unless the damping had to be raised.
-
-    Raises:
-        torch.linalg.LinAlgError: If it fails even so (the matrix is not positive semidefinite).
     """
     wanted, size = damping, 0
     for _ in range(5):

@@ -60,11 +60,7 @@ METHODS: dict[str, type[PruningMethod]] = {}
 
 
 def register(method: type[Method]) -> type[Method]:
-    """Make a method known by its name, so that configurations and reports can name it. A decorator of classes.
-
-    Raises:
-        ValueError: If the class has no name, or another class has the same.
-    """
+    """Make a method known by its name, so that configurations and reports can name it. A decorator of classes."""
     name = getattr(method, "name", None)
     if not isinstance(name, str) or not name:
         raise ValueError(f"{method.__qualname__}.name={name!r}: give the class a name, such as 'wanda'.")

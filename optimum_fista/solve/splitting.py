@@ -101,9 +101,6 @@ def damped_inverse(gram: Tensor, rho: float) -> Tensor:
     """`(G + rho I)^-1` of a symmetric positive semidefinite [in, in] matrix, contiguous, rho > 0, by Cholesky.
 
     The matrix is used up: the inverse takes its memory.
-
-    Raises:
-        torch.linalg.LinAlgError: If the factorisation fails.
     """
     gram.diagonal().add_(rho)
     factor, failed = cholesky_in_place(gram)

@@ -16,11 +16,7 @@ from torch import Tensor
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` write a file beside `path`, flush it to the disk, and rename it.
-
-    Raises:
-        OSError: If the disk is full, the folder can't be written to, and the like; `path` is then as it was.
-    """
+    """Have `write` write a file beside `path`, flush it to the disk, and rename it."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with errors_of_writing(path):
@@ -34,11 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def errors_of_writing(path: Path) -> Iterator[None]:
-    """Have every error of the system be an OSError that names what could not be written.
-
-    Raises:
-        OSError: If the disk is full, the folder can't be written to, and the like.
-    """
+    """Have every error of the system be an OSError that names what could not be written."""
     try:
         yield
     except SafetensorError as error:  # safetensors wraps the system's errors in a text
@@ -51,11 +43,7 @@ def errors_of_writing(path: Path) -> Iterator[None]:
 
 
 def require_writable(file: Path) -> None:
-    """Refuse an output that can't be written, before any work is done for it.
-
-    Raises:
-        OSError: If it can't be.
-    """
+    """Refuse an output that can't be written, before any work is done for it."""
     try:  # folders that are missing are made only when there is something to write
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

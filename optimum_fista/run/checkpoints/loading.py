@@ -65,9 +65,6 @@ def load_lazily(
 
     The weights of a GGUF file are dequantized in memory, because they can't be read one at a time; its tokenizer, which
     is in no file of its own, comes with it.
-
-    Raises:
-        ValueError: If `name` is a folder without a model, its files are damaged, or the device or dtype can't be used.
     """
     if gguf_file(name) is not None:
         return load_model(name, device=device, dtype=dtype)
@@ -83,11 +80,7 @@ def load_lazily(
 
 
 def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hub id, a model folder, or a folder with one GGUF file, without the model.
-
-    Raises:
-        ValueError: If `name` is a folder without a model or a tokenizer, or its files are damaged.
-    """
+    """The tokenizer of a Hub id, a model folder, or a folder with one GGUF file, without the model."""
     try:
         return _read(AutoTokenizer, name)
     except ValueError as error:
@@ -100,20 +93,12 @@ def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def read_config(name: str) -> PreTrainedConfig:
-    """The configuration of a Hub id, a model folder, or a folder with one GGUF file.
-
-    Raises:
-        ValueError: If `name` is a folder without a model, or its files are damaged.
-    """
+    """The configuration of a Hub id, a model folder, or a folder with one GGUF file."""
     return _read(AutoConfig, name)
 
 
 def read_model(name: str, **options: Any) -> PreTrainedModel:
-    """A causal language model from its files, with further options of `from_pretrained`.
-
-    Raises:
-        ValueError: If `name` is a folder without a model, or its files are damaged or lack a weight.
-    """
+    """A causal language model from its files, with further options of `from_pretrained`."""
     model, info = _read(AutoModelForCausalLM, name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:  # Transformers warns and takes random values
@@ -195,11 +180,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def gguf_file(name: str) -> str | None:
-    """Name of the GGUF file if `name` is a folder with one and no configuration.
-
-    Raises:
-        ValueError: If it is a folder with neither, a file other than a configuration, or neither there nor a Hub id.
-    """
+    """Name of the GGUF file if `name` is a folder with one and no configuration."""
     folder = Path(name)
     if folder.is_file() and folder.suffix != ".json":
         raise ValueError(f"model={name!r} is a file: pass the folder that holds it, or a Hub id.")
@@ -238,11 +219,7 @@ def default_device() -> str:
 
 
 def usable_device(device: str | None) -> torch.device:
-    """A device by name; `None`: `default_device()`.
-
-    Raises:
-        ValueError: If it can't be used.
-    """
+    """A device by name; `None`: `default_device()`."""
     device = device or default_device()
     try:
         found = torch.empty(0, device=device).device
@@ -254,11 +231,7 @@ def usable_device(device: str | None) -> torch.device:
 
 
 def storage_place(name: str | torch.device | Path | None, default: torch.device) -> Storage:
-    """Where activations are to wait: `default` for `None`, a device, a folder, or for `"disk"` the temporary folder.
-
-    Raises:
-        ValueError: If it is neither a device that can be used nor a folder that exists.
-    """
+    """Where activations are to wait: `default` for `None`, a device, a folder, or for `"disk"` the temporary folder."""
     if name is None:
         return default
     if name == "disk":
@@ -277,11 +250,7 @@ def storage_place(name: str | torch.device | Path | None, default: torch.device)
 
 
 def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A floating dtype by name.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """A floating dtype by name."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise ValueError(f"dtype={dtype!r}: pass 'auto', 'float32', 'bfloat16' or 'float16'.")
@@ -305,11 +274,7 @@ def quantization_method(model: PreTrainedModel) -> str | None:
 
 
 def refuse_quantized(model: PreTrainedModel) -> None:
-    """Refuse models whose configuration says that they are quantized.
-
-    Raises:
-        ValueError: If it says so; a GGUF file is dequantized when it is loaded.
-    """
+    """Refuse models whose configuration says that they are quantized."""
     method = quantization_method(model)
     if method not in (None, "gguf"):
         raise ValueError(
@@ -318,11 +283,7 @@ def refuse_quantized(model: PreTrainedModel) -> None:
 
 
 def require_unquantized(model: PreTrainedModel) -> None:
-    """Refuse models whose weights are not plain floating point.
-
-    Raises:
-        ValueError: If the model is quantized (a dequantized GGUF file is not) or holds integer weights.
-    """
+    """Refuse models whose weights are not plain floating point."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
     refuse_quantized(model)

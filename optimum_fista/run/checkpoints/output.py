@@ -49,11 +49,6 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
     """Refuse an output that can't become a folder of ours, or with which a file of somebody would be lost.
 
     `source` is the model that is read: the output must neither be its folder nor lie in it.
-
-    Raises:
-        FileExistsError: If it is a file, or holds a model and `overwrite` is False, or files that this package did not
-            write or that were changed since.
-        ValueError: If it can't be an output.
     """
     shown, output = f"output {str(output_dir)!r}", Path(os.path.realpath(output_dir))
     if output_dir.name in ("", ".."):
@@ -106,10 +101,6 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
 
     The thread that holds the lock may ask again. What a killed process left is thrown away, but not the layers of a
     streamed run, nor a text that a model wrote.
-
-    Raises:
-        BlockingIOError: If another run holds it.
-        OSError: If it can't be written to, or the unfinished folder is not one of this package.
     """
     folder, output = unfinished_folder(output_dir), Path(os.path.realpath(output_dir))
     lock = FileLock(folder / _LOCK, timeout=0, is_singleton=True)
@@ -138,12 +129,7 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_output(output_dir: Path, overwrite: bool, foreign: Collection[str] = ()) -> Iterator[Path]:
-    """Write a folder at once: yields an empty one, which becomes `output_dir` at the end (`install`).
-
-    Raises:
-        FileExistsError: As `install`, or if an unfinished run is there and `overwrite` is False.
-        OSError: As `locked_output` and `install`.
-    """
+    """Write a folder at once: yields an empty one, which becomes `output_dir` at the end (`install`)."""
     with locked_output(output_dir) as folder:
         if is_streamed(folder) and not overwrite:
             raise FileExistsError(
@@ -162,9 +148,6 @@ def install(folder: Path, output_dir: Path, overwrite: bool, foreign: Collection
     A folder that is there is swapped with it in one step of the system. Where the system can't do that, there are two
     renames; if the process is killed between them, `locked_output` takes the first one back. Files named by `foreign`
     are not listed: they are copies of what was somebody's in the folder that was read.
-
-    Raises:
-        OSError: As `require_output`, or if the model can't be put there; the old one is there then.
     """
     model, output, replaced = folder / MODEL, Path(os.path.realpath(output_dir)), folder / _REPLACED
     names = [name for name in all_names(model) if name != FILES_FILE]

@@ -42,9 +42,6 @@ def stored_names(
 
     Transformers renames, splits and merges tensors when it saves. Small stand-ins, filled with the number of the
     operator, go the same way. `renamed` gives their names in the model that is saved, if it has fewer decoder layers.
-
-    Raises:
-        UnsupportedArchitectureError: If a weight is not kept as one matrix.
     """
     found = list(operators)
     names = find_names(model, found, renamed)
@@ -108,11 +105,7 @@ def as_stored(
 def as_in_model(
     model: PreTrainedModel, operators: Iterable[LinearOperator], report: PruningReport, masks: Mapping[str, Tensor]
 ) -> tuple[PruningReport, dict[str, Tensor]]:
-    """A report and packed masks, read from a checkpoint, under the names of the model: undoes `as_stored`.
-
-    Raises:
-        ValueError: If the report names a weight that the model does not have, or in another shape.
-    """
+    """A report and packed masks, read from a checkpoint, under the names of the model: undoes `as_stored`."""
     found = list(operators)
     names = find_names(model, found)
     by_name = {names[key].name: operator for operator in found if (key := f"{operator.name}.weight") in names}
@@ -132,11 +125,7 @@ def as_in_model(
 
 
 def split_index(name: str) -> tuple[str, tuple[int | slice, ...]]:
-    """The tensor of a stored name, and the index of its part; an empty index is all of it.
-
-    Raises:
-        ValueError: If the index can't be read.
-    """
+    """The tensor of a stored name, and the index of its part; an empty index is all of it."""
     match = re.fullmatch(r"(.+)\[([\d:, ]+)\]", name)
     if match is None:
         return name, ()

@@ -29,10 +29,6 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
 
     `dense` is a Hub id or a model folder, read in the dtype of the pruned model. `progress` is called with the name of
     each tensor. Of pruned operators, refitted experts and MLPs whose channels were reordered only shapes are compared.
-
-    Raises:
-        ValueError: If the folder is packed or was trained, or `dense` can't be read or can't lose such parts.
-        VerificationError: If a tensor differs.
     """
     for why, refused in (("is packed: unpack it first", is_packed(folder)), ("was trained", report.retrained)):
         if refused:

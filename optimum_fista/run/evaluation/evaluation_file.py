@@ -67,12 +67,7 @@ def place_of(model: str | Path) -> str:
 
 
 def require_addable(file: Path) -> None:
-    """Refuse a file that measurements can't be added to, before anything is measured.
-
-    Raises:
-        OSError: If it can't be written.
-        ValueError: If it holds something else.
-    """
+    """Refuse a file that measurements can't be added to, before anything is measured."""
     if file.exists():
         read_evaluations(file)
     require_writable(file)
@@ -83,9 +78,6 @@ def add_evaluation(file: Path, evaluation: Evaluation) -> None:
 
     In the folder of the pruned model that was measured, it joins the metadata of the model card as well.
     Processes that add to one file at the same time wait for each other.
-
-    Raises:
-        ValueError: If the file holds something else.
     """
     file = Path(os.path.realpath(file))  # several links to one file share its lock
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -148,12 +140,7 @@ def _listed(names: str | list[str] | None) -> list[str]:
 
 
 def read_evaluations(file: Path) -> list[Evaluation]:
-    """The measurements in a file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds something else.
-    """
+    """The measurements in a file."""
     try:
         records = json.loads(file.read_text())
         if not records or not isinstance(records, list):

@@ -33,9 +33,6 @@ def continue_prompts(
 
     Returns:
         The continuations, without the prompts and special tokens.
-
-    Raises:
-        ValueError: If a prompt is empty, `max_new_tokens` is below 1, or the model can't be loaded.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: pass 1 or more.")

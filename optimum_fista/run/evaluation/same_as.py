@@ -45,11 +45,7 @@ class FolderDifference:
 
 
 def compare_folders(folder: Path, other: Path, progress: Callable[[str], None] = lambda _: None) -> FolderDifference:
-    """Compare the tensors of two model folders, packed or not, two tensors in memory at a time.
-
-    Raises:
-        ValueError: If one is damaged; FileNotFoundError if it has no report or no weights.
-    """
+    """Compare the tensors of two model folders, packed or not, two tensors in memory at a time."""
     sides = [_Tensors(Path(side)) for side in (folder, other)]
     names, same, total = sorted(sides[0].names | sides[1].names), 0, 0
     result = FolderDifference(len(names), [])

@@ -62,11 +62,6 @@ class TaskSuite:
         limit: Only the first documents of every task; `None`: all.
         batch_size: Requests a forward pass.
         progress: Whether to show that lm-eval's tasks are being read, which takes a while.
-
-    Raises:
-        ImportError: If lm-eval is missing.
-        ValueError: If there is no such task or folder, a name stands for several tasks and has no metric of its own,
-            or `limit` is below 1.
     """
 
     def __init__(
@@ -112,11 +107,7 @@ class TaskSuite:
         return f"Accuracy on {', '.join(self.names)}: {how}."
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[TaskResult]:
-        """Measure a model on one task after another, and yield each result before the next task begins.
-
-        Raises:
-            ValueError: If lm-eval gives no result for a task.
-        """
+        """Measure a model on one task after another, and yield each result before the next task begins."""
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 

@@ -66,12 +66,7 @@ class MaskSparsities:
 def read_sparsities(
     folder: Path, report: PruningReport, progress: Callable[[str], None] = lambda _: None
 ) -> MaskSparsities:
-    """Read all masks of a pruned folder, packed or not.
-
-    Raises:
-        FileNotFoundError: If the folder holds no masks.
-        ValueError: If a mask is missing or does not fit its operator.
-    """
+    """Read all masks of a pruned folder, packed or not."""
     operators: dict[str, float] = {}
     rows: dict[str, RowSparsities] = {}
     for operator, kept in (_of_packed if is_packed(folder) else _of_masks)(folder, report):

@@ -32,9 +32,6 @@ class PackedModules:
 
     Attributes:
         becoming_dense: Names of the packed weights that belong to none of these modules.
-
-    Raises:
-        PackedFormatError: If a packed weight has another shape than the module's.
     """
 
     def __init__(self, model: PreTrainedModel, files: PackedFiles, outlines: Mapping[str, PackedTensor]) -> None:
@@ -55,11 +52,7 @@ class PackedModules:
             vars(module)["_is_hf_initialized"] = True
 
     def complete(self, model: PreTrainedModel) -> None:
-        """Bring the loaded modules into the form that they compute with, and read the experts.
-
-        Raises:
-            ValueError: If packed weights are offloaded.
-        """
+        """Bring the loaded modules into the form that they compute with, and read the experts."""
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 if module.weight_mask.is_meta:

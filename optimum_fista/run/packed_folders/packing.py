@@ -70,11 +70,7 @@ class Packer:
         self.names = {*self._operators, *_siblings(self._operators, names)}
 
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors as a packed folder stores them.
-
-        Raises:
-            ValueError: If a weight is not zero outside its mask.
-        """
+        """The tensors as a packed folder stores them."""
         stored: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if name not in self.names:

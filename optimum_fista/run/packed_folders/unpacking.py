@@ -41,9 +41,6 @@ class Unpack(ConversionOps):
 
         Tensors that are dense already keep their names. The others are named by the target, or, if other operations
         follow that merge several sources, as the values were.
-
-        Raises:
-            PackedFormatError: If the parts are not those of a packed tensor.
         """
         dtype = None if model is None else model.get_parameter_or_buffer(full_layer_name).dtype
         stems = [pattern.removesuffix(SUFFIXES[0]) for pattern in input_dict if pattern.endswith(SUFFIXES[0])]
@@ -77,9 +74,6 @@ class PackedFiles:
     Attributes:
         files: The same.
         names: Dense names of the packed tensors.
-
-    Raises:
-        PackedFormatError: If one of the parts of a tensor is missing.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
@@ -103,20 +97,12 @@ class PackedFiles:
         return cls(checkpoint_files(folder, weights.partition(".")[0]))
 
     def outline(self, name: str) -> PackedTensor:
-        """A packed tensor, checked, as it is stored, with values and mask on the meta device.
-
-        Raises:
-            PackedFormatError: If its parts are not those of a packed tensor.
-        """
+        """A packed tensor, checked, as it is stored, with values and mask on the meta device."""
         packed = self._read(name)
         return PackedTensor(packed.values.to("meta"), packed.mask.to("meta"), packed.layout)
 
     def read(self, name: str) -> PackedTensor:
-        """A packed tensor, checked, without its checksum.
-
-        Raises:
-            PackedFormatError: If its parts are not those of a packed tensor.
-        """
+        """A packed tensor, checked, without its checksum."""
         return self._read(name).without_checksum()
 
     @property
@@ -144,11 +130,7 @@ class PackedFiles:
 
 
 def packed_operators(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
-    """Every operator of a packed folder with its weight, dense, and its mask, packed to bits as in the masks' file.
-
-    Raises:
-        PackedFormatError: If the report names a weight that is not packed, or a packed one is damaged.
-    """
+    """Every operator of a packed folder with its weight, dense, and its mask, packed to bits as in the masks' file."""
     reader = PackedFiles.of_folder(folder)
     name, dense, mask = "", torch.empty(0), torch.empty(0)
     for operator in report.operators:

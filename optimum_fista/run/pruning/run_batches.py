@@ -50,9 +50,6 @@ class RunBatches:
 
         Returns:
             The hidden states that enter the decoder layer at hand, in the new batches.
-
-        Raises:
-            torch.OutOfMemoryError: If every batch is one sequence already.
         """
         sizes = halved_sizes(self.all, reason)
         self.all = cut_batches(self.all, sizes)
@@ -65,11 +62,7 @@ class RunBatches:
         return states
 
     def record(self, states: HiddenStates | None, storage: Storage) -> tuple[RecordedInputs, HiddenStates | None]:
-        """What the decoder layers are called with, in batches that fit into the memory, and `states` cut like them.
-
-        Raises:
-            torch.OutOfMemoryError: If smaller batches would have to be recorded in a network that is partly pruned.
-        """
+        """What the decoder layers are called with, in batches that fit into the memory, and `states` cut like them."""
         while True:
             try:
                 recorded = record_inputs(self._model, self._layers, self.all, storage)
@@ -90,11 +83,7 @@ class RunBatches:
 
 
 def halved_sizes(batches: Sequence[CalibrationBatch], reason: str) -> list[int]:
-    """Numbers of sequences when every batch is cut in two; one of a single sequence is left as it is.
-
-    Raises:
-        torch.OutOfMemoryError: If every batch is one sequence already.
-    """
+    """Numbers of sequences when every batch is cut in two; one of a single sequence is left as it is."""
     sizes = [batch.input_ids.shape[0] for batch in batches]
     if max(sizes) == 1:
         longest = max(batch.input_ids.shape[1] for batch in batches)

@@ -56,11 +56,7 @@ def begin_report(
 def complete_report(
     report: PruningReport, config: FistaPruningConfig, decoder_layers: str, budgets: Budgets | None
 ) -> None:
-    """Add what the user should know once all operators of the model's `decoder_layers` are pruned.
-
-    Raises:
-        UnsupportedArchitectureError: If no operator could be pruned.
-    """
+    """Add what the user should know once all operators of the model's `decoder_layers` are pruned."""
     if budgets is not None and budgets.unseen:
         report.warnings.append(
             f"the loss does not feel {len(budgets.unseen)} operators on the first {config.allocation_tokens} "

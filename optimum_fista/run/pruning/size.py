@@ -20,10 +20,6 @@ def with_channels_for_size(model: PreTrainedModel, config: FistaPruningConfig) -
 
     All bytes of the weights count, each shared tensor once. Channels go because they cost least of all parts at every
     share that was measured (docs/results.md). Configurations with another pattern are returned as they are.
-
-    Raises:
-        ValueError: If the size can't be reached by removing channels.
-        UnsupportedArchitectureError: If the model has no channels that can go (a ValueError).
     """
     pattern = config.whole_parts
     if pattern is None or pattern.size is None:

@@ -48,10 +48,6 @@ def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, T
     Returns:
         By parameter name, bool of the parameter's shape and device, True = kept. Of parameters that are sharded over
         processes (FSDP2) it is this process's part.
-
-    Raises:
-        ValueError: If the model is quantized, offloaded or not pruned, or the masks are not those of this model.
-        FileNotFoundError: If the folder or repository holds no masks.
     """
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
         raise ValueError(f"model is a {type(model).__name__}: merge its adapters first (merge_and_unload()).")
@@ -85,12 +81,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def find_record(model: PreTrainedModel, source: FistaPruner | str | Path) -> tuple[PruningReport, dict[str, Tensor]]:
-    """The report and the packed masks of a pruned model, under the names of the model.
-
-    Raises:
-        ValueError: If they are not those of this model.
-        FileNotFoundError: If the folder or repository holds none.
-    """
+    """The report and the packed masks of a pruned model, under the names of the model."""
     if isinstance(source, FistaPruner):
         return source.result(model)
     folder = pruned_folder(source)
@@ -103,11 +94,7 @@ def find_record(model: PreTrainedModel, source: FistaPruner | str | Path) -> tup
 
 
 def pruned_folder(source: str | Path) -> Path:
-    """The folder of a pruned model by name, which has a report.
-
-    Raises:
-        FileNotFoundError: If the folder or repository holds none.
-    """
+    """The folder of a pruned model by name, which has a report."""
     return _file_of(source, REPORT_FILE).parents[1]
 
 

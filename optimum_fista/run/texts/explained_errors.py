@@ -18,9 +18,6 @@ def explained_length(model: PreTrainedModel, length: int, name: str) -> Iterator
 
     None is refused beforehand: models without a table of positions can be measured on longer ones than they were
     trained on.
-
-    Raises:
-        ValueError: If the model fails and the sequence is longer than its `max_position_embeddings`.
     """
     try:
         yield
@@ -36,12 +33,7 @@ def explained_length(model: PreTrainedModel, length: int, name: str) -> Iterator
 
 @contextmanager
 def explained_gradients(taker: str, instead: str) -> Iterator[None]:
-    """Explain errors of a model whose gradients are taken, and what to pass instead of what takes them.
-
-    Raises:
-        ValueError: If they can't be computed.
-        torch.OutOfMemoryError: If one sequence is too long for them.
-    """
+    """Explain errors of a model whose gradients are taken, and what to pass instead of what takes them."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -50,10 +50,6 @@ def sample_text_from_model(
 
     Returns:
         Token ids, int64, [num_samples, sequence_length], on the CPU; the length includes the start token.
-
-    Raises:
-        ValueError: If `sequence_length` exceeds the model's `max_position_embeddings`, or an argument is out of
-            range.
     """
     for name, value, least in (("num_samples", num_samples, 1), ("sequence_length", sequence_length, 2)):
         if value < least:

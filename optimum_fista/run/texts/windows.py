@@ -38,9 +38,6 @@ def calibration_windows(
 
     Returns:
         Token ids, int64, [N, T].
-
-    Raises:
-        ValueError: If the text has too few tokens, an argument is out of range, or there is no BOS to add.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; pass 1 or more.")

@@ -16,11 +16,7 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def create_method(name: str, **options: Any) -> PruningMethod:
-    """Create a method by its name with the given options.
-
-    Raises:
-        ValueError: If there is no such method, or it has no such option.
-    """
+    """Create a method by its name with the given options."""
     if name not in METHODS:
         raise ValueError(f"method={name!r}: pass one of {', '.join(map(repr, sorted(METHODS)))}.")
     known = [field.name for field in dataclasses.fields(METHODS[name])]  # type: ignore[arg-type]

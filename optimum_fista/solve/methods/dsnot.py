@@ -36,11 +36,7 @@ class Dsnot(PruningMethod):
     takes_columns: ClassVar[bool] = False  # it swaps within rows
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`.
-
-        Raises:
-            ValueError: If the statistics hold no mean.
-        """
+        """Prune one operator to `pattern`."""
         self.require_pattern(pattern)
         statistics = problem.statistics
         scores = problem.weight * statistics.diagonal.sqrt()

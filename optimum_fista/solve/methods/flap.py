@@ -32,11 +32,7 @@ class Flap(PruningMethod):
     name: ClassVar[str] = "flap"
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`. The target is not looked at: FLAP aims at W X*.
-
-        Raises:
-            ValueError: If the statistics hold no mean.
-        """
+        """Prune one operator to `pattern`. The target is not looked at: FLAP aims at W X*."""
         statistics = problem.statistics
         mean, energy = statistics.mean, statistics.diagonal / max(1, statistics.num_tokens)
         # Of an input that is constant, rounding would leave a variance of either sign.

@@ -55,12 +55,7 @@ class GreedyObs(PruningMethod):
             raise ValueError(f"ridge={self.ridge!r}: pass a positive number, or None.")
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
-        """Prune one operator to `pattern`, which must be one of whole columns.
-
-        Raises:
-            ValueError: If the pattern is another, or does not fit.
-            torch.linalg.LinAlgError: If the increase of the error is no longer a number.
-        """
+        """Prune one operator to `pattern`, which must be one of whole columns."""
         self.require_pattern(pattern)
         rows, columns = problem.weight.shape
         pattern.require_shape((rows, columns), problem.name)

@@ -47,11 +47,7 @@ class Columns(SparsityPattern):
 
     @classmethod
     def keeping(cls, kept: int, groups: int, width: int = 1) -> Self:
-        """The pattern that keeps exactly `kept` of `groups` groups of `width` columns.
-
-        Raises:
-            ValueError: If it keeps none, or more than there are.
-        """
+        """The pattern that keeps exactly `kept` of `groups` groups of `width` columns."""
         if not 0 < kept <= groups:
             raise ValueError(f"kept={kept!r} of {groups} groups: pass a whole number from 1 to {groups}.")
         return cls(1 - kept / groups, width=width, groups=groups)
@@ -61,9 +57,6 @@ class Columns(SparsityPattern):
         """The pattern of `"columns:0.25"`, with a width `"columns:0.25x64"`, rounded to a multiple `"columns:0.25/64"`.
 
         `"columns:7of9x64"` keeps exactly 7 of 9 groups of 64 columns.
-
-        Raises:
-            ValueError: If the share is outside [0, 1), or a number is 0.
         """
         found = re.fullmatch(r"columns:(?:(\d+)of(\d+)|([\d.]+(?:e-\d+)?))(?:x(\d+))?(?:/(\d+))?", text)
         if found is None:
@@ -105,11 +98,7 @@ class Columns(SparsityPattern):
         return Columns.keeping(max(1, round(kept * fewer / groups)), fewer, width), fewer * width
 
     def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:
-        """Check that the columns are whole groups, and that some of them are kept.
-
-        Raises:
-            ValueError: If they are not, if none is kept, or if there are other than `groups` of them.
-        """
+        """Check that the columns are whole groups, and that some of them are kept."""
         groups, rest = divmod(shape[1], self.width)
         if rest:
             raise ValueError(

@@ -27,11 +27,7 @@ class NOfM(SparsityPattern):
 
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, it is n / m
-        """The pattern of a text such as `"2:4"`.
-
-        Raises:
-            ValueError: If n is 0, or not smaller than m.
-        """
+        """The pattern of a text such as `"2:4"`."""
         found = re.fullmatch(r"(\d+):(\d+)", text)
         if found is None:
             return None
@@ -58,11 +54,7 @@ class NOfM(SparsityPattern):
         return self.m
 
     def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:
-        """Check that m divides the row length.
-
-        Raises:
-            ValueError: If it does not.
-        """
+        """Check that m divides the row length."""
         if shape[1] % self.m:
             raise ValueError(
                 f"{name} has rows of {shape[1]} inputs, which {self} does not divide: choose a pattern whose "
