@@ -58,6 +58,7 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> int
 
 def estimate_of(arguments: argparse.Namespace, config: FistaPruningConfig, batch_size: int | None) -> Estimate:
     """What the run will take, with batches of this size; `None`: of the best size for the device."""
+    from optimum_fista.run.checkpoints.source_files import require_no_loss
     from optimum_fista.run.estimate.estimate import Estimate
     from optimum_fista.run.texts.calibration_source import num_unseen
 
@@ -66,6 +67,8 @@ def estimate_of(arguments: argparse.Namespace, config: FistaPruningConfig, batch
     unseen = 0 if config.held_out else num_unseen(config, arguments.num_samples)
     options = {name: getattr(arguments, name) for name in names}
     estimate = Estimate(arguments.model, config, num_unseen=unseen, **numbers, **options)
+    if Path(arguments.model).is_dir():
+        require_no_loss(estimate.model, Path(arguments.model), arguments.drop_unused)
     return estimate.with_batch_size(batch_size or _best_batch_size(estimate))
 
 

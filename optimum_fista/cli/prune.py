@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dry = "only print what would be pruned, peak memory, disk and time; MODEL may be a config.json"
     add("--dry-run", action="store_true", help=dry)
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
+    dropped = "prune although the files hold tensors that the result will lack, such as a vision tower"
+    add("--drop-unused", action="store_true", help=dropped)
     add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")
     add("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
     add("--private", action="store_true", default=None, help="make a new repository private")
@@ -117,7 +119,9 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.batch_size = ranks.first(lambda: say_before(arguments, config))
             callbacks = [] if ranks.index else [opened.enter_context(Progress(shares=ranks.count > 1))]
             tokens, unseen = ranks.first(lambda: _tokens(arguments, config, ranks.device, folder / FOLDER))
-            places = {name: getattr(arguments, name) for name in ("device", "dtype", "overwrite", "packed")}
+            places = {
+                name: getattr(arguments, name) for name in ("device", "dtype", "overwrite", "packed", "drop_unused")
+            }
             report = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks).prune(
                 arguments.model,
                 tokens.split(arguments.batch_size),

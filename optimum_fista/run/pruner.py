@@ -18,6 +18,7 @@ from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.gram import single_problem
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, summary
+from optimum_fista.run.checkpoints.source_files import described_loss, local_source
 from optimum_fista.run.checkpoints.writing import save_checkpoint
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.environment import numerical_environment
@@ -77,6 +78,7 @@ class FistaPruner:
         dtype: str | torch.dtype = "auto",
         overwrite: bool = False,
         packed: bool = False,
+        drop_unused: bool = False,
         perplexity_tokens: Tensor | None = None,
     ) -> PruningReport:
         """Prune a model in place, or from its files to the files of `output_dir`.
@@ -104,6 +106,8 @@ class FistaPruner:
             dtype: Dtype of a model given by name; `"auto"` takes the checkpoint's.
             overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
             packed: Make `output_dir` a packed folder (docs/formats.md); the zeros are never written.
+            drop_unused: Prune a model given by name although its files hold tensors that Transformers' class has no
+                place for (a vision tower, layers that predict more tokens), and that the result will lack.
             perplexity_tokens: Ids [sequences, length] to which nothing is fitted: the report gets the perplexity of the
                 dense and of the pruned model on them, which takes two forward passes. It is not measured with
                 several processes, if a run resumes that began without them or with others, if experts are removed, or
@@ -113,9 +117,10 @@ class FistaPruner:
             The report; `save_pretrained` and `push_to_hub` save it with the model.
 
         Raises:
-            ValueError: If the model is quantized or damaged, the loader is empty or does not fit the model,
-                the sparsity pattern does not fit an operator, or an unfinished run in `output_dir` had other settings;
-                with several processes, if decoder layers depend on each other or the loaders differ.
+            ValueError: If the model is quantized or damaged, its files hold tensors that the result would lack and
+                `drop_unused` is False, the loader is empty or does not fit the model, the sparsity pattern does not fit
+                an operator, or an unfinished run in `output_dir` had other settings; with several
+                processes, if decoder layers depend on each other or the loaders differ.
             RankError: If another process failed or is gone; finished decoder layers are kept (a RuntimeError).
             FileExistsError: If `output_dir` already holds a model and `overwrite` is False, or if a file there that
                 belongs to no model has the name of a model's file.
@@ -139,6 +144,7 @@ class FistaPruner:
                 storage_device=self.storage_device,
                 callbacks=self.callbacks,
                 packed=packed,
+                drop_unused=drop_unused,
                 perplexity_tokens=perplexity_tokens,
             )
         if output_dir is not None or packed:
@@ -165,9 +171,10 @@ class FistaPruner:
             callbacks=self.callbacks,
             perplexity_tokens=perplexity_tokens,
         )
+        report, source = pruning.report, local_source(model)
+        report.lack("" if source is None else described_loss(model, source))
         for callback in self.callbacks:
-            callback.on_prune_begin(pruning.report)
-        report = pruning.report
+            callback.on_prune_begin(report)
         with ModelSink(model, evaluation_mode(model), torch.no_grad()) as sink:
             prune_layers(pruning, sink)
             if pruning.removal is not None:

@@ -27,7 +27,7 @@ from transformers import (
 import optimum_fista.packed  # noqa: F401  # so that packed folders load
 from optimum_fista.installing import install_command
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.offload import is_offloaded, move_execution
+from optimum_fista.model.offload import is_offloaded, move_execution, settle_ties
 from optimum_fista.run.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ def load_lazily(
         device_map={"": "disk"},
         offload_folder=offload_folder,
     )
+    settle_ties(model)
     move_execution(model, target)
     return model, None
 

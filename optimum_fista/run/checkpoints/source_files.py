@@ -1,13 +1,24 @@
-"""Files of a dense model that come along when it is pruned: tokenizer, processor, templates, code, licences."""
+"""What else is in a dense model's folder: files that come along when it is pruned, and tensors that can't."""
 
 from __future__ import annotations
 
 import logging
 import re
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi, RepoFile, snapshot_download, try_to_load_from_cache
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from optimum_fista.model.architecture import find_decoder_layers
+from optimum_fista.run.checkpoints.checkpoint import checkpoint_files
+from optimum_fista.run.checkpoints.loading import reading
 
 _TEMPLATES = "additional_chat_templates"
 _WRITTEN = {"config.json", "README.md", "fista"}  # by the run
@@ -16,6 +27,7 @@ _WEIGHTS = re.compile(
 )
 _READ = re.compile(r"^(model|pytorch_model)\b.*\.(safetensors|bin)(\.index\.json)?$|\.gguf$")
 _MOST_BYTES = 2**28  # the largest vocabularies have about 2**25
+_COMPUTED = re.compile(r"(\brotary_emb\.inv_freq|\bposition_ids|\.masked_bias|_extra_state)$")
 logger = logging.getLogger(__name__)
 
 
@@ -32,6 +44,12 @@ def source_folder(name: str, revision: str | None) -> Path:
     return Path(str(try_to_load_from_cache(name, "config.json", revision=revision))).parent
 
 
+def local_source(model: PreTrainedModel) -> Path | None:
+    """The folder that a model in memory was loaded from, if it is one."""
+    name = getattr(model.config, "_name_or_path", "")
+    return Path(name) if name and Path(name).is_dir() else None
+
+
 def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
     """Copy the files of a model's folder that match, but for weights and what a run writes; log what stays behind."""
     left = []
@@ -45,6 +63,76 @@ def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
             left.append(f"{name}/" if path.is_dir() else name)
     if left:
         logger.warning("not copied from %s: %s", source, ", ".join(left))
+
+
+def lost_tensors(model: PreTrainedModel, source: Path) -> dict[str, int]:
+    """How many tensors in the files of a model the loaded one has no place for, by the module that they belong to.
+
+    No loss is what the model computes anew (tables of rotary embeddings, causal masks), nor what its class declares
+    useless in decoder layers that it has. What it declares useless elsewhere is one: layers that predict more tokens,
+    or a vision tower, which other programs use.
+    """
+    state, transforms = model.state_dict(), get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    layers = tuple(f"{name}." for name, _ in find_decoder_layers(model))
+    useless = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["(?!)"]))
+    modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
+    found: Counter[str] = Counter()
+    for stored in _stored_names(source):
+        names = [
+            rename_source_key(stored, *rules, model.base_model_prefix, state)[0]
+            for rules in ((renamings, converters), ([], []))
+        ]
+        if any(name in state or name in buffers for name in names) or _COMPUTED.search(stored):
+            continue
+        name = names[0]
+        if f"{model.base_model_prefix}.{name.partition('.')[0]}" in modules:
+            name = f"{model.base_model_prefix}.{name}"  # stored without it
+        if not (name.startswith(layers) and useless.search(name)):
+            parts = name.split(".")
+            above = (".".join(parts[:count]) for count in range(1, len(parts)))
+            found[next((module for module in above if module not in modules), name)] += 1
+    return dict(found)
+
+
+def described_loss(model: PreTrainedModel, source: Path) -> str:
+    """What `lost_tensors` finds, in words; empty if nothing is lost."""
+    lost = lost_tensors(model, source)
+    shown = ", ".join(f"{name} ({count})" for name, count in [*lost.items()][:4]) + ", ..." * (len(lost) > 4)
+    said = f"{sum(lost.values())} tensors of the dense model have no place in {type(model).__name__}: {shown}"
+    return said if lost else ""
+
+
+def require_no_loss(model: PreTrainedModel, source: Path, drop_unused: bool) -> str:
+    """Refuse a model whose files hold tensors that the pruned one would lack, unless they are to be dropped.
+
+    Returns:
+        What the pruned model will lack, in words.
+
+    Raises:
+        ValueError: If there are such tensors and `drop_unused` is False.
+    """
+    with reading(str(source)):
+        lost = described_loss(model, source)
+    if lost and not drop_unused:
+        raise ValueError(
+            f"model={str(source)!r}: {lost}. The pruned model would lack them: pass drop_unused=True (--drop-unused) "
+            "if that is meant."
+        )
+    return lost
+
+
+def _stored_names(source: Path) -> Iterator[str]:
+    """Names of all tensors in the weight files that Transformers reads; of a GGUF file none."""
+    binary = source / "pytorch_model.bin"
+    try:
+        for file in {*checkpoint_files(source).values()}:
+            with safe_open(file, "pt") as opened:
+                yield from opened.keys()
+    except FileNotFoundError:
+        for file in [binary] if binary.exists() else sorted(source.glob("pytorch_model-*.bin")):
+            yield from torch.load(file, map_location="meta", weights_only=True, mmap=True)
 
 
 def _comes_along(name: str, size: int) -> bool:

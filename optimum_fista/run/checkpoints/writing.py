@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.parts import text_config
 from optimum_fista.run.checkpoints.atomic import errors_of_writing, write_bytes, write_tensors, write_text
 from optimum_fista.run.checkpoints.checkpoint import (
     CARD_FILE,
@@ -28,7 +29,7 @@ from optimum_fista.run.checkpoints.checkpoint import (
 )
 from optimum_fista.run.checkpoints.loading import forget_gguf
 from optimum_fista.run.checkpoints.output import new_output, require_output
-from optimum_fista.run.checkpoints.source_files import copy_source
+from optimum_fista.run.checkpoints.source_files import copy_source, local_source
 from optimum_fista.run.checkpoints.stored_names import as_stored, stored_names
 from optimum_fista.run.reports.card import PACKED_NOTE, PICTURE_FILE, error_picture, model_card
 from optimum_fista.run.reports.report import PruningReport
@@ -78,8 +79,9 @@ def write_checkpoint(
     report = dataclasses.replace(report, operators=stored)
     forget_gguf(model)
     with errors_of_writing(folder):
-        if getattr(model.config, "auto_map", None):
-            copy_source(Path(model.config._name_or_path), folder, "*.py")
+        source = local_source(model)
+        if source is not None and getattr(model.config, "auto_map", None):
+            copy_source(source, folder, "*.py")
         _save_model(model, folder)
     write_all_but_weights(folder, model, tokenizer, report, masks)
 
@@ -107,6 +109,10 @@ def write_all_but_weights(
     if model.can_generate() and not (folder / "generation_config.json").exists():
         model.generation_config.save_pretrained(folder)
     describe_ties(model, model.config)
+    settings = text_config(model.config)
+    for word, value in [*vars(settings).items()] if "lacks" in report.model else ():
+        if type(value) is int and ("nextn" in word or "mtp" in word):  # layers that predict more tokens
+            setattr(settings, word, 0)
     model.config.fista_pruning = summary(report)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")

@@ -14,6 +14,7 @@ from optimum_fista.model.parts import find_parts, numbers_kept
 from optimum_fista.model.shrinking import plan_shrinking
 from optimum_fista.run.checkpoints.checkpoint import operators_by_weight
 from optimum_fista.run.checkpoints.loading import load_lazily
+from optimum_fista.run.checkpoints.source_files import described_loss, source_folder
 from optimum_fista.run.checkpoints.stored_names import find_names
 from optimum_fista.run.packed_folders.unpacking import is_packed
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
@@ -36,6 +37,8 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload:
         ours, _ = load_lazily(str(folder), Path(offload) / "pruned", device="cpu")
         theirs, _ = load_lazily(dense, Path(offload) / "dense", device="cpu", dtype=ours.dtype)
+        if lost := described_loss(theirs, source_folder(dense, getattr(theirs.config, "_commit_hash", None))):
+            raise VerificationError(f"{lost}.")
         operators, modules = operators_by_weight(ours, report), {id(m): name for name, m in ours.named_modules()}
         in_model = {stored.name: name for name, stored in find_names(ours, list(operators.values())).items()}
         pruned = {in_model[operator.name]: operator for operator in report.operators}

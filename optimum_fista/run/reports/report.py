@@ -224,7 +224,8 @@ class PruningReport:
     Attributes:
         config: The configuration, as plain values.
         model: Class, type, name (a Hub id, or the last part of a path) and number of parameters of the model, and the
-            `sha256` of the dense model's tensors; also `dense_num_parameters` if parts of it were removed.
+            `sha256` of the dense model's tensors; also `dense_num_parameters` if parts of it were removed, and what it
+            `lacks` of the tensors in the dense model's files.
         calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` if known; the same of the
             tokens held out under `held_out`, if there are any.
         operators: One report an operator, in pruning order.
@@ -260,6 +261,12 @@ class PruningReport:
         self.layers.append(record.report)
         self.operators += record.operators
         self.left_dense |= record.left_dense
+
+    def lack(self, lost: str) -> None:
+        """Note what the dense model's files hold and the pruned model lacks; nothing if it is empty."""
+        if lost:
+            self.model["lacks"] = lost
+            self.warn(f"{lost}; the pruned model lacks them")
 
     def warn(self, message: str) -> None:
         """Add what the user should know, and warn of it at the line outside this package that began the run."""

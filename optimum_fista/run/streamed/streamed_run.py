@@ -26,7 +26,7 @@ from optimum_fista.run.checkpoints.output import (
     require_output,
     unfinished_folder,
 )
-from optimum_fista.run.checkpoints.source_files import source_folder
+from optimum_fista.run.checkpoints.source_files import require_no_loss, source_folder
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.loop import prune_layers
 from optimum_fista.run.pruning.model_pruning import ModelPruning
@@ -55,6 +55,7 @@ def prune_files(
     storage_device: str | torch.device | Path | None,
     callbacks: Sequence[PruningCallback],
     packed: bool,
+    drop_unused: bool,
     perplexity_tokens: Tensor | None,
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
@@ -74,6 +75,8 @@ def prune_files(
             require_independent_layers(config, ranks.count)
             offload = opened.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=folder / FOLDER))
             model, tokenizer = load_lazily(str(name), Path(offload), device=ranks.device, dtype=dtype)
+            source = source_folder(str(name), getattr(model.config, "_commit_hash", None))
+            lost = require_no_loss(model, source, drop_unused)
             pruning = ModelPruning(
                 model,
                 calib_dataloader,
@@ -84,11 +87,12 @@ def prune_files(
                 callbacks=callbacks,
                 perplexity_tokens=None if ranks.count > 1 else perplexity_tokens,
             )
+            pruning.report.lack(lost)
             if storage_device == "disk" or (storage_device is None and pruning.storage == torch.device("cpu")):
                 pruning.storage_device = folder / FOLDER  # files on the output's disk
             if ranks.count > 1:
                 pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
-            return pruning, tokenizer, source_folder(str(name), getattr(model.config, "_commit_hash", None))
+            return pruning, tokenizer, source
 
         def begin() -> None:
             for callback in callbacks:

@@ -9,10 +9,15 @@ import torch
 from folder_files import tensors_of
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from safetensors.torch import load_file, save_file
-from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.cli.main import main
+from optimum_fista.run.checkpoints.checkpoint import read_report
+from optimum_fista.run.checkpoints.loading import read_config
+from optimum_fista.run.checkpoints.source_files import lost_tensors
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -23,6 +28,14 @@ def tied_folder(folder: Path, change) -> Path:
     tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def add_tensors(folder: Path, *names: str) -> Path:
+    """Add tensors to the file of a model folder."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: torch.ones(2) for name in names}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -40,6 +53,7 @@ def prune_both(source: Path, tmp_path: Path, **options):
     logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in folders]
     assert torch.equal(*logits)
     assert torch.equal(logits[0], model(ids).logits)
+    assert verify_checkpoint(folders[1], dense=source).num_equal
     return folders
 
 
@@ -129,3 +143,45 @@ def test_small_files_of_the_hub_are_fetched(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {name: (tmp_path / "out" / name).read_text() for name in BESIDE} == BESIDE
     assert not any(request.endswith("onnx") for request in hub.requests)
+
+
+def test_tensors_that_would_be_lost_are_refused_unless_the_loss_is_meant(tmp_path, capsys):
+    source, text = tmp_path / "source", tmp_path / "text.txt"
+    text.write_text(TEXT)
+    tiny_model("deepseek_v3", num_nextn_predict_layers=1).save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    add_tensors(source, "model.layers.2.eh_proj.weight", "model.layers.2.mlp.gate.weight", "mtp.fc.weight")
+    said = "3 tensors of the dense model have no place in DeepseekV3ForCausalLM: model.layers.2 (2), mtp (1)"
+    flags = ["--method", "wanda", "--num-samples", "8", "--sequence-length", "16", "--calibration", str(text)]
+    command = ["prune", str(source), "-o", str(tmp_path / "out"), *flags]
+    for more in ([], ["--dry-run"]):
+        assert main(command + more) == 1
+        assert f"{said}. The pruned model would lack them: pass drop_unused=True" in capsys.readouterr().err
+    pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
+    with pytest.raises(ValueError, match="have no place"):
+        pruner.prune(source, tiny_tokens().split(4), output_dir=tmp_path / "out")
+    with pytest.warns(UserWarning, match="the pruned model lacks them"):
+        assert main([*command, "--drop-unused"]) == 0
+    assert read_report(tmp_path / "out").model["lacks"] == said
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "out"), "--dense", str(source)]) == 1
+    assert f"BROKEN: {said}" in capsys.readouterr().err
+    assert "have no place in DeepseekV3ForCausalLM" in (tmp_path / "out" / "README.md").read_text()
+    assert read_config(str(tmp_path / "out")).num_nextn_predict_layers == 0
+    with pytest.warns(UserWarning, match="the pruned model lacks them"):
+        pruner.prune(AutoModelForCausalLM.from_pretrained(source), tiny_tokens().split(4))
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "model.layers.1.self_attn.rotary_emb.inv_freq"),
+        ("gpt2", "h.1.attn.bias"),
+        ("gpt_neox", "gpt_neox.layers.1.attention.masked_bias"),
+    ],
+)
+def test_what_the_model_computes_itself_is_no_loss(tmp_path, family, name):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    assert not lost_tensors(model, add_tensors(tmp_path, name))
+    assert lost_tensors(model, add_tensors(tmp_path, "visual.patch_embed.weight")) == {"visual": 1}
