@@ -33,7 +33,6 @@ from optimum_fista.run.checkpoints.loading import load_model, load_tokenizer, re
 from optimum_fista.run.checkpoints.output import (
     FOLDER,
     MODEL,
-    discard,
     folder_beside,
     install,
     locked_output,
@@ -55,8 +54,8 @@ from optimum_fista.run.reports.report import (
 from optimum_fista.run.retraining.distillation import DistillationTrainer, Watch
 from optimum_fista.run.retraining.masks import find_masks, find_record, local, pruned_folder
 from optimum_fista.run.retraining.training import MaskedTrainingCallback
-from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run
-from optimum_fista.run.streamed.journal import Journal, read_record, write_record
+from optimum_fista.run.streamed.fingerprint import SourceFiles
+from optimum_fista.run.streamed.journal import begin_run, open_run, read_record, write_record
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
 
 logger = logging.getLogger(__name__)
@@ -212,9 +211,9 @@ def recover(
                 "device": place.type,
                 "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
             }
-            if overwrite and is_of_another_run(unfinished, json.loads(json.dumps(fingerprint))):
-                discard(unfinished, keep_texts=True)
-            Journal(unfinished, fingerprint)
+            fingerprint = json.loads(json.dumps(fingerprint))  # as it is read: tuples are lists
+            open_run(unfinished, fingerprint, overwrite)
+            begin_run(unfinished, fingerprint)
             return windows
 
         def finish() -> RecoveryReport:
@@ -223,7 +222,7 @@ def recover(
                 files.require_unchanged()
             record, masks = find_record(model, source)
             record = dataclasses.replace(record, recoveries=[*record.recoveries, found])
-            shutil.rmtree(unfinished / MODEL)  # of an earlier start
+            shutil.rmtree(unfinished / MODEL, ignore_errors=True)  # of an earlier start
             (unfinished / MODEL).mkdir()
             write_checkpoint(model, unfinished / MODEL, record, masks, tokenizer)
             install(unfinished, output, overwrite)

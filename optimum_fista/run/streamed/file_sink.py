@@ -55,7 +55,7 @@ class FileSink(ModelSink):
 
     def keep_probe(self, probe: LossProbe) -> None:
         """Write it, for a run that resumes after this decoder layer."""
-        self._journal.keep_probe(probe.next, probe.kept())
+        self._journal.keep("probe", probe.next, probe.kept())
 
     def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:
         """Write a finished decoder layer; of one that is removed, its record only."""

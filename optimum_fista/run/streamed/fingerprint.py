@@ -11,11 +11,9 @@ from tqdm.auto import tqdm
 
 from optimum_fista.run.checkpoints.atomic import digest_of
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_FILE
-from optimum_fista.run.checkpoints.output import FOLDER
 from optimum_fista.run.environment import arithmetic_of
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import library_versions
-from optimum_fista.run.streamed.journal import read_record
 
 _VERSIONS = ("optimum-fista", "torch", "transformers")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
@@ -45,11 +43,6 @@ def run_fingerprint(source: SourceFiles, pruning: ModelPruning) -> dict[str, Any
         "versions": {name: versions[name] for name in _VERSIONS},
     }
     return dict(json.loads(json.dumps(fingerprint)))
-
-
-def is_of_another_run(folder: Path, fingerprint: dict[str, Any]) -> bool:
-    """Whether a folder is there and holds no run with this fingerprint."""
-    return folder.exists() and read_record(folder / FOLDER / "fingerprint.json") != fingerprint
 
 
 class SourceFiles:

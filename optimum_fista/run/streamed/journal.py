@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -19,15 +18,15 @@ from torch import Tensor
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.activations import HiddenStates
 from optimum_fista.run.checkpoints.atomic import digest_of, write_tensors, write_text
-from optimum_fista.run.checkpoints.output import FOLDER, MODEL
+from optimum_fista.run.checkpoints.output import FOLDER, MODEL, discard, is_streamed
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.records import as_record
 from optimum_fista.run.reports.report import LayerRecord
 
-WEIGHTS_FILE = "weights.json"
 _ADVICE = "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
-_SHOWN = 6  # differences between two runs
+_SHOWN, _LETTERS = 6, 80  # of the differences between two runs
+_RUN, _WEIGHTS = f"{FOLDER}/fingerprint.json", f"{FOLDER}/weights.json"
 logger = logging.getLogger(__name__)
 
 
@@ -38,7 +37,6 @@ class KeptLayer:
     Attributes:
         record: What the run says of it.
         shard: Name of the shard; empty if the layer is removed.
-        size: Its size in bytes.
         sha256: Digests of the shard, of the layer's `masks`, of the hidden states `before` it, on which it was pruned,
             and `after` it, of the `budgets` that it was pruned with, and of what the measurement of the loss goes on
             with after it, `probe`; `None` for what there is none of.
@@ -46,7 +44,6 @@ class KeptLayer:
 
     record: LayerRecord
     shard: str
-    size: int
     sha256: dict[str, str | None]
 
 
@@ -65,33 +62,22 @@ class Journal:
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        """Open the journal of a folder, or begin it.
-
-        Raises:
-            ValueError: If it was begun with another fingerprint, or that is damaged; the message names what differs.
-        """
         self.folder, self.model = folder, folder / MODEL
         self.budgets_sha256: str | None = None
-        self._states_sha256: dict[int, str] = {}
-        self._probe_sha256: dict[int, str] = {}
+        self._fingerprint = fingerprint
+        self._sha256: dict[Path, str] = {}  # of hidden states and probes that were last written or read
         self._journal = folder / FOLDER
-        for made in (self.model, self._journal):
-            made.mkdir(parents=True, exist_ok=True)
-        file = self._journal / "fingerprint.json"
-        wanted = json.loads(json.dumps(fingerprint))  # as it will be read: tuples are lists, keys are text
-        self._run_sha256 = _text_digest(wanted)
-        if not file.exists():
-            write_record(file, wanted)
-        found = read_record(file)
-        if found is None:
-            raise ValueError(f"output: {str(file)!r} is damaged, so it is not known which run it belongs to: {_ADVICE}")
-        refuse_differences(folder, found, wanted)
+        self.model.mkdir(exist_ok=True)
 
     def finished(self, *, read_shards: bool = True) -> dict[int, KeptLayer]:
-        """The decoder layers that are finished, by index, in order; `read_shards=False` trusts their files' size."""
-        records = {int(file.stem.partition("-")[2]): file for file in sorted(self._journal.glob("layer-*.json"))}
-        kept = {index: self._kept(index, file, read_shards) for index, file in records.items()}
-        return {index: layer for index, layer in kept.items() if layer is not None}
+        """The decoder layers that are finished, by index; `read_shards=False` trusts shards that are there."""
+        found = {}
+        for file in sorted(self._journal.glob("layer-*.json")):
+            index, values = int(file.stem.partition("-")[2]), read_record(file)
+            kept = None if values is None else as_record(KeptLayer, values)
+            if kept is not None and self._is_whole(index, kept, read_shards):
+                found[index] = kept
+        return found
 
     def keep_layer(
         self, index: int, shard: Path | None, masks: dict[str, Tensor], record: LayerRecord, states: HiddenStates | None
@@ -104,31 +90,31 @@ class Journal:
         if states is not None:
             streams = states.kept()
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
-            self._states_sha256[index + 1] = _write(self._file("states", index + 1), hidden)
+            self.keep("states", index + 1, hidden)
         sha256 = {
             "shard": digest_of(shard) if shard else None,
             "masks": _write(self._file("masks", index), masks) if masks else None,
-            "before": self._states_sha256.get(index),
-            "after": self._states_sha256.get(index + 1),
+            "before": self._sha256.get(self._file("states", index)),
+            "after": self._sha256.get(self._file("states", index + 1)),
             "budgets": self.budgets_sha256,
-            "probe": self._probe_sha256.get(index + 1),
+            "probe": self._sha256.get(self._file("probe", index + 1)),
         }
-        name, size = (shard.name, shard.stat().st_size) if shard else ("", 0)
-        kept = KeptLayer(record, name, size, sha256)
+        kept = KeptLayer(record, shard.name if shard else "", sha256)
         write_record(self._journal / f"layer-{index:05}.json", dataclasses.asdict(kept))
         for kind in ("states", "probe"):  # only now: until the record is there, they are needed
             self._file(kind, index).unlink(missing_ok=True)
 
-    def keep_probe(self, index: int, kept: dict[str, Tensor]) -> None:
-        """Write what the measurement of the loss goes on with before a decoder layer."""
-        self._probe_sha256[index] = _write(self._file("probe", index), kept)
+    def keep(self, kind: str, index: int, tensors: dict[str, Tensor]) -> None:
+        """Write what the run, `"states"`, or the measurement of the loss, `"probe"`, goes on with before a layer."""
+        file = self._file(kind, index)
+        self._sha256[file] = _write(file, tensors)
 
-    def probe(self, index: int, sha256: str | None) -> dict[str, Tensor] | None:
-        """What it goes on with; `None` if that is not there whole, with this digest."""
-        file = self._file("probe", index)
+    def kept(self, kind: str, index: int, sha256: str | None) -> dict[str, Tensor] | None:
+        """What goes on before a layer; `None` if it is not there whole, with this digest."""
+        file = self._file(kind, index)
         if sha256 is None or not _is_whole(file, sha256):
             return None
-        self._probe_sha256[index] = sha256
+        self._sha256[file] = sha256
         return load_file(file)
 
     def masks(self, index: int) -> dict[str, Tensor]:
@@ -138,35 +124,31 @@ class Journal:
 
     def states(self, index: int, sha256: str | None, storage: Storage) -> HiddenStates | None:
         """Hidden states that enter a decoder layer; `None` if they are not there whole, with this digest."""
-        file = self._file("states", index)
-        if sha256 is None or not _is_whole(file, sha256):
+        tensors = self.kept("states", index, sha256)  # not on the device: safetensors knows some by name only
+        if tensors is None:
             return None
-        tensors = load_file(file)  # not on the device: safetensors knows some by name only
         place = torch.device("cpu") if isinstance(storage, Path) else storage
-        self._states_sha256[index] = sha256
         streams: dict[str, list[Tensor]] = {"dense": [], "pruned": []}
         for name in sorted(tensors, key=lambda name: int(name.partition(".")[2])):
             streams[name.partition(".")[0]].append(tensors.pop(name).to(place))
         return HiddenStates(streams["dense"] or None, streams["pruned"] or None)
 
-    def keep_weights(self, files: Mapping[str, Any]) -> None:
-        """Write sizes, times and digests of the weight files, by which a change is found."""
-        write_record(self._journal / WEIGHTS_FILE, dict(files))
-
-    def keep_budgets(self, budgets: Budgets) -> None:
-        """Write the sparsities that the operators were given, and the decoder layers that go."""
+    def keep_budgets(self, budgets: Budgets, weights: Mapping[str, Any]) -> None:
+        """Begin the run: write the sparsities of the operators, the decoder layers that go, and the hashed files."""
+        write_record(self.folder / _WEIGHTS, weights)
+        begin_run(self.folder, self._fingerprint)
         tensors = {name: t.cpu().contiguous() for name, t in budgets.output_weights.items()}
-        sha256 = _write(self._journal / "budgets.safetensors", tensors)
-        values: dict[str, Any] = {"sparsities": budgets.sparsities, "unseen": budgets.unseen, "tensors_sha256": sha256}
+        values: dict[str, Any] = {"sparsities": budgets.sparsities, "unseen": budgets.unseen}
         values["removed_layers"] = budgets.removed_layers
-        values["run_sha256"] = self._run_sha256  # ties budgets, and by their digest every layer, to this run
+        values["tensors_sha256"] = _write(self._journal / "budgets.safetensors", tensors)
+        values["run_sha256"] = _text_digest(self._fingerprint)  # ties budgets, and by their digest layers, to this run
         write_record(self._journal / "budgets.json", values)
         self.budgets_sha256 = _text_digest(values)
 
     def budgets(self, config: FistaPruningConfig) -> Budgets | None:
         """The sparsities that the operators were given; `None` before, or if they are damaged or another run's."""
         values, file = read_record(self._journal / "budgets.json"), self._journal / "budgets.safetensors"
-        if values is None or values.get("run_sha256") != self._run_sha256:
+        if values is None or values.get("run_sha256") != _text_digest(self._fingerprint):
             return None
         if not _is_whole(file, values["tensors_sha256"]):
             return None
@@ -177,39 +159,48 @@ class Journal:
     def _file(self, kind: str, index: int) -> Path:
         return self._journal / f"{kind}-{index:05}.safetensors"
 
-    def _kept(self, index: int, file: Path, read_shard: bool) -> KeptLayer | None:
-        """A decoder layer whose record, shard and masks are whole."""
-        values = read_record(file)
-        if values is None:
-            return None
-        kept = as_record(KeptLayer, values)
-        if not kept.shard:
-            return kept
+    def _is_whole(self, index: int, kept: KeptLayer, read_shard: bool) -> bool:
         shard, masks = self.model / kept.shard, kept.sha256["masks"]
-        whole = shard.exists() and shard.stat().st_size == kept.size
-        if whole and read_shard:
-            whole = _is_whole(shard, kept.sha256["shard"])
-            whole = whole and (not masks or _is_whole(self._file("masks", index), masks))
-        return kept if whole else None
+        if not kept.shard or not read_shard:
+            return shard.exists()
+        return _is_whole(shard, kept.sha256["shard"]) and (not masks or _is_whole(self._file("masks", index), masks))
 
 
-def begun_run(folder: Path) -> dict[str, Any] | None:
-    """The fingerprint of the run that an unfinished folder holds; `None` if there is none, or it is damaged."""
-    file = folder / FOLDER / "fingerprint.json"
-    return read_record(file) if file.exists() else None
+def open_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
+    """Take up the run that a locked unfinished folder holds; another one is thrown away if `overwrite`.
+
+    Raises:
+        ValueError: If it is another one, or it is not known which, and `overwrite` is False.
+    """
+    if is_streamed(folder) and read_record(folder / _RUN) != fingerprint:
+        if not overwrite:
+            refuse_differences(folder, _begun(folder), fingerprint)
+        discard(folder, keep_texts=True)
 
 
-def has_only_begun(folder: Path) -> bool:
-    """Whether an unfinished folder holds a pruning run that has finished nothing yet, so that nothing is lost."""
-    begun, journal = begun_run(folder), folder / FOLDER
-    kept = any(journal.glob("layer-*.json")) or (journal / "budgets.json").exists()
-    return begun is not None and "batches" in begun and not kept
+def begin_run(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Note in an unfinished folder which run it holds: from now on it is kept until the run is finished."""
+    if not is_streamed(folder):
+        write_record(folder / _RUN, fingerprint)
+
+
+def _begun(folder: Path) -> dict[str, Any]:
+    begun = read_record(folder / _RUN)
+    if begun is None:
+        file = str(folder / _RUN)
+        raise ValueError(f"output: {file!r} is damaged, so it is not known which run it belongs to: {_ADVICE}")
+    return begun
+
+
+def hashed_weights(folder: Path) -> dict[str, Any]:
+    """Sizes, times and digests of the weight files that a run in an unfinished folder read; none if there is no run."""
+    return read_record(folder / _WEIGHTS) or {}
 
 
 def begun_batch_size(folder: Path) -> int | None:
     """Sequences a batch of the run that an unfinished folder holds; `None` if there is none."""
-    begun = begun_run(folder)
-    return None if begun is None else max((batch[0] for batch in begun.get("batches", ())), default=None)
+    begun = read_record(folder / _RUN) or {}
+    return max((batch[0] for batch in begun.get("batches", ())), default=None)
 
 
 def require_same_settings(
@@ -220,9 +211,9 @@ def require_same_settings(
     Raises:
         ValueError: If they differ; the message names what.
     """
-    begun = begun_run(folder)
-    if begun is None or has_only_begun(folder):
+    if not is_streamed(folder):
         return
+    begun = _begun(folder)
     if "batches" not in begun:
         raise ValueError(
             f"output: the unfinished run in {str(folder)!r} is a recovery: give the command of `recover` again to "
@@ -240,8 +231,7 @@ def refuse_differences(folder: Path, found: Mapping[str, Any], wanted: Mapping[s
     Raises:
         ValueError: If they differ; the message names what.
     """
-    different = list(differences(found, wanted))
-    if different:
+    if different := list(_differences(found, wanted)):
         shown = "; ".join(different[:_SHOWN]) + ("; ..." if len(different) > _SHOWN else "")
         raise ValueError(
             f"output: the unfinished run in {str(folder)!r} was another one ({shown}). Start it again as it was, "
@@ -287,22 +277,13 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> str:
     return digest_of(path)
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """What differs between two dictionaries of dictionaries, for people."""
     for key in {**found, **wanted}:
         was, now = found.get(key), wanted.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
-            yield from differences(was, now, f"{prefix}{key}.")
+            yield from _differences(was, now, f"{prefix}{key}.")
         elif was != now:
-            before, after = _short(json.dumps(was), json.dumps(now))
+            texts = [json.dumps(value) for value in (was, now)]
+            before, after = (text if len(text) <= _LETTERS else f"{text[:_LETTERS]}..." for text in texts)
             yield f"{prefix}{key} was {before}, is {after}"
-
-
-def _short(*texts: str) -> list[str]:
-    """Texts for people: of long ones a few characters around the first that is not the same in all."""
-    same = itertools.takewhile(lambda column: len({*column}) == 1, zip(*texts, strict=False))
-    start = max(0, len(list(same)) - 30) if max(map(len, texts)) > 80 else 0
-    ends = (min(start + 77, len(text)) if len(text) > 80 else len(text) for text in texts)
-    return [
-        "..." * (start > 0) + text[start:end] + "..." * (end < len(text)) for text, end in zip(texts, ends, strict=True)
-    ]

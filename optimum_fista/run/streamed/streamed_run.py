@@ -20,7 +20,6 @@ from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.loading import load_lazily
 from optimum_fista.run.checkpoints.output import (
     FOLDER,
-    discard,
     install,
     locked_output,
     require_output,
@@ -34,8 +33,8 @@ from optimum_fista.run.pruning.removal import require_zeros_to_pack
 from optimum_fista.run.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.file_sink import FileSink
-from optimum_fista.run.streamed.fingerprint import SourceFiles, is_of_another_run, run_fingerprint
-from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer, has_only_begun, read_record
+from optimum_fista.run.streamed.fingerprint import SourceFiles, run_fingerprint
+from optimum_fista.run.streamed.journal import Journal, KeptLayer, hashed_weights, open_run
 
 _ADVICE = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, and ")
 _ADVICE |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and ")
@@ -142,15 +141,12 @@ class StreamedRun:
         self.finished: dict[int, KeptLayer] = {}
         self._tokenizer = tokenizer
         self._ranks = ranks
-        file = folder / FOLDER / WEIGHTS_FILE
-        known = ranks.first(lambda: SourceFiles(source, read_record(file) or {}, pruning.progress).hashes)
+        known = ranks.first(lambda: SourceFiles(source, hashed_weights(folder), pruning.progress).hashes)
         self.source = ranks.each(lambda: SourceFiles(source, known, pruning.progress))
         fingerprint = run_fingerprint(self.source, pruning) | ({"packed": True} if packed else {})
 
         def begin() -> dict[str, Any]:
-            if (overwrite or has_only_begun(folder)) and is_of_another_run(folder, fingerprint):
-                discard(folder, keep_texts=True)
-            Journal(folder, fingerprint).keep_weights(self.source.hashes)
+            open_run(folder, fingerprint, overwrite)
             return fingerprint
 
         def join(begun: dict[str, Any]) -> Journal:
@@ -239,7 +235,7 @@ class StreamedRun:
         first = len(finished)
         if any(index >= first for index in finished):
             return False
-        kept = self.journal.probe(first, finished[first - 1].sha256.get("probe"))
+        kept = self.journal.kept("probe", first, finished[first - 1].sha256.get("probe"))
         return kept is not None and probe.resume(first, kept)
 
     def _share_budgets(self) -> None:
@@ -248,7 +244,7 @@ class StreamedRun:
         if self.pruning.budgets is None:
             budgets = self.pruning.shared_budgets()
             self.source.require_unchanged()
-            self.journal.keep_budgets(budgets)
+            self.journal.keep_budgets(budgets, self.source.hashes)
 
     def _read_budgets(self) -> None:
         """How the zeros were allocated, by an earlier start or by rank 0; they say what each layer costs."""

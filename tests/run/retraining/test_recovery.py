@@ -270,7 +270,7 @@ def test_bad_folders_are_refused(run, saved, tiny_folder, text, tmp_path):
         run(teacher=other)
     (tmp_path / "mine").mkdir()
     shutil.copy(text, tmp_path / "mine" / "README.md")
-    with pytest.raises(FileExistsError, match=r"holds README\.md of something else"):
+    with pytest.raises(FileExistsError, match=r"holds README\.md, which"):
         run("mine")
     for output in (saved.folder / "out", saved.folder, tiny_folder):
         with pytest.raises(ValueError, match="lies in the folder that is read"):
