@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType, PartialState
 from tiny_llama import tiny_tokens
 from torch.distributed import run as torch_run
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, recover, save_masked
@@ -190,15 +192,28 @@ def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
     """Recover with these arguments, one call after another; `log` followed by call and rank gets what goes wrong.
 
     Besides arguments of `recover` there is `stop = (how, victim, step)`: states are saved after every step, and after
-    this one a rank is killed, or fails.
+    this one a rank is killed, or fails. And `sharded`: by FSDP2, which Accelerate has for accelerators only.
     """
     writing.error_picture = lambda _: None
-    on_step_end, codes = distillation.Watch.on_step_end, {0}
+    on_step_end, codes, start = distillation.Watch.on_step_end, {0}, PartialState.__init__
     for number, given in enumerate(calls):
         how, victim, last = given.get("stop", (None, None, None))
+        sharded = given.get("sharded", False)
+        wrapping = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+        os.environ.update({"ACCELERATE_USE_FSDP": str(sharded), "FSDP_VERSION": "2"} | wrapping)
 
-        def stopped(self: Any, *found: Any, how: Any = how, at: Any = (victim, last), **named: Any) -> None:
+        def started(self: Any, *found: Any, sharded: bool = sharded, **named: Any) -> None:
+            start(self, *found, **named)
+            if sharded:
+                self.distributed_type = DistributedType.MULTI_GPU
+
+        PartialState.__init__ = started  # type: ignore[method-assign]
+
+        def stopped(
+            self: Any, *found: Any, how: Any = how, at: Any = (victim, last), sharded: bool = sharded, **named: Any
+        ) -> None:
             on_step_end(self, *found, **named)
+            assert all(isinstance(parameter, DTensor) == sharded for parameter in named["model"].parameters())
             if (rank, found[1].global_step) == at and how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if (rank, found[1].global_step) == at:
@@ -207,7 +222,7 @@ def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
         distillation.Watch.on_step_end = stopped  # type: ignore[method-assign]
         distillation._SAVE_SECONDS = -1.0 if how else 120.0
         try:
-            recover(**{name: value for name, value in given.items() if name != "stop"})
+            recover(**{name: value for name, value in given.items() if name not in ("stop", "sharded")})
         except Exception as error:
             codes.add(3)
             log.with_name(f"{log.name}-{number}-{rank}").write_text(f"{type(error).__name__}: {error}")

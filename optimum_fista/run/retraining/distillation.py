@@ -107,12 +107,17 @@ class DistillationTrainer(Trainer):
             loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten())
         return loss.nan_to_num(math.inf, math.inf), None, None
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a state; with FSDP2 its folder would come too late to count as that of the best weights."""
+        Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             model: Any = self.model
-            folder, found = Path(str(output_dir)), state_dict or model.state_dict()
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: found[name].contiguous() for name in self._trained}, folder / "model.safetensors")
+            found = state_dict or model.state_dict()
+            file = Path(str(output_dir)) / "model.safetensors"
+            save_file({name: found[name].contiguous() for name in self._trained}, file)
 
     def _issue_warnings_after_load(self, _: Any) -> None:
         """Say nothing: of a checkpoint only the trained parameters are asked."""

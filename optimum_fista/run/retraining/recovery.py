@@ -335,7 +335,9 @@ class _Run:
         kinds = [asked] if asked != "auto" else [kind for kind in trained if kind != "lora" or self.ranks.count == 1]
         known = [found for found in free if found is not None]
         shared = int(os.environ.get("LOCAL_WORLD_SIZE", len(free))) if self.place.type == "cpu" else 1
-        for kind, twice in itertools.product(kinds, (False, True)):
+        for kind, twice in itertools.product(
+            kinds, (False, True) if model.supports_gradient_checkpointing else (False,)
+        ):
             # Gradient and two moments; masks; the teacher; inputs and outputs of operators, and logits.
             needed = 12 * trained[kind] + (size if kind != "norms" else 0)
             needed += (report.model.get("dense_num_parameters") or size) * self.compute.itemsize

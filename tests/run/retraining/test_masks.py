@@ -1,8 +1,5 @@
-import shutil
-
 import pytest
 import torch
-from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from tiny_llama import tiny_llama
 from tiny_models import MOE_FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -60,22 +57,6 @@ def test_dense_operators_have_no_mask(tokens):
     pruner.prune(model, tokens.split(4))
     assert agree(find_masks(model, pruner), find_masks(model))
     assert len(find_masks(model)) == 8
-
-
-def test_masks_come_from_the_hub(saved, hub, tmp_path):
-    shutil.copytree(saved.folder, tmp_path / "model")
-    code = """
-        from transformers import AutoModelForCausalLM
-        from optimum_fista.run.hub import push_folder
-        from optimum_fista.run.retraining.masks import find_masks
-        push_folder("model", "tester/pruned")
-        model = AutoModelForCausalLM.from_pretrained("tester/pruned")
-        print(len(find_masks(model, "tester/pruned")))
-        find_masks(model, "tester/absent")
-    """
-    process = run_with_hub(hub, code, tmp_path)
-    assert process.stdout.splitlines()[-1] == "14", process.stderr
-    assert "FileNotFoundError: 'tester/absent' holds no fista/report.json: pass a folder or Hub id" in process.stderr
 
 
 def test_a_dense_model_is_refused(llama, saved):

@@ -36,7 +36,8 @@ def call(saved, tiny_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def log(call, saved):
     """Two processes train by hand, recover, are refused twice, and one fails; what they say of that."""
-    calls = [call("two"), call("odd", accumulate=3), call("lora", train="lora"), call("cut", stop=("fails", 1, 1))]
+    calls = [call("two"), call("odd", accumulate=3), call("lora", train="lora"), call("sharded", sharded=True)]
+    calls.append(call("cut", stop=("fails", 1, 3)))
     log = calls[0]["output_dir"].with_name("log")
     assert exit_codes(launch(2, train_and_recover, saved.folder, calls, log)) == [3, 3]
     return log
@@ -46,13 +47,14 @@ def test_what_goes_wrong_is_said(log):
     said = {path.name.removeprefix("log-"): path.read_text() for path in log.parent.glob("log-?-?")}
     share = "ValueError: accumulate=3: 2 processes share the passes of a step: pass a multiple of 2 (--accumulate)."
     adapters = "ValueError: train='lora': several processes train no adapters: pass all or norms, or start one process."
-    assert said.pop("3-0").startswith("RankError: rank 0 of 2 has lost the others: one has ended (")
-    assert said.pop("3-1") == "RuntimeError: no more of this"
+    assert said.pop("4-0").startswith("RankError: rank 0 of 2 has lost the others: one has ended (")
+    assert said.pop("4-1") == "RuntimeError: no more of this"
     assert said == {"1-0": share, "1-1": share, "2-0": adapters, "2-1": adapters}
 
 
-def test_two_processes_recover_as_one(log, call):
-    options, two = call("one"), log.with_name("two")
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_two_processes_recover_as_one(name, log, call):
+    options, two = call(f"one-{name}"), log.with_name(name)
     one, found = recover(**options), read_report(two).recoveries[-1]
     assert one.train == found.train == "all"
     assert one.num_trained == found.num_trained
@@ -65,14 +67,16 @@ def test_two_processes_recover_as_one(log, call):
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_killed_ends_with_the_same_bits(log, call):
-    killed = call("cut", stop=("killed", 1, 3))
+def test_what_is_killed_or_fails_ends_with_the_same_bits(log, call):
+    killed = call("killed", sharded=True, stop=("killed", 1, 3))
     assert exit_codes(launch(2, recover_together, [killed], log.with_name("again"))) == [3, -signal.SIGKILL]
-    states = log.with_name("cut.unfinished") / "journal"
-    assert (states / "checkpoint-2" / "rng_state_1.pth").exists()
+    for name in ("cut", "killed"):
+        assert (log.with_name(f"{name}.unfinished") / "journal" / "checkpoint-2" / "rng_state_1.pth").exists()
     with pytest.raises(ValueError, match=r"was another one \(processes was 2, is 1\)\. Start it again as it was"):
         recover(**call("cut"))
-    assert exit_codes(launch(2, recover_together, [call("cut")], log.with_name("again"))) == [0, 0]
-    assert [path.name for path in log.parent.glob("cut*")] == ["cut"]
-    whole, resumed = (log.with_name(name) / "model.safetensors" for name in ("two", "cut"))
-    assert whole.read_bytes() == resumed.read_bytes()
+    calls = [call("cut"), call("killed", sharded=True)]
+    assert exit_codes(launch(2, recover_together, calls, log.with_name("again"))) == [0, 0]
+    assert not [*log.parent.glob("*.unfinished")]
+    for names in (("two", "cut"), ("sharded", "killed")):
+        whole, resumed = (log.with_name(name) / "model.safetensors" for name in names)
+        assert whole.read_bytes() == resumed.read_bytes()

@@ -73,10 +73,9 @@ def test_zeros_stay_zero_bit_for_bit_and_the_rest_is_trained(optimizer, dtype, s
         assert (parameter != before[name])[kept].float().mean() > 0.1, name
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_without_it_zeros_fill(optimizer, saved):
+def test_without_it_zeros_fill(saved):
     model = reload(saved)
-    train(model, OPTIMIZERS[optimizer](model.parameters()), steps=1)
+    train(model, OPTIMIZERS["adamw"](model.parameters()), steps=1)
     assert strays(model, find_masks(saved.model, saved.pruner)) > 8000
 
 
