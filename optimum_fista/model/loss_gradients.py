@@ -71,12 +71,6 @@ class Watcher:
         product with one matrix.
         """
 
-    def see_again(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Inputs [tokens, in] and outputs [tokens, out] as its decoder layer is recomputed for the gradients.
-
-        That is just before or just after `see_gradient`: autograd recomputes a layer when it first needs something.
-        """
-
 
 def watch_gradients(loss: DenseLoss, watchers: Mapping[LinearOperator, Watcher]) -> None:
     """Run the model forwards and backwards on the sequences of a loss, one at a time, and show it to `watchers`.
@@ -101,7 +95,6 @@ def _run(model: PreTrainedModel, watchers: Mapping[LinearOperator, Watcher], ids
     """Show one sequence [1, sequence]."""
     forwards = True
     calls: Counter[LinearOperator] = Counter()
-    again: dict[LinearOperator, Tensor] = {}
 
     def rows(values: Tensor) -> Tensor:
         return values.detach().reshape(-1, values.shape[-1]).float()
@@ -110,15 +103,10 @@ def _run(model: PreTrainedModel, watchers: Mapping[LinearOperator, Watcher], ids
         if forwards:
             calls[operator] += 1
             watchers[operator].see_input(rows(inputs), ids.numel())
-        else:
-            again[operator] = inputs
 
     def see_output(operator: LinearOperator, output: Tensor) -> None:
-        if not isinstance(output, Tensor) or output.shape[-1] != operator.shape[0]:
-            return
-        if not forwards:
-            watchers[operator].see_again(rows(again.pop(operator)), rows(output))
-        elif output.requires_grad:
+        product = isinstance(output, Tensor) and output.shape[-1] == operator.shape[0]
+        if forwards and product and output.requires_grad:
             # Of a second call, the gradient would be taken together with what was seen of the first.
             output.register_hook(
                 lambda gradient: watchers[operator].see_gradient(rows(gradient)) if calls[operator] == 1 else None
@@ -130,8 +118,7 @@ def _run(model: PreTrainedModel, watchers: Mapping[LinearOperator, Watcher], ids
         logits = model(input_ids=ids, use_cache=False).logits
         # A sum, so that each token's gradient is that of its own loss and those after it, whatever the length.
         loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum")
-        # Watchers see a layer again when it is recomputed on the way back.
-        forwards = False
+        forwards = False  # operators run again when their layer is recomputed on the way back
         loss.backward()
 
 

@@ -1,4 +1,4 @@
-"""Losses of a model without some of its parts, by which those to remove are chosen."""
+"""Losses of a model without some of its decoder layers, by which those to remove are chosen."""
 
 from __future__ import annotations
 
@@ -49,7 +49,17 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
         UnsupportedArchitectureError: If decoder layers hand on more than hidden states, or depend on their number.
     """
     model, layers = loss.model, loss.layers
-    sequences, recorded = _begin(loss)
+    sequences = [CalibrationBatch(ids) for ids in loss.sequences()]
+    if not sequences:
+        raise ValueError(
+            "calib_dataloader holds no sequence of two tokens, so losses can't be compared: pass longer ones."
+        )
+    recorded = record_inputs(model, layers, sequences, loss.storage)
+    if recorded.handed_on:
+        raise UnsupportedArchitectureError(
+            f"the decoder layers of {type(model).__name__} hand more to the next than hidden states, so none of them "
+            "can be removed: use another pattern."
+        )
     left, removed = list(range(len(layers))), list[tuple[int, float]]()
     num_runs = sum(len(layers) - done for done in range(count))
     with (
@@ -68,25 +78,9 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
     return removed
 
 
-def _begin(loss: DenseLoss) -> tuple[list[CalibrationBatch], RecordedInputs]:
-    """The sequences that losses are taken on, and what decoder layers are called with."""
-    sequences = [CalibrationBatch(ids) for ids in loss.sequences()]
-    if not sequences:
-        raise ValueError(
-            "calib_dataloader holds no sequence of two tokens, so losses can't be compared: pass longer ones."
-        )
-    recorded = record_inputs(loss.model, loss.layers, sequences, loss.storage)
-    if recorded.handed_on:
-        raise UnsupportedArchitectureError(
-            f"the decoder layers of {type(loss.model).__name__} hand more to the next than hidden states, so none of "
-            "them can be removed: use another pattern."
-        )
-    return sequences, recorded
-
-
 @dataclass
 class Sweep:
-    """One sweep over the decoder layers `left` of a model, each on the hidden states of several models that lack parts.
+    """One sweep over the decoder layers `left` of a model, each on the hidden states of several models that lack one.
 
     Attributes:
         rest: What the last layer returned besides hidden states; `None` if it returns a tensor.
@@ -130,14 +124,14 @@ class Sweep:
         """Cross-entropy of the next token, in nats a token, after the model's own norm and head."""
         total, count = torch.zeros((), dtype=torch.float64, device=stream.device), 0
         for hidden, batch in zip(stream, self.sequences, strict=True):
-            logits = self.logits(hidden, batch.input_ids)
+            logits = self._logits(hidden, batch.input_ids)
             targets = batch.input_ids[0, 1:].to(logits.device)
             loss = nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
             total += loss.double().to(total.device)
             count += len(targets)
         return float(total) / count
 
-    def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """What the model makes of hidden states after its last decoder layer; a layer must have run before."""
         # The model runs with decoder layers that return these hidden states, whatever they are called with.
         output = hidden if self.rest is None else (hidden, *self.rest)

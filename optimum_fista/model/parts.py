@@ -83,15 +83,11 @@ class Part:
                 f"numbers from 0 to {self.groups - 1} in rising order{runs}."
             )
 
-    def entries(self, name: str, length: int, kept: Sequence[int]) -> Tensor:
-        """The entries of one of `tensors` that stay with the groups `kept`, on their axis, which is `length` long."""
-        _, repeats = self.tensors[name]
-        return torch.arange(length).view(repeats, self.groups, -1)[:, list(kept)].flatten()
-
     def shrink(self, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """A copy of one of `tensors` that holds only the groups `kept`."""
-        axis, _ = self.tensors[name]
-        return tensor.index_select(axis, self.entries(name, tensor.shape[axis], kept).to(tensor.device))
+        axis, repeats = self.tensors[name]
+        entries = torch.arange(tensor.shape[axis]).view(repeats, self.groups, -1)[:, list(kept)].flatten()
+        return tensor.index_select(axis, entries.to(tensor.device))
 
     def shrunk_shape(self, name: str, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
         """The shape of one of `tensors` that holds `count` groups."""

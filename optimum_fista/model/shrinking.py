@@ -242,14 +242,14 @@ def small_hidden_states(hidden_states: Tensor) -> Tensor:
 
 def _fitting(config: PreTrainedConfig, parts: Parts, count: int) -> str:
     """Which other numbers of a few groups the configuration takes, as advice; empty if it takes this one."""
-    if parts.groups > 256 or takes(config, parts, count):
+    if parts.groups > 256 or _takes(config, parts, count):
         return ""
     numbers = range(parts.at_least, parts.groups, parts.parts[0].equal_runs)
-    taken = [str(number) for number in numbers if takes(config, parts, number)]
+    taken = [str(number) for number in numbers if _takes(config, parts, number)]
     return f"It takes {parts.kind}={' or '.join(taken)}." if taken else ""
 
 
-def takes(config: PreTrainedConfig, parts: Parts, count: int) -> bool:
+def _takes(config: PreTrainedConfig, parts: Parts, count: int) -> bool:
     """Whether a configuration can say that every part keeps so many groups."""
     try:
         changed_config(config, parts.sizes(count))

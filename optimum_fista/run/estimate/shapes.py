@@ -144,7 +144,7 @@ def model_shapes(given: PreTrainedConfig, config: FistaPruningConfig, dtype: tor
             groups: Counter[Group] = Counter()
             if removal is not None:
                 activations = LayerActivations(layer, calls, [None], tokens.device)
-                traced, others = removal.to_prune(traced, activations, recorded.hidden_states[0])
+                traced, others = removal.to_prune(name, traced, activations, recorded.hidden_states[0])
                 chosen[name] = {key: o for key, o in chosen[name].items() if key not in others}
             pruned[kind] = {key.removeprefix(name) for key in chosen[name]}
             of_experts: dict[Any, list[LinearOperator]] = {}  # what one parameter holds for one expert

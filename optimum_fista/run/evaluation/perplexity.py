@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from optimum_fista.model.architecture import input_embedding
+from optimum_fista.model.architecture import input_embedding, position_limit
 from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.offload import input_device
-from optimum_fista.run.texts.explained_errors import explained_length
+from optimum_fista.run.memory import is_out_of_memory
 from optimum_fista.run.texts.text import TextSource
 
 # Positions whose logits are copied to float32 at a time: 131 MB for a vocabulary of 128 thousand.
@@ -77,12 +77,21 @@ def evaluate_perplexity(
     with (
         evaluation_mode(model),
         torch.no_grad(),
-        explained_length(model, sequence_length, "windows"),
         tqdm(total=num_windows, desc="Perplexity", unit="window", disable=not progress) as bar,
     ):
         for first in range(0, num_windows, batch_size):
             ids = windows[first : first + batch_size].to(device=device, dtype=torch.int64)
-            total += _negative_log_likelihood(model, ids, first)
+            try:
+                total += _negative_log_likelihood(model, ids, first)
+            except (IndexError, RuntimeError) as error:
+                # none is refused beforehand: models without a table of positions can be measured on longer windows
+                limit = position_limit(model)
+                if limit is None or sequence_length <= limit or is_out_of_memory(error):
+                    raise
+                raise ValueError(
+                    f"windows holds sequences of {sequence_length} tokens, and the model fails on them ({error}): pass "
+                    f"at most {limit}, its max_position_embeddings (--sequence-length {limit})."
+                ) from error
             bar.update(len(ids))
     num_tokens = num_windows * (sequence_length - 1)
     return PerplexityResult(

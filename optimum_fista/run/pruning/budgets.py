@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from optimum_fista.model.experts import ExpertOperator
@@ -12,7 +13,7 @@ from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.texts.explained_errors import explained_gradients
+from optimum_fista.run.memory import is_out_of_memory
 from optimum_fista.solve.allocation import RemovalCost, allocate
 from optimum_fista.solve.pattern import SparsityPattern
 
@@ -45,11 +46,7 @@ class Budgets:
         return pattern.at(self.sparsities[name]) if name in self.sparsities else pattern
 
 
-def share_budgets(
-    loss: DenseLoss,
-    operators: Mapping[str, LinearOperator],
-    config: FistaPruningConfig,
-) -> Budgets:
+def share_budgets(loss: DenseLoss, operators: Mapping[str, LinearOperator], config: FistaPruningConfig) -> Budgets:
     """Allocate the zeros of `config` to the operators that take part. Uniform budgets run nothing.
 
     Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity.
@@ -63,8 +60,19 @@ def share_budgets(
     if not sharing or not config.sparsity:
         return budgets
     instead = "allocation='uniform' (--allocation uniform)"
-    with explained_gradients("allocation='fisher'", instead):
+    try:
         found = measure_sensitivities(loss, sharing)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise ValueError(
+                f"allocation='fisher' takes gradients of the loss, and they can't be computed: {error}. If the model "
+                f"runs but can't be differentiated, pass {instead}."
+            ) from error
+        # It is one sequence at a time already.
+        raise torch.OutOfMemoryError(
+            f"the device ran out of memory in the gradients of the loss on one sequence: pass {instead} or shorter "
+            f"sequences (--sequence-length) [{error}]"
+        ) from error
     pools: dict[str, list[str]] = {}
     for name, operator in sharing.items():
         key = f"{operator.experts.name} {operator.kind}" if isinstance(operator, ExpertOperator) else name

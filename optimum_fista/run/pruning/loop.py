@@ -153,8 +153,7 @@ class _Loop:
         orders = reorder_channels(run, self.sink, name, activations, entering.entering)
         groups, left_dense = trace_groups(activations.layer, operators, activations.calls[0], first)
         if run.removal is not None:
-            run.removal.require_called(name, groups)
-            groups, others = run.removal.to_prune(groups, activations, first)
+            groups, others = run.removal.to_prune(name, groups, activations, first)
             left_dense |= others
         self.bar.update(len(left_dense))
         reports: list[OperatorReport] = []

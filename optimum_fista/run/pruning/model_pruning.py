@@ -172,8 +172,8 @@ class ModelPruning:
             started, removed = time.perf_counter(), list[tuple[int, float]]()
             calibration, tokens = self.batches.calibration, self.config.allocation_tokens
             loss = DenseLoss(self.model, self.layers, calibration, tokens, self.progress, self.storage)
-            with quick_products_in(self.compute_dtype):
-                if self.removal is not None and self.removal.num_removed_layers:
+            if self.removal is not None and self.removal.num_removed_layers:
+                with quick_products_in(self.compute_dtype):
                     removed = choose_layers(loss, self.removal.num_removed_layers)
             gone = {f"{self.layers.name}.{index}" for index, _ in removed}
             left = [group for name, group in self.operators.items() if name not in gone]

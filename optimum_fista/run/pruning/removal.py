@@ -139,11 +139,13 @@ class Removal:
             self.config = replace(self.config, overrides={**all_columns, **self.config.overrides})
         return left
 
-    def require_called(self, layer_name: str, groups: Sequence[Group]) -> None:
-        """Refuse a decoder layer that never calls an operator that loses columns.
+    def to_prune(
+        self, layer_name: str, groups: Sequence[Group], activations: LayerActivations, hidden_states: Tensor
+    ) -> tuple[list[Group], dict[str, str]]:
+        """The groups of a decoder layer to prune, and its operators that stay as they are, with the reason.
 
-        Raises:
-            UnsupportedArchitectureError: If so.
+        Of a layer to repair these are the operators that lose columns, and the last one, if the layer's output is
+        something plus its output. `groups` are those that the layer calls.
         """
         called = {operator.name for group in groups for operator in group}
         for name, part in self.plan.parts.items():
@@ -151,15 +153,6 @@ class Removal:
                 raise UnsupportedArchitectureError(
                     f"{name} is never called, so nothing tells which of its columns to remove: use another pattern."
                 )
-
-    def to_prune(
-        self, groups: Sequence[Group], activations: LayerActivations, hidden_states: Tensor
-    ) -> tuple[list[Group], dict[str, str]]:
-        """The groups of a decoder layer to prune, and its operators that stay as they are, with the reason.
-
-        Of a layer to repair these are the operators that lose columns, and the last one, if the layer's output is
-        something plus its output.
-        """
         chosen = [[o for o in group if self.config.pattern_for(o.name).sparsity] for group in groups]
         if groups and not chosen[-1] and len(groups[-1]) == 1:
             chosen[-1] = [o for o in groups[-1] if is_added_to_output(activations, o.module, hidden_states)]
@@ -300,9 +293,8 @@ class Removal:
             mask = self.plan.shrink_tensor(operator.name, mask, kept)
             smaller[new] = pack_mask(mask)
             out, columns = mask.shape[::-1] if operator.stored_transposed else mask.shape
-            num_kept = int(mask.sum())
             report = replace(operator, name=new, shape=(out, columns), groups_kept=groups)
-            reports.append(replace(report, num_kept=num_kept, sparsity=1 - num_kept / mask.numel()))
+            reports.append(replace(report, num_kept=mask.numel(), sparsity=0.0))  # no mask has zeros in what stays
         return reports, smaller
 
     def _renamed(self, values: Mapping[str, T]) -> dict[str, T]:

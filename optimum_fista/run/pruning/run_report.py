@@ -47,7 +47,13 @@ def begin_report(
             "zeros): errors are measured against it as it is, and zeros outside of the new pattern may be filled."
         )
     names = [name for group in operators.values() for name in group]
-    warn_of_few_tokens(report, operators)
+    tokens = report.calibration["num_tokens"]
+    widest = max((o for group in operators.values() for o in group.values()), key=lambda o: o.shape[1], default=None)
+    if widest is not None and tokens < widest.shape[1]:
+        report.warn(
+            f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
+            "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
+        )
     for message in idle_patterns(config, names, list(left_dense)):
         report.warn(message)
     return report
@@ -126,17 +132,6 @@ def _without_residual_correction(report: PruningReport) -> Iterator[str]:
 def first_names(names: Sequence[str]) -> str:
     """The first four of many names, for a message."""
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-
-
-def warn_of_few_tokens(report: PruningReport, operators: Mapping[str, Mapping[str, LinearOperator]]) -> None:
-    """Warn if an operator, of those by decoder layer, has more inputs than there are calibration tokens."""
-    tokens = report.calibration["num_tokens"]
-    widest = max((o for group in operators.values() for o in group.values()), key=lambda o: o.shape[1], default=None)
-    if widest is not None and tokens < widest.shape[1]:
-        report.warn(
-            f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
-            "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
-        )
 
 
 def _describe(model: PreTrainedModel) -> dict[str, Any]:

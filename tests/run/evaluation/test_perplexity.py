@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from untouched import Untouched
 
@@ -140,3 +141,11 @@ def test_progress_is_shown_on_request(model, windows, capsys):
 def test_ids_go_to_the_cpu_when_the_embedding_is_offloaded(model):
     assert input_device(model) == torch.device("cpu")
     assert input_device(model.to("meta")) == torch.device("cpu")
+
+
+def test_windows_that_are_too_long_for_the_model():
+    long = torch.randint(0, VOCAB_SIZE, (2, 65), generator=torch.Generator().manual_seed(0))
+    message = r"windows holds sequences of 65 tokens, .* pass at most 64, its max_position_embeddings"
+    with pytest.raises(ValueError, match=message):
+        evaluate_perplexity(tiny_model("opt"), long, progress=False)
+    assert evaluate_perplexity(tiny_model("llama"), long, progress=False).sequence_length == 65  # without a table
