@@ -41,8 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the folder, write the page, print where it is."""
-    from tqdm.auto import tqdm
-
     from optimum_fista.run.checkpoints.atomic import require_writable
     from optimum_fista.run.checkpoints.output import write_about
     from optimum_fista.run.evaluation.generation import continue_prompts
@@ -52,8 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--dense MODEL and --prompt TEXT belong together: pass both, or none.")
     output = arguments.output or arguments.folder / "fista" / "report.html"
     require_writable(output)
-    with tqdm(desc="Reading masks", unit="operator") as bar:
-        contents = read_contents(arguments.folder, arguments.evaluations, lambda _: bar.update())
+    contents = read_contents(arguments.folder, arguments.evaluations)
     if arguments.dense:
         settings = {name: getattr(arguments, name) for name in ("max_new_tokens", "device", "dtype")}
         written = [

@@ -26,7 +26,6 @@ class PenaltySearch:
         converged: Whether FISTA converged in that trial.
         iterations: FISTA steps over all trials.
         errors: Best error after each trial, for plots and tests; never rises.
-        changes: Relative changes of the iterate in the FISTA steps of all trials.
     """
 
     weight: Tensor
@@ -36,7 +35,6 @@ class PenaltySearch:
     converged: bool = True
     iterations: int = 0
     errors: list[float] = field(default_factory=list)
-    changes: list[float] = field(default_factory=list)
 
 
 def search_penalty(
@@ -89,7 +87,6 @@ def search_penalty(
         weight = solution.weight * mask
         error = math.sqrt(problem.squared_error(weight))
         best.iterations += solution.iterations
-        best.changes += solution.changes
         if error < best.error:
             start = best.weight = weight
             best.mask, best.error = mask, error

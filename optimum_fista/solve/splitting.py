@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,9 +13,6 @@ from optimum_fista.solve.blocks import row_blocks
 from optimum_fista.solve.cholesky import cholesky_in_place, inverse_in_place, mean_damping
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.pruned import Convergence
-
-FIXED_POINT_RESIDUAL = "||W - Z|| of an ADMM step, relative to the dense weights"
 
 
 class Target(Protocol):
@@ -35,15 +32,12 @@ class SplitState:
         point: `P` [out, in]; the dense weights at the start.
         mask: Mask of `Z`, True = kept; `None` before the first projection, where `Z = P` and `V = 0`.
         rho: The penalty parameter that `point` was made with.
-        moves: `|| W_{k+1} - Z_k ||_F / || Z_0 ||_F` of every iteration, scalars on the device.
     """
 
     target: Target
     point: Tensor
     mask: Tensor | None = None
     rho: float = 1.0
-    moves: list[Tensor] = field(default_factory=list)
-    _size: Tensor | None = None
 
     @property
     def sparse(self) -> Tensor:
@@ -57,9 +51,6 @@ class SplitState:
         `W = (C - V + rho Z) (G + rho I)^-1`, `Z = project(W + V / rho)`, `V += rho (W - Z)`. A block of rows at a
         time but for the projection.
         """
-        if self._size is None:
-            self._size = torch.linalg.vector_norm(self.point).clamp_min(torch.finfo(self.point.dtype).tiny)
-        moves = []
         for rows in row_blocks(self.point):
             point = self.point[rows]  # becomes Z + V / rho, with the new rho
             if self.mask is None:
@@ -75,26 +66,13 @@ class SplitState:
             # W + V / rho, the next `P`, in the memory of the dual.
             dual.addmm_(wanted, inverse, beta=ratio)
             del wanted
-            # (Z + V / rho) - (W + V / rho) = Z - W.
-            moves.append(torch.linalg.vector_norm(point.sub_(dual)))
             point.copy_(dual)
-        self.moves.append(torch.stack(moves).norm() / self._size)
         # The old mask and the last block go before the next mask is made.
         self.mask = None
         del dual
         # The projection, and the update of V: what the mask removes of P is the next V / rho.
         self.mask = pattern.mask_of(self.point)
         self.rho = rho
-
-    @property
-    def convergence(self) -> Convergence | None:
-        """The fixed-point residual of the iterations, which vanishes if the primal and the dual one do.
-
-        `W_{k+1} - Z_k = (W_{k+1} - Z_{k+1}) + (Z_{k+1} - Z_k)`: the primal residual, and the dual one over rho. It
-        begins with the second iteration; in the first, from the dense weights, nothing has been projected yet.
-        """
-        residuals = torch.stack(self.moves[1:]).tolist() if len(self.moves) > 1 else []
-        return Convergence.of(FIXED_POINT_RESIDUAL, residuals, first=2)
 
 
 def damped_inverse(gram: Tensor, rho: float) -> Tensor:

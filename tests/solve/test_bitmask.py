@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_fista.solve.bitmask import count_kept, pack_mask, unpack_mask
+from optimum_fista.solve.bitmask import pack_mask, unpack_mask
 
 
 @pytest.mark.parametrize("shape", [(1,), (8,), (9,), (3, 5), (4, 16), (2, 3, 7), (64, 33)])
@@ -35,14 +35,3 @@ def test_number_of_bytes_must_fit_the_shape(size, shape):
 def test_other_types_are_refused():
     with pytest.raises(ValueError, match=r"packed has 3 values of torch\.int64"):
         unpack_mask(torch.zeros(3, dtype=torch.int64), (3, 8))
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 33), (64, 8), (17, 100)])
-def test_kept_weights_are_counted_by_row_and_by_column_in_blocks(shape, monkeypatch):
-    monkeypatch.setattr("optimum_fista.solve.bitmask._BLOCK", 256)
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.3
-    packed = pack_mask(mask)
-    assert torch.equal(count_kept(packed, shape, 0), mask.sum(1))
-    assert torch.equal(count_kept(packed, shape, 1), mask.sum(0))
-    with pytest.raises(ValueError, match="packed has"):
-        count_kept(torch.cat([packed, packed]), shape, 0)

@@ -18,11 +18,9 @@ def test_iterations_by_hand():
     pattern = Unstructured(0.5)
     state = SplitState(target, made.weight.clone())
     sparse, dual = made.weight.clone(), torch.zeros_like(target)
-    residuals, size = [], float(made.weight.norm())
     for rho in (2.0, 2.0, 5.0, 3.0):
         inverse = damped_inverse(gram.clone(), rho)
         weight = (target - dual + rho * sparse) @ torch.linalg.inv(gram + rho * torch.eye(8, dtype=gram.dtype))
-        residuals.append(float((weight - sparse).norm()) / size)
         moved = weight + dual / rho
         mask = pattern.mask(moved.abs())
         sparse, dual = moved * mask, dual + rho * (weight - moved * mask)
@@ -30,9 +28,6 @@ def test_iterations_by_hand():
         assert torch.equal(state.mask, mask)
         assert torch.allclose(state.sparse, sparse)
         assert torch.allclose(rho * (state.point - state.sparse), dual)
-        assert [float(move) for move in state.moves] == pytest.approx(residuals)
-    assert state.convergence.steps == (2, 3, 4)
-    assert state.convergence.residuals == pytest.approx(residuals[1:], rel=5e-3)
 
 
 def test_a_large_rho_converges_to_a_point_where_both_sides_agree():
@@ -40,7 +35,6 @@ def test_a_large_rho_converges_to_a_point_where_both_sides_agree():
     rho, pattern = float(made.problem.gram.diagonal().mean()), Unstructured(0.5)
     state = SplitState(made.problem.target, made.weight.clone())
     split_in_stages(made.problem.gram.clone, [state], [pattern], [rho], 4000)
-    assert state.convergence.residuals[-1] < 1e-6 < state.convergence.residuals[0]
     support = [torch.nonzero(row).flatten() for row in state.mask]
     for row, kept in enumerate(support):
         gram = made.problem.gram[kept][:, kept]

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from statistics import fmean
 
-from optimum_fista.run.reports.operator_grid import OperatorGrid, layer_and_kind, layer_index
+from optimum_fista.run.reports.operator_grid import OperatorGrid, layer_index
 from optimum_fista.run.reports.report import OperatorReport
-from optimum_fista.solve.pruned import Convergence
 
 STEPS = 9
 """Colours of a heat map's scale; style.css has them."""
 
 _LETTERS = 7  # that fit a line of the narrowest column
 _LABELS = 12  # below the axis of a line chart
-_CHARTS, _TICKS = 12, 5  # convergence charts, and ticks in each
 
 
 @dataclass(frozen=True)
@@ -175,61 +173,3 @@ def line_chart(
         [(places[index], labels[index]) for index in drawn[:: math.ceil(len(drawn) / _LABELS)]],
         unit[1],
     )
-
-
-@dataclass(frozen=True)
-class ConvergenceChart:
-    """Operators that were solved together, or one; steps whose residual is zero have no point."""
-
-    name: str
-    seconds: float
-    convergence: Convergence
-    points: Sequence[Point]
-
-
-@dataclass(frozen=True)
-class ConvergenceCharts:
-    """Charts on one logarithmic scale, the slowest operators first; `last` is the step at the right end of all."""
-
-    charts: Sequence[ConvergenceChart]
-    ticks: Sequence[tuple[float, str]]
-    last: int
-
-
-def convergence_charts(operators: Iterable[OperatorReport]) -> ConvergenceCharts | None:
-    """The charts of the slowest operators whose methods report their steps; `None` if there are none."""
-    together: dict[tuple[str, Convergence], list[OperatorReport]] = {}
-    for operator in operators:
-        if operator.convergence is not None:
-            together.setdefault((layer_and_kind(operator.name)[0], operator.convergence), []).append(operator)
-    groups = [(sum(o.solve_seconds for o in group), *key, group) for key, group in together.items()]
-    slowest = sorted(groups, key=lambda group: group[0], reverse=True)[:_CHARTS]
-    exponents = [math.log10(r) for _, _, c, _ in slowest for r in c.residuals if r > 0 and math.isfinite(r)]
-    if not exponents:
-        return None
-    low, high = math.floor(min(exponents)), math.ceil(max(exponents))
-    high = max(high, low + 1)
-    every = math.ceil((high - low) / (_TICKS - 1))
-    low = high - every * math.ceil((high - low) / every)
-    last = max(convergence.steps[-1] for _, _, convergence, _ in slowest)
-
-    def points(found: Convergence) -> list[Point]:
-        return [
-            Point((step - 1) / max(1, last - 1), (high - math.log10(r)) / (high - low), f"step {step}: {r:g}")
-            for step, r in zip(found.steps, found.residuals, strict=True)
-            if r > 0 and math.isfinite(r)
-        ]
-
-    return ConvergenceCharts(
-        [ConvergenceChart(_name(layer, group), seconds, c, points(c)) for seconds, layer, c, group in slowest],
-        [((high - e) / (high - low), f"1e{e}" if e else "1") for e in range(low, high + 1, every)],
-        last,
-    )
-
-
-def _name(layer: str, group: Sequence[OperatorReport]) -> str:
-    """`layer 3: self_attn.q_proj, k_proj, v_proj`."""
-    kinds = [layer_and_kind(operator.name)[1] for operator in group]
-    module = kinds[0].rpartition(".")[0]
-    shown = [kinds[0], *(kind.removeprefix(f"{module}.") if module else kind for kind in kinds[1:])]
-    return f"layer {layer_index(layer)}: {', '.join(shown)}" if layer else ", ".join(shown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,10 @@ from optimum_fista.run.checkpoints.checkpoint import REPORT_FILE, read_report
 from optimum_fista.run.evaluation.evaluation_file import EVALUATION_FILE, Evaluation, place_of, read_evaluations
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
 from optimum_fista.run.evaluation.zero_shot import TaskResult
-from optimum_fista.run.html_report.charts import STEPS, convergence_charts, heat_map, line_chart
-from optimum_fista.run.html_report.row_sparsity import MaskSparsities, read_sparsities
+from optimum_fista.run.html_report.charts import STEPS, heat_map, line_chart
 from optimum_fista.run.reports.card import model_title
 from optimum_fista.run.reports.operator_grid import OperatorGrid
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
-from optimum_fista.solve.patterns import parse_pattern
 
 MIB, GIB = 2**20, 2**30
 _KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
@@ -40,24 +38,20 @@ class Continuation:
 
 @dataclass(frozen=True)
 class ReportContents:
-    """What is known of a pruned model: its folder, report and masks, measurements of it and of others, and texts."""
+    """What is known of a pruned model: its folder and report, measurements of it and of others, and texts."""
 
     folder: Path
     report: PruningReport
-    sparsities: MaskSparsities
     evaluations: tuple[Evaluation, ...] = ()
     continuations: tuple[Continuation, ...] = ()
 
 
-def read_contents(
-    folder: Path, evaluation_files: Sequence[Path] | None = None, progress: Callable[[str], None] = lambda _: None
-) -> ReportContents:
-    """Read the report, the masks and the measurements of a pruned folder, packed or not.
+def read_contents(folder: Path, evaluation_files: Sequence[Path] | None = None) -> ReportContents:
+    """Read the report and the measurements of a pruned folder, packed or not.
 
     Args:
         folder: The model folder.
         evaluation_files: Files of measurements; `None`: `fista/evaluation.json` of the folder, if there is one.
-        progress: Called with each operator's name once its mask is read.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -75,7 +69,7 @@ def read_contents(
         usual = folder / EVALUATION_FILE
         evaluation_files = [usual] if usual.exists() else []
     evaluations = tuple(evaluation for path in evaluation_files for evaluation in read_evaluations(path))
-    return ReportContents(folder, report, read_sparsities(folder, report, progress), evaluations)
+    return ReportContents(folder, report, evaluations)
 
 
 def render_page(contents: ReportContents) -> str:
@@ -95,7 +89,8 @@ def render_page(contents: ReportContents) -> str:
         "repr": repr,
         "breakable": lambda name: Markup(str(escape(name)).replace(".", ".<wbr>")),
     }
-    report, zeros, rows = contents.report, contents.sparsities.operators, contents.sparsities.rows
+    report = contents.report
+    zeros = [operator.sparsity for operator in report.operators]
     layers = [layer.name.rpartition(".")[2] for layer in report.layers]
     outputs = [operator for operator in report.operators if operator.output_error is not None]
     unseen = [operator for operator in report.operators if operator.held_out_fit_error is not None]
@@ -116,17 +111,14 @@ def render_page(contents: ReportContents) -> str:
         output_errors=outputs and heat(outputs, "output error", lambda o: o.output_error or 0.0, from_zero=True),
         held_out=unseen and heat(unseen, "held-out fit error over fit error", lambda o: _held_out([o])[2]),
         held_out_kinds=[(kind, *_held_out(grid.of_kind(kind))) for kind in grid.kinds],
-        zeros=heat_map(report.operators, "zeros", lambda o: zeros[o.name], lambda value: share(value, 2), share),
-        even=max(zeros.values(), default=0.0) - min(zeros.values(), default=0.0) < 5e-4,
-        even_rows=all(parse_pattern(o.pattern).fixed or o.scope == "row" for o in report.operators),
+        zeros=heat_map(report.operators, "zeros", lambda o: o.sparsity, lambda value: share(value, 2), share),
+        even=max(zeros, default=0.0) - min(zeros, default=0.0) < 5e-4,
         columns_left=_columns_left(report),
-        rows={kind: rows[kind] for kind in OperatorGrid.of(report.operators).kinds},
         hidden_state_errors=line_chart(layers, {"error": [layer.hidden_state_error for layer in report.layers]}, error),
         times=line_chart(layers, {"": [layer.seconds for layer in report.layers]}, duration, (1.0, "s")),
         memory=line_chart(layers, memory, size, (GIB, "GiB") if large else (MIB, "MiB")),
         memory_by_layer=memory,
         memory_peaks=memory_peaks,
-        convergence=convergence_charts(report.operators),
         measurements=[
             (title, note, *_measurements(contents, kind))
             for title, note, kind in (

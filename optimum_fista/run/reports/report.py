@@ -23,7 +23,6 @@ import optimum_fista
 from optimum_fista.run.memory import MemoryPeak
 from optimum_fista.run.records import as_record
 from optimum_fista.solve.pattern import Scope
-from optimum_fista.solve.pruned import Convergence
 
 _OLD_NAMES = {"relative_error": "fit_error", "held_out_error": "held_out_fit_error"}
 
@@ -56,7 +55,6 @@ class OperatorReport:
         held_out_fit_error: `fit_error` on held-out tokens, to which no weight was fitted; `None` if there are none.
         held_out_output_error: `output_error` on held-out tokens.
         held_out_tokens: Held-out tokens seen.
-        convergence: Convergence history; `None` if it takes no steps, or its residual is not known.
         residual_corrected: Whether it compensates for the error in the rest of its layer (`residual_correction`).
         groups_kept: Numbers of the groups of columns that stayed, if the others were removed from the model: shape,
             `num_kept` and `sparsity` are then those of the smaller weight.
@@ -83,7 +81,6 @@ class OperatorReport:
     held_out_fit_error: float | None = None
     held_out_output_error: float | None = None
     held_out_tokens: int = 0
-    convergence: Convergence | None = None
     residual_corrected: bool = False
     groups_kept: tuple[int, ...] | None = None
     input_order: tuple[int, ...] | None = None

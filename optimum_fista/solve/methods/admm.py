@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from optimum_fista.solve.method import PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.pruned import Convergence, PrunedOperator
-from optimum_fista.solve.splitting import FIXED_POINT_RESIDUAL, damped_inverse, unit_diagonal
+from optimum_fista.solve.pruned import PrunedOperator
+from optimum_fista.solve.splitting import damped_inverse, unit_diagonal
 
 
 @register
@@ -45,12 +43,9 @@ class Admm(PruningMethod):
         Z = problem.weight / scale
         U = Z.new_zeros(Z.shape)
         mask = pattern.mask_of(Z)
-        size, moves = Z.norm().clamp_min(torch.finfo(Z.dtype).tiny), []
         for k in range(1, self.max_iterations + 1):
             # The W step; U = V / rho is the scaled dual.
             W = (target + self.rho * (Z - U)) @ inverse
-            if k > 1:  # before, nothing has been projected yet
-                moves.append((W - Z).norm() / size)
             V = W + U
             if k <= self.ramp_iterations:
                 # The cubic schedule: most zeros come in the first iterations.
@@ -61,11 +56,4 @@ class Admm(PruningMethod):
         # With fewer iterations than the ramp has, Z keeps too many weights until now.
         final = pattern.mask_of(Z)
         weight = Z * final * scale  # back from scaled coordinates
-        residuals = torch.stack(moves).tolist() if moves else []
-        return PrunedOperator(
-            weight,
-            final,
-            problem.fit_error(weight),
-            iterations=self.max_iterations,
-            convergence=Convergence.of(FIXED_POINT_RESIDUAL, residuals, first=2),
-        )
+        return PrunedOperator(weight, final, problem.fit_error(weight), iterations=self.max_iterations)

@@ -73,5 +73,4 @@ class Alps(PruningMethod):
             iterations=iteration + int(steps),
             converged=settled,
             message=message,
-            convergence=state.convergence,
         )

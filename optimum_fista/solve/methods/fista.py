@@ -15,7 +15,7 @@ from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.penalty import search_penalty
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.proximal_gradient import FistaSolution, fista
-from optimum_fista.solve.pruned import Convergence, PrunedOperator
+from optimum_fista.solve.pruned import PrunedOperator
 from optimum_fista.solve.refit import refit, refit_columns
 
 WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt"]
@@ -118,7 +118,6 @@ class Fista(PruningMethod):
             l1_penalty=found.l1_penalty,
             converged=found.converged and rounded.converged and not refitted,
             message="; ".join(filter(None, (rounded.message, advice, refitted))),
-            convergence=Convergence.of("relative change of the weights in a FISTA step", found.changes),
         )
 
     def _rounded_start(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:

@@ -150,7 +150,6 @@ class ObsAdmm(PruningMethod):
             iterations=self.stages * self.iterations + steps,
             converged=not message,
             message=message,
-            convergence=state.convergence,
         )
 
 

@@ -3,8 +3,7 @@ import math
 
 import pytest
 
-from optimum_fista.run.html_report.charts import STEPS, convergence_charts, heat_map, line_chart
-from optimum_fista.solve.pruned import Convergence
+from optimum_fista.run.html_report.charts import STEPS, heat_map, line_chart
 
 
 @pytest.fixture
@@ -97,45 +96,3 @@ def test_ticks_hold_all_values_and_are_few(highest):
 def test_labels_are_thinned_out_and_nothing_is_no_chart():
     assert len(chart([str(i) for i in range(126)], [0.1] * 126).labels) <= 12
     assert chart(["0", "1"], [None, math.nan]) is None
-
-
-@pytest.fixture
-def solved(operator):
-    def make(name: str, seconds: float, *residuals: float):
-        return operator(name, solve_seconds=seconds, convergence=Convergence.of("change", residuals))
-
-    return make
-
-
-def test_steps_are_where_their_residuals_are(solved):
-    drawn = convergence_charts([solved("l.0.mlp.up", 1.0, 1.0, 0.1, 0.01), solved("l.1.mlp.up", 2.0, 0.1, 1e-4)])
-    assert [(c.name, c.seconds) for c in drawn.charts] == [("layer 1: mlp.up", 2.0), ("layer 0: mlp.up", 1.0)]
-    assert [[(p.x, p.y) for p in c.points] for c in drawn.charts] == [
-        [(0, pytest.approx(1 / 4)), (0.5, pytest.approx(1))],
-        [(0, 0), (0.5, pytest.approx(1 / 4)), (1, pytest.approx(1 / 2))],
-    ]
-    assert [text for _, text in drawn.ticks] == ["1e-4", "1e-3", "1e-2", "1e-1", "1"]
-    assert [y for y, _ in drawn.ticks] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
-    assert drawn.last == 3
-    assert drawn.charts[1].points[1].title == "step 2: 0.1"
-
-
-def test_operators_solved_together_share_a_chart(solved):
-    group = [solved(f"l.3.attn.{kind}", 0.5, 0.3, 0.2) for kind in ("q", "k", "v")]
-    (shared,) = convergence_charts(group).charts
-    assert shared.name == "layer 3: attn.q, k, v"
-    assert shared.seconds == 1.5
-
-
-def test_zeros_have_no_place_and_many_decades_few_ticks(solved):
-    drawn = convergence_charts([solved("l.0.up", 1.0, 1e-1, 0.0, 1e-14)])
-    assert [point.title for point in drawn.charts[0].points] == ["step 1: 0.1", "step 3: 1e-14"]
-    assert all(0 <= point.y <= 1 for point in drawn.charts[0].points)
-    assert 3 <= len(drawn.ticks) <= 5
-
-
-def test_the_slowest_are_drawn_and_nothing_is_no_chart(solved, operator):
-    many = [solved(f"l.{i}.up", float(i), 0.5, 0.1 + i) for i in range(40)]
-    assert [c.name for c in convergence_charts(many).charts] == [f"layer {39 - i}: up" for i in range(12)]
-    assert convergence_charts([operator("l.0.up", convergence=None)]) is None
-    assert convergence_charts([solved("l.0.up", 1.0, 0.0)]) is None

@@ -5,16 +5,13 @@ import json
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 
 from optimum_fista.run.evaluation.evaluation_file import Evaluation
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
 from optimum_fista.run.evaluation.zero_shot import Score, TaskResult
 from optimum_fista.run.html_report.page import Continuation, read_contents, render_page
-from optimum_fista.run.html_report.row_sparsity import RowSparsities
 from optimum_fista.run.memory import MemoryPeak
-from optimum_fista.run.reports.report import PruningReport
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
 
@@ -102,11 +99,6 @@ def test_hostile_texts_are_escaped(contents):
         second,
         *others,
     ]
-    sparsities = dataclasses.replace(
-        contents.sparsities,
-        operators=contents.sparsities.operators | {name: 0.9},
-        rows=contents.sparsities.rows | {HOSTILE: next(iter(contents.sparsities.rows.values()))},
-    )
     hostile = dataclasses.replace(
         changed(
             contents,
@@ -118,7 +110,6 @@ def test_hostile_texts_are_escaped(contents):
             calibration=report.calibration | {"source": HOSTILE, "sha256": HOSTILE},
             versions=report.versions | {HOSTILE: HOSTILE},
         ),
-        sparsities=sparsities,
         evaluations=(Evaluation(HOSTILE, PerplexityResult(9.0, 1, 1, 2, 1.0, HOSTILE)),),
         continuations=(Continuation(HOSTILE, HOSTILE, HOSTILE),),
     )
@@ -136,70 +127,11 @@ def test_what_was_not_measured_is_said(contents, error_correction):
     )
 
 
-def test_reports_of_older_versions_have_no_curve(contents):
-    values = contents.report.to_dict()
-    del values["layers"]
-    older = dataclasses.replace(contents, report=PruningReport.from_dict(values))
-    assert "Not measured: this report is of a version that did not measure it" in text_of(older)
-
-
 def test_errors_of_the_hidden_states_are_a_curve(contents):
     layers = [dataclasses.replace(layer, hidden_state_error=0.125) for layer in contents.report.layers]
     text = text_of(changed(contents, layers=layers))
     assert "layer 0: 0.1250" in text
     assert "layer 1: 0.1250" in text
-
-
-def test_reports_of_older_versions_say_that_memory_and_residuals_are_not_in_them(contents):
-    values = contents.report.to_dict()
-    for layer in values["layers"]:
-        del layer["memory"]
-    for operator in values["operators"]:
-        del operator["convergence"]
-    text = text_of(dataclasses.replace(contents, report=PruningReport.from_dict(values)))
-    assert "Memory: not measured, this report is of a version that did not" in text
-    assert "Not shown: the residuals of fista are not in this report" in text
-    assert "Peak memory" not in text
-
-
-def test_methods_without_steps_have_no_residuals(contents):
-    operators = [
-        dataclasses.replace(o, method="wanda", iterations=0, convergence=None) for o in contents.report.operators
-    ]
-    assert "Not shown: wanda takes no steps that could converge" in text_of(changed(contents, operators=operators))
-
-
-def test_the_slowest_operators_residuals_are_drawn(contents):
-    text = text_of(contents)
-    assert "Residual: relative change of the weights in a FISTA step" in text
-    slowest = max(contents.report.operators, key=lambda o: o.solve_seconds)
-    for step, residual in zip(slowest.convergence.steps, slowest.convergence.residuals, strict=True):
-        assert f"step {step}: {residual:g}" in text
-        assert f"{step}: {residual:g}" in text.split("step: residual")[1]
-
-
-def test_rows_are_in_the_bar_of_their_sparsity(contents):
-    spread, even = RowSparsities(), RowSparsities()
-    spread.add(np.array([0.0, 0.019, 0.5, 0.5, 0.5, 1.0]))
-    even.add(np.full(7, 0.3))
-    kinds = list(contents.sparsities.rows)
-    found = dict.fromkeys(kinds, even) | {kinds[0]: spread}
-    operators = [dataclasses.replace(o, pattern="unstructured", scope="matrix") for o in contents.report.operators]
-    page = render_page(
-        dataclasses.replace(
-            changed(contents, operators=operators), sparsities=dataclasses.replace(contents.sparsities, rows=found)
-        )
-    )
-    text = Outline(page).text
-    assert "3 rows have 50% to 52% zeros" in text
-    assert "0.0% to 100.0%, median 50.0%" in text
-    assert "30.0% in every row" in text
-    bars = [a for tag, a in Outline(page).tags if tag == "rect" and a.get("width") == "2%"]
-    assert [(bar["x"], bar["height"]) for bar in bars[:3]] == [
-        ("0.000%", "37.33"),
-        ("50.000%", "56.00"),
-        ("98.000%", "18.67"),
-    ]
 
 
 def test_time_and_memory_by_layer(contents):

@@ -8,7 +8,6 @@ import pytest
 import optimum_fista
 from optimum_fista.run.memory import MemoryPeak
 from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport, library_versions, public_name
-from optimum_fista.solve.pruned import Convergence
 
 
 def operator(name: str, **changes) -> OperatorReport:
@@ -47,7 +46,7 @@ def report(*operators: OperatorReport) -> PruningReport:
 
 
 TWO = report(
-    operator("layers.0.up.weight", convergence=Convergence("change", (1, 2), (0.5, 0.25))),
+    operator("layers.0.up.weight"),
     operator("layers.0.down.weight", shape=(2, 4), num_kept=2, sparsity=0.75, fit_error=0.6, converged=False),
 )
 

@@ -23,9 +23,6 @@ def test_swaps_shrink_the_expected_error_of_rows_and_keep_the_pattern(pattern):
     before, after = expected_errors(made, start.mask), expected_errors(made, pruned.mask)
     assert bool((after <= before + 1e-9).all())
     assert float(after.sum()) < 0.8 * float(before.sum())
-    assert pruned.convergence.steps[-1] == pruned.iterations
-    assert pruned.convergence.residuals[-1] == pytest.approx(float(after.norm() / before.norm()), rel=5e-3)
-    assert list(pruned.convergence.residuals) == sorted(pruned.convergence.residuals, reverse=True)
     assert pattern.violation(pruned.mask) is None
     assert torch.equal(pruned.weight, torch.where(pruned.mask, made.weight, 0.0))
 
@@ -36,7 +33,6 @@ def test_a_high_threshold_is_wanda():
     pruned = Dsnot(threshold=1e9).prune(made.problem, pattern)
     assert torch.equal(pruned.mask, Wanda().prune(made.problem, pattern).mask)
     assert pruned.iterations == 0
-    assert pruned.convergence is None
 
 
 def test_statistics_without_a_mean_are_refused():

@@ -51,16 +51,6 @@ def best_subset(made: Example, pattern: SparsityPattern) -> float:
     return min(sum(by_size[r][s] for r, s in enumerate(share)) for share in shares if sum(share) == total)
 
 
-def test_the_changes_of_all_trials_are_kept():
-    made = example(12, 20)
-    method = Fista(refit_iterations=0, max_iterations=5, max_trials=4, patience=4)
-    pruned = method.prune(made.problem, Unstructured(0.5))
-    assert pruned.convergence.steps == tuple(range(1, pruned.iterations + 1))
-    assert pruned.iterations == 20
-    assert min(pruned.convergence.residuals) > 0
-    assert Magnitude().prune(made.problem, Unstructured(0.5)).convergence is None
-
-
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("warm_start", list(STARTS))

@@ -77,16 +77,6 @@ def test_alps_settles_and_says_when_it_does_not():
     assert "max_iterations=6" in hurried.message
 
 
-@pytest.mark.parametrize("name", SPLITTING)
-def test_the_residual_of_the_iterations_is_kept(name):
-    made = example(16, 24, correlation=2.0)
-    found = create_method(name).prune(made.problem, Unstructured(0.5)).convergence
-    assert found.steps[0] == 2
-    assert found.steps[-1] == {"admm": 20, "obs_admm": 12}.get(name, found.steps[-1])
-    assert 0 < found.residuals[-1] < 0.3 * max(found.residuals)
-    assert "ADMM step" in found.measure
-
-
 def test_obs_admm_shares_work_without_changing_results():
     made = example(10, 12, corrected=True)
     statistics = made.problem.statistics
