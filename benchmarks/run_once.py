@@ -27,7 +27,7 @@ def main() -> None:
     samples, unseen = OPTIONS["samples"], OPTIONS.get("unseen", 0)
     tokens = torch.randint(0, OPTIONS["vocabulary"], (samples + unseen, OPTIONS["length"]), generator=generator)
     batches = tokens[:samples].split(OPTIONS["batch"])
-    probe = tokens[samples:] if unseen else None
+    batches += ({"input_ids": tokens[samples:], "held_out": True},) * bool(unseen)
     config = FistaPruningConfig.from_dict(OPTIONS["config"])
     pruner = FistaPruner(config, progress=False)
     print("ready", flush=True)
@@ -36,11 +36,11 @@ def main() -> None:
     wall, processor = time.perf_counter(), time.process_time()
     if OPTIONS.get("in_memory"):
         model = AutoModelForCausalLM.from_pretrained(OPTIONS["source"])
-        report = pruner.prune(model, batches, perplexity_tokens=probe)
+        report = pruner.prune(model, batches)
         pruner.save_pretrained(model, OPTIONS["output"])
     else:
         places = {"output_dir": OPTIONS["output"], "device": "cpu"}
-        report = pruner.prune(OPTIONS["source"], batches, perplexity_tokens=probe, **places)
+        report = pruner.prune(OPTIONS["source"], batches, **places)
     seconds = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
     print(json.dumps(seconds | report.seconds), flush=True)
 

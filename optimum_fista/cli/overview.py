@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from optimum_fista.run.estimate.estimate import Estimate
     from optimum_fista.run.reports.report import PruningReport
 
-LEAST_TOKENS = 4096
-"""Tokens that a verdict rests on at least."""
-
 
 def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
     """Say what the run will do and take; returns the size of its batches."""
@@ -60,13 +57,13 @@ def estimate_of(arguments: argparse.Namespace, config: FistaPruningConfig, batch
     """What the run will take, with batches of this size; `None`: of the best size for the device."""
     from optimum_fista.run.checkpoints.source_files import require_no_loss
     from optimum_fista.run.estimate.estimate import Estimate
-    from optimum_fista.run.texts.calibration_source import num_unseen
+    from optimum_fista.run.texts.calibration_source import num_spare
 
     names = ("sequence_length", "calibration", "device", "dtype", "storage_device", "packed")
     numbers = {"num_samples": arguments.num_samples + config.held_out, "batch_size": arguments.batch_size or 1}
-    unseen = 0 if config.held_out else num_unseen(config, arguments.num_samples)
     options = {name: getattr(arguments, name) for name in names}
-    estimate = Estimate(arguments.model, config, num_unseen=unseen, **numbers, **options)
+    numbers["num_unseen"] = num_spare(config, arguments.num_samples)
+    estimate = Estimate(arguments.model, config, **numbers, **options)
     if Path(arguments.model).is_dir():
         require_no_loss(estimate.model, Path(arguments.model), arguments.drop_unused)
     return estimate.with_batch_size(batch_size or _best_batch_size(estimate))
@@ -100,6 +97,8 @@ def verdicts(report: PruningReport) -> Iterator[str]:
 
 def _verdict(found: Mapping[str, Any]) -> str:
     """Whether the perplexity after is much more than before, if it rests on enough text."""
+    from optimum_fista.model.held_out import LEAST_TOKENS
+
     if found["num_tokens"] < LEAST_TOKENS:
         return f"no verdict on fewer than {LEAST_TOKENS:,} tokens"
     if found["text"] == "self":

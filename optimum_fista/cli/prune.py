@@ -7,9 +7,9 @@ import itertools
 import os
 import re
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optimum_fista.cli.options import add_options, given
 from optimum_fista.run.options import PruningOptions
@@ -118,16 +118,15 @@ def run(arguments: argparse.Namespace) -> int:
             ranks.first(lambda: opened.enter_context(locked_output(arguments.output)) and None)
             arguments.batch_size = ranks.first(lambda: say_before(arguments, config))
             callbacks = [] if ranks.index else [opened.enter_context(Progress(shares=ranks.count > 1))]
-            tokens, unseen = ranks.first(lambda: _tokens(arguments, config, ranks.device, folder / FOLDER))
+            batches = ranks.first(lambda: _batches(arguments, config, ranks.device, folder / FOLDER))
             places = {
                 name: getattr(arguments, name) for name in ("device", "dtype", "overwrite", "packed", "drop_unused")
             }
             report = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks).prune(
                 arguments.model,
-                tokens.split(arguments.batch_size),
+                batches,
                 calibration_source=arguments.calibration,
                 output_dir=arguments.output,
-                perplexity_tokens=unseen,
                 **places,
             )
         except KeyboardInterrupt:
@@ -226,31 +225,42 @@ def _num_kept(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
     return len(list((unfinished_folder(arguments.output) / FOLDER).glob("layer-*.json")))
 
 
-def _tokens(
+def _batches(
     arguments: argparse.Namespace, config: FistaPruningConfig, device: str | None, keep_in: Path
-) -> tuple[Tensor, Tensor | None]:
-    """The calibration tokens, and those to measure the perplexity on if there is text for them.
+) -> list[Tensor | dict[str, Any]]:
+    """The calibration batches, and text to measure the perplexity on if there is some."""
+    import torch
 
-    Several processes don't measure it, but draw the same number: the text that a model writes depends on it.
-    """
-    from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, num_unseen
+    from optimum_fista.run.texts.calibration_source import (
+        calibration_tokens_by_name,
+        held_out_windows,
+        num_held_out,
+        num_spare,
+    )
 
     def draw(count: int) -> Tensor:
         numbers = arguments.sequence_length, config.seed
         places = {"device": device, "dtype": arguments.dtype, "keep_in": keep_in}
         return calibration_tokens_by_name(arguments.model, arguments.calibration, count, *numbers, **places)
 
-    wanted, unseen = arguments.num_samples + config.held_out, num_unseen(config, arguments.num_samples)
-    if config.held_out or arguments.num_samples < 1 or not unseen:
-        tokens = draw(wanted)
-        return tokens, tokens[-min(unseen, config.held_out) :] if unseen and config.held_out else None
+    wanted, spare = arguments.num_samples + config.held_out, num_spare(config, arguments.num_samples)
+    source, extra = arguments.calibration, None
     try:
-        tokens = draw(wanted + unseen)
+        tokens = draw(wanted + spare)
     except ValueError:
-        if arguments.calibration == "self":
+        if source == "self" or not spare:
             raise
-        return draw(wanted), None  # the text may be just long enough for these
-    return tokens[:wanted], tokens[wanted:]
+        tokens, spare = draw(wanted), 0  # the text may be just long enough for these
+    count = num_held_out(config, tokens.shape[1])
+    if source == "self" and count:
+        source, extra = "pydoc", held_out_windows(arguments.model, "pydoc", count, tokens.shape[1], config.seed)
+    elif spare:
+        with suppress(ValueError):  # as many as there are
+            more = draw(wanted + count) if count > spare else tokens
+            tokens = more if torch.equal(more[:wanted], tokens[:wanted]) else tokens
+        extra = tokens[wanted:]
+    held_out = [] if extra is None else [{"input_ids": extra, "held_out": source}]
+    return [*tokens[:wanted].split(arguments.batch_size), *held_out]
 
 
 def _config(arguments: argparse.Namespace) -> FistaPruningConfig:

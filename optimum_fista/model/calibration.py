@@ -28,17 +28,24 @@ class CalibrationBatch:
     Attributes:
         input_ids: int64 [batch, sequence].
         attention_mask: bool [batch, sequence], True = a real token; `None` when all are.
-        held_out: Whether errors are measured on it and no weight is fitted to it.
+        held_out: Whether no weight is fitted to it.
+        text: Name of the text that it is of, if known.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
     held_out: bool = False
+    text: str | None = None
 
     @property
     def num_tokens(self) -> int:
         """Number of real tokens."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    def rows(self) -> Iterator[Tensor]:
+        """The ids of every sequence, without padding."""
+        for row, ids in enumerate(self.input_ids):
+            yield ids if self.attention_mask is None else ids[self.attention_mask[row]]
 
     def sequences(self, start: int, stop: int) -> CalibrationBatch:
         """A batch of some of the sequences."""
@@ -51,7 +58,8 @@ def read_batches(loader: Iterable[Any], vocab_size: int, longest: int | None = N
 
     Documents that are packed in a row become sequences of their own, and padded batches no larger than theirs. They are
     known by numbers in `attention_mask` (1, 1, 2, 2) or `seq_idx`, `position_ids` that begin again, and
-    `cu_seq_lens_q`. Nothing depends on `labels`, which data collators add.
+    `cu_seq_lens_q`. Nothing depends on `labels`, which data collators add. `held_out` marks a batch that no weight is
+    fitted to; it may name the text.
 
     Args:
         loader: Iterable of dicts with `input_ids` (and `attention_mask`), tensors of ids [batch, sequence] or
@@ -121,10 +129,9 @@ def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:
     """SHA-256 of all real tokens with the sequence boundaries, whatever the batch size."""
     digest = hashlib.sha256()
     for batch in batches:
-        for row, ids in enumerate(batch.input_ids.cpu()):
-            real = ids if batch.attention_mask is None else ids[batch.attention_mask[row].cpu()]
+        for ids in batch.rows():
             # The bar ends a sequence: tokens that are cut into other sequences have another hash.
-            digest.update(real.to(torch.int64).numpy().tobytes() + b"|")
+            digest.update(ids.cpu().to(torch.int64).numpy().tobytes() + b"|")
     return digest.hexdigest()
 
 
@@ -147,7 +154,7 @@ def _items(loader: Iterable[Any]) -> Iterable[Any]:
 
 def _read_batch(item: Any, where: str, vocab_size: int, longest: int | None) -> list[CalibrationBatch]:
     packing: dict[str, Any] = {}
-    mask = None
+    mask, held_out = None, None
     if isinstance(item, Mapping):
         for key, value in item.items():
             if value is None or isinstance(value, str) or not _NOT_READ.search(key):
@@ -160,7 +167,7 @@ def _read_batch(item: Any, where: str, vocab_size: int, longest: int | None) -> 
         if "input_ids" not in item:
             raise ValueError(f"{where} has the keys {sorted(item)}: pass 'input_ids' (and 'attention_mask').")
         packing = {key: item[key] for key in _PACKING if item.get(key) is not None}
-        mask = item.get("attention_mask")
+        mask, held_out = item.get("attention_mask"), item.get("held_out")
         item = item["input_ids"]
     # A batch of a TensorDataset.
     elif isinstance(item, list | tuple) and len(item) == 1 and isinstance(item[0], Tensor):
@@ -187,7 +194,8 @@ def _read_batch(item: Any, where: str, vocab_size: int, longest: int | None) -> 
             f"{where} holds sequences of {length} tokens: pass at most {longest}, the model's max_position_embeddings "
             f"(--sequence-length {longest})."
         )
-    return batches
+    text = held_out if isinstance(held_out, str) else None
+    return [replace(batch, held_out=bool(held_out), text=text) for batch in batches]
 
 
 def _documents(ids: Tensor, numbers: Tensor, packing: Mapping[str, Any], where: str) -> list[Tensor]:

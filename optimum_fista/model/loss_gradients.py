@@ -48,8 +48,7 @@ class DenseLoss:
         """Ids [1, sequence] of the sequences, without padding; those of a single token have no loss."""
         seen = 0
         for batch in self.batches:
-            for row, ids in enumerate(batch.input_ids):
-                ids = ids if batch.attention_mask is None else ids[batch.attention_mask[row]]
+            for ids in batch.rows():
                 if len(ids) < 2:
                     continue
                 yield ids[None]

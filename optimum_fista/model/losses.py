@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,15 +121,21 @@ class Sweep:
             leaving.append(hidden)
         return leaving
 
-    def loss(self, stream: ActivationStore) -> float:
-        """Cross-entropy of the next token, in nats a token, after the model's own norm and head."""
+    def loss(self, stream: ActivationStore, together: int = sys.maxsize) -> float:
+        """Cross-entropy of the next token, in nats a token, after the model's own norm and head.
+
+        The logits of so many tokens are held `together`.
+        """
         total, count = torch.zeros((), dtype=torch.float64, device=stream.device), 0
         for hidden, batch in zip(stream, self.sequences, strict=True):
-            logits = self._logits(hidden, batch.input_ids)
-            targets = batch.input_ids[0, 1:].to(logits.device)
-            loss = nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
-            total += loss.double().to(total.device)
-            count += len(targets)
+            ids, step = batch.input_ids, max(1, together // len(batch.input_ids))
+            for start in range(0, ids.shape[1] - 1, step):
+                logits = self._logits(hidden[..., start : start + step, :], ids[:, start : start + step])
+                targets = ids[:, start + 1 : start + 1 + step].to(logits.device)
+                found = logits[:, : targets.shape[1]].flatten(0, 1).float()
+                loss = nn.functional.cross_entropy(found, targets.flatten(), reduction="sum")
+                total += loss.double().to(total.device)
+                count += targets.numel()
         return float(total) / count
 
     def _logits(self, hidden: Tensor, ids: Tensor) -> Tensor:

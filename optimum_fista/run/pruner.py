@@ -79,7 +79,6 @@ class FistaPruner:
         overwrite: bool = False,
         packed: bool = False,
         drop_unused: bool = False,
-        perplexity_tokens: Tensor | None = None,
     ) -> PruningReport:
         """Prune a model in place, or from its files to the files of `output_dir`.
 
@@ -98,7 +97,11 @@ class FistaPruner:
                 Accelerate (on any error it is left as it was, but it stays pruned if `on_prune_end` of a callback
                 fails), or by its name: a Hub id, a model folder, or a folder with one GGUF file.
             calib_dataloader: Iterable of `{"input_ids", "attention_mask"}` dicts, tensors of ids
-                [batch, sequence] or lists of ids. Padding counts nowhere. It is read once.
+                [batch, sequence] or lists of ids. Padding counts nowhere. It is read once. Nothing is fitted to a
+                dict with `"held_out"` (True, or the name of the text), nor to the sequences of `held_out`: the report
+                gets the perplexity of the dense and of the pruned model on the first 4,096 tokens of these. It is not
+                measured with several processes, if experts are removed, or if decoder layers pass more than hidden
+                states to the next one.
             calibration_source: Name of the text, for the report.
             output_dir: Where to write the pruned model, for a model given by name only.
             device: Where a model given by name computes; `None`: the accelerator if there is one (each of several
@@ -108,10 +111,6 @@ class FistaPruner:
             packed: Make `output_dir` a packed folder (docs/formats.md); the zeros are never written.
             drop_unused: Prune a model given by name although its files hold tensors that Transformers' class has no
                 place for (a vision tower, layers that predict more tokens), and that the result will lack.
-            perplexity_tokens: Ids [sequences, length] to which nothing is fitted: the report gets the perplexity of the
-                dense and of the pruned model on them, which takes two forward passes. It is not measured with
-                several processes, if a run resumes that began without them or with others, if experts are removed, or
-                if decoder layers pass more than hidden states to the next one.
 
         Returns:
             The report; `save_pretrained` and `push_to_hub` save it with the model.
@@ -145,7 +144,6 @@ class FistaPruner:
                 callbacks=self.callbacks,
                 packed=packed,
                 drop_unused=drop_unused,
-                perplexity_tokens=perplexity_tokens,
             )
         if output_dir is not None or packed:
             option = "packed=True" if packed else "output_dir"
@@ -169,7 +167,6 @@ class FistaPruner:
             progress=self.progress,
             storage_device=self.storage_device,
             callbacks=self.callbacks,
-            perplexity_tokens=perplexity_tokens,
         )
         report, source = pruning.report, local_source(model)
         report.lack("" if source is None else described_loss(model, source))

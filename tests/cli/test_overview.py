@@ -26,7 +26,7 @@ def test_a_run_without_an_option_names_its_folder_and_says_what_it_will_do_and_w
     assert begin["output"] == name
     assert {"model", "method", "time", "memory", "disk"} < {*begin}
     found = json.loads((tmp_path / name / "fista" / "report.json").read_text())["perplexity"]
-    assert found["num_tokens"] == 15
+    assert (found["num_tokens"], found["text"]) == (16, text_file.name)
     assert f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after (no verdict on few" in shown.out
     assert re.search(r"\nlargest fit error 0\.\d\d \((low|usual|high)\): model\.layers\.", shown.out)
     assert main(command) == 1

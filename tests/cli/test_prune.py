@@ -372,7 +372,7 @@ def test_inside_of_the_models_folder_it_is_said_what_to_type(tiny_folder, monkey
 
 
 def test_a_short_text_is_for_the_calibration_alone(prune, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("optimum_fista.run.texts.calibration_source.num_unseen", lambda *_: 10_000)
+    monkeypatch.setattr("optimum_fista.run.texts.calibration_source.num_spare", lambda *_: 10_000)
     assert prune("--method", "wanda") == 0
     assert report_of(tmp_path / "out")["perplexity"] is None
     assert "perplexity" not in capsys.readouterr().out.split("next:")[0]
@@ -382,3 +382,10 @@ def test_a_bad_name_of_a_repository_is_refused_before_the_first_layer(prune, tmp
     assert prune("--push-to-hub", "no/such/name") == 1
     assert "repo_id='no/such/name' is not a repository name" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_writes_its_own_text_is_measured_on_another(prune, tmp_path, capsys):
+    assert prune("--method", "wanda", "--calibration", "self") == 0
+    found = report_of(tmp_path / "out")["perplexity"]
+    assert (found["text"], found["num_tokens"]) == ("pydoc", 4096)
+    assert "on 4,096 tokens of pydoc that no weight was fitted to" in capsys.readouterr().out

@@ -50,11 +50,6 @@ def test_unusable_calibration_batches(llama, batches, message):
     refuse(llama, batches, match=message)
 
 
-def test_perplexity_needs_tokens_to_predict(llama, tokens):
-    with pytest.raises(ValueError, match=r"perplexity_tokens has shape \[3, 1\]: pass ids .* of at least 2"):
-        FistaPruner(progress=False).prune(llama, tokens.split(4), perplexity_tokens=tokens[:3, :1])
-
-
 def test_a_generator_that_was_used_up_is_told_from_an_empty_list(llama, tokens):
     batches = (batch for batch in tokens.split(4))
     list(batches)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from optimum_fista.model.loss_probe import PROBED_TOGETHER
+from optimum_fista.model.held_out import LOGITS_TOGETHER
 from optimum_fista.run.estimate.planned_run import PlannedRun
 from optimum_fista.run.reports.operator_grid import layer_and_kind
 from optimum_fista.run.texts.self_sampling import num_batches, num_texts
@@ -73,7 +73,7 @@ def moments(run: PlannedRun) -> Iterator[tuple[str, Mapping[str, float], float]]
     if run.differentiates:  # a sequence at a time; the loss and its gradients are float32 in between
         yield "loss", ends | {"logits and gradients": run.length * run.vocabulary * (2 * value + 12)}, gradients
     if run.num_unseen:
-        logits = {"logits": min(run.length, PROBED_TOGETHER) * run.vocabulary * (value + 8.0)}
+        logits = {"logits": min(run.length, LOGITS_TOGETHER) * run.vocabulary * (value + 8.0)}
         yield "perplexity", ends | logits, 0
     if run.rounds:  # as many models as there are layers, a sequence at a time after the layers
         first = min(run.tokens, -(-config.allocation_tokens // run.length) * run.length)

@@ -60,7 +60,7 @@ class PlannedRun:
             num_samples: Calibration sequences, held-out ones (`config.held_out`) included.
             sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum if that is shorter.
             batch_size: Sequences a forward pass.
-            num_unseen: Sequences to measure the perplexity on, besides.
+            num_unseen: Sequences that are drawn besides; the perplexity is then measured on 4,096 tokens.
             calibration: Source of the text; `"self"` has the model, held whole, sample it.
             device: `None`: the accelerator if there is one, otherwise the CPU. It need not be in this machine.
             dtype: Dtype of the model; `"auto"` takes the checkpoint's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from optimum_fista.model.expert_removal import ROUNDS
+from optimum_fista.model.held_out import LEAST_TOKENS
 from optimum_fista.run.estimate.planned_run import PlannedRun
 from optimum_fista.run.estimate.work import CALL, LAYER_CALL, work
 from optimum_fista.run.texts.self_sampling import num_batches, num_texts
@@ -44,7 +45,7 @@ def work_by_stage(run: PlannedRun) -> dict[str, np.ndarray]:
     gradients = run.differentiates * first
     # To choose decoder layers, each round tries the model without each of them; all run half of it on average.
     tried = first * sum(run.num_layers + 1 - done for done in range(run.rounds))
-    stages["forward passes"] += _loss(run, 2 * run.num_unseen * run.length)
+    stages["forward passes"] += _loss(run, 2 * LEAST_TOKENS * bool(run.num_unseen))
     stages["allocation"] = _loss(run, gradients, gradients=True) + _loss(run, tried)
     for kind in run.shapes.kinds:
         # A token's forward pass: products with weights, and all around them. Attention (half of all pairs of
@@ -60,7 +61,7 @@ def work_by_stage(run: PlannedRun) -> dict[str, np.ndarray]:
         again = float(any(g.passes for g in kind.groups))
         more = sum((g.passes - again) * n * g.outputs * g.columns * g.share for g, n in kind.groups.items())
         passes = run.records + again + more / kind.num_active
-        unseen = 2 * run.num_unseen * run.length
+        unseen = 2 * LEAST_TOKENS * bool(run.num_unseen)
         stages["forward passes"] += token * (kind.count * (run.tokens * passes + 3 * run.batch + unseen))
         # Gradients: forwards, again, and backwards, which takes twice as long but for products with weights.
         backwards = (3 * products + 4.5 * around) * gradients

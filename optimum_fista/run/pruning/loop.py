@@ -66,8 +66,8 @@ def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | Non
         if run.states is None:
             run.states = run.config.correction.enter(recorded.hidden_states)
         del recorded.hidden_states
-        if run.probe is not None and not run.probe.begin():
-            run.probe = None
+        if run.held_out is not None and not run.held_out.begin():
+            run.held_out = None
         costs = {index: 1 + cost for index, cost in enumerate(run.costs()) if index in todo}
         for callback in run.callbacks:
             callback.on_layers_begin(len(run.layers), costs)
@@ -77,27 +77,26 @@ def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | Non
                 continue
             started = time.perf_counter()
             record = LayerRecord(LayerReport(name, None, 0.0)) if index > last else None
-            probe = None if index not in todo else run.probe
+            held_out = run.held_out if index in todo else None
             # Before its weights are on the device, so that what is kept elsewhere does not come back for this.
             dense_sha256 = layer_sha256(layer) if index in todo else None
             with onloaded(layer.modules()):
-                if probe is not None:
-                    probe.run(index, "dense")
+                if held_out is not None:
+                    held_out.run(index, "dense")
                 while record is None:
                     record = loop.try_layer(index, recorded, prunes=index in todo)
                     if record is None:  # with smaller batches
                         recorded, run.states = run.batches.record(run.states, run.storage)
                         recorded.hidden_states.clear()
                 recorded.calls[index] = []
-                if probe is not None:
-                    if index not in run.removed:
-                        probe.run(index, "pruned")
-                    probe.leave(index)
-                    sink.keep_probe(probe)
+                if held_out is not None and index not in run.removed:
+                    held_out.run(index, "pruned")
+                if held_out is not None and index == len(run.layers) - 1:
+                    held_out.measure()
                 if index in todo:
                     record = run.finished(record, time.perf_counter() - started, dense_sha256)
                     carried = index < run.last_layer and not run.config.correction.independent_layers
-                    sink.commit(index, layer, record, run.states if carried else None)
+                    sink.commit(index, layer, record, run.states if carried else None, held_out)
             release_memory_of(layer)
             if index in todo:
                 for callback in run.callbacks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import Storage
@@ -27,8 +25,8 @@ from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.digest import combined_sha256, rest_sha256
 from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.experts import split_experts
+from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.loss_gradients import DenseLoss
-from optimum_fista.model.loss_probe import LossProbe
 from optimum_fista.model.losses import choose_layers
 from optimum_fista.model.offload import execution_device, settle_ties
 from optimum_fista.model.parts import Part, find_parts
@@ -43,7 +41,7 @@ from optimum_fista.run.pruning.removal import plan_run
 from optimum_fista.run.pruning.run_batches import RunBatches
 from optimum_fista.run.pruning.run_report import begin_report, complete_report
 from optimum_fista.run.pruning.size import with_channels_for_size
-from optimum_fista.run.reports.report import LayerRecord
+from optimum_fista.run.reports.report import LayerRecord, public_name
 
 _PRUNING_COST = 8.0  # forward passes of the layer; measured 2 (wanda) to 9 (fista) on a CPU, see docs/ranks.md
 
@@ -66,7 +64,7 @@ class ModelPruning:
         removed: Numbers of the decoder layers that are removed; known with the budgets.
         title: What the progress bar is called.
         num_before: Operators of decoder layers that an earlier start of the run finished.
-        probe: What measures the loss before and after; `None` if nothing does.
+        held_out: Sequences on which the perplexity is measured before and after; `None` if there are none.
         dense_layers: Digests of all decoder layers before they were pruned, once they are.
     """
 
@@ -80,7 +78,6 @@ class ModelPruning:
         progress: bool = True,
         storage_device: str | torch.device | Path | None = None,
         callbacks: Sequence[PruningCallback] = (),
-        perplexity_tokens: Tensor | None = None,
     ) -> None:
         require_bare(model)
         require_unquantized(model)
@@ -99,9 +96,11 @@ class ModelPruning:
         self.stored_names: dict[str, StoredName] = stored_names(model, chosen)
         require_own_weights(model, self.layers)
         vocab_size = input_embedding(model).shape[0]
-        batches = hold_out(read_batches(calib_dataloader, vocab_size, position_limit(model)), config.held_out)
+        given = read_batches(calib_dataloader, vocab_size, position_limit(model))
+        measured = [batch for batch in given if batch.held_out]
+        batches = hold_out([batch for batch in given if not batch.held_out], config.held_out)
         self.compute_dtype = compute_dtype_of(config.compute_dtype, execution_device(model.get_input_embeddings()))
-        self.report = begin_report(model, batches, calibration_source, asked, self.operators, left_dense)
+        self.report = begin_report(model, batches + measured, calibration_source, asked, self.operators, left_dense)
         self.batches = RunBatches(model, self.layers, batches, self.report)
         self.callbacks = callbacks
         self.progress = progress
@@ -112,16 +111,12 @@ class ModelPruning:
         self.states: HiddenStates | None = None
         self.budgets: Budgets | None = None
         self.removed: frozenset[int] = frozenset()
-        self.probe: LossProbe | None = None
         loses_experts = self.removal is not None and any(map(self.removal.mixture_of, self.operators))
-        if perplexity_tokens is not None and not loses_experts:
-            (rows,) = read_batches([perplexity_tokens], input_embedding(model).shape[0])
-            if rows.input_ids.shape[1] < 2:
-                raise ValueError(
-                    f"perplexity_tokens has shape {list(rows.input_ids.shape)}: pass ids [sequences, length] with a "
-                    "length of at least 2, because tokens predict the next ones."
-                )
-            self.probe = LossProbe(model, self.layers, rows.input_ids, self.storage)
+        if not measured:
+            measured = [replace(batch, text=calibration_source) for batch in batches if batch.held_out]
+        self.held_out: HeldOut | None = HeldOut(model, self.layers, measured, self.storage)
+        if loses_experts or not self.held_out.sequences:
+            self.held_out = None
 
     @property
     def storage(self) -> Storage:
@@ -151,13 +146,9 @@ class ModelPruning:
             UnsupportedArchitectureError: If there is no other.
         """
         complete_report(self.report, self.config, self.layers.name, self.budgets)
-        if self.probe is not None and all(map(math.isfinite, self.probe.losses.values())):
-            self.report.perplexity = {
-                **{name: math.exp(min(loss, 700.0)) for name, loss in self.probe.losses.items()},
-                "num_tokens": self.probe.tokens[:, 1:].numel(),
-                "text": self.report.calibration["source"],
-                "vocabulary": input_embedding(self.model).shape[0],
-            }
+        if self.held_out is not None and (found := self.held_out.perplexity()) is not None:
+            text = self.held_out.text and public_name(self.held_out.text)
+            self.report.perplexity = found | {"text": text, "vocabulary": input_embedding(self.model).shape[0]}
         self.report.model["sha256"] = combined_sha256([*map(str, self.dense_layers), rest_sha256(self.model)])
         if self.removal is not None:
             self.removal.describe(self.report)

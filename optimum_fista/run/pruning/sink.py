@@ -12,7 +12,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from optimum_fista.model.activations import HiddenStates
-from optimum_fista.model.loss_probe import LossProbe
+from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.offload import alignment_hooks, is_offloaded, kept_tensor, store_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.reports.report import LayerRecord
@@ -92,17 +92,18 @@ class ModelSink:
             getattr(owner, tensor).data.copy_(kept_tensor(owner, tensor))
         self._onloaded.clear()
 
-    def keep_probe(self, probe: LossProbe) -> None:
-        """Take what the measurement of the loss goes on with after the decoder layer that is about to be committed.
-
-        A run in memory is not resumed, so nothing is done.
-        """
-
-    def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:  # noqa: ARG002
+    def commit(
+        self,
+        index: int,  # noqa: ARG002
+        layer: nn.Module,  # noqa: ARG002
+        record: LayerRecord,  # noqa: ARG002
+        states: HiddenStates | None,  # noqa: ARG002
+        held_out: HeldOut | None,  # noqa: ARG002
+    ) -> None:
         """Make the weights of a decoder layer final, while they are on the device: overwrite those Accelerate keeps.
 
         `record` is what the run says of the layer, `states` are the hidden states after it; `None` if the next one does
-        not need them.
+        not need them. `held_out` are those of the held-out sequences.
         """
         for owner, tensor in self._onloaded.values():
             store_tensor(owner, tensor, getattr(owner, tensor), self._undo.append)

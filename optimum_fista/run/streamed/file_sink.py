@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.digest import names_of_rest, tensor_of
-from optimum_fista.model.loss_probe import LossProbe
+from optimum_fista.model.held_out import HeldOut
 from optimum_fista.packed.format import packed_names
 from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.checkpoint import names_in, write_index
@@ -53,17 +53,16 @@ class FileSink(ModelSink):
         self._packed = packed
         self._stem = "packed" if packed else "model"
 
-    def keep_probe(self, probe: LossProbe) -> None:
-        """Write it, for a run that resumes after this decoder layer."""
-        self._journal.keep("probe", probe.next, probe.kept())
-
-    def commit(self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None) -> None:
+    def commit(
+        self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None, held_out: HeldOut | None
+    ) -> None:
         """Write a finished decoder layer; of one that is removed, its record only."""
         self.forget()
+        streams = ({} if states is None else states.kept()) | ({} if held_out is None else held_out.kept())
         masks, self.masks = self.masks, {}
         if index in self._pruning.removed:
             self._source.require_unchanged()
-            self._journal.keep_layer(index, None, {}, record, states)
+            self._journal.keep_layer(index, None, {}, record, streams)
             return
         tensors = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
         if self._pruning.removal is not None:
@@ -74,7 +73,7 @@ class FileSink(ModelSink):
             tensors = Packer(operators, tensors, stored.__getitem__).pack(tensors)
         self._source.require_unchanged()
         shard = self._write_shard(self._left.index(index), tensors)
-        self._journal.keep_layer(index, shard, masks, record, states)
+        self._journal.keep_layer(index, shard, masks, record, streams)
 
     def complete(
         self, tokenizer: PreTrainedTokenizerBase | None, report: PruningReport, layers: Mapping[int, KeptLayer]

@@ -18,7 +18,7 @@ from optimum_fista.run.reports.report import library_versions
 _VERSIONS = ("optimum-fista", "torch", "transformers")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
 _NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version")
-_FORMAT = 5  # of the records of a journal
+_FORMAT = 6  # of the records of a journal
 _READERS = 4  # files that are hashed at a time
 
 SourceStamps = dict[str, list[Any]]

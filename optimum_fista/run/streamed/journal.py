@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.activations import HiddenStates
 from optimum_fista.run.checkpoints.atomic import digest_of, write_tensors, write_text
 from optimum_fista.run.checkpoints.output import FOLDER, MODEL, discard, is_streamed
 from optimum_fista.run.config import FistaPruningConfig
@@ -38,8 +37,7 @@ class KeptLayer:
         record: What the run says of it.
         shard: Name of the shard; empty if the layer is removed.
         sha256: Digests of the shard, of the layer's `masks`, of the hidden states `before` it, on which it was pruned,
-            and `after` it, of the `budgets` that it was pruned with, and of what the measurement of the loss goes on
-            with after it, `probe`; `None` for what there is none of.
+            and `after` it, and of the `budgets` that it was pruned with; `None` for what there is none of.
     """
 
     record: LayerRecord
@@ -65,7 +63,7 @@ class Journal:
         self.folder, self.model = folder, folder / MODEL
         self.budgets_sha256: str | None = None
         self._fingerprint = fingerprint
-        self._sha256: dict[Path, str] = {}  # of hidden states and probes that were last written or read
+        self._sha256: dict[Path, str] = {}  # of hidden states that were last written or read
         self._journal = folder / FOLDER
         self.model.mkdir(exist_ok=True)
 
@@ -80,58 +78,50 @@ class Journal:
         return found
 
     def keep_layer(
-        self, index: int, shard: Path | None, masks: dict[str, Tensor], record: LayerRecord, states: HiddenStates | None
+        self,
+        index: int,
+        shard: Path | None,
+        masks: dict[str, Tensor],
+        record: LayerRecord,
+        streams: Mapping[str, Sequence[Tensor]],
     ) -> None:
         """Finish a decoder layer whose shard is on disk; without one it is removed.
 
-        `masks` are the packed masks of its operators, `record` is what the run says of it, `states` are the hidden
-        states after it; `None` if the next layer does not need them.
+        `masks` are the packed masks of its operators, `record` is what the run says of it, `streams` are the hidden
+        states after it that the run goes on with.
         """
-        if states is not None:
-            streams = states.kept()
+        if streams:
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
-            self.keep("states", index + 1, hidden)
+            file = self._file("states", index + 1)
+            self._sha256[file] = _write(file, hidden)
         sha256 = {
             "shard": digest_of(shard) if shard else None,
             "masks": _write(self._file("masks", index), masks) if masks else None,
             "before": self._sha256.get(self._file("states", index)),
             "after": self._sha256.get(self._file("states", index + 1)),
             "budgets": self.budgets_sha256,
-            "probe": self._sha256.get(self._file("probe", index + 1)),
         }
         kept = KeptLayer(record, shard.name if shard else "", sha256)
         write_record(self._journal / f"layer-{index:05}.json", dataclasses.asdict(kept))
-        for kind in ("states", "probe"):  # only now: until the record is there, they are needed
-            self._file(kind, index).unlink(missing_ok=True)
-
-    def keep(self, kind: str, index: int, tensors: dict[str, Tensor]) -> None:
-        """Write what the run, `"states"`, or the measurement of the loss, `"probe"`, goes on with before a layer."""
-        file = self._file(kind, index)
-        self._sha256[file] = _write(file, tensors)
-
-    def kept(self, kind: str, index: int, sha256: str | None) -> dict[str, Tensor] | None:
-        """What goes on before a layer; `None` if it is not there whole, with this digest."""
-        file = self._file(kind, index)
-        if sha256 is None or not _is_whole(file, sha256):
-            return None
-        self._sha256[file] = sha256
-        return load_file(file)
+        self._file("states", index).unlink(missing_ok=True)  # only now: until the record is there, they are needed
 
     def masks(self, index: int) -> dict[str, Tensor]:
         """Packed masks of a finished decoder layer."""
         file = self._file("masks", index)
         return load_file(file) if file.exists() else {}
 
-    def states(self, index: int, sha256: str | None, storage: Storage) -> HiddenStates | None:
+    def states(self, index: int, sha256: str | None, storage: Storage) -> dict[str, list[Tensor]] | None:
         """Hidden states that enter a decoder layer; `None` if they are not there whole, with this digest."""
-        tensors = self.kept("states", index, sha256)  # not on the device: safetensors knows some by name only
-        if tensors is None:
+        file = self._file("states", index)
+        if sha256 is None or not _is_whole(file, sha256):
             return None
+        self._sha256[file] = sha256
+        tensors = load_file(file)  # not on the device: safetensors knows some by name only
         place = torch.device("cpu") if isinstance(storage, Path) else storage
-        streams: dict[str, list[Tensor]] = {"dense": [], "pruned": []}
+        streams: dict[str, list[Tensor]] = {}
         for name in sorted(tensors, key=lambda name: int(name.partition(".")[2])):
-            streams[name.partition(".")[0]].append(tensors.pop(name).to(place))
-        return HiddenStates(streams["dense"] or None, streams["pruned"] or None)
+            streams.setdefault(name.partition(".")[0], []).append(tensors.pop(name).to(place))
+        return streams
 
     def keep_budgets(self, budgets: Budgets, weights: Mapping[str, Any]) -> None:
         """Begin the run: write the sparsities of the operators, the decoder layers that go, and the hashed files."""

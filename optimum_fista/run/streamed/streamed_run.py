@@ -5,17 +5,16 @@ from __future__ import annotations
 import errno
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.evaluation_mode import evaluation_mode
-from optimum_fista.model.loss_probe import LossProbe
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.loading import load_lazily
 from optimum_fista.run.checkpoints.output import (
@@ -55,7 +54,6 @@ def prune_files(
     callbacks: Sequence[PruningCallback],
     packed: bool,
     drop_unused: bool,
-    perplexity_tokens: Tensor | None,
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
@@ -84,12 +82,12 @@ def prune_files(
                 progress=progress and not ranks.index,
                 storage_device=storage_device,
                 callbacks=callbacks,
-                perplexity_tokens=None if ranks.count > 1 else perplexity_tokens,
             )
             pruning.report.lack(lost)
             if storage_device == "disk" or (storage_device is None and pruning.storage == torch.device("cpu")):
                 pruning.storage_device = folder / FOLDER  # files on the output's disk
             if ranks.count > 1:
+                pruning.held_out = None  # each process has some of the decoder layers
                 pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
             return pruning, tokenizer, source
 
@@ -215,28 +213,22 @@ class StreamedRun:
         journal, pruning = self.journal, self.pruning
         budgets = journal.budgets_sha256
         finished = {i: layer for i, layer in journal.finished().items() if layer.sha256["budgets"] == budgets}
+        first, states = 0, None
+        while first in finished and finished[first].sha256["before"] == states:
+            first, states = first + 1, finished[first].sha256["after"]
+        streams = journal.states(first, states, pruning.storage)
         if not pruning.config.correction.independent_layers:
-            first, states = 0, None
-            while first in finished and finished[first].sha256["before"] == states:
-                first, states = first + 1, finished[first].sha256["after"]
             if 0 < first <= pruning.last_layer:
-                pruning.states = journal.states(first, states, pruning.storage)
-                if pruning.states is None:
+                if streams is None:
                     first = 0  # they can't be made again without the layers before
                 else:
+                    pruning.states = HiddenStates(streams.get("dense"), streams.get("pruned"))
                     pruning.batches.use_sizes_of(pruning.states)
             finished = {index: finished[index] for index in range(first)}
-        if pruning.probe is not None and finished and not self._resume_probe(pruning.probe, finished):
-            pruning.probe = None
+        if pruning.held_out is not None and finished:
+            goes_on = len(finished) == first and pruning.held_out.resume(streams or {})
+            pruning.held_out = pruning.held_out if goes_on else None
         return finished
-
-    def _resume_probe(self, probe: LossProbe, finished: Mapping[int, KeptLayer]) -> bool:
-        """Go on with the measurement of the loss; `False` if that is not possible."""
-        first = len(finished)
-        if any(index >= first for index in finished):
-            return False
-        kept = self.journal.kept("probe", first, finished[first - 1].sha256.get("probe"))
-        return kept is not None and probe.resume(first, kept)
 
     def _share_budgets(self) -> None:
         """Allocate the zeros to the operators, unless an earlier start of the run did."""

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_fista.model.held_out import LEAST_TOKENS
 from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.loading import gguf_file, load_model, read_config, require_tokenizer
 from optimum_fista.run.checkpoints.output import SAMPLED_TEXTS
@@ -111,10 +112,23 @@ def _digest(settings: str, tokens: Tensor) -> str:
     return hashlib.sha256(f"{settings} {tokens.dtype} {tokens.tolist()}".encode()).hexdigest()
 
 
-def num_unseen(config: FistaPruningConfig, num_samples: int) -> int:
-    """Sequences that `optimum-fista prune` draws to measure the perplexity on: one for each 64, and at least one."""
+def num_spare(config: FistaPruningConfig, num_samples: int) -> int:
+    """Sequences that `optimum-fista prune` draws beyond those to prune on: the text depends on how many are drawn."""
+    return 0 if config.held_out or num_samples < 1 else max(1, num_samples // 64) * bool(num_held_out(config, 1))
+
+
+def num_held_out(config: FistaPruningConfig, length: int) -> int:
+    """Sequences of this length that `optimum-fista prune` measures the perplexity on, besides those to prune on."""
     parts = () if config.whole_parts is None else config.whole_parts.shares
-    return 0 if any(part.kind == "experts" for part in parts) else max(1, num_samples // 64)
+    return 0 if any(part.kind == "experts" for part in parts) else -(-LEAST_TOKENS // length)
+
+
+def held_out_windows(name: str, source: str, count: int, length: int, seed: int) -> Tensor | None:
+    """Windows of a text to measure the perplexity on; `None` if it is too short."""
+    try:
+        return calibration_windows(require_tokenizer(name), load_text(source, "test"), count, length, seed)
+    except ValueError:
+        return None
 
 
 def usual_length(config: PreTrainedConfig) -> int:

@@ -45,8 +45,9 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
-def prune(source: Path, output: Path, config: FistaPruningConfig | None = None, **options):
-    batches = tiny_tokens().split(4)
+def prune(source: Path, output: Path, config: FistaPruningConfig | None = None, held_out=None, **options):
+    batches = [*tiny_tokens().split(4)]
+    batches += [] if held_out is None else [{"input_ids": held_out, "held_out": "/texts/sea.txt"}]
     return FistaPruner(config, progress=False).prune(str(source), batches, output_dir=output, **options)
 
 
@@ -414,28 +415,36 @@ def perplexity_of(folder: Path, tokens: torch.Tensor) -> float:
 )
 def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, config):
     tokens = tiny_tokens(11)[8:]
-    report = prune(source, tmp_path / "out", config, perplexity_tokens=tokens)
-    assert report.perplexity["num_tokens"] == tokens[:, 1:].numel()
+    report = prune(source, tmp_path / "out", config, held_out=tokens)
+    assert report.perplexity["num_tokens"] == tokens.numel()
+    plain = prune(source, tmp_path / "plain", config)
+    assert [o.fit_error for o in plain.operators] == [o.fit_error for o in report.operators]
     for network, folder in {"dense": source, "pruned": tmp_path / "out"}.items():
         assert report.perplexity[network] == pytest.approx(perplexity_of(folder, tokens), rel=2e-2), network
     assert report.perplexity["dense"] != report.perplexity["pruned"]
     saved = json.loads((tmp_path / "out" / "fista" / "report.json").read_text())
     assert saved["perplexity"] == report.perplexity
-    assert "tokens of text that no weight was fitted to |" in (tmp_path / "out/README.md").read_text()
+    assert "tokens of sea.txt that no weight was fitted to |" in (tmp_path / "out/README.md").read_text()
 
 
-@pytest.mark.parametrize("layer", [1, LAYERS - 1])
-@pytest.mark.parametrize("correction", [0.5, "intra"])
-def test_an_interrupted_run_measures_the_same_perplexity(source, tmp_path, layer, correction):
+@pytest.mark.parametrize(
+    ("correction", "layer", "lost"),
+    [
+        (0.5, 1, ""),
+        (0.5, LAYERS - 1, ""),
+        ("intra", 1, ""),
+        ("intra", 1, "states-00002.safetensors"),
+        ("intra", LAYERS - 1, "layer-00000.json"),
+    ],
+)
+def test_an_interrupted_run_measures_the_same_perplexity(source, tmp_path, layer, correction, lost):
     config, tokens = FistaPruningConfig(0.5, method="wanda", error_correction=correction), tiny_tokens(10)[8:]
-    expected = prune(source, tmp_path / "whole", config, perplexity_tokens=tokens).perplexity
+    expected = prune(source, tmp_path / "whole", config, held_out=tokens).perplexity
     with interrupted_after(layer), pytest.raises(KeyboardInterrupt):
-        prune(source, tmp_path / "out", config, perplexity_tokens=tokens)
-    (kept,) = unfinished_folder(tmp_path / "out").glob("journal/probe-*")
-    lost = correction == "intra" or layer == 1
-    if correction == "intra":
-        (kept if layer == 1 else kept.with_name("layer-00000.json")).unlink()
-    elif layer == 1:
-        tokens = tiny_tokens(11)[9:]
-    found = prune(source, tmp_path / "out", config, perplexity_tokens=tokens).perplexity
+        prune(source, tmp_path / "out", config, held_out=tokens)
+    with pytest.raises(ValueError, match=r"the unfinished run .* was another one .*calibration was"):
+        prune(source, tmp_path / "out", config, held_out=tiny_tokens(11)[9:])
+    if lost:
+        unfinished_folder(tmp_path / "out").joinpath("journal", lost).unlink()
+    found = prune(source, tmp_path / "out", config, held_out=tokens).perplexity
     assert found == (None if lost else expected)

@@ -1,0 +1,114 @@
+"""Perplexities of the dense and of the pruned network on tokens that no weight is fitted to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_fista.model.activation_store import ActivationStore, Storage
+from optimum_fista.model.architecture import DecoderLayers, modules_around
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.losses import Sweep
+from optimum_fista.model.offload import execution_device, onloaded
+from optimum_fista.model.replay import LayerCall
+
+LEAST_TOKENS = 4096
+"""Sequences are taken until they hold as many tokens; on fewer, a perplexity says little."""
+LOGITS_TOGETHER = 512
+"""Tokens whose logits are held at a time."""
+_NETWORKS = ("dense", "pruned")
+
+
+class HeldOut:
+    """Held-out sequences that travel through the decoder layers with the run, in the dense and in the pruned network.
+
+    A decoder layer takes the hidden states of the dense network while it is dense, and those of the pruned network once
+    it is pruned. After the last one come the model's own norm and head.
+
+    Attributes:
+        sequences: The sequences, without padding; short ones of the same length share a batch.
+        text: Name of their text, if known.
+        losses: Of both networks, in nats a token; empty before the last decoder layer is through.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: DecoderLayers,
+        batches: Sequence[CalibrationBatch],
+        storage: Storage | None,
+    ) -> None:
+        groups, count = list[list[Tensor]](), 0
+        for row in (row for batch in batches for row in batch.rows() if len(row) > 1):
+            if count >= LEAST_TOKENS:
+                break
+            count += len(row)
+            last = groups[-1] if groups else []
+            if last and len(last[0]) == len(row) and (len(last) + 1) * len(row) <= LOGITS_TOGETHER:
+                last.append(row)
+            else:
+                groups.append([row])
+        self.sequences = [CalibrationBatch(torch.stack(group)) for group in groups]
+        self.text = batches[0].text if batches else None
+        self.losses: dict[str, float] = {}
+        self._streams: dict[str, ActivationStore] = {}
+        self._calls: dict[str, list[list[LayerCall]]] = {}
+        self._sweep = Sweep(model, layers, range(len(layers)), self.sequences, storage)
+
+    def begin(self) -> bool:
+        """Record what the decoder layers are called with, while the whole model is dense.
+
+        Returns:
+            Whether the losses can be measured: not if layers hand on more than hidden states as arguments, nor if a run
+            resumes and they share a dictionary that layers before have written to.
+        """
+        resumes, sweep = bool(self._streams), self._sweep
+        for network in _NETWORKS:  # once for each, because each writes to dictionaries of its own
+            recorded = record_inputs(sweep.model, sweep.layers, self.sequences, sweep.storage)
+            self._calls[network] = recorded.calls
+            self._streams.setdefault(network, recorded.hidden_states)
+        calls = [call for calls in recorded.calls for call in calls]
+        values = [value for call in calls for value in (*call.arguments, *call.keywords.values())]
+        shares = any(isinstance(value, MutableMapping) for value in values)
+        return not recorded.handed_on and not (shares and resumes)
+
+    def resume(self, kept: Mapping[str, Sequence[Tensor]]) -> bool:
+        """Go on with what `kept` returned after a decoder layer; `False` if it is not there."""
+        device = execution_device(self._sweep.model.get_input_embeddings())
+        if "losses" in kept:
+            self.losses = dict(zip(_NETWORKS, kept["losses"][0].tolist(), strict=True))
+        for network in _NETWORKS:
+            self._streams[network] = ActivationStore(self._sweep.storage or device, device)
+            for hidden in kept.get(f"held_out_{network}", ()):
+                self._streams[network].append(hidden)
+        return bool(self.losses) or len(self._streams["pruned"]) == len(self.sequences)
+
+    def kept(self) -> dict[str, list[Tensor]]:
+        """What goes on before the next decoder layer; after the last one the losses."""
+        if self.losses:
+            return {"losses": [torch.tensor([*self.losses.values()], dtype=torch.float64)]}
+        return {f"held_out_{network}": list(stream.kept()) for network, stream in self._streams.items()}
+
+    def run(self, index: int, network: str) -> None:
+        """Run a decoder layer, which is on its device, as it is now: `"dense"`, or `"pruned"`."""
+        layer = self._sweep.layers.modules[index]
+        self._streams[network] = self._sweep.run(layer, self._streams[network], self._calls[network][index])
+
+    def measure(self) -> None:
+        """Measure the losses, after the last decoder layer."""
+        sweep = self._sweep
+        with onloaded([*modules_around(sweep.model, sweep.layers), sweep.model.get_output_embeddings()], copy=False):
+            self.losses = {name: sweep.loss(self._streams[name], LOGITS_TOGETHER) for name in _NETWORKS}
+
+    def perplexity(self) -> dict[str, Any] | None:
+        """Of both networks, with the number of tokens; `None` if they are not finite or were not measured."""
+        if not self.losses or not all(map(math.isfinite, self.losses.values())):
+            return None
+        found: dict[str, Any] = {network: math.exp(min(loss, 700.0)) for network, loss in self.losses.items()}
+        return found | {"num_tokens": sum(batch.num_tokens for batch in self.sequences)}
