@@ -87,8 +87,9 @@ class DistillationTrainer(Trainer):
         data = dict(zip(("train_dataset", "eval_dataset"), rows, strict=True))
         super().__init__(model, arguments, callbacks=list(callbacks), **data)
         self.remove_callback(PrinterCallback)
-        sharded = self.is_fsdp_enabled and self.accelerator.is_fsdp2
-        self._teacher = fsdp2_prepare_model(self.accelerator, teacher) if sharded else teacher
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            raise ValueError("recover does not know the weights that DeepSpeed and FSDP1 keep: pass --fsdp_version 2.")
+        self._teacher = fsdp2_prepare_model(self.accelerator, teacher) if self.is_fsdp_enabled else teacher
         self._label_share = label_share
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:

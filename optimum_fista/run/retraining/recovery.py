@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.operator import LinearOperator
@@ -357,8 +358,7 @@ class _Run:
     ) -> TrainingArguments:
         sequences = self.options["batch_size"] * self.options["accumulate"]
         steps, rate = len(self.windows) // sequences, self.options["learning_rate"]
-        width = model.config.get_text_config(decoder=True).hidden_size
-        every = math.ceil(steps / _EVALUATIONS)
+        width, every = model.config.get_text_config(decoder=True).hidden_size, math.ceil(steps / _EVALUATIONS)
         arguments = TrainingArguments(
             str(self.journal.resolve()),
             per_device_train_batch_size=self.options["batch_size"],
@@ -374,12 +374,10 @@ class _Run:
             adam_beta2=0.95,
             bf16=self.compute == torch.bfloat16,
             activation_checkpointing=checkpointed,
-            activation_checkpointing_kwargs={"use_reentrant": False},
             eval_strategy="steps",
             eval_steps=every,
             eval_on_start=not resumed,
             metric_for_best_model="eval_loss",
-            greater_is_better=False,
             load_best_model_at_end=True,
             save_strategy="best",
             save_total_limit=1,
@@ -388,7 +386,6 @@ class _Run:
             report_to=report_to,
             disable_tqdm=not progress,
             dataloader_pin_memory=False,
-            seed=self.options["seed"] % 2**32,
             use_cpu=self.place.type == "cpu",
         )
         arguments._setup_devices, arguments._n_gpu = self.place, 1  # the first accelerator or all of them otherwise
@@ -484,9 +481,11 @@ def _require_options(given: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={given[name]}: pass 1 or more.")
     if given["sequence_length"] is not None and given["sequence_length"] < 2:
         raise ValueError(f"sequence_length={given['sequence_length']}: pass 2 or more.")
-    for name, words in (("train", ("auto", *WORDS_OF_TRAIN)), ("compute_dtype", COMPUTE_DTYPES)):
-        if given[name] not in words:
-            raise ValueError(f"{name}={given[name]!r}: pass {', '.join(words)}.")
+    words = {"train": ("auto", *WORDS_OF_TRAIN), "compute_dtype": COMPUTE_DTYPES}
+    words["report_to"] = ("none", *INTEGRATION_TO_CALLBACK)
+    for name in words:
+        if given[name] not in words[name]:
+            raise ValueError(f"{name}={given[name]!r}: pass {', '.join(words[name])}.")
     require_seed(given["seed"])
     if given["train"] == "lora" and given["processes"] > 1:
         raise ValueError("train='lora': several processes train no adapters: pass all or norms, or start one process.")

@@ -244,6 +244,7 @@ def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
         ({"tokens": 0}, "tokens=0: pass 1 or more"),
         ({"train": "some"}, "train='some': pass auto, all, lora, norms"),
         ({"compute_dtype": "int8"}, "compute_dtype='int8': pass auto, float32, bfloat16"),
+        ({"report_to": "paper"}, "report_to='paper': pass none, "),
         ({"label_share": 2.0}, r"label_share=2\.0: pass a number from 0 to 1"),
         ({"learning_rate": 0.0}, r"learning_rate=0\.0: pass a positive number"),
         ({"seed": -1}, "seed=-1: pass a whole number from 0 to 18446744073709551615"),
@@ -272,7 +273,7 @@ def test_bad_folders_are_refused(run, saved, tiny_folder, text, tmp_path):
     shutil.copy(text, tmp_path / "mine" / "README.md")
     with pytest.raises(FileExistsError, match=r"holds README\.md, which"):
         run("mine")
-    for output in (saved.folder / "out", saved.folder, tiny_folder):
+    for output in (saved.folder / "out", saved.folder, tiny_folder / "out"):
         with pytest.raises(ValueError, match="lies in the folder that is read"):
             run(output, overwrite=True)
 
