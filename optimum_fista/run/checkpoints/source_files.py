@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import HfApi, RepoFile, snapshot_download, try_to_load_from_cache
@@ -17,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from optimum_fista.model.architecture import find_decoder_layers
-from optimum_fista.run.checkpoints.checkpoint import checkpoint_files
+from optimum_fista.run.checkpoints.checkpoint import checkpoint_files, read_json
 from optimum_fista.run.checkpoints.loading import reading
 
 _TEMPLATES = "additional_chat_templates"
@@ -25,7 +26,7 @@ _WRITTEN = {"config.json", "README.md", "fista"}  # by the run
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|gguf|pth?|ckpt|h5|msgpack|onnx(_data)?|tflite|npz|ot)(\.index\.json)?$|^adapter_config\.json$"
 )
-_READ = re.compile(r"^(model|pytorch_model)\b.*\.(safetensors|bin)(\.index\.json)?$|\.gguf$")
+_READ = re.compile(r"^(model|packed|pytorch_model)\b.*\.(safetensors|bin)(\.index\.json)?$")
 _MOST_BYTES = 2**28  # the largest vocabularies have about 2**25
 _COMPUTED = re.compile(r"(\brotary_emb\.inv_freq|\bposition_ids|\.masked_bias|_extra_state)$")
 logger = logging.getLogger(__name__)
@@ -125,14 +126,16 @@ def require_no_loss(model: PreTrainedModel, source: Path, drop_unused: bool) -> 
 
 def _stored_names(source: Path) -> Iterator[str]:
     """Names of all tensors in the weight files that Transformers reads; of a GGUF file none."""
-    binary = source / "pytorch_model.bin"
+    binary, index = source / "pytorch_model.bin", source / "pytorch_model.bin.index.json"
     try:
         for file in {*checkpoint_files(source).values()}:
             with safe_open(file, "pt") as opened:
                 yield from opened.keys()
     except FileNotFoundError:
-        for file in [binary] if binary.exists() else sorted(source.glob("pytorch_model-*.bin")):
-            yield from torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        if binary.exists():
+            yield from torch.load(binary, map_location="meta", weights_only=True, mmap=is_zipfile(binary))
+        elif index.exists():
+            yield from read_json(index)["weight_map"]
 
 
 def _comes_along(name: str, size: int) -> bool:

@@ -40,6 +40,7 @@ from optimum_fista.run.checkpoints.output import (
     require_output,
     unfinished_folder,
 )
+from optimum_fista.run.checkpoints.source_files import copy_source, source_folder
 from optimum_fista.run.checkpoints.writing import write_checkpoint
 from optimum_fista.run.environment import numerical_environment
 from optimum_fista.run.memory import available_bytes
@@ -225,7 +226,8 @@ def recover(
             record = dataclasses.replace(record, recoveries=[*record.recoveries, found])
             shutil.rmtree(unfinished / MODEL, ignore_errors=True)  # of an earlier start
             (unfinished / MODEL).mkdir()
-            write_checkpoint(model, unfinished / MODEL, record, masks, tokenizer)
+            copy_source(source_folder(source, getattr(model.config, "_commit_hash", None)), unfinished / MODEL)
+            write_checkpoint(model, unfinished / MODEL, record, masks, None)
             install(unfinished, output, overwrite)
             return found
 

@@ -73,7 +73,6 @@ def prune_files(
             offload = opened.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=folder / FOLDER))
             model, tokenizer = load_lazily(str(name), Path(offload), device=ranks.device, dtype=dtype)
             source = source_folder(str(name), getattr(model.config, "_commit_hash", None))
-            lost = require_no_loss(model, source, drop_unused)
             pruning = ModelPruning(
                 model,
                 calib_dataloader,
@@ -83,7 +82,7 @@ def prune_files(
                 storage_device=storage_device,
                 callbacks=callbacks,
             )
-            pruning.report.lack(lost)
+            pruning.report.lack(require_no_loss(model, source, drop_unused))
             if storage_device == "disk" or (storage_device is None and pruning.storage == torch.device("cpu")):
                 pruning.storage_device = folder / FOLDER  # files on the output's disk
             if ranks.count > 1:

@@ -13,7 +13,7 @@ from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
 from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.checkpoints.loading import read_config
@@ -95,7 +95,7 @@ BESIDE = {
 def folder_with_code(folder: Path) -> Path:
     """A Llama with `BESIDE`, whose configuration names code of its own, and with files that are not to be copied."""
     save_tiny_folder(folder)
-    others = ["README.md", ".git/config", "original/params.json", "model.onnx"]
+    others = ["README.md", ".git/config", "original/params.json", "model.onnx", "old.gguf"]
     for name, text in {**BESIDE, **dict.fromkeys(others, "---\nlicense: mit\n---\n")}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -110,12 +110,18 @@ def test_files_beside_the_weights_come_along(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
         pruner.prune(source, tiny_tokens().split(4), output_dir=output)
-    assert f"not copied from {source}: model.onnx, original/" in caplog.messages
+    assert f"not copied from {source}: model.onnx, old.gguf, original/" in caplog.messages
     assert {name: (output / name).read_text() for name in BESIDE} == BESIDE
     assert (output / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert not (output / ".git").exists()
     assert "Pruned after training" in (output / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).own
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    sizes = {"tokens": 256, "sequence_length": 16, "held_out": 4}
+    recover(output, source, tmp_path / "trained", calibration=str(text), **sizes, progress=False)
+    kept = BESIDE.keys() - {"generation_config.json"}  # which Transformers writes anew
+    assert all((tmp_path / "trained" / name).read_text() == BESIDE[name] for name in kept)
 
 
 def test_code_of_a_model_in_memory_is_saved_too(tmp_path):
@@ -170,6 +176,14 @@ def test_tensors_that_would_be_lost_are_refused_unless_the_loss_is_meant(tmp_pat
     assert read_config(str(tmp_path / "out")).num_nextn_predict_layers == 0
     with pytest.warns(UserWarning, match="the pruned model lacks them"):
         pruner.prune(AutoModelForCausalLM.from_pretrained(source), tiny_tokens().split(4))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["today's", "of old versions"])
+def test_binary_files_are_asked_too(tmp_path, zipped):
+    model = tiny_llama()
+    tensors = model.state_dict() | {"v_head.weight": torch.ones(2)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert lost_tensors(model, tmp_path) == {"v_head": 1}
 
 
 @pytest.mark.parametrize(
