@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -127,7 +127,17 @@ def _from_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
     if record is not None and not record.get("num_zeros", 1):  # whole parts were removed: nothing has to stay zero
         return masks
     zeros = weights = 0
-    for name, weight in _candidates(model):
+    layers = [
+        module for layer_name, layer in find_decoder_layers(model) for module in layer.named_modules(prefix=layer_name)
+    ]
+    candidates = (
+        (f"{name}.{key}", weight)
+        for name, module in layers
+        if is_linear(module) or is_fused_experts(module)
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.ndim > 1 and weight.device.type != "meta"
+    )
+    for name, weight in candidates:
         if local(weight.detach()).shape != weight.shape:
             raise ValueError(f"{name} is sharded, so its zeros are not all here: pass the folder of the pruned model.")
         kept = weight.detach() != 0
@@ -142,16 +152,6 @@ def _from_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
             f"layers' linear operators are zero" + (f", its configuration says {promised:,}." if promised else ".")
         )
     return masks
-
-
-def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of the decoder layers that pruning may have written to."""
-    for layer_name, layer in find_decoder_layers(model):
-        for name, module in layer.named_modules(prefix=layer_name):
-            if is_linear(module) or is_fused_experts(module):
-                for key, parameter in module.named_parameters(recurse=False):
-                    if parameter.ndim > 1 and parameter.device.type != "meta":
-                        yield f"{name}.{key}", parameter
 
 
 def _as_given(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

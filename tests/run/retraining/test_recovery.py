@@ -108,10 +108,9 @@ def test_the_loss_falls_and_the_zeros_stay(train, saved, tiny_folder, text, tmp_
     assert f"held-out loss {found.held_out_loss_before:.4f}" in card
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])  # the second has shared experts beside the fused ones
-def test_adapters_leave_fused_experts_as_they_are(family, text, tmp_path):
+def test_adapters_leave_fused_experts_as_they_are(text, tmp_path):
     pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
-    model = tiny_model(family)
+    model = tiny_model("deepseek_v3")  # has shared experts beside the fused ones
     model.save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
@@ -120,8 +119,7 @@ def test_adapters_leave_fused_experts_as_they_are(family, text, tmp_path):
     recover(tmp_path / "in", tmp_path / "dense", tmp_path / "out", calibration=text, train="lora", **QUICK)
     old, new = weights(tmp_path / "in"), weights(tmp_path / "out")
     changed = {name for name in old if not torch.equal(old[name], new[name])}
-    assert any("o_proj" in name for name in changed)
-    assert any("shared_experts" in name for name in changed) == (family == "deepseek_v3")
+    assert all(any(part in name for name in changed) for part in ("o_proj", "shared_experts"))
     assert not any(".experts" in name or ".gate." in name for name in changed)
     assert verify_checkpoint(tmp_path / "out").num_zeros
 

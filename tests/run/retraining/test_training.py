@@ -2,14 +2,11 @@ import contextlib
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from tiny_llama import tiny_tokens
-from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_fista import FistaPruner, FistaPruningConfig, masked_training
+from optimum_fista import masked_training
 from optimum_fista.run.retraining.masks import find_masks
 
 
@@ -111,65 +108,6 @@ def test_nan_gradients_of_pruned_weights_do_not_spread(saved):
         weight = model.get_parameter(name)
         (weight * torch.where(masks[name], 1.0, float("nan"))).sum().backward()
         assert bool(torch.isfinite(weight.grad).all())
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """Accelerate keeps its settings for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("fresh_accelerate")
-def test_gradient_checkpointing_and_accelerate(saved):
-    model = reload(saved)
-    model.gradient_checkpointing_enable()
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
-    wrapped, optimizer = accelerator.prepare(model, Noise(model.parameters(), lr=1e-3))
-    masks = find_masks(model)
-    with masked_training(accelerator.unwrap_model(wrapped)):
-        for ids in tiny_tokens().split(2):
-            with accelerator.accumulate(wrapped):
-                accelerator.backward(wrapped(ids, labels=ids).loss)
-                gradient = model.get_parameter("model.layers.0.mlp.up_proj.weight").grad
-                assert bool(gradient.any())
-                assert not bool(gradient[~masks["model.layers.0.mlp.up_proj.weight"]].any())
-                optimizer.step()
-                optimizer.zero_grad()
-        assert strays(model, masks) == 0
-
-
-def test_data_parallel_processes_reduce_masked_gradients(saved):
-    model = reload(saved)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        masks = find_masks(model)
-        with masked_training(model):
-            ids = tiny_tokens()
-            wrapped(ids, labels=ids).loss.backward()
-            for name, mask in masks.items():
-                gradient = model.get_parameter(name).grad
-                assert bool(gradient[mask].any())
-                assert not bool(gradient[~mask].any())
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gpt2"])
-def test_fused_experts_and_transposed_weights(family, tokens, tmp_path):
-    model = tiny_model(family)
-    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
-    pruner.prune(model, tokens.split(4))
-    pruner.save_pretrained(model, tmp_path / "out")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    before = {name: parameter.clone() for name, parameter in reloaded.named_parameters()}
-    masks = find_masks(reloaded)
-    with masked_training(reloaded, tmp_path / "out"):
-        train(reloaded, OPTIMIZERS["adamw"](reloaded.parameters()))
-    assert strays(reloaded, masks) == 0
-    assert all(bool((reloaded.get_parameter(name) != before[name])[m].any()) for name, m in masks.items())
 
 
 def test_an_error_in_the_loop_ends_it(saved):
