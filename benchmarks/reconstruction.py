@@ -43,15 +43,22 @@ def train_layers(
     Inputs are the hidden states of the model as trained so far, targets those of the dense model.
     """
     layers, others = find_decoder_layers(model), find_decoder_layers(dense).modules
+    last = max(index for index, layer in enumerate(layers.modules) if pruned_weights(layer))
     recorded = record_inputs(model, layers, [CalibrationBatch(window[None]) for window in windows])
     entering = wanted = list(recorded.hidden_states)
     errors = []
-    for layer, other, calls in zip(layers.modules, others, recorded.calls, strict=True):
+    for layer, other, calls in list(zip(layers.modules, others, recorded.calls, strict=True))[: last + 1]:
         wanted = [call.run(other, hidden) for call, hidden in zip(calls, wanted, strict=True)]
         batches = list(zip(calls, entering, wanted, strict=True))
         errors.append(train_layer(layer, batches, steps, learning_rate, seed))
         entering = [call.run(layer, hidden) for call, hidden in zip(calls, entering, strict=True)]
     return errors
+
+
+def pruned_weights(layer: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Weights of linear operators that have zeros, with their masks."""
+    weights = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+    return {weight: weight != 0 for weight in weights if not bool(weight.all())}
 
 
 def train_layer(
@@ -65,9 +72,7 @@ def train_layer(
     def error() -> float:
         return float(torch.cat([squares(*batch) for batch in batches]).mean().sqrt())
 
-    before, old = error(), copy.deepcopy(layer.state_dict())
-    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    kept = {module.weight: module.weight != 0 for module in linears if not bool(module.weight.all())}
+    before, kept, old = error(), pruned_weights(layer), copy.deepcopy(layer.state_dict())
     if not kept:
         return before, before
     optimizer = torch.optim.Adam([*kept], lr=learning_rate)
