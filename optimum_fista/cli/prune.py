@@ -109,13 +109,17 @@ def run(arguments: argparse.Namespace) -> int:
     _require_options(arguments, config)
     folder = unfinished_folder(arguments.output)
     with joined_ranks(arguments.device) as ranks, ExitStack() as opened:
+
+        def lock() -> None:
+            opened.enter_context(locked_output(arguments.output))
+
         if ranks.index:
             set_verbosity_error()
             disable_progress_bar()
         else:
             opened.enter_context(log_shown("optimum_fista.run.pruning.size"))  # what --target-size removes
         try:
-            ranks.first(lambda: opened.enter_context(locked_output(arguments.output)) and None)
+            ranks.first(lock)
             arguments.batch_size = ranks.first(lambda: say_before(arguments, config))
             callbacks = [] if ranks.index else [opened.enter_context(Progress(shares=ranks.count > 1))]
             batches = ranks.first(lambda: _batches(arguments, config, ranks.device, folder / FOLDER))

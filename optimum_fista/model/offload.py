@@ -166,7 +166,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
-    return next((hook for hook in alignment_hooks(module) if hook.weights_map is not None), None)
+    return next(iter([hook for hook in alignment_hooks(module) if hook.weights_map is not None]), None)
 
 
 def _names(module: nn.Module, hook: AlignDevicesHook) -> list[str]:

@@ -194,7 +194,7 @@ class FistaPruningConfig(PruningOptions):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FistaPruningConfig:
-        """Inverse of `to_dict`; also reads what older versions saved.
+        """Inverse of `to_dict`.
 
         Raises:
             ValueError: If a key is no option.

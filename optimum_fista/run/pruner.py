@@ -175,7 +175,7 @@ class FistaPruner:
             report.lack("" if source is None else described_loss(model, source))
         for callback in self.callbacks:
             callback.on_prune_begin(report)
-        with ModelSink(model, evaluation_mode(model), torch.no_grad()) as sink:
+        with ModelSink(model, evaluation_mode(model), torch.no_grad()) as sink, sink.interruptible:
             prune_layers(pruning, sink)
             if pruning.removal is not None:
                 pruning.removal.shrink(model, report, sink.masks, sink.undo_first)

@@ -114,8 +114,8 @@ def verify_checkpoint(
     if zeros != config.get("num_zeros"):
         raise VerificationError(f"config.json promises {config.get('num_zeros')} zeros, the masks make {zeros}.")
     for name, value in summary(report).items():
-        if config.get(name, value) != value:  # older versions had fewer
-            raise VerificationError(f"config.json promises {name} {config[name]!r}, {REPORT_FILE} says {value!r}.")
+        if config.get(name) != value:
+            raise VerificationError(f"config.json promises {name} {config.get(name)!r}, {REPORT_FILE} says {value!r}.")
     equal = None if dense is None else compare_with_dense(folder, report, str(dense), progress)
     return Verification(len(report.operators), weights, zeros, parameters, report.removed, equal, len(report.mixtures))
 
@@ -135,9 +135,10 @@ def _verify_totals(
     counted = {"num_zeros": zeros, "num_weights": weights, "sparsity": zeros / weights if weights else 0.0}
     counted |= {"model_sparsity": zeros / claimed}
     for name, value in (report.totals | counted).items():
-        found = promised[name] if name in counted else promised.get(name, value)  # older versions had fewer
-        if not _agree(found, value):
-            raise VerificationError(f"{REPORT_FILE}: totals promise {name} {found}, the operators make {value}.")
+        if not _agree(promised[name], value):
+            raise VerificationError(
+                f"{REPORT_FILE}: totals promise {name} {promised[name]}, the operators make {value}."
+            )
     return parameters
 
 

@@ -37,11 +37,14 @@ class ModelSink:
         contexts: What the run works in; they are left without an interruption.
 
     Attributes:
+        interruptible: To enter after the sink: an interrupt ends what is inside at once. It is a lock because Python
+            leaves one in a single step, between which and `__exit__` nothing is interrupted.
         masks: Masks of the operators written, by `"{operator}.weight"`, laid out as the model stores the weight, one
             bit a weight.
     """
 
     def __init__(self, model: nn.Module, *contexts: AbstractContextManager[Any]) -> None:
+        self.interruptible = threading.Lock()
         self.masks: dict[str, Tensor] = {}
         self._model = model
         self._contexts = contexts
@@ -167,15 +170,10 @@ class ModelSink:
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         """Interrupt the run unless it begins or ends. Python asks for this between any two steps of any function."""
-        caller = frame
-        while caller is not None and caller.f_code not in _UNINTERRUPTED:
-            caller = caller.f_back
-        self._waits = caller is not None
-        if not self._waits:
+        if self.interruptible.locked():
             self._interrupt(number, frame)
-
-
-_UNINTERRUPTED = (ModelSink.__enter__.__code__, ModelSink.__exit__.__code__)
+        else:
+            self._waits = True
 
 
 def _held(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:

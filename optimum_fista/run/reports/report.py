@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import shlex
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,8 +22,6 @@ import optimum_fista
 from optimum_fista.run.memory import MemoryPeak
 from optimum_fista.run.records import as_record
 from optimum_fista.solve.pattern import Scope
-
-_OLD_NAMES = {"relative_error": "fit_error", "held_out_error": "held_out_fit_error"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class OperatorReport:
         num_tokens: Calibration tokens seen.
         solve_seconds: Time of the method, shared evenly over the operators it solved together.
         output_error: `|| W* X* - W X ||_F / || W X ||_F`, against the dense network's outputs; `None` if they were
-            not known (`error_correction=0` without residual correction, and reports of older versions).
+            not known (`error_correction=0` without residual correction).
         held_out_fit_error: `fit_error` on held-out tokens, to which no weight was fitted; `None` if there are none.
         held_out_output_error: `output_error` on held-out tokens.
         held_out_tokens: Held-out tokens seen.
@@ -134,9 +131,9 @@ class LayerReport:
             (`error_correction` `"none"` or `"intra"`, or nothing corrected), and after the last operator pruned.
         seconds: Wall time of the layer.
         memory: The most memory that the process held while the layer's operators were pruned; `None` if there are
-            none, and in reports of older versions.
+            none.
         mixture: Its mixture, if that lost experts.
-        dense_sha256: Digest of its tensors before (`model.digest.layer_sha256`); `None` in reports of older versions.
+        dense_sha256: Digest of its tensors before (`model.digest.layer_sha256`).
     """
 
     name: str
@@ -226,7 +223,7 @@ class PruningReport:
         calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` if known; the same of the
             tokens held out under `held_out`, if there are any.
         operators: One report an operator, in pruning order.
-        layers: One report a decoder layer; empty in reports of older versions.
+        layers: One report a decoder layer.
         left_dense: Linear operators of the decoder layers that were left dense, with the reason.
         warnings: What the user should know.
         seconds: Wall time of the parts of the run.
@@ -266,14 +263,9 @@ class PruningReport:
             self.warn(f"{lost}; the pruned model lacks them")
 
     def warn(self, message: str) -> None:
-        """Add what the user should know, and warn of it at the line outside this package that began the run."""
+        """Add what the user should know, and warn of it."""
         self.warnings.append(message)
-        frame, level = sys._getframe(1), 2
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
-            ("optimum_fista.", "contextlib")
-        ):
-            frame, level = frame.f_back, level + 1
-        warnings.warn(message, stacklevel=level)
+        warnings.warn(message, stacklevel=2)
 
     @property
     def measured_on(self) -> str:
@@ -378,17 +370,13 @@ class PruningReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
-        """Inverse of `to_dict`; also reads what older versions saved, which had other names for errors.
+        """Inverse of `to_dict`.
 
         Raises:
             TypeError: If a field is missing, unknown, or of another type.
-            KeyError: If there are no operators.
         """
         values = {key: value for key, value in values.items() if key not in ("totals", "command")}
-        operators = [
-            {_OLD_NAMES.get(name, name): v for name, v in operator.items()} for operator in values["operators"]
-        ]
-        report = as_record(cls, values | {"operators": operators})
+        report = as_record(cls, values)
         if not report.model["num_parameters"] > 0:
             raise TypeError(f"model has {report.model['num_parameters']} parameters")
         return report

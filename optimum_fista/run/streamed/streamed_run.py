@@ -163,7 +163,7 @@ class StreamedRun:
     def prune(self) -> None:
         """Prune this process's share of the decoder layers that are left, and write each once it is finished."""
         ranks, pruning = self._ranks, self.pruning
-        with self.sink:
+        with self.sink, self.sink.interruptible:
             ranks.first(self._share_budgets)
             ranks.each(self._read_budgets)
             self.finished = ranks.first(self._finished)

@@ -216,14 +216,6 @@ def test_wrong_totals_of_the_report(folder, saved, name, value):
     assert broken(folder) == f"fista/report.json: totals promise {name} {value}, the operators make {found}."
 
 
-def test_totals_of_older_versions_are_fewer(folder):
-    report = folder / "fista/report.json"
-    change_json(report, lambda values: values["totals"].pop("held_out_ratio"))
-    verify_checkpoint(folder)
-    change_json(report, lambda values: values["totals"].pop("num_zeros"))
-    assert "report.json lacks a field, or has one too many: 'num_zeros'" in broken(folder)
-
-
 def test_totals_that_agree_with_a_wrong_number_of_parameters(folder, saved):
     def edit(values):
         values["model"]["num_parameters"] *= 2

@@ -89,12 +89,6 @@ def test_json_round_trip():
     assert [f.name for f in dataclasses.fields(OperatorReport)] == list(values["operators"][0])
 
 
-def test_reports_of_older_versions_have_no_layers():
-    values = TWO.to_dict()
-    del values["layers"]
-    assert PruningReport.from_dict(values) == dataclasses.replace(TWO, layers=[])
-
-
 def test_from_dict_leaves_its_argument_alone():
     values = TWO.to_dict()
     PruningReport.from_dict(values)
@@ -119,24 +113,6 @@ def test_held_out_errors_are_compared_with_those_of_the_same_operators():
     assert totals["held_out_ratio"] == pytest.approx(0.75 / 0.6)
     assert "0.6000 at most (1.25 times that on 1,024 held-out tokens, 0.3750 on average), output" in str(held_out)
     assert PruningReport.from_dict(json.loads(held_out.to_json())) == held_out
-
-
-def test_reports_of_older_versions_have_no_held_out_errors():
-    values = TWO.to_dict()
-    for entry in values["operators"]:
-        del entry["held_out_fit_error"], entry["held_out_tokens"]
-    assert PruningReport.from_dict(values) == TWO
-
-
-def test_reports_of_older_versions_call_the_fit_error_relative_error():
-    fitted = [dataclasses.replace(o, held_out_fit_error=0.75) for o in TWO.operators]
-    values = dataclasses.replace(TWO, operators=fitted).to_dict()
-    for entry in values["operators"]:
-        entry["relative_error"], entry["held_out_error"] = entry.pop("fit_error"), entry.pop("held_out_fit_error")
-        del entry["output_error"], entry["held_out_output_error"]
-    read = PruningReport.from_dict(values)
-    assert read.operators == fitted
-    assert read.totals["mean_output_error"] is None
 
 
 def test_output_errors_have_totals_of_the_operators_that_know_them():
