@@ -20,10 +20,7 @@ except ImportError as error:
 
 
 class MaskedLora(Linear):
-    """A LoRA layer whose update is zero where its operator is pruned (MaskLoRA of PERP, arXiv 2312.15230).
-
-    Its output is computed with the very weights that merging writes.
-    """
+    """A LoRA layer whose update is zero where its operator is pruned: MaskLoRA of PERP (arXiv 2312.15230)."""
 
     pruned: Tensor
 
