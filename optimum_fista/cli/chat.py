@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext, suppress
 from typing import Any
 
+from optimum_fista.cli.options import DEVICE, DTYPE
 from optimum_fista.run.options import require_seed
 
 DESCRIPTION = """\
@@ -31,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default 256)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most probable token")
     add("--seed", type=int, default=0, help="seed of the sampling at a temperature above 0 (default 0)")
-    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)")
-    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
+    add("--device", **DEVICE)
+    add("--dtype", **DTYPE)
 
 
 def run(arguments: argparse.Namespace) -> int:

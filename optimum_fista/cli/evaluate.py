@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from optimum_fista.cli.options import DEVICE, DTYPE
+
 DESCRIPTION = """\
 Measure the perplexity of a model on a text, its zero-shot accuracy on tasks, or both.
 
@@ -29,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--include-path", type=Path, metavar="DIR", help="folder of further task files (YAML)")
     add("--limit", type=int, help="only the first documents of every task")
     add("--batch-size", type=int, default=1, help="windows or answers a forward pass (default 1)")
-    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)")
-    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
+    add("--device", **DEVICE)
+    add("--dtype", **DTYPE)
     add(
         "--output",
         "-o",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,31 +11,7 @@ from importlib.metadata import version
 
 from safetensors import SafetensorError
 
-from optimum_fista.cli import (
-    chat,
-    demo,
-    doctor,
-    evaluate,
-    pack,
-    prune,
-    recover,
-    report,
-    unpack,
-    verify,
-)
-
-_COMMANDS = (
-    prune,
-    recover,
-    evaluate,
-    report,
-    verify,
-    chat,
-    pack,
-    unpack,
-    demo,
-    doctor,
-)
+_COMMANDS = ("prune", "recover", "evaluate", "report", "verify", "chat", "pack", "unpack", "demo", "doctor")
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.
@@ -72,8 +49,8 @@ class _HelpAll(argparse.Action):
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands to a parser; parsed arguments get `fista_run`, the function to call with them."""
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    for command in _COMMANDS:
-        name = command.__name__.rsplit(".", 1)[-1]
+    for name in _COMMANDS:
+        command = importlib.import_module(f"optimum_fista.cli.{name}")
         summary = command.DESCRIPTION.split("\n", 1)[0].replace("%", "%%")
         subparser = subparsers.add_parser(
             name, help=summary, description=command.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -138,7 +115,3 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     return execute(build_parser().parse_args(arguments))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

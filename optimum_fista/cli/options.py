@@ -10,6 +10,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from optimum_fista.run.records import kinds_of
 
+DEVICE: dict[str, Any] = {"help": "cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)"}
+DTYPE: dict[str, Any] = {
+    "default": "auto",
+    "help": "of the weights: float32, bfloat16, float16 or auto, as stored (default)",
+}
 _NAMES = {int: "N", float: "NUMBER", str: "NAME"}
 
 

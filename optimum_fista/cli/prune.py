@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_fista.cli.options import add_options, given
+from optimum_fista.cli.options import DEVICE, DTYPE, add_options, given
 from optimum_fista.run.options import PruningOptions
 
 if TYPE_CHECKING:
@@ -59,13 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     advanced = add_options(parser, PruningOptions)
     size = "leave this share of the dense model, such as 0.75: as many channels go as it takes (docs/smaller.md)"
     add("--target-size", type=float, metavar="SHARE", help=size)
-    add("--recipe", metavar="NAME", help="default, fast or paper (docs/quickstart.md); other flags override it")
+    recipes = "default, fast, or paper (the published settings of FISTAPruner); other flags override it"
+    add("--recipe", metavar="NAME", help=recipes)
     sources = "self (the model writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
     add("--calibration", default="self", metavar="SOURCE", help=sources)
     add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
     add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 2048, at most the model's limit)")
-    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)")
-    add("--dtype", default="auto", help="of the weights: float32, bfloat16, float16 or auto, as stored (default)")
+    add("--device", **DEVICE)
+    add("--dtype", **DTYPE)
     dry = "only print what would be pruned, peak memory, disk and time; MODEL may be a config.json"
     add("--dry-run", action="store_true", help=dry)
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
@@ -75,7 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
     add("--private", action="store_true", default=None, help="make a new repository private")
     add = advanced["method"].add_argument
-    add("--paper", action="store_true", help="as --recipe paper, the published settings of FISTAPruner")
     add("--config", metavar="FILE", help="JSON file, pruned folder or Hub id with a configuration; flags override it")
     add = advanced["calibration and machine"].add_argument
     pass_size = "sequences a forward pass (default: 1 on a CPU; on others up to 8192 tokens, if memory allows)"
@@ -268,14 +268,10 @@ def _batches(
 
 
 def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
-    """The configuration from the flags given, over that of `--config`, `--recipe` or `--paper`."""
+    """The configuration from the flags given, over that of `--config` or `--recipe`."""
     from optimum_fista.run.config import FistaPruningConfig
 
     flags = given(arguments, PruningOptions)
-    if arguments.paper and (arguments.config or arguments.recipe or flags.get("method", "fista") != "fista"):
-        raise ValueError(
-            "--paper sets method and options of the paper: pass it without --config, --recipe and --method."
-        )
     if arguments.target_size is not None:
         given_too = [name for name in ("sparsity", "pattern") if name in flags]
         if given_too:
@@ -284,11 +280,10 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
                 "prune the result again."
             )
         flags["pattern"] = f"bytes:{arguments.target_size!r}"
-    recipe = "paper" if arguments.paper else arguments.recipe
-    if recipe is not None and arguments.config:
-        raise ValueError(f"--recipe {recipe} and --config {arguments.config}: pass only one of them.")
-    if recipe is not None:
-        return FistaPruningConfig.recipe(recipe, **flags)
+    if arguments.recipe and arguments.config:
+        raise ValueError(f"--recipe {arguments.recipe} and --config {arguments.config}: pass only one of them.")
+    if arguments.recipe:
+        return FistaPruningConfig.recipe(arguments.recipe, **flags)
     base = FistaPruningConfig.from_pretrained(arguments.config).to_dict() if arguments.config else {}
     if {"sparsity", "pattern"} & set(flags):
         base = {key: value for key, value in base.items() if key not in ("sparsity", "pattern")}

@@ -7,6 +7,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from optimum_fista.cli.options import DEVICE
+
 DESCRIPTION = """\
 Train the weights that a pruned model kept, so that it predicts as the dense model does. Zeros stay zero.
 
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "auto, the first of these that fits into memory (default)"
     )
     add("--train", choices=("auto", "all", "lora", "norms"), default="auto", help=trained)
-    add("--device", help="cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)")
+    add("--device", **DEVICE)
     products = "dtype of products; weights are trained in float32 (default auto: bfloat16 if the device is fast in it)"
     add("--compute-dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=products)
     add("--overwrite", action="store_true", help="replace a model that --output already holds")

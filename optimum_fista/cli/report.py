@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from optimum_fista.cli.options import DTYPE
+
 DESCRIPTION = """\
 Write one HTML page about a pruned model: what was pruned, where the errors are, how long it took.
 
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", action="append", default=[], metavar="TEXT", help="text for both models to continue; repeatable")
     add("--max-new-tokens", type=int, default=48, help="tokens a continuation (default 48)")
     add("--device", help="for --prompt: cpu, cuda, cuda:1 (default: as for chat)")
-    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto, as stored (default)")
+    add("--dtype", **DTYPE)
 
 
 def run(arguments: argparse.Namespace) -> int:

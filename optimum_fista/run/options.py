@@ -33,12 +33,8 @@ def option(
         limits: The least and the largest number it takes; `None`: there is no largest one.
         advanced: The group of rarely used options that it belongs to.
     """
-    metadata = {"help": text, "limits": limits, "advanced": advanced}
-    return (
-        field(default_factory=default, metadata=metadata)
-        if callable(default)
-        else field(default=default, metadata=metadata)
-    )
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": text, "limits": limits, "advanced": advanced})
 
 
 def require_seed(seed: int) -> None:

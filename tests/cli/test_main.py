@@ -11,7 +11,7 @@ from optimum_fista.cli.main import build_parser, main
 FLAGS = {
     "prune": (
         "MODEL --output -o --dry-run --overwrite --packed --sparsity --pattern --target --target-size --scope "
-        "--include --exclude --method --recipe --paper --no-expert-refit "
+        "--include --exclude --method --recipe --no-expert-refit "
         "--error-correction --residual-correction --allocation "
         "--reorder-channels --warm-start --max-iterations --tolerance --allocation-tokens "
         "--config "

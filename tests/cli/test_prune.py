@@ -128,9 +128,12 @@ def test_flags_override_a_configuration_file(prune, tmp_path):
 
 
 def test_paper_settings_with_flags_over_them(prune, tmp_path):
-    assert prune("--paper", "--sparsity", "0.4") == 0
+    assert prune("--recipe", "paper", "--sparsity", "0.4") == 0
     assert config_of(tmp_path / "out") == FistaPruningConfig.paper(0.4).resolved()
-    assert prune("--paper", "--method", "fista", "--max-iterations", "5", "--warm-start", "dense", "--overwrite") == 0
+    assert (
+        prune("--recipe", "paper", "--method", "fista", "--max-iterations", "5", "--warm-start", "dense", "--overwrite")
+        == 0
+    )
     assert config_of(tmp_path / "out") == FistaPruningConfig.paper(max_iterations=5, warm_start="dense").resolved()
 
 
@@ -173,11 +176,8 @@ def test_a_model_that_is_there_is_refused_before_any_work(prune, tmp_path, capsy
         (["--device", "tpu9"], "device='tpu9' can't be used"),
         (["--dtype", "float33"], "float33"),
         (["--config", "nothing.json"], "nothing.json"),
-        (["--paper", "--method", "wanda"], "--paper sets method and options of the paper"),
         (["--recipe", "slow"], "recipe='slow': pass one of 'default', 'fast', 'paper'"),
         (["--recipe", "fast", "--config", "config.json"], "--recipe fast and --config config.json: pass only one"),
-        (["--paper", "--recipe", "fast"], "--paper sets method and options of the paper"),
-        (["--paper", "--config", "config.json"], "--paper sets method and options of the paper"),
     ],
 )
 def test_errors_are_one_line(prune, tmp_path, capsys, monkeypatch, flags, message):
