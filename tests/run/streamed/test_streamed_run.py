@@ -385,7 +385,7 @@ def test_fewer_layers_leave_no_shard_of_more(source, tmp_path, monkeypatch):
     cut_off(monkeypatch, file_sink.FileSink, "complete", stop, tmp_path / "source", tmp_path / "pruned")
     config = tmp_path / "source" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
-    prune(tmp_path / "source", tmp_path / "pruned", overwrite=True)
+    prune(tmp_path / "source", tmp_path / "pruned", overwrite=True, drop_unused=True)
     assert load_index(tmp_path / "pruned").keys() == tiny_llama().state_dict().keys()
     assert len([*(tmp_path / "pruned").glob("*.safetensors")]) == 3
 
