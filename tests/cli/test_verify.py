@@ -1,3 +1,4 @@
+import json
 import shutil
 
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,7 @@ def test_what_was_proven(pruned_folder, capsys):
 def test_a_broken_folder_exits_with_1_and_names_the_operator(pruned_folder, tmp_path, capsys):
     folder = shutil.copytree(pruned_folder, tmp_path / "model")
     name = "model.layers.1.self_attn.o_proj.weight"
-    shard = folder / "model.safetensors"
+    shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
     weights = load_file(shard)
     weights[name][weights[name] == 0] = 1e-4
     save_file(weights, shard, metadata={"format": "pt"})
