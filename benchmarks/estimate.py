@@ -1,11 +1,11 @@
-"""Estimates: of models that don't fit this machine, and beside what real runs took. The tables of docs/scale.md.
+"""Estimates beside what real runs took, and of models that don't fit this machine. The tables of docs/scale.md.
 
     python benchmarks/estimate.py --output benchmarks/results/estimate.json
 
 Every case is a random Llama, written to a folder, estimated from its configuration, and pruned from files to files in a
 process of its own, whose anonymous memory (not the pages of files) is sampled. Seconds are those of one thread's
-processor, in the estimate's own measurements as well, which are taken before and after the run, so that what else the
-machine does counts for little.
+processor, in the estimate as well, which is taken before and after the run, so that what else the machine does counts
+for little.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from shared import save_llama, watched
+from tqdm import tqdm
 from transformers import AutoConfig
 
 from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.estimate.estimate import Estimate, size
+from optimum_fista.run.estimate import Estimate
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "dtype": "bfloat16"}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -35,9 +36,6 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"num_local_experts": 8, "num_experts_per_tok": 2},
     "Llama-3.1-405B": _LLAMA | dict(zip(_SIZES, (16384, 53248, 126, 128), strict=True)),
 }
-RATES = ((100, 20), (400, 50))
-"""TFLOP/s of the model's products in bfloat16, and of those in float32: what a reader's GPU might keep up."""
-
 _SMALL = {"hidden": 384, "ffn": 1536, "layers": 3, "samples": 8}
 _SMOLLM2 = {"hidden": 576, "ffn": 1536, "layers": 3, "samples": 8, "heads": 9, "vocabulary": 49152}
 CASES: dict[str, dict[str, Any]] = {
@@ -57,53 +55,27 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def estimate_of(name: str, config: FistaPruningConfig | None = None) -> Estimate:
-    """What pruning one of `MODELS` takes on a GPU, from its published sizes."""
-    settings = dict(MODELS[name])
-    model = AutoConfig.for_model(settings.pop("model_type"), max_position_embeddings=8192, **settings)
-    return Estimate(model, config, device="cuda", storage_device="cpu", timed=False)
-
-
-def of_large_models() -> dict[str, dict[str, Any]]:
-    """Numbers of the estimates of `MODELS`, from their published sizes."""
-    found = {}
-    for name in MODELS:
-        estimate = estimate_of(name)
-        found[name] = {
-            "parameters": estimate.model.num_parameters(),
-            "weight_bytes": estimate.weight_bytes,
-            "pruned": estimate.operators["together"],
-            "memory": {place: peak._asdict() for place, peak in estimate.memory.items()},
-            "disk_bytes": estimate.disk_bytes,
-            "work": {stage: list(amounts) for stage, amounts in estimate.work.items()},
-        }
-    return found
-
-
-def large_models_table(models: dict[str, dict[str, Any]]) -> list[str]:
-    """The first table of docs/scale.md."""
-    rows: dict[str, list[str]] = {"": list(models), "---": ["---"] * len(models)}
-    for model in models.values():
-        products = [sum(column) for column in zip(*model["work"].values(), strict=True)][:2]
+def large_models_table() -> list[str]:
+    """What pruning each of `MODELS` takes on a GPU, from its published sizes: the first table of docs/scale.md."""
+    rows: dict[str, list[str]] = {"": list(MODELS), "---": ["---"] * len(MODELS)}
+    for settings in MODELS.values():
+        sizes = {name: value for name, value in settings.items() if name != "model_type"}
+        model = AutoConfig.for_model(settings["model_type"], max_position_embeddings=8192, **sizes)
+        estimate = Estimate(model, device="cuda", storage_device="cpu", batch_size=1)
         cells = {
-            "parameters": f"{model['parameters'] / 1e9:.1f} billion",
-            "of them in operators to prune": f"{model['pruned']['weights'] / 1e9:.1f}",
-            "weights": size(model["weight_bytes"]),
-            **{
-                f"**{place}, peak**": f"**{size(sum(peak['parts'].values()))}** ({peak['moment']})"
-                for place, peak in model["memory"].items()
-            },
-            "**disk**": f"**{size(sum(model['disk_bytes'].values()))}**",
-            "**products**, PFLOP": f"**{sum(products) / 1e15:,.0f}**",
+            "parameters": f"{estimate.model.num_parameters() / 1e9:.1f} billion",
+            "of them in operators to prune": f"{sum(estimate.weights.values()) / 1e9:.1f}",
+            "weights": _size(estimate.weight_bytes),
+            **{f"**{place}, peak**": f"**{_size(sum(p.values()))}**" for place, p in estimate.memory.items()},
+            "**disk**": f"**{_size(sum(estimate.disk_bytes.values()))}**",
         }
-        for stage in ("forward passes", "statistics", "solving"):
-            cells[f"... {stage}"] = f"{sum(model['work'][stage][:2]) / 1e15:,.1f}"
-        for rates in RATES:
-            hours = sum(amount / rate for amount, rate in zip(products, rates, strict=True)) / 3600e12
-            cells[f"hours at {rates[0]} and {rates[1]} TFLOP/s"] = f"{hours:,.1f}"
         for name, cell in cells.items():
             rows.setdefault(name, []).append(cell)
     return [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+
+
+def _size(count: float) -> str:
+    return tqdm.format_sizeof(count, "iB", 1024)
 
 
 def beside_a_run(case: dict[str, Any], measured: dict[str, float] | None = None) -> dict[str, float]:
@@ -125,14 +97,14 @@ def beside_a_run(case: dict[str, Any], measured: dict[str, float] | None = None)
                 device="cpu",
             )
 
-        before = estimated()
+        before = sum(estimated().seconds.values())
         if measured is None:
             settings = {name: run[name] for name in ("samples", "length", "vocabulary", "batch", "config")}
             imports, curve, seconds = watched(source=source, output=f"{folder}/out", processor_time=True, **settings)
             measured = {"import_bytes": imports, "measured_bytes": max(held for _, held in curve)}
             measured["measured_seconds"] = seconds["processor"]
-        seconds = [sum(estimate.seconds.values()) for estimate in (before, estimated())]
-    found = {"estimated_bytes": before.memory["host"].total, "estimated_seconds": statistics.mean(seconds)}
+        found = {"estimated_bytes": sum(estimated().memory["host"].values())}
+        found["estimated_seconds"] = statistics.mean([before, sum(estimated().seconds.values())])
     return measured | found
 
 
@@ -154,15 +126,15 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, help="estimate the runs of this earlier output again, run none")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    models, runs = of_large_models(), {}
+    runs: dict[str, dict[str, float]] = {}
     measured = json.loads(arguments.measured.read_text())["runs"] if arguments.measured else {}
-    print("\n".join(large_models_table(models)))
+    print("\n".join(large_models_table()))
     time.perf_counter = time.process_time
     for name in measured or arguments.cases.split(";"):
         runs[name] = beside_a_run(CASES[name], measured.get(name))
         print(runs_table(runs)[-1], flush=True)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"models": models, "runs": runs}, indent=1) + "\n")
+        arguments.output.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ def test_the_quickstart_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     for name in ("hub-id-or-folder", "model"):
         tiny_llama(max_position_embeddings=512).save_pretrained(tmp_path / name)
         tiny_tokenizer().save_pretrained(tmp_path / name)
-    monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.1)
     run = {"python": run_snippet, "bash": run_commands}
     with HubStandIn(user="your-name") as hub:
         connect(hub, monkeypatch)

@@ -6,14 +6,17 @@ import argparse
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 if TYPE_CHECKING:
     from optimum_fista.run.config import FistaPruningConfig
-    from optimum_fista.run.estimate.estimate import Estimate
+    from optimum_fista.run.estimate import Estimate
     from optimum_fista.run.reports.report import PruningReport
 
 
@@ -22,31 +25,31 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> int
     import torch
 
     from optimum_fista.run.checkpoints.output import unfinished_folder
-    from optimum_fista.run.estimate.estimate import size
-    from optimum_fista.run.estimate.memory import LIBRARIES
+    from optimum_fista.run.estimate import LIBRARIES
     from optimum_fista.run.memory import available_bytes
     from optimum_fista.run.streamed.journal import begun_batch_size
 
     chosen: int | None = arguments.batch_size or begun_batch_size(unfinished_folder(arguments.output))
     try:
         estimate = estimate_of(arguments, config, chosen)
-        overview, memory = estimate.overview(), estimate.memory["host"]
+        overview, parts = overview_of(estimate), estimate.memory["host"]
     except ValueError:
         raise  # what the run would refuse, before text is drawn: a model may write it for hours
     except OSError:
         return chosen or 1  # the run says what is wrong
-    except Exception as error:  # a model without weights can't be run in every family
-        print(f"note: memory and time could not be estimated: {error}", file=sys.stderr)
+    except Exception as error:  # a model without weights can't be built in every family
+        print(f"note: memory could not be estimated: {error}", file=sys.stderr)
         return chosen or 1
-    needed, free = memory.total - LIBRARIES, available_bytes(torch.device("cpu"))
-    print(overview, file=sys.stderr)
+    needed, free = sum(parts.values()) - LIBRARIES, available_bytes(torch.device("cpu"))
+    print("\n".join(overview), file=sys.stderr)
     if free is not None:
-        print(f"{'':<13}{size(free)} of memory are free", file=sys.stderr)
+        print(f"{'':<13}{_size(free)} of memory are free", file=sys.stderr)
     print(f"{'output':<13}{arguments.output}", file=sys.stderr)
     if free is not None and needed > free:
+        most = max(parts, key=lambda part: parts[part])
         print(
-            f"warning: this run is estimated to need {size(needed)} of memory, and {size(free)} are free: it may be "
-            f"killed ({memory.moment}). Pass --storage-device disk, a smaller --batch-size, a shorter "
+            f"warning: this run is estimated to need {_size(needed)} of memory, and {_size(free)} are free: it may be "
+            f"killed ({most}: {_size(parts[most])}). Pass --storage-device disk, a smaller --batch-size, a shorter "
             "--sequence-length or fewer --num-samples; --dry-run shows what they need.",
             file=sys.stderr,
         )
@@ -56,29 +59,85 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> int
 def estimate_of(arguments: argparse.Namespace, config: FistaPruningConfig, batch_size: int | None) -> Estimate:
     """What the run will take, with batches of this size; `None`: of the best size for the device."""
     from optimum_fista.run.checkpoints.source_files import require_no_loss
-    from optimum_fista.run.estimate.estimate import Estimate
-    from optimum_fista.run.texts.calibration_source import num_spare
+    from optimum_fista.run.estimate import Estimate
 
     names = ("sequence_length", "calibration", "device", "dtype", "storage_device", "packed")
-    numbers = {"num_samples": arguments.num_samples + config.held_out, "batch_size": arguments.batch_size or 1}
     options = {name: getattr(arguments, name) for name in names}
-    numbers["num_unseen"] = num_spare(config, arguments.num_samples)
-    estimate = Estimate(arguments.model, config, **numbers, **options)
+    number = arguments.num_samples + config.held_out
+    estimate = Estimate(arguments.model, config, num_samples=number, batch_size=batch_size, **options)
     if Path(arguments.model).is_dir():
         require_no_loss(estimate.model, Path(arguments.model), arguments.drop_unused)
-    return estimate.with_batch_size(batch_size or _best_batch_size(estimate))
+    return estimate
 
 
-def _best_batch_size(estimate: Estimate) -> int:
-    """The size of batches for the device at hand; the same if that is not in this machine, or says nothing of it."""
-    import torch
+def overview_of(estimate: Estimate) -> list[str]:
+    """What a run will do and take, in a few lines."""
+    model, config, parameters = estimate.model, estimate.config, estimate.model.num_parameters()
+    dtype, weights = str(model.dtype).removeprefix("torch."), sum(estimate.weights.values())
+    pruned = f"{len(estimate.operators)} operators with {weights:,} weights"
+    if estimate.num_removed:
+        pruned += f"; {estimate.num_removed:,} parameters go ({estimate.num_removed / parameters:.1%})"
+    elif weights:
+        zeros = sum(estimate.zeros.values())
+        pruned += f"; {zeros:,} become zero ({zeros / weights:.1%})"
+    held_out = f" ({config.held_out} held out)" if config.held_out else ""
+    text = "that the model writes itself" if estimate.samples_itself else "of text"
+    batches = f"batches of {estimate.batch_size}"
+    memory = ", ".join(f"{_size(sum(parts.values()))} of the {place}" for place, parts in estimate.memory.items())
+    model_size = f"{parameters:,} parameters in {dtype} ({_size(estimate.weight_bytes)})"
+    lines = {
+        "model": f"{type(model).__name__}, {model_size}, {len(estimate.layers)} decoder layers",
+        "pruned": pruned,
+        "pattern": str(config.sparsity if estimate.asked.pattern == "unstructured" else estimate.asked.pattern),
+        "method": f"{config.method}, error correction {config.error_correction}",
+        "calibration": f"{estimate.num_samples} x {estimate.length} tokens{held_out} {text}, {batches}",
+        "memory": f"{memory}, at most, on {estimate.device}",
+        "disk": _size(sum(estimate.disk_bytes.values())),
+    }
+    return [f"{name:<13}{text}" for name, text in lines.items()]
 
-    from optimum_fista.run.memory import available_bytes
 
+def details_of(estimate: Estimate) -> list[str]:
+    """What `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, and notes."""
+    from optimum_fista.run.pruning.operators import idle_patterns
+
+    lines, counts = overview_of(estimate), dict[str, Counter[str]]()
+    for name, weights in estimate.weights.items():
+        found = counts.setdefault(name.rpartition(".")[2], Counter())
+        found.update({"number": 1, "weights": weights, "zeros": estimate.zeros[name]})
+    last = "removed" if estimate.num_removed else "zeros"
+    lines += ["", f"{'operators':<24}{'number':>8}{'weights':>20}{last:>20}"]
+    lines += [f"{name:<24}{c['number']:>8}{c['weights']:>20,}{c['zeros']:>20,}" for name, c in counts.items()]
+    # "loses the rows that model.layers.*.mlp.down_proj no longer reads"
+    left_dense = {name: re.sub(r"\.\d+\.", ".*.", why) for name, why in estimate.left_dense.items()}
+    for reason, count in Counter(left_dense.values()).items():
+        names = [name for name, why in left_dense.items() if why == reason]
+        lines.append(f"left dense ({reason}): {', '.join(names[:3])}{f' and {count - 3} more' * (count > 3)}")
+    tables: dict[str, Mapping[str, float]] = {f"memory, {place}": parts for place, parts in estimate.memory.items()}
+    for title, parts in (tables | {"disk": estimate.disk_bytes}).items():
+        lines += ["", f"{title:<44}{_size(sum(parts.values())):>12}"]
+        lines += [f"  {name:<42}{_size(n):>12}" for name, n in sorted(parts.items(), key=lambda p: -p[1]) if n]
+    notes = list(idle_patterns(estimate.config, list(estimate.operators), list(estimate.left_dense)))
     try:
-        return estimate.best_batch_size(None if estimate.on_cpu else available_bytes(torch.device(estimate.device)))
-    except (RuntimeError, AssertionError):
-        return estimate.best_batch_size(None)
+        seconds = estimate.seconds
+        lines += ["", f"{'time':<44}{tqdm.format_interval(sum(seconds.values())):>12}"]
+        lines += [f"  {stage:<42}{tqdm.format_interval(took):>12}" for stage, took in seconds.items()]
+    except (ValueError, RuntimeError, OSError) as error:
+        notes.append(f"time is not estimated: {error}")
+    if estimate.samples_itself:
+        notes.append(
+            "--calibration self loads the whole model, which writes its text first: no time is counted for that."
+        )
+    if estimate.whole:
+        notes.append("a GGUF file can't be read one weight at a time: it is dequantized, and the whole model is held.")
+    if "layers:" in estimate.asked.pattern:
+        notes.append("the run chooses which decoder layers go; here these follow the first.")
+    return [*lines, *(f"note: {note}" for note in notes)]
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    return tqdm.format_sizeof(count, "iB", 1024)
 
 
 def verdicts(report: PruningReport) -> Iterator[str]:

@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from optimum_fista.cli.overview import estimate_of, next_commands, say_before, verdicts
+    from optimum_fista.cli.overview import details_of, estimate_of, next_commands, say_before, verdicts
     from optimum_fista.cli.progress import Progress, log_shown
     from optimum_fista.run.checkpoints.output import FOLDER, locked_output, unfinished_folder
     from optimum_fista.run.hub import push_folder
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = _config(arguments)
     if arguments.dry_run:
-        print(estimate_of(arguments, config, arguments.batch_size))
+        print("\n".join(details_of(estimate_of(arguments, config, arguments.batch_size))))
         _require_output(arguments, config)
         return 0
     _require_options(arguments, config)

@@ -16,9 +16,6 @@ import psutil
 import torch
 from torch import nn
 
-LARGE_BLOCK = 32 * 2**20
-"""Bytes from which on glibc takes a block from the system, in pages that are cleared first, whenever one is made."""
-
 _GROUP = Path("/sys/fs/cgroup")
 _EXHAUSTED = (
     "out of memory",  # CUDA, ROCm, XPU, MPS
@@ -45,12 +42,12 @@ def available_bytes(device: torch.device) -> int | None:
     """Bytes that can be had on a device now, those that PyTorch keeps unused on it included.
 
     On the CPU it is what the system can give without swapping, or less if the process's control group (Linux,
-    version 2; containers) may use less. `None` if the device does not say.
+    version 2; containers) may use less. `None` if the device does not say, or is not in this machine.
     """
     if device.type == "cpu":
         return int(min(psutil.virtual_memory().available, _left_to_group()))
     counts = device_counts(device)
-    if counts is None or not hasattr(counts, "mem_get_info"):
+    if counts is None or not hasattr(counts, "mem_get_info") or not counts.is_available():
         return None
     return counts.mem_get_info(device)[0] + counts.memory_reserved(device) - counts.memory_allocated(device)
 

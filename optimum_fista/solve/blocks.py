@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 from torch import Tensor
 
@@ -12,7 +10,6 @@ _ROWS = 192  # at least, or a product is inefficient
 _VALUES = 2**19  # about so many on a CPU: 2 MiB of float32
 SCALE_ON_DEVICES = 128
 """How many times as many values a block has on other devices than the CPU, where a call is expensive: 256 MiB."""
-_share: ContextVar[float | None] = ContextVar("share", default=None)
 
 
 def rows_in_block(rows: int, columns: int, scale: int = 1) -> int:
@@ -22,25 +19,12 @@ def rows_in_block(rows: int, columns: int, scale: int = 1) -> int:
     return -(-rows // max(1, -(-rows // most)))
 
 
-@contextmanager
-def block_share(share: float) -> Iterator[None]:
-    """As a context: a block is this share of the rows, so that a small matrix is taken apart like a large one."""
-    token = _share.set(share)
-    try:
-        yield
-    finally:
-        _share.reset(token)
-
-
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
     """Slices of the rows of a matrix: about half a million values each, but enough rows for a product to be efficient.
 
     On other devices than the CPU all rows are one block up to `SCALE_ON_DEVICES` times that size.
     """
     rows, columns = matrix.shape
-    share = _share.get()
     step = rows_in_block(rows, columns, 1 if matrix.device.type == "cpu" else SCALE_ON_DEVICES)
-    if share is not None:
-        step = round(share * rows)
     for start in range(0, rows, max(1, step)):
         yield slice(start, min(rows, start + max(1, step)))

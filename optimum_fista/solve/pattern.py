@@ -78,11 +78,6 @@ class SparsityPattern(ABC):
         """Consecutive weights of a row among which the kept ones are counted; `most` if there are no groups."""
         return most
 
-    def in_miniature(self, columns: int, about: int) -> tuple[SparsityPattern, int]:  # noqa: ARG002, see `at`
-        """What stands for the pattern on a smaller matrix, and the columns of that: about so many, in whole groups."""
-        unit = self.group_size(1)
-        return self, -(-about // unit) * unit
-
     def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:  # noqa: B027, most shapes fit
         """Check that the pattern fits a matrix of `shape` [out, in].
 

@@ -11,12 +11,6 @@ def _one_picture(one_picture):
     """Commands save many models."""
 
 
-@pytest.fixture(autouse=True)
-def _hardly_timed(monkeypatch):
-    """Every run estimates its time first."""
-    monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.01)
-
-
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("text") / "sea.txt"

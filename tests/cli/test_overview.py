@@ -24,7 +24,7 @@ def test_a_run_without_an_option_names_its_folder_and_says_what_it_will_do_and_w
     assert begin["pruned"] == "14 operators with 15,360 weights; 7,680 become zero (50.0%)"
     assert begin["calibration"] == "8 x 16 tokens of text, batches of 1"
     assert begin["output"] == name
-    assert {"model", "method", "time", "memory", "disk"} < {*begin}
+    assert {"model", "method", "memory", "disk"} < {*begin}
     found = json.loads((tmp_path / name / "fista" / "report.json").read_text())["perplexity"]
     assert (found["num_tokens"], found["text"]) == (16, text_file.name)
     assert f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after (no verdict on few" in shown.out

@@ -157,7 +157,6 @@ def test_accelerate_launches_the_command(source, tmp_path):
 
 @pytest.mark.parametrize(("calibration", "count"), [("self", 2), ("text", 1)])
 def test_a_command_resumes_with_another_number_of_processes(source, tmp_path, monkeypatch, calibration, count):
-    monkeypatch.setattr("optimum_fista.run.estimate.work._SECONDS", 0.01)
     if calibration == "text":
         calibration = str(tmp_path / "sea.txt")
         Path(calibration).write_text(TEXT)

@@ -11,7 +11,7 @@ from untouched import Untouched
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs, shrink_model
 from optimum_fista.run.checkpoints.loading import usable_device
-from optimum_fista.run.estimate.estimate import Estimate
+from optimum_fista.run.estimate import Estimate
 from optimum_fista.run.memory import available_bytes, release_free_memory
 from optimum_fista.run.pruning import removal
 from optimum_fista.run.reports.report import device_name, library_versions
@@ -20,7 +20,7 @@ from optimum_fista.run.texts.self_sampling import sample_text_from_model
 
 def test_the_current_device_is_the_default():
     assert usable_device(None) == torch.device("simulated:1")
-    estimate = Estimate(tiny_llama().config, num_samples=8, sequence_length=16, timed=False)
+    estimate = Estimate(tiny_llama().config, num_samples=8, sequence_length=16)
     assert (estimate.device, estimate.storage) == ("simulated", "device")
     assert set(estimate.memory) == {"device", "host"}
 

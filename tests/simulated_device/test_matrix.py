@@ -49,7 +49,7 @@ def require_pruned_as_on_the_cpu(method, place, pattern, correction, allocation,
         found, report = pruned_at(place, config, tiny_llama(), BATCHES, tmp_path)
     assert counts.runs["mm"] + counts.runs["addmm"] > 0
     assert report.totals["num_zeros"] == expected_report.totals["num_zeros"]
-    if method == "alps":  # rounding decides how its penalty grows, and so in which of two good masks it ends
+    if method in ("admm", "alps"):  # rounding decides near ties, and how the penalty of ALPS grows: two good masks
         same = [((found[name] == 0) == (weight == 0)).float().mean() for name, weight in expected.items()]
         assert min(same) > 0.98
         error = expected_report.totals["mean_fit_error"]

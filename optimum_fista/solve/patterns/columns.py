@@ -90,13 +90,6 @@ class Columns(SparsityPattern):
             groups // self.multiple_of, round((1 - self.sparsity) * groups / self.multiple_of)
         )
 
-    def in_miniature(self, columns: int, about: int) -> tuple[Columns, int]:
-        """The same share of as many groups, which are narrower; of fewer groups if there are more than `about`."""
-        groups = columns // self.width
-        kept, fewer = self.groups_kept(groups), min(groups, about)
-        width = about // fewer
-        return Columns.keeping(max(1, round(kept * fewer / groups)), fewer, width), fewer * width
-
     def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:
         """Check that the columns are whole groups, and that some of them are kept."""
         groups, rest = divmod(shape[1], self.width)

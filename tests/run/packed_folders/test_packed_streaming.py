@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints import atomic
 from optimum_fista.run.checkpoints.output import unfinished_folder
-from optimum_fista.run.estimate.estimate import Estimate
+from optimum_fista.run.estimate import Estimate
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
 from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
@@ -119,7 +119,7 @@ def test_the_plan_counts_the_bytes_of_the_shards(pattern, tmp_path):
     config = FistaPruningConfig(pattern=pattern, method="wanda")
     prune(tmp_path / "source", tmp_path / "packed", config, packed=True)
     tensors = [t for f in (tmp_path / "packed").glob("packed-*.safetensors") for t in load_file(f).values()]
-    options = {"num_samples": 4, "sequence_length": 16, "timed": False}
+    options = {"num_samples": 4, "sequence_length": 16}
     packed = Estimate(tmp_path / "source", config, packed=True, **options).disk_bytes["model"]
-    assert packed == pytest.approx(sum(tensor.nbytes for tensor in tensors), rel=0.01)
+    assert packed == pytest.approx(sum(tensor.nbytes for tensor in tensors), rel=0.02)
     assert packed < 0.8 * Estimate(tmp_path / "source", config, **options).disk_bytes["model"]

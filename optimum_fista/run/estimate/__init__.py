@@ -1,1 +1,0 @@
-"""What a run will take: its operators, memory, time and disk."""
