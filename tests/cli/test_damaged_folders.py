@@ -142,8 +142,8 @@ CASES = [
     ("dense", "dry run", MODEL_CONFIG),
     *(("pruned", command, WEIGHTS) for command in ("evaluate", "verify", "pack")),
     *(("pruned", command, ANY_CONFIG | REPORTS) for command in ("verify", "pack", "report")),
-    *(("pruned", command, MASK_FILES) for command in ("verify", "pack", "report")),
-    *(("packed", command, WEIGHTS) for command in ("evaluate", "verify", "unpack", "report")),
+    *(("pruned", command, MASK_FILES) for command in ("verify", "pack")),
+    *(("packed", command, WEIGHTS) for command in ("evaluate", "verify", "unpack")),
     *(("packed", command, ANY_CONFIG | REPORTS) for command in ("verify", "unpack", "report")),
 ]
 

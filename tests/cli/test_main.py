@@ -10,7 +10,7 @@ from optimum_fista.cli.main import build_parser, main
 
 FLAGS = {
     "prune": (
-        "MODEL --output -o --dry-run --overwrite --packed --sparsity --pattern --target --target-size --scope "
+        "MODEL --output -o --dry-run --overwrite --packed --sparsity --pattern --target-size --drop-unused --scope "
         "--include --exclude --method --recipe --no-expert-refit "
         "--error-correction --residual-correction --allocation "
         "--reorder-channels --warm-start --max-iterations --tolerance --allocation-tokens "

@@ -226,6 +226,8 @@ def _acquire(lock: Any, folder: Path, output_dir: Path) -> None:
         except OSError as error:
             if error.errno is None:
                 raise
+            if isinstance(error, FileExistsError):
+                continue  # it was made and removed meanwhile
             with suppress(OSError):  # what is in them stays
                 (folder / FOLDER).rmdir()
                 folder.rmdir()

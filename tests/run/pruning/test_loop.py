@@ -25,7 +25,7 @@ class Recorder(PruningCallback):
     def undo(self):
         self.events.append(("undo", ""))
 
-    def commit(self, index, layer, record, states):
+    def commit(self, index, layer, record, states, held_out):
         self.events.append(("commit", record.report.name))
 
     def on_operator_end(self, report):
