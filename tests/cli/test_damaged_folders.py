@@ -141,10 +141,12 @@ CASES = [
     *(("dense", command, MODEL_CONFIG | TOKENIZER) for command in ("prune", "evaluate")),
     ("dense", "dry run", MODEL_CONFIG),
     *(("pruned", command, WEIGHTS) for command in ("evaluate", "verify", "pack")),
-    *(("pruned", command, ANY_CONFIG | REPORTS) for command in ("verify", "pack", "report")),
+    *(("pruned", command, ANY_CONFIG | REPORTS) for command in ("verify", "pack")),
+    ("pruned", "report", REPORTS),
     *(("pruned", command, MASK_FILES) for command in ("verify", "pack")),
     *(("packed", command, WEIGHTS) for command in ("evaluate", "verify", "unpack")),
-    *(("packed", command, ANY_CONFIG | REPORTS) for command in ("verify", "unpack", "report")),
+    *(("packed", command, ANY_CONFIG | REPORTS) for command in ("verify", "unpack")),
+    ("packed", "report", REPORTS),
 ]
 
 
