@@ -101,11 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _material(
     arguments: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tensor, Tensor]:
-    """Tokens to calibrate on and windows to measure on, which have none in common.
-
-    Raises:
-        ValueError: If the text is too short for both.
-    """
+    """Tokens to calibrate on and windows to measure on, which have none in common."""
     from optimum_fista.run.texts.calibration_source import calibration_tokens
     from optimum_fista.run.texts.text import load_text
     from optimum_fista.run.texts.windows import evaluation_windows

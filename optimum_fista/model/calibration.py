@@ -66,10 +66,6 @@ def read_batches(loader: Iterable[Any], vocab_size: int, longest: int | None = N
             [sequence], or lists of ids; a `torch.utils.data.DataLoader`, a data set or a generator.
         vocab_size: Number of rows of the input embedding.
         longest: Tokens a sequence at most; `None`: any number.
-
-    Raises:
-        ValueError: If the loader is empty, an item has no ids, an impossible mask or other inputs than tokens, an id
-            lies outside [0, vocab_size), or a sequence is too long.
     """
     if isinstance(loader, Mapping | str) or not isinstance(loader, Iterable | Dataset):
         raise ValueError(
@@ -95,11 +91,7 @@ def read_batches(loader: Iterable[Any], vocab_size: int, longest: int | None = N
 
 
 def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[CalibrationBatch]:
-    """Mark the last sequences as held out; a batch that they begin in is cut in two.
-
-    Raises:
-        ValueError: If no real token is left to calibrate on, or none is held out although sequences are.
-    """
+    """Mark the last sequences as held out; a batch that they begin in is cut in two."""
     if not num_sequences:
         return list(batches)
     total = sum(batch.input_ids.shape[0] for batch in batches)
@@ -203,9 +195,6 @@ def _documents(ids: Tensor, numbers: Tensor, packing: Mapping[str, Any], where: 
 
     A document ends where another number begins in `numbers` [batch, sequence] (0: padding) or `seq_idx`, where
     `position_ids` begin again, and at the ends that `cu_seq_lens_q` and `cu_seq_lens_k` name.
-
-    Raises:
-        ValueError: If documents have holes, or other positions than their own or those in their row.
     """
     starts = torch.ones_like(ids, dtype=torch.bool)
     starts[:, 1:] = numbers.diff() != 0

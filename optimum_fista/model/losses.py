@@ -43,11 +43,6 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
     Returns:
         The numbers of the layers in the order in which they go, each with the loss without it and those before, in
         nats a token. A loss that is not finite counts as the largest.
-
-    Raises:
-        ValueError: If the loss of the model is not finite, no configuration describes it with one layer less, or no
-            sequence has two tokens.
-        UnsupportedArchitectureError: If decoder layers hand on more than hidden states, or depend on their number.
     """
     model, layers = loss.model, loss.layers
     sequences = [CalibrationBatch(ids) for ids in loss.sequences()]
@@ -171,11 +166,7 @@ def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | No
 def _require_no_number(
     model: PreTrainedModel, layers: DecoderLayers, left: Sequence[int], recorded: RecordedInputs
 ) -> None:
-    """Prove that the first decoder layer that gets another number returns the same with it.
-
-    Raises:
-        UnsupportedArchitectureError: If it does not.
-    """
+    """Prove that the first decoder layer that gets another number returns the same with it."""
     index = next((old for new, old in enumerate(left) if new != old), None)
     if index is None:
         return

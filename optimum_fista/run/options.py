@@ -38,11 +38,7 @@ def option(
 
 
 def require_seed(seed: int) -> None:
-    """Refuse a seed that PyTorch can't take.
-
-    Raises:
-        ValueError: If it is one.
-    """
+    """Refuse a seed that PyTorch can't take."""
     if not SEEDS[0] <= seed <= SEEDS[1]:
         raise ValueError(f"seed={seed}: pass a whole number from {SEEDS[0]} to {SEEDS[1]}.")
 

@@ -38,11 +38,7 @@ class InputStatistics:
 
     @property
     def mean(self) -> Tensor:
-        """Mean of the inputs over the tokens, [in].
-
-        Raises:
-            ValueError: If it was not recorded.
-        """
+        """Mean of the inputs over the tokens, [in]."""
         if self._mean is None:
             raise ValueError("these statistics hold no mean of the inputs: pass mean to InputStatistics.")
         return self._mean

@@ -46,12 +46,7 @@ def summary(report: PruningReport) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        OSError: If the file can't be read.
-        ValueError: If it holds something else.
-    """
+    """The object that a JSON file holds."""
     try:
         values = json.loads(file.read_text())
     except ValueError as error:  # of JSON, or of UTF-8
@@ -62,23 +57,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def require_files(folder: Path, *names: str) -> None:
-    """Refuse a folder that lacks a file of a pruned model.
-
-    Raises:
-        FileNotFoundError: If so.
-    """
+    """Refuse a folder that lacks a file of a pruned model."""
     for name in names:
         if not (folder / name).exists():
             raise FileNotFoundError(f"{str(folder)!r} holds no {name}: pass a folder saved by optimum-fista.")
 
 
 def read_report(folder: Path) -> PruningReport:
-    """The report in a pruned model's folder.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is none of optimum-fista.
-    """
+    """The report in a pruned model's folder."""
     file = folder / REPORT_FILE
     require_files(folder, REPORT_FILE)
     try:
@@ -111,12 +97,7 @@ def mark_retrained(model: PreTrainedModel) -> None:
 
 
 def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
-    """The safetensors file of every tensor of a model folder; `stem` is the first part of the files' names.
-
-    Raises:
-        FileNotFoundError: If the folder holds no safetensors checkpoint.
-        ValueError: If its index is damaged.
-    """
+    """The safetensors file of every tensor of a model folder; `stem` is the first part of the files' names."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.exists() and not single.exists():  # Transformers prefers the single file as well
         weight_map = read_json(index).get("weight_map")

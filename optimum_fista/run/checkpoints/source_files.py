@@ -110,9 +110,6 @@ def require_no_loss(model: PreTrainedModel, source: Path, drop_unused: bool) -> 
 
     Returns:
         What the pruned model will lack, in words.
-
-    Raises:
-        ValueError: If there are such tensors and `drop_unused` is False.
     """
     with reading(str(source)):
         lost = described_loss(model, source)

@@ -45,13 +45,7 @@ def save_checkpoint(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write the model folder; `output` says what it may replace.
-
-    Raises:
-        FileExistsError: As `require_output`, or if it holds an unfinished run and `overwrite` is False.
-        OSError: If another run is writing the folder, the disk is full, or it can't be written to.
-        ValueError: If a weight outside its mask is no longer zero, or the checkpoint has no name for a weight.
-    """
+    """Write the model folder; `output` says what it may replace."""
     require_output(folder, overwrite)
     with new_output(folder, overwrite) as unfinished:
         write_checkpoint(model, unfinished, report, masks, tokenizer)
@@ -64,12 +58,7 @@ def write_checkpoint(
     masks: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Write all files of a pruned model into an unfinished folder.
-
-    Raises:
-        OSError: If the disk is full, or can't be written to.
-        ValueError: If a weight outside its mask is no longer zero, or the checkpoint has no name for a weight.
-    """
+    """Write all files of a pruned model into an unfinished folder."""
     if is_retrained(model) and not report.retrained:
         report = dataclasses.replace(report, retrained=True)
     found = operators_by_weight(model, report)

@@ -226,11 +226,7 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
 
 
 def _mask_of_pattern(operator: OperatorReport, pattern: SparsityPattern, mask: Tensor) -> Tensor:
-    """The mask before groups of columns were removed, of which the report names those that stayed.
-
-    Raises:
-        VerificationError: If the groups are not those of the pattern, or the mask has zeros besides.
-    """
+    """The mask before groups of columns were removed, of which the report names those that stayed."""
     name, kept = operator.name, operator.groups_kept or ()
     before = pattern.groups if isinstance(pattern, Columns) else None
     if not isinstance(pattern, Columns) or before is None:

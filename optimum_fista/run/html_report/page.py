@@ -52,10 +52,6 @@ def read_contents(folder: Path, evaluation_files: Sequence[Path] | None = None) 
     Args:
         folder: The model folder.
         evaluation_files: Files of measurements; `None`: `fista/evaluation.json` of the folder, if there is one.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a file holds something else.
     """
     report = read_report(folder)
     if report.removed and not report.operators and not report.mixtures:

@@ -50,10 +50,6 @@ def share_budgets(loss: DenseLoss, operators: Mapping[str, LinearOperator], conf
     """Allocate the zeros of `config` to the operators that take part. Uniform budgets run nothing.
 
     Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity.
-
-    Raises:
-        ValueError: If gradients of the loss can't be computed, or are not finite, or a sequence is too long.
-        torch.OutOfMemoryError: If one sequence is too long for them.
     """
     budgets = Budgets(config)
     sharing = {name: operator for name, operator in operators.items() if config.shares_budget(name)}

@@ -43,11 +43,7 @@ class GroupSolver:
         self._method = config.create_method(model_type)
 
     def solve(self, problems: GroupProblems) -> SolvedGroup:
-        """Prune the operators of a group; nothing is written.
-
-        Raises:
-            RuntimeError: If weights are not finite, or not in their pattern.
-        """
+        """Prune the operators of a group; nothing is written."""
         group, fitted = problems.operators, problems.fitted
         patterns = [self._budgets.pattern_for(operator.name) for operator in group]
         method, message = self._method_for(problems)

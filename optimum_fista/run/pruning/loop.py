@@ -40,9 +40,6 @@ def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | Non
             to prune are committed without being run.
         todo: Their indices; `None`: all. If `run.states` is set, it holds those that enter the first of them; otherwise
             the layers must be independent of each other, and those that are not to do stay dense.
-
-    Raises:
-        ValueError: If weights or activations are not finite.
     """
     budgets = run.shared_budgets()  # first: the layers that it removes change the configuration
     solver = GroupSolver(run.config, run.model.config.model_type, budgets)

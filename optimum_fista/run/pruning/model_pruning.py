@@ -140,11 +140,7 @@ class ModelPruning:
         return [_PRUNING_COST * count / max(1, *weights) for count in weights]
 
     def complete_report(self) -> None:
-        """Add what the user should know once all operators are pruned.
-
-        Raises:
-            UnsupportedArchitectureError: If there is no other.
-        """
+        """Add what the user should know once all operators are pruned."""
         complete_report(self.report, self.config, self.layers.name, self.budgets)
         if self.held_out is not None and (found := self.held_out.perplexity()) is not None:
             text = self.held_out.text and public_name(self.held_out.text)
@@ -154,11 +150,7 @@ class ModelPruning:
             self.removal.describe(self.report)
 
     def shared_budgets(self) -> Budgets:
-        """The operators' sparsity patterns; the first call chooses the decoder layers to remove and allocates zeros.
-
-        Raises:
-            ValueError: If the loss or its gradients are not finite, or no decoder layer can be removed.
-        """
+        """The operators' sparsity patterns; the first call chooses the decoder layers to remove and allocates zeros."""
         if self.budgets is None:
             started, removed = time.perf_counter(), list[tuple[int, float]]()
             calibration, tokens = self.batches.calibration, self.config.allocation_tokens

@@ -19,11 +19,7 @@ from optimum_fista.run.config import FistaPruningConfig
 
 
 def require_finite(operators: Sequence[LinearOperator]) -> None:
-    """Refuse damaged weights, with one transfer for all operators.
-
-    Raises:
-        ValueError: If a weight is NaN or Inf.
-    """
+    """Refuse damaged weights, with one transfer for all operators."""
     if not operators:
         return
     place = operators[0].parameter.device
@@ -34,11 +30,7 @@ def require_finite(operators: Sequence[LinearOperator]) -> None:
 
 
 def require_parameter(operator: LinearOperator) -> None:
-    """Refuse a weight that is computed from other tensors in every forward pass: zeros in it would not last.
-
-    Raises:
-        UnsupportedArchitectureError: If it is.
-    """
+    """Refuse a weight that is computed from other tensors in every forward pass: zeros in it would not last."""
     if operator.tensor not in operator.owner._parameters:
         raise UnsupportedArchitectureError(
             f"the weight of {operator.name} is computed from other tensors (weight_norm, spectral_norm, "
@@ -50,13 +42,7 @@ def require_parameter(operator: LinearOperator) -> None:
 def choose_operators(
     layers: DecoderLayers, config: FistaPruningConfig, *, may_be_none: bool = False
 ) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
-    """Operators to prune by decoder layer, and those left dense with the reason.
-
-    Raises:
-        ValueError: If a pattern does not fit, or a weight in memory is not finite.
-        UnsupportedArchitectureError: If nothing is left to prune unless that `may_be_none`, or a weight is no
-            parameter.
-    """
+    """Operators to prune by decoder layer, and those left dense with the reason."""
     chosen: dict[str, dict[str, LinearOperator]] = {}
     left_dense: dict[str, str] = {}
     shared = shared_weights(layers)

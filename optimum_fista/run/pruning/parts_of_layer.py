@@ -37,9 +37,6 @@ def reorder_channels(
     Returns:
         The numbers that the inputs of each of these down projections had before, in their new order, by the names of
         the weights.
-
-    Raises:
-        UnsupportedArchitectureError: If the layer then returns something else.
     """
     call, layer, orders = activations.calls[0], activations.layer, dict[str, tuple[int, ...]]()
     for name, operator in run.operators[layer_name].items():

@@ -64,13 +64,7 @@ class Removal:
 
     @classmethod
     def planned(cls, model: PreTrainedModel, config: FistaPruningConfig) -> Removal | None:
-        """The removal that a configuration asks for; `None` if its pattern is another.
-
-        Raises:
-            ValueError: If the numbers are impossible, no configuration of Transformers describes the smaller model, or
-                other options contradict the pattern.
-            UnsupportedArchitectureError: If the model has no such parts.
-        """
+        """The removal that a configuration asks for; `None` if its pattern is another."""
         pattern = config.whole_parts
         if pattern is None:
             return None
@@ -105,9 +99,6 @@ class Removal:
 
         Returns:
             The operators to prune, with those of `with_repairs`, and none in removed layers.
-
-        Raises:
-            ValueError: If no configuration describes the smaller model.
         """
         stay = [index for index in range(len(layers)) if index not in removed]
         self.plan, self.columns = _plans(model, self.counts, stay)
@@ -178,11 +169,7 @@ class Removal:
         return f"loses the rows that {self.plan.new_name(part.name)} no longer reads"
 
     def prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
-        """Prove of every kind of decoder layer that it returns the same without the groups as with zeros there.
-
-        Raises:
-            UnsupportedArchitectureError: If it does not.
-        """
+        """Prove of every kind of decoder layer that it returns the same without the groups as with zeros there."""
         names = [name for name in self.columns.parts if name.startswith(f"{layer_name}.")]
         modules = ((name, type(module)) for name, module in activations.layer.named_modules())
         kind = tuple(modules), tuple(name.removeprefix(layer_name) for name in names)
@@ -319,9 +306,6 @@ def plan_run(
     """The removal that a configuration asks for, and what it makes of the configuration.
 
     Also the operators to prune, by decoder layer, and those left dense with the reason.
-
-    Raises:
-        ValueError: As `Removal.planned` and `choose_operators`.
     """
     removal = Removal.planned(model, asked)
     if removal is None:
@@ -346,11 +330,7 @@ def _plans(
 
 
 def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:
-    """Refuse a model whose weights Accelerate keeps elsewhere: it can't become a smaller one in place.
-
-    Raises:
-        ValueError: If it is.
-    """
+    """Refuse a model whose weights Accelerate keeps elsewhere: it can't become a smaller one in place."""
     if any(is_offloaded(module) for module in model.modules()):
         raise ValueError(
             f"pattern={pattern.text!r}: the model is offloaded, so it can't be made smaller in place: pass its name or "
@@ -359,10 +339,6 @@ def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:
 
 
 def require_zeros_to_pack(config: FistaPruningConfig, packed: bool) -> None:
-    """Refuse to pack what a run leaves if it removes whole parts.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Refuse to pack what a run leaves if it removes whole parts."""
     if packed and config.whole_parts is not None:
         raise ValueError(f"packed=True: pattern={config.pattern!r} leaves a dense model: there are no zeros to pack.")

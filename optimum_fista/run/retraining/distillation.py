@@ -153,11 +153,7 @@ class Watch(TrainerCallback):
         given[1].log_history[-1]["seconds"] = round(time.perf_counter() - self._began, 1)
 
     def on_evaluate(self, *given: Any, **named: Any) -> None:
-        """Look at the held-out loss.
-
-        Raises:
-            ValueError: If it is not finite before the training.
-        """
+        """Look at the held-out loss."""
         (_, state, control), loss = given, named["metrics"]["eval_loss"]
         if not state.global_step:
             state.best_metric = loss

@@ -82,9 +82,6 @@ class FileSink(ModelSink):
 
         Returns:
             The report, which is complete, under the names of the checkpoint.
-
-        Raises:
-            ValueError: If the files that the model was read from changed in the meantime.
         """
         folder, model = self._journal.model, self._model
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}

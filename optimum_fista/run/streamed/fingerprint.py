@@ -68,11 +68,7 @@ class SourceFiles:
         return {name: values[-1] for name, values in self.hashes.items()}
 
     def require_unchanged(self) -> None:
-        """Refuse what was made of files that changed after they were hashed.
-
-        Raises:
-            ValueError: If they did.
-        """
+        """Refuse what was made of files that changed after they were hashed."""
         found = SourceFiles(self.folder, self.hashes, self._progress)
         if changed := sorted({name for name, _ in self.digests.items() ^ found.digests.items()}):
             raise ValueError(

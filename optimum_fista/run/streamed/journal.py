@@ -157,11 +157,7 @@ class Journal:
 
 
 def open_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
-    """Take up the run that a locked unfinished folder holds; another one is thrown away if `overwrite`.
-
-    Raises:
-        ValueError: If it is another one, or it is not known which, and `overwrite` is False.
-    """
+    """Take up the run that a locked unfinished folder holds; another one is thrown away if `overwrite`."""
     if is_streamed(folder) and read_record(folder / _RUN) != fingerprint:
         if not overwrite:
             refuse_differences(folder, _begun(folder), fingerprint)
@@ -196,11 +192,7 @@ def begun_batch_size(folder: Path) -> int | None:
 def require_same_settings(
     folder: Path, config: FistaPruningConfig, num_sequences: int, sequence_length: int | None
 ) -> None:
-    """Refuse other settings than those of the run that an unfinished folder holds, before tokens are sampled.
-
-    Raises:
-        ValueError: If they differ; the message names what.
-    """
+    """Refuse other settings than those of the run that an unfinished folder holds, before tokens are sampled."""
     if not is_streamed(folder):
         return
     begun = _begun(folder)
@@ -216,11 +208,7 @@ def require_same_settings(
 
 
 def refuse_differences(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run that was another one.
-
-    Raises:
-        ValueError: If they differ; the message names what.
-    """
+    """Refuse to go on with a run that was another one."""
     if different := list(_differences(found, wanted)):
         shown = "; ".join(different[:_SHOWN]) + ("; ..." if len(different) > _SHOWN else "")
         raise ValueError(

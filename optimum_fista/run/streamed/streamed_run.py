@@ -107,7 +107,7 @@ def prune_files(
                 raise type(error)(f"{error} {advice}") from error
             raise OSError(error.errno, f"{error.strerror}: {advice}", error.filename) from error
         except RankError as error:
-            raise RankError(f"{error}; {run.kept()}; start again with the same output") from error
+            raise type(error)(f"{error}; {run.kept()}; start again with the same output") from error
     for callback in callbacks:
         callback.on_prune_end(report)
     return report
@@ -118,9 +118,6 @@ class StreamedRun:
 
     If the folder, an unfinished one, holds a run with the same fingerprint, that is resumed; the layers of another run
     are thrown away if `overwrite`. Of the processes that share the layers rank 0 begins the journal.
-
-    Raises:
-        ValueError: If the folder holds another run, or this process's run differs from that of rank 0.
     """
 
     def __init__(
@@ -177,12 +174,7 @@ class StreamedRun:
                 ranks.each(lambda: prune_layers(pruning, self.sink, todo) if todo else None)
 
     def complete(self, output_dir: Path, overwrite: bool, started: float) -> PruningReport:
-        """Write all that is not a decoder layer, and bring the model into `output_dir`.
-
-        Raises:
-            ValueError: If the weights or the configuration changed meanwhile.
-            RankError: If decoder layers are not there.
-        """
+        """Write all that is not a decoder layer, and bring the model into `output_dir`."""
         report, layers = self.pruning.report, self.journal.finished(read_shards=False)
         if len(layers) < len(self.pruning.layers):
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")

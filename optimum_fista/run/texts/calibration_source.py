@@ -76,9 +76,6 @@ def calibration_tokens_by_name(
         dtype: In which dtype.
         keep_in: Folder to keep sampled text in, and to take it from when a run is started again on the same files.
         progress: As in `calibration_tokens`.
-
-    Raises:
-        ValueError: If the source is unknown, too short, or a number is not positive.
     """
     if source != "self" and gguf_file(name) is None:
         length = usual_length(read_config(name)) if sequence_length is None else sequence_length

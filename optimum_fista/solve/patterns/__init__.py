@@ -15,12 +15,7 @@ __all__ = ["PATTERNS", "Columns", "NOfM", "Pairs", "PartShare", "Unstructured", 
 def parse_pattern(
     text: str = "unstructured", sparsity: float | None = None, scope: Scope = "matrix"
 ) -> SparsityPattern:
-    """Build a pattern from its text, one of `form` of `PATTERNS`; inverse of `SparsityPattern.text`.
-
-    Raises:
-        ValueError: If the text has none of the forms or makes no sense, if `sparsity` is outside [0, 1), or if both
-            are given and disagree.
-    """
+    """Build a pattern from its text, one of `form` of `PATTERNS`; inverse of `SparsityPattern.text`."""
     if scope not in ("matrix", "row"):
         raise ValueError(f"scope={scope!r}: pass 'matrix' or 'row'.")
     if sparsity is not None and (isinstance(sparsity, bool) or not 0 <= float(sparsity) < 1):

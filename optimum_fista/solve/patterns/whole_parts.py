@@ -32,11 +32,7 @@ class PartShare:
     multiple_of: int | None = None
 
     def num_kept(self, number: int, equal_runs: int = 1, at_least: int = 1) -> int:
-        """How many of so many stay, at least `at_least`, and the same number in each of `equal_runs` runs.
-
-        Raises:
-            ValueError: If fewer would stay, or all.
-        """
+        """How many of so many stay, at least `at_least`, and the same number in each of `equal_runs` runs."""
         step, kept = self._rounded(number, equal_runs)
         if not at_least <= kept < number:
             least, most = -(-at_least // step) * step, (number - 1) // step * step
@@ -95,11 +91,7 @@ class WholeParts(SparsityPattern):
 
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, the text says it
-        """The pattern of `"channels:0.25"`, rounded to a multiple `"channels:0.25/64"`, or of several joined by `"+"`.
-
-        Raises:
-            ValueError: If a share is outside (0, 1), a multiple is 0, or a kind is named twice.
-        """
+        """Read `"channels:0.25"`, rounded to a multiple `"channels:0.25/64"`, or several joined by `"+"`."""
         if (wanted := _SIZE.fullmatch(text)) is not None:
             size = float(wanted[1]) if wanted[1].count(".") <= 1 and wanted[1] != "." else 0.0
             if not 0 < size < 1:
@@ -138,11 +130,7 @@ class WholeParts(SparsityPattern):
         return 1
 
     def require_shape(self, shape: tuple[int, int], name: str = "weight") -> NoReturn:
-        """Refuse a single matrix.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Refuse a single matrix."""
         raise ValueError(
             f"{name} of shape {tuple(shape)} is one matrix, and {self.text!r} removes parts of a whole model: pass "
             f"pattern='columns:{self.sparsity:g}' for whole columns of a matrix."
