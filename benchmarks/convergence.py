@@ -22,7 +22,7 @@ from solvers import layer_problems
 from torch import Tensor
 
 from optimum_fista.run.checkpoints.loading import load_model
-from optimum_fista.solve.cholesky import damped_cholesky
+from optimum_fista.solve.linalg import damped_cholesky
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.patterns import Unstructured
 from optimum_fista.solve.problem import LayerProblem, inner

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from optimum_fista.run.texts.calibration_source import calibration_tokens
     from optimum_fista.run.texts.text import load_text
     from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
-    from optimum_fista.solve.pruned import PrunedOperator
+    from optimum_fista.solve.method import PrunedOperator
 
 __version__ = "0.1.0"
 __all__ = [
@@ -54,7 +54,7 @@ _HOMES = {
     "FistaPruner": "optimum_fista.run.pruner",
     "FistaPruningConfig": "optimum_fista.run.config",
     "MaskedTrainingCallback": "optimum_fista.run.retraining.training",
-    "PrunedOperator": "optimum_fista.solve.pruned",
+    "PrunedOperator": "optimum_fista.solve.method",
     "PruningCallback": "optimum_fista.run.callbacks.pruning_callback",
     "PruningReport": "optimum_fista.run.reports.report",
     "calibration_tokens": "optimum_fista.run.texts.calibration_source",

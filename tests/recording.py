@@ -11,11 +11,10 @@ from transformers import PreTrainedModel
 
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruner import FistaPruner
-from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.method import PrunedOperator, PruningMethod
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.pruned import PrunedOperator
 
 
 @dataclass

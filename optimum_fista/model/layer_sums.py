@@ -10,7 +10,7 @@ from torch import Tensor
 from optimum_fista.model.gram import GramAccumulator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.products import as_multiplied, quick_products
-from optimum_fista.solve.blocks import row_blocks
+from optimum_fista.solve.linalg import row_blocks
 from optimum_fista.solve.problem import DenseOutputs, LayerProblem, inner_by_rows
 from optimum_fista.solve.statistics import InputStatistics
 

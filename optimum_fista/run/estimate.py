@@ -31,7 +31,7 @@ from optimum_fista.run.pruning.removal import plan_run, require_zeros_to_pack
 from optimum_fista.run.pruning.size import with_channels_for_size
 from optimum_fista.run.texts.calibration_source import usual_length
 from optimum_fista.run.texts.self_sampling import num_batches, num_texts
-from optimum_fista.solve.blocks import SCALE_ON_DEVICES, rows_in_block
+from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
 
 LIBRARIES = 325 * 2**20
 """Bytes of Python, torch, Transformers, and of the picture of the model card."""

@@ -32,7 +32,7 @@ from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.ranks import launched_processes
 from optimum_fista.run.reports.report import PruningReport, RecoveryReport
 from optimum_fista.run.streamed.streamed_run import prune_files
-from optimum_fista.solve.pruned import PrunedOperator
+from optimum_fista.solve.method import PrunedOperator
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ class FistaPruner:
     def result(self, model: PreTrainedModel) -> tuple[PruningReport, dict[str, Tensor]]:
         """The report of a model that this pruner has pruned in place, and its masks by `"{operator}.weight"`.
 
-        A mask is packed to one bit a weight (`solve.bitmask.unpack_mask`), in the layout of the model's weight.
+        A mask is packed to one bit a weight (`solve.pattern.unpack_mask`), in the layout of the model's weight.
 
         Raises:
             ValueError: If this pruner has not pruned the model, or another one has pruned it since.

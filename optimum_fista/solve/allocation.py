@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.method import PrunedOperator, PruningMethod
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.pruned import PrunedOperator
 from optimum_fista.solve.selection import kth_smallest
 
 SLOPE = 7.0

@@ -1,4 +1,4 @@
-"""The interface of sparsity patterns: scores in, a mask of the weights to keep out."""
+"""The interface of sparsity patterns: scores in, a mask of the weights to keep out; masks packed to bits."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.blocks import row_blocks
+from optimum_fista.solve.linalg import row_blocks
 from optimum_fista.solve.proximal_gradient import soft_threshold
 
 Scope = Literal["matrix", "row"]
@@ -137,3 +138,21 @@ class SparsityPattern(ABC):
         if kept != expected:
             return f"keeps {kept} weights, but {self} of {tuple(mask.shape)} keeps exactly {expected}"
         return None
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Pack a boolean mask of any shape to uint8 [ceil(numel / 8)], row-major, lowest bit first, 1 = kept."""
+    bits = np.packbits(mask.detach().cpu().numpy().reshape(-1), bitorder="little")
+    return torch.from_numpy(bits)
+
+
+def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of `pack_mask`."""
+    count = int(np.prod(shape))
+    if packed.dtype != torch.uint8 or packed.numel() != (count + 7) // 8:
+        raise ValueError(
+            f"packed has {packed.numel()} values of {packed.dtype}: a mask of shape {tuple(shape)} needs "
+            f"{(count + 7) // 8} of torch.uint8."
+        )
+    bits = np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little")
+    return torch.from_numpy(bits.astype(bool)).view(shape)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from optimum_fista.solve.method import PrunedOperator
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.proximal_gradient import FistaSolution
-from optimum_fista.solve.pruned import PrunedOperator
 
 
 @dataclass

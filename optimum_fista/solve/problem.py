@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.blocks import row_blocks
+from optimum_fista.solve.linalg import row_blocks
 from optimum_fista.solve.statistics import InputStatistics
 
 

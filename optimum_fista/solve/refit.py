@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.cholesky import damped_cholesky
+from optimum_fista.solve.linalg import damped_cholesky
 from optimum_fista.solve.problem import LayerProblem, inner_by_rows
 from optimum_fista.solve.splitting import ridge_problem
 

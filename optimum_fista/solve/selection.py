@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.blocks import row_blocks
+from optimum_fista.solve.linalg import row_blocks
 
 _SAMPLE = 16_384
 """Values that bracket the one sought."""

@@ -9,8 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.blocks import row_blocks
-from optimum_fista.solve.cholesky import cholesky_in_place, inverse_in_place, mean_damping
+from optimum_fista.solve.linalg import cholesky_in_place, inverse_in_place, mean_damping, row_blocks
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 

@@ -15,7 +15,7 @@ from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.estimate import Estimate
-from optimum_fista.solve.blocks import SCALE_ON_DEVICES, row_blocks, rows_in_block
+from optimum_fista.solve.linalg import SCALE_ON_DEVICES, row_blocks, rows_in_block
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.statistics import InputStatistics
 

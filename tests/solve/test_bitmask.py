@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_fista.solve.bitmask import pack_mask, unpack_mask
+from optimum_fista.solve.pattern import pack_mask, unpack_mask
 
 
 @pytest.mark.parametrize("shape", [(1,), (8,), (9,), (3, 5), (4, 16), (2, 3, 7), (64, 33)])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from layer_problems import example
 
-from optimum_fista.solve.cholesky import damped_cholesky
+from optimum_fista.solve.linalg import damped_cholesky
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])

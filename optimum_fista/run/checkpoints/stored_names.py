@@ -16,7 +16,7 @@ from optimum_fista.model.architecture import UnsupportedArchitectureError
 from optimum_fista.model.experts import ExpertOperator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
-from optimum_fista.solve.bitmask import pack_mask, unpack_mask
+from optimum_fista.solve.pattern import pack_mask, unpack_mask
 
 _SHAPE = (2, 3)  # of a stand-in for a weight [out, in]
 _NO_OPERATOR = -1  # what a stand-in holds where no operator's weight is

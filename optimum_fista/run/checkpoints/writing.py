@@ -33,7 +33,7 @@ from optimum_fista.run.checkpoints.source_files import copy_source, local_source
 from optimum_fista.run.checkpoints.stored_names import as_stored, stored_names
 from optimum_fista.run.reports.card import PACKED_NOTE, PICTURE_FILE, error_picture, model_card
 from optimum_fista.run.reports.report import PruningReport
-from optimum_fista.solve.bitmask import unpack_mask
+from optimum_fista.solve.pattern import unpack_mask
 
 
 def save_checkpoint(

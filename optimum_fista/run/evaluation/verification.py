@@ -34,8 +34,7 @@ from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.evaluation.against_dense import VerificationError, compare_with_dense
 from optimum_fista.run.packed_folders.unpacking import is_packed, packed_operators
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
-from optimum_fista.solve.bitmask import unpack_mask
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.pattern import SparsityPattern, unpack_mask
 from optimum_fista.solve.patterns import Columns, parse_pattern
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.checkpoints.writing import write_form
 from optimum_fista.run.packed_folders.packing import Packer, Packing, operators_by_tensor, packed_settings
 from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
-from optimum_fista.solve.bitmask import pack_mask
+from optimum_fista.solve.pattern import pack_mask
 
 _Convert: TypeAlias = Callable[[Iterable[str], Callable[[str], Tensor]], dict[str, Tensor]]
 _REWRITTEN = {CONFIG_FILE, CARD_FILE, MASKS_FILE}  # by `write_form`

@@ -15,7 +15,7 @@ from optimum_fista.packed.format import PackedTensor, pack
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.packed_folders.packed_loading import QUANT_METHOD
 from optimum_fista.run.reports.report import OperatorReport
-from optimum_fista.solve.bitmask import unpack_mask
+from optimum_fista.solve.pattern import unpack_mask
 from optimum_fista.solve.patterns import parse_pattern
 
 
@@ -54,7 +54,7 @@ class Packer:
     Args:
         operators: Reports of the pruned operators, under the names of the checkpoint.
         names: Names of the checkpoint's tensors.
-        read_mask: Mask of an operator by its name, packed by `solve.bitmask.pack_mask`.
+        read_mask: Mask of an operator by its name, packed by `solve.pattern.pack_mask`.
 
     Attributes:
         names: The tensors that are packed: those that hold an operator, and other experts of their mixtures.

@@ -19,7 +19,7 @@ from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.packed_folders.packed_loading import QUANT_METHOD
 from optimum_fista.run.packed_folders.packing import Packing
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
-from optimum_fista.solve.bitmask import pack_mask
+from optimum_fista.solve.pattern import pack_mask
 
 
 class Unpack(ConversionOps):

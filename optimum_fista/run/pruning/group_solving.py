@@ -13,11 +13,10 @@ from optimum_fista.run.memory import release_free_memory
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.reports.report import OperatorReport
 from optimum_fista.solve.allocation import prune_stacked
-from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.method import PrunedOperator, PruningMethod
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.pruned import PrunedOperator
 from optimum_fista.solve.refit import refit_columns
 
 UNDER_CALIBRATED_TOKENS = 128

@@ -29,7 +29,7 @@ from optimum_fista.run.memory import is_out_of_memory
 from optimum_fista.run.pruning.operators import choose_operators
 from optimum_fista.run.pruning.run_report import first_names
 from optimum_fista.run.reports.report import LayerRecord, LayerReport, OperatorReport, PruningReport
-from optimum_fista.solve.bitmask import pack_mask, unpack_mask
+from optimum_fista.solve.pattern import pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns, WholeParts
 
 T = TypeVar("T")

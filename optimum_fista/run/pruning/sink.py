@@ -16,8 +16,8 @@ from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.offload import alignment_hooks, is_offloaded, kept_tensor, store_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.reports.report import LayerRecord
-from optimum_fista.solve.bitmask import pack_mask
-from optimum_fista.solve.pruned import PrunedOperator
+from optimum_fista.solve.method import PrunedOperator
+from optimum_fista.solve.pattern import pack_mask
 
 
 class ModelSink:

@@ -28,7 +28,7 @@ from optimum_fista.run.checkpoints.stored_names import as_in_model
 from optimum_fista.run.packed_folders.unpacking import is_packed, packed_operators
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.reports.report import PruningReport
-from optimum_fista.solve.bitmask import unpack_mask
+from optimum_fista.solve.pattern import unpack_mask
 
 MaskSource: TypeAlias = FistaPruner | str | Path | Mapping[str, Tensor] | None
 

@@ -8,10 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.method import PruningMethod, register
+from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.pruned import PrunedOperator
 from optimum_fista.solve.refit import refit
 from optimum_fista.solve.splitting import SplitState, unit_diagonal
 

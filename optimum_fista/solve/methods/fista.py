@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from optimum_fista.solve.method import PruningMethod, register
+from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
@@ -15,7 +15,6 @@ from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.penalty import search_penalty
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.proximal_gradient import FistaSolution, fista
-from optimum_fista.solve.pruned import PrunedOperator
 from optimum_fista.solve.refit import refit, refit_columns
 
 WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt"]

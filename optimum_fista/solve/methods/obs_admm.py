@@ -10,12 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.blocks import row_blocks
-from optimum_fista.solve.cholesky import damped_cholesky, diagonal_blocks, inverse_in_place
-from optimum_fista.solve.method import PruningMethod, register
+from optimum_fista.solve.linalg import damped_cholesky, diagonal_blocks, inverse_in_place, row_blocks
+from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.pruned import PrunedOperator
 from optimum_fista.solve.refit import refit, refit_columns
 from optimum_fista.solve.splitting import SplitState, split_in_stages
 from optimum_fista.solve.statistics import RIDGE_TOKENS, ridge_against_noise
@@ -39,7 +37,7 @@ class ObsAdmm(PruningMethod):
        (`refit_columns`), with a ridge of their own unless `ridge` is given.
 
     Besides the problem, it needs one matrix of the operators' shape and one of the Gram matrix's, in float32, masks of
-    a byte a weight, and four blocks of rows (`solve.blocks.row_blocks`).
+    a byte a weight, and four blocks of rows (`solve.linalg.row_blocks`).
 
     Attributes:
         ridge: `r` above; `None`: `ridge_tokens * inputs / calibration tokens`, within [0.003, 0.5].

@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.cholesky import damped_cholesky, inverse_in_place
-from optimum_fista.solve.method import PruningMethod, register
+from optimum_fista.solve.linalg import damped_cholesky, inverse_in_place
+from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.pruned import PrunedOperator
 
 
 @register

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.blocks import row_blocks
+from optimum_fista.solve.linalg import row_blocks
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 from optimum_fista.solve.selection import keep_largest
 

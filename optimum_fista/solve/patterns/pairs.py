@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.blocks import row_blocks
+from optimum_fista.solve.linalg import row_blocks
 from optimum_fista.solve.pattern import Scope
 from optimum_fista.solve.patterns.n_of_m import NOfM
 from optimum_fista.solve.selection import keep_largest_in_groups

@@ -19,7 +19,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.pruning import model_pruning
-from optimum_fista.solve.bitmask import unpack_mask
+from optimum_fista.solve.pattern import unpack_mask
 
 LAYERS = 5
 TOKENS = tiny_tokens(16, 24)

@@ -23,7 +23,7 @@ from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 from optimum_fista.run.pruning import removal
-from optimum_fista.solve.bitmask import unpack_mask
+from optimum_fista.solve.pattern import unpack_mask
 
 BOTH = "channels:0.25/4+heads:0.5"
 BATCHES = tiny_tokens().split(4)

@@ -12,7 +12,7 @@ from optimum_fista.model.offload import kept_tensor, onloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import LayerRecord, LayerReport
-from optimum_fista.solve.pruned import PrunedOperator
+from optimum_fista.solve.method import PrunedOperator
 
 
 @pytest.fixture(params=[nn.Linear(4, 3), Conv1D(3, 4)], ids=["Linear", "Conv1D"])
