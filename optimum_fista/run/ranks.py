@@ -30,10 +30,6 @@ class RankError(RuntimeError):
     """Another process of the run failed or is gone."""
 
 
-class LostRankError(RankError):
-    """Another process of the run is gone."""
-
-
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that work on one model; by default it is alone.
@@ -92,7 +88,7 @@ class Ranks:
             if self.count == 1 or isinstance(error, RankError) or not is_lost_connection:
                 raise
             gone = f"has lost the others: one has ended ({_line(error)[:200]})"
-            raise LostRankError(f"rank {self.index} of {self.count} {gone}") from error
+            raise RankError(f"rank {self.index} of {self.count} {gone}") from error
 
 
 def launched_processes() -> int:
@@ -118,15 +114,10 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
             "`accelerate launch` or `torchrun`."
         )
     group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
-    are_all_here = True
     try:
         yield Ranks(state.process_index, count, device or str(state.device), group)
-    except LostRankError:
-        are_all_here = False
-        raise
+        _leave_together(group, count)
     finally:
-        if are_all_here:
-            _leave_together(group, count)
         dist.destroy_process_group(group)
 
 

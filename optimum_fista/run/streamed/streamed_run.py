@@ -107,7 +107,7 @@ def prune_files(
                 raise type(error)(f"{error} {advice}") from error
             raise OSError(error.errno, f"{error.strerror}: {advice}", error.filename) from error
         except RankError as error:
-            raise type(error)(f"{error}; {run.kept()}; start again with the same output") from error
+            raise RankError(f"{error}; {run.kept()}; start again with the same output") from error
     for callback in callbacks:
         callback.on_prune_end(report)
     return report
