@@ -46,8 +46,8 @@ test: $(READY) ## Lint, types, import rules and the tests, one process a core
 	$(MAKE) -j2 lint simulated
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-demo: $(DEMO_READY) ## Prune SmolLM2-135M and show what is left, in about 4 minutes (FULL=1: five methods; TEXT=file to measure on)
-	$(BIN)/optimum-fista demo $(if $(FULL),--full) $(if $(TEXT),--text '$(TEXT)')
+demo: $(DEMO_READY) ## Prune SmolLM2-135M and show what is left, in about 4 minutes (TEXT=file to measure on)
+	$(BIN)/optimum-fista demo $(if $(TEXT),--text '$(TEXT)')
 
 docs: $(READY) ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -25,33 +25,24 @@ weights become zeros by Wanda, by SparseGPT and by the default method. A quarter
 method as well, which leaves a smaller dense model. Perplexity is measured on the first windows of English text that
 comes with Python, and calibration uses later windows of the same text, so nothing but the model is needed.
 
-With --full, five methods prune to 50% and to 2:4, calibrated on text that the model samples itself. That takes 20 to 30
-minutes on 2 cores.
-
 The demo saves what the default method pruned, verifies the files, reloads them with plain Transformers and lets them
 write.
 """
 
-_DEFAULT = "default"
-_QUICK = (("wanda", "0.5"), ("sparsegpt", "0.5"), (_DEFAULT, "0.5"), (_DEFAULT, "channels:0.25"))
-_FULL = tuple(
-    (method, pattern) for pattern in ("0.5", "2:4") for method in ("magnitude", "wanda", "sparsegpt", "fista", _DEFAULT)
-)
-_SAVED = {"0.5": "pruned-50", "2:4": "pruned-2-4", "channels:0.25": "smaller"}
+_DEFAULT, _HALF, _SMALLER = "default", "0.5", "channels:0.25"
+_RUNS = (("wanda", _HALF), ("sparsegpt", _HALF), (_DEFAULT, _HALF), (_DEFAULT, _SMALLER))
+_FOLDERS = {_HALF: "pruned-50", _SMALLER: "smaller"}
+_WINDOWS, _LENGTH = 6, 512
 _PROMPT = "The most important thing to know about the sea is"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
-    add("--full", action="store_true", help="five methods, 50%% and 2:4, self-sampled text: 20 to 30 minutes")
     add("--model", metavar="MODEL", help="another model than SmolLM2-135M")
     add("--text", default="pydoc", metavar="SOURCE", help="text to measure on (default pydoc)")
     add("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
     add("--overwrite", action="store_true", help="replace the models of an earlier demo in --output")
-    add("--num-samples", type=int, help="calibration sequences (default 6, with --full 12)")
-    add("--sequence-length", type=int, default=512, help="tokens a sequence (default 512)")
-    add("--max-windows", type=int, help="windows the perplexity is measured on (default 6, with --full 12)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,8 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.pruner import FistaPruner
     from optimum_fista.run.reports.markdown import markdown_lines
 
-    runs, started = _FULL if arguments.full else _QUICK, time.perf_counter()
-    saved = {p: arguments.output / _SAVED[p] for m, p in runs if m == _DEFAULT}
+    started, saved = time.perf_counter(), {pattern: arguments.output / name for pattern, name in _FOLDERS.items()}
     taken = [folder.name for folder in saved.values() if os.path.lexists(folder)]
     if taken and not arguments.overwrite:
         raise FileExistsError(
@@ -75,52 +65,40 @@ def run(arguments: argparse.Namespace) -> int:
 
     say("reading the model")
     dense, tokenizer = load_model(arguments.model or _smollm2_folder(), dtype="float32")
-    say("making calibration tokens")
-    tokens, windows = _material(arguments, dense, tokenizer)
+    tokens, windows = _material(arguments.text, dense, tokenizer)
     say("measuring the dense model")
-    perplexity = {("dense", ""): evaluate_perplexity(dense, windows, progress=False).perplexity}
-    for method, pattern in runs:
+    rows = [["dense", "", f"{evaluate_perplexity(dense, windows, progress=False).perplexity:.2f}"]]
+    for method, pattern in _RUNS:
         say(f"pruning by {method}, {pattern}")
         options: dict[str, Any] = {} if method == _DEFAULT else {"method": method}
-        options |= {"sparsity": 0.5} if pattern == "0.5" else {"pattern": pattern}
+        options |= {"sparsity": 0.5} if pattern == _HALF else {"pattern": pattern}
         pruned, pruner = copy.deepcopy(dense), FistaPruner(FistaPruningConfig(**options))
-        pruner.prune(pruned, tokens.split(1), calibration_source="self" if arguments.full else arguments.text)
-        perplexity[method, pattern] = evaluate_perplexity(pruned, windows, progress=False).perplexity
+        pruner.prune(pruned, tokens.split(1), calibration_source=arguments.text)
+        rows.append([method, pattern, f"{evaluate_perplexity(pruned, windows, progress=False).perplexity:.2f}"])
         if method == _DEFAULT:
             pruner.save_pretrained(pruned, saved[pattern], tokenizer, overwrite=True)
     print(f"\nPerplexity on {arguments.text} ({len(windows)} windows of {windows.shape[1]} tokens), lower is better\n")
-    patterns, methods = (list(dict.fromkeys(key[place] for key in perplexity)) for place in (1, 0))
-    cells = [[f"{perplexity[m, p]:.2f}" if (m, p) in perplexity else "" for p in patterns] for m in methods]
-    rows = ([f"`{method}`", *those] for method, those in zip(methods, cells, strict=True))
-    print("\n".join(markdown_lines(["method", "dense", *patterns[1:]], rows)), end="\n\n")
+    print("\n".join(markdown_lines(["method", "pattern", "perplexity"], rows)), end="\n\n")
     say("verifying and reloading")
     print(f"\n{_show_models(dense, list(saved.values()), tokenizer)}\n\n{_next_commands(arguments)}")
     return 0
 
 
-def _material(
-    arguments: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Tensor, Tensor]:
-    """Tokens to calibrate on and windows to measure on, which have none in common."""
-    from optimum_fista.run.texts.calibration_source import calibration_tokens
+def _material(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Windows to calibrate on, and others, the first of the text, to measure on."""
+    from optimum_fista.run.texts.calibration_source import usual_length
     from optimum_fista.run.texts.text import load_text
     from optimum_fista.run.texts.windows import evaluation_windows
 
-    usual, length = 12 if arguments.full else 6, arguments.sequence_length
-    num_samples = usual if arguments.num_samples is None else arguments.num_samples
-    max_windows = usual if arguments.max_windows is None else arguments.max_windows
-    if num_samples < 1 or max_windows < 1:
-        raise ValueError(f"--num-samples {num_samples} and --max-windows {max_windows}: pass at least 1 each.")
-    windows = evaluation_windows(tokenizer, load_text(arguments.text, "test"), length)
-    if arguments.full:
-        return calibration_tokens("self", model, tokenizer, num_samples, length, 0), windows[:max_windows]
-    others = windows[max_windows:]
-    if len(others) < num_samples:
+    length = min(_LENGTH, usual_length(model.config))
+    windows = evaluation_windows(tokenizer, load_text(source, "test"), length)
+    if len(windows) < 2 * _WINDOWS:
         raise ValueError(
-            f"--text {arguments.text} has {len(windows)} windows of {length} tokens, and {max_windows} to measure on "
-            f"and {num_samples} to calibrate on are needed: pass a longer text, or a shorter --sequence-length."
+            f"--text {source} has {len(windows)} windows of {length} tokens, and the demo calibrates on {_WINDOWS} and "
+            f"measures on {_WINDOWS}: pass a longer text."
         )
-    return others[:: len(others) // num_samples][:num_samples], windows[:max_windows]
+    others = windows[_WINDOWS:]
+    return others[:: len(others) // _WINDOWS][:_WINDOWS], windows[:_WINDOWS]
 
 
 def _show_models(dense: PreTrainedModel, folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -154,7 +132,7 @@ def _show_models(dense: PreTrainedModel, folders: Sequence[Path], tokenizer: Pre
 
 def _next_commands(arguments: argparse.Namespace) -> str:
     """Commands to go on with, with the program as it was called, so that they can be copied."""
-    folder, dense = arguments.output / _SAVED["0.5"], arguments.model or os.path.relpath(_smollm2_folder())
+    folder, dense = arguments.output / _FOLDERS[_HALF], arguments.model or os.path.relpath(_smollm2_folder())
     program = sys.argv[0] if Path(sys.argv[0]).name == "optimum-fista" else "optimum-fista"
     lines = [
         f"{program} chat {folder} --beside {dense}    # talk to the pruned model and to the dense one",

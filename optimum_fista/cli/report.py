@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
-
-from optimum_fista.cli.options import DTYPE
 
 DESCRIPTION = """\
 Write one HTML page about a pruned model: what was pruned, where the errors are, how long it took.
@@ -18,7 +15,6 @@ examples:
   optimum-fista evaluate MODEL --text wikitext2 --output ./model-50/fista/evaluation.json
   optimum-fista evaluate ./model-50 --text wikitext2 --output ./model-50/fista/evaluation.json
   optimum-fista report ./model-50
-  optimum-fista report ./model-50 --output page.html --dense MODEL --prompt "The sea is"
 """
 
 
@@ -34,32 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="files written by evaluate --output (default DIR/fista/evaluation.json if it exists)",
     )
-    add("--dense", metavar="MODEL", help="the model before pruning, to continue every --prompt as well")
-    add("--prompt", action="append", default=[], metavar="TEXT", help="text for both models to continue; repeatable")
-    add("--max-new-tokens", type=int, default=48, help="tokens a continuation (default 48)")
-    add("--device", help="for --prompt: cpu, cuda, cuda:1 (default: as for chat)")
-    add("--dtype", **DTYPE)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the folder, write the page, print where it is."""
     from optimum_fista.run.checkpoints.atomic import require_writable
     from optimum_fista.run.checkpoints.output import write_about
-    from optimum_fista.run.evaluation.generation import continue_prompts
-    from optimum_fista.run.html_report.page import Continuation, read_contents, render_page
+    from optimum_fista.run.html_report.page import read_contents, render_page
 
-    if bool(arguments.dense) != bool(arguments.prompt):
-        raise ValueError("--dense MODEL and --prompt TEXT belong together: pass both, or none.")
     output = arguments.output or arguments.folder / "fista" / "report.html"
     require_writable(output)
     contents = read_contents(arguments.folder, arguments.evaluations)
-    if arguments.dense:
-        settings = {name: getattr(arguments, name) for name in ("max_new_tokens", "device", "dtype")}
-        written = [
-            continue_prompts(name, arguments.prompt, **settings) for name in (arguments.dense, str(arguments.folder))
-        ]
-        continuations = tuple(Continuation(*texts) for texts in zip(arguments.prompt, *written, strict=True))
-        contents = dataclasses.replace(contents, continuations=continuations)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_about(output, render_page(contents))
     print(f"saved to {output}")

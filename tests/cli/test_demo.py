@@ -9,31 +9,15 @@ from optimum_fista.run.evaluation import perplexity
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.pruner import FistaPruner
 
-QUICK = ["--num-samples", "4", "--sequence-length", "32", "--max-windows", "3"]
-
 
 @pytest.fixture
-def arguments(tiny_folder, text_file, tmp_path) -> list[str]:
-    return ["demo", "--model", str(tiny_folder), "--text", str(text_file), "--output", str(tmp_path / "demo"), *QUICK]
+def arguments(tiny_folder, text_file, tmp_path, monkeypatch) -> list[str]:
+    monkeypatch.setattr(demo, "_WINDOWS", 3)
+    monkeypatch.setattr(demo, "_LENGTH", 32)
+    return ["demo", "--model", str(tiny_folder), "--text", str(text_file), "--output", str(tmp_path / "demo")]
 
 
-def table_of(shown: str) -> list[list[str]]:
-    lines = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line[:1] == "|"]
-    return [line for line in lines if set("".join(line)) != {"-"}]
-
-
-def test_the_full_demo_on_another_model(arguments, tmp_path, capsys):
-    assert main([*arguments, "--full"]) == 0
-    header, dense, *lines = table_of(capsys.readouterr().out)
-    assert header == ["method", "dense", "0.5", "2:4"]
-    assert [line[0] for line in lines] == ["magnitude", "wanda", "sparsegpt", "fista", "default"]
-    assert all(float(cell) > 1 for line in lines for cell in line[2:])
-    assert dense[2:] == ["", ""]
-    for name in ("pruned-50", "pruned-2-4"):
-        assert verify_checkpoint(tmp_path / "demo" / name).num_operators == 14
-
-
-def test_the_quick_demo_shows_a_smaller_model_and_fits_and_measures_on_other_windows(
+def test_the_demo_shows_a_smaller_model_and_fits_and_measures_on_other_windows(
     arguments, tmp_path, capsys, monkeypatch
 ):
     fitted, measured = [], []
@@ -42,14 +26,10 @@ def test_the_quick_demo_shows_a_smaller_model_and_fits_and_measures_on_other_win
     monkeypatch.setattr(perplexity, "evaluate_perplexity", lambda *a, **b: measured.extend(a[1]) or measure(*a, **b))
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    header, *lines = table_of(shown)
-    assert header == ["method", "dense", "0.5", "channels:0.25"]
-    assert [[bool(cell) for cell in line[1:]] for line in lines] == [
-        [True, False, False],
-        [False, True, False],
-        [False, True, False],
-        [False, True, True],
-    ]
+    lines = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line[:1] == "|"]
+    names = [["dense", ""], ["wanda", "0.5"], ["sparsegpt", "0.5"], ["default", "0.5"], ["default", "channels:0.25"]]
+    assert [line[:2] for line in lines] == [["method", "pattern"], lines[1][:2], *names]
+    assert all(float(line[2]) > 1 for line in lines[2:])
     seen = {tuple(window.tolist()) for window in measured}
     assert len(seen) == 3
     assert seen.isdisjoint(tuple(window.tolist()) for batch in fitted for window in batch)
@@ -61,9 +41,10 @@ def test_the_quick_demo_shows_a_smaller_model_and_fits_and_measures_on_other_win
     assert len([build_parser().parse_args(shlex.split(command)[1:]) for command in commands]) == 2
 
 
-def test_a_text_too_short_to_fit_and_to_measure_on_is_refused(arguments, capsys):
-    assert main([*arguments, "--num-samples", "1000000"]) == 1
-    assert "3 to measure on and 1000000 to calibrate on are needed: pass a longer text" in capsys.readouterr().err
+def test_a_text_too_short_to_fit_and_to_measure_on_is_refused(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "_WINDOWS", 1000)
+    assert main(arguments) == 1
+    assert "calibrates on 1000 and measures on 1000: pass a longer text" in capsys.readouterr().err
 
 
 def test_demo_without_its_model_says_what_to_install(tmp_path, monkeypatch, capsys):
@@ -78,4 +59,3 @@ def test_the_demo_replaces_a_model_only_if_it_is_told_to(arguments, pruned_folde
     shutil.copytree(pruned_folder, tmp_path / "demo" / "pruned-50")
     assert main(arguments) == 1
     assert "holds pruned-50: pass another folder, or --overwrite" in capsys.readouterr().err
-    assert main([*arguments, "--overwrite"]) == 0

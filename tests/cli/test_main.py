@@ -28,11 +28,11 @@ FLAGS = {
         "MODEL --text --sequence-length --max-windows --tasks --include-path --limit --batch-size --device --dtype "
         "--output -o"
     ),
-    "report": "DIR --output -o --evaluations --dense --prompt --max-new-tokens --device --dtype",
+    "report": "DIR --output -o --evaluations",
     "verify": "DIR --dense --same-as",
     "chat": "DIR --beside --max-new-tokens --temperature --seed --device --dtype",
     "doctor": "",
-    "demo": "--full --model --text --output --overwrite --num-samples --sequence-length --max-windows",
+    "demo": "--model --text --output --overwrite",
 }
 
 

@@ -5,13 +5,13 @@ import re
 import sys
 
 import pytest
-from rich.console import Console
+import rich.progress
 from tiny_llama import tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli import progress
-from optimum_fista.cli.progress import Progress, TimeLeft, bars_as_lines
+from optimum_fista.cli.progress import Progress, bars_as_lines
 from optimum_fista.run.reports.report import LayerReport
 
 
@@ -58,46 +58,26 @@ def test_a_layer_that_loses_experts_is_not_called_dense():
     assert re.match(r"decoder layer 2 of 2: 3 of 4 experts left, fit error 0\.\d{4}; 128 tokens", line)
 
 
-@pytest.mark.parametrize(("columns", "whole"), [("100", True), ("40", False)])
-def test_a_terminal_has_a_table_that_fits(monkeypatch, columns, whole):
-    monkeypatch.setenv("COLUMNS", columns)
+def test_a_terminal_has_a_bar_that_is_taken_away(monkeypatch):
+    update = rich.progress.Progress.update
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("NO_COLOR", "1")
-    callback = Progress(Terminal())
-    callback._console = Console(file=Terminal(), width=int(columns), force_terminal=True)
-    callback.on_layers_begin(3, {0: 1.0, 1: 1.0, 2: 1.0})
-    report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(tiny_llama(), tiny_tokens().split(4))
-    for operator in report.operators:
-        callback.on_operator_end(operator)
-    callback.on_layer_end(0, report.layers[0], report.operators[:7])
-    with callback._console.capture() as captured:
-        callback._console.print(callback._table())
-    callback.on_prune_end(report)
-    text = captured.get()
-    assert "decoder layer 2 of 3" in text
-    assert re.search(r"^(\x1b\[\d*m)*operator", text, re.MULTILINE)  # on a line of its own
-    assert "mlp.down_proj" in text
-    assert ("on average" in text) == whole
-    assert "\x1b[3" not in text  # no colour
-
-
-def test_the_terminal_is_left_without_the_table(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(rich.progress.Progress, "update", lambda bar, *of, **to: update(bar, *of, **to, refresh=True))
     shown = shown_in(Terminal())
-    assert "decoder layer" in shown
+    assert "decoder layer 1 of 3: mlp.up_proj, fit error 0." in shown
+    assert "decoder layer 3 of 3: mlp.down_proj, fit error 0." in shown
     assert shown.endswith("\x1b[2K") or "\x1b[1A\x1b[2K" in shown[-40:]
 
 
-def test_the_time_that_is_left_is_in_proportion_to_costs_after_the_first_layer():
-    left = TimeLeft({0: 2.0, 1: 1.0, 2: 1.0, 3: 4.0}, 100.0)
-    assert left.at(101.0) is None
-    left.finish(0, 110.0)
-    assert left.at(110.0) == pytest.approx(30.0)
-    assert left.at(112.0) == pytest.approx(28.0)
-    left.finish(1, 113.0)
-    left.finish(2, 116.0)  # from now on without the first layer, which was slower
-    assert left.at(116.0) == pytest.approx(12.0)
-    assert left.at(200.0) == 0.0
+def test_the_time_that_is_left_is_in_proportion_to_costs_after_the_first_layer(monkeypatch):
+    stream, now = io.StringIO(), [100.0]
+    callback = Progress(stream)
+    monkeypatch.setattr(callback._bar, "get_time", lambda: now[0])
+    callback.on_layers_begin(4, {0: 2.0, 1: 1.0, 2: 1.0, 3: 4.0})
+    for index, now[0] in enumerate((110.0, 113.0, 116.0, 128.0)):
+        callback.on_layer_end(index, LayerReport(f"model.layers.{index}", None, 0.0), [])
+    times = [line.split("tokens; ")[1] for line in stream.getvalue().splitlines()]
+    assert times == ["00:10 gone", "00:13 gone, 00:15 left", "00:16 gone, 00:12 left", "00:28 gone, 00:00 left"]
 
 
 def test_bars_become_lines_now_and_then(monkeypatch):

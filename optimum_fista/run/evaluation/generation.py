@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from optimum_fista.run.checkpoints.loading import load_model
@@ -34,8 +33,6 @@ def continue_prompts(
     Returns:
         The continuations, without the prompts and special tokens.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: pass 1 or more.")
     if not all(prompts):
         raise ValueError("prompts holds an empty text: pass some words.")
     model, tokenizer = load_model(name, device=device, dtype=dtype)
@@ -43,8 +40,7 @@ def continue_prompts(
     texts = []
     for prompt in tqdm(prompts, desc="Generating", unit="prompt", disable=not progress):
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-        with torch.no_grad():
-            ids = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        ids = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         texts.append(str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
     del model, generate
     release_free_memory(collect=True)

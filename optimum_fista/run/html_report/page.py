@@ -28,39 +28,20 @@ _KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes"
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """A prompt and what the dense and the pruned model make of it."""
-
-    prompt: str
-    dense: str
-    pruned: str
-
-
-@dataclass(frozen=True)
 class ReportContents:
-    """What is known of a pruned model: its folder and report, measurements of it and of others, and texts."""
+    """What is known of a pruned model: its folder and report, measurements of it and of others."""
 
     folder: Path
     report: PruningReport
     evaluations: tuple[Evaluation, ...] = ()
-    continuations: tuple[Continuation, ...] = ()
 
 
 def read_contents(folder: Path, evaluation_files: Sequence[Path] | None = None) -> ReportContents:
-    """Read the report and the measurements of a pruned folder, packed or not.
-
-    Args:
-        folder: The model folder.
-        evaluation_files: Files of measurements; `None`: `fista/evaluation.json` of the folder, if there is one.
-    """
+    """Read the report of a pruned folder, packed or not, and the measurements in its file or in the files named."""
     report = read_report(folder)
-    if report.removed and not report.operators and not report.mixtures:
-        raise ValueError(
-            f"{str(folder / REPORT_FILE)!r}: decoder layers were removed and no operator was changed, so there is no "
-            "error to show. The model card says which layers went."
-        )
     if not report.operators and not report.mixtures:
-        raise ValueError(f"{str(folder / REPORT_FILE)!r} names no pruned operator: pass the folder of a pruned model.")
+        why = "only decoder layers were removed, the model card says which" if report.removed else "pass another folder"
+        raise ValueError(f"{str(folder / REPORT_FILE)!r} names no pruned operator: {why}.")
     if evaluation_files is None:
         usual = folder / EVALUATION_FILE
         evaluation_files = [usual] if usual.exists() else []
@@ -122,7 +103,6 @@ def render_page(contents: ReportContents) -> str:
                 ("Accuracy", "Higher is better; ± is the standard error.", TaskResult),
             )
         ],
-        continuations=contents.continuations,
         config=json.dumps(report.config, indent=2),
         command=report.command(),
     )
@@ -157,9 +137,8 @@ def _measurements(contents: ReportContents, kind: type) -> tuple[list[str], list
             label = f"{result.task}, {metric}, {result.num_documents:,} documents"
             shown = share(score.value) + (f" ± {share(score.stderr)}" if score.stderr is not None else "")
         else:
-            label = (
-                f"{result.text_name or 'a text'}, {result.num_windows:,} windows of {result.sequence_length:,} tokens"
-            )
+            windows = f"{result.num_windows:,} windows of {result.sequence_length:,} tokens"
+            label = f"{result.text_name or 'a text'}, {windows}"
             shown = f"{result.perplexity:.3f}"
         rows.setdefault(e.protocol, (label, {}))[1][e.model, e.place] = shown
     return names, [(label, [shown.get(model, "") for model in models]) for label, shown in rows.values()]

@@ -8,7 +8,7 @@ from browser import CHROMIUM, BrowserError, browser
 
 from optimum_fista.run.evaluation.evaluation_file import Evaluation
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
-from optimum_fista.run.html_report.page import Continuation, read_contents, render_page
+from optimum_fista.run.html_report.page import read_contents, render_page
 from optimum_fista.run.memory import MemoryPeak
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -42,7 +42,6 @@ def file(saved, tmp_path_factory):
         contents,
         report=report,
         evaluations=(Evaluation(long, PerplexityResult(9.0, 1, 1, 2, 1.0, long)),),
-        continuations=(Continuation(long, long, long),),
     )
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(render_page(contents))

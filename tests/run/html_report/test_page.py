@@ -10,7 +10,7 @@ import pytest
 from optimum_fista.run.evaluation.evaluation_file import Evaluation
 from optimum_fista.run.evaluation.perplexity import PerplexityResult
 from optimum_fista.run.evaluation.zero_shot import Score, TaskResult
-from optimum_fista.run.html_report.page import Continuation, read_contents, render_page
+from optimum_fista.run.html_report.page import read_contents, render_page
 from optimum_fista.run.memory import MemoryPeak
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
@@ -111,7 +111,6 @@ def test_hostile_texts_are_escaped(contents):
             versions=report.versions | {HOSTILE: HOSTILE},
         ),
         evaluations=(Evaluation(HOSTILE, PerplexityResult(9.0, 1, 1, 2, 1.0, HOSTILE)),),
-        continuations=(Continuation(HOSTILE, HOSTILE, HOSTILE),),
     )
     page = render_page(hostile)
     assert not re.search(r"<script|<img", page)
@@ -198,13 +197,9 @@ def test_accuracies_are_beside_each_other_with_their_errors(contents):
     assert "Accuracy" not in text_of(contents)
 
 
-def test_a_retrained_model_and_its_texts(contents):
-    retrained = dataclasses.replace(
-        changed(contents, retrained=True), continuations=(Continuation("The sea", " is deep", " is"),)
-    )
-    text = text_of(retrained)
+def test_a_retrained_model(contents):
+    text = text_of(changed(contents, retrained=True))
     assert "then retrained under its masks: errors of operators are those before" in text
-    assert "The sea dense is deep pruned is" in text
 
 
 def test_folders_that_are_not_pruned_are_refused(saved, tmp_path):
