@@ -6,13 +6,16 @@ import os
 
 from optimum_fista.cli.main import build_parser
 from optimum_fista.run.options import PruningOptions
+from optimum_fista.run.retraining.options import RecoveryOptions
 
 _WIDTH = "100"
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Replace the places on the pages by a section a command, and by a line an option."""
-    return markdown.replace("<!-- commands -->", _sections()).replace("<!-- options -->", _options())
+    for place, kind in (("<!-- options -->", PruningOptions), ("<!-- recovery -->", RecoveryOptions)):
+        markdown = markdown.replace(place, _options(kind))
+    return markdown.replace("<!-- commands -->", _sections())
 
 
 def _sections() -> str:
@@ -24,5 +27,5 @@ def _sections() -> str:
     )
 
 
-def _options() -> str:
-    return "\n".join(f"- `{f.name}: {f.type}`: {f.metadata['help']}" for f in dataclasses.fields(PruningOptions))
+def _options(kind: type) -> str:
+    return "\n".join(f"- `{f.name}: {f.type}`: {f.metadata['help']}" for f in dataclasses.fields(kind))

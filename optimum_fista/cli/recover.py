@@ -7,7 +7,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from optimum_fista.cli.options import DEVICE
+from optimum_fista.cli.options import DEVICE, add_options, given
+from optimum_fista.run.retraining.options import RecoveryOptions
 
 DESCRIPTION = """\
 Train the weights that a pruned model kept, so that it predicts as the dense model does. Zeros stay zero.
@@ -36,32 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", "-o", type=Path, metavar="DIR", help="folder to write to (default: DIR's name and -recovered)")
     sources = "self (the teacher writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
     add("--calibration", default="self", metavar="SOURCE", help=sources)
-    add("--tokens", type=int, default=262_144, metavar="N", help="tokens to train on (default 262144)")
-    trained = (
-        "all kept weights but embeddings and head; lora (masked adapters, norms and biases); norms (and biases); or "
-        "auto, the first of these that fits into memory (default)"
-    )
-    add("--train", choices=("auto", "all", "lora", "norms"), default="auto", help=trained)
+    add_options(parser, RecoveryOptions)
     add("--device", **DEVICE)
-    products = "dtype of products; weights are trained in float32 (default auto: bfloat16 if the device is fast in it)"
-    add("--compute-dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=products)
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
-    add = parser.add_argument_group("advanced").add_argument
-    add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 512, at most the model's limit)")
-    add("--batch-size", type=int, default=2, metavar="N", help="sequences a forward and backward pass (default 2)")
-    passes = (
-        "passes before each update, of all processes together (default: about 256 updates, of at most 32 sequences; "
-        "fewer for few tokens)"
-    )
-    add("--accumulate", type=int, metavar="N", help=passes)
-    add("--held-out", type=int, default=8, metavar="N", help="sequences to measure on, never trained on (default 8)")
-    rates = "largest learning rate (default: by --train and the model's width)"
-    add("--learning-rate", type=float, metavar="RATE", help=rates)
-    shares = "how much of the loss is the text's own cross-entropy, from 0 to 1 (default %(default)s)"
-    add("--label-share", type=float, default=0.5, metavar="SHARE", help=shares)
-    add("--seed", type=int, default=0, help="decides which text is drawn, and its order (default 0)")
-    trackers = "a tracker of the Trainer, such as tensorboard (into OUTPUT-logs; default none)"
-    add("--report-to", default="none", metavar="NAME", help=trackers)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -75,9 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.ranks import joined_ranks
     from optimum_fista.run.retraining.recovery import recover, steps_kept
 
-    names = "teacher calibration tokens train device compute_dtype overwrite sequence_length batch_size accumulate"
-    names += " held_out learning_rate label_share seed report_to"
-    options = {name: getattr(arguments, name) for name in names.split()}
+    options = {name: getattr(arguments, name) for name in ("teacher", "calibration", "device", "overwrite")}
+    options |= given(arguments, RecoveryOptions)
     output = arguments.output or folder_beside(arguments.folder, "-recovered")
     with joined_ranks(arguments.device) as ranks, ExitStack() as opened:
         if ranks.index:
@@ -90,8 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             if not ranks.index:
                 steps = steps_kept(output)
-                resume = "give the same command again to resume"
-                again = resume if steps else "the same command starts from the beginning"
+                again = "give the same command again to resume" if steps else "the same command begins anew"
                 print(f"\n{steps or 'no'} steps are done and kept: {again}", file=sys.stderr)
             raise
     if ranks.count > 1:

@@ -9,13 +9,11 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
-
 _DTYPE: ContextVar[torch.dtype] = ContextVar("dtype of quick products", default=torch.float32)
 
 
 def compute_dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of products by one of `COMPUTE_DTYPES`; on a CPU, bfloat16 is faster only if it has units for it."""
+    """The dtype of products by its name, or `"auto"`; on a CPU, bfloat16 is faster only if it has units for it."""
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and _is_fast(device)) else torch.float32
 
 

@@ -13,7 +13,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -28,9 +28,16 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.products import COMPUTE_DTYPES, compute_dtype_of
+from optimum_fista.model.products import compute_dtype_of
 from optimum_fista.run.checkpoints.checkpoint import mark_retrained, read_report
-from optimum_fista.run.checkpoints.loading import load_model, load_tokenizer, read_config, read_model, usable_device
+from optimum_fista.run.checkpoints.loading import (
+    load_model,
+    load_tokenizer,
+    read_config,
+    read_model,
+    require_tokenizer,
+    usable_device,
+)
 from optimum_fista.run.checkpoints.output import (
     FOLDER,
     MODEL,
@@ -44,7 +51,6 @@ from optimum_fista.run.checkpoints.source_files import copy_source, source_folde
 from optimum_fista.run.checkpoints.writing import write_checkpoint
 from optimum_fista.run.environment import numerical_environment
 from optimum_fista.run.memory import available_bytes
-from optimum_fista.run.options import require_seed
 from optimum_fista.run.ranks import Ranks, joined_ranks, launched_processes
 from optimum_fista.run.reports.report import (
     WORDS_OF_TRAIN,
@@ -55,6 +61,7 @@ from optimum_fista.run.reports.report import (
 )
 from optimum_fista.run.retraining.distillation import DistillationTrainer, Watch
 from optimum_fista.run.retraining.masks import find_masks, find_record, local, pruned_folder
+from optimum_fista.run.retraining.options import RecoveryOptions
 from optimum_fista.run.retraining.training import MaskedTrainingCallback
 from optimum_fista.run.streamed.fingerprint import SourceFiles
 from optimum_fista.run.streamed.journal import begin_run, open_run, read_record, write_record
@@ -81,20 +88,10 @@ def recover(
     output_dir: str | Path | None = None,
     *,
     calibration: str = "self",
-    tokens: int = 262_144,
-    sequence_length: int | None = None,
-    batch_size: int = 2,
-    accumulate: int | None = None,
-    held_out: int = 8,
-    train: str = "auto",
-    learning_rate: float | None = None,
-    label_share: float = 0.5,
-    seed: int = 0,
     device: str | None = None,
-    compute_dtype: str = "auto",
-    report_to: str = "none",
     overwrite: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> RecoveryReport:
     """Train what a pruned model kept, so that it predicts as the dense model does; its zeros stay zero.
 
@@ -114,93 +111,77 @@ def recover(
         teacher: The dense model, a Hub id or a model folder; `None`: the report of `folder` names a Hub id.
         output_dir: Where to write the recovered model; `None`: `folder`'s name + "-recovered".
         calibration: The text: `"self"` (the teacher writes it) or a source of `run.texts.text.load_text`.
-        tokens: Tokens to train on.
-        sequence_length: Tokens a sequence; `None`: 512, or the model's maximum if that is shorter.
-        batch_size: Sequences a forward and backward pass.
-        accumulate: Passes a step, of all processes together; `None`: such that there are about 256 steps, of at most 32
-            sequences.
-        held_out: Further sequences, to measure the loss on.
-        train: `"all"` kept weights but embeddings and head, `"lora"` (in one process), `"norms"`, or `"auto"`, the
-            first of them for which there is enough memory.
-        learning_rate: The largest learning rate; `None`: one that fits `train` and the width of the model.
-        label_share: How much of the loss is the cross-entropy of the text itself, in [0, 1].
-        seed: Decides which text is drawn, and its order.
         device: Where to compute; `None`: the accelerator if there is one, otherwise the CPU.
-        compute_dtype: `"float32"`, `"bfloat16"`, or `"auto"`.
-        report_to: A tracker of the Trainer, such as `"tensorboard"` (into `output_dir` + "-logs").
         overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
         progress: Whether to show a progress bar.
+        **options: `tokens`, `sequence_length`, `train` and the other fields of `RecoveryOptions`.
 
     Returns:
         What it did; the report in the folder holds it too, under `recoveries`.
 
     Raises:
-        ValueError: If an option is out of range, the text is too short, the teacher has another vocabulary, the
-            weights or the configuration in `folder` change meanwhile, an unfinished run in `output_dir` had other
-            settings or another number of processes, or the processes can't share the passes of a step.
+        ValueError: If an option is out of range, the text is too short, the teacher has another vocabulary, a folder
+            that is read changes meanwhile, or an unfinished run in `output_dir` had other settings or processes.
         FileNotFoundError: If `folder` is no pruned model's.
         FileExistsError: If `output_dir` holds a model already and `overwrite` is False, or files of something else.
         ImportError: If `train` is `"lora"` and PEFT is missing.
         BlockingIOError: If another run writes to `output_dir`.
         RankError: If another process failed or is gone.
     """
-    source, processes = str(folder), launched_processes()
+    asked, source, processes = RecoveryOptions(**options), str(folder), launched_processes()
     report = read_report(pruned_folder(source))
     teacher = _teacher_of(report, source) if teacher is None else str(teacher)
     output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
-    _require_options(locals())
+    if asked.train == "lora" and processes > 1:
+        raise ValueError("train='lora': several processes train no adapters: pass all or norms, or start one process.")
+    if asked.train == "lora":
+        _lora()  # says what to install if PEFT is missing
+    if asked.report_to not in (trackers := ("none", *INTEGRATION_TO_CALLBACK)):
+        raise ValueError(f"report_to={asked.report_to!r}: pass {', '.join(trackers)}.")
     for read in (source, teacher):
         require_output(output, overwrite, source=read)
     config = read_config(source)
     _require_same_vocabulary(source, config, teacher)
-    tokenizer = load_tokenizer(source)
-    reads_text = source if calibration != "self" and tokenizer is not None else teacher
-    if reads_text == teacher and load_tokenizer(teacher) is None:
-        raise ValueError(
-            f"teacher={teacher!r} has no tokenizer, which the text needs: copy the model's into the folder."
-        )
-    length = min(_USUAL_LENGTH, usual_length(config)) if sequence_length is None else sequence_length
-    if accumulate is None:
-        accumulate = max(1, min(_MOST_SEQUENCES, tokens // (_USUAL_STEPS * length)) // batch_size)
+    reads_text = source if calibration != "self" and load_tokenizer(source) is not None else teacher
+    require_tokenizer(reads_text)
+    length, batch_size = asked.sequence_length or min(_USUAL_LENGTH, usual_length(config)), asked.batch_size
+    if (accumulate := asked.accumulate) is None:
+        accumulate = max(1, min(_MOST_SEQUENCES, asked.tokens // (_USUAL_STEPS * length)) // batch_size)
         accumulate = processes * math.ceil(accumulate / processes)
     if accumulate % processes:
         raise ValueError(
             f"accumulate={accumulate}: {processes} processes share the passes of a step: pass a multiple of "
             f"{processes} (--accumulate)."
         )
-    steps = tokens // (length * batch_size * accumulate)
+    tokens_of_step = length * batch_size * accumulate
+    steps = asked.tokens // tokens_of_step
     if not steps:
         raise ValueError(
-            f"tokens={tokens}: one step takes {accumulate} passes of {batch_size} sequences of {length} tokens: pass "
-            f"at least {length * batch_size * accumulate} (--tokens), or shorter sequences (--sequence-length)."
+            f"tokens={asked.tokens}: one step takes {accumulate} passes of {batch_size} sequences of {length} tokens: "
+            f"pass at least {tokens_of_step} (--tokens), or shorter sequences (--sequence-length)."
         )
-    unfinished, count = unfinished_folder(output), steps * batch_size * accumulate
-    options: dict[str, Any] = {"batch_size": batch_size, "accumulate": accumulate, "label_share": label_share}
-    options |= {"seed": seed, "train": train, "learning_rate": learning_rate}
+    unfinished, count, held_out = unfinished_folder(output), steps * batch_size * accumulate, asked.held_out
+    names = ("batch_size", "label_share", "seed", "train", "learning_rate")
+    settings = {name: getattr(asked, name) for name in names} | {"accumulate": accumulate}
     with joined_ranks(device) as ranks, ExitStack() as opened:
         place = usable_device(ranks.device)
-        compute = compute_dtype_of(compute_dtype, place)
-        options["compute_dtype"] = str(compute).removeprefix("torch.")
+        compute = compute_dtype_of(asked.compute_dtype, place)
+        settings["compute_dtype"] = str(compute).removeprefix("torch.")
         files: SourceFiles | None = None
 
         def begin() -> Tensor:
             nonlocal files
             opened.enter_context(locked_output(output))
             require_output(output, overwrite)  # another run may just have ended
-            files, theirs = (_files(name, progress) for name in (source, teacher))
+            paths = (Path(source), Path(teacher))  # a Hub id identifies weights and configuration itself
+            files, theirs = (SourceFiles(path, {}, progress) if path.is_dir() else None for path in paths)
+            places: dict[str, Any] = {"device": str(place), "keep_in": unfinished / FOLDER, "progress": progress}
+            numbers = count + held_out, length, asked.seed
             try:
-                windows = calibration_tokens_by_name(
-                    reads_text,
-                    calibration,
-                    count + held_out,
-                    length,
-                    seed,
-                    device=str(place),
-                    keep_in=unfinished / FOLDER,
-                    progress=progress,
-                )
+                windows = calibration_tokens_by_name(reads_text, calibration, *numbers, **places)
             except ValueError as error:
-                raise ValueError(f"tokens={tokens} and held_out={held_out} ask for this text: {error}") from error
+                text = f"tokens={asked.tokens} and held_out={held_out} ask for this text"
+                raise ValueError(f"{text}: {error}") from error
             versions = library_versions()
             fingerprint: dict[str, Any] = {
                 "recovery": _FORMAT,
@@ -209,11 +190,10 @@ def recover(
                 "teacher": teacher if theirs is None else theirs.digests,
                 "shape": [count, held_out, length],
                 "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-                "options": options,
+                "options": settings,
                 "device": place.type,
                 "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
             }
-            fingerprint = json.loads(json.dumps(fingerprint))  # as it is read: tuples are lists
             open_run(unfinished, fingerprint, overwrite)
             begin_run(unfinished, fingerprint)
             return windows
@@ -232,11 +212,10 @@ def recover(
             return found
 
         windows = ranks.first(begin)
-        run = _Run(
-            source, teacher, windows[:count], windows[count:], options, place, compute, unfinished / FOLDER, ranks
-        )
+        texts, journal = (windows[:count], windows[count:]), unfinished / FOLDER
+        run = _Run(source, teacher, *texts, settings, place, compute, journal, ranks)
         with _trainers_settings(place, output), ranks.exchanging():
-            model, found = run.train(report, calibration, report_to, progress)
+            model, found = run.train(report, calibration, asked.report_to, progress)
         return ranks.first(finish)
 
 
@@ -477,28 +456,6 @@ def _teacher_of(report: PruningReport, source: str) -> str:
     return name
 
 
-def _require_options(given: Mapping[str, Any]) -> None:
-    for name in ("tokens", "batch_size", "accumulate", "held_out"):
-        if given[name] is not None and given[name] < 1:
-            raise ValueError(f"{name}={given[name]}: pass 1 or more.")
-    if given["sequence_length"] is not None and given["sequence_length"] < 2:
-        raise ValueError(f"sequence_length={given['sequence_length']}: pass 2 or more.")
-    words = {"train": ("auto", *WORDS_OF_TRAIN), "compute_dtype": COMPUTE_DTYPES}
-    words["report_to"] = ("none", *INTEGRATION_TO_CALLBACK)
-    for name in words:
-        if given[name] not in words[name]:
-            raise ValueError(f"{name}={given[name]!r}: pass {', '.join(words[name])}.")
-    require_seed(given["seed"])
-    if given["train"] == "lora" and given["processes"] > 1:
-        raise ValueError("train='lora': several processes train no adapters: pass all or norms, or start one process.")
-    if given["train"] == "lora":
-        _lora()  # says what to install if PEFT is missing
-    if not 0 <= given["label_share"] <= 1:
-        raise ValueError(f"label_share={given['label_share']}: pass a number from 0 to 1.")
-    if given["learning_rate"] is not None and not given["learning_rate"] > 0:
-        raise ValueError(f"learning_rate={given['learning_rate']}: pass a positive number.")
-
-
 def _require_same_vocabulary(source: str, config: PreTrainedConfig, teacher: str) -> None:
     """Refuse a teacher whose predictions are of other tokens."""
     theirs = read_config(teacher)
@@ -510,8 +467,3 @@ def _require_same_vocabulary(source: str, config: PreTrainedConfig, teacher: str
             f"teacher={teacher!r} has another vocabulary ({sizes[1]:,} tokens) than {source!r} ({sizes[0]:,}): pass "
             "the dense model that this one was pruned from."
         )
-
-
-def _files(name: str, progress: bool) -> SourceFiles | None:
-    """What identifies the weights and the configuration of a model; `None`: its Hub id does."""
-    return SourceFiles(Path(name), {}, progress) if Path(name).is_dir() else None

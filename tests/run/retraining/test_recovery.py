@@ -66,14 +66,6 @@ def stopped_at(step: int, error: type[BaseException] = KeyboardInterrupt, *, sav
             yield
 
 
-def pruned_to(folder: Path, pattern: str, dtype=torch.float32) -> Path:
-    model = tiny_llama().to(dtype)
-    pruner = FistaPruner(FistaPruningConfig(pattern=pattern, method="wanda"), progress=False)
-    pruner.prune(model, tiny_tokens().split(4))
-    pruner.save_pretrained(model, folder, tiny_tokenizer())
-    return folder
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -207,10 +199,12 @@ def test_a_packed_folder_gives_what_the_plain_one_gives(run, saved, tmp_path):
     verify_checkpoint(packed)
 
 
-@pytest.mark.parametrize("pattern", ["channels:0.25", "layers:0.5"])
-def test_smaller_models(pattern, tiny_folder, text, tmp_path):
-    folder = pruned_to(tmp_path / "in", pattern)
-    found = recover(folder, tiny_folder, calibration=text, train="all", **QUICK)
+def test_smaller_models(tiny_folder, text, tmp_path):
+    model, config = tiny_llama(), FistaPruningConfig(pattern="channels:0.25/4+layers:0.5", method="wanda")
+    pruner = FistaPruner(config, progress=False)
+    pruner.prune(model, tiny_tokens().split(4))
+    pruner.save_pretrained(model, tmp_path / "in", tiny_tokenizer())
+    found = recover(tmp_path / "in", tiny_folder, calibration=text, train="all", **QUICK)
     assert found.held_out_loss < found.held_out_loss_before
     proven = verify_checkpoint(tmp_path / "in-recovered")
     assert proven.removed
@@ -239,13 +233,9 @@ def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
     [
         ({"tokens": 31}, r"tokens=31: one step takes 2 passes of 1 sequences of 16 tokens: pass at least 32"),
         ({"tokens": 10**6}, "tokens=1000000 and held_out=4 ask for this text: text 'sea.txt' has"),
-        ({"tokens": 0}, "tokens=0: pass 1 or more"),
-        ({"train": "some"}, "train='some': pass auto, all, lora, norms"),
-        ({"compute_dtype": "int8"}, "compute_dtype='int8': pass auto, float32, bfloat16"),
+        ({"train": "some"}, "train='some': pass 'auto', 'all', 'lora' or 'norms'"),
         ({"report_to": "paper"}, "report_to='paper': pass none, "),
-        ({"label_share": 2.0}, r"label_share=2\.0: pass a number from 0 to 1"),
         ({"learning_rate": 0.0}, r"learning_rate=0\.0: pass a positive number"),
-        ({"seed": -1}, "seed=-1: pass a whole number from 0 to 18446744073709551615"),
         ({"teacher": None}, "teacher is missing: the report of .* calls the dense model"),
     ],
 )
@@ -267,24 +257,19 @@ def test_bad_folders_are_refused(run, saved, tiny_folder, text, tmp_path):
     tiny_llama(vocab_size=70).save_pretrained(other)
     with pytest.raises(ValueError, match=r"has another vocabulary \(70 tokens\) than .* \(64\)"):
         run(teacher=other)
-    (tmp_path / "mine").mkdir()
-    shutil.copy(text, tmp_path / "mine" / "README.md")
-    with pytest.raises(FileExistsError, match=r"holds README\.md, which"):
-        run("mine")
-    for output in (saved.folder / "out", saved.folder, tiny_folder / "out"):
-        with pytest.raises(ValueError, match="lies in the folder that is read"):
-            run(output, overwrite=True)
+    with pytest.raises(ValueError, match="lies in the folder that is read"):
+        run(tiny_folder / "out", overwrite=True)
 
 
 def test_a_teacher_without_a_tokenizer_is_refused_before_any_work(saved, tmp_path, monkeypatch):
     tiny_llama().save_pretrained(tmp_path / "dense")
-    monkeypatch.setattr(recovery, "_files", None)
-    with pytest.raises(ValueError, match=r"dense' has no tokenizer, which the text needs: copy the model's into"):
+    monkeypatch.setattr(recovery, "locked_output", None)
+    with pytest.raises(ValueError, match=r"dense' has no tokenizer: copy the files of its tokenizer into the folder"):
         recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK)
 
 
 def test_missing_peft_is_said_before_any_work(run, monkeypatch):
-    monkeypatch.setattr(recovery, "_files", None)
+    monkeypatch.setattr(recovery, "locked_output", None)
     monkeypatch.delitem(sys.modules, "optimum_fista.run.retraining.lora", raising=False)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="train='lora' needs PEFT: run"):
