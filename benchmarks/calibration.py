@@ -22,7 +22,7 @@ from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.run.checkpoints.loading import load_model
-from optimum_fista.run.reports.markdown import markdown_lines
+from optimum_fista.run.reports.card import markdown_lines
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"error_correction": "none"},

@@ -29,7 +29,7 @@ from optimum_fista.run.checkpoints.loading import load_model, read_config, requi
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.evaluation.zero_shot import TaskSuite
 from optimum_fista.run.memory import release_free_memory
-from optimum_fista.run.reports.markdown import markdown_lines
+from optimum_fista.run.reports.card import markdown_lines
 from optimum_fista.run.reports.report import library_versions
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
 from optimum_fista.run.texts.text import load_text

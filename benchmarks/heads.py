@@ -27,7 +27,7 @@ from optimum_fista.model.replay import watching
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.checkpoints.loading import load_model
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.reports.markdown import markdown_lines
+from optimum_fista.run.reports.card import markdown_lines
 
 
 def queries(layers: DecoderLayers) -> dict[str, LinearOperator]:

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from optimum_fista.run.checkpoints.checkpoint import checkpoint_files, read_tensors
 from optimum_fista.run.environment import processor_name
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.reports.markdown import markdown_lines
+from optimum_fista.run.reports.card import markdown_lines
 
 try:
     import xllamacpp

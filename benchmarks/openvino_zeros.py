@@ -19,7 +19,7 @@ import numpy as np
 from shared import parse_arguments, save
 
 from optimum_fista.run.environment import processor_name
-from optimum_fista.run.reports.markdown import markdown_lines
+from optimum_fista.run.reports.card import markdown_lines
 
 
 def network(arguments: Any, sparsity: float) -> Any:

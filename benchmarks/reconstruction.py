@@ -31,7 +31,7 @@ from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.replay import LayerCall
 from optimum_fista.run.checkpoints.loading import load_model
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.reports.markdown import markdown_lines
+from optimum_fista.run.reports.card import markdown_lines
 
 
 @torch.no_grad()

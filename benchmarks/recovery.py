@@ -33,7 +33,7 @@ from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.checkpoints.loading import load_model, require_tokenizer
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.reports.markdown import markdown_lines
+from optimum_fista.run.reports.card import markdown_lines
 
 KINDS = ("dense", "pruned", "once", "all", "lora", "norms")
 SELECTING = 2

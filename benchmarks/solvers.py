@@ -29,7 +29,7 @@ from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.sharing import trace_groups
 from optimum_fista.run.checkpoints.loading import load_model
 from optimum_fista.run.config import method_defaults
-from optimum_fista.run.reports.markdown import markdown_lines
+from optimum_fista.run.reports.card import markdown_lines
 from optimum_fista.run.texts.text import load_text
 from optimum_fista.run.texts.windows import evaluation_windows
 from optimum_fista.solve.methods import METHODS, create_method

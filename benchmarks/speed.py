@@ -36,7 +36,7 @@ from optimum_fista.run.memory import device_counts, release_free_memory
 from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
 from optimum_fista.run.packed_folders.unpacking import is_packed
-from optimum_fista.run.reports.markdown import markdown_lines
+from optimum_fista.run.reports.card import markdown_lines
 from optimum_fista.run.reports.report import device_name
 
 HELPS = {

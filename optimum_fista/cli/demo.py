@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.run.config import FistaPruningConfig
     from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
     from optimum_fista.run.pruner import FistaPruner
-    from optimum_fista.run.reports.markdown import markdown_lines
+    from optimum_fista.run.reports.card import markdown_lines
 
     started, saved = time.perf_counter(), {pattern: arguments.output / name for pattern, name in _FOLDERS.items()}
     taken = [folder.name for folder in saved.values() if os.path.lexists(folder)]

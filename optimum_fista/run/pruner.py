@@ -20,7 +20,8 @@ from optimum_fista.model.evaluation_mode import evaluation_mode
 from optimum_fista.model.gram import single_problem
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, summary
-from optimum_fista.run.checkpoints.source_files import described_loss, local_source
+from optimum_fista.run.checkpoints.loading import local_source
+from optimum_fista.run.checkpoints.source_files import described_loss
 from optimum_fista.run.checkpoints.writing import save_checkpoint
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.environment import numerical_environment
@@ -172,7 +173,8 @@ class FistaPruner:
         )
         report, source = pruning.report, local_source(model)
         with suppress(OSError, ValueError, SafetensorError):  # what the folder holds now need not be this model
-            report.lack("" if source is None else described_loss(model, source))
+            if source is not None and (lost := described_loss(model, source)):
+                report.lack(lost)
         for callback in self.callbacks:
             callback.on_prune_begin(report)
         with ModelSink(model, evaluation_mode(model), torch.no_grad()) as sink, sink.interruptible:

@@ -80,6 +80,12 @@ def load_lazily(
     return model, None
 
 
+def local_source(model: PreTrainedModel) -> Path | None:
+    """The folder that a model in memory was loaded from, if it is one."""
+    name = getattr(model.config, "_name_or_path", "")
+    return Path(name) if name and Path(name).is_dir() else None
+
+
 def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hub id, a model folder, or a folder with one GGUF file, without the model."""
     try:

@@ -45,12 +45,6 @@ def source_folder(name: str, revision: str | None) -> Path:
     return Path(str(try_to_load_from_cache(name, "config.json", revision=revision))).parent
 
 
-def local_source(model: PreTrainedModel) -> Path | None:
-    """The folder that a model in memory was loaded from, if it is one."""
-    name = getattr(model.config, "_name_or_path", "")
-    return Path(name) if name and Path(name).is_dir() else None
-
-
 def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
     """Copy the files of a model's folder that match, but for weights and what a run writes; log what stays behind."""
     left = []

@@ -27,9 +27,9 @@ from optimum_fista.run.checkpoints.checkpoint import (
     operators_by_weight,
     summary,
 )
-from optimum_fista.run.checkpoints.loading import forget_gguf
+from optimum_fista.run.checkpoints.loading import forget_gguf, local_source
 from optimum_fista.run.checkpoints.output import new_output, require_output
-from optimum_fista.run.checkpoints.source_files import copy_source, local_source
+from optimum_fista.run.checkpoints.source_files import copy_source
 from optimum_fista.run.checkpoints.stored_names import as_stored, stored_names
 from optimum_fista.run.reports.card import PACKED_NOTE, PICTURE_FILE, error_picture, model_card
 from optimum_fista.run.reports.report import PruningReport

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from statistics import fmean
 
-from optimum_fista.run.reports.operator_grid import OperatorGrid, layer_index
-from optimum_fista.run.reports.report import OperatorReport
+from optimum_fista.run.reports.report import OperatorGrid, OperatorReport
 
 STEPS = 9
 """Colours of a heat map's scale; style.css has them."""
@@ -67,7 +66,7 @@ def heat_map(
     Kinds with several operators in a layer, the experts of a mixture, get two columns: mean and maximum. The scale
     begins at the smallest number unless `from_zero`.
     """
-    grid = OperatorGrid.of(operators)
+    grid = OperatorGrid(operators)
     numbers = {place: [value_of(operator) for operator in found] for place, found in grid.cells.items()}
     several = {kind for (_, kind), found in numbers.items() if len(found) > 1}
     columns = [(kind, summary) for kind in grid.kinds for summary in (("mean", "max") if kind in several else ("",))]
@@ -93,7 +92,7 @@ def heat_map(
     starts = accumulate((span for _, span in runs), initial=0)
     groups = [(at, span, _lines(module, _LETTERS * span)) for at, (module, span) in zip(starts, runs, strict=False)]
     names = [(f"{kind} {s}".strip(), _lines(kind.rpartition(".")[2]) + ([s] if s else [])) for kind, s in columns]
-    rows = [(str(layer_index(la)) if la else "", [cell(la, *column) for column in columns]) for la in grid.layers]
+    rows = [(la.rpartition(".")[2], [cell(la, *column) for column in columns]) for la in grid.layers]
     return HeatMap(name, groups, names, rows, text_of(low), text_of(high))
 
 

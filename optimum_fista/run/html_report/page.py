@@ -20,8 +20,7 @@ from optimum_fista.run.evaluation.perplexity import PerplexityResult
 from optimum_fista.run.evaluation.zero_shot import TaskResult
 from optimum_fista.run.html_report.charts import STEPS, heat_map, line_chart
 from optimum_fista.run.reports.card import model_title
-from optimum_fista.run.reports.operator_grid import OperatorGrid
-from optimum_fista.run.reports.report import OperatorReport, PruningReport
+from optimum_fista.run.reports.report import OperatorGrid, OperatorReport, PruningReport
 
 MIB, GIB = 2**20, 2**30
 _KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
@@ -71,7 +70,6 @@ def render_page(contents: ReportContents) -> str:
     layers = [layer.name.rpartition(".")[2] for layer in report.layers]
     outputs = [operator for operator in report.operators if operator.output_error is not None]
     unseen = [operator for operator in report.operators if operator.held_out_fit_error is not None]
-    grid = OperatorGrid.of(unseen)
     heat = partial(heat_map, text_of=error, short_of=partial(error, digits=3, unknown="?"))
     memory = {
         name: [None if layer.memory is None else getattr(layer.memory, key) for layer in report.layers]
@@ -87,7 +85,7 @@ def render_page(contents: ReportContents) -> str:
         errors=heat(report.operators, "fit error", lambda o: o.fit_error, from_zero=True),
         output_errors=outputs and heat(outputs, "output error", lambda o: o.output_error or 0.0, from_zero=True),
         held_out=unseen and heat(unseen, "held-out fit error over fit error", lambda o: _held_out([o])[2]),
-        held_out_kinds=[(kind, *_held_out(grid.of_kind(kind))) for kind in grid.kinds],
+        held_out_kinds=[(kind, *_held_out(found)) for kind, found in OperatorGrid(unseen).kinds.items()],
         zeros=heat_map(report.operators, "zeros", lambda o: o.sparsity, lambda value: share(value, 2), share),
         even=max(zeros, default=0.0) - min(zeros, default=0.0) < 5e-4,
         columns_left=_columns_left(report),
@@ -110,8 +108,8 @@ def render_page(contents: ReportContents) -> str:
 
 def _columns_left(report: PruningReport) -> list[tuple[str, int, int]]:
     """By kind of operator, how many columns stayed of how many; only those that lost some."""
-    grid = OperatorGrid.of(operator for operator in report.operators if operator.groups_kept is not None)
-    kinds = [(kind, grid.of_kind(kind)[0]) for kind in grid.kinds]
+    grid = OperatorGrid(operator for operator in report.operators if operator.groups_kept is not None)
+    kinds = [(kind, found[0]) for kind, found in grid.kinds.items()]
     return [(kind, o.shape[1], round(o.shape[1] / (1 - o.target_sparsity))) for kind, o in kinds]
 
 

@@ -6,19 +6,17 @@ import io
 import json
 import math
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from yaml import YAMLError
 
 from optimum_fista.installing import install_command
-from optimum_fista.run.reports.markdown import markdown_lines
-from optimum_fista.run.reports.operator_grid import OperatorGrid, layer_index
-from optimum_fista.run.reports.report import HUB_DATASETS, PruningReport
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.run.reports.report import HUB_DATASETS, OperatorGrid, PruningReport
 from optimum_fista.solve.patterns import parse_pattern
 
 PACKED_NOTE = f"""
@@ -29,7 +27,7 @@ loads it as a dense model, bit for bit; `optimum-fista unpack` writes that as a 
 {install_command()}.
 """
 
-
+PICTURE_FILE = "fista/relative_error.png"
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 
@@ -41,19 +39,18 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
         picture: Path of the picture of the fit errors, relative to the card; `None`: there is none.
         dense: Folder or Hub id of the dense model, whose license and languages the pruned one keeps.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     formats = {"thousands": "{:,}", "percent": "{:.2%}", "error": "{:.4f}"}
     environment.filters |= {"escaped": _escaped, **{name: form.format for name, form in formats.items()}}
-    pattern, sparsities = _pattern(report), [o.sparsity for o in report.operators]
+    pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
+    sparsities = [o.sparsity for o in report.operators]
     zeros = "the same share in every operator"
     if report.removed:
         zeros = "none: what is removed is no longer there"
     elif report.config["allocation"] == "fisher" and not pattern.fixed:
         zeros = f"shared over the operators by gradients of the loss, {min(sparsities):.1%} to {max(sparsities):.1%}"
     return (
-        environment.get_template("card.md").render(
+        environment.from_string(Path(__file__).with_name("card.md").read_text()).render(
             report=report,
             totals=report.totals,
             tokens=report.calibration,
@@ -69,14 +66,15 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
     )
 
 
-def text_of_card(card: str) -> str:
-    """What is below the metadata of a card."""
-    return re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL).strip()
-
-
 def _metadata(report: PruningReport, dense: str) -> ModelCardData:
-    """What the Hub reads at the top of the card."""
-    name, base = report.model["name"], _metadata_of(dense)
+    """What the Hub reads at the top of the card; some of it is on top of the dense model's card."""
+    name, base, file = report.model["name"], {}, Path(dense, "README.md")
+    try:
+        found = file if file.is_file() else try_to_load_from_cache(dense, "README.md")
+        if isinstance(found, str | Path):
+            base = ModelCard.load(found, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, YAMLError):  # no name of a repository, or a card that can't be read
+        pass
     of_hub = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
     dataset = HUB_DATASETS.get(report.calibration.get("source") or "")
     return ModelCardData(
@@ -92,20 +90,10 @@ def _metadata(report: PruningReport, dense: str) -> ModelCardData:
     )
 
 
-def _metadata_of(model: str) -> dict[str, Any]:
-    """The metadata of the card of a model folder, or of a Hub id of which the card is in the cache; often nothing."""
-    file: Any = Path(model, "README.md")
-    try:
-        if not file.is_file():
-            file = try_to_load_from_cache(model, "README.md")
-        return ModelCard.load(file, ignore_metadata_errors=True).data.to_dict() if isinstance(file, str | Path) else {}
-    except (OSError, ValueError, YAMLError):  # no name of a repository, or a card that can't be read
-        return {}
-
-
 def model_title(report: PruningReport) -> str:
     """The name of the dense model and the sparsity pattern."""
-    return f"{(report.model['name'].split('/')[-1] or report.model['class'])}, {_pattern(report)}"
+    pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
+    return f"{(report.model['name'].split('/')[-1] or report.model['class'])}, {pattern}"
 
 
 def _escaped(text: str) -> str:
@@ -113,19 +101,13 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*{}\[\]<>|~$&]|\b_|_\b)", r"\\\1", " ".join(text.split()))
 
 
-def _pattern(report: PruningReport) -> SparsityPattern:
-    return parse_pattern(report.config["pattern"], report.config["sparsity"])
-
-
 def _rows(report: PruningReport) -> list[str]:
     """One row for the operators of the same kind in every decoder layer, below a header."""
-    grid = OperatorGrid.of(report.operators)
     measured = any(o.held_out_fit_error is not None for o in report.operators)
     gone, share = ("columns removed", "target_sparsity") if report.removed else ("sparsity", "sparsity")
     header = ["operator", "shape", gone, "mean fit error", "largest fit error", "mean output error"]
     rows = []
-    for kind in grid.kinds:
-        group = grid.of_kind(kind)
+    for kind, group in OperatorGrid(report.operators).kinds.items():
         outputs = [o.output_error for o in group if o.output_error is not None]
         unseen = [o.held_out_fit_error for o in group if o.held_out_fit_error is not None]
         cells = [kind, " x ".join(map(str, group[0].shape)), f"{fmean(getattr(o, share) for o in group):.2%}"]
@@ -135,7 +117,10 @@ def _rows(report: PruningReport) -> list[str]:
     return markdown_lines([*header, *(["mean held-out fit error"] if measured else [])], rows)
 
 
-PICTURE_FILE = "fista/relative_error.png"
+def markdown_lines(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Lines of a table; cells are written by `str`."""
+    first, *others = (f"| {' | '.join(map(str, cells))} |" for cells in (headings, *rows))
+    return [first, "|---" * len(headings) + "|", *others]
 
 
 def error_picture(report: PruningReport) -> bytes | None:
@@ -153,7 +138,7 @@ def error_picture(report: PruningReport) -> bytes | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    grid = OperatorGrid.of(report.operators)
+    grid = OperatorGrid(report.operators)
     errors = {place: fmean(o.fit_error for o in found) for place, found in grid.cells.items()}
     values = [[errors.get((layer, kind), math.nan) for kind in grid.kinds] for layer in grid.layers]
     size = (2.2 + 0.75 * len(grid.kinds), 2.0 + 0.16 * len(grid.layers))
@@ -163,7 +148,7 @@ def error_picture(report: PruningReport) -> bytes | None:
         image = axes.imshow(values, aspect="auto", cmap="cividis_r", vmin=0)
         axes.set_xticks(range(len(grid.kinds)), grid.kinds, rotation=40, ha="right", rotation_mode="anchor")
         every = math.ceil(len(grid.layers) / 16)
-        axes.set_yticks(range(0, len(grid.layers), every), [str(layer_index(la)) for la in grid.layers[::every]])
+        axes.set_yticks(range(0, len(grid.layers), every), [name.rpartition(".")[2] for name in grid.layers[::every]])
         axes.set(ylabel="decoder layer", title="fit error")
         axes.spines[:].set_visible(False)
         figure.colorbar(image, ax=axes, shrink=0.8)

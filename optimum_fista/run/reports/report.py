@@ -1,4 +1,4 @@
-"""The report of a pruning run."""
+"""The report of a pruning run, and its operators by decoder layer and kind."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -22,6 +23,24 @@ import optimum_fista
 from optimum_fista.run.memory import MemoryPeak
 from optimum_fista.run.records import as_record
 from optimum_fista.solve.pattern import Scope
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries whose numbers or files depend on them."""
+    names = ("torch", "transformers", "accelerate", "optimum", "safetensors", "huggingface-hub")
+    versions = {"python": platform.python_version(), "optimum-fista": optimum_fista.__version__}
+    versions |= {name: _version(name) for name in names}
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return versions if found is None else versions | {"gpu": device_name(found)}
+
+
+_version = functools.cache(importlib.metadata.version)  # which searches the file system
+
+
+def device_name(device: torch.device) -> str:
+    """What a device calls itself, its type if it does not say."""
+    module = torch.get_device_module(device)
+    return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
 
 
 @dataclass(frozen=True)
@@ -146,13 +165,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """The report of one pruned decoder layer with its operators; a streamed run keeps it on disk.
-
-    Attributes:
-        report: The report of the layer.
-        operators: Those of its operators, in pruning order.
-        left_dense: Its operators that were left dense, with the reason.
-    """
+    """The report of one pruned decoder layer with its operators; a streamed run keeps it on disk."""
 
     report: LayerReport
     operators: list[OperatorReport] = field(default_factory=list)
@@ -244,7 +257,7 @@ class PruningReport:
     left_dense: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    versions: dict[str, str] = field(default_factory=library_versions)
     retrained: bool = False
     perplexity: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict)
@@ -257,10 +270,9 @@ class PruningReport:
         self.left_dense |= record.left_dense
 
     def lack(self, lost: str) -> None:
-        """Note what the dense model's files hold and the pruned model lacks; nothing if it is empty."""
-        if lost:
-            self.model["lacks"] = lost
-            self.warn(f"{lost}; the pruned model lacks them")
+        """Note what the dense model's files hold and the pruned model lacks."""
+        self.model["lacks"] = lost
+        self.warn(f"{lost}; the pruned model lacks them")
 
     def warn(self, message: str) -> None:
         """Add what the user should know, and warn of it."""
@@ -413,19 +425,31 @@ def public_name(name: str) -> str:
     return os.path.basename(os.path.abspath(name)) if is_path else name
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of Python, this package and the libraries whose numbers or files depend on them."""
-    names = ("torch", "transformers", "accelerate", "optimum", "safetensors", "huggingface-hub")
-    versions = {"python": platform.python_version(), "optimum-fista": optimum_fista.__version__}
-    versions |= {name: _version(name) for name in names}
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return versions if found is None else versions | {"gpu": device_name(found)}
+class OperatorGrid:
+    """Operators by decoder layer (rows) and kind (columns).
+
+    Attributes:
+        cells: The operators of a layer and a kind (`layer_and_kind`); only those that there are.
+        kinds: The operators of each kind, layer by layer; the experts of a mixture share a kind.
+        layers: Names of the decoder layers, in pruning order, as the kinds are.
+    """
+
+    def __init__(self, operators: Iterable[OperatorReport]) -> None:
+        self.cells: dict[tuple[str, str], list[OperatorReport]] = {}
+        self.kinds: dict[str, list[OperatorReport]] = {}
+        for operator in operators:
+            layer, kind = layer_and_kind(operator.name)
+            self.cells.setdefault((layer, kind), []).append(operator)
+            self.kinds.setdefault(kind, []).append(operator)
+        self.layers = list(dict.fromkeys(layer for layer, _ in self.cells))
 
 
-_version = functools.cache(importlib.metadata.version)  # which searches the file system
+def layer_and_kind(name: str) -> tuple[str, str]:
+    """`model.layers.3` and `self_attn.q_proj` of `model.layers.3.self_attn.q_proj.weight`.
 
-
-def device_name(device: torch.device) -> str:
-    """What a device calls itself, its type if it does not say."""
-    module = torch.get_device_module(device)
-    return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
+    Experts are counted by a `*`, as in `mlp.experts.*.down_proj`. The layer is empty if the name holds no number.
+    """
+    match = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
+    layer, kind = match.groups() if match else ("", name)
+    kind = re.sub(r"(experts)\.\d+\.", r"\1.*.", kind.removesuffix(".weight"))
+    return layer, re.sub(r"\[\d+", "[*", kind)

@@ -82,7 +82,8 @@ def prune_files(
                 storage_device=storage_device,
                 callbacks=callbacks,
             )
-            pruning.report.lack(require_no_loss(model, source, drop_unused))
+            if lost := require_no_loss(model, source, drop_unused):
+                pruning.report.lack(lost)
             if storage_device == "disk" or (storage_device is None and pruning.storage == torch.device("cpu")):
                 pruning.storage_device = folder / FOLDER  # files on the output's disk
             if ranks.count > 1:

@@ -7,7 +7,15 @@ import pytest
 
 import optimum_fista
 from optimum_fista.run.memory import MemoryPeak
-from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport, library_versions, public_name
+from optimum_fista.run.reports.report import (
+    LayerReport,
+    OperatorGrid,
+    OperatorReport,
+    PruningReport,
+    layer_and_kind,
+    library_versions,
+    public_name,
+)
 
 
 def operator(name: str, **changes) -> OperatorReport:
@@ -153,3 +161,26 @@ def test_only_the_last_part_of_a_path_is_public(name, shown, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     assert public_name(name) == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "kind"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", "model.layers.3", "self_attn.q_proj"),
+        ("model.layers.0.block_sparse_moe.experts.7.w2.weight", "model.layers.0", "block_sparse_moe.experts.*.w2"),
+        ("model.layers.0.mlp.shared_experts.up_proj.weight", "model.layers.0", "mlp.shared_experts.up_proj"),
+        ("h.11.mlp.experts.gate_up_proj[31, :, 0::2]", "h.11", "mlp.experts.gate_up_proj[*, :, 0::2]"),
+        ("<b>.weight", "", "<b>"),
+    ],
+)
+def test_layer_and_kind(name, layer, kind):
+    assert layer_and_kind(name) == (layer, kind)
+
+
+def test_a_grid_has_all_operators_of_a_kind():
+    names = ["l.2.up.weight", "l.2.experts.0.w.weight", "l.2.experts.1.w.weight", "l.10.up.weight"]
+    grid = OperatorGrid(operator(name) for name in names)
+    found = {place: [o.name for o in found] for place, found in grid.cells.items()}
+    assert found == {("l.2", "up"): names[:1], ("l.2", "experts.*.w"): names[1:3], ("l.10", "up"): names[3:]}
+    assert grid.layers == ["l.2", "l.10"]
+    assert [o.name for o in grid.kinds["up"]] == [names[0], names[3]]
