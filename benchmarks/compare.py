@@ -16,6 +16,7 @@ import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,11 @@ def compare(arguments: Namespace) -> dict[str, Any]:
         suite = TaskSuite(arguments.tasks, **options)
     record = open_record(arguments, "methods", "patterns", "seeds", "device", "device_map", "storage_device")
     rows, recipe = [row for row in record["rows"] if row["error"] is None], record.get("recipe", [])
-    recipe += [suite.recipe] if suite and suite.recipe not in recipe else []
+    if suite is not None:
+        documents = "all documents" if suite.limit is None else f"the first {suite.limit} documents"
+        how = f"lm-eval {version('lm_eval')}, no examples in the prompt, {documents} of each"
+        line = f"Accuracy on {', '.join(suite.names)}: {how}."
+        recipe += [] if line in recipe else [line]
     done = {(row["method"], row["pattern"], row["seed"]) for row in rows}
     for key in wanted(arguments):
         if key not in done:

@@ -53,7 +53,7 @@ def test_accuracies_join_the_perplexity_in_the_folder_and_on_its_page(
     scores = {"acc_norm,none": 0.5, "acc,none": 0.25, "acc_stderr,none": 0.1637}
     results = {"results": {"sea_choice": scores}, "n-samples": {"sea_choice": {"original": 20, "effective": 8}}}
     monkeypatch.setattr("lm_eval.simple_evaluate", lambda *arguments, **options: results)
-    monkeypatch.setattr(TaskSuite, "_find_tasks", lambda suite, progress: None)
+    monkeypatch.setattr(TaskSuite, "_find_tasks", lambda suite: None)
     folder = shutil.copytree(pruned_folder, tmp_path / "model")
     output = folder / "fista" / "evaluation.json"
     flags = ["--device", "cpu", "--output", str(output), "--tasks", "sea_choice", "--limit", "8"]
@@ -78,7 +78,7 @@ def test_each_task_is_shown_and_kept_before_the_next(tiny_folder, tmp_path, monk
         return results if name == "sea" else None
 
     monkeypatch.setattr("lm_eval.simple_evaluate", measure)
-    monkeypatch.setattr(TaskSuite, "_find_tasks", lambda suite, progress: None)
+    monkeypatch.setattr(TaskSuite, "_find_tasks", lambda suite: None)
     output = tmp_path / "e.json"
     command = ["evaluate", str(tiny_folder), "--device", "cpu", "--output", str(output), "--tasks", "sea, sky,sea"]
     assert main(command) == 1

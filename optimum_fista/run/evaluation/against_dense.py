@@ -22,18 +22,14 @@ from optimum_fista.solve.patterns import WholeParts, parse_pattern
 
 
 class VerificationError(ValueError):
-    """A saved model breaks what its masks and report promise; the message names the first operator."""
+    """A saved model breaks what its masks and report promise."""
 
 
 def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress: Callable[[str], None]) -> int:
-    """Compare a pruned model, whose report is verified, with the dense one; returns how many tensors were found equal.
-
-    `dense` is a Hub id or a model folder, read in the dtype of the pruned model. `progress` is called with the name of
-    each tensor. Of pruned operators, refitted experts and MLPs whose channels were reordered only shapes are compared.
-    """
-    for why, refused in (("is packed: unpack it first", is_packed(folder)), ("was trained", report.retrained)):
-        if refused:
-            raise ValueError(f"dense={dense!r}: {str(folder)!r} {why}, so it can't be compared.")
+    """Compare a pruned model, whose report is verified, with the dense one; returns how many tensors are equal."""
+    if is_packed(folder) or report.retrained:
+        why = "was trained" if report.retrained else "is packed: unpack it first"
+        raise ValueError(f"dense={dense!r}: {str(folder)!r} {why}, so it can't be compared.")
     with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload:
         ours, _ = load_lazily(str(folder), Path(offload) / "pruned", device="cpu")
         theirs, _ = load_lazily(dense, Path(offload) / "dense", device="cpu", dtype=ours.dtype)
@@ -47,18 +43,16 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
         if report.config["reorder_channels"]:
             changed |= {name for part in find_parts(ours, "channels").parts for name in part.tensors}
         left, equal = _tensor_names(ours), 0
-        for name, expected in _what_stays(theirs, report, pruned):
+        all_of_it = ((name, tensor_of(theirs, name)) for name in _tensor_names(theirs))
+        for name, expected in _what_stays(theirs, report, pruned) if report.removed else all_of_it:
             if name not in left:
                 raise VerificationError(f"{name} is in {dense!r} and not in the pruned model.")
             found = tensor_of(ours, left.pop(left.index(name)))
             if found.shape != expected.shape:
-                shapes = f"has shape {tuple(found.shape)}, from {dense!r} it would have {tuple(expected.shape)}"
-                raise VerificationError(f"{name} {shapes}.")
-            if name not in changed:
-                if differing := int((found != expected).sum()):
-                    values = f"{differing:,} of {found.numel():,} values that the run did not prune"
-                    raise VerificationError(f"{name} differs from {dense!r} in {values}.")
-                equal += 1
+                raise VerificationError(f"{name} has shape {(*found.shape,)}, from {dense!r} {(*expected.shape,)}.")
+            if name not in changed and (differing := int((found != expected).sum())):
+                raise VerificationError(f"{name} differs from {dense!r} in {differing:,} of {found.numel():,} values.")
+            equal += name not in changed
             progress(name)
         if left:
             raise VerificationError(f"{left[0]} is in the pruned model and not in {dense!r}.")
@@ -69,9 +63,6 @@ def _what_stays(
     model: PreTrainedModel, report: PruningReport, pruned: dict[str, OperatorReport]
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a dense model without the parts that a report says went, with their names in the smaller model."""
-    if not report.removed:
-        yield from ((name, tensor_of(model, name)) for name in _tensor_names(model))
-        return
     pattern = parse_pattern(report.config["pattern"])
     counts = numbers_kept(model, pattern) if isinstance(pattern, WholeParts) else {}
     plan = plan_shrinking(model, layers=report.model.get("layers_kept"), **counts)
@@ -84,5 +75,4 @@ def _what_stays(
 
 
 def _tensor_names(model: PreTrainedModel) -> list[str]:
-    """Names of what a model stores, tied tensors once."""
-    return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
+    return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]  # tied tensors once

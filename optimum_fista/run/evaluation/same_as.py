@@ -18,21 +18,13 @@ from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
 
 @dataclass
 class FolderDifference:
-    """By how much two model folders differ.
+    """By how much two model folders differ."""
 
-    Attributes:
-        num_tensors: Tensors in either folder.
-        different: Names of those that differ, in values, dtype or shape, or are in one folder only.
-        same_masks: Share of the pruned weights that are zero in both folders or in none.
-        largest: Largest difference of two values; `inf` if a tensor has another shape or one folder lacks it.
-        where: Name of the tensor with this difference.
-    """
-
-    num_tensors: int
-    different: list[str]
-    same_masks: float = 1.0
-    largest: float = 0.0
-    where: str = ""
+    num_tensors: int  # in either folder
+    different: list[str]  # in values, dtype or shape, or in one folder only
+    same_masks: float = 1.0  # share of the pruned weights that are zero in both folders or in none
+    largest: float = 0.0  # difference of two values; `inf` if a tensor has another shape or one folder lacks it
+    where: str = ""  # the tensor with this difference
 
     def __str__(self) -> str:
         """A line for people."""

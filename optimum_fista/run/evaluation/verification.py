@@ -50,8 +50,7 @@ class Verification:
         num_zeros: Weights that are zero by their masks and in the files.
         num_parameters: Parameters of the model; `None` if they could not be counted.
         removed: How much smaller than the dense model it is, in words; empty if no part of it was removed.
-        num_equal: Tensors that are equal to those of the dense model, less the rows that were removed; `None` if they
-            were not compared.
+        num_equal: Tensors equal to what is left of the dense model's; `None` if they were not compared.
         num_mixtures: Mixtures that lost experts.
     """
 
@@ -74,9 +73,8 @@ def verify_checkpoint(
     agree between masks, report, config and checkpoint; the report's number of parameters is that of the model. Of a
     model that became smaller, all tensors have the shapes that its configuration describes.
 
-    With the dense model at hand, every tensor that holds no pruned operator is compared with the dense model's: it must
-    be equal, or equal to what is left of it without the channels, heads and experts that the report says went. Of
-    pruned operators, of down projections of refitted experts, and of MLPs whose channels were reordered the shapes are
+    With the dense model at hand, every tensor that the run did not change must equal what the report says is left of
+    the dense model's. Of pruned operators, refitted experts, and MLPs whose channels were reordered only the shapes are
     compared.
 
     Args:
@@ -99,7 +97,7 @@ def verify_checkpoint(
         raise VerificationError(f"config.json has no {CONFIG_KEY!r}.")
     try:
         zeros = weights = 0
-        for operator, weight, mask in read_operators(folder, report):
+        for operator, weight, mask in (packed_operators if is_packed(folder) else _read_dense)(folder, report):
             zeros += _verify_operator(operator, weight, mask)
             weights += weight.numel()
             progress(operator.name)
@@ -134,10 +132,9 @@ def _verify_totals(
     counted = {"num_zeros": zeros, "num_weights": weights, "sparsity": zeros / weights if weights else 0.0}
     counted |= {"model_sparsity": zeros / claimed}
     for name, value in (report.totals | counted).items():
-        if not _agree(promised[name], value):
-            raise VerificationError(
-                f"{REPORT_FILE}: totals promise {name} {promised[name]}, the operators make {value}."
-            )
+        found = promised[name]
+        if found != value and (None in (found, value) or not math.isclose(found, value, rel_tol=1e-9)):
+            raise VerificationError(f"{REPORT_FILE}: totals promise {name} {found}, the operators make {value}.")
     return parameters
 
 
@@ -145,36 +142,17 @@ def _verify_mixtures(model: PreTrainedModel, report: PruningReport) -> None:
     """Check that mixtures have as many experts as the report names, and that these are the most salient ones."""
     runs = runs_of_experts(text_config(model.config))
     for mixture in report.mixtures:
-        kept, total = mixture.groups_kept, len(mixture.saliency)
-        if list(kept) != sorted(set(kept) & set(range(total))):
-            raise VerificationError(
-                f"{mixture.name}: groups_kept are not numbers from 0 to {total - 1} in rising order."
-            )
+        kept, saliency = mixture.groups_kept, torch.tensor(mixture.saliency, dtype=torch.float64)
         found = {len(p) for p in model.get_submodule(mixture.name).parameters(recurse=False) if p.ndim == 3}
         if found != {len(kept)}:
-            raise VerificationError(
-                f"{mixture.name} has {found.pop()} experts, the report names {len(kept)} that stayed."
-            )
-        if total % runs or kept != experts_to_keep(
-            torch.tensor(mixture.saliency, dtype=torch.float64), len(kept), runs
-        ):
+            stayed = f"the report names {len(kept)} that stayed"
+            raise VerificationError(f"{mixture.name} has {found.pop()} experts, {stayed}.")
+        if len(saliency) % runs or kept != experts_to_keep(saliency, len(kept), runs):
             raise VerificationError(f"{mixture.name}: groups_kept are not the experts with the largest saliency.")
 
 
-def _agree(promised: float | None, value: float | None) -> bool:
-    """Whether two totals are equal but for rounding; `None` stands for what was not measured."""
-    if promised is None or value is None:
-        return promised is value
-    return math.isclose(promised, value, rel_tol=1e-9)
-
-
-def read_operators(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
-    """Every operator of a folder, packed or not, with its weight and its mask, packed to bits."""
-    return (packed_operators if is_packed(folder) else _read_dense)(folder, report)
-
-
 def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
-    """The same from a dense folder."""
+    """Every operator of a folder that is not packed, with its weight and its mask, packed to bits."""
     files = checkpoint_files(folder)
     names = [operator.name for operator in report.operators]
     tensors = [split_index(name)[0] for name in names]
@@ -214,30 +192,24 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
     broken = pattern.at(operator.target_sparsity).violation(checked)
     if broken:
         raise VerificationError(f"{name}: its mask {broken}.")
-    kept = int(mask.sum())
-    if kept != operator.num_kept:
-        raise VerificationError(f"{name}: its mask keeps {kept} weights, the report says {operator.num_kept}.")
-    if not math.isclose(operator.sparsity, 1 - kept / mask.numel(), rel_tol=1e-9, abs_tol=1e-12):
-        raise VerificationError(
-            f"{name}: its mask has {1 - kept / mask.numel():.6%} zeros, the report says {operator.sparsity:.6%}."
-        )
+    kept, promised = int(mask.sum()), f"{operator.num_kept}, and {operator.sparsity:.6%} zeros"
+    same = math.isclose(operator.sparsity, 1 - kept / mask.numel(), rel_tol=1e-9, abs_tol=1e-12)
+    if kept != operator.num_kept or not same:
+        raise VerificationError(f"{name}: its mask keeps {kept} weights, the report says {promised}.")
     return mask.numel() - kept
 
 
 def _mask_of_pattern(operator: OperatorReport, pattern: SparsityPattern, mask: Tensor) -> Tensor:
     """The mask before groups of columns were removed, of which the report names those that stayed."""
     name, kept = operator.name, operator.groups_kept or ()
-    before = pattern.groups if isinstance(pattern, Columns) else None
-    if not isinstance(pattern, Columns) or before is None:
+    if not isinstance(pattern, Columns) or pattern.groups is None:
         raise VerificationError(f"{name}: the report says that columns were removed, but its pattern is {pattern}.")
-    if not kept or list(kept) != sorted(set(kept) & set(range(before))):
-        raise VerificationError(f"{name}: groups_kept are not numbers from 0 to {before - 1} in rising order.")
+    if not kept or list(kept) != sorted(set(kept) & set(range(pattern.groups))):
+        raise VerificationError(f"{name}: groups_kept are not numbers from 0 to {pattern.groups - 1} in rising order.")
     if mask.shape[1] != len(kept) * pattern.width or not bool(mask.all()):
-        raise VerificationError(
-            f"{name}: the report names {len(kept)} groups of {pattern.width} columns that stayed, the mask keeps "
-            f"{int(mask.sum())} weights of {mask.shape[1]} columns."
-        )
-    groups = torch.zeros(before, dtype=torch.bool)
+        named = f"the report names {len(kept)} groups of {pattern.width} columns that stayed"
+        raise VerificationError(f"{name}: {named}, the mask keeps {int(mask.sum())} of {mask.numel()} weights.")
+    groups = torch.zeros(pattern.groups, dtype=torch.bool)
     groups[list(kept)] = True
     return groups.repeat_interleave(pattern.width).expand(mask.shape[0], -1)
 
@@ -245,8 +217,7 @@ def _mask_of_pattern(operator: OperatorReport, pattern: SparsityPattern, mask: T
 def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
     """Check that the files hold a smaller model's tensors, also those that are no pruned operators but lost rows.
 
-    If a checkpoint calls tensors otherwise than the model does, only those with the same name are compared. Packed
-    weights are pruned operators, and have other names.
+    If a checkpoint calls tensors otherwise than the model does, only those with the same name are compared.
     """
     files = checkpoint_files(folder, "packed" if is_packed(folder) else "model")
     left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
@@ -262,10 +233,7 @@ def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
 
 
 def _described_model(folder: Path, model_class: str) -> PreTrainedModel | None:
-    """The model without weights that `config.json` describes.
-
-    `None` if Transformers has no class of this name, or if it can't be made without weights.
-    """
+    """The model without weights that `config.json` describes; `None` if Transformers can't make one of this class."""
     found = getattr(transformers, model_class, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)) or found.config_class is None:
         return None

@@ -6,7 +6,6 @@ from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from untouched import Untouched
 
-from optimum_fista.model.offload import input_device
 from optimum_fista.run.evaluation import perplexity
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.texts.text import TextSource
@@ -41,8 +40,7 @@ def oracle(model, windows) -> float:
     return math.exp(total / count)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
-@pytest.mark.parametrize("positions", [1, 7, 19, 256])
+@pytest.mark.parametrize(("batch_size", "positions"), [(1, 7), (2, 1), (5, 19), (64, 256)])
 def test_perplexity_is_the_oracles(model, windows, batch_size, positions, monkeypatch):
     monkeypatch.setattr(perplexity, "POSITIONS_PER_CHUNK", positions)
     result = evaluate_perplexity(model.train(), windows, batch_size=batch_size, progress=False)
@@ -82,13 +80,6 @@ def test_the_model_is_left_as_it_was(model, windows):
     untouched.check()
 
 
-def test_the_modes_are_restored_after_an_error(model, windows):
-    model.train().lm_head.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match="NaN"):
-        evaluate_perplexity(model, windows, progress=False)
-    assert all(module.training for module in model.modules())
-
-
 def test_nan_logits_are_located(model, windows):
     windows[:, :] = 3
     windows[3, 4] = 7
@@ -108,9 +99,7 @@ def test_the_result_names_its_text(model, windows):
 @pytest.mark.parametrize(
     "bad",
     [
-        torch.zeros(5, dtype=torch.int64),
         torch.zeros(5, 1, dtype=torch.int64),
-        torch.zeros(0, 9, dtype=torch.int64),
         torch.zeros(5, 9),
     ],
 )
@@ -136,11 +125,6 @@ def test_progress_is_shown_on_request(model, windows, capsys):
     assert capsys.readouterr() == ("", "")
     evaluate_perplexity(model, windows)
     assert "5/5" in capsys.readouterr().err
-
-
-def test_ids_go_to_the_cpu_when_the_embedding_is_offloaded(model):
-    assert input_device(model) == torch.device("cpu")
-    assert input_device(model.to("meta")) == torch.device("cpu")
 
 
 def test_windows_that_are_too_long_for_the_model():

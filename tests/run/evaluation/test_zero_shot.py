@@ -70,12 +70,9 @@ def test_accuracy_is_that_of_the_likelihoods(tasks):
 
 
 def test_the_limit_takes_the_first_documents(tasks):
-    suite = TaskSuite(["sea_choice"], include_path=tasks, limit=1)
-    (result,) = suite.measure(tiny_llama(), tiny_tokenizer())
+    (result,) = TaskSuite(["sea_choice"], include_path=tasks, limit=1).measure(tiny_llama(), tiny_tokenizer())
     assert result.scores["acc"].value in (0.0, 1.0)
     assert result.num_documents == 1
-    assert "the first 1 documents" in suite.recipe
-    assert suite.identity != TaskSuite(["sea_choice"], include_path=tasks).identity
 
 
 def model_that_writes_a_behind_every_word():
@@ -106,18 +103,17 @@ def test_task_files_of_the_benchmarks(tasks):
     assert results[1].scores["acc"].value == 0.5
 
 
-@pytest.mark.parametrize("progress", [True, False])
-def test_unknown_tasks(tasks, monkeypatch, capsys, progress):
+def test_unknown_tasks(tasks, monkeypatch, capsys):
     class NoTasks:
-        all_tasks = ("arc_easy",)
+        all_tasks, all_groups = ("arc_easy",), ()
 
         def __init__(self, **options):
             pass
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", NoTasks)
     with pytest.raises(ValueError, match="'sea_chioce' not found; pass names of lm-eval"):
-        TaskSuite(["sea_chioce", "arc_easy"], include_path=tasks, progress=progress)
-    assert ("Reading lm-eval's tasks" in capsys.readouterr().err) == progress
+        TaskSuite(["sea_chioce", "arc_easy"], include_path=tasks)
+    assert "Reading lm-eval's tasks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -149,7 +145,7 @@ def test_groups_have_metrics_of_all_their_tasks_and_what_has_none_is_refused_at_
     )
     assert [(result.task, result.num_documents) for result in found] == [("sea_choice", 3), ("water", 6)]
     assert found[1].scores["acc"].value == found[0].scores["acc"].value
-    with pytest.raises(ValueError, match="'ocean', 'bare': a tag or a group without a metric of its own"):
+    with pytest.raises(ValueError, match="'ocean': a tag or a group without a metric of its own"):
         TaskSuite(["ocean", "water", "bare", "sea_choice"], include_path=tasks)
 
 
