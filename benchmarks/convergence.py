@@ -77,7 +77,7 @@ class Scaled:
 
 def admm(scaled: Scaled, rho: float, iterations: int, see: Callable[[int, Tensor, Tensor], None] | None) -> SplitState:
     inverse = damped_inverse(scaled.gram.clone(), rho)
-    state = SplitState(scaled.target, scaled.start.clone())
+    state = SplitState(scaled.target.__getitem__, scaled.start.clone())
     for iteration in range(1, iterations + 1):
         state.iterate(inverse, rho, HALF)
         if see is not None:

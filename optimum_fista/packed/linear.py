@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.sparse import to_sparse_semi_structured
 
 from optimum_fista.packed.format import PackedTensor, check, pack, unpack
 from optimum_fista.packed.masks import encoding
@@ -99,12 +98,6 @@ class PackedLinear(nn.Module):
         linear.weight = nn.Parameter(self.weight, requires_grad=False)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
-
-    def to_semi_structured(self) -> nn.Linear:
-        """On CUDA, a 2:4 layer in the form of the sparse tensor cores, for inference with many tokens at a time."""
-        linear = self.to_linear()
-        linear.weight = nn.Parameter(to_sparse_semi_structured(linear.weight), requires_grad=False)
-        return linear
 
     @property
     def weight(self) -> Tensor:

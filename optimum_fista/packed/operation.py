@@ -16,7 +16,6 @@ from torch.nn import functional
 from optimum_fista.packed.bits import as_words, count_bits, place, unpack_bits
 from optimum_fista.packed.kernels import Kernels, kernels
 from optimum_fista.packed.masks import BITS
-from optimum_fista.packed.triton_kernel import multiply_one, triton_is_here
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_BATCH = 32
@@ -164,14 +163,6 @@ def _multiply_by_tiles(
     return y.to(values.dtype)
 
 
-def _multiply_on_cuda(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias: Tensor | None) -> Tensor:
-    """A Triton kernel for one input; for more, the whole matrix is unpacked."""
-    _check(x, values, mask, starts, bias)
-    if x.numel() == x.shape[-1] and triton_is_here() and x.dtype in KERNEL_DTYPES:
-        return multiply_one(x.reshape(-1).contiguous(), values, mask, starts, bias).view(*x.shape[:-1], -1)
-    return _multiply(x, values, mask, starts, bias)
-
-
 def _unpack(values: Tensor, mask: Tensor, starts: Tensor, columns: int) -> Tensor:
     dense = torch.zeros(mask.shape[0], columns, dtype=values.dtype, device=values.device)
     compiled = kernels() if values.device.type == "cpu" and values.dtype in KERNEL_DTYPES else None
@@ -199,7 +190,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  
 
 _library.impl("packed_linear", _multiply, "CompositeExplicitAutograd")
 _library.impl("packed_linear", _multiply_on_cpu, "CPU")
-_library.impl("packed_linear", _multiply_on_cuda, "CUDA")
 _library.impl("unpack", _unpack, "CompositeExplicitAutograd")
 torch.library.register_autograd("optimum_fista::packed_linear", _backward, setup_context=_setup_context, lib=_library)
 

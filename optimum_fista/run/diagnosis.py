@@ -20,7 +20,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_fista.packed.kernels import kernels
 from optimum_fista.packed.linear import PackedLinear
-from optimum_fista.packed.triton_kernel import triton_is_here
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.environment import processor_name
 from optimum_fista.run.memory import available_bytes
@@ -104,7 +103,7 @@ def _compiler() -> str:
 
 def _kernels() -> str:
     found = kernels()
-    return f"{found.path if found else 'not compiled'}; Triton {'found' if triton_is_here() else 'not installed'}"
+    return found.path if found else "not compiled"
 
 
 def _describe(device: torch.device) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,31 +32,18 @@ change of its queries, and yet needs them. Without a bound it loses all of its w
 """
 
 
-@dataclass(frozen=True)
-class RemovalCost:
-    """What the zeros of one operator cost at the average sparsity.
-
-    Attributes:
-        cost: Increase of the loss.
-        size: Number of weights.
-    """
-
-    cost: float
-    size: int
-
-    @classmethod
-    def of(cls, saliency: Tensor, sparsity: float) -> RemovalCost:
-        """Sum of the smallest saliencies [out, in], a share `sparsity` of all, `0 < sparsity < 1`."""
-        count = min(saliency.numel(), max(1, round(sparsity * saliency.numel())))
-        threshold = kth_smallest(saliency, count)
-        # Of the saliencies that equal the threshold, only so many are added that `count` are in the sum.
-        below = saliency < threshold
-        sums = (saliency * below).sum(dtype=torch.float64), below.sum().double(), threshold.double()
-        cost, smaller, largest = torch.stack(sums).tolist()  # one transfer
-        return cls(cost + (count - smaller) * largest, saliency.numel())
+def removal_cost(saliency: Tensor, sparsity: float) -> float:
+    """Increase of the loss: sum of the smallest saliencies [out, in], a share `sparsity` of all, `0 < sparsity < 1`."""
+    count = min(saliency.numel(), max(1, round(sparsity * saliency.numel())))
+    threshold = kth_smallest(saliency, count)
+    # Of the saliencies that equal the threshold, only so many are added that `count` are in the sum.
+    below = saliency < threshold
+    sums = (saliency * below).sum(dtype=torch.float64), below.sum().double(), threshold.double()
+    cost, smaller, largest = torch.stack(sums).tolist()  # one transfer
+    return cost + (count - smaller) * largest
 
 
-def allocate(costs: Mapping[str, RemovalCost], sparsity: float) -> dict[str, float]:
+def allocate(costs: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
     """Sparsity of every operator, so that all together lose least at the same number of zeros.
 
     With `E_k(s) = cost_k exp(SLOPE (s - sparsity))` the sum of all `E_k(s_k)` is least, at a given sum of
@@ -64,7 +51,8 @@ def allocate(costs: Mapping[str, RemovalCost], sparsity: float) -> dict[str, flo
     `s_k = sparsity + (mu - log(cost_k / size_k)) / SLOPE`, clipped.
 
     Args:
-        costs: Costs by operator, of the same sparsity.
+        costs: What the zeros of each operator cost at the average sparsity (`removal_cost`).
+        sizes: Its number of weights.
         sparsity: Zeros wanted over all operators together, in (0, 1).
 
     Returns:
@@ -72,26 +60,25 @@ def allocate(costs: Mapping[str, RemovalCost], sparsity: float) -> dict[str, flo
     """
     lowest, highest = max(0.0, sparsity - REACH), 1 - LEAST_DENSITY * (1 - sparsity)
     # log(cost_k / size_k); an operator that costs nothing has no logarithm.
-    densities = {name: math.log(max(c.cost, 1e-300) / c.size) for name, c in costs.items()}
-    wanted = round(sparsity * sum(c.size for c in costs.values()))
-
-    def counts(level: float) -> dict[str, int]:
-        # s_k of the docstring, `level` is its mu.
-        sparsities = {name: sparsity + (level - density) / SLOPE for name, density in densities.items()}
-        return {name: round(costs[name].size * min(highest, max(lowest, wish))) for name, wish in sparsities.items()}
-
+    densities = {name: math.log(max(cost, 1e-300) / sizes[name]) for name, cost in costs.items()}
+    wanted = round(sparsity * sum(sizes[name] for name in costs))
+    zeros = {name: round(sizes[name] * lowest) for name in costs}
     # One unit of sparsity beyond the extremes, so that all operators are clipped at both ends of the interval.
     below, above = min(densities.values()) - SLOPE, max(densities.values()) + SLOPE
     for _ in range(60):
-        middle = (below + above) / 2
-        below, above = (middle, above) if sum(counts(middle).values()) <= wanted else (below, middle)
-    zeros = counts(below)
+        middle = (below + above) / 2  # mu of the docstring
+        wishes = {name: sparsity + (middle - density) / SLOPE for name, density in densities.items()}
+        found = {name: round(sizes[name] * min(highest, max(lowest, wish))) for name, wish in wishes.items()}
+        if sum(found.values()) <= wanted:
+            below, zeros = middle, found
+        else:
+            above = middle
     missing = wanted - sum(zeros.values())
-    for name in sorted(zeros, key=lambda name: -costs[name].size):  # a zero or so each
-        moved = min(missing, max(0, math.floor(costs[name].size * highest) - zeros[name]))
+    for name in sorted(zeros, key=lambda name: -sizes[name]):  # a zero or so each
+        moved = min(missing, max(0, math.floor(sizes[name] * highest) - zeros[name]))
         zeros[name] += moved
         missing -= moved
-    return {name: count / costs[name].size for name, count in zeros.items()}
+    return {name: count / sizes[name] for name, count in zeros.items()}
 
 
 def prune_stacked(
@@ -123,7 +110,8 @@ def prune_stacked(
     try:
         found = method.prune(stacked, replace(patterns[0], sparsity=1 - kept / stacked.weight.numel()))
     finally:
-        stacked.unstack(scales)
+        stacked.weight.div_(scales)
+        stacked.target.div_(scales)
     rows = [shape[0] for shape in shapes]
     # Errors are those of the operators' own outputs; that of `found` is weighted.
     weights, masks = found.weight.div_(scales).split(rows), found.mask.split(rows)

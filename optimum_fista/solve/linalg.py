@@ -31,7 +31,9 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
         yield slice(start, min(rows, start + max(1, step)))
 
 
-def damped_cholesky(copy: Callable[[], Tensor], damping: float, ratios: Tensor | float = 1.0) -> tuple[Tensor, str]:
+def damped_cholesky(
+    copy: Callable[[], Tensor], damping: float = 0.0, ratios: Tensor | float = 1.0
+) -> tuple[Tensor, str]:
     """Lower Cholesky factor of `G + damping * mean(diag G) diag(ratios)`.
 
     When the factorisation breaks down numerically the damping is raised tenfold, at most four times, and the
@@ -49,7 +51,8 @@ def damped_cholesky(copy: Callable[[], Tensor], damping: float, ratios: Tensor |
     for _ in range(5):
         damped = copy()
         size = damped.shape[0]
-        damped.diagonal().add_(mean_damping(damped.diagonal(), damping) * ratios)
+        if damping:
+            damped.diagonal().add_(mean_damping(damped.diagonal(), damping) * ratios)
         factor, failed = cholesky_in_place(damped)
         if not failed:
             raised = f"the Gram matrix needed damping {damping:g} instead of {wanted:g}"

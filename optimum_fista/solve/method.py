@@ -56,20 +56,12 @@ class PruningMethod(ABC):
     takes_columns: ClassVar[bool] = True
     """Whether it removes whole columns (`SparsityPattern.column_width`)."""
 
-    @classmethod
-    def takes(cls, pattern: SparsityPattern) -> bool:
-        """Whether it prunes to `pattern`."""
-        return cls.takes_weights if pattern.column_width is None else cls.takes_columns
-
     def require_pattern(self, pattern: SparsityPattern) -> None:
-        """Check that the method prunes to `pattern`.
-
-        Raises:
-            ValueError: If it does not.
-        """
-        if not self.takes(pattern):
-            kind = "single weights" if pattern.column_width is None else "whole columns"
-            fitting = ", ".join(repr(name) for name, method in sorted(METHODS.items()) if method.takes(pattern))
+        """Check that the method prunes to `pattern`."""
+        weights = pattern.column_width is None
+        takes, kind = ("takes_weights", "single weights") if weights else ("takes_columns", "whole columns")
+        if not getattr(self, takes):
+            fitting = ", ".join(repr(name) for name, method in sorted(METHODS.items()) if getattr(method, takes))
             raise ValueError(
                 f"method {self.name!r} can't remove {kind}, as pattern={pattern.text!r} wants: take one of {fitting}."
             )

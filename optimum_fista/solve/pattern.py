@@ -30,6 +30,7 @@ class SparsityPattern(ABC):
         fixed: Whether the pattern itself sets the number of zeros of every row.
         orders_inputs: Whether `best_order` finds an order of inputs in which more is kept.
         unit: Consecutive weights of a row that are kept or removed together, if rows differ.
+        column_width: Consecutive columns that all rows keep or lose together; `None` if rows differ.
     """
 
     sparsity: float
@@ -38,6 +39,7 @@ class SparsityPattern(ABC):
     fixed: ClassVar[bool] = True
     orders_inputs: ClassVar[bool] = False
     unit: ClassVar[int] = 1
+    column_width: ClassVar[int | None] = None
 
     @classmethod
     @abstractmethod
@@ -65,11 +67,6 @@ class SparsityPattern(ABC):
     def best_order(self, scores: Tensor) -> Tensor:
         """An order of inputs, int64 [in], in which `scores` [out, in] keep much; theirs unless `orders_inputs`."""
         return torch.arange(scores.shape[1], device=scores.device)
-
-    @property
-    def column_width(self) -> int | None:
-        """Consecutive columns that all rows keep or lose together; `None` if rows differ."""
-        return None
 
     def at(self, sparsity: float) -> Self:  # noqa: ARG002, patterns that are not fixed use it
         """The same pattern with another fraction of zeros; itself if `fixed`."""
@@ -137,6 +134,10 @@ class SparsityPattern(ABC):
         kept, expected = int(mask.sum()), self.num_kept((mask.shape[0], mask.shape[1]))
         if kept != expected:
             return f"keeps {kept} weights, but {self} of {tuple(mask.shape)} keeps exactly {expected}"
+        if self.scope == "row" and not self.fixed:
+            counts, expected = mask.sum(1), self.num_kept((1, mask.shape[1]))
+            if len(wrong := torch.nonzero(counts != expected)):
+                return f"row {int(wrong[0])} keeps {int(counts[wrong[0]])} weights, not {expected}"
         return None
 
 

@@ -45,6 +45,7 @@ class LayerProblem:
     Attributes:
         weight: Dense weights `W` [out, in], float32 or better.
         statistics: Statistics of the inputs `X*`.
+        gram: Their Gram matrix `G` [in, in].
         target: `C = Y X*^T` [out, in]; made from `weight` if `Y = W X*`.
         output_energies: Squared norms of the rows of `Y`, [out], float64.
         corrected: Whether `Y` is another matrix than `W X*`.
@@ -78,6 +79,7 @@ class LayerProblem:
             raise ValueError(f"{name}: pass target and output_energies together, or neither.")
         self.weight = weight
         self.statistics = statistics
+        self.gram = statistics.gram
         self.name = name
         self.corrected = target is not None
         self.aims_at_dense = aims_at_dense
@@ -104,8 +106,8 @@ class LayerProblem:
     def stack(cls, problems: Sequence[LayerProblem], scales: Tensor) -> LayerProblem:
         """One problem of the outputs of several with the same statistics; row i is multiplied by `scales[i]`, [out, 1].
 
-        Its weights and targets are the only copy: those of the problems become views of them. So these are scaled too,
-        until `unstack` undoes that up to rounding.
+        Its weights and targets are the only copy: those of the problems become views of them, and so are scaled too,
+        until the caller divides by the scales.
         """
         stacked = copy.copy(problems[0])
         for key in ("weight", "target"):
@@ -120,26 +122,16 @@ class LayerProblem:
         stacked.name = " and ".join(p.name for p in problems)
         return stacked
 
-    def unstack(self, scales: Tensor) -> None:
-        """Undo the scaling of `stack`."""
-        self.weight.div_(scales)
-        self.target.div_(scales)
-
-    @property
-    def gram(self) -> Tensor:
-        """Gram matrix `G` [in, in] of the inputs `X*`."""
-        return self.statistics.gram
-
     def decoupled(self) -> LayerProblem:
         """The problem that methods solve: nearly dead inputs stand alone (`InputStatistics`), errors are this one's.
 
         It is this problem if there are no such inputs. Otherwise it has a Gram matrix and a target of its own.
         """
         statistics = self.statistics.decoupled
-        if statistics is self.statistics:
+        if statistics is None:
             return self
         problem = copy.copy(self)
-        problem.statistics, problem._errors_of = statistics, self
+        problem.statistics, problem.gram, problem._errors_of = statistics, statistics.gram, self
         live = statistics.energy_ratios == 1
         # With C_ij = W_ij G_jj an input that stands alone has the least error at its dense weight.
         problem.target = torch.where(live, self.target, self.weight * statistics.diagonal)

@@ -110,7 +110,7 @@ def refit_columns(problem: LayerProblem, kept: Tensor, ridge: float | None = Non
 
     def solve(ridge: float) -> tuple[Tensor, str]:
         gram, target, scale = ridge_problem(problem, problem.statistics.diagonal * ridge)
-        factor, message = damped_cholesky(lambda: gram.index_select(0, places).index_select(1, places), 0.0)
+        factor, message = damped_cholesky(lambda: gram.index_select(0, places).index_select(1, places))
         solved = torch.cholesky_solve(target.index_select(1, places).mT, factor)
         return torch.zeros_like(target).index_copy_(1, places, solved.mT).mul_(scale), message
 

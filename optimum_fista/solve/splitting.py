@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,12 +13,6 @@ from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 
 
-class Target(Protocol):
-    """`C` [out, in], a tensor or what makes some of its rows."""
-
-    def __getitem__(self, rows: slice, /) -> Tensor: ...
-
-
 @dataclass
 class SplitState:
     """Iterates of one operator: the sparse iterate `Z` and the dual `V` in one matrix, which a mask tells apart.
@@ -27,13 +20,13 @@ class SplitState:
     ADMM projects `P = W + V / rho` on the pattern: `Z` is `P` where the mask keeps it, and `V / rho` is what is left.
 
     Attributes:
-        target: `C` [out, in].
+        target: Makes some rows of `C` [out, in].
         point: `P` [out, in]; the dense weights at the start.
         mask: Mask of `Z`, True = kept; `None` before the first projection, where `Z = P` and `V = 0`.
         rho: The penalty parameter that `point` was made with.
     """
 
-    target: Target
+    target: Callable[[slice], Tensor]
     point: Tensor
     mask: Tensor | None = None
     rho: float = 1.0
@@ -61,7 +54,7 @@ class SplitState:
                 point.add_(dual, alpha=ratio - 1)
             # C - V + rho Z, the right-hand side of the W step.
             wanted = torch.sub(point, dual, alpha=2 * ratio)
-            torch.add(self.target[rows], wanted, alpha=rho, out=wanted)
+            torch.add(self.target(rows), wanted, alpha=rho, out=wanted)
             # W + V / rho, the next `P`, in the memory of the dual.
             dual.addmm_(wanted, inverse, beta=ratio)
             del wanted
@@ -84,30 +77,6 @@ def damped_inverse(gram: Tensor, rho: float) -> Tensor:
     if failed:
         raise torch.linalg.LinAlgError(f"a Gram matrix of {gram.shape[0]} inputs plus {rho:g} is not positive definite")
     return inverse_in_place(factor)
-
-
-def split_in_stages(
-    copy: Callable[[], Tensor],
-    states: Sequence[SplitState],
-    patterns: Sequence[SparsityPattern],
-    rhos: Sequence[float],
-    iterations: int,
-) -> None:
-    """Run ADMM on operators that share a Gram matrix, with one factorisation for all of them a stage.
-
-    Args:
-        copy: Makes a copy of `G` [in, in], which is used up: `gram.clone`.
-        states: One state an operator, changed in place.
-        patterns: Their patterns.
-        rhos: Penalty parameter of every stage, rising: the mask moves freely at first and settles at the end.
-        iterations: Iterations a stage.
-    """
-    for rho in rhos:
-        inverse = damped_inverse(copy(), rho)
-        for state, pattern in zip(states, patterns, strict=True):
-            for _ in range(iterations):
-                state.iterate(inverse, rho, pattern)
-        del inverse  # before the next one is made
 
 
 def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor, Tensor]:

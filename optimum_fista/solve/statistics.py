@@ -7,8 +7,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-RIDGE_TOKENS = 1.5
-"""The ridge, within its bounds, if there are as many tokens as inputs."""
 _NEARLY_DEAD = 5e-6
 """Fraction of the mean energy below which an input is nearly dead: the root of it is a 450th."""
 _DEAD = 1e-12
@@ -35,6 +33,8 @@ class InputStatistics:
         self.gram = gram
         self.num_tokens = num_tokens
         self._mean = mean
+        energy = gram.diagonal().mean()
+        self._mean_energy = torch.where(energy == 0, torch.ones_like(energy), energy)  # 1 if all inputs are dead
 
     @property
     def mean(self) -> Tensor:
@@ -49,12 +49,6 @@ class InputStatistics:
         diagonal = self.gram.diagonal()
         return torch.maximum(diagonal, _DEAD * self._mean_energy)
 
-    @property
-    def _mean_energy(self) -> Tensor:
-        """Mean of the squared norms, a scalar on the device; 1 if all inputs are dead."""
-        mean = self.gram.diagonal().mean()
-        return torch.where(mean == 0, torch.ones_like(mean), mean)
-
     @cached_property
     def energy_ratios(self) -> Tensor:
         """Squared norms of nearly dead inputs over the mean, and 1 for all others, [in].
@@ -64,14 +58,12 @@ class InputStatistics:
         ratios = self.diagonal / self._mean_energy
         return torch.where(ratios < _NEARLY_DEAD, ratios, torch.ones_like(ratios))
 
-    @property
-    def decoupled(self) -> InputStatistics:
-        """Statistics in which nearly dead inputs are uncorrelated with all others; the same if there are none."""
-        return self._decoupled or self
-
     @cached_property
-    def _decoupled(self) -> InputStatistics | None:
-        """`None` if they are the same: kept in itself, an object would live on until cycles are collected."""
+    def decoupled(self) -> InputStatistics | None:
+        """Statistics in which nearly dead inputs are uncorrelated with all others; `None` if there are none.
+
+        They are not itself then: kept in itself, an object would live on until cycles are collected.
+        """
         live = self.energy_ratios == 1
         if bool(live.all()):
             return None
@@ -84,14 +76,6 @@ class InputStatistics:
     def lipschitz(self) -> float:
         """Lipschitz constant of the gradient, `lambda_max(G)`."""
         return largest_eigenvalue(self.gram)
-
-
-def ridge_against_noise(num_tokens: int, num_inputs: int, tokens: float = RIDGE_TOKENS) -> float:
-    """The ridge `r` in `G + r diag(G)`: the fewer tokens an input has, the more of the Gram matrix is noise.
-
-    It is `tokens * num_inputs / num_tokens`, between 0.003 and 0.5 (docs/solver.md).
-    """
-    return min(0.5, max(0.003, tokens * num_inputs / max(1, num_tokens)))
 
 
 def largest_eigenvalue(gram: Tensor, *, tolerance: float = 1e-4, max_iterations: int = 300) -> float:

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from optimum_fista.packed import operation, triton_kernel
 from optimum_fista.packed.linear import PackedLinear
 
 
@@ -29,20 +28,3 @@ def test_products_and_gradients_are_those_of_the_cpu(inputs):
             assert module(given.detach()).dtype == torch.bfloat16
         found.append([t.cpu() for t in (y.detach(), given.grad, module.bias.grad, module.weight)])
     torch.testing.assert_close(found[0], found[1])
-
-
-def test_triton_launches_on_the_device_of_the_tensors(monkeypatch):
-    launches = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda values, *_: launches.append((values.device.index, torch.accelerator.current_device_index()))
-
-    monkeypatch.setattr(triton_kernel, "_multiply_one", Kernel(), raising=False)
-    monkeypatch.setattr(operation, "triton_is_here", lambda: True)
-    module = layer().to("simulated:0")
-    x = torch.randn(1, 100, device="simulated:0")
-    tensors = (module.weight_values, module.weight_mask, module.weight_starts, module.bias)
-    operation._multiply_on_cuda(x, *tensors)
-    assert launches == [(0, 0)]
-    assert torch.accelerator.current_device_index() == 1

@@ -93,17 +93,6 @@ def test_every_group_keeps_exactly_n(text):
     assert pattern.num_kept((5, 24)) == 5 * 24 * n // m
 
 
-@pytest.mark.parametrize("pattern", [parse_pattern("2:4"), *map(Unstructured, (0.3, 0.8))], ids=str)
-@pytest.mark.parametrize("scope", ["matrix", "row"])
-def test_no_pruned_score_beats_a_kept_one_of_its_budget(pattern, scope):
-    pattern = parse_pattern(pattern.text, pattern.sparsity, scope)
-    scores = random_scores((6, 20))
-    mask = pattern.mask(scores)
-    size = pattern.group_size(20 if scope == "row" else 120)
-    for kept, values in zip(mask.view(-1, size), scores.view(-1, size), strict=True):
-        assert values[kept].min() > values[~kept].max()
-
-
 @pytest.mark.parametrize(("text", "columns"), [("2:4", 6), ("2:4", 7), ("1:2", 9), ("5:8", 12)])
 def test_m_that_does_not_divide_the_rows_is_refused(text, columns):
     pattern = parse_pattern(text)

@@ -102,21 +102,6 @@ def test_trials_start_from_the_best_rounded_weights():
     assert all(torch.equal(start, found.weight) for start in solver.starts[2:])
 
 
-def test_penalty_rises_where_rounding_dominates():
-    made, rounded = start()
-    # Dense weights lose everything by rounding.
-    solver = Solver(lambda start, _: made.weight)
-    search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver, patience=6)
-    assert solver.penalties == sorted(set(solver.penalties))
-
-
-def test_penalty_falls_where_rounding_changes_nothing():
-    made, rounded = start()
-    solver = Solver(lambda start, _: -rounded.weight)
-    search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver, patience=6)
-    assert solver.penalties == sorted(set(solver.penalties), reverse=True)
-
-
 @pytest.mark.parametrize("share", [0.05, 0.95])
 def test_rounding_share_is_the_threshold_between_the_two(share):
     (made, rounded), pattern = start(), PATTERNS[0]

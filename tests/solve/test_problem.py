@@ -64,12 +64,6 @@ def test_error_of_damaged_weights_is_not_mistaken_for_zero(corrected):
     assert math.isnan(made.problem.seminorm(damaged))
 
 
-def test_target_built_from_the_weight_is_their_product_with_the_gram_matrix():
-    made = example(3, 5)
-    assert torch.allclose(made.problem.target, made.outputs.T @ made.inputs)
-    assert made.problem.gram is made.problem.statistics.gram
-
-
 def test_statistics_know_their_diagonal_mean_and_lipschitz_constant():
     made = example(2, 6)
     statistics = made.problem.statistics

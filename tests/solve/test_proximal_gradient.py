@@ -39,10 +39,6 @@ def critical_penalty(made: Example) -> float:
     return float(made.problem.target.abs().max())
 
 
-def objective(made: Example, weight: torch.Tensor, l1_penalty: float) -> float:
-    return 0.5 * made.squared_error(weight) + l1_penalty * float(weight.abs().sum())
-
-
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, 10.0])
 def test_soft_threshold_agrees_with_its_formula(threshold):
     values = torch.linspace(-3, 3, 61, dtype=torch.float64)
@@ -50,13 +46,6 @@ def test_soft_threshold_agrees_with_its_formula(threshold):
     expected = np.sign(v) * np.maximum(np.abs(v) - threshold, 0)
     assert np.allclose(soft_threshold(values, threshold).numpy(), expected, atol=1e-15)
     assert (soft_threshold(values, threshold)[values.abs() <= threshold] == 0).all()
-
-
-def test_soft_threshold_is_the_proximal_step_of_the_l1_norm():
-    grid = np.linspace(-4, 4, 80_001)
-    for value in (-2.5, -0.4, 0.0, 0.7, 3.0):
-        best = grid[np.argmin(0.5 * (grid - value) ** 2 + 0.6 * np.abs(grid))]
-        assert float(soft_threshold(torch.tensor(value, dtype=torch.float64), 0.6)) == pytest.approx(best, abs=1e-4)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -90,19 +79,6 @@ def test_agrees_with_scikit_learn(corrected, fraction):
     assert fraction < 0.1 or bool((expected == 0).any())
 
 
-def ista(gram: np.ndarray, target: np.ndarray, l1_penalty: float) -> np.ndarray:
-    """Ten lines of proximal gradient steps from zero."""
-    lipschitz = np.linalg.eigvalsh(gram)[-1]
-    weight = np.zeros_like(target)
-    for _ in range(200_000):
-        moved = weight - (weight @ gram - target) / lipschitz
-        following = np.sign(moved) * np.maximum(np.abs(moved) - l1_penalty / lipschitz, 0)
-        if np.abs(following - weight).max() < 1e-14:
-            break
-        weight = following
-    return weight
-
-
 def test_the_change_of_every_step_is_told():
     made = example(4, 9)
     l1_penalty, lipschitz = 0.1 * critical_penalty(made), made.problem.statistics.lipschitz
@@ -116,14 +92,6 @@ def test_the_change_of_every_step_is_told():
     assert solution.changes == pytest.approx(changes)
     zero = fista(made.problem.gram, made.problem.target, 0 * made.weight, 2 * critical_penalty(made), lipschitz)
     assert zero.changes == (0.0,)
-
-
-@pytest.mark.parametrize("fraction", [0.3, 0.03])
-def test_agrees_with_ista(fraction):
-    made = example(3, 6, corrected=True, seed=2)
-    l1_penalty = fraction * critical_penalty(made)
-    expected = ista(made.problem.gram.numpy(), made.problem.target.numpy(), l1_penalty)
-    assert np.allclose(solved(made, l1_penalty).weight.numpy(), expected, rtol=1e-6, atol=1e-7)
 
 
 def beck_teboulle(gram, target, start, l1_penalty, lipschitz, iterations: int) -> np.ndarray:
@@ -178,14 +146,6 @@ def test_steps_without_momentum_are_plain_proximal_steps(restart):
     assert torch.allclose(found.weight, slow, rtol=1e-10, atol=1e-12)
 
 
-def test_the_warm_start_does_not_change_the_solution():
-    made = example(5, 8, seed=7)
-    l1_penalty = 0.1 * critical_penalty(made)
-    from_dense = solved(made, l1_penalty).weight
-    for start in (torch.zeros(5, 8).double(), 10 * torch.randn(5, 8).double()):
-        assert torch.allclose(solved(made, l1_penalty, start=start).weight, from_dense, rtol=1e-6, atol=1e-8)
-
-
 def test_restart_finds_the_same_solution_in_fewer_iterations():
     made = example(6, 12, tokens=24, seed=1)
     l1_penalty = 0.005 * critical_penalty(made)
@@ -193,22 +153,6 @@ def test_restart_finds_the_same_solution_in_fewer_iterations():
     assert plain.converged
     assert torch.allclose(plain.weight, restarted.weight, rtol=1e-6, atol=1e-8)
     assert restarted.iterations < 0.7 * plain.iterations
-
-
-def test_momentum_beats_plain_proximal_steps():
-    made = example(8, 24, tokens=30)
-    problem, l1_penalty = made.problem, 0.01 * critical_penalty(made)
-    solution = solved(made, l1_penalty, restart=True, tolerance=1e-9).weight
-    start, lipschitz = torch.zeros_like(problem.weight), problem.statistics.lipschitz
-    fast = fista(problem.gram, problem.target, start, l1_penalty, lipschitz, max_iterations=100, tolerance=0)
-    slow = start
-    for _ in range(100):
-        slow = soft_threshold(slow - problem.gradient(slow) / lipschitz, l1_penalty / lipschitz)
-    optimum = objective(made, solution, l1_penalty)
-    gap = objective(made, fast.weight, l1_penalty) - optimum
-    assert 0 < gap < 0.2 * (objective(made, slow, l1_penalty) - optimum)
-    # Beck & Teboulle (2009), theorem 4.4
-    assert gap <= 2 * lipschitz * float(solution.square().sum()) / 101**2
 
 
 @pytest.mark.parametrize("start", ["zero", "dense"])
@@ -241,49 +185,6 @@ def test_stops_where_the_iterates_stop_moving():
     assert 0 < loose.iterations < tight.iterations < 10_000
     cut = fista(*given, max_iterations=tight.iterations - 1, tolerance=1e-9)
     assert (cut.converged, cut.iterations) == (False, tight.iterations - 1)
-
-
-@pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_where_it_stops_does_not_depend_on_the_units_of_the_weights(scale):
-    made = example(4, 6)
-    problem, l1_penalty = made.problem, 0.05 * critical_penalty(made)
-    tensors = (problem.target, problem.weight)
-    plain = fista(problem.gram, *tensors, l1_penalty, problem.statistics.lipschitz, max_iterations=10_000)
-    scaled = fista(
-        problem.gram,
-        *(scale * tensor for tensor in tensors),
-        scale * l1_penalty,
-        problem.statistics.lipschitz,
-        max_iterations=10_000,
-    )
-    assert plain.converged
-    assert scaled.iterations == plain.iterations
-    assert torch.allclose(scaled.weight, scale * plain.weight, rtol=1e-6, atol=0)
-
-
-def test_arguments_are_left_as_they_were():
-    made = example(4, 6)
-    problem, start = made.problem, torch.randn(4, 6).double()
-    copies = [t.clone() for t in (problem.gram, problem.target, start)]
-    fista(problem.gram, problem.target, start, 0.1, problem.statistics.lipschitz)
-    assert all(map(torch.equal, copies, (problem.gram, problem.target, start)))
-
-
-def test_float32_solves_to_float32_accuracy():
-    made = example(6, 10, dtype=torch.float32)
-    reference = example(6, 10)
-    exact = reference.problem
-    l1_penalty = 0.05 * float(made.problem.target.abs().max())
-    problem = made.problem
-    weight = fista(
-        problem.gram, problem.target, problem.weight, l1_penalty, problem.statistics.lipschitz, max_iterations=3000
-    ).weight
-    assert weight.dtype == torch.float32
-    gram, inputs = made.inputs.double().T @ made.inputs.double(), made.outputs.double().T @ made.inputs.double()
-    expected = fista(
-        gram, inputs, torch.zeros(6, 10).double(), l1_penalty, exact.statistics.lipschitz * 10, max_iterations=50_000
-    ).weight
-    assert torch.allclose(weight.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def solved_in_groups(made: Example, width: int, penalty: float) -> torch.Tensor:

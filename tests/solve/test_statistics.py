@@ -46,18 +46,6 @@ def test_never_exceeds_the_largest_row_sum():
         assert largest_eigenvalue(gram, tolerance=0, max_iterations=iterations) <= 2
 
 
-def test_more_iterations_bring_it_closer():
-    gram = gram_of(torch.logspace(0, -3, 30))
-    errors = [abs(largest_eigenvalue(gram, tolerance=0, max_iterations=n) - 1) for n in (1, 10, 40, 160)]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-9
-
-
-def test_two_equal_largest_eigenvalues():
-    spectrum = torch.tensor([5.0, 5.0, 1.0, 0.5, 0.0])
-    assert largest_eigenvalue(gram_of(spectrum)) == pytest.approx(5, rel=2e-4)
-
-
 @pytest.mark.parametrize("others", [0.9, 0.99, 0.999, 0.9999])
 def test_gradient_steps_with_its_inverse_contract_even_where_the_spectrum_is_crowded(others):
     gram = gram_of(torch.cat([torch.ones(1), torch.full((99,), others)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.sensitivity import measure_sensitivities
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import is_out_of_memory
-from optimum_fista.solve.allocation import RemovalCost, allocate
+from optimum_fista.solve.allocation import allocate, removal_cost
 from optimum_fista.solve.pattern import SparsityPattern
 
 _LEAST_TOKENS = 64
@@ -73,19 +74,21 @@ def share_budgets(loss: DenseLoss, operators: Mapping[str, LinearOperator], conf
     for name, operator in sharing.items():
         key = f"{operator.experts.name} {operator.kind}" if isinstance(operator, ExpertOperator) else name
         pools.setdefault(key, []).append(name)
-    costs: dict[str, RemovalCost] = {}
+    costs: dict[str, float] = {}
+    sizes: dict[str, int] = {}
     for key, names in pools.items():
         if not any(found[name].is_felt for name in names):
             budgets.unseen.extend(names)
             continue
-        each = [RemovalCost.of(found[n].saliency(sharing[n].read()), config.sparsity) for n in names]
-        costs[key] = RemovalCost(sum(operator.cost for operator in each), sum(operator.size for operator in each))
+        saliencies = (found[n].saliency(sharing[n].read()) for n in names)
+        costs[key] = sum(removal_cost(saliency, config.sparsity) for saliency in saliencies)
+        sizes[key] = sum(math.prod(sharing[n].shape) for n in names)
         budgets.output_weights |= {n: found[n].outputs for n in names if found[n].seen >= _LEAST_TOKENS}
     if costs:
-        for key, sparsity in allocate(costs, config.sparsity).items():
+        for key, sparsity in allocate(costs, sizes, config.sparsity).items():
             names = pools[key]
             # whole zeros: experts of one kind get equal numbers, the first ones one more if it doesn't divide
-            fewest, more = divmod(round(sparsity * costs[key].size), len(names))
-            size = costs[key].size // len(names)
+            fewest, more = divmod(round(sparsity * sizes[key]), len(names))
+            size = sizes[key] // len(names)
             budgets.sparsities |= {n: (fewest + (i < more)) / size for i, n in enumerate(names)}
     return budgets

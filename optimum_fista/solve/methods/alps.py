@@ -45,7 +45,7 @@ class Alps(PruningMethod):
         gram, target, scale = unit_diagonal(problem, self.damping)
         # One decomposition gives (G + rho I)^-1 for every rho.
         values, vectors = torch.linalg.eigh(gram)
-        state = SplitState(target, problem.weight / scale)
+        state = SplitState(target.__getitem__, problem.weight / scale)
         rho, iteration, settled = self.first_rho, 0, False
         rows, columns = problem.weight.shape
         support: Tensor | None = None

@@ -123,7 +123,7 @@ class Fista(PruningMethod):
         """The warm start in the pattern, its zeros counted as in its source: Wanda's by row, the others' by matrix."""
         start: PruningMethod = _WARM_STARTS[self.warm_start]()
         counted = replace(pattern, scope="row") if self.warm_start == "wanda" else pattern
-        if not start.takes(pattern):
+        if pattern.column_width is not None and not start.takes_columns:
             start = Wanda()
         rounded = start.prune(problem, counted)
         shape = (problem.weight.shape[0], problem.weight.shape[1])

@@ -61,7 +61,7 @@ class GreedyObs(PruningMethod):
         width = pattern.column_width or 1
         problem = problem.decoupled()
         gram, target, _ = ridge_problem(problem, problem.statistics.diagonal * self.damping)
-        factor, message = damped_cholesky(gram.clone, 0.0)
+        factor, message = damped_cholesky(gram.clone)
         inverse = inverse_in_place(factor)
         count = (columns - pattern.num_kept((1, columns))) // width
         kept, costs = _remove_groups(inverse, target @ inverse, width, count)

@@ -15,8 +15,7 @@ from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.refit import refit, refit_columns
-from optimum_fista.solve.splitting import SplitState, split_in_stages
-from optimum_fista.solve.statistics import RIDGE_TOKENS, ridge_against_noise
+from optimum_fista.solve.splitting import SplitState, damped_inverse
 
 
 @register
@@ -40,9 +39,8 @@ class ObsAdmm(PruningMethod):
     a byte a weight, and four blocks of rows (`solve.linalg.row_blocks`).
 
     Attributes:
-        ridge: `r` above; `None`: `ridge_tokens * inputs / calibration tokens`, within [0.003, 0.5].
-        ridge_tokens: See `ridge`.
-        scale_damping: Damping of `G_r` in step 2, as a fraction of its diagonal.
+        ridge: `r` above; `None`: `1.5 * inputs / calibration tokens`, within [0.003, 0.5] (docs/solver.md). The fewer
+            tokens an input has, the more of the Gram matrix is noise.
         stages: Stages, each with one factorisation.
         iterations: Iterations of each stage.
         first_rho: `rho` of the first stage.
@@ -51,8 +49,6 @@ class ObsAdmm(PruningMethod):
     """
 
     ridge: float | None = None
-    ridge_tokens: float = RIDGE_TOKENS
-    scale_damping: float = 0.0
     stages: int = 3
     iterations: int = 4
     first_rho: float = 1.0
@@ -76,83 +72,66 @@ class ObsAdmm(PruningMethod):
     def prune_sharing(
         self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedOperator]:
-        """Prune operators that share their inputs, with shared factorisations."""
+        """Prune operators that share their inputs, with shared factorisations; steps are those of the class."""
         widths = {pattern.column_width or 1 for pattern in patterns}
         if len(widths) > 1:  # each width has coordinates of its own
             return super().prune_sharing(problems, patterns)
         problems = [problem.decoupled() for problem in problems]
         statistics = problems[0].statistics
-        # Step 1 of the docstring: r diag(G).
-        penalty = statistics.diagonal * self.ridge_of(statistics.num_tokens, statistics.gram.shape[0])
-        # Step 2. Every factorisation overwrites its G_r, so it is made again from G.
-        surgeon, message = _SurgeonCoordinates.of(statistics.gram, penalty, self.scale_damping, widths.pop())
-        copy = partial(surgeon.gram, statistics.gram, penalty)
-        states = [SplitState(_SurgeonTarget(p, penalty, surgeon), surgeon.weight(p.weight)) for p in problems]
-        # Steps 3 and 4.
-        split_in_stages(copy, states, patterns, self.rhos, self.iterations)
-        steps = self._refit(copy(), [s for s, p in zip(states, patterns, strict=True) if p.column_width is None])
-        return [
-            self._finish(problem, pattern, state, surgeon, steps, message)
-            for problem, pattern, state in zip(problems, patterns, states, strict=True)
-        ]
-
-    def ridge_of(self, num_tokens: int, num_inputs: int) -> float:
-        """The ridge `r`, in units of the Gram matrix's diagonal."""
-        if self.ridge is not None:
-            return self.ridge
-        return ridge_against_noise(num_tokens, num_inputs, self.ridge_tokens)
-
-    @property
-    def rhos(self) -> list[float]:
-        """`rho` of every stage."""
-        ratio = (self.last_rho / self.first_rho) ** (1 / max(1, self.stages - 1))
-        return [self.first_rho * ratio**stage for stage in range(self.stages)]
-
-    def _refit(self, gram: Tensor, states: Sequence[SplitState]) -> int:
-        """Refit in surgeon coordinates, a block of rows at a time, in place; returns the most steps taken."""
+        gram, ridge = statistics.gram, self.ridge
+        if ridge is None:
+            ridge = min(0.5, max(0.003, 1.5 * len(gram) / max(1, statistics.num_tokens)))
+        # Step 1 is made in parts, where it is read: r diag(G) is all that is kept of it.
+        surgeon, message = _Surgeon.of(gram, statistics.diagonal * ridge, widths.pop())  # step 2
+        states = [SplitState(partial(surgeon.target, p), surgeon.weight(p.weight)) for p in problems]
+        growth = (self.last_rho / self.first_rho) ** (1 / max(1, self.stages - 1))
+        for stage in range(self.stages):  # step 3
+            rho = self.first_rho * growth**stage
+            # A factorisation overwrites its G_r, so that is made again from G.
+            inverse = damped_inverse(surgeon.gram(gram), rho)
+            for state, pattern in zip(states, patterns, strict=True):
+                for _ in range(self.iterations):
+                    state.iterate(inverse, rho, pattern)
+            del inverse  # before the next one is made
+        fitted_gram = surgeon.gram(gram)
         taken = [torch.zeros((), dtype=torch.int64, device=gram.device)]
-        for state in states:
-            assert state.mask is not None
-            for rows in row_blocks(state.point):
+        for state, pattern in zip(states, patterns, strict=True):  # step 4, in place
+            for rows in row_blocks(state.point) if pattern.column_width is None else ():
                 _, steps = refit(
-                    gram,
-                    state.target[rows],
+                    fitted_gram,
+                    state.target(rows),
                     state.point[rows],
-                    state.mask[rows],
+                    state.mask[rows],  # type: ignore[index]
                     max_iterations=self.refit_iterations,
                     in_place=True,
                 )
                 taken.append(steps)
-        return int(torch.stack(taken).max())
-
-    def _finish(
-        self,
-        problem: LayerProblem,
-        pattern: SparsityPattern,
-        state: SplitState,
-        surgeon: _SurgeonCoordinates,
-        steps: int,
-        message: str,
-    ) -> PrunedOperator:
-        """Back in the problem's own coordinates; whole columns are refitted there."""
-        assert state.mask is not None
-        if pattern.column_width is not None and self.refit_iterations:
-            weight, refitted = refit_columns(problem, state.mask[0], self.ridge)
-            message = "; ".join(dict.fromkeys(filter(None, (message, refitted))))
-        else:
-            weight = surgeon.back(state.point.mul_(state.mask))
-        return PrunedOperator(
-            weight,
-            state.mask,
-            problem.fit_error(weight),
-            iterations=self.stages * self.iterations + steps,
-            converged=not message,
-            message=message,
-        )
+        del fitted_gram
+        most_steps = int(torch.stack(taken).max())
+        pruned = []
+        for problem, pattern, state in zip(problems, patterns, states, strict=True):
+            assert state.mask is not None
+            advice = message
+            if pattern.column_width is not None and self.refit_iterations:  # in the problem's own coordinates
+                weight, refitted = refit_columns(problem, state.mask[0], self.ridge)
+                advice = "; ".join(dict.fromkeys(filter(None, (message, refitted))))
+            else:
+                weight = surgeon.back(state.point.mul_(state.mask))
+            pruned.append(
+                PrunedOperator(
+                    weight,
+                    state.mask,
+                    problem.fit_error(weight),
+                    iterations=self.stages * self.iterations + most_steps,
+                    converged=not advice,
+                    message=advice,
+                )
+            )
+        return pruned
 
 
 @dataclass(frozen=True)
-class _SurgeonCoordinates:
+class _Surgeon:
     """`W = W' S B^T` with a diagonal `S`, and a block-diagonal `B` if columns are removed in groups.
 
     In these coordinates the diagonal of `G_r^-1`, or its diagonal blocks, are those of the identity: the squared norm
@@ -161,33 +140,36 @@ class _SurgeonCoordinates:
 
     Attributes:
         scale: `S` [in].
+        penalty: `r diag(G)` [in].
         blocks: The blocks of `B`, lower triangular, [in / width, width, width]; `None` if each column stands alone.
     """
 
     scale: Tensor
+    penalty: Tensor
     blocks: Tensor | None = None
 
     @classmethod
-    def of(cls, gram: Tensor, penalty: Tensor, damping: float, width: int) -> tuple[_SurgeonCoordinates, str]:
-        """Those of `G_r + damping * diag(G_r)`, and the message of a factorisation that needed help."""
+    def of(cls, gram: Tensor, penalty: Tensor, width: int) -> tuple[_Surgeon, str]:
+        """Those of `G_r`, and the message of a factorisation that needed help."""
         # Factorised with unit diagonal, in which damping is a fraction of the diagonal, and rounding is mild.
-        unit = cls((gram.diagonal() + penalty).rsqrt())
-        factor, message = damped_cholesky(partial(unit.gram, gram, penalty), damping)
+        unit = cls((gram.diagonal() + penalty).rsqrt(), penalty)
+        factor, message = damped_cholesky(partial(unit.gram, gram))
         inverse = inverse_in_place(factor)
         if width == 1:
             # [G_r^-1]_jj = s_j^2 [(s G_r s)^-1]_jj.
-            return cls(inverse.diagonal().sqrt() * unit.scale), message
-        return cls(unit.scale, torch.linalg.cholesky(diagonal_blocks(inverse, width))), message
+            return cls(inverse.diagonal().sqrt() * unit.scale, penalty), message
+        return cls(unit.scale, penalty, torch.linalg.cholesky(diagonal_blocks(inverse, width))), message
 
-    def gram(self, gram: Tensor, penalty: Tensor) -> Tensor:
+    def gram(self, gram: Tensor) -> Tensor:
         """A new matrix: `B^T S G_r S B`."""
         copy = gram.clone()
-        copy.diagonal().add_(penalty)
+        copy.diagonal().add_(self.penalty)
         copy = copy.mul_(self.scale).mul_(self.scale[:, None])
         return copy if self.blocks is None else self._times_blocks(self._times_blocks(copy).mT).contiguous()
 
-    def target(self, target: Tensor) -> Tensor:
-        """`C S B`; the argument is used up."""
+    def target(self, problem: LayerProblem, rows: slice) -> Tensor:
+        """`C_r S B` of some rows, made from the problem's own matrices."""
+        target = torch.addcmul(problem.target[rows], problem.weight[rows], self.penalty)
         return self._times_blocks(target.mul_(self.scale))
 
     def weight(self, weight: Tensor) -> Tensor:
@@ -209,15 +191,3 @@ class _SurgeonCoordinates:
             return matrix
         groups = matrix.unflatten(1, self.blocks.shape[:2]).transpose(0, 1)  # [groups, rows, width]
         return (groups @ (self.blocks.mT if transposed else self.blocks)).transpose(0, 1).flatten(1)
-
-
-@dataclass(frozen=True)
-class _SurgeonTarget:
-    """`C_r` in surgeon coordinates, made a block of rows at a time from the problem's own matrices."""
-
-    problem: LayerProblem
-    penalty: Tensor
-    surgeon: _SurgeonCoordinates
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        return self.surgeon.target(torch.addcmul(self.problem.target[rows], self.problem.weight[rows], self.penalty))

@@ -78,7 +78,7 @@ class Columns(SparsityPattern):
         return f"columns:{self.sparsity!r}{width}" + (f"/{self.multiple_of}" if self.multiple_of > 1 else "")
 
     @property
-    def column_width(self) -> int:
+    def column_width(self) -> int:  # type: ignore[override]
         """`width`."""
         return self.width
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from optimum_fista.solve.pattern import Scope, SparsityPattern
@@ -61,14 +60,3 @@ class Unstructured(SparsityPattern):
         zeros = rows * columns - self.num_kept((rows, columns))
         removed = round(zeros * (left + width) / columns) - round(zeros * left / columns)
         return (keep_largest_in_rows if by_row else keep_largest)(scores, rows * width - removed)
-
-    def violation(self, mask: Tensor) -> str | None:
-        """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it."""
-        broken = super().violation(mask)
-        if broken or self.scope == "matrix":
-            return broken
-        counts, expected = mask.sum(1), self.num_kept((1, mask.shape[1]))
-        wrong = torch.nonzero(counts != expected)
-        if not len(wrong):
-            return None
-        return f"row {int(wrong[0])} keeps {int(counts[wrong[0]])} weights, not {expected}"

@@ -84,6 +84,7 @@ class WholeParts(SparsityPattern):
 
     shares: tuple[PartShare, ...] = ()
     size: float | None = None
+    column_width: ClassVar[int | None] = 1  # of some operators; how wide they are depends on the model
     form: ClassVar[str] = (
         "'channels:SHARE', 'heads:SHARE', 'experts:SHARE' or 'layers:SHARE', or some joined by '+', such as "
         "'channels:0.25+layers:0.1', or 'bytes:SIZE' for the size that is left"
@@ -123,11 +124,6 @@ class WholeParts(SparsityPattern):
     def text(self) -> str:
         """What `read` takes."""
         return "+".join(map(str, self.shares)) if self.size is None else f"bytes:{self.size!r}"
-
-    @property
-    def column_width(self) -> int:
-        """Whole columns of some operators go; how wide they are depends on the model."""
-        return 1
 
     def require_shape(self, shape: tuple[int, int], name: str = "weight") -> NoReturn:
         """Refuse a single matrix."""

@@ -5,8 +5,6 @@ from layer_problems import example
 from optimum_fista.solve.methods.dsnot import Dsnot
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
-from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.statistics import InputStatistics
 
 
 def expected_errors(made, mask):
@@ -33,10 +31,3 @@ def test_a_high_threshold_is_wanda():
     pruned = Dsnot(threshold=1e9).prune(made.problem, pattern)
     assert torch.equal(pruned.mask, Wanda().prune(made.problem, pattern).mask)
     assert pruned.iterations == 0
-
-
-def test_statistics_without_a_mean_are_refused():
-    made = example(8, 12)
-    problem = LayerProblem(made.weight, InputStatistics(made.problem.gram, 48))
-    with pytest.raises(ValueError, match="no mean"):
-        Dsnot().prune(problem, Unstructured(0.5))

@@ -108,16 +108,6 @@ def test_wanda_as_a_start_counts_its_zeros_by_row(columns, monkeypatch):
     assert abs(int(by_row.mask.sum()) - int((given["start"] != 0).sum())) <= 12 * (columns % 2)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_refit_lowers_the_error_on_the_same_mask(pattern):
-    made = example(10, 20, corrected=True)
-    plain = Fista(refit_iterations=0).prune(made.problem, pattern)
-    refitted = Fista(refit_iterations=20).prune(made.problem, pattern)
-    assert torch.equal(plain.mask, refitted.mask)
-    assert refitted.fit_error < plain.fit_error
-    assert plain.iterations < refitted.iterations <= plain.iterations + 20
-
-
 @pytest.mark.parametrize("tokens", [1, 2, 8])
 def test_fewer_tokens_than_weights_kept_in_a_row_do_not_blow_the_weights_up(tokens):
     made = example(24, 32, tokens=tokens, dtype=torch.float32)
@@ -187,11 +177,6 @@ def test_nothing_to_prune_changes_nothing(pattern):
 def test_options_are_validated_when_constructed(option, value):
     with pytest.raises(ValueError, match=rf"{option}={value!r}: pass"):
         Fista(**{option: value})
-
-
-def test_groups_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="weight has rows of 10 inputs"):
-        Fista().prune(example(3, 10).problem, parse_pattern("2:4"))
 
 
 @pytest.mark.parametrize("width", [1, 4])

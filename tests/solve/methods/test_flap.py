@@ -40,9 +40,3 @@ def test_a_constant_input_is_removed_at_no_cost():
     assert not pruned.mask[:, 5].any(), "of two constants the smaller one: the other one takes over"
     assert pruned.fit_error < 1e-3
     assert Flap(compensate=False).prune(problem, Columns.keeping(15, 16)).fit_error > 0.01
-
-
-def test_without_a_mean_it_is_refused():
-    made = example(4, 8)
-    with pytest.raises(ValueError, match="no mean of the inputs"):
-        Flap().prune(LayerProblem(made.weight, InputStatistics(made.problem.gram, 32)), Columns(0.5))

@@ -5,7 +5,7 @@ import torch
 from layer_problems import example
 
 from optimum_fista.solve.methods.magnitude import Magnitude
-from optimum_fista.solve.patterns import Unstructured, parse_pattern
+from optimum_fista.solve.patterns import Unstructured
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -21,11 +21,3 @@ def test_keeps_the_largest_weights_as_they_are(sparsity, corrected):
     assert torch.equal(pruned.weight, torch.where(pruned.mask, made.weight, 0.0))
     expected = math.sqrt(made.squared_error(pruned.weight)) / float(made.outputs.norm())
     assert pruned.fit_error == pytest.approx(expected, rel=1e-8, abs=1e-12)
-
-
-def test_the_inputs_make_no_difference():
-    made, other = example(4, 8), example(4, 8, tokens=50, corrected=True)
-    assert torch.equal(made.weight, other.weight)
-    for pattern in (Unstructured(0.4), parse_pattern("2:4")):
-        mask = Magnitude().prune(made.problem, pattern).mask
-        assert torch.equal(mask, Magnitude().prune(other.problem, pattern).mask)

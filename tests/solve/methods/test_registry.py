@@ -78,20 +78,6 @@ def test_unknown_option_lists_the_known():
         create_method("magnitude", damping=0.1)
 
 
-def test_options_reach_the_method():
-    method = create_method("fista", warm_start="wanda", max_iterations=7)
-    assert isinstance(method, METHODS["fista"])
-    assert (method.warm_start, method.max_iterations) == ("wanda", 7)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_methods_are_frozen_and_say_what_they_do(name):
-    method = create_method(name)
-    assert not type(method).__doc__.startswith(f"{type(method).__name__}("), "the signature that dataclasses fill in"
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        method.name = "other"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

@@ -2,7 +2,6 @@ import pytest
 import torch
 from layer_problems import example
 
-from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
@@ -33,10 +32,3 @@ def test_two_of_four_keeps_the_best_two_scores_of_a_group():
     order = scores.argsort(dim=-1, descending=True)
     expected = torch.zeros(6, 4, 4, dtype=torch.bool).scatter(-1, order[..., :2], True).view(6, 16)
     assert torch.equal(Wanda().prune(made.problem, parse_pattern("2:4")).mask, expected)
-
-
-def test_inputs_of_equal_norm_make_it_magnitude_pruning():
-    made = example(4, 8)
-    made.problem.statistics.gram.diagonal().fill_(3.0)
-    pattern = Unstructured(0.5)
-    assert torch.equal(Wanda().prune(made.problem, pattern).mask, Magnitude().prune(made.problem, pattern).mask)

@@ -1,10 +1,7 @@
 import pytest
 import torch
 from layer_problems import example
-from tiny_llama import tiny_llama, tiny_tokens
 
-from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.patterns import Columns, parse_pattern
 
@@ -175,29 +172,3 @@ def test_inputs_that_are_zero_are_removed_for_free(name):
     assert not pruned.mask[:, dead].any()
     assert torch.allclose(pruned.weight[pruned.mask], weight[pruned.mask], atol=1e-4)
     assert pruned.fit_error < 1e-5
-
-
-def test_streamed_verified_and_reported(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "model")
-    config = FistaPruningConfig(
-        pattern="columns:0.25",
-        overrides={"*.o_proj": "columns:0.5x8"},
-        include=["*.down_proj", "*.o_proj"],
-        method="greedy_obs",
-        error_correction=0.5,
-    )
-    assert FistaPruningConfig.from_dict(config.to_dict()) == config
-    pruned = tmp_path / "pruned"
-    report = FistaPruner(config, progress=False).prune(
-        tmp_path / "model", list(tiny_tokens().split(4)), output_dir=pruned
-    )
-    assert {(o.name.split(".")[-2], o.pattern) for o in report.operators} == {
-        ("down_proj", "columns:0.25"),
-        ("o_proj", "columns:0.5x8"),
-    }
-    assert "| pattern | columns:0.25 |" in (pruned / "README.md").read_text()
-    assert verify_checkpoint(pruned).num_zeros == report.totals["num_zeros"]
-    report_file = pruned / "fista" / "report.json"
-    report_file.write_text(report_file.read_text().replace("columns:0.5x8", "columns:0.5x16"))
-    with pytest.raises(VerificationError, match="o_proj"):
-        verify_checkpoint(pruned)

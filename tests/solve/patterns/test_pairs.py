@@ -2,15 +2,12 @@ import itertools
 
 import pytest
 import torch
-from layer_problems import WEIGHT_METHODS, example
 from tiny_llama import tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.packed.format import pack
-from optimum_fista.run.config import method_defaults
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
-from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.patterns import Pairs, parse_pattern
 
 PAIRS = parse_pattern("4:8-pairs")
@@ -53,25 +50,6 @@ def test_violation_names_the_pair_that_is_torn():
     mask[0, 12:] = torch.tensor([True, True, False, False])
     assert PAIRS.violation(mask) == "row 0 keeps only one weight of the pair of inputs 8 and 9"
     assert PAIRS.violation(torch.tensor([CHOICES[0] + [True] * 6 + [False] * 2])).startswith("keeps 10 weights, but")
-
-
-@pytest.mark.parametrize("name", WEIGHT_METHODS)
-def test_every_method_keeps_pairs_whole(name):
-    made = example(6, 24)
-    pruned = create_method(name).prune(made.problem, PAIRS)
-    assert PAIRS.violation(pruned.mask) is None
-    assert bool((pruned.weight[~pruned.mask] == 0).all())
-    magnitude = create_method("magnitude").prune(made.problem, PAIRS)
-    if method_defaults(name).scope == "matrix" and name != "magnitude":  # it also changes the weights
-        assert pruned.fit_error < magnitude.fit_error
-
-
-def test_dsnot_swaps_whole_pairs_and_shrinks_the_expected_error():
-    made = example(16, 24)
-    start, pruned = (create_method(name).prune(made.problem, PAIRS) for name in ("wanda", "dsnot"))
-    before, after = ((made.inputs @ (made.weight * ~m.mask).T).mean(0).abs().sum() for m in (start, pruned))
-    assert pruned.iterations > 0
-    assert float(after) < float(before)
 
 
 def test_a_packed_mask_takes_one_bit_a_weight():
