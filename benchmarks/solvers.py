@@ -25,8 +25,8 @@ from optimum_fista.model.activations import HiddenStates, LayerActivations
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.correction import Correction, LayerTargets
+from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.hidden_states import record_inputs
-from optimum_fista.model.sharing import trace_groups
 from optimum_fista.run.checkpoints.loading import load_model
 from optimum_fista.run.config import method_defaults
 from optimum_fista.run.reports.card import markdown_lines

@@ -16,7 +16,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
-from optimum_fista.model.architecture import UnsupportedArchitectureError, find_decoder_layers, find_operators
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.experts import can_be_split, is_fused_experts
 from optimum_fista.model.hidden_states import record_inputs

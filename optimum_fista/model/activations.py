@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from optimum_fista.model.activation_store import ActivationStore, Storage
+from optimum_fista.model.forward import LayerCall, StopForward
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.products import quick_products
-from optimum_fista.model.replay import LayerCall, StopForward
 
 
 @dataclass
@@ -59,7 +59,7 @@ class LayerActivations:
         token_masks: bool [batch, sequence] or `None`, a batch each; False tokens count nowhere.
         storage: Where hidden states and recorded activations are kept between passes: a device, or a folder for
             memory-mapped files.
-        held_out: Whether a batch is held out, a batch each; empty: none is.
+        held_out: Whether nothing is fitted to a batch, a batch each; empty when made: none is held out.
         device: Where the layer computes.
     """
 
@@ -72,13 +72,10 @@ class LayerActivations:
 
     def __post_init__(self) -> None:
         """Find the real tokens once, on the layer's device: picking rows by a mask makes the host wait each time."""
+        self.held_out = self.held_out or [False] * len(self.calls)
         self.device = execution_device(self.layer)
         self.token_masks = [None if mask is None else mask.to(self.device) for mask in self.token_masks]
         self._real = [None if mask is None else mask.reshape(-1).nonzero()[:, 0] for mask in self.token_masks]
-
-    def is_held_out(self, batch: int) -> bool:
-        """Whether nothing is fitted to a batch."""
-        return bool(self.held_out) and self.held_out[batch]
 
     def store(self) -> ActivationStore:
         """An empty list of activations that are kept at `storage` and needed on the layer's device."""
@@ -151,7 +148,7 @@ class LayerActivations:
             return None
         squares = []
         for batch, (dense, pruned) in enumerate(zip(states.dense, states.pruned, strict=True)):
-            if self.is_held_out(batch):
+            if self.held_out[batch]:
                 continue
             # Norms are taken in float32, squared and added up in float64, and read once at the end.
             wanted, found = (self.real_tokens(h, batch).float() for h in (dense, pruned))

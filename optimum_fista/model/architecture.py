@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.experts import FusedExperts, can_be_split, is_fused_experts
 from optimum_fista.model.operator import LinearOperator, is_linear
 
@@ -68,6 +68,12 @@ def modules_around(model: PreTrainedModel, layers: DecoderLayers) -> list[nn.Mod
     """Modules of the decoder that are in none of its layers and not the head: embeddings, norms and the like."""
     others = {module for layer in layers.modules for module in layer.modules()} | {model.get_output_embeddings()}
     return [module for module in model.get_decoder().modules() if module not in others]
+
+
+def names_around(model: PreTrainedModel, layers: DecoderLayers) -> list[str]:
+    """Names of the tensors of a model that are in no decoder layer; of those that are tied, one."""
+    tied = model.all_tied_weights_keys
+    return [name for name in model.state_dict() if not name.startswith(f"{layers.name}.") and name not in tied]
 
 
 def require_causal(model: PreTrainedModel) -> None:

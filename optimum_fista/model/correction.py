@@ -10,15 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import HiddenStates, LayerActivations
-from optimum_fista.model.errors import UnsupportedArchitectureError
-from optimum_fista.model.experts import AssignedTokens, ExpertLinear, FusedExperts
-from optimum_fista.model.finished_parts import FinishedParts
-from optimum_fista.model.layer_sums import Group, LayerSums
+from optimum_fista.model.experts import AssignedTokens, ExpertOperator, FusedExperts
+from optimum_fista.model.forward import operator_input, watching
+from optimum_fista.model.groups import FinishedParts
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.replay import operator_input, watching
 from optimum_fista.model.residual import LastOperator, is_added_to_output
+from optimum_fista.model.sums import Group, LayerSums
 from optimum_fista.solve.problem import LayerProblem
 
 Carry = Literal["none", "intra", "full"]
@@ -91,11 +91,6 @@ class GroupProblems:
     held_out: LayerSums | None
     dense_share: float
     last: LastOperator | None = None
-
-    @property
-    def residual_corrected(self) -> bool:
-        """Whether the operator has a residual correction."""
-        return self.last is not None
 
     def output_error(
         self, problem: LayerProblem, weight: Tensor, fit_error: float, *, held_out: bool = False
@@ -177,10 +172,14 @@ class LayerTargets:
         elif not self._correction.sees_dense_inputs(index):
             runs_again = index + 1 < len(self._groups) or self.entering.pruned is not None
             with self._finished.skipped(index, keep=runs_again):
-                self._sum_corrected(group, record)
+                weights = [] if group[0].tokens is None else [operator.read() for operator in group]
+                for batch, inputs in enumerate(self._inputs(group[0])):
+                    record.add(inputs, batch, weights)
+                del inputs, weights  # before the problems take memory
         # otherwise the sums were finished by the dense pass: X* = X
-        fitted = list(record.sums.problems(group, [operator.read() for operator in group], dense_share))
-        held_out = record.held_out if record.held_out is not None and record.held_out.gram.num_tokens else None
+        fitted = list(record.sums[False].problems(group, [operator.read() for operator in group], dense_share))
+        held_out = record.sums.get(True)
+        held_out = held_out if held_out is not None and held_out.gram.num_tokens else None
         return GroupProblems(group, fitted, held_out, dense_share, self._last)
 
     def pass_by(self) -> HiddenStates:
@@ -227,7 +226,7 @@ class LayerTargets:
         if smaller is not None:
             pruned = None if entering is None else replace(self.activations, layer=smaller).outputs(entering)
         elif self._last is not None:
-            pruned = self._last.layer_outputs()  # D* is kept, so only the operator itself runs
+            pruned = self._last.results[1]  # D* is kept, so only the operator itself runs
         elif entering is not None:
             with self._finished.skipped(len(self._groups), keep=False):
                 pruned = self.activations.outputs(entering)
@@ -249,43 +248,17 @@ class LayerTargets:
             for batch, hidden in enumerate(hidden_states):
                 count = hidden.shape[:2].numel()
                 outputs.append(self.activations.run(batch, hidden))
-                for record in records:
-                    record.end_batch()
         return outputs
-
-    def _sum_corrected(self, group: Group, record: _DenseRecord) -> None:
-        """Sum over `X*`, and over what the dense network showed."""
-        operator = group[0]
-        weights = [] if operator.tokens is None else [o.read() for o in group]  # experts: W X of other tokens
-        for batch, inputs in enumerate(self._inputs(operator)):
-            self._add_corrected(group, record, batch, inputs, weights)
-
-    def _add_corrected(
-        self, group: Group, record: _DenseRecord, batch: int, inputs: Tensor, weights: Sequence[Tensor]
-    ) -> None:
-        operator, sums = group[0], record.sums_of(batch)
-        rows = self.activations.rows(inputs, batch, operator)
-        if record.outputs is not None:
-            sums.add_dense_outputs(rows, record.outputs[batch].to(rows.device, non_blocking=True))
-        elif record.inputs is not None:
-            tokens = self.activations.tokens(batch, operator)
-            dense = record.inputs_of(batch, tokens, rows)
-            if tokens is not None:  # the dense network may have sent the expert other tokens
-                for o, weight in zip(group, weights, strict=True):
-                    sums.add_energies(o.name, dense.float() @ weight.T)
-            sums.add_dense_inputs(rows, dense)
-        else:
-            sums.gram.add(rows)
 
     def _inputs(self, operator: LinearOperator) -> Iterator[Tensor]:
         """`X*` of an operator [batch, sequence, in] or, of an expert, [tokens, in], a batch each."""
-        module, entering = operator.module, self.entering.entering
-        if not isinstance(module, ExpertLinear):
-            return (operator_input(*found) for found in self.activations.arguments_of(module, entering))
-        if self._mixture is None or self._mixture[0] is not module.experts:
+        entering = self.entering.entering
+        if not isinstance(operator, ExpertOperator):
+            return (operator_input(*found) for found in self.activations.arguments_of(operator.module, entering))
+        if self._mixture is None or self._mixture[0] is not operator.experts:
             # one run for all experts of a mixture: the inputs of each are made from what enters the mixture
-            self._mixture = (module.experts, assigned_tokens(self.activations, module.experts, entering))
-        return (module.inputs(tokens, self.activations.device) for tokens in self._mixture[1])
+            self._mixture = (operator.experts, assigned_tokens(self.activations, operator.experts, entering))
+        return (operator.inputs(tokens, self.activations.device) for tokens in self._mixture[1])
 
     def _is_fitted_to_output(self, index: int) -> bool:
         """Whether a group, the last, is a single operator that has a residual correction."""
@@ -302,9 +275,9 @@ class LayerTargets:
         The layer runs to its end with the operator's dense weights, which gives `X*`, `W X*` and `D* + W X*`.
         """
         activations, entering = self.activations, self.entering
-        last = LastOperator(
-            operator, activations, record.outputs, record.energies(operator), carried=entering.pruned is not None
-        )
+        energies = [sums.energies[operator.name] for sums in record.sums.values()]
+        carried = entering.pruned is not None
+        last = LastOperator(operator, activations, record.outputs, energies, carried=carried)
         weight = operator.read() if record.outputs is None else None
         seen: list[Tensor] = []  # its input, and a copy of its output: some layers add to that in place
         with watching({operator.module: seen.append}, {operator.module: lambda output: seen.append(output.clone())}):
@@ -337,8 +310,13 @@ class LayerTargets:
         moved = activations.rows(both, batch, operator).float() - same + dense  # D* - D
         targets = same.mul(1 - correction.dense_share).add_(dense, alpha=correction.dense_share)
         targets.sub_(moved, alpha=correction.residual_share)
-        record.sums_of(batch).add_targets(activations.rows(inputs, batch, operator), targets)
-        last.keep(inputs, output - own, dense)
+        rows = activations.rows(inputs, batch, operator)
+        record.sums[activations.held_out[batch]].add(rows, "targets", targets)
+        last.inputs.append(inputs)
+        if last.rest is not None:
+            last.rest.append(output - own)
+        if record.outputs is None:
+            last.dense.append(dense)
 
 
 def assigned_tokens(
@@ -369,8 +347,7 @@ class _DenseRecord:
 
     Attributes:
         group: The operators.
-        sums: Sums over the tokens that problems are fitted to.
-        held_out: The same over held-out tokens; `None` if there are none.
+        sums: Sums over the tokens that problems are fitted to (`False`), and over held-out tokens if there are any.
         inputs: Dense inputs [tokens, in] by batch, in the model's dtype; `None` if outputs are kept, or nothing.
         outputs: Dense outputs without bias, of all operators side by side, [tokens, out] by batch; kept instead of
             inputs if they are smaller.
@@ -382,8 +359,8 @@ class _DenseRecord:
         self._activations = activations
         self._same = correction.sees_dense_inputs(index)
         size, device = group[0].shape[1], activations.device
-        self.sums = LayerSums(size, device, same_inputs=self._same)
-        self.held_out = LayerSums(size, device, same_inputs=self._same) if any(activations.held_out) else None
+        kinds = {False, *activations.held_out}
+        self.sums = {kind: LayerSums(size, device, same_inputs=self._same) for kind in sorted(kinds)}
         self.inputs: ActivationStore | None = None
         self.outputs: ActivationStore | None = None
         self.tokens: list[Tensor] = []
@@ -399,20 +376,12 @@ class _DenseRecord:
         else:
             self.inputs = activations.store()
 
-    def sums_of(self, batch: int) -> LayerSums:
-        """The sums to which a batch is added."""
-        return self.held_out if self.held_out is not None and self._activations.is_held_out(batch) else self.sums
-
-    def energies(self, operator: LinearOperator) -> list[Tensor]:
-        """Squared norms of the rows of an operator's `W X`, [out]; the same over held-out tokens if there are any."""
-        return [sums.energies[operator.name] for sums in (self.sums, self.held_out) if sums is not None]
-
     def see_input(self, inputs: Tensor, batch: int) -> None:
         """Take the dense inputs of the group."""
         operator = self.group[0]
         rows = self._activations.rows(inputs, batch, operator)
         if self._same:
-            self.sums_of(batch).gram.add(rows)
+            self.sums[self._activations.held_out[batch]].gram.add(rows)
         elif self.inputs is not None:
             self.inputs.append(rows, copy=True)  # the layer may overwrite it
             tokens = self._activations.tokens(batch, operator)
@@ -420,28 +389,39 @@ class _DenseRecord:
                 self.tokens.append(tokens)
 
     def see_output(self, operator: LinearOperator, output: Tensor, batch: int) -> None:
-        """Take the dense outputs of one operator."""
+        """Take the dense outputs of one operator; those of a group come in its order."""
         if self._same or operator.tokens is not None:
             return
         rows = operator.outputs_without_bias(self._activations.rows(output, batch, operator))
+        self.sums[self._activations.held_out[batch]].add_energies(operator.name, rows)
         if self.outputs is not None:
             self._side_by_side.append(rows.to(output.dtype, copy=True))  # Falcon adds to it in place
-        self.sums_of(batch).add_energies(operator.name, rows)
+            if operator is self.group[-1]:
+                self.outputs.append(torch.cat(self._side_by_side, dim=1))
+                self._side_by_side.clear()
 
-    def end_batch(self) -> None:
-        """Keep the outputs of all operators of the group."""
+    def add(self, inputs: Tensor, batch: int, weights: Sequence[Tensor]) -> None:
+        """Sum over the inputs `X*` of a batch, and what the dense network showed; `weights` are those of experts."""
+        operator, sums = self.group[0], self.sums[self._activations.held_out[batch]]
+        rows = self._activations.rows(inputs, batch, operator)
         if self.outputs is not None:
-            self.outputs.append(torch.cat(self._side_by_side, dim=1))
-            self._side_by_side.clear()
+            sums.add(rows, "outputs", self.outputs[batch].to(rows.device, non_blocking=True))
+        elif self.inputs is not None:
+            dense = self.inputs[batch].to(rows.device, non_blocking=True)
+            tokens = self._activations.tokens(batch, operator)
+            if tokens is not None:  # the dense network may have sent the expert other tokens
+                dense = _rows_of(tokens, dense, self.tokens[batch], rows)
+                for expert, weight in zip(self.group, weights, strict=True):
+                    sums.add_energies(expert.name, dense.float() @ weight.T)
+            sums.add(rows, "inputs", dense)
+        else:
+            sums.gram.add(rows)
 
-    def inputs_of(self, batch: int, tokens: Tensor | None, later: Tensor) -> Tensor:
-        """Dense inputs of the tokens in the rows of `later` [tokens, in]; of tokens not seen, the row of `later`."""
-        assert self.inputs is not None
-        kept = self.inputs[batch].to(later.device, non_blocking=True)
-        if tokens is None:
-            return kept
-        before = self.tokens[batch]  # rising, as `LinearOperator.tokens` promises, so a search finds them
-        if not before.numel():
-            return later
-        place = torch.searchsorted(before, tokens).clamp_max(before.numel() - 1)
-        return torch.where((before[place] == tokens)[:, None], kept[place], later)
+
+def _rows_of(tokens: Tensor, kept: Tensor, before: Tensor, later: Tensor) -> Tensor:
+    """Rows of `kept` [.., in], of the tokens `before`, for `tokens`; for those that it lacks, rows of `later`."""
+    if not before.numel():
+        return later
+    # rising, as `LinearOperator.tokens` promises, so a search finds them
+    place = torch.searchsorted(before, tokens).clamp_max(before.numel() - 1)
+    return torch.where((before[place] == tokens)[:, None], kept[place], later)

@@ -13,8 +13,8 @@ from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.correction import LayerTargets, assigned_tokens, tokens_of
 from optimum_fista.model.experts import AssignedTokens, FusedExperts, split_experts
-from optimum_fista.model.layer_sums import LayerSums
 from optimum_fista.model.parts import Part
+from optimum_fista.model.sums import LayerSums
 from optimum_fista.solve.problem import LayerProblem, relative
 from optimum_fista.solve.refit import refit_columns
 from optimum_fista.solve.statistics import InputStatistics
@@ -59,7 +59,7 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[ExpertS
 
     def see(expert: int, tokens: Tensor, outputs: Tensor) -> None:
         batch = len(wanted)
-        if not activations.is_held_out(batch):
+        if not activations.held_out[batch]:
             mask = activations.token_masks[batch]
             real = outputs if mask is None else outputs[mask.reshape(-1)[tokens]]
             norms[expert] += torch.linalg.vector_norm(real.detach().float(), dim=-1).sum(dtype=torch.float64)
@@ -124,7 +124,7 @@ class SmallerMixture:
             target = wanted[batch].to(activations.device)
             found = tokens_of(experts.outputs(assigned), len(target))
             self._residuals.append((target - found).to(place))
-            self._energies[activations.is_held_out(batch)] += self._energy(batch, target)
+            self._energies[activations.held_out[batch]] += self._energy(batch, target)
 
         def entering() -> Iterator[Tensor]:
             for hidden in hidden_states:
@@ -137,7 +137,7 @@ class SmallerMixture:
         """`|| E* - Y ||_F / || Y ||_F` on the tokens to fit, and on those held out, `None` if there are none."""
         squares = dict.fromkeys((False, True), 0.0)
         for batch, residual in enumerate(self._residuals):
-            squares[self._activations.is_held_out(batch)] += self._energy(batch, residual)
+            squares[self._activations.held_out[batch]] += self._energy(batch, residual)
         fitted, unseen = (relative(squares[kind], self._energies[kind]) for kind in (False, True))
         return fitted, unseen if any(self._activations.held_out) else None
 
@@ -184,7 +184,7 @@ class SmallerMixture:
         operator, device = self._down[expert], self._activations.device
         sums = [LayerSums(weight.shape[1], device) for _ in range(2)]
         for batch, residual in enumerate(self._residuals):
-            if self._activations.is_held_out(batch):
+            if self._activations.held_out[batch]:
                 continue
             inputs, tokens = self._inputs(expert, batch)
             mask = self._activations.token_masks[batch]
@@ -194,7 +194,7 @@ class SmallerMixture:
             early = (mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2).reshape(-1)[tokens]  # of the real tokens
             targets = residual[tokens.to(residual.device)].to(device).float() + inputs @ weight.T
             for half, counted in zip(sums, (early & real, ~early & real), strict=True):
-                half.add_targets(inputs[counted], targets[counted])
+                half.add(inputs[counted], "targets", targets[counted])
         if not all(half.gram.num_tokens for half in sums):
             return ()
         return tuple(next(half.problems([operator], [weight], 1.0)) for half in sums)
@@ -208,8 +208,9 @@ class SmallerMixture:
 
     def _inputs(self, expert: int, batch: int) -> tuple[Tensor, Tensor]:
         """`p_e z_e` [tokens, in] of an expert, float32, and the tokens that it gets."""
-        assigned, module = self._batches[batch], self._down[expert].module
-        inputs, part = module.inputs(assigned, self._activations.device).float(), assigned.part(expert)
+        assigned = self._batches[batch]
+        inputs = self._down[expert].inputs(assigned, self._activations.device).float()
+        part = assigned.part(expert)
         return inputs if assigned.weights is None else inputs * assigned.weights[part].float(), assigned.tokens[part]
 
     def _energy(self, batch: int, values: Tensor) -> float:

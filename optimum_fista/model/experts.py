@@ -13,13 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.forward import replaced_forwards
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.products import products_are_rounded
-from optimum_fista.model.replay import replaced_forwards
-
-_AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Largest relative difference from the model's own experts; 2e-2 in other dtypes, and if products are rounded."""
+from optimum_fista.model.products import rounding_of
 
 
 @dataclass
@@ -46,32 +43,17 @@ class AssignedTokens:
 
 
 class ExpertLinear(nn.Module):
-    """One matrix of one expert: a view of a parameter [experts, ...] that holds those of all.
+    """One matrix of one expert: a view of the parameter [experts, ...] `tensor` that holds those of all `experts`.
 
-    Attributes:
-        experts: All experts of its module.
-        tensor: Name of that parameter.
-        kind: `"gate_proj"`, `"up_proj"` or `"down_proj"`.
-        tokens: int64, the tokens of the latest call as indices into the flattened batch, in rising order.
+    `half` tells the gate projection (0) from the up projection (1) if that holds both, and is `None` otherwise.
     """
 
-    def __init__(self, experts: FusedExperts, tensor: str, kind: str, expert: int, half: int | None) -> None:
+    def __init__(self, experts: FusedExperts, tensor: str, expert: int, half: int | None) -> None:
         super().__init__()
         self.experts = experts
         self.tensor = tensor
-        self.kind = kind
         self._expert = expert
         self._half = half
-        self.tokens = torch.empty(0, dtype=torch.int64)
-
-    def inputs(self, batch: AssignedTokens, device: torch.device) -> Tensor:
-        """What it is called with in a batch, [tokens, in], on a device where its expert computes."""
-        part = batch.part(self._expert)
-        hidden_states = batch.hidden_states[batch.rows[part]].to(device)
-        self.tokens = batch.tokens[part]
-        if self.kind != "down_proj":
-            return hidden_states
-        return self.experts.middle(self._expert, hidden_states, self.tokens)
 
     @property
     def weight(self) -> Tensor:
@@ -109,9 +91,10 @@ class ExpertOperator(LinearOperator):
     """A linear operator of one expert; the router decides which tokens it sees.
 
     Attributes:
-        experts: The experts that it belongs to.
+        experts: All experts of its mixture.
         kind: `"gate_proj"`, `"up_proj"` or `"down_proj"`.
         expert: Number of its expert.
+        tokens: Tokens of the latest call, int64, indices into the flattened batch in rising order.
     """
 
     module: ExpertLinear
@@ -122,15 +105,18 @@ class ExpertOperator(LinearOperator):
         self.experts = experts
         self.kind = kind
         self.expert = expert
-
-    @property
-    def tokens(self) -> Tensor:
-        """Tokens of the latest call, int64, indices into the flattened batch in rising order."""
-        return self.module.tokens
+        self.tokens = torch.empty(0, dtype=torch.int64)
 
     def select(self, stored: Tensor) -> Tensor:
         """This expert's matrix of the stored tensor, a view."""
         return stored[self.module.place(stored)]
+
+    def inputs(self, batch: AssignedTokens, device: torch.device) -> Tensor:
+        """What it is called with in a batch, [tokens, in], on a device where its expert computes."""
+        part = batch.part(self.expert)
+        hidden_states = batch.hidden_states[batch.rows[part]].to(device)
+        self.tokens = tokens = batch.tokens[part]
+        return self.experts.middle(self.expert, hidden_states, tokens) if self.kind == "down_proj" else hidden_states
 
 
 class FusedExperts:
@@ -161,14 +147,13 @@ class FusedExperts:
             parts = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": parts["down_proj"]}
         down: Tensor = module.down_proj  # type: ignore[assignment]
         self._experts = [
-            {kind: ExpertLinear(self, tensor, kind, expert, half) for kind, (tensor, half) in parts.items()}
-            for expert in range(down.shape[0])
+            {
+                kind: ExpertOperator(self, kind, i, ExpertLinear(self, tensor, i, half))
+                for kind, (tensor, half) in parts.items()
+            }
+            for i in range(down.shape[0])
         ]
-        self.operators = [
-            ExpertOperator(self, kind, expert, linear)
-            for expert, linears in enumerate(self._experts)
-            for kind, linear in linears.items()
-        ]
+        self.operators = [operator for expert in self._experts for operator in expert.values()]
         self.watcher: Callable[[int, Tensor, Tensor], None] | None = None
         self._checked = False
 
@@ -241,17 +226,16 @@ class FusedExperts:
 
     def _call(self, expert: int, kind: str, values: Tensor, tokens: Tensor) -> Tensor:
         """One matrix; it learns the tokens right before it is called."""
-        linear = self._experts[expert][kind]
-        linear.tokens = tokens
-        return linear(values)
+        operator = self._experts[expert][kind]
+        operator.tokens = tokens
+        return operator.module(values)
 
     def _require_agreement(self, output: Tensor, original: Tensor) -> None:
         self._checked = True
         difference = float((output.detach() - original.detach()).float().norm())
         size = float(original.detach().float().norm())
         # Written so that NaN is refused.
-        limit = 2e-2 if products_are_rounded() else _AGREEMENT.get(output.dtype, 2e-2)
-        if not difference <= limit * size:
+        if not difference <= rounding_of(output.dtype) * size:
             raise UnsupportedArchitectureError(
                 f"{self.name} ({type(self.module).__name__}) computes its experts in a way that is not known: to "
                 f"prune the rest of the model and leave them dense, pass exclude=['*.{self.name.rsplit('.', 1)[-1]}']."

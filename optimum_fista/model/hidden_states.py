@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore, Storage
-from optimum_fista.model.architecture import DecoderLayers, UnsupportedArchitectureError, modules_around
+from optimum_fista.model.architecture import DecoderLayers, modules_around
 from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.forward import LayerCall, StopForward, replaced_forwards
 from optimum_fista.model.offload import execution_device, onloaded
-from optimum_fista.model.replay import LayerCall, StopForward, replaced_forwards
 
 
 @dataclass
@@ -57,12 +59,14 @@ def record_inputs(
 def _record(
     model: PreTrainedModel, recorder: _Recorder, batches: Sequence[CalibrationBatch], storage: Storage | None
 ) -> RecordedInputs:
-    device = execution_device(model.get_input_embeddings())
-    hidden_states, token_masks = ActivationStore(storage or device, device), []
-    with onloaded(modules_around(model, recorder.layers), copy=False), recorder.recording():
+    device, layers = execution_device(model.get_input_embeddings()), recorder.layers
+    hidden_states, token_masks = ActivationStore(storage or device, device), list[Tensor | None]()
+    forwards = [partial(recorder.forward, index, layer.forward) for index, layer in enumerate(layers.modules)]
+    with onloaded(modules_around(model, layers), copy=False), replaced_forwards(layers.modules, forwards):
         for batch in batches:
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-            recorder.start_batch()
+            recorder.hidden_states, recorder.expected, recorder.next = None, None, 0
+            recorder.met.clear()
             with suppress(StopForward):
                 model(
                     input_ids=batch.input_ids.to(device),
@@ -85,69 +89,66 @@ class _HandsOnMore(Exception):
 
 
 class _Recorder:
-    """Replaces the forward of every decoder layer by one that records, and hands the hidden states on or runs."""
+    """Its forward pass takes the place of that of every decoder layer: it records, and hands hidden states on or runs.
+
+    Attributes:
+        calls: `RecordedInputs.calls`, so far.
+        hidden_states: What enters the first layer in this batch; `None` before it does.
+        expected: What should enter the next one.
+        next: Number of the next one.
+        met: Tensors of this batch's arguments and what stands for them, by their id and the device.
+    """
 
     def __init__(self, layers: DecoderLayers, runs_layers: bool = False) -> None:
         self.layers = layers
         self.runs_layers = runs_layers
         self.calls: list[list[LayerCall]] = [[] for _ in layers.modules]
         self.hidden_states: Tensor | None = None
-        self._next = 0
-        self._expected: Tensor | None = None
+        self.expected: Tensor | None = None
+        self.next = 0
+        self.met: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._rest: tuple[Any, ...] = ()
         self._is_tuple: bool | None = None
         self._interned: dict[tuple[Any, ...], Tensor] = {}
-        self._met: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def start_batch(self) -> None:
-        self.hidden_states, self._expected, self._next = None, None, 0
-        self._met.clear()
-
-    def recording(self) -> AbstractContextManager[None]:
-        """The model's forward pass is recorded inside."""
-        self._originals = [layer.forward for layer in self.layers.modules]
-        return replaced_forwards(self.layers.modules, [self._stub(index) for index in range(len(self.layers))])
-
-    def _stub(self, index: int) -> Any:
-        def forward(*arguments: Any, **keywords: Any) -> Any:
-            if arguments:
-                hidden_states, *others = arguments
-            else:
-                first = "hidden_states" if "hidden_states" in keywords else next(iter(keywords))
-                hidden_states, others = keywords.pop(first), []
-            # The first layer of a batch.
-            if self.hidden_states is None:
-                self.hidden_states = hidden_states
-            self._require_next(index, hidden_states, (*others, *keywords.values()))
-            device = execution_device(self.layers.modules[index])
-            kept = {name: self._intern(value, device) for name, value in keywords.items()}
-            self.calls[index].append(LayerCall(tuple(self._intern(value, device) for value in others), kept))
-            # Final norm and head are not needed.
-            if index == len(self.layers) - 1:
-                raise StopForward
-            layer = self.layers.modules[index]
-            if self.runs_layers:
-                with onloaded(layer.modules()):
-                    output = self._originals[index](hidden_states, *others, **keywords)
-                self._expected = output[0] if isinstance(output, tuple) else output
-                return output
-            # The layer is skipped: what enters it is handed on.
-            self._expected = hidden_states
-            if self._is_tuple is None:
-                with onloaded(layer.modules()):
-                    output = self._originals[index](hidden_states, *others, **keywords)
-                self._is_tuple = isinstance(output, tuple)
-                # Whoever takes one of these as an argument takes more than hidden states: `_require_next`.
-                self._rest = tuple(output[1:]) if isinstance(output, tuple) else ()
-            return (hidden_states, *self._rest) if self._is_tuple else hidden_states
-
-        return forward
+    def forward(self, index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Stands for the forward pass of a decoder layer."""
+        if arguments:
+            hidden_states, *others = arguments
+        else:
+            first = "hidden_states" if "hidden_states" in keywords else next(iter(keywords))
+            hidden_states, others = keywords.pop(first), []
+        # The first layer of a batch.
+        if self.hidden_states is None:
+            self.hidden_states = hidden_states
+        self._require_next(index, hidden_states, (*others, *keywords.values()))
+        layer = self.layers.modules[index]
+        device = execution_device(layer)
+        kept = {name: self._intern(value, device) for name, value in keywords.items()}
+        self.calls[index].append(LayerCall(tuple(self._intern(value, device) for value in others), kept))
+        # Final norm and head are not needed.
+        if index == len(self.layers) - 1:
+            raise StopForward
+        if self.runs_layers:
+            with onloaded(layer.modules()):
+                output = original(hidden_states, *others, **keywords)
+            self.expected = output[0] if isinstance(output, tuple) else output
+            return output
+        # The layer is skipped: what enters it is handed on.
+        self.expected = hidden_states
+        if self._is_tuple is None:
+            with onloaded(layer.modules()):
+                output = original(hidden_states, *others, **keywords)
+            self._is_tuple = isinstance(output, tuple)
+            # Whoever takes one of these as an argument takes more than hidden states: `_require_next`.
+            self._rest = tuple(output[1:]) if isinstance(output, tuple) else ()
+        return (hidden_states, *self._rest) if self._is_tuple else hidden_states
 
     def _require_next(self, index: int, hidden_states: Tensor, others: tuple[Any, ...]) -> None:
         """Refuse layers that are called out of order, or not with the hidden states that the one before returned."""
-        name, expected, reason = f"{self.layers.name}.{index}", self._expected, None
-        if index != self._next:
-            reason = f"the model calls decoder layer {name} but it should call {self.layers.name}.{self._next}"
+        name, expected, reason = f"{self.layers.name}.{index}", self.expected, None
+        if index != self.next:
+            reason = f"the model calls decoder layer {name} but it should call {self.layers.name}.{self.next}"
         elif expected is not None and (
             hidden_states.data_ptr() != expected.data_ptr() or hidden_states.shape != expected.shape
         ):
@@ -159,7 +160,7 @@ class _Recorder:
             )
         if any(other is carried for other in others for carried in self._rest if carried is not None):
             raise _HandsOnMore
-        self._next += 1
+        self.next += 1
 
     def _intern(self, value: Any, device: torch.device) -> Any:
         """Share equal tensors (masks, position embeddings) between the layers of a device, and between batches."""
@@ -167,10 +168,10 @@ class _Recorder:
             return type(value)(self._intern(item, device) for item in value)
         if not isinstance(value, Tensor):
             return value
-        if (id(value), device) not in self._met:  # most layers of a batch get the same tensor: compare it once
+        if (id(value), device) not in self.met:  # most layers of a batch get the same tensor: compare it once
             moved = value.to(device)
             # The last value tells most unequal tensors apart, so that few are compared whole.
             key = (device, tuple(moved.shape), moved.dtype, moved.flatten()[-1].item() if moved.numel() else 0.0)
             known = self._interned.setdefault(key, moved)
-            self._met[id(value), device] = (value, known if known is moved or torch.equal(known, moved) else moved)
-        return self._met[id(value), device][1]
+            self.met[id(value), device] = (value, known if known is moved or torch.equal(known, moved) else moved)
+        return self.met[id(value), device][1]

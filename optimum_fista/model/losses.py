@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers, modules_around
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model.forward import replaced_forwards
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
-from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.offload import execution_device, onloaded
-from optimum_fista.model.parts import text_config
 from optimum_fista.model.products import quick_products
-from optimum_fista.model.replay import replaced_forwards
+from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs
 
 
@@ -151,7 +150,7 @@ def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | No
     The last layer of a kind, such as the only attention between state-space layers, stays: caches need one.
     """
     refused: ValueError | None = None
-    kinds = getattr(text_config(model.config), "layer_types", None) or [None] * (max(left) + 1)
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or [None] * (max(left) + 1)
     for index in sorted(left, key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf):
         try:
             if kinds[index] is not None and [kinds[i] for i in left].count(kinds[index]) == 1:

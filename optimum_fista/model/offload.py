@@ -34,25 +34,22 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
 
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether Accelerate keeps the weights of a module itself elsewhere, even if they are onloaded right now."""
-    return _offload_hook(module) is not None
-
-
 def stored_tensor(module: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer of a module, read from where it is kept."""
-    tensor = getattr(module, name)
+    """A parameter or buffer of a module, or of one inside it, read from where it is kept."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    tensor = getattr(owner, leaf)
     if tensor.device.type != "meta":
         return tensor.detach()
-    hook = _offload_hook(module)
+    hook = offload_hook(owner)
     if hook is None:
         raise ValueError(f"{name} of a {type(module).__name__} is on the meta device and kept nowhere: load the model.")
-    return hook.weights_map[name]
+    return hook.weights_map[leaf]
 
 
 def kept_tensor(module: nn.Module, name: str) -> Tensor:
     """An offloaded parameter or buffer of a module as Accelerate keeps it, even while it is onloaded."""
-    hook = _offload_hook(module)
+    hook = offload_hook(module)
     assert hook is not None
     return hook.weights_map[name]
 
@@ -87,7 +84,7 @@ def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[Non
     brought: list[tuple[nn.Module, AlignDevicesHook, list[str]]] = []
     try:
         for module in modules:
-            hook = _offload_hook(module)
+            hook = offload_hook(module)
             if hook is not None and hook.offload:
                 names = _names(module, hook)
                 brought.append((module, hook, names))
@@ -149,9 +146,14 @@ def alignment_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     return [h for h in found if isinstance(h, AlignDevicesHook)]
 
 
+def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """The hook through which Accelerate keeps the weights of a module itself elsewhere, even if they are onloaded."""
+    return next((hook for hook in alignment_hooks(module) if hook.weights_map is not None), None)
+
+
 def _whole_map(module: nn.Module, name: str) -> tuple[Any, str]:
     """What Accelerate reads the offloaded weights of the whole model from, and a tensor's name in it."""
-    hook = _offload_hook(module)
+    hook = offload_hook(module)
     assert hook is not None
     data, key = hook.weights_map, name
     # A module's map is a view of the whole model's, whose names have a prefix.
@@ -163,10 +165,6 @@ def _whole_map(module: nn.Module, name: str) -> tuple[Any, str]:
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     owner, _, leaf = name.rpartition(".")
     return model.get_submodule(owner), leaf
-
-
-def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
-    return next(iter([hook for hook in alignment_hooks(module) if hook.weights_map is not None]), None)
 
 
 def _names(module: nn.Module, hook: AlignDevicesHook) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from optimum_fista.model.offload import execution_device, is_offloaded, stored_tensor
+from optimum_fista.model.offload import execution_device, stored_tensor
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -25,6 +25,7 @@ class LinearOperator:
         owner: The module that holds the weight: `module` itself, or one that holds the weights of many.
         tensor: The owner's parameter that holds the weight.
         transposed: Whether the weight is stored as [in, out].
+        tokens: Tokens of the latest call if it does not see all: int64, indices into the flattened batch, rising.
         ends: The part of the decoder layer, such as its attention, that returns this operator's output as it is, and
             what it returns besides (`split_output`); `None` if there is none, or no forward pass was traced.
     """
@@ -42,6 +43,7 @@ class LinearOperator:
         self.owner = module if owner is None else owner
         self.tensor = tensor
         self.transposed = isinstance(module, Conv1D) if transposed is None else transposed
+        self.tokens: Tensor | None = None
         self.ends: tuple[nn.Module, tuple[Any, ...] | None] | None = None
 
     @property
@@ -50,34 +52,19 @@ class LinearOperator:
         return self.select(getattr(self.owner, self.tensor))
 
     @property
-    def is_offloaded(self) -> bool:
-        """Whether Accelerate keeps the weight elsewhere, even if it is onloaded right now."""
-        return is_offloaded(self.owner)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes, also while the weight is kept elsewhere."""
-        return execution_device(self.owner)
-
-    @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         rows, columns = self.parameter.shape
         return (columns, rows) if self.transposed else (rows, columns)
-
-    @property
-    def tokens(self) -> Tensor | None:
-        """Tokens of the latest call if it does not see all: int64, indices into the flattened batch, rising."""
-        return None
 
     def select(self, stored: Tensor) -> Tensor:
         """This operator's part of the stored tensor, a view."""
         return stored
 
     def read(self) -> Tensor:
-        """A float32 copy of the weight on `device`, [out, in], read from where it is kept."""
+        """A float32 copy of the weight where it computes, [out, in], read from where it is kept."""
         kept = self.select(stored_tensor(self.owner, self.tensor))
-        weight = kept.to(self.device)  # in its own dtype, which may be half as many bytes
+        weight = kept.to(execution_device(self.owner))  # in its own dtype, which may be half as many bytes
         return (weight.T if self.transposed else weight).to(torch.float32, copy=weight is kept).contiguous()
 
     def write(self, weight: Tensor) -> None:
@@ -91,3 +78,7 @@ class LinearOperator:
         flat = outputs.detach().reshape(-1, self.shape[0])
         bias = getattr(self.module, "bias", None)
         return flat if bias is None else flat.float() - bias.detach().float()
+
+
+Group = list[LinearOperator]
+"""Operators that share their inputs."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers, shared_weights
-from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.offload import describe_ties
 from optimum_fista.model.operator import LinearOperator, is_linear
 from optimum_fista.solve.patterns import WholeParts
@@ -165,7 +165,7 @@ def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:
         kind: What is looked for.
     """
     reasons = [f"{name} {why}" for name, why in shared_weights(find_decoder_layers(model)).items()][:1]
-    for number in () if reasons else _numbers(text_config(model.config), kind):
+    for number in () if reasons else _numbers(model.config.get_text_config(decoder=True), kind):
         try:
             return _parts_by(model, number)
         except ValueError as error:
@@ -318,7 +318,7 @@ def _mixtures(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], numb
 def changed_config(config: PreTrainedConfig, settings: Mapping[str, Any]) -> PreTrainedConfig:
     """A copy of a configuration with other settings of its text model. A number replaces all of a list."""
     changed = copy.deepcopy(config)
-    text = text_config(changed)
+    text = changed.get_text_config(decoder=True)
     try:
         for word, value in settings.items():
             current = getattr(text, word, None)
@@ -351,11 +351,6 @@ def described_model(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreT
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors that a model stores, and of the tables that it computes when it is built."""
     return {name: tuple(tensor.shape) for name, tensor in (model.state_dict() | dict(model.named_buffers())).items()}
-
-
-def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The part of a configuration that describes the decoder."""
-    return config.get_text_config(decoder=True)
 
 
 def as_text(values: Sequence[int] | Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,14 @@ class LastOperator:
     Args:
         operator: The operator.
         activations: Its decoder layer.
-        dense: Its outputs `W X` [tokens, out] in the dense network, a batch each; `None`: `keep` gets them.
+        dense: Its outputs `W X` [tokens, out] in the dense network, a batch each; `None`: they are added to `dense`.
         energies: Squared norms of the rows of `W X`, [out], float64, and the same over held-out tokens if any are.
         carried: Whether the layer's output hidden states are carried on.
+
+    Attributes:
+        inputs: `X*`, a batch each; to be filled.
+        rest: `D*`, a batch each; to be filled. `None` if hidden states are not carried on.
+        dense: `W X`.
     """
 
     def __init__(
@@ -68,49 +74,34 @@ class LastOperator:
         *,
         carried: bool,
     ) -> None:
+        self.inputs = activations.store()
+        self.rest = activations.store() if carried else None
+        self.dense = activations.store() if dense is None else dense
         self._operator = operator
         self._activations = activations
         self._energies = energies
-        self._inputs = activations.store()
-        self._rest = activations.store() if carried else None
-        self._keeps_dense = dense is None
-        self._dense = activations.store() if dense is None else dense
-        self._layer_outputs: ActivationStore | None = None
-        self._squares: dict[bool, Tensor] | None = None
-
-    def keep(self, inputs: Tensor, rest: Tensor, dense: Tensor) -> None:
-        """Keep `X*`, `D*` and, if the record has it not, `W X` of one batch."""
-        self._inputs.append(inputs)
-        if self._rest is not None:
-            self._rest.append(rest)
-        if self._keeps_dense:
-            self._dense.append(dense)
-
-    def layer_outputs(self) -> ActivationStore | None:
-        """Output hidden states of the layer; `None` if they are not carried on."""
-        self._run()
-        return self._layer_outputs
 
     def output_error(self, *, held_out: bool) -> float:
         """`|| W* X* - W X ||_F / || W X ||_F` of its pruned outputs."""
-        squares, energy = torch.stack([self._run()[held_out], self._energies[held_out].sum()]).tolist()
+        squares, energy = torch.stack([self.results[0][held_out], self._energies[held_out].sum()]).tolist()
         return relative(squares, energy)
 
-    def _run(self) -> dict[bool, Tensor]:
-        """Run the operator, with the weights that it has at the first call, on every batch; no batch runs twice."""
-        if self._squares is not None:  # the error is asked for first, the layer's outputs afterwards
-            return self._squares
+    @cached_property  # the errors are asked for first, the layer's outputs afterwards: no batch runs twice
+    def results(self) -> tuple[dict[bool, Tensor], ActivationStore | None]:
+        """Squared errors of its pruned outputs, of held-out batches and of others, and hidden states after the layer.
+
+        The operator runs with the weights that it has when this is asked for first.
+        """
         activations, operator = self._activations, self._operator
         squares = {kind: torch.zeros((), dtype=torch.float64, device=activations.device) for kind in (False, True)}
-        outputs = None if self._rest is None else activations.store()
-        for batch, inputs in enumerate(self._inputs):
+        outputs = None if self.rest is None else activations.store()
+        for batch, inputs in enumerate(self.inputs):
             with quick_products():
                 output = operator.module(inputs)
-            if outputs is not None and self._rest is not None:
-                rest = self._rest[batch]
+            if outputs is not None and self.rest is not None:
+                rest = self.rest[batch]
                 outputs.append(rest + output.view(rest.shape))
             found = operator.outputs_without_bias(activations.rows(output, batch, operator))
-            difference = found - self._dense[batch].to(found.device).float()
-            squares[activations.is_held_out(batch)] += difference.square().sum(1).double().sum()
-        self._layer_outputs, self._squares = outputs, squares
-        return squares
+            difference = found - self.dense[batch].to(found.device).float()
+            squares[activations.held_out[batch]] += difference.square().sum(1).double().sum()
+        return squares, outputs

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers, shared_weights
-from optimum_fista.model.errors import UnsupportedArchitectureError
-from optimum_fista.model.offload import alignment_hooks, is_offloaded
+from optimum_fista.model.offload import alignment_hooks, offload_hook
 from optimum_fista.model.parts import (
     Kind,
     Part,
@@ -24,7 +24,6 @@ from optimum_fista.model.parts import (
     described_model,
     find_parts,
     shapes_of,
-    text_config,
 )
 
 # What configurations say of decoder layers: their number, how many in front are of another kind, lists of numbers.
@@ -123,7 +122,7 @@ def plan_shrinking(
         counts |= {part.name: count for part in left}
     ratios = {Fraction(counts[name], part.groups) for name, part in parts.items()}
     reasons = []
-    for fewer_layers in _layer_settings(text_config(model.config), stay, total):
+    for fewer_layers in _layer_settings(model.config.get_text_config(decoder=True), stay, total):
         try:
             small = described_model(model, sizes | fewer_layers)
             plan = Shrinking(
@@ -151,7 +150,7 @@ def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Seq
     for name, part in plan.parts.items():
         part.require_kept(kept.get(name, ()), plan.counts[name])
     for name, module in model.named_modules():
-        if is_offloaded(module):
+        if offload_hook(module):
             raise ValueError(f"{name} is offloaded: pass a model in memory, or prune it from its files.")
     for name, tensor in _tensors(model):
         if plan.part_of(name) is not None:

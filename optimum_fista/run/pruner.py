@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_fista.model.evaluation_mode import evaluation_mode
-from optimum_fista.model.gram import single_problem
+from optimum_fista.model.forward import evaluation_mode
+from optimum_fista.model.sums import single_problem
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, summary
 from optimum_fista.run.checkpoints.loading import local_source

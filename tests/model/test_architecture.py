@@ -17,8 +17,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import (
-    UnsupportedArchitectureError,
     find_decoder_layers,
     find_operators,
     input_embedding,

@@ -7,8 +7,8 @@ from toy_layer import Group, ToyLayer, toy_layer
 
 from optimum_fista.model.activations import HiddenStates, LayerActivations
 from optimum_fista.model.correction import Correction, LayerTargets
+from optimum_fista.model.forward import LayerCall
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.replay import LayerCall
 
 CPU = torch.device("cpu")
 MASKS = [None, torch.tensor([[1, 1, 1], [0, 1, 1]]).bool(), torch.tensor([[1, 1, 0]] * 4).bool()]
@@ -26,8 +26,8 @@ def hidden_states(scale: float = 1.0) -> list[Tensor]:
     return [scale * torch.randn(rows, 3, 8, generator=generator) for rows in (1, 2, 4)]
 
 
-def activations_of(layer: nn.Module, masks=MASKS) -> LayerActivations:
-    return LayerActivations(layer, [LayerCall((), {})] * 3, masks, CPU)
+def activations_of(layer: nn.Module, masks=MASKS, held_out=()) -> LayerActivations:
+    return LayerActivations(layer, [LayerCall((), {})] * 3, masks, CPU, held_out)
 
 
 def reference(layer: ToyLayer, name: str, states: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -71,8 +71,7 @@ def test_words_and_numbers_are_read_once(given, expected):
 
 def targets_of(layer: ToyLayer, correction: Correction, masks=MASKS, held_out: tuple[bool, ...] = ()) -> LayerTargets:
     """Of the layer with hidden states that are others in the pruned network than in the dense one."""
-    activations = activations_of(layer, masks)
-    activations.held_out = held_out
+    activations = activations_of(layer, masks, held_out)
     states = HiddenStates(hidden_states())
     if not correction.independent_layers:
         states = HiddenStates(hidden_states() if correction.needs_dense else None, hidden_states(0.7))

@@ -9,8 +9,8 @@ from tiny_models import MOE_FAMILIES, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
-from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.experts import FusedExperts, split_experts
 from optimum_fista.model.operator import LinearOperator
 

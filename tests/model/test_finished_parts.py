@@ -3,10 +3,9 @@ import torch
 from torch import Tensor, nn
 
 from optimum_fista.model.activations import LayerActivations
-from optimum_fista.model.finished_parts import FinishedParts
+from optimum_fista.model.forward import LayerCall
+from optimum_fista.model.groups import FinishedParts, trace_groups
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.replay import LayerCall
-from optimum_fista.model.sharing import trace_groups
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_fista.model.gram import GramAccumulator
+from optimum_fista.model.sums import GramAccumulator
 
 CPU = torch.device("cpu")
 

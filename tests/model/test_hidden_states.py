@@ -5,7 +5,8 @@ from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from optimum_fista.model.architecture import DecoderLayers, UnsupportedArchitectureError, find_decoder_layers
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 

@@ -9,11 +9,12 @@ from tiny_models import tiny_model
 from transformers.models.llama.modeling_llama import LlamaAttention
 from untouched import Untouched
 
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model import losses as module
-from optimum_fista.model.architecture import UnsupportedArchitectureError, find_decoder_layers
+from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.losses import choose_layers
+from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.model.shrinking import plan_shrinking, shrink_model
 
 

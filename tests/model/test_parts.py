@@ -9,7 +9,7 @@ from shrunken_config import shrunken_config
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from optimum_fista.model.architecture import UnsupportedArchitectureError
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.parts import find_parts
 
 LLAMA = "model.layers.1."

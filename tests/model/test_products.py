@@ -5,9 +5,9 @@ import torch
 from pruning import prune
 from tiny_llama import tiny_llama, tiny_tokens
 
-from optimum_fista.model import gram
-from optimum_fista.model.layer_sums import LayerSums
+from optimum_fista.model import sums as module
 from optimum_fista.model.products import compute_dtype_of, quick_products, quick_products_in
+from optimum_fista.model.sums import LayerSums
 from optimum_fista.run.pruning.group_solving import GroupSolver
 
 precision = torch.get_float32_matmul_precision
@@ -29,12 +29,12 @@ def test_auto_asks_the_device(monkeypatch, there):
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", "highest"), ("bfloat16", "medium")])
 def test_layers_and_sums_have_the_precision_asked_for_and_the_solver_float32(monkeypatch, dtype, expected):
     seen: dict[str, set[str]] = {"layer": set(), "gradient": set(), "sum": set(), "solver": set()}
-    add_upper, solve = gram._add_upper, GroupSolver.solve
+    add_upper, solve = module._add_upper, GroupSolver.solve
 
     def note(place):
         seen[place].add(precision())
 
-    monkeypatch.setattr(gram, "_add_upper", lambda *given: (note("sum"), add_upper(*given))[1])
+    monkeypatch.setattr(module, "_add_upper", lambda *given: (note("sum"), add_upper(*given))[1])
     monkeypatch.setattr(GroupSolver, "solve", lambda *given: (note("solver"), solve(*given))[1])
     model = tiny_llama()
     for layer in model.model.layers:
@@ -62,9 +62,9 @@ def test_a_small_error_is_right_although_one_token_is_huge():
     targets = inputs @ weight.T
     sums = LayerSums(40, inputs.device)
     with quick_products_in(torch.bfloat16):
-        sums.add_targets(inputs, targets)
-    gram_matrix, cross = sums.gram.finish().gram.double(), sums.target_cross.double()
+        sums.add(inputs, "targets", targets)
+    gram_matrix, cross = sums.gram.finish().gram.double(), sums.cross["targets"].double()
     weight = weight.double()
-    found = sums.target_energies.sum() - 2 * (weight * cross).sum() + (weight @ gram_matrix * weight).sum()
+    found = sums.energies["targets"].sum() - 2 * (weight * cross).sum() + (weight @ gram_matrix * weight).sum()
     expected = (targets.bfloat16().double() - inputs.bfloat16().double() @ weight.T).square().sum()
     assert float(found) == pytest.approx(float(expected), rel=0.1)

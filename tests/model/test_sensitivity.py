@@ -7,8 +7,7 @@ from torch import nn
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
-from optimum_fista.model.loss_gradients import DenseLoss
-from optimum_fista.model.sensitivity import Sensitivity, measure_sensitivities
+from optimum_fista.model.sensitivity import DenseLoss, Sensitivity, measure_sensitivities
 
 LENGTH = 10
 

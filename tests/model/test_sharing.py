@@ -3,10 +3,10 @@ import torch
 from torch import Tensor, nn
 from toy_layer import toy_layer
 
-from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.forward import LayerCall
+from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.replay import LayerCall
-from optimum_fista.model.sharing import trace_groups
 
 CALL = LayerCall((), {})
 

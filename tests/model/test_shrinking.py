@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model.architecture import UnsupportedArchitectureError, find_decoder_layers
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import onloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import find_parts

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model.architecture import UnsupportedArchitectureError
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.run.pruning import loop
 from optimum_fista.solve.methods import METHODS
 

@@ -27,7 +27,7 @@ from transformers import (
 import optimum_fista.packed  # noqa: F401  # so that packed folders load
 from optimum_fista.installing import install_command
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.model.offload import is_offloaded, move_execution, settle_ties
+from optimum_fista.model.offload import move_execution, offload_hook, settle_ties
 from optimum_fista.run.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -294,7 +294,7 @@ def require_unquantized(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
     refuse_quantized(model)
-    kept = [(name, module) for name, module in model.named_modules() if is_offloaded(module)]
+    kept = [(name, module) for name, module in model.named_modules() if offload_hook(module)]
     offloaded = {f"{name}.{key}" for name, module in kept for key, _ in module.named_parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:

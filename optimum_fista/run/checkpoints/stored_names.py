@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from optimum_fista.model.architecture import UnsupportedArchitectureError
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.experts import ExpertOperator
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.reports.report import OperatorReport, PruningReport

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.parts import text_config
 from optimum_fista.run.checkpoints.atomic import errors_of_writing, write_bytes, write_tensors, write_text
 from optimum_fista.run.checkpoints.checkpoint import (
     CARD_FILE,
@@ -98,7 +97,7 @@ def write_all_but_weights(
     if model.can_generate() and not (folder / "generation_config.json").exists():
         model.generation_config.save_pretrained(folder)
     describe_ties(model, model.config)
-    settings = text_config(model.config)
+    settings = model.config.get_text_config(decoder=True)
     for word, value in [*vars(settings).items()] if "lacks" in report.model else ():
         if type(value) is int and ("nextn" in word or "mtp" in word):  # layers that predict more tokens
             setattr(settings, word, 0)

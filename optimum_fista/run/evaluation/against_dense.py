@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_fista.model.digest import tensor_of
+from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.parts import find_parts, numbers_kept
 from optimum_fista.model.shrinking import plan_shrinking
 from optimum_fista.run.checkpoints.checkpoint import operators_by_weight
@@ -43,11 +43,11 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
         if report.config["reorder_channels"]:
             changed |= {name for part in find_parts(ours, "channels").parts for name in part.tensors}
         left, equal = _tensor_names(ours), 0
-        all_of_it = ((name, tensor_of(theirs, name)) for name in _tensor_names(theirs))
+        all_of_it = ((name, stored_tensor(theirs, name)) for name in _tensor_names(theirs))
         for name, expected in _what_stays(theirs, report, pruned) if report.removed else all_of_it:
             if name not in left:
                 raise VerificationError(f"{name} is in {dense!r} and not in the pruned model.")
-            found = tensor_of(ours, left.pop(left.index(name)))
+            found = stored_tensor(ours, left.pop(left.index(name)))
             if found.shape != expected.shape:
                 raise VerificationError(f"{name} has shape {(*found.shape,)}, from {dense!r} {(*expected.shape,)}.")
             if name not in changed and (differing := int((found != expected).sum())):
@@ -71,7 +71,7 @@ def _what_stays(
     kept = {part: groups.get(str(plan.new_name(part)), ()) for part in plan.parts}
     for name in _tensor_names(model):
         if new := plan.new_name(name):
-            yield new, plan.shrink_tensor(name, tensor_of(model, name), kept)
+            yield new, plan.shrink_tensor(name, stored_tensor(model, name), kept)
 
 
 def _tensor_names(model: PreTrainedModel) -> list[str]:

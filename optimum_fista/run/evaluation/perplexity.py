@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_fista.model.architecture import input_embedding, position_limit
-from optimum_fista.model.evaluation_mode import evaluation_mode
+from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.offload import input_device
 from optimum_fista.run.memory import is_out_of_memory
 from optimum_fista.run.texts.text import TextSource

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_fista.model.expert_removal import experts_to_keep
-from optimum_fista.model.parts import runs_of_experts, text_config
+from optimum_fista.model.parts import runs_of_experts
 from optimum_fista.packed.validation import PackedFormatError
 from optimum_fista.run.checkpoints.checkpoint import (
     CONFIG_FILE,
@@ -140,7 +140,7 @@ def _verify_totals(
 
 def _verify_mixtures(model: PreTrainedModel, report: PruningReport) -> None:
     """Check that mixtures have as many experts as the report names, and that these are the most salient ones."""
-    runs = runs_of_experts(text_config(model.config))
+    runs = runs_of_experts(model.config.get_text_config(decoder=True))
     for mixture in report.mixtures:
         kept, saliency = mixture.groups_kept, torch.tensor(mixture.saliency, dtype=torch.float64)
         found = {len(p) for p in model.get_submodule(mixture.name).parameters(recurse=False) if p.ndim == 3}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.installing import install_command
-from optimum_fista.model.evaluation_mode import evaluation_mode
+from optimum_fista.model.forward import evaluation_mode
 
 # Metrics of a task in the order in which the table prefers them.
 _PREFERRED = ("acc", "exact_match", "acc_norm")

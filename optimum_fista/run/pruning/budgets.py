@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from optimum_fista.model.experts import ExpertOperator
-from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.sensitivity import measure_sensitivities
+from optimum_fista.model.sensitivity import DenseLoss, measure_sensitivities
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import is_out_of_memory
 from optimum_fista.solve.allocation import allocate, removal_cost

@@ -128,7 +128,7 @@ def report_group(problems: GroupProblems, solved: SolvedGroup) -> list[OperatorR
                 if held_out is None or unseen is None
                 else problems.output_error(held_out, written, unseen, held_out=True),
                 held_out_tokens=0 if held_out is None else held_out.statistics.num_tokens,
-                residual_corrected=problems.residual_corrected,
+                residual_corrected=problems.last is not None,
             )
         )
     return reports

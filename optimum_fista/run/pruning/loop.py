@@ -11,13 +11,12 @@ from tqdm.auto import tqdm
 
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.correction import GroupProblems, LayerTargets
-from optimum_fista.model.digest import layer_sha256
+from optimum_fista.model.digest import sha256_of
 from optimum_fista.model.expert_removal import experts_of
 from optimum_fista.model.experts import FusedExperts
+from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.hidden_states import RecordedInputs
-from optimum_fista.model.offload import execution_device, onloaded
-from optimum_fista.model.products import quick_products_in
-from optimum_fista.model.sharing import trace_groups
+from optimum_fista.model.offload import execution_device, offload_hook, onloaded
 from optimum_fista.run.checkpoints.loading import storage_place
 from optimum_fista.run.memory import PeakMemory, is_out_of_memory, release_memory_of
 from optimum_fista.run.pruning.group_solving import GroupSolver, report_group
@@ -47,8 +46,7 @@ def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | Non
     counts = {index: count for index, count in enumerate(run.num_steps) if index in todo}
     last = max((index for index, count in counts.items() if count), default=-1)
     with (
-        run.split_experts(),
-        quick_products_in(run.compute_dtype),
+        run.working(),
         tqdm(
             total=run.num_before + sum(counts.values()),
             initial=run.num_before,
@@ -76,7 +74,7 @@ def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | Non
             record = LayerRecord(LayerReport(name, None, 0.0)) if index > last else None
             held_out = run.held_out if index in todo else None
             # Before its weights are on the device, so that what is kept elsewhere does not come back for this.
-            dense_sha256 = layer_sha256(layer) if index in todo else None
+            dense_sha256 = sha256_of(layer, layer.state_dict()) if index in todo else None
             with onloaded(layer.modules()):
                 if held_out is not None:
                     held_out.run(index, "dense")
@@ -142,7 +140,7 @@ class _Loop:
         """Prune the operators of one decoder layer, group by group in execution order."""
         run, operators, entering = self.run, self.run.operators[name], self.run.states
         assert entering is not None
-        require_finite([operator for operator in operators.values() if operator.is_offloaded])
+        require_finite([operator for operator in operators.values() if offload_hook(operator.owner)])
         first = entering.entering[0].to(activations.device)
         if run.removal is not None:
             run.removal.prove(name, activations, first)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,25 +12,26 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.architecture import (
     find_decoder_layers,
     input_embedding,
+    names_around,
     position_limit,
     require_bare,
     require_own_weights,
 )
 from optimum_fista.model.calibration import hold_out, read_batches
-from optimum_fista.model.digest import combined_sha256, rest_sha256
-from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model.digest import combined_sha256, sha256_of
 from optimum_fista.model.experts import split_experts
 from optimum_fista.model.held_out import HeldOut
-from optimum_fista.model.loss_gradients import DenseLoss
 from optimum_fista.model.losses import choose_layers
 from optimum_fista.model.offload import execution_device, settle_ties
 from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.model.products import compute_dtype_of, quick_products_in
+from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.loading import require_unquantized, storage_place
 from optimum_fista.run.checkpoints.stored_names import StoredName, stored_names
@@ -114,9 +115,10 @@ class ModelPruning:
         loses_experts = self.removal is not None and any(map(self.removal.mixture_of, self.operators))
         if not measured:
             measured = [replace(batch, text=calibration_source) for batch in batches if batch.held_out]
-        self.held_out: HeldOut | None = HeldOut(model, self.layers, measured, self.storage)
-        if loses_experts or not self.held_out.sequences:
-            self.held_out = None
+        self.held_out: HeldOut | None = None
+        if measured and not loses_experts:
+            held_out = HeldOut(model, self.layers, measured, self.storage)
+            self.held_out = held_out if held_out.sequences else None
 
     @property
     def storage(self) -> Storage:
@@ -145,7 +147,8 @@ class ModelPruning:
         if self.held_out is not None and (found := self.held_out.perplexity()) is not None:
             text = self.held_out.text and public_name(self.held_out.text)
             self.report.perplexity = found | {"text": text, "vocabulary": input_embedding(self.model).shape[0]}
-        self.report.model["sha256"] = combined_sha256([*map(str, self.dense_layers), rest_sha256(self.model)])
+        rest = sha256_of(self.model, names_around(self.model, self.layers))
+        self.report.model["sha256"] = combined_sha256([*map(str, self.dense_layers), rest])
         if self.removal is not None:
             self.removal.describe(self.report)
 
@@ -161,7 +164,7 @@ class ModelPruning:
             gone = {f"{self.layers.name}.{index}" for index, _ in removed}
             left = [group for name, group in self.operators.items() if name not in gone]
             flat = {name: operator for group in left for name, operator in group.items()}
-            with self.split_experts(), quick_products_in(self.compute_dtype):
+            with self.working():
                 budgets = share_budgets(loss, flat, self.config)
             budgets.removed_layers = removed
             self.use_budgets(budgets)
@@ -183,9 +186,12 @@ class ModelPruning:
             self.report.left_dense = self.removal.reasons_left_dense(self.report.left_dense, self.operators)
         self.budgets = budgets
 
-    def split_experts(self) -> AbstractContextManager[None]:
-        """Inside, every matrix of every expert to prune is called as a module of its own."""
-        return split_experts(operator for group in self.operators.values() for operator in group.values())
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Inside, every matrix of every expert to prune is called as a module, and products are in the run's dtype."""
+        operators = (operator for group in self.operators.values() for operator in group.values())
+        with split_experts(operators), quick_products_in(self.compute_dtype):
+            yield
 
     def finished(self, record: LayerRecord, seconds: float, dense_sha256: str | None) -> LayerRecord:
         """The whole record of a layer, which joins the report."""

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import (
     DecoderLayers,
-    UnsupportedArchitectureError,
     find_operators,
     left_out,
     matches,
     shared_weights,
 )
+from optimum_fista.model.offload import offload_hook
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.config import FistaPruningConfig
 
@@ -58,7 +59,9 @@ def choose_operators(
             config.pattern_for(name).require_shape(operator.shape, name)
             chosen[layer_name][name] = operator
     # others are checked when they are onloaded; a plan has no weights
-    here = [o for group in chosen.values() for o in group.values() if not (o.is_offloaded or o.parameter.is_meta)]
+    here = [
+        o for group in chosen.values() for o in group.values() if not (offload_hook(o.owner) or o.parameter.is_meta)
+    ]
     require_finite(here)
     if not any(chosen.values()) and not may_be_none:
         raise UnsupportedArchitectureError(

@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.correction import LayerTargets
-from optimum_fista.model.errors import UnsupportedArchitectureError
 from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.model.experts import FusedExperts
-from optimum_fista.model.replay import operator_input
+from optimum_fista.model.forward import operator_input
 from optimum_fista.model.shrinking import difference_beyond_rounding, small_hidden_states, smaller_copy
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.pruning.removal import Removal
@@ -45,7 +45,7 @@ def reorder_channels(
             continue
         energies, tokens = torch.zeros(operator.shape[1], device=activations.device), 0
         for batch, (arguments, keywords) in enumerate(activations.arguments_of(operator.module, hidden_states)):
-            if not activations.is_held_out(batch):
+            if not activations.held_out[batch]:
                 inputs = activations.rows(operator_input(arguments, keywords), batch, operator)
                 energies += inputs.float().square().sum(0)
                 tokens += len(inputs)

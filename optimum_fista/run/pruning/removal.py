@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers, find_operators
-from optimum_fista.model.errors import UnsupportedArchitectureError
-from optimum_fista.model.layer_sums import Group
-from optimum_fista.model.offload import is_offloaded
-from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.offload import offload_hook
+from optimum_fista.model.operator import Group, LinearOperator
 from optimum_fista.model.parts import Part, numbers_kept
 from optimum_fista.model.residual import is_added_to_output
 from optimum_fista.model.shrinking import (
@@ -331,7 +330,7 @@ def _plans(
 
 def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:
     """Refuse a model whose weights Accelerate keeps elsewhere: it can't become a smaller one in place."""
-    if any(is_offloaded(module) for module in model.modules()):
+    if any(offload_hook(module) for module in model.modules()):
         raise ValueError(
             f"pattern={pattern.text!r}: the model is offloaded, so it can't be made smaller in place: pass its name or "
             "folder and output_dir instead."

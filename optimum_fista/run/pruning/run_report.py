@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from optimum_fista.model.architecture import UnsupportedArchitectureError
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.calibration import CalibrationBatch, tokens_sha256
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.config import FistaPruningConfig

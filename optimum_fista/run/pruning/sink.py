@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.held_out import HeldOut
-from optimum_fista.model.offload import alignment_hooks, is_offloaded, kept_tensor, store_tensor
+from optimum_fista.model.offload import alignment_hooks, kept_tensor, offload_hook, store_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.reports.report import LayerRecord
 from optimum_fista.solve.method import PrunedOperator
@@ -76,7 +76,7 @@ class ModelSink:
 
     def _keep(self, owner: nn.Module, name: str, parameter: Callable[[], Tensor]) -> None:
         """Keep what is about to be overwritten: a parameter of a module, or a part of it."""
-        if is_offloaded(owner):
+        if offload_hook(owner):
             self._onloaded[id(owner), name] = (owner, name)
             return
         original = parameter().detach().to("cpu", copy=True)

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.model.activations import HiddenStates
-from optimum_fista.model.digest import names_of_rest, tensor_of
+from optimum_fista.model.architecture import find_decoder_layers, names_around
 from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.offload import stored_tensor
 from optimum_fista.packed.format import packed_names
 from optimum_fista.run.checkpoints.atomic import write_tensors
 from optimum_fista.run.checkpoints.checkpoint import names_in, write_index
@@ -87,7 +88,9 @@ class FileSink(ModelSink):
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}
         for left in {*folder.iterdir()} - shards:  # by a process that was killed, or of a run with more layers
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        rest = self._stored({name: tensor_of(model, name) for name in names_of_rest(model)})
+        rest = self._stored(
+            {name: stored_tensor(model, name) for name in names_around(model, find_decoder_layers(model))}
+        )
         shards.add(self._write_shard(len(self._left), rest))
         weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
         if self._pruning.removal is not None:

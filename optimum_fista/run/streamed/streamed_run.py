@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.model.activations import HiddenStates
-from optimum_fista.model.evaluation_mode import evaluation_mode
+from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.loading import load_lazily
 from optimum_fista.run.checkpoints.output import (

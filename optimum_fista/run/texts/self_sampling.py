@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from optimum_fista.model.architecture import position_limit
-from optimum_fista.model.evaluation_mode import evaluation_mode
+from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.offload import input_device
 
 SAMPLED_TOGETHER = 32

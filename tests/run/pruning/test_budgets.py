@@ -6,7 +6,7 @@ from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
-from optimum_fista.model.loss_gradients import DenseLoss
+from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.pruning.budgets import share_budgets
 from optimum_fista.solve.patterns import Unstructured, parse_pattern

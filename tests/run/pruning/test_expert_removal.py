@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
-from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.expert_removal import SmallerMixture
 from optimum_fista.model.parts import find_parts
 from optimum_fista.run.checkpoints.checkpoint import read_report

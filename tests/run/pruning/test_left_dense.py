@@ -9,7 +9,7 @@ from killed import interrupted_after
 from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model.architecture import UnsupportedArchitectureError
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 
 UNCALLED = "not called in a forward pass of its decoder layer"

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 from optimum_fista.run.pruning import removal

@@ -14,7 +14,7 @@ from tiny_models import tiny_model
 from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model.errors import UnsupportedArchitectureError
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint

@@ -1,4 +1,4 @@
-"""Running one decoder layer on recorded inputs, and watching what its operators see."""
+"""Forward passes of modules: run on recorded inputs, watched, replaced for a while, in evaluation mode."""
 
 from __future__ import annotations
 
@@ -79,3 +79,15 @@ def watching(
 
             handles.enter_context(module.register_forward_hook(after))
         yield
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode; afterwards each module has its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
