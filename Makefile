@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 TEXT ?=
-FULL ?=
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help setup test simulated lint demo docs dist wheel-test clean
