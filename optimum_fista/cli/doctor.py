@@ -7,9 +7,9 @@ import argparse
 DESCRIPTION = """\
 Describe this machine and check that every device prunes as the CPU does.
 
-Prints versions, devices and memory, the compiler and the packed kernels, and how fast each device multiplies; prunes a
-random model of two decoder layers on each. It takes less than a minute and needs no network. Paste all of it into an
-issue report. Exits with 1 if a check fails.
+It prints versions, devices and memory, the compiler and the packed kernels, and how fast each device multiplies. Then
+it prunes a random model of two decoder layers on each device. It takes less than a minute, needs no network, and exits
+with 1 if a check fails. Paste the whole output into an issue report.
 
 example:
   optimum-fista doctor

@@ -10,9 +10,9 @@ from optimum_fista.cli.options import DEVICE, DTYPE
 DESCRIPTION = """\
 Measure the perplexity of a model on a text, its zero-shot accuracy on tasks, or both.
 
-Perplexity: non-overlapping windows from the start of the text, the mean negative log likelihood of all predicted
-tokens. This is the protocol of the pruning literature. Use the same windows to compare models.
-Accuracy: tasks of lm-eval without examples in the prompt, with the standard error.
+Perplexity is measured on windows of the text that do not overlap, from its start, and averages the negative log
+likelihood over all predicted tokens. This is the protocol of the pruning literature. Use the same windows to compare
+models. Accuracy is measured by lm-eval, without examples in the prompt, and has a standard error.
 
 examples:
   optimum-fista evaluate ./model-50 --text wikitext2 --sequence-length 2048 --output ./model-50/fista/evaluation.json
@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
     add("--text", metavar="SOURCE", help="perplexity on a .txt or .jsonl file, wikitext2, c4, ptb, pydoc")
-    add("--sequence-length", type=int, default=1024, help="tokens a window (default 1024)")
+    add("--sequence-length", type=int, default=1024, help="tokens in a window (default 1024)")
     add("--max-windows", type=int, help="stop after this many windows (default: the whole text)")
     add("--tasks", type=words, metavar="A,B", help="zero-shot accuracy on tasks of lm-eval")
     add("--include-path", type=Path, metavar="DIR", help="folder of further task files (YAML)")
-    add("--limit", type=int, help="only the first documents of every task")
-    add("--batch-size", type=int, default=1, help="windows or answers a forward pass (default 1)")
+    add("--limit", type=int, help="measure only so many documents of every task")
+    add("--batch-size", type=int, default=1, help="windows or answers in a forward pass (default 1)")
     add("--device", **DEVICE)
     add("--dtype", **DTYPE)
     add(

@@ -13,7 +13,7 @@ from optimum_fista.run.records import kinds_of
 DEVICE: dict[str, Any] = {"help": "cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)"}
 DTYPE: dict[str, Any] = {
     "default": "auto",
-    "help": "of the weights: float32, bfloat16, float16 or auto, as stored (default)",
+    "help": "dtype of the weights: float32, bfloat16, float16, or auto: as they are stored (default)",
 }
 _NAMES = {int: "N", float: "NUMBER", str: "NAME"}
 

@@ -9,9 +9,9 @@ from pathlib import Path
 DESCRIPTION = """\
 Pack a pruned model folder: its pruned weights are stored without their zeros.
 
-At 50% or 2:4 the pruned weights take 0.56 of their bytes in 16 bits. `import optimum_fista.packed` before
-from_pretrained loads a packed folder as a dense model, bit for bit; no other loader finds weights in it.
-`optimum-fista unpack` is the inverse.
+At 50% or 2:4 the pruned weights take 0.56 of their bytes in 16 bits. After `import optimum_fista.packed`,
+from_pretrained loads a packed folder as a dense model, bit for bit. Other loaders find no weights in the folder.
+`optimum-fista unpack` makes it dense again.
 
 example:
   optimum-fista pack ./model-50 --output ./model-50-packed

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
 
-Weights become zeros. A --pattern such as channels:0.25 or layers:0.1 removes whole parts, so the model gets smaller.
+Half of the weights in the decoder layers become zeros. A --pattern such as channels:0.25 or layers:0.1 removes whole
+parts instead, so the model becomes smaller.
 
-The model is read, pruned and written one decoder layer at a time. Only GGUF files, and models that write their own
-calibration text, are loaded whole. Give the same command again to resume an interrupted run after its last finished
-decoder layer. Several processes, started by accelerate launch or torchrun, share the decoder layers if these are
-independent (--error-correction none or intra): see docs/ranks.md.
+MODEL is a Hub id, a model folder, or a folder with one GGUF file. No other argument is needed: the model writes its own
+calibration text (--calibration self), and the output folder is named after MODEL and the pattern.
 
-MODEL is a Hub id, a model folder, or a folder with one GGUF file. Nothing else is needed: the model writes its own
-calibration text (--calibration self), half of the weights in its decoder layers become zeros, and the folder is named
-after MODEL.
+The model is read, pruned and written one decoder layer at a time. It is loaded whole only if it is a GGUF file, or
+writes its own text. If a run is interrupted, give the same command again: it resumes after the last finished decoder
+layer. With --error-correction none or intra, several processes that accelerate launch or torchrun starts share the
+decoder layers (docs/ranks.md).
 
 examples:
   optimum-fista prune meta-llama/Llama-3.2-1B
@@ -57,17 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder to write the model to (default: MODEL's name with -50pct, -2of4, ...)",
     )
     advanced = add_options(parser, PruningOptions)
-    size = "leave this share of the dense model, such as 0.75: as many channels go as it takes (docs/smaller.md)"
+    size = "remove channels until this share of the dense model's bytes is left, such as 0.75 (docs/smaller.md)"
     add("--target-size", type=float, metavar="SHARE", help=size)
-    recipes = "default, fast, or paper (the published settings of FISTAPruner); other flags override it"
+    recipes = "default, fast, or paper (the published settings of FISTAPruner); other flags override the recipe"
     add("--recipe", metavar="NAME", help=recipes)
     sources = "self (the model writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
     add("--calibration", default="self", metavar="SOURCE", help=sources)
     add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
-    add("--sequence-length", type=int, metavar="N", help="tokens a sequence (default: 2048, at most the model's limit)")
+    add("--sequence-length", type=int, metavar="N", help="tokens in a sequence (default: 2048, or the model's limit)")
     add("--device", **DEVICE)
     add("--dtype", **DTYPE)
-    dry = "only print what would be pruned, peak memory, disk and time; MODEL may be a config.json"
+    dry = "only print what would be pruned, and estimate memory, disk and time; MODEL may be a config.json"
     add("--dry-run", action="store_true", help=dry)
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
     dropped = "prune although the files hold tensors that the result will lack, such as a vision tower"
@@ -78,13 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = advanced["method"].add_argument
     add("--config", metavar="FILE", help="JSON file, pruned folder or Hub id with a configuration; flags override it")
     add = advanced["calibration and machine"].add_argument
-    pass_size = "sequences a forward pass (default: 1 on a CPU; on others up to 8192 tokens, if memory allows)"
+    pass_size = "sequences in a forward pass (default: 1 on a CPU; on others up to 8192 tokens, if memory allows)"
     add("--batch-size", type=int, metavar="N", help=pass_size)
     add(
         "--storage-device",
         metavar="PLACE",
-        help="where activations wait between passes: a device (cpu spares the GPU's memory), disk for memory-mapped "
-        "files beside --output, or a folder for them (default: --device; on the CPU disk)",
+        help="where activations wait between passes: on a device (cpu saves memory of the GPU), on disk (in files "
+        "beside --output), or in a folder (default: on --device; on disk if that is the CPU)",
     )
 
 

@@ -13,10 +13,10 @@ from optimum_fista.run.retraining.options import RecoveryOptions
 DESCRIPTION = """\
 Train the weights that a pruned model kept, so that it predicts as the dense model does. Zeros stay zero.
 
-The loss is how far the pruned model's predictions are from those of the dense model (the teacher) and from the text.
-Part of the text is never trained on: the model is measured on it before, during and after the training, and the best
-weights are saved. If none were better than before, the weights stay as they were. DIR is only read. Give the same
-command again to resume an interrupted run.
+The loss measures how far the predictions of the pruned model are from those of the dense model (the teacher) and from
+the text. Part of the text is never trained on: the model is measured on it before, during and after the training, and
+the best weights are saved. If none are better than before, the weights stay as they were. DIR is only read. If a run
+is interrupted, give the same command again to resume it.
 
 examples:
   optimum-fista recover ./model-50 --teacher ./model --calibration texts.txt

@@ -8,8 +8,8 @@ from pathlib import Path
 DESCRIPTION = """\
 Write one HTML page about a pruned model: what was pruned, where the errors are, how long it took.
 
-The page needs nothing else: no network, no scripts. It is made from the masks and the report in the folder, packed or
-not; perplexities and accuracies come from DIR/fista/evaluation.json, if `evaluate --output` wrote it.
+The page needs no network and has no scripts. It is made from the masks and the report in the folder, packed or not. It
+also shows perplexities and accuracies, if `evaluate --output` wrote them to DIR/fista/evaluation.json.
 
 examples:
   optimum-fista evaluate MODEL --text wikitext2 --output ./model-50/fista/evaluation.json

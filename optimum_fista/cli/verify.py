@@ -9,10 +9,10 @@ from pathlib import Path
 DESCRIPTION = """\
 Prove from the files that a pruned model keeps its sparsity pattern.
 
-Reads the checkpoint, the masks and the report again: exact counts, the pattern in every group or row, zeros outside
-the masks, the totals of the report. With --dense it also proves that all other tensors are those of the dense model,
-or of a smaller model what is left of them. Exits with 1 and the name of the first operator or tensor that breaks it.
-With --same-as it compares two folders of the same model, and exits with 1 if any tensor differs.
+It reads the weights, the masks and the report again, and checks exact counts, the pattern in every group or row, zeros
+outside the masks, and the totals of the report. With --dense it also proves that all other tensors equal those of the
+dense model, without the parts that were removed. If a check fails, it names the first operator or tensor, and exits
+with 1. With --same-as it compares two folders of the same model, and exits with 1 if any tensor differs.
 
 examples:
   optimum-fista verify ./model-24

@@ -47,14 +47,14 @@ def require_seed(seed: int) -> None:
 class PruningOptions:
     """The fields of `FistaPruningConfig`. What is `None` is the method's choice (`MethodDefaults`)."""
 
-    sparsity: float | None = option(None, "fraction of zeros in [0, 1) (default 0.5, or as the pattern says)")
+    sparsity: float | None = option(None, "share of weights to set to zero, in [0, 1) (default 0.5, or the pattern's)")
     pattern: str = option(
         "unstructured",
-        "2:4 keeps 2 of every 4 consecutive inputs of a row, 4:8-pairs two whole pairs of every four; channels:0.25, "
-        "heads:0.5, experts:0.25 or layers:0.1, or several joined by +, removes whole parts (docs/smaller.md)",
+        "2:4 keeps 2 of every 4 consecutive inputs of a row; 4:8-pairs keeps 2 whole pairs of every 4; channels:0.25, "
+        "heads:0.5, experts:0.25 or layers:0.1, or several joined by +, remove whole parts (docs/smaller.md)",
     )
     scope: Literal["matrix", "row"] | None = option(
-        None, "share zeros over a whole operator or give each row its own (default: the method's)", advanced=_WHICH
+        None, "matrix: an operator shares the zeros; row: each row has as many (default: by method)", advanced=_WHICH
     )
     method: str | Any = option(
         "obs_admm",
@@ -63,56 +63,55 @@ class PruningOptions:
     )
     error_correction: ErrorCorrection | None = option(
         None,
-        "the inputs X* that an operator is pruned on, and the outputs that it aims at: none (the dense network's "
-        "inputs X, and W X), intra (inputs from the pruned operators before it in the decoder layer, and W X), full "
-        "(inputs from all pruned operators before it, and W X), or a number a in [0, 1] (as full, but "
-        "W (a X + (1 - a) X*)). Default: the method's, obs_admm has 0.5. See docs/method.md",
+        "compensate for the errors of operators that are pruned already: none; intra: those in the same decoder layer; "
+        "full: those in all decoder layers before, too; a number from 0 to 1: as full, for this share of their error "
+        "(docs/method.md; default: by method, 0.5 for obs_admm)",
         limits=(0, 1),
         advanced=_METHOD,
     )
     residual_correction: float | None = option(
         None,
-        "share of the error in a decoder layer's output that its last operator compensates for (default: obs_admm 1, "
-        "others 0)",
+        "share of the error in the rest of a decoder layer's output that its last operator compensates for (default: 1 "
+        "for obs_admm, 0 for others)",
         limits=(0, 1),
         advanced=_METHOD,
     )
     allocation: Allocation | None = option(
         None,
-        "uniform: the same sparsity everywhere; fisher: operators share the zeros so that the loss, as its gradients "
-        "predict it, grows least (default: obs_admm fisher, others uniform)",
+        "uniform: every operator gets the same sparsity; fisher: operators share the zeros so that the loss rises "
+        "least, as its gradients predict it (default: fisher for obs_admm, uniform for others)",
         advanced=_WHICH,
     )
     allocation_tokens: int = option(
-        2048, "calibration tokens on which the loss and its gradients are computed", limits=(2, None), advanced=_MACHINE
+        2048, "calibration tokens to compute the loss and its gradients on", limits=(2, None), advanced=_MACHINE
     )
     held_out: int = option(
         0,
-        "further sequences that no weight is fitted to: the report has every operator's error on them as well",
+        "further sequences that no weight is fitted to: the report has the errors of every operator on them too",
         limits=(0, None),
         advanced=_MACHINE,
     )
     warm_start: str | None = option(
-        None, "where FISTA starts: auto, dense, magnitude, wanda, sparsegpt", advanced=_METHOD
+        None, "how FISTA gets its first weights: auto, dense, magnitude, wanda or sparsegpt", advanced=_METHOD
     )
-    max_iterations: int | None = option(None, "iteration limit of the method", advanced=_METHOD)
+    max_iterations: int | None = option(None, "most iterations of the method", advanced=_METHOD)
     tolerance: float | None = option(None, "relative change at which the method stops", advanced=_METHOD)
     method_options: Mapping[str, Any] = option(dict, "further options of the method, by name")
-    include: tuple[str, ...] = option((), "prune only operators whose name matches; repeatable", advanced=_WHICH)
-    exclude: tuple[str, ...] = option((), "leave dense the operators whose name matches; repeatable", advanced=_WHICH)
+    include: tuple[str, ...] = option((), "prune only operators whose names match; repeatable", advanced=_WHICH)
+    exclude: tuple[str, ...] = option((), "leave operators dense whose names match; repeatable", advanced=_WHICH)
     overrides: Mapping[str, float | str] = option(
-        dict, "sparsity or pattern by pattern of names; the first match counts, and 0 leaves an operator dense"
+        dict, "sparsity or pattern for operators whose names match; the first match counts, 0 leaves an operator dense"
     )
-    expert_refit: bool = option(True, "refit the experts that stay if others go", advanced=_METHOD)
+    expert_refit: bool = option(True, "refit the experts that stay if others are removed", advanced=_METHOD)
     reorder_channels: bool = option(
         False,
-        "n:m: order the channels of MLPs so that larger weights are kept; the dense model's adapters don't fit then",
+        "for n:m: reorder the channels of MLPs to keep larger weights; adapters of the dense model no longer fit",
         advanced=_METHOD,
     )
     compute_dtype: Literal["float32", "bfloat16", "auto"] = option(
         "float32",
-        "how float32 matrices are multiplied in forward passes, gradients and sums over tokens; bfloat16 is "
-        "TensorFloat-32 on CUDA; auto: bfloat16 where the device is fast in it; layer problems are solved in float32",
+        "dtype of products of float32 matrices in forward passes, gradients and sums over tokens; bfloat16 means "
+        "TensorFloat-32 on CUDA; auto: bfloat16 if the device is fast in it; layer problems are solved in float32",
         advanced=_MACHINE,
     )
-    seed: int = option(0, "seed of everything random", limits=SEEDS, advanced=_MACHINE)
+    seed: int = option(0, "seed of all random choices", limits=SEEDS, advanced=_MACHINE)

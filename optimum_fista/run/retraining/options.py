@@ -21,20 +21,20 @@ class RecoveryOptions:
     tokens: int = option(262_144, "tokens to train on", limits=(1, None))
     train: Literal["auto", "all", "lora", "norms"] = option(
         "auto",
-        "all kept weights but embeddings and head; lora (masked adapters, norms and biases; in one process); norms "
-        "(and biases); or auto, the first of these that fits into memory",
+        "all: kept weights but embeddings and head; lora: masked adapters, norms and biases (in one process); norms: "
+        "norms and biases; auto: the first of these that fits into memory",
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "dtype of products; weights are trained in float32; auto: bfloat16 if the device is fast in it"
     )
     sequence_length: int | None = option(
-        None, "tokens a sequence (default: 512, at most the model's limit)", limits=(2, None), advanced=_TRAINING
+        None, "tokens in a sequence (default: 512, at most the model's limit)", limits=(2, None), advanced=_TRAINING
     )
-    batch_size: int = option(2, "sequences a forward and backward pass", limits=(1, None), advanced=_TRAINING)
+    batch_size: int = option(2, "sequences in a forward and backward pass", limits=(1, None), advanced=_TRAINING)
     accumulate: int | None = option(
         None,
-        "passes before each update, of all processes together (default: about 256 updates, of at most 32 sequences; "
-        "fewer for few tokens)",
+        "passes for an update, of all processes together (default: such that there are about 256 updates, of at most "
+        "32 sequences)",
         limits=(1, None),
         advanced=_TRAINING,
     )
@@ -45,9 +45,9 @@ class RecoveryOptions:
         None, "largest learning rate (default: by what is trained and the model's width)", advanced=_TRAINING
     )
     label_share: float = option(
-        0.5, "how much of the loss is the text's own cross-entropy", limits=(0, 1), advanced=_TRAINING
+        0.5, "share of the text's own cross-entropy in the loss", limits=(0, 1), advanced=_TRAINING
     )
-    seed: int = option(0, "decides which text is drawn, and its order", limits=SEEDS, advanced=_TRAINING)
+    seed: int = option(0, "seed by which text is drawn and ordered", limits=SEEDS, advanced=_TRAINING)
     report_to: str = option(
         "none", "a tracker of the Trainer, such as tensorboard (into the output's name + -logs)", advanced=_TRAINING
     )
