@@ -124,8 +124,8 @@ class FistaPruner:
                 an operator, or an unfinished run in `output_dir` had other settings; with several
                 processes, if decoder layers depend on each other or the loaders differ.
             RankError: If another process failed or is gone; finished decoder layers are kept (a RuntimeError).
-            FileExistsError: If `output_dir` already holds a model and `overwrite` is False, or if a file there that
-                belongs to no model has the name of a model's file.
+            FileExistsError: If `output_dir` already holds a model and `overwrite` is False, or if it holds a
+                file that optimum-fista did not write or that was changed since.
             BlockingIOError: If another run writes to `output_dir`; the message says which.
             OSError: If the disk is full, or can't be written to; finished decoder layers are kept.
             UnsupportedArchitectureError: If the model's structure can't be pruned (a ValueError).
@@ -257,12 +257,12 @@ class FistaPruner:
     ) -> None:
         """Save a model that this pruner has pruned, as a folder that plain Transformers loads.
 
-        The folder also has the masks, the report and a model card (docs/files.md). Other files in it stay as they are.
+        The folder also has the masks, the report and a model card (docs/files.md).
 
         Raises:
             ValueError: If this pruner has not pruned the model, or its zeros were filled since.
-            FileExistsError: If the folder already holds a model and `overwrite` is False, or if a file there that
-                belongs to no model has the name of a model's file.
+            FileExistsError: If the folder already holds a model and `overwrite` is False, or if it holds a
+                file that optimum-fista did not write or that was changed since.
             BlockingIOError: If another run writes the folder.
         """
         report, masks = self.result(model)
