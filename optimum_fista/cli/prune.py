@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import re
 import sys
@@ -212,10 +213,13 @@ def _require_output(arguments: argparse.Namespace, config: FistaPruningConfig) -
 
 def _require_same_settings(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
     from optimum_fista.run.checkpoints.output import unfinished_folder
-    from optimum_fista.run.streamed.journal import require_same_settings
+    from optimum_fista.run.streamed.journal import require_same_run
 
-    sequences = arguments.num_samples + config.held_out
-    require_same_settings(unfinished_folder(arguments.output), config, sequences, arguments.sequence_length)
+    wanted = {"recovery": None, "config": json.loads(json.dumps(config.resolved().to_dict()))}
+    wanted["sequences"] = arguments.num_samples + config.held_out
+    if arguments.sequence_length is not None:
+        wanted["length"] = arguments.sequence_length
+    require_same_run(unfinished_folder(arguments.output), wanted)
 
 
 def _num_kept(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:

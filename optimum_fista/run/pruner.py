@@ -21,8 +21,9 @@ from optimum_fista.model.sums import single_problem
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, summary
 from optimum_fista.run.checkpoints.loading import local_source
+from optimum_fista.run.checkpoints.output import new_output
 from optimum_fista.run.checkpoints.source_files import described_loss
-from optimum_fista.run.checkpoints.writing import save_checkpoint
+from optimum_fista.run.checkpoints.writing import write_checkpoint
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.environment import numerical_environment
 from optimum_fista.run.hub import push_folder, require_repo_id
@@ -266,7 +267,8 @@ class FistaPruner:
             BlockingIOError: If another run writes the folder.
         """
         report, masks = self.result(model)
-        save_checkpoint(model, Path(folder), report, masks, tokenizer, overwrite=overwrite)
+        with new_output(Path(folder), overwrite) as unfinished:
+            write_checkpoint(model, unfinished, report, masks, tokenizer)
 
     def push_to_hub(
         self,

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,12 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` write a file beside `path`, flush it to the disk, and rename it."""
+def write_file(path: Path, content: str | bytes | Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write text, bytes, or tensors as safetensors beside `path`, flush the file to the disk, and rename it."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with errors_of_writing(path):
-            write(partial)
+            if isinstance(content, str):
+                partial.write_text(content)
+            elif isinstance(content, bytes):
+                partial.write_bytes(content)
+            else:
+                save_file(dict(content), partial, metadata=metadata)
             flush(partial)
             partial.replace(path)
             flush(path.parent)
@@ -55,21 +60,6 @@ def require_writable(file: Path) -> None:
     except OSError as error:
         what = f"output can't be written to ({error.strerror}), nothing was done: pass another file"
         raise OSError(error.errno, what, str(file)) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    write_atomically(path, lambda partial: partial.write_text(text))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a binary file, whole or not at all."""
-    write_atomically(path, lambda partial: partial.write_bytes(data))
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
-    write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
 
 def digest_of(path: Path) -> str:

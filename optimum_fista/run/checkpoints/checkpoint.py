@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.run.checkpoints.atomic import write_text
+from optimum_fista.run.checkpoints.atomic import write_file
 from optimum_fista.run.reports.report import PruningReport
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
@@ -84,11 +84,6 @@ def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[s
     return {f"{name}.weight": operator for operators in found for name, operator in operators.items()}
 
 
-def is_retrained(model: PreTrainedModel) -> bool:
-    """Whether the model's configuration says that its weights were trained after pruning."""
-    return bool((getattr(model.config, CONFIG_KEY, None) or {}).get("retrained"))
-
-
 def mark_retrained(model: PreTrainedModel) -> None:
     """Note in the configuration of a pruned model that its weights were trained after pruning."""
     entry = getattr(model.config, CONFIG_KEY, None)
@@ -123,7 +118,7 @@ def write_index(folder: Path, stem: str, weight_map: Mapping[str, str], metadata
             total += (folder / name).stat().st_size - 8 - int.from_bytes(file.read(8), "little")  # less the header
     index = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     name = f"{stem}.safetensors.index.json"
-    write_text(folder / name, json.dumps(index, indent=2) + "\n")
+    write_file(folder / name, json.dumps(index, indent=2) + "\n")
     return name
 
 

@@ -1,9 +1,9 @@
 """Output folders: written beside their place, under a lock, and put there whole by one rename.
 
 While something is written, `NAME.unfinished` lies beside the output `NAME`. It holds `model`, the folder that becomes
-the output, and `journal`: the lock, and what a run needs to resume. Every folder that is put in its place has a list of
-its files (`FILES_FILE`). A folder in which each file is as the list says may be replaced. A file that was added or
-changed since is somebody's, and the folder is refused.
+the output, and `journal`, what a run needs to resume. Beside it lies the lock. Every folder that is put in its place
+has a list of its files (`FILES_FILE`). A folder in which each file is as the list says may be replaced. A file that was
+added or changed since is somebody's, and the folder is refused.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import ctypes
 import json
 import os
 import shutil
-import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from optimum_fista.run.checkpoints.atomic import digest_of, flush, write_text
+from optimum_fista.run.checkpoints.atomic import digest_of, flush, write_file
 
 FOLDER, MODEL = "journal", "model"
+RUN_FILE = f"{FOLDER}/fingerprint.json"
+"""Says that an unfinished folder holds a run that can be resumed, and which one."""
 FILES_FILE = "fista/files.json"
 SAMPLED_TEXTS = "calibration-*.safetensors"
 """In the journal: tokens that a model wrote, a file for each way to write them."""
 _ABOUT = ("README.md", "fista/evaluation.json", "fista/report.html")  # files that commands write into a finished folder
-_LOCK, _MARK = f"{FOLDER}/lock", f"{FOLDER}/optimum-fista"
+_MARK = f"{FOLDER}/optimum-fista"  # of an unfinished folder of this package
 _REPLACED = "replaced"  # the old output, for a moment, where two folders can't be swapped in one step
 _OFFLOADED = "offload-*"  # in the journal: weights that a rank of a running run reads again and again
 _UNFINISHED = ".unfinished"
@@ -53,10 +54,6 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
     shown, output = f"output {str(output_dir)!r}", Path(os.path.realpath(output_dir))
     if output_dir.name in ("", ".."):
         raise ValueError(f"{shown} has no name of its own: pass a folder by its name, such as 'model-50'.")
-    if output.name.endswith(_UNFINISHED):
-        raise ValueError(f"{shown} has the name of an unfinished run: pass a name that doesn't end in {_UNFINISHED!r}.")
-    if output_dir.is_symlink() and not output_dir.exists():
-        raise ValueError(f"{shown} is a link that leads nowhere: pass a folder, or remove the link.")
     places = [path for path in (output, *output.parents) if path.exists()]
     if source is not None and Path(source).is_dir() and any(path.samefile(source) for path in places):
         raise ValueError(f"{shown} lies in the folder that is read, {str(source)!r}: pass a folder outside of it.")
@@ -79,8 +76,8 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
 
 def foreign_files(folder: Path) -> list[str]:
     """Names of the files in a folder that are not on its list, or not as they were written."""
-    noted = _noted(folder)
-    return [name for name in all_names(folder) if name != FILES_FILE and not _is_as_noted(folder, name, noted)]
+    noted, found = _noted(folder), [name for name in all_names(folder) if name != FILES_FILE]
+    return [name for name in found if not (folder / name).is_file() or noted.get(name) != _stamp(folder / name)]
 
 
 def model_files(folder: Path) -> set[str]:
@@ -103,33 +100,39 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
     streamed run, nor a text that a model wrote.
     """
     folder, output = unfinished_folder(output_dir), Path(os.path.realpath(output_dir))
-    lock = FileLock(folder / _LOCK, timeout=0, is_singleton=True)
+    lock: Any = FileLock(f"{folder}.lock", timeout=0, is_singleton=True)
     if lock.is_locked:  # by this thread
         yield folder
         return
-    _acquire(lock, folder, output_dir)
-    try:
-        (folder / _MARK).touch()
-        if _is_half_replaced(folder):
-            (folder / _REPLACED).rename(output)
-        _remove_leftovers(folder)
-        yield folder
-    finally:
+    with ExitStack() as at_the_end:
         try:
-            _remove_leftovers(folder)
-            if {*all_names(folder)} <= {_LOCK, _MARK}:
-                with suppress(OSError):  # another process may just be opening it
-                    for name in (_MARK, _LOCK):
-                        (folder / name).unlink()
-                    (folder / FOLDER).rmdir()
-                    folder.rmdir()
-        finally:
-            lock.release()
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise BlockingIOError(
+                f"output_dir={str(output_dir)!r} is being written by another run: wait until it has ended, or pass "
+                "another folder."
+            ) from error
+        except OSError as error:
+            what = f"output_dir={str(output_dir)!r} can't be written to ({error.strerror}), nothing was done: pass "
+            raise OSError(error.errno, f"{what}another folder, or make this one writable", error.filename) from error
+        at_the_end.callback(lock.release)
+        at_the_end.callback(Path(lock.lock_file).unlink, missing_ok=True)
+        if _is_foreign(folder):
+            raise FileExistsError(
+                f"{str(folder)!r} is in the way and no unfinished run's: move it away, or pass another output."
+            )
+        at_the_end.callback(_tidy, folder, output)
+        _tidy(folder, output)
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        (folder / _MARK).touch()
+        yield folder
 
 
 @contextmanager
 def new_output(output_dir: Path, overwrite: bool, foreign: Collection[str] = ()) -> Iterator[Path]:
     """Write a folder at once: yields an empty one, which becomes `output_dir` at the end (`install`)."""
+    require_output(output_dir, overwrite)
     with locked_output(output_dir) as folder:
         if is_streamed(folder) and not overwrite:
             raise FileExistsError(
@@ -145,9 +148,9 @@ def new_output(output_dir: Path, overwrite: bool, foreign: Collection[str] = ())
 def install(folder: Path, output_dir: Path, overwrite: bool, foreign: Collection[str] = ()) -> None:
     """Put the model of a locked unfinished folder in the place of `output_dir`, and end the unfinished folder.
 
-    A folder that is there is swapped with it in one step of the system. Where the system can't do that, there are two
-    renames; if the process is killed between them, `locked_output` takes the first one back. Files named by `foreign`
-    are not listed: they are copies of what was somebody's in the folder that was read.
+    A folder that is there is swapped with it in one step of the system. If the system can't do that, there are two
+    renames. If the second one fails, or the process is killed before it, `locked_output` takes the first one back.
+    Files named by `foreign` are not listed: they are copies of what was somebody's in the folder that was read.
     """
     model, output, replaced = folder / MODEL, Path(os.path.realpath(output_dir)), folder / _REPLACED
     names = [name for name in all_names(model) if name != FILES_FILE]
@@ -160,18 +163,14 @@ def install(folder: Path, output_dir: Path, overwrite: bool, foreign: Collection
     try:
         if output.exists():
             model.chmod(output.stat().st_mode)
-        if not output.exists() or not os.listdir(output):
+        if not output.exists():
             model.rename(output)
         elif not _swapped(model, output):
             output.rename(replaced)
-            try:
-                model.rename(output)
-            except OSError:
-                replaced.rename(output)
-                raise
+            model.rename(output)
         flush(output.parent)
     except OSError as error:
-        what = f"{error.strerror}: the new model is whole in {str(model)!r}; give the same command again, or move it"
+        what = f"{error.strerror}: the new model can't take its place; give the same command again"
         raise OSError(error.errno, what, str(output)) from error
     discard(folder)
 
@@ -182,16 +181,15 @@ def discard(folder: Path, *, keep_texts: bool = False) -> None:
     `keep_texts` leaves the tokens that models wrote: the run that begins may have written them just before.
     """
     journal = folder / FOLDER
-    (journal / "fingerprint.json").unlink(missing_ok=True)  # first: what is left then is no run
-    kept = {folder / _LOCK, folder / _MARK, *journal.glob(_OFFLOADED)}
-    kept |= {*journal.glob(SAMPLED_TEXTS)} if keep_texts else set()
+    (folder / RUN_FILE).unlink(missing_ok=True)  # first: what is left then is no run
+    kept = [folder / _MARK, *journal.glob(_OFFLOADED), *(journal.glob(SAMPLED_TEXTS) if keep_texts else ())]
     for path in [folder / MODEL, folder / _REPLACED, *(path for path in journal.iterdir() if path not in kept)]:
         _remove(path)
 
 
 def is_streamed(folder: Path) -> bool:
     """Whether an unfinished folder holds layers of a streamed run."""
-    return (folder / FOLDER / "fingerprint.json").exists()
+    return (folder / RUN_FILE).exists()
 
 
 def write_about(file: Path, text: str) -> None:
@@ -199,63 +197,28 @@ def write_about(file: Path, text: str) -> None:
     folder = file.parent if file.name == "README.md" else file.parent.parent
     name = file.relative_to(folder).as_posix()
     noted = _noted(folder) if name in _ABOUT else {}
-    listed = bool(noted) and (not os.path.lexists(file) or _is_as_noted(folder, name, noted))
-    write_text(file, text)
+    listed = bool(noted) and name not in foreign_files(folder)
+    write_file(file, text)
     if listed:
         _note(folder, noted | {name: _stamp(file)})
-
-
-def _acquire(lock: Any, folder: Path, output_dir: Path) -> None:
-    for _ in range(100):
-        try:
-            if _is_foreign(folder):
-                time.sleep(0.1)  # its last holder may just be removing it
-                if _is_foreign(folder):
-                    what = "is in the way and no unfinished run's: move it away, or pass another output."
-                    raise FileExistsError(f"{str(folder)!r} {what}")
-            (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-            return
-        except FileNotFoundError:
-            continue  # its last holder is just removing it
-        except Timeout as error:
-            raise BlockingIOError(
-                f"output_dir={str(output_dir)!r} is being written by another run: wait until it has ended, or pass "
-                "another folder."
-            ) from error
-        except OSError as error:
-            if error.errno is None:
-                raise
-            if isinstance(error, FileExistsError):
-                continue  # it was made and removed meanwhile
-            with suppress(OSError):  # what is in them stays
-                (folder / FOLDER).rmdir()
-                folder.rmdir()
-            what = f"output_dir={str(output_dir)!r} can't be written to ({error.strerror}), nothing was done: pass "
-            raise OSError(error.errno, f"{what}another folder, or make this one writable", error.filename) from error
-    raise BlockingIOError(f"output_dir={str(output_dir)!r} is written by others again and again: pass another folder.")
 
 
 def _is_foreign(folder: Path) -> bool:
     """Whether something has the name of an unfinished folder and is none of ours."""
     if folder.is_symlink() or not folder.is_dir():
         return os.path.lexists(folder)
-    return not (folder / _MARK).exists() and not {*all_names(folder)} <= {_LOCK}
+    return not (folder / _MARK).exists() and bool(all_names(folder))
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what no later run needs; the old output too, if the new one took its place."""
-    if _is_half_replaced(folder):  # somebody made another output meanwhile
-        return
-    for path in [folder / _REPLACED, *(folder / FOLDER).glob(_OFFLOADED)]:
+def _tidy(folder: Path, output: Path) -> None:
+    """Remove what no later run needs, the old output if the new one took its place, and a folder that is empty then."""
+    model, replaced = folder / MODEL, folder / _REPLACED
+    if model.exists() and replaced.exists():  # a process was killed between the two renames of `install`
+        replaced.rename(output)
+    for path in [replaced, *(folder / FOLDER).glob(_OFFLOADED), *([] if is_streamed(folder) else [model])]:
         _remove(path)
-    if not is_streamed(folder):
-        _remove(folder / MODEL)
-
-
-def _is_half_replaced(folder: Path) -> bool:
-    """Whether a process was killed between the two renames of `install`."""
-    return (folder / _REPLACED).exists() and (folder / MODEL).exists()
+    if folder.exists() and {*all_names(folder)} <= {_MARK}:
+        shutil.rmtree(folder)
 
 
 def _remove(path: Path) -> None:
@@ -285,11 +248,7 @@ def _noted(folder: Path) -> dict[str, Any]:
 
 def _note(folder: Path, noted: dict[str, Any]) -> None:
     (folder / FILES_FILE).parent.mkdir(exist_ok=True)
-    write_text(folder / FILES_FILE, json.dumps(dict(sorted(noted.items())), indent=1) + "\n")
-
-
-def _is_as_noted(folder: Path, name: str, noted: dict[str, Any]) -> bool:
-    return name in noted and (folder / name).is_file() and noted[name] == _stamp(folder / name)
+    write_file(folder / FILES_FILE, json.dumps(dict(sorted(noted.items())), indent=1) + "\n")
 
 
 def _stamp(file: Path) -> Any:

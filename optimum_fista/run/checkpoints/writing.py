@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +13,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.offload import describe_ties, stored_tensor
-from optimum_fista.model.operator import LinearOperator
-from optimum_fista.run.checkpoints.atomic import errors_of_writing, write_bytes, write_tensors, write_text
+from optimum_fista.run.checkpoints.atomic import errors_of_writing, write_file
 from optimum_fista.run.checkpoints.checkpoint import (
     CARD_FILE,
     CONFIG_FILE,
+    CONFIG_KEY,
     MASKS_FILE,
     MASKS_METADATA,
     PACKED_KEY,
     REPORT_FILE,
-    is_retrained,
     operators_by_weight,
     summary,
 )
 from optimum_fista.run.checkpoints.loading import forget_gguf, local_source
-from optimum_fista.run.checkpoints.output import new_output, require_output
 from optimum_fista.run.checkpoints.source_files import copy_source
 from optimum_fista.run.checkpoints.stored_names import as_stored, stored_names
 from optimum_fista.run.reports.card import PACKED_NOTE, PICTURE_FILE, error_picture, model_card
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.solve.pattern import unpack_mask
-
-
-def save_checkpoint(
-    model: PreTrainedModel,
-    folder: Path,
-    report: PruningReport,
-    masks: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write the model folder; `output` says what it may replace."""
-    require_output(folder, overwrite)
-    with new_output(folder, overwrite) as unfinished:
-        write_checkpoint(model, unfinished, report, masks, tokenizer)
 
 
 def write_checkpoint(
@@ -58,19 +41,33 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """Write all files of a pruned model into an unfinished folder."""
-    if is_retrained(model) and not report.retrained:
-        report = dataclasses.replace(report, retrained=True)
     found = operators_by_weight(model, report)
     operators = [found[o.name] for o in report.operators]
-    _require_zeros(operators, masks)
+    for operator in operators:
+        weight = operator.select(stored_tensor(operator.owner, operator.tensor))
+        mask = unpack_mask(masks[f"{operator.name}.weight"], tuple(weight.shape)).to(weight.device)
+        if bool(torch.any(weight.masked_select(~mask) != 0)):
+            raise ValueError(
+                f"{operator.name}.weight is no longer zero outside its mask: the model was changed after pruning. "
+                "Save it right after prune(), or keep the mask while training."
+            )
     stored, masks = as_stored(report.operators, masks, stored_names(model, operators))
-    report = dataclasses.replace(report, operators=stored)
+    retrained = report.retrained or bool((getattr(model.config, CONFIG_KEY, None) or {}).get("retrained"))
+    report = dataclasses.replace(report, operators=stored, retrained=retrained)
     forget_gguf(model)
     with errors_of_writing(folder):
         source = local_source(model)
         if source is not None and getattr(model.config, "auto_map", None):
             copy_source(source, folder, "*.py")
-        _save_model(model, folder)
+        if hasattr(model, "hf_device_map") or not any(parameter.is_meta for parameter in model.parameters()):
+            model.save_pretrained(folder)
+        else:  # it was offloaded after it was loaded, which Transformers does not notice
+            tied = model.all_tied_weights_keys  # two parameters once they are offloaded, but the same memory
+            model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
+            try:
+                model.save_pretrained(folder, state_dict={k: v for k, v in model.state_dict().items() if k not in tied})
+            finally:
+                del model.hf_device_map
     write_all_but_weights(folder, model, tokenizer, report, masks)
 
 
@@ -88,10 +85,10 @@ def write_all_but_weights(
     that are stored packed; `None`: they are dense.
     """
     (folder / "fista").mkdir(exist_ok=True)
-    write_text(folder / REPORT_FILE, report.to_json())
+    write_file(folder / REPORT_FILE, report.to_json())
     picture = error_picture(report)
     if picture is not None:
-        write_bytes(folder / PICTURE_FILE, picture)
+        write_file(folder / PICTURE_FILE, picture)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if model.can_generate() and not (folder / "generation_config.json").exists():
@@ -126,36 +123,12 @@ def write_form(
         packed: What `config.json` says of weights that are stored packed; `None`: they are dense.
     """
     if packed is None:
-        write_tensors(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
+        write_file(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
     if card is not None:
-        write_text(folder / CARD_FILE, card.replace(PACKED_NOTE, "") + ("" if packed is None else PACKED_NOTE))
+        write_file(folder / CARD_FILE, card.replace(PACKED_NOTE, "") + ("" if packed is None else PACKED_NOTE))
     config = {key: value for key, value in config.items() if key not in (PACKED_KEY, "transformers_weights")}
     if packed is not None:
         # Our loader replaces this name. Transformers without it finds no such file, and its error says what to do.
         refusal = "packed, run `import optimum_fista.packed` first.safetensors"
         config |= {PACKED_KEY: dict(packed), "transformers_weights": refusal}
-    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
-
-
-def _save_model(model: PreTrainedModel, folder: Path) -> None:
-    """`save_pretrained`, also of a model that was offloaded after it was loaded, which Transformers does not notice."""
-    if hasattr(model, "hf_device_map") or not any(parameter.is_meta for parameter in model.parameters()):
-        model.save_pretrained(folder)
-        return
-    tied = model.all_tied_weights_keys  # two parameters once they are offloaded, but the same memory
-    model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
-    try:
-        model.save_pretrained(folder, state_dict={k: v for k, v in model.state_dict().items() if k not in tied})
-    finally:
-        del model.hf_device_map
-
-
-def _require_zeros(operators: Iterable[LinearOperator], masks: Mapping[str, Tensor]) -> None:
-    for operator in operators:
-        weight = operator.select(stored_tensor(operator.owner, operator.tensor))
-        mask = unpack_mask(masks[f"{operator.name}.weight"], tuple(weight.shape)).to(weight.device)
-        if bool(torch.any(weight.masked_select(~mask) != 0)):
-            raise ValueError(
-                f"{operator.name}.weight is no longer zero outside its mask: the model was changed after pruning. "
-                "Save it right after prune(), or keep the mask while training."
-            )
+    write_file(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optimum_fista.packed.format import unpack, unpack_mask
 from optimum_fista.packed.validation import SUFFIXES
-from optimum_fista.run.checkpoints.atomic import write_tensors
+from optimum_fista.run.checkpoints.atomic import write_file
 from optimum_fista.run.checkpoints.checkpoint import (
     CARD_FILE,
     CONFIG_FILE,
@@ -153,7 +153,7 @@ def _convert_folder(
         for source, target in targets.items():
             with safe_open(source, "pt") as file:
                 tensors = convert([name for name in files if files[name] == source], file.get_tensor)
-                write_tensors(partial / target, tensors, file.metadata() or {})
+                write_file(partial / target, tensors, file.metadata() or {})
             weight_map |= dict.fromkeys(tensors, target)
             progress(target)
         weights_name = f"{new}.safetensors"

@@ -41,6 +41,7 @@ from optimum_fista.run.checkpoints.loading import (
 from optimum_fista.run.checkpoints.output import (
     FOLDER,
     MODEL,
+    RUN_FILE,
     folder_beside,
     install,
     locked_output,
@@ -64,7 +65,7 @@ from optimum_fista.run.retraining.masks import find_masks, find_record, local, p
 from optimum_fista.run.retraining.options import RecoveryOptions
 from optimum_fista.run.retraining.training import MaskedTrainingCallback
 from optimum_fista.run.streamed.fingerprint import SourceFiles
-from optimum_fista.run.streamed.journal import begin_run, open_run, read_record, write_record
+from optimum_fista.run.streamed.journal import open_run, read_record, write_record
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
 
 logger = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ def recover(
                 "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
             }
             open_run(unfinished, fingerprint, overwrite)
-            begin_run(unfinished, fingerprint)
+            write_record(unfinished / RUN_FILE, fingerprint)  # from now on the folder is kept until the run ends
             return windows
 
         def finish() -> RecoveryReport:

@@ -14,7 +14,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_KEY, mark_retrained, summary
-from optimum_fista.run.checkpoints.writing import save_checkpoint
+from optimum_fista.run.checkpoints.output import new_output
+from optimum_fista.run.checkpoints.writing import write_checkpoint
 from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.retraining.masks import MaskSource, find_masks, find_record, local
 
@@ -145,4 +146,5 @@ def save_masked(
     if getattr(model.config, CONFIG_KEY, None) is None:
         setattr(model.config, CONFIG_KEY, summary(report))
     mark_retrained(model)
-    save_checkpoint(model, Path(folder), report, masks, tokenizer, overwrite=overwrite)
+    with new_output(Path(folder), overwrite) as unfinished:
+        write_checkpoint(model, unfinished, report, masks, tokenizer)

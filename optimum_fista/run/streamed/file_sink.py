@@ -18,7 +18,7 @@ from optimum_fista.model.architecture import find_decoder_layers, names_around
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.packed.format import packed_names
-from optimum_fista.run.checkpoints.atomic import write_tensors
+from optimum_fista.run.checkpoints.atomic import write_file
 from optimum_fista.run.checkpoints.checkpoint import names_in, write_index
 from optimum_fista.run.checkpoints.source_files import copy_source
 from optimum_fista.run.checkpoints.stored_names import as_stored
@@ -113,7 +113,7 @@ class FileSink(ModelSink):
     def _write_shard(self, index: int, tensors: dict[str, Tensor]) -> Path:
         total = len(self._left) + 1  # the last one is for all that is not a decoder layer
         shard = self._journal.model / f"{self._stem}-{index + 1:05}-of-{total:05}.safetensors"
-        write_tensors(shard, tensors, {"format": "pt"})
+        write_file(shard, tensors, {"format": "pt"})
         return shard
 
     def _stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,15 +18,16 @@ from optimum_fista.run.reports.report import library_versions
 _VERSIONS = ("optimum-fista", "torch", "transformers")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
 _NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version")
-_FORMAT = 6  # of the records of a journal
+_FORMAT = 7  # of the records of a journal
 _READERS = 4  # files that are hashed at a time
 
 SourceStamps = dict[str, list[Any]]
 """Size, times of change, inode and SHA-256 of a model's files, by name."""
 
 
-def run_fingerprint(source: SourceFiles, pruning: ModelPruning) -> dict[str, Any]:
+def run_fingerprint(source: SourceFiles, pruning: ModelPruning, packed: bool) -> dict[str, Any]:
     """Everything that the bytes of a run depend on: weights, configurations, arithmetic, tokens, versions."""
+    shapes = [list(batch.input_ids.shape) for batch in pruning.batches.all]
     versions, calibration = library_versions(), pruning.report.calibration
     tokens = calibration["sha256"]
     if "held_out" in calibration:
@@ -39,7 +40,10 @@ def run_fingerprint(source: SourceFiles, pruning: ModelPruning) -> dict[str, Any
         "arithmetic": arithmetic_of(pruning.model, pruning.config.compute_dtype),
         "config": pruning.report.config,  # as asked: what a removal makes of it does not tell all patterns apart
         "calibration": tokens,
-        "batches": [list(batch.input_ids.shape) for batch in pruning.batches.all],
+        "batches": shapes,
+        "sequences": sum(shape[0] for shape in shapes),
+        "length": shapes[0][1],
+        "packed": packed,
         "versions": {name: versions[name] for name in _VERSIONS},
     }
     return dict(json.loads(json.dumps(fingerprint)))
@@ -51,16 +55,30 @@ class SourceFiles:
     Files whose size, times and inode are those of `known` are not read again: writing to a file changes its ctime,
     which no program can set. The others are read whole, at 1 to 2 GB/s a core: 140 GB take a minute on a disk that is
     fast enough, which is little compared to hours of pruning.
-
-    Attributes:
-        folder: Where they are.
-        hashes: What was found.
     """
 
     def __init__(self, folder: Path, known: SourceStamps, progress: bool) -> None:
         self.folder = folder
         self._progress = progress
-        self.hashes = self._hash(known)
+        self.hashes: SourceStamps = {}
+        files = [f for f in sorted(folder.iterdir()) if f.name == CONFIG_FILE or f.name.endswith(_WEIGHTS)]
+        for file in files:
+            found = file.stat()
+            stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+            self.hashes[file.name] = [*stamp, None if known.get(file.name, [])[:-1] != stamp else known[file.name][-1]]
+        changed = [file for file in files if self.hashes[file.name][-1] is None]
+        with ThreadPoolExecutor(_READERS) as pool:
+            bar = tqdm(
+                pool.map(digest_of, changed),
+                desc="Hashing weights",
+                total=len(changed),
+                unit="file",
+                delay=3,
+                leave=False,
+                disable=not progress,
+            )
+            for file, digest in zip(changed, bar, strict=True):
+                self.hashes[file.name][-1] = digest
 
     @property
     def digests(self) -> dict[str, str]:
@@ -76,25 +94,3 @@ class SourceFiles:
                 "and start again with the same output, or pass overwrite=True (--overwrite) to begin anew."
             )
         self.hashes = found.hashes
-
-    def _hash(self, known: SourceStamps) -> SourceStamps:
-        files = [f for f in sorted(self.folder.iterdir()) if f.name == CONFIG_FILE or f.name.endswith(_WEIGHTS)]
-        stamps = {path: _stamp(path) for path in files}
-        changed = [path for path in files if known.get(path.name, [])[:-1] != stamps[path]]
-        with ThreadPoolExecutor(_READERS) as pool:
-            bar = tqdm(
-                pool.map(digest_of, changed),
-                desc="Hashing weights",
-                total=len(changed),
-                unit="file",
-                delay=3,
-                leave=False,
-                disable=not self._progress,
-            )
-            found = dict(zip(changed, bar, strict=True))
-        return {path.name: [*stamps[path], found[path] if path in found else known[path.name][-1]] for path in files}
-
-
-def _stamp(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

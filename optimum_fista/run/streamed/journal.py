@@ -16,16 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optimum_fista.model.activation_store import Storage
-from optimum_fista.run.checkpoints.atomic import digest_of, write_tensors, write_text
-from optimum_fista.run.checkpoints.output import FOLDER, MODEL, discard, is_streamed
+from optimum_fista.run.checkpoints.atomic import digest_of, write_file
+from optimum_fista.run.checkpoints.output import FOLDER, MODEL, RUN_FILE, discard, is_streamed
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.budgets import Budgets
 from optimum_fista.run.records import as_record
 from optimum_fista.run.reports.report import LayerRecord
 
+WEIGHTS_FILE = f"{FOLDER}/weights.json"
+"""Sizes, times and digests of the weight files that are read."""
 _ADVICE = "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
 _SHOWN, _LETTERS = 6, 80  # of the differences between two runs
-_RUN, _WEIGHTS = f"{FOLDER}/fingerprint.json", f"{FOLDER}/weights.json"
 logger = logging.getLogger(__name__)
 
 
@@ -36,8 +37,8 @@ class KeptLayer:
     Attributes:
         record: What the run says of it.
         shard: Name of the shard; empty if the layer is removed.
-        sha256: Digests of the shard, of the layer's `masks`, of the hidden states `before` it, on which it was pruned,
-            and `after` it, and of the `budgets` that it was pruned with; `None` for what there is none of.
+        sha256: Digests of the shard, of the hidden states `before` the layer, on which it was pruned, and `after` it,
+            and of the `budgets` that it was pruned with; `None` for what there is none of.
     """
 
     record: LayerRecord
@@ -63,18 +64,19 @@ class Journal:
         self.folder, self.model = folder, folder / MODEL
         self.budgets_sha256: str | None = None
         self._fingerprint = fingerprint
-        self._sha256: dict[Path, str] = {}  # of hidden states that were last written or read
-        self._journal = folder / FOLDER
+        self._states_sha256: dict[int, str] = {}  # of those that were last written or read
+        self._budgets = folder / FOLDER / "budgets.json"
         self.model.mkdir(exist_ok=True)
 
     def finished(self, *, read_shards: bool = True) -> dict[int, KeptLayer]:
         """The decoder layers that are finished, by index; `read_shards=False` trusts shards that are there."""
         found = {}
-        for file in sorted(self._journal.glob("layer-*.json")):
-            index, values = int(file.stem.partition("-")[2]), read_record(file)
-            kept = None if values is None else as_record(KeptLayer, values)
-            if kept is not None and self._is_whole(index, kept, read_shards):
-                found[index] = kept
+        for file in sorted(self._budgets.parent.glob("layer-*.json")):
+            if (values := read_record(file)) is not None:
+                kept = as_record(KeptLayer, values)
+                shard, read = self.model / kept.shard, read_shards and kept.shard
+                if _is_whole(shard, kept.sha256["shard"]) if read else shard.exists():
+                    found[int(file.stem.partition("-")[2])] = kept
         return found
 
     def keep_layer(
@@ -92,30 +94,27 @@ class Journal:
         """
         if streams:
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
-            file = self._file("states", index + 1)
-            self._sha256[file] = _write(file, hidden)
+            self._states_sha256[index + 1] = _write_tensors(self._file("states", index + 1), hidden)
         sha256 = {
             "shard": digest_of(shard) if shard else None,
-            "masks": _write(self._file("masks", index), masks) if masks else None,
-            "before": self._sha256.get(self._file("states", index)),
-            "after": self._sha256.get(self._file("states", index + 1)),
+            "before": self._states_sha256.get(index),
+            "after": self._states_sha256.get(index + 1),
             "budgets": self.budgets_sha256,
         }
         kept = KeptLayer(record, shard.name if shard else "", sha256)
-        write_record(self._journal / f"layer-{index:05}.json", dataclasses.asdict(kept))
+        write_record(self._file("layer", index).with_suffix(".json"), dataclasses.asdict(kept), masks)
         self._file("states", index).unlink(missing_ok=True)  # only now: until the record is there, they are needed
 
     def masks(self, index: int) -> dict[str, Tensor]:
         """Packed masks of a finished decoder layer."""
-        file = self._file("masks", index)
-        return load_file(file) if file.exists() else {}
+        return load_file(self._file("layer", index))
 
     def states(self, index: int, sha256: str | None, storage: Storage) -> dict[str, list[Tensor]] | None:
         """Hidden states that enter a decoder layer; `None` if they are not there whole, with this digest."""
         file = self._file("states", index)
         if sha256 is None or not _is_whole(file, sha256):
             return None
-        self._sha256[file] = sha256
+        self._states_sha256[index] = sha256
         tensors = load_file(file)  # not on the device: safetensors knows some by name only
         place = torch.device("cpu") if isinstance(storage, Path) else storage
         streams: dict[str, list[Tensor]] = {}
@@ -125,91 +124,49 @@ class Journal:
 
     def keep_budgets(self, budgets: Budgets, weights: Mapping[str, Any]) -> None:
         """Begin the run: write the sparsities of the operators, the decoder layers that go, and the hashed files."""
-        write_record(self.folder / _WEIGHTS, weights)
-        begin_run(self.folder, self._fingerprint)
-        tensors = {name: t.cpu().contiguous() for name, t in budgets.output_weights.items()}
+        write_record(self.folder / WEIGHTS_FILE, weights)
+        write_record(self.folder / RUN_FILE, self._fingerprint)  # from now on the folder is kept until the run ends
         values: dict[str, Any] = {"sparsities": budgets.sparsities, "unseen": budgets.unseen}
         values["removed_layers"] = budgets.removed_layers
-        values["tensors_sha256"] = _write(self._journal / "budgets.safetensors", tensors)
-        values["run_sha256"] = _text_digest(self._fingerprint)  # ties budgets, and by their digest layers, to this run
-        write_record(self._journal / "budgets.json", values)
-        self.budgets_sha256 = _text_digest(values)
+        values["run"] = digest_of(self.folder / RUN_FILE)  # ties budgets, and by their digest layers, to this run
+        tensors = {name: t.cpu().contiguous() for name, t in budgets.output_weights.items()}
+        write_record(self._budgets, values, tensors)
+        self.budgets_sha256 = digest_of(self._budgets)
 
     def budgets(self, config: FistaPruningConfig) -> Budgets | None:
         """The sparsities that the operators were given; `None` before, or if they are damaged or another run's."""
-        values, file = read_record(self._journal / "budgets.json"), self._journal / "budgets.safetensors"
-        if values is None or values.get("run_sha256") != _text_digest(self._fingerprint):
+        values = read_record(self._budgets)
+        if values is None or values["run"] != digest_of(self.folder / RUN_FILE):
             return None
-        if not _is_whole(file, values["tensors_sha256"]):
-            return None
-        self.budgets_sha256 = _text_digest(values)
+        self.budgets_sha256 = digest_of(self._budgets)
         removed = [(index, loss) for index, loss in values["removed_layers"]]
-        return Budgets(config, values["sparsities"], load_file(file), values["unseen"], removed)
+        tensors = load_file(self._budgets.with_suffix(".safetensors"))
+        return Budgets(config, values["sparsities"], tensors, values["unseen"], removed)
 
     def _file(self, kind: str, index: int) -> Path:
-        return self._journal / f"{kind}-{index:05}.safetensors"
-
-    def _is_whole(self, index: int, kept: KeptLayer, read_shard: bool) -> bool:
-        shard, masks = self.model / kept.shard, kept.sha256["masks"]
-        if not kept.shard or not read_shard:
-            return shard.exists()
-        return _is_whole(shard, kept.sha256["shard"]) and (not masks or _is_whole(self._file("masks", index), masks))
+        return self._budgets.with_name(f"{kind}-{index:05}.safetensors")
 
 
 def open_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
     """Take up the run that a locked unfinished folder holds; another one is thrown away if `overwrite`."""
-    if is_streamed(folder) and read_record(folder / _RUN) != fingerprint:
-        if not overwrite:
-            refuse_differences(folder, _begun(folder), fingerprint)
+    if not overwrite:
+        require_same_run(folder, fingerprint)
+    elif is_streamed(folder) and read_record(folder / RUN_FILE) != fingerprint:
         discard(folder, keep_texts=True)
 
 
-def begin_run(folder: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Note in an unfinished folder which run it holds: from now on it is kept until the run is finished."""
-    if not is_streamed(folder):
-        write_record(folder / _RUN, fingerprint)
+def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on with the run that an unfinished folder holds, if there is one, and it was another one.
 
-
-def _begun(folder: Path) -> dict[str, Any]:
-    begun = read_record(folder / _RUN)
-    if begun is None:
-        file = str(folder / _RUN)
-        raise ValueError(f"output: {file!r} is damaged, so it is not known which run it belongs to: {_ADVICE}")
-    return begun
-
-
-def hashed_weights(folder: Path) -> dict[str, Any]:
-    """Sizes, times and digests of the weight files that a run in an unfinished folder read; none if there is no run."""
-    return read_record(folder / _WEIGHTS) or {}
-
-
-def begun_batch_size(folder: Path) -> int | None:
-    """Sequences a batch of the run that an unfinished folder holds; `None` if there is none."""
-    begun = read_record(folder / _RUN) or {}
-    return max((batch[0] for batch in begun.get("batches", ())), default=None)
-
-
-def require_same_settings(
-    folder: Path, config: FistaPruningConfig, num_sequences: int, sequence_length: int | None
-) -> None:
-    """Refuse other settings than those of the run that an unfinished folder holds, before tokens are sampled."""
+    `wanted` is the fingerprint, or what of it is known before text is drawn.
+    """
     if not is_streamed(folder):
         return
-    begun = _begun(folder)
-    if "batches" not in begun:
-        raise ValueError(
-            f"output: the unfinished run in {str(folder)!r} is a recovery: give the command of `recover` again to "
-            f"finish it, {_ADVICE}"
-        )
-    first = begun["batches"][0]
-    found = {"config": begun["config"], "sequences": sum(batch[0] for batch in begun["batches"]), "length": first[1]}
-    wanted = {"config": json.loads(json.dumps(config.resolved().to_dict())), "sequences": num_sequences}
-    refuse_differences(folder, found, wanted | {"length": sequence_length or first[1]})
-
-
-def refuse_differences(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run that was another one."""
-    if different := list(_differences(found, wanted)):
+    begun = read_record(folder / RUN_FILE)
+    if begun is None:
+        file = str(folder / RUN_FILE)
+        raise ValueError(f"output: {file!r} is damaged, so it is not known which run it belongs to: {_ADVICE}")
+    if different := list(_differences({key: begun.get(key) for key in wanted}, wanted)):
         shown = "; ".join(different[:_SHOWN]) + ("; ..." if len(different) > _SHOWN else "")
         raise ValueError(
             f"output: the unfinished run in {str(folder)!r} was another one ({shown}). Start it again as it was, "
@@ -217,21 +174,30 @@ def refuse_differences(folder: Path, found: Mapping[str, Any], wanted: Mapping[s
         )
 
 
-def write_record(path: Path, values: Mapping[str, Any]) -> None:
-    """Write plain values as JSON, with their digest."""
-    write_text(path, json.dumps({"sha256": _text_digest(values), "values": values}, indent=1))
+def begun_batch_size(folder: Path) -> int | None:
+    """Sequences a batch of the run that an unfinished folder holds; `None` if there is none."""
+    begun = read_record(folder / RUN_FILE) or {}
+    return max((batch[0] for batch in begun.get("batches", ())), default=None)
+
+
+def write_record(path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write plain values as JSON, with their digest, after the tensors that belong to them."""
+    record: dict[str, Any] = {"values": values, "tensors": None}
+    if tensors is not None:
+        record["tensors"] = _write_tensors(path.with_suffix(".safetensors"), tensors)
+    write_file(path, json.dumps({"sha256": _text_digest(record), **record}, indent=1))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The values of a record; `None` if there is none, or it is damaged."""
+    """The values of a record; `None` if there is none, or it is damaged, or its tensors are."""
     try:
         found = json.loads(path.read_bytes())
-        values: dict[str, Any] = found["values"]
-        if found["sha256"] == _text_digest(values):
-            return values
+        sha256, values, tensors = found.pop("sha256"), found["values"], found["tensors"]
+        if sha256 == _text_digest(found):
+            return values if tensors is None or _is_whole(path.with_suffix(".safetensors"), tensors) else None
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         pass
     logger.warning("%s is damaged and not used", path)
     return None
@@ -249,9 +215,9 @@ def _is_whole(path: Path, sha256: str | None) -> bool:
     return False
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> str:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file and return its digest."""
-    write_tensors(path, tensors, {"format": "pt"})  # no metadata and no tensors would make a file that can't be read
+    write_file(path, tensors, {"format": "pt"})  # no metadata and no tensors would make a file that can't be read
     return digest_of(path)
 
 

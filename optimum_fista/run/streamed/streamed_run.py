@@ -33,7 +33,7 @@ from optimum_fista.run.ranks import RankError, Ranks, joined_ranks, require_inde
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.file_sink import FileSink
 from optimum_fista.run.streamed.fingerprint import SourceFiles, run_fingerprint
-from optimum_fista.run.streamed.journal import Journal, KeptLayer, hashed_weights, open_run
+from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer, open_run, read_record
 
 _ADVICE = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, and ")
 _ADVICE |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and ")
@@ -136,17 +136,17 @@ class StreamedRun:
         self.finished: dict[int, KeptLayer] = {}
         self._tokenizer = tokenizer
         self._ranks = ranks
-        known = ranks.first(lambda: SourceFiles(source, hashed_weights(folder), pruning.progress).hashes)
+        known = read_record(folder / WEIGHTS_FILE) or {}
+        known = ranks.first(lambda: SourceFiles(source, known, pruning.progress).hashes)
         self.source = ranks.each(lambda: SourceFiles(source, known, pruning.progress))
-        fingerprint = run_fingerprint(self.source, pruning) | ({"packed": True} if packed else {})
+        fingerprint = run_fingerprint(self.source, pruning, packed)
 
         def begin() -> dict[str, Any]:
             open_run(folder, fingerprint, overwrite)
             return fingerprint
 
-        def join(begun: dict[str, Any]) -> Journal:
-            different = [key for key in fingerprint if fingerprint[key] != begun[key]]
-            if different:
+        def join() -> Journal:
+            if different := [key for key in fingerprint if fingerprint[key] != begun[key]]:
                 raise ValueError(
                     f"{' and '.join(different)} differ from those of rank 0: start every process with the same "
                     "model, configuration and calibration batches."
@@ -154,7 +154,7 @@ class StreamedRun:
             return Journal(folder, fingerprint)
 
         begun = ranks.first(begin)
-        self.journal = ranks.each(lambda: join(begun))
+        self.journal = ranks.each(join)
         contexts = evaluation_mode(pruning.model), torch.no_grad()
         self.sink = FileSink(pruning, self.journal, self.source, packed, *contexts)
 

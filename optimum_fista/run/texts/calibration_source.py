@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.model.held_out import LEAST_TOKENS
-from optimum_fista.run.checkpoints.atomic import write_tensors
+from optimum_fista.run.checkpoints.atomic import write_file
 from optimum_fista.run.checkpoints.loading import gguf_file, load_model, read_config, require_tokenizer
 from optimum_fista.run.checkpoints.output import SAMPLED_TEXTS
 from optimum_fista.run.config import FistaPruningConfig
@@ -91,7 +91,7 @@ def calibration_tokens_by_name(
     tokens = calibration_tokens(source, model, own_tokenizer, num_samples, sequence_length, seed, progress=progress)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(file, {"tokens": tokens}, {"sha256": _digest(settings, tokens)})
+        write_file(file, {"tokens": tokens}, {"sha256": _digest(settings, tokens)})
     return tokens
 
 

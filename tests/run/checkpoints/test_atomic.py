@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from optimum_fista.run.checkpoints.atomic import errors_of_writing, write_text
+from optimum_fista.run.checkpoints.atomic import errors_of_writing, write_file
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
@@ -14,7 +14,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
     file.write_text("old")
     (tmp_path / ".table.json.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*/table\.json'$") as caught:
-        write_text(file, "new")
+        write_file(file, "new")
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(tmp_path) == ["table.json"]
     assert file.read_text() == "old"

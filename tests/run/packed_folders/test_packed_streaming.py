@@ -100,7 +100,7 @@ def test_a_run_does_not_go_on_in_the_other_format(source, tmp_path, monkeypatch)
         patched.setattr("optimum_fista.run.streamed.file_sink.FileSink.complete", None)
         with pytest.raises(TypeError):
             prune(source, tmp_path / "out", packed=True)
-    with pytest.raises(ValueError, match=r"was another one \(packed was true, is null\)"):
+    with pytest.raises(ValueError, match=r"was another one \(packed was true, is false\)"):
         prune(source, tmp_path / "out")
     prune(source, tmp_path / "out", overwrite=True)
     assert not is_packed(tmp_path / "out")

@@ -27,7 +27,7 @@ from optimum_fista.run.streamed import file_sink, journal, streamed_run
 LAYERS = 4
 _READ_AGAIN = [
     f"model/model-00002-of-0000{LAYERS + 1}.safetensors",
-    "journal/masks-00001.safetensors",
+    "journal/layer-00001.safetensors",
     "journal/states-00002.safetensors",
     "journal/budgets.safetensors",
     "journal/budgets.json",
@@ -253,7 +253,7 @@ def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monke
         cut_off(monkeypatch, file_sink.FileSink, "complete", stop, source, tmp_path / name, config)
     prune(source, tmp_path / "whole", configs["wanda"])
     other, mine = (unfinished_folder(tmp_path / name) for name in configs)
-    for file in [*other.glob("model/model-*"), *other.glob("journal/*.json"), *other.glob("journal/[mb]*.safetensors")]:
+    for file in [*other.glob("model/model-*"), *other.glob("journal/*.json"), *other.glob("journal/[lb]*.safetensors")]:
         if file.name not in ("fingerprint.json", "weights.json"):
             shutil.copy2(file, mine / file.relative_to(other))
     prune(source, tmp_path / "wanda", configs["wanda"])
