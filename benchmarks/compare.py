@@ -29,7 +29,7 @@ from optimum_fista import FistaPruner
 from optimum_fista.run.checkpoints.loading import load_model, read_config, require_tokenizer
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.evaluation.zero_shot import TaskSuite
-from optimum_fista.run.memory import release_free_memory
+from optimum_fista.run.memory import release_memory
 from optimum_fista.run.reports.card import markdown_lines
 from optimum_fista.run.reports.report import library_versions
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
@@ -123,7 +123,7 @@ def measure(
             raise
         row["error"] = " ".join(f"{type(error).__name__}: {error}".split())
     model = None
-    release_free_memory(collect=True)
+    release_memory(collect=True)
     return row, recipe
 
 

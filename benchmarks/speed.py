@@ -32,7 +32,7 @@ from optimum_fista.packed.kernels import kernels
 from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.checkpoints.loading import read_model
 from optimum_fista.run.environment import processor_name
-from optimum_fista.run.memory import device_counts, release_free_memory
+from optimum_fista.run.memory import device_counts, release_memory
 from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
 from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
 from optimum_fista.run.packed_folders.unpacking import is_packed
@@ -58,7 +58,7 @@ class Runner:
         model: Any = read_model(str(folder), dtype=getattr(torch, dtype), **config)
         self.model: Any = nn.Module.to(model, device).eval()
         self.device = torch.device(device)
-        release_free_memory(collect=True)
+        release_memory(collect=True)
 
     def sizes(self) -> tuple[int, int]:
         """Entries of the vocabulary, and bytes of all tensors of the state, each counted once."""
@@ -69,7 +69,7 @@ class Runner:
         """Bytes that loading and running the model have added: on the device, or resident in this process."""
         if (counts := device_counts(self.device)) is not None:
             return int(counts.max_memory_allocated(self.device))
-        release_free_memory(collect=True)
+        release_memory(collect=True)
         return int(psutil.Process().memory_info().rss) - self._before
 
     def generate(self, prompt: Tensor, new_tokens: int) -> tuple[float, Tensor]:

@@ -72,7 +72,7 @@ def compared(benchmark, tmp_path, monkeypatch, capsys):
     script, output = benchmark("compare"), tmp_path / "out" / "compare.json"
     given = ["--texts", str(tmp_path / "sea.txt"), "--calibration", str(tmp_path / "calm.txt"), "--output", str(output)]
     given += ["--num-samples", "6", "--sequence-length", "32", "--max-windows", "3", "--device", "cpu"]
-    monkeypatch.setattr(script, "release_free_memory", lambda **_: None)
+    monkeypatch.setattr(script, "release_memory", lambda **_: None)
 
     def run(*flags, model=tmp_path / "model"):
         monkeypatch.setattr(sys, "argv", ["compare.py", str(model), *given, *flags])

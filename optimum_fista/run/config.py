@@ -71,39 +71,35 @@ class FistaPruningConfig(PruningOptions):
             self._name_the_method(self.method)
         if wrong := wrong_field(self):
             raise ValueError(wrong)
-        object.__setattr__(self, "sparsity", self._default_pattern().sparsity)
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        """Refuse options that have no meaning together, and methods that can't prune to the patterns."""
-        if self.scope is not None and self._default_pattern().fixed and not self.overrides:
+        usual, parts = self._pattern_of(None), self.whole_parts
+        object.__setattr__(self, "sparsity", usual.sparsity)
+        if self.scope is not None and usual.fixed and not self.overrides:
             raise ValueError(
                 f"scope={self.scope!r} has no meaning for pattern={self.pattern!r}: pass only one of them."
             )
         given = {name: value for name in ("include", "exclude", "overrides") if (value := getattr(self, name))}
-        if self.whole_parts is not None and given:
+        if parts is not None and given:
             name, value = next(iter(given.items()))
             raise ValueError(
                 f"{name}={value!r} has no meaning for pattern={self.pattern!r}, which removes whole parts of the "
                 "model: pass only one of them."
             )
-        shares = () if self.whole_parts is None else self.whole_parts.shares
-        loses_experts = any(part.kind == "experts" for part in shares)
+        loses_experts = parts is not None and any(part.kind == "experts" for part in parts.shares)
         if not self.expert_refit and not loses_experts:
             raise ValueError(
                 f"expert_refit=False has no meaning for pattern={self.pattern!r}, which removes no experts: leave it "
                 "out, or pass a pattern such as 'experts:0.25'."
             )
-        if self.reorder_channels and not self._default_pattern().orders_inputs:
+        if self.reorder_channels and not usual.orders_inputs:
             raise ValueError(
                 f"reorder_channels=True has no meaning for pattern={self.pattern!r}: leave it out, or pass a pattern "
                 "such as '2:4'."
             )
         method = self.create_method("")
-        method.require_pattern(self._default_pattern())
+        method.require_pattern(usual)
         for pattern, value in self.overrides.items():
             try:
-                method.require_pattern(self._override_pattern(value))
+                method.require_pattern(self._pattern_of(value))
             except ValueError as error:
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from error
 
@@ -169,15 +165,13 @@ class FistaPruningConfig(PruningOptions):
     @property
     def whole_parts(self) -> WholeParts | None:
         """The pattern, if it removes whole parts of the model."""
-        pattern = self._default_pattern()
+        pattern = self._pattern_of(None)
         return pattern if isinstance(pattern, WholeParts) else None
 
     def pattern_for(self, name: str) -> SparsityPattern:
         """The sparsity pattern of the operator called `name`."""
-        for pattern, value in self.overrides.items():
-            if matches(name, (pattern,)):
-                return self._override_pattern(value)
-        return self._default_pattern()
+        found = (value for pattern, value in self.overrides.items() if matches(name, (pattern,)))
+        return self._pattern_of(next(found, None))
 
     def reason_left_dense(self, name: str) -> str | None:
         """Why the operator called `name` is left dense; `None` if it is to be pruned."""
@@ -236,7 +230,7 @@ class FistaPruningConfig(PruningOptions):
         """The same configuration with the method's own choice for every option of `MethodDefaults` that is `None`."""
         defaults = method_defaults(str(self.method))
         chosen = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(defaults))}
-        if self._default_pattern().fixed and not self.overrides:
+        if self._pattern_of(None).fixed and not self.overrides:
             chosen.pop("scope")
         missing = {name: getattr(defaults, name) for name, value in chosen.items() if value is None}
         return dataclasses.replace(self, **missing)
@@ -251,16 +245,14 @@ class FistaPruningConfig(PruningOptions):
     def shares_budget(self, name: str) -> bool:
         """Whether the operator called `name` takes part in the allocation of zeros."""
         allocation = self.allocation or method_defaults(str(self.method)).allocation
-        allocated = allocation == "fisher" and not self._default_pattern().fixed
+        allocated = allocation == "fisher" and not self._pattern_of(None).fixed
         return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
 
-    def _scope(self) -> Scope:
-        return self.scope or method_defaults(str(self.method)).scope
-
-    def _default_pattern(self) -> SparsityPattern:
-        return parse_pattern(self.pattern, self.sparsity, self._scope())
-
-    def _override_pattern(self, value: float | str) -> SparsityPattern:
-        if isinstance(value, str):
-            return parse_pattern(value)
-        return parse_pattern(sparsity=value, scope=self._scope())
+    def _pattern_of(self, override: float | str | None) -> SparsityPattern:
+        """The pattern that an override asks for; of `None`, that of all operators without one."""
+        if isinstance(override, str):
+            return parse_pattern(override)
+        scope = self.scope or method_defaults(str(self.method)).scope
+        if override is None:
+            return parse_pattern(self.pattern, self.sparsity, scope)
+        return parse_pattern(sparsity=override, scope=scope)

@@ -1,4 +1,4 @@
-"""The numerical environment of a run, and what it computes on."""
+"""The numerical environment of a run, and the processor that it computes on."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-
-from optimum_fista.model.offload import execution_device
-from optimum_fista.model.products import compute_dtype_of
 
 
 @contextmanager
@@ -26,7 +22,6 @@ def numerical_environment() -> Iterator[None]:
     """
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu", accelerator.type} if accelerator is not None else {"cpu"}
-    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for kind in kinds:
@@ -35,47 +30,19 @@ def numerical_environment() -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        stack.callback(torch.set_default_dtype, dtype)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        stack.enter_context(_full_precision())
+        modules: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+        for module in modules:
+            if hasattr(module, "fp32_precision"):  # from PyTorch 2.9 on
+                stack.callback(setattr, module, "fp32_precision", module.fp32_precision)
+        try:
+            precision = torch.get_float32_matmul_precision()
+        except RuntimeError:  # set by the finer names alone, on which PyTorch refuses to say
+            precision = "highest"
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        torch.set_float32_matmul_precision("highest")
         yield
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Products of float32 matrices in float32."""
-    modules: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    modules = [module for module in modules if hasattr(module, "fp32_precision")]  # from PyTorch 2.9 on
-    finer = [module.fp32_precision for module in modules]
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by the finer names alone, on which PyTorch refuses to say
-        precision = "highest"
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        for module, value in zip(modules, finer, strict=True):
-            module.fp32_precision = value
-
-
-def arithmetic_of(model: PreTrainedModel, compute_dtype: str) -> dict[str, str | None]:
-    """What a model computes with, besides its weights and its configuration; the dtype of products by its name."""
-    device = execution_device(model.get_input_embeddings())
-    return {
-        "dtype": str(model.dtype),
-        "products": str(compute_dtype_of(compute_dtype, device)),
-        "device": device.type,
-        "attention": model.config._attn_implementation,
-        "experts": getattr(model.config, "_experts_implementation", None),
-    }
-
-
-def processor() -> dict[str, str | int]:
-    """The processor, the instructions that PyTorch uses of it, and in how many threads."""
-    instructions = torch.backends.cpu.get_cpu_capability()
-    return {"name": processor_name(), "instructions": instructions, "threads": torch.get_num_threads()}
 
 
 def processor_name() -> str:

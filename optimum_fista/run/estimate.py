@@ -27,8 +27,8 @@ from optimum_fista.run.checkpoints import loading
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import available_bytes
 from optimum_fista.run.pruner import FistaPruner
-from optimum_fista.run.pruning.removal import plan_run, require_zeros_to_pack
-from optimum_fista.run.pruning.size import with_channels_for_size
+from optimum_fista.run.pruning.plan import plan_run
+from optimum_fista.run.pruning.removal import require_zeros_to_pack
 from optimum_fista.run.texts.calibration_source import usual_length
 from optimum_fista.run.texts.self_sampling import num_batches, num_texts
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
@@ -80,9 +80,8 @@ class Estimate:
         self.length, self.value = sequence_length or usual_length(given), dtype.itemsize
         self.vocabulary, self.hidden = input_embedding(self.model).shape
         self.layers = find_decoder_layers(self.model)
-        self.asked = with_channels_for_size(self.model, config)
-        removal, self.config, chosen, self.left_dense = plan_run(self.model, self.layers, self.asked)
-        self.num_removed = 0
+        removal, self.config, chosen, self.left_dense = plan_run(self.model, self.layers, config)
+        self.asked, self.num_removed = self.config if removal is None else removal.asked, 0
         if removal is not None:
             going = dict.fromkeys(range(1, 1 + removal.num_removed_layers), 0.0)  # which ones, the values decide
             chosen = removal.remove_layers(self.model, self.layers, chosen, going) if going else chosen

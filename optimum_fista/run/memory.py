@@ -6,9 +6,9 @@ import ctypes
 import gc
 import sys
 import threading
-import weakref
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ _INTERVAL = 0.02
 """Seconds between two looks."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class MemoryPeak:
     """Largest memory of a process, in bytes.
 
@@ -88,87 +88,55 @@ class MemoryPeak:
     device_bytes: int | None = None
 
 
-class PeakMemory:
-    """As a context: watches this process, 50 times a second, and takes PyTorch's exact count on an accelerator.
+@contextmanager
+def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
+    """Watch this process, 50 times a second; the largest values are known afterwards.
 
-    That count (`torch.cuda.max_memory_allocated` and its like) starts again with it.
-
-    Attributes:
-        peak: The largest values, known when the context ends.
+    PyTorch's exact count on an accelerator (`torch.cuda.max_memory_allocated` and its like) starts again with it.
     """
+    peak, counts, process, ended = MemoryPeak(0), device_counts(device), psutil.Process(), threading.Event()
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._counts = device_counts(device)
-        self._process = psutil.Process()
-        self._done = threading.Event()
-        # The thread must not keep this object, so that it ends with it if an interrupt hits the context itself.
-        self._thread = threading.Thread(target=_watch, args=(weakref.ref(self), self._done), daemon=True)
-        self.peak = MemoryPeak(0)
+    def watch() -> None:
+        is_last = False
+        while not is_last:
+            is_last = ended.is_set()
+            memory = process.memory_info()
+            peak.resident_bytes = max(peak.resident_bytes, memory.rss)
+            if hasattr(memory, "shared"):
+                peak.anonymous_bytes = max(peak.anonymous_bytes or 0, memory.rss - memory.shared)
+            ended.wait(_INTERVAL)
 
-    def __enter__(self) -> PeakMemory:
-        if self._counts is not None:
-            self._counts.reset_peak_memory_stats(self._device)
-        self._look()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self._look()
-        if self._counts is not None:
-            self.peak = replace(self.peak, device_bytes=self._counts.max_memory_allocated(self._device))
-
-    def _look(self) -> None:
-        memory = self._process.memory_info()
-        anonymous = memory.rss - memory.shared if hasattr(memory, "shared") else None
-        seen = self.peak
-        self.peak = MemoryPeak(
-            max(seen.resident_bytes, memory.rss),
-            None if anonymous is None else max(seen.anonymous_bytes or 0, anonymous),
-        )
-
-
-def _watch(peak: weakref.ref[PeakMemory], done: threading.Event) -> None:
-    while not done.wait(_INTERVAL):
-        watched = peak()
-        if watched is None:
-            return
-        watched._look()
-        del watched
+    if counts is not None:
+        counts.reset_peak_memory_stats(device)
+    thread = threading.Thread(target=watch, daemon=True)
+    try:
+        thread.start()
+        yield peak
+    finally:
+        ended.set()
+        if thread.is_alive():  # not if an interrupt came while it was started
+            thread.join()
+        if counts is not None:
+            peak.device_bytes = counts.max_memory_allocated(device)
 
 
 _WORTH_A_SEARCH = 2**20
+_LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def release_memory_of(module: nn.Module) -> None:
-    """Give back what the work on a module has left, in cycles of Python objects too if the module is not tiny."""
-    size = sum(p.numel() * p.element_size() for p in module.parameters())
-    release_free_memory(collect=size >= _WORTH_A_SEARCH)
-
-
-def release_free_memory(*, collect: bool = False) -> None:
+def release_memory(of: nn.Module | None = None, *, collect: bool = False) -> None:
     """Give the process's free memory back to the system, if the C library is glibc.
 
     Freed blocks below 32 MiB stay with the process otherwise: the matrices of one operator would lie beside the
     unused remains of the operators before, of other sizes.
 
     Args:
+        of: What was worked on. If it is not tiny, `collect` is True.
         collect: Whether to look for unused cycles of Python objects first, and to empty the accelerator's cache.
     """
-    if collect:
+    if collect or (of is not None and sum(p.nbytes for p in of.parameters()) >= _WORTH_A_SEARCH):
         gc.collect()
         if torch.accelerator.is_available():
             torch.get_device_module().empty_cache()
-    if _glibc() is not None:
-        _glibc().malloc_trim(0)
-
-
-@cache
-def _glibc() -> Any:
-    """The C library if it is glibc."""
-    if sys.platform != "linux":
-        return None
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "malloc_trim") else None
+    if hasattr(_LIBRARY, "malloc_trim"):
+        _LIBRARY.malloc_trim(0)

@@ -1,3 +1,4 @@
+import threading
 import time
 
 import psutil
@@ -6,7 +7,7 @@ import torch
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run import memory
-from optimum_fista.run.memory import MemoryPeak, PeakMemory, available_bytes, is_out_of_memory
+from optimum_fista.run.memory import MemoryPeak, available_bytes, is_out_of_memory, watched_memory
 
 
 @pytest.mark.parametrize(
@@ -58,50 +59,45 @@ def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path):
     assert available_bytes(torch.device("meta")) is None
 
 
-CPU = torch.device("cpu")
 SIZE = 64 << 20
 
 
 def test_what_was_freed_again_is_seen():
     before = psutil.Process().memory_info().rss
-    with PeakMemory(CPU) as memory:
+    with watched_memory(torch.device("cpu")) as peak:
         held = torch.ones(SIZE // 4)
         ends = time.monotonic() + 60  # it looks 50 times a second, if the machine lets it
-        while memory.peak.resident_bytes < before + 0.9 * SIZE and time.monotonic() < ends:
+        while peak.resident_bytes < before + 0.9 * SIZE and time.monotonic() < ends:
             time.sleep(0.02)
         del held
-    assert memory.peak.resident_bytes >= before + 0.9 * SIZE
-    assert memory.peak.device_bytes is None
-    if memory.peak.anonymous_bytes is not None:
-        assert 0.9 * SIZE <= memory.peak.anonymous_bytes <= memory.peak.resident_bytes
-    with PeakMemory(CPU) as later:
+    assert peak.resident_bytes >= before + 0.9 * SIZE
+    assert peak.device_bytes is None
+    if peak.anonymous_bytes is not None:
+        assert 0.9 * SIZE <= peak.anonymous_bytes <= peak.resident_bytes
+    with watched_memory(torch.device("cpu")) as later:
         pass
-    assert later.peak.resident_bytes < memory.peak.resident_bytes
+    assert 0 < later.resident_bytes < peak.resident_bytes
 
 
-def test_it_ends_with_an_error(monkeypatch):
-    memory = PeakMemory(CPU)
-    with pytest.raises(KeyboardInterrupt), memory:
+def test_the_thread_ends_after_an_error_and_if_the_context_is_never_left():
+    before = {*threading.enumerate()}
+    with pytest.raises(KeyboardInterrupt), watched_memory(torch.device("cpu")):
         raise KeyboardInterrupt
-    assert not memory._thread.is_alive()
-
-
-def test_the_thread_of_a_context_that_was_never_left_ends_as_well():
-    memory = PeakMemory(CPU)
-    memory.__enter__()
-    thread = memory._thread
-    del memory
-    thread.join(60)
-    assert not thread.is_alive()
+    never_left = watched_memory(torch.device("cpu"))
+    never_left.__enter__()
+    del never_left
+    for thread in {*threading.enumerate()} - before:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_on_cuda_the_count_of_pytorch_starts_anew(monkeypatch):
     peaks = {"now": 5}
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.update(now=0))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks["now"])
-    with PeakMemory(torch.device("cuda:1")) as memory:
+    with watched_memory(torch.device("cuda:1")) as peak:
         peaks["now"] = 3
-    assert memory.peak.device_bytes == 3
+    assert peak.device_bytes == 3
 
 
 @pytest.mark.parametrize("from_files", [False, True])

@@ -148,7 +148,7 @@ def test_an_interrupt_between_two_groups_leaves_no_hooks(llama, tokens, monkeypa
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "report_group", interrupted)
+    monkeypatch.setattr(loop, "prune_group", interrupted)
     gc.disable()  # the hooks must go by themselves
     try:
         refuse(llama, tokens.split(4), KeyboardInterrupt, error_correction="full")

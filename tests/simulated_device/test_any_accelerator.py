@@ -12,7 +12,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs, shrink_model
 from optimum_fista.run.checkpoints.loading import usable_device
 from optimum_fista.run.estimate import Estimate
-from optimum_fista.run.memory import available_bytes, release_free_memory
+from optimum_fista.run.memory import available_bytes, release_memory
 from optimum_fista.run.pruning import removal
 from optimum_fista.run.reports.report import device_name, library_versions
 from optimum_fista.run.texts.self_sampling import sample_text_from_model
@@ -39,7 +39,7 @@ def test_its_memory_is_counted():
 def test_its_cache_is_emptied_and_its_name_is_told(monkeypatch):
     emptied = []
     monkeypatch.setattr(backend, "empty_cache", lambda: emptied.append(True))
-    release_free_memory(collect=True)
+    release_memory(collect=True)
     assert emptied
     assert library_versions()["gpu"] == "Simulated accelerator 1"
     assert device_name(torch.device("simulated:0")) == "Simulated accelerator 0"

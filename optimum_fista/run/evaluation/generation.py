@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from optimum_fista.run.checkpoints.loading import load_model
-from optimum_fista.run.memory import release_free_memory
+from optimum_fista.run.memory import release_memory
 
 
 def continue_prompts(
@@ -43,5 +43,5 @@ def continue_prompts(
         ids = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         texts.append(str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
     del model, generate
-    release_free_memory(collect=True)
+    release_memory(collect=True)
     return texts

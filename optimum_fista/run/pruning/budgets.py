@@ -82,7 +82,8 @@ def share_budgets(loss: DenseLoss, operators: Mapping[str, LinearOperator], conf
         saliencies = (found[n].saliency(sharing[n].read()) for n in names)
         costs[key] = sum(removal_cost(saliency, config.sparsity) for saliency in saliencies)
         sizes[key] = sum(math.prod(sharing[n].shape) for n in names)
-        budgets.output_weights |= {n: found[n].outputs for n in names if found[n].seen >= _LEAST_TOKENS}
+        if config.scope == "matrix":
+            budgets.output_weights |= {n: found[n].outputs for n in names if found[n].seen >= _LEAST_TOKENS}
     if costs:
         for key, sparsity in allocate(costs, sizes, config.sparsity).items():
             names = pools[key]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from optimum_fista.model.correction import GroupProblems
-from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.memory import release_free_memory
+from optimum_fista.run.memory import release_memory
 from optimum_fista.run.pruning.budgets import Budgets
+from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import OperatorReport
 from optimum_fista.solve.allocation import prune_stacked
 from optimum_fista.solve.method import PrunedOperator, PruningMethod
@@ -23,61 +23,35 @@ UNDER_CALIBRATED_TOKENS = 128
 """An expert to which the router sends fewer calibration tokens is pruned by magnitude."""
 
 
-@dataclass
-class SolvedGroup:
-    """Pruned operators of a group, in its order, in which patterns, and how that was done."""
-
-    pruned: list[PrunedOperator]
-    patterns: list[SparsityPattern]
-    method: str
-    seconds: float
-
-
-class GroupSolver:
-    """Prunes groups of operators as a configuration, resolved, asks for, in the patterns of the budgets."""
-
-    def __init__(self, config: FistaPruningConfig, model_type: str, budgets: Budgets) -> None:
-        self._budgets = budgets
-        self._output_weights = budgets.output_weights if config.scope == "matrix" else {}
-        self._method = config.create_method(model_type)
-
-    def solve(self, problems: GroupProblems) -> SolvedGroup:
-        """Prune the operators of a group; nothing is written."""
-        group, fitted = problems.operators, problems.fitted
-        patterns = [self._budgets.pattern_for(operator.name) for operator in group]
-        method, message = self._method_for(problems)
-        release_free_memory()  # what capturing left in the allocator is needed by the solver
-        started, name = time.perf_counter(), method.name
-        if all(pattern.column_width and not pattern.sparsity for pattern in patterns):
-            # All columns stay: the operator repairs its decoder layer, the one before which is removed.
-            pruned, name = [_refitted(problem) for problem in fitted], "refit"
-        elif not message and all(operator.name in self._output_weights for operator in group):
-            # rows of all operators compete for the zeros of the group, so shares per operator come out of it
-            weights = [self._output_weights[operator.name] for operator in group]
-            pruned = prune_stacked(method, fitted, patterns, weights)
-            patterns = [replace(p, sparsity=q.sparsity) for p, q in zip(patterns, pruned, strict=True)]
-        else:
-            pruned = method.prune_sharing(fitted, patterns)
-            pruned = [replace(p, message=message or p.message) for p in pruned]
-        if fitted[0].weight.device.type != "cpu":  # kernels are only queued: without this, the time is that of queueing
-            torch.accelerator.synchronize(fitted[0].weight.device)
-        seconds = time.perf_counter() - started
-        finite = torch.stack([torch.isfinite(result.weight).all() for result in pruned]).tolist()
-        for operator, pattern, result, is_finite in zip(group, patterns, pruned, finite, strict=True):
-            broken = pattern.violation(result.mask)
-            if broken or not is_finite:
-                raise RuntimeError(
-                    f"method {method.name!r} failed on {operator.name}: {broken or 'weights hold NaN or Inf'}."
-                )
-            result.weight.masked_fill_(~result.mask, 0.0)  # no -0.0
-        return SolvedGroup(pruned, patterns, name, seconds)
-
-    def _method_for(self, problems: GroupProblems) -> tuple[PruningMethod, str]:
-        """The method for a group, and what to say if it is not the usual one."""
-        tokens = problems.fitted[0].statistics.num_tokens
-        if problems.operators[0].tokens is None or tokens >= UNDER_CALIBRATED_TOKENS:
-            return self._method, ""
-        return Magnitude(), f"under-calibrated expert: {tokens} calibration tokens reached it, so magnitude pruned it"
+def solve_group(
+    problems: GroupProblems, method: PruningMethod, budgets: Budgets
+) -> tuple[list[PrunedOperator], list[SparsityPattern], str]:
+    """Prune the operators of a group; nothing is written. Returns also their patterns, and the name of the method."""
+    group, fitted = problems.operators, problems.fitted
+    patterns = [budgets.pattern_for(operator.name) for operator in group]
+    tokens, name, message = fitted[0].statistics.num_tokens, method.name, ""
+    if group[0].tokens is not None and tokens < UNDER_CALIBRATED_TOKENS:
+        method, name = Magnitude(), Magnitude.name
+        message = f"under-calibrated expert: {tokens} calibration tokens reached it, so magnitude pruned it"
+    if all(pattern.column_width and not pattern.sparsity for pattern in patterns):
+        # All columns stay: the operator repairs its decoder layer, the one before which is removed.
+        pruned, name = [_refitted(problem) for problem in fitted], "refit"
+    elif not message and all(operator.name in budgets.output_weights for operator in group):
+        # rows of all operators compete for the zeros of the group, so shares per operator come out of it
+        weights = [budgets.output_weights[operator.name] for operator in group]
+        pruned = prune_stacked(method, fitted, patterns, weights)
+        patterns = [replace(p, sparsity=q.sparsity) for p, q in zip(patterns, pruned, strict=True)]
+    else:
+        pruned = [replace(p, message=message or p.message) for p in method.prune_sharing(fitted, patterns)]
+    finite = torch.stack([torch.isfinite(result.weight).all() for result in pruned]).tolist()
+    for operator, pattern, result, is_finite in zip(group, patterns, pruned, finite, strict=True):
+        broken = pattern.violation(result.mask)
+        if broken or not is_finite:
+            raise RuntimeError(
+                f"method {method.name!r} failed on {operator.name}: {broken or 'weights hold NaN or Inf'}."
+            )
+        result.weight.masked_fill_(~result.mask, 0.0)  # no -0.0
+    return pruned, patterns, name
 
 
 def _refitted(problem: LayerProblem) -> PrunedOperator:
@@ -87,17 +61,18 @@ def _refitted(problem: LayerProblem) -> PrunedOperator:
     return PrunedOperator(weight, mask, problem.fit_error(weight), 1, converged=not message, message=message)
 
 
-def report_group(problems: GroupProblems, solved: SolvedGroup) -> list[OperatorReport]:
-    """Reports of the operators of a group, with the errors of the weights as they were written."""
+def prune_group(
+    problems: GroupProblems, method: PruningMethod, budgets: Budgets, sink: ModelSink
+) -> list[OperatorReport]:
+    """Prune the operators of a group and write them; their reports have the errors of the weights as written."""
+    release_memory()  # what capturing left in the allocator is needed by the solver
+    started = time.perf_counter()
+    pruned_group, patterns, name = solve_group(problems, method, budgets)
+    seconds = time.perf_counter() - started  # with the kernels of a device, whose results were read
+    for operator, pruned in zip(problems.operators, pruned_group, strict=True):
+        sink.write(operator, pruned.weight, pruned.mask)
     reports = []
-    parts = zip(
-        problems.operators,
-        problems.fitted,
-        problems.held_out_problems(),
-        solved.pruned,
-        solved.patterns,
-        strict=True,
-    )
+    parts = zip(problems.operators, problems.fitted, problems.held_out_problems(), pruned_group, patterns, strict=True)
     for operator, problem, held_out, pruned, pattern in parts:
         exact = operator.parameter.dtype == problem.weight.dtype  # otherwise rounding changed what was solved for
         written = pruned.weight if exact else operator.read()
@@ -114,7 +89,7 @@ def report_group(problems: GroupProblems, solved: SolvedGroup) -> list[OperatorR
                 scope=pattern.scope,
                 num_kept=kept,
                 sparsity=1 - kept / pruned.mask.numel(),
-                method=solved.method,
+                method=name,
                 fit_error=fit_error,
                 output_error=problems.output_error(problem, written, fit_error),
                 l1_penalty=pruned.l1_penalty,
@@ -122,7 +97,7 @@ def report_group(problems: GroupProblems, solved: SolvedGroup) -> list[OperatorR
                 converged=pruned.converged,
                 message=pruned.message,
                 num_tokens=problem.statistics.num_tokens,
-                solve_seconds=solved.seconds / len(problems.operators),
+                solve_seconds=seconds / len(problems.operators),
                 held_out_fit_error=unseen,
                 held_out_output_error=None
                 if held_out is None or unseen is None

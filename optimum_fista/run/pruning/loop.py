@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -13,18 +13,19 @@ from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.correction import GroupProblems, LayerTargets
 from optimum_fista.model.digest import sha256_of
 from optimum_fista.model.expert_removal import experts_of
-from optimum_fista.model.experts import FusedExperts
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.hidden_states import RecordedInputs
 from optimum_fista.model.offload import execution_device, offload_hook, onloaded
 from optimum_fista.run.checkpoints.loading import storage_place
-from optimum_fista.run.memory import PeakMemory, is_out_of_memory, release_memory_of
-from optimum_fista.run.pruning.group_solving import GroupSolver, report_group
+from optimum_fista.run.memory import is_out_of_memory, release_memory, watched_memory
+from optimum_fista.run.pruning.budgets import Budgets
+from optimum_fista.run.pruning.group_solving import prune_group
 from optimum_fista.run.pruning.model_pruning import ModelPruning
-from optimum_fista.run.pruning.operators import require_finite
-from optimum_fista.run.pruning.parts_of_layer import remove_experts, reorder_channels
+from optimum_fista.run.pruning.plan import require_finite
+from optimum_fista.run.pruning.reordering import reorder_channels
 from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import LayerRecord, LayerReport, MixtureReport, OperatorReport
+from optimum_fista.solve.method import PruningMethod
 
 
 def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | None = None) -> None:
@@ -41,22 +42,22 @@ def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | Non
             the layers must be independent of each other, and those that are not to do stay dense.
     """
     budgets = run.shared_budgets()  # first: the layers that it removes change the configuration
-    solver = GroupSolver(run.config, run.model.config.model_type, budgets)
+    method = run.config.create_method(run.model.config.model_type)
     todo = range(len(run.layers)) if todo is None else todo
-    counts = {index: count for index, count in enumerate(run.num_steps) if index in todo}
-    last = max((index for index, count in counts.items() if count), default=-1)
+    pruned = run.pruned_layers
+    last = max((index for index in pruned if index in todo), default=-1)
     with (
         run.working(),
         tqdm(
-            total=run.num_before + sum(counts.values()),
+            total=run.num_before + len(todo),
             initial=run.num_before,
             desc=run.title,
-            unit="operator",
+            unit="layer",
             disable=not run.progress or any(callback.shows_layers for callback in run.callbacks),
         ) as bar,
     ):
-        loop = _Loop(run, sink, solver, bar)
-        recorded, run.states = run.batches.record(run.states, run.storage)
+        loop = _Loop(run, sink, method, budgets, bar)
+        recorded = run.record()
         first = 0 if run.states is None else min(todo)
         if run.states is None:
             run.states = run.config.correction.enter(recorded.hidden_states)
@@ -81,7 +82,7 @@ def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | Non
                 while record is None:
                     record = loop.try_layer(index, recorded, prunes=index in todo)
                     if record is None:  # with smaller batches
-                        recorded, run.states = run.batches.record(run.states, run.storage)
+                        recorded = run.record()
                         recorded.hidden_states.clear()
                 recorded.calls[index] = []
                 if held_out is not None and index not in run.removed:
@@ -90,29 +91,31 @@ def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | Non
                     held_out.measure()
                 if index in todo:
                     record = run.finished(record, time.perf_counter() - started, dense_sha256)
-                    carried = index < run.last_layer and not run.config.correction.independent_layers
+                    carried = index < max(pruned, default=-1) and not run.config.correction.independent_layers
                     sink.commit(index, layer, record, run.states if carried else None, held_out)
-            release_memory_of(layer)
+            release_memory(layer)
             if index in todo:
+                bar.update()
                 for callback in run.callbacks:
                     callback.on_layer_end(index, record.report, record.operators)
 
 
+@dataclass
 class _Loop:
     """What is inside the loop over decoder layers: one layer, and one group of its operators."""
 
-    def __init__(self, run: ModelPruning, sink: ModelSink, solver: GroupSolver, bar: tqdm) -> None:
-        self.run = run
-        self.sink = sink
-        self.solver = solver
-        self.bar = bar
+    run: ModelPruning
+    sink: ModelSink
+    method: PruningMethod
+    budgets: Budgets
+    bar: tqdm
 
     def try_layer(self, index: int, recorded: RecordedInputs, *, prunes: bool) -> LayerRecord | None:
         """Prune a decoder layer, or run it as it is; `None`, with it dense again and batches halved, if memory ran out.
 
         Either way `run.states` becomes the hidden states after the layer.
         """
-        run, layer, shown = self.run, self.run.layers.modules[index], self.bar.n
+        run, layer = self.run, self.run.layers.modules[index]
         name, device = f"{run.layers.name}.{index}", execution_device(layer)
         storage = storage_place(run.storage_device, device)
         entering = run.states
@@ -132,73 +135,58 @@ class _Loop:
             reason = str(error) or repr(error)
         # outside of the handler: the error holds the frames, and they hold what filled the memory
         self.sink.undo()
-        self.bar.update(shown - self.bar.n)
-        run.states = run.batches.halve(name, reason, entering, run.storage)
+        run.states = entering
+        run.halve(name, reason)
         return None
 
     def prune_layer(self, index: int, name: str, activations: LayerActivations) -> LayerRecord:
         """Prune the operators of one decoder layer, group by group in execution order."""
-        run, operators, entering = self.run, self.run.operators[name], self.run.states
+        run, operators, removal, entering = self.run, self.run.operators[name], self.run.removal, self.run.states
         assert entering is not None
         require_finite([operator for operator in operators.values() if offload_hook(operator.owner)])
         first = entering.entering[0].to(activations.device)
-        if run.removal is not None:
-            run.removal.prove(name, activations, first)
-        orders = reorder_channels(run, self.sink, name, activations, entering.entering)
+        orders: dict[str, tuple[int, ...]] = {}
+        experts = None
+        if removal is not None:
+            removal.prove(name, activations, first)
+        if run.config.reorder_channels:
+            orders = reorder_channels(run, self.sink, name, activations, entering.entering)
         groups, left_dense = trace_groups(activations.layer, operators, activations.calls[0], first)
-        if run.removal is not None:
-            groups, others = run.removal.to_prune(name, groups, activations, first)
+        if removal is not None:
+            groups, others = removal.to_prune(name, groups, activations, first)
             left_dense |= others
-        self.bar.update(len(left_dense))
+            part = removal.mixture_of(name)
+            experts = None if part is None else experts_of(part, name, activations.layer)
         reports: list[OperatorReport] = []
-        part = None if run.removal is None else run.removal.mixture_of(name)
-        experts = None if part is None else experts_of(part, name, activations.layer)
         mixture: MixtureReport | None = None
         smaller: nn.Module | None = None
-        with PeakMemory(activations.device) as memory:
+        with watched_memory(activations.device) as peak:
             together = None if experts is None else experts.module
             targets = LayerTargets(activations, groups, run.config.correction, entering, together)
             # with the dense network's inputs, while the layer still is that of the dense network; else as pruned
             first_of_all = run.config.correction.sees_dense_inputs(len(groups))
-            if experts is not None and first_of_all:
-                mixture, smaller = self.without_experts(name, experts, targets)
+            if removal is not None and experts is not None and first_of_all:
+                mixture, smaller = removal.remove_experts(self.sink, name, experts, targets)
             for number in range(len(groups)):
                 # in a call: the matrices of a group must be gone before those of the next one are made
                 reports += self.prune_group(index, targets.problems(number))
-            if experts is not None and not first_of_all:
-                mixture, smaller = self.without_experts(name, experts, targets)
+            if removal is not None and experts is not None and not first_of_all:
+                mixture, smaller = removal.remove_experts(self.sink, name, experts, targets)
             leaving = targets.leave(smaller)
         run.states = leaving
-        peak = memory.peak if operators or mixture else None
         moved = activations.hidden_state_error(leaving)
         reports = [replace(report, input_order=orders.get(report.name)) for report in reports]
-        return LayerRecord(LayerReport(name, moved, 0.0, peak, mixture), reports, left_dense)
+        memory = peak if operators or mixture else None
+        return LayerRecord(LayerReport(name, moved, 0.0, memory, mixture), reports, left_dense)
 
     def prune_group(self, index: int, problems: GroupProblems) -> list[OperatorReport]:
-        """Prune operators that share their inputs, and write them."""
-        solved = self.solver.solve(problems)
-        for operator, pruned in zip(problems.operators, solved.pruned, strict=True):
-            self.sink.write(operator, pruned)
-        reports = report_group(problems, solved)
-        self.show(index, reports)
-        for callback in self.run.callbacks:
-            for report in reports:
-                callback.on_operator_end(report)
-        return reports
-
-    def without_experts(
-        self, name: str, experts: FusedExperts, targets: LayerTargets
-    ) -> tuple[MixtureReport, nn.Module]:
-        """Remove experts of a decoder layer; returns what to report, and the layer without them."""
-        assert self.run.removal is not None
-        removed = remove_experts(self.run.removal, self.sink, name, experts, targets)
-        self.bar.update()
-        return removed
-
-    def show(self, index: int, reports: list[OperatorReport]) -> None:
-        """Move the progress bar on."""
+        """Prune operators that share their inputs, and show it."""
+        reports = prune_group(problems, self.method, self.budgets, self.sink)
         last, layers = reports[-1], self.run.layers
         name = last.name.removeprefix(f"{layers.name}.{index}.").removesuffix(".weight")
         held_out = "" if last.held_out_fit_error is None else f", held out {last.held_out_fit_error:.4f}"
         self.bar.set_postfix_str(f"layer {index + 1}/{len(layers)} {name} fit error {last.fit_error:.4f}{held_out}")
-        self.bar.update(len(reports))
+        for callback in self.run.callbacks:
+            for report in reports:
+                callback.on_operator_end(report)
+        return reports

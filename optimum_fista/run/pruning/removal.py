@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers, find_operators
+from optimum_fista.model.correction import LayerTargets
+from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
+from optimum_fista.model.experts import FusedExperts
 from optimum_fista.model.offload import offload_hook
 from optimum_fista.model.operator import Group, LinearOperator
 from optimum_fista.model.parts import Part, numbers_kept
@@ -22,12 +26,13 @@ from optimum_fista.model.shrinking import (
     require_same_outputs,
     shrink_model,
     small_hidden_states,
+    smaller_copy,
 )
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.memory import is_out_of_memory
-from optimum_fista.run.pruning.operators import choose_operators
 from optimum_fista.run.pruning.run_report import first_names
-from optimum_fista.run.reports.report import LayerRecord, LayerReport, OperatorReport, PruningReport
+from optimum_fista.run.pruning.sink import ModelSink
+from optimum_fista.run.reports.report import LayerRecord, LayerReport, MixtureReport, OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns, WholeParts
 
@@ -62,11 +67,10 @@ class Removal:
     proven: set[object] = field(default_factory=set)
 
     @classmethod
-    def planned(cls, model: PreTrainedModel, config: FistaPruningConfig) -> Removal | None:
-        """The removal that a configuration asks for; `None` if its pattern is another."""
+    def planned(cls, model: PreTrainedModel, config: FistaPruningConfig) -> Removal:
+        """The removal that a configuration asks for, whose pattern is of whole parts."""
         pattern = config.whole_parts
-        if pattern is None:
-            return None
+        assert pattern is not None
         counts, total = numbers_kept(model, pattern), len(find_decoder_layers(model))
         going = sum(total - part.num_kept(total) for part in pattern.shares if part.kind == "layers")
         plan, columns_only = _plans(model, counts)
@@ -189,6 +193,41 @@ class Removal:
             raise
         self.proven.add(kind)
 
+    def remove_experts(
+        self, sink: ModelSink, layer_name: str, experts: FusedExperts, targets: LayerTargets
+    ) -> tuple[MixtureReport, nn.Module]:
+        """Choose the experts of a decoder layer that stay, and refit them, so that they return its targets together.
+
+        Returns:
+            What to report, and the layer without the experts that go.
+        """
+        started, part = time.perf_counter(), self.plan.parts[experts.name]
+        scores, wanted = score_experts(experts, targets)
+        kept = experts_to_keep(scores.saliency, self.plan.counts[part.name], part.equal_runs)
+        smaller = smaller_copy(self.experts, layer_name, targets.activations.layer, {part.name: kept})
+        left = experts_of(part, layer_name, smaller)
+        mixture = SmallerMixture(left, replace(targets.activations, layer=smaller), targets.entering.entering, wanted)
+        before, unseen = mixture.errors()
+        fit_error, num_refitted, message = before, 0, ""
+        if self.asked.expert_refit:
+            down = [operator for operator in experts.operators if operator.kind == "down_proj"]
+            num_refitted, message = mixture.refit(lambda expert, weight: sink.write(down[kept[expert]], weight))
+            fit_error, unseen = mixture.errors()
+        report = MixtureReport(
+            name=part.name,
+            groups_kept=kept,
+            saliency=tuple(scores.saliency.tolist()),
+            expert_tokens=tuple(scores.num_tokens.tolist()),
+            fit_error=fit_error,
+            fit_error_before=before,
+            num_refitted=num_refitted,
+            solve_seconds=time.perf_counter() - started,
+            message=message,
+            held_out_fit_error=unseen,
+            residual_corrected=targets.adds_experts,
+        )
+        return report, smaller
+
     def shrink_layer(
         self, record: LayerRecord, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     ) -> tuple[LayerRecord, dict[str, Tensor], dict[str, Tensor]]:
@@ -297,24 +336,6 @@ class Removal:
                 mixture = None if mixture is None or new is None else replace(mixture, name=new)
                 left.append(replace(report, name=name, mixture=mixture))
         return left
-
-
-def plan_run(
-    model: PreTrainedModel, layers: DecoderLayers, asked: FistaPruningConfig
-) -> tuple[Removal | None, FistaPruningConfig, dict[str, dict[str, LinearOperator]], dict[str, str]]:
-    """The removal that a configuration asks for, and what it makes of the configuration.
-
-    Also the operators to prune, by decoder layer, and those left dense with the reason.
-    """
-    removal = Removal.planned(model, asked)
-    if removal is None:
-        operators, left_dense = choose_operators(layers, asked)
-        return None, asked, operators, left_dense
-    mixtures = any(part.is_mixture for part in removal.plan.parts.values())
-    may_be_none = bool(removal.num_removed_layers) or mixtures  # then something goes although no operator is pruned
-    operators, left_dense = choose_operators(layers, removal.config, may_be_none=may_be_none)
-    operators = removal.with_repairs(layers, operators)
-    return removal, removal.config, operators, removal.reasons_left_dense(left_dense, operators)
 
 
 def _plans(

@@ -16,7 +16,6 @@ from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.offload import alignment_hooks, kept_tensor, offload_hook, store_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.reports.report import LayerRecord
-from optimum_fista.solve.method import PrunedOperator
 from optimum_fista.solve.pattern import pack_mask
 
 
@@ -32,9 +31,7 @@ class ModelSink:
     Old weights wait in CPU memory and cost one byte for each byte of pruned weights; those that are offloaded to the
     files of a checkpoint cost nothing, because the files are not touched.
 
-    Args:
-        model: The model.
-        contexts: What the run works in; they are left without an interruption.
+    The run works in `contexts`, which are left without an interruption.
 
     Attributes:
         interruptible: To enter after the sink: an interrupt ends what is inside at once. It is a lock because Python
@@ -56,18 +53,15 @@ class ModelSink:
         self._interrupt: Callable[[int, FrameType | None], Any] = signal.default_int_handler
         self._waits = False
 
-    def write(self, operator: LinearOperator, pruned: PrunedOperator) -> None:
-        """Overwrite a weight in the model, so that what comes after it runs on the pruned one, and keep its mask."""
-        self.overwrite(operator, pruned.weight)
-        self.masks[f"{operator.name}.weight"] = pack_mask(pruned.mask.T if operator.transposed else pruned.mask)
-
-    def overwrite(self, operator: LinearOperator, weight: Tensor) -> None:
-        """Overwrite a weight [out, in] that has no mask.
+    def write(self, operator: LinearOperator, weight: Tensor, mask: Tensor | None = None) -> None:
+        """Overwrite a weight [out, in], so that what comes after it runs on the new one, and keep its mask.
 
         Of one that is offloaded only the copy on the device, until the layer is committed.
         """
         self._keep(operator.owner, operator.tensor, lambda: operator.parameter)
         operator.write(weight)
+        if mask is not None:
+            self.masks[f"{operator.name}.weight"] = pack_mask(mask.T if operator.transposed else mask)
 
     def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
         """The same with a whole parameter of a module, as it is stored."""
@@ -105,8 +99,7 @@ class ModelSink:
     ) -> None:
         """Make the weights of a decoder layer final, while they are on the device: overwrite those Accelerate keeps.
 
-        `record` is what the run says of the layer, `states` are the hidden states after it; `None` if the next one does
-        not need them. `held_out` are those of the held-out sequences.
+        `states` are the hidden states after it; `None` if the next one does not need them.
         """
         for owner, tensor in self._onloaded.values():
             store_tensor(owner, tensor, getattr(owner, tensor), self._undo.append)
@@ -125,7 +118,13 @@ class ModelSink:
         self._committed = 0
 
     def __enter__(self) -> Self:
-        self._held = _held(self._model)  # before any context installs something on modules
+        # Before any context installs something on modules. Hooks, forwards, modes, parameters and submodules all live
+        # in the instance dictionaries of modules, one level deep; hooks of Accelerate and the configuration change too.
+        modules = list(self._model.modules())
+        holders = [*modules, *(hook for module in modules for hook in alignment_hooks(module))]
+        attributes = [vars(holder) for holder in (*holders, getattr(self._model, "config", None)) if holder is not None]
+        inner = [value for found in attributes for value in found.values() if isinstance(value, dict)]
+        self._held = [(found, dict(found)) for found in (*attributes, *inner)]
         self._gradients = [(p, p.requires_grad, p.grad) for p in self._model.parameters()]
         handler = signal.getsignal(signal.SIGINT)
         # Python runs handlers of signals in the main thread only, and allows only that one to set them
@@ -174,13 +173,3 @@ class ModelSink:
             self._interrupt(number, frame)
         else:
             self._waits = True
-
-
-def _held(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The dictionaries in which modules, hooks of Accelerate and the configuration keep what they hold, with copies."""
-    # hooks, forwards, modes, parameters and submodules all live in the instance dictionaries of modules, one level deep
-    modules = list(model.modules())
-    holders = [*modules, *(hook for module in modules for hook in alignment_hooks(module))]
-    attributes = [vars(holder) for holder in [*holders, *([model.config] if hasattr(model, "config") else [])]]
-    inner = [value for found in attributes for value in found.values() if isinstance(value, dict)]
-    return [(found, dict(found)) for found in [*attributes, *inner]]

@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 
 from optimum_fista.run.checkpoints.atomic import digest_of
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_FILE
-from optimum_fista.run.environment import arithmetic_of
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import library_versions
 
@@ -27,7 +26,7 @@ SourceStamps = dict[str, list[Any]]
 
 def run_fingerprint(source: SourceFiles, pruning: ModelPruning, packed: bool) -> dict[str, Any]:
     """Everything that the bytes of a run depend on: weights, configurations, arithmetic, tokens, versions."""
-    shapes = [list(batch.input_ids.shape) for batch in pruning.batches.all]
+    shapes = [list(batch.input_ids.shape) for batch in pruning.batches]
     versions, calibration = library_versions(), pruning.report.calibration
     tokens = calibration["sha256"]
     if "held_out" in calibration:
@@ -37,7 +36,7 @@ def run_fingerprint(source: SourceFiles, pruning: ModelPruning, packed: bool) ->
         "journal": _FORMAT,
         "weights": {name: digest for name, digest in source.digests.items() if name != CONFIG_FILE},
         "model_config": {key: value for key, value in network.items() if key not in _NOT_COMPUTED_WITH},
-        "arithmetic": arithmetic_of(pruning.model, pruning.config.compute_dtype),
+        "arithmetic": {k: v for k, v in pruning.report.environment.items() if k not in ("processor", "batches")},
         "config": pruning.report.config,  # as asked: what a removal makes of it does not tell all patterns apart
         "calibration": tokens,
         "batches": shapes,

@@ -167,8 +167,7 @@ class StreamedRun:
             self.finished = ranks.first(self._finished)
             unfinished = [index for index in range(len(pruning.layers)) if index not in self.finished]
             if self.finished and ranks.count == 1:
-                groups = list(pruning.operators.values())
-                pruning.num_before = sum(len(groups[index]) for index in self.finished)
+                pruning.num_before = len(self.finished)
                 pruning.title = f"Resuming, {len(self.finished)} of {len(pruning.layers)} decoder layers done"
             if unfinished:
                 todo = share_layers(unfinished, pruning.costs(), ranks.count)[ranks.index]
@@ -210,12 +209,11 @@ class StreamedRun:
             first, states = first + 1, finished[first].sha256["after"]
         streams = journal.states(first, states, pruning.storage)
         if not pruning.config.correction.independent_layers:
-            if 0 < first <= pruning.last_layer:
+            if 0 < first <= max(pruning.pruned_layers, default=-1):
                 if streams is None:
                     first = 0  # they can't be made again without the layers before
                 else:
-                    pruning.states = HiddenStates(streams.get("dense"), streams.get("pruned"))
-                    pruning.batches.use_sizes_of(pruning.states)
+                    pruning.resume(HiddenStates(streams.get("dense"), streams.get("pruned")))
             finished = {index: finished[index] for index in range(first)}
         if pruning.held_out is not None and finished:
             goes_on = len(finished) == first and pruning.held_out.resume(streams or {})

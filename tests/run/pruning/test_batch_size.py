@@ -13,7 +13,7 @@ from untouched import Untouched
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.run.pruning.run_batches import cut_batches, cut_states, halved_sizes
+from optimum_fista.run.pruning.model_pruning import cut_batches, cut_states
 from optimum_fista.run.streamed import streamed_run
 
 CONFIGS = [FistaPruningConfig(), FistaPruningConfig(method="sparsegpt", error_correction="intra")]
@@ -185,8 +185,7 @@ def test_a_streamed_run_goes_on_with_the_smaller_batches(streamed, tmp_path):
 def test_batches_and_states_are_cut_alike():
     ids, mask = torch.arange(18).view(6, 3), torch.tensor([[True, True, False]])
     batches = [CalibrationBatch(ids[:5]), CalibrationBatch(ids[5:], mask, held_out=True)]
-    sizes = halved_sizes(batches, "")
-    assert sizes == [3, 2, 1]
+    sizes = [3, 2, 1]
     cut = cut_batches(batches, sizes)
     assert torch.equal(torch.cat([b.input_ids for b in cut[:2]]), batches[0].input_ids)
     assert torch.equal(cut[2].attention_mask, mask)
@@ -196,5 +195,3 @@ def test_batches_and_states_are_cut_alike():
     assert states.dense is states.pruned
     assert [h.shape[0] for h in states.dense] == sizes
     assert torch.equal(torch.cat(list(states.dense)), torch.cat(dense))
-    with pytest.raises(torch.OutOfMemoryError, match=r"one sequence of 3 tokens.*\[no room\]"):
-        halved_sizes([batches[1]], "no room")

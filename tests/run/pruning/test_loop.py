@@ -18,8 +18,8 @@ class Recorder(PruningCallback):
     def __init__(self) -> None:
         self.events: list[tuple[str, str]] = []
 
-    def write(self, operator, pruned):
-        operator.write(pruned.weight)
+    def write(self, operator, weight, mask):
+        operator.write(weight)
         self.events.append(("write", operator.name.rsplit(".", 1)[-1]))
 
     def undo(self):

@@ -33,7 +33,7 @@ def test_sizes_of_channels_are_measured_on_the_first_tokens_alone(monkeypatch):
         return [operator.input_order for operator in report.operators]
 
     first, all_of_them = order(BATCHES[:1]), order(BATCHES)
-    monkeypatch.setattr("optimum_fista.run.pruning.parts_of_layer._TOKENS_OF_ORDER", BATCHES[0].numel())
+    monkeypatch.setattr("optimum_fista.run.pruning.reordering._TOKENS_OF_ORDER", BATCHES[0].numel())
     assert order(BATCHES)[0] == first[0] != all_of_them[0]
 
 

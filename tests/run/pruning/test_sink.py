@@ -12,7 +12,6 @@ from optimum_fista.model.offload import kept_tensor, onloaded
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.run.pruning.sink import ModelSink
 from optimum_fista.run.reports.report import LayerRecord, LayerReport
-from optimum_fista.solve.method import PrunedOperator
 
 
 @pytest.fixture(params=[nn.Linear(4, 3), Conv1D(3, 4)], ids=["Linear", "Conv1D"])
@@ -20,14 +19,10 @@ def operator(request) -> LinearOperator:
     return LinearOperator("mlp", request.param)
 
 
-def pruned(weight: torch.Tensor) -> PrunedOperator:
-    return PrunedOperator(weight, weight != 0, 0.0)
-
-
 def write_and_fail(operator: LinearOperator, error: type[BaseException]) -> None:
     with ModelSink(operator.module) as sink:
-        sink.write(operator, pruned(torch.zeros(3, 4)))
-        sink.write(operator, pruned(torch.ones(3, 4)))
+        sink.write(operator, torch.zeros(3, 4))
+        sink.write(operator, torch.ones(3, 4))
         raise error
 
 
@@ -43,7 +38,7 @@ def test_any_exception_restores_the_bits_in_place(operator, error):
 
 def test_success_keeps_what_was_written(operator):
     with ModelSink(operator.module) as sink:
-        sink.write(operator, pruned(torch.ones(3, 4)))
+        sink.write(operator, torch.ones(3, 4))
     assert torch.equal(operator.parameter, torch.ones_like(operator.parameter))
 
 
@@ -52,10 +47,10 @@ def test_undo_puts_back_what_was_written_since_the_last_commit():
     first, second = (LinearOperator(f"{index}", module) for index, module in enumerate(model))
     before = [module.weight.detach().clone() for module in model]
     with suppress(ValueError), ModelSink(model) as sink:
-        sink.write(first, pruned(torch.zeros(3, 4)))
+        sink.write(first, torch.zeros(3, 4))
         sink.commit(0, model[0], LayerRecord(LayerReport("0", None, 0.0)), None, None)
-        sink.write(second, pruned(torch.zeros(3, 4)))
-        sink.write(second, pruned(torch.ones(3, 4)))
+        sink.write(second, torch.zeros(3, 4))
+        sink.write(second, torch.ones(3, 4))
         sink.undo()
         assert torch.equal(second.parameter, before[1])
         assert not first.parameter.any()
@@ -70,10 +65,10 @@ def test_offloaded_weights_change_where_they_are_kept_when_their_layer_is_commit
     operator = LinearOperator("0", model[0])
     with suppress(ValueError), ModelSink(model) as sink:
         with onloaded(model.modules()):
-            sink.write(operator, pruned(torch.zeros(3, 4)))
+            sink.write(operator, torch.zeros(3, 4))
             sink.undo()
             assert torch.equal(operator.parameter, before)
-            sink.write(operator, pruned(torch.ones(3, 4)))
+            sink.write(operator, torch.ones(3, 4))
             assert torch.equal(kept_tensor(model[0], "weight"), before)
             sink.commit(0, model[0], LayerRecord(LayerReport("0", None, 0.0)), None, None)
             assert torch.equal(kept_tensor(model[0], "weight"), torch.ones(3, 4))
@@ -100,7 +95,7 @@ def test_an_interrupt_at_any_line_restores_all_or_comes_after_the_end(error):
 
     def run(interrupts: InterruptAt) -> None:
         with interrupts, ModelSink(model, marked(model), torch.no_grad()) as sink, sink.interruptible:
-            sink.write(LinearOperator("mlp", model), pruned(torch.ones(3, 4)))
+            sink.write(LinearOperator("mlp", model), torch.ones(3, 4))
             model.register_forward_hook(print)
             if error is not None:
                 raise error

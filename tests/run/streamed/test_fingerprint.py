@@ -14,7 +14,7 @@ from tiny_llama import tiny_llama, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.environment import arithmetic_of
+from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.streamed import fingerprint
 from optimum_fista.run.streamed.journal import Journal
 
@@ -156,7 +156,8 @@ def test_another_dtype_is_refused(source, cut_off):
 
 def test_attention_and_device_are_part_of_it(dense, monkeypatch):
     def arithmetic(attention: str) -> dict:
-        return arithmetic_of(AutoModelForCausalLM.from_pretrained(dense, attn_implementation=attention), "float32")
+        model = AutoModelForCausalLM.from_pretrained(dense, attn_implementation=attention)
+        return ModelPruning(model, tiny_tokens().split(4), FistaPruningConfig(), progress=False).report.environment
 
     assert arithmetic("eager") == arithmetic("sdpa") | {"attention": "eager"}
     assert arithmetic("eager")["device"] == "cpu"
