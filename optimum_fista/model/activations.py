@@ -134,10 +134,10 @@ class LayerActivations:
             )
         return self.real_tokens(flat, batch) if operator.tokens is None else flat[mask.reshape(-1)[operator.tokens]]
 
-    def tokens(self, batch: int, operator: LinearOperator) -> Tensor | None:
-        """Indices of the tokens that the rows of `rows` are of; `None` if the operator sees all tokens."""
-        mask, tokens = self.token_masks[batch], operator.tokens
-        return tokens if mask is None or tokens is None else tokens[mask.reshape(-1)[tokens]]
+    def tokens(self, batch: int, tokens: Tensor) -> Tensor:
+        """Those of the tokens of an expert that are real: `rows` are of them."""
+        mask = self.token_masks[batch]
+        return tokens if mask is None else tokens[mask.reshape(-1)[tokens]]
 
     def hidden_state_error(self, states: HiddenStates) -> float | None:
         """`|| H* - H ||_F / || H ||_F` over the real tokens that are not held out.

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.experts import FusedExperts, can_be_split, is_fused_experts
-from optimum_fista.model.operator import LinearOperator, is_linear
+from optimum_fista.model.operator import LINEAR, LinearOperator
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,23 @@ class DecoderLayers:
 
 
 def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
-    """Find the `nn.ModuleList` of decoder layers.
+    """Find the `nn.ModuleList` of decoder layers of a causal language model.
 
     These are the model's `_no_split_modules`, or else modules made for gradient checkpointing. If a model has
     several such lists, as beside a vision encoder, it is the one that belongs to `model.get_decoder()`.
     """
-    require_causal(model)
+    config, not_causal = model.config, None
+    if not model.can_generate():
+        not_causal = "it can't generate text (it has no causal language-model head)"
+    elif getattr(config, "is_encoder_decoder", False):
+        not_causal = "it is an encoder-decoder model"
+    elif getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
+        not_causal = "it is an encoder, in which every token sees all others (config.is_decoder is False)"
+    if not_causal is not None:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} can't be pruned: {not_causal}. Pass a decoder-only model, loaded by "
+            "AutoModelForCausalLM."
+        )
     # Names of classes that Transformers does not split over devices, because they hold a residual connection.
     wanted = set(getattr(model, "_no_split_modules", None) or ())
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
@@ -76,22 +87,6 @@ def names_around(model: PreTrainedModel, layers: DecoderLayers) -> list[str]:
     return [name for name in model.state_dict() if not name.startswith(f"{layers.name}.") and name not in tied]
 
 
-def require_causal(model: PreTrainedModel) -> None:
-    """Refuse models whose tokens see what follows them, and models without a language-model head."""
-    config = model.config
-    if not model.can_generate():
-        reason = "it can't generate text (it has no causal language-model head)"
-    elif getattr(config, "is_encoder_decoder", False):
-        reason = "it is an encoder-decoder model"
-    elif getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
-        reason = "it is an encoder, in which every token sees all others (config.is_decoder is False)"
-    else:
-        return
-    raise UnsupportedArchitectureError(
-        f"{type(model).__name__} can't be pruned: {reason}. Pass a decoder-only model, loaded by AutoModelForCausalLM."
-    )
-
-
 def _own_lists(decoder: nn.Module, lists: Mapping[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
     """Those of the lists that a decoder holds, but no model inside it."""
     inner = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m is not decoder]
@@ -101,22 +96,16 @@ def _own_lists(decoder: nn.Module, lists: Mapping[str, nn.ModuleList]) -> dict[s
 
 
 def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, LinearOperator]:
-    """Find the linear operators of a decoder layer by module type; every matrix of every expert is one.
+    """Find the linear operators of a decoder layer, by their full names; every matrix of every expert is one.
 
-    Args:
-        layer_name: Name of the decoder layer in the model.
-        layer: The decoder layer.
-        dense_experts: Name patterns of fused experts that are to stay dense.
-
-    Returns:
-        Operators by their full names.
+    `layer_name` is the layer's name in the model; fused experts whose names match `dense_experts` are passed over.
     """
     operators: dict[str, LinearOperator] = {}
     passed_over = left_out(layer_name, layer, dense_experts)
     for name, module in layer.named_modules(prefix=layer_name):
         if name in passed_over:
             continue
-        if is_linear(module):
+        if isinstance(module, LINEAR):
             operators[name] = LinearOperator(name, module)
         elif is_fused_experts(module):
             if not can_be_split(module):
@@ -143,7 +132,7 @@ def left_out(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = (
         # One output for each expert is a router, a single one the gate of a shared expert.
         sizes = {1, *(parameter.shape[0] for child in experts for parameter in child.parameters(recurse=False))}
         for child_name, child in module.named_children() if experts else ():
-            if is_linear(child) and child.weight.shape[0] in sizes:
+            if isinstance(child, LINEAR) and child.weight.shape[0] in sizes:
                 found[f"{name}.{child_name}"] = "router"
     return found
 

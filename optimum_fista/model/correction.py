@@ -54,14 +54,9 @@ class Correction:
         return cls(error_correction, 1.0, residual_correction if error_correction != "none" else 0.0)  # type: ignore[arg-type]
 
     @property
-    def independent_layers(self) -> bool:
-        """Whether every decoder layer starts from the dense network's hidden states."""
-        return self.carry != "full"
-
-    @property
     def needs_dense(self) -> bool:
         """Whether the targets need the dense network's inputs or outputs."""
-        return self.independent_layers or self.dense_share > 0 or self.residual_share > 0
+        return self.carry != "full" or self.dense_share > 0 or self.residual_share > 0
 
     def sees_dense_inputs(self, group: int) -> bool:
         """Whether `X* = X` for the group of operators with this number in the decoder layer."""
@@ -69,7 +64,7 @@ class Correction:
 
     def enter(self, hidden_states: Sequence[Tensor]) -> HiddenStates:
         """The hidden states that enter the first decoder layer: dense, pruned, or both, as needed."""
-        if self.independent_layers:
+        if self.carry != "full":
             return HiddenStates(hidden_states)
         return HiddenStates(hidden_states if self.needs_dense else None, hidden_states)
 
@@ -97,11 +92,8 @@ class GroupProblems:
     ) -> float | None:
         """`|| W* X* - W X ||_F / || W X ||_F` of an operator; `None` if the dense network's outputs are not known.
 
-        Args:
-            problem: Its problem, over the held-out tokens if `held_out`.
-            weight: Its weights `W*` [out, in], as they were written.
-            fit_error: Its fit error, which is the result if the targets are the dense network's outputs.
-            held_out: Whether to take the held-out tokens.
+        `problem` is over the held-out tokens if `held_out`, `weight` are the weights `W*` [out, in] as they were
+        written, and `fit_error` is the result if the targets are the dense network's outputs.
         """
         if self.last is not None:
             return self.last.output_error(held_out=held_out)
@@ -129,8 +121,6 @@ class LayerTargets:
         experts: The module that holds the experts of the layer, if some of them are removed.
 
     Attributes:
-        activations: The decoder layer.
-        entering: Hidden states that enter it.
         adds_experts: Whether the output of all experts together has a residual correction.
     """
 
@@ -166,7 +156,10 @@ class LayerTargets:
         # popped, so that the record and its sums are freed with the problems, before those of the next group are made
         group, record = self._groups[index], self._records.pop(index)
         dense_share = self._correction.dense_share
-        if self._is_fitted_to_output(index):
+        corrected = self._correction.residual_share > 0 and not self._correction.sees_dense_inputs(index)
+        # a residual correction is that of the last operator, if it is alone
+        is_last = index == len(self._groups) - 1 and len(group) == 1 and group[0].tokens is None
+        if corrected and is_last and is_added_to_output(self.activations, group[0].module, self.entering.entering[0]):
             with self._finished.skipped(index, keep=False):
                 self._last = self._sum_residual(group[0], record)
         elif not self._correction.sees_dense_inputs(index):
@@ -217,11 +210,7 @@ class LayerTargets:
                 yield target.to(output.dtype)
 
     def leave(self, smaller: nn.Module | None = None) -> HiddenStates:
-        """The hidden states that leave the layer after all of its groups are pruned.
-
-        Args:
-            smaller: The layer without the experts that are removed.
-        """
+        """The hidden states that leave the layer, or the `smaller` one without experts, after all groups are pruned."""
         entering, pruned = self.entering.pruned, None
         if smaller is not None:
             pruned = None if entering is None else replace(self.activations, layer=smaller).outputs(entering)
@@ -259,15 +248,6 @@ class LayerTargets:
             # one run for all experts of a mixture: the inputs of each are made from what enters the mixture
             self._mixture = (operator.experts, assigned_tokens(self.activations, operator.experts, entering))
         return (operator.inputs(tokens, self.activations.device) for tokens in self._mixture[1])
-
-    def _is_fitted_to_output(self, index: int) -> bool:
-        """Whether a group, the last, is a single operator that has a residual correction."""
-        correction, group = self._correction, self._groups[index]
-        if not correction.residual_share or index != len(self._groups) - 1 or len(group) > 1:
-            return False
-        if correction.sees_dense_inputs(index) or group[0].tokens is not None:
-            return False
-        return is_added_to_output(self.activations, group[0].module, self.entering.entering[0])
 
     def _sum_residual(self, operator: LinearOperator, record: _DenseRecord) -> LastOperator:
         """Sum over `X*` and the targets of the last operator.
@@ -384,9 +364,8 @@ class _DenseRecord:
             self.sums[self._activations.held_out[batch]].gram.add(rows)
         elif self.inputs is not None:
             self.inputs.append(rows, copy=True)  # the layer may overwrite it
-            tokens = self._activations.tokens(batch, operator)
-            if tokens is not None:
-                self.tokens.append(tokens)
+            if operator.tokens is not None:
+                self.tokens.append(self._activations.tokens(batch, operator.tokens))
 
     def see_output(self, operator: LinearOperator, output: Tensor, batch: int) -> None:
         """Take the dense outputs of one operator; those of a group come in its order."""
@@ -408,9 +387,8 @@ class _DenseRecord:
             sums.add(rows, "outputs", self.outputs[batch].to(rows.device, non_blocking=True))
         elif self.inputs is not None:
             dense = self.inputs[batch].to(rows.device, non_blocking=True)
-            tokens = self._activations.tokens(batch, operator)
-            if tokens is not None:  # the dense network may have sent the expert other tokens
-                dense = _rows_of(tokens, dense, self.tokens[batch], rows)
+            if operator.tokens is not None:  # the dense network may have sent the expert other tokens
+                dense = _rows_of(self._activations.tokens(batch, operator.tokens), dense, self.tokens[batch], rows)
                 for expert, weight in zip(self.group, weights, strict=True):
                     sums.add_energies(expert.name, dense.float() @ weight.T)
             sums.add(rows, "inputs", dense)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,34 +22,18 @@ ROUNDS = 3
 """How often every expert is refitted, with the others as they then are; each round gains less than the one before."""
 
 
-@dataclass(frozen=True)
-class ExpertScores:
-    """What the experts of a mixture do for the calibration tokens, without those held out.
-
-    Attributes:
-        num_tokens: How many tokens the router sends to each expert, int64 [experts] on the CPU.
-        norms: Sum over these tokens of the norm of the expert's output times the router's weight, float64 [experts].
-    """
-
-    num_tokens: Tensor
-    norms: Tensor
-
-    @property
-    def saliency(self) -> Tensor:
-        """The mean of `norms` over the tokens of each expert (REAP, arXiv 2510.13999, eq. 9), float64 [experts]."""
-        return self.norms / self.num_tokens.clamp_min(1)
-
-
 def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
     """The experts of a mixture in a decoder layer, or in a copy of it."""
     return FusedExperts(part.name, layer.get_submodule(part.name.removeprefix(f"{layer_name}.")))
 
 
-def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[ExpertScores, ActivationStore]:
-    """Run the decoder layer on what enters it, and see what its experts do.
+def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[Tensor, Tensor, ActivationStore]:
+    """Run the decoder layer on what enters it, and see what its experts do for the tokens that are not held out.
 
     Returns:
-        Their scores, and what they should return together (`LayerTargets.expert_targets`).
+        How many tokens the router sends to each expert, int64 [experts]; its saliency, float64 [experts]: the mean over
+        these tokens of the norm of its output times the router's weight (REAP, arXiv 2510.13999, eq. 9); and what all
+        should return together (`LayerTargets.expert_targets`).
     """
     activations = targets.activations
     norms = torch.zeros(len(experts), dtype=torch.float64, device=activations.device)
@@ -74,7 +57,7 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[ExpertS
             f"the outputs of {experts.name} hold NaN or Inf: the model is damaged there, or its activations overflow "
             "its dtype; try dtype=torch.float32 or torch.bfloat16."
         )
-    return ExpertScores(counts.cpu(), norms.cpu()), wanted
+    return counts.cpu(), (norms / counts.clamp_min(1)).cpu(), wanted
 
 
 def experts_to_keep(saliency: Tensor, count: int, equal_runs: int = 1) -> tuple[int, ...]:

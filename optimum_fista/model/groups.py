@@ -16,7 +16,7 @@ from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.forward import LayerCall, replaced_forwards, split_output, watching
-from optimum_fista.model.operator import Group, LinearOperator, is_linear
+from optimum_fista.model.operator import LINEAR, Group, LinearOperator
 
 
 def trace_groups(
@@ -84,7 +84,7 @@ def _may_change_its_product(module: nn.Module) -> bool:
     """Whether a linear module has another forward pass than its type's, or hooks, which may change the output."""
     forward = vars(module).get("_old_forward", module.forward)  # what the hooks of Accelerate call
     is_plain = getattr(forward, "__func__", None) in (nn.Linear.forward, Conv1D.forward)
-    return is_linear(module) and (not is_plain or bool(module._forward_hooks))
+    return isinstance(module, LINEAR) and (not is_plain or bool(module._forward_hooks))
 
 
 def _is_product(operator: LinearOperator, inputs: Tensor, output: object) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -21,17 +21,16 @@ def execution_device(module: nn.Module) -> torch.device:
     if parameter.device.type != "meta":
         return parameter.device
     # Accelerate leaves tensors on the meta device in place of those that it keeps.
-    for part in module.modules():
-        for hook in alignment_hooks(part):
-            if hook.weights_map is not None and hook.execution_device is not None:
-                return torch.device(hook.execution_device)
+    for hook in map(offload_hook, module.modules()):
+        if hook is not None and hook.execution_device is not None:
+            return torch.device(hook.execution_device)
     return parameter.device
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Device that token ids go to: the input embedding's, or the CPU when its weight is offloaded."""
-    weight = cast(Tensor, model.get_input_embeddings().weight)
-    return torch.device("cpu") if weight.device.type == "meta" else weight.device
+    device = next(model.get_input_embeddings().parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def stored_tensor(module: nn.Module, name: str) -> Tensor:

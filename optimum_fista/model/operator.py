@@ -10,10 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model.offload import execution_device, stored_tensor
 
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a plain linear operator: `nn.Linear` or Transformers' `Conv1D` (GPT-2)."""
-    return isinstance(module, nn.Linear | Conv1D)
+LINEAR = (nn.Linear, Conv1D)
+"""Modules that are plain linear operators; the second is Transformers' own (GPT-2)."""
 
 
 class LinearOperator:

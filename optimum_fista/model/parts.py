@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers, shared_weights
 from optimum_fista.model.offload import describe_ties
-from optimum_fista.model.operator import LinearOperator, is_linear
+from optimum_fista.model.operator import LINEAR, LinearOperator
 from optimum_fista.solve.patterns import WholeParts
 
 Kind = Literal["channels", "heads", "experts"]
@@ -274,7 +274,9 @@ def _operators(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], num
     shapes = {name: shape for name, shape in shapes_of(dense).items() if name in axes and name.startswith(prefix)}
     owners = {name: name.rpartition(".")[0] for name in shapes}
     modules = {name: dense.get_submodule(owner) for name, owner in owners.items()}
-    linear = {name: LinearOperator(owners[name], module) for name, module in modules.items() if is_linear(module)}
+    linear = {
+        name: LinearOperator(owners[name], module) for name, module in modules.items() if isinstance(module, LINEAR)
+    }
     weights = [n for n, o in linear.items() if n.endswith(".weight") and axes[n] == (0 if o.transposed else 1)]
     for weight in weights:
         operator, columns = owners[weight], shapes[weight][axes[weight]]

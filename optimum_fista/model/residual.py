@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import LayerActivations
+from optimum_fista.model.forward import watching
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.products import quick_products
 from optimum_fista.solve.problem import relative
@@ -27,15 +28,11 @@ def is_added_to_output(activations: LayerActivations, module: nn.Module, hidden_
     seen: list[Tensor] = []
 
     def run(replace: Callable[[Tensor], Tensor]) -> Tensor:
-        def hook(_: object, __: object, output: Tensor) -> Tensor:
-            seen.append(output)
-            return replace(output)
+        with module.register_forward_hook(lambda _, __, output: replace(output)):
+            return activations.calls[0].run(activations.layer, hidden_states.to(activations.device)).float()
 
-        with module.register_forward_hook(hook):
-            output = activations.calls[0].run(activations.layer, hidden_states.to(activations.device))
-        return output.float()
-
-    rest = run(torch.zeros_like)  # D
+    with watching({}, {module: seen.append}):
+        rest = run(torch.zeros_like)  # D
     if len(seen) != 1 or seen[0].numel() != rest.numel():
         return False
     # As large as the rest at every token: beside one of huge activations the answers of others to a wave of its size

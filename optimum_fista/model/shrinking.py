@@ -18,9 +18,7 @@ from optimum_fista.model.offload import alignment_hooks, offload_hook
 from optimum_fista.model.parts import (
     Kind,
     Part,
-    Parts,
     as_text,
-    changed_config,
     described_model,
     find_parts,
     shapes_of,
@@ -112,11 +110,9 @@ def plan_shrinking(
     sizes: dict[str, Any] = {}
     parts: dict[str, Part] = {}
     counts: dict[str, int] = {}
-    fitting = "Pass other numbers, or use another pattern."
     for kind, count in numbers.items():
         found = find_parts(model, kind)
         sizes |= found.sizes(count)
-        fitting = _fitting(model.config, found, count) or fitting
         left = [part for part in found.parts if _renamed(part.name, prefix, stay) is not None]
         parts |= {part.name: part for part in left}
         counts |= {part.name: count for part in left}
@@ -136,7 +132,7 @@ def plan_shrinking(
     wanted = ", ".join([f"{kind}={count}" for kind, count in numbers.items()] + [f"{len(stay)} decoder layers"])
     raise ValueError(
         f"no configuration describes {type(model).__name__} with {wanted}: {'; or '.join(dict.fromkeys(reasons))}. "
-        f"{fitting}"
+        "Pass other numbers, or use another pattern."
     )
 
 
@@ -237,24 +233,6 @@ def small_hidden_states(hidden_states: Tensor) -> Tensor:
     """Hidden states made small: rounding of large ones in 16 bits hides what attention and MLP add to them."""
     small = nn.functional.normalize(hidden_states.float(), dim=-1) * (0.01 * hidden_states.shape[-1] ** 0.5)
     return small.to(hidden_states.dtype)
-
-
-def _fitting(config: PreTrainedConfig, parts: Parts, count: int) -> str:
-    """Which other numbers of a few groups the configuration takes, as advice; empty if it takes this one."""
-    if parts.groups > 256 or _takes(config, parts, count):
-        return ""
-    numbers = range(parts.at_least, parts.groups, parts.parts[0].equal_runs)
-    taken = [str(number) for number in numbers if _takes(config, parts, number)]
-    return f"It takes {parts.kind}={' or '.join(taken)}." if taken else ""
-
-
-def _takes(config: PreTrainedConfig, parts: Parts, count: int) -> bool:
-    """Whether a configuration can say that every part keeps so many groups."""
-    try:
-        changed_config(config, parts.sizes(count))
-    except ValueError:
-        return False
-    return True
 
 
 def _layer_settings(config: PreTrainedConfig, stay: Sequence[int], total: int) -> Iterator[dict[str, Any]]:

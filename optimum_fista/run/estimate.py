@@ -96,7 +96,7 @@ class Estimate:
         self.zeros = {k: self.weights[k] - self.config.pattern_for(k).num_kept(s) for k, s in self.operators.items()}
         self.allocates = any(map(self.config.shares_budget, self.operators))
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
-        self.streams = self.config.correction.needs_dense + (not self.config.correction.independent_layers)
+        self.streams = self.config.correction.needs_dense + (self.config.correction.carry == "full")
         self.stream_bytes = self.value * num_samples * self.length * self.hidden
         most = 1 if self.on_cpu else max(1, min(num_samples, _TOKENS_TOGETHER // self.length))
         self.batch_size, free = batch_size or most, available_bytes(torch.device(self.place or self.device))

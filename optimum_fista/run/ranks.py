@@ -135,7 +135,7 @@ def _leave_together(group: dist.ProcessGroup, count: int) -> None:
 def require_independent_layers(config: FistaPruningConfig, count: int) -> None:
     """Refuse several processes (ValueError) if every decoder layer waits for the one before."""
     correction = config.resolved().error_correction
-    if count > 1 and not config.correction.independent_layers:
+    if count > 1 and config.correction.carry == "full":
         raise ValueError(
             f"error_correction={correction!r} prunes every decoder layer on the outputs of the pruned ones before it, "
             f"so {count} processes can't share them: pass error_correction='intra' (--error-correction intra) or "

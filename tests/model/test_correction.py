@@ -73,7 +73,7 @@ def targets_of(layer: ToyLayer, correction: Correction, masks=MASKS, held_out: t
     """Of the layer with hidden states that are others in the pruned network than in the dense one."""
     activations = activations_of(layer, masks, held_out)
     states = HiddenStates(hidden_states())
-    if not correction.independent_layers:
+    if correction.carry == "full":
         states = HiddenStates(hidden_states() if correction.needs_dense else None, hidden_states(0.7))
     return LayerTargets(activations, layer.groups(), correction, states)
 
@@ -97,7 +97,7 @@ def test_problems_and_errors_are_those_of_the_activations(correction, in_place, 
     dense, layer = (toy_layer(bias=bias, in_place=in_place) for _ in range(2))
     chosen = [0, 2] if held_out else [0, 1, 2]
     flags = (False, True, False) if held_out else ()
-    entering = hidden_states() if made.independent_layers else hidden_states(0.7)
+    entering = hidden_states(0.7 if made.carry == "full" else 1.0)
     targets = targets_of(layer, made, held_out=flags)
     for index, group in enumerate(layer.groups()):
         name = short(group[0])
@@ -133,7 +133,7 @@ def test_problems_and_errors_are_those_of_the_activations(correction, in_place, 
         halve(group)
     left = targets.leave()
     assert (left.dense is not None) is made.needs_dense
-    assert (left.pruned is not None) is not made.independent_layers
+    assert (left.pruned is not None) is (made.carry == "full")
     if left.dense is not None:
         assert all(torch.equal(ours, dense(state)) for ours, state in zip(left.dense, hidden_states(), strict=True))
     if left.pruned is not None:

@@ -260,7 +260,7 @@ def test_numbers_that_no_model_has_are_refused(family, numbers, message):
 
 def test_a_number_of_heads_that_the_configuration_does_not_take_is_refused():
     model = tiny_model("llama", num_key_value_heads=4)
-    message = r"with heads=3.*hidden size \(32\) is not a multiple of the number .* It takes heads=1 or 2\.$"
+    message = r"with heads=3.*hidden size \(32\) is not a multiple of the number"
     with pytest.raises(ValueError, match=message):
         plan_shrinking(model, heads=3)
 

@@ -91,7 +91,7 @@ def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | Non
                     held_out.measure()
                 if index in todo:
                     record = run.finished(record, time.perf_counter() - started, dense_sha256)
-                    carried = index < max(pruned, default=-1) and not run.config.correction.independent_layers
+                    carried = index < max(pruned, default=-1) and run.config.correction.carry == "full"
                     sink.commit(index, layer, record, run.states if carried else None, held_out)
             release_memory(layer)
             if index in todo:

@@ -119,7 +119,7 @@ class Removal:
         """
         correction = self.config.correction
         repairs = correction.residual_share > 0
-        after_removed = {index + 1 for index in self.removed_layers if not correction.independent_layers}
+        after_removed = {index + 1 for index in self.removed_layers if correction.carry == "full"}
         left = {name: dict(found) for name, found in operators.items()}
         all_columns: dict[str, float | str] = {}
         for index, (name, layer) in enumerate(layers):
@@ -202,8 +202,8 @@ class Removal:
             What to report, and the layer without the experts that go.
         """
         started, part = time.perf_counter(), self.plan.parts[experts.name]
-        scores, wanted = score_experts(experts, targets)
-        kept = experts_to_keep(scores.saliency, self.plan.counts[part.name], part.equal_runs)
+        num_tokens, saliency, wanted = score_experts(experts, targets)
+        kept = experts_to_keep(saliency, self.plan.counts[part.name], part.equal_runs)
         smaller = smaller_copy(self.experts, layer_name, targets.activations.layer, {part.name: kept})
         left = experts_of(part, layer_name, smaller)
         mixture = SmallerMixture(left, replace(targets.activations, layer=smaller), targets.entering.entering, wanted)
@@ -216,8 +216,8 @@ class Removal:
         report = MixtureReport(
             name=part.name,
             groups_kept=kept,
-            saliency=tuple(scores.saliency.tolist()),
-            expert_tokens=tuple(scores.num_tokens.tolist()),
+            saliency=tuple(saliency.tolist()),
+            expert_tokens=tuple(num_tokens.tolist()),
             fit_error=fit_error,
             fit_error_before=before,
             num_refitted=num_refitted,
@@ -280,7 +280,7 @@ class Removal:
         report.model["layers_kept"] = list(self.plan.layers)
         report.model["layers_removed"] = [[index, loss] for index, loss in self.removed_layers.items()]
         correction = self.config.correction
-        asked = correction.residual_share > 0 and not correction.independent_layers
+        asked = correction.residual_share > 0 and correction.carry == "full"
         repaired = [operator.name for operator in report.operators if operator.residual_corrected and asked]
         numbers = [new for new, old in enumerate(self.plan.layers) if old - 1 in self.removed_layers]
         after = [f"{self.plan.layers_name}.{number}" for number in numbers]

@@ -114,7 +114,7 @@ class MixtureReport:
     Attributes:
         name: Name of the module that holds the experts.
         groups_kept: Numbers that the experts that stayed had in the dense model.
-        saliency: What each expert of the dense model was kept for (`ExpertScores.saliency`).
+        saliency: What each expert of the dense model was kept for (`score_experts`).
         expert_tokens: How many calibration tokens the router sent to each of them.
         fit_error: `|| E* - Y ||_F / || Y ||_F` of what the experts that stayed return together on the calibration
             tokens, weights as saved; `Y` is what the error correction aims at, the outputs of all experts or others.

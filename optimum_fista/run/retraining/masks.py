@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.experts import is_fused_experts
-from optimum_fista.model.operator import is_linear
+from optimum_fista.model.operator import LINEAR
 from optimum_fista.run.checkpoints.checkpoint import (
     CONFIG_KEY,
     MASKS_FILE,
@@ -133,7 +133,7 @@ def _from_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
     candidates = (
         (f"{name}.{key}", weight)
         for name, module in layers
-        if is_linear(module) or is_fused_experts(module)
+        if isinstance(module, LINEAR) or is_fused_experts(module)
         for key, weight in module.named_parameters(recurse=False)
         if weight.ndim > 1 and weight.device.type != "meta"
     )

@@ -208,7 +208,7 @@ class StreamedRun:
         while first in finished and finished[first].sha256["before"] == states:
             first, states = first + 1, finished[first].sha256["after"]
         streams = journal.states(first, states, pruning.storage)
-        if not pruning.config.correction.independent_layers:
+        if pruning.config.correction.carry == "full":
             if 0 < first <= max(pruning.pruned_layers, default=-1):
                 if streams is None:
                     first = 0  # they can't be made again without the layers before
