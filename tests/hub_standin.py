@@ -157,7 +157,7 @@ class HubStandIn:
         metadata = json.loads(body)["content"].split("---")[1]
         refused = [name for name in self.refused_in_cards if name in metadata]
         if refused:
-            return Reply(400, f'Invalid metadata in README.md.\n- "{refused[0]}" is not allowed'.encode())
+            return Reply(400, {"errors": [{"message": f'"{refused[0]}" is not allowed'}], "warnings": []})
         return Reply(200, {"errors": [], "warnings": []})
 
     def _create(self, body: bytes) -> Reply:

@@ -2,16 +2,11 @@
 
 import glob
 import logging
-import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from yaml import YAMLError
 
-from optimum_fista.run.checkpoints.checkpoint import CARD_FILE
 from optimum_fista.run.checkpoints.output import all_names, model_files
 
 logger = logging.getLogger(__name__)
@@ -47,9 +42,8 @@ def push_folder(
         revision: Branch to push to; `None` is `main`.
 
     Raises:
-        ValueError: If `folder` is not complete or not of this package, its card has metadata that the Hub refuses,
-            `repo_id` is not a repository name, or `private` contradicts the visibility of an existing repository.
-            Nothing has been uploaded.
+        ValueError: If `folder` is not complete or not of this package, `repo_id` is not a repository name, or `private`
+            contradicts the visibility of an existing repository. Nothing has been uploaded.
         OSError: If the Hub refused or was not reached. `folder` is unchanged; the client's error is the cause.
     """
     folder = Path(folder).expanduser().resolve()
@@ -60,52 +54,34 @@ def push_folder(
     require_repo_id(repo_id)
     others = [name for name in all_names(folder) if name not in names and not name.startswith((".git/", ".cache/"))]
     if others:
-        more = f" and {len(others) - 10} more" if len(others) > 10 else ""
-        logger.warning(
-            "Not uploaded, because they don't belong to the model: %s%s. `hf upload %s FILE` uploads one.",
-            ", ".join(others[:10]),
-            more,
-            repo_id,
-        )
-    _require_valid_card(folder)
+        shown = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
+        advice = f"`hf upload {repo_id} FILE` uploads one."
+        logger.warning("Not uploaded, because they don't belong to the model: %s. %s", shown, advice)
     api = HfApi(token=token)
-    with _failures_explained(folder, repo_id, revision, others, private):
+    try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         found_private = private if private is None else api.model_info(repo_id).private
-    if found_private != private:
-        raise ValueError(
-            f"private={private} was passed, but {repo_id!r} exists with private={found_private}: omit "
-            "`private` to keep that, change the repository's settings, or pass another `repo_id`"
-        )
-    with _failures_explained(folder, repo_id, revision, others, private):
-        if revision is not None and not revision.startswith("refs/"):  # a pull request's ref exists already
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            revision=revision,
-            allow_patterns=[glob.escape(name) for name in sorted(names)],
-            delete_patterns=[*(stem + ending for stem in _STEMS for ending in _ENDINGS), "fista/*"],
-        )
-    logger.info("Pushed %s to %s", folder, commit.commit_url)
-    return commit.commit_url
-
-
-def _require_valid_card(folder: Path) -> None:
-    """Have the Hub check the metadata of a folder's card, if it is reached: it would refuse the upload at its end."""
-    file = folder / CARD_FILE
-    try:
-        if file.exists():
-            ModelCard.load(file).validate()
-    except (ValueError, YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"the metadata of the model card {str(file)!r} is not valid: {reason}. Mend it between the lines of --- "
-            "at its top; nothing was uploaded."
+        if found_private == private:
+            if revision is not None and not revision.startswith("refs/"):  # a pull request's ref exists already
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                allow_patterns=[glob.escape(name) for name in sorted(names)],
+                delete_patterns=[*(stem + ending for stem in _STEMS for ending in _ENDINGS), "fista/*"],
+            )
+            return commit.commit_url
+    except Exception as error:  # no common base: httpx errors, RuntimeError of threads, ValueError
+        raise OSError(
+            f"Pushing to {repo_id!r} failed, but the model folder is safe at {folder}. Retry with `push_folder`. "
+            f"The cause: {error}"
         ) from error
-    except Exception as error:  # whatever the client raises: the upload will explain it
-        logger.info("The Hub did not check the model card: %s", error)
+    raise ValueError(
+        f"private={private} was passed, but {repo_id!r} exists with private={found_private}: omit `private` to keep "
+        "that, change the repository's settings, or pass another `repo_id`"
+    )
 
 
 def require_repo_id(repo_id: str) -> None:
@@ -116,20 +92,3 @@ def require_repo_id(repo_id: str) -> None:
         raise ValueError(
             f"repo_id={repo_id!r} is not a repository name, pass 'namespace/name' or 'name': {error}"
         ) from None
-
-
-@contextmanager
-def _failures_explained(
-    folder: Path, repo_id: str, revision: str | None, others: list[str], private: bool | None
-) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # no common base: httpx errors, RuntimeError of threads, ValueError
-        branch = [] if revision is None else ["--revision", revision]
-        without = [part for name in others for part in ("--exclude", glob.escape(name))]
-        hidden = ["--private"] if private else []  # otherwise the command would make a public repository
-        command = shlex.join(["hf", "upload", repo_id, str(folder), *hidden, *branch, *without])
-        raise OSError(
-            f"Pushing to {repo_id!r} failed, but the model folder is safe at {folder}. "
-            f"Retry with `push_folder`, or in a shell with `{command}`. The cause: {error}"
-        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib.util
 import logging
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import (
     AutoConfig,
@@ -30,8 +28,6 @@ from optimum_fista.model.activation_store import Storage
 from optimum_fista.model.offload import move_execution, offload_hook, settle_ties
 from optimum_fista.run.memory import is_out_of_memory
 
-logger = logging.getLogger(__name__)
-
 
 def load_model(
     name: str, *, device: str | None = None, dtype: str | torch.dtype = "auto", device_map: str | None = None
@@ -47,9 +43,7 @@ def load_model(
     Raises:
         ValueError: If `name` is a folder without a model, its files are damaged, or the device or dtype can't be used.
     """
-    target = usable_device(device)
-    if dtype != "auto":
-        dtype = floating_dtype(dtype)
+    target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
     tokenizer = require_tokenizer(name)
     model = read_model(name, dtype=dtype, device_map=device_map)
     forget_gguf(model)
@@ -68,13 +62,13 @@ def load_lazily(
     """
     if gguf_file(name) is not None:
         return load_model(name, device=device, dtype=dtype)
-    target = usable_device(device)
-    model = read_model(
-        name,
-        dtype=dtype if dtype == "auto" else floating_dtype(dtype),
-        device_map={"": "disk"},
-        offload_folder=offload_folder,
-    )
+    target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
+    talker = logging.getLogger("accelerate.big_modeling")
+    talker.addFilter(_is_not_about_offloading)
+    try:
+        model = read_model(name, dtype=dtype, device_map={"": "disk"}, offload_folder=offload_folder)
+    finally:
+        talker.removeFilter(_is_not_about_offloading)
     settle_ties(model)
     move_execution(model, target)
     return model, None
@@ -142,36 +136,18 @@ def _read(kind: Any, name: str, **options: Any) -> Any:
             )
         with reading(name), _no_garbage_collection():
             return kind.from_pretrained(name, trust_remote_code=False, gguf_file=file, **options)
-    here = Path(name).exists()
-    if not here and not isinstance(try_to_load_from_cache(name, "config.json"), str):
-        _say_once(f"there is no folder {name!r} here: asking the Hugging Face Hub for it")
     try:
-        with reading(name), _without_talk_of_offloading():
+        with reading(name):
             return kind.from_pretrained(name, trust_remote_code=False, **options)
     except OSError as error:
-        if here:
+        if Path(name).exists():
             raise
         raise OSError(f"model={name!r}: there is no such folder, and the Hub gave no such model ({error})") from error
 
 
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
-
-
-@contextmanager
-def _without_talk_of_offloading() -> Iterator[None]:
+def _is_not_about_offloading(record: logging.LogRecord) -> bool:
     """Hold back what Accelerate warns of if weights stay in their files, which is what was asked for."""
-    talker = logging.getLogger("accelerate.big_modeling")
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Some parameters are on the meta device")
-
-    talker.addFilter(is_other)
-    try:
-        yield
-    finally:
-        talker.removeFilter(is_other)
+    return not record.getMessage().startswith("Some parameters are on the meta device")
 
 
 @contextmanager

@@ -60,8 +60,8 @@ def copy_source(source: Path, folder: Path, pattern: str = "*") -> None:
         logger.warning("not copied from %s: %s", source, ", ".join(left))
 
 
-def lost_tensors(model: PreTrainedModel, source: Path) -> dict[str, int]:
-    """How many tensors in the files of a model the loaded one has no place for, by the module that they belong to.
+def described_loss(model: PreTrainedModel, source: Path) -> str:
+    """How many tensors in the files of a model the loaded one has no place for, by module, in words; empty if none.
 
     No loss is what the model computes anew (tables of rotary embeddings, causal masks), nor what its class declares
     useless in decoder layers that it has. What it declares useless elsewhere is one: layers that predict more tokens,
@@ -73,7 +73,7 @@ def lost_tensors(model: PreTrainedModel, source: Path) -> dict[str, int]:
     layers = tuple(f"{name}." for name, _ in find_decoder_layers(model))
     useless = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["(?!)"]))
     modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
-    found: Counter[str] = Counter()
+    lost: Counter[str] = Counter()
     for stored in _stored_names(source):
         names = [
             rename_source_key(stored, *rules, model.base_model_prefix, state)[0]
@@ -87,24 +87,14 @@ def lost_tensors(model: PreTrainedModel, source: Path) -> dict[str, int]:
         if not (name.startswith(layers) and useless.search(name)):
             parts = name.split(".")
             above = (".".join(parts[:count]) for count in range(1, len(parts)))
-            found[next((module for module in above if module not in modules), name)] += 1
-    return dict(found)
-
-
-def described_loss(model: PreTrainedModel, source: Path) -> str:
-    """What `lost_tensors` finds, in words; empty if nothing is lost."""
-    lost = lost_tensors(model, source)
+            lost[next((module for module in above if module not in modules), name)] += 1
     shown = ", ".join(f"{name} ({count})" for name, count in [*lost.items()][:4]) + ", ..." * (len(lost) > 4)
-    said = f"{sum(lost.values())} tensors of the dense model have no place in {type(model).__name__}: {shown}"
+    said = f"{lost.total()} tensors of the dense model have no place in {type(model).__name__}: {shown}"
     return said if lost else ""
 
 
 def require_no_loss(model: PreTrainedModel, source: Path, drop_unused: bool) -> str:
-    """Refuse a model whose files hold tensors that the pruned one would lack, unless they are to be dropped.
-
-    Returns:
-        What the pruned model will lack, in words.
-    """
+    """Refuse a model whose files hold tensors that the pruned one would lack; say which if they are to be dropped."""
     with reading(str(source)):
         lost = described_loss(model, source)
     if lost and not drop_unused:

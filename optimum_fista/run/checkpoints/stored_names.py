@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,44 +24,26 @@ _NO_OPERATOR = -1  # what a stand-in holds where no operator's weight is
 
 @dataclass(frozen=True)
 class StoredName:
-    """Where a checkpoint keeps a weight.
+    """Where a checkpoint keeps a weight."""
 
-    Attributes:
-        name: Name of its tensor; with an index, such as `experts.gate_up_proj[3, :, 0::2]`, if it is a part of it.
-        transposed: Whether it is stored as [in, out].
-    """
-
-    name: str
-    transposed: bool
+    name: str  # of its tensor; with an index, such as `experts.gate_up_proj[3, :, 0::2]`, if it is a part of that
+    transposed: bool  # whether it is stored as [in, out]
 
 
 def stored_names(
-    model: PreTrainedModel, operators: Iterable[LinearOperator], renamed: Callable[[str], str | None] = str
+    model: PreTrainedModel,
+    operators: Iterable[LinearOperator],
+    renamed: Callable[[str], str | None] = str,
+    *,
+    all_of_them: bool = True,
 ) -> dict[str, StoredName]:
     """Names that `save_pretrained` gives the weights of operators, by their names in the model.
 
     Transformers renames, splits and merges tensors when it saves. Small stand-ins, filled with the number of the
     operator, go the same way. `renamed` gives their names in the model that is saved, if it has fewer decoder layers.
+    A weight that is not kept as one matrix is refused, or left out if not `all_of_them` have to be found.
     """
-    found = list(operators)
-    names = find_names(model, found, renamed)
-    for operator in found:
-        if f"{renamed(operator.name)}.weight" not in names:
-            name = operator.name
-            if isinstance(operator, ExpertOperator):
-                name = f"*.{operator.experts.name.rsplit('.', 1)[-1]}"
-            raise UnsupportedArchitectureError(
-                f"{operator.name}: the checkpoint does not keep its weight as one matrix, so its mask can't be saved. "
-                f"Pass exclude=['{name}'] to leave it dense."
-            )
-    return names
-
-
-def find_names(
-    model: PreTrainedModel, found: Sequence[LinearOperator], renamed: Callable[[str], str | None] = str
-) -> dict[str, StoredName]:
-    """The names of `stored_names`, without the weights that are not kept as one matrix."""
-    prefixes = {id(module): name for name, module in model.named_modules()}
+    found, prefixes = list(operators), {id(module): name for name, module in model.named_modules()}
     stand_ins: dict[str, Tensor] = {}
     origins: list[str] = []
     for number, operator in enumerate(found):
@@ -87,6 +69,15 @@ def find_names(
                     names[f"{renamed(operator.name)}.weight"] = StoredName(
                         f"{tensor}[{_text(place)}]", operator.transposed
                     )
+    for operator in found if all_of_them else ():
+        if f"{renamed(operator.name)}.weight" not in names:
+            name = operator.name
+            if isinstance(operator, ExpertOperator):
+                name = f"*.{operator.experts.name.rsplit('.', 1)[-1]}"
+            raise UnsupportedArchitectureError(
+                f"{operator.name}: the checkpoint does not keep its weight as one matrix, so its mask can't be saved. "
+                f"Pass exclude=['{name}'] to leave it dense."
+            )
     return names
 
 
@@ -107,7 +98,7 @@ def as_in_model(
 ) -> tuple[PruningReport, dict[str, Tensor]]:
     """A report and packed masks, read from a checkpoint, under the names of the model: undoes `as_stored`."""
     found = list(operators)
-    names = find_names(model, found)
+    names = stored_names(model, found, all_of_them=False)
     by_name = {names[key].name: operator for operator in found if (key := f"{operator.name}.weight") in names}
     entries, kept = [], {}
     for entry in report.operators:
@@ -145,14 +136,11 @@ def _laid_out(mask: Tensor, operator: OperatorReport, transposed: bool) -> Tenso
 
 def _text(index: tuple[int | slice, ...]) -> str:
     """An index as it is written in Python."""
-
-    def text(part: int | slice) -> str:
-        if isinstance(part, int):
-            return str(part)
-        numbers = (part.start, part.stop, *(() if part.step is None else (part.step,)))
-        return ":".join("" if number is None else str(number) for number in numbers)
-
-    return ", ".join(map(text, index))
+    parts = []
+    for part in index:
+        numbers = (part,) if isinstance(part, int) else (part.start, part.stop, part.step)
+        parts.append(":".join("" if number is None else str(number) for number in numbers).removesuffix(":"))
+    return ", ".join(parts)
 
 
 def _stand_in(operator: ExpertOperator) -> Tensor:

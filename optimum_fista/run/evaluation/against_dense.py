@@ -15,7 +15,7 @@ from optimum_fista.model.shrinking import plan_shrinking
 from optimum_fista.run.checkpoints.checkpoint import operators_by_weight
 from optimum_fista.run.checkpoints.loading import load_lazily
 from optimum_fista.run.checkpoints.source_files import described_loss, source_folder
-from optimum_fista.run.checkpoints.stored_names import find_names
+from optimum_fista.run.checkpoints.stored_names import stored_names
 from optimum_fista.run.packed_folders.unpacking import is_packed
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
@@ -36,7 +36,8 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
         if lost := described_loss(theirs, source_folder(dense, getattr(theirs.config, "_commit_hash", None))):
             raise VerificationError(f"{lost}.")
         operators, modules = operators_by_weight(ours, report), {id(m): name for name, m in ours.named_modules()}
-        in_model = {stored.name: name for name, stored in find_names(ours, list(operators.values())).items()}
+        names = stored_names(ours, operators.values(), all_of_them=False)
+        in_model = {stored.name: name for name, stored in names.items()}
         pruned = {in_model[operator.name]: operator for operator in report.operators}
         changed = {f"{modules[id(o.owner)]}.{o.tensor}" for name, o in operators.items() if name in pruned}
         changed |= {f"{mixture.name}.down_proj" for mixture in report.mixtures if mixture.num_refitted}

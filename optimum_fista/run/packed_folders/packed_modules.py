@@ -18,7 +18,7 @@ from optimum_fista.packed.format import PackedTensor
 from optimum_fista.packed.linear import PackedLinear
 from optimum_fista.packed.rearranged import matrices_of, stacked_rows, transposed
 from optimum_fista.packed.validation import PackedFormatError
-from optimum_fista.run.checkpoints.stored_names import StoredName, find_names, split_index
+from optimum_fista.run.checkpoints.stored_names import StoredName, split_index, stored_names
 from optimum_fista.run.packed_folders.unpacking import PackedFiles
 
 EXPERTS_IMPLEMENTATION = "fista_packed"
@@ -145,7 +145,7 @@ def _expert_parameters(model: PreTrainedModel, files: PackedFiles) -> dict[str, 
     }
     operators = [operator for fused in modules.values() for operator in fused.operators]
     with torch.device("cpu"):  # not the meta device that models are made on
-        names = find_names(model, operators)
+        names = stored_names(model, operators, all_of_them=False)
     found: dict[str, list[list[StoredName]]] = {}
     for name, fused in modules.items():
         for tensor in dict.fromkeys(operator.tensor for operator in fused.operators):

@@ -133,13 +133,13 @@ def test_names_that_are_no_model(tmp_path):
             load_model(name)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cpu:x", "cuda:99", "meta"])
+@pytest.mark.parametrize("device", ["cpu:x", "cuda:99", "meta"])
 def test_unusable_device_is_found_before_the_model_is_read(device):
     with pytest.raises(ValueError, match=rf"device='{device}' can't be used: .*Pass 'cpu', 'cuda' or 'cuda:N'"):
         load_model("no-such-model", device=device)
 
 
-@pytest.mark.parametrize("dtype", ["float33", "int8", "nn", torch.int8, "AUTO", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["nn", torch.int8, "float8_e4m3fn"])
 def test_unusable_dtype_is_found_before_the_model_is_read(dtype):
     with pytest.raises(ValueError, match=r"dtype=.*: pass 'auto', 'float32', 'bfloat16' or 'float16'"):
         load_model("no-such-model", device="cpu", dtype=dtype)
@@ -153,11 +153,6 @@ def test_quantization_method_of_dicts_and_objects(settings):
     assert quantization_method(model) == "awq"
     with pytest.raises(ValueError, match="quantized by 'awq'"):
         require_unquantized(model)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_floating_dtypes_are_fine(dtype):
-    require_unquantized(tiny_llama().to(dtype))
 
 
 def test_eight_bit_floats_are_not():
@@ -192,18 +187,6 @@ def test_a_gguf_file_without_its_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs the package gguf: run `pip install '\.\[gguf\]'` in a clone of"):
         load_model(str(tmp_path), device="cpu")
-
-
-def test_a_name_that_is_no_folder_is_said_before_the_hub_is_asked(monkeypatch, caplog):
-    def unreachable(*_, **__):
-        assert "there is no folder 'runs/misspelt' here: asking the Hugging Face Hub for it" in caplog.text
-        raise OSError("can't connect")
-
-    loading._say_once.cache_clear()
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", unreachable)
-    with pytest.raises(OSError, match=r"model='runs/misspelt': there is no such folder, .* \(can't connect\)"):
-        load_model("runs/misspelt", device="cpu")
-    assert caplog.text.count("there is no folder") == 1
 
 
 def test_offloading_that_was_asked_for_is_no_warning(tiny_folder, tmp_path, caplog):

@@ -106,9 +106,7 @@ def refused(folder, **options) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["notes.txt", "README.md", "fista/mine.txt", "config.json", "model.safetensors", "adapter_config.json"]
-)
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "fista/mine.txt", "model.safetensors"])
 def test_a_file_that_was_added_or_changed_is_kept(tmp_path, name):
     folder = put(tmp_path / "model", OLD, "old")
     require_output(folder, True)

@@ -1,6 +1,5 @@
 import errno
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -64,29 +63,22 @@ def test_files(saved, saved_gpt2):
     assert not [path for path in saved.folder.parent.iterdir() if path != saved.folder]
 
 
-def test_config_says_what_was_done_in_a_key_of_its_own(saved):
-    text = (saved.folder / "config.json").read_text()
-    entry = json.loads(text)["fista_pruning"]
-    totals = saved.report.totals
-    assert (
-        entry["num_zeros"]
-        == totals["num_zeros"]
-        == sum(int((p == 0).sum()) for n, p in saved.model.named_parameters() if "_proj" in n)
-    )
-    assert entry["num_operators"] == 14
-    assert entry["pattern"] == "2:4"
-    assert entry["method"] == "fista"
-    assert entry["mean_fit_error"] == totals["mean_fit_error"]
+def test_the_key_in_the_configuration_survives_saving_by_plain_transformers(saved, tmp_path):
+    entry = json.loads((saved.folder / "config.json").read_text())["fista_pruning"]
+    assert (entry["pattern"], entry["method"], entry["num_operators"]) == ("2:4", "fista", 14)
+    assert entry["num_zeros"] == sum(int((p == 0).sum()) for n, p in saved.model.named_parameters() if "_proj" in n)
     assert (saved.folder / entry["masks"]).is_file()
-    assert (saved.folder / entry["report"]).is_file()
-    assert "sparsity_config" not in text
-    assert "quantization_config" not in text
-
-
-def test_the_key_survives_saving_by_plain_transformers(saved, tmp_path):
     AutoModelForCausalLM.from_pretrained(saved.folder).save_pretrained(tmp_path)
-    saved_again = json.loads((tmp_path / "config.json").read_text())
-    assert saved_again["fista_pruning"] == json.loads((saved.folder / "config.json").read_text())["fista_pruning"]
+    assert json.loads((tmp_path / "config.json").read_text())["fista_pruning"] == entry
+
+
+def test_the_report_is_saved(saved):
+    report = json.loads((saved.folder / "fista/report.json").read_text())
+    assert report == json.loads(saved.report.to_json())
+    assert report["config"] == saved.pruner.config.resolved().to_dict()
+    for operator in report["operators"]:
+        assert operator["shape"] == list(saved.model.state_dict()[operator["name"]].shape)
+        assert operator["sparsity"] == (0.75 if "down_proj" in operator["name"] else 0.5)
 
 
 @pytest.mark.parametrize("name", ["saved", "saved_by_rows", "saved_gpt2"])
@@ -106,51 +98,10 @@ def test_masks_are_one_bit_a_weight_and_say_what_was_kept(name, request):
         assert file.metadata() == {"format": "bitmask-1"}
 
 
-def test_report_holds_every_number(saved):
-    report = json.loads((saved.folder / "fista/report.json").read_text())
-    assert report == json.loads(saved.report.to_json())
-    assert len(report["operators"]) == 14
-    for operator in report["operators"]:
-        assert operator["name"] in saved.model.state_dict()
-        assert operator["shape"] == list(saved.model.state_dict()[operator["name"]].shape)
-        assert operator["sparsity"] == (0.75 if "down_proj" in operator["name"] else 0.5)
-        assert operator["pattern"] == ("1:4" if "down_proj" in operator["name"] else "2:4")
-        assert 0 < operator["fit_error"] < 1
-        assert operator["l1_penalty"] is None or operator["l1_penalty"] > 0
-        assert operator["iterations"] > 0
-        assert operator["solve_seconds"] > 0
-        assert operator["method"] == "fista"
-        assert operator["num_tokens"] == 128
-    assert any(operator["l1_penalty"] for operator in report["operators"])
-    assert report["totals"]["num_weights"] == sum(np.prod(o["shape"]) for o in report["operators"])
-    assert report["totals"]["num_zeros"] > report["totals"]["num_weights"] // 2
-    assert report["seconds"]["total"] > 0
-    assert set(report["versions"]) >= {"python", "torch", "transformers", "optimum-fista", "safetensors"}
-    assert report["calibration"]["source"] == "random tokens"
-    assert re.fullmatch("[0-9a-f]{64}", report["calibration"]["sha256"])
-    assert report["config"] == saved.pruner.config.resolved().to_dict()
-
-
-def test_a_model_that_is_there_is_refused_and_untouched(saved, tokens, tmp_path):
-    shutil.copytree(saved.folder, tmp_path / "model")
-    before = bytes_of(tmp_path)
-    pruner, model = pruned_model(tokens)
-    with pytest.raises(FileExistsError, match=r"already holds a model: pass another folder, or overwrite=True"):
-        pruner.save_pretrained(model, tmp_path / "model")
-    assert bytes_of(tmp_path) == before
-    (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="file' is a file: pass a folder"):
-        pruner.save_pretrained(model, tmp_path / "file", overwrite=True)
-
-
 def test_overwriting_leaves_nothing_of_the_old_model(saved_gpt2, tokens, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(saved_gpt2.folder, folder)
     pruner, model = pruned_model(tokens)
-    (folder / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"holds notes\.txt, which optimum-fista did not write"):
-        pruner.save_pretrained(model, folder, overwrite=True)
-    (folder / "notes.txt").unlink()
     pruner.save_pretrained(model, folder, overwrite=True)
     assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
     loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
@@ -171,11 +122,10 @@ def test_an_empty_folder_and_new_parents_are_fine(tokens, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("broken", ["model_card", "write_file", "unpack_mask"])
-@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_crash_while_saving_leaves_nothing_half_done(tokens, tmp_path, monkeypatch, broken, error, overwrite):
+def test_a_crash_while_saving_leaves_nothing_half_done(tokens, tmp_path, monkeypatch, broken, overwrite):
     def crash(*arguments, **options):
-        raise error
+        raise KeyboardInterrupt
 
     pruner, model = pruned_model(tokens)
     if overwrite:
@@ -183,7 +133,7 @@ def test_a_crash_while_saving_leaves_nothing_half_done(tokens, tmp_path, monkeyp
     before = bytes_of(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(writing, broken, crash)
-        with pytest.raises(type(error)):
+        with pytest.raises(KeyboardInterrupt):
             pruner.save_pretrained(model, tmp_path / "model", overwrite=overwrite)
     assert bytes_of(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == (["model"] if overwrite else [])

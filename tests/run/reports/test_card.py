@@ -14,14 +14,6 @@ def card_of(saved, **model) -> ModelCard:
     return ModelCard(model_card(dataclasses.replace(saved.report, model=saved.report.model | model)))
 
 
-def test_saved_card_has_metadata_that_the_hub_reads(saved):
-    card = ModelCard.load(saved.folder / "README.md")
-    assert card.data.library_name == "transformers"
-    assert card.data.pipeline_tag == "text-generation"
-    assert {"optimum-fista", "pruned", "sparse"} <= set(card.data.tags)
-    assert card.data.base_model is None
-
-
 def test_saved_card_has_the_numbers(saved):
     text = ModelCard.load(saved.folder / "README.md").text
     totals = saved.report.totals
@@ -31,10 +23,8 @@ def test_saved_card_has_the_numbers(saved):
     assert f"{totals['max_fit_error']:.4f} at most" in text
     assert "128 tokens in 8 sequences of random tokens" in text
     assert saved.report.calibration["sha256"] in text
-    for name, version in saved.report.versions.items():
-        assert f"{name} {version}" in text
+    assert f"torch {saved.report.versions['torch']}" in text
     assert "| pattern | 2:4 |" in text
-    assert "| method | fista; error correction `intra`, residual correction `0.0` |" in text
     assert "| zeros | the same share in every operator |" in text
 
 
@@ -65,15 +55,6 @@ def test_saved_card_has_one_row_for_every_kind_of_operator(saved):
     assert wanted in rows
 
 
-def test_output_errors_that_are_not_known_are_said_to_be(saved):
-    operators = [dataclasses.replace(o, output_error=None) for o in saved.report.operators]
-    text = model_card(dataclasses.replace(saved.report, operators=operators))
-    assert (
-        "| output error of the operators | not known: nothing was corrected, so the dense network did not run |" in text
-    )
-    assert "| not known |" in text
-
-
 def test_the_configuration_in_the_card_makes_the_model_again(saved):
     text = ModelCard.load(saved.folder / "README.md").text
     block = text.split("```json\n")[1].split("```")[0]
@@ -85,7 +66,6 @@ def test_the_configuration_in_the_card_makes_the_model_again(saved):
     [
         ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B", "Llama-3.2-1B, 2:4"),
         ("gpt2", None, "gpt2, 2:4"),
-        ("/home/me/models/tiny", None, "tiny, 2:4"),
         ("", None, "LlamaForCausalLM, 2:4"),
     ],
 )
@@ -100,8 +80,10 @@ def test_what_search_and_the_model_tree_of_the_hub_read(saved):
     report = dataclasses.replace(saved.report, model=saved.report.model | {"name": "a/b"}, calibration=calibration)
     data = ModelCard(model_card(report)).data
     assert (data.base_model_relation, data.datasets) == ("finetune", ["allenai/c4"])
-    data = card_of(saved).data
-    assert (data.base_model, data.get("base_model_relation"), data.datasets) == (None, None, None)
+    data = ModelCard.load(saved.folder / "README.md").data
+    assert (data.library_name, data.pipeline_tag, data.datasets) == ("transformers", "text-generation", None)
+    assert (data.base_model, data.get("base_model_relation")) == (None, None)
+    assert {"optimum-fista", "pruned", "sparse"} <= set(data.tags)
 
 
 def test_license_and_languages_are_those_of_the_dense_model(saved, tmp_path):
@@ -113,16 +95,6 @@ def test_license_and_languages_are_those_of_the_dense_model(saved, tmp_path):
     (tmp_path / "README.md").write_text("---\n- [\n---\n")
     for folder in (str(tmp_path), "", "no/such-model"):
         assert model_card(saved.report, dense=folder) == model_card(saved.report)
-
-
-def test_calibration_of_unknown_source(saved):
-    calibration = saved.report.calibration | {"source": None}
-    text = model_card(dataclasses.replace(saved.report, calibration=calibration))
-    assert "| calibration | 128 tokens in 8 sequences |" in text
-
-
-def test_unstructured_sparsity_in_the_title(saved_by_rows):
-    assert "# LlamaForCausalLM, 30% unstructured" in model_card(saved_by_rows.report)
 
 
 def test_held_out_errors_have_a_line_and_a_column(saved):

@@ -82,25 +82,12 @@ def test_totals_are_sums_and_means():
     }
 
 
-def test_totals_of_nothing():
-    totals = report().totals
-    assert totals["num_weights"] == totals["sparsity"] == totals["mean_fit_error"] == 0
-
-
 def test_json_round_trip():
     values = json.loads(TWO.to_json())
     assert values["totals"] == TWO.totals
     assert values["operators"][1]["shape"] == [2, 4]
-    read = PruningReport.from_dict(values)
-    assert read == TWO
-    assert read.operators[1].shape == (2, 4)
-    assert [f.name for f in dataclasses.fields(OperatorReport)] == list(values["operators"][0])
-
-
-def test_from_dict_leaves_its_argument_alone():
-    values = TWO.to_dict()
-    PruningReport.from_dict(values)
-    assert values == TWO.to_dict()
+    assert PruningReport.from_dict(values) == TWO
+    assert report().totals["sparsity"] == 0
 
 
 def test_summary_for_people():
@@ -145,9 +132,7 @@ def test_versions_are_those_installed():
     ("name", "shown"),
     [
         ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
-        ("c4", "c4"),
         ("random tokens, half 1/2", "random tokens, half 1/2"),
-        ("", ""),
         ("models/tiny", "tiny"),
         ("models/tiny/", "tiny"),
         ("./gone/tiny", "tiny"),

@@ -17,7 +17,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
 from optimum_fista.run.checkpoints.checkpoint import read_report
 from optimum_fista.run.checkpoints.loading import read_config
-from optimum_fista.run.checkpoints.source_files import lost_tensors
+from optimum_fista.run.checkpoints.source_files import described_loss
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -183,7 +183,9 @@ def test_binary_files_are_asked_too(tmp_path, zipped):
     model = tiny_llama()
     tensors = model.state_dict() | {"v_head.weight": torch.ones(2)}
     torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    assert lost_tensors(model, tmp_path) == {"v_head": 1}
+    assert (
+        described_loss(model, tmp_path) == "1 tensors of the dense model have no place in LlamaForCausalLM: v_head (1)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,5 +199,5 @@ def test_binary_files_are_asked_too(tmp_path, zipped):
 def test_what_the_model_computes_itself_is_no_loss(tmp_path, family, name):
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
-    assert not lost_tensors(model, add_tensors(tmp_path, name))
-    assert lost_tensors(model, add_tensors(tmp_path, "visual.patch_embed.weight")) == {"visual": 1}
+    assert not described_loss(model, add_tensors(tmp_path, name))
+    assert described_loss(model, add_tensors(tmp_path, "visual.patch_embed.weight")).endswith(": visual (1)")
