@@ -6,15 +6,15 @@ All functions are pure. Nothing here needs more memory than its result and a few
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from optimum_fista.packed.bits import as_words, place, select
-from optimum_fista.packed.masks import CHUNK, MaskEncoding, encoding, smallest_encoding
+from optimum_fista.packed.bits import as_words, count_bits, place, select
+from optimum_fista.packed.masks import BITS, CHUNK, MaskEncoding, encoding, smallest_encoding
 from optimum_fista.packed.validation import PLAIN_VERSION, SUFFIXES, VERSION, PackedFormatError, check_tensors, shape_of
 
 
@@ -148,34 +148,6 @@ def unpack_mask(packed: PackedTensor) -> Tensor:
     return torch.cat(list(chunks)).view(packed.shape)
 
 
-def pack_state_dict(
-    state: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor | None],
-    patterns: Mapping[str, tuple[int, int] | None] | None = None,
-) -> dict[str, Tensor]:
-    """Pack the tensors named in `masks`, if that makes them smaller; all others are passed through.
-
-    Args:
-        state: Tensors by name.
-        masks: For each tensor to pack its mask (`pack`), or `None` to keep what is not zero.
-        patterns: `(n, m)` of the tensors that have such a pattern.
-
-    Returns:
-        The state with `NAME_values`, `NAME_mask` and `NAME_layout` in the place of each packed NAME.
-    """
-    if missing := sorted(set(masks) - set(state)):
-        raise ValueError(f"masks names {missing[0]!r}, which state does not hold: pass the masks of these tensors.")
-    result: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if name in masks and tensor.numel():
-            packed = pack(tensor, masks[name], (patterns or {}).get(name))
-            if packed.num_bytes < packed.dense_bytes:
-                result.update(packed.named(name))
-                continue
-        result[name] = tensor
-    return result
-
-
 def packed_names(names: Iterable[str]) -> list[str]:
     """Names of the dense tensors that are packed among the tensors called `names`, in their order."""
     present = list(names)
@@ -195,16 +167,46 @@ def packed_names(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def unpack_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of `pack_state_dict`, bit for bit."""
-    parts = {name + suffix: name for name in packed_names(state) for suffix in SUFFIXES}
-    result: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        if key not in parts:
-            result[key] = tensor
-        elif (name := parts[key]) not in result:
-            result[name] = unpack(PackedTensor(*(state[name + suffix] for suffix in SUFFIXES)), name)
-    return result
+def with_bits(packed: PackedTensor) -> PackedTensor:
+    """The same tensor with one bit a weight in its mask; the values are shared."""
+    if packed.encoding is BITS:
+        return packed.without_checksum()
+    columns = packed.shape[-1]
+    mask = torch.zeros(packed.mask.shape[0], BITS.row_bytes(columns), dtype=torch.uint8)
+    BITS.write(unpack_mask(packed).view(-1, columns).cpu(), mask)
+    device = packed.mask.device
+    return PackedTensor(packed.values, mask.to(device), _bit_layout(packed.shape, device))
+
+
+def matrices_of(packed: PackedTensor) -> list[PackedTensor]:
+    """The matrices of a checked tensor [count, rows, columns]; they share its values and its mask."""
+    count, rows, columns = packed.shape
+    packed = with_bits(packed)
+    masks = packed.mask.split(rows)
+    sizes = [int(count_bits(mask).sum()) for mask in masks]
+    layout = _bit_layout((rows, columns), packed.mask.device)
+    values = packed.values.split(sizes)
+    return [PackedTensor(values[i], masks[i], layout) for i in range(count)]
+
+
+def stacked_rows(parts: Sequence[PackedTensor]) -> PackedTensor:
+    """One matrix of the rows of several checked ones, all with as many columns; one alone is shared."""
+    bits = [with_bits(part) for part in parts]
+    if len(bits) == 1:
+        return bits[0]
+    rows, columns = sum(part.shape[0] for part in bits), bits[0].shape[1]
+    values, mask = torch.cat([part.values for part in bits]), torch.cat([part.mask for part in bits])
+    return PackedTensor(values, mask, _bit_layout((rows, columns), mask.device))
+
+
+def transposed(packed: PackedTensor) -> PackedTensor:
+    """The transpose of a matrix, with the same weights kept; it is dense on the way."""
+    return pack(unpack(packed).t(), unpack_mask(packed).t()).without_checksum()
+
+
+def _bit_layout(shape: Sequence[int], device: torch.device) -> Tensor:
+    """The layout of a tensor in memory with one bit a weight."""
+    return torch.tensor([PLAIN_VERSION, 0, 0, *shape], device=device)
 
 
 def _checksum(packed: PackedTensor) -> int:

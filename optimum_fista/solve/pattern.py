@@ -44,11 +44,7 @@ class SparsityPattern(ABC):
     @classmethod
     @abstractmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:
-        """The pattern that `text` stands for; `None` if the text has another form.
-
-        Raises:
-            ValueError: If the text has this form and makes no sense.
-        """
+        """The pattern that `text` stands for; `None` if it has another form, a ValueError if it makes no sense."""
 
     @property
     @abstractmethod
@@ -77,11 +73,7 @@ class SparsityPattern(ABC):
         return most
 
     def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:  # noqa: B027, most shapes fit
-        """Check that the pattern fits a matrix of `shape` [out, in].
-
-        Raises:
-            ValueError: If it does not.
-        """
+        """Refuse a matrix of `shape` [out, in] that the pattern does not fit."""
 
     @abstractmethod
     def num_kept(self, shape: tuple[int, int]) -> int:
@@ -99,9 +91,6 @@ class SparsityPattern(ABC):
 
         Returns:
             Boolean mask [out, in], True = kept, with exactly `num_kept` True values.
-
-        Raises:
-            ValueError: If the pattern does not fit the shape.
         """
 
     def mask_of(self, matrix: Tensor) -> Tensor:

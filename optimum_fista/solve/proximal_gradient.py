@@ -19,13 +19,11 @@ class FistaSolution:
         weight: [out, in].
         iterations: Steps taken.
         converged: Whether the iterates stopped moving before the limit.
-        changes: `|| W_{k+1} - W_k ||_F / || W_{k+1} ||_F` of every step.
     """
 
     weight: Tensor
     iterations: int
     converged: bool
-    changes: tuple[float, ...] = ()
 
 
 def soft_threshold(values: Tensor, threshold: float) -> Tensor:
@@ -77,8 +75,7 @@ def fista(
     # With restarts t depends on the iterates: it stays on the device, which nobody has to wait for.
     t: float | Tensor = torch.ones((), dtype=torch.float64, device=start.device) if restart else 1.0
     moves: list[Tensor] = []
-    changes: list[float] = []
-    converged = False
+    converged, iteration = False, 0
     # Reading the changes makes the host wait for a device.
     look = 1 if start.device.type == "cpu" else 10
     for iteration in range(1, max_iterations + 1):
@@ -103,10 +100,8 @@ def fista(
         moves.append(torch.stack([step.norm(), W.norm()]))
         if iteration % look and iteration < max_iterations:
             continue
-        for moved, size in torch.stack(moves).tolist():
-            changes.append(moved / size if size else 0.0)
-            converged |= moved <= tolerance * size
+        converged = any(moved <= tolerance * size for moved, size in torch.stack(moves).tolist())
         moves.clear()
         if converged:
             break
-    return FistaSolution(W, len(changes), converged, tuple(changes))
+    return FistaSolution(W, iteration, converged)

@@ -11,11 +11,9 @@ from optimum_fista.packed.format import (
     PackedFormatError,
     check,
     pack,
-    pack_state_dict,
     packed_names,
     unpack,
     unpack_mask,
-    unpack_state_dict,
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
@@ -118,7 +116,7 @@ def test_a_mask_keeps_zeros_and_drops_the_sign_of_zeros_outside():
     assert torch.signbit(unpack(pack(weight))).tolist() == [[False, True, False, True]]
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(576, 576), (1536, 576), (4096, 4096)])
+@pytest.mark.parametrize(("rows", "columns"), [(576, 576), (1536, 576)])
 def test_half_of_the_weights_take_at_most_57_percent(rows, columns):
     scores = torch.rand(rows, columns, generator=generator())
     weight = torch.ones(rows, columns, dtype=torch.bfloat16)
@@ -151,46 +149,17 @@ def test_wrong_weights_and_masks_are_refused():
         pack(weight, torch.zeros(2, 8).bool())
 
 
-def test_state_dicts_are_packed_where_that_is_smaller():
-    mask = torch.rand(64, 128, generator=generator()) < 0.5
-    state = {
-        "a.weight": torch.randn(64, 128) * mask,
-        "a.bias": torch.randn(64),
-        "tiny": torch.zeros(2, 2),
-        "dense": torch.randn(64, 128),
-        "experts": torch.randn(2, 64, 128) * mask,
-        "b.weight": torch.randn(64, 128).masked_fill(~grouped_mask(64, 128, 2, 4), 0),
-    }
-    masks = {"a.weight": mask, "tiny": None, "dense": None, "experts": None, "b.weight": None}
-    packed = pack_state_dict(state, masks, {"b.weight": (2, 4)})
-    suffixes = ("_values", "_mask", "_layout")
-    assert list(packed) == [
-        *("a.weight" + s for s in suffixes),
-        "a.bias",
-        "tiny",
-        "dense",
-        *("experts" + s for s in suffixes),
-        *("b.weight" + s for s in suffixes),
-    ]
-    assert packed["b.weight_layout"][[0, 1, 2, 4, 5]].tolist() == [2, 2, 4, 64, 128]
-    assert packed_names(packed) == ["a.weight", "experts", "b.weight"]
-    restored = unpack_state_dict(packed)
-    assert list(restored) == list(state)
-    assert all(torch.equal(restored[name], state[name]) for name in state)
-    with pytest.raises(ValueError, match="masks names 'c', which state does not hold"):
-        pack_state_dict(state, {"c": None})
-
-
 def test_incomplete_files_are_refused():
-    packed = pack_state_dict({"w": torch.eye(64)}, {"w": None})
-    for suffix in ("_values", "_mask", "_layout"):
-        rest = {name: tensor for name, tensor in packed.items() if not name.endswith(suffix)}
-        with pytest.raises(PackedFormatError, match=f"w is packed, but w{suffix} is missing"):
-            unpack_state_dict(rest)
+    assert packed_names(["a", "w_values", "w_mask", "w_layout", "attention_mask"]) == ["w"]
+    for rest, missing in (
+        (("_mask", "_layout"), "_values"),
+        (("_values", "_layout"), "_mask"),
+        (("_values", "_mask"), "_layout"),
+    ):
+        with pytest.raises(PackedFormatError, match=f"w is packed, but w{missing} is missing"):
+            packed_names("w" + suffix for suffix in rest)
     with pytest.raises(PackedFormatError, match="w is there both packed and dense"):
-        unpack_state_dict({**packed, "w": torch.eye(64)})
-    alone = {"attention_mask": torch.ones(3)}
-    assert unpack_state_dict(alone) == alone
+        packed_names(["w", "w_values", "w_mask", "w_layout"])
 
 
 def test_packing_and_unpacking_need_little_memory_besides_their_result():

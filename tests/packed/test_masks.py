@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_fista.packed.masks import BITS, encoding, smallest_encoding
+from optimum_fista.packed.masks import encoding
 
 GROUPS = [(2, 4), (1, 4), (1, 2), (3, 16), (1, 3), (7, 256)]
 
@@ -40,14 +40,3 @@ def test_written_and_read(n_of_m):
     assert torch.equal(written.read(mask, columns), kept)
     assert written.num_kept(mask, columns) == int(kept.sum())
     assert written.defect(mask, columns) is None
-
-
-def test_places_are_written_only_if_they_fit():
-    kept = mask_of(4, 48, (2, 4))
-    assert smallest_encoding(48, (2, 4), [kept[:2], kept[2:]]).numbers == (2, 4)
-    assert smallest_encoding(48, (2, 4)).numbers == (2, 4)
-    broken = kept.clone()
-    broken[3, :4] = True
-    assert smallest_encoding(48, (2, 4), [kept, broken]) is BITS
-    for n_of_m in (None, (3, 4), (4, 4), (0, 4), (2, 5), (1, 512)):
-        assert smallest_encoding(48, n_of_m) is BITS

@@ -155,14 +155,6 @@ def test_compiled_without_graph_breaks(backend):
             torch.testing.assert_close(compiled(x), dense(x))
 
 
-def test_compiled_with_gradients():
-    packed, dense = layer()
-    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 100, requires_grad=True)
-    compiled(x).square().sum().backward()
-    torch.testing.assert_close(x.grad, torch.autograd.grad(dense(x).square().sum(), x)[0], rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported_with_any_number_of_inputs(strict):
     packed, dense = layer()

@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from optimum_fista.packed.format import check, pack, unpack, unpack_mask
-from optimum_fista.packed.rearranged import matrices_of, stacked_rows, transposed, with_bits
+from optimum_fista.packed.format import (
+    check,
+    matrices_of,
+    pack,
+    stacked_rows,
+    transposed,
+    unpack,
+    unpack_mask,
+    with_bits,
+)
 
 
 def sparse(*shape, seed=0):

@@ -46,13 +46,6 @@ def test_no_zero_is_worth_moving(sparsity):
                 assert best < total_cost(costs, moved, sparsity)
 
 
-def test_by_the_formula():
-    sizes = {"a": 1000, "b": 1000}
-    shared = allocate({"a": math.e, "b": 1.0}, sizes, 0.5)
-    assert shared["b"] - shared["a"] == pytest.approx(1 / SLOPE, abs=2e-3)
-    assert average(sizes, shared) == pytest.approx(0.5, abs=1e-12)
-
-
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9, 0.97])
 def test_extreme_costs_stay_within_reach(sparsity):
     sizes = {"costly": 1000, "free": 1000, "usual": 10_000}

@@ -25,13 +25,7 @@ def test_masks_that_are_not_contiguous_are_packed_as_they_look():
     assert torch.equal(unpack_mask(pack_mask(mask.T), (5, 6)), mask.T)
 
 
-@pytest.mark.parametrize(("size", "shape"), [(2, (3, 8)), (4, (3, 8)), (1, (3, 3)), (0, (1,))])
-def test_number_of_bytes_must_fit_the_shape(size, shape):
-    needed = (shape[0] * shape[-1] + 7) // 8 if len(shape) == 2 else 1
-    with pytest.raises(ValueError, match=rf"packed has {size} values .* needs {needed} of torch.uint8"):
-        unpack_mask(torch.zeros(size, dtype=torch.uint8), shape)
-
-
-def test_other_types_are_refused():
-    with pytest.raises(ValueError, match=r"packed has 3 values of torch\.int64"):
-        unpack_mask(torch.zeros(3, dtype=torch.int64), (3, 8))
+@pytest.mark.parametrize(("size", "dtype"), [(2, torch.uint8), (4, torch.uint8), (3, torch.int64)])
+def test_number_of_bytes_must_fit_the_shape(size, dtype):
+    with pytest.raises(ValueError, match=rf"packed has {size} values of {dtype}: .* needs 3 of torch.uint8"):
+        unpack_mask(torch.zeros(size, dtype=dtype), (3, 8))

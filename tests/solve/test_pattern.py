@@ -83,16 +83,6 @@ def test_unstructured_counts_are_exact_with_and_without_ties(shape, sparsity, le
     assert row.num_kept(shape) == scores.numel() - int(row_zeros.sum())
 
 
-@pytest.mark.parametrize("text", ["1:2", "2:4", "1:4", "3:4", "5:8"])
-def test_every_group_keeps_exactly_n(text):
-    pattern = parse_pattern(text)
-    n, m = pattern.n_of_m
-    for levels in (None, 3, 1):
-        counts = pattern.mask(random_scores((5, 24), levels)).view(5, -1, m).sum(-1)
-        assert (counts == n).all()
-    assert pattern.num_kept((5, 24)) == 5 * 24 * n // m
-
-
 @pytest.mark.parametrize(("text", "columns"), [("2:4", 6), ("2:4", 7), ("1:2", 9), ("5:8", 12)])
 def test_m_that_does_not_divide_the_rows_is_refused(text, columns):
     pattern = parse_pattern(text)

@@ -79,17 +79,6 @@ def test_stops_as_soon_as_the_preconditioned_residual_has_fallen_by_the_toleranc
     assert residual(steps) <= tolerance * residual(0) < residual(steps - 1)
 
 
-def test_full_mask_returns_the_dense_weights_at_once():
-    made = example(4, 8)
-    mask = torch.ones(4, 8, dtype=torch.bool)
-    start = torch.randn(4, 8).double()
-    weight, _ = refit(made.problem.gram, made.problem.target, start, mask, max_iterations=100, tolerance=1e-12)
-    assert torch.allclose(weight, made.weight, rtol=1e-8, atol=1e-9)
-    weight, steps = refit(made.problem.gram, made.problem.gram.new_zeros(4, 8), torch.zeros(4, 8).double(), mask)
-    assert torch.equal(weight, torch.zeros(4, 8).double())
-    assert steps == 0, "already solved"
-
-
 def test_fewer_tokens_than_inputs_still_reach_the_smallest_error():
     made, mask = example(6, 16, tokens=7, corrected=True), random_mask(6, 16)
     problem = made.problem

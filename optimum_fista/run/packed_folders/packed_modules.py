@@ -14,9 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model.experts import ExpertOperator, FusedExperts, can_be_split
 from optimum_fista.packed.experts import packed_experts_forward
-from optimum_fista.packed.format import PackedTensor
+from optimum_fista.packed.format import PackedTensor, matrices_of, stacked_rows, transposed
 from optimum_fista.packed.linear import PackedLinear
-from optimum_fista.packed.rearranged import matrices_of, stacked_rows, transposed
 from optimum_fista.packed.validation import PackedFormatError
 from optimum_fista.run.checkpoints.stored_names import StoredName, split_index, stored_names
 from optimum_fista.run.packed_folders.unpacking import PackedFiles

@@ -21,26 +21,23 @@ class Columns(SparsityPattern):
     An input that no row reads need not be made: whole channels of an MLP are columns of its down projection, and
     key-value groups with their query heads are groups of columns of the attention's output projection.
 
-    The number of groups kept is exact. `Columns(0.25)` keeps the whole number, or the multiple of `multiple_of`, that
-    is nearest to 75% of the groups; `Columns.keeping(7, 9, 64)` keeps 7 of 9 groups of 64 columns. A sparsity of 0
-    keeps all groups.
+    The number of groups kept is exact. `Columns(0.25)` keeps the whole number that is nearest to 75% of the groups;
+    `Columns.keeping(7, 9, 64)` keeps 7 of 9 groups of 64 columns.
 
     Attributes:
         sparsity: Share of the groups that is removed, in [0, 1).
         width: Consecutive columns that are kept or removed together.
-        multiple_of: The number of groups kept is a multiple of it.
         groups: Groups of the matrices that the pattern fits; `None`: any number.
     """
 
     width: int = 1
-    multiple_of: int = 1
     groups: int | None = None
     form: ClassVar[str] = "'columns:SHARE' such as 'columns:0.25' or 'columns:0.25x64'"
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity={self.sparsity!r}: pass the share of the columns to remove, in [0, 1).")
-        for name in ("width", "multiple_of", "groups"):
+        for name in ("width", "groups"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r}: pass a whole number of at least 1.")
@@ -54,18 +51,18 @@ class Columns(SparsityPattern):
 
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, the text says it
-        """The pattern of `"columns:0.25"`, with a width `"columns:0.25x64"`, rounded to a multiple `"columns:0.25/64"`.
+        """The pattern of `"columns:0.25"`, or of `"columns:0.25x64"` with a width.
 
         `"columns:7of9x64"` keeps exactly 7 of 9 groups of 64 columns.
         """
-        found = re.fullmatch(r"columns:(?:(\d+)of(\d+)|([\d.]+(?:e-\d+)?))(?:x(\d+))?(?:/(\d+))?", text)
+        found = re.fullmatch(r"columns:(?:(\d+)of(\d+)|([\d.]+(?:e-\d+)?))(?:x(\d+))?", text)
         if found is None:
             return None
-        kept, groups, share, width, multiple = found.groups()
+        kept, groups, share, width = found.groups()
         try:
             if share is None:
                 return cls.keeping(int(kept), int(groups), int(width or 1))
-            return cls(float(share), scope, int(width or 1), int(multiple or 1))
+            return cls(float(share), scope, int(width or 1))
         except ValueError as error:
             raise ValueError(f"pattern={text!r}: {error}") from None
 
@@ -75,7 +72,7 @@ class Columns(SparsityPattern):
         width = f"x{self.width}" if self.width > 1 else ""
         if self.groups is not None:
             return f"columns:{self.groups_kept(self.groups)}of{self.groups}{width}"
-        return f"columns:{self.sparsity!r}{width}" + (f"/{self.multiple_of}" if self.multiple_of > 1 else "")
+        return f"columns:{self.sparsity!r}{width}"
 
     @property
     def column_width(self) -> int:  # type: ignore[override]
@@ -84,11 +81,7 @@ class Columns(SparsityPattern):
 
     def groups_kept(self, groups: int) -> int:
         """Groups that are kept of so many; 0 if the share leaves none."""
-        if not self.sparsity:
-            return groups
-        return self.multiple_of * min(
-            groups // self.multiple_of, round((1 - self.sparsity) * groups / self.multiple_of)
-        )
+        return round((1 - self.sparsity) * groups)
 
     def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:
         """Check that the columns are whole groups, and that some of them are kept."""
@@ -104,11 +97,10 @@ class Columns(SparsityPattern):
                 "groups of every operator, or pass a share such as 'columns:0.25'."
             )
         if self.groups_kept(groups) == 0:
-            if self.multiple_of > groups:
-                fits = f"a multiple_of of at most {groups}"
-            else:
-                fits = f"a share of at most {1 - self.multiple_of / groups:g}"
-            raise ValueError(f"{name} has {groups} groups of {self.width} columns, and {self} keeps none: pass {fits}.")
+            raise ValueError(
+                f"{name} has {groups} groups of {self.width} columns, and {self} keeps none: pass a share of at most "
+                f"{1 - 1 / groups:g}."
+            )
 
     def num_kept(self, shape: tuple[int, int]) -> int:
         """Exact number of weights kept in a matrix of `shape` [out, in]."""

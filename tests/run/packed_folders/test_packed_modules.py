@@ -62,7 +62,7 @@ def test_the_same_logits_and_text(family, pattern, pruned, tmp_path, caplog):
         model.save_pretrained(tmp_path / "again")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss"])
 def test_sixteen_bits(family, pruned, tmp_path):
     pack_folder(pruned(family), tmp_path / "packed")
     expected = AutoModelForCausalLM.from_pretrained(pruned(family), dtype=torch.bfloat16)
@@ -71,7 +71,7 @@ def test_sixteen_bits(family, pruned, tmp_path):
     assert torch.allclose(logits(model), logits(expected), atol=0.15, rtol=0.05)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "deepseek_v3", "gpt_oss"])
 def test_packed_weights_are_nowhere_dense(family, pruned, tmp_path):
     pack_folder(pruned(family), tmp_path / "packed")
     dense, packed = load(tmp_path / "packed", "dense"), load(tmp_path / "packed")
@@ -104,7 +104,7 @@ def test_what_was_left_dense_stays_dense(family, exclude, pruned, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss"])
 def test_device_maps(family, place, pruned, tmp_path):
     """What Accelerate offloads are parameters; packed weights are buffers, which stay in memory."""
     pack_folder(pruned(family), tmp_path / "packed")
@@ -119,7 +119,7 @@ def test_device_maps(family, place, pruned, tmp_path):
 
 @pytest.mark.parametrize("offload_buffers", [False, True])
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_hooks_of_accelerate(family, offload, offload_buffers, pruned, tmp_path):
     pack_folder(pruned(family, "2:4"), tmp_path / "packed")
     expected = AutoModelForCausalLM.from_pretrained(pruned(family, "2:4"), dtype=torch.float32)
@@ -143,14 +143,13 @@ def test_packed_weights_on_disk_are_refused(pruned, tmp_path):
     assert logits(load(tmp_path / "packed", "dense", **options)).isfinite().all()
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-def test_other_implementations_of_experts_stop(implementation, pruned, tmp_path):
+def test_other_implementations_of_experts_stop(pruned, tmp_path):
     """They expect tensors; the one for packed experts can be set again."""
     pack_folder(pruned("mixtral"), tmp_path / "packed")
     model = load(tmp_path / "packed")
     before = logits(model)
-    model.set_experts_implementation(implementation)
-    with pytest.raises(ValueError, match=f"experts_implementation='{implementation}' can't compute .* 'fista_packed'"):
+    model.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match=r"experts_implementation='eager' can't compute .* 'fista_packed'"):
         logits(model)
     model.set_experts_implementation("fista_packed")
     assert torch.equal(logits(model), before)

@@ -146,17 +146,6 @@ def test_norms_in_surgeon_coordinates_are_what_removing_a_group_costs(width):
         assert float(part.square().sum()) == pytest.approx(float(error.square().sum()), rel=1e-9)
 
 
-def test_a_group_of_correlated_columns_is_not_the_sum_of_its_columns():
-    made = example(4, 12)
-    inputs = made.inputs.clone()
-    inputs[:, 1] = inputs[:, 0] + 0.01 * inputs[:, 1]  # each can stand for the other, and nothing for both
-    inputs[:, 0:2] *= 6
-    problem = LayerProblem(made.weight, InputStatistics(inputs.T @ inputs, len(inputs)))
-    method = create_method("obs_admm", ridge=1e-6)
-    assert not method.prune(problem, Columns.keeping(11, 12)).mask[:, :2].all()
-    assert method.prune(problem, Columns.keeping(5, 6, 2)).mask[:, :2].all()
-
-
 def test_operators_of_other_widths_are_pruned_as_they_are_alone():
     made, method = example(6, 12), create_method("obs_admm")
     patterns = [Columns(0.5), Columns(0.5, width=3), Unstructured(0.5)]
