@@ -80,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\nPerplexity on {arguments.text} ({len(windows)} windows of {windows.shape[1]} tokens), lower is better\n")
     print("\n".join(markdown_lines(["method", "pattern", "perplexity"], rows)), end="\n\n")
     say("verifying and reloading")
-    print(f"\n{_show_models(dense, list(saved.values()), tokenizer)}\n\n{_next_commands(arguments)}")
+    _show_models(dense, list(saved.values()), tokenizer)
+    print(_next_commands(arguments))
     return 0
 
 
@@ -101,8 +102,8 @@ def _material(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     return others[:: len(others) // _WINDOWS][:_WINDOWS], windows[:_WINDOWS]
 
 
-def _show_models(dense: PreTrainedModel, folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Sizes and texts of the dense model and of the saved ones, verified and loaded by plain Transformers."""
+def _show_models(dense: PreTrainedModel, folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print sizes and texts of the dense model and of the saved ones, verified and loaded by plain Transformers."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -115,19 +116,16 @@ def _show_models(dense: PreTrainedModel, folders: Sequence[Path], tokenizer: Pre
         verify_checkpoint(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
         models[folder.name] = model.to(dense.device)
-    lines, texts = [], dict[str, str]()
+    texts = dict[str, str]()
     for name, model in models.items():
         inputs = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
         output = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.2)
         texts[name] = str(tokenizer.decode(output[0], skip_special_tokens=True))
         size = sum(p.nbytes for p in model.parameters()) / 1e6
-        lines.append(f"{name:<12}{model.num_parameters():>13,} parameters, {size:.0f} MB in memory")
-    console = Console(width=shutil.get_terminal_size((120, 24)).columns)
-    with console.capture() as captured:
-        beside = Table(*texts, expand=True)
-        beside.add_row(*map(Text, texts.values()))
-        console.print(beside)
-    return "\n".join([*lines, "", captured.get()])
+        print(f"{name:<12}{model.num_parameters():>13,} parameters, {size:.0f} MB in memory", flush=True)
+    beside = Table(*texts, expand=True)
+    beside.add_row(*map(Text, texts.values()))
+    Console(width=shutil.get_terminal_size((120, 24)).columns).print(beside)
 
 
 def _next_commands(arguments: argparse.Namespace) -> str:

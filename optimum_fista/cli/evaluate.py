@@ -33,13 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=1, help="windows or answers in a forward pass (default 1)")
     add("--device", **DEVICE)
     add("--dtype", **DTYPE)
-    add(
-        "--output",
-        "-o",
-        type=Path,
-        metavar="FILE.json",
-        help="add the results to this file; `report DIR` looks for DIR/fista/evaluation.json",
-    )
+    files = "add the results to this file; `report DIR` looks for DIR/fista/evaluation.json"
+    add("--output", "-o", type=Path, metavar="FILE.json", help=files)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -113,25 +113,18 @@ def details_of(estimate: Estimate) -> list[str]:
     for reason, count in Counter(left_dense.values()).items():
         names = [name for name, why in left_dense.items() if why == reason]
         lines.append(f"left dense ({reason}): {', '.join(names[:3])}{f' and {count - 3} more' * (count > 3)}")
-    tables: dict[str, Mapping[str, float]] = {f"memory, {place}": parts for place, parts in estimate.memory.items()}
-    for title, parts in (tables | {"disk": estimate.disk_bytes}).items():
-        lines += ["", f"{title:<44}{_size(sum(parts.values())):>12}"]
-        lines += [f"  {name:<42}{_size(n):>12}" for name, n in sorted(parts.items(), key=lambda p: -p[1]) if n]
     notes = list(idle_patterns(estimate.config, list(estimate.operators), list(estimate.left_dense)))
+    tables: dict[str, Any] = {f"memory, {place}": (parts, _size) for place, parts in estimate.memory.items()}
+    tables["disk"] = estimate.disk_bytes, _size
     try:
-        seconds = estimate.seconds
-        lines += ["", f"{'time':<44}{tqdm.format_interval(sum(seconds.values())):>12}"]
-        lines += [f"  {stage:<42}{tqdm.format_interval(took):>12}" for stage, took in seconds.items()]
+        tables["time"] = estimate.seconds, tqdm.format_interval
     except (ValueError, RuntimeError, OSError) as error:
         notes.append(f"time is not estimated: {error}")
+    for title, (parts, text_of) in tables.items():
+        lines += ["", f"{title:<44}{text_of(sum(parts.values())):>12}"]
+        lines += [f"  {name:<42}{text_of(n):>12}" for name, n in sorted(parts.items(), key=lambda p: -p[1]) if n]
     if estimate.samples_itself:
-        notes.append(
-            "--calibration self loads the whole model, which writes its text first: no time is counted for that."
-        )
-    if estimate.whole:
-        notes.append("a GGUF file can't be read one weight at a time: it is dequantized, and the whole model is held.")
-    if "layers:" in estimate.asked.pattern:
-        notes.append("the run chooses which decoder layers go; here these follow the first.")
+        notes.append("--calibration self loads the whole model, which writes its text; no time is counted for that.")
     return [*lines, *(f"note: {note}" for note in notes)]
 
 
@@ -144,10 +137,8 @@ def verdicts(report: PruningReport) -> Iterator[str]:
     """What a run cost, and whether that is much; docs/report.md says where the words begin."""
     if report.perplexity is not None:
         found = report.perplexity
-        yield (
-            f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after ({_verdict(found)}), on "
-            f"{report.measured_on}"
-        )
+        numbers = f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after"
+        yield f"{numbers} ({_verdict(found)}), on {report.measured_on}"
     if report.operators:
         worst = max(report.operators, key=lambda o: o.fit_error)
         word = "low" if worst.fit_error < 0.2 else "usual" if worst.fit_error < 0.5 else "high"
@@ -165,9 +156,8 @@ def _verdict(found: Mapping[str, Any]) -> str:
     if found["dense"] > found["vocabulary"] / 2:
         return "the dense model is no better than chance"
     words = {1.1: "close to the dense model", 1.5: "usable as it is", 3.0: "clearly worse, training would help"}
-    return next(
-        (word for most, word in words.items() if found["pruned"] <= most * found["dense"]), "broken: prune less"
-    )
+    fitting = (word for most, word in words.items() if found["pruned"] <= most * found["dense"])
+    return next(fitting, "broken: prune less")
 
 
 def argument(path: str | Path) -> str:

@@ -38,7 +38,6 @@ examples:
   optimum-fista prune meta-llama/Llama-3.2-1B
   optimum-fista prune ./model --pattern 2:4 --calibration texts.jsonl --num-samples 64
   optimum-fista prune ./model --output smaller --pattern channels:0.25 --calibration texts.jsonl
-  optimum-fista prune ./model --output smaller --target-size 0.75 --calibration texts.jsonl
   optimum-fista prune ./model --output model-50 --method wanda --device cpu --dtype float32
   accelerate launch --num_processes 8 -m optimum_fista prune ./model --error-correction intra
   optimum-fista prune meta-llama/Llama-3.1-70B --dry-run --calibration c4 --device cuda --storage-device cpu
@@ -50,13 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s MODEL [options]"
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, model folder, or folder with one GGUF file")
-    add(
-        "--output",
-        "-o",
-        type=Path,
-        metavar="DIR",
-        help="folder to write the model to (default: MODEL's name with -50pct, -2of4, ...)",
-    )
+    folders = "folder to write the model to (default: MODEL's name with -50pct, -2of4, ...)"
+    add("--output", "-o", type=Path, metavar="DIR", help=folders)
     advanced = add_options(parser, PruningOptions)
     size = "remove channels until this share of the dense model's bytes is left, such as 0.75 (docs/smaller.md)"
     add("--target-size", type=float, metavar="SHARE", help=size)
@@ -81,12 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = advanced["calibration and machine"].add_argument
     pass_size = "sequences in a forward pass (default: 1 on a CPU; on others up to 8192 tokens, if memory allows)"
     add("--batch-size", type=int, metavar="N", help=pass_size)
-    add(
-        "--storage-device",
-        metavar="PLACE",
-        help="where activations wait between passes: on a device (cpu saves memory of the GPU), on disk (in files "
-        "beside --output), or in a folder (default: on --device; on disk if that is the CPU)",
+    places = (
+        "where activations wait between passes: on a device (cpu saves memory of the GPU), on disk (in files beside "
+        "--output), or in a folder (default: on --device; on disk if that is the CPU)"
     )
+    add("--storage-device", metavar="PLACE", help=places)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -118,22 +111,17 @@ def run(arguments: argparse.Namespace) -> int:
             set_verbosity_error()
             disable_progress_bar()
         else:
-            opened.enter_context(log_shown("optimum_fista.run.pruning.size"))  # what --target-size removes
+            opened.enter_context(log_shown("optimum_fista.run.pruning.plan"))  # what --target-size removes
         try:
             ranks.first(lock)
             arguments.batch_size = ranks.first(lambda: say_before(arguments, config))
             callbacks = [] if ranks.index else [opened.enter_context(Progress(shares=ranks.count > 1))]
             batches = ranks.first(lambda: _batches(arguments, config, ranks.device, folder / FOLDER))
-            places = {
-                name: getattr(arguments, name) for name in ("device", "dtype", "overwrite", "packed", "drop_unused")
-            }
-            report = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks).prune(
-                arguments.model,
-                batches,
-                calibration_source=arguments.calibration,
-                output_dir=arguments.output,
-                **places,
-            )
+            names = ("device", "dtype", "overwrite", "packed", "drop_unused")
+            options = {name: getattr(arguments, name) for name in names}
+            options |= {"calibration_source": arguments.calibration, "output_dir": arguments.output}
+            pruner = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks)
+            report = pruner.prune(arguments.model, batches, **options)
         except KeyboardInterrupt:
             opened.close()  # the table goes before anything is said
             layers = _num_kept(arguments, config)
@@ -198,17 +186,15 @@ def _require_output(arguments: argparse.Namespace, config: FistaPruningConfig) -
     arguments.output = named or default_output(arguments.model, config)
     try:
         require_output(arguments.output, arguments.overwrite, source=arguments.model)
-    except FileExistsError as error:
+    except (FileExistsError, ValueError) as error:
         if named is not None:
             raise
-        numbered = (f"{arguments.output}-{number}" for number in itertools.count(2))
-        free = next(name for name in numbered if not Path(name).exists())
-        raise FileExistsError(f"{error} For example: --output {argument(free)}") from error
-    except ValueError as error:
-        if named is not None:
-            raise
-        beside = os.path.relpath(Path(arguments.model).resolve().parent / arguments.output)  # we are in that folder
-        raise ValueError(f"{error} For example: --output {argument(beside)}") from error
+        if isinstance(error, FileExistsError):
+            numbered = (f"{arguments.output}-{number}" for number in itertools.count(2))
+            other = next(name for name in numbered if not Path(name).exists())
+        else:  # we are in the model's folder
+            other = os.path.relpath(Path(arguments.model).resolve().parent / arguments.output)
+        raise type(error)(f"{error} For example: --output {argument(other)}") from error
 
 
 def _require_same_settings(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:

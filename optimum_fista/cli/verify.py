@@ -33,11 +33,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify and print what was proven."""
     from tqdm.auto import tqdm
 
+    from optimum_fista.run.evaluation.same_as import compare_folders
     from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 
     try:
-        total = _num_operators(arguments.folder) if arguments.dense is None else None
-        with tqdm(desc="Verifying", unit="tensor", total=total) as bar:
+        with tqdm(desc="Verifying", unit="tensor") as bar:
             proven = verify_checkpoint(arguments.folder, lambda _: bar.update(), dense=arguments.dense)
     except VerificationError as error:
         print(f"{arguments.folder}: BROKEN: {error}", file=sys.stderr)
@@ -52,26 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{proven.num_equal} tensors that were not pruned equal what {arguments.dense} has of them")
     if proven.num_parameters is None:
         print("its parameters were not counted: Transformers can't make a model of its class without weights")
-    return 0 if arguments.same_as is None else _compare(arguments.folder, arguments.same_as)
-
-
-def _compare(folder: Path, other: Path) -> int:
-    """Print how two folders differ; returns 1 if they do."""
-    from tqdm.auto import tqdm
-
-    from optimum_fista.run.evaluation.same_as import compare_folders
-
+    if arguments.same_as is None:
+        return 0
     with tqdm(desc="Comparing", unit="tensor") as bar:
-        found = compare_folders(folder, other, lambda _: bar.update())
-    print(f"{folder} and {other}: {found}")
-    return 1 if found.different else 0
-
-
-def _num_operators(folder: Path) -> int | None:
-    """How many operators there are to check; `None` if the report says nothing, which the check explains."""
-    from optimum_fista.run.checkpoints.checkpoint import read_report
-
-    try:
-        return len(read_report(folder).operators)
-    except (OSError, ValueError):
-        return None
+        difference = compare_folders(arguments.folder, arguments.same_as, lambda _: bar.update())
+    print(f"{arguments.folder} and {arguments.same_as}: {difference}")
+    return 1 if difference.different else 0

@@ -83,9 +83,7 @@ CONFIG, REPORT, MASKS = "config.json", "fista/report.json", "fista/masks.safeten
 WEIGHTS = {
     "header cut": cut(0.01),
     "half": cut(0.5),
-    "empty": cut(0),
     "Git LFS": lambda folder: weights(folder).write_text(LFS),
-    "noise": lambda folder: weights(folder).write_bytes(random.Random(0).randbytes(4000)),
     "absent": lambda folder: weights(folder).unlink(),
     "a tensor is missing": tensors("", drop),
     "a tensor has another shape": tensors("", reshape),
@@ -100,34 +98,22 @@ ANY_CONFIG = {
     "no text": text(CONFIG, b"\xff\xfe\x00"),
 }
 MODEL_CONFIG = ANY_CONFIG | {
-    "no fields": text(CONFIG, "{}"),
     "unknown type": values(CONFIG, model_type="nosuch"),
-    "type is a number": values(CONFIG, model_type=3),
     "size is a word": values(CONFIG, hidden_size="abc"),
-    "size is negative": values(CONFIG, hidden_size=-4),
     "no heads": values(CONFIG, num_attention_heads=0),
     "unknown activation": values(CONFIG, hidden_act="nope"),
     "unknown dtype": values(CONFIG, dtype="nope"),
     "quantized by a number": values(CONFIG, quantization_config=3),
 }
-TOKENIZER = {
-    "no JSON": text("tokenizer.json", "{"),
-    "a list": text("tokenizer_config.json", "[]"),
-    "Git LFS": text("tokenizer.json", LFS),
-}
+TOKENIZER = {"a list": text("tokenizer_config.json", "[]"), "Git LFS": text("tokenizer.json", LFS)}
 REPORTS = {
     "no JSON": text(REPORT, "{"),
     "a list": text(REPORT, "[1]"),
     "no fields": text(REPORT, "{}"),
-    "operators are numbers": values(REPORT, operators=[1]),
-    "shape is a number": operator(shape=3),
     "error is a word": operator(fit_error="small"),
-    "config is a number": values(REPORT, config=3),
     "config is empty": values(REPORT, config={}),
-    "model is a list": values(REPORT, model=[]),
     "no parameters": values(REPORT, model={"class": "LlamaForCausalLM", "num_parameters": 0}),
     "calibration is empty": values(REPORT, calibration={}),
-    "seconds are a number": values(REPORT, seconds=3),
     "layers are numbers": values(REPORT, layers=[1]),
 }
 MASK_FILES = {
@@ -140,13 +126,10 @@ CASES = [
     *(("dense", command, WEIGHTS) for command in ("prune", "evaluate")),
     *(("dense", command, MODEL_CONFIG | TOKENIZER) for command in ("prune", "evaluate")),
     ("dense", "dry run", MODEL_CONFIG),
-    *(("pruned", command, WEIGHTS) for command in ("evaluate", "verify", "pack")),
-    *(("pruned", command, ANY_CONFIG | REPORTS) for command in ("verify", "pack")),
+    *(("pruned", command, WEIGHTS | ANY_CONFIG | REPORTS | MASK_FILES) for command in ("verify", "pack")),
     ("pruned", "report", REPORTS),
-    *(("pruned", command, MASK_FILES) for command in ("verify", "pack")),
-    *(("packed", command, WEIGHTS) for command in ("evaluate", "verify", "unpack")),
-    *(("packed", command, ANY_CONFIG | REPORTS) for command in ("verify", "unpack")),
-    ("packed", "report", REPORTS),
+    *(("packed", command, WEIGHTS | ANY_CONFIG | REPORTS) for command in ("verify", "unpack")),
+    ("packed", "evaluate", WEIGHTS),
 ]
 
 
@@ -225,7 +208,7 @@ def test_any_bytes_are_a_model_or_one_line(run, kind):
         path.write_bytes(content)
 
     codes = set()
-    for _ in range(60):
+    for _ in range(30):
         code, lines = run(kind, "evaluate", damage)
         assert len(lines) == code
         codes.add(code)

@@ -30,7 +30,7 @@ def test_a_run_ends_with_the_next_commands_which_work(tiny_folder, text_file, tm
         rest = [str(text_file) if word == "wikitext2" else word for word in command[1:]]
         assert main([*rest, *more.get(command[1], [])]) == 0
     shown = capsys.readouterr().err
-    assert re.search(r"Verifying: 100%.* 14/14 ", shown)
+    assert re.search(r"Verifying: 14tensor", shown)
     assert "are trained: all " in shown  # what `recover` chose
 
 
@@ -54,11 +54,6 @@ def test_a_warning_is_one_line_without_code():
     assert execute(argparse.Namespace(fista_run=command)) == 0
     assert shown == ["warning: the text ends here\n"]
     assert warnings.formatwarning is before
-
-
-def test_packing_shows_no_list_of_files(pruned_folder, tmp_path, capsys):
-    assert main(["pack", str(pruned_folder), "-o", str(tmp_path / "packed")]) == 0
-    assert ".safetensors" not in capsys.readouterr().out
 
 
 def test_help_shows_the_options_of_every_day_alone(capsys):

@@ -34,11 +34,8 @@ def require_private(folder: Path, home: Path) -> None:
     assert b"tiny" in (folder / "fista" / "report.json").read_bytes()
 
 
-@pytest.mark.parametrize("relative", [False, True])
-def test_a_streamed_run_and_what_is_made_of_its_folder(home, relative):
-    model, text = Path("models/tiny"), Path("texts/sea.txt")
-    if not relative:
-        model, text = home / model, home / text
+def test_a_streamed_run_and_what_is_made_of_its_folder(home):
+    model, text = home / "models/tiny", home / "texts/sea.txt"
     prune = ["prune", str(model), "--calibration", str(text), *QUICK]
     assert main([*prune, "--output", str(home / "dense")]) == 0
     for measured in (model, home / "dense"):
@@ -54,11 +51,6 @@ def test_a_streamed_run_and_what_is_made_of_its_folder(home, relative):
     assert main([*prune, "--output", str(home / "written-packed"), "--packed"]) == 0
     for name in ("dense", "packed", "unpacked", "written-packed"):
         require_private(home / name, home)
-
-
-def test_a_run_that_sampled_its_text(home):
-    assert main(["prune", str(home / "models" / "tiny"), *QUICK, "--output", str(home / "out")]) == 0
-    require_private(home / "out", home)
 
 
 def test_a_model_in_memory(home):

@@ -25,9 +25,3 @@ def test_a_broken_folder_exits_with_1_and_names_the_operator(pruned_folder, tmp_
     shown = capsys.readouterr()
     assert shown.err.splitlines()[-1] == f"{folder}: BROKEN: {name} has 512 weights outside its mask that are not zero."
     assert shown.out == ""
-
-
-def test_a_folder_that_was_not_pruned(tiny_folder, capsys):
-    assert main(["verify", str(tiny_folder)]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"error: '{tiny_folder}' holds no fista/masks.safetensors: pass a folder saved by optimum-fista."

@@ -34,17 +34,11 @@ _ERROR = ", standard error "
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A measurement and the model that it is of.
-
-    Attributes:
-        model: A Hub id, or the last part of a path.
-        result: The perplexity, or the metrics of a task.
-        place: Digest of the path, which tells models of one name apart; empty for a Hub id.
-    """
+    """A measurement and the model that it is of: a Hub id, or the last part of a path."""
 
     model: str
     result: PerplexityResult | TaskResult
-    place: str = ""
+    place: str = ""  # digest of the path, which tells models of one name apart; empty for a Hub id
 
     @classmethod
     def of(cls, model: str, result: PerplexityResult | TaskResult) -> Evaluation:
@@ -123,20 +117,14 @@ def _add_to_card(file: Path, result: PerplexityResult | TaskResult) -> None:
         for metric, score in scores.items()
     ]
     same = {(name, f"{metric}, {how}") for metric in scores}
-    known = [
-        r
-        for r in card.data.eval_results or []
-        if (r.dataset_name, (r.metric_name or "").partition(_ERROR)[0]) not in same
-    ]
+    before = card.data.eval_results or []
+    known = [r for r in before if (r.dataset_name, (r.metric_name or "").partition(_ERROR)[0]) not in same]
     title = re.search(r"^# (.+)", card.text, re.M)
     card.data.model_name = card.data.model_name or (title[1] if title else file.parent.name)
     card.data.eval_results = [*known, *found]
-    card.data.datasets = list(dict.fromkeys([*_listed(card.data.datasets), *_listed(dataset)])) or None
+    listed = [card.data.datasets] if isinstance(card.data.datasets, str) else card.data.datasets or []
+    card.data.datasets = list(dict.fromkeys([*listed, *([dataset] if dataset else [])])) or None
     write_about(file, str(card))
-
-
-def _listed(names: str | list[str] | None) -> list[str]:
-    return [names] if isinstance(names, str) else names or []
 
 
 def read_evaluations(file: Path) -> list[Evaluation]:

@@ -33,22 +33,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A number of every operator, by decoder layer and kind.
+    """A number of every operator, by decoder layer and kind."""
 
-    Attributes:
-        name: What the number is.
-        groups: First column, number of columns and name, in lines, of neighbours that are in the same module.
-        columns: Name of each column, whole and in lines.
-        rows: Name of each row and its cells; `None` if there is no operator.
-        low: Number of the first colour.
-        high: Number of the last colour.
-    """
-
-    name: str
-    groups: Sequence[tuple[int, int, list[str]]]
-    columns: Sequence[tuple[str, list[str]]]
-    rows: Sequence[tuple[str, list[Cell | None]]]
-    low: str
+    name: str  # what the number is
+    groups: Sequence[tuple[int, int, list[str]]]  # neighbours in the same module: first column, how many, name in lines
+    columns: Sequence[tuple[str, list[str]]]  # names, whole and in lines
+    rows: Sequence[tuple[str, list[Cell | None]]]  # names and cells; `None` if there is no operator
+    low: str  # of the first colour
     high: str
 
 
@@ -118,19 +109,12 @@ class Point:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Lines over the decoder layers; a point is joined to the next.
+    """Lines over the decoder layers; a point is joined to the next."""
 
-    Attributes:
-        lines: Points by the name of the quantity.
-        ticks: Places and texts of the horizontal lines.
-        labels: Places and texts below the axis.
-        unit: What the texts of the ticks count.
-    """
-
-    lines: Mapping[str, Sequence[Point]]
-    ticks: Sequence[tuple[float, str]]
-    labels: Sequence[tuple[float, str]]
-    unit: str = ""
+    lines: Mapping[str, Sequence[Point]]  # by the name of the quantity
+    ticks: Sequence[tuple[float, str]]  # places and texts of the horizontal lines
+    labels: Sequence[tuple[float, str]]  # places and texts below the axis
+    unit: str = ""  # what the texts of the ticks count
 
 
 def line_chart(

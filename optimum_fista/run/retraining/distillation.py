@@ -28,14 +28,9 @@ _SAVE_SECONDS = 120.0
 def divergence(logits: Tensor, teacher: Tensor, labels: Tensor, label_share: float = 0.0) -> Tensor:
     """How far predictions are from a teacher's and from the text, on average over positions.
 
-    It is `(1 - s) KL(p || q) - s log q(label)`, with `p` of the teacher and `q` of the logits. The gradient is computed
+    It is `(1 - s) KL(p || q) - s log q(label)`, with `p` of the teacher and `q` of the logits, both [positions,
+    vocabulary], `label` the tokens that follow in the text [positions], and `s = label_share`. The gradient is computed
     with the value, so that no float32 copy of all logits is held.
-
-    Args:
-        logits: [positions, vocabulary].
-        teacher: The teacher's logits, [positions, vocabulary].
-        labels: The tokens that follow in the text, [positions].
-        label_share: `s`, how much of it the text decides.
     """
     found: Tensor = _Divergence.apply(logits, teacher, labels, label_share)
     return found

@@ -32,22 +32,14 @@ from optimum_fista.solve.pattern import unpack_mask
 
 MaskSource: TypeAlias = FistaPruner | str | Path | Mapping[str, Tensor] | None
 
-_LEAST_ZEROS = 1e-3
-"""Fraction of zeros below which a model counts as dense: a few weights of a dense model may be zero by chance."""
+_LEAST_ZEROS = 1e-3  # a model with a smaller share of zeros counts as dense: a few may be zero by chance
 
 
 def find_masks(model: PreTrainedModel, source: MaskSource = None) -> dict[str, Tensor]:
-    """Masks of the parameters that hold pruned weights.
+    """Masks of the parameters that hold pruned weights, True = kept; of sharded ones (FSDP2) this process's part.
 
-    Args:
-        model: A pruned model.
-        source: Where the masks come from: the `FistaPruner` that pruned this model; a folder or Hub id saved by
-            optimum-fista; boolean masks by parameter name, True = kept; `None`: the zeros that the linear operators
-            of the decoder layers have.
-
-    Returns:
-        By parameter name, bool of the parameter's shape and device, True = kept. Of parameters that are sharded over
-        processes (FSDP2) it is this process's part.
+    The source is the `FistaPruner` that pruned this model; a folder or Hub id saved by optimum-fista; boolean masks by
+    parameter name, which are checked; or `None`: the zeros that the linear operators of the decoder layers have.
     """
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
         raise ValueError(f"model is a {type(model).__name__}: merge its adapters first (merge_and_unload()).")
@@ -127,12 +119,10 @@ def _from_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
     if record is not None and not record.get("num_zeros", 1):  # whole parts were removed: nothing has to stay zero
         return masks
     zeros = weights = 0
-    layers = [
-        module for layer_name, layer in find_decoder_layers(model) for module in layer.named_modules(prefix=layer_name)
-    ]
     candidates = (
         (f"{name}.{key}", weight)
-        for name, module in layers
+        for layer_name, layer in find_decoder_layers(model)
+        for name, module in layer.named_modules(prefix=layer_name)
         if isinstance(module, LINEAR) or is_fused_experts(module)
         for key, weight in module.named_parameters(recurse=False)
         if weight.ndim > 1 and weight.device.type != "meta"

@@ -77,9 +77,8 @@ _RATES = {"all": 2e-4, "lora": 1e-3, "norms": 2e-3}
 _WIDTH_OF_RATE = 576
 """Hidden size of the model on which the rate of `"all"` was tuned; with Adam it goes down as the width goes up."""
 _WARM_UP, _LEAST_WARM_UP = 0.05, 10  # a share of the steps, and steps
-_EVALUATIONS = 4
+_EVALUATIONS, _RANK = 4, 16  # after the first; of adapters
 _MARGIN = 0.9  # of the memory that is free
-_RANK = 16  # of adapters
 
 
 @numerical_environment()
@@ -258,9 +257,8 @@ class _Run:
         trainer = DistillationTrainer(model, teacher, share, arguments, self.windows, self.held_out, callbacks)
         trainer.train(str(kept[max(kept)]) if kept else None)
         state, trained = trainer.state, cast(nn.Module, trainer.model)
-        evaluations = [
-            [row["step"], row["seconds"], row["eval_loss"]] for row in state.log_history if "eval_loss" in row
-        ]
+        measured = [row for row in state.log_history if "eval_loss" in row]
+        evaluations = [[row["step"], row["seconds"], row["eval_loss"]] for row in measured]
         steps, seconds, before = state.global_step, state.log_history[-1]["seconds"], evaluations[0][2]
         best_step, loss = state.best_global_step or 0, before
         if best_step:
@@ -295,10 +293,8 @@ class _Run:
     def _load(self) -> PreTrainedModel:
         """The pruned model, without what is random in training."""
         if not self.journal.exists():
-            raise ValueError(
-                f"output: rank 0 began {str(self.journal.parent)!r}, and it isn't here: pass a folder that all nodes "
-                "share."
-            )
+            begun = f"rank 0 began {str(self.journal.parent)!r}, and it isn't here"
+            raise ValueError(f"output: {begun}: pass a folder that all nodes share.")
         config = read_config(self.source)
         for part in (config, config.get_text_config(decoder=True)):
             for name, value in vars(part).items():
@@ -318,9 +314,8 @@ class _Run:
         kinds = [asked] if asked != "auto" else [kind for kind in trained if kind != "lora" or self.ranks.count == 1]
         known = [found for found in free if found is not None]
         shared = int(os.environ.get("LOCAL_WORLD_SIZE", len(free))) if self.place.type == "cpu" else 1
-        for kind, twice in itertools.product(
-            kinds, (False, True) if model.supports_gradient_checkpointing else (False,)
-        ):
+        ways = (False, True) if model.supports_gradient_checkpointing else (False,)
+        for kind, twice in itertools.product(kinds, ways):
             # Gradient and two moments; masks; the teacher; inputs and outputs of operators, and logits.
             needed = 12 * trained[kind] + (size if kind != "norms" else 0)
             needed += (report.model.get("dense_num_parameters") or size) * self.compute.itemsize
@@ -390,8 +385,7 @@ def _linear_operators(model: PreTrainedModel) -> list[LinearOperator]:
     return [o for name, layer in find_decoder_layers(model) for o in find_operators(name, layer, ["*"]).values()]
 
 
-def _lora() -> Any:
-    """Adapters, which need PEFT."""
+def _lora() -> Any:  # needs PEFT
     return importlib.import_module("optimum_fista.run.retraining.lora")
 
 
@@ -450,10 +444,8 @@ def _kept_states(journal: Path, *, others_go: bool = False) -> dict[int, Path]:
 def _teacher_of(report: PruningReport, source: str) -> str:
     name = str(report.model["name"])
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(
-            f"teacher is missing: the report of {source!r} calls the dense model {name!r}, which is no Hub id: pass "
-            "the folder or Hub id of the dense model (--teacher MODEL)."
-        )
+        why = f"the report of {source!r} calls the dense model {name!r}, which is no Hub id"
+        raise ValueError(f"teacher is missing: {why}: pass the folder or Hub id of it (--teacher MODEL).")
     return name
 
 
@@ -464,7 +456,5 @@ def _require_same_vocabulary(source: str, config: PreTrainedConfig, teacher: str
     tokenizers = [load_tokenizer(source), load_tokenizer(teacher)]
     known = [t.get_vocab() for t in tokenizers if isinstance(t, PreTrainedTokenizerBase)]
     if sizes[0] != sizes[1] or (len(known) == 2 and known[0] != known[1]):
-        raise ValueError(
-            f"teacher={teacher!r} has another vocabulary ({sizes[1]:,} tokens) than {source!r} ({sizes[0]:,}): pass "
-            "the dense model that this one was pruned from."
-        )
+        other = f"has another vocabulary ({sizes[1]:,} tokens) than {source!r} ({sizes[0]:,})"
+        raise ValueError(f"teacher={teacher!r} {other}: pass the dense model that this one was pruned from.")

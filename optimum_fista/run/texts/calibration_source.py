@@ -64,18 +64,9 @@ def calibration_tokens_by_name(
     keep_in: Path | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """The same for a model given by name, which is loaded only if it samples its own text.
+    """The same for a model given by name, which is only loaded, in this dtype, if it samples its own text.
 
-    Args:
-        name: Hub id, model folder, or a folder with one GGUF file.
-        source: As in `calibration_tokens`, like the numbers after it.
-        num_samples: Number of sequences.
-        sequence_length: Tokens a sequence.
-        seed: Seed of the sampling.
-        device: Where the model samples its text.
-        dtype: In which dtype.
-        keep_in: Folder to keep sampled text in, and to take it from when a run is started again on the same files.
-        progress: As in `calibration_tokens`.
+    `keep_in` is a folder to keep sampled text in, and to take it from when a run is started again on the same files.
     """
     if source != "self" and gguf_file(name) is None:
         length = usual_length(read_config(name)) if sequence_length is None else sequence_length

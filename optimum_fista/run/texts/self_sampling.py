@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -94,25 +95,17 @@ def _beginnings(
 
 def _continue(model: PreTrainedModel, beginnings: torch.Tensor, new_tokens: int, bar: tqdm) -> torch.Tensor:
     ids = beginnings.to(input_device(model))
-    samples = model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        max_new_tokens=new_tokens,
-        use_cache=True,
-        streamer=_ProgressStreamer(bar),
-    )
+    options: Any = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": new_tokens, "use_cache": True}
+    options |= {"attention_mask": torch.ones_like(ids), "streamer": _ProgressStreamer(bar)}
+    samples: torch.Tensor = model.generate(input_ids=ids, **options)  # type: ignore[operator]
     return samples.cpu()
 
 
 class _ProgressStreamer(BaseStreamer):
     """Counts the tokens that `generate` writes."""
 
-    def __init__(self, bar: tqdm):
-        self.bar = bar
-        self.prompt_seen = False
+    def __init__(self, bar: tqdm) -> None:
+        self.bar, self.prompt_seen = bar, False
 
     def put(self, value: torch.Tensor) -> None:
         """Count the new tokens; the first call brings the prompt."""

@@ -26,21 +26,13 @@ _ACCEPTED_SOURCES = (
 
 @dataclass(frozen=True)
 class TextSource:
-    """Documents to tokenise.
+    """Documents to tokenise."""
 
-    Attributes:
-        name: Short name for reports: the file's name, or the data set's usual name.
-        documents: At least one text.
-        separator: What stands between two documents when the source is read as one text.
-        origin: Where the documents come from and how they are joined, for people.
-        max_windows: Windows that perplexity is measured on at most, by the literature's protocol; None = all.
-    """
-
-    name: str
+    name: str  # of the file, or the data set's usual name
     documents: tuple[str, ...]
-    separator: str
-    origin: str = ""
-    max_windows: int | None = None
+    separator: str  # between two documents when the source is read as one text
+    origin: str = ""  # where the documents come from and how they are joined, for people
+    max_windows: int | None = None  # that perplexity is measured on, by the literature's protocol; None = all
 
     @property
     def joined(self) -> str:
@@ -90,7 +82,10 @@ def load_text(source: str, split: Split) -> TextSource:
     if split not in get_args(Split):
         raise ValueError(f"split={split!r} is not known; pass 'calibration' or 'test'.")
     if source == "pydoc":
-        return _read_pydoc()
+        from pydoc_data.topics import topics
+
+        origin = f"Python {platform.python_version()}'s help topics joined by {_SEPARATOR!r}"
+        return TextSource("pydoc", tuple(topics[key] for key in sorted(topics)), _SEPARATOR, origin)
     if (source, split) in _HUB:
         return _read_hub(source, **_HUB[source, split])
     path = Path(source)
@@ -99,14 +94,6 @@ def load_text(source: str, split: Split) -> TextSource:
     if not path.is_file():
         raise FileNotFoundError(f"source={source!r}: there is no such file; pass {_ACCEPTED_SOURCES}.")
     return _read_file(path)
-
-
-def _read_pydoc() -> TextSource:
-    from pydoc_data.topics import topics
-
-    documents = tuple(topics[key] for key in sorted(topics))
-    origin = f"Python {platform.python_version()}'s help topics joined by {_SEPARATOR!r}"
-    return TextSource("pydoc", documents, _SEPARATOR, origin)
 
 
 def _read_file(path: Path) -> TextSource:
@@ -134,11 +121,8 @@ def _document(line: str, place: str) -> str:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not JSON ({error}); {advice}.") from error
-    if not isinstance(record, dict) or "text" not in record:
-        found = f"an object with {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-        raise ValueError(f"{place}: found {found}; {advice}.")
-    if not isinstance(record["text"], str):
-        raise ValueError(f'{place}: "text" is a {type(record["text"]).__name__}; {advice}.')
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError(f"{place}: found {line.strip()[:80]}; {advice}.")
     return record["text"]
 
 

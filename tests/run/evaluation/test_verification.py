@@ -152,16 +152,14 @@ def test_wrong_promises_of_config_and_report(folder):
     assert "config.json promises 1 zeros, the masks make" in broken(folder)
     change_json(config, lambda values: values.pop("fista_pruning"))
     assert broken(folder) == "config.json has no 'fista_pruning'."
-    config.write_text("{")
-    assert "config.json' is damaged: it is not JSON" in broken(folder)
     config.write_text(json.dumps({"fista_pruning": {"num_zeros": 1}}))
     change_json(report, lambda values: values["operators"][2].update(num_kept=3))
     name = json.loads(report.read_text())["operators"][2]["name"]
     assert f"{name}: its mask keeps 256 weights, the report says 3, and 50.000000% zeros." in broken(folder)
     change_json(report, lambda values: values["operators"][1].update(shape=[1, 2]))
     assert "has shape (16, 32), the report says (1, 2)" in broken(folder)
-    change_json(report, lambda values: values["operators"][0].pop("num_kept"))
-    assert "is no report of optimum-fista" in broken(folder)
+    change_json(report, lambda values: values["operators"][0].update(pattern="two of four"))
+    assert "pattern='two of four': pass " in broken(folder)
 
 
 @pytest.mark.parametrize(
@@ -171,12 +169,6 @@ def test_wrong_promises_of_config_and_report(folder):
 def test_config_says_what_the_report_says(folder, name, value):
     change_json(folder / "config.json", lambda values: values["fista_pruning"].update({name: value}))
     assert f"config.json promises {name} {value!r}, fista/report.json says " in broken(folder)
-
-
-def test_an_unknown_pattern_names_the_operator(folder):
-    change_json(folder / "fista/report.json", lambda values: values["operators"][2].update({"pattern": "two of four"}))
-    operator = json.loads((folder / "fista/report.json").read_text())["operators"][2]["name"]
-    assert f"{operator}: pattern='two of four': pass " in broken(folder)
 
 
 @pytest.mark.parametrize(
@@ -194,22 +186,6 @@ def test_wrong_totals_of_the_report(folder, saved, name, value):
     assert broken(folder) == f"fista/report.json: totals promise {name} {value}, the operators make {found}."
 
 
-def test_totals_that_agree_with_a_wrong_number_of_parameters(folder, saved):
-    def edit(values):
-        values["model"]["num_parameters"] *= 2
-        values["totals"]["model_sparsity"] /= 2
-
-    change_json(folder / "fista/report.json", edit)
-    real = saved.model.num_parameters()
-    assert broken(folder) == f"fista/report.json promises {2 * real} parameters, the model has {real}."
-
-
-def test_a_wrong_sparsity_of_an_operator(folder, saved):
-    change_json(folder / "fista/report.json", lambda values: values["operators"][1].update(sparsity=0.6))
-    name = saved.report.operators[1].name
-    assert broken(folder) == f"{name}: its mask keeps 256 weights, the report says 256, and 60.000000% zeros."
-
-
 def test_a_class_that_transformers_does_not_have_is_not_counted(folder):
     change_json(folder / "fista/report.json", lambda values: values["model"].update({"class": "OfMyOwn"}))
     assert verify_checkpoint(folder).num_parameters is None
@@ -220,22 +196,6 @@ def test_masks_report_and_checkpoint_name_the_same_operators(folder):
     assert broken(folder) == "the masks and the report name different operators."
     change_json(folder / "fista/report.json", lambda values: values["operators"][0].update(name="gone.weight"))
     assert broken(folder) == "gone.weight is in the report but not in the checkpoint."
-
-
-def test_a_dense_model(tiny_folder):
-    assert "holds no fista/masks.safetensors: pass a folder saved by optimum-fista" in broken(
-        tiny_folder, FileNotFoundError
-    )
-
-
-def test_zeros_inside_the_mask_are_no_fault(folder):
-    def edit(weight: Tensor) -> Tensor:
-        weight.view(-1)[int(weight.view(-1).nonzero()[0])] = 0
-        return weight
-
-    before = verify_checkpoint(folder)
-    change(folder / "model.safetensors", UP, edit)
-    assert verify_checkpoint(folder) == before
 
 
 def test_an_operator_may_get_all_the_zeros_of_its_group(tokens, tmp_path):

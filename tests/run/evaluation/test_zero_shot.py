@@ -75,20 +75,6 @@ def test_the_limit_takes_the_first_documents(tasks):
     assert result.num_documents == 1
 
 
-def model_that_writes_a_behind_every_word():
-    model, tokenizer = tiny_llama(), tiny_tokenizer()
-    space, letter = tokenizer(" a").input_ids
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight", "lm_head.weight")):
-                parameter.zero_()
-        model.model.embed_tokens.weight[:, 0] = 1
-        model.model.embed_tokens.weight[space] = torch.eye(model.config.hidden_size)[1]
-        model.lm_head.weight[space, 0] = 1
-        model.lm_head.weight[letter, 1] = 1
-    return model, tokenizer
-
-
 def test_task_files_of_the_benchmarks(tasks):
     for path in (Path(__file__).resolve().parents[3] / "benchmarks" / "tasks").iterdir():
         lines = path.read_text()
@@ -98,9 +84,11 @@ def test_task_files_of_the_benchmarks(tasks):
     (tasks / "arc-easy.test.jsonl").write_text((tasks / "sea.jsonl").read_text())
     (tasks / "lambada_test.jsonl").write_text('{"text": "the sea is a"}\n{"text": "look at b"}\n')
     suite = TaskSuite(["arc_easy_lines", "lambada_lines"], include_path=tasks)
-    results = list(suite.measure(*model_that_writes_a_behind_every_word()))
-    assert [(r.task, next(iter(r.scores))) for r in results] == [("arc_easy_lines", "acc"), ("lambada_lines", "acc")]
-    assert results[1].scores["acc"].value == 0.5
+    results = list(suite.measure(tiny_llama(), tiny_tokenizer()))
+    assert [(r.task, r.num_documents, next(iter(r.scores))) for r in results] == [
+        ("arc_easy_lines", 4, "acc"),
+        ("lambada_lines", 2, "acc"),
+    ]
 
 
 def test_unknown_tasks(tasks, monkeypatch, capsys):
@@ -116,23 +104,11 @@ def test_unknown_tasks(tasks, monkeypatch, capsys):
     assert "Reading lm-eval's tasks" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"include_path": "nowhere"}, "include_path='nowhere': no such folder"),
-        ({"limit": 0}, "limit=0: pass 1 or more"),
-    ],
-)
-def test_options_are_checked_before_any_task_is_read(options, message):
-    with pytest.raises(ValueError, match=message):
-        TaskSuite(["arc_easy"], **options)
-
-
-def test_a_task_without_a_metric(tasks, monkeypatch):
-    suite = TaskSuite(["sea_choice"], include_path=tasks)
-    monkeypatch.setattr("lm_eval.simple_evaluate", lambda *arguments, **options: {"results": {"sea_choice": {}}})
-    with pytest.raises(ValueError, match="gives no metric for 'sea_choice'"):
-        next(suite.measure(tiny_llama(), tiny_tokenizer()))
+def test_options_are_checked_before_any_task_is_read():
+    with pytest.raises(ValueError, match="include_path='nowhere': no such folder"):
+        TaskSuite(["arc_easy"], include_path="nowhere")
+    with pytest.raises(ValueError, match="limit=0: pass 1 or more"):
+        TaskSuite(["arc_easy"], limit=0)
 
 
 def test_groups_have_metrics_of_all_their_tasks_and_what_has_none_is_refused_at_once(tasks):

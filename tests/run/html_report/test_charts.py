@@ -44,11 +44,6 @@ def test_experts_get_a_column_of_means_and_one_of_maxima(operator):
     assert drawn.groups == [(0, 2, ["experts.*"])]
 
 
-def test_numbers_that_are_not_finite_or_all_equal_have_a_colour_or_none(operator):
-    drawn = map_of([operator("l.0.a", math.nan), operator("l.0.b", 0.5), operator("l.1.b", 0.5)], from_zero=False)
-    assert [cell.step for _, cells in drawn.rows for cell in cells if cell] == [None, 0, 0]
-
-
 def test_long_names_are_broken_into_lines_that_fit_the_column(operator):
     drawn = map_of([operator("l.0.self_attn.kv_a_proj_with_mqa"), operator("l.0.self_attn.o_proj")])
     assert [lines for _, lines in drawn.columns] == [["kv_a_", "proj_", "with_", "mqa"], ["o_proj"]]
@@ -85,7 +80,7 @@ def test_several_lines_share_an_axis_and_have_names():
     assert drawn.labels == [(0.25, "0"), (0.75, "1")]
 
 
-@pytest.mark.parametrize("highest", [0.0, 1e-7, 0.013, 0.99, 1.0, 37.0])
+@pytest.mark.parametrize("highest", [0.0, 0.013, 1.0])
 def test_ticks_hold_all_values_and_are_few(highest):
     drawn = chart(["0", "1"], [0.0, highest])
     assert 0 <= drawn.lines["error"][1].y <= 1

@@ -92,13 +92,9 @@ def test_the_page_needs_nothing_else(contents):
 
 def test_hostile_texts_are_escaped(contents):
     report = contents.report
-    first, second, *others = report.operators
+    first, *others = report.operators
     name = f"model.layers.0.{HOSTILE}.weight"
-    operators = [
-        dataclasses.replace(first, name=name, message=HOSTILE, converged=False, solve_seconds=1e9),
-        second,
-        *others,
-    ]
+    operators = [dataclasses.replace(first, name=name, message=HOSTILE, converged=False, solve_seconds=1e9), *others]
     hostile = dataclasses.replace(
         changed(
             contents,
@@ -118,19 +114,12 @@ def test_hostile_texts_are_escaped(contents):
     assert Outline(page).text.count("<script>alert(1)</script>") > 20
 
 
-@pytest.mark.parametrize("error_correction", ["intra", "none", 0])
-def test_what_was_not_measured_is_said(contents, error_correction):
-    config = contents.report.config | {"error_correction": error_correction}
-    assert f"Not measured: with error_correction={error_correction!r} the hidden" in text_of(
-        changed(contents, config=config)
-    )
-
-
-def test_errors_of_the_hidden_states_are_a_curve(contents):
+def test_errors_of_the_hidden_states_are_a_curve_or_were_not_measured(contents):
+    config = contents.report.config | {"error_correction": "intra"}
+    shown = text_of(changed(contents, config=config))
+    assert "Not measured: with error_correction='intra' the hidden" in shown
     layers = [dataclasses.replace(layer, hidden_state_error=0.125) for layer in contents.report.layers]
-    text = text_of(changed(contents, layers=layers))
-    assert "layer 0: 0.1250" in text
-    assert "layer 1: 0.1250" in text
+    assert "layer 1: 0.1250" in text_of(changed(contents, layers=layers))
 
 
 def test_time_and_memory_by_layer(contents):
@@ -149,28 +138,15 @@ def test_time_and_memory_by_layer(contents):
     assert "model.layers.1 1 min 31 s 1.5 GiB 3.0 GiB 1.8 GiB" in text
 
 
-def test_warnings_and_operators_that_did_not_converge_are_in_plain_sight(contents):
+def test_warnings_and_operators_that_did_not_converge_are_in_plain_sight_and_endless_lists_are_cut(contents):
     operators = [dataclasses.replace(o, converged=False, message="take more steps") for o in contents.report.operators]
-    text = text_of(changed(contents, operators=operators, warnings=[f"careful {i}" for i in range(15)]))
-    assert "15 warnings" in text
-    assert all(f"careful {i}" in text for i in range(15))
-    assert "Not converged, slowest first (10 of 14)" in text
-    assert "take more steps" in text
-
-
-def test_endless_lists_are_cut_and_say_so(contents):
-    long = changed(
-        contents,
-        warnings=[f"careful {i}" for i in range(400)],
-        left_dense={f"operator-{i}": "exclude" for i in range(310)},
-    )
-    text = text_of(long)
+    text = text_of(changed(contents, operators=operators, warnings=[f"careful {i}" for i in range(400)]))
+    assert "400 warnings" in text
     assert "careful 299" in text
     assert "careful 300" not in text
     assert "and 100 more, in fista/report.json" in text
-    assert "operator-299" in text
-    assert "operator-300" not in text
-    assert "and 10 more, in fista/report.json" in text
+    assert "Not converged, slowest first (10 of 14)" in text
+    assert "take more steps" in text
 
 
 def test_perplexities_are_beside_each_other_by_text(contents):
@@ -179,10 +155,8 @@ def test_perplexities_are_beside_each_other_by_text(contents):
 
     found = [measured("org/dense", 10.0), measured(str(contents.folder), 12.5), measured("org/dense", 20.0, "sky")]
     text = text_of(dataclasses.replace(contents, evaluations=tuple(found)))
-    assert (
-        "measured on dense this model sea, 5 windows of 32 tokens 10.000 12.500 sky, 5 windows of 32 tokens 20.000"
-        in text
-    )
+    shown = "measured on dense this model sea, 5 windows of 32 tokens 10.000 12.500 sky, 5 windows of 32 tokens 20.000"
+    assert shown in text
     assert "Perplexity" not in text_of(contents)
 
 
@@ -206,10 +180,6 @@ def test_folders_that_are_not_pruned_are_refused(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no fista/report\.json: pass a folder saved by"):
         read_contents(tmp_path)
     (tmp_path / "fista").mkdir()
-    for text, message in (("{", "is no report"), ("{}", "is no report"), ("[]", "is no report")):
-        (tmp_path / "fista" / "report.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_contents(tmp_path)
     empty = json.dumps(dataclasses.replace(saved.report, operators=[]).to_dict())
     (tmp_path / "fista" / "report.json").write_text(empty)
     with pytest.raises(ValueError, match="names no pruned operator"):

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from tiny_llama import tiny_llama
-from tiny_models import MOE_FAMILIES, tiny_model
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -23,12 +22,11 @@ def test_the_pruner_the_folder_and_the_zeros_give_the_same_masks(name, request):
     reloaded = AutoModelForCausalLM.from_pretrained(example.folder)
     assert agree(find_masks(example.model, example.pruner), expected)
     assert agree(find_masks(reloaded, example.folder), expected)
-    assert agree(find_masks(reloaded, str(example.folder)), expected)
     assert agree(find_masks(reloaded), expected)
     assert agree(find_masks(reloaded, expected), expected)
 
 
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_masks_of_experts_are_put_together(family, tokens, tmp_path):
     model = tiny_model(family)
     pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
@@ -51,14 +49,6 @@ def test_a_folder_knows_kept_weights_that_are_zero(saved, tmp_path):
     assert not find_masks(model)[name][row, column]
 
 
-def test_dense_operators_have_no_mask(tokens):
-    model = tiny_llama()
-    pruner = FistaPruner(FistaPruningConfig(method="wanda", exclude=["*.mlp.*"]), progress=False)
-    pruner.prune(model, tokens.split(4))
-    assert agree(find_masks(model, pruner), find_masks(model))
-    assert len(find_masks(model)) == 8
-
-
 def test_a_dense_model_is_refused(llama, saved):
     with pytest.raises(ValueError, match=r"LlamaForCausalLM is not pruned, or no longer: 0 of the 15,360 weights"):
         find_masks(llama)
@@ -79,8 +69,6 @@ def test_masks_of_another_model_are_refused(saved, saved_gpt2, saved_by_rows, ll
         ValueError, match=r"gate_proj.* \(45, 32\) has a mask, but LlamaForCausalLM has it in shape \(48"
     ):
         find_masks(saved.model, saved_by_rows.folder)
-    with pytest.raises(ValueError, match=r"weights outside its mask that are not zero: .* masks are those of another"):
-        find_masks(llama, saved.folder)
     with pytest.raises(ValueError, match="was not pruned by this FistaPruner"):
         find_masks(llama, saved.pruner)
     with pytest.raises(FileNotFoundError, match=r"holds no fista/report\.json: pass a folder or Hub id saved by"):
@@ -93,8 +81,6 @@ def test_given_masks_are_checked(saved):
         ValueError, match=r"has shape \(48,\) and dtype torch\.bool: pass torch\.bool of shape \(48, 32\)"
     ):
         find_masks(saved.model, {name: torch.ones(48, dtype=torch.bool)})
-    with pytest.raises(ValueError, match=r"dtype torch\.float32: pass torch\.bool"):
-        find_masks(saved.model, {name: torch.ones(48, 32)})
     with pytest.raises(ValueError, match="masks name 'up_proj', which is no parameter of LlamaForCausalLM"):
         find_masks(saved.model, {"up_proj": torch.ones(48, 32, dtype=torch.bool)})
 

@@ -69,15 +69,6 @@ def test_other_settings(options, saved, tmp_path):
     assert not torch.equal(model.lm_head.weight, saved.model.lm_head.weight)
 
 
-def test_without_the_callback_the_zeros_are_lost_and_saving_says_so(saved, tmp_path):
-    model = reload(saved)
-    trainer = trainer_of(model, tmp_path / "run", max_steps=1)
-    trainer.remove_callback(MaskedTrainingCallback)
-    trainer.train()
-    with pytest.raises(ValueError, match=r"q_proj\.weight is no longer zero outside its mask"):
-        save_masked(model, tmp_path / "out", saved.folder)
-
-
 def test_after_training_the_model_is_free_and_a_second_run_works(saved, tmp_path):
     model = reload(saved)
     trainer = trainer_of(model, tmp_path / "run", max_steps=2)

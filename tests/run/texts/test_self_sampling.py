@@ -40,8 +40,7 @@ def sample(model, tokenizer, num_samples=6, sequence_length=24, seed=0, **option
     return sample_text_from_model(model, tokenizer, num_samples, sequence_length, seed, **options)
 
 
-@pytest.mark.parametrize("together", [1, 4, 32])
-@pytest.mark.parametrize(("sequence_length", "length"), [(2, 2), (3, 3), (7, 7), (8, 2), (26, 7), (64, 16)])
+@pytest.mark.parametrize(("together", "sequence_length", "length"), [(1, 2, 2), (4, 7, 7), (4, 8, 2), (32, 26, 7)])
 def test_texts_start_with_bos_and_differ_from_the_next_token_on(
     model, tokenizer, monkeypatch, together, sequence_length, length
 ):
@@ -56,13 +55,10 @@ def test_texts_start_with_bos_and_differ_from_the_next_token_on(
     assert second.max() < VOCABULARY  # the head has more rows than the tokenizer has tokens
 
 
-def test_eos_starts_where_there_is_no_bos(model, tokenizer):
+def test_eos_starts_where_there_is_no_bos_and_ordinary_tokens_where_there_is_neither(model, tokenizer):
     tokenizer.bos_token = None
     assert (sample(model, tokenizer)[:, 0] == EOS).all()
-
-
-def test_ordinary_tokens_start_where_there_is_neither(model, tokenizer):
-    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.eos_token = None
     first = sample(model, tokenizer, num_samples=9)[:, ::6]
     assert first.unique().numel() == 36
     assert not torch.equal(first, sample(model, tokenizer, num_samples=9, seed=1)[:, ::6])
@@ -75,13 +71,6 @@ def test_a_model_that_is_sure_of_the_beginning_still_starts_differently(model, t
     samples = sample(model, tokenizer, num_samples=ORDINARY, sequence_length=7)
     assert sorted(samples[:, 1].tolist()) == list(range(2, VOCABULARY))
     assert (samples[:, 2:] == 5).all()
-
-
-def test_likely_tokens_start_more_often(model, tokenizer):
-    logits = torch.zeros(VOCABULARY)
-    logits[10:14] = 12.0
-    set_distribution(model, logits)
-    assert sorted(sample(model, tokenizer, num_samples=4, sequence_length=7)[:, 1].tolist()) == [10, 11, 12, 13]
 
 
 def test_more_samples_than_ordinary_tokens(model, tokenizer):
@@ -135,34 +124,11 @@ def test_the_seed_decides_and_the_global_state_neither_matters_nor_changes(model
     assert not torch.equal(other[:, 2:], first[:, 2:])
 
 
-def test_the_modes_are_restored_even_after_an_error(model, tokenizer):
-    model.train()
-    model.model.layers[1].eval()
-    modes, config = [module.training for module in model.modules()], model.generation_config
-    seen = []
-    hook = model.register_forward_hook(lambda module, args, output: seen.append(module.training))
-    sample(model, tokenizer)
-    hook.remove()
-    assert seen
-    assert not any(seen)
-    assert [module.training for module in model.modules()] == modes
-    model.lm_head.weight.data.fill_(torch.nan)
-    with pytest.raises(RuntimeError):
-        sample(model, tokenizer)
-    assert [module.training for module in model.modules()] == modes
-    assert model.generation_config is config
-
-
 def test_longer_than_the_model_reads(model, tokenizer):
     with pytest.raises(ValueError, match="sequence_length=65 exceeds the model's max_position_embeddings=64"):
         sample(model, tokenizer, sequence_length=65)
-
-
-@pytest.mark.parametrize("sizes", [{"num_samples": 0}, {"sequence_length": 1}])
-def test_sizes_out_of_range(model, tokenizer, sizes):
-    ((name, value),) = sizes.items()
-    with pytest.raises(ValueError, match=f"{name}={value}; pass"):
-        sample(model, tokenizer, **sizes)
+    with pytest.raises(ValueError, match="num_samples=0; pass"):
+        sample(model, tokenizer, num_samples=0)
 
 
 def test_progress_counts_the_new_tokens(model, tokenizer, capsys, monkeypatch):

@@ -59,7 +59,7 @@ def assert_disjoint_runs(windows: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("unit", [word, letter])
-@pytest.mark.parametrize("num_samples", [1, 8, 60, 99])
+@pytest.mark.parametrize("num_samples", [1, 60, 99])
 def test_windows_of_one_document_are_disjoint_runs(unit, num_samples):
     windows = calibration_windows(tokenizer(unit), source(range(WORDS), unit=unit), num_samples, 30, seed=0)
     assert windows.shape == (num_samples, 30)
@@ -74,13 +74,6 @@ def test_windows_of_one_document_come_from_everywhere():
     )
     assert starts.double().mean().item() == pytest.approx(WORDS / 2, abs=3 * WORDS / 12**0.5 / 200**0.5)
     assert starts.unique().numel() > 150
-
-
-def test_a_document_of_just_enough_tokens_is_used_up():
-    windows = calibration_windows(tokenizer(), source(range(40)), 4, 10, seed=0)
-    assert_disjoint_runs(windows)
-    assert windows.min() == 0
-    assert windows.max() == 39
 
 
 def test_only_what_is_needed_is_tokenised():
@@ -100,19 +93,6 @@ def test_documents_follow_each_other_in_random_order_with_eos_between():
     assert max(heads) > 1800  # not only the first documents
 
 
-def test_documents_without_eos_follow_each_other_directly():
-    without_eos = tokenizer()
-    without_eos.eos_token = None
-    tokens = calibration_windows(without_eos, source(range(5), range(5, 10)), 2, 5, seed=0)
-    assert sorted(tokens.tolist()) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
-
-
-def test_only_the_documents_needed_are_tokenised():
-    counting, text = tokenizer(), source(*[range(i, i + 10) for i in range(0, 2000, 10)])
-    calibration_windows(counting, text, 2, 20, seed=0)
-    assert counting.characters < len(text.joined) / 20
-
-
 @pytest.mark.parametrize("documents", [[range(WORDS)], [range(i, i + 10) for i in range(0, WORDS, 10)]])
 def test_the_seed_decides_and_the_global_state_stays(documents):
     state = torch.get_rng_state()
@@ -130,11 +110,6 @@ def test_too_few_tokens(documents, tokens):
         calibration_windows(tokenizer(), source(*documents), 40, 10, seed=0)
 
 
-def test_one_window_of_a_shorter_document():
-    with pytest.raises(ValueError, match="has 8 tokens, and num_samples=1 windows of 9 need 9"):
-        calibration_windows(tokenizer(), source(range(8)), 1, 9, seed=0)
-
-
 def test_evaluation_windows_follow_each_other_from_the_start():
     text = source(range(9), range(9, 25), separator=" word2999 ")
     windows = evaluation_windows(tokenizer(), text, 6)
@@ -144,13 +119,6 @@ def test_evaluation_windows_follow_each_other_from_the_start():
         [6, 7, 8, 2999, 9, 10],
         [11, 12, 13, 14, 15, 16],
         [17, 18, 19, 20, 21, 22],
-    ]
-
-
-def test_max_windows_keeps_the_first():
-    assert evaluation_windows(tokenizer(), source(range(25)), 6, max_windows=2).tolist() == [
-        [0, 1, 2, 3, 4, 5],
-        [6, 7, 8, 9, 10, 11],
     ]
 
 
@@ -172,9 +140,7 @@ class GemmaTokenizer(CountingTokenizer):
         (CountingTokenizer, {"special": True}, None, True),
         (GemmaTokenizer, {}, None, True),
         (CountingTokenizer, {}, True, True),
-        (CountingTokenizer, {"special": True}, True, True),
         (CountingTokenizer, {"special": True}, False, False),
-        (GemmaTokenizer, {"add_bos_token": True}, False, False),
     ],
 )
 def test_bos(kind, options, add_bos, expected):
@@ -206,15 +172,9 @@ def test_bos_that_does_not_exist():
         evaluation_windows(without_bos, source(range(9)), 4, add_bos=True)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "complaint"), [((0, 10), "num_samples=0"), ((1, 1), "sequence_length=1")], ids=["samples", "length"]
-)
-def test_sizes_out_of_range(sizes, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        calibration_windows(tokenizer(), source(range(50)), *sizes, seed=0)
-
-
-def test_evaluation_sizes_out_of_range():
+def test_sizes_out_of_range():
+    with pytest.raises(ValueError, match="num_samples=0"):
+        calibration_windows(tokenizer(), source(range(50)), 0, 10, seed=0)
     with pytest.raises(ValueError, match="max_windows=0"):
         evaluation_windows(tokenizer(), source(range(50)), 5, max_windows=0)
     with pytest.raises(ValueError, match="sequence_length=1"):
