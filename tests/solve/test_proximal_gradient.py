@@ -91,29 +91,18 @@ def beck_teboulle(gram, target, start, l1_penalty, lipschitz, iterations: int) -
     return x
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 3, 7, 20])
-def test_every_iterate_is_the_published_one(iterations):
+def test_every_iterate_is_the_published_one():
     made = example(4, 8, corrected=True, seed=3)
     problem, l1_penalty = made.problem, 0.02 * critical_penalty(made)
     start = torch.randn(4, 8, dtype=torch.float64)
     given = (problem.gram, problem.target, start)
-    solution = fista(*given, l1_penalty, problem.statistics.lipschitz, max_iterations=iterations, tolerance=0)
-    arrays = (tensor.numpy() for tensor in given)
-    expected = beck_teboulle(*arrays, l1_penalty, problem.statistics.lipschitz, iterations)
-    assert np.allclose(solution.weight.numpy(), expected, rtol=1e-10, atol=1e-12)
-    assert (solution.iterations, solution.converged) == (iterations, False)
-
-
-def test_every_iterate_can_be_seen():
-    made = example(4, 8, corrected=True, seed=3)
-    problem, l1_penalty = made.problem, 0.02 * critical_penalty(made)
-    given = (problem.gram, problem.target, made.weight, l1_penalty, problem.statistics.lipschitz)
-    seen = {}
-    last = fista(*given, max_iterations=20, tolerance=0, see=seen.__setitem__)
-    assert list(seen) == list(range(1, 21))
-    assert torch.equal(seen[20], last.weight)
-    for steps in (1, 7):
-        assert torch.equal(seen[steps], fista(*given, max_iterations=steps, tolerance=0).weight)
+    penalty_and_step, seen = (l1_penalty, problem.statistics.lipschitz), {}
+    solution = fista(*given, *penalty_and_step, max_iterations=20, tolerance=0, see=seen.__setitem__)
+    assert (list(seen), solution.iterations, solution.converged) == ([*range(1, 21)], 20, False)
+    assert torch.equal(seen[20], solution.weight)
+    for steps, weight in seen.items():
+        expected = beck_teboulle(*(tensor.numpy() for tensor in given), *penalty_and_step, steps)
+        assert np.allclose(weight.numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("restart", [False, True])
