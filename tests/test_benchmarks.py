@@ -1,12 +1,11 @@
 """The scripts of benchmarks/ do what they say, on tiny models."""
 
+import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from layer_problems import example
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -15,12 +14,12 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.texts.text import load_text
 from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
-from optimum_fista.solve.methods.fista import Fista
-from optimum_fista.solve.patterns import Unstructured
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "scale.md").read_text()
-TEXTS = ("calibration", "fresh", "other")
+
+@pytest.fixture
+def benchmark():
+    """`benchmark(name)` imports a script of benchmarks/."""
+    return importlib.import_module
 
 
 def test_a_training_text_has_no_window_that_is_measured_on(benchmark, tmp_path):
@@ -105,10 +104,8 @@ def test_a_comparison_resumes_and_its_table_is_shown_again(compared, tmp_path):
     (tmp_path / "out" / "compare.json").write_text(json.dumps(first))
     shown, second = compared("--methods", "wanda", "--patterns", "0.5", "--seeds", "0,1")
     assert second["rows"][:2] == first["rows"][:2]
-    assert [(row["method"], row["seed"], row["error"]) for row in second["rows"][2:]] == [
-        ("wanda", 0, None),
-        ("wanda", 1, None),
-    ]
+    added = [(row["method"], row["seed"], row["error"]) for row in second["rows"][2:]]
+    assert added == [("wanda", 0, None), ("wanda", 1, None)]
     table = shown[shown.index("| pattern |") :]
     assert compared(model=tmp_path / "out" / "compare.json")[0] == table
     assert [line.count(" ± ") for line in table.splitlines()[2:5]] == [0, 0, 5]
@@ -135,9 +132,8 @@ def test_speed_of_every_variant_and_the_table_again(benchmark, tmp_path, monkeyp
     pruner, model = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False), tiny_llama()
     pruner.prune(model, tiny_tokens())
     pruner.save_pretrained(model, tmp_path / "pruned")
-    monkeypatch.setattr(
-        script.multiprocessing, "get_context", lambda _, get=script.multiprocessing.get_context: get("fork")
-    )
+    get = script.multiprocessing.get_context
+    monkeypatch.setattr(script.multiprocessing, "get_context", lambda _: get("fork"))
     flags = ["--variants", "dense float32,packed float32", "--batch-sizes", "1,2", "--rounds", "2", "--threads", "1"]
     flags += ["--new-tokens", "4", "--prompt-tokens", "3", "--prefill-tokens", "5", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["speed.py", str(tmp_path / "pruned"), *flags])
@@ -151,14 +147,6 @@ def test_speed_of_every_variant_and_the_table_again(benchmark, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["speed.py", str(output)])
     script.main()
     assert capsys.readouterr().out == shown[shown.index("| pruned |") :]
-
-
-def test_gguf_blocks_need_rows_of_whole_blocks(benchmark, tmp_path):
-    tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match=r"down_proj.weight has rows of 48 weights; Q4_0 needs a multiple of 32"):
-        benchmark("llama_cpp").write_gguf(tmp_path, tmp_path / "model.gguf", 4)
-    with pytest.raises(SystemExit, match="--bits 5 is not known"):
-        benchmark("llama_cpp").write_gguf(tmp_path, tmp_path / "model.gguf", 5)
 
 
 def test_llama_cpp_writes_the_tokens_of_transformers(benchmark, tmp_path):
@@ -177,33 +165,15 @@ def test_a_small_model_resumes_its_training(benchmark, monkeypatch, tmp_path, ar
     script, text = benchmark("train_small"), tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{number}: {TEXT}" for number in range(40)))
     sizes = ["--hidden", "64", "--layers", "1", "--ffn", "64", "--vocabulary", "300", "--sequence-length", "16"]
-    sizes += [
-        "--texts",
-        str(text),
-        "--steps",
-        "4",
-        "--every",
-        "2",
-        "--architecture",
-        architecture,
-        "--max-windows",
-        "2",
-    ]
+    sizes += ["--every", "2", "--max-windows", "2"]
 
-    def run(name):
-        arguments = [
-            "train_small.py",
-            *sizes,
-            "--folder",
-            str(tmp_path / name),
-            "--output",
-            str(tmp_path / f"{name}.json"),
-        ]
-        monkeypatch.setattr(sys, "argv", arguments)
+    def run(name, steps="4"):
+        folder, output = tmp_path / name, tmp_path / f"{name}.json"
+        given = ["--architecture", architecture, "--texts", text, "--steps", steps]
+        given += ["--folder", folder, "--output", output]
+        monkeypatch.setattr(sys, "argv", ["train_small.py", *sizes, *map(str, given)])
         script.main()
-        return AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict(), json.loads(
-            (tmp_path / f"{name}.json").read_text()
-        )
+        return AutoModelForCausalLM.from_pretrained(folder).state_dict(), json.loads(output.read_text())
 
     whole, record = run("whole")
     with monkeypatch.context() as killed:
@@ -214,14 +184,11 @@ def test_a_small_model_resumes_its_training(benchmark, monkeypatch, tmp_path, ar
     assert [row["step"] for row in record["rows"]] == [2, 4]
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
     assert not all(torch.equal(half[name], tensor) for name, tensor in whole.items())
-    trained, held_out = (
-        (tmp_path / "whole" / "texts" / f"text-{part}.txt").read_text() for part in ("trained", "held-out")
-    )
+    trained, held_out = ((tmp_path / f"whole/texts/text-{part}.txt").read_text() for part in ("trained", "held-out"))
     assert trained + held_out == text.read_text()
     assert 0.8 < len(trained) / len(text.read_text()) < 1
-    sizes[sizes.index("--steps") + 1] = "6"
     with pytest.raises(SystemExit, match="other settings"):
-        run("whole")
+        run("whole", steps="6")
 
 
 def test_every_head_is_measured_and_put_back(benchmark):
@@ -247,90 +214,3 @@ def test_ablations_are_paired_by_seed(benchmark):
         "| worse | 4.65±1.91/18.60±7.64 (1.150±0.071) |  |",
         "| other |  | 7.00/28.00 |",
     ]
-
-
-@pytest.fixture
-def penalty_search(benchmark, tmp_path, monkeypatch):
-    """`penalty_search(output)` runs the script on a tiny model and returns it and what it wrote."""
-    pytest.importorskip("optuna", reason="needs Optuna: pip install 'optimum-fista[benchmarks]'")
-    save_tiny_folder(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(TEXT)
-    given = [str(tmp_path / "model"), "--calibration", str(tmp_path / "text.txt"), "--plot", str(tmp_path / "plot.png")]
-    small = "--num-samples 6 --num-fresh 2 --sequence-length 16 --layers 1 --operators q_proj,down_proj --seeds 2"
-    budgets = "--budget 200 --chained-budget 100"
-
-    def run(name):
-        output = tmp_path / name
-        monkeypatch.setattr(sys, "argv", ["_", *given, *small.split(), *budgets.split(), "--output", str(output)])
-        script = benchmark("penalty_search")
-        script.main()
-        return script, json.loads(output.read_text())
-
-    return run
-
-
-def test_penalty_search_on_a_tiny_model(penalty_search, tmp_path, capsys):
-    script, record = penalty_search("first.json")
-    assert "\n".join(script.table(record["rows"])) in capsys.readouterr().out
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
-    rows = record["rows"]
-    assert len(rows) == 2 * 2 * (8 + 5 * 2)
-    for row in rows:
-        alike = [r for r in rows if (r["pattern"], r["operator"]) == (row["pattern"], row["operator"])]
-        ends = {r["way"]: r["curve"][-1][1] for r in alike}
-        steps, errors = zip(*row["curve"], strict=True)
-        assert list(steps) == sorted(steps)
-        assert list(errors) == sorted(errors, reverse=True)
-        assert steps[-1] <= row["steps"]
-        assert errors[0] == ends["SparseGPT, no trial"]
-        if row["way"] in ("TPE", "random"):
-            assert errors[-1] >= ends["grid, 20 steps"]
-            assert 200 <= row["steps"] < 220
-        if row["way"] == "TPE with Hyperband":
-            assert errors[-1] >= ends["grid, up to 80 steps"]
-    for entry in record["by_penalty"]:
-        assert len(entry["errors"]) == 13
-        assert entry["errors"]["0.0"] == pytest.approx([1] * 4, abs=0.02)
-    _, again = penalty_search("second.json")
-    assert rows == again["rows"]
-
-
-@pytest.mark.parametrize("correlation", [1.0, 4.0])
-def test_ways_to_the_penalty(benchmark, correlation):
-    """The package's own method takes the same trials; those of the table are those of FISTA."""
-    trials, made = benchmark("penalty_trials"), example(24, 48, correlation=correlation)
-    pattern = Unstructured(0.5)
-    task = trials.Task(trials.Data(made.problem, made.problem, pattern))
-    for settings, search in (
-        ({"max_trials": 4}, trials.bisection(task, 3, 4)),
-        ({"max_trials": 30}, trials.bisection(task, 3, 30)),
-    ):
-        pruned = Fista(**settings).prune(made.problem, pattern)
-        assert pruned.fit_error**2 == pytest.approx(search.best.refitted["calibration"], rel=1e-9)
-        assert pruned.l1_penalty is None or search.steps > 0
-    for exponent, by_rung in task.table.items():
-        for rung, trial in zip(trials.RUNGS, by_rung, strict=True):
-            solution = task.solve(task.start.weight, task.penalty(exponent), rung)
-            expected = trials.Rounded(task.data, solution.weight)
-            assert trial.steps == solution.iterations
-            assert torch.equal(trial.rounded.weight, expected.weight)
-    chain, alone, longer = trials.constant(task, 100), trials.grid(task, (20,)), trials.grid(task, trials.RUNGS)
-    assert alone.best.error == min(by_rung[1].rounded.error for by_rung in task.table.values()) < task.start.error
-    assert chain.curve[1] == (20, alone.best)
-    assert longer.best.error <= alone.best.error
-    judged = trials.grid(task, trials.RUNGS, after_refit=True).best.refitted["calibration"]
-    assert judged <= min(s.best.refitted["calibration"] for s in (alone, longer, trials.Search(task)))
-
-
-def test_penalty_search_names_the_missing_library(benchmark, monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(SystemExit, match=r"pip install '.\[benchmarks\]'"):
-        benchmark("penalty_search").import_optuna()
-
-
-def test_products_in_place_are_counted(benchmark):
-    left, right = torch.ones(3, 4), torch.ones(4, 5)
-    with benchmark("shared").counted_products() as counter:
-        torch.zeros(3, 5).addmm_(left, right)
-        left @ right
-    assert counter.get_total_flops() == 2 * (2 * 3 * 4 * 5)
