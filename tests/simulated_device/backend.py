@@ -5,19 +5,14 @@ synchronisations and operations. It computes by the CPU's kernels, so results ag
 this folder, for which `make test` starts a process of its own: once imported, it is PyTorch's accelerator until the end
 of the process. Without a C++ compiler they are skipped.
 
-    from simulated_device.backend import counted, failing_allocation, memory_limit
-
     model.to("simulated:0")
     with memory_limit(2**20, "simulated:0"):            # torch.OutOfMemoryError beyond a megabyte
         ...
     with failing_allocation(3, at_least=4096) as failure:  # the third allocation of at least 4096 bytes fails, once
         ...
-    failure.seen, failure.happened                      # allocations of that size in the block; whether one failed
     with counted() as counts:
         ...
     counts.waits, counts.copies, counts.bytes, counts.runs  # Counters: by cause, by way, by way, by operation
-    counts.synchronisations                             # sum of `waits`
-    torch.simulated.max_memory_allocated("simulated:0")   # and the other functions of torch.cuda, torch.accelerator too
 
 The ways of a copy are "host to device", "device to host" and "device to device". Every test begins with no limits but
 16 GiB a device, high-water marks at what is allocated, and device 1 as the current one: a device that is forgotten
@@ -33,7 +28,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,27 +63,26 @@ def _library() -> Path:
     return library
 
 
+# ----------------------------------------------------------------------------------- the interface of torch.cuda
+
+current_device, set_device = torch.accelerator.current_device_index, torch.accelerator.set_device_index
+current_stream = default_stream = torch.accelerator.current_stream
+synchronize, memory_stats = torch.accelerator.synchronize, torch.accelerator.memory_stats
+mem_get_info, reset_peak_memory_stats = torch.accelerator.get_memory_info, torch.accelerator.reset_peak_memory_stats
+memory_allocated = memory_reserved = torch.accelerator.memory_allocated  # nothing is cached
+max_memory_allocated = max_memory_reserved = torch.accelerator.max_memory_allocated
+
+
 def _index(device: _Device = None) -> int:
     index = device if isinstance(device, int) or device is None else torch.device(device).index
     return current_device() if index is None else index
-
-
-# ----------------------------------------------------------------------------------- the interface of torch.cuda
 
 
 def is_available() -> bool:
     return True
 
 
-def is_initialized() -> bool:
-    return True
-
-
-def init() -> None:
-    pass
-
-
-_lazy_init = init
+is_initialized = is_bf16_supported = is_available
 
 
 def _is_in_bad_fork() -> bool:
@@ -98,14 +91,6 @@ def _is_in_bad_fork() -> bool:
 
 def device_count() -> int:
     return 2
-
-
-def current_device() -> int:
-    return torch.accelerator.current_device_index()
-
-
-def set_device(device: _Device) -> None:
-    torch.accelerator.set_device_index(_index(device))
 
 
 class device:
@@ -130,44 +115,15 @@ def get_device_properties(device: _Device = None) -> SimpleNamespace:
     return SimpleNamespace(name=get_device_name(device), total_memory=mem_get_info(device)[1])
 
 
-def is_bf16_supported() -> bool:
-    return True
-
-
 def get_amp_supported_dtype() -> list[torch.dtype]:
     return [torch.bfloat16, torch.float16]
-
-
-def mem_get_info(device: _Device = None) -> tuple[int, int]:
-    free, total = torch.accelerator.get_memory_info(_index(device))
-    return free, total
-
-
-def memory_stats(device: _Device = None) -> dict[str, Any]:
-    return torch.accelerator.memory_stats(_index(device))
-
-
-def memory_allocated(device: _Device = None) -> int:
-    return torch.accelerator.memory_allocated(_index(device))
-
-
-def max_memory_allocated(device: _Device = None) -> int:
-    return torch.accelerator.max_memory_allocated(_index(device))
-
-
-def reset_peak_memory_stats(device: _Device = None) -> None:
-    torch.accelerator.reset_peak_memory_stats(_index(device))
-
-
-memory_reserved, max_memory_reserved = memory_allocated, max_memory_allocated  # nothing is cached
 
 
 def empty_cache() -> None:
     pass
 
 
-def synchronize(device: _Device = None) -> None:
-    torch.accelerator.synchronize(_index(device))
+_lazy_init = init = empty_cache
 
 
 def Stream(device: _Device = None, priority: int = 0) -> torch.Stream:
@@ -178,28 +134,13 @@ def Event(**options: Any) -> torch.Event:
     return torch.Event("simulated", **options)
 
 
-def current_stream(device: _Device = None) -> torch.Stream:
-    return torch.accelerator.current_stream(_index(device))
-
-
-default_stream = current_stream
-
-
 def stream(stream: torch.Stream | None) -> Any:
     return nullcontext() if stream is None else stream
-
-
-def manual_seed(seed: int) -> None:
-    _ops.seed(seed, current_device())
 
 
 def manual_seed_all(seed: int) -> None:
     for index in range(device_count()):
         _ops.seed(seed, index)
-
-
-def initial_seed() -> int:
-    return _ops.initial_seed(current_device())
 
 
 def get_rng_state(device: _Device = None) -> Tensor:
@@ -210,37 +151,13 @@ def set_rng_state(new_state: Tensor, device: _Device = None) -> None:
     _ops.set_rng_state(new_state, _index(device))
 
 
-def get_rng_state_all() -> list[Tensor]:
-    return [get_rng_state(index) for index in range(device_count())]
-
-
-def set_rng_state_all(new_states: list[Tensor]) -> None:
-    for index, state in enumerate(new_states):
-        set_rng_state(state, index)
-
-
 # ----------------------------------------------------------------------------------------------- for the tests
 
 
-@dataclass
-class Counts:
-    """What happened on both devices; filled when the block ends."""
-
-    waits: Counter[str] = field(default_factory=Counter)
-    copies: Counter[str] = field(default_factory=Counter)
-    bytes: Counter[str] = field(default_factory=Counter)
-    runs: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def synchronisations(self) -> int:
-        """Times that the host waited for a device."""
-        return self.waits.total()
-
-
 @contextmanager
-def counted() -> Iterator[Counts]:
-    """Count copies, synchronisations and operations in the block (blocks do not nest)."""
-    counts = Counts()
+def counted() -> Iterator[SimpleNamespace]:
+    """Count copies, synchronisations and operations in the block (blocks do not nest); known when it ends."""
+    counts = SimpleNamespace(waits=Counter(), copies=Counter(), bytes=Counter(), runs=Counter())
     _ops.start_counting()
     try:
         yield counts
@@ -262,22 +179,10 @@ def memory_limit(bytes: int, device: _Device = None) -> Iterator[None]:
         _ops.set_memory_limit(index, before)
 
 
-@dataclass
-class Failure:
-    """Allocations of at least the size asked for, on both devices, and whether one was refused."""
-
-    number: int
-    seen: int = 0
-
-    @property
-    def happened(self) -> bool:
-        return 0 < self.number <= self.seen
-
-
 @contextmanager
-def failing_allocation(number: int, at_least: int = 1) -> Iterator[Failure]:
-    """Refuse the allocation with this number, from 1, of those of `at_least` bytes in the block; 0 refuses none."""
-    failure = Failure(number)
+def failing_allocation(number: int, at_least: int = 1) -> Iterator[SimpleNamespace]:
+    """Refuse the allocation with this number, from 1, of those of `at_least` bytes in the block; `seen` counts them."""
+    failure = SimpleNamespace(seen=0)
     _ops.fail_allocation(number, at_least)
     try:
         yield failure

@@ -4,8 +4,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import simulated_device.backend  # noqa: F401
 import torch
 from accelerate import cpu_offload, dispatch_model
+from tiny_llama import tiny_tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from untouched import weights_of
@@ -20,7 +22,6 @@ PLACES = (
     "on a device, cpu and disk",
     "offloaded to the cpu",
     "streamed, stored on the device",
-    "streamed, stored on the cpu",
     "streamed, stored on disk",
     "streamed and packed",
 )
@@ -69,6 +70,12 @@ def pruned_at(
     model = placed(model, place, tmp_path)
     report = pruner.prune(model, batches)
     return weights_of(model), report
+
+
+def prune_on_device(rank: int, source: Path, output: Path, config: FistaPruningConfig) -> None:
+    """The work of a process of several that prune one model, each on a device of its own."""
+    pruner = FistaPruner(config, progress=False)
+    pruner.prune(source, tiny_tokens().split(4), output_dir=output, device=f"simulated:{rank}")
 
 
 def require_the_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4) -> None:

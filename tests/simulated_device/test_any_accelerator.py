@@ -1,5 +1,6 @@
 """What was asked of CUDA alone is asked of whatever accelerator there is."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -9,7 +10,9 @@ from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
 from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs, shrink_model
+from optimum_fista.cli.main import main
+from optimum_fista.packed.linear import PackedLinear
+from optimum_fista.run import diagnosis
 from optimum_fista.run.checkpoints.loading import usable_device
 from optimum_fista.run.estimate import Estimate
 from optimum_fista.run.memory import available_bytes, release_memory
@@ -46,28 +49,17 @@ def test_its_cache_is_emptied_and_its_name_is_told(monkeypatch):
     assert device_name(torch.device("cpu")) == "cpu"
 
 
+def random_states():
+    return [backend.get_rng_state(0), backend.get_rng_state(1), torch.get_rng_state()]
+
+
 @pytest.mark.parametrize("device", ["simulated:0", "simulated:1"])
 def test_sampling_leaves_its_generators_as_they_were(device):
     model = tiny_llama().to(device)
-    before = [state.clone() for state in (*backend.get_rng_state_all(), torch.get_rng_state())]
+    before = random_states()
     drawn = [sample_text_from_model(model, tiny_tokenizer(), 2, 8, seed=7) for _ in range(2)]
     assert torch.equal(*drawn)
-    assert all(map(torch.equal, before, (*backend.get_rng_state_all(), torch.get_rng_state())))
-
-
-def test_a_model_becomes_smaller_where_it_is():
-    device, tokens = torch.device("simulated:0"), tiny_tokens()[:2]
-    found = []
-    for model in (tiny_llama(), tiny_llama().to(device)):
-        plan = plan_shrinking(model, channels=20, heads=1)
-        kept = {name: range(plan.counts[name]) for name in plan.parts}
-        place = model.device
-        require_same_outputs(plan, "", model, kept, lambda m: m(tokens.to(m.device), use_cache=False).logits)
-        shrink_model(model, plan, kept)
-        assert {parameter.device for parameter in model.parameters()} == {place}
-        with torch.no_grad():
-            found.append(model(tokens.to(place), use_cache=False).logits.cpu())
-    torch.testing.assert_close(*found)
+    assert all(map(torch.equal, before, random_states()))
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -88,3 +80,43 @@ def test_a_device_that_is_nearly_full_has_room_for_the_smaller_model(fails, monk
     assert model.config.intermediate_size == (48 if fails else 36)
     if fails:
         untouched.check()
+
+
+def test_the_doctor_tries_every_device(monkeypatch, capsys):
+    monkeypatch.setattr(diagnosis, "_LONG_ENOUGH", 0.0)
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for index in range(2):
+        assert f"\nsimulated:{index}: Simulated accelerator {index}, 16.0 GiB free of 16.0 GiB\n" in shown
+    assert shown.count("of the weights zero or kept as on the CPU") == 2
+
+
+def test_the_doctor_says_that_a_device_without_memory_fails(monkeypatch, capsys):
+    monkeypatch.setattr(diagnosis, "_LONG_ENOUGH", 0.0)
+    with backend.memory_limit(2**16, "simulated:1"):
+        assert main(["doctor"]) == 1
+    shown, after = capsys.readouterr().out.split("\nsimulated:1: ")
+    assert "FAILED" not in shown
+    assert "pruning:        FAILED: OutOfMemoryError: " in after
+
+
+def packed_layer():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(100, 40)
+    linear.weight.data.masked_fill_(torch.rand(40, 100) < 0.5, 0)
+    return PackedLinear.from_linear(linear)
+
+
+@pytest.mark.parametrize("inputs", [1, 5])
+def test_packed_products_and_gradients_are_those_of_the_cpu(inputs):
+    on_cpu, x = packed_layer(), torch.randn(inputs, 100)
+    on_device = copy.deepcopy(on_cpu).to("simulated:0")
+    found = []
+    for module, given in ((on_cpu, x), (on_device, x.to("simulated:0"))):
+        given.requires_grad_()
+        y = module(given)
+        y.square().sum().backward()
+        with torch.autocast(given.device.type, torch.bfloat16):
+            assert module(given.detach()).dtype == torch.bfloat16
+        found.append([t.cpu() for t in (y.detach(), given.grad, module.bias.grad, module.weight)])
+    torch.testing.assert_close(found[0], found[1])

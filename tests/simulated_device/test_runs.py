@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from killed import interrupted_after
 from launched import exit_codes, launch
-from simulated_device.places import PLACES, dispatched, placed, pruned_at, require_the_same
-from simulated_device.ranks import prune_on_device
+from simulated_device.places import dispatched, placed, prune_on_device, pruned_at, require_the_same
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
-from tiny_models import MOE_FAMILIES, VOCAB_SIZE, tiny_model
+from tiny_models import VOCAB_SIZE, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from untouched import weights_of
 
-from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback, masked_training, recover
+from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, recover
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
 from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.packed_folders.packed_folder import pack_folder
@@ -31,11 +31,16 @@ def prune_on_cpu(model, config, batches):
 
 
 @pytest.mark.parametrize(
-    ("place", "family"), [(place, MOE_FAMILIES[index % len(MOE_FAMILIES)]) for index, place in enumerate(PLACES)]
+    ("place", "family"),
+    [
+        ("in memory", "granitemoe"),
+        ("on two devices", "mixtral"),
+        ("on a device, cpu and disk", "gpt_oss"),
+        ("streamed, stored on disk", "deepseek_v3"),
+        ("streamed and packed", "qwen3_moe"),
+    ],
 )
 def test_experts_are_pruned_as_on_the_cpu(place, family, tmp_path):
-    if family == "llama4_text" and not place.startswith("in memory"):
-        family = "gpt_oss"  # Transformers can't run Llama-4 offloaded
     config = FistaPruningConfig(**ALL)
     batches = tokens(16, 64).split(4)
     expected, wanted = prune_on_cpu(tiny_model(family), config, batches)
@@ -48,7 +53,16 @@ def test_experts_are_pruned_as_on_the_cpu(place, family, tmp_path):
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
 
-@pytest.mark.parametrize(("place", "side"), zip(PLACES, ["left", "right"] * len(PLACES), strict=False))
+@pytest.mark.parametrize(
+    ("place", "side"),
+    [
+        ("in memory, stored on the cpu", "left"),
+        ("on two devices", "right"),
+        ("on a device, cpu and disk", "left"),
+        ("offloaded to the cpu", "right"),
+        ("streamed, stored on disk", "right"),
+    ],
+)
 def test_padding_counts_nowhere(place, side, tmp_path):
     ids, mask = tiny_tokens(16, 48), torch.ones(16, 48, dtype=torch.long)
     for row, length in enumerate(torch.linspace(0, 24, 16).long().tolist()):
@@ -76,9 +90,7 @@ def test_a_model_is_recovered_as_on_the_cpu(tmp_path):
         torch.testing.assert_close(found["simulated:0"][name], weight, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "place", ["in memory", "in memory, stored on the cpu", "on two devices", "streamed, stored on disk"]
-)
+@pytest.mark.parametrize("place", ["on two devices", "streamed, stored on disk"])
 def test_decoder_layers_go_as_on_the_cpu(place, tmp_path):
     config = FistaPruningConfig(pattern="channels:0.25/4+layers:0.5", allocation_tokens=128)
     model, batches = tiny_llama(num_hidden_layers=4), tiny_tokens(16, 48).split(4)
@@ -90,13 +102,7 @@ def test_decoder_layers_go_as_on_the_cpu(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "family"),
-    [
-        ("in memory, stored on the cpu", "mixtral"),
-        ("on two devices", "llama4_text"),
-        ("streamed, stored on the device", "deepseek_v3"),
-        ("streamed, stored on disk", "gpt_oss"),
-    ],
+    ("place", "family"), [("on two devices", "llama4_text"), ("streamed, stored on disk", "deepseek_v3")]
 )
 def test_whole_experts_go_as_on_the_cpu(place, family, tmp_path):
     config = FistaPruningConfig(pattern="experts:0.5")
@@ -108,29 +114,25 @@ def test_whole_experts_go_as_on_the_cpu(place, family, tmp_path):
     require_the_same(found, expected)
 
 
-@pytest.mark.parametrize("place", ["in memory", "on two devices"])
-def test_masked_training_and_perplexity(place, tmp_path):
-    results = []
-    for where in ("on the cpu", place):
-        model, batches = tiny_llama(), tiny_tokens(16, 64)
+def test_masked_training_and_perplexity(tmp_path):
+    batches, weights, perplexities = tiny_tokens(16, 64), [], []
+    for place in (None, "on two devices"):
+        model = tiny_llama()
         FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False).prune(model, batches.split(4))
         zeros = {name: weight == 0 for name, weight in weights_of(model).items()}
-        if where != "on the cpu":
-            model = placed(model, where, tmp_path)
-        device = next(model.parameters()).device
+        model = placed(model, place, tmp_path) if place else model
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         with masked_training(model):
-            for ids in batches.to(device).split(4):
+            for ids in batches.to(next(model.parameters()).device).split(4):
                 model(ids, labels=ids).loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-        trained = weights_of(model)
-        assert all(int(trained[name][zero].count_nonzero()) == 0 for name, zero in zeros.items())
-        results.append((trained, evaluate_perplexity(model, batches, progress=False).perplexity))
-    (expected, wanted), (found, measured) = results
-    assert measured == pytest.approx(wanted, rel=1e-4)
-    require_the_same(found, expected, 1e-3)
+        weights.append(weights_of(model))
+        assert all(int(weights[-1][name][zero].count_nonzero()) == 0 for name, zero in zeros.items())
+        perplexities.append(evaluate_perplexity(model, batches, progress=False).perplexity)
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-4)
+    require_the_same(weights[1], weights[0], 1e-3)
 
 
 def test_processes_share_a_model_on_their_devices(tmp_path):
@@ -142,30 +144,24 @@ def test_processes_share_a_model_on_their_devices(tmp_path):
     require_the_same(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict(), expected)
 
 
-class FailsInTheSecondLayer(PruningCallback):
-    def on_operator_end(self, operator):
-        if ".1." in operator.name:
-            raise RuntimeError("half-way")
-
-
 def test_a_run_resumes_on_another_device_of_its_type_only(tmp_path):
     save_tiny_folder(tmp_path / "dense")
     config, batches = FistaPruningConfig(), tiny_tokens().split(4)
     expected, _ = prune_on_cpu(tiny_llama(), config, batches)
 
-    def prune_on(device, *callbacks):
-        pruner = FistaPruner(config, progress=False, callbacks=callbacks)
+    def prune_on(device):
+        pruner = FistaPruner(config, progress=False)
         pruner.prune(tmp_path / "dense", batches, output_dir=tmp_path / "pruned", device=device)
 
-    with pytest.raises(RuntimeError, match="half-way"):
-        prune_on("simulated:0", FailsInTheSecondLayer())
+    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
+        prune_on("simulated:0")
     with pytest.raises(ValueError, match=r'was another one \(arithmetic.device was "simulated", is "cpu"\)'):
         prune_on("cpu")
     prune_on("simulated:1")
     require_the_same(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict(), expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss"])
 def test_packed_models_run_on_devices(family, tmp_path):
     model, ids = tiny_model(family), tokens(4, 24)
     pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)

@@ -1,4 +1,4 @@
-"""The memory that is estimated for a device is what it holds: Llamas of a tenth of the width of 8B and of 70B."""
+"""The memory that is estimated for a device is what it holds: Llamas of 1/16 of the width of 8B and 1/10 of 70B's."""
 
 import gc
 import warnings
@@ -19,18 +19,20 @@ from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.statistics import InputStatistics
 
 DEVICE = "simulated:0"  # which is not the current one
-TENTH_OF_8B = {"hidden_size": 416, "intermediate_size": 1440, "num_attention_heads": 4, "num_key_value_heads": 1}
-TENTH_OF_70B = {"hidden_size": 832, "intermediate_size": 2880, "num_attention_heads": 8, "num_key_value_heads": 1}
+SIZES = {
+    "8B / 16": {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 4, "num_key_value_heads": 1},
+    "70B / 10": {"hidden_size": 832, "intermediate_size": 2880, "num_attention_heads": 8, "num_key_value_heads": 1},
+}
 
 
 @pytest.mark.parametrize("storage", ["cpu", None])
-@pytest.mark.parametrize("shape", [TENTH_OF_8B, pytest.param(TENTH_OF_70B, marks=pytest.mark.slow)], ids=["8B", "70B"])
-def test_the_device_holds_what_is_estimated(shape, storage, tmp_path, monkeypatch):
-    config = AutoConfig.for_model("llama", vocab_size=12800, num_hidden_layers=2, dtype="bfloat16", **shape)
+@pytest.mark.parametrize("size", ["8B / 16", pytest.param("70B / 10", marks=pytest.mark.slow)])
+def test_the_device_holds_what_is_estimated(size, storage, tmp_path, monkeypatch):
+    config = AutoConfig.for_model("llama", vocab_size=8192, num_hidden_layers=2, dtype="bfloat16", **SIZES[size])
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     settings = {"num_samples": 4, "sequence_length": 512, "storage_device": storage}
     estimate = Estimate(config, device="simulated", batch_size=1, **settings)
-    ids = torch.randint(0, 12800, (4, 512), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 8192, (4, 512), generator=torch.Generator().manual_seed(0))
     pruner = FistaPruner(FistaPruningConfig(), progress=False, storage_device=storage)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few tokens

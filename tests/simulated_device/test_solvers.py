@@ -12,6 +12,8 @@ from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, 
 from optimum_fista.solve.statistics import InputStatistics
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.5, "row"), parse_pattern("2:4")]
+CASES = [(name, p, *given) for name in WEIGHT_METHODS for p in PATTERNS for given in ((False, 0), (True, 12))]
+CASES += [(n, Columns(0.5, width=w), True, 4) for n in ("greedy_obs", "obs_admm", "fista", "flap") for w in (1, 4)]
 WAITS = {  # an operator of any size and pattern: two for its error, one for the statistics, one a factorisation
     "magnitude": 2,
     "wanda": 2,
@@ -53,21 +55,8 @@ def _deterministic():
 
 
 @pytest.mark.usefixtures("_deterministic")
-@pytest.mark.parametrize(("corrected", "dead"), [(False, 0), (True, 12)])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=["matrix", "row", "2:4"])
-@pytest.mark.parametrize("name", WEIGHT_METHODS)
+@pytest.mark.parametrize(("name", "pattern", "corrected", "dead"), CASES, ids=str)
 def test_results_are_those_of_the_cpu(name, pattern, corrected, dead):
-    require_results_of_the_cpu(name, pattern, corrected, dead)
-
-
-@pytest.mark.usefixtures("_deterministic")
-@pytest.mark.parametrize("pattern", [Columns(0.5), Columns(0.5, width=4)], ids=str)
-@pytest.mark.parametrize("name", ["greedy_obs", "obs_admm", "fista", "flap"])
-def test_columns_are_those_of_the_cpu(name, pattern):
-    require_results_of_the_cpu(name, pattern, True, 4)
-
-
-def require_results_of_the_cpu(name, pattern, corrected, dead):
     problem = example(24, 32, corrected=corrected, dtype=torch.float32).problem
     for part in (problem.gram, problem.gram.mT, problem.target):
         part[:, :dead] = 0
@@ -84,7 +73,7 @@ def require_results_of_the_cpu(name, pattern, corrected, dead):
     assert "kthvalue" not in counts.runs
     in_loops = {"alps": pruned.iterations // 3, "fista": 4 * (2 + 2) + 30 // 10}  # power iteration: every ten products
     exact_refit = 5 if pattern.column_width else 0  # which columns are kept, two factorisations and errors
-    assert counts.synchronisations <= WAITS[name] + exact_refit + in_loops.get(name, 0)
+    assert counts.waits.total() <= WAITS[name] + exact_refit + in_loops.get(name, 0)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=["matrix", "row", "2:4"])
@@ -96,7 +85,7 @@ def test_loops_do_not_wait(name, short, long, more, pattern):
     for options in (short, long):
         with counted() as counts:
             create_method(name, **options).prune(problem, pattern)
-        waits.append(counts.synchronisations)
+        waits.append(counts.waits.total())
     assert waits[1] - waits[0] <= more
 
 
@@ -110,7 +99,7 @@ def test_selection_is_exact_and_never_waits(levels, dtype):
             found = keep_largest(there, count), keep_largest(there, count, magnitude=True)
             found += keep_largest_in_rows(there, count), keep_largest_in_groups(there, 2, 4)
             smallest = kth_smallest(there, max(1, count))
-        assert counts.synchronisations == 0
+        assert counts.waits.total() == 0
         assert "kthvalue" not in counts.runs
         assert torch.equal(found[0].cpu(), keep_largest(scores, count))
         assert torch.equal(found[1].cpu(), keep_largest(scores.abs(), count))
