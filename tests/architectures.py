@@ -38,12 +38,6 @@ def read_outcomes(file: Path = KEPT) -> dict[str, Outcome]:
     return {row["family"]: Outcome(**row | found) for row, found in zip(rows, tuples, strict=True)}
 
 
-def write_outcomes(outcomes: Iterable[Outcome], file: Path = KEPT) -> None:
-    """One line a family; empty fields are left out."""
-    rows = [{"model_class": ""} | {key: value for key, value in asdict(o).items() if value} for o in outcomes]
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
 def format_page(outcomes: Iterable[Outcome]) -> str:
     """The generated part of the page."""
     found = list(outcomes)
@@ -98,7 +92,8 @@ def main() -> None:
             if outcome.status == "works":
                 outcome = replace(outcome, smaller=what_can_go(family))
         outcomes.append(outcome)
-    write_outcomes(outcomes)
+    rows = [{"model_class": ""} | {key: value for key, value in asdict(o).items() if value} for o in outcomes]
+    KEPT.write_text("".join(f"{json.dumps(row)}\n" for row in rows))  # empty fields are left out
     text = PAGE.read_text().partition(MARKER)[0]
     PAGE.write_text(f"{text}{MARKER}\n\n{format_page(outcomes)}")
 

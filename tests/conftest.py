@@ -1,9 +1,7 @@
 """Every test runs on one thread and with the same instructions, so that results hardly depend on the machine."""
 
 import gc
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,22 +41,6 @@ def tiny_folder(tmp_path_factory) -> Path:
     return save_tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
-    """`benchmark(name)` imports a script of benchmarks/."""
-    folder = Path(__file__).resolve().parents[1] / "benchmarks"
-    monkeypatch.syspath_prepend(str(folder))
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
-
-
 @pytest.fixture(scope="module")
 def enough_tokens():
     """No expert of a mixture is under-calibrated, however few tokens it gets."""
@@ -70,30 +52,10 @@ def enough_tokens():
 
 
 @pytest.fixture(scope="module")
-def one_picture():
-    """All models are saved with the first one's picture, which takes longer to draw than a tiny model to prune."""
+def no_pictures():
+    """Model cards are saved without their picture, which takes longer to draw than a tiny model to prune."""
     from optimum_fista.run.checkpoints import writing
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(writing, "error_picture", _first_picture)
+        patched.setattr(writing, "error_picture", lambda report: None)
         yield
-
-
-_drawn: list[bytes | None] = []  # once, of the first report with operators
-
-
-def _first_picture(report):
-    from optimum_fista.run.reports.card import error_picture
-
-    if not report.operators:
-        return error_picture(report)
-    if not _drawn:
-        _drawn.append(error_picture(report))
-    return _drawn[0]
-
-
-def pytest_collection_modifyitems(config, items):
-    if "slow" not in config.getoption("markexpr"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes: run it by -m slow"))

@@ -27,18 +27,10 @@ PRUNE = "prune model --output pruned --calibration text.txt --num-samples 8 --se
 
 def run(command: str) -> str:
     """Run one of the installed commands, and return what it printed."""
+    print(f"  {command}", flush=True)  # noqa: T201
     program, *rest = command.split()
-    done = subprocess.run([Path(sys.executable).parent / program, *rest], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{command}\n{done.stdout}{done.stderr}")
+    done = subprocess.run([Path(sys.executable).parent / program, *rest], stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout
-
-
-def require(fact: bool, text: str) -> None:
-    """End the program if a fact does not hold."""
-    if not fact:
-        raise SystemExit(f"failed: {text}")
-    print(f"  {text}", flush=True)  # noqa: T201
 
 
 def main() -> None:
@@ -47,27 +39,28 @@ def main() -> None:
     parser.add_argument("--without-kernels", action="store_true", help="no compiler was there")
     without_kernels = parser.parse_args().without_kernels
     home, clone = Path(optimum_fista.__file__).resolve(), Path(__file__).resolve().parents[1]
-    require(home.is_relative_to(sys.prefix) and str(clone) not in sys.path, "the package is the installed one")
+    assert home.is_relative_to(sys.prefix), home
+    assert str(clone) not in sys.path
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        require((kernels() is None) == without_kernels, f"kernels: {'none' if without_kernels else 'compiled'}")
+        assert (kernels() is None) == without_kernels
     said = [str(warning.message) for warning in caught if "Install a C++17 compiler" in str(warning.message)]
-    require(len(said) == without_kernels, "a warning says how to get the kernels" if said else "no warning")
+    assert len(said) == without_kernels
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         save_tiny_folder(Path("model"))
         Path("text.txt").write_text(TEXT)
-        require("7,680 of 15,360 weights zero" in run(f"optimum-fista {PRUNE}"), "prune")
-        require("14 operators keep their pattern" in run("optimum-cli fista verify pruned"), "optimum-cli fista verify")
+        assert "7,680 of 15,360 weights zero" in run(f"optimum-fista {PRUNE}")
+        assert "14 operators keep their pattern" in run("optimum-cli fista verify pruned")
         run("optimum-fista report pruned")
-        require("<svg" in Path("pruned", "fista", "report.html").read_text(), "report")
+        assert "<svg" in Path("pruned", "fista", "report.html").read_text()
         run("optimum-fista pack pruned --output packed")
         tokens = AutoTokenizer.from_pretrained("packed")("the sea is", return_tensors="pt")
-        packed, dense = (AutoModelForCausalLM.from_pretrained(name) for name in ("packed", "pruned"))
-        answers = [model.generate(**tokens, max_new_tokens=8, do_sample=False)[0].tolist() for model in (packed, dense)]
-        require(answers[0] == answers[1], "a packed folder loads and writes the same tokens")
-        layer = PackedLinear.from_linear(dense.model.layers[0].mlp.up_proj)
+        models = [AutoModelForCausalLM.from_pretrained(name) for name in ("packed", "pruned")]
+        answers = [model.generate(**tokens, max_new_tokens=8, do_sample=False)[0].tolist() for model in models]
+        assert answers[0] == answers[1]
+        dense = models[1].model.layers[0].mlp.up_proj
         inputs = torch.randn(3, 32)
-        require(torch.allclose(layer(inputs), dense.model.layers[0].mlp.up_proj(inputs), atol=1e-5), "packed products")
+        assert torch.allclose(PackedLinear.from_linear(dense)(inputs), dense(inputs), atol=1e-5)
 
 
 if __name__ == "__main__":

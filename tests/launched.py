@@ -127,10 +127,13 @@ def _run(rank: int, count: int, port: int, work: Callable[..., Any], *arguments:
     work(rank, *arguments)
 
 
-def prune(rank: int, source: Path, output: Path, config: FistaPruningConfig, log: Path | None = None) -> None:
+def prune(
+    rank: int, source: Path, output: Path, config: FistaPruningConfig, log: Any = None, tokens: Any = None
+) -> None:
     """Prune from files to files; what goes wrong is written to `log` followed by the rank."""
     try:
-        FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=output)
+        tokens = tiny_tokens() if tokens is None else tokens
+        FistaPruner(config, progress=False).prune(source, tokens.split(4), output_dir=output)
     except Exception as error:
         if log is not None:
             log.with_name(f"{log.name}-{rank}").write_text(f"{type(error).__name__}: {error}")
@@ -271,9 +274,4 @@ def train_and_recover(rank: int, folder: Path, *arguments: Any) -> None:
 
 def prune_other_tokens(rank: int, source: Path, output: Path, config: FistaPruningConfig, log: Path) -> None:
     """Prune with calibration batches that differ by rank, as a sharded loader gives them."""
-    try:
-        tokens = tiny_tokens()[rank::2]
-        FistaPruner(config, progress=False).prune(source, tokens.split(4), output_dir=output)
-    except Exception as error:
-        log.with_name(f"{log.name}-{rank}").write_text(f"{type(error).__name__}: {error}")
-        raise SystemExit(3) from error
+    prune(rank, source, output, config, log, tiny_tokens()[rank::2])

@@ -15,14 +15,7 @@ WEIGHT_METHODS = [name for name, method in METHODS.items() if method.takes_weigh
 
 @dataclass(frozen=True)
 class Example:
-    """A layer problem and the activations it was made of.
-
-    Attributes:
-        weight: `W` [out, in].
-        inputs: `X*` [tokens, in].
-        outputs: `Y` [tokens, out], the wanted outputs.
-        problem: The layer problem.
-    """
+    """A layer problem of `W` [out, in], the activations `X*` [tokens, in], and the wanted outputs `Y` [tokens, out]."""
 
     weight: Tensor
     inputs: Tensor

@@ -13,12 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class RaiseAt(TorchDispatchMode):
-    """As a context: counts operations that allocate a tensor, and raises an error in place of the `number`-th, from 1.
-
-    Args:
-        number: 0: never.
-        error: What is raised.
-        least: Bytes of the smallest tensor that counts.
+    """As a context: counts operations that allocate a tensor of `least` bytes, and raises an error in place of the
+    `number`-th, from 1; of none if it is 0.
     """
 
     def __init__(self, number: int = 0, error: BaseException | None = None, least: int = 1024) -> None:

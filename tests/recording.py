@@ -1,7 +1,7 @@
 """Layer problems that reach the pruning method, recorded on calibration data with padding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,19 +17,19 @@ from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 
 
-@dataclass
-class Record:
+def record_of(problem: LayerProblem, result: PrunedOperator) -> SimpleNamespace:
     """What reached the method for one operator, and what it made of it."""
-
-    name: str
-    weight: Tensor
-    gram: Tensor
-    target: Tensor
-    target_energy: float
-    mean: Tensor
-    num_tokens: int
-    pruned: Tensor
-    fit_error: float
+    return SimpleNamespace(
+        name=problem.name,
+        weight=problem.weight.clone(),
+        gram=problem.gram.clone(),
+        target=problem.target.clone(),
+        target_energy=float(problem.output_energies.sum()),
+        mean=problem.statistics.mean.clone(),
+        num_tokens=problem.statistics.num_tokens,
+        pruned=result.weight.clone(),
+        fit_error=result.fit_error,
+    )
 
 
 class Recorder(PruningMethod):
@@ -38,7 +38,7 @@ class Recorder(PruningMethod):
     name = "recorder"
 
     def __init__(self) -> None:
-        self.groups: list[list[Record]] = []
+        self.groups: list[list[SimpleNamespace]] = []
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         plain = Magnitude().prune(problem, pattern)
@@ -49,26 +49,11 @@ class Recorder(PruningMethod):
         self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedOperator]:
         results = super().prune_sharing(problems, patterns)
-        self.groups.append(
-            [
-                Record(
-                    problem.name,
-                    problem.weight.clone(),
-                    problem.gram.clone(),
-                    problem.target.clone(),
-                    float(problem.output_energies.sum()),
-                    problem.statistics.mean.clone(),
-                    problem.statistics.num_tokens,
-                    result.weight.clone(),
-                    result.fit_error,
-                )
-                for problem, result in zip(problems, results, strict=True)
-            ]
-        )
+        self.groups.append([record_of(*pair) for pair in zip(problems, results, strict=True)])
         return results
 
     @property
-    def records(self) -> list[Record]:
+    def records(self) -> list[SimpleNamespace]:
         return [record for group in self.groups for record in group]
 
 

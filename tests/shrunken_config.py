@@ -90,13 +90,10 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 
 def shrunken_config(family: str) -> PretrainedConfig:
-    """The default configuration of a family with every size made tiny.
+    """The default configuration of a `model_type` of Transformers with every size made tiny.
 
     Lists with an entry a decoder layer (`layer_types` and the like) are cut so that every kind of layer stays, once.
     Models that can be encoders as well become decoders.
-
-    Args:
-        family: A `model_type` of Transformers.
     """
     kind = CONFIG_MAPPING[family]
     shrunk = _shrunk(kind().to_dict())

@@ -93,11 +93,6 @@ def test_commands_of_the_docs_parse(command):
             assert program in {None, *OF_OTHERS}
 
 
-def test_every_kind_of_command_is_found():
-    programs = {(arguments_of(command) or [None])[0] for command in COMMANDS}
-    assert {"optimum-fista", "accelerate", "torchrun", "python", "make"} <= programs
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_options_named_in_sentences_exist(page):
     known = " ".join(source.read_text() for source in (ROOT / "benchmarks").glob("*.py"))

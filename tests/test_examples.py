@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_standin import assert_pushed, hub_fixture, run_with_hub  # noqa: F401
+from hub_standin import HubStandIn, connect
 from tiny_llama import TEXT
 
 from optimum_fista.run.evaluation.verification import verify_checkpoint
@@ -30,10 +30,6 @@ def run(tiny_folder, tmp_path, monkeypatch, capsys):
     return run_example
 
 
-def config_of(folder: Path) -> dict:
-    return json.loads((folder / "fista" / "report.json").read_text())["config"]
-
-
 def test_prune_in_memory(run, tmp_path):
     shown = run("prune_in_memory", "--output", "out")
     assert shown.startswith("14 operators pruned by obs_admm, 7,680 of 15,360 weights zero (50.00%)")
@@ -47,14 +43,13 @@ def test_prune_2_4(run, tmp_path):
     shown = run("prune_2_4", "--output", "out", "--calibration", "sea.txt", "--test", "sea.txt")
     assert re.search(r"perplexity [\d.]+ -> [\d.]+ on sea\.txt", shown)
     assert "14 operators keep their pattern" in shown
-    assert config_of(tmp_path / "out")["pattern"] == "2:4"
+    assert json.loads((tmp_path / "out" / "fista" / "report.json").read_text())["config"]["pattern"] == "2:4"
 
 
-@pytest.mark.parametrize("flags", [[], ["--device-map", "disk"], ["--device-map", "cpu"]])
+@pytest.mark.parametrize("flags", [[], ["--device-map", "disk"]])
 def test_prune_offloaded(run, tmp_path, flags):
     shown = run("prune_offloaded", "--output", "out", *flags)
     assert shown.startswith("14 operators pruned by obs_admm")
-    assert config_of(tmp_path / "out")["error_correction"] == 0.5
     verify_checkpoint(tmp_path / "out")
 
 
@@ -77,20 +72,16 @@ def test_prune_one_matrix(run):
     assert all("50.0% zeros" in row for row in rows[1:])
 
 
-def test_push_to_hub(hub, tiny_folder, tmp_path):
-    flags = ["--model", str(tiny_folder), *SMALL, "--repo", "tester/tiny-50", "--private", "--output", "out"]
-    code = f"import runpy, sys\nsys.argv = {['push_to_hub.py', *flags]!r}\n"
-    code += f"runpy.run_path({str(EXAMPLES / 'push_to_hub.py')!r}, run_name='__main__')"
-    process = run_with_hub(hub, code, tmp_path)
-    assert_pushed(hub, process, tmp_path / "out", "tester/tiny-50")
+def test_push_to_hub(run, tmp_path, monkeypatch):
+    with HubStandIn() as hub:
+        connect(hub, monkeypatch)
+        run("push_to_hub", "--repo", "tester/tiny-50", "--private", "--output", "out")
+        assert "fista/masks.safetensors" in hub.files("tester/tiny-50")
+        assert hub.repositories["tester/tiny-50"].private
     verify_checkpoint(tmp_path / "out")
 
 
-def test_every_example_is_tested_short_and_documented():
-    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+def test_every_example_is_tested_and_says_how_to_run_it():
     for file in EXAMPLES.glob("*.py"):
-        source = file.read_text()
-        assert file.stem in tested, file
-        assert len(source.splitlines()) < 60, file
-        assert f"python examples/{file.name}" in source, file
-        assert 'default="HuggingFaceTB/SmolLM2-135M-Instruct"' in source, file
+        assert f"test_{file.stem}" in globals(), file
+        assert f"python examples/{file.name}" in file.read_text(), file

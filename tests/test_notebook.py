@@ -40,10 +40,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
 
 
 def test_the_notebook_was_executed_and_shows_nothing_of_the_machine():
-    code = [cell for cell in CELLS if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-    kinds = [kind for cell in code for output in cell["outputs"] for kind in output.get("data", {})]
-    assert kinds.count("image/png") == 1
-    texts = [line for cell in CELLS for output in cell.get("outputs", []) for line in output.get("text", [])]
+    outputs = [output for cell in CELLS for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+    texts = [line for output in outputs for line in output.get("text", [])]
     assert any("perplexity" in line for line in texts)
     assert not [line for line in texts if "/" in line.replace("1/", "")]

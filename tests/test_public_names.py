@@ -1,4 +1,4 @@
-"""Every public name can be the first thing that a process imports of Transformers and of this package."""
+"""Public names can be the first thing that a process imports of Transformers and of this package."""
 
 import subprocess
 import sys
@@ -23,10 +23,10 @@ for name in sys.argv[1:]:
 """
 
 
-def test_every_public_name_can_be_imported_first():
-    one_a_module = {home: name for name, home in optimum_fista._HOMES.items()}.values()
-    command = [sys.executable, "-c", _SCRIPT, *one_a_module]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_public_names_can_be_imported_first():
+    names = ["FistaPackedConfig", "FistaPruner", "FistaPruningConfig", "load_model", "masked_training", "recover"]
+    assert set(names) <= set(optimum_fista.__all__)
+    done = subprocess.run([sys.executable, "-c", _SCRIPT, *names], capture_output=True, text=True)
     assert not done.returncode, done.stderr
 
 

@@ -11,9 +11,7 @@ Group = list[LinearOperator]
 class ToyLayer(nn.Module):
     """Two operators on one input, a wide one after them, two narrow ones at the end, and a residual.
 
-    Args:
-        size: Width of the hidden states.
-        in_place: Whether operators' inputs and outputs are overwritten after use, as Falcon does.
+    `in_place`: operators' inputs and outputs are overwritten after use, as Falcon does.
     """
 
     def __init__(self, size: int = 8, *, in_place: bool = False, bias: bool = False) -> None:

@@ -7,7 +7,7 @@ from optimum_fista.cli.main import main
 
 
 @pytest.fixture(autouse=True)
-def _one_picture(one_picture):
+def _no_pictures(no_pictures):
     """Commands save many models."""
 
 

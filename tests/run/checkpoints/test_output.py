@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from killed import Killed, killed_at
-from text_folders import NEW, OLD, contents, put, write
 
 from optimum_fista.run.checkpoints import atomic, output
 from optimum_fista.run.checkpoints.output import (
@@ -21,10 +20,35 @@ from optimum_fista.run.checkpoints.output import (
     install,
     locked_output,
     model_files,
+    new_output,
     require_output,
     unfinished_folder,
     write_about,
 )
+
+OLD = ("config.json", "model.safetensors", "README.md", "tokenizer.json", "fista/report.json")
+NEW = ("config.json", "model-00001-of-00001.safetensors", "README.md", "fista/report.json")
+
+
+def write(folder: Path, names: tuple[str, ...], text: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """All files but the list of those that belong to the model."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "files.json" not in path.name]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+def put(output: Path, names: tuple[str, ...] = NEW, text: str = "new", overwrite: bool = True) -> Path:
+    """What every writer does."""
+    require_output(output, overwrite)
+    with new_output(output, overwrite) as folder:
+        write(folder, names, text)
+    return output
 
 
 @pytest.fixture(autouse=True)

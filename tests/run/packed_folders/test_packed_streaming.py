@@ -42,7 +42,7 @@ def whole(source, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.usefixtures("one_picture")
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "gpt_oss", "granitemoe"])
 def test_the_same_folder_as_packed_afterwards(family, pattern, tmp_path):

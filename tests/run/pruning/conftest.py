@@ -4,7 +4,7 @@ from optimum_fista.run.pruning import removal
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_picture(one_picture):
+def _no_pictures(no_pictures):
     """Many models are saved, those of a module's fixtures as well."""
 
 

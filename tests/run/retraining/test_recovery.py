@@ -28,7 +28,7 @@ QUICK |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
 
 
 @pytest.fixture(autouse=True)
-def _one_picture(one_picture):
+def _no_pictures(no_pictures):
     """Every run saves a model."""
 
 
