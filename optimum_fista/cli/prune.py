@@ -225,12 +225,10 @@ def _batches(
     """The calibration batches, and text to measure the perplexity on if there is some."""
     import torch
 
-    from optimum_fista.run.texts.calibration_source import (
-        calibration_tokens_by_name,
-        held_out_windows,
-        num_held_out,
-        num_spare,
-    )
+    from optimum_fista.run.checkpoints.loading import require_tokenizer
+    from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, num_held_out, num_spare
+    from optimum_fista.run.texts.text import load_text
+    from optimum_fista.run.texts.windows import calibration_windows
 
     def draw(count: int) -> Tensor:
         numbers = arguments.sequence_length, config.seed
@@ -247,7 +245,9 @@ def _batches(
         tokens, spare = draw(wanted), 0  # the text may be just long enough for these
     count = num_held_out(config, tokens.shape[1])
     if source == "self" and count:
-        source, extra = "pydoc", held_out_windows(arguments.model, "pydoc", count, tokens.shape[1], config.seed)
+        source, tokenizer = "pydoc", require_tokenizer(arguments.model)
+        with suppress(ValueError):  # it is too short for the length
+            extra = calibration_windows(tokenizer, load_text(source, "test"), count, tokens.shape[1], config.seed)
     elif spare:
         with suppress(ValueError):  # as many as there are
             more = draw(wanted + count) if count > spare else tokens

@@ -130,7 +130,11 @@ def recover(
     """
     asked, source, processes = RecoveryOptions(**options), str(folder), launched_processes()
     report = read_report(pruned_folder(source))
-    teacher = _teacher_of(report, source) if teacher is None else str(teacher)
+    name = str(teacher or report.model["name"])
+    if teacher is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        why = f"the report of {source!r} calls the dense model {name!r}, which is no Hub id"
+        raise ValueError(f"teacher is missing: {why}: pass the folder or Hub id of it (--teacher MODEL).")
+    teacher = name
     output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
     if asked.train == "lora" and processes > 1:
         raise ValueError("train='lora': several processes train no adapters: pass all or norms, or start one process.")
@@ -439,14 +443,6 @@ def _kept_states(journal: Path, *, others_go: bool = False) -> dict[int, Path]:
             if others_go:  # the Trainer would take one for the last state, and remove those before
                 shutil.rmtree(folder)
     return found
-
-
-def _teacher_of(report: PruningReport, source: str) -> str:
-    name = str(report.model["name"])
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        why = f"the report of {source!r} calls the dense model {name!r}, which is no Hub id"
-        raise ValueError(f"teacher is missing: {why}: pass the folder or Hub id of it (--teacher MODEL).")
-    return name
 
 
 def _require_same_vocabulary(source: str, config: PreTrainedConfig, teacher: str) -> None:

@@ -111,14 +111,6 @@ def num_held_out(config: FistaPruningConfig, length: int) -> int:
     return 0 if any(part.kind == "experts" for part in parts) else -(-LEAST_TOKENS // length)
 
 
-def held_out_windows(name: str, source: str, count: int, length: int, seed: int) -> Tensor | None:
-    """Windows of a text to measure the perplexity on; `None` if it is too short."""
-    try:
-        return calibration_windows(require_tokenizer(name), load_text(source, "test"), count, length, seed)
-    except ValueError:
-        return None
-
-
 def usual_length(config: PreTrainedConfig) -> int:
     """Tokens a sequence if nothing else is said: 2048, or the model's context if that is shorter."""
     return min(_USUAL_LENGTH, getattr(config, "max_position_embeddings", None) or _USUAL_LENGTH)
