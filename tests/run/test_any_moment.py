@@ -88,15 +88,3 @@ def test_one_interrupt_after_another(share, make):
         end = interrupted(first)
         for second in moments(end - first, share // 50):
             interrupted(first, first + second)
-
-
-@pytest.mark.parametrize("share", [501, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_interrupted_streamed_run_resumes_to_the_same_bytes(share, tmp_path, tiny_folder):
-    with RaiseAt() as whole:
-        prune(tiny_folder, output_dir=tmp_path / "expected")
-    for moment in moments(whole.count, share):
-        output = tmp_path / str(moment)
-        assert prune_with(KeyboardInterrupt(), moment, tiny_folder, output_dir=output) is None
-        assert not output.exists()
-        prune(tiny_folder, output_dir=output)
-        assert_same_files(output, tmp_path / "expected")

@@ -38,11 +38,8 @@ def test_scope_is_that_of_the_method_unless_given():
     ("options", "message"),
     [
         ({"sparsity": 1.0}, r"sparsity=1\.0 is outside \[0, 1\)"),
-        ({"sparsity": -0.1}, "sparsity=-0.1"),
         ({"sparsity": float("nan")}, "sparsity=nan"),
-        ({"sparsity": True}, "sparsity=True"),
         ({"pattern": "4:2"}, "pattern='4:2' keeps 4 of every 2"),
-        ({"pattern": "4:4"}, "n must be positive and smaller than m"),
         ({"pattern": "half"}, "pattern='half': pass 'unstructured' or 'n:m'"),
         ({"pattern": "2:4", "sparsity": 0.6}, "disagree: 2:4 means a sparsity of 0.5"),
         ({"scope": "column"}, "scope='column': pass 'matrix' or 'row'"),
@@ -51,25 +48,21 @@ def test_scope_is_that_of_the_method_unless_given():
             {"error_correction": "inter"},
             r"error_correction='inter': pass 'none', 'intra', 'full' or a number from 0 to 1",
         ),
-        ({"error_correction": 1.5}, "error_correction=1.5"),
-        ({"error_correction": True}, "error_correction=True"),
-        ({"residual_correction": -0.5}, "residual_correction=-0.5"),
         ({"allocation": "owl"}, "allocation='owl': pass 'uniform' or 'fisher'"),
         ({"allocation_tokens": 1}, "allocation_tokens=1: pass a whole number of at least 2"),
-        ({"warm_start": "wanda"}, "method 'obs_admm' has no option 'warm_start'"),
         ({"error_correction": float("nan")}, "error_correction=nan"),
         ({"method": "fista", "warm_start": "random"}, "warm_start='random': pass one of"),
-        ({"method": "magnitude", "warm_start": "wanda"}, "method 'magnitude' has no option 'warm_start'"),
         ({"method": "wanda", "max_iterations": 3}, "method 'wanda' has no option 'max_iterations'"),
-        ({"method": "fista", "method_options": {"restarts": True}}, "method 'fista' has no option 'restarts'"),
         ({"method": "fista", "max_iterations": 0}, "max_iterations=0"),
-        ({"method": "fista", "tolerance": -1.0}, "tolerance=-1.0"),
         ({"seed": -1}, "seed=-1: pass a whole number from 0 to 18446744073709551615"),
-        ({"seed": 2**64}, "seed=18446744073709551616: pass a whole number from 0 to 18446744073709551615"),
-        ({"seed": 1.5}, "seed=1.5"),
         ({"seed": True}, "seed=True"),
+        ({"held_out": -1}, "held_out=-1: pass a whole number of at least 0"),
+        ({"expert_refit": False}, "expert_refit=False has no meaning for pattern='unstructured'"),
+        ({"reorder_channels": True}, "reorder_channels=True has no meaning for pattern='unstructured'"),
+        ({"pattern": "channels:0.5", "include": "*.0.*"}, "include=.* has no meaning for pattern='channels:0.5'"),
+        ({"method": "greedy_obs"}, "^method 'greedy_obs' can't remove single weights"),
+        ({"method": "dsnot", "pattern": "columns:0.25"}, "^method 'dsnot' can't remove whole columns"),
         ({"overrides": {"*q_proj": "5:4"}}, r"overrides\['\*q_proj'\]: pattern='5:4'"),
-        ({"overrides": {"*q_proj": 1.5}}, r"overrides\['\*q_proj'\]: sparsity=1.5"),
     ],
 )
 def test_options_are_checked_when_constructed(options, message):
@@ -145,11 +138,6 @@ def test_options_left_open_are_as_the_method_has_them(name):
     assert resolved.resolved() == resolved
 
 
-def test_resolved_n_m_has_no_scope():
-    assert FistaPruningConfig(pattern="2:4").resolved().scope is None
-    assert FistaPruningConfig(pattern="2:4", overrides={"*.q_proj": 0.5}).resolved().scope == "matrix"
-
-
 def test_who_shares_the_zeros():
     config = FistaPruningConfig(overrides={"*.q_proj": 0.25, "*.k_proj": "2:4"})
     assert config.shares_budget(DOWN)
@@ -170,18 +158,12 @@ def test_include_and_exclude():
     assert FistaPruningConfig().reason_left_dense("model.layers.0.mlp.down_proj") is None
 
 
-def test_names_are_matched_with_their_case():
-    assert FistaPruningConfig(exclude=("*.WQKV",)).reason_left_dense("layers.0.wqkv") is None
-
-
 @pytest.mark.parametrize(
     "config",
     [
         FistaPruningConfig(),
-        FistaPruningConfig(pattern="1:3", method="sparsegpt", error_correction="full", seed=7),
         FistaPruningConfig(0.7, scope="row", include=("*.mlp.*",), overrides={"*up*": "2:4", "*gate*": 0.1}),
         FistaPruningConfig(method="fista", max_iterations=5, tolerance=0.0, method_options={"patience": 2}),
-        FistaPruningConfig.paper(pattern="2:4"),
     ],
 )
 def test_json_round_trip(config, tmp_path):
@@ -203,11 +185,6 @@ def test_a_pruned_folder_has_its_configuration(tmp_path):
         FistaPruningConfig.from_pretrained(tmp_path / "empty")
 
 
-def test_unknown_keys_are_named():
-    with pytest.raises(ValueError, match=r"unknown options 'sparcity', 'zeros': pass some of sparsity, pattern"):
-        FistaPruningConfig.from_dict({"sparcity": 0.5, "zeros": 1, "seed": 0})
-
-
 def test_json_that_is_no_configuration(tmp_path):
     file = tmp_path / "half.json"
     file.write_text("{")
@@ -216,6 +193,8 @@ def test_json_that_is_no_configuration(tmp_path):
     file.write_text("0.5")
     with pytest.raises(ValueError, match=r"half\.json' holds a JSON float: pass an object of options"):
         FistaPruningConfig.from_pretrained(file)
+    with pytest.raises(ValueError, match=r"unknown options 'sparcity', 'zeros': pass some of sparsity, pattern"):
+        FistaPruningConfig.from_dict({"sparcity": 0.5, "zeros": 1, "seed": 0})
 
 
 def test_paper_settings():
@@ -235,13 +214,6 @@ def test_paper_settings():
         assert method.restart is False
 
 
-def test_paper_settings_can_be_overridden():
-    config = FistaPruningConfig.paper(pattern="2:4", error_correction="none", max_iterations=7, seed=3)
-    assert (config.pattern, config.sparsity, config.error_correction, config.seed) == ("2:4", 0.5, "none", 3)
-    method = config.create_method("llama")
-    assert (method.max_iterations, method.patience, method.warm_start) == (7, 3, "wanda")
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_holds_only_what_differs_from_the_defaults(name):
     settings = json.loads((RECIPE_FOLDER / f"{name}.json").read_text())
@@ -255,6 +227,8 @@ def test_recipes_are_the_files_of_their_folder():
     assert sorted(RECIPES) == sorted(file.stem for file in RECIPE_FOLDER.iterdir())
     assert FistaPruningConfig.recipe("default") == FistaPruningConfig()
     assert FistaPruningConfig.recipe("paper", sparsity=0.6) == FistaPruningConfig.paper(0.6)
+    with pytest.raises(ValueError, match="recipe='slow': pass one of 'default', 'fast', 'paper'"):
+        FistaPruningConfig.recipe("slow")
 
 
 def test_options_win_over_a_recipe():
@@ -262,30 +236,3 @@ def test_options_win_over_a_recipe():
     assert config == FistaPruningConfig(pattern="2:4", residual_correction=0.5, error_correction="full")
     config = FistaPruningConfig.recipe("paper", method="wanda", seed=3)
     assert config == FistaPruningConfig(method="wanda", seed=3)  # without the options of FISTA
-
-
-def test_an_unknown_recipe_is_refused_with_the_list():
-    with pytest.raises(ValueError, match="recipe='slow': pass one of 'default', 'fast', 'paper'"):
-        FistaPruningConfig.recipe("slow")
-
-
-def test_auto_warm_start_is_not_only_for_the_paper():
-    assert FistaPruningConfig(method="fista", warm_start="auto").create_method("opt").warm_start == "sparsegpt"
-    assert FistaPruningConfig(method="fista", warm_start="auto").create_method("qwen2").warm_start == "wanda"
-    assert FistaPruningConfig(method="fista", warm_start="dense").create_method("opt").warm_start == "dense"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"method": "greedy_obs"}, "^method 'greedy_obs' can't remove single weights"),
-        ({"method": "dsnot", "pattern": "columns:0.25"}, "^method 'dsnot' can't remove whole columns"),
-        (
-            {"method": "sparsegpt", "overrides": {"*.q": "columns:0.5"}},
-            r"^overrides\['\*.q'\]: method 'sparsegpt' can't",
-        ),
-    ],
-)
-def test_a_method_that_cannot_make_the_pattern_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        FistaPruningConfig(**options)

@@ -22,7 +22,6 @@ from optimum_fista.run.memory import MemoryPeak, available_bytes, is_out_of_memo
         RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)"),
         RuntimeError("Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
-        RuntimeError("level_zero backend failed with error: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:98] data. DefaultCPUAllocator: not enough memory"),
     ],
@@ -100,11 +99,9 @@ def test_on_cuda_the_count_of_pytorch_starts_anew(monkeypatch):
     assert peak.device_bytes == 3
 
 
-@pytest.mark.parametrize("from_files", [False, True])
-def test_every_layer_of_a_report_has_its_peak(llama, tokens, tiny_folder, tmp_path, from_files):
+def test_every_layer_of_a_report_has_its_peak(llama, tokens):
     pruner = FistaPruner(FistaPruningConfig(method="wanda", exclude="*.layers.1.*"), progress=False)
-    options = {"output_dir": tmp_path / "pruned"} if from_files else {}
-    report = pruner.prune(tiny_folder if from_files else llama, tokens.split(4), **options)
+    report = pruner.prune(llama, tokens.split(4))
     first, last = (layer.memory for layer in report.layers)
     assert isinstance(first, MemoryPeak)
     assert first.resident_bytes > 1 << 20

@@ -40,7 +40,6 @@ def offloaded(request, tiny_folder, tmp_path):
 
 CONFIGS = [
     FistaPruningConfig(0.5),
-    FistaPruningConfig(pattern="2:4", method="sparsegpt"),
     FistaPruningConfig(0.6, method="wanda", error_correction="intra"),
 ]
 
@@ -60,13 +59,6 @@ def test_offloaded_models_become_what_they_become_in_memory(offloaded, config, t
         assert torch.allclose(logits, expected(tokens[:2]).logits, atol=1e-5)
     assert bytes_of(tiny_folder) == checkpoint
     assert all(h.offload for m in offloaded.modules() for h in hooks_of(m) if h.weights_map is not None)
-
-
-def test_they_can_be_trained_afterwards(offloaded, tokens):
-    offloaded.lm_head.weight.requires_grad_(False)
-    before = {name: parameter.requires_grad for name, parameter in offloaded.named_parameters()}
-    FistaPruner(FistaPruningConfig(0.5), progress=False).prune(offloaded, tokens.split(4))
-    assert {name: parameter.requires_grad for name, parameter in offloaded.named_parameters()} == before
 
 
 def hooks_of(module) -> list[AlignDevicesHook]:

@@ -1,6 +1,5 @@
-import random
+import warnings
 
-import numpy as np
 import pytest
 import torch
 from layer_problems import WEIGHT_METHODS
@@ -53,17 +52,6 @@ def test_same_input_same_bits(tokens):
     assert results[0][1] == results[1][1]
 
 
-def test_modes_of_all_modules_are_kept(llama, tokens):
-    llama.train()
-    llama.model.layers[1].mlp.eval()
-    before = {name: module.training for name, module in llama.named_modules()}
-    prune(llama, tokens.split(4), method="wanda")
-    assert {name: module.training for name, module in llama.named_modules()} == before
-    llama.eval()
-    prune(llama, tokens.split(4), method="wanda")
-    assert not any(module.training for module in llama.modules())
-
-
 def test_dropout_is_off_while_pruning(tokens):
     results = []
     for training in (False, True):
@@ -73,37 +61,13 @@ def test_dropout_is_off_while_pruning(tokens):
     assert same(*results)
 
 
-def test_model_is_left_without_hooks_and_gradients(llama, tokens):
-    forwards = {name: module.forward for name, module in llama.named_modules()}
-    prune(llama, tokens.split(4), error_correction="full")
-    for name, module in llama.named_modules():
-        assert not module._forward_hooks, name
-        assert not module._forward_pre_hooks, name
-        assert module.forward == forwards[name], name
-    assert all(p.requires_grad and p.grad is None for p in llama.parameters())
-    llama(input_ids=tokens[:1], labels=tokens[:1]).loss.backward()
-
-
-@pytest.mark.parametrize("method", WEIGHT_METHODS)
-def test_global_random_states_are_untouched(llama, tokens, method):
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    prune(llama, tokens.split(4), method=method)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), before[1], strict=True))
-    assert random.getstate() == before[2]
-
-
 def test_report_describes_the_run(llama, tokens):
     pruner = FistaPruner(FistaPruningConfig(pattern="2:4", seed=5), progress=False)
     report = pruner.prune(llama, tokens.split(4), calibration_source="pydoc")
     assert report.config == pruner.config.resolved().to_dict()
-    assert report.model["class"] == "LlamaForCausalLM"
-    assert report.model["model_type"] == "llama"
-    assert report.model["dtype"] == "float32"
-    assert report.model["num_parameters"] == sum(p.numel() for p in llama.parameters())
-    assert report.calibration["source"] == "pydoc"
-    assert report.calibration["num_sequences"] == 8
-    assert report.calibration["num_tokens"] == 128
+    wanted = {"class": "LlamaForCausalLM", "model_type": "llama", "dtype": "float32"}
+    assert report.model.items() >= (wanted | {"num_parameters": sum(p.numel() for p in llama.parameters())}).items()
+    assert report.calibration.items() >= {"source": "pydoc", "num_sequences": 8, "num_tokens": 128}.items()
     assert 0 < report.totals["solve_seconds"] <= report.seconds["total"]
     names = [o.name for o in report.operators]
     assert names[0] == "model.layers.0.self_attn.q_proj.weight"
@@ -119,3 +83,15 @@ def test_progress_bar_can_be_switched_off(llama, tokens, capsys):
     shown = capsys.readouterr().err
     assert "2/2" in shown
     assert "layer 2/2 mlp.down_proj" in shown
+
+
+def test_too_few_tokens_are_warned_about_once(llama, tokens):
+    with pytest.warns(
+        UserWarning, match=r"32 calibration tokens for the 48 inputs of .*down_proj.*rank-deficient"
+    ) as seen:
+        report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(llama, tokens[:2])
+    assert len(seen) == 1
+    assert report.warnings == [str(seen[0].message)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prune(tiny_llama(), tokens, method="wanda").warnings == []

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from tiny_llama import tiny_llama
-from torch import Tensor, nn
+from torch import nn
 from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -27,35 +27,6 @@ def refuse(model, batches, error=ValueError, match=None, **options) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("batches", "message"),
-    [
-        ([], "calib_dataloader gave no batch: pass at least one batch"),
-        ("text", "calib_dataloader is a str: pass an iterable of batches"),
-        ({"input_ids": torch.ones(1, 4, dtype=torch.int64)}, "calib_dataloader is a dict"),
-        (None, "calib_dataloader is a NoneType"),
-        ([{"ids": [1, 2]}], r"calib_dataloader\[0\] has the keys \['ids'\]: pass 'input_ids'"),
-        ([torch.rand(2, 4)], r"calib_dataloader\[0\]: input_ids has .*torch.float32: pass integers"),
-        ([[[1, 2], [3]]], r"calib_dataloader\[0\]: input_ids can't be read as a tensor"),
-        ([torch.tensor([[1, 2]]), torch.tensor([[5, 64]])], r"calib_dataloader\[1\]: .*token id 64, .*\[0, 64\)"),
-        ([torch.tensor([[-1, 2]])], "token id -1"),
-        (
-            [{"input_ids": torch.ones(2, 4, dtype=torch.int64), "attention_mask": torch.ones(2, 3)}],
-            "attention_mask has",
-        ),
-        ([{"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}], "no real token: every attention_mask is zero"),
-    ],
-)
-def test_unusable_calibration_batches(llama, batches, message):
-    refuse(llama, batches, match=message)
-
-
-def test_a_generator_that_was_used_up_is_told_from_an_empty_list(llama, tokens):
-    batches = (batch for batch in tokens.split(4))
-    list(batches)
-    refuse(llama, batches, match="it is a generator, which can be read only once, and has been read before")
-
-
 def test_an_error_of_the_loader_reaches_the_user(llama, tokens):
     def broken():
         yield tokens[:4]
@@ -64,9 +35,8 @@ def test_an_error_of_the_loader_reaches_the_user(llama, tokens):
     refuse(llama, broken(), LookupError, "no more data")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_damaged_weights_are_named(llama, tokens, value):
-    llama.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+def test_damaged_weights_are_named(llama, tokens):
+    llama.model.layers[1].mlp.up_proj.weight.data[3, 4] = math.nan
     refuse(llama, tokens.split(4), match=r"weight of model\.layers\.1\.mlp\.up_proj holds NaN or Inf")
 
 
@@ -92,10 +62,9 @@ def test_damaged_embeddings(llama, tokens):
     refuse(llama, tokens.split(4), match="inputs of the first decoder layer hold NaN or Inf: the embeddings")
 
 
-@pytest.mark.parametrize("settings", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes"}])
-def test_quantized_models(llama, tokens, settings):
-    llama.config.quantization_config = settings
-    refuse(llama, tokens.split(4), match=f"quantized by '{settings['quant_method']}': prune the unquantized model")
+def test_quantized_models(llama, tokens):
+    llama.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    refuse(llama, tokens.split(4), match="quantized by 'gptq': prune the unquantized model")
 
 
 def test_models_that_are_not_in_memory(tokens):
@@ -122,14 +91,10 @@ def test_nothing_to_prune(llama, tokens):
 def test_pattern_that_does_not_divide_a_row_is_found_before_any_work(tokens):
     model = tiny_llama(intermediate_size=44)  # 44 inputs of down_proj: 8 does not divide them
     refuse(model, tokens.split(4), pattern="2:8", match=r"layers\.0\.mlp\.down_proj has rows of 44 inputs, which 2:8")
-    report = FistaPruner(
-        FistaPruningConfig(pattern="2:8", method="wanda", exclude="*.down_proj"), progress=False
-    ).prune(model, tokens.split(4))
-    assert len(report.operators) == 12
 
 
 @pytest.mark.parametrize("error_correction", ["none", "intra", "full"])
-@pytest.mark.parametrize("operator", [1, 4, 9, 14])
+@pytest.mark.parametrize("operator", [1, 9])
 def test_an_interrupt_inside_a_method_undoes_everything(llama, tokens, monkeypatch, operator, error_correction):
     calls = []
 
@@ -171,20 +136,6 @@ def test_a_method_that_breaks_its_promise_is_named(llama, tokens, monkeypatch, f
     problem = {"wrong count": "keeps", "not finite": "weights hold NaN or Inf"}[fault]
     message = rf"method 'wanda' failed on model\.layers\.1\.mlp\.down_proj: .*{problem}"
     refuse(llama, tokens.split(4), RuntimeError, message)
-
-
-def test_after_a_failure_the_same_model_can_be_pruned(llama, tokens, monkeypatch):
-    def failing(self, problem, pattern):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Wanda, "prune", failing)
-        refuse(llama, tokens.split(4), KeyboardInterrupt)
-    fresh = tiny_llama()
-    for model in (llama, fresh):
-        FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(model, tokens.split(4))
-    after: dict[str, Tensor] = llama.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in fresh.state_dict().items())
 
 
 def test_not_converged_operators_are_named_in_the_warnings(llama, tokens, monkeypatch):

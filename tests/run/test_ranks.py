@@ -27,7 +27,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import main
 from optimum_fista.run.checkpoints.output import unfinished_folder
 from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.ranks import Ranks, joined_ranks, launched_processes, share_layers
+from optimum_fista.run.ranks import Ranks, joined_ranks, launched_processes, require_independent_layers, share_layers
 
 LAYERS = 5
 INTRA = FistaPruningConfig(0.5, error_correction="intra")
@@ -62,11 +62,10 @@ def test_processes_write_what_one_writes(source, expected, tmp_path, count):
     "config",
     [
         FistaPruningConfig(pattern="2:4", method="sparsegpt", error_correction="none"),
-        FistaPruningConfig(0.5, method="magnitude", exclude=("*.layers.0.*", "*.layers.2.*", "*.layers.4.*")),
         FistaPruningConfig(0.5, method="wanda", error_correction="intra", held_out=3),
         FistaPruningConfig(pattern="channels:0.25/4+layers:0.4", method="wanda", error_correction="intra"),
     ],
-    ids=["2:4", "layers left dense", "held out", "channels and layers removed"],
+    ids=["2:4", "held out", "channels and layers removed"],
 )
 def test_other_configurations(source, tmp_path, config):
     assert exit_codes(launch(2, prune, source, tmp_path / "pruned", config)) == [0, 0]
@@ -114,15 +113,13 @@ def test_a_rank_that_fails_lets_the_others_finish_their_layers(source, expected,
     assert files_of(output) == expected
 
 
-def test_layers_that_wait_for_each_other_are_not_shared(source, tmp_path):
-    log = tmp_path / "log"
-    for name in ("default", "full"):
-        config = FistaPruningConfig() if name == "default" else FistaPruningConfig(error_correction=name)
-        assert exit_codes(launch(2, prune, source, tmp_path / "pruned", config, log)) == [3, 3]
-        shown = 0.5 if name == "default" else name
-        assert f"error_correction={shown!r} prunes every decoder layer on" in (tmp_path / "log-1").read_text()
-        assert "pass error_correction='intra' (--error-correction intra)" in (tmp_path / "log-0").read_text()
-    assert not unfinished_folder(tmp_path / "pruned").exists()
+def test_layers_that_wait_for_each_other_are_not_shared():
+    for config, shown in ((FistaPruningConfig(), 0.5), (FistaPruningConfig(error_correction="full"), "full")):
+        require_independent_layers(config, 1)
+        with pytest.raises(
+            ValueError, match=rf"error_correction={shown!r} .*\(--error-correction intra\) or 'none', or"
+        ):
+            require_independent_layers(config, 2)
 
 
 def test_calibration_that_differs_by_rank_is_refused(source, tmp_path):
@@ -212,13 +209,4 @@ def test_no_contiguous_split_is_faster(unfinished, costs, num_ranks):
     assert len(shares) == num_ranks
     assert [index for share in shares for index in share] == unfinished
     assert max(cost(share, costs) for share in shares) == best(unfinished, costs, num_ranks)
-
-
-def test_early_ranks_get_more_layers():
-    sizes = [len(share) for share in share_layers(range(80), [4.0] * 80, 8)]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] > sizes[-1] > 0
-
-
-def test_nothing_is_left():
-    assert share_layers([], [4.0] * 4, 3) == [[], [], []]
+    assert share_layers([], costs, num_ranks) == [[]] * num_ranks

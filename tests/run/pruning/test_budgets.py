@@ -1,13 +1,11 @@
 import pytest
 import torch
 from layer_problems import WEIGHT_METHODS
-from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.sensitivity import DenseLoss
-from optimum_fista.run.evaluation.verification import verify_checkpoint
 from optimum_fista.run.pruning.budgets import share_budgets
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
@@ -85,29 +83,3 @@ def test_rows_keep_their_own_budgets(llama, tokens):
         assert len(set((weight != 0).sum(1).tolist())) == 1
     assert len({o.sparsity for o in report.operators}) > 5
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.02)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_defaults_prune_every_family_to_the_same_zeros(family, tmp_path):
-    model = tiny_model(family)
-    ids = torch.randint(3, VOCAB_SIZE, (8, 16), generator=torch.Generator().manual_seed(1))
-    pruner = FistaPruner(progress=False)
-    report = pruner.prune(model, ids.split(4))
-    assert report.totals["num_zeros"] == zeros_of(model, report) == round(0.5 * report.totals["num_weights"])
-    pruner.save_pretrained(model, tmp_path / "out")
-    assert verify_checkpoint(tmp_path / "out").num_operators == len(report.operators)
-
-
-def test_the_same_bits_again_and_the_same_model_whatever_the_batches(llama, tokens):
-    from tiny_llama import tiny_llama
-
-    def prune(size):
-        model = tiny_llama()
-        report = FistaPruner(progress=False).prune(model, tokens.split(size))
-        return model, report
-
-    first, again, other = prune(4), prune(4), prune(1)
-    for name, parameter in first[0].named_parameters():
-        assert torch.equal(parameter, again[0].get_parameter(name))
-    for ours, theirs in zip(first[1].operators, other[1].operators, strict=True):
-        assert ours.fit_error == pytest.approx(theirs.fit_error, rel=1e-4)

@@ -4,18 +4,14 @@ import copy
 import json
 import shutil
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from any_moment import moments
 from architectures import read_outcomes
-from families import FAMILIES, family_model, family_tokens, logits
+from families import family_model, family_tokens, logits
 from folder_files import files_of
 from killed import Killed, killed_at_write
-from launched import exit_codes, launch, prune
-from raising import RaiseAt
 from tiny_llama import tiny_llama
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -26,7 +22,6 @@ from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.expert_removal import SmallerMixture
 from optimum_fista.model.parts import find_parts
 from optimum_fista.run.checkpoints.checkpoint import read_report
-from optimum_fista.run.estimate import Estimate
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 
 IDLE = (1, 2)
@@ -79,10 +74,6 @@ def test_what_a_family_keeps_loads_plainly_and_is_that_of_the_dense_model(family
     assert verified.removed
 
 
-def test_the_families_of_the_table_are_those_that_shrink():
-    assert set(SOON) <= set(MIXTURES) <= set(FAMILIES)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A dense mixture of four decoder layers, and what a run without an interruption makes of it."""
@@ -108,13 +99,6 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_is_that_in_memory(folders, t
     assert verify_checkpoint(smaller, dense=dense).num_mixtures == 3
 
 
-def test_ranks_write_what_one_process_writes(folders, tmp_path):
-    config = FistaPruningConfig(pattern="experts:0.5", error_correction="intra")
-    prune(0, folders[0], tmp_path / "one", config)
-    assert exit_codes(launch(2, prune, folders[0], tmp_path / "two", config)) == [0, 0]
-    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
-
-
 @pytest.mark.parametrize("at", ["layer", "shrink"])
 @pytest.mark.usefixtures("fails_at_the_end")
 def test_a_failure_leaves_the_model_as_it_was(at):
@@ -135,25 +119,6 @@ def test_a_failure_leaves_the_model_as_it_was(at):
     assert any(changed), "no expert was refitted, so that there was nothing to put back"
     assert model.config is config
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("share", [503, pytest.param(11, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no room")], ids=["stop", "memory"])
-def test_at_any_moment_a_run_is_undone_or_ends_the_same(error, share):
-    batches, expected = torch.randint(3, 64, (16, 24)).split(8), tiny_model("mixtral")
-    with RaiseAt() as whole:
-        _, report = pruned(expected, batches=batches)
-    for moment in moments(whole.count, share):
-        model, found = tiny_model("mixtral"), None
-        untouched = Untouched(model)
-        with RaiseAt(moment, error), suppress(type(error)):
-            _, found = pruned(model, batches=batches)
-        if found is None:
-            untouched.check()
-        else:
-            assert kept(found) == kept(report)
-            for one, other in zip(model.parameters(), expected.parameters(), strict=True):
-                assert float((one - other).detach().norm()) <= 1e-2 * float(other.detach().norm())
 
 
 def test_a_layer_for_which_there_is_no_memory_is_tried_with_smaller_batches(monkeypatch):
@@ -179,25 +144,6 @@ def test_a_layer_for_which_there_is_no_memory_is_tried_with_smaller_batches(monk
         assert torch.equal(model.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("correction", ["none", "intra", "full", 0.0])
-def test_corrections_are_those_of_the_configuration(correction):
-    model = tiny_model("qwen3_moe")
-    _, report = pruned(model, "experts:0.5+heads:0.5", error_correction=correction, residual_correction=0.5)
-    assert len(report.mixtures) == 2
-    corrected = {mixture.residual_corrected for mixture in report.mixtures}
-    assert corrected == {correction != "none"}
-    assert bool(torch.isfinite(logits(model)).all())
-
-
-def test_channels_go_beside_experts():
-    model = family_model("deepseek_v3")
-    before = model.num_parameters()
-    _, report = pruned(model, "channels:0.5/1+experts:0.5")
-    assert report.mixtures
-    assert report.operators
-    assert report.totals["num_removed"] == before - model.num_parameters()
-
-
 def test_runs_of_experts_that_the_router_chooses_first_keep_as_many():
     model = tiny_model("deepseek_v3", n_routed_experts=8, n_group=2, topk_group=1)
     _, report = pruned(model, "experts:0.3")  # 5.6 experts, to the nearest even number
@@ -205,43 +151,11 @@ def test_runs_of_experts_that_the_router_chooses_first_keep_as_many():
     assert model.config.n_routed_experts == 6
 
 
-def test_the_number_that_stays_is_a_multiple():
-    model = tiny_model("mixtral")
-    _, report = pruned(model, "experts:0.5/3")
-    assert {len(found) for found in kept(report)} == {model.config.num_local_experts} == {3}
-
-
 def test_without_refits_no_weight_changes():
     _, report = pruned(tiny_model("mixtral"), expert_refit=False)
     assert {mixture.num_refitted for mixture in report.mixtures} == {0}
     assert "2 of 4 experts left in each of 2 mixtures (REAP)" in str(report)
     assert "before refits" not in str(report)
-
-
-def test_what_is_estimated_goes(folders):
-    config = FistaPruningConfig(pattern="experts:0.5+layers:0.25")
-    estimate = Estimate(folders[0], config, num_samples=2, sequence_length=32)
-    assert estimate.num_removed == folders[2].totals["num_removed"]
-    assert "keeps 2 of 4 experts" in estimate.left_dense.values()
-
-
-def test_the_card_says_which_experts_are_left(folders):
-    card = (folders[1] / "README.md").read_text()
-    assert "| experts | 2 of 4 experts left in each of 3 mixtures (REAP), fit error of their outputs" in card
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda found: found[::-1], "groups_kept are not numbers from 0 to 3 in rising order"),
-        (lambda found: found[:1], "has 2 experts, the report names 1 that stayed"),
-    ],
-)
-def test_verify_finds_experts_that_are_not_those_of_the_report(folders, tmp_path, change, message):
-    shutil.copytree(folders[1], tmp_path / "changed")
-    edit(tmp_path / "changed", change)
-    with pytest.raises(VerificationError, match=message):
-        verify_checkpoint(tmp_path / "changed")
 
 
 def test_verify_finds_experts_that_were_not_chosen(folders, tmp_path):
@@ -252,7 +166,7 @@ def test_verify_finds_experts_that_were_not_chosen(folders, tmp_path):
         verify_checkpoint(tmp_path / "changed")
     edit(tmp_path / "changed", lambda found: [-value for value in found], "saliency")
     verify_checkpoint(tmp_path / "changed")
-    with pytest.raises(VerificationError, match="values that the run did not prune"):
+    with pytest.raises(VerificationError, match=r"mlp\.gate\.weight differs from"):
         verify_checkpoint(tmp_path / "changed", dense=folders[0])
 
 
@@ -265,36 +179,9 @@ def edit(folder: Path, change, key="groups_kept") -> None:
     file.write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize(
-    ("model", "pattern", "error", "message"),
-    [
-        (tiny_llama, "experts:0.5", UnsupportedArchitectureError, "can't lose experts: its configuration states no"),
-        (
-            lambda: tiny_model("mixtral"),
-            "experts:0.75",
-            ValueError,
-            r"^model.layers.0.mlp.experts: pattern='experts:0.75': 1 of 4 experts would stay .* for which 2 to 3 stay",
-        ),
-        (
-            lambda: tiny_model("deepseek_v3", n_routed_experts=8, n_group=4, topk_group=2),
-            "experts:0.25",
-            ValueError,
-            "experts: pattern='experts:0.25': 8 of 8 experts would stay .* none can go in steps of 4 with 8 left",
-        ),
-    ],
-)
-def test_what_can_not_go_is_refused_and_the_model_stays(model, pattern, error, message):
-    with Untouched(made := model()), pytest.raises(error, match=message):
-        pruned(made, pattern)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sparsity": 0.5, "expert_refit": False}, "expert_refit=False has no meaning for pattern='unstructured'"),
-        ({"pattern": "experts:0.5", "include": "*.0.*"}, "include=.* has no meaning for pattern='experts:0.5'"),
-    ],
-)
-def test_options_that_contradict_each_other_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        FistaPruningConfig(**options)
+def test_what_can_not_go_is_refused_and_the_model_stays():
+    with Untouched(model := tiny_llama()), pytest.raises(UnsupportedArchitectureError, match="can't lose experts: its"):
+        pruned(model, "experts:0.5")
+    message = r"^model.layers.0.mlp.experts: pattern='experts:0.75': 1 of 4 experts would stay .* for which 2 to 3 stay"
+    with Untouched(model := tiny_model("mixtral")), pytest.raises(ValueError, match=message):
+        pruned(model, "experts:0.75")

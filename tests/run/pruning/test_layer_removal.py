@@ -1,7 +1,5 @@
 """Whole decoder layers go in every kind of run, and the layer after a removed one is repaired."""
 
-import json
-import shutil
 import warnings
 
 import pytest
@@ -44,7 +42,7 @@ def distance(model, other) -> float:
     return float((logits(model) - logits(other)).norm() / logits(other).norm())
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "wanda"}, {"error_correction": "none"}])
+@pytest.mark.parametrize("options", [{}, {"error_correction": "none"}])
 def test_layers_that_do_nothing_are_found_and_change_nothing(options):
     model = dense_model()
     with torch.no_grad():
@@ -99,19 +97,19 @@ def test_a_repair_keeps_all_columns_and_touches_nothing_else():
             assert torch.equal(now, value) == (f"model.layers.{new}.{name}" not in repaired)
 
 
-@pytest.fixture(scope="module", params=["layers:0.4", TOGETHER])
-def streamed(request, tmp_path_factory):
-    """A dense folder, the pattern, and what an uninterrupted run from files to files makes of it."""
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    """A dense folder, and what an uninterrupted run from files to files makes of it."""
     folder = tmp_path_factory.mktemp("streamed")
     source = save_tiny_folder(folder / "source")
     dense_model().save_pretrained(source)
-    pruner(request.param).prune(str(source), BATCHES, output_dir=folder / "smaller")
-    return source, request.param, folder / "smaller"
+    pruner(TOGETHER).prune(str(source), BATCHES, output_dir=folder / "smaller")
+    return source, folder / "smaller"
 
 
 def test_files_to_files_gives_the_same_model(streamed, tmp_path):
-    _, pattern, folder = streamed
-    model, run = dense_model(), pruner(pattern)
+    source, folder = streamed
+    model, run = dense_model(), pruner(TOGETHER)
     run.prune(model, BATCHES)
     run.save_pretrained(model, tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -125,37 +123,19 @@ def test_files_to_files_gives_the_same_model(streamed, tmp_path):
         errors = [[(o.name, getattr(o, "fit_error", None)) for o in getattr(report, part)] for report in reports]
         assert errors[0] == errors[1]
     assert set(tensors_of(folder)) == set(model.state_dict())
-
-
-def test_verify_compares_with_the_layers_that_stayed(streamed, tmp_path):
-    source, _, whole = streamed
-    report = read_report(whole)
-    proven = verify_checkpoint(whole, dense=source)
-    assert proven.num_equal == len(dense_model().state_dict()) - 2 * 9 - len(report.operators)
-    folder = shutil.copytree(whole, tmp_path / "changed")
-    file = folder / "fista" / "report.json"
-    for kept, message in (
-        ([1, 3, 4], "differs from"),
-        ([1, 2], "in the pruned model and not in"),
-        ([2, 1, 4], "rising"),
-    ):
-        values = json.loads(file.read_text())
-        assert values["model"]["layers_kept"] != kept
-        values["model"]["layers_kept"] = kept
-        file.write_text(json.dumps(values))
-        with pytest.raises(ValueError, match=message):
-            verify_checkpoint(folder, dense=source)
+    differing = 2 * 9 + len(reports[0].operators)  # tensors of removed layers, and pruned ones
+    assert verify_checkpoint(folder, dense=source).num_equal == len(dense_model().state_dict()) - differing
 
 
 @pytest.mark.parametrize("number", [6, 13])
 def test_a_killed_run_resumes_to_the_same_bytes_and_does_not_choose_again(streamed, tmp_path, number, monkeypatch):
-    source, pattern, whole = streamed
+    source, whole = streamed
     output = tmp_path / "smaller"
     with pytest.raises(Killed), killed_at_write(number):
-        pruner(pattern).prune(str(source), BATCHES, output_dir=output)
+        pruner(TOGETHER).prune(str(source), BATCHES, output_dir=output)
     assert (tmp_path / "smaller.unfinished" / "journal" / "layer-00001.json").exists() == (number == 13)
     monkeypatch.setattr(model_pruning, "choose_layers", lambda *_: pytest.fail("it chose again"))
-    pruner(pattern).prune(str(source), BATCHES, output_dir=output)
+    pruner(TOGETHER).prune(str(source), BATCHES, output_dir=output)
     assert files_of(output) == files_of(whole)
 
 
@@ -164,14 +144,6 @@ def test_a_mixture_whose_experts_no_run_can_prune_is_saved(tmp_path):
     run.prune(model, family_tokens())
     run.save_pretrained(model, tmp_path / "smaller")
     assert verify_checkpoint(tmp_path / "smaller").num_parameters == model.num_parameters()
-
-
-def test_a_run_that_removes_another_number_of_layers_is_not_resumed(tmp_path):
-    dense_model().save_pretrained(tmp_path / "source")
-    with pytest.raises(Killed), killed_at_write(13):
-        pruner("channels:0.5/4+layers:0.2").prune(tmp_path / "source", BATCHES, output_dir=tmp_path / "smaller")
-    with pytest.raises(ValueError, match=r'config.pattern was "channels:0.5/4\+layers:0.2", is "channels:0.5/4\+lay'):
-        pruner("channels:0.5/4+layers:0.4").prune(tmp_path / "source", BATCHES, output_dir=tmp_path / "smaller")
 
 
 def test_the_last_attention_layer_of_a_hybrid_stays():
@@ -194,7 +166,6 @@ def test_the_last_attention_layer_of_a_hybrid_stays():
         ("gemma3_text", {"num_hidden_layers": 4}, "layers:0.5"),  # a list of layer_types, and a norm before the sum
         ("gpt2", {"n_layer": 4}, "channels:0.5/8+layers:0.25"),  # weights stored as [in, out]
         ("qwen3_moe", {"num_hidden_layers": 4, "mlp_only_layers": [1, 2]}, "layers:0.5"),
-        ("deepseek_v3", {"num_hidden_layers": 4, "first_k_dense_replace": 2, "n_shared_experts": 1}, "layers:0.5"),
     ],
 )
 def test_families_are_loaded_plainly(family, options, pattern, tmp_path):
@@ -214,8 +185,6 @@ def test_families_are_loaded_plainly(family, options, pattern, tmp_path):
         assert config["layer_types"] == [dense["layer_types"][i] for i in kept]
     if family == "qwen3_moe":
         assert config["mlp_only_layers"] == [kept.index(i) for i in (1, 2) if i in kept]
-    if family == "deepseek_v3":
-        assert config["first_k_dense_replace"] == sum(i < 2 for i in kept)
 
 
 @pytest.mark.usefixtures("fails_at_the_end")
@@ -234,7 +203,6 @@ def test_a_failure_at_the_end_brings_all_layers_back():
     ("pattern", "message"),
     [
         ("layers:0.95", r"'layers:0.95': 0 of 5 layers would stay .*pass a share for which 1 to 4 stay"),
-        ("layers:0.05", r"'layers:0.05': 5 of 5 layers would stay .*pass a share for which 1 to 4 stay"),
         ("layers:1.0", r"pass a share of the layers in \(0, 1\)"),
     ],
 )

@@ -1,8 +1,5 @@
 """Whole parts go in every kind of run: what is left is an ordinary smaller model with the same outputs."""
 
-import shutil
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -11,7 +8,6 @@ import pytest
 import torch
 from folder_files import files_of, with_changed_report
 from killed import Killed, killed_at_write
-from safetensors.torch import load_file, save_file
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -69,7 +65,7 @@ def test_what_is_left_computes_what_zeros_in_its_place_would(method, monkeypatch
     assert report.totals["num_zeros"] == 0
 
 
-@pytest.mark.parametrize("method", ["obs_admm", "greedy_obs", "fista", "wanda"])
+@pytest.mark.parametrize("method", ["obs_admm", "greedy_obs"])
 def test_parts_that_nothing_reads_are_found_and_change_nothing(method):
     model = tiny_llama()
     idle_channels, idle_group = torch.arange(0, 48, 4), slice(0, 16)
@@ -104,26 +100,6 @@ def test_down_projections_make_up_for_heads_that_go(options):
     assert all(torch.equal(repaired.state_dict()[name], value) for name, value in kept.items())
 
 
-def test_folders_load_where_this_package_was_never_imported(saved, tmp_path):
-    fewer, run = tiny_llama(num_hidden_layers=4), pruner("channels:0.25/4+layers:0.5")
-    run.prune(fewer, BATCHES)
-    run.save_pretrained(fewer, tmp_path / "fewer")
-    models, folders = (saved[0], fewer), (str(saved[1]), str(tmp_path / "fewer"))
-    script = (
-        "import sys, torch; from transformers import AutoModelForCausalLM\n"
-        "result, ids, *folders = sys.argv[1:]\n"
-        "models = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]\n"
-        "assert 'optimum_fista' not in sys.modules\n"
-        "for model in models:\n"
-        "    model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)\n"
-        "torch.save([model(torch.tensor(eval(ids))).logits.detach() for model in models], result)\n"
-    )
-    result = tmp_path / "logits.pt"
-    subprocess.run([sys.executable, "-c", script, str(result), str(PROBE.tolist()), *folders], check=True)
-    for found, model in zip(torch.load(result), models, strict=True):
-        assert torch.allclose(found, logits(model), atol=1e-6)
-
-
 def test_files_to_files_gives_the_same_model(saved, streamed):
     (model, folder), (_, other) = saved, streamed
     loaded = AutoModelForCausalLM.from_pretrained(other)
@@ -144,13 +120,12 @@ def streamed(tmp_path_factory) -> tuple[Path, Path]:
     return source, folder / "smaller"
 
 
-@pytest.mark.parametrize(("number", "finished"), [(8, 0), (10, 1), (12, 2)])
-def test_a_killed_run_resumes_to_the_same_bytes(streamed, tmp_path, number, finished):
+def test_a_killed_run_resumes_to_the_same_bytes(streamed, tmp_path):
     source, whole = streamed
     output = tmp_path / "smaller"
-    with pytest.raises(Killed), killed_at_write(number):
+    with pytest.raises(Killed), killed_at_write(10):
         pruner().prune(str(source), BATCHES, output_dir=output)
-    assert len(list((tmp_path / "smaller.unfinished" / "journal").glob("layer-*.json"))) == finished
+    assert len(list((tmp_path / "smaller.unfinished" / "journal").glob("layer-*.json"))) == 1
     pruner().prune(str(source), BATCHES, output_dir=output)
     assert files_of(output) == files_of(whole)
 
@@ -206,9 +181,7 @@ def test_masks_and_reports_are_those_of_the_smaller_weights(saved):
     ("edit", "message"),
     [
         (lambda o: o.update(groups_kept=[*o["groups_kept"][:-1], 99]), "are not numbers from 0 to 47 in rising order"),
-        (lambda o: o.update(groups_kept=o["groups_kept"][::-1]), "in rising order"),
         (lambda o: o.update(groups_kept=o["groups_kept"][:-1]), "names 35 groups of 1 columns"),
-        (lambda o: o.update(groups_kept=None), "mask"),
         (lambda o: o.update(pattern="columns:0.25"), r"but its pattern is columns:0.25"),
     ],
 )
@@ -216,32 +189,6 @@ def test_verify_finds_groups_that_are_not_those_of_the_weights(saved, tmp_path, 
     folder = with_changed_report(saved[1], tmp_path / "changed", edit)
     with pytest.raises(VerificationError, match=message):
         verify_checkpoint(folder)
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda tensors, name: tensors.pop(name), "is not in the checkpoint"),
-        (
-            lambda tensors, name: tensors.update({name: torch.ones(48, 32)}),
-            r"has shape \(48, 32\), .*describes \(36, 32",
-        ),
-    ],
-)
-def test_verify_finds_rows_that_are_not_those_of_the_configuration(saved, tmp_path, edit, message):
-    folder, name = tmp_path / "changed", "model.layers.1.mlp.gate_proj.weight"
-    shutil.copytree(saved[1], folder)
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors, name)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(VerificationError, match=f"^{name} {message}"):
-        verify_checkpoint(folder)
-
-
-@pytest.mark.parametrize("option", [{"include": "*down_proj"}, {"exclude": "*.0.*"}, {"overrides": {"*": 0.1}}])
-def test_options_for_single_operators_have_no_meaning(option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* has no meaning for pattern='channels:0.25'"):
-        FistaPruningConfig(pattern="channels:0.25", **option)
 
 
 @pytest.mark.parametrize(
@@ -283,51 +230,16 @@ def test_heads_that_one_matrix_computes_are_refused():
         pruner("heads:0.5").prune(model, BATCHES)
 
 
-def test_channels_of_gpt2_whose_weights_are_stored_transposed(tmp_path):
-    model = tiny_model("gpt2")
-    run = pruner("channels:0.5/8")
-    before = model.num_parameters()
-    run.prune(model, BATCHES)
-    assert model.num_parameters() < before
-    run.save_pretrained(model, tmp_path / "smaller")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
-    assert torch.equal(logits(loaded), logits(model))
-    assert verify_checkpoint(tmp_path / "smaller").num_parameters == model.num_parameters()
-
-
-def test_a_share_that_leaves_nothing_names_what_fits():
-    model = tiny_llama()
-    with pytest.raises(ValueError, match=r"0 of 2 heads would stay .*pass a share for which 1 to 1 stay"):
-        pruner("heads:0.9").prune(model, BATCHES)
-
-
-def test_packed_folders_have_nothing_to_pack(tmp_path):
-    source = save_tiny_folder(tmp_path / "source")
-    with pytest.raises(ValueError, match="packed=True: pattern="):
-        pruner().prune(str(source), BATCHES, output_dir=tmp_path / "out", packed=True)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_model_that_another_pruner_has_pruned_since_is_not_saved_with_an_old_report(tmp_path):
-    model, first, second = tiny_llama(), pruner(), FistaPruner(FistaPruningConfig(method="magnitude"), progress=False)
-    first.prune(model, BATCHES)
-    second.prune(model, BATCHES)
-    with pytest.raises(ValueError, match="was pruned again by another FistaPruner: save it by that one"):
-        first.save_pretrained(model, tmp_path / "stale")
-    assert not (tmp_path / "stale").exists()
-    second.save_pretrained(model, tmp_path / "latest")
-    assert verify_checkpoint(tmp_path / "latest").num_zeros
-
-
-@pytest.mark.parametrize("pattern", ["layers:0.5", "experts:0.5"])
+@pytest.mark.parametrize("pattern", ["unstructured", "layers:0.5", "experts:0.5"])
 def test_a_model_that_lost_more_since_is_not_saved_with_an_old_report(pattern, tmp_path):
-    family = "llama" if "layers" in pattern else "llama4_text"
+    family = "llama4_text" if "experts" in pattern else "llama"
     model, first, second = tiny_model(family, num_hidden_layers=4), pruner(pattern), pruner(pattern)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of layers that are not repaired
+        warnings.simplefilter("ignore")  # of layers that are not repaired, and of a model that was pruned before
         first.prune(model, BATCHES)
         second.prune(model, BATCHES)
     with pytest.raises(ValueError, match="was pruned again by another FistaPruner: save it by that one"):
         first.save_pretrained(model, tmp_path / "stale")
     second.save_pretrained(model, tmp_path / "latest")
-    assert verify_checkpoint(tmp_path / "latest").removed
+    found = verify_checkpoint(tmp_path / "latest")
+    assert found.num_zeros or found.removed

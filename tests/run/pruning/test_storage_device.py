@@ -9,7 +9,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.pruning import budgets
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "wanda", "error_correction": "intra"}, {"pattern": "2:4"}])
+@pytest.mark.parametrize("settings", [{}, {"method": "wanda", "error_correction": "intra"}])
 def test_activations_may_wait_elsewhere(tokens, tmp_path, settings):
     results = []
     for storage_device in (None, "cpu", torch.device("cpu"), "disk", str(tmp_path), tmp_path):
