@@ -88,26 +88,6 @@ def test_files_have_no_name_and_go_with_the_store(tmp_path, staged):
     assert not any(str(tmp_path) in name for name in open_files())
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(OSError, match="nowhere"):
-        ActivationStore(tmp_path / "nowhere", CPU)
-
-
-@pytest.mark.parametrize(
-    ("order", "foreseen"), [([0, 1, 2, 3], [True] * 3), ([5, 4, 3, 2], [True] * 3), ([0, 3, 1], [False, False])]
-)
-def test_the_next_tensor_is_read_ahead_in_the_direction_of_reading(order, foreseen):
-    store = ActivationStore(CPU, CPU, staged=True)
-    for tensor in activations():
-        store.append(tensor)
-    found = []
-    for index in order:
-        ahead = store._staging._next
-        found.append(ahead is not None and ahead[0] == index)
-        store[index]
-    assert found[1:] == foreseen
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("folder", [True, False])

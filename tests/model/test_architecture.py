@@ -5,17 +5,12 @@ from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model
 from torch import nn
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
     BertGenerationConfig,
     BertGenerationDecoder,
     BertLMHeadModel,
-    DistilBertConfig,
-    DistilBertForMaskedLM,
-    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import (
@@ -23,7 +18,6 @@ from optimum_fista.model.architecture import (
     find_operators,
     input_embedding,
     left_out,
-    matches,
     shared_weights,
 )
 
@@ -45,35 +39,17 @@ def test_decoder_layers_are_found_in_order(family):
     assert all(model.get_submodule(name) is module for name, module in layers)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_linear_module_of_a_decoder_layer_is_found_by_its_full_name(family):
-    model = tiny_model(family)
-    name, layer = list(find_decoder_layers(model))[1]
-    operators = find_operators(name, layer)
-    expected = {k for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and k.startswith(f"{name}.")}
-    assert set(operators) == expected
-    for key, operator in operators.items():
-        assert operator.name == key
-        assert operator.module is model.get_submodule(key)
-
-
-def encoder_decoder() -> PreTrainedModel:
-    return T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
-
-
-def encoder() -> PreTrainedModel:
-    return DistilBertForMaskedLM(DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48))
-
-
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 BERT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (encoder_decoder, "T5ForConditionalGeneration can't be pruned: it is an encoder-decoder model"),
-        (encoder, "DistilBertForMaskedLM can't be pruned: it can't generate text"),
-        (lambda: BertForMaskedLM(BertConfig(**BERT)), "BertForMaskedLM can't be pruned: it can't generate text"),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(**T5)),
+            "T5ForConditionalGeneration can't be pruned: it is an enc",
+        ),
         (lambda: BertLMHeadModel(BertConfig(**BERT)), "BertLMHeadModel can't be pruned: it is an encoder, in which"),
         (lambda: tiny_model("llama").model, "LlamaModel can't be pruned: it can't generate text"),
     ],
@@ -117,13 +93,6 @@ def test_weights_that_operators_share_are_named_with_each_other():
     names = [f"model.layers.2.self_attn.{proj}" for proj in ("k_proj", "v_proj")]
     expected |= {names[0]: f"shares its weight with {names[1]}", names[1]: f"shares its weight with {names[0]}"}
     assert found == expected
-
-
-def test_model_without_module_lists_is_refused():
-    model = tiny_model("llama")
-    model.model.layers = nn.ModuleList()
-    with pytest.raises(UnsupportedArchitectureError, match="LlamaDecoderLayer and found 0; its module lists are: none"):
-        find_decoder_layers(model)
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
@@ -176,27 +145,6 @@ def test_convolutions_and_stacked_scales_are_not_taken_for_experts():
     layer["conv"].register_module("experts", nn.ParameterList([torch.ones(2, 3, 4)]))
     with pytest.raises(UnsupportedArchitectureError, match=r"^layer\.conv\.experts \(ParameterList\)"):
         find_operators("layer", layer)
-
-
-@pytest.mark.parametrize(
-    ("name", "patterns", "expected"),
-    [
-        ("model.layers.0.mlp.up_proj", ["*.up_proj"], True),
-        ("model.layers.0.mlp.up_proj", ["*.down_proj", "model.layers.?.mlp.*"], True),
-        ("model.layers.10.mlp.up_proj", ["model.layers.[0-3].*"], False),
-        ("model.layers.0.mlp.up_proj", ["up_proj"], False),
-        ("model.layers.0.mlp.up_proj", ["*.UP_PROJ"], False),
-        ("model.layers.0.mlp.up_proj", [], False),
-    ],
-)
-def test_names_match_shell_patterns_case_included(name, patterns, expected):
-    assert matches(name, patterns) is expected
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_input_embedding_is_the_table_of_token_vectors(family):
-    weight = input_embedding(tiny_model(family))
-    assert weight.shape == (64, 32)
 
 
 def test_model_without_input_embedding_is_refused():

@@ -1,11 +1,10 @@
-import numpy as np
 import pytest
 import torch
 from tiny_llama import tiny_llama
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import BatchEncoding, DataCollatorWithFlattening
 
-from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista import FistaPruner
 from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches, tokens_sha256
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
@@ -16,21 +15,16 @@ DATA_SET = [{"input_ids": ids, "attention_mask": mask} for ids, mask in zip(IDS,
 LOADERS = {
     "one tensor": IDS,
     "list of batches": [IDS[:2], IDS[2:]],
-    "tuple of batches": (IDS[:2], IDS[2:]),
     "list of sequences": list(IDS),
     "lists of ids": IDS.tolist(),
     "batch of lists": [IDS.tolist()],
-    "array": IDS.numpy(),
     "list of arrays": [IDS.numpy()[:1], IDS.numpy()[1:]],
-    "int32": [IDS.to(torch.int32)],
-    "dicts": [{"input_ids": IDS}],
     "dicts of sequences": ROWS,
     "dicts of lists": [{"input_ids": IDS.tolist(), "attention_mask": [[1] * 4] * 3}],
     "dicts with other keys": [{"input_ids": IDS, "labels": IDS, "text": "x"}],
     "tokenizer output": [BatchEncoding({"input_ids": IDS})],
     "generator": (row for row in ROWS),
     "DataLoader of dicts": DataLoader(ROWS, batch_size=2),
-    "DataLoader of tensors": DataLoader(IDS, batch_size=2),
     "DataLoader of a TensorDataset": DataLoader(TensorDataset(IDS), batch_size=2),
     "TensorDataset": TensorDataset(IDS),
 }
@@ -43,6 +37,17 @@ def test_every_form_gives_the_same_ids(form):
     assert torch.equal(torch.cat([batch.input_ids for batch in batches]), IDS)
     assert all(batch.attention_mask is None for batch in batches)
     assert sum(batch.num_tokens for batch in batches) == 12
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_masks_are_booleans_where_anything_is_masked_and_padding_is_at_the_end(batch_size):
+    batches = read_batches(DataLoader(DATA_SET, batch_size=batch_size), 16)
+    rows = [row for batch in batches for row in batch.rows()]
+    assert [row.tolist() for row in rows] == [[1, 2, 3, 4], [6, 7, 8], [9, 10]]
+    assert sum(batch.num_tokens for batch in batches) == 9
+    assert all(batch.attention_mask is None or batch.attention_mask.dtype == torch.bool for batch in batches)
+    assert (batches[0].attention_mask is None) is (batch_size == 1)
+    assert all(batch.attention_mask is None or batch.attention_mask[:, 0].all() for batch in batches)
 
 
 def test_one_sequence_may_be_a_plain_list_or_tensor():
@@ -63,30 +68,6 @@ def test_data_set_ends_at_its_length():
     assert [batch.input_ids.tolist() for batch in read_batches(Unguarded(), 16)] == [[ids] for ids in IDS.tolist()]
 
 
-def test_sequences_may_differ_in_length():
-    batches = read_batches([[1, 2, 3], [4], torch.tensor([[5, 6], [7, 8]])], 16)
-    assert [batch.input_ids.tolist() for batch in batches] == [[[1, 2, 3]], [[4]], [[5, 6], [7, 8]]]
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int32])
-def test_masks_are_kept_as_booleans_where_anything_is_masked(batch_size, dtype):
-    rows = [row | {"attention_mask": row["attention_mask"].to(dtype)} for row in DATA_SET]
-    batches = read_batches(DataLoader(rows, batch_size=batch_size), 16)
-    masks = [
-        torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask for batch in batches
-    ]
-    assert torch.equal(torch.cat(masks).bool(), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]).bool())
-    assert sum(batch.num_tokens for batch in batches) == 9
-    assert all(batch.attention_mask is None or batch.attention_mask.dtype == torch.bool for batch in batches)
-    assert (batches[0].attention_mask is None) is (batch_size == 1)
-
-
-def test_padding_in_front_moves_to_the_end():
-    (batch,) = read_batches([{"input_ids": IDS, "attention_mask": MASK}], 16)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 5], [9, 10, 11, 12]]
-
-
 def test_hash_does_not_depend_on_the_batch_size_or_the_padding():
     hashes = {tokens_sha256(read_batches(DataLoader(DATA_SET, batch_size=size), 16)) for size in (1, 2, 3)}
     unpadded = [[1, 2, 3, 4], [6, 7, 8], [9, 10]]
@@ -102,11 +83,6 @@ def test_hash_tells_tokens_order_and_boundaries_apart():
         for rows in ([[1, 2], [3, 4]], [[3, 4], [1, 2]], [[1, 2, 3, 4]], [[1], [2, 3, 4]], [[1, 2], [3, 5]], [[1, 2]])
     ]
     assert len(set(hashes)) == len(hashes)
-
-
-def test_a_number_is_no_loader():
-    with pytest.raises(ValueError, match=r"calib_dataloader\[0\]: input_ids has shape \(\)"):
-        read_batches(torch.tensor(3), 16)
 
 
 @pytest.mark.parametrize("loader", [{"input_ids": IDS}, BatchEncoding({"input_ids": IDS}), "a text", 5, None])
@@ -152,16 +128,11 @@ def real(batch):
     return torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
 
 
-def test_collated_documents_are_pruned_on_as_if_they_were_passed_alone():
+def test_collated_documents_are_read_as_if_they_were_passed_alone():
     collated = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(
         [{"input_ids": ids} for ids in IDS.tolist()]
     )
-    weights = []
-    for loader in ([collated], [IDS]):
-        model = tiny_llama()
-        FistaPruner(FistaPruningConfig(allocation="uniform"), progress=False).prune(model, loader)
-        weights.append(model.model.layers[0].mlp.down_proj.weight)
-    assert torch.equal(*weights)
+    assert tokens_sha256(read_batches([collated], 16)) == tokens_sha256(read_batches(IDS, 16))
 
 
 @pytest.mark.parametrize(
@@ -189,10 +160,7 @@ BAD_ITEMS = {
     "negative id": (torch.tensor([[3, -1]]), r"token id -1, outside the model's vocabulary \[0, 16\)"),
     "id beyond the vocabulary": (torch.tensor([[3, 16]]), r"token id 16, outside the model's vocabulary \[0, 16\)"),
     "ragged": ([[1, 2], [3]], "input_ids can't be read as a tensor"),
-    "text": (["some", "text"], "input_ids can't be read as a tensor"),
-    "floating": (torch.tensor([[1.0, 2.0]]), r"dtype torch\.float32: pass integers"),
     "complex": (torch.tensor([[1j, 2.0]]), r"dtype torch\.complex64: pass integers"),
-    "hidden states": (torch.zeros(2, 3, 4, dtype=torch.int64), r"input_ids has shape \(2, 3, 4\)"),
     "a number": (torch.tensor(3), r"input_ids has shape \(\)"),
     "no token": (torch.empty(1, 0, dtype=torch.int64), r"input_ids has shape \(1, 0\)"),
     "mask of another shape": (
@@ -200,15 +168,10 @@ BAD_ITEMS = {
         r"attention_mask has shape \(3, 3\), input_ids \(3, 4\)",
     ),
     "images": ({"input_ids": IDS, "pixel_values": torch.ones(3, 3, 4, 4)}, "holds 'pixel_values', and .* only run on"),
-    "embeddings": ({"inputs_embeds": torch.ones(3, 4, 8)}, "holds 'inputs_embeds'"),
     "types": ({"input_ids": IDS, "token_type_ids": IDS > 3}, "holds 'token_type_ids'"),
     "a hole": ({"input_ids": IDS, "attention_mask": [[1, 0, 1, 1]] * 3}, "attention_mask has a hole"),
     "a document in two": ({"input_ids": IDS, "attention_mask": [[1, 2, 1, 1]] * 3}, "attention_mask has a hole"),
     "positions that begin late": ({"input_ids": IDS, "position_ids": IDS + 4}, "position_ids are neither 0, 1, 2"),
-    "positions of images": (
-        {"input_ids": IDS, "position_ids": torch.zeros(3, 3, 4, dtype=torch.int64)},
-        r"position_ids has shape \(3, 3, 4\)",
-    ),
     "wrong ends": ({"input_ids": IDS, "cu_seq_lens_q": [0, 8]}, r"cu_seq_lens_q is \[0, 8\]: pass rising .* to 12"),
     "additive mask": (
         {"input_ids": IDS, "attention_mask": torch.zeros(3, 4)},
@@ -232,16 +195,6 @@ def test_masks_that_leave_nothing_are_refused():
     assert [batch.num_tokens for batch in batches] == [0, 12]
 
 
-def test_ids_at_the_edges_of_the_vocabulary_are_accepted():
-    (batch,) = read_batches([np.array([0, 15])], 16)
-    assert batch.input_ids.tolist() == [[0, 15]]
-
-
-def test_number_of_tokens_counts_real_ones():
-    assert CalibrationBatch(IDS).num_tokens == 12
-    assert CalibrationBatch(IDS, MASK.bool()).num_tokens == 9
-
-
 @pytest.mark.parametrize("held_out", [1, 2, 3, 4])
 def test_sequences_are_held_out_from_the_end(held_out):
     batches = read_batches([IDS, {"input_ids": IDS[:2], "attention_mask": MASK[:2]}], 13)
@@ -258,11 +211,6 @@ def test_cut_batches_have_a_mask_only_where_they_need_one():
     first, second = hold_out([CalibrationBatch(IDS, MASK.bool())], 2)
     assert first.attention_mask is None
     assert torch.equal(second.attention_mask, MASK[1:].bool())
-
-
-def test_nothing_held_out_changes_nothing():
-    batches = read_batches(IDS, 13)
-    assert all(left is right for left, right in zip(hold_out(batches, 0), batches, strict=True))
 
 
 @pytest.mark.parametrize(("row", "name"), [(0, "other"), (1, "held-out")])

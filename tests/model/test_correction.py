@@ -30,25 +30,14 @@ def activations_of(layer: nn.Module, masks=MASKS, held_out=()) -> LayerActivatio
     return LayerActivations(layer, [LayerCall((), {})] * 3, masks, CPU, held_out)
 
 
-def reference(layer: ToyLayer, name: str, states: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Inputs [tokens, in] and outputs without bias [tokens, out] of an operator on the real tokens."""
+def reference(layer: ToyLayer, name: str, states: list[Tensor]) -> list[Tensor]:
+    """Inputs [tokens, in] of an operator on the real tokens, a batch each."""
     inputs: list[Tensor] = []
     handle = layer.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
     for state in states:
         layer(state)
     handle.remove()
-    rows = [x.reshape(-1, x.shape[-1]) if mask is None else x[mask] for x, mask in zip(inputs, MASKS, strict=True)]
-    X = torch.cat(rows)
-    return X, X @ layer.get_submodule(name).weight.T
-
-
-def by_batch(layer: ToyLayer, name: str, states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The same, a batch each."""
-    X, Y = reference(layer, name, states)
-    sizes = [
-        int(s.shape[0] * s.shape[1]) if mask is None else int(mask.sum()) for s, mask in zip(states, MASKS, strict=True)
-    ]
-    return list(X.split(sizes)), list(Y.split(sizes))
+    return [x.reshape(-1, x.shape[-1]) if mask is None else x[mask] for x, mask in zip(inputs, MASKS, strict=True)]
 
 
 def short(operator: LinearOperator) -> str:
@@ -101,10 +90,8 @@ def test_problems_and_errors_are_those_of_the_activations(correction, in_place, 
     targets = targets_of(layer, made, held_out=flags)
     for index, group in enumerate(layer.groups()):
         name = short(group[0])
-        X_all, _ = by_batch(dense, name, hidden_states())
-        X_star_all, _ = by_batch(
-            dense if correction == "none" else layer, name, hidden_states() if correction == "none" else entering
-        )
+        X_all = reference(dense, name, hidden_states())
+        X_star_all = X_all if correction == "none" else reference(layer, name, entering)
         problems = targets.problems(index)
         held_out_problems = list(problems.held_out_problems())
         assert len({id(problem.statistics) for problem in problems.fitted}) == 1
@@ -158,7 +145,7 @@ def test_output_errors_with_a_small_share_of_the_dense_inputs(share):
     """The share divides the difference of the two targets: rounding must not be magnified by it."""
     layer = toy_layer()
     problem = targets_of(layer, Correction("full", share)).problems(0).fitted[0]
-    X, X_star = (reference(layer, "left", hidden_states(scale))[0].double() for scale in (1.0, 0.7))
+    X, X_star = (torch.cat(reference(layer, "left", hidden_states(scale))).double() for scale in (1.0, 0.7))
     W, pruned = problem.weight.double(), problem.weight * (problem.weight.abs() > 0.1)
     expected = norm(X_star @ pruned.double().T - X @ W.T) / norm(X @ W.T)
     assert problem.output_error(pruned) == pytest.approx(expected, rel=1e-3)
@@ -170,16 +157,6 @@ def test_a_group_that_is_not_called_any_more_is_named():
     layer.forward = lambda hidden: hidden
     with pytest.raises(RuntimeError, match="a Linear is not called in every forward pass of its decoder layer"):
         targets.problems(1)
-
-
-def test_rows_of_real_tokens():
-    layer = toy_layer()
-    activations, operator = activations_of(layer), layer.groups()[1][0]
-    values = torch.arange(24.0).view(4, 3, 2)
-    assert torch.equal(activations.rows(values[:1], 0, operator), values[:1].view(3, 2))
-    expected = values[:, :2].reshape(8, 2)
-    assert torch.equal(activations.rows(values, 2, operator), expected)
-    assert torch.equal(activations.rows(values.view(12, 2), 2, operator), expected)
 
 
 def test_rows_that_do_not_belong_to_tokens_are_refused_only_where_padding_must_be_told_apart():

@@ -12,7 +12,6 @@ from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.model.parts import find_parts
-from optimum_fista.model.products import quick_products_in
 
 CPU = torch.device("cpu")
 
@@ -136,16 +135,6 @@ def test_padding_counts_in_no_half_of_a_sequence(side):
         halves = mixture._problems(0, mixture._down[0].read())
         found.append([problem.statistics.num_tokens for problem in halves])
     assert found[0] == found[1]
-
-
-def test_a_layer_without_experts_runs_in_the_precision_of_the_run():
-    _, experts, activations, entering = mixture_layer("mixtral")
-    targets = LayerTargets(activations, [], Correction("full", 0.0), HiddenStates(None, entering), experts.module)
-    seen = []
-    activations.layer.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
-    with quick_products_in(torch.bfloat16):
-        targets.leave(activations.layer)
-    assert seen == ["medium"] * len(entering)
 
 
 def test_refits_to_noise_are_not_kept():

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
-from optimum_fista.model.experts import FusedExperts, split_experts
+from optimum_fista.model.experts import split_experts
 from optimum_fista.model.operator import LinearOperator
 
 pytestmark = pytest.mark.usefixtures("enough_tokens")
@@ -134,29 +134,6 @@ def test_experts_are_pruned_on_the_tokens_that_the_router_sends_them(family, err
         assert torch.equal(operators_of(model)[record.name].read(), record.pruned)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
-def test_padding_reaches_no_expert(family):
-    data, changed = batches(4, 4), batches(4, 4)
-    for batch in changed:
-        batch["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 7)
-    ours, expected = (prune(tiny_model(family), "full", part) for part in (data, changed))
-    for record, other in zip(ours.records, expected.records, strict=True):
-        assert record.num_tokens == other.num_tokens
-        assert_close(record.gram, other.gram, f"gram of {record.name}")
-
-
-@pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_fused_experts_stay_dense_when_excluded(family):
-    model = tiny_model(family)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    recorder = prune(model, "intra", batches(8), exclude=["*.experts"])
-    assert recorder.records
-    assert not any(".experts" in record.name for record in recorder.records)
-    for name, tensor in model.state_dict().items():
-        if ".experts" in name:
-            assert torch.equal(tensor, before[name]), name
-
-
 def test_an_expert_that_sees_no_token_is_called_all_the_same():
     model = tiny_model("mixtral")
     for layer in model.model.layers:  # the router never chooses expert 2
@@ -183,15 +160,3 @@ def test_experts_that_compute_something_else_are_refused():
         ),
     ):
         logits(model)
-
-
-def test_operators_know_the_tokens_of_their_latest_call():
-    experts = FusedExperts("experts", tiny_model("mixtral").model.layers[0].mlp.experts)
-    hidden = torch.randn(5, 32)
-    index = torch.tensor([[0, 1], [1, 2], [0, 2], [1, 0], [2, 1]])
-    with split_experts(experts.operators), torch.no_grad():
-        experts.module(hidden, index, torch.full((5, 2), 0.5))
-    tokens = {operator.name: operator.tokens.tolist() for operator in experts.operators}
-    assert tokens["experts.0.gate_proj"] == tokens["experts.0.down_proj"] == [0, 2, 3]
-    assert tokens["experts.1.up_proj"] == [0, 1, 3, 4]
-    assert tokens["experts.3.up_proj"] == []

@@ -104,12 +104,6 @@ def test_what_a_layer_hands_on_besides_hidden_states_is_that_of_the_dense_networ
             assert any(v.shape == handed[-1][number].shape and torch.equal(v, handed[-1][number]) for v in values)
 
 
-def test_masks_of_real_tokens_are_handed_on():
-    _, recorded = record(tiny_model("llama"), BATCHES)
-    for mask, data in zip(recorded.token_masks, BATCHES, strict=True):
-        assert mask is None if data.attention_mask is None else torch.equal(mask, data.attention_mask)
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 def test_the_model_is_left_as_it_was(family):
     model = tiny_model(family)

@@ -101,11 +101,6 @@ def test_a_model_whose_loss_is_not_finite_is_damaged():
         chosen(model, tiny_tokens(), 1)
 
 
-def test_a_layer_without_which_the_loss_is_not_finite_goes_last():
-    losses = {0: float("nan"), 1: 3.0, 2: float("-inf")}
-    assert module._cheapest(tiny_llama(num_hidden_layers=3), [0, 1, 2], losses) == 1
-
-
 def test_layers_that_depend_on_their_number_stay(monkeypatch):
     model, attend = tiny_llama(num_hidden_layers=5), LlamaAttention.forward
     assert chosen(model, tiny_tokens(), 1)[0][0] == 0  # so that all others get another number

@@ -26,28 +26,19 @@ def test_weight_is_the_matrix_that_multiplies_the_inputs(kind):
 
 
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_write_and_read_are_a_round_trip(kind, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_write_and_read_are_a_round_trip_by_copies(kind, dtype):
     operator = LinearOperator("fc", make_module(kind, dtype))
-    parameter = operator.parameter
-    weight = torch.randn(5, 3)
+    parameter, weight = operator.parameter, torch.randn(5, 3)
     operator.write(weight)
-    assert torch.equal(operator.read(), weight.to(dtype).float())
+    found = operator.read()
+    assert torch.equal(found, weight.to(dtype).float())
+    assert found.is_contiguous()
+    assert not found.requires_grad
     assert operator.parameter is parameter, "in place"
     assert parameter.dtype == dtype
-    assert parameter.requires_grad
-
-
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
-def test_what_was_read_is_a_contiguous_float32_copy(kind):
-    operator = LinearOperator("fc", make_module(kind))
-    weight = operator.read()
-    before = operator.parameter.detach().clone()
-    weight.zero_()
-    assert torch.equal(operator.parameter, before)
-    assert weight.dtype == torch.float32
-    assert weight.is_contiguous()
-    assert not weight.requires_grad
+    found.zero_()
+    assert torch.equal(operator.read(), weight.to(dtype).float())
 
 
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])

@@ -1,13 +1,134 @@
+"""Operators that share an input, by tracing, and parts of a decoder layer that need not run again."""
+
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_layer import toy_layer
 
+from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.forward import LayerCall
 from optimum_fista.model.groups import FinishedParts, trace_groups
 from optimum_fista.model.operator import LinearOperator
 
 CPU = torch.device("cpu")
+CALL = LayerCall((), {})
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def trace(layer: nn.Module, *names: str) -> list[list[str]]:
+    operators = {name: LinearOperator(name, layer.get_submodule(name)) for name in names}
+    groups, _ = trace_groups(layer, operators, CALL, torch.randn(2, 3, 8))
+    assert all(operator is operators[operator.name] for group in groups for operator in group)
+    return [[operator.name for operator in group] for group in groups]
+
+
+def test_groups_are_those_called_on_one_tensor_in_execution_order():
+    expected = [["left", "right"], ["up"], ["low", "high"]]
+    assert trace(toy_layer(), "left", "right", "up", "low", "high") == expected
+    assert trace(toy_layer(), "high", "low", "up", "right", "left") == expected
+    assert trace(toy_layer(), "right", "low") == [["right"], ["low"]]
+
+
+class Calls(nn.Module):
+    """A layer with three operators whose forward is given."""
+
+    def __init__(self, forward) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+        self.call = forward
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.call(self, hidden_states)
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [
+        (lambda layer, x: layer.b(layer.a(x)) + layer.c(x), [["a", "c"], ["b"]]),
+        (
+            lambda layer, x: layer.a(x).view(-1, 8) + layer.b(x.view(-1, 8)) + layer.c(input=x).view(-1, 8),
+            [["a", "b", "c"]],
+        ),
+        (lambda layer, x: layer.a(x) + layer.b(x.clone()) + layer.c(x * 1), [["a"], ["b"], ["c"]]),
+        (lambda layer, x: layer.a(x).sum() + layer.b(x[:1]).sum() + layer.c(x[:, :2]).sum(), [["a"], ["b"], ["c"]]),
+    ],
+    ids=["parallel branches", "a view of all tokens", "equal values", "part of the tokens"],
+)
+def test_groups_share_a_tensor_and_not_only_its_values(forward, expected):
+    assert trace(Calls(forward), "a", "b", "c") == expected
+
+
+def test_memory_that_is_used_again_does_not_join_groups():
+    def forward(layer, x):
+        for operator in (layer.a, layer.b, layer.c):
+            x = operator(x)  # nothing else holds the old x, so that its memory may be given out again
+        return x
+
+    assert trace(Calls(forward), "a", "b", "c") == [["a"], ["b"], ["c"]]
+
+
+def left_dense(layer: nn.Module, *names: str) -> dict[str, str]:
+    operators = {name: LinearOperator(name, layer.get_submodule(name)) for name in names}
+    return trace_groups(layer, operators, CALL, torch.randn(2, 3, 8))[1]
+
+
+@pytest.mark.parametrize(("times", "reason"), [(0, "not called in a forward pass"), (2, "called 2 times in a forward")])
+def test_operator_that_is_not_called_exactly_once_is_in_no_group_but_has_a_reason(times, reason):
+    def forward(layer, x):
+        for _ in range(times):
+            x = layer.b(x)
+        return layer.c(layer.a(x))
+
+    assert trace(Calls(forward), "a", "b", "c") == [["a"], ["c"]]
+    found = left_dense(Calls(forward), "a", "b", "c")
+    assert list(found) == ["b"]
+    assert found["b"].startswith(reason)
+
+
+class Router(nn.Linear):
+    """A linear module that returns scores as well."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+class Halved(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+class Written(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def test_module_with_a_forward_of_its_own_is_an_operator_only_if_it_multiplies():
+    layer = Calls(lambda layer, x: layer.a(x)[0] + layer.b(x) + layer.c(x))
+    layer.a, layer.b, layer.c = Router(8, 8), Halved(8, 8), Written(8, 8)
+    assert trace(layer, "a", "b", "c") == [["c"]]
+    assert left_dense(layer, "a", "b", "c") == dict.fromkeys("ab", "returns something other than W x + b")
+
+
+def test_an_operator_whose_output_is_changed_by_others_is_left_dense():
+    layer = Calls(lambda layer, x: layer.a(x) + layer.b(x) + layer.c(x))
+    layer.a.register_forward_hook(lambda module, arguments, output: 3 * output)
+    layer.b.forward = lambda x: 2 * nn.functional.linear(x, layer.b.weight)
+    layer.c.register_forward_hook(lambda module, arguments, output: None)  # only looks on
+    assert left_dense(layer, "a", "b", "c") == dict.fromkeys("ab", "returns something other than W x + b")
+
+
+def test_a_layer_that_overwrites_its_hidden_states_is_refused():
+    layer = Calls(lambda layer, x: layer.c(x.add_(layer.b(layer.a(x)))))
+    with pytest.raises(UnsupportedArchitectureError, match="Calls overwrites the hidden states"):
+        trace(layer, "a", "b", "c")
 
 
 class Part(nn.Module):
@@ -43,15 +164,8 @@ class Layer(nn.Module):
 
 
 def parts_of(layer: Layer, storage=CPU) -> tuple[FinishedParts, LayerActivations]:
-    activations = LayerActivations(layer, [LayerCall((), {})] * 3, [None] * 3, storage)
+    activations = LayerActivations(layer, [CALL] * 3, [None] * 3, storage)
     return FinishedParts(activations, layer.groups()), activations
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 BATCHES = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -90,18 +204,6 @@ def test_parts_that_give_out_more_tensors_run_as_ever():
     assert (layer.first.runs, layer.second.runs) == (9, 3)
 
 
-def test_what_a_part_gives_out_besides_is_that_of_the_batch():
-    layer, lengths = Layer(lambda output: (output, output.shape[1])), []
-    layer.first.register_forward_hook(lambda _, __, output: lengths.append(output[1]))
-    batches = [torch.randn(1, length, 4) for length in (2, 5, 3)]
-    parts, activations = parts_of(layer)
-    for _ in range(3):
-        lengths.clear()
-        with parts.skipped(3, keep=True):
-            activations.outputs(batches)
-        assert lengths == [2, 5, 3]
-
-
 def test_an_error_leaves_the_parts_as_they_were_and_keeps_nothing():
     layer = Layer()
     parts, activations = parts_of(layer)
@@ -121,7 +223,7 @@ def test_an_error_leaves_the_parts_as_they_were_and_keeps_nothing():
 
 def traced(layer: Layer) -> list[list[LinearOperator]]:
     operators = {operator.name: operator for [operator] in layer.groups()}
-    return trace_groups(layer, operators, LayerCall((), {}), BATCHES[0])[0]
+    return trace_groups(layer, operators, CALL, BATCHES[0])[0]
 
 
 class EndedByItsOperator(Part):
@@ -137,7 +239,7 @@ class EndedByItsOperator(Part):
 def test_a_part_that_ends_with_an_operator_runs_only_up_to_that(form, stored, tmp_path):
     layer = Layer()
     layer.first = EndedByItsOperator(form)
-    activations = LayerActivations(layer, [LayerCall((), {})] * 3, [None] * 3, tmp_path if stored else CPU)
+    activations = LayerActivations(layer, [CALL] * 3, [None] * 3, tmp_path if stored else CPU)
     groups = traced(layer)
     parts = FinishedParts(activations, groups)
     layer.first.runs = 0
@@ -157,7 +259,7 @@ def test_a_hook_that_changes_what_an_operator_reads_does_so_once():
     layer = Layer()
     layer.first = EndedByItsOperator(lambda output: output)
     layer.first.inner.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
-    activations = LayerActivations(layer, [LayerCall((), {})] * 3, [None] * 3, CPU)
+    activations = LayerActivations(layer, [CALL] * 3, [None] * 3, CPU)
     parts = FinishedParts(activations, traced(layer))
     for group in (0, 1, 2):
         with parts.skipped(group, keep=True):
