@@ -86,12 +86,9 @@ def test_weights_that_operators_share_are_named_with_each_other():
     last.mlp = first.mlp
     last.self_attn.k_proj.weight = last.self_attn.v_proj.weight
     found = shared_weights(find_decoder_layers(model))
-    expected = {}
-    for proj in ("gate_proj", "up_proj", "down_proj"):
-        names = [f"model.layers.{i}.mlp.{proj}" for i in (0, 2)]
-        expected |= {names[0]: f"shares its weight with {names[1]}", names[1]: f"shares its weight with {names[0]}"}
-    names = [f"model.layers.2.self_attn.{proj}" for proj in ("k_proj", "v_proj")]
-    expected |= {names[0]: f"shares its weight with {names[1]}", names[1]: f"shares its weight with {names[0]}"}
+    pairs = [[f"model.layers.{i}.mlp.{proj}" for i in (0, 2)] for proj in ("gate_proj", "up_proj", "down_proj")]
+    pairs.append([f"model.layers.2.self_attn.{proj}" for proj in ("k_proj", "v_proj")])
+    expected = {one: f"shares its weight with {other}" for a, b in pairs for one, other in ((a, b), (b, a))}
     assert found == expected
 
 

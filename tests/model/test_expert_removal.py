@@ -83,16 +83,6 @@ def test_targets_bring_the_layer_to_the_dense_output():
         assert torch.allclose(found, activations.run(batch, dense[batch]), atol=1e-5)
 
 
-def test_targets_without_correction_are_what_the_experts_return_now():
-    _, experts, activations, entering = mixture_layer("llama4_text")
-    states = HiddenStates(None, entering)
-    targets = LayerTargets(activations, [], Correction("full", 0.0), states, experts.module)
-    for batch, wanted in enumerate(list(targets.expert_targets())):
-        one = LayerActivations(activations.layer, activations.calls[batch : batch + 1], [None], CPU)
-        _, output = output_of_experts(experts, one, entering[batch])
-        assert torch.allclose(wanted, output.view(4, 32, -1).sum(0), atol=1e-6)
-
-
 @pytest.mark.parametrize(("family", "left"), [("llama4_text", 1e-3), ("mixtral", 0.3)])
 def test_refits_find_the_weights_that_made_the_outputs(family, left):
     ids = torch.randint(3, 64, (24, 32), generator=torch.Generator().manual_seed(2))

@@ -22,11 +22,15 @@ def _no_gradients():
         yield
 
 
-def trace(layer: nn.Module, *names: str) -> list[list[str]]:
+def trace_both(layer: nn.Module, *names: str) -> tuple[list[list[str]], dict[str, str]]:
     operators = {name: LinearOperator(name, layer.get_submodule(name)) for name in names}
-    groups, _ = trace_groups(layer, operators, CALL, torch.randn(2, 3, 8))
+    groups, left_dense = trace_groups(layer, operators, CALL, torch.randn(2, 3, 8))
     assert all(operator is operators[operator.name] for group in groups for operator in group)
-    return [[operator.name for operator in group] for group in groups]
+    return [[operator.name for operator in group] for group in groups], left_dense
+
+
+def trace(layer: nn.Module, *names: str) -> list[list[str]]:
+    return trace_both(layer, *names)[0]
 
 
 def test_groups_are_those_called_on_one_tensor_in_execution_order():
@@ -74,11 +78,6 @@ def test_memory_that_is_used_again_does_not_join_groups():
     assert trace(Calls(forward), "a", "b", "c") == [["a"], ["b"], ["c"]]
 
 
-def left_dense(layer: nn.Module, *names: str) -> dict[str, str]:
-    operators = {name: LinearOperator(name, layer.get_submodule(name)) for name in names}
-    return trace_groups(layer, operators, CALL, torch.randn(2, 3, 8))[1]
-
-
 @pytest.mark.parametrize(("times", "reason"), [(0, "not called in a forward pass"), (2, "called 2 times in a forward")])
 def test_operator_that_is_not_called_exactly_once_is_in_no_group_but_has_a_reason(times, reason):
     def forward(layer, x):
@@ -86,10 +85,10 @@ def test_operator_that_is_not_called_exactly_once_is_in_no_group_but_has_a_reaso
             x = layer.b(x)
         return layer.c(layer.a(x))
 
-    assert trace(Calls(forward), "a", "b", "c") == [["a"], ["c"]]
-    found = left_dense(Calls(forward), "a", "b", "c")
-    assert list(found) == ["b"]
-    assert found["b"].startswith(reason)
+    groups, left_dense = trace_both(Calls(forward), "a", "b", "c")
+    assert groups == [["a"], ["c"]]
+    assert list(left_dense) == ["b"]
+    assert left_dense["b"].startswith(reason)
 
 
 class Router(nn.Linear):
@@ -113,8 +112,8 @@ class Written(nn.Linear):
 def test_module_with_a_forward_of_its_own_is_an_operator_only_if_it_multiplies():
     layer = Calls(lambda layer, x: layer.a(x)[0] + layer.b(x) + layer.c(x))
     layer.a, layer.b, layer.c = Router(8, 8), Halved(8, 8), Written(8, 8)
-    assert trace(layer, "a", "b", "c") == [["c"]]
-    assert left_dense(layer, "a", "b", "c") == dict.fromkeys("ab", "returns something other than W x + b")
+    reason = "returns something other than W x + b"
+    assert trace_both(layer, "a", "b", "c") == ([["c"]], dict.fromkeys("ab", reason))
 
 
 def test_an_operator_whose_output_is_changed_by_others_is_left_dense():
@@ -122,7 +121,7 @@ def test_an_operator_whose_output_is_changed_by_others_is_left_dense():
     layer.a.register_forward_hook(lambda module, arguments, output: 3 * output)
     layer.b.forward = lambda x: 2 * nn.functional.linear(x, layer.b.weight)
     layer.c.register_forward_hook(lambda module, arguments, output: None)  # only looks on
-    assert left_dense(layer, "a", "b", "c") == dict.fromkeys("ab", "returns something other than W x + b")
+    assert trace_both(layer, "a", "b", "c")[1] == dict.fromkeys("ab", "returns something other than W x + b")
 
 
 def test_a_layer_that_overwrites_its_hidden_states_is_refused():
@@ -184,15 +183,6 @@ def test_what_is_finished_runs_once_more_and_never_again(form, stored, tmp_path)
         assert all(map(torch.equal, found, expected))
         assert (layer.first.runs, layer.second.runs) == runs, group
     assert not {"forward"} & (vars(layer.first).keys() | vars(layer.second).keys())
-
-
-def test_what_is_not_to_be_kept_runs_each_time():
-    layer = Layer()
-    parts, activations = parts_of(layer)
-    for _ in range(2):
-        with parts.skipped(3, keep=False):
-            activations.outputs(BATCHES)
-    assert layer.first.runs == layer.second.runs == 6
 
 
 def test_parts_that_give_out_more_tensors_run_as_ever():

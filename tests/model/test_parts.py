@@ -29,24 +29,16 @@ def test_channels_are_columns_of_the_down_projection_and_rows_of_its_feeders():
     }
 
 
-def test_transposed_weights_and_biases_shrink_on_their_own_axes():
+def test_transposed_weights_shrink_on_their_own_axes_and_projections_in_one_matrix_together():
     tensors = find_parts(tiny_model("gpt2"), "channels").parts[1].tensors
     assert tensors == {GPT2 + "c_proj.weight": (0, 1), GPT2 + "c_fc.weight": (1, 1), GPT2 + "c_fc.bias": (0, 1)}
-
-
-def test_gate_and_up_projection_in_one_matrix_shrink_together():
     tensors = find_parts(tiny_model("phi3"), "channels").parts[1].tensors
     assert tensors == {LLAMA + "mlp.down_proj.weight": (1, 1), LLAMA + "mlp.gate_up_proj.weight": (0, 2)}
 
 
-def test_a_size_that_the_configuration_leaves_open_is_stated():
-    model = tiny_model("gpt2", n_inner=None)
-    found = find_parts(model, "channels")
-    assert found.groups == 4 * 32
-    assert found.sizes(96) == {"n_inner": 96}
-
-
-def test_a_size_that_counts_two_for_one_channel_is_stated_twofold():
+def test_a_size_that_is_left_open_or_counts_two_for_one_channel_is_stated():
+    found = find_parts(tiny_model("gpt2", n_inner=None), "channels")
+    assert (found.groups, found.sizes(96)) == (4 * 32, {"n_inner": 96})
     found = find_parts(family_model("recurrent_gemma"), "channels")
     assert (found.groups, found.sizes(20)) == (24, {"intermediate_size": 40})
 
