@@ -108,7 +108,8 @@ def prune_stacked(
     kept = sum(pattern.num_kept(shape) for pattern, shape in zip(patterns, shapes, strict=True))
     stacked = LayerProblem.stack(problems, scales)
     try:
-        found = method.prune(stacked, replace(patterns[0], sparsity=1 - kept / stacked.weight.numel()))
+        pattern = replace(patterns[0], sparsity=1 - kept / stacked.weight.numel())
+        found = method.prune_sharing([stacked], [pattern])[0]
     finally:
         stacked.weight.div_(scales)
         stacked.target.div_(scales)

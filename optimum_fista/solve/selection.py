@@ -21,12 +21,12 @@ _PART = 2**18
 
 
 def kth_smallest(values: Tensor, k: int, *, magnitude: bool = False) -> Tensor:
-    """The `k`-th smallest (k from 1) of all values [rows, columns], a scalar on their device.
+    """The `k`-th smallest (k from 1) of all values [rows, columns], float32 or better; a scalar on their device.
 
     With `magnitude`, of their absolute values, taken a block of rows at a time.
     """
     if values.device.type == "cpu":
-        array = _as_array(values).reshape(-1)
+        array = values.detach().numpy().reshape(-1)
         if array.size > 8 * _SAMPLE:
             return values.new_tensor(_kth_by_bracket(array, k, magnitude=magnitude))
         return values.new_tensor(np.partition(np.abs(array) if magnitude else array, k - 1)[k - 1])
@@ -41,16 +41,10 @@ def kth_smallest(values: Tensor, k: int, *, magnitude: bool = False) -> Tensor:
 def kth_smallest_in_rows(values: Tensor, k: int) -> Tensor:
     """The `k`-th smallest value (k from 1) of every row, [rows, 1]."""
     if values.device.type == "cpu":
-        found = np.partition(_as_array(values), k - 1, axis=1)[:, k - 1 : k]
-        return torch.from_numpy(np.ascontiguousarray(found)).to(values.dtype)
+        found = np.partition(values.detach().numpy(), k - 1, axis=1)[:, k - 1 : k]
+        return torch.from_numpy(np.ascontiguousarray(found))
     count = partial(torch.sum, dim=1, keepdim=True)
     return _kth_by_halving(lambda threshold: count(values <= threshold), k, values.new_empty(len(values), 1))
-
-
-def _as_array(values: Tensor) -> np.ndarray:
-    """The values in a dtype that NumPy knows."""
-    values = values.detach()
-    return (values if values.dtype in (torch.float32, torch.float64) else values.float()).numpy()
 
 
 def _kth_by_bracket(array: np.ndarray, k: int, *, magnitude: bool) -> float:

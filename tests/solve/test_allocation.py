@@ -110,22 +110,6 @@ def test_scores_are_weighted_by_the_square_root():
     assert torch.equal(pruned.mask, HALF.mask(scores))
 
 
-def test_the_weighted_error_falls():
-    plain = weighted = 0.0
-    for seed in range(5):
-        made = example(24, 32, seed=seed, correlation=2.0)
-        weights = torch.logspace(-1.5, 1.5, 24, dtype=torch.float64)
-
-        def error(pruned, made=made, weights=weights):
-            difference = pruned.weight - made.weight
-            return float(((difference @ made.problem.gram) * difference).sum(1) @ weights)
-
-        method = create_method("obs_admm", ridge=1e-3)
-        plain += error(method.prune(made.problem, HALF))
-        weighted += error(prune_stacked(method, [made.problem], [HALF], [weights])[0])
-    assert weighted < 0.9 * plain
-
-
 @pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_outputs_without_gradient_lose_more_weights_and_not_all(name):
     made = example(6, 64)

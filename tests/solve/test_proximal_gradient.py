@@ -38,15 +38,6 @@ def critical_penalty(made: Example) -> float:
     return float(made.problem.target.abs().max())
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, 10.0])
-def test_soft_threshold_agrees_with_its_formula(threshold):
-    values = torch.linspace(-3, 3, 61, dtype=torch.float64)
-    v = values.numpy()
-    expected = np.sign(v) * np.maximum(np.abs(v) - threshold, 0)
-    assert np.allclose(soft_threshold(values, threshold).numpy(), expected, atol=1e-15)
-    assert (soft_threshold(values, threshold)[values.abs() <= threshold] == 0).all()
-
-
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("fraction", FRACTIONS)

@@ -54,21 +54,6 @@ def test_the_mask_of_a_large_matrix_needs_all_of_its_rows():
     assert torch.equal(pattern.mask_of(matrix), pattern.mask(matrix.double().square()))
 
 
-def test_the_step_is_the_proximal_step_of_the_sum_of_norms():
-    matrix, threshold, pattern = random(4, 6).double(), 2.0, Columns(0.5, width=2)
-
-    def cost(weight):
-        return 0.5 * (weight - matrix).square().sum() + threshold * sum(part.norm() for part in weight.split(2, dim=1))
-
-    found = pattern.proximal_step(matrix, threshold)
-    assert 0 < int((found != 0).sum()) < 24
-    directions = torch.randn(200, 4, 6, generator=torch.Generator().manual_seed(1)).double()
-    assert all(cost(found + 1e-3 * step) > cost(found) for step in directions)
-    assert pattern.dual_norm(matrix) == pytest.approx(max(float(part.norm()) for part in matrix.split(2, dim=1)))
-    assert not pattern.proximal_step(matrix, pattern.dual_norm(matrix) * (1 + 1e-12)).any()
-    assert torch.equal(pattern.proximal_step(torch.zeros(4, 6), 1.0), torch.zeros(4, 6))
-
-
 def test_violation_names_the_group_that_is_torn():
     pattern = Columns(0.5, width=2)
     mask = pattern.mask(torch.arange(24.0).view(3, 8))
