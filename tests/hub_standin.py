@@ -1,10 +1,9 @@
 """A loopback stand-in of the Hugging Face Hub: what its Python client needs to push and load model folders.
 
-It checks the client's calls, not the real Hub: no Xet, no multipart uploads, no pages, no pull requests.
+It checks the client's calls, not the real Hub: no large files (LFS, Xet), no pages, no pull requests.
 """
 
 import base64
-import fnmatch
 import hashlib
 import json
 import os
@@ -34,12 +33,8 @@ ROUTES = {
     f"POST /api/models/{REPO}/branch/{REVISION}": "branch",
     f"POST /api/models/{REPO}/preupload/{REVISION}": "preupload",
     f"POST /api/models/{REPO}/commit/{REVISION}": "commit",
-    f"POST /{REPO}\\.git/info/lfs/objects/batch": "lfs_batch",
-    "PUT /lfs/(?P<oid>[0-9a-f]{64})": "lfs_put",
     f"GET /{REPO}/resolve/{REVISION}/(?P<path>.+)": "resolve",
 }
-LFS_PATTERNS = ["*.safetensors", "*.bin", "*.npz"]
-LFS_BYTES = 10 * 2**20  # larger files go to LFS, whatever their name
 
 
 @dataclass
@@ -56,14 +51,8 @@ def refusal(status: int, message: str, code: str = "", **headers: str) -> Reply:
     return Reply(status, {"error": message}, headers)
 
 
-def is_lfs(path: str, size: int) -> bool:
-    return size > LFS_BYTES or (size > 0 and any(fnmatch.fnmatch(path, pattern) for pattern in LFS_PATTERNS))
-
-
-def object_id(path: str, data: bytes) -> str:
-    """Return the sha256 of an LFS file, the git blob hash of a regular one."""
-    if is_lfs(path, len(data)):
-        return hashlib.sha256(data).hexdigest()
+def object_id(data: bytes) -> str:
+    """Return the hash that git gives a file."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
@@ -75,7 +64,7 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
 
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
-        content = [len(self.commits), {path: object_id(path, data) for path, data in files.items()}]
+        content = [len(self.commits), {path: object_id(data) for path, data in files.items()}]
         sha = hashlib.sha1(json.dumps(content).encode()).hexdigest()
         self.commits[sha], self.branches[branch] = files, sha
         return sha
@@ -97,7 +86,6 @@ class HubStandIn:
     def __init__(self, token: str = "hf_test", user: str = "tester") -> None:
         self.token, self.user = token, user
         self.repositories: dict[str, Repository] = {}
-        self.lfs_objects: dict[str, bytes | None] = {}  # None: announced, not uploaded yet
         self.requests: list[str] = []
         self.broken: str | None = None
         self.refused_in_cards: list[str] = []
@@ -114,9 +102,8 @@ class HubStandIn:
         self._server.server_close()
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """Return path -> content at a branch or commit, without the `.gitattributes` every repository has."""
-        files = self.repositories[repo_id].at(revision)[1]
-        return {path: data for path, data in files.items() if path != ".gitattributes"}
+        """Return path -> content at a branch or commit."""
+        return self.repositories[repo_id].at(revision)[1]
 
     def answer(self, request: str, authorization: str | None, body: bytes) -> Reply:
         """Answer "METHOD /path"; the decoded groups of the route are the keyword arguments of its method."""
@@ -125,23 +112,21 @@ class HubStandIn:
             try:
                 if self.broken is not None and self.broken in request:
                     raise refusal(500, "The stand-in is broken on purpose")
-                if authorization not in (None, f"Bearer {self.token}"):
+                if authorization != f"Bearer {self.token}":
                     raise refusal(401, "Invalid credentials in Authorization header")
                 for route, name in ROUTES.items():
                     if match := re.fullmatch(route, request.replace("HEAD", "GET", 1)):
                         found = {key: unquote(value or "") for key, value in match.groupdict().items()}
-                        return self._dispatch(name, found, body, authorization is not None)
+                        return self._dispatch(name, found, body)
                 raise refusal(404, f"The stand-in does not serve {request}")
             except Reply as reply:
                 return reply
 
-    def _dispatch(self, name: str, found: dict[str, Any], body: bytes, known: bool) -> Reply:
-        if name in ("create", "branch", "preupload", "commit", "lfs_batch", "whoami") and not known:
-            raise refusal(401, "Invalid username or password.")
+    def _dispatch(self, name: str, found: dict[str, Any], body: bytes) -> Reply:
         if "repo" in found:
             repo_id, found["repo"] = found["repo"], self.repositories.get(found["repo"])
-            if found["repo"] is None or (found["repo"].private and not known):
-                raise refusal(404 if known else 401, "Repository not found", "RepoNotFound")
+            if found["repo"] is None:
+                raise refusal(404, "Repository not found", "RepoNotFound")
             if name not in ("info", "tree", "resolve"):
                 self._check_namespace(repo_id.split("/")[0])
         return getattr(self, f"_{name}")(**found, body=body)
@@ -169,8 +154,7 @@ class HubStandIn:
         if repo_id in self.repositories:
             return Reply(409, {"error": "You already created this model repo", **reply})
         self.repositories[repo_id] = Repository(repo_id, private=asked.get("visibility") == "private")
-        attributes = "".join(f"{pattern} filter=lfs\n" for pattern in LFS_PATTERNS)
-        self.repositories[repo_id].commit("main", {".gitattributes": attributes.encode()})
+        self.repositories[repo_id].commit("main", {})
         return Reply(200, reply)
 
     def _info(self, repo: Repository, revision: str, body: bytes) -> Reply:
@@ -179,12 +163,11 @@ class HubStandIn:
         return Reply(200, {"id": repo.repo_id, "sha": sha, "private": repo.private, "siblings": siblings})
 
     def _tree(self, repo: Repository, revision: str, path: str, body: bytes) -> Reply:
-        entries: list[dict[str, Any]] = []
-        for name, data in repo.at(revision)[1].items():
-            if name.startswith(f"{path}/" if path else ""):
-                entry = {"path": name, "oid": object_id(name, data), "size": len(data)}
-                lfs = {"lfs": {**entry, "pointerSize": 134}} if is_lfs(name, len(data)) else {}
-                entries.append({"type": "file", **entry, **lfs})
+        entries = [
+            {"type": "file", "path": name, "oid": object_id(data), "size": len(data)}
+            for name, data in repo.at(revision)[1].items()
+            if name.startswith(f"{path}/" if path else "")
+        ]
         if path and not entries:
             raise refusal(404, f"{path} does not exist on {revision!r}", "EntryNotFound")
         return Reply(200, entries)
@@ -198,38 +181,21 @@ class HubStandIn:
     def _preupload(self, repo: Repository, revision: str, body: bytes) -> Reply:
         present, answers = repo.at(revision)[1], []
         for asked in json.loads(body)["files"]:
-            path, mode = asked["path"], "lfs" if is_lfs(asked["path"], asked["size"]) else "regular"
-            known = {"oid": object_id(path, present[path])} if path in present else {}
-            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
+            path = asked["path"]
+            known = {"oid": object_id(present[path])} if path in present else {}
+            answers.append({"path": path, "uploadMode": "regular", "shouldIgnore": False, **known})
         return Reply(200, {"files": answers})
-
-    def _lfs_batch(self, repo: Repository, body: bytes) -> Reply:
-        objects = json.loads(body)["objects"]
-        for asked in objects:
-            if self.lfs_objects.setdefault(asked["oid"], None) is None:
-                asked["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{asked['oid']}"}}
-        return Reply(200, {"transfer": "basic", "objects": objects})
-
-    def _lfs_put(self, oid: str, body: bytes) -> Reply:
-        if oid not in self.lfs_objects:
-            raise refusal(403, "No batch request announced this object")
-        if hashlib.sha256(body).hexdigest() != oid:
-            raise refusal(400, "The content does not have the announced sha256")
-        self.lfs_objects[oid] = body
-        return Reply(200)
 
     def _commit(self, repo: Repository, revision: str, body: bytes) -> Reply:
         files = dict(repo.at(revision)[1])
         for line in body.splitlines():
             key, value = (item := json.loads(line))["key"], item["value"]
-            if key == "file" and not is_lfs(value["path"], len(data := base64.b64decode(value["content"]))):
-                files[value["path"]] = data
-            elif key == "lfsFile" and len(stored := self.lfs_objects.get(value["oid"]) or b"") == value["size"]:
-                files[value["path"]] = stored
+            if key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
             elif key == "deletedFile" and value["path"] in files:
                 del files[value["path"]]
             elif key != "header":
-                raise refusal(400, f"Cannot apply {key} {value}: absent, never uploaded, or not stored that way")
+                raise refusal(400, f"Cannot apply {key} {value}: absent, or not stored that way")
         sha = repo.commit(revision, files)
         return Reply(200, {"commitUrl": f"{self.endpoint}/{repo.repo_id}/commit/{sha}", "commitOid": sha})
 
@@ -237,7 +203,7 @@ class HubStandIn:
         sha, files = repo.at(revision)
         if path not in files:
             raise refusal(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": sha})
-        return Reply(200, files[path], {"X-Repo-Commit": sha, "ETag": f'"{object_id(path, files[path])}"'})
+        return Reply(200, files[path], {"X-Repo-Commit": sha, "ETag": f'"{object_id(files[path])}"'})
 
 
 class Handler(BaseHTTPRequestHandler):

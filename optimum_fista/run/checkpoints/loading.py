@@ -55,10 +55,9 @@ def load_model(
 def load_lazily(
     name: str, offload_folder: Path, *, device: str | None = None, dtype: str | torch.dtype = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """A model whose weights stay in its files until they are needed.
+    """A model whose weights stay in its files until they are needed; those of a GGUF file are dequantized in memory.
 
-    The weights of a GGUF file are dequantized in memory, because they can't be read one at a time; its tokenizer, which
-    is in no file of its own, comes with it.
+    The tokenizer of a GGUF file, which is in no file of its own, comes with it.
     """
     if gguf_file(name) is not None:
         return load_model(name, device=device, dtype=dtype)
@@ -80,17 +79,23 @@ def local_source(model: PreTrainedModel) -> Path | None:
     return Path(name) if name and Path(name).is_dir() else None
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a Hub id, a model folder, or a folder with one GGUF file; `None` if a model folder has none."""
+    folder, kinds = Path(name), ("tokenizer*", "*.model", "*.gguf", "vocab.*")
+    if (folder / "config.json").is_file() and not any(any(folder.glob(kind)) for kind in kinds):
+        return None
+    return _read(AutoTokenizer, name)
+
+
 def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hub id, a model folder, or a folder with one GGUF file, without the model."""
-    try:
-        return _read(AutoTokenizer, name)
-    except ValueError as error:
-        if _has_no_tokenizer(name):
-            raise ValueError(
-                f"model={name!r} has no tokenizer: copy the files of its tokenizer into the folder (tokenizer.json, "
-                "tokenizer_config.json)."
-            ) from error
-        raise
+    """The tokenizer of a model, without the model."""
+    tokenizer = load_tokenizer(name)
+    if tokenizer is None:
+        raise ValueError(
+            f"model={name!r} has no tokenizer: copy the files of its tokenizer into the folder (tokenizer.json, "
+            "tokenizer_config.json)."
+        )
+    return tokenizer
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -131,9 +136,8 @@ def _read(kind: Any, name: str, **options: Any) -> Any:
     file = gguf_file(name)
     if file is not None:
         if importlib.util.find_spec("gguf") is None:
-            raise ImportError(
-                f"model={name!r} is a GGUF file, which needs the package gguf: run {install_command('gguf')}."
-            )
+            command = install_command("gguf")
+            raise ImportError(f"model={name!r} is a GGUF file, which needs the package gguf: run {command}.")
         with reading(name), _no_garbage_collection():
             return kind.from_pretrained(name, trust_remote_code=False, gguf_file=file, **options)
     try:
@@ -178,21 +182,9 @@ def gguf_file(name: str) -> str | None:
         return None
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
-        raise ValueError(
-            f"model={name!r} is a folder with neither a config.json nor exactly one .gguf file: pass a model "
-            "folder or a Hub id."
-        )
+        what = "is a folder with neither a config.json nor exactly one .gguf file"
+        raise ValueError(f"model={name!r} {what}: pass a model folder or a Hub id.")
     return files[0].name
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model, `None` if a model folder has none."""
-    return None if _has_no_tokenizer(name) else require_tokenizer(name)
-
-
-def _has_no_tokenizer(name: str) -> bool:
-    folder, kinds = Path(name), ("tokenizer*", "*.model", "*.gguf", "vocab.*")
-    return (folder / "config.json").is_file() and not any(any(folder.glob(kind)) for kind in kinds)
 
 
 def default_device() -> str:
@@ -250,19 +242,15 @@ def forget_gguf(model: PreTrainedModel) -> None:
 def quantization_method(model: PreTrainedModel) -> str | None:
     """Name of the method a model is quantized by, `None` if it isn't."""
     settings = getattr(model.config, "quantization_config", None)
-    if settings is None:
-        return None
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    return str(getattr(method, "value", method))
+    return None if settings is None else str(getattr(method, "value", method))
 
 
 def refuse_quantized(model: PreTrainedModel) -> None:
     """Refuse models whose configuration says that they are quantized."""
     method = quantization_method(model)
     if method not in (None, "gguf"):
-        raise ValueError(
-            f"model is quantized by {method!r}: prune the unquantized model first and quantize the result."
-        )
+        raise ValueError(f"model is quantized by {method!r}: prune the unquantized model and quantize the result.")
 
 
 def require_unquantized(model: PreTrainedModel) -> None:

@@ -12,13 +12,12 @@ from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import HfApi, RepoFile, snapshot_download, try_to_load_from_cache
-from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from optimum_fista.model.architecture import find_decoder_layers
-from optimum_fista.run.checkpoints.checkpoint import checkpoint_files, read_json
+from optimum_fista.run.checkpoints.checkpoint import checkpoint_files, names_in, read_json
 from optimum_fista.run.checkpoints.loading import reading
 
 _TEMPLATES = "additional_chat_templates"
@@ -110,8 +109,7 @@ def _stored_names(source: Path) -> Iterator[str]:
     binary, index = source / "pytorch_model.bin", source / "pytorch_model.bin.index.json"
     try:
         for file in {*checkpoint_files(source).values()}:
-            with safe_open(file, "pt") as opened:
-                yield from opened.keys()
+            yield from names_in(file)
     except FileNotFoundError:
         if binary.exists():
             yield from torch.load(binary, map_location="meta", weights_only=True, mmap=is_zipfile(binary))

@@ -113,14 +113,10 @@ def write_form(
     masks: Mapping[str, Tensor],
     packed: Mapping[str, Any] | None,
 ) -> None:
-    """Write the files that say whether the weights are dense or packed.
+    """Write the files that say whether the weights are dense or packed, as in `write_all_but_weights`.
 
-    Args:
-        folder: The folder.
-        config: What `config.json` holds. It comes last: without it nothing loads.
-        card: The model card; `None`: there is none.
-        masks: Packed masks; packed weights bring theirs with them.
-        packed: What `config.json` says of weights that are stored packed; `None`: they are dense.
+    `config` is what `config.json` holds. It comes last: without it nothing loads. Packed weights bring their masks with
+    them.
     """
     if packed is None:
         write_file(folder / MASKS_FILE, dict(masks), MASKS_METADATA)

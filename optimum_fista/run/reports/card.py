@@ -34,10 +34,8 @@ _INHERITED = ("license", "license_name", "license_link", "language")
 def model_card(report: PruningReport, picture: str | None = None, dense: str = "") -> str:
     """Markdown of the model card, card.md filled in, with the metadata the Hub reads.
 
-    Args:
-        report: The report of the pruning.
-        picture: Path of the picture of the fit errors, relative to the card; `None`: there is none.
-        dense: Folder or Hub id of the dense model, whose license and languages the pruned one keeps.
+    `picture` is the path of the picture of the fit errors, relative to the card. `dense` is the folder or Hub id of the
+    dense model, whose license and languages the pruned one keeps.
     """
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     formats = {"thousands": "{:,}", "percent": "{:.2%}", "error": "{:.4f}"}
@@ -124,12 +122,10 @@ def markdown_lines(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> li
 
 
 def error_picture(report: PruningReport) -> bytes | None:
-    """Draw the mean fit error by decoder layer and kind of operator as a heat map, PNG.
+    """Draw the mean fit error by decoder layer and kind of operator as a heat map: the bytes of a PNG file.
 
-    Equal reports give equal bytes under one version of Matplotlib.
-
-    Returns:
-        The file's bytes; `None` if Matplotlib (extra `plots`) is not installed, or no operator was pruned.
+    `None` if Matplotlib (extra `plots`) is not installed, or no operator was pruned. Equal reports give equal bytes
+    under one version of Matplotlib.
     """
     if not report.operators:
         return None

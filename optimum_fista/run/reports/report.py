@@ -109,29 +109,18 @@ class OperatorReport:
 
 @dataclass(frozen=True)
 class MixtureReport:
-    """Which experts of a mixture stayed, and how near the others come to all of them.
+    """Which experts of a mixture stayed, and how near these come to all of them.
 
-    Attributes:
-        name: Name of the module that holds the experts.
-        groups_kept: Numbers that the experts that stayed had in the dense model.
-        saliency: What each expert of the dense model was kept for (`score_experts`).
-        expert_tokens: How many calibration tokens the router sent to each of them.
-        fit_error: `|| E* - Y ||_F / || Y ||_F` of what the experts that stayed return together on the calibration
-            tokens, weights as saved; `Y` is what the error correction aims at, the outputs of all experts or others.
-        fit_error_before: The same before they were refitted.
-        num_refitted: How many of them have another down projection than in the dense model.
-        solve_seconds: Time of choosing and refitting.
-        message: What the user should know of the refits.
-        held_out_fit_error: `fit_error` on held-out tokens, to which no weight was fitted; `None` if there are none.
-        residual_corrected: Whether they compensate for the error in the rest of their layer.
+    `fit_error` is `|| E* - Y ||_F / || Y ||_F` of what the experts that stayed return together on the calibration
+    tokens, weights as saved; `Y` is what the error correction aims at, the outputs of all experts or others.
     """
 
     name: str
-    groups_kept: tuple[int, ...]
-    saliency: tuple[float, ...]
-    expert_tokens: tuple[int, ...]
+    groups_kept: tuple[int, ...]  # numbers that the experts that stayed had in the dense model
+    saliency: tuple[float, ...]  # of each expert of the dense model (`score_experts`)
+    expert_tokens: tuple[int, ...]  # how many calibration tokens the router sent to each of them
     fit_error: float
-    fit_error_before: float
+    fit_error_before: float  # before the down projections were refitted
     num_refitted: int
     solve_seconds: float
     message: str = ""
@@ -304,13 +293,6 @@ class PruningReport:
         return f"{gone:,} of {gone + left:,} parameters removed ({share:.2%}), {left:,} left" if gone else ""
 
     @property
-    def changed(self) -> str:
-        """How many parameters went, or how many weights are zero, in words."""
-        totals = self.totals
-        zeros = f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%})"
-        return self.removed or zeros
-
-    @property
     def experts_left(self) -> str:
         """How many experts of the mixtures stayed, and how near they come to all, in words; empty if none went."""
         if not self.mixtures:
@@ -406,9 +388,10 @@ class PruningReport:
         if self.mixtures and not self.operators:
             return f"{self.removed}; {self.experts_left}; {self.seconds.get('total', 0.0):.1f} s"
         experts = f"{self.experts_left}; " if self.mixtures else ""
+        zeros = f"{totals['num_zeros']:,} of {totals['num_weights']:,} weights zero ({totals['sparsity']:.2%})"
         return (
             f"{totals['num_operators']} operators pruned by {self.config['method']}, "
-            f"{self.changed}; {experts}"
+            f"{self.removed or zeros}; {experts}"
             f"fit error {totals['mean_fit_error']:.4f} on average, {totals['max_fit_error']:.4f} at most{held_out}, "
             f"output error {output}{self.before}; "
             f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"

@@ -32,10 +32,7 @@ from optimum_fista.run.streamed.journal import Journal, KeptLayer
 
 
 class FileSink(ModelSink):
-    """Writes every finished decoder layer to a shard of its own.
-
-    What is finished is on disk, so the dense weights are kept only while their layer is being pruned.
-    """
+    """Writes every finished decoder layer to a shard of its own, so dense weights are kept for one layer only."""
 
     _model: PreTrainedModel
 
@@ -79,11 +76,7 @@ class FileSink(ModelSink):
     def complete(
         self, tokenizer: PreTrainedTokenizerBase | None, report: PruningReport, layers: Mapping[int, KeptLayer]
     ) -> PruningReport:
-        """Write all that is not a decoder layer, and what the folder says of the model.
-
-        Returns:
-            The report, which is complete, under the names of the checkpoint.
-        """
+        """Write all that is not a decoder layer, and what the folder says of the model; the complete report."""
         folder, model = self._journal.model, self._model
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}
         for left in {*folder.iterdir()} - shards:  # by a process that was killed, or of a run with more layers

@@ -14,14 +14,10 @@ from optimum_fista.run.checkpoints.checkpoint import CONFIG_FILE
 from optimum_fista.run.pruning.model_pruning import ModelPruning
 from optimum_fista.run.reports.report import library_versions
 
-_VERSIONS = ("optimum-fista", "torch", "transformers")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
 _NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version")
 _FORMAT = 7  # of the records of a journal
 _READERS = 4  # files that are hashed at a time
-
-SourceStamps = dict[str, list[Any]]
-"""Size, times of change, inode and SHA-256 of a model's files, by name."""
 
 
 def run_fingerprint(source: SourceFiles, pruning: ModelPruning, packed: bool) -> dict[str, Any]:
@@ -43,23 +39,23 @@ def run_fingerprint(source: SourceFiles, pruning: ModelPruning, packed: bool) ->
         "sequences": sum(shape[0] for shape in shapes),
         "length": shapes[0][1],
         "packed": packed,
-        "versions": {name: versions[name] for name in _VERSIONS},
+        "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
     }
     return dict(json.loads(json.dumps(fingerprint)))
 
 
 class SourceFiles:
-    """The weight files and the configuration of the model that is read, hashed.
+    """The weight files and the configuration of the model that is read: size, times, inode and SHA-256 by name.
 
     Files whose size, times and inode are those of `known` are not read again: writing to a file changes its ctime,
     which no program can set. The others are read whole, at 1 to 2 GB/s a core: 140 GB take a minute on a disk that is
     fast enough, which is little compared to hours of pruning.
     """
 
-    def __init__(self, folder: Path, known: SourceStamps, progress: bool) -> None:
+    def __init__(self, folder: Path, known: dict[str, list[Any]], progress: bool) -> None:
         self.folder = folder
         self._progress = progress
-        self.hashes: SourceStamps = {}
+        self.hashes: dict[str, list[Any]] = {}
         files = [f for f in sorted(folder.iterdir()) if f.name == CONFIG_FILE or f.name.endswith(_WEIGHTS)]
         for file in files:
             found = file.stat()
@@ -67,16 +63,9 @@ class SourceFiles:
             self.hashes[file.name] = [*stamp, None if known.get(file.name, [])[:-1] != stamp else known[file.name][-1]]
         changed = [file for file in files if self.hashes[file.name][-1] is None]
         with ThreadPoolExecutor(_READERS) as pool:
-            bar = tqdm(
-                pool.map(digest_of, changed),
-                desc="Hashing weights",
-                total=len(changed),
-                unit="file",
-                delay=3,
-                leave=False,
-                disable=not progress,
-            )
-            for file, digest in zip(changed, bar, strict=True):
+            shown: Any = {"desc": "Hashing weights", "total": len(changed), "unit": "file", "delay": 3, "leave": False}
+            digests = tqdm(pool.map(digest_of, changed), **shown, disable=not progress)
+            for file, digest in zip(changed, digests, strict=True):
                 self.hashes[file.name][-1] = digest
 
     @property

@@ -34,15 +34,12 @@ logger = logging.getLogger(__name__)
 class KeptLayer:
     """A decoder layer whose final shard is on disk.
 
-    Attributes:
-        record: What the run says of it.
-        shard: Name of the shard; empty if the layer is removed.
-        sha256: Digests of the shard, of the hidden states `before` the layer, on which it was pruned, and `after` it,
-            and of the `budgets` that it was pruned with; `None` for what there is none of.
+    It has digests of the shard, of the hidden states `before` the layer, on which it was pruned, and `after` it, and of
+    the `budgets` that it was pruned with; `None` for what there is none of.
     """
 
     record: LayerRecord
-    shard: str
+    shard: str  # its name; empty if the layer is removed
     sha256: dict[str, str | None]
 
 
@@ -89,8 +86,7 @@ class Journal:
     ) -> None:
         """Finish a decoder layer whose shard is on disk; without one it is removed.
 
-        `masks` are the packed masks of its operators, `record` is what the run says of it, `streams` are the hidden
-        states after it that the run goes on with.
+        `masks` are packed; `streams` are the hidden states after it that the run goes on with.
         """
         if streams:
             hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}

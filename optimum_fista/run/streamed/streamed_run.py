@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -17,13 +16,7 @@ from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.loading import load_lazily
-from optimum_fista.run.checkpoints.output import (
-    FOLDER,
-    install,
-    locked_output,
-    require_output,
-    unfinished_folder,
-)
+from optimum_fista.run.checkpoints.output import FOLDER, install, locked_output, require_output, unfinished_folder
 from optimum_fista.run.checkpoints.source_files import require_no_loss, source_folder
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.loop import prune_layers
@@ -34,9 +27,6 @@ from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.file_sink import FileSink
 from optimum_fista.run.streamed.fingerprint import SourceFiles, run_fingerprint
 from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer, open_run, read_record
-
-_ADVICE = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, and ")
-_ADVICE |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and ")
 
 
 def prune_files(
@@ -103,7 +93,7 @@ def prune_files(
             run.prune()
             report = ranks.first(lambda: run.complete(output_dir, overwrite, started))
         except OSError as error:
-            advice = f"{run.kept()}; {_ADVICE.get(error.errno or 0, '')}start again with the same output"
+            advice = f"{run.kept()}; start again with the same output"
             if error.errno is None:
                 raise type(error)(f"{error} {advice}") from error
             raise OSError(error.errno, f"{error.strerror}: {advice}", error.filename) from error

@@ -64,11 +64,10 @@ def test_whenever_it_is_killed_the_old_or_the_new_folder_is_there(tmp_path, monk
         monkeypatch.setattr(output, "_swapped", lambda *_: False)
     for step in itertools.count():
         folder = tmp_path / str(step) / "model"
-        folder.parent.mkdir()
         if "a model" in there:
             put(folder, OLD, "old")
         elif there == "an empty folder":
-            folder.mkdir()
+            folder.mkdir(parents=True)
         old = contents(folder)
         try:
             with killed_at(step):
@@ -202,7 +201,7 @@ def test_a_link_stays_a_link_and_modes_stay(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
 def test_what_has_the_name_of_the_unfinished_folder_is_not_touched(tmp_path, kind):
     unfinished = tmp_path / "model.unfinished"
-    write(tmp_path / "elsewhere", ("journal/lock",), "foreign")
+    write(tmp_path / "elsewhere", ("journal/optimum-fista",), "foreign")
     if kind == "folder":
         write(unfinished, ("journal/notes.txt", "model/notes.txt"), "foreign")
     elif kind == "file":

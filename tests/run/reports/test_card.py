@@ -1,7 +1,7 @@
-import builtins
 import dataclasses
 import io
 import json
+import sys
 
 import pytest
 from huggingface_hub import ModelCard
@@ -18,9 +18,7 @@ def test_saved_card_has_the_numbers(saved):
     text = ModelCard.load(saved.folder / "README.md").text
     totals = saved.report.totals
     assert f"{totals['num_zeros']:,} of the {totals['num_weights']:,} weights" in text
-    assert f"{totals['sparsity']:.2%}" in text
-    assert f"{totals['mean_fit_error']:.4f} on average" in text
-    assert f"{totals['max_fit_error']:.4f} at most" in text
+    assert f"{totals['mean_fit_error']:.4f} on average, {totals['max_fit_error']:.4f} at most" in text
     assert "128 tokens in 8 sequences of random tokens" in text
     assert saved.report.calibration["sha256"] in text
     assert f"torch {saved.report.versions['torch']}" in text
@@ -98,14 +96,11 @@ def test_license_and_languages_are_those_of_the_dense_model(saved, tmp_path):
 
 
 def test_held_out_errors_have_a_line_and_a_column(saved):
-    report = saved.report
+    report, totals = saved.report, saved.report.totals
     assert "held-out" not in model_card(report)
     operators = [dataclasses.replace(o, held_out_fit_error=2 * o.fit_error) for o in report.operators]
-    held_out = {"sha256": "cd", "num_tokens": 1234, "num_sequences": 3}
-    text = model_card(
-        dataclasses.replace(report, operators=operators, calibration=report.calibration | {"held_out": held_out})
-    )
-    totals = report.totals
+    calibration = report.calibration | {"held_out": {"sha256": "cd", "num_tokens": 1234, "num_sequences": 3}}
+    text = model_card(dataclasses.replace(report, operators=operators, calibration=calibration))
     assert (
         f"| fit error on held-out tokens | {2 * totals['mean_fit_error']:.4f} on average, "
         f"{2 * totals['max_fit_error']:.4f} at most, on 1,234 tokens in 3 further sequences |"
@@ -125,18 +120,6 @@ def test_text_of_others_is_no_markdown(saved):
     assert r"of \[click\](http://x) # Title \__e_\_ \$1\$ |" in text
 
 
-@pytest.fixture
-def without_matplotlib(monkeypatch):
-    load = builtins.__import__
-
-    def refuse(name, *arguments, **keywords):
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return load(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-
-
 def test_the_picture_is_saved_and_the_card_shows_it(saved):
     pytest.importorskip("matplotlib", reason="needs Matplotlib: pip install 'optimum-fista[plots]'")
     from PIL import Image
@@ -151,7 +134,8 @@ def test_the_picture_is_saved_and_the_card_shows_it(saved):
     assert f"]({PICTURE_FILE})\n\n| operator |" in (saved.folder / "README.md").read_text()
 
 
-def test_without_matplotlib_there_is_none(saved, llama, tokens, tmp_path, without_matplotlib):
+def test_without_matplotlib_there_is_none(saved, llama, tokens, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert error_picture(saved.report) is None
     pruner = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False)
     pruner.prune(llama, tokens.split(4))

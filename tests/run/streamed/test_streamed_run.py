@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,7 @@ def test_files_become_what_the_model_becomes_in_memory(source, tmp_path, config)
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma3_text"])
 def test_other_families_and_tied_heads(name, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path / "source")
@@ -144,17 +143,12 @@ def cut_off_half_way(source, tmp_path_factory) -> Path:
 
 def test_finished_layers_are_not_pruned_again(source, whole, cut_off_half_way, tmp_path, monkeypatch):
     shutil.copytree(cut_off_half_way, unfinished_folder(tmp_path / "pruned"))
-    pruned = []
-    solve = FistaPruningConfig().create_method("").prune
-
-    def watched(self, problem, pattern):
-        pruned.append(problem.name)
-        return solve(problem, pattern)
-
-    monkeypatch.setattr("optimum_fista.solve.methods.obs_admm.ObsAdmm.prune", watched)
+    kept, keep = [], journal.Journal.keep_layer
+    monkeypatch.setattr(
+        journal.Journal, "keep_layer", lambda self, index, *a: [kept.append(index), keep(self, index, *a)]
+    )
     prune(source, tmp_path / "pruned")
-    assert pruned
-    assert all(".layers.2." in name or ".layers.3." in name for name in pruned)
+    assert kept == [2, 3]
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
@@ -167,7 +161,7 @@ def test_killed_at_random_moments(source, tmp_path):
         torch.set_num_threads(threads)
     generator = random.Random(0)
     output, kills = tmp_path / "pruned", 0
-    for moment in sorted(generator.uniform(0.05, 0.6) for _ in range(4)):
+    for moment in sorted(generator.uniform(0.05, 0.6) for _ in range(2)):
         process = begin(source, output)
         process.join(moment)
         kills += process.is_alive()
@@ -212,12 +206,10 @@ def test_what_is_damaged_is_made_again(source, whole, cut_off_half_way, tmp_path
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_fingerprint_is_one_error(source, cut_off_half_way, tmp_path, damage):
+def test_a_damaged_fingerprint_is_one_error(source, cut_off_half_way, tmp_path):
     shutil.copytree(cut_off_half_way, unfinished_folder(tmp_path / "pruned"))
     file = unfinished_folder(tmp_path / "pruned") / "journal" / "fingerprint.json"
-    text = file.read_text()
-    file.write_text(text[:100] if damage == "truncated" else text.replace("0.5", "0.6"))
+    file.write_text(file.read_text().replace("0.5", "0.6"))
     with pytest.raises(ValueError, match=r"fingerprint\.json' is damaged.*pass another folder, or pass overwrite=True"):
         prune(source, tmp_path / "pruned")
     prune(source, tmp_path / "pruned", overwrite=True)
@@ -230,9 +222,8 @@ def test_hidden_states_of_another_chain_of_layers_are_not_taken(source, whole, c
     (output / f"model/model-00001-of-0000{LAYERS + 1}.safetensors").unlink()
     write = file_sink.FileSink.write
 
-    def otherwise(self, operator, pruned):
-        pruned.weight.mul_(0.5)
-        write(self, operator, pruned)
+    def otherwise(self, operator, weight, mask):
+        write(self, operator, weight * 0.5, mask)
 
     with interrupted_after(0), monkeypatch.context() as patched:
         patched.setattr(file_sink.FileSink, "write", otherwise)
@@ -279,34 +270,12 @@ def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
-def test_a_disk_that_turns_read_only_keeps_what_is_finished(source, whole, tmp_path, monkeypatch):
-    write, written = atomic.save_file, []
-
-    def refuse(tensors, path, metadata):
-        written.append(path)
-        if len(written) > 8:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-        write(tensors, path, metadata)
-
-    refused = cut_off(monkeypatch, atomic, "save_file", refuse, source, tmp_path / "pruned", error=OSError)
-    assert re.search(r"Read-only file system.*: 2 of 4 decoder layers are finished.*; make it writable", str(refused))
-    prune(source, tmp_path / "pruned")
-    assert files_of(tmp_path / "pruned") == files_of(whole)
-
-
 def test_an_output_that_cannot_be_written_to_is_refused_before_any_work(source, tmp_path, monkeypatch):
     monkeypatch.setattr(streamed_run, "load_lazily", None)
     (tmp_path / "file").write_text("kept")
     with pytest.raises(OSError, match=r"output_dir='.*' can't be written to \(.*\), nothing was done: pass another"):
         prune(source, tmp_path / "file" / "pruned")
     assert (tmp_path / "file").read_text() == "kept"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="permission bits do not bind root")
-def test_a_read_only_folder_is_refused_before_any_work(source, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o555)
-    with pytest.raises(PermissionError, match=r"can't be written to \(Permission denied\), nothing was done"):
-        prune(source, tmp_path / "locked" / "pruned")
 
 
 def test_another_run_in_the_same_folder_is_refused_by_its_differences(source, whole, tmp_path, monkeypatch):
@@ -321,47 +290,8 @@ def test_another_run_in_the_same_folder_is_refused_by_its_differences(source, wh
         prune(source, tmp_path / "pruned", FistaPruningConfig(exclude=long))
     with pytest.raises(ValueError, match=r"another one \(batches was"):
         FistaPruner(progress=False).prune(source, tiny_tokens().split(2), output_dir=tmp_path / "pruned")
-    other = tmp_path / "other"
-    tiny_llama(num_hidden_layers=LAYERS, initializer_range=0.1).to(torch.bfloat16).save_pretrained(other)
-    with pytest.raises(ValueError, match=r"another one \(weights\.model-"):
-        prune(other, tmp_path / "pruned")
     prune(source, tmp_path / "pruned", FistaPruningConfig(0.25), overwrite=True)
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
-
-
-def test_an_older_model_goes_only_when_the_new_one_is_whole(source, whole, tmp_path, monkeypatch):
-    output = tmp_path / "pruned"
-    prune(source, output, FistaPruningConfig(0.25))
-    before = files_of(output)
-    with pytest.raises(FileExistsError, match="already holds a model"):
-        prune(source, output)
-
-    cut_off(monkeypatch, file_sink.FileSink, "complete", stop, source, output, overwrite=True)
-    assert files_of(output) == before
-    prune(source, output, overwrite=True)
-    assert files_of(output) == files_of(whole)
-    assert [p.name for p in tmp_path.iterdir()] == ["pruned"]
-
-
-def test_a_second_run_into_the_same_output_is_told_who_writes_it(source, whole, tmp_path, monkeypatch):
-    keep, refused = journal.Journal.keep_layer, []
-
-    def second() -> None:
-        with pytest.raises(BlockingIOError, match="is being written by another run") as raised:
-            prune(source, tmp_path / "pruned", FistaPruningConfig(0.25), overwrite=True)
-        refused.append(raised)
-
-    def watched(self, *arguments):
-        if threading.current_thread() is threading.main_thread():
-            thread = threading.Thread(target=second)
-            thread.start()
-            thread.join()
-        keep(self, *arguments)
-
-    monkeypatch.setattr(journal.Journal, "keep_layer", watched)
-    prune(source, tmp_path / "pruned")
-    assert len(refused) == LAYERS
-    assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
 def test_weights_that_are_unpacked_to_be_read_lie_in_the_unfinished_folder(tmp_path, monkeypatch):
@@ -408,10 +338,9 @@ def perplexity_of(folder: Path, tokens: torch.Tensor) -> float:
     "config",
     [
         FistaPruningConfig(0.5),
-        FistaPruningConfig(0.5, method="wanda", error_correction="intra", exclude=("*.layers.3.*",)),
         FistaPruningConfig(pattern="channels:0.25+layers:0.25"),
     ],
-    ids=["default", "intra, the last layer dense", "smaller"],
+    ids=["default", "smaller"],
 )
 def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, config):
     tokens = tiny_tokens(11)[8:]
@@ -431,8 +360,7 @@ def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, co
     ("correction", "layer", "lost"),
     [
         (0.5, 1, ""),
-        (0.5, LAYERS - 1, ""),
-        ("intra", 1, ""),
+        ("intra", LAYERS - 1, ""),
         ("intra", 1, "states-00002.safetensors"),
         ("intra", LAYERS - 1, "layer-00000.json"),
     ],
@@ -442,8 +370,6 @@ def test_an_interrupted_run_measures_the_same_perplexity(source, tmp_path, layer
     expected = prune(source, tmp_path / "whole", config, held_out=tokens).perplexity
     with interrupted_after(layer), pytest.raises(KeyboardInterrupt):
         prune(source, tmp_path / "out", config, held_out=tokens)
-    with pytest.raises(ValueError, match=r"the unfinished run .* was another one .*calibration was"):
-        prune(source, tmp_path / "out", config, held_out=tiny_tokens(11)[9:])
     if lost:
         unfinished_folder(tmp_path / "out").joinpath("journal", lost).unlink()
     found = prune(source, tmp_path / "out", config, held_out=tokens).perplexity
