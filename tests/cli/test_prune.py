@@ -51,16 +51,10 @@ def test_default_method_and_the_models_own_length(tiny_folder, tmp_path, capsys)
 
 
 def test_flags_reach_the_configuration(prune, tmp_path):
-    flags = ["--pattern", "2:4", "--method", "sparsegpt", "--error-correction", "full", "--seed", "3"]
+    flags = ["--recipe", "fast", "--pattern", "2:4", "--error-correction", "full", "--seed", "3"]
     assert prune(*flags, "--include", "*.mlp.*", "--include", "*.o_proj", "--exclude", "*.1.*") == 0
-    config = FistaPruningConfig(
-        pattern="2:4",
-        method="sparsegpt",
-        error_correction="full",
-        seed=3,
-        include=("*.mlp.*", "*.o_proj"),
-        exclude=("*.1.*",),
-    )
+    names = {"include": ("*.mlp.*", "*.o_proj"), "exclude": ("*.1.*",)}
+    config = FistaPruningConfig.recipe("fast", pattern="2:4", error_correction="full", seed=3, **names)
     assert config_of(tmp_path / "out") == config.resolved()
     assert report_of(tmp_path / "out")["totals"]["num_operators"] == 4
 

@@ -38,13 +38,6 @@ def test_a_dry_run_takes_the_flags_of_a_run(tiny_folder, capsys, monkeypatch):
     assert "6 x 32 tokens (2 held out) that the model writes itself, batches of 2" in capsys.readouterr().out
 
 
-def test_a_dry_run_names_patterns_that_match_nothing(tiny_folder, capsys, monkeypatch):
-    flags = ["--dry-run", "--device", "cpu", "--exclude", "*.q_proj.weight", "--exclude", "*.k_proj"]
-    assert main(["prune", str(tiny_folder), *flags]) == 0
-    expected = "note: exclude: '*.q_proj.weight' matches no linear operator of the decoder layers: "
-    assert expected + "'model.layers.0.self_attn.q_proj' is one." in capsys.readouterr().out
-
-
 def test_a_run_that_may_be_killed_is_announced(tiny_folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "text.txt").write_text("one two three four five " * 200)
     flags = ["--calibration", str(tmp_path / "text.txt"), "--method", "magnitude", *QUICK]

@@ -8,7 +8,6 @@ from untouched import Untouched
 
 from optimum_fista.run.evaluation import perplexity
 from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.texts.text import TextSource
 
 VOCABULARY = 50
 
@@ -75,14 +74,6 @@ def test_nan_logits_are_located(model, windows):
     model.model.embed_tokens.weight.data[7] = torch.nan
     with pytest.raises(ValueError, match="NaN logits in windows 2 to 3: look for NaN in its weights"):
         evaluate_perplexity(model, windows, batch_size=2, progress=False)
-
-
-def test_the_result_names_its_text(model, windows):
-    text = TextSource("some.txt", ("a", "b"), "\n\n")
-    result = evaluate_perplexity(model, windows, progress=False, text=text)
-    assert (result.text_name, result.text_sha256) == ("some.txt", text.sha256)
-    nameless = evaluate_perplexity(model, windows, progress=False)
-    assert (nameless.text_name, nameless.text_sha256) == (None, None)
 
 
 @pytest.mark.parametrize(

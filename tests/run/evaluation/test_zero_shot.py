@@ -69,12 +69,6 @@ def test_accuracy_is_that_of_the_likelihoods(tasks):
     assert scores["acc"].stderr == pytest.approx((share * (1 - share) / 3) ** 0.5)
 
 
-def test_the_limit_takes_the_first_documents(tasks):
-    (result,) = TaskSuite(["sea_choice"], include_path=tasks, limit=1).measure(tiny_llama(), tiny_tokenizer())
-    assert result.scores["acc"].value in (0.0, 1.0)
-    assert result.num_documents == 1
-
-
 def test_task_files_of_the_benchmarks(tasks):
     for path in (Path(__file__).resolve().parents[3] / "benchmarks" / "tasks").iterdir():
         lines = path.read_text()
