@@ -87,7 +87,7 @@ def _kth_by_halving(count: Callable[[Tensor], Tensor], k: int, like: Tensor) -> 
         k: From 1.
         like: Shape, dtype and device of the numbers sought.
     """
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[like.element_size()]
+    whole = {4: torch.int32, 8: torch.int64}[like.element_size()]
     low, high = (_ordered(torch.full_like(like, end).view(whole)) for end in (-math.inf, math.inf))
     for _ in range(8 * like.element_size()):
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, without the sum, which may overflow

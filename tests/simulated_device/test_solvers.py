@@ -89,7 +89,7 @@ def test_loops_do_not_wait(name, short, long, more, pattern):
     assert waits[1] - waits[0] <= more
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("levels", [1, 3, 1000])
 def test_selection_is_exact_and_never_waits(levels, dtype):
     scores = torch.randint(-levels, levels, (40, 60), generator=torch.Generator().manual_seed(0)).to(dtype) / 4
