@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import re
 import warnings
 
@@ -12,9 +13,24 @@ from optimum_fista.cli.main import execute, main
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu", "--method", "wanda"]
 
 
-def test_a_run_ends_with_the_next_commands_which_work(tiny_folder, text_file, tmp_path, capsys, monkeypatch):
-    assert main(["prune", str(tiny_folder), "-o", str(tmp_path / "out"), *QUICK, "--calibration", str(text_file)]) == 0
+def test_a_run_says_what_it_will_do_what_it_cost_and_the_next_commands_which_work(
+    tiny_folder, text_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    command, name = ["prune", str(tiny_folder), *QUICK, "--calibration", str(text_file)], f"{tiny_folder.name}-50pct"
+    assert main(command) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
     printed = capsys.readouterr()
+    begin = dict(line.split(maxsplit=1) for line in printed.err.splitlines() if line[:1].strip())
+    assert begin["pruned"] == "14 operators with 15,360 weights; 7,680 become zero (50.0%)"
+    assert begin["calibration"] == "8 x 16 tokens of text, batches of 1"
+    assert begin["output"] == name
+    assert {"model", "method", "memory", "disk"} < {*begin}
+    found = json.loads((tmp_path / name / "fista" / "report.json").read_text())["perplexity"]
+    assert f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after (no verdict on few" in printed.out
+    assert re.search(r"\nlargest fit error 0\.\d\d \((low|usual|high)\): model\.layers\.", printed.out)
+    assert main(command) == 1
+    assert f"For example: --output {name}-2\n" in capsys.readouterr().err
     commands = [line.split("#")[0].split() for line in printed.out.split("next:\n")[1].splitlines()]
     assert [command[:2] for command in commands] == [
         *(["optimum-fista", name] for name in ("chat", "evaluate", "recover", "report", "verify")),

@@ -1,36 +1,11 @@
-import json
-import re
 from pathlib import Path
 
 import pytest
 
-from optimum_fista.cli.main import main
 from optimum_fista.cli.overview import next_commands, verdicts
 from optimum_fista.run.reports.report import PruningReport
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
-
-
-def test_a_run_without_an_option_names_its_folder_and_says_what_it_will_do_and_what_it_cost(
-    tiny_folder, text_file, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    command = ["prune", str(tiny_folder), *QUICK, "--calibration", str(text_file)]
-    assert main(command) == 0
-    name, shown = f"{tiny_folder.name}-50pct", capsys.readouterr()
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert f"saved to {name}\n" in shown.out
-    begin = dict(line.split(maxsplit=1) for line in shown.err.splitlines() if line[:1].strip())
-    assert begin["pruned"] == "14 operators with 15,360 weights; 7,680 become zero (50.0%)"
-    assert begin["calibration"] == "8 x 16 tokens of text, batches of 1"
-    assert begin["output"] == name
-    assert {"model", "method", "memory", "disk"} < {*begin}
-    found = json.loads((tmp_path / name / "fista" / "report.json").read_text())["perplexity"]
-    assert (found["num_tokens"], found["text"]) == (16, text_file.name)
-    assert f"perplexity {found['dense']:.2f} before and {found['pruned']:.2f} after (no verdict on few" in shown.out
-    assert re.search(r"\nlargest fit error 0\.\d\d \((low|usual|high)\): model\.layers\.", shown.out)
-    assert main(command) == 1
-    assert f"For example: --output {name}-2\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
