@@ -30,9 +30,9 @@ SIZES = {
 def test_the_device_holds_what_is_estimated(size, storage, tmp_path, monkeypatch):
     config = AutoConfig.for_model("llama", vocab_size=8192, num_hidden_layers=2, dtype="bfloat16", **SIZES[size])
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
-    settings = {"num_samples": 4, "sequence_length": 512, "storage_device": storage}
+    settings = {"num_samples": 4, "sequence_length": 256, "storage_device": storage}
     estimate = Estimate(config, device="simulated", batch_size=1, **settings)
-    ids = torch.randint(0, 8192, (4, 512), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 8192, (4, 256), generator=torch.Generator().manual_seed(0))
     pruner = FistaPruner(FistaPruningConfig(), progress=False, storage_device=storage)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few tokens
