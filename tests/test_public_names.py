@@ -25,7 +25,6 @@ for name in sys.argv[1:]:
 
 def test_public_names_can_be_imported_first():
     names = ["FistaPackedConfig", "FistaPruner", "FistaPruningConfig", "load_model", "masked_training", "recover"]
-    assert set(names) <= set(optimum_fista.__all__)
     done = subprocess.run([sys.executable, "-c", _SCRIPT, *names], capture_output=True, text=True)
     assert not done.returncode, done.stderr
 
