@@ -22,20 +22,14 @@ class ActivationStore(Sequence[Tensor]):
     Tensors keep their dtype. Between a device with streams and the CPU or a file they go through two pinned buffers on
     a stream and a thread of their own: writing does not wait, and reading one tensor starts the copy of the next (of
     the one before, if they are read backwards). A file has no name, so that nothing of it is left when the store, or
-    the process, ends in whatever way.
-
-    Args:
-        storage: A device, or a folder.
-        device: Where the tensors are needed.
-        staged: Whether to go through buffers; `None`: if the device has streams and the storage is not a device.
+    the process, ends in whatever way. With `staged` they go through buffers on any device.
     """
 
-    def __init__(self, storage: Storage, device: torch.device, *, staged: bool | None = None) -> None:
+    def __init__(self, storage: Storage, device: torch.device, *, staged: bool = False) -> None:
         self.device = device
         self._storage = torch.device("cpu") if isinstance(storage, Path) else storage
         self._kept: list[Tensor] | _MappedFile = _MappedFile(storage) if isinstance(storage, Path) else []
-        if staged is None:
-            staged = _has_streams(device) and self._storage.type == "cpu"
+        staged = staged or (_has_streams(device) and self._storage.type == "cpu")
         self._staging = _Staging(self._kept, device) if staged else None
 
     @property

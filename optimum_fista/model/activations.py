@@ -54,7 +54,6 @@ class LayerActivations:
     """One decoder layer with everything needed to run it on the calibration tokens.
 
     Attributes:
-        layer: The decoder layer.
         calls: Its arguments besides the hidden states, a batch each.
         token_masks: bool [batch, sequence] or `None`, a batch each; False tokens count nowhere.
         storage: Where hidden states and recorded activations are kept between passes: a device, or a folder for

@@ -18,12 +18,7 @@ from optimum_fista.model.operator import LINEAR, LinearOperator
 
 @dataclass(frozen=True)
 class DecoderLayers:
-    """The decoder layers of a model.
-
-    Attributes:
-        name: Name of their `nn.ModuleList` in the model, such as `model.layers`.
-        modules: The decoder layers in execution order.
-    """
+    """The decoder layers of a model in execution order, and the name of their `nn.ModuleList`: `model.layers`."""
 
     name: str
     modules: tuple[nn.Module, ...]

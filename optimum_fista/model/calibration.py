@@ -61,11 +61,9 @@ def read_batches(loader: Iterable[Any], vocab_size: int, longest: int | None = N
     `cu_seq_lens_q`. Nothing depends on `labels`, which data collators add. `held_out` marks a batch that no weight is
     fitted to; it may name the text.
 
-    Args:
-        loader: Iterable of dicts with `input_ids` (and `attention_mask`), tensors of ids [batch, sequence] or
-            [sequence], or lists of ids; a `torch.utils.data.DataLoader`, a data set or a generator.
-        vocab_size: Number of rows of the input embedding.
-        longest: Tokens a sequence at most; `None`: any number.
+    The loader is an iterable of dicts with `input_ids` (and `attention_mask`), tensors of ids [batch, sequence] or
+    [sequence], or lists of ids: a `torch.utils.data.DataLoader`, a data set or a generator. A sequence may have
+    `longest` tokens; `None`: any number.
     """
     if isinstance(loader, Mapping | str) or not isinstance(loader, Iterable | Dataset):
         raise ValueError(
@@ -75,15 +73,8 @@ def read_batches(loader: Iterable[Any], vocab_size: int, longest: int | None = N
     items = enumerate(_items(loader))
     batches = [batch for i, item in items for batch in _read_batch(item, f"calib_dataloader[{i}]", vocab_size, longest)]
     if not batches:
-        used_up = isinstance(loader, Iterator)
         raise ValueError(
-            "calib_dataloader gave no batch: "
-            + (
-                "it is a generator, which can be read only once, and has been read before. Pass a list or a "
-                "DataLoader, or make a new generator."
-                if used_up
-                else "pass at least one batch of token ids."
-            )
+            "calib_dataloader gave no batch: pass at least one batch of token ids; a generator can be read only once."
         )
     if not any(batch.num_tokens for batch in batches):
         raise ValueError("calib_dataloader holds no real token: every attention_mask is zero.")

@@ -74,7 +74,6 @@ class GroupProblems:
     """The layer problems of operators that share their inputs.
 
     Attributes:
-        operators: The operators.
         fitted: Their problems.
         held_out: Sums over held-out tokens; `None` if no tokens are held out, or none of them reached the operators.
         dense_share: `a` in the targets (`Correction`).
@@ -111,14 +110,8 @@ class LayerTargets:
 
     The dense layer runs once, at the beginning. For `X*` of a group the layer runs from its start up to that group,
     with all earlier groups pruned; parts of the layer that are finished don't run again (`FinishedParts`). Between two
-    groups only the outputs of these parts are kept, and the hidden states that enter the layer.
-
-    Args:
-        activations: The decoder layer, still dense.
-        groups: Its groups of operators, in execution order.
-        correction: How errors are corrected.
-        entering: Hidden states that enter the layer.
-        experts: The module that holds the experts of the layer, if some of them are removed.
+    groups only the outputs of these parts are kept, and the hidden states that enter the layer. The layer is still
+    dense; `groups` are in execution order; `experts` is the module that holds those of which some are removed.
 
     Attributes:
         adds_experts: Whether the output of all experts together has a residual correction.
@@ -326,7 +319,6 @@ class _DenseRecord:
     """What is kept of the dense network for one group: enough to form `W X X*^T` with any later `X*`.
 
     Attributes:
-        group: The operators.
         sums: Sums over the tokens that problems are fitted to (`False`), and over held-out tokens if there are any.
         inputs: Dense inputs [tokens, in] by batch, in the model's dtype; `None` if outputs are kept, or nothing.
         outputs: Dense outputs without bias, of all operators side by side, [tokens, out] by batch; kept instead of

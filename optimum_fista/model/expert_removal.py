@@ -79,13 +79,8 @@ class SmallerMixture:
         E* = sum_e p_e (D_e z_e + b_e),
 
     where `D_e` is the down projection of expert e and `z_e` its input. The router, the gate and the up projections stay
-    as they are, so that `E*` is linear in all `D_e`.
-
-    Args:
-        experts: The experts that stay, in the smaller layer.
-        activations: The smaller layer.
-        hidden_states: What enters it.
-        wanted: What the experts should return together, `Y` [tokens, out], a batch each.
+    as they are, so that `E*` is linear in all `D_e`. The experts are those that stay, in the smaller layer, which
+    `hidden_states` enter; together they should return `wanted`, `Y` [tokens, out], a batch each.
     """
 
     def __init__(
@@ -132,10 +127,8 @@ class SmallerMixture:
             || p_e D_e z_e - (Y - sum_{f != e} p_f (D_f z_f + b_f) - p_e b_e) ||_F^2,
 
         with the ridge of `refit_columns` towards the weights that it has. An expert is refitted if refits on each half
-        of the tokens, the first and the last of every sequence, lessen the error on the other half.
-
-        Args:
-            write: Called with the number of an expert and its new weights [out, in], float32, as they are rounded.
+        of the tokens, the first and the last of every sequence, lessen the error on the other half. `write` is called
+        with the number of an expert and its new weights [out, in], float32, as they are rounded.
 
         Returns:
             How many experts were refitted, and what the user should know.
@@ -150,7 +143,7 @@ class SmallerMixture:
                 # Asked once: afterwards the weights are fitted to both halves.
                 if not halves or (not number and not _gain(*halves)):
                     continue
-                found, message = refit_columns(_together(*halves), _every_column(weight))
+                found, message = refit_columns(_together(*halves), torch.ones_like(weight[0], dtype=torch.bool))
                 if not bool(torch.isfinite(found).all()):
                     raise RuntimeError(f"the refit of {operator.name} failed: weights hold NaN or Inf.")
                 operator.write(found)
@@ -202,14 +195,10 @@ class SmallerMixture:
         return float(torch.linalg.vector_norm(real.float()).double().square())
 
 
-def _every_column(weight: Tensor) -> Tensor:
-    return torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-
-
 def _gain(first: LayerProblem, last: LayerProblem) -> bool:
     """Whether what is fitted to each of two problems is better than the weights of both at the other."""
     for fitted, other in ((first, last), (last, first)):
-        weight, _ = refit_columns(fitted, _every_column(fitted.weight))
+        weight, _ = refit_columns(fitted, torch.ones_like(fitted.weight[0], dtype=torch.bool))
         if not other.squared_error(weight) < other.squared_error(other.weight):
             return False
     return True

@@ -88,13 +88,9 @@ class ExpertLinear(nn.Module):
 
 
 class ExpertOperator(LinearOperator):
-    """A linear operator of one expert; the router decides which tokens it sees.
+    """A linear operator of one of the `experts` of a mixture; the router decides which tokens it sees.
 
-    Attributes:
-        experts: All experts of its mixture.
-        kind: `"gate_proj"`, `"up_proj"` or `"down_proj"`.
-        expert: Number of its expert.
-        tokens: Tokens of the latest call, int64, indices into the flattened batch in rising order.
+    Its `kind` is `"gate_proj"`, `"up_proj"` or `"down_proj"`, and `expert` the number of its expert.
     """
 
     module: ExpertLinear
@@ -126,8 +122,6 @@ class FusedExperts:
     order of the experts and also if the router sends no token, so that they can be watched like other operators.
 
     Attributes:
-        name: Name of the module in the model.
-        module: The module.
         gated: Whether a gate projection is kept together with the up projection.
         interleaved: Whether their outputs alternate.
         transposed: Whether matrices are stored as [in, out].

@@ -32,8 +32,7 @@ class HeldOut:
     it is pruned. After the last one come the model's own norm and head.
 
     Attributes:
-        sequences: The sequences, without padding; short ones of the same length share a batch.
-        text: Name of their text, if known.
+        sequences: Without padding; short ones of the same length share a batch.
         losses: Of both networks, in nats a token; empty before the last decoder layer is through.
     """
 

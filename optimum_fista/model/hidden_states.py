@@ -92,7 +92,6 @@ class _Recorder:
     """Its forward pass takes the place of that of every decoder layer: it records, and hands hidden states on or runs.
 
     Attributes:
-        calls: `RecordedInputs.calls`, so far.
         hidden_states: What enters the first layer in this batch; `None` before it does.
         expected: What should enter the next one.
         next: Number of the next one.

@@ -35,10 +35,6 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
     is and of all models that lack one layer before it. So it costs about half as many forward passes as there are
     layers, and the hidden states of as many models wait at the loss's storage.
 
-    Args:
-        loss: The loss of the dense model.
-        count: How many layers go, fewer than there are.
-
     Returns:
         The numbers of the layers in the order in which they go, each with the loss without it and those before, in
         nats a token. A loss that is not finite counts as the largest.

@@ -107,7 +107,6 @@ class Parts:
     """All parts of one kind.
 
     Attributes:
-        kind: `"channels"`, `"heads"` or `"experts"`.
         groups: Groups of each part: channels, key-value heads or experts.
         parts: In the order of the decoder layers. A layer may have several parts or none.
         settings: The configuration's words for the number of groups, and what each says for one group.
@@ -158,11 +157,8 @@ def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:
     - `"experts"`: experts of mixtures, with their outputs of the router.
 
     Shapes do not tell in which order a matrix keeps its rows. Those of a head are taken to be together, and a gate and
-    an up projection in one matrix to follow one another. `shrinking.require_same_outputs` proves it.
-
-    Args:
-        model: On any device, meta included. It is not changed.
-        kind: What is looked for.
+    an up projection in one matrix to follow one another. `shrinking.require_same_outputs` proves it. The model may be
+    on any device, meta included, and is not changed.
     """
     reasons = [f"{name} {why}" for name, why in shared_weights(find_decoder_layers(model)).items()][:1]
     for number in () if reasons else _numbers(model.config.get_text_config(decoder=True), kind):
@@ -177,15 +173,11 @@ def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:
 
 @dataclass(frozen=True)
 class _Number:
-    """A number of channels, heads or experts that a configuration states.
+    """A number of channels, heads or experts that a configuration states; the rest is as in `Part` and `Parts`.
 
     Attributes:
-        kind: Of what.
         words: What it is called, and its values. Without a value the model chooses it.
         groups: The number of groups. Without it there are as many as an operator has columns.
-        constants: `Parts.constants`.
-        equal_runs: `Part.equal_runs`.
-        at_least: `Parts.at_least`.
     """
 
     kind: Kind

@@ -49,17 +49,12 @@ def is_added_to_output(activations: LayerActivations, module: nn.Module, hidden_
 class LastOperator:
     """The last operator of a decoder layer: what it gets, and what its pruned outputs are added to.
 
-    Args:
-        operator: The operator.
-        activations: Its decoder layer.
-        dense: Its outputs `W X` [tokens, out] in the dense network, a batch each; `None`: they are added to `dense`.
-        energies: Squared norms of the rows of `W X`, [out], float64, and the same over held-out tokens if any are.
-        carried: Whether the layer's output hidden states are carried on.
+    `energies` are squared norms of the rows of `W X`, [out], float64, and the same over held-out tokens if any are.
 
     Attributes:
         inputs: `X*`, a batch each; to be filled.
-        rest: `D*`, a batch each; to be filled. `None` if hidden states are not carried on.
-        dense: `W X`.
+        rest: `D*`, a batch each; to be filled. `None` if the layer's output hidden states are not `carried` on.
+        dense: The outputs `W X` [tokens, out] in the dense network, a batch each; to be filled if they were not given.
     """
 
     def __init__(

@@ -30,15 +30,10 @@ _TYPICAL = 2.0
 
 @dataclass(frozen=True)
 class DenseLoss:
-    """The loss of a dense model on the first calibration sequences: the cross-entropy of the next token.
+    """The loss of a dense model, in evaluation mode: the cross-entropy of the next token.
 
-    Attributes:
-        model: The model, in evaluation mode.
-        layers: Its decoder layers.
-        batches: Calibration batches.
-        num_tokens: Sequences are taken in order until they hold as many real tokens.
-        progress: Whether to show a progress bar.
-        storage: Where hidden states wait between decoder layers; `None`: where each layer computes.
+    Sequences of the batches are taken in order until they hold `num_tokens` real tokens. Hidden states wait at
+    `storage` between decoder layers; `None`: where each layer computes.
     """
 
     model: PreTrainedModel

@@ -14,15 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers, shared_weights
-from optimum_fista.model.offload import alignment_hooks, offload_hook
-from optimum_fista.model.parts import (
-    Kind,
-    Part,
-    as_text,
-    described_model,
-    find_parts,
-    shapes_of,
-)
+from optimum_fista.model.offload import alignment_hooks
+from optimum_fista.model.parts import Kind, Part, as_text, described_model, find_parts, shapes_of
 
 # What configurations say of decoder layers: their number, how many in front are of another kind, lists of numbers.
 _NUM_LAYERS = ("num_hidden_layers", "decoder_layers")
@@ -39,8 +32,7 @@ class Shrinking:
             to save.
         parts: The parts that shrink, by name, without those of decoder layers that go.
         counts: How many groups each part keeps, by name.
-        layers: Numbers of the decoder layers that stay.
-        layers_name: Name of the list of decoder layers.
+        layers: Numbers of the decoder layers that stay, in their list `layers_name`.
         attributes: Sizes and numbers of layers that modules keep as attributes, as they are in the smaller model:
             by the name of the module in the model, then of the attribute.
     """
@@ -63,10 +55,7 @@ class Shrinking:
     def shrink_tensor(self, name: str, tensor: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
         """A tensor of the model as the smaller model has it: a copy with fewer entries, or the tensor itself.
 
-        Args:
-            name: Its name in the model; `new_name` gives that in the smaller model.
-            tensor: As the model stores it, on any device.
-            kept: The groups that stay, in rising order, by the names of parts. Those of other tensors may be missing.
+        `kept` are the groups that stay, in rising order, by the names of parts; those of other tensors may be missing.
         """
         part = self.part_of(name)
         if part is None:
@@ -87,14 +76,10 @@ def plan_shrinking(
 
     The smaller model is built, without weights, from the changed configuration. Every tensor must have the shape that
     shrinking gives it. Modules may differ from those of the model in sizes and in the numbers of their decoder layers,
-    but not in windows, scales or kinds.
+    but not in windows, scales or kinds. The model may be on any device, meta included, and is not changed.
 
-    Args:
-        model: On any device, meta included. It is not changed.
-        channels: Intermediate channels that every MLP keeps; `None`: all.
-        heads: Key-value heads that every attention keeps, each with its query heads; `None`: all.
-        experts: Experts that every mixture keeps; `None`: all.
-        layers: Numbers of the decoder layers that stay, in rising order; `None`: all.
+    The numbers are those of intermediate channels of every MLP, of key-value heads, each with its query heads, and of
+    experts that stay; `layers` are the numbers of the decoder layers that stay, in rising order. `None`: all.
     """
     decoder_layers = find_decoder_layers(model)
     total, prefix = len(decoder_layers), decoder_layers.name
@@ -137,7 +122,7 @@ def plan_shrinking(
 
 
 def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Sequence[int]]) -> None:
-    """Make a model the smaller one, in place.
+    """Make a model, whose weights are in memory, the smaller one, in place.
 
     Modules and parameters stay the same objects, with their devices, modes and hooks. Tensors that lose nothing keep
     their memory; those that shrink lose their gradients. `model.config` becomes another object. `kept` are the groups
@@ -145,9 +130,6 @@ def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Seq
     """
     for name, part in plan.parts.items():
         part.require_kept(kept.get(name, ()), plan.counts[name])
-    for name, module in model.named_modules():
-        if offload_hook(module):
-            raise ValueError(f"{name} is offloaded: pass a model in memory, or prune it from its files.")
     for name, tensor in _tensors(model):
         if plan.part_of(name) is not None:
             tensor.data = plan.shrink_tensor(name, tensor.data, kept)
@@ -164,10 +146,7 @@ def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Seq
 
 
 def smaller_copy(plan: Shrinking, name: str, module: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
-    """A copy of a module without the groups that go. It shares all tensors that lose nothing.
-
-    The arguments are those of `require_same_outputs`.
-    """
+    """A copy of a module without the groups that go. It shares all tensors that lose nothing."""
     smaller: dict[str, Tensor] = {}
     for key, tensor in _tensors(module):
         full = f"{name}.{key}" if name else key
@@ -185,23 +164,19 @@ def require_same_outputs(
 
     Shapes don't tell whether something depends on all channels or heads together (a norm without weights, slopes that
     are computed from the number of heads) or on the number of the decoder layer, or whether rows are in another
-    order. This does, for a decoder layer or a whole model.
+    order. This does, for a decoder layer that stays or a whole model, with a plan for channels or heads.
 
     Args:
-        plan: A plan for channels or heads.
-        name: Name of the module in the model; "" for the model itself, if all its decoder layers stay.
+        plan: The plan.
+        name: Name of the module in the model; "" for the model itself.
         module: The module, with its weights in memory. It and its weights stay as they are.
         kept: The groups that stay, in rising order, by the names of their parts.
         call: Runs a module on some inputs, and returns its output or a tuple that begins with it.
     """
-    if any(plan.new_name(full) is None for full, _ in module.named_modules(prefix=name)):
-        raise ValueError(f"{name or 'the model'} loses decoder layers: compare those that stay, one at a time.")
     zeroed: dict[str, Tensor] = {}
     for key, tensor in _tensors(module):
         full = f"{name}.{key}" if name else key
         part = plan.part_of(full)
-        if part is not None and part.is_mixture:
-            raise ValueError(f"{part.name} loses experts: no zeros can stand for that, so there is nothing to compare.")
         if part is not None and full == f"{part.name}.weight":
             zeroed[key] = part.without_columns(tensor.detach(), kept[part.name])
     small = smaller_copy(plan, name, module, kept)

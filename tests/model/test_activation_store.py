@@ -20,7 +20,7 @@ def activations() -> list[torch.Tensor]:
 @pytest.fixture(params=["device", "file", "staged", "staged file"])
 def store(request, tmp_path) -> ActivationStore:
     storage = tmp_path if "file" in request.param else CPU
-    return ActivationStore(storage, CPU, staged=True if "staged" in request.param else None)
+    return ActivationStore(storage, CPU, staged="staged" in request.param)
 
 
 def open_files() -> set[str]:
@@ -58,7 +58,7 @@ def test_reading_and_writing_in_turn(store):
 
 
 def test_what_is_read_from_a_file_may_be_overwritten(tmp_path):
-    for staged in (None, True):
+    for staged in (False, True):
         store = ActivationStore(tmp_path, CPU, staged=staged)
         store.append(torch.ones(4))
         store[0].zero_()
@@ -66,7 +66,7 @@ def test_what_is_read_from_a_file_may_be_overwritten(tmp_path):
         assert torch.equal(store[0], torch.ones(4))
 
 
-@pytest.mark.parametrize("staged", [None, True])
+@pytest.mark.parametrize("staged", [False, True])
 def test_a_copy_is_not_changed_by_what_happens_to_the_tensor(tmp_path, staged):
     for storage in (CPU, tmp_path):
         store, tensor = ActivationStore(storage, CPU, staged=staged), torch.ones(1000)
@@ -76,7 +76,7 @@ def test_a_copy_is_not_changed_by_what_happens_to_the_tensor(tmp_path, staged):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no list of open files on this system")
-@pytest.mark.parametrize("staged", [None, True])
+@pytest.mark.parametrize("staged", [False, True])
 def test_files_have_no_name_and_go_with_the_store(tmp_path, staged):
     before = open_files()
     store = ActivationStore(tmp_path, CPU, staged=staged)

@@ -82,7 +82,7 @@ def test_the_model_stays_the_callers_own():
     assert calls
 
 
-def test_offloaded_models_are_proved_layer_by_layer_and_not_changed_in_memory():
+def test_offloaded_models_are_proved_layer_by_layer():
     model = tiny_model("llama")
     plan = plan_shrinking(model, channels=30)
     name, layer, run = second_layer(model)
@@ -91,8 +91,6 @@ def test_offloaded_models_are_proved_layer_by_layer_and_not_changed_in_memory():
     with onloaded(layer.modules()):
         require_same_outputs(plan, name, layer, kept, run)
     assert layer.mlp.down_proj.weight.is_meta
-    with pytest.raises(ValueError, match=r"model.embed_tokens is offloaded: pass a model in memory"):
-        shrink_model(model, plan, kept)
 
 
 def second_layer(model):
@@ -122,15 +120,6 @@ def test_a_decoder_layer_is_proved_on_its_own_and_stays_as_it_is(family):
     require_same_outputs(plan, name, layer, kept, call)
     assert sizes[1] < sizes[0]
     assert all(torch.equal(tensor, before[key]) for key, tensor in layer.state_dict().items())
-
-
-def test_what_outputs_can_not_show_is_said():
-    model = tiny_model("mixtral")
-    plan = plan_shrinking(model, experts=3)
-    with pytest.raises(ValueError, match="loses experts"):
-        require_same_outputs(plan, "", model, some_groups(plan), logits)
-    with pytest.raises(ValueError, match="loses decoder layers"):
-        require_same_outputs(plan_shrinking(model, layers=[1]), "", model, {}, logits)
 
 
 @pytest.mark.parametrize(
