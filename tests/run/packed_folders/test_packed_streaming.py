@@ -15,7 +15,8 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.run.checkpoints import atomic
 from optimum_fista.run.checkpoints.output import unfinished_folder
 from optimum_fista.run.estimate import Estimate
-from optimum_fista.run.packed_folders.packed_folder import pack_folder
+from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
 from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
 
 LAYERS = 3
@@ -54,6 +55,12 @@ def test_the_same_folder_as_packed_afterwards(family, pattern, tmp_path):
     assert files_of(tmp_path / "packed") == files_of(tmp_path / "afterwards")
     assert PackedFiles.of_folder(tmp_path / "packed").packing == packing
     assert packing.num_tensors > 0
+    verify_checkpoint(tmp_path / "packed")  # whose weights are in several files
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "dense")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_dense_bytes_of_pruned_operators_are_never_written(source, tmp_path, monkeypatch):
