@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_fista.packed.kernels import kernels
@@ -27,9 +28,8 @@ from optimum_fista.run.pruner import FistaPruner
 from optimum_fista.run.reports.report import library_versions
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST_SIDE = 8192
+_SIDE = 512  # of matrices that are multiplied on the CPU
 _SAME_ZEROS = 0.99  # rounding moves a few weights over the threshold
-_LONG_ENOUGH = 0.02  # seconds of a product that is worth a number
 _GIB = 2**30
 
 
@@ -121,18 +121,10 @@ def _describe(device: torch.device) -> str:
 
 
 def _rate(device: torch.device, dtype: torch.dtype) -> str:
-    """Floating-point operations a second, of the smallest product that takes long enough."""
-    side = 256
-    while True:
-        matrix = torch.ones(side, side, device=device, dtype=dtype)
-        seconds = []
-        for _ in range(3):
-            started = time.perf_counter()
-            float((matrix @ matrix)[0, 0])  # waits for the device
-            seconds.append(time.perf_counter() - started)
-        if min(seconds) > _LONG_ENOUGH or side == _LARGEST_SIDE:
-            return f"{2 * side**3 / min(seconds) / 1e9:,.0f} GFLOP/s"
-        side *= 2
+    """Floating-point operations a second in a product of two matrices."""
+    side = _SIDE if device.type == "cpu" else 8 * _SIDE
+    timer = Timer("float((m @ m)[0, 0])", globals={"m": torch.ones(side, side, device=device, dtype=dtype)})
+    return f"{2 * side**3 / timer.blocked_autorange(min_run_time=0.02).median / 1e9:,.0f} GFLOP/s"
 
 
 def _try_packed(device: torch.device) -> str:

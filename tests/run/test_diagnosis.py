@@ -16,7 +16,7 @@ def doctor(monkeypatch, capsys):
 
     def run(*devices: str) -> tuple[int, str]:
         monkeypatch.setattr(diagnosis, "devices", lambda: map(torch.device, devices))
-        monkeypatch.setattr(diagnosis, "_LONG_ENOUGH", 0.0)
+        monkeypatch.setattr(diagnosis, "_SIDE", 32)
         return main(["doctor"]), capsys.readouterr().out
 
     return run
