@@ -3,13 +3,13 @@ import os
 import pty
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from launched import exit_codes, start_code
 from rich.text import Text
 from tiny_llama import tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -129,27 +129,35 @@ def test_bad_arguments(tiny_folder, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(tiny_folder):
+IN_TERMINAL = """
+import os, sys, time
+from optimum_fista.cli import main
+from transformers import TextStreamer
+terminal = os.open(sys.argv.pop(1), os.O_RDWR)
+for number in range(3):
+    os.dup2(terminal, number)
+sys.stdin, sys.stdout = open(0), open(1, "w", buffering=1)
+put = TextStreamer.put
+TextStreamer.put = lambda self, value: put(self, value) or time.sleep(0.05)
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(tiny_folder, tmp_path):
     """In a real terminal, as a user has it."""
     parent, child = pty.openpty()
-    slow = (
-        "import sys, time; from optimum_fista.cli import main\n"
-        "from transformers import TextStreamer as S; old = S.put\n"
-        "S.put = lambda self, value: old(self, value) or time.sleep(0.05)\n"
-        "sys.exit(main.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", slow, "chat", str(tiny_folder), "--beside", str(tiny_folder), "--device", "cpu"]
-    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, start_new_session=True, env=os.environ)
-    os.close(child)
+    command = ["chat", tiny_folder, "--beside", tiny_folder, "--device", "cpu"]
+    process = start_code(IN_TERMINAL, os.ttyname(child), *command, streams=tmp_path)
     shown = read_until(parent, "> ")
     assert "Ctrl-C stops an answer, Ctrl-D ends." in shown
     os.write(parent, b"the sea\n")
     read_until(parent, "the sea\r\n", 3)
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     read_until(parent, "> ")
-    assert process.poll() is None
+    assert process.is_alive()
     os.write(parent, b"\x04")
-    assert process.wait(timeout=60) == 0
+    assert exit_codes([process]) == [0]
+    os.close(child)
     os.close(parent)
 
 
