@@ -33,7 +33,7 @@ def prune_on_cpu(model, config, batches):
 @pytest.mark.parametrize(
     ("place", "family"),
     [
-        ("in memory", "granitemoe"),
+        ("in memory", "llama4_text"),
         ("on two devices", "mixtral"),
         ("on a device, cpu and disk", "gpt_oss"),
         ("streamed, stored on disk", "deepseek_v3"),
