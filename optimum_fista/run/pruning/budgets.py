@@ -23,21 +23,16 @@ _LEAST_TOKENS = 64
 
 @dataclass
 class Budgets:
-    """Sparsity patterns of all operators.
-
-    Attributes:
-        config: The configuration.
-        sparsities: Sparsities of the operators that share the zeros of the model.
-        output_weights: What an error in each of their outputs costs, [out], nats; they share the zeros of their group.
-        unseen: Operators that the loss did not feel; they keep the average sparsity.
-        removed_layers: Numbers of the decoder layers to remove, in the order in which they were chosen, each with the
-            loss without it and those before.
-    """
+    """Sparsity patterns of all operators."""
 
     config: FistaPruningConfig
+    # Of the operators that share the zeros of the model.
     sparsities: dict[str, float] = field(default_factory=dict)
+    # What an error in each of their outputs costs, [out], nats; they share the zeros of their group.
     output_weights: dict[str, Tensor] = field(default_factory=dict)
+    # Operators that the loss did not feel; they keep the average sparsity.
     unseen: list[str] = field(default_factory=list)
+    # Decoder layers to remove, in the order in which they were chosen, each with the loss without it and those before.
     removed_layers: list[tuple[int, float]] = field(default_factory=list)
 
     def pattern_for(self, name: str) -> SparsityPattern:

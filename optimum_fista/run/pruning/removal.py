@@ -41,30 +41,19 @@ T = TypeVar("T")
 
 @dataclass
 class Removal:
-    """How a run removes whole parts.
+    """How a run removes whole parts."""
 
-    Attributes:
-        plan: The smaller model; until `remove_layers`, with all decoder layers.
-        config: The configuration with a pattern of whole columns for each operator that reads what is removed, and
-            with all others left as they are.
-        asked: The configuration that the user passed.
-        counts: How many parts of each kind a decoder layer keeps.
-        columns: The plan of a model that keeps its experts, by which the other kinds are proved.
-        experts: The plan of a model that loses experts only, by which a decoder layer runs without them.
-        num_removed_layers: How many decoder layers go.
-        removed_layers: Those that go, each with the loss without it and those before.
-        proven: Kinds of decoder layers that were seen to return the same without the removed groups.
-    """
-
-    plan: Shrinking
-    config: FistaPruningConfig
-    asked: FistaPruningConfig
-    counts: Mapping[str, int]
-    columns: Shrinking
-    experts: Shrinking
+    plan: Shrinking  # the smaller model; until `remove_layers`, with all decoder layers
+    config: (
+        FistaPruningConfig  # with a pattern of whole columns for each operator that reads what is removed, no others
+    )
+    asked: FistaPruningConfig  # as the user passed it
+    counts: Mapping[str, int]  # how many parts of each kind a decoder layer keeps
+    columns: Shrinking  # a model that keeps its experts, by which the other kinds are proved
+    experts: Shrinking  # a model that loses experts only, by which a decoder layer runs without them
     num_removed_layers: int
-    removed_layers: Mapping[int, float] = field(default_factory=dict)
-    proven: set[object] = field(default_factory=set)
+    removed_layers: Mapping[int, float] = field(default_factory=dict)  # each with the loss without it and those before
+    proven: set[object] = field(default_factory=set)  # kinds of layers seen to return the same without removed groups
 
     @classmethod
     def planned(cls, model: PreTrainedModel, config: FistaPruningConfig) -> Removal:
@@ -98,11 +87,7 @@ class Removal:
         operators: Mapping[str, Mapping[str, LinearOperator]],
         removed: Mapping[int, float],
     ) -> dict[str, dict[str, LinearOperator]]:
-        """Plan the model without the decoder layers `removed`, which become `removed_layers`.
-
-        Returns:
-            The operators to prune, with those of `with_repairs`, and none in removed layers.
-        """
+        """Plan the model without the decoder layers `removed`; returns the operators to prune in the others."""
         stay = [index for index in range(len(layers)) if index not in removed]
         self.plan, self.columns = _plans(model, self.counts, stay)
         self.removed_layers = removed
@@ -198,8 +183,7 @@ class Removal:
     ) -> tuple[MixtureReport, nn.Module]:
         """Choose the experts of a decoder layer that stay, and refit them, so that they return its targets together.
 
-        Returns:
-            What to report, and the layer without the experts that go.
+        Returns also the layer without the experts that go.
         """
         started, part = time.perf_counter(), self.plan.parts[experts.name]
         num_tokens, saliency, wanted = score_experts(experts, targets)
