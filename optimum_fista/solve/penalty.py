@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -25,7 +25,6 @@ class PenaltySearch:
         l1_penalty: Penalty that gave them, `None` while no trial has improved on the start.
         converged: Whether FISTA converged in that trial.
         iterations: FISTA steps over all trials.
-        errors: Best error after each trial, for plots and tests; never rises.
     """
 
     weight: Tensor
@@ -34,7 +33,6 @@ class PenaltySearch:
     l1_penalty: float | None = None
     converged: bool = True
     iterations: int = 0
-    errors: list[float] = field(default_factory=list)
 
 
 def search_penalty(
@@ -93,7 +91,6 @@ def search_penalty(
             best.l1_penalty, best.converged, failures = l1_penalty, solution.converged, 0
         else:
             failures += 1
-        best.errors.append(best.error)
         if failures >= patience:
             break
         # E_round > xi E_total: rounding dominates, and a larger penalty makes more weights zero before it.

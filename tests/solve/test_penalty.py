@@ -44,21 +44,20 @@ def start():
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("corrected", [False, True])
-def test_improves_on_the_start_and_the_best_error_never_rises(pattern, corrected):
+def test_improves_on_the_start(pattern, corrected):
     ratios = []
     for seed in range(6):
         made = example(12, 16, corrected=corrected, seed=seed)
         rounded = Wanda().prune(made.problem, pattern)
         before = math.sqrt(made.problem.squared_error(rounded.weight))
         found = search_penalty(made.problem, pattern, rounded.weight, rounded, fista_solver(made))
-        assert [before, *found.errors] == sorted([before, *found.errors], reverse=True)
-        assert found.errors[-1] == found.error
+        assert found.error <= before
         assert found.error**2 == pytest.approx(made.squared_error(found.weight), rel=1e-6)
         assert pattern.violation(found.mask) is None
         assert (found.weight[~found.mask] == 0).all()
         assert (found.l1_penalty is None) is (found.error == before)
         assert found.l1_penalty is None or 1e-6 <= found.l1_penalty / float(made.problem.target.abs().max()) <= 1
-        assert 0 < found.iterations <= 20 * len(found.errors)
+        assert found.iterations > 0
         ratios.append(found.error / before)
     assert sum(ratios) / len(ratios) < 0.98
 
@@ -73,33 +72,23 @@ def test_a_solver_that_never_improves_returns_the_start(patience, damage):
     assert found.mask is rounded.mask
     assert found.l1_penalty is None
     assert found.converged, "no trial was kept, so none that was cut short was"
-    assert len(solver.penalties) == len(found.errors) == patience
-    assert set(found.errors) == {math.sqrt(made.problem.squared_error(rounded.weight))}
+    assert len(solver.penalties) == patience
+    assert found.error == math.sqrt(made.problem.squared_error(rounded.weight))
     assert found.iterations == 7 * patience
 
 
-def test_failures_count_from_the_last_improvement():
+def test_failures_count_from_the_last_improvement_and_trials_start_from_it():
     (made, rounded), pattern = start(), PATTERNS[0]
     better = refit(made.problem.gram, made.problem.target, rounded.weight, rounded.mask)[0]
     answers = iter([-better, -better, better, -better, -better, -better, better])
     solver = Solver(lambda start, _: next(answers))
-    found = search_penalty(made.problem, pattern, rounded.weight, rounded, solver, patience=3)
+    found = search_penalty(made.problem, pattern, made.weight, rounded, solver, patience=3)
     assert len(solver.penalties) == 6
+    assert all(start is made.weight for start in solver.starts[:3])
+    assert all(torch.equal(start, found.weight) for start in solver.starts[3:])
     assert found.l1_penalty == solver.penalties[2]
     assert not found.converged
     assert torch.equal(found.weight, better)
-
-
-def test_trials_start_from_the_best_rounded_weights():
-    (made, rounded), pattern = start(), PATTERNS[0]
-    better = refit(made.problem.gram, made.problem.target, rounded.weight, rounded.mask)[0]
-    answers = iter([-better, better, -better, -better, -better])
-    solver = Solver(lambda start, _: next(answers))
-    first = made.weight
-    found = search_penalty(made.problem, pattern, first, rounded, solver)
-    assert solver.starts[0] is first
-    assert solver.starts[1] is first
-    assert all(torch.equal(start, found.weight) for start in solver.starts[2:])
 
 
 @pytest.mark.parametrize("share", [0.05, 0.95])

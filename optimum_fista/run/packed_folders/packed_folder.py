@@ -34,8 +34,8 @@ from optimum_fista.run.checkpoints.output import (
 )
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.checkpoints.writing import write_form
-from optimum_fista.run.packed_folders.packing import Packer, Packing, operators_by_tensor, packed_settings
-from optimum_fista.run.packed_folders.unpacking import PackedFiles, is_packed
+from optimum_fista.run.packed_folders.packing import Packer, operators_by_tensor, packed_settings
+from optimum_fista.run.packed_folders.unpacking import PackedFiles, Packing, is_packed
 from optimum_fista.solve.pattern import pack_mask
 
 _Convert: TypeAlias = Callable[[Iterable[str], Callable[[str], Tensor]], dict[str, Tensor]]
@@ -81,7 +81,7 @@ def pack_folder(
             return packed_settings(weights, packer.names)
 
         _convert_folder(folder, output, files, ("model", "packed"), convert, {}, settings, overwrite, progress)
-    return packer.packing
+    return PackedFiles.of_folder(output).packing
 
 
 def unpack_folder(
@@ -96,7 +96,7 @@ def unpack_folder(
     """
     if not is_packed(folder):
         raise ValueError(f"folder {str(folder)!r} is not packed: pass a folder made by `optimum-fista pack`.")
-    packed_files, packing = PackedFiles.of_folder(folder), Packing()
+    packed_files = PackedFiles.of_folder(folder)
     operators = operators_by_tensor(read_report(folder).operators)
     parts = {name + suffix: name for name in packed_files.names for suffix in SUFFIXES}
     masks: dict[str, Tensor] = {}
@@ -111,13 +111,12 @@ def unpack_folder(
                 packed = packed_files.read(name)
                 written[name], mask = unpack(packed), unpack_mask(packed)
                 masks.update({o.name: pack_mask(mask[split_index(o.name)[1]]) for o in operators.get(name, [])})
-                packing.count(packed)
         return written
 
     _convert_folder(
         folder, output, packed_files.files, ("packed", "model"), convert, masks, lambda _: None, overwrite, progress
     )
-    return packing
+    return packed_files.packing
 
 
 def _convert_folder(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,35 +18,6 @@ from optimum_fista.solve.pattern import unpack_mask
 from optimum_fista.solve.patterns import parse_pattern
 
 
-@dataclass
-class Packing:
-    """What packing or unpacking did.
-
-    Attributes:
-        num_tensors: Weights that are stored packed.
-        dense_bytes: Their bytes as dense tensors.
-        packed_bytes: Their bytes packed.
-    """
-
-    num_tensors: int = 0
-    dense_bytes: int = 0
-    packed_bytes: int = 0
-
-    def count(self, packed: PackedTensor) -> None:
-        """Count one more."""
-        self.num_tensors += 1
-        self.dense_bytes += packed.dense_bytes
-        self.packed_bytes += packed.num_bytes
-
-    def __str__(self) -> str:
-        """A line for people."""
-        ratio = self.packed_bytes / max(1, self.dense_bytes)
-        return (
-            f"{self.num_tensors} weights: {self.dense_bytes / 2**20:,.1f} MiB dense, "
-            f"{self.packed_bytes / 2**20:,.1f} MiB packed ({ratio:.3f})"
-        )
-
-
 class Packer:
     """Packs the pruned weights among the tensors of a checkpoint.
 
@@ -58,13 +28,11 @@ class Packer:
 
     Attributes:
         names: The tensors that are packed: those that hold an operator, and other experts of their mixtures.
-        packing: What has been packed so far.
     """
 
     def __init__(
         self, operators: Iterable[OperatorReport], names: Iterable[str], read_mask: Callable[[str], Tensor]
     ) -> None:
-        self.packing = Packing()
         self._read_mask = read_mask
         self._operators = operators_by_tensor(operators)
         self.names = {*self._operators, *_siblings(self._operators, names)}
@@ -80,7 +48,6 @@ class Packer:
                 packed = self._pack(tensor, self._operators.get(name, []))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            self.packing.count(packed)
             stored |= packed.named(name)
         return stored
 

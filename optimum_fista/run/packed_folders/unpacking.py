@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,31 @@ from optimum_fista.packed.validation import SUFFIXES, PackedFormatError
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_FILE, PACKED_KEY, checkpoint_files, read_json
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.packed_folders.packed_loading import QUANT_METHOD
-from optimum_fista.run.packed_folders.packing import Packing
 from optimum_fista.run.reports.report import OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask
+
+
+@dataclass
+class Packing:
+    """What a packed folder saves.
+
+    Attributes:
+        num_tensors: Weights that are stored packed.
+        dense_bytes: Their bytes as dense tensors.
+        packed_bytes: Their bytes packed.
+    """
+
+    num_tensors: int
+    dense_bytes: int
+    packed_bytes: int
+
+    def __str__(self) -> str:
+        """A line for people."""
+        ratio = self.packed_bytes / max(1, self.dense_bytes)
+        return (
+            f"{self.num_tensors} weights: {self.dense_bytes / 2**20:,.1f} MiB dense, "
+            f"{self.packed_bytes / 2**20:,.1f} MiB packed ({ratio:.3f})"
+        )
 
 
 class Unpack(ConversionOps):
@@ -108,13 +131,13 @@ class PackedFiles:
     @property
     def packing(self) -> Packing:
         """The sizes of the packed weights; only headers and layouts are read."""
-        packing = Packing()
+        found = []
         for name in self.names:
             with safe_open(self.files[name + SUFFIXES[0]], "pt") as file:
                 parts = (file.get_slice(name + suffix) for suffix in SUFFIXES[:2])
                 values, mask = (part[:0].new_empty(part.get_shape(), device="meta") for part in parts)
-                packing.count(PackedTensor(values, mask, file.get_tensor(name + SUFFIXES[2])))
-        return packing
+                found.append(PackedTensor(values, mask, file.get_tensor(name + SUFFIXES[2])))
+        return Packing(len(found), sum(p.dense_bytes for p in found), sum(p.num_bytes for p in found))
 
     def _read(self, name: str) -> PackedTensor:
         """Each tensor is checked when it is read for the first time: checksums take a while."""
