@@ -24,10 +24,11 @@ CORRECTIONS = (
     {"error_correction": 0.5, "residual_correction": 1.0},
 )
 ALLOCATIONS = ({"allocation": "uniform"}, {"allocation": "fisher"})
-OPTIONS = list(product(range(len(PATTERNS)), range(len(CORRECTIONS)), range(len(ALLOCATIONS))))
+ALL = list(product(WEIGHT_METHODS, PLACES, range(len(PATTERNS)), range(len(CORRECTIONS)), range(len(ALLOCATIONS))))
 SOME = [  # every place meets every pattern, correction and allocation; two places share a result of the CPU
-    ((4 * k + p % 4) % len(WEIGHT_METHODS), place, (p % 4 + k) % len(PATTERNS), k, (p % 4 + k // 2) % len(ALLOCATIONS))
+    (WEIGHT_METHODS[(4 * k + j) % len(WEIGHT_METHODS)], place, (j + k) % len(PATTERNS), k, (j + k // 2) % 2)
     for (p, place), k in product(enumerate(PLACES), range(len(CORRECTIONS)))
+    for j in [p % 4]
 ]
 BATCHES = tiny_tokens(16, 64).split(4)  # so many tokens that rounding changes no mask
 
@@ -39,7 +40,11 @@ def on_cpu(config: str) -> tuple[dict[str, Tensor], PruningReport]:
     return dict(model.state_dict()), report
 
 
-def require_pruned_as_on_the_cpu(method, place, pattern, correction, allocation, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "place", "pattern", "correction", "allocation"),
+    [case if case in SOME else pytest.param(*case, marks=pytest.mark.slow) for case in ALL],
+)
+def test_pruned_as_on_the_cpu(method, place, pattern, correction, allocation, tmp_path):
     config = FistaPruningConfig(
         method=method, **PATTERNS[pattern], **CORRECTIONS[correction], **ALLOCATIONS[allocation]
     )
@@ -56,17 +61,3 @@ def require_pruned_as_on_the_cpu(method, place, pattern, correction, allocation,
     else:
         # FISTA stops by a relative change, which a device is asked for every tenth step only: it may end a step apart.
         require_the_same(found, expected, 3e-4 if method == "fista" else 1e-4)
-
-
-@pytest.mark.parametrize(("method", "place", "pattern", "correction", "allocation"), SOME)
-def test_pruned_as_on_the_cpu(method, place, pattern, correction, allocation, tmp_path):
-    require_pruned_as_on_the_cpu(WEIGHT_METHODS[method], place, pattern, correction, allocation, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("method", WEIGHT_METHODS)
-def test_all_combinations(method, place, tmp_path):
-    for number, options in enumerate(OPTIONS):
-        (tmp_path / str(number)).mkdir()
-        require_pruned_as_on_the_cpu(method, place, *options, tmp_path / str(number))
