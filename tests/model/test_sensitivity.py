@@ -115,7 +115,7 @@ def test_gradients_that_are_not_finite_are_an_error():
     assert all("forward" not in vars(layer) for layer in model.model.layers)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "falcon"])
 def test_where_hidden_states_wait_does_not_matter(family, tmp_path):
     _, on_device = measure(tiny_model(family))
     _, in_files = measure(tiny_model(family), storage=tmp_path)
