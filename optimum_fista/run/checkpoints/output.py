@@ -132,8 +132,8 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
 @contextmanager
 def new_output(output_dir: Path, overwrite: bool, foreign: Collection[str] = ()) -> Iterator[Path]:
     """Write a folder at once: yields an empty one, which becomes `output_dir` at the end (`install`)."""
-    require_output(output_dir, overwrite)
     with locked_output(output_dir) as folder:
+        require_output(output_dir, overwrite)
         if is_streamed(folder) and not overwrite:
             raise FileExistsError(
                 f"{str(folder)!r} holds an unfinished run: give its command again to finish it, delete the folder, or "

@@ -47,10 +47,8 @@ def test_saved_card_has_one_row_for_every_kind_of_operator(saved):
     assert len(rows) == 7
     errors = [o.fit_error for o in saved.report.operators if o.name.endswith("mlp.down_proj.weight")]
     outputs = [o.output_error for o in saved.report.operators if o.name.endswith("mlp.down_proj.weight")]
-    wanted = (
-        f"| mlp.down_proj | 32 x 48 | 75.00% | {sum(errors) / 2:.4f} | {max(errors):.4f} | {sum(outputs) / 2:.4f} |"
-    )
-    assert wanted in rows
+    numbers = f"{sum(errors) / 2:.4f} | {max(errors):.4f} | {sum(outputs) / 2:.4f}"
+    assert f"| mlp.down_proj | 32 x 48 | 75.00% | {numbers} |" in rows
 
 
 def test_the_configuration_in_the_card_makes_the_model_again(saved):
