@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from optimum_fista.model.activation_store import ActivationStore, Storage
-from optimum_fista.model.forward import LayerCall, StopForward
+from optimum_fista.model.forward import LayerCall, StopForward, run_module
 from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.products import quick_products
 
 
 @dataclass
@@ -80,10 +79,9 @@ class LayerActivations:
         """An empty list of activations that are kept at `storage` and needed on the layer's device."""
         return ActivationStore(self.storage, self.device)
 
-    @quick_products()
     def run(self, batch: int, hidden_states: Tensor) -> Tensor:
         """Output hidden states of the layer for one batch."""
-        return self.calls[batch].run(self.layer, hidden_states.to(self.device, non_blocking=True))
+        return run_module(self.calls[batch].run, self.layer, hidden_states.to(self.device, non_blocking=True))
 
     def outputs(self, hidden_states: Iterable[Tensor]) -> ActivationStore:
         """Output hidden states of the layer, a batch each."""
@@ -104,8 +102,8 @@ class LayerActivations:
 
         for hidden, call in zip(hidden_states, self.calls, strict=True):
             # off while the caller has the arguments
-            with module.register_forward_pre_hook(stop, with_kwargs=True), quick_products(), suppress(StopForward):
-                call.run(self.layer, hidden.to(self.device, non_blocking=True))
+            with module.register_forward_pre_hook(stop, with_kwargs=True), suppress(StopForward):
+                run_module(call.run, self.layer, hidden.to(self.device, non_blocking=True))
             if not seen:
                 raise RuntimeError(
                     f"a {type(module).__name__} is not called in every forward pass of its decoder layer: leave the "

@@ -17,10 +17,9 @@ from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers, modules_around
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import replaced_forwards
+from optimum_fista.model.forward import replaced_forwards, run_module
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 from optimum_fista.model.offload import execution_device, onloaded
-from optimum_fista.model.products import quick_products
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs
 
@@ -105,8 +104,7 @@ class Sweep:
         stream.move(storage, device)
         leaving = ActivationStore(storage, device)
         for hidden, call in zip(stream, calls, strict=True):
-            with quick_products():
-                output = layer(hidden, *call.arguments, **call.keywords)
+            output = run_module(layer, hidden, *call.arguments, **call.keywords)
             hidden, self.rest = (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
             leaving.append(hidden)
         return leaving
@@ -133,10 +131,9 @@ class Sweep:
         # The model runs with decoder layers that return these hidden states, whatever they are called with.
         output = hidden if self.rest is None else (hidden, *self.rest)
         forwards = [lambda *_, **__: output] * len(self.layers)
-        with replaced_forwards(self.layers.modules, forwards), quick_products():
-            logits: Tensor = self.model(
-                input_ids=ids.to(execution_device(self.model.get_input_embeddings())), use_cache=False
-            ).logits
+        with replaced_forwards(self.layers.modules, forwards):
+            ids = ids.to(execution_device(self.model.get_input_embeddings()))
+            logits: Tensor = run_module(self.model, input_ids=ids, use_cache=False).logits
         return logits
 
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import LayerActivations
-from optimum_fista.model.forward import watching
+from optimum_fista.model.forward import run_module, watching
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.products import quick_products
 from optimum_fista.solve.problem import relative
 
 _ROUNDED = 0.5
@@ -88,8 +87,7 @@ class LastOperator:
         squares = {kind: torch.zeros((), dtype=torch.float64, device=activations.device) for kind in (False, True)}
         outputs = None if self.rest is None else activations.store()
         for batch, inputs in enumerate(self.inputs):
-            with quick_products():
-                output = operator.module(inputs)
+            output = run_module(operator.module, inputs)
             if outputs is not None and self.rest is not None:
                 rest = self.rest[batch]
                 outputs.append(rest + output.view(rest.shape))

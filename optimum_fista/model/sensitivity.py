@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers, modules_around
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import replaced_forwards, watching
+from optimum_fista.model.forward import replaced_forwards, run_backward, run_module, watching
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.products import quick_products
 
 _TYPICAL = 2.0
 """Energies of tokens are cut off at this many medians of their sequence."""
@@ -115,7 +114,6 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
         onloaded(modules_around(loss.model, loss.layers), copy=False),
         _recomputed_layers(loss) as waiting,
         torch.enable_grad(),
-        quick_products(),
     ):
         for ids in bar:
             _run(loss.model, watchers.values(), ids.to(device))
@@ -142,9 +140,9 @@ def _run(model: PreTrainedModel, watchers: Collection[_Watcher], ids: Tensor) ->
         {watcher.operator.module: watcher.see_input for watcher in watchers},
         {watcher.operator.module: watcher.see_output for watcher in watchers},
     ):
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = run_module(model, input_ids=ids, use_cache=False).logits
     # A sum, so that each token's gradient is that of its own loss and those after it, whatever the length.
-    nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum").backward()
+    run_backward(nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum"))
 
 
 class _Watcher:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from optimum_fista.model.forward import as_multiplied, quick_products
 from optimum_fista.model.operator import Group
-from optimum_fista.model.products import as_multiplied, quick_products
 from optimum_fista.solve.linalg import row_blocks
 from optimum_fista.solve.problem import DenseOutputs, LayerProblem, inner_by_rows
 from optimum_fista.solve.statistics import InputStatistics

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_fista.model.products import quick_products_in
+from optimum_fista.model.forward import quick_products_in
 from optimum_fista.model.sums import GramAccumulator, LayerSums
 
 CPU = torch.device("cpu")

@@ -27,8 +27,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.forward import compute_dtype_of
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.products import compute_dtype_of
 from optimum_fista.run.checkpoints.checkpoint import mark_retrained, read_report
 from optimum_fista.run.checkpoints.loading import (
     load_model,
