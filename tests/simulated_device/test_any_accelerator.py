@@ -83,7 +83,7 @@ def test_a_device_that_is_nearly_full_has_room_for_the_smaller_model(fails, monk
 
 
 def test_the_doctor_tries_every_device(monkeypatch, capsys):
-    monkeypatch.setattr(diagnosis, "_LONG_ENOUGH", 0.0)
+    monkeypatch.setattr(diagnosis, "_SIDE", 32)
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     for index in range(2):
@@ -92,7 +92,7 @@ def test_the_doctor_tries_every_device(monkeypatch, capsys):
 
 
 def test_the_doctor_says_that_a_device_without_memory_fails(monkeypatch, capsys):
-    monkeypatch.setattr(diagnosis, "_LONG_ENOUGH", 0.0)
+    monkeypatch.setattr(diagnosis, "_SIDE", 32)
     with backend.memory_limit(2**16, "simulated:1"):
         assert main(["doctor"]) == 1
     shown, after = capsys.readouterr().out.split("\nsimulated:1: ")
