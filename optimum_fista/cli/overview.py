@@ -45,6 +45,9 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> int
     if free is not None:
         print(f"{'':<13}{_size(free)} of memory are free", file=sys.stderr)
     print(f"{'output':<13}{arguments.output}", file=sys.stderr)
+    if arguments.push_to_hub:
+        beside = f"with copies of the small files beside the weights of {arguments.model}"
+        print(f"{'upload':<13}{arguments.push_to_hub}, {beside}", file=sys.stderr)
     if free is not None and needed > free:
         most = max(parts, key=lambda part: parts[part])
         print(

@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dropped = "prune although the files hold tensors that the result will lack, such as a vision tower"
     add("--drop-unused", action="store_true", help=dropped)
     add("--packed", action="store_true", help="store the pruned weights without their zeros (see pack --help)")
-    add("--push-to-hub", metavar="REPO", help="upload the folder to this model repository when done")
+    pushed = "upload the folder when done, with the copies of all small files beside the weights of MODEL"
+    add("--push-to-hub", metavar="REPO", help=pushed)
     add("--private", action="store_true", default=None, help="make a new repository private")
     add = advanced["method"].add_argument
     add("--config", metavar="FILE", help="JSON file, pruned folder or Hub id with a configuration; flags override it")

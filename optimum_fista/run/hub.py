@@ -26,8 +26,9 @@ def push_folder(
 ) -> str:
     """Upload the files of a pruned model's folder to a model repository and return the URL of the commit.
 
-    Only the files on the list in `fista/files.json` are uploaded: those that a run, `report` and `evaluate` wrote. A
-    warning names the others. The Hub checks the metadata of the model card before anything is uploaded.
+    Only the files on the list in `fista/files.json` are uploaded: those that a run, `report` and `evaluate` wrote, and
+    those that a run copied from beside the dense model's weights. A warning names the others. The Hub checks the
+    metadata of the model card before anything is uploaded.
 
     The repository, and the branch `revision` (from the head of `main`), are created if absent. Files of the same name
     are replaced. Weights of a standard name (`model.safetensors`, ...), and `fista/`, that are on the branch but not in

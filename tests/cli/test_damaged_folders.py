@@ -52,7 +52,8 @@ def index(text: str) -> Damage:
     def damage(folder: Path) -> None:
         path = weights(folder)
         path.rename(folder / "other.safetensors")
-        (folder / f"{path.name}.index.json").write_text(text)
+        stem = path.name.partition("-")[0].removesuffix(".safetensors")  # of shards too
+        (folder / f"{stem}.safetensors.index.json").write_text(text)
 
     return damage
 
@@ -113,9 +114,12 @@ REPORTS = {
     "error is a word": operator(fit_error="small"),
     "config is empty": values(REPORT, config={}),
     "no parameters": values(REPORT, model={"class": "LlamaForCausalLM", "num_parameters": 0}),
+    "no name": values(REPORT, model={"class": "LlamaForCausalLM", "num_parameters": 1}),
     "calibration is empty": values(REPORT, calibration={}),
     "layers are numbers": values(REPORT, layers=[1]),
 }
+INDEX = {"index of numbers": index(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": 3}}))}
+INDEX |= {"metadata is a number": index(json.dumps({"metadata": 3, "weight_map": {"lm_head.weight": "other"}}))}
 MASK_FILES = {
     "Git LFS": text(MASKS, LFS),
     "a mask is missing": tensors(MASKS, drop),
@@ -130,6 +134,8 @@ CASES = [
     ("pruned", "report", REPORTS),
     *(("packed", command, WEIGHTS | ANY_CONFIG | REPORTS) for command in ("verify", "unpack")),
     ("packed", "evaluate", WEIGHTS),
+    ("pruned", "pack", INDEX),
+    ("packed", "unpack", INDEX | {"no weights": values(CONFIG, quantization_config={"quant_method": "fista_packed"})}),
 ]
 
 

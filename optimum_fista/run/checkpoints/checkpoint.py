@@ -22,6 +22,7 @@ MASKS_FILE = "fista/masks.safetensors"
 REPORT_FILE = "fista/report.json"
 _CONFIG_KEYS = {"method", "pattern", "error_correction"}
 _CALIBRATION_KEYS = {"num_sequences", "num_tokens"}
+_MODEL_KEYS = {"name", "class"}
 MASKS_FORMAT = "bitmask-1"
 MASKS_METADATA = {"format": MASKS_FORMAT}  # one key only: safetensors writes several in any order
 
@@ -69,7 +70,8 @@ def read_report(folder: Path) -> PruningReport:
     require_files(folder, REPORT_FILE)
     try:
         report = PruningReport.from_dict(read_json(file))
-        for record, keys in ((report.config, _CONFIG_KEYS), (report.calibration, _CALIBRATION_KEYS)):
+        parts = (report.config, _CONFIG_KEYS), (report.calibration, _CALIBRATION_KEYS), (report.model, _MODEL_KEYS)
+        for record, keys in parts:
             if missing := sorted(keys - set(record)):
                 raise KeyError(*missing)
         return report
@@ -95,9 +97,12 @@ def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
     """The safetensors file of every tensor of a model folder; `stem` is the first part of the files' names."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.exists() and not single.exists():  # Transformers prefers the single file as well
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{str(index)!r} is damaged: it has no weight_map.")
+        found = read_json(index)
+        weight_map, metadata = found.get("weight_map"), found.get("metadata", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"{str(index)!r} is damaged: it has no weight_map that names a file for each tensor.")
+        if not isinstance(metadata, dict):
+            raise ValueError(f"{str(index)!r} is damaged: its metadata is a JSON {type(metadata).__name__}.")
         return {name: folder / file for name, file in weight_map.items()}
     if not single.exists():
         raise FileNotFoundError(f"{str(folder)!r} holds no {stem}.safetensors: pass a pruned model folder.")

@@ -9,6 +9,7 @@ added or changed since is somebody's, and the folder is refused.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -49,29 +50,42 @@ def folder_beside(source: str | Path, ending: str) -> Path:
 def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | None = None) -> None:
     """Refuse an output that can't become a folder of ours, or with which a file of somebody would be lost.
 
-    `source` is the model that is read: the output must neither be its folder nor lie in it.
+    `source` is the model that is read: the output must neither be its folder nor lie in it, nor may a run into the
+    output throw the folder away.
     """
     shown, output = f"output {str(output_dir)!r}", Path(os.path.realpath(output_dir))
     if output_dir.name in ("", ".."):
         raise ValueError(f"{shown} has no name of its own: pass a folder by its name, such as 'model-50'.")
     places = [path for path in (output, *output.parents) if path.exists()]
-    if source is not None and Path(source).is_dir() and any(path.samefile(source) for path in places):
-        raise ValueError(f"{shown} lies in the folder that is read, {str(source)!r}: pass a folder outside of it.")
+    if source is not None and Path(source).is_dir():
+        if any(path.samefile(source) for path in places):
+            raise ValueError(f"{shown} lies in the folder that is read, {str(source)!r}: pass a folder outside of it.")
+        if Path(os.path.realpath(source)).is_relative_to(unfinished := unfinished_folder(output_dir)):
+            raise ValueError(
+                f"{shown}: the folder that is read, {str(source)!r}, lies in {str(unfinished)!r}, which a run into the "
+                "output throws away: pass another output, or move the folder that is read."
+            )
     if not output.exists():
         return
     if not output.is_dir():
         raise FileExistsError(f"{shown} is a file: pass a folder.")
     if os.path.ismount(output):
         raise ValueError(f"{shown} is a mount point, which can't be replaced: pass a folder in it.")
-    listed = bool(_noted(output))
-    if listed and not overwrite:
+    noted = _noted(output)
+    if noted and not overwrite:
         raise FileExistsError(f"{shown} already holds a model: pass another folder, or overwrite=True (--overwrite).")
-    if others := foreign_files(output) if listed else sorted(os.listdir(output)):
+    if others := foreign_files(output) if noted else sorted(os.listdir(output)):
+        if _noted(output) != noted:  # another run's model came meanwhile
+            require_output(output_dir, overwrite, source=source)
+            return
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise FileExistsError(
             f"{shown} holds {', '.join(others[:3])}{more}, which optimum-fista did not write or somebody changed: it "
             "would be lost. Pass another folder, or move it away."
         )
+    if not os.access(output, os.W_OK):  # a folder that can't be written to can't change its place
+        what = f"{shown} can't be replaced ({os.strerror(errno.EACCES)}): make it writable, or pass another folder"
+        raise PermissionError(errno.EACCES, what, str(output))
 
 
 def foreign_files(folder: Path) -> list[str]:
@@ -84,6 +98,12 @@ def model_files(folder: Path) -> set[str]:
     """Names of the files in a folder that are on its list, and of the list; none if there is no list."""
     noted = _noted(folder)
     return {*all_names(folder)} & {*noted, FILES_FILE} if noted else set()
+
+
+def unlisted_files(folder: Path) -> set[str]:
+    """Names of the files that somebody added to a folder that has a list; none if there is no list."""
+    listed = model_files(folder)
+    return {*all_names(folder)} - listed if listed else set()
 
 
 def all_names(folder: Path) -> list[str]:

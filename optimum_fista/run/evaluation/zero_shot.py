@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -73,7 +74,8 @@ class TaskSuite:
             raise ValueError(f"limit={limit}: pass 1 or more.")
         self.names, self.limit, self.batch_size = list(dict.fromkeys(names)), limit, batch_size
         self.include_path = None if include_path is None else Path(include_path)
-        self._manager = self._find_tasks()
+        with _errors_only():
+            self._manager = self._find_tasks()
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[TaskResult]:
         """Measure a model on one task after another, and yield each result before the next task begins."""
@@ -82,7 +84,7 @@ class TaskSuite:
 
         files = None if self.include_path is None else _digest(self.include_path)
         for name in self.names:
-            with evaluation_mode(model):
+            with evaluation_mode(model), _errors_only():
                 found: Any = lm_eval.simple_evaluate(
                     HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
                     tasks=[name],
@@ -100,8 +102,6 @@ class TaskSuite:
             yield TaskResult(name, scores, documents, version("lm_eval"), files)
 
     def _find_tasks(self) -> Any:
-        for name in ("lm_eval", "lm-eval"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         from lm_eval.tasks import TaskManager
 
         known: Any = None
@@ -119,6 +119,20 @@ class TaskSuite:
                 why = "a tag or a group without a metric of its own; pass the tasks that it stands for"
                 raise ValueError(f"tasks: {name!r}: {why}.")
         return known
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Have lm-eval log nothing but errors."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _digest(folder: Path) -> str:

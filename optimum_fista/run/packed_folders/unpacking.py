@@ -116,7 +116,9 @@ class PackedFiles:
     @classmethod
     def of_folder(cls, folder: Path) -> PackedFiles:
         """Those of a packed folder."""
-        weights: str = read_json(folder / CONFIG_FILE)[PACKED_KEY]["weights"]
+        weights = read_json(folder / CONFIG_FILE)[PACKED_KEY].get("weights")
+        if not isinstance(weights, str):
+            raise PackedFormatError(f"{str(folder / CONFIG_FILE)!r} is damaged: {PACKED_KEY} names no file of weights.")
         return cls(checkpoint_files(folder, weights.partition(".")[0]))
 
     def outline(self, name: str) -> PackedTensor:

@@ -47,6 +47,7 @@ from optimum_fista.run.checkpoints.output import (
     locked_output,
     require_output,
     unfinished_folder,
+    unlisted_files,
 )
 from optimum_fista.run.checkpoints.source_files import copy_source, source_folder
 from optimum_fista.run.checkpoints.writing import write_checkpoint
@@ -210,9 +211,10 @@ def recover(
             record = dataclasses.replace(record, recoveries=[*record.recoveries, found])
             shutil.rmtree(unfinished / MODEL, ignore_errors=True)  # of an earlier start
             (unfinished / MODEL).mkdir()
-            copy_source(source_folder(source, getattr(model.config, "_commit_hash", None)), unfinished / MODEL)
+            read = source_folder(source, getattr(model.config, "_commit_hash", None))
+            copy_source(read, unfinished / MODEL)
             write_checkpoint(model, unfinished / MODEL, record, masks, None)
-            install(unfinished, output, overwrite)
+            install(unfinished, output, overwrite, unlisted_files(read))
             return found
 
         windows = ranks.first(begin)

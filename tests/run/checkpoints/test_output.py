@@ -174,8 +174,15 @@ def test_outputs_that_cant_work_are_refused(tmp_path, monkeypatch):
     assert "has no name of its own" in refused(tmp_path / "..")
     for name in ("source", "source/sub/out", "alias", "alias/out"):
         assert "lies in the folder that is read" in refused(tmp_path / name, source="source")
+    write(tmp_path / "out.unfinished", ("journal/optimum-fista", "model/config.json"), "kept")
+    (tmp_path / "model").symlink_to("out.unfinished/model")
+    for name in ("out.unfinished", "model"):
+        assert "throws away: pass another output, or move the folder" in refused(tmp_path / "out", source=name)
     assert "is a file: pass a folder" in refused(source / "config.json")
     assert "holds config.json, model.safetensors, which" in refused(tmp_path / "others")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: path != source)  # root may write everywhere
+        assert "can't be replaced (Permission denied): make it writable, or pass another folder" in refused(source)
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
     assert "is a mount point, which can't be replaced: pass a folder in it" in refused(source)
 

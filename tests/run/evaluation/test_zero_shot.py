@@ -1,4 +1,5 @@
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def test_accuracy_is_that_of_the_likelihoods(tasks):
     suite = TaskSuite(["sea_choice"], include_path=tasks, batch_size=2)
     model, tokenizer = tiny_llama().train(), tiny_tokenizer()
     (result,) = suite.measure(model, tokenizer)
+    assert not logging.getLogger("lm_eval").level  # as before
     scores = result.scores
     assert model.training
     assert (result.task, result.num_documents, len(result.files_sha256)) == ("sea_choice", 4, 64)

@@ -1,5 +1,6 @@
 """Packed folders: bytes, round trips, verification, loading with and without this package."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -278,10 +279,15 @@ def test_files_of_others_come_along_and_replace_none(pruned, tmp_path):
     (folder / "sub").mkdir()
     (folder / "sub" / "notes.txt").write_text("mine")
     (folder / "nowhere").symlink_to("nothing")
+    for name, mine in (("README.md", "My words.\n"), ("config.json", "\n")):  # edited, but still the model's
+        (folder / name).write_text((folder / name).read_text() + mine)
     pack_folder(folder, output)
     assert (output / "sub" / "notes.txt").read_text() == "mine"
     names = model_files(folder) | {"packed.safetensors"}
     assert model_files(output) == names - {"model.safetensors", "fista/masks.safetensors"}
+    unpack_folder(output, tmp_path / "again")
+    assert model_files(tmp_path / "again") == model_files(folder)
+    assert "My words." in (tmp_path / "again" / "README.md").read_text()
     with pytest.raises(FileExistsError, match=r"holds sub/notes\.txt, which"):
         pack_folder(folder, output, overwrite=True)
     shutil.rmtree(output / "sub")
@@ -289,3 +295,11 @@ def test_files_of_others_come_along_and_replace_none(pruned, tmp_path):
     for place in (folder, folder / "packed"):
         with pytest.raises(ValueError, match="lies in the folder that is read"):
             pack_folder(folder, place, overwrite=True)
+
+
+def test_an_index_without_metadata_is_packed(saved_gpt2, tmp_path):
+    folder = shutil.copytree(saved_gpt2.folder, tmp_path / "folder")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    pack_folder(folder, tmp_path / "packed")
+    assert verify_checkpoint(tmp_path / "packed") == verify_checkpoint(saved_gpt2.folder)

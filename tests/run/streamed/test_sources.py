@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
 from optimum_fista.run.checkpoints.loading import read_config
+from optimum_fista.run.checkpoints.output import foreign_files, model_files
 from optimum_fista.run.checkpoints.source_files import described_loss
 from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 
@@ -119,9 +120,12 @@ def test_files_beside_the_weights_come_along(tmp_path, caplog):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     sizes = {"tokens": 256, "sequence_length": 16, "held_out": 4}
+    assert model_files(output) > BESIDE.keys()
+    (output / "notes.txt").write_text("added to the pruned folder")
     recover(output, source, tmp_path / "trained", calibration=str(text), **sizes, progress=False)
     kept = BESIDE.keys() - {"generation_config.json"}  # which Transformers writes anew
     assert all((tmp_path / "trained" / name).read_text() == BESIDE[name] for name in kept)
+    assert foreign_files(tmp_path / "trained") == ["notes.txt"]  # there, but not uploaded
 
 
 def test_code_of_a_model_in_memory_is_saved_too(tmp_path):
