@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,12 +100,6 @@ def model_files(folder: Path) -> set[str]:
     return {*all_names(folder)} & {*noted, FILES_FILE} if noted else set()
 
 
-def unlisted_files(folder: Path) -> set[str]:
-    """Names of the files that somebody added to a folder that has a list; none if there is no list."""
-    listed = model_files(folder)
-    return {*all_names(folder)} - listed if listed else set()
-
-
 def all_names(folder: Path) -> list[str]:
     """Names of all files below a folder, links included."""
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
@@ -150,7 +144,7 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_output(output_dir: Path, overwrite: bool, foreign: Collection[str] = ()) -> Iterator[Path]:
+def new_output(output_dir: Path, overwrite: bool, source: Path | None = None) -> Iterator[Path]:
     """Write a folder at once: yields an empty one, which becomes `output_dir` at the end (`install`)."""
     with locked_output(output_dir) as folder:
         require_output(output_dir, overwrite)
@@ -162,15 +156,15 @@ def new_output(output_dir: Path, overwrite: bool, foreign: Collection[str] = ())
         discard(folder)
         (folder / MODEL).mkdir()
         yield folder / MODEL
-        install(folder, output_dir, overwrite, foreign)
+        install(folder, output_dir, overwrite, source)
 
 
-def install(folder: Path, output_dir: Path, overwrite: bool, foreign: Collection[str] = ()) -> None:
+def install(folder: Path, output_dir: Path, overwrite: bool, source: Path | None = None) -> None:
     """Put the model of a locked unfinished folder in the place of `output_dir`, and end the unfinished folder.
 
     A folder that is there is swapped with it in one step of the system. If the system can't do that, there are two
     renames. If the second one fails, or the process is killed before it, `locked_output` takes the first one back.
-    Files named by `foreign` are not listed: they are copies of what was somebody's in the folder that was read.
+    Copies of what somebody had added to `source`, the folder that was read, are not listed.
     """
     model, output, replaced = folder / MODEL, Path(os.path.realpath(output_dir)), folder / _REPLACED
     names = [name for name in all_names(model) if name != FILES_FILE]
@@ -178,7 +172,8 @@ def install(folder: Path, output_dir: Path, overwrite: bool, foreign: Collection
         if name.endswith(".safetensors"):  # which safetensors writes for their owner alone
             (model / name).chmod(model.stat().st_mode & 0o666)
         flush(model / name)
-    _note(model, {name: _stamp(model / name) for name in names if name not in foreign})
+    added = {*all_names(source)} - model_files(source) if source is not None and _noted(source) else set()
+    _note(model, {name: _stamp(model / name) for name in names if name not in added})
     require_output(output_dir, overwrite)
     try:
         if output.exists():

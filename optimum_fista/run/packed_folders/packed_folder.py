@@ -24,7 +24,7 @@ from optimum_fista.run.checkpoints.checkpoint import (
     require_files,
     write_index,
 )
-from optimum_fista.run.checkpoints.output import FILES_FILE, all_names, new_output, require_output, unlisted_files
+from optimum_fista.run.checkpoints.output import FILES_FILE, all_names, new_output, require_output
 from optimum_fista.run.checkpoints.stored_names import split_index
 from optimum_fista.run.checkpoints.writing import write_form
 from optimum_fista.run.packed_folders.packing import Packer, operators_by_tensor, packed_settings
@@ -136,7 +136,7 @@ def _convert_folder(
     left = {index.name, FILES_FILE, *targets.values(), *(source.name for source in weights)}
     copied = [name for name in all_names(folder) if (folder / name).is_file() and name not in left]
     require_output(output, overwrite, source=folder)
-    with new_output(output, overwrite, unlisted_files(folder)) as partial:
+    with new_output(output, overwrite, folder) as partial:
         (partial / MASKS_FILE).parent.mkdir(exist_ok=True)
         for name in [name for name in copied if name not in _REWRITTEN]:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)

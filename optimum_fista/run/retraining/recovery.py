@@ -47,7 +47,6 @@ from optimum_fista.run.checkpoints.output import (
     locked_output,
     require_output,
     unfinished_folder,
-    unlisted_files,
 )
 from optimum_fista.run.checkpoints.source_files import copy_source, source_folder
 from optimum_fista.run.checkpoints.writing import write_checkpoint
@@ -214,7 +213,7 @@ def recover(
             read = source_folder(source, getattr(model.config, "_commit_hash", None))
             copy_source(read, unfinished / MODEL)
             write_checkpoint(model, unfinished / MODEL, record, masks, None)
-            install(unfinished, output, overwrite, unlisted_files(read))
+            install(unfinished, output, overwrite, read)
             return found
 
         windows = ranks.first(begin)

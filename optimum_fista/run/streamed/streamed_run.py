@@ -16,14 +16,7 @@ from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.run.callbacks.pruning_callback import PruningCallback
 from optimum_fista.run.checkpoints.loading import load_lazily
-from optimum_fista.run.checkpoints.output import (
-    FOLDER,
-    install,
-    locked_output,
-    require_output,
-    unfinished_folder,
-    unlisted_files,
-)
+from optimum_fista.run.checkpoints.output import FOLDER, install, locked_output, require_output, unfinished_folder
 from optimum_fista.run.checkpoints.source_files import require_no_loss, source_folder
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.loop import prune_layers
@@ -184,7 +177,7 @@ class StreamedRun:
         report.seconds["total"] = before + time.perf_counter() - started
         self.pruning.complete_report()
         report = self.sink.complete(self._tokenizer, report, layers)
-        install(self.journal.folder, output_dir, overwrite, unlisted_files(self.source.folder))
+        install(self.journal.folder, output_dir, overwrite, self.source.folder)
         return report
 
     def kept(self) -> str:
