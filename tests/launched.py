@@ -193,12 +193,14 @@ def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
     """Recover with these arguments, one call after another; `log` followed by call and rank gets what goes wrong.
 
     Besides arguments of `recover` there is `stop = (how, victim, step)`: states are saved after every step, and after
-    this one a rank is killed, or fails. And `sharded`: by FSDP2, which Accelerate has for accelerators only.
+    this one a rank is killed, or fails. And `sharded`: by FSDP2, which Accelerate has for accelerators only. And
+    `rank_1`: what rank 1 is called with instead.
     """
     writing.error_picture = lambda _: None
     on_step_end, codes, start = distillation.Watch.on_step_end, {0}, PartialState.__init__
     for number, given in enumerate(calls):
         how, victim, last = given.get("stop", (None, None, None))
+        given |= given.pop("rank_1", {}) if rank else {}
         sharded = given.get("sharded", False)
         wrapping = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
         os.environ.update({"ACCELERATE_USE_FSDP": str(sharded), "FSDP_VERSION": "2"} | wrapping)
@@ -223,7 +225,7 @@ def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
         distillation.Watch.on_step_end = stopped  # type: ignore[method-assign]
         distillation._SAVE_SECONDS = -1.0 if how else 120.0
         try:
-            recover(**{name: value for name, value in given.items() if name not in ("stop", "sharded")})
+            recover(**{name: value for name, value in given.items() if name not in ("stop", "sharded", "rank_1")})
         except Exception as error:
             codes.add(3)
             log.with_name(f"{log.name}-{number}-{rank}").write_text(f"{type(error).__name__}: {error}")

@@ -38,7 +38,9 @@ def errors_of_writing(path: Path) -> Iterator[None]:
     """Have every error of the system be an OSError that names what could not be written."""
     try:
         yield
-    except SafetensorError as error:  # safetensors wraps the system's errors in a text
+    except (SafetensorError, RuntimeError) as error:  # safetensors and torch.save wrap the system's errors in a text
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
         full = "os error 28" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
     except OSError as error:

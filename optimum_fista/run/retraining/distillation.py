@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +13,16 @@ from typing import Any
 
 import torch
 from accelerate.utils import fsdp2_prepare_model
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from optimum_fista.run.checkpoints.atomic import digest_of, errors_of_writing, write_file
 from optimum_fista.run.evaluation.perplexity import POSITIONS_PER_CHUNK
 from optimum_fista.run.ranks import Ranks
+from optimum_fista.run.streamed.journal import write_record
 
+STATE_RECORD = "files.json"
+"""In the folder of a state: the step of the best state then, and the digests of the files of this one."""
 logger = logging.getLogger(__name__)
 
 _POSITIONS_ON_CPU = 16
@@ -113,7 +118,11 @@ class DistillationTrainer(Trainer):
             model: Any = self.model
             found = state_dict or model.state_dict()
             file = Path(str(output_dir)) / "model.safetensors"
-            save_file({name: found[name].contiguous() for name in self._trained}, file)
+            write_file(file, {name: found[name].contiguous() for name in self._trained})
+
+    def _save_checkpoint(self, *given: Any) -> None:
+        with errors_of_writing(Path(str(self.args.output_dir))):
+            super()._save_checkpoint(*given)
 
     def _issue_warnings_after_load(self, _: Any) -> None:
         """Say nothing: of a checkpoint only the trained parameters are asked."""
@@ -130,8 +139,11 @@ class Watch(TrainerCallback):
         self._began = self._saved = time.perf_counter()
 
     def on_train_begin(self, *given: Any, **_: Any) -> None:
-        """Count on from the seconds of earlier starts."""
-        before = max((entry.get("seconds", 0.0) for entry in given[1].log_history), default=0.0)
+        """Count on from the seconds of earlier starts, and find their best state where the journal is now."""
+        arguments, state = given[:2]
+        before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        if state.best_global_step:
+            state.best_model_checkpoint = f"{arguments.output_dir}/checkpoint-{state.best_global_step}"
         self._began, self._saved = time.perf_counter() - before, time.perf_counter()
 
     def on_step_end(self, *given: Any, **_: Any) -> None:
@@ -139,8 +151,10 @@ class Watch(TrainerCallback):
         if self._ranks.gather(time.perf_counter() - self._saved > _SAVE_SECONDS)[0]:
             given[2].should_save = True
 
-    def on_save(self, *_: Any, **__: Any) -> None:
-        """Note the time."""
+    def on_save(self, *given: Any, **_: Any) -> None:
+        """Finish the state once all processes have written their files of it."""
+        self._ranks.gather(None)
+        self._ranks.first(lambda: _finish_state(Path(given[0].output_dir), given[1]))
         self._saved = time.perf_counter()
 
     def on_log(self, *given: Any, **_: Any) -> None:
@@ -158,3 +172,16 @@ class Watch(TrainerCallback):
             raise ValueError(f"the pruned model's loss on the held-out text is {loss}: look for NaN in its weights.")
         logger.warning("the loss is no longer finite at step %d: the training ends here", state.global_step)
         control.should_training_stop = True
+
+
+def _finish_state(journal: Path, state: TrainerState) -> None:
+    """Write the digests of a state's files last, and only then remove the states that it replaces."""
+    best, folder = state.best_global_step, journal / f"checkpoint-{state.global_step}"
+    file = folder / "trainer_state.json"
+    write_file(file, json.dumps(json.loads(file.read_text()) | {"best_model_checkpoint": None}))  # folders may be moved
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != STATE_RECORD]
+    digests = {file.relative_to(folder).as_posix(): digest_of(file) for file in files}
+    write_record(folder / STATE_RECORD, {"best": best, "files": digests})
+    for other in {*journal.glob("checkpoint-*")} - {folder, journal / f"checkpoint-{best}"}:
+        (other / STATE_RECORD).unlink(missing_ok=True)  # first: what is left of it is no state
+        shutil.rmtree(other, ignore_errors=True)

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import importlib
 import itertools
-import json
 import logging
 import math
 import os
@@ -21,15 +20,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils import cached_file
 
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.forward import compute_dtype_of
 from optimum_fista.model.operator import LinearOperator
-from optimum_fista.run.checkpoints.checkpoint import mark_retrained, read_report
+from optimum_fista.run.checkpoints.atomic import digest_of
+from optimum_fista.run.checkpoints.checkpoint import CONFIG_FILE, MASKS_FILE, mark_retrained, read_report
 from optimum_fista.run.checkpoints.loading import (
     load_model,
     load_tokenizer,
@@ -48,7 +50,7 @@ from optimum_fista.run.checkpoints.output import (
     require_output,
     unfinished_folder,
 )
-from optimum_fista.run.checkpoints.source_files import copy_source, source_folder
+from optimum_fista.run.checkpoints.source_files import copy_source
 from optimum_fista.run.checkpoints.writing import write_checkpoint
 from optimum_fista.run.environment import numerical_environment
 from optimum_fista.run.memory import available_bytes
@@ -60,19 +62,19 @@ from optimum_fista.run.reports.report import (
     library_versions,
     public_name,
 )
-from optimum_fista.run.retraining.distillation import DistillationTrainer, Watch
+from optimum_fista.run.retraining.distillation import STATE_RECORD, DistillationTrainer, Watch
 from optimum_fista.run.retraining.masks import find_masks, find_record, local, pruned_folder
 from optimum_fista.run.retraining.options import RecoveryOptions
 from optimum_fista.run.retraining.training import MaskedTrainingCallback
-from optimum_fista.run.streamed.fingerprint import SourceFiles
-from optimum_fista.run.streamed.journal import open_run, read_record, write_record
+from optimum_fista.run.streamed.fingerprint import shared_files
+from optimum_fista.run.streamed.journal import is_whole, join_run, read_record, write_record
 from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
 
 logger = logging.getLogger(__name__)
 
 _USUAL_LENGTH = 512
 _USUAL_STEPS, _MOST_SEQUENCES = 256, 32  # of the default: as many steps, of as few sequences as that allows
-_FORMAT = 2
+_FORMAT = 3
 _RATES = {"all": 2e-4, "lora": 1e-3, "norms": 2e-3}
 _WIDTH_OF_RATE = 576
 """Hidden size of the model on which the rate of `"all"` was tuned; with Adam it goes down as the width goes up."""
@@ -134,7 +136,6 @@ def recover(
     if teacher is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         why = f"the report of {source!r} calls the dense model {name!r}, which is no Hub id"
         raise ValueError(f"teacher is missing: {why}: pass the folder or Hub id of it (--teacher MODEL).")
-    teacher = name
     output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
     if asked.train == "lora" and processes > 1:
         raise ValueError("train='lora': several processes train no adapters: pass all or norms, or start one process.")
@@ -142,11 +143,11 @@ def recover(
         _lora()  # says what to install if PEFT is missing
     if asked.report_to not in (trackers := ("none", *INTEGRATION_TO_CALLBACK)):
         raise ValueError(f"report_to={asked.report_to!r}: pass {', '.join(trackers)}.")
-    for read in (source, teacher):
+    for read in (source, name):
         require_output(output, overwrite, source=read)
     config = read_config(source)
-    _require_same_vocabulary(source, config, teacher)
-    reads_text = source if calibration != "self" and load_tokenizer(source) is not None else teacher
+    _require_same_vocabulary(source, config, name)
+    reads_text = source if calibration != "self" and load_tokenizer(source) is not None else name
     require_tokenizer(reads_text)
     length, batch_size = asked.sequence_length or min(_USUAL_LENGTH, usual_length(config)), asked.batch_size
     if (accumulate := asked.accumulate) is None:
@@ -168,60 +169,71 @@ def recover(
     names = ("batch_size", "label_share", "seed", "train", "learning_rate")
     settings = {name: getattr(asked, name) for name in names} | {"accumulate": accumulate}
     with joined_ranks(device) as ranks, ExitStack() as opened:
+        is_of_teacher = reads_text == name
+        source, teacher = folders = ranks.each(lambda: _folders(source, name))
+        reads_text = teacher if is_of_teacher else source
         place = usable_device(ranks.device)
         compute = compute_dtype_of(asked.compute_dtype, place)
         settings["compute_dtype"] = str(compute).removeprefix("torch.")
-        files: SourceFiles | None = None
 
-        def begin() -> Tensor:
-            nonlocal files
+        def lock() -> None:
             opened.enter_context(locked_output(output))
             require_output(output, overwrite)  # another run may just have ended
-            paths = (Path(source), Path(teacher))  # a Hub id identifies weights and configuration itself
-            files, theirs = (SourceFiles(path, {}, progress) if path.is_dir() else None for path in paths)
+
+        def draw() -> Tensor:
             places: dict[str, Any] = {"device": str(place), "keep_in": unfinished / FOLDER, "progress": progress}
             numbers = count + held_out, length, asked.seed
             try:
-                windows = calibration_tokens_by_name(reads_text, calibration, *numbers, **places)
+                return calibration_tokens_by_name(reads_text, calibration, *numbers, **places)
             except ValueError as error:
                 text = f"tokens={asked.tokens} and held_out={held_out} ask for this text"
                 raise ValueError(f"{text}: {error}") from error
-            versions = library_versions()
-            fingerprint: dict[str, Any] = {
-                "recovery": _FORMAT,
-                "processes": ranks.count,  # sums are rounded otherwise with others
-                "weights": source if files is None else files.digests,
-                "teacher": teacher if theirs is None else theirs.digests,
-                "shape": [count, held_out, length],
-                "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-                "options": settings,
-                "device": place.type,
-                "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
-            }
-            open_run(unfinished, fingerprint, overwrite)
-            write_record(unfinished / RUN_FILE, fingerprint)  # from now on the folder is kept until the run ends
-            return windows
 
         def finish() -> RecoveryReport:
             assert model is not None  # in rank 0
-            if files is not None:  # it was read again for what is saved
+            for files in read_files:  # that of the source was read again for what is saved
                 files.require_unchanged()
             record, masks = find_record(model, source)
             record = dataclasses.replace(record, recoveries=[*record.recoveries, found])
             shutil.rmtree(unfinished / MODEL, ignore_errors=True)  # of an earlier start
             (unfinished / MODEL).mkdir()
-            read = source_folder(source, getattr(model.config, "_commit_hash", None))
-            copy_source(read, unfinished / MODEL)
+            copy_source(Path(source), unfinished / MODEL)
             write_checkpoint(model, unfinished / MODEL, record, masks, None)
-            install(unfinished, output, overwrite, read)
+            install(unfinished, output, overwrite, Path(source))
             return found
 
-        windows = ranks.first(begin)
+        ranks.first(lock)
+        read_files = [shared_files(Path(folder), {}, ranks, progress) for folder in folders]
+        windows, versions, masks_file = ranks.first(draw), library_versions(), Path(source) / MASKS_FILE
+        fingerprint: dict[str, Any] = {
+            "recovery": _FORMAT,
+            "processes": ranks.count,  # sums are rounded otherwise with others
+            "weights": read_files[0].digests,
+            "masks": digest_of(masks_file) if masks_file.exists() else None,  # a packed folder has none
+            "teacher": read_files[1].digests,
+            "shape": [count, held_out, length],
+            "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+            "options": settings,
+            "device": place.type,
+            "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
+        }
+        join_run(unfinished, fingerprint, overwrite, ranks)
+        ranks.first(lambda: write_record(unfinished / RUN_FILE, fingerprint))  # the folder is kept until the run ends
         texts, journal = (windows[:count], windows[count:]), unfinished / FOLDER
         run = _Run(source, teacher, *texts, settings, place, compute, journal, ranks)
         with _trainers_settings(place, output), ranks.exchanging():
-            model, found = run.train(report, calibration, asked.report_to, progress)
+            model, found = run.train(report, public_name(name), public_name(calibration), asked.report_to, progress)
         return ranks.first(finish)
+
+
+def _folders(source: str, teacher: str) -> tuple[str, str]:
+    """The folders that are read: of a Hub id the one of its commit of now, once all that is read of it is there."""
+    if not Path(source).is_dir():
+        source = snapshot_download(source)
+    if not Path(teacher).is_dir():
+        read_model(teacher, device_map="meta")
+        teacher = str(Path(str(cached_file(teacher, CONFIG_FILE))).parent)
+    return source, teacher
 
 
 def steps_kept(output: Path) -> int:
@@ -244,7 +256,7 @@ class _Run:
     ranks: Ranks
 
     def train(
-        self, report: PruningReport, calibration: str, report_to: str, progress: bool
+        self, report: PruningReport, teacher_name: str, calibration: str, report_to: str, progress: bool
     ) -> tuple[PreTrainedModel | None, RecoveryReport]:
         """Train, or resume; the model to save, which rank 0 has, and what was done."""
         model = self.ranks.each(self._load)
@@ -255,12 +267,18 @@ class _Run:
         num_trained = _mark_trained(model, kind, self.source, self.options["seed"])
         num_trained -= report.totals["num_zeros"] if kind == "all" else 0
         teacher, _ = self.ranks.each(lambda: load_model(self.teacher, device=str(self.place), dtype=self.compute))
-        kept = self.ranks.first(lambda: _kept_states(self.journal, others_go=True))
+        kept = self.ranks.first(lambda: _kept_states(self.journal, checked=True))
         arguments = self._arguments(model, kind, checkpointed, report_to, progress, resumed=bool(kept))
-        callbacks = [Watch(self.ranks), *([MaskedTrainingCallback(self.source)] if kind == "all" else [])]
+        masked = [MaskedTrainingCallback(self.source)] if kind == "all" else []
         teacher, share = teacher.eval().requires_grad_(False), self.options["label_share"]
-        trainer = DistillationTrainer(model, teacher, share, arguments, self.windows, self.held_out, callbacks)
-        trainer.train(str(kept[max(kept)]) if kept else None)
+        trainer = DistillationTrainer(
+            model, teacher, share, arguments, self.windows, self.held_out, [Watch(self.ranks), *masked]
+        )
+        try:
+            trainer.train(str(kept[max(kept)]) if kept else None)
+        finally:
+            for callback in masked:  # after an error too: it has a hook on all optimizers
+                callback.on_train_end()
         state, trained = trainer.state, cast(nn.Module, trainer.model)
         measured = [row for row in state.log_history if "eval_loss" in row]
         evaluations = [[row["step"], row["seconds"], row["eval_loss"]] for row in measured]
@@ -276,12 +294,12 @@ class _Run:
         if not loss < before:
             best_step, loss = 0, before
         found = RecoveryReport(
-            teacher=public_name(self.teacher),
+            teacher=teacher_name,
             train=kind,
             num_trained=num_trained,
             num_tokens=self.windows.numel() // state.max_steps * steps,
             calibration={
-                "source": public_name(calibration),
+                "source": calibration,
                 "sha256": hashlib.sha256(torch.cat((self.windows, self.held_out)).numpy().tobytes()).hexdigest(),
                 "sequence_length": self.windows.shape[1],
                 "held_out": len(self.held_out),
@@ -362,7 +380,6 @@ class _Run:
             metric_for_best_model="eval_loss",
             load_best_model_at_end=True,
             save_strategy="best",
-            save_total_limit=1,
             logging_steps=every if report_to == "none" else 1,
             logging_nan_inf_filter=False,
             report_to=report_to,
@@ -433,16 +450,18 @@ def _trainers_settings(place: torch.device, output: Path) -> Iterator[None]:
             kind._shared_state.update(state)
 
 
-def _kept_states(journal: Path, *, others_go: bool = False) -> dict[int, Path]:
-    """The states that an unfinished recovery can resume from, by the steps done then."""
-    found = {}
+def _kept_states(journal: Path, *, checked: bool = False) -> dict[int, Path]:
+    """States that an unfinished recovery can resume from, by the steps done then; `checked`: whole ones, others go."""
+    found, best = {}, {}
     for folder in journal.glob("checkpoint-*"):
-        try:  # the Trainer writes this file last
-            json.loads((folder / "trainer_state.json").read_text())
-            found[int(folder.name.rpartition("-")[2])] = folder.resolve()
-        except (FileNotFoundError, ValueError):
-            if others_go:  # the Trainer would take one for the last state, and remove those before
-                shutil.rmtree(folder)
+        record = read_record(folder / STATE_RECORD)
+        if record is not None and all(not checked or is_whole(folder / name, d) for name, d in record["files"].items()):
+            step = int(folder.name.rpartition("-")[2])
+            found[step], best[step] = folder.resolve(), record["best"]
+    found = {step: folder for step, folder in found.items() if not best[step] or best[step] in found}
+    for folder in journal.glob("checkpoint-*") if checked else ():
+        if folder.resolve() not in found.values():
+            shutil.rmtree(folder)
     return found
 
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from optimum_fista.run.checkpoints.atomic import digest_of
 from optimum_fista.run.checkpoints.checkpoint import CONFIG_FILE
 from optimum_fista.run.pruning.model_pruning import ModelPruning
+from optimum_fista.run.ranks import Ranks
 from optimum_fista.run.reports.report import library_versions
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
@@ -42,6 +43,12 @@ def run_fingerprint(source: SourceFiles, pruning: ModelPruning, packed: bool) ->
         "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
     }
     return dict(json.loads(json.dumps(fingerprint)))
+
+
+def shared_files(folder: Path, known: dict[str, list[Any]], ranks: Ranks, progress: bool) -> SourceFiles:
+    """The files of a model that several processes read; those that rank 0 sees too are hashed by it alone."""
+    known = ranks.first(lambda: SourceFiles(folder, known, progress).hashes)
+    return ranks.each(lambda: SourceFiles(folder, known, progress))
 
 
 class SourceFiles:

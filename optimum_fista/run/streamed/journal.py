@@ -20,6 +20,7 @@ from optimum_fista.run.checkpoints.atomic import digest_of, write_file
 from optimum_fista.run.checkpoints.output import FOLDER, MODEL, RUN_FILE, discard, is_streamed
 from optimum_fista.run.config import FistaPruningConfig
 from optimum_fista.run.pruning.budgets import Budgets
+from optimum_fista.run.ranks import Ranks
 from optimum_fista.run.records import as_record
 from optimum_fista.run.reports.report import LayerRecord
 
@@ -72,7 +73,7 @@ class Journal:
             if (values := read_record(file)) is not None:
                 kept = as_record(KeptLayer, values)
                 shard, read = self.model / kept.shard, read_shards and kept.shard
-                if _is_whole(shard, kept.sha256["shard"]) if read else shard.exists():
+                if is_whole(shard, kept.sha256["shard"]) if read else shard.exists():
                     found[int(file.stem.partition("-")[2])] = kept
         return found
 
@@ -108,7 +109,7 @@ class Journal:
     def states(self, index: int, sha256: str | None, storage: Storage) -> dict[str, list[Tensor]] | None:
         """Hidden states that enter a decoder layer; `None` if they are not there whole, with this digest."""
         file = self._file("states", index)
-        if sha256 is None or not _is_whole(file, sha256):
+        if sha256 is None or not is_whole(file, sha256):
             return None
         self._states_sha256[index] = sha256
         tensors = load_file(file)  # not on the device: safetensors knows some by name only
@@ -141,6 +142,24 @@ class Journal:
 
     def _file(self, kind: str, index: int) -> Path:
         return self._budgets.with_name(f"{kind}-{index:05}.safetensors")
+
+
+def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
+    """Have rank 0 `open_run`; refuse a process that was started with something else."""
+
+    def begin() -> Mapping[str, Any]:
+        open_run(folder, fingerprint, overwrite)
+        return fingerprint
+
+    def join() -> None:
+        if different := [key for key in fingerprint if fingerprint[key] != begun[key]]:
+            raise ValueError(
+                f"{' and '.join(different)} differ from those of rank 0: start every process with the same model, "
+                "options and calibration text."
+            )
+
+    begun = ranks.first(begin)
+    ranks.each(join)
 
 
 def open_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
@@ -190,7 +209,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_bytes())
         sha256, values, tensors = found.pop("sha256"), found["values"], found["tensors"]
         if sha256 == _text_digest(found):
-            return values if tensors is None or _is_whole(path.with_suffix(".safetensors"), tensors) else None
+            return values if tensors is None or is_whole(path.with_suffix(".safetensors"), tensors) else None
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -203,7 +222,7 @@ def _text_digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _is_whole(path: Path, sha256: str | None) -> bool:
+def is_whole(path: Path, sha256: str | None) -> bool:
     """Whether a file is there with the bytes that were written."""
     if path.exists() and digest_of(path) == sha256:
         return True

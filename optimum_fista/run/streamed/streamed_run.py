@@ -25,8 +25,8 @@ from optimum_fista.run.pruning.removal import require_zeros_to_pack
 from optimum_fista.run.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
 from optimum_fista.run.reports.report import PruningReport
 from optimum_fista.run.streamed.file_sink import FileSink
-from optimum_fista.run.streamed.fingerprint import SourceFiles, run_fingerprint
-from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer, open_run, read_record
+from optimum_fista.run.streamed.fingerprint import run_fingerprint, shared_files
+from optimum_fista.run.streamed.journal import WEIGHTS_FILE, Journal, KeptLayer, join_run, read_record
 
 
 def prune_files(
@@ -127,24 +127,10 @@ class StreamedRun:
         self._tokenizer = tokenizer
         self._ranks = ranks
         known = read_record(folder / WEIGHTS_FILE) or {}
-        known = ranks.first(lambda: SourceFiles(source, known, pruning.progress).hashes)
-        self.source = ranks.each(lambda: SourceFiles(source, known, pruning.progress))
+        self.source = shared_files(source, known, ranks, pruning.progress)
         fingerprint = run_fingerprint(self.source, pruning, packed)
-
-        def begin() -> dict[str, Any]:
-            open_run(folder, fingerprint, overwrite)
-            return fingerprint
-
-        def join() -> Journal:
-            if different := [key for key in fingerprint if fingerprint[key] != begun[key]]:
-                raise ValueError(
-                    f"{' and '.join(different)} differ from those of rank 0: start every process with the same "
-                    "model, configuration and calibration batches."
-                )
-            return Journal(folder, fingerprint)
-
-        begun = ranks.first(begin)
-        self.journal = ranks.each(join)
+        join_run(folder, fingerprint, overwrite, ranks)
+        self.journal = ranks.each(lambda: Journal(folder, fingerprint))
         contexts = evaluation_mode(pruning.model), torch.no_grad()
         self.sink = FileSink(pruning, self.journal, self.source, packed, *contexts)
 

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from contextlib import contextmanager
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from safetensors.torch import load_file
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import tiny_model
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
@@ -62,8 +65,10 @@ def stopped_at(step: int, error: type[BaseException] = KeyboardInterrupt, *, sav
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Watch, "on_step_end", stopped)
         patched.setattr(distillation, "_SAVE_SECONDS", -1.0 if saves else 120.0)
-        with pytest.raises(error):
+        with pytest.raises(error) as caught:
             yield
+        assert caught.tb  # which keeps all objects
+        assert not _global_optimizer_post_hooks
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -145,16 +150,81 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, run, tmp_path):
     assert not (tmp_path / "stopped.unfinished").exists()
 
 
-def test_another_run_is_not_mixed_with_an_unfinished_one(run, tiny_folder, tmp_path):
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 4
+    file.write_bytes(data)
+
+
+def test_a_state_that_is_moved_or_damaged_does_not_change_the_bits(run, tmp_path, caplog, monkeypatch):
+    is_best = DistillationTrainer._determine_best_metric
+    only_early = lambda self, **named: self.state.global_step <= 10 and is_best(self, **named)  # noqa: E731
+    monkeypatch.setattr(DistillationTrainer, "_determine_best_metric", only_early)
+    expected = run("whole", train="all")
+    with stopped_at(14, saves=True):
+        run("out", train="all")
+    kept = (tmp_path / "out.unfinished").rename(tmp_path / "kept")
+    best, last = (Path("journal", f"checkpoint-{step}") for step in (10, 13))
+    assert {folder.name for folder in (kept / "journal").glob("checkpoint-*")} == {best.name, last.name}
+    damages = {
+        "moved": lambda folder: None,
+        "last": lambda folder: flip_a_bit(folder / last / "optimizer.pt"),
+        "half": lambda folder: (folder / last / "model.safetensors").unlink(),
+        "best": lambda folder: flip_a_bit(folder / best / "model.safetensors"),
+    }
+    for name, damage in damages.items():
+        caplog.clear()
+        damage(shutil.copytree(kept, tmp_path / name / "out.unfinished"))
+        found = run(f"{name}/out", train="all")
+        assert bits(tmp_path / name / "out") == bits(tmp_path / "whole"), name
+        assert (found.best_step, found.held_out_loss) == (10, expected.held_out_loss)
+        assert ("is damaged and not used" in caplog.text) == (name != "moved")
+
+
+def test_a_hub_id_is_another_model_once_its_main_has_moved(hub, saved, tiny_folder, text, tmp_path):
+    code = f"""
+        import json
+        from pathlib import Path
+        from huggingface_hub import HfApi
+        from optimum_fista import recover
+        from optimum_fista.run.retraining.distillation import Watch
+        api, on_step_end = HfApi(), Watch.on_step_end
+        def stop(*given, **named):
+            raise KeyboardInterrupt
+        for name, folder in (("pruned", {str(saved.folder)!r}), ("dense", {str(tiny_folder)!r})):
+            api.create_repo(f"tester/{{name}}")
+            api.upload_folder(repo_id=f"tester/{{name}}", folder_path=folder)
+        for Watch.on_step_end, overwrite in ((stop, False), (stop, False), (on_step_end, True)):
+            try:
+                options = {QUICK | {"tokens": 64, "calibration": text}} | {{"overwrite": overwrite}}
+                recover("tester/pruned", "tester/dense", {str(tmp_path / "out")!r}, **options)
+            except (KeyboardInterrupt, ValueError) as error:
+                print(type(error).__name__, error)
+            config = json.loads(Path({str(tiny_folder)!r}, "config.json").read_text()) | {{"rms_norm_eps": 1e-2}}
+            changed = json.dumps(config).encode()
+            api.upload_file(repo_id="tester/dense", path_in_repo="config.json", path_or_fileobj=changed)
+    """
+    process = run_with_hub(hub, code, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert re.fullmatch(r"KeyboardInterrupt \nValueError output: .* \(teacher.config.json was .*\n", process.stdout)
+    assert read_report(tmp_path / "out").recoveries[-1].teacher == "tester/dense"
+    verify_checkpoint(tmp_path / "out")
+
+
+def test_another_run_is_not_mixed_with_an_unfinished_one(run, saved, tiny_folder, tmp_path):
     with stopped_at(6):
         run(train="all")
-    with pytest.raises(ValueError, match=r"was another one \(recovery was 2, is null"):
+    with pytest.raises(ValueError, match=r"was another one \(recovery was 3, is null"):
         require_same_run(tmp_path / "out.unfinished", {"recovery": None})
     other = shutil.copytree(tiny_folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
     with pytest.raises(ValueError, match=r"was another one \(teacher.config.json was"):
         run(teacher=other, train="all")
+    masked = shutil.copytree(saved.folder, tmp_path / "masked")
+    flip_a_bit(masked / "fista" / "masks.safetensors")
+    with pytest.raises(ValueError, match=r"was another one \(masks was"):
+        run(source=masked, train="all")
     with pytest.raises(ValueError, match=r"was another one \(options.learning_rate"):
         run(train="all", learning_rate=1e-4)
     assert recovery.steps_kept(tmp_path / "out") == 5
