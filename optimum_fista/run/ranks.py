@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # those that Accelerate reads
 _PATIENCE = timedelta(days=7)  # a rank that is done waits for the slowest; one that is gone is noticed at once
-_PARTING = timedelta(seconds=30)
 
 
 class RankError(RuntimeError):
@@ -116,20 +115,8 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
     group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
     try:
         yield Ranks(state.process_index, count, device or str(state.device), group)
-        _leave_together(group, count)
     finally:
         dist.destroy_process_group(group)
-
-
-def _leave_together(group: dist.ProcessGroup, count: int) -> None:
-    """Wait until all processes are through: one that ends early breaks the exchange that others are still in."""
-    from torch.distributed.distributed_c10d import _get_default_store  # some builds of PyTorch lack it
-
-    store = dist.PrefixStore(group.group_name, _get_default_store())
-    with suppress(dist.DistError, RuntimeError):  # the process with the store may end first
-        if store.add("through", 1) == count:
-            store.set("all are through", "")
-        store.wait(["all are through"], _PARTING)
 
 
 def require_independent_layers(config: FistaPruningConfig, count: int) -> None:

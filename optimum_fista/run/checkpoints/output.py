@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +230,11 @@ def _tidy(folder: Path, output: Path) -> None:
     model, replaced = folder / MODEL, folder / _REPLACED
     if model.exists() and replaced.exists():  # a process was killed between the two renames of `install`
         replaced.rename(output)
-    for path in [replaced, *(folder / FOLDER).glob(_OFFLOADED), *([] if is_streamed(folder) else [model])]:
-        _remove(path)
-    if folder.exists() and {*all_names(folder)} <= {_MARK}:
-        shutil.rmtree(folder)
+    with suppress(FileNotFoundError):  # after a failure other ranks remove what they have offloaded at the same time
+        for path in [replaced, *(folder / FOLDER).glob(_OFFLOADED), *([] if is_streamed(folder) else [model])]:
+            _remove(path)
+        if folder.exists() and {*all_names(folder)} <= {_MARK}:
+            shutil.rmtree(folder)
 
 
 def _remove(path: Path) -> None:

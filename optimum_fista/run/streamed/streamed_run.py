@@ -50,7 +50,7 @@ def prune_files(
     require_output(output_dir, overwrite, source=name)
     require_zeros_to_pack(config, packed)
     folder = unfinished_folder(output_dir)
-    with joined_ranks(device) as ranks, ExitStack() as opened:
+    with joined_ranks(device) as ranks, ExitStack() as opened, ExitStack() as offloaded:
 
         def lock() -> None:
             opened.enter_context(locked_output(output_dir))
@@ -60,7 +60,7 @@ def prune_files(
             if not (folder / FOLDER).exists():
                 raise ValueError(f"output: rank 0 began {str(folder)!r}, and it isn't here: pass a shared folder.")
             require_independent_layers(config, ranks.count)
-            offload = opened.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=folder / FOLDER))
+            offload = offloaded.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=folder / FOLDER))
             model, tokenizer = load_lazily(str(name), Path(offload), device=ranks.device, dtype=dtype)
             source = source_folder(str(name), getattr(model.config, "_commit_hash", None))
             pruning = ModelPruning(
@@ -92,6 +92,8 @@ def prune_files(
             ranks.each(begin)
             run.prune()
             report = ranks.first(lambda: run.complete(output_dir, overwrite, started))
+            offloaded.close()
+            ranks.gather(None)  # only then does rank 0 tidy the folder that all of them offload to
         except OSError as error:
             advice = f"{run.kept()}; start again with the same output"
             if error.errno is None:
