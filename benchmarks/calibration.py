@@ -17,12 +17,12 @@ import torch
 from shared import calibration_of, counted_products, matrix_rate, parse_arguments, save
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.folder.card import markdown_lines
+from optimum_fista.folder.loading import load_model
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.hidden_states import record_inputs
-from optimum_fista.run.checkpoints.loading import load_model
-from optimum_fista.run.reports.card import markdown_lines
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"error_correction": "none"},

@@ -26,15 +26,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from optimum_fista import FistaPruner
-from optimum_fista.run.checkpoints.loading import load_model, read_config, require_tokenizer
-from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.evaluation.zero_shot import TaskSuite
-from optimum_fista.run.memory import release_memory
-from optimum_fista.run.reports.card import markdown_lines
-from optimum_fista.run.reports.report import library_versions
-from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, usual_length
-from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
+from optimum_fista.evaluate.perplexity import evaluate_perplexity
+from optimum_fista.evaluate.tasks import TaskSuite
+from optimum_fista.folder.card import markdown_lines
+from optimum_fista.folder.loading import load_model, read_config, require_tokenizer
+from optimum_fista.memory import release_memory
+from optimum_fista.report import library_versions
+from optimum_fista.text.calibration_source import calibration_tokens_by_name, usual_length
+from optimum_fista.text.text import load_text
+from optimum_fista.text.windows import calibration_windows, evaluation_windows
 
 DENSE = ("dense", "-")
 HELPS = {

@@ -21,7 +21,7 @@ from shared import calibration_of, parse_arguments, save
 from solvers import layer_problems
 from torch import Tensor
 
-from optimum_fista.run.checkpoints.loading import load_model
+from optimum_fista.folder.loading import load_model
 from optimum_fista.solve.linalg import damped_cholesky
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.patterns import Unstructured

@@ -23,8 +23,8 @@ from shared import save_llama, watched
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.estimate import Estimate
+from optimum_fista.config import FistaPruningConfig
+from optimum_fista.estimate import Estimate
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "dtype": "bfloat16"}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -25,10 +25,10 @@ from shared import parse_arguments, save, texts_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from optimum_fista.run.checkpoints.checkpoint import checkpoint_files, read_tensors
-from optimum_fista.run.environment import processor_name
-from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.reports.card import markdown_lines
+from optimum_fista.environment import processor_name
+from optimum_fista.evaluate.perplexity import evaluate_perplexity
+from optimum_fista.folder.card import markdown_lines
+from optimum_fista.folder.checkpoint import checkpoint_files, read_tensors
 
 try:
     import xllamacpp

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from shared import parse_arguments, save
 
-from optimum_fista.run.environment import processor_name
-from optimum_fista.run.reports.card import markdown_lines
+from optimum_fista.environment import processor_name
+from optimum_fista.folder.card import markdown_lines
 
 
 def network(arguments: Any, sparsity: float) -> Any:

@@ -20,10 +20,10 @@ from shared import parse_arguments, save
 from torch import Tensor
 from torch.nn.functional import linear
 
+from optimum_fista.folder.card import markdown_lines
 from optimum_fista.packed.format import pack
 from optimum_fista.packed.kernels import Kernels, find_library
 from optimum_fista.packed.operation import packed_linear, row_starts
-from optimum_fista.run.reports.card import markdown_lines
 from optimum_fista.solve.patterns import NOfM, Unstructured
 
 KINDS = {"50%": Unstructured(0.5), "70%": Unstructured(0.7), "2:4": NOfM(2, 4)}

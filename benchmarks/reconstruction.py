@@ -25,13 +25,13 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedModel
 
 from optimum_fista import FistaPruner
+from optimum_fista.evaluate.perplexity import evaluate_perplexity
+from optimum_fista.folder.card import markdown_lines
+from optimum_fista.folder.loading import load_model
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.forward import LayerCall
 from optimum_fista.model.hidden_states import record_inputs
-from optimum_fista.run.checkpoints.loading import load_model
-from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.reports.card import markdown_lines
 
 
 @torch.no_grad()

@@ -29,11 +29,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from optimum_fista import recover
-from optimum_fista.run.checkpoints.checkpoint import read_report
-from optimum_fista.run.checkpoints.loading import load_model, require_tokenizer
-from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.reports.card import markdown_lines
+from optimum_fista.evaluate.perplexity import evaluate_perplexity
+from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.folder.card import markdown_lines
+from optimum_fista.folder.checkpoint import read_report
+from optimum_fista.folder.loading import load_model, require_tokenizer
 
 KINDS = ("dense", "pruned", "once", "all", "lora", "norms")
 SELECTING = 2

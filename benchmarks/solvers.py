@@ -21,19 +21,19 @@ import torch
 from shared import calibration_of, counted_products, matrix_rate, parse_arguments, pattern_of, save
 from tqdm.auto import tqdm
 
+from optimum_fista.config import method_defaults
+from optimum_fista.folder.card import markdown_lines
+from optimum_fista.folder.loading import load_model
 from optimum_fista.model.activations import HiddenStates, LayerActivations
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.hidden_states import record_inputs
-from optimum_fista.run.checkpoints.loading import load_model
-from optimum_fista.run.config import method_defaults
-from optimum_fista.run.reports.card import markdown_lines
-from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import evaluation_windows
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.text.text import load_text
+from optimum_fista.text.windows import evaluation_windows
 
 TEXTS = ("calibration", "fresh", "other")
 

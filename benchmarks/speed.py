@@ -28,16 +28,16 @@ import torch
 from shared import parse_arguments, save
 from torch import Tensor, nn
 
+from optimum_fista.environment import processor_name
+from optimum_fista.folder.card import markdown_lines
+from optimum_fista.folder.checkpoint import read_report
+from optimum_fista.folder.loading import read_model
+from optimum_fista.folder.packed_folder import pack_folder, unpack_folder
+from optimum_fista.folder.packed_loading import FistaPackedConfig
+from optimum_fista.folder.unpacking import is_packed
+from optimum_fista.memory import device_counts, release_memory
 from optimum_fista.packed.kernels import kernels
-from optimum_fista.run.checkpoints.checkpoint import read_report
-from optimum_fista.run.checkpoints.loading import read_model
-from optimum_fista.run.environment import processor_name
-from optimum_fista.run.memory import device_counts, release_memory
-from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
-from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
-from optimum_fista.run.packed_folders.unpacking import is_packed
-from optimum_fista.run.reports.card import markdown_lines
-from optimum_fista.run.reports.report import device_name
+from optimum_fista.report import device_name
 
 HELPS = {
     "model": "pruned model folder, packed or not; or the JSON file of an earlier call, to show it again",

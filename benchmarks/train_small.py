@@ -36,10 +36,10 @@ from transformers import (
     set_seed,
 )
 
-from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.reports.report import library_versions
-from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import evaluation_windows
+from optimum_fista.evaluate.perplexity import evaluate_perplexity
+from optimum_fista.report import library_versions
+from optimum_fista.text.text import load_text
+from optimum_fista.text.windows import evaluation_windows
 
 END = "<|endoftext|>"
 HELD_OUT = 0.1

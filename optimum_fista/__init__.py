@@ -6,23 +6,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-    from optimum_fista.run.checkpoints.loading import load_model
-    from optimum_fista.run.config import FistaPruningConfig
-    from optimum_fista.run.evaluation.generation import continue_prompts
-    from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-    from optimum_fista.run.evaluation.verification import verify_checkpoint
-    from optimum_fista.run.hub import push_folder
-    from optimum_fista.run.packed_folders.packed_folder import pack_folder, unpack_folder
-    from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
-    from optimum_fista.run.pruner import FistaPruner
-    from optimum_fista.run.reports.report import PruningReport
-    from optimum_fista.run.retraining.recovery import recover
-    from optimum_fista.run.retraining.training import MaskedTrainingCallback, masked_training, save_masked
-    from optimum_fista.run.texts.calibration_source import calibration_tokens
-    from optimum_fista.run.texts.text import load_text
-    from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
+    from optimum_fista.config import FistaPruningConfig
+    from optimum_fista.evaluate.generation import continue_prompts
+    from optimum_fista.evaluate.perplexity import evaluate_perplexity
+    from optimum_fista.evaluate.verification import verify_checkpoint
+    from optimum_fista.folder.hub import push_folder
+    from optimum_fista.folder.loading import load_model
+    from optimum_fista.folder.packed_folder import pack_folder, unpack_folder
+    from optimum_fista.folder.packed_loading import FistaPackedConfig
+    from optimum_fista.prune.callback import PruningCallback
+    from optimum_fista.pruner import FistaPruner
+    from optimum_fista.report import PruningReport
     from optimum_fista.solve.method import PrunedOperator
+    from optimum_fista.text.calibration_source import calibration_tokens
+    from optimum_fista.text.text import load_text
+    from optimum_fista.text.windows import calibration_windows, evaluation_windows
+    from optimum_fista.train.recovery import recover
+    from optimum_fista.train.training import MaskedTrainingCallback, masked_training, save_masked
 
 __version__ = "0.1.0"
 __all__ = [
@@ -50,27 +50,27 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FistaPackedConfig": "optimum_fista.run.packed_folders.packed_loading",
-    "FistaPruner": "optimum_fista.run.pruner",
-    "FistaPruningConfig": "optimum_fista.run.config",
-    "MaskedTrainingCallback": "optimum_fista.run.retraining.training",
+    "FistaPackedConfig": "optimum_fista.folder.packed_loading",
+    "FistaPruner": "optimum_fista.pruner",
+    "FistaPruningConfig": "optimum_fista.config",
+    "MaskedTrainingCallback": "optimum_fista.train.training",
     "PrunedOperator": "optimum_fista.solve.method",
-    "PruningCallback": "optimum_fista.run.callbacks.pruning_callback",
-    "PruningReport": "optimum_fista.run.reports.report",
-    "calibration_tokens": "optimum_fista.run.texts.calibration_source",
-    "calibration_windows": "optimum_fista.run.texts.windows",
-    "continue_prompts": "optimum_fista.run.evaluation.generation",
-    "evaluate_perplexity": "optimum_fista.run.evaluation.perplexity",
-    "evaluation_windows": "optimum_fista.run.texts.windows",
-    "load_model": "optimum_fista.run.checkpoints.loading",
-    "load_text": "optimum_fista.run.texts.text",
-    "masked_training": "optimum_fista.run.retraining.training",
-    "pack_folder": "optimum_fista.run.packed_folders.packed_folder",
-    "push_folder": "optimum_fista.run.hub",
-    "recover": "optimum_fista.run.retraining.recovery",
-    "save_masked": "optimum_fista.run.retraining.training",
-    "unpack_folder": "optimum_fista.run.packed_folders.packed_folder",
-    "verify_checkpoint": "optimum_fista.run.evaluation.verification",
+    "PruningCallback": "optimum_fista.prune.callback",
+    "PruningReport": "optimum_fista.report",
+    "calibration_tokens": "optimum_fista.text.calibration_source",
+    "calibration_windows": "optimum_fista.text.windows",
+    "continue_prompts": "optimum_fista.evaluate.generation",
+    "evaluate_perplexity": "optimum_fista.evaluate.perplexity",
+    "evaluation_windows": "optimum_fista.text.windows",
+    "load_model": "optimum_fista.folder.loading",
+    "load_text": "optimum_fista.text.text",
+    "masked_training": "optimum_fista.train.training",
+    "pack_folder": "optimum_fista.folder.packed_folder",
+    "push_folder": "optimum_fista.folder.hub",
+    "recover": "optimum_fista.train.recovery",
+    "save_masked": "optimum_fista.train.training",
+    "unpack_folder": "optimum_fista.folder.packed_folder",
+    "verify_checkpoint": "optimum_fista.evaluate.verification",
 }
 
 

@@ -17,6 +17,7 @@ def pytest_configure(config):
         import torch
 
         torch.set_num_threads(1)
+        config.pluginmanager.import_plugin("saved_models")
 
 
 def pytest_collection_finish():
@@ -44,7 +45,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def enough_tokens():
     """No expert of a mixture is under-calibrated, however few tokens it gets."""
-    from optimum_fista.run.pruning import group_solving
+    from optimum_fista.prune import group as group_solving
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(group_solving, "UNDER_CALIBRATED_TOKENS", 0)
@@ -54,7 +55,7 @@ def enough_tokens():
 @pytest.fixture(scope="module")
 def no_pictures():
     """Model cards are saved without their picture, which takes longer to draw than a tiny model to prune."""
-    from optimum_fista.run.checkpoints import writing
+    from optimum_fista.folder import writing
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(writing, "error_picture", lambda report: None)

@@ -16,15 +16,15 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
+from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.experts import can_be_split, is_fused_experts
 from optimum_fista.model.hidden_states import record_inputs
-from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-ENOUGH_TOKENS = patch("optimum_fista.run.pruning.group_solving.UNDER_CALIBRATED_TOKENS", 0)
+ENOUGH_TOKENS = patch("optimum_fista.prune.group.UNDER_CALIBRATED_TOKENS", 0)
 """Inside, no expert is under-calibrated, however few tokens it gets."""
 
 

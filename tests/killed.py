@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from optimum_fista.run.streamed.journal import Journal
+from optimum_fista.prune.journal import Journal
 
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.mkdir", "os.chmod", "shutil.rmtree"}
 _left: list[int] = []

@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, recover, save_masked
 from optimum_fista.cli.main import main
-from optimum_fista.run.checkpoints import writing
-from optimum_fista.run.ranks import joined_ranks
-from optimum_fista.run.retraining import distillation
-from optimum_fista.run.retraining.masks import find_masks, local
-from optimum_fista.run.streamed import journal
+from optimum_fista.folder import writing
+from optimum_fista.prune import journal
+from optimum_fista.prune.ranks import joined_ranks
+from optimum_fista.train import distillation
+from optimum_fista.train.trained_masks import find_masks, local
 
 
 @functools.cache

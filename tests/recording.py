@@ -9,8 +9,8 @@ from tiny_models import VOCAB_SIZE
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_fista.run.config import FistaPruningConfig
-from optimum_fista.run.pruner import FistaPruner
+from optimum_fista.config import FistaPruningConfig
+from optimum_fista.pruner import FistaPruner
 from optimum_fista.solve.method import PrunedOperator, PruningMethod
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.pattern import SparsityPattern

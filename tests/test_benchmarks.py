@@ -11,9 +11,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.texts.text import load_text
-from optimum_fista.run.texts.windows import calibration_windows, evaluation_windows
+from optimum_fista.evaluate.perplexity import evaluate_perplexity
+from optimum_fista.text.text import load_text
+from optimum_fista.text.windows import calibration_windows, evaluation_windows
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def in_tree() -> set[str]:
 def test_the_wheel_has_all_files_of_the_packages_and_no_others(packed):
     wheel, _ = packed
     assert wheel == in_tree()
-    for name in ("py.typed", "run/recipes/fast.json", "run/reports/card.md", "run/html_report/style.css"):
+    for name in ("py.typed", "recipes/fast.json", "folder/card.md", "page/style.css"):
         assert f"optimum_fista/{name}" in wheel
     assert "optimum/commands/register/register_fista.py" in wheel
 

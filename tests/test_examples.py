@@ -10,7 +10,7 @@ import pytest
 from hub_standin import HubStandIn, connect
 from tiny_llama import TEXT
 
-from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista.evaluate.verification import verify_checkpoint
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SMALL = ["--num-samples", "6", "--sequence-length", "32"]

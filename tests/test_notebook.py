@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from hub_standin import HubStandIn, connect
 from tiny_llama import TEXT, save_tiny_folder
 
-from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista.evaluate.verification import verify_checkpoint
 
 CELLS = json.loads((Path(__file__).parents[1] / "examples" / "quickstart.ipynb").read_text())["cells"]
 

@@ -9,7 +9,7 @@ from tiny_llama import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_fista.cli.main import main
-from optimum_fista.run.evaluation.verification import verify_checkpoint
+from optimum_fista.evaluate.verification import verify_checkpoint
 
 
 def test_the_quickstart_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):

@@ -9,8 +9,8 @@ from hub_standin import HubStandIn, connect
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.packed_folders.packed_folder import pack_folder
+from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.folder.packed_folder import pack_folder
 
 SNIPPETS = [
     pytest.param(snippet, id=f"{page.stem}-{number}")

@@ -5,8 +5,8 @@ import dataclasses
 import os
 
 from optimum_fista.cli.main import build_parser
-from optimum_fista.run.options import PruningOptions
-from optimum_fista.run.retraining.options import RecoveryOptions
+from optimum_fista.options import PruningOptions
+from optimum_fista.train.recovery_options import RecoveryOptions
 
 _WIDTH = "100"
 

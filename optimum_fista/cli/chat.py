@@ -9,8 +9,8 @@ import sys
 from contextlib import nullcontext, suppress
 from typing import Any
 
-from optimum_fista.cli.options import DEVICE, DTYPE
-from optimum_fista.run.options import require_seed
+from optimum_fista.cli.flags import DEVICE, DTYPE
+from optimum_fista.options import require_seed
 
 DESCRIPTION = """\
 Talk to a model in the terminal, alone or beside the dense model.
@@ -77,7 +77,7 @@ class _Speaker:
     def __init__(self, name: str, settings: argparse.Namespace) -> None:
         from transformers import GenerationConfig
 
-        from optimum_fista.run.checkpoints.loading import load_model
+        from optimum_fista.folder.loading import load_model
 
         self.name, self.settings, self.failed, self.turns = name, settings, False, list[dict[str, str]]()
         loaded: Any = load_model(name, device=settings.device, dtype=settings.dtype)

@@ -47,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune, print one table, save, verify, reload, and put sizes and texts side by side."""
-    from optimum_fista.run.checkpoints.loading import load_model
-    from optimum_fista.run.config import FistaPruningConfig
-    from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-    from optimum_fista.run.pruner import FistaPruner
-    from optimum_fista.run.reports.card import markdown_lines
+    from optimum_fista.config import FistaPruningConfig
+    from optimum_fista.evaluate.perplexity import evaluate_perplexity
+    from optimum_fista.folder.card import markdown_lines
+    from optimum_fista.folder.loading import load_model
+    from optimum_fista.pruner import FistaPruner
 
     started, saved = time.perf_counter(), {pattern: arguments.output / name for pattern, name in _FOLDERS.items()}
     taken = [folder.name for folder in saved.values() if os.path.lexists(folder)]
@@ -87,9 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _material(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Windows to calibrate on, and others, the first of the text, to measure on."""
-    from optimum_fista.run.texts.calibration_source import usual_length
-    from optimum_fista.run.texts.text import load_text
-    from optimum_fista.run.texts.windows import evaluation_windows
+    from optimum_fista.text.calibration_source import usual_length
+    from optimum_fista.text.text import load_text
+    from optimum_fista.text.windows import evaluation_windows
 
     length = min(_LENGTH, usual_length(model.config))
     windows = evaluation_windows(tokenizer, load_text(source, "test"), length)
@@ -109,7 +109,7 @@ def _show_models(dense: PreTrainedModel, folders: Sequence[Path], tokenizer: Pre
     from rich.text import Text
     from transformers import AutoModelForCausalLM
 
-    from optimum_fista.run.evaluation.verification import verify_checkpoint
+    from optimum_fista.evaluate.verification import verify_checkpoint
 
     models: dict[str, Any] = {"dense": dense}
     for folder in folders:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from optimum_fista.cli.options import DEVICE, DTYPE
+from optimum_fista.cli.flags import DEVICE, DTYPE
 
 DESCRIPTION = """\
 Measure the perplexity of a model on a text, its zero-shot accuracy on tasks, or both.
@@ -39,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
-    from optimum_fista.run.checkpoints.loading import load_model
-    from optimum_fista.run.evaluation.evaluation_file import Evaluation, add_evaluation, require_addable
-    from optimum_fista.run.evaluation.perplexity import PerplexityResult, evaluate_perplexity
-    from optimum_fista.run.evaluation.zero_shot import TaskResult, TaskSuite
-    from optimum_fista.run.texts.text import load_text
-    from optimum_fista.run.texts.windows import evaluation_windows
+    from optimum_fista.evaluate.evaluation_file import Evaluation, add_evaluation, require_addable
+    from optimum_fista.evaluate.perplexity import PerplexityResult, evaluate_perplexity
+    from optimum_fista.evaluate.tasks import TaskResult, TaskSuite
+    from optimum_fista.folder.loading import load_model
+    from optimum_fista.text.text import load_text
+    from optimum_fista.text.windows import evaluation_windows
 
     def keep(result: PerplexityResult | TaskResult) -> None:
         if arguments.output is not None:

@@ -88,7 +88,7 @@ def _one_warning(message: Warning | str, *_: object, **__: object) -> str:
 
 def _one_line(error: Exception) -> str:
     """What to say of an error."""
-    from optimum_fista.run.memory import is_out_of_memory
+    from optimum_fista.memory import is_out_of_memory
 
     text = " ".join(str(error).split())
     if is_out_of_memory(error):

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from optimum_fista.run.config import FistaPruningConfig
-    from optimum_fista.run.estimate import Estimate
-    from optimum_fista.run.reports.report import PruningReport
+    from optimum_fista.config import FistaPruningConfig
+    from optimum_fista.estimate import Estimate
+    from optimum_fista.report import PruningReport
 
 
 def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
     """Say what the run will do and take; returns the size of its batches."""
     import torch
 
-    from optimum_fista.run.checkpoints.output import unfinished_folder
-    from optimum_fista.run.estimate import LIBRARIES
-    from optimum_fista.run.memory import available_bytes
-    from optimum_fista.run.streamed.journal import begun_batch_size
+    from optimum_fista.estimate import LIBRARIES
+    from optimum_fista.folder.output import unfinished_folder
+    from optimum_fista.memory import available_bytes
+    from optimum_fista.prune.journal import begun_batch_size
 
     chosen: int | None = arguments.batch_size or begun_batch_size(unfinished_folder(arguments.output))
     try:
@@ -61,8 +61,8 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> int
 
 def estimate_of(arguments: argparse.Namespace, config: FistaPruningConfig, batch_size: int | None) -> Estimate:
     """What the run will take, with batches of this size; `None`: of the best size for the device."""
-    from optimum_fista.run.checkpoints.source_files import require_no_loss
-    from optimum_fista.run.estimate import Estimate
+    from optimum_fista.estimate import Estimate
+    from optimum_fista.folder.source_files import require_no_loss
 
     names = ("sequence_length", "calibration", "device", "dtype", "storage_device", "packed")
     options = {name: getattr(arguments, name) for name in names}
@@ -102,7 +102,7 @@ def overview_of(estimate: Estimate) -> list[str]:
 
 def details_of(estimate: Estimate) -> list[str]:
     """What `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, and notes."""
-    from optimum_fista.run.pruning.run_report import idle_patterns
+    from optimum_fista.prune.run_report import idle_patterns
 
     lines, counts = overview_of(estimate), dict[str, Counter[str]]()
     for name, weights in estimate.weights.items():

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Pack, and print what it saved."""
-    from optimum_fista.run.packed_folders.packed_folder import pack_folder
+    from optimum_fista.folder.packed_folder import pack_folder
 
     return convert(arguments, pack_folder, "Packing")
 

@@ -15,8 +15,8 @@ from rich import progress
 from rich.console import Console
 from tqdm import tqdm
 
-from optimum_fista.run.callbacks.pruning_callback import PruningCallback
-from optimum_fista.run.reports.report import LayerReport, OperatorReport, PruningReport, layer_and_kind
+from optimum_fista.prune.callback import PruningCallback
+from optimum_fista.report import LayerReport, OperatorReport, PruningReport, layer_and_kind
 
 _EVERY = 30.0  # seconds between two lines about one piece of work
 

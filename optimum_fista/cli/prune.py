@@ -12,13 +12,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimum_fista.cli.options import DEVICE, DTYPE, add_options, given
-from optimum_fista.run.options import PruningOptions
+from optimum_fista.cli.flags import DEVICE, DTYPE, add_options, given
+from optimum_fista.options import PruningOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optimum_fista.run.config import FistaPruningConfig
+    from optimum_fista.config import FistaPruningConfig
 
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
@@ -90,11 +90,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     from optimum_fista.cli.overview import details_of, estimate_of, next_commands, say_before, verdicts
     from optimum_fista.cli.progress import Progress, log_shown
-    from optimum_fista.run.checkpoints.output import FOLDER, locked_output, unfinished_folder
-    from optimum_fista.run.hub import push_folder
-    from optimum_fista.run.packed_folders.unpacking import PackedFiles
-    from optimum_fista.run.pruner import FistaPruner
-    from optimum_fista.run.ranks import RankError, joined_ranks
+    from optimum_fista.folder.hub import push_folder
+    from optimum_fista.folder.output import FOLDER, locked_output, unfinished_folder
+    from optimum_fista.folder.unpacking import PackedFiles
+    from optimum_fista.prune.ranks import RankError, joined_ranks
+    from optimum_fista.pruner import FistaPruner
 
     config = _config(arguments)
     if arguments.dry_run:
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
             set_verbosity_error()
             disable_progress_bar()
         else:
-            opened.enter_context(log_shown("optimum_fista.run.pruning.plan"))  # what --target-size removes
+            opened.enter_context(log_shown("optimum_fista.prune.plan"))  # what --target-size removes
         try:
             ranks.first(lock)
             arguments.batch_size = ranks.first(lambda: say_before(arguments, config))
@@ -162,9 +162,9 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     """Refuse what can't work, before anything is read; names the output if the user did not."""
     import torch
 
-    from optimum_fista.run.checkpoints.loading import storage_place
-    from optimum_fista.run.hub import require_repo_id
-    from optimum_fista.run.ranks import launched_processes, require_independent_layers
+    from optimum_fista.folder.hub import require_repo_id
+    from optimum_fista.folder.loading import storage_place
+    from optimum_fista.prune.ranks import launched_processes, require_independent_layers
 
     require_independent_layers(config, launched_processes())
     _require_output(arguments, config)
@@ -181,7 +181,7 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
 
 def _require_output(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
     from optimum_fista.cli.overview import argument
-    from optimum_fista.run.checkpoints.output import require_output
+    from optimum_fista.folder.output import require_output
 
     named = arguments.output
     arguments.output = named or default_output(arguments.model, config)
@@ -199,8 +199,8 @@ def _require_output(arguments: argparse.Namespace, config: FistaPruningConfig) -
 
 
 def _require_same_settings(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
-    from optimum_fista.run.checkpoints.output import unfinished_folder
-    from optimum_fista.run.streamed.journal import require_same_run
+    from optimum_fista.folder.output import unfinished_folder
+    from optimum_fista.prune.journal import require_same_run
 
     wanted = {"recovery": None, "config": json.loads(json.dumps(config.resolved().to_dict()))}
     wanted["sequences"] = arguments.num_samples + config.held_out
@@ -211,7 +211,7 @@ def _require_same_settings(arguments: argparse.Namespace, config: FistaPruningCo
 
 def _num_kept(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
     """How many decoder layers are finished and kept for this command; those of another run are not."""
-    from optimum_fista.run.checkpoints.output import FOLDER, unfinished_folder
+    from optimum_fista.folder.output import FOLDER, unfinished_folder
 
     try:
         _require_same_settings(arguments, config)
@@ -226,10 +226,10 @@ def _batches(
     """The calibration batches, and text to measure the perplexity on if there is some."""
     import torch
 
-    from optimum_fista.run.checkpoints.loading import require_tokenizer
-    from optimum_fista.run.texts.calibration_source import calibration_tokens_by_name, num_held_out, num_spare
-    from optimum_fista.run.texts.text import load_text
-    from optimum_fista.run.texts.windows import calibration_windows
+    from optimum_fista.folder.loading import require_tokenizer
+    from optimum_fista.text.calibration_source import calibration_tokens_by_name, num_held_out, num_spare
+    from optimum_fista.text.text import load_text
+    from optimum_fista.text.windows import calibration_windows
 
     def draw(count: int) -> Tensor:
         numbers = arguments.sequence_length, config.seed
@@ -260,7 +260,7 @@ def _batches(
 
 def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
     """The configuration from the flags given, over that of `--config` or `--recipe`."""
-    from optimum_fista.run.config import FistaPruningConfig
+    from optimum_fista.config import FistaPruningConfig
 
     flags = given(arguments, PruningOptions)
     if arguments.target_size is not None:

@@ -7,8 +7,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from optimum_fista.cli.options import DEVICE, add_options, given
-from optimum_fista.run.retraining.options import RecoveryOptions
+from optimum_fista.cli.flags import DEVICE, add_options, given
+from optimum_fista.train.recovery_options import RecoveryOptions
 
 DESCRIPTION = """\
 Train the weights that a pruned model kept, so that it predicts as the dense model does. Zeros stay zero.
@@ -49,9 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     from optimum_fista.cli.overview import argument
     from optimum_fista.cli.progress import log_shown
-    from optimum_fista.run.checkpoints.output import folder_beside
-    from optimum_fista.run.ranks import joined_ranks
-    from optimum_fista.run.retraining.recovery import recover, steps_kept
+    from optimum_fista.folder.output import folder_beside
+    from optimum_fista.prune.ranks import joined_ranks
+    from optimum_fista.train.recovery import recover, steps_kept
 
     options = {name: getattr(arguments, name) for name in ("teacher", "calibration", "device", "overwrite")}
     options |= given(arguments, RecoveryOptions)
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             set_verbosity_error()
             disable_progress_bar()
         else:
-            opened.enter_context(log_shown("optimum_fista.run.retraining"))
+            opened.enter_context(log_shown("optimum_fista.train"))
         try:
             found = recover(arguments.folder, output_dir=output, **options)
         except KeyboardInterrupt:

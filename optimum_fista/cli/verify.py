@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify and print what was proven."""
     from tqdm.auto import tqdm
 
-    from optimum_fista.run.evaluation.same_as import compare_folders
-    from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
+    from optimum_fista.evaluate.same_as import compare_folders
+    from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 
     try:
         with tqdm(desc="Verifying", unit="tensor") as bar:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optimum_fista.packed.bits import as_words, count_bits, place, select
-from optimum_fista.packed.masks import BITS, CHUNK, MaskEncoding, encoding, smallest_encoding
+from optimum_fista.packed.mask_bytes import BITS, CHUNK, MaskEncoding, encoding, smallest_encoding
 from optimum_fista.packed.validation import PLAIN_VERSION, SUFFIXES, VERSION, PackedFormatError, check_tensors, shape_of
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_fista.packed.format import PackedTensor, check, pack, transposed, unpack, with_bits
-from optimum_fista.packed.masks import encoding
+from optimum_fista.packed.mask_bytes import encoding
 from optimum_fista.packed.operation import packed_linear, row_starts
 from optimum_fista.packed.validation import PLAIN_VERSION, SUFFIXES, PackedFormatError, check_tensors
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from optimum_fista.packed.bits import as_words, count_bits, place, unpack_bits
 from optimum_fista.packed.kernels import Kernels, kernels
-from optimum_fista.packed.masks import BITS
+from optimum_fista.packed.mask_bytes import BITS
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_BATCH = 32

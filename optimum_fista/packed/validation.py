@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from optimum_fista.packed.masks import MAX_GROUP, MaskEncoding, encoding
+from optimum_fista.packed.mask_bytes import MAX_GROUP, MaskEncoding, encoding
 
 SUFFIXES = ("_values", "_mask", "_layout")
 VERSION = 2

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista.cli import chat
 from optimum_fista.cli.main import main
-from optimum_fista.run.packed_folders.packed_folder import pack_folder
+from optimum_fista.folder.packed_folder import pack_folder
 
 FEW = ["--device", "cpu", "--max-new-tokens", "6"]
 TEMPLATE = (

@@ -5,9 +5,9 @@ import pytest
 
 from optimum_fista.cli import demo
 from optimum_fista.cli.main import build_parser, main
-from optimum_fista.run.evaluation import perplexity
-from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.pruner import FistaPruner
+from optimum_fista.evaluate import perplexity
+from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.pruner import FistaPruner
 
 
 @pytest.fixture

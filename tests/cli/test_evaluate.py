@@ -8,7 +8,7 @@ import torch
 from tiny_llama import tiny_llama, tiny_tokenizer
 
 from optimum_fista.cli.main import main
-from optimum_fista.run.evaluation.zero_shot import TaskSuite
+from optimum_fista.evaluate.tasks import TaskSuite
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from optimum_fista.cli.overview import next_commands, verdicts
-from optimum_fista.run.reports.report import PruningReport
+from optimum_fista.report import PruningReport
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 

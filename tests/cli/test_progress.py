@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli import progress
 from optimum_fista.cli.progress import Progress, bars_as_lines
-from optimum_fista.run.reports.report import LayerReport
+from optimum_fista.report import LayerReport
 
 
 class Terminal(io.StringIO):

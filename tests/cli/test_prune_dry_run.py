@@ -7,8 +7,8 @@ QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
 def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
-    monkeypatch.setattr("optimum_fista.run.texts.calibration_source.load_model", None)
-    monkeypatch.setattr("optimum_fista.run.checkpoints.loading.load_model", None)
+    monkeypatch.setattr("optimum_fista.text.calibration_source.load_model", None)
+    monkeypatch.setattr("optimum_fista.folder.loading.load_model", None)
     monkeypatch.chdir(tmp_path)
     flags = ["--dry-run", "--method", "wanda", "--pattern", "2:4", "--exclude", "*.0.*", *QUICK]
     shown = []
@@ -42,7 +42,7 @@ def test_a_run_that_may_be_killed_is_announced(tiny_folder, tmp_path, capsys, mo
     (tmp_path / "text.txt").write_text("one two three four five " * 200)
     flags = ["--calibration", str(tmp_path / "text.txt"), "--method", "magnitude", *QUICK]
     free = [2**40, 2**10]
-    monkeypatch.setattr("optimum_fista.run.memory.available_bytes", lambda device: free.pop(0))
+    monkeypatch.setattr("optimum_fista.memory.available_bytes", lambda device: free.pop(0))
     for output, words in (("enough", 0), ("little", 1)):
         assert main(["prune", str(tiny_folder), "--output", str(tmp_path / output), *flags]) == 0
         assert capsys.readouterr().err.count("warning: this run is estimated to need") == words
@@ -53,7 +53,7 @@ def test_a_model_that_can_not_be_estimated_is_pruned(tiny_folder, tmp_path, caps
         raise RuntimeError("no such operation on meta tensors")
 
     (tmp_path / "text.txt").write_text("one two three four five " * 200)
-    monkeypatch.setattr("optimum_fista.run.estimate.plan_run", fail)
+    monkeypatch.setattr("optimum_fista.estimate.plan_run", fail)
     flags = ["--output", str(tmp_path / "out"), "--calibration", str(tmp_path / "text.txt"), "--method", "magnitude"]
     assert main(["prune", str(tiny_folder), *flags, *QUICK]) == 0
     assert "note: memory could not be estimated: no such operation on meta tensors" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import masked_training, save_masked
 from optimum_fista.cli.main import main
-from optimum_fista.run.checkpoints.checkpoint import read_report
+from optimum_fista.folder.checkpoint import read_report
 
 PATTERN = "channels:0.25/4+heads:0.5"
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]

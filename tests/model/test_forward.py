@@ -7,7 +7,7 @@ from tiny_llama import tiny_llama, tiny_tokens
 
 from optimum_fista.model import sums as module
 from optimum_fista.model.forward import compute_dtype_of, quick_products, quick_products_in
-from optimum_fista.run.pruning import group_solving
+from optimum_fista.prune import group as group_solving
 
 precision = torch.get_float32_matmul_precision
 

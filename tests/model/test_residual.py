@@ -118,6 +118,6 @@ def test_the_hidden_states_carried_on_are_those_of_the_pruned_model(family, monk
             entered.append(list(entering.pruned))
             super().__init__(activations, groups, correction, entering, experts)
 
-    monkeypatch.setattr("optimum_fista.run.pruning.loop.LayerTargets", Spy)
+    monkeypatch.setattr("optimum_fista.prune.loop.LayerTargets", Spy)
     model = prune(tiny_model(family), residual_correction=1.0, error_correction="full")
     assert torch.allclose(torch.cat(entered[1]), first_output(model), atol=1e-4)

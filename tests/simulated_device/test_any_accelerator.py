@@ -10,15 +10,15 @@ from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
 from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista import doctor as diagnosis
 from optimum_fista.cli.main import main
+from optimum_fista.estimate import Estimate
+from optimum_fista.folder.loading import usable_device
+from optimum_fista.memory import available_bytes, release_memory
 from optimum_fista.packed.linear import PackedLinear
-from optimum_fista.run import diagnosis
-from optimum_fista.run.checkpoints.loading import usable_device
-from optimum_fista.run.estimate import Estimate
-from optimum_fista.run.memory import available_bytes, release_memory
-from optimum_fista.run.pruning import removal
-from optimum_fista.run.reports.report import device_name, library_versions
-from optimum_fista.run.texts.self_sampling import sample_text_from_model
+from optimum_fista.prune import removal
+from optimum_fista.report import device_name, library_versions
+from optimum_fista.text.self_sampling import sample_text_from_model
 
 
 def test_the_current_device_is_the_default():

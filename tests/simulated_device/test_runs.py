@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from untouched import weights_of
 
 from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, recover
-from optimum_fista.run.evaluation.perplexity import evaluate_perplexity
-from optimum_fista.run.evaluation.verification import verify_checkpoint
-from optimum_fista.run.packed_folders.packed_folder import pack_folder
-from optimum_fista.run.packed_folders.packed_loading import FistaPackedConfig
+from optimum_fista.evaluate.perplexity import evaluate_perplexity
+from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.folder.packed_folder import pack_folder
+from optimum_fista.folder.packed_loading import FistaPackedConfig
 
 pytestmark = pytest.mark.usefixtures("enough_tokens")
 ALL = {"sparsity": 0.5, "error_correction": 0.5, "allocation": "fisher"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from layer_problems import WEIGHT_METHODS, correlated_inputs
 
-from optimum_fista.run.config import method_defaults
+from optimum_fista.config import method_defaults
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.problem import LayerProblem

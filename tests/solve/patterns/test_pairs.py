@@ -5,8 +5,8 @@ import torch
 from tiny_llama import tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.packed.format import pack
-from optimum_fista.run.evaluation.verification import VerificationError, verify_checkpoint
 from optimum_fista.solve.patterns import Pairs, parse_pattern
 
 PAIRS = parse_pattern("4:8-pairs")

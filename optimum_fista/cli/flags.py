@@ -1,0 +1,63 @@
+"""Flags of a command, made from the fields of a dataclass that declares its options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from optimum_fista.fields import kinds_of
+
+DEVICE: dict[str, Any] = {"help": "cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)"}
+DTYPE: dict[str, Any] = {
+    "default": "auto",
+    "help": "dtype of the weights: float32, bfloat16, float16, or auto: as they are stored (default)",
+}
+_NAMES = {int: "N", float: "NUMBER", str: "NAME"}
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str, Any]:
+    """Add a flag for each field but mappings, with its help, its choices and its default.
+
+    Returns:
+        The groups of options that the fields name, to which a command may add flags of its own.
+    """
+    groups: dict[str, Any] = {}
+    hints = get_type_hints(options)
+    for field in fields(options):
+        title = field.metadata["advanced"]
+        kinds = kinds_of(hints[field.name])
+        kind, origin = kinds[0], get_origin(kinds[0])
+        if origin is Mapping:
+            continue
+        text, flag, settings = field.metadata["help"], field.name.replace("_", "-"), {}
+        if kind is bool:
+            settings = {"action": "store_const", "const": not field.default}
+            flag, text = (f"no-{flag}", f"do not {text}") if field.default else (flag, text)
+        elif origin is tuple:
+            settings = {"action": "append", "metavar": "GLOB"}
+        elif origin is Literal and len(kinds) == 1:
+            settings = {"choices": get_args(kind)}
+        else:
+            settings = {"type": _word_or_number if origin else kind, "metavar": _NAMES[str if origin else kind]}
+        if not isinstance(field.default, bool | tuple | NoneType):
+            text += f" (default {field.default})"
+        if title is not None and title not in groups:
+            groups[title] = parser.add_argument_group(f"advanced: {title}")
+        groups.get(title, parser).add_argument(f"--{flag}", dest=field.name, help=text.replace("%", "%%"), **settings)
+    return groups
+
+
+def given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The options whose flags were given."""
+    values = {field.name: getattr(arguments, field.name, None) for field in fields(options)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _word_or_number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text

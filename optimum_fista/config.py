@@ -1,0 +1,258 @@
+"""What to prune and how: the pruning configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from optimum_fista.fields import wrong_field
+from optimum_fista.model.architecture import matches
+from optimum_fista.model.correction import Correction
+from optimum_fista.options import Allocation, ErrorCorrection, PruningOptions
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.methods import METHODS, create_method
+from optimum_fista.solve.pattern import Scope, SparsityPattern
+from optimum_fista.solve.patterns import WholeParts, parse_pattern
+
+
+@dataclass(frozen=True)
+class MethodDefaults:
+    """What a method's source uses for options of `FistaPruningConfig` that the caller leaves `None`."""
+
+    scope: Scope = "matrix"
+    error_correction: ErrorCorrection = 0.0
+    residual_correction: float = 0.0
+    allocation: Allocation = "uniform"
+
+
+_METHOD_DEFAULTS = {
+    "dsnot": MethodDefaults(scope="row"),
+    "fista": MethodDefaults(error_correction="intra"),
+    "flap": MethodDefaults(error_correction="none"),
+    "magnitude": MethodDefaults(error_correction="none"),
+    "obs_admm": MethodDefaults(error_correction=0.5, residual_correction=1.0, allocation="fisher"),
+    "wanda": MethodDefaults(scope="row"),
+}
+
+
+def method_defaults(name: str) -> MethodDefaults:
+    """The options that a method uses if the caller leaves them `None`."""
+    return _METHOD_DEFAULTS.get(name, MethodDefaults())
+
+
+_RECIPE_FOLDER = Path(__file__).parent / "recipes"
+RECIPES = ("default", "fast", "paper")
+"""Names for `FistaPruningConfig.recipe`. Each has a JSON file in `recipes`, with what differs from the defaults."""
+
+_CONFIG_FILE = "pruning_config.json"
+_FILES = ("fista/report.json", _CONFIG_FILE)
+_OPTIONS_OF_METHOD = ("warm_start", "max_iterations", "tolerance", "method_options")
+
+
+@dataclass(frozen=True)
+class FistaPruningConfig(PruningOptions):
+    """Options of a pruning run, checked when constructed; `PruningOptions` declares and explains them."""
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, Iterable):
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        for name in ("method_options", "overrides"):
+            if isinstance(value := getattr(self, name), Mapping):
+                object.__setattr__(self, name, dict(value))
+        if isinstance(self.method, PruningMethod):
+            self._name_the_method(self.method)
+        if wrong := wrong_field(self):
+            raise ValueError(wrong)
+        usual, parts = self._pattern_of(None), self.whole_parts
+        object.__setattr__(self, "sparsity", usual.sparsity)
+        if self.scope is not None and usual.fixed and not self.overrides:
+            raise ValueError(
+                f"scope={self.scope!r} has no meaning for pattern={self.pattern!r}: pass only one of them."
+            )
+        given = {name: value for name in ("include", "exclude", "overrides") if (value := getattr(self, name))}
+        if parts is not None and given:
+            name, value = next(iter(given.items()))
+            raise ValueError(
+                f"{name}={value!r} has no meaning for pattern={self.pattern!r}, which removes whole parts of the "
+                "model: pass only one of them."
+            )
+        loses_experts = parts is not None and any(part.kind == "experts" for part in parts.shares)
+        if not self.expert_refit and not loses_experts:
+            raise ValueError(
+                f"expert_refit=False has no meaning for pattern={self.pattern!r}, which removes no experts: leave it "
+                "out, or pass a pattern such as 'experts:0.25'."
+            )
+        if self.reorder_channels and not usual.orders_inputs:
+            raise ValueError(
+                f"reorder_channels=True has no meaning for pattern={self.pattern!r}: leave it out, or pass a pattern "
+                "such as '2:4'."
+            )
+        method = self.create_method("")
+        method.require_pattern(usual)
+        for pattern, value in self.overrides.items():
+            try:
+                method.require_pattern(self._pattern_of(value))
+            except ValueError as error:
+                raise ValueError(f"overrides[{pattern!r}]: {error}") from error
+
+    @classmethod
+    def paper(cls, sparsity: float | None = None, pattern: str = "unstructured", **options: Any) -> FistaPruningConfig:
+        """The published settings of FISTAPruner (arXiv 2408.03728); docs/method.md lists them."""
+        return cls.recipe("paper", sparsity=sparsity, pattern=pattern, **options)
+
+    @classmethod
+    def recipe(cls, name: str, **options: Any) -> FistaPruningConfig:
+        """The settings of a recipe; docs/quickstart.md compares the recipes.
+
+        Args:
+            name: `"default"`, `"fast"` or `"paper"`.
+            options: Options of this class, which override the recipe's. If `method` is another than the recipe's, the
+                recipe's options of its own method are left out.
+
+        Raises:
+            ValueError: If there is no such recipe.
+        """
+        if name not in RECIPES:
+            raise ValueError(f"recipe={name!r}: pass one of {', '.join(map(repr, RECIPES))}.")
+        settings = json.loads((_RECIPE_FOLDER / f"{name}.json").read_text())
+        if options.get("method", settings.get("method")) != settings.get("method"):
+            settings = {key: value for key, value in settings.items() if key not in _OPTIONS_OF_METHOD}
+        return cls(**(settings | options))
+
+    def create_method(self, model_type: str) -> PruningMethod:
+        """The method with its options; `model_type` (as in a model's config) decides `warm_start="auto"`.
+
+        Raises:
+            ValueError: If the method does not exist, does not take one of the options, or wants it of another type.
+        """
+        options = dict(self.method_options)
+        named = ("max_iterations", "tolerance", "warm_start")
+        options |= {name: value for name in named if (value := getattr(self, name)) is not None}
+        if options.get("warm_start") == "auto":
+            options["warm_start"] = "sparsegpt" if model_type == "opt" else "wanda"
+        try:
+            method = create_method(str(self.method), **options)
+            wrong = wrong_field(method)
+        except TypeError as error:  # a method's own checks compare numbers
+            wrong = f"method_options={options!r}: pass numbers where method {self.method!r} takes them ({error})."
+        if wrong is not None:
+            raise ValueError(wrong)
+        return method
+
+    def _name_the_method(self, method: PruningMethod) -> None:
+        """Keep an instance as its name and options, which JSON can hold."""
+        if METHODS.get(getattr(method, "name", "")) is not type(method):
+            raise ValueError(
+                f"method={method!r}: {type(method).__qualname__} has no registered name, which a report needs: "
+                "decorate the class with optimum_fista.solve.method.register."
+            )
+        if self.method_options:
+            raise ValueError(f"method_options={self.method_options!r}: give them to the instance passed as method.")
+        fields = {f.name: (getattr(method, f.name), f.default) for f in dataclasses.fields(method) if f.init}  # type: ignore[arg-type]
+        object.__setattr__(self, "method", method.name)
+        object.__setattr__(
+            self, "method_options", {name: value for name, (value, default) in fields.items() if value != default}
+        )
+
+    @property
+    def whole_parts(self) -> WholeParts | None:
+        """The pattern, if it removes whole parts of the model."""
+        pattern = self._pattern_of(None)
+        return pattern if isinstance(pattern, WholeParts) else None
+
+    def pattern_for(self, name: str) -> SparsityPattern:
+        """The sparsity pattern of the operator called `name`."""
+        found = (value for pattern, value in self.overrides.items() if matches(name, (pattern,)))
+        return self._pattern_of(next(found, None))
+
+    def reason_left_dense(self, name: str) -> str | None:
+        """Why the operator called `name` is left dense; `None` if it is to be pruned."""
+        if matches(name, self.exclude):
+            return "exclude"
+        if self.include and not matches(name, self.include):
+            return "not in include"
+        return "sparsity 0" if self.pattern_for(name).sparsity == 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        values = dataclasses.asdict(self)
+        return values | {"include": list(self.include), "exclude": list(self.exclude)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FistaPruningConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: If a key is no option.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown options {', '.join(map(repr, unknown))}: pass some of {', '.join(known)}.")
+        return cls(**values)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `pruning_config.json` to a folder, for `from_pretrained` and `--config`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / _CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> FistaPruningConfig:
+        """The configuration of a pruned folder or Hub id, of a folder that `save_pretrained` wrote, or of a JSON file.
+
+        Raises:
+            FileNotFoundError: If the folder or repository holds none.
+            ValueError: If it is not a JSON object of valid options.
+        """
+        file = Path(source)
+        if not file.is_file():
+            found = (cached_file(str(source), name, _raise_exceptions_for_missing_entries=False) for name in _FILES)
+            if (name := next(filter(None, found), None)) is None:
+                raise FileNotFoundError(f"{str(source)!r} holds neither {' nor '.join(_FILES)}: pass a pruned folder.")
+            file = Path(name)
+        try:
+            values = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"config {str(file)!r} is not JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"config {str(file)!r} holds a JSON {type(values).__name__}: pass an object of options.")
+        return cls.from_dict(values["config"] if "operators" in values else values)
+
+    def resolved(self) -> FistaPruningConfig:
+        """The same configuration with the method's own choice for every option of `MethodDefaults` that is `None`."""
+        defaults = method_defaults(str(self.method))
+        chosen = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(defaults))}
+        if self._pattern_of(None).fixed and not self.overrides:
+            chosen.pop("scope")
+        missing = {name: getattr(defaults, name) for name, value in chosen.items() if value is None}
+        return dataclasses.replace(self, **missing)
+
+    @property
+    def correction(self) -> Correction:
+        """`error_correction` and `residual_correction`, the method's own if they are `None`."""
+        chosen = self.resolved()
+        assert chosen.error_correction is not None
+        return Correction.parse(chosen.error_correction, chosen.residual_correction or 0.0)
+
+    def shares_budget(self, name: str) -> bool:
+        """Whether the operator called `name` takes part in the allocation of zeros."""
+        allocation = self.allocation or method_defaults(str(self.method)).allocation
+        allocated = allocation == "fisher" and not self._pattern_of(None).fixed
+        return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
+
+    def _pattern_of(self, override: float | str | None) -> SparsityPattern:
+        """The pattern that an override asks for; of `None`, that of all operators without one."""
+        if isinstance(override, str):
+            return parse_pattern(override)
+        scope = self.scope or method_defaults(str(self.method)).scope
+        if override is None:
+            return parse_pattern(self.pattern, self.sparsity, scope)
+        return parse_pattern(sparsity=override, scope=scope)

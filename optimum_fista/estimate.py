@@ -1,0 +1,199 @@
+"""What a run from files to files will take: memory and disk by closed formulas, time by trying.
+
+For the time, a model with one decoder layer of each kind gets random weights and is really pruned on random tokens: the
+seconds of a layer, times the layers of its kind. If all tokens would take long, a part of them is taken, and the time
+besides solving grows in proportion. A device that is not in this machine is not tried, nor a layer that needs more
+memory than is free or half a minute to be solved: a run shows the time left once its first layer is pruned.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch.utils.benchmark import Timer
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from optimum_fista.config import FistaPruningConfig
+from optimum_fista.folder import loading
+from optimum_fista.memory import available_bytes
+from optimum_fista.model.architecture import find_decoder_layers, input_embedding
+from optimum_fista.model.experts import is_fused_experts
+from optimum_fista.model.shrinking import plan_shrinking
+from optimum_fista.prune.plan import plan_run
+from optimum_fista.prune.removal import require_zeros_to_pack
+from optimum_fista.pruner import FistaPruner
+from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
+from optimum_fista.text.calibration_source import usual_length
+from optimum_fista.text.self_sampling import num_batches, num_texts
+
+LIBRARIES = 325 * 2**20
+"""Bytes of Python, torch, Transformers, and of the picture of the model card."""
+_SOLVERS = {"obs_admm": (1.1, 1.2, 3.8), "sparsegpt": (2.4, 2.0, 1.1), "fista": (1.6, 5.5, 0.3), "admm": (2, 4.1, 1.8)}
+_SOLVERS |= {"dsnot": (0.8, 3.7, 0), **dict.fromkeys(("wanda", "magnitude", "flap"), (0.2, 1.3, 2.6))}
+"""Gram matrices, weights, and blocks of rows, in float32, that a method holds besides its problem."""
+_TOKENS_TOGETHER, _TRIED_SECONDS, _SOLVING_SECONDS = 8192, 10, 30
+
+
+class Estimate:
+    """What a run takes; arguments are those of `optimum-fista prune`, and of the model only the configuration is read.
+
+    `num_samples` counts held-out sequences too. `batch_size=None` is one sequence on a CPU, on other devices as many as
+    have 8192 tokens if memory suffices. The device need not be in this machine. Wrong options raise `ValueError`."""
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedConfig,
+        config: FistaPruningConfig | None = None,
+        *,
+        num_samples: int = 128,
+        sequence_length: int | None = None,
+        batch_size: int | None = None,
+        calibration: str = "text",
+        device: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        storage_device: str | None = None,
+        packed: bool = False,
+    ) -> None:
+        config = (config or FistaPruningConfig()).resolved()
+        require_zeros_to_pack(config, packed)
+        given = model if isinstance(model, PreTrainedConfig) else loading.read_config(str(model))
+        self.whole = not isinstance(model, PreTrainedConfig) and loading.gguf_file(str(model)) is not None
+        stored = loading.floating_dtype((None if self.whole else getattr(given, "dtype", None)) or torch.float32)
+        dtype = stored if dtype == "auto" else loading.floating_dtype(dtype)
+        with loading.reading(given.name_or_path or type(given).__name__), torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(given), dtype=dtype, trust_remote_code=False)
+        loading.refuse_quantized(self.model)
+        self.place, self.device = device, (device or loading.default_device()).partition(":")[0]
+        self.on_cpu, self.storage_device = self.device == "cpu", storage_device
+        storage = (storage_device or ("disk" if self.on_cpu else self.device)).partition(":")[0]
+        self.storage = "device" if storage == self.device else {"cpu": "host"}.get(storage, "disk")
+        # On the CPU, weights in the stored dtype are pages of the checkpoint's files, which the system can drop.
+        self.reads = not self.whole and not (self.on_cpu and stored == dtype)
+        self.num_samples, self.samples_itself, self.packed = num_samples, calibration == "self", packed
+        self.length, self.value = sequence_length or usual_length(given), dtype.itemsize
+        self.vocabulary, self.hidden = input_embedding(self.model).shape
+        self.layers = find_decoder_layers(self.model)
+        removal, self.config, chosen, self.left_dense = plan_run(self.model, self.layers, config)
+        self.asked, self.num_removed = self.config if removal is None else removal.asked, 0
+        if removal is not None:
+            going = dict.fromkeys(range(1, 1 + removal.num_removed_layers), 0.0)  # which ones, the values decide
+            chosen = removal.remove_layers(self.model, self.layers, chosen, going) if going else chosen
+            self.config, self.left_dense = removal.config, removal.reasons_left_dense(self.left_dense, chosen)
+            self.num_removed = self.model.num_parameters() - removal.plan.model.num_parameters()
+        shapes = {key: operator.shape for those in chosen.values() for key, operator in those.items()}
+        repaired = {key for those in chosen.values() for key in [*those][-1:]}
+        pruned = [k for k in shapes if removal is None or k in repaired or self.config.pattern_for(k).sparsity]
+        self.operators = {key: shapes[key] for key in pruned}
+        self.pruned = [[key for key in pruned if key.startswith(f"{name}.")] for name, _ in self.layers]
+        self.weights = {key: rows * columns for key, (rows, columns) in self.operators.items()}
+        self.zeros = {k: self.weights[k] - self.config.pattern_for(k).num_kept(s) for k, s in self.operators.items()}
+        self.allocates = any(map(self.config.shares_budget, self.operators))
+        self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
+        self.streams = self.config.correction.needs_dense + (self.config.correction.carry == "full")
+        self.stream_bytes = self.value * num_samples * self.length * self.hidden
+        most = 1 if self.on_cpu else max(1, min(num_samples, _TOKENS_TOGETHER // self.length))
+        self.batch_size, free = batch_size or most, available_bytes(torch.device(self.place or self.device))
+        while batch_size is None and self.batch_size > 1 and free and sum(self.memory["device"].values()) > 0.8 * free:
+            self.batch_size //= 2
+
+    @property
+    def disk_bytes(self) -> dict[str, int]:
+        """Bytes on disk by part when the last decoder layer is written."""
+        zeros = sum(self.zeros.values())  # or weights that are removed with their inputs
+        masks = (sum(self.weights.values()) - (zeros if self.num_removed else 0)) // 8
+        saved = self.num_removed * self.value + self.packed * (zeros * self.value - masks)
+        fused = [p for m in filter(is_fused_experts, self.model.modules()) for p in m.parameters(False) if p.ndim == 3]
+        parts = {"model": self.weight_bytes - saved, "masks": masks if self.packed else 2 * masks}
+        parts["fused experts, copied by the lazy reader"] = sum(parameter.nbytes for parameter in fused)
+        return parts | {"hidden states of two layers": 2 * self.streams * self.stream_bytes}
+
+    @property
+    def memory(self) -> dict[str, dict[str, float]]:
+        """Bytes by part when most is held, by place: `"device"` and `"host"`, or `"host"` alone on a CPU."""
+        always: dict[str, float] = {
+            "Python and libraries": LIBRARIES,
+            "calibration tokens": 8 * self.num_samples * self.length,
+        }
+        peaks: dict[str, dict[str, float]] = {"host": always | {"masks": sum(self.weights.values()) // 8}}
+        for computing, waiting in self._moments():
+            host, device = dict(always), {**computing, "all weights": self.weight_bytes * self.whole}
+            {"device": device, "host": host, "disk": {}}[self.storage]["activations that wait"] = waiting
+            for place, parts in ({"host": host | device} if self.on_cpu else {"device": device, "host": host}).items():
+                peaks[place] = max(peaks.get(place, {}), parts, key=lambda held: sum(held.values()))
+        return peaks
+
+    def _moments(self) -> Iterator[tuple[Mapping[str, float], float]]:
+        """Bytes that are held where the run computes, by part, and those of activations that wait."""
+        value, batch, tokens = self.value, self.batch_size * self.length, self.value * self.num_samples * self.length
+        if self.samples_itself:
+            texts = -(-self.num_samples // num_batches(self.num_samples))  # that are written together
+            keys = 2 * value * texts * self.length * len(self.layers) * self.hidden
+            logits = texts * num_texts(self.length) * self.vocabulary * (value + 12)
+            yield {"whole model": self.weight_bytes, "keys and values": keys, "logits": logits}, 0
+        ends = {"embedding and head": 2 * value * self.vocabulary * self.hidden * self.reads}
+        if self.allocates:  # a sequence at a time, in float32; hidden states of all layers wait
+            logits = self.length * self.vocabulary * (2 * value + 12)
+            yield ends | {"logits, gradients": logits}, len(self.layers) * self.stream_bytes / self.num_samples
+        factors = _SOLVERS.get(self.config.method, (4.4, 4.2, 0))
+        for (_, layer), names in zip(self.layers, self.pruned, strict=True):
+            groups: dict[tuple[str, int], list[int]] = {}  # outputs of the operators of a module with as many inputs
+            for key in names:
+                groups.setdefault((key.rpartition(".")[0], self.operators[key][1]), []).append(self.operators[key][0])
+            seen = {place: those for place, those in groups.items() if ".experts." not in f"{place[0]}."}
+            recorded = (
+                sum(min(sum(those), place[1]) for place, those in seen.items()) * self.config.correction.needs_dense
+            )
+            held: dict[str, float] = {"decoder layer": sum(p.nbytes for p in layer.parameters()) * self.reads}
+            held |= {"one batch": value * batch * (2 * self.hidden + 3 * max(map(max, seen.values()), default=0))}
+            if self.config.correction.carry == "none" or self.config.held_out:
+                held |= {"other Gram matrices": sum(4 * columns**2 for _, columns in seen)}
+            for (_, columns), those in groups.items():
+                gram, matrix = 4 * columns**2, 4 * sum(those) * columns
+                block = 4 * columns * rows_in_block(max(those), columns, 1 if self.on_cpu else SCALE_ON_DEVICES)
+                solver = factors[0] * gram + factors[1] * matrix + factors[2] * min(block, matrix)
+                waiting = tokens * (recorded + columns + (self.streams + 2) * self.hidden)
+                yield held | {"Gram matrix": gram, "targets": 2 * matrix, "solver": max(1.5 * gram, solver)}, waiting
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Time by stage, without imports and text that the model writes itself; `ValueError` if it is not estimated."""
+        device, kinds = loading.usable_device(self.place), dict[object, list[int]]()
+        for number, (name, layer) in enumerate(self.layers):  # alike are those with the same shapes and operators
+            kind = *(p.shape for p in layer.parameters()), *(key.removeprefix(name) for key in self.pruned[number])
+            kinds.setdefault((type(layer), kind), []).append(number)
+        firsts = [alike[0] for alike in kinds.values()]
+        products = 100 * sum(self.weights[k] * self.operators[k][1] for first in firsts for k in self.pruned[first])
+        one = Timer("square @ square", globals={"square": torch.randn(1024, 1024, device=device)}).timeit(5).median
+        needed = sum(self.memory["host" if self.on_cpu else "device"].values()) - LIBRARIES * self.on_cpu
+        if products / 1024**3 * one > _SOLVING_SECONDS or needed > (available_bytes(device) or needed):
+            raise ValueError("one decoder layer takes too much time or memory here to be tried.")
+        small = self.model if len(firsts) == len(self.layers) else plan_shrinking(self.model, layers=firsts).model
+        tried, most = min(self.num_samples, self.batch_size + self.config.held_out), self.num_samples
+        with TemporaryDirectory(prefix="optimum-fista-") as folder, warnings.catch_warnings(action="ignore"):
+            AutoModelForCausalLM.from_config(small.config, dtype=self.model.dtype).save_pretrained(f"{folder}/dense")
+            for attempt in range(2):  # the first finds out how many sequences fit into the time
+                tokens = torch.randint(0, self.vocabulary, (tried, self.length)).split(self.batch_size)
+                pruner = FistaPruner(self.asked, progress=False, storage_device=self.storage_device)
+                started = time.perf_counter()
+                report = pruner.prune(f"{folder}/dense", tokens, output_dir=f"{folder}/{attempt}", device=self.place)
+                total, solving = time.perf_counter() - started, report.totals["solve_seconds"]
+                layers, more = [layer.seconds for layer in report.layers], most / tried
+                tried = max(tried, min(most, int(tried * _TRIED_SECONDS / (sum(layers) - solving))))
+        sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in self.layers]
+        head, seen = self.vocabulary * self.hidden, self.config.allocation_tokens / self.length
+        grown = (head + sum(sizes)) / (head + sum(sizes[first] for first in firsts))
+        every = sum(spent * len(alike) for spent, alike in zip(layers, kinds.values(), strict=True))
+        share, allocation = solving / sum(layers), report.seconds.get("allocation", 0.0)
+        return {
+            "solving": every * share,
+            "forward passes, statistics, files": every * (1 - share) * more,
+            "allocation": allocation * grown * min(seen, most) / min(seen, most / more),
+            "around the layers": total - allocation - sum(layers),
+        }

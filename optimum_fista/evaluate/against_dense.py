@@ -1,0 +1,79 @@
+"""A saved model beside the dense one: what a run did not prune is equal, less the parts that went."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_fista.folder.checkpoint import operators_by_weight
+from optimum_fista.folder.loading import load_lazily
+from optimum_fista.folder.source_files import described_loss, source_folder
+from optimum_fista.folder.stored_names import stored_names
+from optimum_fista.folder.unpacking import is_packed
+from optimum_fista.model.offload import stored_tensor
+from optimum_fista.model.parts import find_parts, numbers_kept
+from optimum_fista.model.shrinking import plan_shrinking
+from optimum_fista.report import OperatorReport, PruningReport
+from optimum_fista.solve.patterns import WholeParts, parse_pattern
+
+
+class VerificationError(ValueError):
+    """A saved model breaks what its masks and report promise."""
+
+
+def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress: Callable[[str], None]) -> int:
+    """Compare a pruned model, whose report is verified, with the dense one; returns how many tensors are equal."""
+    if is_packed(folder) or report.retrained:
+        why = "was trained" if report.retrained else "is packed: unpack it first"
+        raise ValueError(f"dense={dense!r}: {str(folder)!r} {why}, so it can't be compared.")
+    with tempfile.TemporaryDirectory(prefix="optimum-fista-") as offload:
+        ours, _ = load_lazily(str(folder), Path(offload) / "pruned", device="cpu")
+        theirs, _ = load_lazily(dense, Path(offload) / "dense", device="cpu", dtype=ours.dtype)
+        if lost := described_loss(theirs, source_folder(dense, getattr(theirs.config, "_commit_hash", None))):
+            raise VerificationError(f"{lost}.")
+        operators, modules = operators_by_weight(ours, report), {id(m): name for name, m in ours.named_modules()}
+        names = stored_names(ours, operators.values(), all_of_them=False)
+        in_model = {stored.name: name for name, stored in names.items()}
+        pruned = {in_model[operator.name]: operator for operator in report.operators}
+        changed = {f"{modules[id(o.owner)]}.{o.tensor}" for name, o in operators.items() if name in pruned}
+        changed |= {f"{mixture.name}.down_proj" for mixture in report.mixtures if mixture.num_refitted}
+        if report.config["reorder_channels"]:
+            changed |= {name for part in find_parts(ours, "channels").parts for name in part.tensors}
+        left, equal = _tensor_names(ours), 0
+        all_of_it = ((name, stored_tensor(theirs, name)) for name in _tensor_names(theirs))
+        for name, expected in _what_stays(theirs, report, pruned) if report.removed else all_of_it:
+            if name not in left:
+                raise VerificationError(f"{name} is in {dense!r} and not in the pruned model.")
+            found = stored_tensor(ours, left.pop(left.index(name)))
+            if found.shape != expected.shape:
+                raise VerificationError(f"{name} has shape {(*found.shape,)}, from {dense!r} {(*expected.shape,)}.")
+            if name not in changed and (differing := int((found != expected).sum())):
+                raise VerificationError(f"{name} differs from {dense!r} in {differing:,} of {found.numel():,} values.")
+            equal += name not in changed
+            progress(name)
+        if left:
+            raise VerificationError(f"{left[0]} is in the pruned model and not in {dense!r}.")
+    return equal
+
+
+def _what_stays(
+    model: PreTrainedModel, report: PruningReport, pruned: dict[str, OperatorReport]
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a dense model without the parts that a report says went, with their names in the smaller model."""
+    pattern = parse_pattern(report.config["pattern"])
+    counts = numbers_kept(model, pattern) if isinstance(pattern, WholeParts) else {}
+    plan = plan_shrinking(model, layers=report.model.get("layers_kept"), **counts)
+    groups = {name.removesuffix(".weight"): operator.groups_kept or () for name, operator in pruned.items()}
+    groups |= {mixture.name: mixture.groups_kept for mixture in report.mixtures}
+    kept = {part: groups.get(str(plan.new_name(part)), ()) for part in plan.parts}
+    for name in _tensor_names(model):
+        if new := plan.new_name(name):
+            yield new, plan.shrink_tensor(name, stored_tensor(model, name), kept)
+
+
+def _tensor_names(model: PreTrainedModel) -> list[str]:
+    return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]  # tied tensors once

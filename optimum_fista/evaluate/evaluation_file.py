@@ -1,0 +1,146 @@
+"""Perplexities and accuracies in a JSON file, one record a measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from huggingface_hub import EvalResult, ModelCard
+from yaml import YAMLError
+
+from optimum_fista.evaluate.perplexity import PerplexityResult
+from optimum_fista.evaluate.tasks import Score, TaskResult
+from optimum_fista.fields import as_record
+from optimum_fista.folder.atomic import require_writable
+from optimum_fista.folder.checkpoint import CARD_FILE, REPORT_FILE
+from optimum_fista.folder.output import write_about
+from optimum_fista.report import HUB_DATASETS, public_name
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_FILE = "fista/evaluation.json"
+"""Where a report of a model folder looks for them."""
+_ERROR = ", standard error "
+"""In the name of a metric on the Hub, which has no other place for it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measurement and the model that it is of: a Hub id, or the last part of a path."""
+
+    model: str
+    result: PerplexityResult | TaskResult
+    place: str = ""  # digest of the path, which tells models of one name apart; empty for a Hub id
+
+    @classmethod
+    def of(cls, model: str, result: PerplexityResult | TaskResult) -> Evaluation:
+        """A measurement of a Hub id or a folder."""
+        return cls(public_name(model), result, place_of(model))
+
+    @property
+    def protocol(self) -> tuple[Any, ...]:
+        """What must be equal in two measurements for a comparison."""
+        result = self.result
+        if isinstance(result, TaskResult):
+            return result.task, result.files_sha256, result.num_documents, result.lm_eval
+        return result.text_name, result.text_sha256, result.num_windows, result.sequence_length
+
+
+def place_of(model: str | Path) -> str:
+    """Digest of a folder's path; empty if there is no such folder."""
+    path = Path(model)
+    return hashlib.sha256(str(path.resolve()).encode()).hexdigest() if path.exists() else ""
+
+
+def require_addable(file: Path) -> None:
+    """Refuse a file that measurements can't be added to, before anything is measured."""
+    if file.exists():
+        read_evaluations(file)
+    require_writable(file)
+
+
+def add_evaluation(file: Path, evaluation: Evaluation) -> None:
+    """Add a measurement to a file, in the place of an earlier one of the same model and protocol.
+
+    In the folder of the pruned model that was measured, it joins the metadata of the model card as well.
+    Processes that add to one file at the same time wait for each other.
+    """
+    file = Path(os.path.realpath(file))  # several links to one file share its lock
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = file.with_name(f".{file.name}.lock")
+    with FileLock(lock):
+        try:
+            known = read_evaluations(file) if file.exists() else []
+            key = (evaluation.model, evaluation.place, evaluation.protocol)
+            kept = [e for e in known if (e.model, e.place, e.protocol) != key]
+            records = [{"model": e.model, "place": e.place} | dataclasses.asdict(e.result) for e in [*kept, evaluation]]
+            write_about(file, json.dumps(records, indent=1) + "\n")
+            folder = file.parent.parent
+            measured = file == folder / EVALUATION_FILE and evaluation.place == place_of(folder)
+            if measured and (folder / CARD_FILE).exists() and (folder / REPORT_FILE).exists():
+                _add_to_card(folder / CARD_FILE, evaluation.result)
+        finally:
+            lock.unlink()  # who waits for it begins anew
+
+
+def _add_to_card(file: Path, result: PerplexityResult | TaskResult) -> None:
+    """Add a measurement to the metadata of a model card, in the place of an earlier one; all else in the card stays."""
+    try:
+        card = ModelCard.load(file)
+    except (ValueError, YAMLError) as error:
+        logger.warning("The measurement is not in the metadata of %s, which can't be read: %s", file, error)
+        return
+    if isinstance(result, TaskResult):
+        name, dataset, split, scores = result.task, None, None, result.scores
+        how = f"{result.num_documents} documents, lm-eval {result.lm_eval}"
+    else:
+        name, split, scores = result.text_name or "a text", "test", {"perplexity": Score(result.perplexity)}
+        dataset, how = HUB_DATASETS.get(name), f"{result.num_windows} windows of {result.sequence_length} tokens"
+    found = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset or name,
+            dataset_name=name,
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=f"{metric}, {how}" + ("" if score.stderr is None else f"{_ERROR}{score.stderr:.4f}"),
+            metric_value=round(score.value, 4),
+        )
+        for metric, score in scores.items()
+    ]
+    same = {(name, f"{metric}, {how}") for metric in scores}
+    before = card.data.eval_results or []
+    known = [r for r in before if (r.dataset_name, (r.metric_name or "").partition(_ERROR)[0]) not in same]
+    title = re.search(r"^# (.+)", card.text, re.M)
+    card.data.model_name = card.data.model_name or (title[1] if title else file.parent.name)
+    card.data.eval_results = [*known, *found]
+    listed = [card.data.datasets] if isinstance(card.data.datasets, str) else card.data.datasets or []
+    card.data.datasets = list(dict.fromkeys([*listed, *([dataset] if dataset else [])])) or None
+    write_about(file, str(card))
+
+
+def read_evaluations(file: Path) -> list[Evaluation]:
+    """The measurements in a file."""
+    try:
+        records = json.loads(file.read_text())
+        if not records or not isinstance(records, list):
+            raise TypeError("not a list of records")
+        return [Evaluation(str(r["model"]), _result(r), str(r.get("place", ""))) for r in records]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{str(file)!r} holds no measurements ({type(error).__name__}: {error}): pass a file written by "
+            "`optimum-fista evaluate --output FILE`."
+        ) from error
+
+
+def _result(record: dict[str, Any]) -> PerplexityResult | TaskResult:
+    kind: type[PerplexityResult | TaskResult] = TaskResult if "task" in record else PerplexityResult
+    return as_record(kind, {field.name: record[field.name] for field in dataclasses.fields(kind)})

@@ -1,0 +1,138 @@
+"""Perplexity of a causal language model on windows of tokens."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from optimum_fista.memory import is_out_of_memory
+from optimum_fista.model.architecture import input_embedding, position_limit
+from optimum_fista.model.forward import evaluation_mode
+from optimum_fista.model.offload import input_device
+from optimum_fista.text.text import TextSource
+
+# Positions whose logits are copied to float32 at a time: 131 MB for a vocabulary of 128 thousand.
+POSITIONS_PER_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity and what it was measured on.
+
+    Attributes:
+        perplexity: exp(mean negative log-likelihood per predicted token).
+        num_windows: Windows N.
+        num_tokens: Predicted tokens N * (T - 1).
+        sequence_length: Tokens per window T.
+        seconds: Wall-clock time of the measurement.
+        text_name: Name of the text, if known.
+        text_sha256: Hash of the text, if known.
+    """
+
+    perplexity: float
+    num_windows: int
+    num_tokens: int
+    sequence_length: int
+    seconds: float
+    text_name: str | None = None
+    text_sha256: str | None = None
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    *,
+    batch_size: int = 1,
+    progress: bool = True,
+    text: TextSource | None = None,
+) -> PerplexityResult:
+    """Measure exp(-1 / (N (T - 1)) sum_n sum_{t >= 1} log p(w_nt | w_n0 ... w_n,t-1)).
+
+    Every window is scored on its own: nothing is carried from one to the next. Log-likelihoods are computed
+    in float32 and summed in float64. The model's modes (training or evaluation) are restored afterwards.
+
+    Args:
+        model: Causal language model, on any device.
+        windows: Token ids, integer, [N, T].
+        batch_size: Windows per forward pass. The logits of a batch are held at once.
+        progress: Show a progress bar.
+        text: Where the windows come from, for the result's `text_name` and `text_sha256`.
+
+    Raises:
+        ValueError: If the windows are not integers of shape [N >= 1, T >= 2], hold ids outside the model's
+            vocabulary, `batch_size` is below 1, the model gives NaN logits, or fails because a window is too long.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; pass 1 or more.")
+    _check_windows(model, windows)
+    device = input_device(model)
+    num_windows, sequence_length = windows.shape
+    started = time.perf_counter()
+    total = 0.0
+    with (
+        evaluation_mode(model),
+        torch.no_grad(),
+        tqdm(total=num_windows, desc="Perplexity", unit="window", disable=not progress) as bar,
+    ):
+        for first in range(0, num_windows, batch_size):
+            ids = windows[first : first + batch_size].to(device=device, dtype=torch.int64)
+            try:
+                total += _negative_log_likelihood(model, ids, first)
+            except (IndexError, RuntimeError) as error:
+                # none is refused beforehand: models without a table of positions can be measured on longer windows
+                limit = position_limit(model)
+                if limit is None or sequence_length <= limit or is_out_of_memory(error):
+                    raise
+                raise ValueError(
+                    f"windows holds sequences of {sequence_length} tokens, and the model fails on them ({error}): pass "
+                    f"at most {limit}, its max_position_embeddings (--sequence-length {limit})."
+                ) from error
+            bar.update(len(ids))
+    num_tokens = num_windows * (sequence_length - 1)
+    return PerplexityResult(
+        perplexity=torch.tensor(total / num_tokens, dtype=torch.float64).exp().item(),
+        num_windows=num_windows,
+        num_tokens=num_tokens,
+        sequence_length=sequence_length,
+        seconds=time.perf_counter() - started,
+        text_name=None if text is None else text.name,
+        text_sha256=None if text is None else text.sha256,
+    )
+
+
+def _check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.is_floating_point():
+        raise ValueError(
+            f"windows has shape {list(windows.shape)} and dtype {windows.dtype}; pass integer token ids with "
+            "at least one window (first dimension) of at least two tokens (second dimension)."
+        )
+    vocabulary = input_embedding(model).shape[0]
+    smallest, largest = int(windows.min()), int(windows.max())
+    if smallest < 0 or largest >= vocabulary:
+        raise ValueError(
+            f"windows holds token ids from {smallest} to {largest}, the model knows 0 to {vocabulary - 1}; "
+            "pass windows made with the tokenizer of this model."
+        )
+
+
+def _negative_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: int) -> float:
+    """Sum of -log p over the predicted tokens of `ids` [B, T], whose first row is window number `first`."""
+    logits = model(input_ids=ids, use_cache=False).logits  # [B, T, vocabulary]
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for start in range(0, ids.shape[1] - 1, POSITIONS_PER_CHUNK):
+        end = min(start + POSITIONS_PER_CHUNK, ids.shape[1] - 1)
+        targets = ids[:, start + 1 : end + 1].to(logits.device)
+        # cross_entropy wants the classes in the second dimension: [B * chunk, vocabulary].
+        losses = cross_entropy(logits[:, start:end].flatten(0, 1).float(), targets.flatten(), reduction="none")
+        total += losses.double().sum()
+    if total.isnan():
+        raise ValueError(
+            f"model gives NaN logits in windows {first} to {first + len(ids) - 1}: look for NaN in its "
+            "weights, or pass it in float32 or bfloat16 if it overflows in float16."
+        )
+    return total.item()

@@ -1,0 +1,246 @@
+"""Proving from the files that a saved model keeps its pattern and sizes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_fista.evaluate.against_dense import VerificationError, compare_with_dense
+from optimum_fista.folder.checkpoint import (
+    CONFIG_FILE,
+    CONFIG_KEY,
+    MASKS_FILE,
+    REPORT_FILE,
+    checkpoint_files,
+    read_json,
+    read_report,
+    read_tensors,
+    require_files,
+    summary,
+)
+from optimum_fista.folder.stored_names import split_index
+from optimum_fista.folder.unpacking import is_packed, packed_operators
+from optimum_fista.model.expert_removal import experts_to_keep
+from optimum_fista.model.parts import runs_of_experts
+from optimum_fista.packed.validation import PackedFormatError
+from optimum_fista.report import OperatorReport, PruningReport
+from optimum_fista.solve.pattern import SparsityPattern, unpack_mask
+from optimum_fista.solve.patterns import Columns, parse_pattern
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was proven.
+
+    Attributes:
+        num_operators: Operators checked.
+        num_weights: Their weights.
+        num_zeros: Weights that are zero by their masks and in the files.
+        num_parameters: Parameters of the model; `None` if they could not be counted.
+        removed: How much smaller than the dense model it is, in words; empty if no part of it was removed.
+        num_equal: Tensors equal to what is left of the dense model's; `None` if they were not compared.
+        num_mixtures: Mixtures that lost experts.
+    """
+
+    num_operators: int
+    num_weights: int
+    num_zeros: int
+    num_parameters: int | None = None
+    removed: str = ""
+    num_equal: int | None = None
+    num_mixtures: int = 0
+
+
+def verify_checkpoint(
+    folder: Path, progress: Callable[[str], None] = lambda _: None, *, dense: str | Path | None = None
+) -> Verification:
+    """Read a pruned model's files again and check every operator, one tensor in memory at a time.
+
+    Checks: the mask keeps exactly the number of weights the pattern asks for, in every row or group if the
+    pattern says so; every weight outside the mask is zero and every weight finite; shapes, counts and totals
+    agree between masks, report, config and checkpoint; the report's number of parameters is that of the model. Of a
+    model that became smaller, all tensors have the shapes that its configuration describes.
+
+    With the dense model at hand, every tensor that the run did not change must equal what the report says is left of
+    the dense model's. Of pruned operators, refitted experts, and MLPs whose channels were reordered only the shapes are
+    compared.
+
+    Args:
+        folder: The model folder.
+        progress: Called with each operator's name once it is checked, then with that of each tensor compared.
+        dense: The model before it was pruned, a Hub id or a model folder. It is read in the dtype of the pruned one.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If `dense` can't be read or lose such parts, or is given for a folder that is packed or was trained.
+        VerificationError: If something does not hold.
+    """
+    try:
+        require_files(folder, CONFIG_FILE, *(() if is_packed(folder) else (MASKS_FILE,)), REPORT_FILE)
+        config = read_json(folder / CONFIG_FILE).get(CONFIG_KEY)
+        report = read_report(folder)
+    except ValueError as error:
+        raise VerificationError(str(error)) from error
+    if not isinstance(config, dict):
+        raise VerificationError(f"config.json has no {CONFIG_KEY!r}.")
+    try:
+        zeros = weights = 0
+        for operator, weight, mask in (packed_operators if is_packed(folder) else _read_dense)(folder, report):
+            zeros += _verify_operator(operator, weight, mask)
+            weights += weight.numel()
+            progress(operator.name)
+        parameters = _verify_totals(folder, report, read_json(folder / REPORT_FILE)["totals"], zeros, weights)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise VerificationError(f"{REPORT_FILE} lacks a field, or has one too many: {error}.") from error
+    except PackedFormatError as error:
+        raise VerificationError(str(error)) from error
+    except SafetensorError as error:
+        raise VerificationError(f"a safetensors file is damaged or incomplete: {error}.") from error
+    if zeros != config.get("num_zeros"):
+        raise VerificationError(f"config.json promises {config.get('num_zeros')} zeros, the masks make {zeros}.")
+    for name, value in summary(report).items():
+        if config.get(name) != value:
+            raise VerificationError(f"config.json promises {name} {config.get(name)!r}, {REPORT_FILE} says {value!r}.")
+    equal = None if dense is None else compare_with_dense(folder, report, str(dense), progress)
+    return Verification(len(report.operators), weights, zeros, parameters, report.removed, equal, len(report.mixtures))
+
+
+def _verify_totals(
+    folder: Path, report: PruningReport, promised: Mapping[str, Any], zeros: int, weights: int
+) -> int | None:
+    """Check what the report says of all operators together; returns the number of parameters if it is known."""
+    claimed = report.model["num_parameters"]
+    model = _described_model(folder, report.model["class"])
+    parameters = None if model is None else int(model.num_parameters())
+    if parameters is not None and parameters != claimed:
+        raise VerificationError(f"{REPORT_FILE} promises {claimed} parameters, the model has {parameters}.")
+    if model is not None and report.removed:
+        _verify_shapes(folder, model)
+        _verify_mixtures(model, report)
+    counted = {"num_zeros": zeros, "num_weights": weights, "sparsity": zeros / weights if weights else 0.0}
+    counted |= {"model_sparsity": zeros / claimed}
+    for name, value in (report.totals | counted).items():
+        found = promised[name]
+        if found != value and (None in (found, value) or not math.isclose(found, value, rel_tol=1e-9)):
+            raise VerificationError(f"{REPORT_FILE}: totals promise {name} {found}, the operators make {value}.")
+    return parameters
+
+
+def _verify_mixtures(model: PreTrainedModel, report: PruningReport) -> None:
+    """Check that mixtures have as many experts as the report names, and that these are the most salient ones."""
+    runs = runs_of_experts(model.config.get_text_config(decoder=True))
+    for mixture in report.mixtures:
+        kept, saliency = mixture.groups_kept, torch.tensor(mixture.saliency, dtype=torch.float64)
+        found = {len(p) for p in model.get_submodule(mixture.name).parameters(recurse=False) if p.ndim == 3}
+        if found != {len(kept)}:
+            stayed = f"the report names {len(kept)} that stayed"
+            raise VerificationError(f"{mixture.name} has {found.pop()} experts, {stayed}.")
+        if len(saliency) % runs or kept != experts_to_keep(saliency, len(kept), runs):
+            raise VerificationError(f"{mixture.name}: groups_kept are not the experts with the largest saliency.")
+
+
+def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
+    """Every operator of a folder that is not packed, with its weight and its mask, packed to bits."""
+    files = checkpoint_files(folder)
+    names = [operator.name for operator in report.operators]
+    tensors = [split_index(name)[0] for name in names]
+    missing = [name for name in tensors if name not in files]
+    if missing:
+        raise VerificationError(f"{missing[0]} is in the report but not in the checkpoint.")
+    with safe_open(folder / MASKS_FILE, "pt") as masks:
+        if sorted(masks.keys()) != sorted(names):
+            raise VerificationError("the masks and the report name different operators.")
+        for operator, (_, tensor) in zip(report.operators, read_tensors(files, tensors), strict=True):
+            yield operator, tensor[split_index(operator.name)[1]], masks.get_tensor(operator.name)
+
+
+def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -> int:
+    """Check one operator; returns its number of zeros by the mask."""
+    name = operator.name
+    shape = tuple(weight.T.shape) if operator.stored_transposed else tuple(weight.shape)
+    if shape != operator.shape:
+        raise VerificationError(f"{name} has shape {shape}, the report says {operator.shape}.")
+    try:
+        mask = unpack_mask(packed, tuple(weight.shape))
+    except ValueError as error:
+        raise VerificationError(f"{name}: {error}") from error
+    if not bool(torch.isfinite(weight).all()):
+        raise VerificationError(f"{name} holds NaN or Inf.")
+    stray = int(torch.count_nonzero(weight.masked_select(~mask)))
+    if stray:
+        raise VerificationError(f"{name} has {stray} weights outside its mask that are not zero.")
+    whole = operator.target_sparsity == 1  # operators with the same inputs share their zeros: one may get them all
+    try:
+        pattern = parse_pattern(operator.pattern, None if whole else operator.target_sparsity, operator.scope)
+    except ValueError as error:
+        raise VerificationError(f"{name}: {error}") from error
+    checked = mask.T if operator.stored_transposed else mask
+    if operator.groups_kept is not None:
+        checked = _mask_of_pattern(operator, pattern, checked)
+    broken = pattern.at(operator.target_sparsity).violation(checked)
+    if broken:
+        raise VerificationError(f"{name}: its mask {broken}.")
+    kept, promised = int(mask.sum()), f"{operator.num_kept}, and {operator.sparsity:.6%} zeros"
+    same = math.isclose(operator.sparsity, 1 - kept / mask.numel(), rel_tol=1e-9, abs_tol=1e-12)
+    if kept != operator.num_kept or not same:
+        raise VerificationError(f"{name}: its mask keeps {kept} weights, the report says {promised}.")
+    return mask.numel() - kept
+
+
+def _mask_of_pattern(operator: OperatorReport, pattern: SparsityPattern, mask: Tensor) -> Tensor:
+    """The mask before groups of columns were removed, of which the report names those that stayed."""
+    name, kept = operator.name, operator.groups_kept or ()
+    if not isinstance(pattern, Columns) or pattern.groups is None:
+        raise VerificationError(f"{name}: the report says that columns were removed, but its pattern is {pattern}.")
+    if not kept or list(kept) != sorted(set(kept) & set(range(pattern.groups))):
+        raise VerificationError(f"{name}: groups_kept are not numbers from 0 to {pattern.groups - 1} in rising order.")
+    if mask.shape[1] != len(kept) * pattern.width or not bool(mask.all()):
+        named = f"the report names {len(kept)} groups of {pattern.width} columns that stayed"
+        raise VerificationError(f"{name}: {named}, the mask keeps {int(mask.sum())} of {mask.numel()} weights.")
+    groups = torch.zeros(pattern.groups, dtype=torch.bool)
+    groups[list(kept)] = True
+    return groups.repeat_interleave(pattern.width).expand(mask.shape[0], -1)
+
+
+def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
+    """Check that the files hold a smaller model's tensors, also those that are no pruned operators but lost rows.
+
+    If a checkpoint calls tensors otherwise than the model does, only those with the same name are compared.
+    """
+    files = checkpoint_files(folder, "packed" if is_packed(folder) else "model")
+    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    described = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    missing = [name for name in described if name not in files]
+    if missing and files.keys() <= described.keys():
+        raise VerificationError(f"{missing[0]} is not in the checkpoint.")
+    for name in described.keys() & files.keys():
+        with safe_open(files[name], "pt") as file:
+            found, shape = tuple(file.get_slice(name).get_shape()), tuple(described[name].shape)
+        if found != shape:
+            raise VerificationError(f"{name} has shape {found}, config.json describes {shape}.")
+
+
+def _described_model(folder: Path, model_class: str) -> PreTrainedModel | None:
+    """The model without weights that `config.json` describes; `None` if Transformers can't make one of this class."""
+    found = getattr(transformers, model_class, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)) or found.config_class is None:
+        return None
+    try:
+        config = found.config_class.from_pretrained(folder)
+        with torch.device("meta"):
+            return found(config)
+    except Exception as error:  # anything the code of a family may raise on the meta device
+        logger.info("%s could not be made without weights: %s", model_class, error)
+        return None

@@ -1,0 +1,134 @@
+"""A pruned model's folder: which files it has, what they say, and how they are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_fista.folder.atomic import write_file
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.report import PruningReport
+
+CONFIG_FILE, CARD_FILE = "config.json", "README.md"
+CONFIG_KEY, PACKED_KEY = "fista_pruning", "quantization_config"
+MASKS_FILE = "fista/masks.safetensors"
+REPORT_FILE = "fista/report.json"
+_CONFIG_KEYS = {"method", "pattern", "error_correction"}
+_CALIBRATION_KEYS = {"num_sequences", "num_tokens"}
+_MODEL_KEYS = {"name", "class"}
+MASKS_FORMAT = "bitmask-1"
+MASKS_METADATA = {"format": MASKS_FORMAT}  # one key only: safetensors writes several in any order
+
+
+def summary(report: PruningReport) -> dict[str, Any]:
+    """What `config.json` says under `fista_pruning`."""
+    totals = report.totals
+    return {
+        "format": MASKS_FORMAT,
+        "method": report.config["method"],
+        "pattern": report.config["pattern"],
+        "sparsity": report.config["sparsity"],
+        "error_correction": report.config["error_correction"],
+        "num_operators": totals["num_operators"],
+        "num_zeros": totals["num_zeros"],
+        "mean_fit_error": totals["mean_fit_error"],
+        "mean_output_error": totals["mean_output_error"],
+        "masks": MASKS_FILE,
+        "report": REPORT_FILE,
+        "version": report.versions["optimum-fista"],
+    } | ({"retrained": True} if report.retrained else {})
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{str(file)!r} is damaged: it is not JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(file)!r} is damaged: it holds a JSON {type(values).__name__}, not an object.")
+    return values
+
+
+def require_files(folder: Path, *names: str) -> None:
+    """Refuse a folder that lacks a file of a pruned model."""
+    for name in names:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{str(folder)!r} holds no {name}: pass a folder saved by optimum-fista.")
+
+
+def read_report(folder: Path) -> PruningReport:
+    """The report in a pruned model's folder."""
+    file = folder / REPORT_FILE
+    require_files(folder, REPORT_FILE)
+    try:
+        report = PruningReport.from_dict(read_json(file))
+        parts = (report.config, _CONFIG_KEYS), (report.calibration, _CALIBRATION_KEYS), (report.model, _MODEL_KEYS)
+        for record, keys in parts:
+            if missing := sorted(keys - set(record)):
+                raise KeyError(*missing)
+        return report
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(file)!r} is no report of optimum-fista ({error}).") from error
+
+
+def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[str, LinearOperator]:
+    """The linear operators of a pruned model, by the names of their weights in the model."""
+    dense_experts = ["*"] if report.removed else report.config["exclude"]  # removing parts prunes no experts
+    found = (find_operators(name, layer, dense_experts) for name, layer in find_decoder_layers(model))
+    return {f"{name}.weight": operator for operators in found for name, operator in operators.items()}
+
+
+def mark_retrained(model: PreTrainedModel) -> None:
+    """Note in the configuration of a pruned model that its weights were trained after pruning."""
+    entry = getattr(model.config, CONFIG_KEY, None)
+    if entry is not None and not entry.get("retrained"):
+        setattr(model.config, CONFIG_KEY, entry | {"retrained": True})
+
+
+def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
+    """The safetensors file of every tensor of a model folder; `stem` is the first part of the files' names."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if index.exists() and not single.exists():  # Transformers prefers the single file as well
+        found = read_json(index)
+        weight_map, metadata = found.get("weight_map"), found.get("metadata", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"{str(index)!r} is damaged: it has no weight_map that names a file for each tensor.")
+        if not isinstance(metadata, dict):
+            raise ValueError(f"{str(index)!r} is damaged: its metadata is a JSON {type(metadata).__name__}.")
+        return {name: folder / file for name, file in weight_map.items()}
+    if not single.exists():
+        raise FileNotFoundError(f"{str(folder)!r} holds no {stem}.safetensors: pass a pruned model folder.")
+    return dict.fromkeys(names_in(single), single)
+
+
+def names_in(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+def write_index(folder: Path, stem: str, weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
+    """Write which of a folder's weight files holds which tensor, and the bytes of all tensors; returns its name."""
+    total = 0
+    for name in {*weight_map.values()}:
+        with (folder / name).open("rb") as file:
+            total += (folder / name).stat().st_size - 8 - int.from_bytes(file.read(8), "little")  # less the header
+    index = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    name = f"{stem}.safetensors.index.json"
+    write_file(folder / name, json.dumps(index, indent=2) + "\n")
+    return name
+
+
+def read_tensors(files: dict[str, Path], names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors one at a time, in the order of `names`."""
+    for name in names:
+        with safe_open(files[name], "pt") as file:
+            yield name, file.get_tensor(name)

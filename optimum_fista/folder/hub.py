@@ -1,0 +1,95 @@
+"""Push a finished model folder to the Hugging Face Hub."""
+
+import glob
+import logging
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from optimum_fista.folder.output import all_names, model_files
+
+logger = logging.getLogger(__name__)
+
+_STEMS = ("model.", "model-*-of-*.", "packed.", "packed-*-of-*.", "pytorch_model.", "pytorch_model-*-of-*.")
+_ENDINGS = ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload pruned model",
+    revision: str | None = None,
+) -> str:
+    """Upload the files of a pruned model's folder to a model repository and return the URL of the commit.
+
+    Only the files on the list in `fista/files.json` are uploaded: those that a run, `report` and `evaluate` wrote, and
+    those that a run copied from beside the dense model's weights. A warning names the others. The Hub checks the
+    metadata of the model card before anything is uploaded.
+
+    The repository, and the branch `revision` (from the head of `main`), are created if absent. Files of the same name
+    are replaced. Weights of a standard name (`model.safetensors`, ...), and `fista/`, that are on the branch but not in
+    `folder` are deleted in the same commit, because they belong to another model.
+
+    Args:
+        folder: A folder that this package wrote.
+        repo_id: `"namespace/name"`, or `"name"` for the namespace of the token's owner.
+        private: Visibility of the repository; `None` takes what exists, or the namespace's default.
+        token: Access token; `None` takes `HF_TOKEN` or the one stored by `hf auth login`.
+        commit_message: First line of the commit.
+        revision: Branch to push to; `None` is `main`.
+
+    Raises:
+        ValueError: If `folder` is not complete or not of this package, `repo_id` is not a repository name, or `private`
+            contradicts the visibility of an existing repository. Nothing has been uploaded.
+        OSError: If the Hub refused or was not reached. `folder` is unchanged; the client's error is the cause.
+    """
+    folder = Path(folder).expanduser().resolve()
+    names = model_files(folder)
+    for pattern in ("fista/files.json", "config.json", "*.safetensors"):
+        if not names or not any(folder.glob(pattern)):
+            raise ValueError(f"folder='{folder}' has no {pattern} of optimum-fista: pass a folder that it wrote.")
+    require_repo_id(repo_id)
+    others = [name for name in all_names(folder) if name not in names and not name.startswith((".git/", ".cache/"))]
+    if others:
+        shown = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
+        advice = f"`hf upload {repo_id} FILE` uploads one."
+        logger.warning("Not uploaded, because they don't belong to the model: %s. %s", shown, advice)
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        found_private = private if private is None else api.model_info(repo_id).private
+        if found_private == private:
+            if revision is not None and not revision.startswith("refs/"):  # a pull request's ref exists already
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                allow_patterns=[glob.escape(name) for name in sorted(names)],
+                delete_patterns=[*(stem + ending for stem in _STEMS for ending in _ENDINGS), "fista/*"],
+            )
+            return commit.commit_url
+    except Exception as error:  # no common base: httpx errors, RuntimeError of threads, ValueError
+        raise OSError(
+            f"Pushing to {repo_id!r} failed, but the model folder is safe at {folder}. Retry with `push_folder`. "
+            f"The cause: {error}"
+        ) from error
+    raise ValueError(
+        f"private={private} was passed, but {repo_id!r} exists with private={found_private}: omit `private` to keep "
+        "that, change the repository's settings, or pass another `repo_id`"
+    )
+
+
+def require_repo_id(repo_id: str) -> None:
+    """Refuse what is no name of a repository."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"repo_id={repo_id!r} is not a repository name, pass 'namespace/name' or 'name': {error}"
+        ) from None

@@ -1,0 +1,269 @@
+"""Loading models to prune, GGUF files included, and refusing quantized ones."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import optimum_fista.packed  # noqa: F401  # so that packed folders load
+from optimum_fista.installing import install_command
+from optimum_fista.memory import is_out_of_memory
+from optimum_fista.model.activation_store import Storage
+from optimum_fista.model.offload import move_execution, offload_hook, settle_ties
+
+
+def load_model(
+    name: str, *, device: str | None = None, dtype: str | torch.dtype = "auto", device_map: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: Hub id, model folder, or a folder that holds one GGUF file, which is dequantized.
+        device: Device to load to; `None`: the accelerator if there is one, otherwise the CPU.
+        dtype: Floating dtype, `"auto"` takes the checkpoint's.
+        device_map: Accelerate's, such as `"auto"`, for a model that doesn't fit `device`, which is then not used.
+
+    Raises:
+        ValueError: If `name` is a folder without a model, its files are damaged, or the device or dtype can't be used.
+    """
+    target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
+    tokenizer = require_tokenizer(name)
+    model = read_model(name, dtype=dtype, device_map=device_map)
+    forget_gguf(model)
+    if device_map is None:
+        torch.nn.Module.to(model, target)
+    return model, tokenizer
+
+
+def load_lazily(
+    name: str, offload_folder: Path, *, device: str | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A model whose weights stay in its files until they are needed; those of a GGUF file are dequantized in memory.
+
+    The tokenizer of a GGUF file, which is in no file of its own, comes with it.
+    """
+    if gguf_file(name) is not None:
+        return load_model(name, device=device, dtype=dtype)
+    target, dtype = usable_device(device), dtype if dtype == "auto" else floating_dtype(dtype)
+    talker = logging.getLogger("accelerate.big_modeling")
+    talker.addFilter(_is_not_about_offloading)
+    try:
+        model = read_model(name, dtype=dtype, device_map={"": "disk"}, offload_folder=offload_folder)
+    finally:
+        talker.removeFilter(_is_not_about_offloading)
+    settle_ties(model)
+    move_execution(model, target)
+    return model, None
+
+
+def local_source(model: PreTrainedModel) -> Path | None:
+    """The folder that a model in memory was loaded from, if it is one."""
+    name = getattr(model.config, "_name_or_path", "")
+    return Path(name) if name and Path(name).is_dir() else None
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a Hub id, a model folder, or a folder with one GGUF file; `None` if a model folder has none."""
+    folder, kinds = Path(name), ("tokenizer*", "*.model", "*.gguf", "vocab.*")
+    if (folder / "config.json").is_file() and not any(any(folder.glob(kind)) for kind in kinds):
+        return None
+    return _read(AutoTokenizer, name)
+
+
+def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without the model."""
+    tokenizer = load_tokenizer(name)
+    if tokenizer is None:
+        raise ValueError(
+            f"model={name!r} has no tokenizer: copy the files of its tokenizer into the folder (tokenizer.json, "
+            "tokenizer_config.json)."
+        )
+    return tokenizer
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The configuration of a Hub id, a model folder, or a folder with one GGUF file."""
+    return _read(AutoConfig, name)
+
+
+def read_model(name: str, **options: Any) -> PreTrainedModel:
+    """A causal language model from its files, with further options of `from_pretrained`."""
+    model, info = _read(AutoModelForCausalLM, name, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:  # Transformers warns and takes random values
+        raise ValueError(
+            f"model={name!r} can't be loaded: its files lack {len(missing)} tensors that its config.json asks for, "
+            f"such as {missing[0]}. Download it again."
+        )
+    return model
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn what Transformers raises on damaged files, whatever it is, into one error that names the model."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        if type(error) is ValueError or is_out_of_memory(error):  # parsers raise subclasses of ValueError
+            raise
+        raise ValueError(
+            f"model={name!r} can't be loaded ({type(error).__name__}: {error}). If its files are damaged, or pointers "
+            "of Git LFS, download them again (git lfs pull)."
+        ) from error
+
+
+def _read(kind: Any, name: str, **options: Any) -> Any:
+    """What an automatic class of Transformers makes of a model's files; no code of theirs runs."""
+    file = gguf_file(name)
+    if file is not None:
+        if importlib.util.find_spec("gguf") is None:
+            command = install_command("gguf")
+            raise ImportError(f"model={name!r} is a GGUF file, which needs the package gguf: run {command}.")
+        with reading(name), _no_garbage_collection():
+            return kind.from_pretrained(name, trust_remote_code=False, gguf_file=file, **options)
+    try:
+        with reading(name):
+            return kind.from_pretrained(name, trust_remote_code=False, **options)
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise OSError(f"model={name!r}: there is no such folder, and the Hub gave no such model ({error})") from error
+
+
+def _is_not_about_offloading(record: logging.LogRecord) -> bool:
+    """Hold back what Accelerate warns of if weights stay in their files, which is what was asked for."""
+    return not record.getMessage().startswith("Some parameters are on the meta device")
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Reading a GGUF file makes an object of every token, and the collector would look at all of them many times."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def gguf_file(name: str) -> str | None:
+    """Name of the GGUF file if `name` is a folder with one and no configuration."""
+    folder = Path(name)
+    if folder.is_file() and folder.suffix != ".json":
+        raise ValueError(f"model={name!r} is a file: pass the folder that holds it, or a Hub id.")
+    if not folder.exists():
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(
+                f"model={name!r} is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'."
+            ) from error
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        what = "is a folder with neither a config.json nor exactly one .gguf file"
+        raise ValueError(f"model={name!r} {what}: pass a model folder or a Hub id.")
+    return files[0].name
+
+
+def default_device() -> str:
+    """Type of the accelerator if there is one, otherwise the CPU; MPS is not chosen, because it has no float64."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None or found.type == "mps" else found.type
+
+
+def usable_device(device: str | None) -> torch.device:
+    """A device by name; `None`: `default_device()`."""
+    device = device or default_device()
+    try:
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
+        return found
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise ValueError(f"device={device!r} can't be used: {error}. Pass 'cpu', 'cuda' or 'cuda:N'.") from error
+
+
+def storage_place(name: str | torch.device | Path | None, default: torch.device) -> Storage:
+    """Where activations are to wait: `default` for `None`, a device, a folder, or for `"disk"` the temporary folder."""
+    if name is None:
+        return default
+    if name == "disk":
+        return Path(tempfile.gettempdir())
+    problem = "no such folder"
+    if not isinstance(name, Path):
+        try:
+            return usable_device(str(name))
+        except ValueError as error:
+            problem = str(error)
+    if Path(str(name)).is_dir():
+        return Path(str(name))
+    raise ValueError(
+        f"storage_device={str(name)!r}: pass a device such as 'cpu', 'disk', or a folder that exists ({problem})"
+    )
+
+
+def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating dtype by name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise ValueError(f"dtype={dtype!r}: pass 'auto', 'float32', 'bfloat16' or 'float16'.")
+    return found
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Drop the mark of the GGUF file from a model whose weights were dequantized, so that it can be saved."""
+    if quantization_method(model) == "gguf":
+        model.config.__dict__.pop("quantization_config", None)
+        vars(model)["hf_quantizer"] = None
+
+
+def quantization_method(model: PreTrainedModel) -> str | None:
+    """Name of the method a model is quantized by, `None` if it isn't."""
+    settings = getattr(model.config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return None if settings is None else str(getattr(method, "value", method))
+
+
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """Refuse models whose configuration says that they are quantized."""
+    method = quantization_method(model)
+    if method not in (None, "gguf"):
+        raise ValueError(f"model is quantized by {method!r}: prune the unquantized model and quantize the result.")
+
+
+def require_unquantized(model: PreTrainedModel) -> None:
+    """Refuse models whose weights are not plain floating point."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
+    refuse_quantized(model)
+    kept = [(name, module) for name, module in model.named_modules() if offload_hook(module)]
+    offloaded = {f"{name}.{key}" for name, module in kept for key, _ in module.named_parameters(recurse=False)}
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise ValueError(f"{name} has dtype {parameter.dtype}: prune the model in float32, bfloat16 or float16.")
+        if parameter.device.type == "meta" and name not in offloaded:
+            raise ValueError(
+                f"{name} is not loaded (device meta): load the model, or have Accelerate offload it (device_map)."
+            )

@@ -1,0 +1,273 @@
+"""Output folders: written beside their place, under a lock, and put there whole by one rename.
+
+While something is written, `NAME.unfinished` lies beside the output `NAME`. It holds `model`, the folder that becomes
+the output, and `journal`, what a run needs to resume. Beside it lies the lock. Every folder that is put in its place
+has a list of its files (`FILES_FILE`). A folder in which each file is as the list says may be replaced. A file that was
+added or changed since is somebody's, and the folder is refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from optimum_fista.folder.atomic import digest_of, flush, write_file
+
+FOLDER, MODEL = "journal", "model"
+RUN_FILE = f"{FOLDER}/fingerprint.json"
+"""Says that an unfinished folder holds a run that can be resumed, and which one."""
+FILES_FILE = "fista/files.json"
+SAMPLED_TEXTS = "calibration-*.safetensors"
+"""In the journal: tokens that a model wrote, a file for each way to write them."""
+_ABOUT = ("README.md", "fista/evaluation.json", "fista/report.html")  # files that commands write into a finished folder
+_MARK = f"{FOLDER}/optimum-fista"  # of an unfinished folder of this package
+_REPLACED = "replaced"  # the old output, for a moment, where two folders can't be swapped in one step
+_OFFLOADED = "offload-*"  # in the journal: weights that a rank of a running run reads again and again
+_UNFINISHED = ".unfinished"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+
+
+def unfinished_folder(output_dir: Path) -> Path:
+    """Where a run keeps what it has written until it is complete."""
+    return Path(f"{os.path.realpath(output_dir)}{_UNFINISHED}")
+
+
+def folder_beside(source: str | Path, ending: str) -> Path:
+    """Where a command writes what it makes of a model if nothing else is said: the model's name and `ending`."""
+    path = Path(source) if Path(source).name not in ("", "..") else Path(source).resolve()
+    return path.with_name(f"{path.name}{ending}") if path.is_dir() else Path(f"{path.name}{ending}")
+
+
+def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | None = None) -> None:
+    """Refuse an output that can't become a folder of ours, or with which a file of somebody would be lost.
+
+    `source` is the model that is read: the output must neither be its folder nor lie in it, nor may a run into the
+    output throw the folder away.
+    """
+    shown, output = f"output {str(output_dir)!r}", Path(os.path.realpath(output_dir))
+    if output_dir.name in ("", ".."):
+        raise ValueError(f"{shown} has no name of its own: pass a folder by its name, such as 'model-50'.")
+    places = [path for path in (output, *output.parents) if path.exists()]
+    if source is not None and Path(source).is_dir():
+        if any(path.samefile(source) for path in places):
+            raise ValueError(f"{shown} lies in the folder that is read, {str(source)!r}: pass a folder outside of it.")
+        if Path(os.path.realpath(source)).is_relative_to(unfinished := unfinished_folder(output_dir)):
+            raise ValueError(
+                f"{shown}: the folder that is read, {str(source)!r}, lies in {str(unfinished)!r}, which a run into the "
+                "output throws away: pass another output, or move the folder that is read."
+            )
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise FileExistsError(f"{shown} is a file: pass a folder.")
+    if os.path.ismount(output):
+        raise ValueError(f"{shown} is a mount point, which can't be replaced: pass a folder in it.")
+    noted = _noted(output)
+    if noted and not overwrite:
+        raise FileExistsError(f"{shown} already holds a model: pass another folder, or overwrite=True (--overwrite).")
+    if others := foreign_files(output) if noted else sorted(os.listdir(output)):
+        if _noted(output) != noted:  # another run's model came meanwhile
+            require_output(output_dir, overwrite, source=source)
+            return
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise FileExistsError(
+            f"{shown} holds {', '.join(others[:3])}{more}, which optimum-fista did not write or somebody changed: it "
+            "would be lost. Pass another folder, or move it away."
+        )
+    if not os.access(output, os.W_OK):  # a folder that can't be written to can't change its place
+        what = f"{shown} can't be replaced ({os.strerror(errno.EACCES)}): make it writable, or pass another folder"
+        raise PermissionError(errno.EACCES, what, str(output))
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that are not on its list, or not as they were written."""
+    noted, found = _noted(folder), [name for name in all_names(folder) if name != FILES_FILE]
+    return [name for name in found if not (folder / name).is_file() or noted.get(name) != _stamp(folder / name)]
+
+
+def model_files(folder: Path) -> set[str]:
+    """Names of the files in a folder that are on its list, and of the list; none if there is no list."""
+    noted = _noted(folder)
+    return {*all_names(folder)} & {*noted, FILES_FILE} if noted else set()
+
+
+def all_names(folder: Path) -> list[str]:
+    """Names of all files below a folder, links included."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+@contextmanager
+def locked_output(output_dir: Path) -> Iterator[Path]:
+    """Be the only one who writes `output_dir`; yields its unfinished folder, which is there and can be written to.
+
+    The thread that holds the lock may ask again. What a killed process left is thrown away, but not the layers of a
+    streamed run, nor a text that a model wrote.
+    """
+    folder, output = unfinished_folder(output_dir), Path(os.path.realpath(output_dir))
+    lock: Any = FileLock(f"{folder}.lock", timeout=0, is_singleton=True)
+    if lock.is_locked:  # by this thread
+        yield folder
+        return
+    with ExitStack() as at_the_end:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise BlockingIOError(
+                f"output_dir={str(output_dir)!r} is being written by another run: wait until it has ended, or pass "
+                "another folder."
+            ) from error
+        except OSError as error:
+            what = f"output_dir={str(output_dir)!r} can't be written to ({error.strerror}), nothing was done: pass "
+            raise OSError(error.errno, f"{what}another folder, or make this one writable", error.filename) from error
+        at_the_end.callback(lock.release)
+        at_the_end.callback(Path(lock.lock_file).unlink, missing_ok=True)
+        if _is_foreign(folder):
+            raise FileExistsError(
+                f"{str(folder)!r} is in the way and no unfinished run's: move it away, or pass another output."
+            )
+        at_the_end.callback(_tidy, folder, output)
+        _tidy(folder, output)
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        (folder / _MARK).touch()
+        yield folder
+
+
+@contextmanager
+def new_output(output_dir: Path, overwrite: bool, source: Path | None = None) -> Iterator[Path]:
+    """Write a folder at once: yields an empty one, which becomes `output_dir` at the end (`install`)."""
+    with locked_output(output_dir) as folder:
+        require_output(output_dir, overwrite)
+        if is_streamed(folder) and not overwrite:
+            raise FileExistsError(
+                f"{str(folder)!r} holds an unfinished run: give its command again to finish it, delete the folder, or "
+                "pass overwrite=True (--overwrite) to throw its layers away."
+            )
+        discard(folder)
+        (folder / MODEL).mkdir()
+        yield folder / MODEL
+        install(folder, output_dir, overwrite, source)
+
+
+def install(folder: Path, output_dir: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Put the model of a locked unfinished folder in the place of `output_dir`, and end the unfinished folder.
+
+    A folder that is there is swapped with it in one step of the system. If the system can't do that, there are two
+    renames. If the second one fails, or the process is killed before it, `locked_output` takes the first one back.
+    Copies of what somebody had added to `source`, the folder that was read, are not listed.
+    """
+    model, output, replaced = folder / MODEL, Path(os.path.realpath(output_dir)), folder / _REPLACED
+    names = [name for name in all_names(model) if name != FILES_FILE]
+    for name in names:
+        if name.endswith(".safetensors"):  # which safetensors writes for their owner alone
+            (model / name).chmod(model.stat().st_mode & 0o666)
+        flush(model / name)
+    added = {*all_names(source)} - model_files(source) if source is not None and _noted(source) else set()
+    _note(model, {name: _stamp(model / name) for name in names if name not in added})
+    require_output(output_dir, overwrite)
+    try:
+        if output.exists():
+            model.chmod(output.stat().st_mode)
+        if not output.exists():
+            model.rename(output)
+        elif not _swapped(model, output):
+            output.rename(replaced)
+            model.rename(output)
+        flush(output.parent)
+    except OSError as error:
+        what = f"{error.strerror}: the new model can't take its place; give the same command again"
+        raise OSError(error.errno, what, str(output)) from error
+    discard(folder)
+
+
+def discard(folder: Path, *, keep_texts: bool = False) -> None:
+    """Throw away what is in an unfinished folder that is locked.
+
+    `keep_texts` leaves the tokens that models wrote: the run that begins may have written them just before.
+    """
+    journal = folder / FOLDER
+    (folder / RUN_FILE).unlink(missing_ok=True)  # first: what is left then is no run
+    kept = [folder / _MARK, *journal.glob(_OFFLOADED), *(journal.glob(SAMPLED_TEXTS) if keep_texts else ())]
+    for path in [folder / MODEL, folder / _REPLACED, *(path for path in journal.iterdir() if path not in kept)]:
+        _remove(path)
+
+
+def is_streamed(folder: Path) -> bool:
+    """Whether an unfinished folder holds layers of a streamed run."""
+    return (folder / RUN_FILE).exists()
+
+
+def write_about(file: Path, text: str) -> None:
+    """Write a file; one about the model of a finished folder is listed there, unless somebody had changed it."""
+    folder = file.parent if file.name == "README.md" else file.parent.parent
+    name = file.relative_to(folder).as_posix()
+    noted = _noted(folder) if name in _ABOUT else {}
+    listed = bool(noted) and name not in foreign_files(folder)
+    write_file(file, text)
+    if listed:
+        _note(folder, noted | {name: _stamp(file)})
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether something has the name of an unfinished folder and is none of ours."""
+    if folder.is_symlink() or not folder.is_dir():
+        return os.path.lexists(folder)
+    return not (folder / _MARK).exists() and bool(all_names(folder))
+
+
+def _tidy(folder: Path, output: Path) -> None:
+    """Remove what no later run needs, the old output if the new one took its place, and a folder that is empty then."""
+    model, replaced = folder / MODEL, folder / _REPLACED
+    if model.exists() and replaced.exists():  # a process was killed between the two renames of `install`
+        replaced.rename(output)
+    with suppress(FileNotFoundError):  # after a failure other ranks remove what they have offloaded at the same time
+        for path in [replaced, *(folder / FOLDER).glob(_OFFLOADED), *([] if is_streamed(folder) else [model])]:
+            _remove(path)
+        if folder.exists() and {*all_names(folder)} <= {_MARK}:
+            shutil.rmtree(folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _swapped(first: Path, second: Path) -> bool:
+    """Swap the names of two folders in one step; False if the system, or the file system, can't."""
+    try:
+        swap = ctypes.CDLL(None).renameat2
+    except (AttributeError, TypeError, OSError):
+        return False
+    return swap(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    """The list of a finished folder; empty if there is none, or it is damaged."""
+    try:
+        found = json.loads((folder / FILES_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _note(folder: Path, noted: dict[str, Any]) -> None:
+    (folder / FILES_FILE).parent.mkdir(exist_ok=True)
+    write_file(folder / FILES_FILE, json.dumps(dict(sorted(noted.items())), indent=1) + "\n")
+
+
+def _stamp(file: Path) -> Any:
+    """What tells that a file was changed: of weights size and time of change, of everything else the digest."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns] if file.suffix == ".safetensors" else digest_of(file)

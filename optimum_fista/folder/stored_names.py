@@ -1,0 +1,152 @@
+"""Operators under the names that a checkpoint gives their weights, if these differ from the model's."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.experts import ExpertOperator
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.report import OperatorReport, PruningReport
+from optimum_fista.solve.pattern import pack_mask, unpack_mask
+
+_SHAPE = (2, 3)  # of a stand-in for a weight [out, in]
+_NO_OPERATOR = -1  # what a stand-in holds where no operator's weight is
+
+
+@dataclass(frozen=True)
+class StoredName:
+    """Where a checkpoint keeps a weight."""
+
+    name: str  # of its tensor; with an index, such as `experts.gate_up_proj[3, :, 0::2]`, if it is a part of that
+    transposed: bool  # whether it is stored as [in, out]
+
+
+def stored_names(
+    model: PreTrainedModel,
+    operators: Iterable[LinearOperator],
+    renamed: Callable[[str], str | None] = str,
+    *,
+    all_of_them: bool = True,
+) -> dict[str, StoredName]:
+    """Names that `save_pretrained` gives the weights of operators, by their names in the model.
+
+    Transformers renames, splits and merges tensors when it saves. Small stand-ins, filled with the number of the
+    operator, go the same way. `renamed` gives their names in the model that is saved, if it has fewer decoder layers.
+    A weight that is not kept as one matrix is refused, or left out if not `all_of_them` have to be found.
+    """
+    found, prefixes = list(operators), {id(module): name for name, module in model.named_modules()}
+    stand_ins: dict[str, Tensor] = {}
+    origins: list[str] = []
+    for number, operator in enumerate(found):
+        tensor = f"{renamed(prefixes[id(operator.owner)])}.{operator.tensor}"
+        origins.append(tensor)
+        if isinstance(operator, ExpertOperator):
+            stand_ins.setdefault(tensor, _stand_in(operator))
+        shape = _SHAPE[::-1] if operator.transposed else _SHAPE
+        stand_in = stand_ins.setdefault(tensor, torch.full(shape, _NO_OPERATOR, dtype=torch.int32))
+        operator.select(stand_in).fill_(number)
+    names: dict[str, StoredName] = {}
+    for tensor, numbers in revert_weight_conversion(model, dict(stand_ins)).items():
+        held = [int(number) for number in numbers.unique() if number != _NO_OPERATOR]
+        if not held:
+            continue
+        if len(numbers.unique()) == 1 and tuple(numbers.shape) in (_SHAPE, _SHAPE[::-1]):
+            operator = found[held[0]]
+            names.setdefault(f"{renamed(operator.name)}.weight", StoredName(tensor, tuple(numbers.shape) != _SHAPE))
+        elif torch.equal(numbers, stand_ins[origins[held[0]]]):  # renamed only
+            for operator in (found[number] for number in held):
+                if isinstance(operator, ExpertOperator):
+                    place = operator.module.place(getattr(operator.owner, operator.tensor))
+                    names[f"{renamed(operator.name)}.weight"] = StoredName(
+                        f"{tensor}[{_text(place)}]", operator.transposed
+                    )
+    for operator in found if all_of_them else ():
+        if f"{renamed(operator.name)}.weight" not in names:
+            name = operator.name
+            if isinstance(operator, ExpertOperator):
+                name = f"*.{operator.experts.name.rsplit('.', 1)[-1]}"
+            raise UnsupportedArchitectureError(
+                f"{operator.name}: the checkpoint does not keep its weight as one matrix, so its mask can't be saved. "
+                f"Pass exclude=['{name}'] to leave it dense."
+            )
+    return names
+
+
+def as_stored(
+    reports: Iterable[OperatorReport], masks: Mapping[str, Tensor], names: Mapping[str, StoredName]
+) -> tuple[list[OperatorReport], dict[str, Tensor]]:
+    """Reports of operators and their packed masks under the names of the checkpoint."""
+    operators, stored = [], {}
+    for operator in reports:
+        found = names[operator.name]
+        stored[found.name] = _laid_out(masks[operator.name], operator, found.transposed)
+        operators.append(dataclasses.replace(operator, name=found.name, stored_transposed=found.transposed))
+    return operators, stored
+
+
+def as_in_model(
+    model: PreTrainedModel, operators: Iterable[LinearOperator], report: PruningReport, masks: Mapping[str, Tensor]
+) -> tuple[PruningReport, dict[str, Tensor]]:
+    """A report and packed masks, read from a checkpoint, under the names of the model: undoes `as_stored`."""
+    found = list(operators)
+    names = stored_names(model, found, all_of_them=False)
+    by_name = {names[key].name: operator for operator in found if (key := f"{operator.name}.weight") in names}
+    entries, kept = [], {}
+    for entry in report.operators:
+        operator = by_name.get(entry.name)
+        if operator is None or operator.shape != entry.shape:
+            has = "no such weight" if operator is None else f"it in shape {operator.shape}"
+            raise ValueError(
+                f"{entry.name} of shape {entry.shape} has a mask, but {type(model).__name__} has {has}: pass the "
+                "folder or Hub id that this model was loaded from."
+            )
+        name = f"{operator.name}.weight"
+        kept[name] = _laid_out(masks[entry.name], entry, operator.transposed)
+        entries.append(dataclasses.replace(entry, name=name, stored_transposed=operator.transposed))
+    return dataclasses.replace(report, operators=entries), kept
+
+
+def split_index(name: str) -> tuple[str, tuple[int | slice, ...]]:
+    """The tensor of a stored name, and the index of its part; an empty index is all of it."""
+    match = re.fullmatch(r"(.+)\[([\d:, ]+)\]", name)
+    if match is None:
+        return name, ()
+    index: list[int | slice] = []
+    for part in match[2].split(","):
+        numbers = [int(number) if number.strip() else None for number in part.split(":")]
+        index.append(slice(*numbers) if len(numbers) > 1 else int(part))
+    return match[1], tuple(index)
+
+
+def _laid_out(mask: Tensor, operator: OperatorReport, transposed: bool) -> Tensor:
+    """A packed mask, laid out for a weight that is stored as [in, out] if `transposed`, else as [out, in]."""
+    if transposed == operator.stored_transposed:
+        return mask
+    return pack_mask(unpack_mask(mask, operator.stored_shape).T)
+
+
+def _text(index: tuple[int | slice, ...]) -> str:
+    """An index as it is written in Python."""
+    parts = []
+    for part in index:
+        numbers = (part,) if isinstance(part, int) else (part.start, part.stop, part.step)
+        parts.append(":".join("" if number is None else str(number) for number in numbers).removesuffix(":"))
+    return ", ".join(parts)
+
+
+def _stand_in(operator: ExpertOperator) -> Tensor:
+    """A small [experts, ...] tensor laid out as that which holds the operator's weight."""
+    experts = operator.experts
+    halves = 2 if experts.gated and operator.kind != "down_proj" else 1
+    out, inputs = halves * _SHAPE[0], _SHAPE[1]
+    shape = (inputs, out) if experts.transposed else (out, inputs)
+    return torch.full((len(experts), *shape), _NO_OPERATOR, dtype=torch.int32)

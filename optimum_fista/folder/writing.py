@@ -1,0 +1,130 @@
+"""Writing a pruned model as a folder that plain Transformers loads, with masks, report and model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_fista.folder.atomic import errors_of_writing, write_file
+from optimum_fista.folder.card import PACKED_NOTE, PICTURE_FILE, error_picture, model_card
+from optimum_fista.folder.checkpoint import (
+    CARD_FILE,
+    CONFIG_FILE,
+    CONFIG_KEY,
+    MASKS_FILE,
+    MASKS_METADATA,
+    PACKED_KEY,
+    REPORT_FILE,
+    operators_by_weight,
+    summary,
+)
+from optimum_fista.folder.loading import forget_gguf, local_source
+from optimum_fista.folder.source_files import copy_source
+from optimum_fista.folder.stored_names import as_stored, stored_names
+from optimum_fista.model.offload import describe_ties, stored_tensor
+from optimum_fista.report import PruningReport
+from optimum_fista.solve.pattern import unpack_mask
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    folder: Path,
+    report: PruningReport,
+    masks: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Write all files of a pruned model into an unfinished folder."""
+    found = operators_by_weight(model, report)
+    operators = [found[o.name] for o in report.operators]
+    for operator in operators:
+        weight = operator.select(stored_tensor(operator.owner, operator.tensor))
+        mask = unpack_mask(masks[f"{operator.name}.weight"], tuple(weight.shape)).to(weight.device)
+        if bool(torch.any(weight.masked_select(~mask) != 0)):
+            raise ValueError(
+                f"{operator.name}.weight is no longer zero outside its mask: the model was changed after pruning. "
+                "Save it right after prune(), or keep the mask while training."
+            )
+    stored, masks = as_stored(report.operators, masks, stored_names(model, operators))
+    retrained = report.retrained or bool((getattr(model.config, CONFIG_KEY, None) or {}).get("retrained"))
+    report = dataclasses.replace(report, operators=stored, retrained=retrained)
+    forget_gguf(model)
+    with errors_of_writing(folder):
+        source = local_source(model)
+        if source is not None and getattr(model.config, "auto_map", None):
+            copy_source(source, folder, "*.py")
+        if hasattr(model, "hf_device_map") or not any(parameter.is_meta for parameter in model.parameters()):
+            model.save_pretrained(folder)
+        else:  # it was offloaded after it was loaded, which Transformers does not notice
+            tied = model.all_tied_weights_keys  # two parameters once they are offloaded, but the same memory
+            model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
+            try:
+                model.save_pretrained(folder, state_dict={k: v for k, v in model.state_dict().items() if k not in tied})
+            finally:
+                del model.hf_device_map
+    write_all_but_weights(folder, model, tokenizer, report, masks)
+
+
+def write_all_but_weights(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: PruningReport,
+    masks: Mapping[str, Tensor],
+    packed: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a pruned model's folder but for its weights. The model's configuration gets the summary of the report.
+
+    The report and the packed masks have the names of the checkpoint. `packed` is what `config.json` says of weights
+    that are stored packed; `None`: they are dense.
+    """
+    (folder / "fista").mkdir(exist_ok=True)
+    write_file(folder / REPORT_FILE, report.to_json())
+    picture = error_picture(report)
+    if picture is not None:
+        write_file(folder / PICTURE_FILE, picture)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if model.can_generate() and not (folder / "generation_config.json").exists():
+        model.generation_config.save_pretrained(folder)
+    describe_ties(model, model.config)
+    settings = model.config.get_text_config(decoder=True)
+    for word, value in [*vars(settings).items()] if "lacks" in report.model else ():
+        if type(value) is int and ("nextn" in word or "mtp" in word):  # layers that predict more tokens
+            setattr(settings, word, 0)
+    model.config.fista_pruning = summary(report)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    dense = getattr(model.config, "_name_or_path", "") or ""
+    card = model_card(report, None if picture is None else PICTURE_FILE, dense)
+    write_form(folder, json.loads(model.config.to_json_string()), card, masks, packed)
+
+
+def write_form(
+    folder: Path,
+    config: Mapping[str, Any],
+    card: str | None,
+    masks: Mapping[str, Tensor],
+    packed: Mapping[str, Any] | None,
+) -> None:
+    """Write the files that say whether the weights are dense or packed, as in `write_all_but_weights`.
+
+    `config` is what `config.json` holds. It comes last: without it nothing loads. Packed weights bring their masks with
+    them.
+    """
+    if packed is None:
+        write_file(folder / MASKS_FILE, dict(masks), MASKS_METADATA)
+    if card is not None:
+        write_file(folder / CARD_FILE, card.replace(PACKED_NOTE, "") + ("" if packed is None else PACKED_NOTE))
+    config = {key: value for key, value in config.items() if key not in (PACKED_KEY, "transformers_weights")}
+    if packed is not None:
+        # Our loader replaces this name. Transformers without it finds no such file, and its error says what to do.
+        refusal = "packed, run `import optimum_fista.packed` first.safetensors"
+        config |= {PACKED_KEY: dict(packed), "transformers_weights": refusal}
+    write_file(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,174 @@
+"""One HTML page about a pruned model folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from optimum_fista.evaluate.evaluation_file import EVALUATION_FILE, Evaluation, place_of, read_evaluations
+from optimum_fista.evaluate.perplexity import PerplexityResult
+from optimum_fista.evaluate.tasks import TaskResult
+from optimum_fista.folder.card import model_title
+from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
+from optimum_fista.page.charts import STEPS, heat_map, line_chart
+from optimum_fista.report import OperatorGrid, OperatorReport, PruningReport
+
+MIB, GIB = 2**20, 2**30
+_KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
+
+
+@dataclass(frozen=True)
+class ReportContents:
+    """What is known of a pruned model: its folder and report, measurements of it and of others."""
+
+    folder: Path
+    report: PruningReport
+    evaluations: tuple[Evaluation, ...] = ()
+
+
+def read_contents(folder: Path, evaluation_files: Sequence[Path] | None = None) -> ReportContents:
+    """Read the report of a pruned folder, packed or not, and the measurements in its file or in the files named."""
+    report = read_report(folder)
+    if not report.operators and not report.mixtures:
+        why = "only decoder layers were removed, the model card says which" if report.removed else "pass another folder"
+        raise ValueError(f"{str(folder / REPORT_FILE)!r} names no pruned operator: {why}.")
+    if evaluation_files is None:
+        usual = folder / EVALUATION_FILE
+        evaluation_files = [usual] if usual.exists() else []
+    evaluations = tuple(evaluation for path in evaluation_files for evaluation in read_evaluations(path))
+    return ReportContents(folder, report, evaluations)
+
+
+def render_page(contents: ReportContents) -> str:
+    """HTML of the page; everything that comes from files is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        **{written.__name__: written for written in (share, error, count, duration, size)},
+        "thousands": "{:,}".format,
+        "percent": "{:.3%}".format,  # a place in a drawing
+        "pixels": "{:.2f}".format,
+        "repr": repr,
+        "breakable": lambda name: Markup(str(escape(name)).replace(".", ".<wbr>")),
+    }
+    report = contents.report
+    zeros = [operator.sparsity for operator in report.operators]
+    layers = [layer.name.rpartition(".")[2] for layer in report.layers]
+    outputs = [operator for operator in report.operators if operator.output_error is not None]
+    unseen = [operator for operator in report.operators if operator.held_out_fit_error is not None]
+    heat = partial(heat_map, text_of=error, short_of=partial(error, digits=3, unknown="?"))
+    memory = {
+        name: [None if layer.memory is None else getattr(layer.memory, key) for layer in report.layers]
+        for name, key in _KINDS_OF_MEMORY.items()
+    }
+    memory_peaks = {name: max(known) for name, held in memory.items() if (known := [h for h in held if h is not None])}
+    large = max(memory_peaks.values(), default=0) >= GIB
+    return environment.get_template("page.html").render(
+        report=report,
+        totals=report.totals,
+        title=model_title(report),
+        colours=range(STEPS),
+        errors=heat(report.operators, "fit error", lambda o: o.fit_error, from_zero=True),
+        output_errors=outputs and heat(outputs, "output error", lambda o: o.output_error or 0.0, from_zero=True),
+        held_out=unseen and heat(unseen, "held-out fit error over fit error", lambda o: _held_out([o])[2]),
+        held_out_kinds=[(kind, *_held_out(found)) for kind, found in OperatorGrid(unseen).kinds.items()],
+        zeros=heat_map(report.operators, "zeros", lambda o: o.sparsity, lambda value: share(value, 2), share),
+        even=max(zeros, default=0.0) - min(zeros, default=0.0) < 5e-4,
+        columns_left=_columns_left(report),
+        hidden_state_errors=line_chart(layers, {"error": [layer.hidden_state_error for layer in report.layers]}, error),
+        times=line_chart(layers, {"": [layer.seconds for layer in report.layers]}, duration, (1.0, "s")),
+        memory=line_chart(layers, memory, size, (GIB, "GiB") if large else (MIB, "MiB")),
+        memory_by_layer=memory,
+        memory_peaks=memory_peaks,
+        measurements=[
+            (title, note, *_measurements(contents, kind))
+            for title, note, kind in (
+                ("Perplexity", "Lower is better.", PerplexityResult),
+                ("Accuracy", "Higher is better; ± is the standard error.", TaskResult),
+            )
+        ],
+        config=json.dumps(report.config, indent=2),
+        command=report.command(),
+    )
+
+
+def _columns_left(report: PruningReport) -> list[tuple[str, int, int]]:
+    """By kind of operator, how many columns stayed of how many; only those that lost some."""
+    grid = OperatorGrid(operator for operator in report.operators if operator.groups_kept is not None)
+    kinds = [(kind, found[0]) for kind, found in grid.kinds.items()]
+    return [(kind, o.shape[1], round(o.shape[1] / (1 - o.target_sparsity))) for kind, o in kinds]
+
+
+def _held_out(operators: Sequence[OperatorReport]) -> tuple[float, float, float]:
+    """Mean fit errors on the calibration tokens and on those held out, and the second over the first."""
+    fitted = fmean(o.fit_error for o in operators)
+    unseen = fmean(o.held_out_fit_error or 0.0 for o in operators)
+    if fitted > 0:
+        return fitted, unseen, unseen / fitted
+    return fitted, unseen, 1.0 if unseen == fitted else math.inf
+
+
+def _measurements(contents: ReportContents, kind: type) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Names of the models, and by text or task what was measured of them, empty if nothing was."""
+    here, found = place_of(contents.folder), [e for e in contents.evaluations if isinstance(e.result, kind)]
+    models = list(dict.fromkeys((e.model, e.place) for e in found))
+    names = ["this model" if place == here else Path(name).name or name for name, place in models]
+    rows: dict[tuple[Any, ...], tuple[str, dict[tuple[str, str], str]]] = {}
+    for e in found:
+        result = e.result
+        if isinstance(result, TaskResult):
+            metric, score = next(iter(result.scores.items()))
+            label = f"{result.task}, {metric}, {result.num_documents:,} documents"
+            shown = share(score.value) + (f" ± {share(score.stderr)}" if score.stderr is not None else "")
+        else:
+            windows = f"{result.num_windows:,} windows of {result.sequence_length:,} tokens"
+            label = f"{result.text_name or 'a text'}, {windows}"
+            shown = f"{result.perplexity:.3f}"
+        rows.setdefault(e.protocol, (label, {}))[1][e.model, e.place] = shown
+    return names, [(label, [shown.get(model, "") for model in models]) for label, shown in rows.values()]
+
+
+def share(value: float, digits: int = 1) -> str:
+    """`50.0%`."""
+    return f"{value:.{digits}%}" if math.isfinite(value) else "not finite"
+
+
+def error(value: float, digits: int = 4, unknown: str = "not finite") -> str:
+    """A relative error, `0.1234`."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else unknown
+
+
+def count(value: int) -> str:
+    """A large number in three digits: `106 M`."""
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " K")):
+        if value >= size:
+            return f"{value / size:.{max(0, 2 - int(math.log10(value / size)))}f}{unit}"
+    return str(value)
+
+
+def size(value: float) -> str:
+    """`1.4 GiB`, `178 MiB`."""
+    return f"{value / GIB:.1f} GiB" if value >= GIB else f"{value / MIB:.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """`3 h 20 min`, `12 min 3 s`, `48.2 s`, `5 ms`."""
+    if seconds >= 3600:
+        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+    if seconds >= 60:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"

@@ -1,0 +1,1 @@
+"""The pruning of a model, one decoder layer after another."""

@@ -1,0 +1,248 @@
+"""What a streamed run has finished, on disk, so that it can resume after a crash."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from optimum_fista.config import FistaPruningConfig
+from optimum_fista.fields import as_record
+from optimum_fista.folder.atomic import digest_of, write_file
+from optimum_fista.folder.output import FOLDER, MODEL, RUN_FILE, discard, is_streamed
+from optimum_fista.model.activation_store import Storage
+from optimum_fista.prune.budgets import Budgets
+from optimum_fista.prune.ranks import Ranks
+from optimum_fista.report import LayerRecord
+
+WEIGHTS_FILE = f"{FOLDER}/weights.json"
+"""Sizes, times and digests of the weight files that are read."""
+_ADVICE = "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
+_SHOWN, _LETTERS = 6, 80  # of the differences between two runs
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """A decoder layer whose final shard is on disk.
+
+    It has digests of the shard, of the hidden states `before` the layer, on which it was pruned, and `after` it, and of
+    the `budgets` that it was pruned with; `None` for what there is none of.
+    """
+
+    record: LayerRecord
+    shard: str  # its name; empty if the layer is removed
+    sha256: dict[str, str | None]
+
+
+class Journal:
+    """Finished decoder layers, hidden states and budgets of a run.
+
+    A decoder layer is finished when its record is there and its shard is whole. The record is written last, after the
+    shard, the masks, and the hidden states that the next layer needs. Nothing is written in place, and every layer has
+    files of its own, so that several processes can write layers at the same time. Every file has its digest in a
+    record, and every record its own: what is damaged is not taken.
+
+    Attributes:
+        folder: The unfinished folder.
+        model: In it, the folder that becomes the output; it holds the final shards.
+        budgets_sha256: Digest of the budgets that were last written or read.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.folder, self.model = folder, folder / MODEL
+        self.budgets_sha256: str | None = None
+        self._fingerprint = fingerprint
+        self._states_sha256: dict[int, str] = {}  # of those that were last written or read
+        self._budgets = folder / FOLDER / "budgets.json"
+        self.model.mkdir(exist_ok=True)
+
+    def finished(self, *, read_shards: bool = True) -> dict[int, KeptLayer]:
+        """The decoder layers that are finished, by index; `read_shards=False` trusts shards that are there."""
+        found = {}
+        for file in sorted(self._budgets.parent.glob("layer-*.json")):
+            if (values := read_record(file)) is not None:
+                kept = as_record(KeptLayer, values)
+                shard, read = self.model / kept.shard, read_shards and kept.shard
+                if is_whole(shard, kept.sha256["shard"]) if read else shard.exists():
+                    found[int(file.stem.partition("-")[2])] = kept
+        return found
+
+    def keep_layer(
+        self,
+        index: int,
+        shard: Path | None,
+        masks: dict[str, Tensor],
+        record: LayerRecord,
+        streams: Mapping[str, Sequence[Tensor]],
+    ) -> None:
+        """Finish a decoder layer whose shard is on disk; without one it is removed.
+
+        `masks` are packed; `streams` are the hidden states after it that the run goes on with.
+        """
+        if streams:
+            hidden = {f"{name}.{i}": h.contiguous() for name, stream in streams.items() for i, h in enumerate(stream)}
+            self._states_sha256[index + 1] = _write_tensors(self._file("states", index + 1), hidden)
+        sha256 = {
+            "shard": digest_of(shard) if shard else None,
+            "before": self._states_sha256.get(index),
+            "after": self._states_sha256.get(index + 1),
+            "budgets": self.budgets_sha256,
+        }
+        kept = KeptLayer(record, shard.name if shard else "", sha256)
+        write_record(self._file("layer", index).with_suffix(".json"), dataclasses.asdict(kept), masks)
+        self._file("states", index).unlink(missing_ok=True)  # only now: until the record is there, they are needed
+
+    def masks(self, index: int) -> dict[str, Tensor]:
+        """Packed masks of a finished decoder layer."""
+        return load_file(self._file("layer", index))
+
+    def states(self, index: int, sha256: str | None, storage: Storage) -> dict[str, list[Tensor]] | None:
+        """Hidden states that enter a decoder layer; `None` if they are not there whole, with this digest."""
+        file = self._file("states", index)
+        if sha256 is None or not is_whole(file, sha256):
+            return None
+        self._states_sha256[index] = sha256
+        tensors = load_file(file)  # not on the device: safetensors knows some by name only
+        place = torch.device("cpu") if isinstance(storage, Path) else storage
+        streams: dict[str, list[Tensor]] = {}
+        for name in sorted(tensors, key=lambda name: int(name.partition(".")[2])):
+            streams.setdefault(name.partition(".")[0], []).append(tensors.pop(name).to(place))
+        return streams
+
+    def keep_budgets(self, budgets: Budgets, weights: Mapping[str, Any]) -> None:
+        """Begin the run: write the sparsities of the operators, the decoder layers that go, and the hashed files."""
+        write_record(self.folder / WEIGHTS_FILE, weights)
+        write_record(self.folder / RUN_FILE, self._fingerprint)  # from now on the folder is kept until the run ends
+        values: dict[str, Any] = {"sparsities": budgets.sparsities, "unseen": budgets.unseen}
+        values["removed_layers"] = budgets.removed_layers
+        values["run"] = digest_of(self.folder / RUN_FILE)  # ties budgets, and by their digest layers, to this run
+        tensors = {name: t.cpu().contiguous() for name, t in budgets.output_weights.items()}
+        write_record(self._budgets, values, tensors)
+        self.budgets_sha256 = digest_of(self._budgets)
+
+    def budgets(self, config: FistaPruningConfig) -> Budgets | None:
+        """The sparsities that the operators were given; `None` before, or if they are damaged or another run's."""
+        values = read_record(self._budgets)
+        if values is None or values["run"] != digest_of(self.folder / RUN_FILE):
+            return None
+        self.budgets_sha256 = digest_of(self._budgets)
+        removed = [(index, loss) for index, loss in values["removed_layers"]]
+        tensors = load_file(self._budgets.with_suffix(".safetensors"))
+        return Budgets(config, values["sparsities"], tensors, values["unseen"], removed)
+
+    def _file(self, kind: str, index: int) -> Path:
+        return self._budgets.with_name(f"{kind}-{index:05}.safetensors")
+
+
+def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
+    """Have rank 0 `open_run`; refuse a process that was started with something else."""
+
+    def begin() -> Mapping[str, Any]:
+        open_run(folder, fingerprint, overwrite)
+        return fingerprint
+
+    def join() -> None:
+        if different := [key for key in fingerprint if fingerprint[key] != begun[key]]:
+            raise ValueError(
+                f"{' and '.join(different)} differ from those of rank 0: start every process with the same model, "
+                "options and calibration text."
+            )
+
+    begun = ranks.first(begin)
+    ranks.each(join)
+
+
+def open_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
+    """Take up the run that a locked unfinished folder holds; another one is thrown away if `overwrite`."""
+    if not overwrite:
+        require_same_run(folder, fingerprint)
+    elif is_streamed(folder) and read_record(folder / RUN_FILE) != fingerprint:
+        discard(folder, keep_texts=True)
+
+
+def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on with the run that an unfinished folder holds, if there is one, and it was another one.
+
+    `wanted` is the fingerprint, or what of it is known before text is drawn.
+    """
+    if not is_streamed(folder):
+        return
+    begun = read_record(folder / RUN_FILE)
+    if begun is None:
+        file = str(folder / RUN_FILE)
+        raise ValueError(f"output: {file!r} is damaged, so it is not known which run it belongs to: {_ADVICE}")
+    if different := list(_differences({key: begun.get(key) for key in wanted}, wanted)):
+        shown = "; ".join(different[:_SHOWN]) + ("; ..." if len(different) > _SHOWN else "")
+        raise ValueError(
+            f"output: the unfinished run in {str(folder)!r} was another one ({shown}). Start it again as it was, "
+            f"{_ADVICE}"
+        )
+
+
+def begun_batch_size(folder: Path) -> int | None:
+    """Sequences a batch of the run that an unfinished folder holds; `None` if there is none."""
+    begun = read_record(folder / RUN_FILE) or {}
+    return max((batch[0] for batch in begun.get("batches", ())), default=None)
+
+
+def write_record(path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write plain values as JSON, with their digest, after the tensors that belong to them."""
+    record: dict[str, Any] = {"values": values, "tensors": None}
+    if tensors is not None:
+        record["tensors"] = _write_tensors(path.with_suffix(".safetensors"), tensors)
+    write_file(path, json.dumps({"sha256": _text_digest(record), **record}, indent=1))
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The values of a record; `None` if there is none, or it is damaged, or its tensors are."""
+    try:
+        found = json.loads(path.read_bytes())
+        sha256, values, tensors = found.pop("sha256"), found["values"], found["tensors"]
+        if sha256 == _text_digest(found):
+            return values if tensors is None or is_whole(path.with_suffix(".safetensors"), tensors) else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    logger.warning("%s is damaged and not used", path)
+    return None
+
+
+def _text_digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def is_whole(path: Path, sha256: str | None) -> bool:
+    """Whether a file is there with the bytes that were written."""
+    if path.exists() and digest_of(path) == sha256:
+        return True
+    logger.warning("%s is damaged and not used", path)
+    return False
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file and return its digest."""
+    write_file(path, tensors, {"format": "pt"})  # no metadata and no tensors would make a file that can't be read
+    return digest_of(path)
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """What differs between two dictionaries of dictionaries, for people."""
+    for key in {**found, **wanted}:
+        was, now = found.get(key), wanted.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _differences(was, now, f"{prefix}{key}.")
+        elif was != now:
+            texts = [json.dumps(value) for value in (was, now)]
+            before, after = (text if len(text) <= _LETTERS else f"{text[:_LETTERS]}..." for text in texts)
+            yield f"{prefix}{key} was {before}, is {after}"

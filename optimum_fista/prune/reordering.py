@@ -1,0 +1,62 @@
+"""Channels of MLPs that change places before they are pruned, so that n:m patterns keep more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.activations import LayerActivations
+from optimum_fista.model.forward import operator_input
+from optimum_fista.model.shrinking import difference_beyond_rounding, small_hidden_states
+from optimum_fista.prune.model_pruning import ModelPruning
+from optimum_fista.prune.sink import ModelSink
+
+_TOKENS_OF_ORDER = 8192
+"""Tokens, and those to the end of their batch, that sizes of inputs are measured on; docs/ablations.md had as many."""
+
+
+def reorder_channels(
+    run: ModelPruning, sink: ModelSink, layer_name: str, activations: LayerActivations, hidden_states: Sequence[Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """Let the channels of a decoder layer's MLPs change places.
+
+    What counts of a weight is its size times the root mean square of its input, as Wanda has it (arXiv 2306.11695), on
+    the first `_TOKENS_OF_ORDER` tokens that are not held out. MLPs whose down projection is not among the operators to
+    prune stay as they are. The hidden states are those that enter the layer, a batch each, [batch, tokens, hidden].
+
+    Returns:
+        The numbers that the inputs of each of these down projections had before, in their new order, by the names of
+        the weights.
+    """
+    call, layer, orders = activations.calls[0], activations.layer, dict[str, tuple[int, ...]]()
+    for name, operator in run.operators[layer_name].items():
+        part, pattern = run.channels.get(name), run.config.pattern_for(name)
+        if part is None or not pattern.orders_inputs:
+            continue
+        energies, tokens = torch.zeros(operator.shape[1], device=activations.device), 0
+        for batch, (arguments, keywords) in enumerate(activations.arguments_of(operator.module, hidden_states)):
+            if not activations.held_out[batch]:
+                inputs = activations.rows(operator_input(arguments, keywords), batch, operator)
+                energies += inputs.float().square().sum(0)
+                tokens += len(inputs)
+            if tokens >= _TOKENS_OF_ORDER:
+                break
+        order = pattern.best_order(operator.read().abs_().mul_(energies.sqrt())).tolist()
+        hidden = small_hidden_states(hidden_states[0].to(activations.device))
+        expected = call.run(layer, hidden)
+        for tensor in part.tensors:
+            owner, _, leaf = tensor.rpartition(".")
+            module = layer.get_submodule(owner.removeprefix(f"{layer_name}."))
+            sink.replace(module, leaf, part.shrink(tensor, getattr(module, leaf).detach(), order))
+        found = call.run(layer, hidden)
+        difference = difference_beyond_rounding(found, expected)
+        if difference is not None:
+            raise UnsupportedArchitectureError(
+                f"{layer_name} does not return the same after its channels changed places (relative difference "
+                f"{difference:.1e}): its rows are in another order. Leave out reorder_channels for this model."
+            )
+        orders[f"{name}.weight"] = tuple(order)
+    return orders

@@ -1,0 +1,175 @@
+"""Where pruned weights go: into the model, from which a failure takes them out again, or on into files."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from optimum_fista.model.activations import HiddenStates
+from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.offload import alignment_hooks, kept_tensor, offload_hook, store_tensor
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.report import LayerRecord
+from optimum_fista.solve.pattern import pack_mask
+
+
+class ModelSink:
+    """Overwrites the weights of a model in memory, and on any exception puts the model back as it was.
+
+    A run over the decoder layers calls `write` for each operator, then `undo` or `commit`.
+
+    An interrupt (Ctrl-C) counts as one. It may come at any moment, also while a context takes off what it has
+    installed on modules, and again after another. So all that modules, the hooks of Accelerate and the configuration
+    hold is put back, and interrupts wait until that is done.
+
+    Old weights wait in CPU memory and cost one byte for each byte of pruned weights; those that are offloaded to the
+    files of a checkpoint cost nothing, because the files are not touched.
+
+    The run works in `contexts`, which are left without an interruption.
+
+    Attributes:
+        interruptible: To enter after the sink: an interrupt ends what is inside at once. It is a lock because Python
+            leaves one in a single step, between which and `__exit__` nothing is interrupted.
+        masks: Masks of the operators written, by `"{operator}.weight"`, laid out as the model stores the weight, one
+            bit a weight.
+    """
+
+    def __init__(self, model: nn.Module, *contexts: AbstractContextManager[Any]) -> None:
+        self.interruptible = threading.Lock()
+        self.masks: dict[str, Tensor] = {}
+        self._model = model
+        self._contexts = contexts
+        self._entered = ExitStack()
+        self._undo: list[Callable[[], None]] = []
+        self._first: list[Callable[[], None]] = []
+        self._committed = 0  # so many of these belong to finished decoder layers
+        self._onloaded: dict[tuple[int, str], tuple[nn.Module, str]] = {}
+        self._interrupt: Callable[[int, FrameType | None], Any] = signal.default_int_handler
+        self._waits = False
+
+    def write(self, operator: LinearOperator, weight: Tensor, mask: Tensor | None = None) -> None:
+        """Overwrite a weight [out, in], so that what comes after it runs on the new one, and keep its mask.
+
+        Of one that is offloaded only the copy on the device, until the layer is committed.
+        """
+        self._keep(operator.owner, operator.tensor, lambda: operator.parameter)
+        operator.write(weight)
+        if mask is not None:
+            self.masks[f"{operator.name}.weight"] = pack_mask(mask.T if operator.transposed else mask)
+
+    def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
+        """The same with a whole parameter of a module, as it is stored."""
+        self._keep(owner, name, lambda: getattr(owner, name))
+        getattr(owner, name).data.copy_(value)
+
+    def _keep(self, owner: nn.Module, name: str, parameter: Callable[[], Tensor]) -> None:
+        """Keep what is about to be overwritten: a parameter of a module, or a part of it."""
+        if offload_hook(owner):
+            self._onloaded[id(owner), name] = (owner, name)
+            return
+        original = parameter().detach().to("cpu", copy=True)
+
+        def restore() -> None:
+            parameter().data.copy_(original)
+
+        self._undo.append(restore)
+
+    def undo(self) -> None:
+        """Put back all weights that were written since the last commit: their decoder layer is pruned once more."""
+        while len(self._undo) > self._committed:
+            self._undo[-1]()
+            self._undo.pop()  # only now: an interrupt may come in between
+        for owner, tensor in self._onloaded.values():
+            getattr(owner, tensor).data.copy_(kept_tensor(owner, tensor))
+        self._onloaded.clear()
+
+    def commit(
+        self,
+        index: int,  # noqa: ARG002
+        layer: nn.Module,  # noqa: ARG002
+        record: LayerRecord,  # noqa: ARG002
+        states: HiddenStates | None,  # noqa: ARG002
+        held_out: HeldOut | None,  # noqa: ARG002
+    ) -> None:
+        """Make the weights of a decoder layer final, while they are on the device: overwrite those Accelerate keeps.
+
+        `states` are the hidden states after it; `None` if the next one does not need them.
+        """
+        for owner, tensor in self._onloaded.values():
+            store_tensor(owner, tensor, getattr(owner, tensor), self._undo.append)
+        self._onloaded.clear()
+        self._committed = len(self._undo)
+
+    def undo_first(self, undo: Callable[[], None]) -> None:
+        """Have `undo` called if the run fails, before anything else is put back: tensors must have their old sizes."""
+        self._first.append(undo)
+
+    def forget(self) -> None:
+        """Free the old weights: they can no longer be put back."""
+        self._undo.clear()
+        self._first.clear()
+        self._onloaded.clear()
+        self._committed = 0
+
+    def __enter__(self) -> Self:
+        # Before any context installs something on modules. Hooks, forwards, modes, parameters and submodules all live
+        # in the instance dictionaries of modules, one level deep; hooks of Accelerate and the configuration change too.
+        modules = list(self._model.modules())
+        holders = [*modules, *(hook for module in modules for hook in alignment_hooks(module))]
+        attributes = [vars(holder) for holder in (*holders, getattr(self._model, "config", None)) if holder is not None]
+        inner = [value for found in attributes for value in found.values() if isinstance(value, dict)]
+        self._held = [(found, dict(found)) for found in (*attributes, *inner)]
+        self._gradients = [(p, p.requires_grad, p.grad) for p in self._model.parameters()]
+        handler = signal.getsignal(signal.SIGINT)
+        # Python runs handlers of signals in the main thread only, and allows only that one to set them
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            self._interrupt = handler
+            signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            for context in self._contexts:
+                self._entered.enter_context(context)
+            if self._waits:
+                raise KeyboardInterrupt
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with ExitStack() as steps:  # from the last to the first, also after one that fails
+            steps.callback(self.forget)
+            if kind is not None or self._waits:
+                for undo in self._undo:
+                    steps.callback(undo)
+                steps.callback(self._put_back)
+                for undo in self._first:
+                    steps.callback(undo)
+            steps.callback(self._entered.close)
+        if signal.getsignal(signal.SIGINT) == self._on_interrupt:
+            signal.signal(signal.SIGINT, self._interrupt)
+        if self._waits and not isinstance(value, KeyboardInterrupt):
+            self._interrupt(signal.SIGINT, None)
+
+    def _put_back(self) -> None:
+        for attributes, before in self._held:
+            attributes.clear()
+            attributes.update(before)
+        for parameter, needed, gradient in self._gradients:
+            parameter.grad = gradient
+            if parameter.requires_grad != needed:
+                parameter.requires_grad_(needed)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Interrupt the run unless it begins or ends. Python asks for this between any two steps of any function."""
+        if self.interruptible.locked():
+            self._interrupt(number, frame)
+        else:
+            self._waits = True

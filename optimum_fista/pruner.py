@@ -1,0 +1,304 @@
+"""The pruner: models in, pruned models and reports out."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_fista.config import FistaPruningConfig
+from optimum_fista.environment import numerical_environment
+from optimum_fista.folder.checkpoint import CONFIG_KEY, summary
+from optimum_fista.folder.hub import push_folder, require_repo_id
+from optimum_fista.folder.loading import local_source
+from optimum_fista.folder.output import new_output
+from optimum_fista.folder.source_files import described_loss
+from optimum_fista.folder.writing import write_checkpoint
+from optimum_fista.model.forward import evaluation_mode
+from optimum_fista.model.sums import single_problem
+from optimum_fista.prune.callback import PruningCallback
+from optimum_fista.prune.loop import prune_layers
+from optimum_fista.prune.model_pruning import ModelPruning
+from optimum_fista.prune.ranks import launched_processes
+from optimum_fista.prune.removal import require_in_memory
+from optimum_fista.prune.sink import ModelSink
+from optimum_fista.prune.streamed import prune_files
+from optimum_fista.report import PruningReport, RecoveryReport
+from optimum_fista.solve.method import PrunedOperator
+
+logger = logging.getLogger(__name__)
+
+
+class FistaPruner:
+    """Prunes decoder-only Transformers models after training, in one shot.
+
+    It works as FISTAPruner does (arXiv 2408.03728): one decoder layer after another, and in it the linear operators in
+    execution order, those that share an input together. For each it solves a layer problem, made from the Gram matrix
+    of its inputs. The default method is `obs_admm` (docs/solver.md); `FistaPruningConfig.paper()` is the paper's.
+
+    Args:
+        config: What to prune and how; 50% unstructured by default.
+        progress: Whether to show a progress bar.
+        storage_device: Where hidden states and recorded activations wait between passes: a device (`"cpu"` spares the
+            memory of a GPU), a folder for memory-mapped files, or `"disk"`: files beside the output, or in the
+            temporary folder for a model in memory. `None`: on the model's device, but in files beside the output if a
+            model given by name is pruned on the CPU.
+        callbacks: Called for every operator and decoder layer as it is pruned.
+    """
+
+    def __init__(
+        self,
+        config: FistaPruningConfig | None = None,
+        *,
+        progress: bool = True,
+        storage_device: str | torch.device | Path | None = None,
+        callbacks: Sequence[PruningCallback] = (),
+    ) -> None:
+        self.config = config if config is not None else FistaPruningConfig()
+        self.progress = progress
+        self.storage_device = storage_device
+        self.callbacks = tuple(callbacks)
+        self._results: WeakKeyDictionary[PreTrainedModel, tuple[PruningReport, dict[str, Tensor]]] = WeakKeyDictionary()
+
+    @numerical_environment()
+    def prune(
+        self,
+        model: PreTrainedModel | str | Path,
+        calib_dataloader: Iterable[Any],
+        *,
+        calibration_source: str | None = None,
+        output_dir: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        overwrite: bool = False,
+        packed: bool = False,
+        drop_unused: bool = False,
+    ) -> PruningReport:
+        """Prune a model in place, or from its files to the files of `output_dir`.
+
+        Of a model given by name each decoder layer is read, pruned, and written to a file of its own. The model is not
+        in memory as a whole, unless it comes from a GGUF file, or writes its own calibration text. Until all is done,
+        these files are in `output_dir` + ".unfinished", which can't be loaded as a model. After a crash or an interrupt
+        the same call resumes after the last finished decoder layer, with the same result. If several processes
+        (`accelerate launch`, `torchrun`) make this call, they share the decoder layers of a model given by name
+        (docs/ranks.md); a model in memory is a copy in each of them.
+
+        The run sets its own numerical environment (autocast, inference mode, default dtype and device, precision of
+        float32 products) and restores the caller's. Some of it belongs to the process: let one thread at a time prune.
+
+        Args:
+            model: Decoder-only model with a language-model head, in any floating dtype: in memory, or offloaded by
+                Accelerate (on any error it is left as it was, but it stays pruned if `on_prune_end` of a callback
+                fails), or by its name: a Hub id, a model folder, or a folder with one GGUF file.
+            calib_dataloader: Iterable of `{"input_ids", "attention_mask"}` dicts, tensors of ids
+                [batch, sequence] or lists of ids. Padding counts nowhere. It is read once. Nothing is fitted to a
+                dict with `"held_out"` (True, or the name of the text), nor to the sequences of `held_out`: the report
+                gets the perplexity of the dense and of the pruned model on the first 4,096 tokens of these. It is not
+                measured with several processes, if experts are removed, or if decoder layers pass more than hidden
+                states to the next one.
+            calibration_source: Name of the text, for the report.
+            output_dir: Where to write the pruned model, for a model given by name only.
+            device: Where a model given by name computes; `None`: the accelerator if there is one (each of several
+                processes has its own; MPS has to be named), otherwise the CPU.
+            dtype: Dtype of a model given by name; `"auto"` takes the checkpoint's.
+            overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
+            packed: Make `output_dir` a packed folder (docs/formats.md); the zeros are never written.
+            drop_unused: Prune a model given by name although its files hold tensors that Transformers' class has no
+                place for (a vision tower, layers that predict more tokens), and that the result will lack.
+
+        Returns:
+            The report; `save_pretrained` and `push_to_hub` save it with the model.
+
+        Raises:
+            ValueError: If the model is quantized or damaged, its files hold tensors that the result would lack and
+                `drop_unused` is False, the loader is empty or does not fit the model, the sparsity pattern does not fit
+                an operator, or an unfinished run in `output_dir` had other settings; with several
+                processes, if decoder layers depend on each other or the loaders differ.
+            RankError: If another process failed or is gone; finished decoder layers are kept (a RuntimeError).
+            FileExistsError: If `output_dir` already holds a model and `overwrite` is False, or if it holds a
+                file that optimum-fista did not write or that was changed since.
+            BlockingIOError: If another run writes to `output_dir`; the message says which.
+            OSError: If the disk is full, or can't be written to; finished decoder layers are kept.
+            UnsupportedArchitectureError: If the model's structure can't be pruned (a ValueError).
+        """
+        if isinstance(model, str | Path):
+            if output_dir is None:
+                raise ValueError(f"model={str(model)!r} is a name: pass output_dir as well, or a loaded model.")
+            return prune_files(
+                model,
+                calib_dataloader,
+                Path(output_dir),
+                self.config,
+                calibration_source=calibration_source,
+                device=device,
+                dtype=dtype,
+                overwrite=overwrite,
+                progress=self.progress,
+                storage_device=self.storage_device,
+                callbacks=self.callbacks,
+                packed=packed,
+                drop_unused=drop_unused,
+            )
+        if output_dir is not None or packed:
+            option = "packed=True" if packed else "output_dir"
+            raise ValueError(f"{option} is for a model given by name: save a loaded model by save_pretrained.")
+        if (count := launched_processes()) > 1:
+            warnings.warn(
+                f"model is in memory, so each of {count} processes that calls prune works on a copy of its own: pass "
+                "its name and output_dir, and they share its decoder layers.",
+                stacklevel=3,
+            )
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise ValueError("model was loaded in inference mode, so it can't be changed: load it outside of that.")
+        if self.config.whole_parts is not None:
+            require_in_memory(model, self.config.whole_parts)
+        started = time.perf_counter()
+        pruning = ModelPruning(
+            model,
+            calib_dataloader,
+            self.config,
+            calibration_source=calibration_source,
+            progress=self.progress,
+            storage_device=self.storage_device,
+            callbacks=self.callbacks,
+        )
+        report, source = pruning.report, local_source(model)
+        with suppress(OSError, ValueError, SafetensorError):  # what the folder holds now need not be this model
+            if source is not None and (lost := described_loss(model, source)):
+                report.lack(lost)
+        for callback in self.callbacks:
+            callback.on_prune_begin(report)
+        with ModelSink(model, evaluation_mode(model), torch.no_grad()) as sink, sink.interruptible:
+            prune_layers(pruning, sink)
+            if pruning.removal is not None:
+                pruning.removal.shrink(model, report, sink.masks, sink.undo_first)
+            pruning.complete_report()
+            report.seconds["total"] = time.perf_counter() - started
+            model.config.fista_pruning = summary(report)
+            self._results[model] = (report, sink.masks)
+        logger.info("%s", report)
+        for callback in self.callbacks:
+            callback.on_prune_end(report)
+        return report
+
+    @numerical_environment()
+    def prune_weight(self, weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None = None) -> PrunedOperator:
+        """Prune one matrix without a model.
+
+        It minimizes `|| W* X* - W X ||_F` over weights in the configured pattern.
+
+        Args:
+            weight: `W` [out, in].
+            inputs: `X*` [tokens, in].
+            dense_inputs: `X` [tokens, in], the same tokens in the dense network; `None`: equal to `inputs`.
+
+        Returns:
+            Weights and mask [out, in], relative error, iterations, penalty, converged.
+
+        Raises:
+            ValueError: If shapes disagree, a value is NaN or Inf, or the pattern does not fit.
+        """
+        pattern = self.config.pattern_for("weight")
+        with torch.no_grad():
+            problem = single_problem(weight, inputs, dense_inputs)
+            pattern.require_shape((weight.shape[0], weight.shape[1]))
+            return self.config.create_method("").prune(problem, pattern)
+
+    def recover(
+        self,
+        folder: str | Path,
+        teacher: str | Path | None = None,
+        output_dir: str | Path | None = None,
+        **options: Any,
+    ) -> RecoveryReport:
+        """Train the kept weights of a pruned folder under its masks: `optimum_fista.recover`, which has the options."""
+        from optimum_fista import recover
+
+        return recover(folder, teacher, output_dir, **{"progress": self.progress, **options})
+
+    def result(self, model: PreTrainedModel) -> tuple[PruningReport, dict[str, Tensor]]:
+        """The report of a model that this pruner has pruned in place, and its masks by `"{operator}.weight"`.
+
+        A mask is packed to one bit a weight (`solve.pattern.unpack_mask`), in the layout of the model's weight.
+
+        Raises:
+            ValueError: If this pruner has not pruned the model, or another one has pruned it since.
+        """
+        if model not in self._results:
+            raise ValueError(
+                f"model ({type(model).__name__}) was not pruned by this FistaPruner: call prune(model, ...) first."
+            )
+        report, masks = self._results[model]
+        latest = getattr(model.config, CONFIG_KEY, None)
+        # Two runs that removed experts or decoder layers alone have the same summary: no operator was pruned.
+        smaller = bool(report.removed) and model.num_parameters() != report.model["num_parameters"]
+        if smaller or (latest is not None and latest | {"retrained": True} != summary(report) | {"retrained": True}):
+            raise ValueError(
+                f"model ({type(model).__name__}) was pruned again by another FistaPruner: save it by that one."
+            )
+        return report, masks
+
+    def save_pretrained(
+        self,
+        model: PreTrainedModel,
+        folder: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Save a model that this pruner has pruned, as a folder that plain Transformers loads.
+
+        The folder also has the masks, the report and a model card (docs/files.md).
+
+        Raises:
+            ValueError: If this pruner has not pruned the model, or its zeros were filled since.
+            FileExistsError: If the folder already holds a model and `overwrite` is False, or if it holds a
+                file that optimum-fista did not write or that was changed since.
+            BlockingIOError: If another run writes the folder.
+        """
+        report, masks = self.result(model)
+        with new_output(Path(folder), overwrite) as unfinished:
+            write_checkpoint(model, unfinished, report, masks, tokenizer)
+
+    def push_to_hub(
+        self,
+        model: PreTrainedModel,
+        repo_id: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        folder: str | Path | None = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> str:
+        """Save a pruned model to a folder and upload it to the Hub.
+
+        Args:
+            model: A model this pruner has pruned.
+            repo_id: Repository, `name` or `owner/name`; created if it is absent.
+            tokenizer: Saved with the model.
+            folder: Where the files are written and stay; `None`: a folder named as the last part of `repo_id`.
+            overwrite: Replace a model that the folder already holds.
+            options: `private`, `token`, `commit_message`, `revision` of `run.hub.push_folder`.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            ValueError: If `repo_id` is no name of a repository; nothing is saved.
+            FileExistsError: If the folder already holds a model and `overwrite` is False.
+            OSError: If the Hub refused or was not reached; the folder is complete.
+        """
+        require_repo_id(repo_id)
+        target = Path(folder) if folder is not None else Path(repo_id.split("/")[-1])
+        self.save_pretrained(model, target, tokenizer, overwrite=overwrite)
+        return push_folder(target, repo_id, **options)

@@ -1,1 +1,0 @@
-"""Runs: the pruner, reports, saved checkpoints, texts and evaluation."""

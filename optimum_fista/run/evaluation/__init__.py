@@ -1,1 +1,0 @@
-"""How good a saved model is: perplexity, generated text, verification."""

@@ -1,1 +1,0 @@
-"""A pruned model folder as one HTML page that needs nothing else: no network, no scripts, no fonts."""

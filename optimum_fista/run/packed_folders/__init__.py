@@ -1,1 +1,0 @@
-"""Model folders in the packed format: writing, loading, unpacking."""

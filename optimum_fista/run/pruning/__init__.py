@@ -1,1 +1,0 @@
-"""Pruning decoder layers: one after another, group by group of operators."""

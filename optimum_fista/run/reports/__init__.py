@@ -1,1 +1,0 @@
-"""What a run reports: the record, the model card, its pictures."""

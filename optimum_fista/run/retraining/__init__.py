@@ -1,1 +1,0 @@
-"""Training a pruned model with its zeros kept."""

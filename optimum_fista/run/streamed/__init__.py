@@ -1,1 +1,0 @@
-"""Pruning from files to files: a decoder layer in memory at a time, resumed, spread over ranks."""

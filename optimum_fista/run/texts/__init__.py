@@ -1,1 +1,0 @@
-"""Texts, and the windows of tokens made from them."""

@@ -1,0 +1,116 @@
+"""Calibration tokens from any source a user can name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_fista.config import FistaPruningConfig
+from optimum_fista.folder.atomic import write_file
+from optimum_fista.folder.loading import gguf_file, load_model, read_config, require_tokenizer
+from optimum_fista.folder.output import SAMPLED_TEXTS
+from optimum_fista.model.held_out import LEAST_TOKENS
+from optimum_fista.text.self_sampling import sample_text_from_model
+from optimum_fista.text.text import load_text
+from optimum_fista.text.windows import calibration_windows
+
+_USUAL_LENGTH = 2048
+
+
+def calibration_tokens(
+    source: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    *,
+    progress: bool = True,
+) -> Tensor:
+    """Token ids int64 [num_samples, sequence_length] to calibrate a model with.
+
+    Args:
+        source: `"self"` (the model samples its own text), or a source of `run.texts.text.load_text`.
+        model: The model to prune, still dense.
+        tokenizer: Its tokenizer.
+        num_samples: Number of sequences.
+        sequence_length: Tokens a sequence; `None`: 2048, or the model's maximum if that is shorter.
+        seed: Seed of the sampling.
+        progress: Whether to show a progress bar while the model writes.
+
+    Raises:
+        ValueError: If the source is unknown, too short, or a number is not positive.
+    """
+    length = usual_length(model.config) if sequence_length is None else sequence_length
+    if source == "self":
+        return sample_text_from_model(model, tokenizer, num_samples, length, seed, progress)
+    return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
+
+
+def calibration_tokens_by_name(
+    name: str,
+    source: str,
+    num_samples: int,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    keep_in: Path | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """The same for a model given by name, which is only loaded, in this dtype, if it samples its own text.
+
+    `keep_in` is a folder to keep sampled text in, and to take it from when a run is started again on the same files.
+    """
+    if source != "self" and gguf_file(name) is None:
+        length = usual_length(read_config(name)) if sequence_length is None else sequence_length
+        tokenizer = require_tokenizer(name)
+        return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
+    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(name).glob("*") if p.is_file())
+    settings = json.dumps([name, files, source, num_samples, sequence_length, seed, dtype])
+    key = hashlib.sha256(settings.encode()).hexdigest()[:8]  # a command given by mistake leaves the text of others
+    file = keep_in / SAMPLED_TEXTS.replace("*", key) if keep_in is not None else None
+    if file is not None and (kept := _kept_tokens(file, settings)) is not None:
+        return kept
+    model, own_tokenizer = load_model(name, device=device, dtype=dtype)
+    tokens = calibration_tokens(source, model, own_tokenizer, num_samples, sequence_length, seed, progress=progress)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, {"tokens": tokens}, {"sha256": _digest(settings, tokens)})
+    return tokens
+
+
+def _kept_tokens(file: Path, settings: str) -> Tensor | None:
+    """Tokens that were kept whole, with these settings."""
+    try:
+        with safe_open(file, "pt") as kept:
+            tokens, sha256 = kept.get_tensor("tokens"), (kept.metadata() or {}).get("sha256")
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return tokens if sha256 == _digest(settings, tokens) else None
+
+
+def _digest(settings: str, tokens: Tensor) -> str:
+    return hashlib.sha256(f"{settings} {tokens.dtype} {tokens.tolist()}".encode()).hexdigest()
+
+
+def num_spare(config: FistaPruningConfig, num_samples: int) -> int:
+    """Sequences that `optimum-fista prune` draws beyond those to prune on: the text depends on how many are drawn."""
+    return 0 if config.held_out or num_samples < 1 else max(1, num_samples // 64) * bool(num_held_out(config, 1))
+
+
+def num_held_out(config: FistaPruningConfig, length: int) -> int:
+    """Sequences of this length that `optimum-fista prune` measures the perplexity on, besides those to prune on."""
+    parts = () if config.whole_parts is None else config.whole_parts.shares
+    return 0 if any(part.kind == "experts" for part in parts) else -(-LEAST_TOKENS // length)
+
+
+def usual_length(config: PreTrainedConfig) -> int:
+    """Tokens a sequence if nothing else is said: 2048, or the model's context if that is shorter."""
+    return min(_USUAL_LENGTH, getattr(config, "max_position_embeddings", None) or _USUAL_LENGTH)

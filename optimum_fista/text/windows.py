@@ -1,0 +1,179 @@
+"""Windows: token sequences of equal length, cut at random for calibration and in order for perplexity."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from optimum_fista.options import require_seed
+from optimum_fista.text.text import TextSource
+
+# English has 4 to 5 characters per token, so a segment of 8 holds one window and leaves its start to chance.
+_CHARACTERS_PER_TOKEN = 8
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextSource,
+    num_samples: int,
+    sequence_length: int,
+    seed: int,
+    *,
+    add_bos: bool | None = None,
+) -> torch.Tensor:
+    """Draw random windows that do not overlap.
+
+    Several documents are put one after the other in random order, with the tokenizer's EOS between them when
+    it has one. One document gives windows from random places. Only about as much text is tokenised as needed.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        text: Where the tokens come from.
+        num_samples: Number of windows N.
+        sequence_length: Tokens per window T, BOS included.
+        seed: Decides every random choice; the global random state is neither used nor changed.
+        add_bos: Start every window with BOS. None = if the tokenizer starts texts with it or its class is Gemma's.
+
+    Returns:
+        Token ids, int64, [N, T].
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}; pass 1 or more.")
+    require_seed(seed)
+    bos, length = _bos_and_length(tokenizer, add_bos, sequence_length)
+    generator = torch.Generator().manual_seed(seed)
+    draw = _windows_of_document if len(text.documents) == 1 else _windows_of_documents
+    return _with_bos(draw(tokenizer, text, num_samples, length, generator), bos)
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextSource,
+    sequence_length: int,
+    max_windows: int | None = None,
+    *,
+    add_bos: bool | Literal["start"] | None = None,
+) -> torch.Tensor:
+    """Cut the joined text into consecutive windows from its start, as pruning papers measure perplexity.
+
+    The whole text is tokenised at once; the tail shorter than a window is dropped.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        text: Where the tokens come from.
+        sequence_length: Tokens per window T, BOS included.
+        max_windows: Keep only the first windows; None = all, or as many as the text's protocol says.
+        add_bos: Start every window with BOS. None = if the tokenizer starts texts with it or its class is Gemma's.
+            "start": only the text starts with the tokenizer's special tokens, as in the scripts of SparseGPT and Wanda.
+
+    Returns:
+        Token ids, int64, [N, T].
+
+    Raises:
+        ValueError: If the text is shorter than one window, an argument is out of range, or there is no BOS to
+            add.
+    """
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows={max_windows}; pass 1 or more, or None for all.")
+    bos, length = _bos_and_length(tokenizer, add_bos, sequence_length)
+    ids = _tokenise(tokenizer, text.joined, special=add_bos == "start")
+    if len(ids) < length:
+        raise ValueError(
+            f"text {text.name!r} has {len(ids)} tokens, fewer than one window of {length}; "
+            "pass a longer text or a smaller sequence_length."
+        )
+    count = len(ids) // length
+    windows = ids[: count * length].view(count, length)[: text.max_windows][:max_windows]
+    return _with_bos(windows, bos)
+
+
+def _bos_and_length(
+    tokenizer: PreTrainedTokenizerBase, add_bos: bool | Literal["start"] | None, sequence_length: int
+) -> tuple[int | None, int]:
+    """BOS id that every window starts with, `None` if none, and tokens of text in a window."""
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length={sequence_length}; pass 2 or more.")
+    if add_bos is None:
+        # Llama 3's tokenizer adds BOS in its post-processor and leaves the attribute False. Gemma's perplexity without
+        # BOS is meaningless, whatever its tokenizer's attribute says.
+        known = tokenizer.bos_token_id is not None
+        starts = known and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        attribute = getattr(tokenizer, "add_bos_token", False) is True
+        add_bos = known and (starts or attribute or "Gemma" in type(tokenizer).__name__)
+    if add_bos is not True:
+        return None, sequence_length
+    if tokenizer.bos_token_id is None:
+        raise ValueError("add_bos=True, but the tokenizer has no BOS token; pass add_bos=False.")
+    return tokenizer.bos_token_id, sequence_length - 1
+
+
+def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
+    return windows if bos is None else torch.nn.functional.pad(windows, (1, 0), value=bos)
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> torch.Tensor:
+    # verbose=False: a text longer than the model's context is no mistake here.
+    encoded = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def _windows_of_document(
+    tokenizer: PreTrainedTokenizerBase, text: TextSource, num_samples: int, length: int, generator: torch.Generator
+) -> torch.Tensor:
+    """One window from each of `num_samples` segments; from the whole document if it has too few segments."""
+    document, characters = text.documents[0], _CHARACTERS_PER_TOKEN * length
+    while len(segments := _segments(document, characters)) >= max(num_samples, 2):
+        chosen = torch.randperm(len(segments), generator=generator)[:num_samples].tolist()
+        parts = [_tokenise(tokenizer, segments[index]) for index in chosen]
+        if min(len(ids) for ids in parts) >= length:
+            return torch.cat([_spread_windows(ids, 1, length, generator) for ids in parts])
+        # Skipping the short ones instead would favour text with short tokens.
+        characters *= 2
+    ids = _tokenise(tokenizer, document)
+    _check_enough(text, len(ids), num_samples, length)
+    return _spread_windows(ids, num_samples, length, generator)
+
+
+def _segments(document: str, characters: int) -> list[str]:
+    """Consecutive parts of about equal length, cut before white space if there is some."""
+    cuts = [0]
+    while len(document) - cuts[-1] > 2 * characters:
+        cut = cuts[-1] + characters
+        cuts.append(next((i for i in range(cut, cut + characters) if document[i].isspace()), cut))
+    return [document[start:end] for start, end in zip(cuts, [*cuts[1:], len(document)], strict=True)]
+
+
+def _spread_windows(ids: torch.Tensor, num_samples: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Windows at random places of `ids`, in random order; the gaps between them are uniformly random."""
+    slack = len(ids) - num_samples * length
+    gaps = torch.randint(slack + 1, (num_samples,), generator=generator).sort().values
+    starts = gaps + length * torch.arange(num_samples)
+    starts = starts[torch.randperm(num_samples, generator=generator)]
+    return torch.stack([ids[start : start + length] for start in starts.tolist()])
+
+
+def _windows_of_documents(
+    tokenizer: PreTrainedTokenizerBase, text: TextSource, num_samples: int, length: int, generator: torch.Generator
+) -> torch.Tensor:
+    eos = tokenizer.eos_token_id
+    separator = torch.tensor([] if eos is None else [eos], dtype=torch.int64)
+    pieces: list[torch.Tensor] = []
+    tokens = 0
+    for index in torch.randperm(len(text.documents), generator=generator).tolist():
+        ids = _tokenise(tokenizer, text.documents[index])
+        pieces += [ids, separator]
+        tokens += len(ids) + len(separator)
+        if tokens >= num_samples * length:
+            break
+    _check_enough(text, tokens, num_samples, length)
+    return torch.cat(pieces)[: num_samples * length].view(num_samples, length)
+
+
+def _check_enough(text: TextSource, tokens: int, num_samples: int, length: int) -> None:
+    if tokens < num_samples * length:
+        raise ValueError(
+            f"text {text.name!r} has {tokens} tokens, and num_samples={num_samples} windows of {length} need "
+            f"{num_samples * length}; pass a longer text, a smaller num_samples or sequence_length."
+        )

@@ -1,0 +1,59 @@
+"""The options of a recovery, each declared once: `recover` checks them, and the command line has a flag for each.
+
+This module loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from optimum_fista.fields import wrong_field
+from optimum_fista.options import SEEDS, option
+
+_TRAINING = "training"
+
+
+@dataclass(frozen=True)
+class RecoveryOptions:
+    """Options of `recover`, checked when constructed."""
+
+    tokens: int = option(262_144, "tokens to train on", limits=(1, None))
+    train: Literal["auto", "all", "lora", "norms"] = option(
+        "auto",
+        "all: kept weights but embeddings and head; lora: masked adapters, norms and biases (in one process); norms: "
+        "norms and biases; auto: the first of these that fits into memory",
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "dtype of products; weights are trained in float32; auto: bfloat16 if the device is fast in it"
+    )
+    sequence_length: int | None = option(
+        None, "tokens in a sequence (default: 512, at most the model's limit)", limits=(2, None), advanced=_TRAINING
+    )
+    batch_size: int = option(2, "sequences in a forward and backward pass", limits=(1, None), advanced=_TRAINING)
+    accumulate: int | None = option(
+        None,
+        "passes for an update, of all processes together (default: such that there are about 256 updates, of at most "
+        "32 sequences)",
+        limits=(1, None),
+        advanced=_TRAINING,
+    )
+    held_out: int = option(
+        8, "sequences to measure the loss on, never trained on", limits=(1, None), advanced=_TRAINING
+    )
+    learning_rate: float | None = option(
+        None, "largest learning rate (default: by what is trained and the model's width)", advanced=_TRAINING
+    )
+    label_share: float = option(
+        0.5, "share of the text's own cross-entropy in the loss", limits=(0, 1), advanced=_TRAINING
+    )
+    seed: int = option(0, "seed by which text is drawn and ordered", limits=SEEDS, advanced=_TRAINING)
+    report_to: str = option(
+        "none", "a tracker of the Trainer, such as tensorboard (into the output's name + -logs)", advanced=_TRAINING
+    )
+
+    def __post_init__(self) -> None:
+        if wrong := wrong_field(self):
+            raise ValueError(wrong)
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate}: pass a positive number.")

@@ -1,0 +1,103 @@
+import math
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
+from untouched import Untouched
+
+from optimum_fista.evaluate import perplexity
+from optimum_fista.evaluate.perplexity import evaluate_perplexity
+
+VOCABULARY = 50
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, attention_dropout=0.5))
+    with torch.no_grad():
+        model.lm_head.weight *= 20  # a model with opinions
+    return model
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    return torch.randint(VOCABULARY, (5, 20), generator=torch.Generator().manual_seed(1))
+
+
+def oracle(model, windows) -> float:
+    """exp of the mean negative log-likelihood, one token after the other, with log_softmax in float64."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for window in windows:
+            logits = model.eval()(window[None]).logits[0].double()
+            for t in range(1, len(window)):
+                total -= torch.log_softmax(logits[t - 1], dim=0)[window[t]].item()
+                count += 1
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize(("batch_size", "positions"), [(1, 7), (2, 1), (5, 19), (64, 256)])
+def test_perplexity_is_the_oracles(model, windows, batch_size, positions, monkeypatch):
+    monkeypatch.setattr(perplexity, "POSITIONS_PER_CHUNK", positions)
+    result = evaluate_perplexity(model.train(), windows, batch_size=batch_size, progress=False)
+    assert result.perplexity == pytest.approx(oracle(model, windows), rel=1e-5)
+    assert (result.num_windows, result.num_tokens, result.sequence_length) == (5, 95, 20)
+    assert result.seconds > 0
+
+
+def test_log_likelihoods_of_a_half_precision_model_are_float32(model, windows):
+    model.to(torch.bfloat16)
+    result = evaluate_perplexity(model, windows, progress=False)
+    assert result.perplexity == pytest.approx(oracle(model, windows), rel=1e-5)
+
+
+def test_the_model_is_left_as_it_was(model, windows):
+    model.train()
+    model.model.layers[1].eval()
+    untouched, seen = Untouched(model), []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((module.training, kwargs["use_cache"], torch.is_grad_enabled())),
+        with_kwargs=True,
+    )
+    evaluate_perplexity(model, windows, progress=False)
+    hook.remove()
+    assert seen == [(False, False, False)] * 5
+    untouched.check()
+
+
+def test_nan_logits_are_located(model, windows):
+    windows[:, :] = 3
+    windows[3, 4] = 7
+    model.model.embed_tokens.weight.data[7] = torch.nan
+    with pytest.raises(ValueError, match="NaN logits in windows 2 to 3: look for NaN in its weights"):
+        evaluate_perplexity(model, windows, batch_size=2, progress=False)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.zeros(5, 1, dtype=torch.int64),
+        torch.zeros(5, 9),
+    ],
+)
+def test_windows_of_a_wrong_shape_or_dtype(model, bad):
+    with pytest.raises(ValueError, match="windows has shape"):
+        evaluate_perplexity(model, bad, progress=False)
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_ids_outside_the_vocabulary(model, windows, token):
+    windows[2, 3] = token
+    with pytest.raises(ValueError, match=rf"token ids from .*{token}.*the model knows 0 to {VOCABULARY - 1}"):
+        evaluate_perplexity(model, windows, progress=False)
+
+
+def test_windows_that_are_too_long_for_the_model():
+    long = torch.randint(0, VOCAB_SIZE, (2, 65), generator=torch.Generator().manual_seed(0))
+    message = r"windows holds sequences of 65 tokens, .* pass at most 64, its max_position_embeddings"
+    with pytest.raises(ValueError, match=message):
+        evaluate_perplexity(tiny_model("opt"), long, progress=False)
+    assert evaluate_perplexity(tiny_model("llama"), long, progress=False).sequence_length == 65  # without a table

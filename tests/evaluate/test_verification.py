@@ -1,0 +1,206 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_llama import tiny_llama
+from torch import Tensor
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.evaluate.verification import Verification, VerificationError, verify_checkpoint
+from optimum_fista.folder.checkpoint import checkpoint_files
+
+UP = "model.layers.1.mlp.up_proj.weight"
+MASKS = "fista/masks.safetensors"
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy of the 2:4 model to break."""
+    return shutil.copytree(saved.folder, tmp_path / "model")
+
+
+def change(file: Path, name: str, edit) -> None:
+    """Apply `edit` to a tensor of a safetensors file."""
+    tensors = load_file(file)
+    tensors[name] = edit(tensors[name].clone())
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def change_json(file: Path, edit) -> None:
+    values = json.loads(file.read_text())
+    edit(values)
+    file.write_text(json.dumps(values))
+
+
+def flip(bit: int):
+    def edit(packed: Tensor) -> Tensor:
+        packed[bit // 8] ^= 1 << (bit % 8)
+        return packed
+
+    return edit
+
+
+def move(folder: Path, kept: int, pruned: int) -> None:
+    """Move a kept weight to the place of a pruned one, in the weight and in its mask."""
+
+    def edit(weight: Tensor) -> Tensor:
+        flat = weight.view(-1)
+        flat[pruned], flat[kept] = flat[kept].clone(), 0
+        return weight
+
+    change(folder / "model.safetensors", UP, edit)
+    change(folder / MASKS, UP, lambda packed: flip(kept)(flip(pruned)(packed)))
+
+
+def broken(folder: Path, error: type[Exception] = VerificationError) -> str:
+    with pytest.raises(error) as caught:
+        verify_checkpoint(folder)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["saved", "saved_by_rows", "saved_gpt2"])
+def test_what_was_saved_is_proven(name, request):
+    example = request.getfixturevalue(name)
+    seen = []
+    proven = verify_checkpoint(example.folder, seen.append)
+    zeros = sum(int((example.model.state_dict()[o.name] == 0).sum()) for o in example.report.operators)
+    weights = sum(example.model.state_dict()[o.name].numel() for o in example.report.operators)
+    assert proven == Verification(len(example.report.operators), weights, zeros, example.model.num_parameters())
+    assert seen == [o.name for o in example.report.operators]
+
+
+@pytest.mark.parametrize("name", ["saved", "saved_gpt2"])
+def test_a_single_weight_outside_the_mask(name, request, tmp_path):
+    example = request.getfixturevalue(name)
+    folder = shutil.copytree(example.folder, tmp_path / "model")
+    target = example.report.operators[-1].name
+
+    def edit(weight: Tensor) -> Tensor:
+        weight.view(-1)[int((weight.view(-1) == 0).nonzero()[-1])] = 1e-3
+        return weight
+
+    change(checkpoint_files(folder)[target], target, edit)
+    assert broken(folder) == f"{target} has 1 weights outside its mask that are not zero."
+
+
+def test_a_weight_that_is_not_finite(folder):
+    def edit(weight: Tensor) -> Tensor:
+        weight.view(-1)[int(weight.view(-1).nonzero()[0])] = torch.inf
+        return weight
+
+    change(folder / "model.safetensors", UP, edit)
+    assert broken(folder) == f"{UP} holds NaN or Inf."
+
+
+def test_a_flipped_bit_of_a_mask(folder, saved):
+    weight = saved.model.state_dict()[UP].view(-1)
+    kept, pruned = int(weight.nonzero()[5]), int((weight == 0).nonzero()[5])
+    change(folder / MASKS, UP, flip(kept))
+    assert broken(folder) == f"{UP} has 1 weights outside its mask that are not zero."
+    change(folder / MASKS, UP, flip(kept))
+    verify_checkpoint(folder)
+    change(folder / MASKS, UP, flip(pruned))
+    assert f"{UP}: its mask keeps 769 weights, but 2:4" in broken(folder)
+
+
+def test_a_weight_moved_to_another_group_of_its_row(folder, saved):
+    weight = saved.model.state_dict()[UP].view(-1)  # the first row: groups 0..3 and 4..7
+    kept = next(i for i in range(4) if weight[i] != 0)
+    pruned = next(i for i in range(4, 8) if weight[i] == 0)
+    move(folder, kept, pruned)
+    assert broken(folder) == f"{UP}: its mask row 0, group 0 keeps 1 of 4 weights."
+
+
+def test_a_weight_moved_to_another_row(saved_by_rows, tmp_path):
+    folder = shutil.copytree(saved_by_rows.folder, tmp_path / "model")
+    columns = saved_by_rows.model.state_dict()[UP].shape[1]
+    weight = saved_by_rows.model.state_dict()[UP].view(-1)
+    kept = next(i for i in range(columns) if weight[i] != 0)
+    pruned = next(i for i in range(columns, 2 * columns) if weight[i] == 0)
+    move(folder, kept, pruned)
+    assert f"{UP}: its mask row 0 keeps" in broken(folder)
+
+
+def test_n_of_m_is_checked_along_the_inputs_where_weights_are_stored_transposed(saved_gpt2, tmp_path):
+    folder = shutil.copytree(saved_gpt2.folder, tmp_path / "model")
+    name = saved_gpt2.report.operators[0].name
+    stored = saved_gpt2.model.state_dict()[name]  # [in, out]
+    old, new = int(stored[:4, 0].nonzero()[0]), int((stored[4:8, 0] == 0).nonzero()[0]) + 4
+
+    def move(weight: Tensor) -> Tensor:
+        weight[new, 0], weight[old, 0] = weight[old, 0].clone(), 0
+        return weight
+
+    change(checkpoint_files(folder)[name], name, move)
+    columns = stored.shape[1]
+    change(folder / MASKS, name, lambda packed: flip(old * columns)(flip(new * columns)(packed)))
+    assert broken(folder) == f"{name}: its mask row 0, group 0 keeps 0 of 4 weights."
+
+
+@pytest.mark.parametrize("file", [MASKS, "model.safetensors"])
+def test_a_missing_file(folder, file):
+    (folder / file).unlink()
+    assert file.removeprefix("fista/") in broken(folder, FileNotFoundError)
+
+
+def test_wrong_promises_of_config_and_report(folder):
+    config, report = folder / "config.json", folder / "fista/report.json"
+    change_json(config, lambda values: values["fista_pruning"].update(num_zeros=1))
+    assert "config.json promises 1 zeros, the masks make" in broken(folder)
+    change_json(config, lambda values: values.pop("fista_pruning"))
+    assert broken(folder) == "config.json has no 'fista_pruning'."
+    config.write_text(json.dumps({"fista_pruning": {"num_zeros": 1}}))
+    change_json(report, lambda values: values["operators"][2].update(num_kept=3))
+    name = json.loads(report.read_text())["operators"][2]["name"]
+    assert f"{name}: its mask keeps 256 weights, the report says 3, and 50.000000% zeros." in broken(folder)
+    change_json(report, lambda values: values["operators"][1].update(shape=[1, 2]))
+    assert "has shape (16, 32), the report says (1, 2)" in broken(folder)
+    change_json(report, lambda values: values["operators"][0].update(pattern="two of four"))
+    assert "pattern='two of four': pass " in broken(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("method", "wanda"), ("mean_fit_error", 0.01)],
+)
+def test_config_says_what_the_report_says(folder, name, value):
+    change_json(folder / "config.json", lambda values: values["fista_pruning"].update({name: value}))
+    assert f"config.json promises {name} {value!r}, fista/report.json says " in broken(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_zeros", 7424),
+        ("model_sparsity", 0.4),
+        ("mean_fit_error", 0.01),
+        ("mean_held_out_fit_error", 0.2),
+    ],
+)
+def test_wrong_totals_of_the_report(folder, saved, name, value):
+    change_json(folder / "fista/report.json", lambda values: values["totals"].update({name: value}))
+    found = saved.report.totals[name]
+    assert broken(folder) == f"fista/report.json: totals promise {name} {value}, the operators make {found}."
+
+
+def test_a_class_that_transformers_does_not_have_is_not_counted(folder):
+    change_json(folder / "fista/report.json", lambda values: values["model"].update({"class": "OfMyOwn"}))
+    assert verify_checkpoint(folder).num_parameters is None
+
+
+def test_masks_report_and_checkpoint_name_the_same_operators(folder):
+    change_json(folder / "fista/report.json", lambda values: values["operators"].pop())
+    assert broken(folder) == "the masks and the report name different operators."
+    change_json(folder / "fista/report.json", lambda values: values["operators"][0].update(name="gone.weight"))
+    assert broken(folder) == "gone.weight is in the report but not in the checkpoint."
+
+
+def test_an_operator_may_get_all_the_zeros_of_its_group(tokens, tmp_path):
+    model, pruner = tiny_llama(), FistaPruner(FistaPruningConfig(0.998), progress=False)
+    report = pruner.prune(model, tokens.split(4))
+    assert max(operator.target_sparsity for operator in report.operators) == 1
+    pruner.save_pretrained(model, tmp_path / "model")
+    assert verify_checkpoint(tmp_path / "model").num_zeros == report.totals["num_zeros"]

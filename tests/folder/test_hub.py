@@ -1,0 +1,170 @@
+import json
+import shutil
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+from folder_files import bytes_of
+from hub_standin import HubStandIn, hub_fixture, run_with_hub  # noqa: F401
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from optimum_fista.folder.hub import push_folder
+from optimum_fista.folder.output import new_output, write_about
+
+REPO_ID = "tester/tiny-llama"
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
+
+
+@pytest.fixture(scope="module")
+def model_folder(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model folder")
+    model.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
+    (folder / "reports").mkdir()
+    (folder / "reports" / "layer 0.json").write_text('{"relative_error": 0.1}')
+    (folder / "fista").mkdir()
+    names = ["README.md", "config.json", "generation_config.json", "model.safetensors", "reports/layer 0.json"]
+    (folder / "fista" / "files.json").write_text(json.dumps(dict.fromkeys(names)))
+    return folder
+
+
+def push(hub: HubStandIn, folder: Path, tmp_path: Path, repo_id=REPO_ID, **options) -> CompletedProcess:
+    call = f"push_folder({str(folder)!r}, {repo_id!r}, **{options!r})"
+    return run_with_hub(hub, f"from optimum_fista.folder.hub import push_folder\nprint({call})", tmp_path)
+
+
+def printed(process: CompletedProcess) -> str:
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
+def failure(process: CompletedProcess) -> str:
+    """Return the last exception of the traceback of a process that failed."""
+    assert process.returncode == 1
+    return process.stderr.rpartition("Traceback")[2]
+
+
+def test_repository_holds_the_folder_and_loads_bit_equal(hub, model_folder, tmp_path):
+    url = printed(push(hub, model_folder, tmp_path))
+    assert hub.files(REPO_ID) == bytes_of(model_folder)
+    assert url == f"{hub.endpoint}/{REPO_ID}/commit/{hub.repositories[REPO_ID].branches['main']}"
+
+    load = f"""
+        import torch
+        from safetensors.torch import load_file
+        from transformers import AutoModelForCausalLM
+
+        loaded = AutoModelForCausalLM.from_pretrained({REPO_ID!r}).state_dict()
+        saved = load_file({str(model_folder / "model.safetensors")!r})
+        print(loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved))
+    """
+    assert printed(run_with_hub(hub, load, tmp_path)) == "True"
+    assert any(r.startswith(f"GET /{REPO_ID}/resolve/") and r.endswith("/model.safetensors") for r in hub.requests)
+
+
+def test_revision_is_a_branch_of_its_own(hub, model_folder, tmp_path):
+    for _ in range(2):  # absent, then present
+        printed(push(hub, model_folder, tmp_path, revision="sparse/2:4", private=True))
+    assert hub.repositories[REPO_ID].private
+    assert hub.files(REPO_ID) == {}
+    assert hub.files(REPO_ID, "sparse/2:4") == bytes_of(model_folder)
+
+    download = f"from huggingface_hub import snapshot_download as f\nprint(f({REPO_ID!r}, revision='sparse/2:4'))"
+    snapshot = Path(printed(run_with_hub(hub, download, tmp_path)))
+    assert bytes_of(snapshot).items() >= bytes_of(model_folder).items()
+
+
+def test_a_second_push_sends_only_what_changed(hub, model_folder, tmp_path):
+    first = printed(push(hub, model_folder, tmp_path, repo_id="tiny-llama"))
+    assert f"/{REPO_ID}/" in first  # the namespace is that of the token
+    hub.requests.clear()
+    assert printed(push(hub, model_folder, tmp_path)) == first
+    assert not [request for request in hub.requests if "/commit/" in request]
+
+
+def test_weights_and_measurements_of_an_earlier_model_are_deleted(hub, model, model_folder, tmp_path):
+    old, new = shutil.copytree(model_folder, tmp_path / "old"), tmp_path / "sharded"
+    write_about(old / "fista" / "evaluation.json", "[]")
+    printed(push(hub, old, tmp_path))
+    assert "fista/evaluation.json" in hub.files(REPO_ID)
+    with new_output(new, False) as folder:
+        model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(new.glob("*.safetensors"))) > 1
+    printed(push(hub, new, tmp_path))
+    kept = {path: data for path, data in bytes_of(old).items() if not path.startswith(("fista/", "model."))}
+    assert hub.files(REPO_ID) == kept | bytes_of(new)
+
+
+def test_files_of_others_stay_here(hub, model_folder, tmp_path):
+    folder, notes = tmp_path / "pruned", {"notes.txt", "fista/mine.txt", "[a-z]*.json", "mine.safetensors"}
+    shutil.copytree(model_folder, folder)
+    for name in notes:
+        (folder / name).write_text("private")
+    process = push(hub, folder, tmp_path)
+    printed(process)
+    assert hub.files(REPO_ID).keys() == bytes_of(folder).keys() - notes
+    shown = next(line for line in process.stderr.splitlines() if line.startswith("Not uploaded"))
+    assert all(name in shown for name in notes)
+    assert "README.md" not in shown
+
+
+def test_a_card_that_the_hub_refuses_is_one_error_before_anything_is_uploaded(hub, model_folder, tmp_path):
+    hub.refused_in_cards = ["license"]
+    message = failure(push(hub, model_folder, tmp_path))
+    assert "OSError: Pushing to 'tester/tiny-llama' failed" in message
+    assert 'Invalid metadata in README.md.\n- "license" is not allowed' in message
+    assert hub.files(REPO_ID) == {}
+    assert not any("/preupload/" in request for request in hub.requests)
+
+
+@pytest.mark.parametrize("broken", ["/api/repos/create", "/branch/", "/commit/"])
+def test_failure_at_any_step_can_be_retried(hub, model_folder, tmp_path, broken):
+    hub.broken = broken
+    message = failure(push(hub, model_folder, tmp_path, revision="sparse"))
+    assert "OSError: Pushing to 'tester/tiny-llama' failed" in message
+    assert "broken on purpose" in message
+    hub.broken = None
+    printed(push(hub, model_folder, tmp_path, revision="sparse"))
+    assert hub.files(REPO_ID, "sparse") == bytes_of(model_folder)
+
+
+def test_refused_token_foreign_namespace_and_unreachable_hub(hub, model_folder, tmp_path):
+    with HubStandIn() as stopped:
+        pass
+    refused = {"401": ({"token": "hf_wrong"}, hub), "403": ({"repo_id": "someone/tiny"}, hub), "": ({}, stopped)}
+    for reason, (options, server) in refused.items():
+        message = failure(push(server, model_folder, tmp_path, **options))
+        assert f"safe at {model_folder}" in message
+        assert reason in message
+        assert "hf_wrong" not in message
+    assert hub.repositories == {}
+
+
+def test_private_is_not_ignored_for_an_existing_public_repository(hub, model_folder, tmp_path):
+    printed(push(hub, model_folder, tmp_path))
+    hub.requests.clear()
+    message = failure(push(hub, model_folder, tmp_path, private=True))
+    assert "ValueError: private=True was passed, but 'tester/tiny-llama' exists with private=False" in message
+    assert not [request for request in hub.requests if "/preupload/" in request]
+
+
+@pytest.mark.parametrize("missing", ["fista/files.json", "config.json", "model.safetensors"])
+def test_incomplete_folder_is_refused(model_folder, tmp_path, missing):
+    folder = shutil.copytree(model_folder, tmp_path / "pruned")
+    (folder / missing).unlink()
+    with pytest.raises(ValueError, match=r"has no .* of optimum-fista: pass a folder that it wrote"):
+        push_folder(folder, REPO_ID)
+
+
+@pytest.mark.parametrize("repo_id", ["", "a/b/c", "a--b"])
+def test_repo_id_that_is_no_name_is_refused(model_folder, repo_id):
+    with pytest.raises(ValueError, match=r"^repo_id='.* pass 'namespace/name'") as caught:
+        push_folder(model_folder, repo_id)
+    assert caught.value.__suppress_context__

@@ -1,0 +1,279 @@
+"""Output folders: the old or the new one is whole at its name whenever a process is killed, and no user's file goes."""
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from killed import Killed, killed_at
+
+from optimum_fista.folder import atomic, output
+from optimum_fista.folder.output import (
+    discard,
+    foreign_files,
+    install,
+    locked_output,
+    model_files,
+    new_output,
+    require_output,
+    unfinished_folder,
+    write_about,
+)
+
+OLD = ("config.json", "model.safetensors", "README.md", "tokenizer.json", "fista/report.json")
+NEW = ("config.json", "model-00001-of-00001.safetensors", "README.md", "fista/report.json")
+
+
+def write(folder: Path, names: tuple[str, ...], text: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """All files but the list of those that belong to the model."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "files.json" not in path.name]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+def put(output: Path, names: tuple[str, ...] = NEW, text: str = "new", overwrite: bool = True) -> Path:
+    """What every writer does."""
+    with new_output(output, overwrite) as folder:
+        write(folder, names, text)
+    return output
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    for module in (atomic, output):
+        monkeypatch.setattr(module, "flush", lambda path: None)
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a model", "a model that can't be swapped"])
+def test_whenever_it_is_killed_the_old_or_the_new_folder_is_there(tmp_path, monkeypatch, there):
+    found, swaps = set(), "can't" not in there
+    if not swaps:
+        monkeypatch.setattr(output, "_swapped", lambda *_: False)
+    for step in itertools.count():
+        folder = tmp_path / str(step) / "model"
+        if "a model" in there:
+            put(folder, OLD, "old")
+        elif there == "an empty folder":
+            folder.mkdir(parents=True)
+        old = contents(folder)
+        try:
+            with killed_at(step):
+                put(folder)
+            break
+        except Killed:
+            if not swaps and not folder.exists():
+                found.add("none")
+                with locked_output(folder):  # any next run
+                    pass
+            found.add("old" if contents(folder) == old else "new")
+            assert contents(folder) in (old, dict.fromkeys(NEW, "new"))
+            put(folder)
+            assert contents(folder.parent) == {f"model/{name}": "new" for name in NEW}
+    assert found == {"old", "new"} | (set() if swaps else {"none"})
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_folder_that_came_between_two_renames_is_kept_and_the_old_one_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "_swapped", lambda *_: False)
+    for step in itertools.count():
+        folder = put(tmp_path / str(step) / "model", OLD, "old")
+        with pytest.raises(Killed), killed_at(step):
+            put(folder)
+        if not folder.exists():
+            break
+    write(folder, ("notes.txt",), "mine")
+    for _ in range(2):
+        with pytest.raises(OSError, match="replaced' -> "), locked_output(folder):
+            pass
+    assert contents(folder) == {"notes.txt": "mine"}
+    assert contents(unfinished_folder(folder) / "replaced") == dict.fromkeys(OLD, "old")
+    shutil.rmtree(folder)
+    put(folder)
+    assert contents(folder.parent) == {f"model/{name}": "new" for name in NEW}
+
+
+def test_a_model_that_cant_be_put_there_leaves_the_old_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "_swapped", lambda *_: False)
+    folder = put(tmp_path / "model", OLD, "old")
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.name == "model" and target == folder:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="not permitted: the new model can't take its place; give the same command again"):
+        put(folder)
+    assert contents(tmp_path) == {f"model/{name}": "old" for name in OLD}
+
+
+def refused(folder, **options) -> str:
+    before = contents(folder.parent)
+    with pytest.raises((ValueError, OSError)) as raised:
+        require_output(folder, **{"overwrite": True} | options)
+    assert contents(folder.parent) == before
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "fista/mine.txt", "model.safetensors"])
+def test_a_file_that_was_added_or_changed_is_kept(tmp_path, name):
+    folder = put(tmp_path / "model", OLD, "old")
+    require_output(folder, True)
+    write(folder, (name,), "mine")
+    assert foreign_files(folder) == [name]
+    assert f"holds {name}, which optimum-fista did not write or somebody changed: it would be lost" in refused(folder)
+    (folder / name).unlink()
+    require_output(folder, True)
+
+
+def test_a_file_that_comes_during_the_run_is_kept_and_the_model_as_well(tmp_path):
+    folder = put(tmp_path / "model", OLD, "old")
+    with locked_output(folder) as unfinished:
+        write(unfinished, ("journal/fingerprint.json", *(f"model/{name}" for name in NEW)), "new")
+        (folder / "link").symlink_to("nowhere")
+        with pytest.raises(FileExistsError, match="holds link, which"):
+            install(unfinished, folder, True)
+    assert contents(folder) == dict.fromkeys(OLD, "old")
+    (folder / "link").unlink()
+    with locked_output(folder) as unfinished:
+        install(unfinished, folder, True)
+    assert contents(tmp_path) == {f"model/{name}": "new" for name in NEW}
+
+
+def test_what_commands_write_about_a_model_goes_with_it(tmp_path):
+    folder = put(tmp_path / "model", OLD, "old")
+    for name in ("fista/evaluation.json", "README.md", "notes.txt"):
+        write_about(folder / name, "later")
+    assert foreign_files(folder) == ["notes.txt"]
+    assert model_files(folder) == {*OLD, "fista/files.json", "fista/evaluation.json"}
+    write(folder, ("README.md",), "mine")
+    write_about(folder / "README.md", "mine and later")
+    assert foreign_files(folder) == ["README.md", "notes.txt"]
+
+
+def test_outputs_that_cant_work_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = put(tmp_path / "source", OLD, "old")
+    (tmp_path / "alias").symlink_to("source")
+    (tmp_path / "others").mkdir()
+    write(tmp_path / "others", ("config.json", "model.safetensors"), "foreign")
+    assert "already holds a model" in refused(source, overwrite=False)
+    assert "has no name of its own" in refused(tmp_path / "..")
+    for name in ("source", "source/sub/out", "alias", "alias/out"):
+        assert "lies in the folder that is read" in refused(tmp_path / name, source="source")
+    write(tmp_path / "out.unfinished", ("journal/optimum-fista", "model/config.json"), "kept")
+    (tmp_path / "model").symlink_to("out.unfinished/model")
+    for name in ("out.unfinished", "model"):
+        assert "throws away: pass another output, or move the folder" in refused(tmp_path / "out", source=name)
+    assert "is a file: pass a folder" in refused(source / "config.json")
+    assert "holds config.json, model.safetensors, which" in refused(tmp_path / "others")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: path != source)  # root may write everywhere
+        assert "can't be replaced (Permission denied): make it writable, or pass another folder" in refused(source)
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    assert "is a mount point, which can't be replaced: pass a folder in it" in refused(source)
+
+
+def test_a_link_stays_a_link_and_modes_stay(tmp_path):
+    put(tmp_path / "disk", OLD, "old").chmod(0o700)
+    (tmp_path / "link").symlink_to("disk")
+    put(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "disk") == dict.fromkeys(NEW, "new")
+    assert (tmp_path / "disk").stat().st_mode & 0o777 == 0o700
+    before = os.umask(0o027)
+    try:
+        with output.new_output(tmp_path / "private", False) as folder:
+            write(folder, NEW, "new")
+            (folder / NEW[1]).chmod(0o600)  # as safetensors does
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "private").glob("*.*")} == {0o640}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_has_the_name_of_the_unfinished_folder_is_not_touched(tmp_path, kind):
+    unfinished = tmp_path / "model.unfinished"
+    write(tmp_path / "elsewhere", ("journal/optimum-fista",), "foreign")
+    if kind == "folder":
+        write(unfinished, ("journal/notes.txt", "model/notes.txt"), "foreign")
+    elif kind == "file":
+        unfinished.write_text("foreign")
+    else:
+        unfinished.symlink_to("elsewhere")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"model\.unfinished' is in the way and no unfinished run's: move it"):
+        put(tmp_path / "model")
+    assert contents(tmp_path) == before
+
+
+def test_layers_of_a_streamed_run_are_not_thrown_away_unasked(tmp_path):
+    with locked_output(tmp_path / "model") as unfinished:
+        write(unfinished, ("journal/fingerprint.json", "journal/offload-a/weight.dat", "model/shard"), "layers")
+    with pytest.raises(FileExistsError, match="holds an unfinished run: give its command again to finish it, delete"):
+        put(tmp_path / "model", overwrite=False)
+    assert {name for name, text in contents(unfinished).items() if text} == {"journal/fingerprint.json", "model/shard"}
+    put(tmp_path / "model")
+    assert contents(tmp_path) == {f"model/{name}": "new" for name in NEW}
+
+
+def test_another_process_is_refused_until_the_first_is_gone(tmp_path):
+    hold = "import sys, time, filelock\nwith filelock.FileLock(sys.argv[1]): print('held', flush=True), time.sleep(60)"
+    lock = tmp_path / "model.unfinished.lock"
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        (tmp_path / "link").symlink_to(tmp_path)
+        with pytest.raises(BlockingIOError, match="is being written by another run: wait until it has ended, or pass"):
+            put(tmp_path / "link" / "model")
+    finally:
+        holder.kill()
+        holder.wait()
+    put(tmp_path / "model")
+    assert set(contents(tmp_path / "model").values()) == {"new"}
+
+
+def test_many_threads_never_mix_their_models(tmp_path):
+    def rounds(text: str) -> None:
+        for _ in range(20):
+            try:
+                with locked_output(tmp_path / "model"), locked_output(tmp_path / "model") as folder:  # may ask again
+                    discard(folder)
+                    write(folder / "model", NEW, text)
+                    install(folder, tmp_path / "model", True)
+                    assert set(contents(tmp_path / "model").values()) == {text}
+                    done.append(text)
+            except BlockingIOError:
+                pass
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+    done, failures = [], []
+    threads = [threading.Thread(target=rounds, args=(text,)) for text in ("a", "b", "c")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done
+    assert not failures
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_damaged_list_makes_every_file_somebodys(tmp_path):
+    folder = put(tmp_path / "model", OLD, "old")
+    (folder / "fista" / "files.json").write_text(json.dumps([*OLD]))
+    assert "holds README.md, config.json, fista and 2 more, which" in refused(folder)

@@ -1,0 +1,305 @@
+"""Packed folders: bytes, round trips, verification, loading with and without this package."""
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from folder_files import files_of
+from hub_standin import hub_fixture, run_with_hub  # noqa: F401
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
+from optimum_fista.folder.output import model_files
+from optimum_fista.folder.packed_folder import pack_folder, unpack_folder
+from optimum_fista.folder.packed_loading import FistaPackedConfig
+from optimum_fista.folder.unpacking import is_packed
+from optimum_fista.packed.bits import unpack_bits
+from optimum_fista.packed.format import PackedTensor, pack, unpack
+from optimum_fista.packed.validation import SUFFIXES
+
+PACKED = FistaPackedConfig(runtime="packed")
+FAMILIES = ["llama", "gpt2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "granitemoe"]
+
+
+def assert_same_weights(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_and_loading(family, pattern, pruned, tmp_path):
+    dense, packed = pruned(family, pattern), tmp_path / "packed"
+    packing = pack_folder(dense, packed)
+    assert packing.packed_bytes < packing.dense_bytes
+    assert is_packed(packed)
+    assert not list(packed.glob("model*.safetensors"))
+    assert verify_checkpoint(packed) == verify_checkpoint(dense)
+    unpack_folder(packed, tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(dense)
+    expected = AutoModelForCausalLM.from_pretrained(dense).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    if pattern == "2:4":
+        model.save_pretrained(tmp_path / "saved")  # a dense model like any other
+        assert not is_packed(tmp_path / "saved")
+        assert_same_weights(tmp_path / "saved", expected)
+
+
+@pytest.mark.parametrize("exclude", ["*.down_proj", "*.layers.0.*", "*.experts.[1-9].*"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_that_were_left_dense(family, exclude, pruned, tmp_path):
+    folder = pruned(family, exclude=(exclude,))
+    pack_folder(folder, tmp_path / "packed")
+    assert_same_weights(tmp_path / "packed", AutoModelForCausalLM.from_pretrained(folder).state_dict())
+
+
+WITHOUT = """
+import sys
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+for cls in (AutoModelForCausalLM, LlamaForCausalLM):
+    for options in ({}, {"use_safetensors": True}, {"device_map": "cpu"}, {"ignore_mismatched_sizes": True}):
+        try:
+            cls.from_pretrained(sys.argv[1], **options)
+        except OSError as error:
+            assert "packed, run `import optimum_fista.packed` first" in str(error), error
+        else:
+            sys.exit(f"{cls.__name__} loaded it with {options}")
+assert "optimum_fista" not in sys.modules
+print("refused")
+"""
+
+
+def run(code: str, *arguments: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+WITH = """
+import sys
+from transformers import AutoModelForCausalLM
+import torch
+found = AutoModelForCausalLM.from_pretrained(sys.argv[1]).state_dict()
+expected = AutoModelForCausalLM.from_pretrained(sys.argv[2]).state_dict()
+assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+print("equal")
+"""
+
+
+def test_the_import_is_enough_after_transformers(pruned, tmp_path):
+    """A process can't load a packed folder before it imports this package. (The next test imports it first.)"""
+    pack_folder(pruned("llama"), tmp_path / "packed")
+    result = run(f"{WITHOUT}import optimum_fista.packed\n{WITH}", tmp_path / "packed", pruned("llama"))
+    assert result.stdout == "refused\nequal\n", result.stdout + result.stderr
+
+
+def test_pushed_and_pulled_like_any_model(hub, pruned, tmp_path):
+    """By name, bit for bit, also if a dense model lay there before."""
+    pack_folder(pruned("llama"), tmp_path / "packed")
+    folders = [str(pruned("llama")), str(tmp_path / "packed")]
+    push = f"from optimum_fista.folder.hub import push_folder\nfor f in {folders}: push_folder(f, 'tester/packed')"
+    pushed = run_with_hub(hub, push, tmp_path)
+    assert pushed.returncode == 0, pushed.stderr
+    assert "packed.safetensors" in hub.files("tester/packed")
+    assert "model.safetensors" not in hub.files("tester/packed")
+    load = f"""
+        import sys
+        import torch
+        import optimum_fista.packed
+        from transformers import AutoModelForCausalLM
+
+        found = AutoModelForCausalLM.from_pretrained("tester/packed").state_dict()
+        expected = AutoModelForCausalLM.from_pretrained({str(pruned("llama"))!r}).state_dict()
+        print(all(torch.equal(found[name], tensor) for name, tensor in expected.items()))
+        config = optimum_fista.FistaPackedConfig(runtime="packed")
+        packed = AutoModelForCausalLM.from_pretrained("tester/packed", quantization_config=config)
+        print(type(packed.model.layers[0].mlp.up_proj).__name__)
+    """
+    loaded = run_with_hub(hub, load, tmp_path)
+    assert loaded.stdout == "True\nPackedLinear\n", loaded.stderr
+
+
+def edit(folder: Path, change) -> None:
+    file = folder / "packed.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{NAME}_mask"), "up_proj.weight is packed, but .*_mask is missing"),
+        (lambda t: t.update({f"{NAME}_values": t[f"{NAME}_values"][:-1].clone()}), "up_proj.weight_values holds"),
+        (lambda t: t[f"{NAME}_mask"][0, 0].bitwise_xor_(1), "up_proj.weight_values holds"),
+        (lambda t: t[f"{NAME}_layout"][-2].fill_(2**62), "up_proj.weight"),
+        (lambda t: t[f"{NAME}_values"][0].mul_(2), r"layers\.1\.mlp\.up_proj\.weight has another checksum"),
+    ],
+    ids=["part missing", "value less", "bit flipped", "hostile shape", "value changed"],
+)
+def test_malformed_folders_are_refused_and_named(change, message, pruned, tmp_path):
+    pack_folder(pruned("llama"), tmp_path / "packed")
+    edit(tmp_path / "packed", change)
+    with pytest.raises(VerificationError, match=message):
+        verify_checkpoint(tmp_path / "packed")
+    with pytest.raises(ValueError, match=message):
+        unpack_folder(tmp_path / "packed", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def without_checksums(tensors):
+    for name in [name for name in tensors if name.endswith("_layout")]:
+        _, n, m, _, *shape = tensors[name].tolist()
+        tensors[name] = torch.tensor([1, n, m, *shape])
+
+
+@pytest.mark.parametrize("runtime", ["dense", "packed"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_folders_without_checksums_are_read(family, runtime, pruned, tmp_path):
+    pack_folder(pruned(family), tmp_path / "packed")
+    config = FistaPackedConfig(runtime=runtime)
+    ids = torch.arange(20)[None]
+    found = []
+    for change in (lambda _: None, without_checksums):
+        edit(tmp_path / "packed", change)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the kernels may not be compiled
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=config)
+            found.append(model(ids).logits)
+    assert torch.equal(*found)
+    verify_checkpoint(tmp_path / "packed")
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (pruned(family) / "model.safetensors").read_bytes()
+
+
+def widened(name):
+    """A tensor that is right by itself, of another shape than the model's: its rows end in bits that were padding."""
+
+    def change(tensors):
+        mask, layout = tensors[f"{name}_mask"], tensors[f"{name}_layout"]
+        layout[-1], mask[..., -1] = mask.shape[-1] * 8, 0xFF
+        tensors[f"{name}_layout"] = torch.tensor([1, 0, 0, *layout[4:].tolist()])
+        tensors[f"{name}_values"] = torch.ones(int(unpack_bits(mask, int(layout[-1])).sum()), dtype=torch.bfloat16)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", NAME),
+        ("gpt2", "transformer.h.1.mlp.c_fc.weight"),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w1.weight"),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+        ("gpt_oss", "model.layers.1.mlp.experts.down_proj"),
+    ],
+)
+def test_shapes_are_those_of_the_model(family, name, pruned, tmp_path):
+    pack_folder(pruned(family), tmp_path / "packed")
+    edit(tmp_path / "packed", widened(name))
+    with pytest.raises(ValueError, match=rf"{name}(_layout says shape| have other shapes|, .*have other shapes)"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=PACKED)
+    with pytest.raises(RuntimeError):  # Transformers' own, of mismatched or unequal sizes
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_other_numbers_of_experts_are_refused(pruned, tmp_path):
+    pack_folder(pruned("gpt_oss"), tmp_path / "packed")
+    name = "model.layers.0.mlp.experts.down_proj"
+
+    def drop_one(tensors):
+        packed = pack(unpack(PackedTensor(*(tensors[name + suffix] for suffix in SUFFIXES)))[1:])
+        tensors.update(packed.named(name))
+
+    edit(tmp_path / "packed", drop_one)
+    with pytest.raises(ValueError, match=f"{name} holds 3 experts: the model has 4"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=PACKED)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parameters": ["weight", "(.*)+$"]},
+        {"parameters": "weight"},
+        {"weights": "../packed.safetensors"},
+        {"weights": None},
+    ],
+)
+def test_names_in_the_configuration_are_names(settings):
+    """A pattern that takes for ever would hang `from_pretrained`; another file would be read."""
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}="):
+        FistaPackedConfig(**settings)
+
+
+def test_arguments_that_make_no_sense(pruned, tmp_path, tiny_folder):
+    pack_folder(pruned("llama"), tmp_path / "packed")
+    with pytest.raises(ValueError, match="is packed already"):
+        pack_folder(tmp_path / "packed", tmp_path / "twice")
+    with pytest.raises(ValueError, match="is not packed"):
+        unpack_folder(pruned("llama"), tmp_path / "twice")
+    with pytest.raises(FileNotFoundError, match=r"holds no fista/masks\.safetensors"):
+        pack_folder(tiny_folder, tmp_path / "twice")
+    with pytest.raises(FileExistsError, match="already holds a model"):
+        pack_folder(pruned("gpt2"), pruned("llama"))
+    with pytest.raises(ValueError, match="runtime='sparse': pass 'dense' or 'packed'"):
+        FistaPackedConfig(runtime="sparse")
+    with pytest.raises(ValueError, match="the model is not packed: pack the folder"):
+        LlamaForCausalLM.from_pretrained(tiny_folder, quantization_config=FistaPackedConfig())
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_weight_outside_its_mask_is_not_lost_in_silence(pruned, tmp_path):
+    folder = shutil.copytree(pruned("llama"), tmp_path / "changed")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[NAME][tensors[NAME] == 0] = 1.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"up_proj\.weight: weight has values other than zero outside of mask"):
+        pack_folder(folder, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_files_of_others_come_along_and_replace_none(pruned, tmp_path):
+    folder, output = tmp_path / "folder", tmp_path / "packed"
+    shutil.copytree(pruned("llama"), folder)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "notes.txt").write_text("mine")
+    (folder / "nowhere").symlink_to("nothing")
+    for name, mine in (("README.md", "My words.\n"), ("config.json", "\n")):  # edited, but still the model's
+        (folder / name).write_text((folder / name).read_text() + mine)
+    pack_folder(folder, output)
+    assert (output / "sub" / "notes.txt").read_text() == "mine"
+    names = model_files(folder) | {"packed.safetensors"}
+    assert model_files(output) == names - {"model.safetensors", "fista/masks.safetensors"}
+    unpack_folder(output, tmp_path / "again")
+    assert model_files(tmp_path / "again") == model_files(folder)
+    assert "My words." in (tmp_path / "again" / "README.md").read_text()
+    with pytest.raises(FileExistsError, match=r"holds sub/notes\.txt, which"):
+        pack_folder(folder, output, overwrite=True)
+    shutil.rmtree(output / "sub")
+    pack_folder(folder, output, overwrite=True)
+    for place in (folder, folder / "packed"):
+        with pytest.raises(ValueError, match="lies in the folder that is read"):
+            pack_folder(folder, place, overwrite=True)
+
+
+def test_an_index_without_metadata_is_packed(saved_gpt2, tmp_path):
+    folder = shutil.copytree(saved_gpt2.folder, tmp_path / "folder")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    pack_folder(folder, tmp_path / "packed")
+    assert verify_checkpoint(tmp_path / "packed") == verify_checkpoint(saved_gpt2.folder)

@@ -1,0 +1,124 @@
+"""Pruned from files straight to a packed folder: the bytes of packing afterwards, and no dense shard on the way."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from folder_files import files_of
+from killed import Killed, killed_at_write
+from safetensors.torch import load_file
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.estimate import Estimate
+from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.folder import atomic
+from optimum_fista.folder.output import unfinished_folder
+from optimum_fista.folder.packed_folder import pack_folder, unpack_folder
+from optimum_fista.folder.unpacking import PackedFiles, is_packed
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    save_tiny_folder(folder)
+    tiny_llama(num_hidden_layers=LAYERS).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def prune(source: Path, output: Path, config: FistaPruningConfig | None = None, **options):
+    config = config or FistaPruningConfig(method="wanda")
+    return FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=output, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory) -> Path:
+    """What an uninterrupted run writes."""
+    output = tmp_path_factory.mktemp("whole") / "packed"
+    prune(source, output, packed=True)
+    return output
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "gpt_oss", "granitemoe"])
+def test_the_same_folder_as_packed_afterwards(family, pattern, tmp_path):
+    tiny_model(family).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    config = FistaPruningConfig(pattern=pattern, method="wanda")
+    prune(tmp_path / "source", tmp_path / "packed", config, packed=True)
+    prune(tmp_path / "source", tmp_path / "dense", config)
+    packing = pack_folder(tmp_path / "dense", tmp_path / "afterwards")
+    assert files_of(tmp_path / "packed") == files_of(tmp_path / "afterwards")
+    assert PackedFiles.of_folder(tmp_path / "packed").packing == packing
+    assert packing.num_tensors > 0
+    verify_checkpoint(tmp_path / "packed")  # whose weights are in several files
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "dense")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_dense_bytes_of_pruned_operators_are_never_written(source, tmp_path, monkeypatch):
+    written = {}
+    save = atomic.save_file
+
+    def watched(tensors, path, metadata):
+        written[Path(path).name] = {name: tensor.nbytes for name, tensor in tensors.items()}
+        save(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(atomic, "save_file", watched)
+    report = prune(source, tmp_path / "packed", packed=True)
+    names = {name for tensors in written.values() for name in tensors}
+    shards = [name for name in written if name.startswith(".packed-")]
+    assert len(shards) == LAYERS + 1
+    assert not [name for name in written if name.startswith(".model-")]
+    pruned = {operator.name for operator in report.operators}
+    assert len(pruned) == 7 * LAYERS
+    assert not [name for shard in shards for name in written[shard] if name in pruned]
+    assert {f"{name}_values" for name in pruned} <= names
+
+
+@pytest.mark.parametrize("writes", range(1, 21, 5))
+def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp_path, writes):
+    with killed_at_write(writes), pytest.raises(Killed):
+        prune(source, tmp_path / "packed", packed=True)
+    assert not (tmp_path / "packed").exists()
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(unfinished_folder(tmp_path / "packed"))
+    prune(source, tmp_path / "packed", packed=True)
+    assert files_of(tmp_path / "packed") == files_of(whole)
+
+
+def test_a_run_does_not_go_on_in_the_other_format(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("optimum_fista.prune.file_sink.FileSink.complete", None)
+        with pytest.raises(TypeError):
+            prune(source, tmp_path / "out", packed=True)
+    with pytest.raises(ValueError, match=r"was another one \(packed was true, is false\)"):
+        prune(source, tmp_path / "out")
+    prune(source, tmp_path / "out", overwrite=True)
+    assert not is_packed(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("packed*"))
+
+
+def test_a_model_in_memory_is_packed_when_it_is_saved():
+    with pytest.raises(ValueError, match="packed=True is for a model given by name: save a loaded model"):
+        FistaPruner(progress=False).prune(tiny_llama(), tiny_tokens().split(4), packed=True)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1:4"])
+def test_the_plan_counts_the_bytes_of_the_shards(pattern, tmp_path):
+    model = tiny_llama(hidden_size=128, intermediate_size=256, tie_word_embeddings=False).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    config = FistaPruningConfig(pattern=pattern, method="wanda")
+    prune(tmp_path / "source", tmp_path / "packed", config, packed=True)
+    tensors = [t for f in (tmp_path / "packed").glob("packed-*.safetensors") for t in load_file(f).values()]
+    options = {"num_samples": 4, "sequence_length": 16}
+    packed = Estimate(tmp_path / "source", config, packed=True, **options).disk_bytes["model"]
+    assert packed == pytest.approx(sum(tensor.nbytes for tensor in tensors), rel=0.1 if pattern == "1:4" else 0.02)
+    assert packed < 0.8 * Estimate(tmp_path / "source", config, **options).disk_bytes["model"]

@@ -1,0 +1,138 @@
+import errno
+import json
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from folder_files import bytes_of
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from tiny_llama import tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.folder import writing
+
+LOAD = """
+    import json, sys
+    sys.modules["optimum_fista"] = None  # importing it is an error from here on
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for folder, reference in json.loads(sys.argv[1]):
+        loaded, expected = AutoModelForCausalLM.from_pretrained(folder).state_dict(), torch.load(reference)
+        assert loaded.keys() == expected.keys(), folder
+        for name, value in expected.items():
+            assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value), (folder, name)
+    print("bit-equal")
+"""
+
+
+def pruned_model(tokens, **options):
+    pruner, model = FistaPruner(FistaPruningConfig(**{"method": "wanda"} | options), progress=False), tiny_llama()
+    pruner.prune(model, tokens.split(4))
+    return pruner, model
+
+
+def test_plain_transformers_loads_the_same_bits(saved, saved_by_rows, saved_gpt2, tmp_path):
+    pairs = []
+    for index, example in enumerate((saved, saved_by_rows, saved_gpt2)):
+        torch.save(example.model.state_dict(), tmp_path / f"{index}.pt")
+        pairs.append((str(example.folder), str(tmp_path / f"{index}.pt")))
+    command = [sys.executable, "-c", textwrap.dedent(LOAD), json.dumps(pairs)]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert process.stdout.strip() == "bit-equal", process.stderr
+
+
+def test_files(saved, saved_gpt2):
+    expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    expected |= {"fista/masks.safetensors", "fista/report.json", "fista/files.json"}
+    expected |= {"fista/relative_error.png"} if find_spec("matplotlib") else set()
+    assert set(bytes_of(saved.folder)) == expected | {"model.safetensors"}
+    shards = set(bytes_of(saved_gpt2.folder)) - expected
+    assert "model.safetensors.index.json" in shards
+    assert len(shards) > 3
+    assert saved.folder.stat().st_mode & 0o777 == 0o755
+    assert AutoTokenizer.from_pretrained(saved.folder).decode([23, 11, 8]) == "the"
+    assert not [path for path in saved.folder.parent.iterdir() if path != saved.folder]
+
+
+def test_the_key_in_the_configuration_survives_saving_by_plain_transformers(saved, tmp_path):
+    entry = json.loads((saved.folder / "config.json").read_text())["fista_pruning"]
+    assert (entry["pattern"], entry["method"], entry["num_operators"]) == ("2:4", "fista", 14)
+    assert entry["num_zeros"] == sum(int((p == 0).sum()) for n, p in saved.model.named_parameters() if "_proj" in n)
+    assert (saved.folder / entry["masks"]).is_file()
+    AutoModelForCausalLM.from_pretrained(saved.folder).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["fista_pruning"] == entry
+
+
+def test_the_report_is_saved(saved):
+    report = json.loads((saved.folder / "fista/report.json").read_text())
+    assert report == json.loads(saved.report.to_json())
+    assert report["config"] == saved.pruner.config.resolved().to_dict()
+    for operator in report["operators"]:
+        assert operator["shape"] == list(saved.model.state_dict()[operator["name"]].shape)
+        assert operator["sparsity"] == (0.75 if "down_proj" in operator["name"] else 0.5)
+
+
+@pytest.mark.parametrize("name", ["saved", "saved_by_rows", "saved_gpt2"])
+def test_masks_are_one_bit_a_weight_and_say_what_was_kept(name, request):
+    example = request.getfixturevalue(name)
+    weights = example.model.state_dict()
+    masks = load_file(example.folder / "fista/masks.safetensors")
+    assert sorted(masks) == sorted(o.name for o in example.report.operators)
+    for key, packed in masks.items():
+        weight = weights[key]
+        assert packed.dtype == torch.uint8
+        assert packed.shape == ((weight.numel() + 7) // 8,)
+        position = np.arange(weight.numel())
+        bits = (packed.numpy()[position // 8] >> (position % 8)) & 1
+        assert np.array_equal(bits.astype(bool), (weight != 0).float().numpy().reshape(-1).astype(bool)), key
+    with safe_open(example.folder / "fista/masks.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "bitmask-1"}
+
+
+@pytest.mark.parametrize("broken", ["model_card", "write_file", "unpack_mask"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_crash_while_saving_leaves_nothing_half_done(tokens, tmp_path, monkeypatch, broken, overwrite):
+    def crash(*arguments, **options):
+        raise KeyboardInterrupt
+
+    pruner, model = pruned_model(tokens)
+    if overwrite:
+        pruner.save_pretrained(model, tmp_path / "model")
+    before = bytes_of(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, broken, crash)
+        with pytest.raises(KeyboardInterrupt):
+            pruner.save_pretrained(model, tmp_path / "model", overwrite=overwrite)
+    assert bytes_of(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == (["model"] if overwrite else [])
+    pruner.save_pretrained(model, tmp_path / "model", overwrite=overwrite)  # a second try works
+
+
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_folder(tokens, tmp_path, monkeypatch):
+    pruner, model = pruned_model(tokens)
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"  # as safetensors has it
+
+    def save(*_, **__):
+        raise SafetensorError(text)
+
+    monkeypatch.setattr(model, "save_pretrained", save)
+    with pytest.raises(OSError, match=r"No space left on device .*: '.*pruned\.unfinished/model'") as caught:
+        pruner.save_pretrained(model, tmp_path / "pruned")
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_changed_after_pruning_is_refused(tokens, tmp_path):
+    pruner, model = pruned_model(tokens)
+    weight = model.model.layers[1].mlp.up_proj.weight.data
+    weight += 1e-3
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is no longer zero outside its mask"):
+        pruner.save_pretrained(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,189 @@
+"""The page says what the folder holds, and nothing from the folder becomes markup."""
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from optimum_fista.evaluate.evaluation_file import Evaluation
+from optimum_fista.evaluate.perplexity import PerplexityResult
+from optimum_fista.memory import MemoryPeak
+from optimum_fista.page.page import read_contents, render_page
+
+HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
+
+
+class Outline(HTMLParser):
+    """Tags and texts of a page; every tag must be closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open_tags: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert not self.open_tags
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "wbr"):
+            self.open_tags.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open_tags.pop() == tag
+        self.text += " "
+
+    def handle_data(self, data):
+        if self.open_tags[-1:] != ["style"]:
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def contents(saved):
+    return read_contents(saved.folder)
+
+
+def changed(contents, **changes):
+    return dataclasses.replace(contents, report=dataclasses.replace(contents.report, **changes))
+
+
+def text_of(contents) -> str:
+    return " ".join(Outline(render_page(contents)).text.split())
+
+
+def test_the_perplexity_is_that_of_the_card(contents):
+    found = {"dense": 20.0, "pruned": 30.0, "num_tokens": 4096, "text": "self", "vocabulary": 64}
+    shown = "Perplexity 30.00 20.00 of the dense model, on 4,096 tokens of text of its own that no weight was"
+    assert shown in text_of(changed(contents, perplexity=found))
+    assert "Perplexity" not in text_of(contents)
+
+
+def test_headline_numbers_and_all_operators_are_there(contents, saved):
+    text, totals = text_of(contents), saved.report.totals
+    assert f"{totals['sparsity']:.2%}" in text
+    assert f"Mean fit error {totals['mean_fit_error']:.3f}" in text
+    assert f"Largest fit error {totals['max_fit_error']:.3f}" in text
+    assert f"Not converged {totals['num_not_converged']}" in text
+    for operator in saved.report.operators:
+        name = operator.name.removesuffix(".weight")
+        assert f"{name}: fit error {operator.fit_error:.4f}" in text
+        assert f"{name}: output error {operator.output_error:.4f}" in text
+        assert f"{name}: zeros {operator.sparsity:.2%}" in text
+    assert saved.report.calibration["sha256"] in text
+    config = json.dumps(saved.report.config, indent=2)
+    assert " ".join(config.split()) in text
+
+
+def test_the_page_needs_nothing_else(contents):
+    page = render_page(contents)
+    tags = Outline(page).tags
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in tags}
+    assert not [attrs for _, attrs in tags if {"src", "href", "onclick", "onload"} & set(attrs)]
+    assert not re.findall(r"url\(|@import|https?://", page)
+    assert "default-src 'none'" in page
+
+
+def test_hostile_texts_are_escaped(contents):
+    report = contents.report
+    first, *others = report.operators
+    name = f"model.layers.0.{HOSTILE}.weight"
+    operators = [dataclasses.replace(first, name=name, message=HOSTILE, converged=False, solve_seconds=1e9), *others]
+    hostile = dataclasses.replace(
+        changed(
+            contents,
+            operators=operators,
+            warnings=[HOSTILE],
+            left_dense={HOSTILE: HOSTILE},
+            model=report.model | {"name": HOSTILE, "class": HOSTILE, "dtype": HOSTILE},
+            config=report.config | {"method": HOSTILE, "include": [HOSTILE]},
+            calibration=report.calibration | {"source": HOSTILE, "sha256": HOSTILE},
+            versions=report.versions | {HOSTILE: HOSTILE},
+        ),
+        evaluations=(Evaluation(HOSTILE, PerplexityResult(9.0, 1, 1, 2, 1.0, HOSTILE)),),
+    )
+    page = render_page(hostile)
+    assert not re.search(r"<script|<img", page)
+    assert not {"script", "img"} & {tag for tag, _ in Outline(page).tags}
+    assert Outline(page).text.count("<script>alert(1)</script>") > 20
+
+
+def test_errors_of_the_hidden_states_are_a_curve_or_were_not_measured(contents):
+    config = contents.report.config | {"error_correction": "intra"}
+    shown = text_of(changed(contents, config=config))
+    assert "Not measured: with error_correction='intra' the hidden" in shown
+    layers = [dataclasses.replace(layer, hidden_state_error=0.125) for layer in contents.report.layers]
+    assert "layer 1: 0.1250" in text_of(changed(contents, layers=layers))
+
+
+def test_time_and_memory_by_layer(contents):
+    layers = [
+        dataclasses.replace(layer, seconds=90.0 + index, memory=MemoryPeak(3 << 30, (2 + index) << 29, device))
+        for index, (layer, device) in enumerate(zip(contents.report.layers, (None, 7 << 28), strict=True))
+    ]
+    text = text_of(changed(contents, layers=layers))
+    assert "layer 0: 1 min 30 s" in text
+    assert "layer 0, anonymous: 1.0 GiB" in text
+    assert "layer 1, anonymous: 1.5 GiB" in text
+    assert "layer 1, on the GPU: 1.8 GiB" in text
+    assert "Peak memory 1.8 GiB 1.5 GiB anonymous, 3.0 GiB resident, 1.8 GiB on the GPU, while a layer" in text
+    assert "model.layers.1 1 min 31 s 1.5 GiB 3.0 GiB 1.8 GiB" in text
+
+
+def test_warnings_and_operators_that_did_not_converge_are_in_plain_sight_and_endless_lists_are_cut(contents):
+    operators = [dataclasses.replace(o, converged=False, message="take more steps") for o in contents.report.operators]
+    text = text_of(changed(contents, operators=operators, warnings=[f"careful {i}" for i in range(400)]))
+    assert "400 warnings" in text
+    assert "careful 299" in text
+    assert "careful 300" not in text
+    assert "and 100 more, in fista/report.json" in text
+    assert "Not converged, slowest first (10 of 14)" in text
+    assert "take more steps" in text
+
+
+def test_perplexities_are_beside_each_other_by_text(contents):
+    def measured(model, perplexity, text="sea"):
+        return Evaluation.of(model, PerplexityResult(perplexity, 5, 155, 32, 1.0, text, "ab"))
+
+    found = [measured("org/dense", 10.0), measured(str(contents.folder), 12.5), measured("org/dense", 20.0, "sky")]
+    text = text_of(dataclasses.replace(contents, evaluations=tuple(found)))
+    shown = "measured on dense this model sea, 5 windows of 32 tokens 10.000 12.500 sky, 5 windows of 32 tokens 20.000"
+    assert shown in text
+    assert "Perplexity" not in text_of(contents)
+
+
+def test_a_retrained_model(contents):
+    text = text_of(changed(contents, retrained=True))
+    assert "then retrained under its masks: errors of operators are those before" in text
+
+
+def test_folders_that_are_not_pruned_are_refused(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no fista/report\.json: pass a folder saved by"):
+        read_contents(tmp_path)
+    (tmp_path / "fista").mkdir()
+    empty = json.dumps(dataclasses.replace(saved.report, operators=[]).to_dict())
+    (tmp_path / "fista" / "report.json").write_text(empty)
+    with pytest.raises(ValueError, match="names no pruned operator"):
+        read_contents(tmp_path)
+
+
+def test_held_out_errors_are_beside_the_others(contents):
+    report = contents.report
+    assert "held-out" not in text_of(contents).lower()
+    operators = [dataclasses.replace(o, held_out_fit_error=1.25 * o.fit_error) for o in report.operators]
+    operators[0] = dataclasses.replace(operators[0], held_out_fit_error=None)
+    held_out = {"sha256": "cd", "num_tokens": 1234, "num_sequences": 3}
+    text = text_of(changed(contents, operators=operators, calibration=report.calibration | {"held_out": held_out}))
+    assert "on average on 1,234 tokens that nothing was fitted to: 1.25 times that on the calibration tokens" in text
+    assert "1,234 tokens of 3 sequences" in text
+    for index, operator in enumerate(operators):
+        shown = f"{operator.name.removesuffix('.weight')}: held-out fit error over fit error 1.2500"
+        assert (shown in text) == bool(index)
+    errors = [o.fit_error for o in operators if o.name.endswith("mlp.up_proj.weight")]
+    mean = sum(errors) / len(errors)
+    assert f"mlp.up_proj {mean:.4f} {1.25 * mean:.4f} 1.25" in text

@@ -1,0 +1,121 @@
+"""A run that was cut off resumes on the same weights, the same configuration and the same arithmetic only."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from killed import interrupted_after
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_llama import tiny_llama, tiny_tokens
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.prune import fingerprint
+from optimum_fista.prune.journal import Journal
+
+WANDA = FistaPruningConfig(method="wanda", error_correction="full")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """Two decoder layers."""
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def source(dense, tmp_path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(dense, tmp_path / "source"))
+
+
+def prune(source: Path, **options):
+    batches = tiny_tokens().split(4)
+    return FistaPruner(WANDA, progress=False).prune(
+        source, batches, output_dir=source.parent / "pruned", device="cpu", **options
+    )
+
+
+@pytest.fixture
+def cut_off(source) -> Path:
+    """The journal of a run that was cut off after the first of two decoder layers."""
+    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
+        prune(source)
+    return source.parent / "pruned.unfinished" / "journal"
+
+
+def zero(file: Path, name: str) -> None:
+    """Zero a tensor in its file, whose size and time of change stay what they were."""
+    before = file.stat()
+    with safe_open(file, "pt") as tensors:
+        expected = tensors.get_tensor(name).clone()
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8 : 8 + length])[name]["data_offsets"]
+    data[8 + length + begin : 8 + length + end] = bytes(end - begin)
+    with file.open("r+b") as opened:
+        opened.write(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert bool(expected.any())
+    assert not bool(load_file(file)[name].any())
+
+
+def test_other_weights_and_another_dtype_are_refused(source, cut_off):
+    with pytest.raises(ValueError, match=r"was another one \(.*arithmetic.dtype was \"torch.float32\", is \"torch.bf"):
+        prune(source, dtype="bfloat16")
+    zero(source / "model.safetensors", "model.norm.weight")
+    with pytest.raises(ValueError, match=r"was another one \(weights.model.safetensors was .*, is .*\)\. Start it"):
+        prune(source)
+
+
+def test_weights_that_were_touched_or_copied_are_the_same(source, cut_off, tmp_path):
+    (source / "model.safetensors").touch()
+    moved = source.rename(tmp_path / "moved")
+    prune(shutil.copytree(moved, source))
+    assert not cut_off.exists()
+
+
+def test_weights_are_read_again_only_if_their_file_changed(source, cut_off, monkeypatch):
+    monkeypatch.setattr(fingerprint, "digest_of", None)
+    prune(source)
+
+
+@pytest.mark.parametrize(("after", "kept"), [("keep_budgets", {"budgets"}), ("keep_layer", {"budgets", "layer-00000"})])
+def test_weights_that_change_while_they_are_pruned_end_the_run(source, monkeypatch, after, kept):
+    keep = getattr(Journal, after)
+
+    def change(*arguments):
+        keep(*arguments)
+        zero(source / "model.safetensors", "model.layers.1.self_attn.k_proj.weight")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, after, change)
+        with pytest.raises(ValueError, match=r"^model.safetensors in .* changed during the run: put back"):
+            prune(source)
+    names = {path.stem for path in (source.parent / "pruned.unfinished" / "journal").glob("*.json")}
+    assert names - {"fingerprint", "weights"} == kept
+    with pytest.raises(ValueError, match="was another one"):
+        prune(source)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, 'hidden_act was "silu", is "gelu"'),
+        ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, "rope_parameters.rope_theta was 10000.0"),
+    ],
+)
+def test_another_configuration_is_refused(source, cut_off, change, message):
+    file = source / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"was another one \(model_config\.{message}"):
+        prune(source)
+
+
+def test_what_a_network_does_not_compute_with_may_change(source, cut_off):
+    file = source / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_version": "1.0", "_name_or_path": "x"}))
+    prune(source)

@@ -1,0 +1,189 @@
+"""Sequences held out of the calibration: measured, and nothing is fitted to them."""
+
+import json
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from folder_files import files_of
+from killed import interrupted_after
+from pruning import error_of, hidden_states_of, inputs_of, inputs_seen, prune, same, weights
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_models import VOCAB_SIZE, tiny_model
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.evaluate.verification import verify_checkpoint
+
+
+@pytest.mark.parametrize("error_correction", ["none", "intra", "full", 0.0, 0.25, 1.0])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_errors_are_those_of_the_inputs_that_the_correction_promises(tokens, error_correction, method):
+    model = tiny_llama()
+    report = prune(model, tokens.split(4), method=method, error_correction=error_correction, held_out=3)
+    share = error_correction if isinstance(error_correction, float) else 1.0
+    dense_weights, pruned_weights = weights(tiny_llama()), weights(model)
+    for prefix, rows in (("", tokens[:5]), ("held_out_", tokens[5:])):
+        dense_inputs, inputs = inputs_seen(model, rows, error_correction)
+        for operator in report.operators:
+            name = operator.name
+            wanted = share * dense_inputs[name] + (1 - share) * inputs[name]
+            expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], wanted)
+            assert getattr(operator, f"{prefix}fit_error") == pytest.approx(expected, rel=1e-4), name
+            expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], dense_inputs[name])
+            found = getattr(operator, f"{prefix}output_error")
+            assert found == (None if error_correction == 0 else pytest.approx(expected, rel=1e-4)), name
+            assert (operator.num_tokens, operator.held_out_tokens) == (5 * 16, 3 * 16)
+    if method == "sparsegpt":  # has fitted 32 to 48 weights an output to 80 tokens
+        assert report.totals["held_out_ratio"] > 1.1
+
+
+def parts_of(model, tokens, layer):
+    """Inputs [tokens, in] and outputs of a down projection, and the hidden states after its layer without it."""
+    seen = {}
+    projection = model.model.layers[layer].mlp.down_proj
+    with projection.register_forward_hook(lambda _, args, output: seen.update(inputs=args[0], own=output)):
+        seen["after"] = hidden_states_of(model, tokens)[layer]
+    flat = {name: value.reshape(-1, value.shape[-1]).double() for name, value in seen.items()}
+    return flat["inputs"], flat["own"], flat["after"] - flat["own"]
+
+
+@pytest.mark.parametrize(("share", "residual"), [(1.0, 1.0), (0.5, 0.75), (0.0, 1.0)])
+def test_residual_correction_aims_at_the_output_of_the_layer(tokens, share, residual):
+    dense, pruned = tiny_llama(), tiny_llama()
+    options = {"method": "sparsegpt", "error_correction": share, "residual_correction": residual}
+    report = prune(pruned, tokens.split(2), held_out=2, **options)
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        inputs, own, rest = parts_of(pruned, tokens[6:], layer)
+        _, dense_own, dense_rest = parts_of(dense, tokens[6:], layer)
+        remade = inputs @ dense.get_parameter(name).detach().double().T
+        wanted = share * dense_own + (1 - share) * remade - residual * (rest - dense_rest)
+        (operator,) = [o for o in report.operators if o.name == name]
+        expected = float((own - wanted).norm() / wanted.norm())
+        assert operator.held_out_fit_error == pytest.approx(expected, rel=1e-4)
+        expected = float((own - dense_own).norm() / dense_own.norm())
+        assert operator.held_out_output_error == pytest.approx(expected, rel=1e-4)
+        inputs, own, _ = parts_of(pruned, tokens[:6], layer)
+        _, dense_own, _ = parts_of(dense, tokens[:6], layer)
+        assert operator.output_error == pytest.approx(float((own - dense_own).norm() / dense_own.norm()), rel=1e-4)
+        (query,) = [o for o in report.operators if o.name == f"model.layers.{layer}.self_attn.o_proj.weight"]
+        found, wanted = (inputs_of(model, tokens[:6])[query.name] for model in (pruned, dense))
+        expected = error_of(pruned.get_parameter(query.name), dense.get_parameter(query.name), found, wanted)
+        assert query.output_error == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "alps", "error_correction": "full"},
+        {"method": "wanda", "error_correction": "intra"},
+        {"method": "sparsegpt", "error_correction": "none", "pattern": "2:4"},
+        {"method": "fista", "error_correction": 0.0},
+    ],
+    ids=lambda options: options.get("method", "default"),
+)
+def test_nothing_is_fitted_to_them(tokens, options):
+    alone, model, other = tiny_llama(), tiny_llama(), tiny_llama()
+    expected = prune(alone, [tokens[:4], tokens[4:6]], **options)
+    report = prune(model, tokens.split(4), held_out=2, **options)
+    with_others = prune(other, [tokens[:4], tokens[4:6], tokens[:1], tokens[1:2]], held_out=2, **options)
+    for run, result in ((report, model), (with_others, other)):
+        assert same(weights(result), weights(alone))
+        for found, wanted in zip(run.operators, expected.operators, strict=True):
+            assert found.fit_error == wanted.fit_error
+            assert found.num_tokens == wanted.num_tokens
+            assert wanted.held_out_fit_error is None
+        errors = [layer.hidden_state_error for layer in run.layers]
+        assert errors == [layer.hidden_state_error for layer in expected.layers]
+        held_out = run.calibration.pop("held_out")
+        assert held_out["num_sequences"] == 2
+        assert held_out["num_tokens"] == 32
+        assert run.calibration == expected.calibration
+    errors = [[o.held_out_fit_error for o in run.operators] for run in (report, with_others)]
+    assert all(left != right for left, right in zip(*errors, strict=True))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("error_correction", ["none", "intra", 0.5])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # positions relative to each other, and absolute ones
+def test_padding_counts_nowhere(tokens, family, side, error_correction):
+    short, padding = tokens[6:, :10], torch.full((2, 6), 5)
+    order = (padding, short) if side == "left" else (short, padding)
+    ids = torch.cat([tokens[:6], torch.cat(order, dim=1)])
+    mask = torch.ones_like(ids)
+    mask[6:] = torch.cat([torch.full_like(part, int(part is short)) for part in order], dim=1)
+    options = {"error_correction": error_correction, "method": "sparsegpt", "held_out": 2}
+    padded = prune(tiny_model(family), [{"input_ids": ids, "attention_mask": mask}], **options)
+    plain = prune(tiny_model(family), [tokens[:6], short], **options)
+    assert padded.calibration == plain.calibration
+    assert padded.calibration["held_out"]["num_tokens"] == 20
+    for left, right in zip(padded.operators, plain.operators, strict=True):
+        assert left.held_out_tokens == right.held_out_tokens == 20
+        assert left.fit_error == right.fit_error
+        assert left.held_out_fit_error == pytest.approx(right.held_out_fit_error, rel=1e-3)
+
+
+def test_bfloat16_errors_are_those_of_the_rounded_weights(tokens):
+    dense, model = tiny_llama().bfloat16(), tiny_llama().bfloat16()
+    options = {"method": "sparsegpt", "sparsity": 0.02, "error_correction": "none"}
+    report = prune(model, tokens.split(8), held_out=4, **options)
+    dense_weights, pruned_weights = weights(dense), weights(model)
+    for field, rows in (("fit_error", tokens[:4]), ("held_out_fit_error", tokens[4:])):
+        inputs = inputs_of(dense, rows)
+        for operator in report.operators:
+            name = operator.name
+            expected = error_of(pruned_weights[name], dense_weights[name], inputs[name], inputs[name])
+            assert getattr(operator, field) == pytest.approx(expected, rel=1e-2), name
+
+
+@pytest.mark.usefixtures("enough_tokens")
+def test_corrected_experts_have_errors_where_they_have_tokens():
+    tokens = torch.randint(0, VOCAB_SIZE, (9, 24), generator=torch.Generator().manual_seed(1))
+    alone, model = tiny_model("mixtral"), tiny_model("mixtral")
+    options = {"method": "sparsegpt", "error_correction": 0.5}
+    prune(alone, [tokens[:8]], **options)
+    report = prune(model, [tokens[:8], tokens[8:, :2]], held_out=1, **options)
+    assert same(weights(model), weights(alone))
+    assert any(o.held_out_tokens == 0 for o in report.operators)
+    for operator in report.operators:
+        assert (operator.held_out_fit_error is None) == (operator.held_out_tokens == 0)
+    again = prune(tiny_model("mixtral"), [tokens[:8], tokens[:8]], held_out=8, **options)
+    for operator in again.operators:
+        assert operator.held_out_fit_error == pytest.approx(operator.fit_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("error_correction", ["intra", 0.5])
+def test_offloaded_models_and_stored_activations(tokens, tmp_path, error_correction):
+    options = {"method": "wanda", "error_correction": error_correction, "held_out": 3}
+    expected = prune(tiny_llama().bfloat16(), tokens.split(4), **options)
+    model = tiny_llama().bfloat16()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    cpu_offload(model, execution_device=torch.device("cpu"), state_dict=state)
+    pruner = FistaPruner(FistaPruningConfig(**options), progress=False, storage_device=tmp_path)
+    report = pruner.prune(model, tokens.split(4))
+    for left, right in zip(report.operators, expected.operators, strict=True):
+        assert left.held_out_fit_error == right.held_out_fit_error
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "wanda", "error_correction": "intra"}], ids=["carried on", "intra"])
+def test_a_run_from_files_that_is_cut_off_goes_on_to_the_same_bytes(tmp_path, options):
+    source = save_tiny_folder(tmp_path / "source")
+    config = FistaPruningConfig(held_out=3, **options)
+
+    def run(name, config=config):
+        FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=tmp_path / name)
+
+    run("whole")
+    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
+        run("cut")
+    with pytest.raises(ValueError, match=r"the unfinished run in .* was another one .config.held_out was"):
+        run("cut", FistaPruningConfig(held_out=2, **options))
+    run("cut")
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    verify_checkpoint(tmp_path / "cut")
+    written = json.loads((tmp_path / "cut" / "fista" / "report.json").read_text())
+    expected = prune(tiny_llama(), tiny_tokens().split(4), held_out=3, **options)
+    errors = [o["held_out_fit_error"] for o in written["operators"]]
+    assert errors == pytest.approx([o.held_out_fit_error for o in expected.operators], rel=1e-5)
+    assert written["calibration"]["held_out"] == expected.calibration["held_out"]

@@ -1,0 +1,169 @@
+"""Pruning mixtures of experts: budgets, under-calibrated experts, saving, streaming, offloading, rollback."""
+
+import json
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from layer_problems import WEIGHT_METHODS
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import MOE_FAMILIES, VOCAB_SIZE, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
+from optimum_fista.prune import group as group_solving
+from optimum_fista.solve.methods import METHODS
+
+STREAMED = [family for family in MOE_FAMILIES if family != "llama4_text"]
+"""Transformers can't run Llama-4 offloaded to disk: its complex position embeddings stay on the meta device."""
+
+
+pytestmark = pytest.mark.usefixtures("enough_tokens")
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, VOCAB_SIZE, (8, 24), generator=torch.Generator().manual_seed(1))
+
+
+def pruner(**options) -> FistaPruner:
+    return FistaPruner(FistaPruningConfig(**options), progress=False)
+
+
+def same(model: PreTrainedModel, other: PreTrainedModel) -> bool:
+    state, expected = model.state_dict(), other.state_dict()
+    return all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"pattern": "2:4"}])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_a_saved_mixture_is_verified_and_reloaded_weight_for_weight(family, options, tokens, tmp_path):
+    model = tiny_model(family)
+    prune = pruner(**options)
+    report = prune.prune(model, tokens.split(4))
+    prune.save_pretrained(model, tmp_path / "out")
+    found = verify_checkpoint(tmp_path / "out")
+    experts = sum(o.shape[0] * o.shape[1] for o in report.operators if ".experts." in o.name)
+    fused = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3)
+    assert experts == fused
+    assert found.num_operators == len(report.operators)
+    assert abs(found.num_zeros - found.num_weights / 2) <= 1
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
+    if family == "mixtral":
+        with safe_open(tmp_path / "out" / "fista" / "masks.safetensors", "pt") as masks:
+            assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in masks.keys()  # noqa: SIM118
+
+
+@pytest.mark.parametrize("family", STREAMED)
+def test_streaming_a_mixture_gives_what_pruning_in_memory_gives(family, tokens, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "in")
+    in_memory, streamed = pruner(), pruner()
+    in_memory.prune(model, tokens.split(4))
+    in_memory.save_pretrained(model, tmp_path / "memory")
+    streamed.prune(tmp_path / "in", tokens.split(4), output_dir=tmp_path / "streamed")
+    verify_checkpoint(tmp_path / "streamed")
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "streamed"), model)
+    masks = [load_file(tmp_path / kind / "fista" / "masks.safetensors") for kind in ("memory", "streamed")]
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+
+
+@pytest.mark.parametrize(("family", "place"), [("mixtral", "disk"), ("gpt_oss", "cpu")])
+def test_an_offloaded_mixture_is_pruned_where_it_is_kept(family, place, tokens, tmp_path):
+    expected, model = tiny_model(family), tiny_model(family)
+    pruner().prune(expected, tokens.split(4))
+    if place == "disk":
+        model.save_pretrained(tmp_path / "in")
+        places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+        places |= {"model.rotary_emb": "cpu"}
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "in", device_map=places, offload_folder=tmp_path / "offload"
+        )
+    else:
+        cpu_offload(model, execution_device="cpu", state_dict={k: v.clone() for k, v in model.state_dict().items()})
+    prune = pruner()
+    prune.prune(model, tokens.split(4))
+    with torch.no_grad():
+        assert torch.allclose(model(tokens[:2]).logits, expected(tokens[:2]).logits, atol=1e-5)
+    if place == "disk":
+        prune.save_pretrained(model, tmp_path / "out")
+        verify_checkpoint(tmp_path / "out")
+        assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_failed_run_leaves_a_mixture_as_it_was(offloaded, tokens, monkeypatch):
+    model, dense = tiny_model("mixtral"), tiny_model("mixtral")
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    if offloaded:
+        cpu_offload(model, execution_device="cpu", state_dict=kept)
+    method = METHODS["obs_admm"]
+    solve = method.prune_sharing
+
+    def failing(self, problems, patterns):
+        if problems[0].name.endswith("layers.1.mlp.experts.2.down_proj"):
+            raise RuntimeError("no more")
+        return solve(self, problems, patterns)
+
+    monkeypatch.setattr(method, "prune_sharing", failing)
+    with pytest.raises(RuntimeError, match="no more"):
+        pruner(pattern="2:4").prune(model, tokens.split(4))
+    state = kept if offloaded else model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in dense.state_dict().items())
+    assert not any("forward" in vars(m) and not offloaded for m in model.modules())
+
+
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
+def test_every_method_prunes_experts(method, tokens):
+    model = tiny_model("qwen3_moe")
+    report = pruner(method=method, pattern="2:4").prune(model, tokens.split(4))
+    experts = [o for o in report.operators if ".experts." in o.name]
+    assert len(experts) == 2 * 4 * 3
+    assert all(o.method == method and o.sparsity == 0.5 for o in experts)
+    seen = [o.num_tokens for o in experts if o.name.endswith("up_proj.weight") and ".layers.0." in o.name]
+    assert sum(seen) == 2 * tokens.numel()  # two experts a token
+
+
+def test_experts_with_too_few_tokens_are_pruned_by_magnitude_and_reported(tokens, monkeypatch):
+    report = pruner(method="sparsegpt").prune(tiny_model("mixtral"), tokens.split(4))
+    counts = sorted(o.num_tokens for o in report.operators if ".experts." in o.name)
+    monkeypatch.setattr(group_solving, "UNDER_CALIBRATED_TOKENS", counts[12])
+    report = pruner(method="sparsegpt").prune(tiny_model("mixtral"), tokens.split(4))
+    few = [o for o in report.operators if o.method == "magnitude"]
+    assert few
+    assert all(".experts." in o.name and o.num_tokens < counts[12] for o in few)
+    assert all(f"{o.num_tokens} calibration tokens" in o.message for o in few)
+    assert any(w.startswith(f"{len(few)} of {len(report.operators)} operators") for w in report.warnings)
+
+
+def test_zeros_shared_by_gradients_are_the_same_for_all_experts_of_a_kind(tokens):
+    report = pruner(sparsity=0.5).prune(tiny_model("mixtral"), tokens.split(4))
+    totals = report.totals
+    assert abs(totals["num_zeros"] - totals["num_weights"] / 2) <= 1
+    assert [warning.partition(" in ")[0] for warning in report.warnings] == ["no residual correction"]
+    sparsities = {o.name: o.target_sparsity for o in report.operators if "down_proj" in o.name}
+    for layer in range(2):
+        found = [value for name, value in sparsities.items() if f"layers.{layer}." in name]
+        assert max(found) - min(found) <= 1 / (32 * 48) + 1e-9
+    assert len({round(value, 3) for value in sparsities.values()}) > 1
+
+
+def test_a_weight_that_came_back_in_a_fused_tensor_is_found(tokens, tmp_path):
+    model = tiny_model("gpt_oss")
+    prune = pruner(pattern="2:4")
+    prune.prune(model, tokens.split(4))
+    prune.save_pretrained(model, tmp_path / "out")
+    names = [o["name"] for o in json.loads((tmp_path / "out" / "fista" / "report.json").read_text())["operators"]]
+    assert "model.layers.1.mlp.experts.gate_up_proj[2, :, 1:96:2]" in names
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    part = tensors["model.layers.1.mlp.experts.gate_up_proj"][2, :, 1:96:2]
+    place = (part == 0).nonzero()[0]
+    part[place[0], place[1]] = 1.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match=r"gate_up_proj\[2, :, 1:96:2\] has 1 weights outside its mask"):
+        verify_checkpoint(tmp_path / "out")

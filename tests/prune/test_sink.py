@@ -1,0 +1,109 @@
+import signal
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from raising import InterruptAt
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from optimum_fista.model.offload import kept_tensor, onloaded
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.prune.sink import ModelSink
+from optimum_fista.report import LayerRecord, LayerReport
+
+
+@pytest.fixture(params=[nn.Linear(4, 3), Conv1D(3, 4)], ids=["Linear", "Conv1D"])
+def operator(request) -> LinearOperator:
+    return LinearOperator("mlp", request.param)
+
+
+def write_and_fail(operator: LinearOperator, error: type[BaseException]) -> None:
+    with ModelSink(operator.module) as sink:
+        sink.write(operator, torch.zeros(3, 4))
+        sink.write(operator, torch.ones(3, 4))
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_any_exception_restores_the_bits_in_place(operator, error):
+    parameter = operator.parameter
+    before = parameter.detach().clone()
+    with pytest.raises(error):
+        write_and_fail(operator, error)
+    assert operator.parameter is parameter
+    assert torch.equal(parameter, before)
+
+
+def test_undo_puts_back_what_was_written_since_the_last_commit():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3))
+    first, second = (LinearOperator(f"{index}", module) for index, module in enumerate(model))
+    before = [module.weight.detach().clone() for module in model]
+    with suppress(ValueError), ModelSink(model) as sink:
+        sink.write(first, torch.zeros(3, 4))
+        sink.commit(0, model[0], LayerRecord(LayerReport("0", None, 0.0)), None, None)
+        sink.write(second, torch.zeros(3, 4))
+        sink.write(second, torch.ones(3, 4))
+        sink.undo()
+        assert torch.equal(second.parameter, before[1])
+        assert not first.parameter.any()
+        raise ValueError
+    assert torch.equal(first.parameter, before[0])
+
+
+def test_offloaded_weights_change_where_they_are_kept_when_their_layer_is_committed():
+    model = nn.Sequential(nn.Linear(4, 3))
+    before = model[0].weight.detach().clone()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    operator = LinearOperator("0", model[0])
+    with suppress(ValueError), ModelSink(model) as sink:
+        with onloaded(model.modules()):
+            sink.write(operator, torch.zeros(3, 4))
+            sink.undo()
+            assert torch.equal(operator.parameter, before)
+            sink.write(operator, torch.ones(3, 4))
+            assert torch.equal(kept_tensor(model[0], "weight"), before)
+            sink.commit(0, model[0], LayerRecord(LayerReport("0", None, 0.0)), None, None)
+            assert torch.equal(kept_tensor(model[0], "weight"), torch.ones(3, 4))
+            sink.undo()
+        assert torch.equal(kept_tensor(model[0], "weight"), torch.ones(3, 4))
+        raise ValueError
+    assert torch.equal(kept_tensor(model[0], "weight"), before)
+
+
+@contextmanager
+def marked(model: nn.Module):
+    """Something that a run installs and takes off."""
+    model.mark = True
+    try:
+        yield
+    finally:
+        del model.mark
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_an_interrupt_at_any_line_restores_all_or_comes_after_the_end(error):
+    model = nn.Linear(4, 3)
+    before = model.weight.detach().clone()
+
+    def run(interrupts: InterruptAt) -> None:
+        with interrupts, ModelSink(model, marked(model), torch.no_grad()) as sink, sink.interruptible:
+            sink.write(LinearOperator("mlp", model), torch.ones(3, 4))
+            model.register_forward_hook(print)
+            if error is not None:
+                raise error
+            model._forward_hooks.clear()
+
+    whole = InterruptAt()
+    with suppress(ValueError, KeyboardInterrupt):
+        run(whole)
+    for line in range(1, whole.count + 1):
+        model.weight.data.copy_(before)
+        with pytest.raises((error or KeyboardInterrupt, KeyboardInterrupt)):
+            run(InterruptAt(line))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert torch.is_grad_enabled()
+        assert "mark" not in vars(model)
+        assert not model._forward_hooks
+        assert torch.equal(model.weight, before) or (error is None and torch.equal(model.weight, torch.ones(3, 4)))

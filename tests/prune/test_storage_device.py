@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import pytest
+import torch
+from pruning import same, weights
+from tiny_llama import tiny_llama
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.prune import budgets
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "wanda", "error_correction": "intra"}])
+def test_activations_may_wait_elsewhere(tokens, tmp_path, settings):
+    results = []
+    for storage_device in (None, "cpu", torch.device("cpu"), "disk", str(tmp_path), tmp_path):
+        model = tiny_llama()
+        config = FistaPruningConfig(**settings)
+        FistaPruner(config, progress=False, storage_device=storage_device).prune(model, tokens.split(4))
+        results.append(weights(model))
+        assert not [*tmp_path.iterdir()]
+    assert all(same(results[0], result) for result in results[1:])
+
+
+@pytest.mark.parametrize("storage_device", [None, "folder"])
+def test_hidden_states_on_the_way_to_the_gradients_wait_there_too(tokens, tmp_path, monkeypatch, storage_device):
+    places = []
+    measure = budgets.measure_sensitivities
+
+    def spy(loss, operators):
+        places.append(loss.storage)
+        return measure(loss, operators)
+
+    monkeypatch.setattr(budgets, "measure_sensitivities", spy)
+    place = tmp_path if storage_device else None
+    FistaPruner(FistaPruningConfig(), progress=False, storage_device=place).prune(tiny_llama(), tokens.split(4))
+    assert places == [tmp_path if storage_device else torch.device("cpu")]
+
+
+@pytest.mark.parametrize("place", ["moon", Path("no/such/folder")])
+def test_places_that_are_none(tokens, place):
+    pruner = FistaPruner(progress=False, storage_device=place)
+    with pytest.raises(ValueError, match=f"storage_device='{place}': pass a device such as 'cpu', 'disk', or a folder"):
+        pruner.prune(tiny_llama(), tokens.split(4))

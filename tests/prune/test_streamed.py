@@ -1,0 +1,377 @@
+"""From files to files: the same model as in memory, and no finished layer lost, whatever happens."""
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from folder_files import files_of
+from killed import Killed, interrupted_after, killed_at_write
+from launched import begin
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.folder import atomic
+from optimum_fista.folder.output import unfinished_folder
+from optimum_fista.prune import file_sink, journal
+from optimum_fista.prune import streamed as streamed_run
+
+LAYERS = 4
+_READ_AGAIN = [
+    f"model/model-00002-of-0000{LAYERS + 1}.safetensors",
+    "journal/layer-00001.safetensors",
+    "journal/states-00002.safetensors",
+    "journal/budgets.safetensors",
+    "journal/budgets.json",
+    "journal/layer-00001.json",
+]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A model of four decoder layers in bfloat16, in two shards, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("source")
+    save_tiny_folder(folder)
+    tiny_llama(num_hidden_layers=LAYERS).to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    return folder
+
+
+def prune(source: Path, output: Path, config: FistaPruningConfig | None = None, held_out=None, **options):
+    batches = [*tiny_tokens().split(4)]
+    batches += [] if held_out is None else [{"input_ids": held_out, "held_out": "/texts/sea.txt"}]
+    return FistaPruner(config, progress=False).prune(str(source), batches, output_dir=output, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory) -> Path:
+    """What an uninterrupted run writes."""
+    output = tmp_path_factory.mktemp("whole") / "pruned"
+    prune(source, output)
+    return output
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FistaPruningConfig(0.5),
+        FistaPruningConfig(pattern="2:4", method="sparsegpt", error_correction="none"),
+        FistaPruningConfig(0.5, method="wanda", error_correction="intra", exclude=("*.layers.3.*", "*.layers.1.*")),
+    ],
+    ids=["default", "2:4", "layers left dense"],
+)
+def test_files_become_what_the_model_becomes_in_memory(source, tmp_path, config):
+    model = AutoModelForCausalLM.from_pretrained(source)
+    in_memory = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+    report = prune(source, tmp_path / "out", config)
+    assert report.totals["num_zeros"] == in_memory.totals["num_zeros"]
+    assert [o.fit_error for o in report.operators] == [o.fit_error for o in in_memory.operators]
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert reloaded.dtype == torch.bfloat16
+    for (name, expected), found in zip(model.named_parameters(), reloaded.parameters(), strict=True):
+        assert torch.equal(expected, found), name
+    assert verify_checkpoint(tmp_path / "out").num_operators == len(report.operators)
+    files = load_index(tmp_path / "out")
+    assert sorted({*files.values()}) == [f"model-{n:05}-of-{LAYERS + 1:05}.safetensors" for n in range(1, LAYERS + 2)]
+    assert {files[name] for name in files if ".layers.1." in name} == {f"model-00002-of-{LAYERS + 1:05}.safetensors"}
+    assert not unfinished_folder(tmp_path / "out").exists()
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3_text"])
+def test_other_families_and_tied_heads(name, tmp_path):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "source")
+    tokens = tiny_tokens()
+    FistaPruner(FistaPruningConfig(0.5), progress=False).prune(model, tokens.split(4))
+    FistaPruner(FistaPruningConfig(0.5), progress=False).prune(
+        tmp_path / "source", tokens.split(4), output_dir=tmp_path / "out"
+    )
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found = dict(reloaded.named_parameters())
+    for key, expected in model.named_parameters():
+        assert torch.allclose(expected, found[key], atol=1e-6), key
+
+
+def load_index(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+class Stop(BaseException):
+    """An end that nothing catches."""
+
+
+def stop(*arguments):
+    raise Stop
+
+
+def cut_off(monkeypatch, target, name, replacement, *arguments, error=Stop, **options) -> BaseException:
+    """Prune until a replaced function raises."""
+    with monkeypatch.context() as patched:
+        patched.setattr(target, name, replacement)
+        with pytest.raises(error) as raised:
+            prune(*arguments, **options)
+    return raised.value
+
+
+@pytest.mark.parametrize("writes", [*range(1, 23, 3), *range(23, 28)])
+def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp_path, writes):
+    with killed_at_write(writes), pytest.raises(Killed):
+        prune(source, tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(unfinished_folder(tmp_path / "pruned"))
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+@pytest.fixture(scope="module")
+def cut_off_half_way(source, tmp_path_factory) -> Path:
+    """What a run leaves that was cut off after the second of four decoder layers; do not write to it."""
+    output = tmp_path_factory.mktemp("half") / "pruned"
+    with interrupted_after(1), pytest.raises(KeyboardInterrupt):
+        prune(source, output)
+    return unfinished_folder(output)
+
+
+def test_finished_layers_are_not_pruned_again(source, whole, cut_off_half_way, tmp_path, monkeypatch):
+    shutil.copytree(cut_off_half_way, unfinished_folder(tmp_path / "pruned"))
+    kept, keep = [], journal.Journal.keep_layer
+    monkeypatch.setattr(
+        journal.Journal, "keep_layer", lambda self, index, *a: [kept.append(index), keep(self, index, *a)]
+    )
+    prune(source, tmp_path / "pruned")
+    assert kept == [2, 3]
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+def test_killed_at_random_moments(source, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        prune(source, tmp_path / "whole")
+    finally:
+        torch.set_num_threads(threads)
+    generator = random.Random(0)
+    output, kills = tmp_path / "pruned", 0
+    for moment in sorted(generator.uniform(0.05, 0.6) for _ in range(2)):
+        process = begin(source, output)
+        process.join(moment)
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+        if output.exists():
+            break
+    assert kills
+    if not output.exists():
+        process = begin(source, output)
+        process.join(300)
+        assert process.exitcode == 0
+    assert files_of(output) == files_of(tmp_path / "whole")
+
+
+def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, monkeypatch):
+    cut_off(monkeypatch, file_sink.FileSink, "complete", stop, source, tmp_path / "pruned")
+    for name in (".tmpq7NgZZ", ".model-00009-of-00009.safetensors.partial"):
+        (unfinished_folder(tmp_path / "pruned") / "model" / name).write_bytes(b"half a shard")
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, "flipped") for name in [*_READ_AGAIN, "journal/weights.json"]),
+        *((name, "gone") for name in _READ_AGAIN),
+        ("journal/states-00002.safetensors", "truncated"),
+        ("journal/layer-00001.json", "truncated"),
+    ],
+)
+def test_what_is_damaged_is_made_again(source, whole, cut_off_half_way, tmp_path, name, damage):
+    shutil.copytree(cut_off_half_way, unfinished_folder(tmp_path / "pruned"))
+    file = unfinished_folder(tmp_path / "pruned") / name
+    data = bytearray(file.read_bytes())
+    data[-len(data) // 3] ^= 1
+    file.write_bytes(data[: len(data) // 2] if damage == "truncated" else data)
+    if damage == "gone":
+        file.unlink()
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+def test_a_damaged_fingerprint_is_one_error(source, cut_off_half_way, tmp_path):
+    shutil.copytree(cut_off_half_way, unfinished_folder(tmp_path / "pruned"))
+    file = unfinished_folder(tmp_path / "pruned") / "journal" / "fingerprint.json"
+    file.write_text(file.read_text().replace("0.5", "0.6"))
+    with pytest.raises(ValueError, match=r"fingerprint\.json' is damaged.*pass another folder, or pass overwrite=True"):
+        prune(source, tmp_path / "pruned")
+    prune(source, tmp_path / "pruned", overwrite=True)
+
+
+def test_hidden_states_of_another_chain_of_layers_are_not_taken(source, whole, cut_off_half_way, tmp_path, monkeypatch):
+    """Layer 0 is made again and comes out otherwise; the layers after it, which are whole, do not fit it."""
+    output = unfinished_folder(tmp_path / "pruned")
+    shutil.copytree(cut_off_half_way, output)
+    (output / f"model/model-00001-of-0000{LAYERS + 1}.safetensors").unlink()
+    write = file_sink.FileSink.write
+
+    def otherwise(self, operator, weight, mask):
+        write(self, operator, weight * 0.5, mask)
+
+    with interrupted_after(0), monkeypatch.context() as patched:
+        patched.setattr(file_sink.FileSink, "write", otherwise)
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, tmp_path / "pruned")
+    kept, keep = [], journal.Journal.keep_layer
+    monkeypatch.setattr(
+        journal.Journal, "keep_layer", lambda self, index, *a: [kept.append(index), keep(self, index, *a)]
+    )
+    prune(source, tmp_path / "pruned")
+    assert kept == [1, 2, 3]
+
+
+def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monkeypatch):
+    """Files of two runs with other methods, copied from one unfinished folder into the other."""
+    configs = {name: FistaPruningConfig(method=name, error_correction="none") for name in ("magnitude", "wanda")}
+    for name, config in configs.items():
+        cut_off(monkeypatch, file_sink.FileSink, "complete", stop, source, tmp_path / name, config)
+    prune(source, tmp_path / "whole", configs["wanda"])
+    other, mine = (unfinished_folder(tmp_path / name) for name in configs)
+    for file in [*other.glob("model/model-*"), *other.glob("journal/*.json"), *other.glob("journal/[lb]*.safetensors")]:
+        if file.name not in ("fingerprint.json", "weights.json"):
+            shutil.copy2(file, mine / file.relative_to(other))
+    prune(source, tmp_path / "wanda", configs["wanda"])
+    assert files_of(tmp_path / "wanda") == files_of(tmp_path / "whole")
+
+
+def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch):
+    flush, flushed = atomic.flush, []
+
+    def full(path):
+        flushed.append(path)
+        if len(flushed) > 26:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        flush(path)
+
+    refused = cut_off(monkeypatch, atomic, "flush", full, source, tmp_path / "pruned", error=OSError)
+    assert refused.errno == errno.ENOSPC
+    assert re.search(
+        r"No space left on device.*: 2 of 4 decoder layers are finished and kept in .*pruned", str(refused)
+    )
+    assert not [*unfinished_folder(tmp_path / "pruned").rglob("*.partial")]
+    prune(source, tmp_path / "pruned")
+    assert files_of(tmp_path / "pruned") == files_of(whole)
+
+
+def test_an_output_that_cannot_be_written_to_is_refused_before_any_work(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(streamed_run, "load_lazily", None)
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OSError, match=r"output_dir='.*' can't be written to \(.*\), nothing was done: pass another"):
+        prune(source, tmp_path / "file" / "pruned")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_another_run_in_the_same_folder_is_refused_by_its_differences(source, whole, tmp_path, monkeypatch):
+    cut_off(monkeypatch, journal.Journal, "keep_layer", stop, source, tmp_path / "pruned")
+    with pytest.raises(
+        ValueError, match=r"unfinished run in .* was another one \(config\.sparsity was 0\.5, is 0\.25\)\. Start it"
+    ):
+        prune(source, tmp_path / "pruned", FistaPruningConfig(0.25))
+    long = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    differs = r'config\.exclude was \[\], is \["model\.layers\.0\.mlp\.gate_proj", .*\.\.\.'
+    with pytest.raises(ValueError, match=differs):
+        prune(source, tmp_path / "pruned", FistaPruningConfig(exclude=long))
+    with pytest.raises(ValueError, match=r"another one \(batches was"):
+        FistaPruner(progress=False).prune(source, tiny_tokens().split(2), output_dir=tmp_path / "pruned")
+    prune(source, tmp_path / "pruned", FistaPruningConfig(0.25), overwrite=True)
+    assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
+
+
+def test_weights_that_are_unpacked_to_be_read_lie_in_the_unfinished_folder(tmp_path, monkeypatch):
+    save_tiny_folder(tmp_path / "source")
+    torch.save(tiny_llama().state_dict(), tmp_path / "source" / "pytorch_model.bin")
+    (tmp_path / "source" / "model.safetensors").unlink()
+    keep, seen = journal.Journal.keep_layer, []
+
+    def watched(self, *arguments):
+        seen.extend((unfinished_folder(tmp_path / "out") / "journal").glob("offload-*/*"))
+        keep(self, *arguments)
+
+    monkeypatch.setattr(journal.Journal, "keep_layer", watched)
+    prune(tmp_path / "source", tmp_path / "out", FistaPruningConfig(method="magnitude"))
+    assert seen
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_fewer_layers_leave_no_shard_of_more(source, tmp_path, monkeypatch):
+    shutil.copytree(source, tmp_path / "source")
+    cut_off(monkeypatch, file_sink.FileSink, "complete", stop, tmp_path / "source", tmp_path / "pruned")
+    config = tmp_path / "source" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
+    prune(tmp_path / "source", tmp_path / "pruned", overwrite=True, drop_unused=True)
+    assert load_index(tmp_path / "pruned").keys() == tiny_llama().state_dict().keys()
+    assert len([*(tmp_path / "pruned").glob("*.safetensors")]) == 3
+
+
+def test_names_and_models_are_told_apart(source, llama, tokens, tmp_path):
+    with pytest.raises(ValueError, match=r"model='.*' is a name: pass output_dir as well"):
+        FistaPruner(progress=False).prune(str(source), tokens.split(4))
+    with pytest.raises(ValueError, match="output_dir is for a model given by name"):
+        FistaPruner(progress=False).prune(llama, tokens.split(4), output_dir=tmp_path / "out")
+
+
+def perplexity_of(folder: Path, tokens: torch.Tensor) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        losses = [torch.nn.functional.cross_entropy(model(t[None]).logits[0, :-1].float(), t[1:]) for t in tokens]
+    return float(torch.stack(losses).mean().exp())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FistaPruningConfig(0.5),
+        FistaPruningConfig(pattern="channels:0.25+layers:0.25"),
+    ],
+    ids=["default", "smaller"],
+)
+def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, config):
+    tokens = tiny_tokens(11)[8:]
+    report = prune(source, tmp_path / "out", config, held_out=tokens)
+    assert report.perplexity["num_tokens"] == tokens.numel()
+    plain = prune(source, tmp_path / "plain", config)
+    assert [o.fit_error for o in plain.operators] == [o.fit_error for o in report.operators]
+    for network, folder in {"dense": source, "pruned": tmp_path / "out"}.items():
+        assert report.perplexity[network] == pytest.approx(perplexity_of(folder, tokens), rel=2e-2), network
+    assert report.perplexity["dense"] != report.perplexity["pruned"]
+    saved = json.loads((tmp_path / "out" / "fista" / "report.json").read_text())
+    assert saved["perplexity"] == report.perplexity
+    assert "tokens of sea.txt that no weight was fitted to |" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("correction", "layer", "lost"),
+    [
+        (0.5, 1, ""),
+        ("intra", LAYERS - 1, ""),
+        ("intra", 1, "states-00002.safetensors"),
+        ("intra", LAYERS - 1, "layer-00000.json"),
+    ],
+)
+def test_an_interrupted_run_measures_the_same_perplexity(source, tmp_path, layer, correction, lost):
+    config, tokens = FistaPruningConfig(0.5, method="wanda", error_correction=correction), tiny_tokens(10)[8:]
+    expected = prune(source, tmp_path / "whole", config, held_out=tokens).perplexity
+    with interrupted_after(layer), pytest.raises(KeyboardInterrupt):
+        prune(source, tmp_path / "out", config, held_out=tokens)
+    if lost:
+        unfinished_folder(tmp_path / "out").joinpath("journal", lost).unlink()
+    found = prune(source, tmp_path / "out", config, held_out=tokens).perplexity
+    assert found == (None if lost else expected)

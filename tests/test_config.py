@@ -1,0 +1,238 @@
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from layer_problems import WEIGHT_METHODS
+
+from optimum_fista import config as module
+from optimum_fista.config import RECIPES, FistaPruningConfig, method_defaults
+from optimum_fista.solve.methods import METHODS
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
+
+DOWN = "model.layers.3.mlp.down_proj"
+RECIPE_FOLDER = Path(module.__file__).parent / "recipes"
+QUERY = "model.layers.3.self_attn.q_proj"
+
+
+def through_json(config: FistaPruningConfig) -> FistaPruningConfig:
+    return FistaPruningConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+
+
+def test_default_is_half_of_all_operators_together():
+    config = FistaPruningConfig()
+    assert (config.sparsity, config.method, config.error_correction) == (0.5, "obs_admm", None)
+    assert config.pattern_for(DOWN) == Unstructured(0.5, "matrix")
+    assert config.reason_left_dense(DOWN) is None
+
+
+def test_scope_is_that_of_the_method_unless_given():
+    assert FistaPruningConfig(method="wanda").pattern_for(DOWN).scope == "row"
+    assert FistaPruningConfig(method="wanda", scope="matrix").pattern_for(DOWN).scope == "matrix"
+    assert FistaPruningConfig(method="magnitude", scope="row").pattern_for(DOWN).scope == "row"
+    assert FistaPruningConfig(method="wanda", overrides={"*": 0.25}).pattern_for(DOWN).scope == "row"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity=1\.0 is outside \[0, 1\)"),
+        ({"sparsity": float("nan")}, "sparsity=nan"),
+        ({"pattern": "4:2"}, "pattern='4:2' keeps 4 of every 2"),
+        ({"pattern": "half"}, "pattern='half': pass 'unstructured' or 'n:m'"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "disagree: 2:4 means a sparsity of 0.5"),
+        ({"scope": "column"}, "scope='column': pass 'matrix' or 'row'"),
+        ({"method": "obd"}, "method='obd': pass one of .*'fista'"),
+        (
+            {"error_correction": "inter"},
+            r"error_correction='inter': pass 'none', 'intra', 'full' or a number from 0 to 1",
+        ),
+        ({"allocation": "owl"}, "allocation='owl': pass 'uniform' or 'fisher'"),
+        ({"allocation_tokens": 1}, "allocation_tokens=1: pass a whole number of at least 2"),
+        ({"error_correction": float("nan")}, "error_correction=nan"),
+        ({"method": "fista", "warm_start": "random"}, "warm_start='random': pass one of"),
+        ({"method": "wanda", "max_iterations": 3}, "method 'wanda' has no option 'max_iterations'"),
+        ({"method": "fista", "max_iterations": 0}, "max_iterations=0"),
+        ({"seed": -1}, "seed=-1: pass a whole number from 0 to 18446744073709551615"),
+        ({"seed": True}, "seed=True"),
+        ({"held_out": -1}, "held_out=-1: pass a whole number of at least 0"),
+        ({"expert_refit": False}, "expert_refit=False has no meaning for pattern='unstructured'"),
+        ({"reorder_channels": True}, "reorder_channels=True has no meaning for pattern='unstructured'"),
+        ({"pattern": "channels:0.5", "include": "*.0.*"}, "include=.* has no meaning for pattern='channels:0.5'"),
+        ({"method": "greedy_obs"}, "^method 'greedy_obs' can't remove single weights"),
+        ({"method": "dsnot", "pattern": "columns:0.25"}, "^method 'dsnot' can't remove whole columns"),
+        ({"overrides": {"*q_proj": "5:4"}}, r"overrides\['\*q_proj'\]: pattern='5:4'"),
+    ],
+)
+def test_options_are_checked_when_constructed(options, message):
+    with pytest.raises(ValueError, match=message):
+        FistaPruningConfig(**options)
+
+
+@pytest.mark.parametrize("option", [f.name for f in dataclasses.fields(FistaPruningConfig)])
+@pytest.mark.parametrize("value", [{"a": []}, [3], "", "word", 3, 2.5, True, None])
+def test_values_of_any_type_are_options_or_named(option, value):
+    with contextlib.suppress(ValueError):
+        config = FistaPruningConfig.from_dict({"method": "fista"} | {option: value})
+        assert through_json(config) == config
+
+
+def test_options_of_methods_have_types():
+    for options in ({"patience": "3"}, {"rounding_share": None}, {"restart": "no"}, {"warm_start": 3}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}|method_options"):
+            FistaPruningConfig(method="fista", method_options=options)
+
+
+def test_an_instance_is_kept_as_its_name_and_options():
+    config = FistaPruningConfig(method=METHODS["fista"](max_iterations=7, restart=True))
+    assert config == FistaPruningConfig(method="fista", method_options={"max_iterations": 7, "restart": True})
+    assert config.create_method("llama") == METHODS["fista"](max_iterations=7, restart=True)
+    assert through_json(config) == config
+    assert FistaPruningConfig(method=METHODS["wanda"]()).resolved().scope == "row"
+    with pytest.raises(ValueError, match=r"method_options=.*: give them to the instance"):
+        FistaPruningConfig(method=METHODS["fista"](), method_options={"patience": 2})
+
+
+def test_an_instance_of_a_class_without_a_registered_name_is_refused(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Louder(METHODS["wanda"]):
+        share: float = 0.5
+        name = "louder"
+
+    with pytest.raises(
+        ValueError, match=r"method=.*Louder.*decorate the class with optimum_fista.solve.method.register"
+    ):
+        FistaPruningConfig(method=Louder())
+    monkeypatch.setitem(METHODS, "louder", Louder)
+    config = FistaPruningConfig(method=Louder(0.25))
+    assert (config.method, config.method_options, config.resolved().scope) == ("louder", {"share": 0.25}, "matrix")
+
+
+def test_options_are_frozen_and_detached_from_the_callers():
+    overrides = {"*q_proj": 0.25}
+    config = FistaPruningConfig(overrides=overrides)
+    overrides["*q_proj"] = 0.75
+    assert config.pattern_for(QUERY).sparsity == 0.25
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.sparsity = 0.1
+
+
+def test_overrides_first_match_wins():
+    config = FistaPruningConfig(0.6, overrides={"*.3.*.down_proj": "1:4", "*.down_proj": 0.25, "*.q_proj": 0})
+    assert config.pattern_for(DOWN) == parse_pattern("1:4")
+    assert config.pattern_for("model.layers.4.mlp.down_proj") == Unstructured(0.25)
+    assert config.pattern_for("model.layers.4.mlp.up_proj") == Unstructured(0.6)
+    assert config.reason_left_dense(QUERY) == "sparsity 0"
+    assert config.reason_left_dense(DOWN) is None
+
+
+@pytest.mark.parametrize("name", WEIGHT_METHODS)
+def test_options_left_open_are_as_the_method_has_them(name):
+    defaults = method_defaults(name)
+    resolved = FistaPruningConfig(method=name).resolved()
+    for field in dataclasses.fields(defaults):
+        assert getattr(resolved, field.name) == getattr(defaults, field.name)
+    chosen = FistaPruningConfig(method=name, error_correction="full", residual_correction=0.25, allocation="uniform")
+    assert chosen.resolved() == dataclasses.replace(chosen, scope=defaults.scope)
+    assert resolved.resolved() == resolved
+
+
+def test_who_shares_the_zeros():
+    config = FistaPruningConfig(overrides={"*.q_proj": 0.25, "*.k_proj": "2:4"})
+    assert config.shares_budget(DOWN)
+    assert not config.shares_budget(QUERY)
+    assert not config.shares_budget("model.layers.3.self_attn.k_proj")
+    assert not FistaPruningConfig(pattern="2:4").shares_budget(DOWN)
+    assert not FistaPruningConfig(method="alps").shares_budget(DOWN)
+    assert FistaPruningConfig(method="alps", allocation="fisher").shares_budget(DOWN)
+
+
+def test_include_and_exclude():
+    config = FistaPruningConfig(include="*.mlp.*", exclude=["*.0.*"])
+    assert config.include == ("*.mlp.*",)
+    assert config.exclude == ("*.0.*",)
+    assert config.reason_left_dense(DOWN) is None
+    assert config.reason_left_dense(QUERY) == "not in include"
+    assert config.reason_left_dense("model.layers.0.mlp.down_proj") == "exclude"
+    assert FistaPruningConfig().reason_left_dense("model.layers.0.mlp.down_proj") is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FistaPruningConfig(),
+        FistaPruningConfig(0.7, scope="row", include=("*.mlp.*",), overrides={"*up*": "2:4", "*gate*": 0.1}),
+        FistaPruningConfig(method="fista", max_iterations=5, tolerance=0.0, method_options={"patience": 2}),
+    ],
+)
+def test_json_round_trip(config, tmp_path):
+    assert through_json(config) == config
+    config.save_pretrained(tmp_path / "saved")
+    assert FistaPruningConfig.from_pretrained(tmp_path / "saved") == config
+    assert set(json.loads((tmp_path / "saved" / "pruning_config.json").read_text())) == {
+        f.name for f in dataclasses.fields(config)
+    }
+
+
+def test_a_pruned_folder_has_its_configuration(tmp_path):
+    config = FistaPruningConfig(0.25, method="wanda", exclude=("*.o_proj",))
+    (tmp_path / "fista").mkdir()
+    (tmp_path / "fista" / "report.json").write_text(json.dumps({"config": config.to_dict(), "operators": []}))
+    assert FistaPruningConfig.from_pretrained(tmp_path) == config
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty' holds neither fista/report.json nor pruning_config.json"):
+        FistaPruningConfig.from_pretrained(tmp_path / "empty")
+
+
+def test_json_that_is_no_configuration(tmp_path):
+    file = tmp_path / "half.json"
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"config '.*half\.json' is not JSON: Expecting"):
+        FistaPruningConfig.from_pretrained(file)
+    file.write_text("0.5")
+    with pytest.raises(ValueError, match=r"half\.json' holds a JSON float: pass an object of options"):
+        FistaPruningConfig.from_pretrained(file)
+    with pytest.raises(ValueError, match=r"unknown options 'sparcity', 'zeros': pass some of sparsity, pattern"):
+        FistaPruningConfig.from_dict({"sparcity": 0.5, "zeros": 1, "seed": 0})
+
+
+def test_paper_settings():
+    config = FistaPruningConfig.paper(0.5)
+    assert config.method == "fista"
+    assert config.resolved().error_correction == "intra"
+    assert (config.resolved().allocation, config.resolved().residual_correction) == ("uniform", 0)
+    assert config.sparsity == 0.5
+    for model_type, warm_start in (("opt", "sparsegpt"), ("llama", "wanda"), ("gpt2", "wanda"), ("", "wanda")):
+        method = config.create_method(model_type)
+        assert type(method) is METHODS["fista"]
+        assert method.warm_start == warm_start
+        assert method.max_iterations == 20
+        assert method.patience == 3
+        assert method.rounding_share == 0.3
+        assert method.refit_iterations == 0
+        assert method.restart is False
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_holds_only_what_differs_from_the_defaults(name):
+    settings = json.loads((RECIPE_FOLDER / f"{name}.json").read_text())
+    defaults = FistaPruningConfig().resolved().to_dict()
+    assert all(value != defaults[key] for key, value in settings.items())
+    assert FistaPruningConfig.recipe(name) == FistaPruningConfig.from_dict(settings)
+    assert bool(settings) == (name != "default")
+
+
+def test_recipes_are_the_files_of_their_folder():
+    assert sorted(RECIPES) == sorted(file.stem for file in RECIPE_FOLDER.iterdir())
+    assert FistaPruningConfig.recipe("default") == FistaPruningConfig()
+    assert FistaPruningConfig.recipe("paper", sparsity=0.6) == FistaPruningConfig.paper(0.6)
+    with pytest.raises(ValueError, match="recipe='slow': pass one of 'default', 'fast', 'paper'"):
+        FistaPruningConfig.recipe("slow")
+
+
+def test_options_win_over_a_recipe():
+    config = FistaPruningConfig.recipe("fast", pattern="2:4", residual_correction=0.5, error_correction="full")
+    assert config == FistaPruningConfig(pattern="2:4", residual_correction=0.5, error_correction="full")
+    config = FistaPruningConfig.recipe("paper", method="wanda", seed=3)
+    assert config == FistaPruningConfig(method="wanda", seed=3)  # without the options of FISTA

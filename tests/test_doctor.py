@@ -1,0 +1,67 @@
+"""What `optimum-fista doctor` says of this machine, and of devices that are broken."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimum_fista import FistaPruner
+from optimum_fista import doctor as diagnosis
+from optimum_fista.cli.main import main
+
+
+@pytest.fixture
+def doctor(monkeypatch, capsys):
+    """`doctor(*devices)` runs the command on these; exit code and what was printed."""
+
+    def run(*devices: str) -> tuple[int, str]:
+        monkeypatch.setattr(diagnosis, "devices", lambda: map(torch.device, devices))
+        monkeypatch.setattr(diagnosis, "_SIDE", 32)
+        return main(["doctor"]), capsys.readouterr().out
+
+    return run
+
+
+def test_a_machine_that_prunes(doctor):
+    code, shown = doctor("cpu")
+    assert code == 0
+    assert shown.endswith("\nall checks passed\n")
+    for words in (f"torch {torch.__version__}", "GiB free of", "compiler:", "packed kernels:", "float32:", "GFLOP/s"):
+        assert words in shown
+    assert "14 operators in" in shown
+    assert str(Path.home()) not in shown
+
+
+def test_a_device_that_prunes_wrongly(doctor, monkeypatch):
+    prune, calls = FistaPruner.prune, []
+
+    def wrong(self, model, *arguments):
+        report = prune(self, model, *arguments)
+        if calls:
+            model.model.layers[0].mlp.up_proj.weight.data.mul_(3)
+        calls.append(model)
+        return report
+
+    monkeypatch.setattr(FistaPruner, "prune", wrong)
+    code, shown = doctor("cpu", "cpu:0")
+    assert code == 1
+    assert "pruning:        FAILED: ValueError: relative distance" in shown
+    assert shown.endswith("\nchecks that failed: 1\n")
+
+
+def test_a_device_that_computes_nothing(doctor, monkeypatch):
+    monkeypatch.setattr(diagnosis, "_describe", lambda device: "no description")
+    code, shown = doctor("cpu", "meta")
+    assert code == 1
+    assert "float32:        FAILED: " in shown
+    assert shown.endswith("\nchecks that failed: 5\n")
+
+
+def test_home_folders_are_not_named(doctor, monkeypatch):
+    def fail(self, *arguments):
+        raise OSError(f"can't write to {Path.home()}/models")
+
+    monkeypatch.setattr(FistaPruner, "prune", fail)
+    code, shown = doctor("cpu")
+    assert code == 1
+    assert "FAILED: OSError: can't write to ~/models" in shown

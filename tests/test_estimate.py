@@ -1,0 +1,135 @@
+import time
+
+import pytest
+import torch
+from estimate import CASES, beside_a_run
+from safetensors.torch import load_file
+from tiny_llama import tiny_llama, tiny_tokens
+from tiny_models import tiny_model
+from transformers import LlamaConfig
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.estimate import Estimate
+from optimum_fista.folder.output import unfinished_folder
+from optimum_fista.prune.journal import Journal
+
+
+def estimated(config=None, model=None, **options) -> Estimate:
+    settings = {"num_samples": 8, "sequence_length": 16, "device": "cpu"}
+    return Estimate(tiny_llama().config if model is None else model, config, **(settings | options))
+
+
+HUGE = LlamaConfig(
+    hidden_size=16384,
+    intermediate_size=53248,
+    num_hidden_layers=126,
+    num_attention_heads=128,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    dtype="bfloat16",
+)
+LARGE_RUN = {"model": HUGE, "num_samples": 128, "sequence_length": 2048, "device": "cuda", "batch_size": 1}
+
+
+def held(estimate: Estimate, place: str = "host") -> float:
+    return sum(estimate.memory[place].values())
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", FistaPruningConfig(pattern="2:4", method="wanda")),
+        ("llama", FistaPruningConfig(pattern="channels:0.25/4+heads:0.5", method="wanda")),
+        ("llama", FistaPruningConfig(pattern="layers:0.4", allocation_tokens=16)),
+        ("llama", FistaPruningConfig(pattern="bytes:0.8")),
+        ("gpt2", FistaPruningConfig(0.6, method="magnitude", exclude="*.0.*.c_fc", overrides={"*.c_attn": "1:4"})),
+        ("gpt_oss", FistaPruningConfig(method="magnitude", scope="row", exclude=("*.experts.1.down_proj",))),
+        ("mixtral", FistaPruningConfig(method="magnitude", overrides={"*.experts.0.*": 0.25, "*.up_proj": "2:4"})),
+    ],
+)
+def test_operators_are_those_of_the_run(family, config):
+    model = tiny_llama(num_hidden_layers=5) if family == "llama" else tiny_model(family)
+    before = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    estimate = estimated(config, model.config)
+    report = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+    assert estimate.num_removed == (report.totals.get("num_removed") or 0)
+    if "layers" in config.pattern:  # which ones, values decide
+        return
+    assert {*estimate.operators} == {operator.name.removesuffix(".weight") for operator in report.operators}
+    assert sum(estimate.weights.values()) == sum(before.get(o.name, o.shape[0] * o.shape[1]) for o in report.operators)
+    assert sum(estimate.weights.values()) - sum(estimate.zeros.values()) == sum(o.num_kept for o in report.operators)
+    assert estimate.left_dense == report.left_dense
+
+
+def test_a_model_of_405_billion_parameters_needs_no_weights():
+    estimate = estimated(**LARGE_RUN, storage_device="cpu")
+    assert estimate.model.num_parameters() == 405_853_388_800
+    assert 30 < held(estimate, "device") / 2**30 < 60
+    assert held(estimate) < estimate.weight_bytes / 4
+    with pytest.raises(ValueError, match="cuda"):
+        _ = estimate.seconds
+    with pytest.raises(ValueError, match="one decoder layer takes too much time or memory here"):
+        _ = estimated(**LARGE_RUN | {"device": "cpu"}).seconds
+
+
+def test_activations_wait_where_they_are_told_to():
+    near, far, disk = (estimated(**LARGE_RUN, storage_device=place) for place in (None, "cpu", "disk"))
+    assert held(near, "device") > held(far, "device") == held(disk, "device")
+    assert held(far) > 1.5 * max(held(near), held(disk))
+    assert far.memory["host"]["activations that wait"] > 5 * 2 * 128 * 2048 * 16384
+
+
+def test_batches_are_as_large_as_an_accelerator_needs_and_its_memory_allows(monkeypatch):
+    def best(free: int | None, **options) -> int:
+        monkeypatch.setattr("optimum_fista.estimate.available_bytes", lambda device: free)
+        settings = {"device": "cuda", "storage_device": "cpu", "num_samples": 128}
+        return Estimate(LlamaConfig(), **(settings | options)).batch_size
+
+    assert best(None, sequence_length=2048) == best(2**50, sequence_length=2048) == 4
+    assert best(None, sequence_length=16384) == best(2**20, sequence_length=2048) == 1
+    assert best(None, sequence_length=16, num_samples=5) == 5
+    assert best(None, sequence_length=16, device="cpu") == 1
+    assert best(2**20, sequence_length=2048, batch_size=3) == 3
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_disk_is_what_a_run_writes(tmp_path, monkeypatch, pattern):
+    source, output, sizes = tmp_path / "source", tmp_path / "out", []
+    tiny_llama(hidden_size=64, intermediate_size=256, num_attention_heads=4).save_pretrained(source)
+    keep = Journal.keep_layer
+
+    def watched(*arguments):
+        keep(*arguments)
+        folder = unfinished_folder(output)
+        sizes.append(sum(path.stat().st_size for path in folder.rglob("*.safetensors")))
+
+    monkeypatch.setattr(Journal, "keep_layer", watched)
+    config = FistaPruningConfig(pattern=pattern)
+    FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=output)
+    ids = tiny_tokens()
+    found = estimated(config, str(source), num_samples=len(ids), sequence_length=ids.shape[1]).disk_bytes
+    assert (
+        sum(t.nbytes for path in output.glob("model*.safetensors") for t in load_file(path).values()) == found["model"]
+    )
+    assert max(sizes) < 1.05 * sum(found.values())
+
+
+def test_a_real_run_takes_what_is_estimated(monkeypatch):
+    """docs/scale.md: within 25%; time of a busy machine is allowed twice that."""
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
+    run = beside_a_run(CASES["tiny"])
+    assert 1 / 1.25 < run["estimated_bytes"] / run["measured_bytes"] < 1.25
+    assert 1 / 1.5 < run["estimated_seconds"] / run["measured_seconds"] < 1.5
+
+
+def test_layers_of_every_kind_are_tried_and_time_grows_with_layers_and_tokens():
+    def seconds(layers, samples=4):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=64, intermediate_size=128, num_attention_heads=2, vocab_size=64, num_hidden_layers=layers
+        )
+        return estimated(FistaPruningConfig(method="sparsegpt"), config, num_samples=samples, batch_size=4).seconds
+
+    assert sum(seconds(200).values()) > 5 * sum(seconds(2).values())
+    mixed = tiny_model("qwen3_moe", mlp_only_layers=[0], num_hidden_layers=3).config
+    assert sum(estimated(FistaPruningConfig(method="wanda"), mixed).seconds.values()) > 0

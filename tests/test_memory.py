@@ -1,0 +1,107 @@
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+from optimum_fista import FistaPruner, FistaPruningConfig, memory
+from optimum_fista.memory import MemoryPeak, available_bytes, is_out_of_memory, watched_memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnSpotrf(...)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)"),
+        RuntimeError("Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:98] data. DefaultCPUAllocator: not enough memory"),
+    ],
+    ids=str,
+)
+def test_every_device_and_library_has_its_own_words(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnSpotrf(...)`"),
+        ValueError("the plan says: out of memory"),
+        KeyboardInterrupt(),
+    ],
+    ids=repr,
+)
+def test_other_errors(error):
+    assert not is_out_of_memory(error)
+
+
+def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    whole = available_bytes(torch.device("cpu"))
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    assert available_bytes(torch.device("cpu")) == 450
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(torch.device("cpu")) > 1000
+    assert whole > 1000
+    assert available_bytes(torch.device("meta")) is None
+
+
+SIZE = 64 << 20
+
+
+def test_what_was_freed_again_is_seen():
+    before = psutil.Process().memory_info().rss
+    with watched_memory(torch.device("cpu")) as peak:
+        held = torch.ones(SIZE // 4)
+        ends = time.monotonic() + 60  # it looks 50 times a second, if the machine lets it
+        while peak.resident_bytes < before + 0.9 * SIZE and time.monotonic() < ends:
+            time.sleep(0.02)
+        del held
+    assert peak.resident_bytes >= before + 0.9 * SIZE
+    assert peak.device_bytes is None
+    if peak.anonymous_bytes is not None:
+        assert 0.9 * SIZE <= peak.anonymous_bytes <= peak.resident_bytes
+    with watched_memory(torch.device("cpu")) as later:
+        pass
+    assert 0 < later.resident_bytes < peak.resident_bytes
+
+
+def test_the_thread_ends_after_an_error_and_if_the_context_is_never_left():
+    before = {*threading.enumerate()}
+    with pytest.raises(KeyboardInterrupt), watched_memory(torch.device("cpu")):
+        raise KeyboardInterrupt
+    never_left = watched_memory(torch.device("cpu"))
+    never_left.__enter__()
+    del never_left
+    for thread in {*threading.enumerate()} - before:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_on_cuda_the_count_of_pytorch_starts_anew(monkeypatch):
+    peaks = {"now": 5}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.update(now=0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks["now"])
+    with watched_memory(torch.device("cuda:1")) as peak:
+        peaks["now"] = 3
+    assert peak.device_bytes == 3
+
+
+def test_every_layer_of_a_report_has_its_peak(llama, tokens):
+    pruner = FistaPruner(FistaPruningConfig(method="wanda", exclude="*.layers.1.*"), progress=False)
+    report = pruner.prune(llama, tokens.split(4))
+    first, last = (layer.memory for layer in report.layers)
+    assert isinstance(first, MemoryPeak)
+    assert first.resident_bytes > 1 << 20
+    assert last is None

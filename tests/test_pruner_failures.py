@@ -1,0 +1,158 @@
+"""What `FistaPruner` refuses, and that a model it could not prune is as it was."""
+
+import gc
+import math
+
+import pytest
+import torch
+from tiny_llama import tiny_llama
+from torch import nn
+from untouched import Untouched
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.prune import loop
+from optimum_fista.solve.methods import METHODS
+
+Wanda = METHODS["wanda"]
+
+
+def refuse(model, batches, error=ValueError, match=None, **options) -> str:
+    """Prune, expect the error and an untouched model; returns the message."""
+    pruner = FistaPruner(FistaPruningConfig(**{"method": "wanda"} | options), progress=False)
+    with Untouched(model), pytest.raises(error, match=match) as caught:
+        pruner.prune(model, batches)
+    with pytest.raises(ValueError, match="was not pruned by this FistaPruner"):
+        pruner.save_pretrained(model, "never-written")
+    return str(caught.value)
+
+
+def test_an_error_of_the_loader_reaches_the_user(llama, tokens):
+    def broken():
+        yield tokens[:4]
+        raise LookupError("no more data")
+
+    refuse(llama, broken(), LookupError, "no more data")
+
+
+def test_damaged_weights_are_named(llama, tokens):
+    llama.model.layers[1].mlp.up_proj.weight.data[3, 4] = math.nan
+    refuse(llama, tokens.split(4), match=r"weight of model\.layers\.1\.mlp\.up_proj holds NaN or Inf")
+
+
+@pytest.mark.parametrize("error_correction", ["none", "intra", "full"])
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+def test_damaged_activations_of_the_last_layer_undo_the_layers_before(llama, tokens, norm, error_correction):
+    getattr(llama.model.layers[1], norm).weight.data.fill_(1e30)
+    first = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.gate_proj"}[norm]
+    message = rf"inputs of model\.layers\.1\.{first} hold NaN or Inf"
+    refuse(llama, tokens.split(4), match=message, error_correction=error_correction)
+
+
+def test_outputs_that_overflow_are_warned_of(llama, tokens):
+    """Weights that float32 holds, but not the squares of what they make."""
+    llama.model.layers[1].mlp.down_proj.weight.data.fill_(1e30)
+    with pytest.warns(UserWarning, match=r"errors of 1 operators are NaN or Inf \(model\.layers\.1\.mlp\.down_proj"):
+        report = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False).prune(llama, tokens.split(4))
+    assert len([warning for warning in report.warnings if "NaN or Inf" in warning]) == 1
+
+
+def test_damaged_embeddings(llama, tokens):
+    llama.model.embed_tokens.weight.data[int(tokens[2, 3])] = math.nan
+    refuse(llama, tokens.split(4), match="inputs of the first decoder layer hold NaN or Inf: the embeddings")
+
+
+def test_quantized_models(llama, tokens):
+    llama.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    refuse(llama, tokens.split(4), match="quantized by 'gptq': prune the unquantized model")
+
+
+def test_models_that_are_not_in_memory(tokens):
+    with torch.device("meta"):
+        model = tiny_llama()
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is not loaded \(device meta\)"):
+        FistaPruner(progress=False).prune(model, tokens.split(4))
+
+
+def test_models_of_integers_and_things_that_are_no_models(llama, tokens):
+    layer = llama.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    refuse(llama, tokens.split(4), match=r"layers\.0\.mlp\.up_proj\.weight has dtype torch\.int8")
+    with pytest.raises(ValueError, match=r"model is a Linear: pass a transformers\.PreTrainedModel"):
+        FistaPruner().prune(nn.Linear(4, 4), tokens.split(4))
+
+
+def test_nothing_to_prune(llama, tokens):
+    message = refuse(llama, tokens.split(4), UnsupportedArchitectureError, include=("*.experts.*",))
+    assert "include=['*.experts.*']" in message
+    assert "found 14, all left dense: model.layers.0.self_attn.q_proj" in message
+
+
+def test_pattern_that_does_not_divide_a_row_is_found_before_any_work(tokens):
+    model = tiny_llama(intermediate_size=44)  # 44 inputs of down_proj: 8 does not divide them
+    refuse(model, tokens.split(4), pattern="2:8", match=r"layers\.0\.mlp\.down_proj has rows of 44 inputs, which 2:8")
+
+
+@pytest.mark.parametrize("error_correction", ["none", "intra", "full"])
+@pytest.mark.parametrize("operator", [1, 9])
+def test_an_interrupt_inside_a_method_undoes_everything(llama, tokens, monkeypatch, operator, error_correction):
+    calls = []
+
+    def interrupted(self, problem, pattern, original=Wanda.prune):
+        calls.append(problem.name)
+        if len(calls) == operator:
+            raise KeyboardInterrupt
+        return original(self, problem, pattern)
+
+    monkeypatch.setattr(Wanda, "prune", interrupted)
+    refuse(llama, tokens.split(4), KeyboardInterrupt, error_correction=error_correction)
+    assert len(calls) == operator
+
+
+def test_an_interrupt_between_two_groups_leaves_no_hooks(llama, tokens, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "prune_group", interrupted)
+    gc.disable()  # the hooks must go by themselves
+    try:
+        refuse(llama, tokens.split(4), KeyboardInterrupt, error_correction="full")
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("fault", ["wrong count", "not finite"])
+def test_a_method_that_breaks_its_promise_is_named(llama, tokens, monkeypatch, fault):
+    def wrong(self, problem, pattern, original=Wanda.prune):
+        result = original(self, problem, pattern)
+        if problem.name.endswith("1.mlp.down_proj"):
+            if fault == "wrong count":
+                result.mask[0, :] = True
+            else:
+                result.weight[0, 0] = math.inf
+        return result
+
+    monkeypatch.setattr(Wanda, "prune", wrong)
+    problem = {"wrong count": "keeps", "not finite": "weights hold NaN or Inf"}[fault]
+    message = rf"method 'wanda' failed on model\.layers\.1\.mlp\.down_proj: .*{problem}"
+    refuse(llama, tokens.split(4), RuntimeError, message)
+
+
+def test_not_converged_operators_are_named_in_the_warnings(llama, tokens, monkeypatch):
+    def stopped(self, problem, pattern, original=Wanda.prune):
+        result = original(self, problem, pattern)
+        if problem.name == "model.layers.1.mlp.up_proj":
+            object.__setattr__(result, "converged", False)
+            object.__setattr__(result, "message", "stopped early: try more")
+        return result
+
+    monkeypatch.setattr(Wanda, "prune", stopped)
+    report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(llama, tokens.split(4))
+    assert report.warnings == ["model.layers.1.mlp.up_proj.weight: stopped early: try more"]
+    assert report.totals["num_not_converged"] == 1
+
+
+def test_a_model_in_memory_is_not_shared_between_processes(llama, tokens, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="each of 2 processes that calls prune works on a copy of its own"):
+        FistaPruner(FistaPruningConfig(method="magnitude"), progress=False).prune(llama, tokens.split(4))

@@ -1,0 +1,139 @@
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from optimum_fista.text import self_sampling
+from optimum_fista.text.self_sampling import sample_text_from_model
+
+VOCABULARY = 40
+BOS, EOS = 0, 1
+ORDINARY = VOCABULARY - 2
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    names = ["<s>", "</s>", *(f"word{i}" for i in range(2, VOCABULARY))]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="word2"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCABULARY + 8}
+    config = LlamaConfig(**shape, num_attention_heads=2, max_position_embeddings=64, eos_token_id=EOS)
+    return LlamaForCausalLM(config)
+
+
+def set_distribution(model: LlamaForCausalLM, logits: torch.Tensor) -> None:
+    """Make the model predict the same next-token logits (the rest -1000) whatever it has read."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.ones_like(model.model.embed_tokens.weight))
+        hidden = model.model(input_ids=torch.tensor([[BOS]])).last_hidden_state[0, 0]
+        padded = torch.cat([logits, torch.full((len(model.lm_head.weight) - len(logits),), -1000.0)])
+        model.lm_head.weight.copy_(torch.outer(padded, hidden / hidden.dot(hidden)))
+
+
+def sample(model, tokenizer, num_samples=6, sequence_length=24, seed=0, **options) -> torch.Tensor:
+    return sample_text_from_model(model, tokenizer, num_samples, sequence_length, seed, **options)
+
+
+@pytest.mark.parametrize(("together", "sequence_length", "length"), [(1, 2, 2), (4, 7, 7), (4, 8, 2), (32, 26, 7)])
+def test_texts_start_with_bos_and_differ_from_the_next_token_on(
+    model, tokenizer, monkeypatch, together, sequence_length, length
+):
+    monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", together)
+    samples = sample(model, tokenizer, 6, sequence_length)
+    assert samples.shape == (6, sequence_length)
+    assert samples.dtype == torch.int64
+    assert (samples[:, ::length] == BOS).all()
+    second = samples[:, 1::length]
+    assert second.unique().numel() == second.numel()
+    assert second.min() > EOS
+    assert second.max() < VOCABULARY  # the head has more rows than the tokenizer has tokens
+
+
+def test_eos_starts_where_there_is_no_bos_and_ordinary_tokens_where_there_is_neither(model, tokenizer):
+    tokenizer.bos_token = None
+    assert (sample(model, tokenizer)[:, 0] == EOS).all()
+    tokenizer.eos_token = None
+    first = sample(model, tokenizer, num_samples=9)[:, ::6]
+    assert first.unique().numel() == 36
+    assert not torch.equal(first, sample(model, tokenizer, num_samples=9, seed=1)[:, ::6])
+
+
+def test_a_model_that_is_sure_of_the_beginning_still_starts_differently(model, tokenizer):
+    logits = torch.zeros(VOCABULARY)
+    logits[5] = 2000.0
+    set_distribution(model, logits)
+    samples = sample(model, tokenizer, num_samples=ORDINARY, sequence_length=7)
+    assert sorted(samples[:, 1].tolist()) == list(range(2, VOCABULARY))
+    assert (samples[:, 2:] == 5).all()
+
+
+def test_more_samples_than_ordinary_tokens(model, tokenizer):
+    samples = sample(model, tokenizer, num_samples=ORDINARY + 1, sequence_length=4)
+    assert samples.shape == (ORDINARY + 1, 4)
+    assert samples[:, 1].min() > EOS
+
+
+def test_the_rest_comes_from_the_whole_distribution_at_temperature_1(model, tokenizer):
+    probabilities = torch.full((VOCABULARY,), 0.1 / (VOCABULARY - 2))
+    probabilities[[20, 30]] = torch.tensor([0.6, 0.3])
+    set_distribution(model, probabilities.log())
+    texts = sample(model, tokenizer, num_samples=32, sequence_length=64).reshape(-1, 16)
+    # 1,792 draws: standard errors of 0.012 and 0.011
+    for token, share in ((20, 0.6), (30, 0.3)):
+        assert (texts[:, 2:] == token).double().mean().item() == pytest.approx(share, abs=0.045)
+    assert texts[:, 2:].unique().numel() > 20
+
+
+def test_eos_does_not_end_a_sample(model, tokenizer):
+    logits = torch.full((VOCABULARY,), -1000.0)
+    logits[[EOS, 7]] = 0.0
+    set_distribution(model, logits)
+    model.generation_config.eos_token_id = EOS
+    rest = sample(model, tokenizer, sequence_length=64).reshape(-1, 16)[:, 2:]
+    assert rest.unique().tolist() == [EOS, 7]
+    assert 0.3 < (rest == EOS).double().mean() < 0.7
+
+
+def test_the_generation_config_is_neither_obeyed_nor_changed(model, tokenizer):
+    expected = sample(model, tokenizer)
+    config = model.generation_config
+    config.suppress_tokens = list(range(2, 30))
+    config.repetition_penalty = 5.0
+    config.max_length = 10
+    before = config.to_dict()
+    assert torch.equal(sample(model, tokenizer), expected)
+    assert model.generation_config is config
+    assert config.to_dict() == before
+
+
+def test_the_seed_decides_and_the_global_state_neither_matters_nor_changes(model, tokenizer):
+    torch.manual_seed(1)
+    first = sample(model, tokenizer)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert torch.equal(sample(model, tokenizer), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = sample(model, tokenizer, seed=1)
+    assert not torch.equal(other[:, 1], first[:, 1])
+    assert not torch.equal(other[:, 2:], first[:, 2:])
+
+
+def test_longer_than_the_model_reads(model, tokenizer):
+    with pytest.raises(ValueError, match="sequence_length=65 exceeds the model's max_position_embeddings=64"):
+        sample(model, tokenizer, sequence_length=65)
+    with pytest.raises(ValueError, match="num_samples=0; pass"):
+        sample(model, tokenizer, num_samples=0)
+
+
+def test_progress_counts_the_new_tokens(model, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", 2)
+    sample(model, tokenizer, 5, 12)  # 20 texts of 3 tokens, the first two of which are drawn before
+    assert "20/20" in capsys.readouterr().err
+    sample(model, tokenizer, 5, 12, progress=False)
+    assert not capsys.readouterr().err

@@ -1,0 +1,138 @@
+import hashlib
+import sys
+
+import datasets
+import pytest
+
+from optimum_fista.text.text import load_text
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands for the Hub: serves the rows put into it and keeps the arguments it was called with."""
+
+    class Hub:
+        rows: dict[str, list[str]]
+        calls: list[tuple[tuple, dict]]
+
+        def __init__(self):
+            self.rows, self.calls = {}, []
+
+        def load_dataset(self, *args, **kwargs):
+            self.calls.append((args, kwargs))
+            return datasets.Dataset.from_dict(self.rows)
+
+    hub = Hub()
+    monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
+    return hub
+
+
+def test_txt_is_one_document_verbatim(tmp_path):
+    content = "﻿ first\r\nsecond\n\n\tthird\rfourth \n"
+    path = tmp_path / "some text.txt"
+    path.write_bytes(content.encode())
+    text = load_text(str(path), "test")
+    assert text.documents == (content,)
+    assert text.name == "some text.txt"
+    assert text.sha256 == hashlib.sha256(content.encode()).hexdigest()
+
+
+def test_jsonl_has_one_document_per_line(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "a\\nb", "id": 1}\n\n{"text": "c\u2028d"}\r\n{"text": ""}', encoding="utf-8")
+    text = load_text(str(path), "calibration")
+    assert text.documents == ("a\nb", "c\u2028d", "")
+    assert text.joined == "a\nb" + text.separator + "c\u2028d" + text.separator
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{'text': 'a'}", "not JSON"),
+        ('{"content": "a"}', 'found {"content": "a"}; every line'),
+        ('{"text": 3}', 'found {"text": 3}; every line must be'),
+    ],
+)
+def test_jsonl_error_gives_the_line(tmp_path, line, complaint):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "a"}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match=f"lines.jsonl', line 3: {complaint}"):
+        load_text(str(path), "calibration")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [("a.txt", b" \n", "is empty"), ("a.jsonl", b'\n{"text": " "}\n', "no text"), ("a.txt", b"caf\xe9", "not UTF-8")],
+)
+def test_useless_file(tmp_path, name, content, complaint):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=complaint):
+        load_text(str(path), "calibration")
+
+
+def test_missing_file():
+    with pytest.raises(FileNotFoundError, match=r"source='nowhere\.txt'.*pass a path"):
+        load_text("nowhere.txt", "calibration")
+
+
+def test_pydoc_is_in_the_order_of_its_keys(monkeypatch):
+    monkeypatch.setattr("pydoc_data.topics.topics", {"with": "first", "assert": "second"})
+    assert load_text("pydoc", "calibration").documents == ("second", "first")
+
+
+def test_unknown_sources_and_splits():
+    with pytest.raises(ValueError, match=r"source='notes\.md' is not known; pass a path that ends in \.txt"):
+        load_text("notes.md", "calibration")
+    with pytest.raises(ValueError, match="split='train' is not known; pass 'calibration' or 'test'"):
+        load_text("pydoc", "train")
+
+
+WIKITEXT = (("Salesforce/wikitext",), {"name": "wikitext-2-raw-v1"})
+C4 = (("allenai/c4",), {})
+PTB = (("ptb-text-only/ptb_text_only",), {"revision": "refs/convert/parquet"})
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "call", "hub_split", "file", "column", "documents", "separator"),
+    [
+        ("wikitext2", "test", WIKITEXT, "test", None, "text", ("a\n\nb\n\n",), "\n\n"),
+        ("c4", "calibration", C4, "train", "en/c4-train.00000-of-01024.json.gz", "text", ("a", "b", ""), " "),
+        ("c4", "test", C4, "validation", "en/c4-validation.00000-of-00008.json.gz", "text", ("a b ",), " "),
+        ("ptb", "test", PTB, "test", "penn_treebank/test/0000.parquet", "sentence", ("a b ",), " "),
+    ],
+)
+def test_hub_recipes(hub, source, split, call, hub_split, file, column, documents, separator):
+    hub.rows = {"other": ["x", "y", "z"], column: ["a", "b", ""]}
+    text = load_text(source, split)
+    (args, kwargs), files = call, {} if file is None else {"data_files": {hub_split: file}}
+    assert hub.calls == [(args, kwargs | files | {"split": hub_split})]
+    assert (text.name, text.documents, text.separator) == (source, documents, separator)
+
+
+def test_origins_name_the_protocol(hub, tmp_path):
+    hub.rows = {"text": ["a", "b"], "sentence": ["a", "b"]}
+    wikitext = load_text("wikitext2", "test")
+    assert wikitext.origin == r"Salesforce/wikitext wikitext-2-raw-v1, split test, all rows joined by '\n\n'"
+    c4 = load_text("c4", "test")
+    assert c4.origin.startswith("allenai/c4 en/c4-validation.00000-of-00008.json.gz, split validation, first 1100 rows")
+    assert [t.max_windows for t in (wikitext, c4, load_text("ptb", "test"))] == [None, 256, None]
+    (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert load_text(str(tmp_path / "lines.jsonl"), "test").origin == r"file lines.jsonl, 2 documents joined by '\n\n'"
+
+
+def test_datasets_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        ImportError, match=r"pip install '\.\[datasets\]'` in a clone of optimum-fista, or pass a local \.txt"
+    ):
+        load_text("c4", "calibration")
+
+
+def test_hub_out_of_reach(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ConnectionError, match=r"'Salesforce/wikitext'.*no route to host.*pass a local \.txt"):
+        load_text("wikitext2", "test")

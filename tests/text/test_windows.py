@@ -1,0 +1,181 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from optimum_fista.text.text import TextSource
+from optimum_fista.text.windows import calibration_windows, evaluation_windows
+
+WORDS = 3000
+BOS, EOS = WORDS + 1, WORDS + 2
+
+
+def word(i: int) -> str:
+    return f"word{i}"
+
+
+def letter(i: int) -> str:
+    return chr(0x4E00 + i)
+
+
+class CountingTokenizer(PreTrainedTokenizerFast):
+    """Keeps the number of characters it tokenised."""
+
+    characters = 0
+
+    def __call__(self, text, **kwargs):
+        self.characters += len(text)
+        return super().__call__(text, **kwargs)
+
+
+def tokenizer(unit=word, kind=CountingTokenizer, special=False, **kwargs) -> CountingTokenizer:
+    """Word (or letter) number i is token i. `special`: BOS and EOS are added unless they are refused."""
+    vocabulary = {unit(i): i for i in range(WORDS)} | {"<unk>": WORDS, "<s>": BOS, "</s>": EOS}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    pattern = Regex(r"\S") if unit is letter else Regex(r"\S+")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(pattern, "isolated")]
+    )
+    result = kind(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", **kwargs)
+    if special:
+        result.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+        )
+    return result
+
+
+def source(*documents: range, unit=word, separator: str = "\n\n") -> TextSource:
+    joint = "" if unit is letter else " "
+    texts = tuple(joint.join(unit(i) for i in document) for document in documents)
+    return TextSource("numbers", texts, separator)
+
+
+def assert_disjoint_runs(windows: torch.Tensor) -> None:
+    """Every window is a run i, i + 1, i + 2, ...; no token is in two windows."""
+    assert (windows.diff(dim=1) == 1).all()
+    assert windows.unique().numel() == windows.numel()
+
+
+@pytest.mark.parametrize("unit", [word, letter])
+@pytest.mark.parametrize("num_samples", [1, 60, 99])
+def test_windows_of_one_document_are_disjoint_runs(unit, num_samples):
+    windows = calibration_windows(tokenizer(unit), source(range(WORDS), unit=unit), num_samples, 30, seed=0)
+    assert windows.shape == (num_samples, 30)
+    assert windows.dtype == torch.int64
+    assert_disjoint_runs(windows)
+
+
+def test_windows_of_one_document_come_from_everywhere():
+    """Means of 200 draws, 3 standard errors; a window never starts at a fixed place of a segment."""
+    starts = torch.cat(
+        [calibration_windows(tokenizer(), source(range(WORDS)), 4, 30, seed)[:, 0] for seed in range(50)]
+    )
+    assert starts.double().mean().item() == pytest.approx(WORDS / 2, abs=3 * WORDS / 12**0.5 / 200**0.5)
+    assert starts.unique().numel() > 150
+
+
+def test_only_what_is_needed_is_tokenised():
+    counting, text = tokenizer(), TextSource("long", (" ".join(word(i % WORDS) for i in range(300_000)),), "\n")
+    calibration_windows(counting, text, 6, 50, seed=0)
+    assert counting.characters < len(text.joined) / 100
+
+
+def test_documents_follow_each_other_in_random_order_with_eos_between():
+    documents = [range(i, i + 7) for i in range(0, 2100, 7)]
+    tokens = calibration_windows(tokenizer(), source(*documents), 10, 31, seed=3).flatten().tolist()
+    heads = [tokens[i] for i in range(0, len(tokens), 8)]
+    expected = [token for head in heads for token in [*range(head, head + 7), EOS]]
+    assert tokens == expected[: len(tokens)]
+    assert len(set(heads)) == len(heads)
+    assert heads != sorted(heads)
+    assert max(heads) > 1800  # not only the first documents
+
+
+@pytest.mark.parametrize("documents", [[range(WORDS)], [range(i, i + 10) for i in range(0, WORDS, 10)]])
+def test_the_seed_decides_and_the_global_state_stays(documents):
+    state = torch.get_rng_state()
+    draw = [calibration_windows(tokenizer(), source(*documents), 5, 20, seed) for seed in (0, 0, 1)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[0], draw[2])
+
+
+@pytest.mark.parametrize(
+    ("documents", "tokens"), [([range(399)], 399), ([range(100), range(100, 200)], 202)], ids=["one", "several"]
+)
+def test_too_few_tokens(documents, tokens):
+    with pytest.raises(ValueError, match=rf"'numbers' has {tokens} tokens, and num_samples=40 .* need 400"):
+        calibration_windows(tokenizer(), source(*documents), 40, 10, seed=0)
+
+
+def test_evaluation_windows_follow_each_other_from_the_start():
+    text = source(range(9), range(9, 25), separator=" word2999 ")
+    windows = evaluation_windows(tokenizer(), text, 6)
+    assert windows.dtype == torch.int64
+    assert windows.tolist() == [
+        [0, 1, 2, 3, 4, 5],
+        [6, 7, 8, 2999, 9, 10],
+        [11, 12, 13, 14, 15, 16],
+        [17, 18, 19, 20, 21, 22],
+    ]
+
+
+def test_text_shorter_than_a_window():
+    with pytest.raises(ValueError, match="'numbers' has 25 tokens, fewer than one window of 26"):
+        evaluation_windows(tokenizer(), source(range(25)), 26)
+    assert evaluation_windows(tokenizer(), source(range(25)), 25).shape == (1, 25)
+
+
+class GemmaTokenizer(CountingTokenizer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "add_bos", "expected"),
+    [
+        (CountingTokenizer, {}, None, False),
+        (CountingTokenizer, {"add_bos_token": True}, None, True),
+        (CountingTokenizer, {"special": True}, None, True),
+        (GemmaTokenizer, {}, None, True),
+        (CountingTokenizer, {}, True, True),
+        (CountingTokenizer, {"special": True}, False, False),
+    ],
+)
+def test_bos(kind, options, add_bos, expected):
+    chosen = tokenizer(kind=kind, **options)
+    evaluation = evaluation_windows(chosen, source(range(8)), 4, add_bos=add_bos)
+    assert evaluation.tolist() == ([[BOS, 0, 1, 2], [BOS, 3, 4, 5]] if expected else [[0, 1, 2, 3], [4, 5, 6, 7]])
+    calibration = calibration_windows(chosen, source(range(500)), 5, 20, seed=0, add_bos=add_bos)
+    assert calibration.shape == (5, 20)
+    assert ((calibration[:, 0] == BOS) == expected).all()
+    assert_disjoint_runs(calibration[:, 1:])
+
+
+def test_bos_at_the_start_of_the_text_only():
+    windows = evaluation_windows(tokenizer(special=True), source(range(8)), 4, add_bos="start")
+    assert windows.tolist() == [[BOS, 0, 1, 2], [3, 4, 5, 6]]
+    assert evaluation_windows(tokenizer(), source(range(8)), 4, add_bos="start").tolist()[0] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("asked", "windows"), [(None, 3), (2, 2), (5, 3)])
+def test_the_protocol_of_a_text_may_end_it(asked, windows):
+    text = replace(source(range(40)), max_windows=3)
+    assert evaluation_windows(tokenizer(), text, 4, asked).shape == (windows, 4)
+
+
+def test_bos_that_does_not_exist():
+    without_bos = tokenizer()
+    without_bos.bos_token = None
+    with pytest.raises(ValueError, match="add_bos=True, but the tokenizer has no BOS"):
+        evaluation_windows(without_bos, source(range(9)), 4, add_bos=True)
+
+
+def test_sizes_out_of_range():
+    with pytest.raises(ValueError, match="num_samples=0"):
+        calibration_windows(tokenizer(), source(range(50)), 0, 10, seed=0)
+    with pytest.raises(ValueError, match="max_windows=0"):
+        evaluation_windows(tokenizer(), source(range(50)), 5, max_windows=0)
+    with pytest.raises(ValueError, match="sequence_length=1"):
+        evaluation_windows(tokenizer(), source(range(50)), 1)

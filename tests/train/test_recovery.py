@@ -1,0 +1,372 @@
+import json
+import os
+import random
+import re
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from hub_standin import hub_fixture, run_with_hub  # noqa: F401
+from safetensors.torch import load_file
+from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
+from tiny_models import tiny_model
+from torch.optim.optimizer import _global_optimizer_post_hooks
+from transformers import AutoModelForCausalLM
+
+from optimum_fista import FistaPruner, FistaPruningConfig, recover
+from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.folder.checkpoint import read_report
+from optimum_fista.folder.output import folder_beside
+from optimum_fista.folder.packed_folder import pack_folder
+from optimum_fista.prune.journal import require_same_run
+from optimum_fista.train import distillation, recovery
+from optimum_fista.train.distillation import DistillationTrainer, Watch
+
+QUICK = {"tokens": 640, "sequence_length": 16, "batch_size": 1, "accumulate": 2, "held_out": 4, "learning_rate": 1e-2}
+QUICK |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(no_pictures):
+    """Every run saves a model."""
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("text") / "sea.txt"
+    file.write_text(TEXT)
+    return str(file)
+
+
+@pytest.fixture
+def run(saved, tiny_folder, text, tmp_path):
+    """`run("out")` recovers the saved model quickly, into this folder of `tmp_path`."""
+
+    def recovered(output="out", *, source=saved.folder, teacher=tiny_folder, **options):
+        return recover(source, teacher, tmp_path / output, **{"calibration": text} | QUICK | options)
+
+    return recovered
+
+
+@contextmanager
+def stopped_at(step: int, error: type[BaseException] = KeyboardInterrupt, *, saves: bool = False):
+    """What is run inside ends with an error after this step; `saves`: every step's state was saved."""
+    on_step_end = Watch.on_step_end
+
+    def stopped(self, *given, **named):
+        on_step_end(self, *given, **named)
+        if given[1].global_step == step:
+            raise error
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Watch, "on_step_end", stopped)
+        patched.setattr(distillation, "_SAVE_SECONDS", -1.0 if saves else 120.0)
+        with pytest.raises(error) as caught:
+            yield
+        assert caught.tb  # which keeps all objects
+        assert not _global_optimizer_post_hooks
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def bits(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("train", ["all", "lora", "norms"])
+def test_the_loss_falls_and_the_zeros_stay(train, saved, tiny_folder, text, tmp_path):
+    if train == "lora":
+        pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
+    before = bits(saved.folder)
+    found = FistaPruner().recover(saved.folder, tiny_folder, tmp_path / "out", calibration=text, train=train, **QUICK)
+    assert found.held_out_loss < found.held_out_loss_before - 0.02
+    assert found.held_out_loss_before == found.evaluations[0][2]
+    assert bits(saved.folder) == before
+    assert verify_checkpoint(tmp_path / "out").num_zeros == saved.report.totals["num_zeros"]
+    old, new = weights(saved.folder), weights(tmp_path / "out")
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {
+        name
+        for name in old
+        if "layernorm" in name or name == "model.norm.weight" or (train != "norms" and "proj" in name)
+    }
+    report = read_report(tmp_path / "out")
+    assert report.retrained
+    assert report.recoveries == [found]
+    zeros = saved.report.totals["num_zeros"]
+    assert found.num_trained == {"all": 15360 + 160 - zeros, "norms": 160}.get(train, found.num_trained)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| fit error of the operators, before retraining |" in card
+    assert f"held-out loss {found.held_out_loss_before:.4f}" in card
+
+
+def test_adapters_leave_fused_experts_as_they_are(text, tmp_path):
+    pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
+    model = tiny_model("deepseek_v3")  # has shared experts beside the fused ones
+    model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    pruner = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
+    pruner.prune(model, tiny_tokens().split(4))
+    pruner.save_pretrained(model, tmp_path / "in", tiny_tokenizer())
+    recover(tmp_path / "in", tmp_path / "dense", tmp_path / "out", calibration=text, train="lora", **QUICK)
+    old, new = weights(tmp_path / "in"), weights(tmp_path / "out")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert all(any(part in name for name in changed) for part in ("o_proj", "shared_experts"))
+    assert not any(".experts" in name or ".gate." in name for name in changed)
+    assert verify_checkpoint(tmp_path / "out").num_zeros
+
+
+def test_it_never_ends_worse(run, saved, tmp_path):
+    found = run(train="all", learning_rate=30.0)
+    # on some processors the loss overflows before it is measured again
+    assert all(loss > found.held_out_loss_before for step, _, loss in found.evaluations if step)
+    assert found.best_step == 0
+    assert found.held_out_loss == found.held_out_loss_before
+    assert all(torch.equal(new, weights(saved.folder)[name]) for name, new in weights(tmp_path / "out").items())
+    assert not read_report(tmp_path / "out").retrained
+    verify_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(train, run, tmp_path):
+    if train == "lora":
+        pytest.importorskip("peft", reason="needs PEFT: pip install 'optimum-fista[peft]'")
+    expected = run("whole", train=train)
+    journal = tmp_path / "stopped.unfinished" / "journal"
+    for step, kept, saves in ((4, 0, False), (7, 6, True), (8, 7, True), (12, 10, False)):
+        with stopped_at(step, saves=saves):
+            run("stopped", train=train)
+        assert recovery.steps_kept(tmp_path / "stopped") == kept
+        (journal / "checkpoint-19").mkdir(exist_ok=True)  # as a process leaves it that is killed while it saves
+        (journal / "checkpoint-19" / "trainer_state.json").write_text('{"global_')
+    found = run("stopped", train=train)
+    assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
+    assert [row[::2] for row in found.evaluations] == [row[::2] for row in expected.evaluations]
+    assert not (tmp_path / "stopped.unfinished").exists()
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 4
+    file.write_bytes(data)
+
+
+def test_a_state_that_is_moved_or_damaged_does_not_change_the_bits(run, tmp_path, caplog, monkeypatch):
+    is_best = DistillationTrainer._determine_best_metric
+    only_early = lambda self, **named: self.state.global_step <= 10 and is_best(self, **named)  # noqa: E731
+    monkeypatch.setattr(DistillationTrainer, "_determine_best_metric", only_early)
+    expected = run("whole", train="all")
+    with stopped_at(14, saves=True):
+        run("out", train="all")
+    kept = (tmp_path / "out.unfinished").rename(tmp_path / "kept")
+    best, last = (Path("journal", f"checkpoint-{step}") for step in (10, 13))
+    assert {folder.name for folder in (kept / "journal").glob("checkpoint-*")} == {best.name, last.name}
+    damages = {
+        "moved": lambda folder: None,
+        "last": lambda folder: flip_a_bit(folder / last / "optimizer.pt"),
+        "half": lambda folder: (folder / last / "model.safetensors").unlink(),
+        "best": lambda folder: flip_a_bit(folder / best / "model.safetensors"),
+    }
+    for name, damage in damages.items():
+        caplog.clear()
+        damage(shutil.copytree(kept, tmp_path / name / "out.unfinished"))
+        found = run(f"{name}/out", train="all")
+        assert bits(tmp_path / name / "out") == bits(tmp_path / "whole"), name
+        assert (found.best_step, found.held_out_loss) == (10, expected.held_out_loss)
+        assert ("is damaged and not used" in caplog.text) == (name != "moved")
+
+
+def test_a_hub_id_is_another_model_once_its_main_has_moved(hub, saved, tiny_folder, text, tmp_path):
+    code = f"""
+        import json
+        from pathlib import Path
+        from huggingface_hub import HfApi
+        from optimum_fista import recover
+        from optimum_fista.train.distillation import Watch
+        api, on_step_end = HfApi(), Watch.on_step_end
+        def stop(*given, **named):
+            raise KeyboardInterrupt
+        for name, folder in (("pruned", {str(saved.folder)!r}), ("dense", {str(tiny_folder)!r})):
+            api.create_repo(f"tester/{{name}}")
+            api.upload_folder(repo_id=f"tester/{{name}}", folder_path=folder)
+        for Watch.on_step_end, overwrite in ((stop, False), (stop, False), (on_step_end, True)):
+            try:
+                options = {QUICK | {"tokens": 64, "calibration": text}} | {{"overwrite": overwrite}}
+                recover("tester/pruned", "tester/dense", {str(tmp_path / "out")!r}, **options)
+            except (KeyboardInterrupt, ValueError) as error:
+                print(type(error).__name__, error)
+            config = json.loads(Path({str(tiny_folder)!r}, "config.json").read_text()) | {{"rms_norm_eps": 1e-2}}
+            changed = json.dumps(config).encode()
+            api.upload_file(repo_id="tester/dense", path_in_repo="config.json", path_or_fileobj=changed)
+    """
+    process = run_with_hub(hub, code, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert re.fullmatch(r"KeyboardInterrupt \nValueError output: .* \(teacher.config.json was .*\n", process.stdout)
+    assert read_report(tmp_path / "out").recoveries[-1].teacher == "tester/dense"
+    verify_checkpoint(tmp_path / "out")
+
+
+def test_another_run_is_not_mixed_with_an_unfinished_one(run, saved, tiny_folder, tmp_path):
+    with stopped_at(6):
+        run(train="all")
+    with pytest.raises(ValueError, match=r"was another one \(recovery was 3, is null"):
+        require_same_run(tmp_path / "out.unfinished", {"recovery": None})
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
+    with pytest.raises(ValueError, match=r"was another one \(teacher.config.json was"):
+        run(teacher=other, train="all")
+    masked = shutil.copytree(saved.folder, tmp_path / "masked")
+    flip_a_bit(masked / "fista" / "masks.safetensors")
+    with pytest.raises(ValueError, match=r"was another one \(masks was"):
+        run(source=masked, train="all")
+    with pytest.raises(ValueError, match=r"was another one \(options.learning_rate"):
+        run(train="all", learning_rate=1e-4)
+    assert recovery.steps_kept(tmp_path / "out") == 5
+    run(train="all", learning_rate=1e-4, overwrite=True)
+    with pytest.raises(FileExistsError, match="already holds a model"):
+        run(train="all", learning_rate=1e-4)
+
+
+def test_a_model_that_changes_meanwhile_ends_the_run_which_resumes_once_it_is_put_back(run, saved, tmp_path):
+    source = shutil.copytree(saved.folder, tmp_path / "pruned")
+    train, changed = DistillationTrainer.train, source / "config.json"
+    before = changed.read_text()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(DistillationTrainer, "train", lambda *given: [train(*given), changed.write_text(before + "\n")])
+        with pytest.raises(ValueError, match=r"^config\.json in .*pruned' changed during the run: put back"):
+            run(source=source)
+    assert not (tmp_path / "out").exists()
+    changed.write_text(before)
+    run(source=source)
+    run("other")
+    assert bits(tmp_path / "out") == bits(tmp_path / "other")
+
+
+def test_bfloat16_is_trained_in_float32_and_saved_as_it_was(run, saved_by_rows, tmp_path):
+    dense = tiny_llama(tie_word_embeddings=True, intermediate_size=45).bfloat16()
+    dense.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    options = {"source": saved_by_rows.folder, "teacher": tmp_path / "dense", "compute_dtype": "bfloat16"}
+    found = run(train="all", **options)
+    assert found.held_out_loss < found.held_out_loss_before
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    verify_checkpoint(tmp_path / "out")
+
+
+def test_a_packed_folder_gives_what_the_plain_one_gives(run, saved, tmp_path):
+    pack_folder(saved.folder, tmp_path / "packed")
+    plain, packed = tmp_path / "out", tmp_path / "packed-out"
+    run(plain, train="all")
+    run(packed, source=tmp_path / "packed", train="all")
+    assert bits(plain) == bits(packed)
+    assert "quantization_config" not in json.loads((packed / "config.json").read_text())
+    verify_checkpoint(packed)
+
+
+def test_smaller_models(tiny_folder, text, tmp_path):
+    model, config = tiny_llama(), FistaPruningConfig(pattern="channels:0.25/4+layers:0.5", method="wanda")
+    pruner = FistaPruner(config, progress=False)
+    pruner.prune(model, tiny_tokens().split(4))
+    pruner.save_pretrained(model, tmp_path / "in", tiny_tokenizer())
+    found = recover(tmp_path / "in", tiny_folder, calibration=text, train="all", **QUICK)
+    assert found.held_out_loss < found.held_out_loss_before
+    proven = verify_checkpoint(tmp_path / "in-recovered")
+    assert proven.removed
+
+
+def test_auto_takes_what_memory_suffices_for(run, monkeypatch, caplog):
+    kinds = {}
+    with caplog.at_level("INFO"):
+        for free in (None, 10**9, 1000):
+            monkeypatch.setattr(recovery, "available_bytes", lambda device, free=free: free)
+            kinds[free] = run(str(free), tokens=64).train
+    assert kinds == {None: "all", 10**9: "all", 1000: "norms"}
+    assert "norms and biases are trained: " in caplog.text
+
+
+def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
+    for name in ("plain", "checkpointed"):
+        monkeypatch.setattr(recovery._Run, "_choose", lambda *_, twice=name == "checkpointed": ("all", twice))
+        run(name, tokens=64)
+    for name, weight in weights(tmp_path / "plain").items():
+        torch.testing.assert_close(weights(tmp_path / "checkpointed")[name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 31}, r"tokens=31: one step takes 2 passes of 1 sequences of 16 tokens: pass at least 32"),
+        ({"tokens": 10**6}, "tokens=1000000 and held_out=4 ask for this text: text 'sea.txt' has"),
+        ({"train": "some"}, "train='some': pass 'auto', 'all', 'lora' or 'norms'"),
+        ({"report_to": "paper"}, "report_to='paper': pass none, "),
+        ({"learning_rate": 0.0}, r"learning_rate=0\.0: pass a positive number"),
+        ({"teacher": None}, "teacher is missing: the report of .* calls the dense model"),
+    ],
+)
+def test_bad_options_are_refused(options, message, run, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_has_a_name_also_if_it_is_the_working_folder(saved, monkeypatch):
+    monkeypatch.chdir(saved.folder)
+    assert folder_beside(".", "-recovered") == saved.folder.with_name(f"{saved.folder.name}-recovered")
+
+
+def test_bad_folders_are_refused(run, saved, tiny_folder, text, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no fista/report\.json: pass a folder or Hub id saved by"):
+        run(source=tiny_folder)
+    other = save_tiny_folder(tmp_path / "other")
+    tiny_llama(vocab_size=70).save_pretrained(other)
+    with pytest.raises(ValueError, match=r"has another vocabulary \(70 tokens\) than .* \(64\)"):
+        run(teacher=other)
+    with pytest.raises(ValueError, match="lies in the folder that is read"):
+        run(tiny_folder / "out", overwrite=True)
+
+
+def test_a_teacher_without_a_tokenizer_is_refused_before_any_work(saved, tmp_path, monkeypatch):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(recovery, "locked_output", None)
+    with pytest.raises(ValueError, match=r"dense' has no tokenizer: copy the files of its tokenizer into the folder"):
+        recover(saved.folder, tmp_path / "dense", tmp_path / "out", **QUICK)
+
+
+def test_missing_peft_is_said_before_any_work(run, monkeypatch):
+    monkeypatch.setattr(recovery, "locked_output", None)
+    monkeypatch.delitem(sys.modules, "optimum_fista.train.lora", raising=False)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="train='lora' needs PEFT: run"):
+        run(train="lora")
+
+
+def test_the_teacher_writes_the_text_if_there_is_none(saved, tiny_folder, tmp_path, capsys):
+    options = QUICK | {"tokens": 64}
+    with stopped_at(1):
+        recover(saved.folder, tiny_folder, tmp_path / "out", **options | {"learning_rate": 1e-4})
+    (file,) = (tmp_path / "out.unfinished" / "journal").glob("calibration-*")
+    written = file.stat().st_mtime_ns
+    with stopped_at(1):  # other settings take the place of the first, with its text
+        recover(saved.folder, tiny_folder, tmp_path / "out", **options, overwrite=True)
+    assert file.stat().st_mtime_ns == written
+    found = recover(saved.folder, tiny_folder, tmp_path / "out", **options)
+    assert found.calibration["source"] == "self"
+    assert "Self-sampling" not in capsys.readouterr().err  # QUICK asks for no progress
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
+
+
+def test_the_process_is_afterwards_as_it_was(run, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="needs TensorBoard: pip install tensorboard")
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {"mixed_precision": "of the caller"})
+    random.seed(1)
+    expected = [random.getstate(), torch.get_rng_state().tolist(), dict(os.environ)]
+    run(tokens=64, report_to="tensorboard")
+    assert [random.getstate(), torch.get_rng_state().tolist(), dict(os.environ)] == expected
+    assert AcceleratorState._shared_state == {"mixed_precision": "of the caller"}
+    assert [*(tmp_path / "out-logs").glob("events.*")]

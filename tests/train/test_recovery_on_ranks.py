@@ -1,0 +1,84 @@
+"""Two processes recover as one does; what is lost with one of them is little."""
+
+import signal
+
+import pytest
+import torch
+from launched import exit_codes, launch, recover_together, train_and_recover
+from safetensors.torch import load_file
+from tiny_llama import TEXT
+
+from optimum_fista import recover
+from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.folder.checkpoint import read_report
+
+QUICK = {"tokens": 128, "sequence_length": 16, "batch_size": 1, "accumulate": 2, "held_out": 3, "learning_rate": 1e-2}
+QUICK |= {"device": "cpu", "compute_dtype": "float32", "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(no_pictures):
+    """Every run saves a model."""
+
+
+@pytest.fixture(scope="module")
+def call(saved, tiny_folder, tmp_path_factory):
+    here = tmp_path_factory.mktemp("recovered")
+    (here / "sea.txt").write_text(TEXT)
+
+    def options(name, **changes):
+        given = {"folder": saved.folder, "teacher": tiny_folder, "calibration": str(here / "sea.txt")}
+        return given | {"output_dir": here / name} | QUICK | changes
+
+    return options
+
+
+@pytest.fixture(scope="module")
+def log(call, saved):
+    """Two processes train by hand, recover, are refused three times, and one fails; what they say of that."""
+    calls = [call("two"), call("odd", accumulate=3), call("lora", train="lora"), call("sharded", sharded=True)]
+    calls += [call("differs", rank_1={"label_share": 1.0}), call("cut", stop=("fails", 1, 3))]
+    log = calls[0]["output_dir"].with_name("log")
+    assert exit_codes(launch(2, train_and_recover, saved.folder, calls, log)) == [3, 3]
+    return log
+
+
+def test_what_goes_wrong_is_said(log):
+    said = {path.name.removeprefix("log-"): path.read_text() for path in log.parent.glob("log-?-?")}
+    share = "ValueError: accumulate=3: 2 processes share the passes of a step: pass a multiple of 2 (--accumulate)."
+    adapters = "ValueError: train='lora': several processes train no adapters: pass all or norms, or start one process."
+    assert said.pop("4-0").startswith("RankError: rank 1 of 2 failed: ValueError: options differ")
+    assert said.pop("4-1").startswith("ValueError: options differ from those of rank 0: start every process with the")
+    assert said.pop("5-0").startswith("RankError: rank 0 of 2 has lost the others: one has ended (")
+    assert said.pop("5-1") == "RuntimeError: no more of this"
+    assert said == {"1-0": share, "1-1": share, "2-0": adapters, "2-1": adapters}
+
+
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_two_processes_recover_as_one(name, log, call):
+    options, two = call(f"one-{name}"), log.with_name(name)
+    one, found = recover(**options), read_report(two).recoveries[-1]
+    assert one.train == found.train == "all"
+    assert one.num_trained == found.num_trained
+    assert found.held_out_loss < found.held_out_loss_before
+    losses = [[*(row[2] for row in rows.evaluations), rows.held_out_loss] for rows in (one, found)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert verify_checkpoint(two).num_zeros == verify_checkpoint(options["folder"]).num_zeros
+    weights = [load_file(folder / "model.safetensors") for folder in (options["output_dir"], two)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_killed_or_fails_ends_with_the_same_bits(log, call):
+    killed = call("killed", sharded=True, stop=("killed", 1, 3))
+    assert exit_codes(launch(2, recover_together, [killed], log.with_name("again"))) == [3, -signal.SIGKILL]
+    for name in ("cut", "killed"):
+        assert (log.with_name(f"{name}.unfinished") / "journal" / "checkpoint-2" / "rng_state_1.pth").exists()
+    with pytest.raises(ValueError, match=r"was another one \(processes was 2, is 1\)\. Start it again as it was"):
+        recover(**call("cut"))
+    calls = [call("cut"), call("killed", sharded=True)]
+    assert exit_codes(launch(2, recover_together, calls, log.with_name("again"))) == [0, 0]
+    assert not [*log.parent.glob("*.unfinished")]
+    for names in (("two", "cut"), ("sharded", "killed")):
+        whole, resumed = (log.with_name(name) / "model.safetensors" for name in names)
+        assert whole.read_bytes() == resumed.read_bytes()
