@@ -27,7 +27,7 @@ from optimum_fista.model.architecture import find_decoder_layers, input_embeddin
 from optimum_fista.model.experts import is_fused_experts
 from optimum_fista.model.shrinking import plan_shrinking
 from optimum_fista.prune.plan import plan_run
-from optimum_fista.prune.removal import require_zeros_to_pack
+from optimum_fista.prune.removal import PartsRemoval, require_zeros_to_pack
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
 from optimum_fista.text.calibration_source import usual_length
@@ -81,15 +81,19 @@ class Estimate:
         self.vocabulary, self.hidden = input_embedding(self.model).shape
         self.layers = find_decoder_layers(self.model)
         removal, self.config, chosen, self.left_dense = plan_run(self.model, self.layers, config)
-        self.asked, self.num_removed = self.config if removal is None else removal.asked, 0
-        if removal is not None:
+        self.asked, self.num_removed = removal.asked, 0
+        if isinstance(removal, PartsRemoval):
             going = dict.fromkeys(range(1, 1 + removal.num_removed_layers), 0.0)  # which ones, the values decide
             chosen = removal.remove_layers(self.model, self.layers, chosen, going) if going else chosen
             self.config, self.left_dense = removal.config, removal.reasons_left_dense(self.left_dense, chosen)
             self.num_removed = self.model.num_parameters() - removal.plan.model.num_parameters()
         shapes = {key: operator.shape for those in chosen.values() for key, operator in those.items()}
         repaired = {key for those in chosen.values() for key in [*those][-1:]}
-        pruned = [k for k in shapes if removal is None or k in repaired or self.config.pattern_for(k).sparsity]
+        pruned = [
+            k
+            for k in shapes
+            if not isinstance(removal, PartsRemoval) or k in repaired or self.config.pattern_for(k).sparsity
+        ]
         self.operators = {key: shapes[key] for key in pruned}
         self.pruned = [[key for key in pruned if key.startswith(f"{name}.")] for name, _ in self.layers]
         self.weights = {key: rows * columns for key, (rows, columns) in self.operators.items()}

@@ -180,8 +180,7 @@ class FistaPruner:
             callback.on_prune_begin(report)
         with ModelSink(model, evaluation_mode(model), torch.no_grad()) as sink, sink.interruptible:
             prune_layers(pruning, sink)
-            if pruning.removal is not None:
-                pruning.removal.shrink(model, report, sink.masks, sink.undo_first)
+            pruning.removal.shrink(model, report, sink.masks, sink.undo_first)
             pruning.complete_report()
             report.seconds["total"] = time.perf_counter() - started
             model.config.fista_pruning = summary(report)

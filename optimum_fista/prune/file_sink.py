@@ -63,8 +63,7 @@ class FileSink(ModelSink):
             self._journal.keep_layer(index, None, {}, record, streams)
             return
         tensors = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-        if self._pruning.removal is not None:
-            record, masks, tensors = self._pruning.removal.shrink_layer(record, masks, tensors)
+        record, masks, tensors = self._pruning.removal.shrink_layer(record, masks, tensors)
         tensors = self._stored(tensors)
         if self._packed:
             operators, stored = as_stored(record.operators, masks, self._pruning.stored_names)
@@ -86,8 +85,7 @@ class FileSink(ModelSink):
         )
         shards.add(self._write_shard(len(self._left), rest))
         weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
-        if self._pruning.removal is not None:
-            model.config = self._pruning.removal.plan.model.config
+        model.config = self._pruning.removal.model_config(model.config)
         index_name = write_index(folder, self._stem, weight_map, {"total_parameters": report.model["num_parameters"]})
         masks = {name: mask for index in layers for name, mask in self._journal.masks(index).items()}
         operators, masks = as_stored(report.operators, masks, self._pruning.stored_names)

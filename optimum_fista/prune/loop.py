@@ -6,7 +6,6 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from torch import nn
 from tqdm.auto import tqdm
 
 from optimum_fista.folder.loading import storage_place
@@ -14,7 +13,6 @@ from optimum_fista.memory import is_out_of_memory, release_memory, watched_memor
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.correction import GroupProblems, LayerTargets
 from optimum_fista.model.digest import sha256_of
-from optimum_fista.model.expert_removal import experts_of
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.hidden_states import RecordedInputs
 from optimum_fista.model.offload import execution_device, offload_hook, onloaded
@@ -24,7 +22,7 @@ from optimum_fista.prune.model_pruning import ModelPruning
 from optimum_fista.prune.plan import require_finite
 from optimum_fista.prune.reordering import reorder_channels
 from optimum_fista.prune.sink import ModelSink
-from optimum_fista.report import LayerRecord, LayerReport, MixtureReport, OperatorReport
+from optimum_fista.report import LayerRecord, LayerReport, OperatorReport
 from optimum_fista.solve.method import PruningMethod
 
 
@@ -146,31 +144,26 @@ class _Loop:
         require_finite([operator for operator in operators.values() if offload_hook(operator.owner)])
         first = entering.entering[0].to(activations.device)
         orders: dict[str, tuple[int, ...]] = {}
-        experts = None
-        if removal is not None:
-            removal.prove(name, activations, first)
+        removal.prove(name, activations, first)
         if run.config.reorder_channels:
             orders = reorder_channels(run, self.sink, name, activations, entering.entering)
         groups, left_dense = trace_groups(activations.layer, operators, activations.calls[0], first)
-        if removal is not None:
-            groups, others = removal.to_prune(name, groups, activations, first)
-            left_dense |= others
-            part = removal.mixture_of(name)
-            experts = None if part is None else experts_of(part, name, activations.layer)
+        groups, others = removal.to_prune(name, groups, activations, first)
+        left_dense |= others
+        experts = removal.experts_of(name, activations.layer)
         reports: list[OperatorReport] = []
-        mixture: MixtureReport | None = None
-        smaller: nn.Module | None = None
+        mixture, smaller = None, None
         with watched_memory(activations.device) as peak:
             together = None if experts is None else experts.module
             targets = LayerTargets(activations, groups, run.config.correction, entering, together)
             # with the dense network's inputs, while the layer still is that of the dense network; else as pruned
             first_of_all = run.config.correction.sees_dense_inputs(len(groups))
-            if removal is not None and experts is not None and first_of_all:
+            if first_of_all:
                 mixture, smaller = removal.remove_experts(self.sink, name, experts, targets)
             for number in range(len(groups)):
                 # in a call: the matrices of a group must be gone before those of the next one are made
                 reports += self.prune_group(index, targets.problems(number))
-            if removal is not None and experts is not None and not first_of_all:
+            if not first_of_all:
                 mixture, smaller = removal.remove_experts(self.sink, name, experts, targets)
             leaving = targets.leave(smaller)
         run.states = leaving

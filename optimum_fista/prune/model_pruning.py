@@ -41,6 +41,7 @@ from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.prune.budgets import Budgets, share_budgets
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.plan import plan_run
+from optimum_fista.prune.removal import PartsRemoval
 from optimum_fista.prune.run_report import begin_report, complete_report
 from optimum_fista.report import LayerRecord, public_name
 
@@ -78,7 +79,6 @@ class ModelPruning:
             except UnsupportedArchitectureError as error:
                 raise UnsupportedArchitectureError(f"reorder_channels=True: {error} Leave it out.") from error
         self.removal, self.config, self.operators, left_dense = plan_run(model, self.layers, config.resolved())
-        asked = self.config if self.removal is None else self.removal.asked
         chosen = (o for group in self.operators.values() for o in group.values())
         self.stored_names: dict[str, StoredName] = stored_names(model, chosen)
         require_own_weights(model, self.layers)
@@ -86,7 +86,7 @@ class ModelPruning:
         measured = [batch for batch in given if batch.held_out]
         self.batches = hold_out([batch for batch in given if not batch.held_out], config.held_out)
         self.report = begin_report(
-            model, self.batches + measured, calibration_source, asked, self.operators, left_dense
+            model, self.batches + measured, calibration_source, self.removal.asked, self.operators, left_dense
         )
         self._compute_dtype = compute_dtype_of(config.compute_dtype, execution_device(model.get_input_embeddings()))
         self.report.environment["products"] = str(self._compute_dtype)
@@ -101,7 +101,7 @@ class ModelPruning:
         if not measured:
             measured = [replace(batch, text=calibration_source) for batch in self.batches if batch.held_out]
         self.held_out: HeldOut | None = None
-        if measured and (self.removal is None or not any(map(self.removal.mixture_of, self.operators))):
+        if measured and not any(map(self.removal.mixture_of, self.operators)):
             held_out = HeldOut(model, self.layers, measured, self.storage)
             self.held_out = held_out if held_out.sequences else None
 
@@ -113,8 +113,8 @@ class ModelPruning:
     @property
     def pruned_layers(self) -> list[int]:
         """Indices of the decoder layers with something to prune; losing experts counts."""
-        removal, groups = self.removal, enumerate(self.operators.items())
-        return [i for i, (name, group) in groups if group or (removal is not None and removal.mixture_of(name))]
+        groups = enumerate(self.operators.items())
+        return [i for i, (name, group) in groups if group or self.removal.mixture_of(name)]
 
     def costs(self) -> list[float]:
         """What pruning each decoder layer costs besides its forward pass, in forward passes of the largest."""
@@ -135,7 +135,7 @@ class ModelPruning:
             calibration = [batch for batch in self.batches if not batch.held_out]
             tokens = self.config.allocation_tokens
             loss = DenseLoss(self.model, self.layers, calibration, tokens, self.progress, self.storage)
-            if self.removal is not None and self.removal.num_removed_layers:
+            if self.removal.num_removed_layers:
                 with quick_products_in(self._compute_dtype):
                     removed = choose_layers(loss, self.removal.num_removed_layers)
             gone = {f"{self.layers.name}.{index}" for index, _ in removed}
@@ -153,7 +153,7 @@ class ModelPruning:
     def use_budgets(self, budgets: Budgets) -> None:
         """Prune with budgets that were shared before, and without what they remove."""
         if budgets.removed_layers:
-            assert self.removal is not None
+            assert isinstance(self.removal, PartsRemoval)
             losses = dict(budgets.removed_layers)
             self.removed = frozenset(losses)
             self.operators = self.removal.remove_layers(self.model, self.layers, self.operators, losses)
@@ -227,8 +227,7 @@ class ModelPruning:
             self.report.perplexity = found | {"text": text, "vocabulary": input_embedding(self.model).shape[0]}
         rest = sha256_of(self.model, names_around(self.model, self.layers))
         self.report.model["sha256"] = combined_sha256([*map(str, self.dense_layers), rest])
-        if self.removal is not None:
-            self.removal.describe(self.report)
+        self.removal.describe(self.report)
 
 
 def cut_batches(batches: Sequence[CalibrationBatch], sizes: Sequence[int]) -> list[CalibrationBatch]:

@@ -16,7 +16,7 @@ from optimum_fista.model.architecture import DecoderLayers, find_operators, left
 from optimum_fista.model.offload import offload_hook
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import find_parts
-from optimum_fista.prune.removal import Removal
+from optimum_fista.prune.removal import PartsRemoval, Removal
 from optimum_fista.solve.patterns import PartShare, WholeParts
 
 logger = logging.getLogger(__name__)
@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 def plan_run(
     model: PreTrainedModel, layers: DecoderLayers, config: FistaPruningConfig
-) -> tuple[Removal | None, FistaPruningConfig, dict[str, dict[str, LinearOperator]], dict[str, str]]:
+) -> tuple[Removal, FistaPruningConfig, dict[str, dict[str, LinearOperator]], dict[str, str]]:
     """The removal that a resolved configuration asks for, and what it makes of the configuration.
 
     Also the operators to prune, by decoder layer, and those left dense with the reason.
     """
     if config.whole_parts is None:
-        return None, config, *choose_operators(layers, config)
+        return Removal(config), config, *choose_operators(layers, config)
     if config.whole_parts.size is not None:
         config = _with_channels_for_size(model, config, config.whole_parts)
-    removal = Removal.planned(model, config)
+    removal = PartsRemoval.planned(model, config)
     mixtures = any(part.is_mixture for part in removal.plan.parts.values())
     may_be_none = bool(removal.num_removed_layers) or mixtures  # then something goes although no operator is pruned
     operators, left_dense = choose_operators(layers, removal.config, may_be_none=may_be_none)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.memory import is_out_of_memory
@@ -41,22 +41,85 @@ T = TypeVar("T")
 
 @dataclass
 class Removal:
+    """What a run does besides setting weights to zero: here nothing."""
+
+    asked: FistaPruningConfig  # as the user passed it
+    num_removed_layers: int = field(default=0, kw_only=True)
+
+    def mixture_of(self, layer_name: str) -> Part | None:  # noqa: ARG002
+        """The mixture of a decoder layer that loses experts; `None` without."""
+        return None
+
+    def prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
+        """Prove of every kind of decoder layer that it returns the same without the groups as with zeros there."""
+
+    def to_prune(
+        self,
+        layer_name: str,  # noqa: ARG002
+        groups: list[Group],
+        activations: LayerActivations,  # noqa: ARG002
+        hidden_states: Tensor,  # noqa: ARG002
+    ) -> tuple[list[Group], dict[str, str]]:
+        """The groups of a decoder layer to prune, and its operators that stay as they are, with the reason."""
+        return groups, {}
+
+    def experts_of(self, layer_name: str, layer: nn.Module) -> FusedExperts | None:
+        """The experts of a decoder layer of which some go; `None` if none does."""
+        part = self.mixture_of(layer_name)
+        return None if part is None else experts_of(part, layer_name, layer)
+
+    def remove_experts(
+        self,
+        sink: ModelSink,  # noqa: ARG002
+        layer_name: str,  # noqa: ARG002
+        experts: FusedExperts | None,  # noqa: ARG002
+        targets: LayerTargets,  # noqa: ARG002
+    ) -> tuple[MixtureReport | None, nn.Module | None]:
+        """Choose the experts of a decoder layer that stay, and refit them; the report, and the layer without others."""
+        return None, None
+
+    def shrink_layer(
+        self, record: LayerRecord, masks: dict[str, Tensor], tensors: dict[str, Tensor]
+    ) -> tuple[LayerRecord, dict[str, Tensor], dict[str, Tensor]]:
+        """A pruned decoder layer as the smaller model has it: its record, its packed masks, and its tensors by name."""
+        return record, masks, tensors
+
+    def shrink(
+        self,
+        model: PreTrainedModel,
+        report: PruningReport,
+        masks: dict[str, Tensor],
+        undo_first: Callable[[Callable[[], None]], None],
+    ) -> None:
+        """Make a pruned model in memory the smaller one, with the report and the packed masks of the smaller one.
+
+        Before, `undo_first` is called with what gives tensors their old sizes back.
+        """
+
+    def model_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The configuration of the pruned model."""
+        return config
+
+    def describe(self, report: PruningReport) -> None:
+        """Add to the report what went."""
+
+
+@dataclass
+class PartsRemoval(Removal):
     """How a run removes whole parts."""
 
     plan: Shrinking  # the smaller model; until `remove_layers`, with all decoder layers
     config: (
         FistaPruningConfig  # with a pattern of whole columns for each operator that reads what is removed, no others
     )
-    asked: FistaPruningConfig  # as the user passed it
     counts: Mapping[str, int]  # how many parts of each kind a decoder layer keeps
     columns: Shrinking  # a model that keeps its experts, by which the other kinds are proved
     experts: Shrinking  # a model that loses experts only, by which a decoder layer runs without them
-    num_removed_layers: int
     removed_layers: Mapping[int, float] = field(default_factory=dict)  # each with the loss without it and those before
     proven: set[object] = field(default_factory=set)  # kinds of layers seen to return the same without removed groups
 
     @classmethod
-    def planned(cls, model: PreTrainedModel, config: FistaPruningConfig) -> Removal:
+    def planned(cls, model: PreTrainedModel, config: FistaPruningConfig) -> PartsRemoval:
         """The removal that a configuration asks for, whose pattern is of whole parts."""
         pattern = config.whole_parts
         assert pattern is not None
@@ -73,7 +136,7 @@ class Removal:
         widest = max(part.share for part in pattern.shares)
         expanded = replace(config, pattern=f"columns:{widest!r}", sparsity=None, scope=None, **options)
         experts_only = plan_shrinking(model, experts=counts.get("experts"))
-        return cls(plan, expanded, config, counts, columns_only, experts_only, going)
+        return cls(config, plan, expanded, counts, columns_only, experts_only, num_removed_layers=going)
 
     def mixture_of(self, layer_name: str) -> Part | None:
         """The mixture of a decoder layer that loses experts; `None` without."""
@@ -119,7 +182,7 @@ class Removal:
         return left
 
     def to_prune(
-        self, layer_name: str, groups: Sequence[Group], activations: LayerActivations, hidden_states: Tensor
+        self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden_states: Tensor
     ) -> tuple[list[Group], dict[str, str]]:
         """The groups of a decoder layer to prune, and its operators that stay as they are, with the reason.
 
@@ -179,12 +242,14 @@ class Removal:
         self.proven.add(kind)
 
     def remove_experts(
-        self, sink: ModelSink, layer_name: str, experts: FusedExperts, targets: LayerTargets
-    ) -> tuple[MixtureReport, nn.Module]:
+        self, sink: ModelSink, layer_name: str, experts: FusedExperts | None, targets: LayerTargets
+    ) -> tuple[MixtureReport | None, nn.Module | None]:
         """Choose the experts of a decoder layer that stay, and refit them, so that they return its targets together.
 
         Returns also the layer without the experts that go.
         """
+        if experts is None:
+            return None, None
         started, part = time.perf_counter(), self.plan.parts[experts.name]
         num_tokens, saliency, wanted = score_experts(experts, targets)
         kept = experts_to_keep(saliency, self.plan.counts[part.name], part.equal_runs)
@@ -213,14 +278,18 @@ class Removal:
         return report, smaller
 
     def shrink_layer(
-        self, record: LayerRecord, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+        self, record: LayerRecord, masks: dict[str, Tensor], tensors: dict[str, Tensor]
     ) -> tuple[LayerRecord, dict[str, Tensor], dict[str, Tensor]]:
-        """A pruned decoder layer as the smaller model has it: its record, its packed masks, and its tensors by name."""
+        """A pruned decoder layer as the smaller model has it; see `Removal.shrink_layer`."""
         kept = self._kept([record.report], record.operators, masks)
         operators, smaller = self._reports(record.operators, kept, masks)
         (report,), left_dense = self._layers([record.report]), self._renamed(record.left_dense)
         shrunk = {name: self.plan.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()}
         return LayerRecord(report, operators, left_dense), smaller, self._renamed(shrunk)
+
+    def model_config(self, config: PreTrainedConfig) -> PreTrainedConfig:  # noqa: ARG002
+        """The configuration of the smaller model."""
+        return self.plan.model.config
 
     def shrink(
         self,
@@ -229,10 +298,7 @@ class Removal:
         masks: dict[str, Tensor],
         undo_first: Callable[[Callable[[], None]], None],
     ) -> None:
-        """Make a pruned model in memory the smaller one, with the report and the packed masks of the smaller one.
-
-        Before, `undo_first` is called with what gives tensors their old sizes back.
-        """
+        """Make a pruned model in memory the smaller one; see `Removal.shrink`."""
         kept = self._kept(report.layers, report.operators, masks)
         operators, smaller = self._reports(report.operators, kept, masks)
         # what becomes smaller waits on the CPU: a device that is nearly full has no room for both sizes of all tensors
