@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -24,6 +26,14 @@ Prune large language models after training, in one shot, one linear operator aft
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose `--help` leaves out the groups of options called "advanced: ...", which `--help-all` shows."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what the command does not know here, where its own options are at hand for a suggestion."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
+            self.error(f"unknown: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found, unknown
 
     def format_help(self, *, everything: bool = False) -> str:
         """What `--help` prints, or `--help-all`."""

@@ -26,7 +26,6 @@ class SparsityPattern(ABC):
         sparsity: Fraction of zeros in [0, 1).
         scope: `"matrix"` shares the zeros over the whole matrix, `"row"` gives each row (output) the same number.
             Without meaning if `fixed`.
-        form: What users write, for messages.
         fixed: Whether the pattern itself sets the number of zeros of every row.
         orders_inputs: Whether `best_order` finds an order of inputs in which more is kept.
         unit: Consecutive weights of a row that are kept or removed together, if rows differ.
@@ -35,7 +34,6 @@ class SparsityPattern(ABC):
 
     sparsity: float
     scope: Scope = "matrix"
-    form: ClassVar[str]
     fixed: ClassVar[bool] = True
     orders_inputs: ClassVar[bool] = False
     unit: ClassVar[int] = 1

@@ -43,6 +43,14 @@ def test_help_of_the_whole_names_every_command(capsys):
     assert capsys.readouterr().out.strip() == f"optimum-fista {optimum_fista.__version__}"
 
 
+@pytest.mark.parametrize("flag", ["--sparsty", "--sparsty=0.5"])
+def test_a_flag_that_is_misspelt_is_answered_by_its_command(flag, capsys):
+    assert run("prune", "model", flag) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: optimum-fista prune MODEL")
+    assert said.endswith(f"unknown: {flag}; did you mean --sparsity?\n")
+
+
 def test_help_is_quick_because_nothing_heavy_is_imported(tmp_path):
     code = f"""if True:
         import sys

@@ -1,5 +1,7 @@
 """Sparsity patterns, found by the list below."""
 
+import re
+
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 from optimum_fista.solve.patterns.columns import Columns
 from optimum_fista.solve.patterns.n_of_m import NOfM
@@ -15,7 +17,7 @@ __all__ = ["PATTERNS", "Columns", "NOfM", "Pairs", "PartShare", "Unstructured", 
 def parse_pattern(
     text: str = "unstructured", sparsity: float | None = None, scope: Scope = "matrix"
 ) -> SparsityPattern:
-    """Build a pattern from its text, one of `form` of `PATTERNS`; inverse of `SparsityPattern.text`."""
+    """Build a pattern from its text, which one of `PATTERNS` reads; inverse of `SparsityPattern.text`."""
     if scope not in ("matrix", "row"):
         raise ValueError(f"scope={scope!r}: pass 'matrix' or 'row'.")
     if sparsity is not None and (isinstance(sparsity, bool) or not 0 <= float(sparsity) < 1):
@@ -28,7 +30,12 @@ def parse_pattern(
         )
     found = next((pattern for kind in PATTERNS if (pattern := kind.read(str(text), sparsity, scope))), None)
     if found is None:
-        raise ValueError(f"pattern={text!r}: pass {' or '.join(kind.form for kind in PATTERNS)}.")
+        usual = "'unstructured', '2:4' or 'channels:0.25' (`optimum-fista prune --help` names all patterns)"
+        if n_of_m := re.fullmatch(r"(\d+)of(\d+)", str(text)):
+            usual = f"'{n_of_m[1]}:{n_of_m[2]}'"
+        elif re.fullmatch(r"0?\.\d+", str(text)):
+            usual = f"sparsity={text} (--sparsity {text}) for this share of zeros"
+        raise ValueError(f"pattern={text!r}: pass {usual}.")
     if sparsity is not None and abs(float(sparsity) - found.sparsity) > 1e-9:
         meaning, advice = f"{text} means a sparsity of {found.sparsity:g}", "Pass only one of them"
         if isinstance(found, WholeParts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ class Columns(SparsityPattern):
 
     width: int = 1
     groups: int | None = None
-    form: ClassVar[str] = "'columns:SHARE' such as 'columns:0.25' or 'columns:0.25x64'"
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:

@@ -22,7 +22,6 @@ class NOfM(SparsityPattern):
 
     n: int = 2
     m: int = 4
-    form: ClassVar[str] = "'n:m' such as '2:4'"
     orders_inputs: ClassVar[bool] = True
 
     @classmethod

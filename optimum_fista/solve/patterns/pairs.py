@@ -27,7 +27,6 @@ class Pairs(NOfM):
 
     n: int = 4
     m: int = 8
-    form: ClassVar[str] = repr(_TEXT)
     orders_inputs: ClassVar[bool] = False
     unit: ClassVar[int] = 2
 

@@ -15,7 +15,6 @@ from optimum_fista.solve.selection import keep_largest, keep_largest_in_rows
 class Unstructured(SparsityPattern):
     """A fraction of zeros anywhere in the matrix, or in every row (`scope`)."""
 
-    form: ClassVar[str] = "'unstructured'"
     fixed: ClassVar[bool] = False
 
     @classmethod

@@ -85,10 +85,6 @@ class WholeParts(SparsityPattern):
     shares: tuple[PartShare, ...] = ()
     size: float | None = None
     column_width: ClassVar[int | None] = 1  # of some operators; how wide they are depends on the model
-    form: ClassVar[str] = (
-        "'channels:SHARE', 'heads:SHARE', 'experts:SHARE' or 'layers:SHARE', or some joined by '+', such as "
-        "'channels:0.25+layers:0.1', or 'bytes:SIZE' for the size that is left"
-    )
 
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, the text says it

@@ -93,8 +93,8 @@ def test_what_does_not_fit_is_refused(pattern, columns, message):
         ("columns:0of7", "kept=0 of 7 groups"),
         ("columns:0.5x0", "width=0: pass a whole number of at least 1"),
         ("columns:0.5.5", "pattern='columns:0.5.5': "),
-        ("columns:half", "pass 'unstructured' or"),
-        ("columns:0.5/64", "pass 'unstructured' or"),
+        ("columns:half", "pass 'unstructured', "),
+        ("columns:0.5/64", "pass 'unstructured', "),
     ],
 )
 def test_texts_that_make_no_sense_are_refused(text, message):

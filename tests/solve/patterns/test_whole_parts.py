@@ -57,7 +57,7 @@ def test_each_kind_once():
 
 @pytest.mark.parametrize("text", ["rows:0.5", "channels", "channels:0.5+2:4", "channels:-0.5"])
 def test_other_texts_are_no_whole_parts(text):
-    with pytest.raises(ValueError, match="'channels:SHARE'"):
+    with pytest.raises(ValueError, match="pass 'unstructured'"):
         parse_pattern(text)
 
 
