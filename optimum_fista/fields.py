@@ -38,7 +38,7 @@ def _as_declared(value: Any, hint: Any) -> Any:
     return value
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+_WORDS = {Any: "anything", int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
 def wrong_field(record: Any) -> str | None:
@@ -65,8 +65,14 @@ def _words(hint: Any) -> str:
     """What a field takes, in words."""
     words: list[str] = []
     for kind in kinds_of(hint):
-        name = str(getattr(kind, "__name__", kind))
-        words += map(repr, get_args(kind)) if get_origin(kind) is Literal else [_WORDS.get(kind, name)]
+        origin, inner = get_origin(kind), get_args(kind)
+        if origin is Literal:
+            words += map(repr, inner)
+        elif origin in (Mapping, tuple):
+            one = " to ".join(_words(part) for part in inner if part is not ...)
+            words.append(f"a {'tuple' if origin is tuple else 'dictionary'} of {one}")
+        else:
+            words.append(_WORDS.get(kind, str(getattr(kind, "__name__", kind))))
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 

@@ -40,6 +40,8 @@ def test_scope_is_that_of_the_method_unless_given():
         ({"sparsity": 1.0}, r"sparsity=1\.0 is outside \[0, 1\)"),
         ({"sparsity": float("nan")}, "sparsity=nan"),
         ({"pattern": "4:2"}, "pattern='4:2' keeps 4 of every 2"),
+        ({"overrides": {"*": {"*": 1}}}, "pass a dictionary of text to a number or text"),
+        ({"include": 3}, "include=3: pass a tuple of text"),
         ({"pattern": "half"}, "pattern='half': pass 'unstructured', '2:4' or 'channels:0.25'"),
         ({"pattern": "2:4", "sparsity": 0.6}, "disagree: 2:4 means a sparsity of 0.5"),
         ({"scope": "column"}, "scope='column': pass 'matrix' or 'row'"),
