@@ -59,5 +59,6 @@ def test_links_and_names_of_the_docs_exist(page):
     text = page.read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), target
-    for dotted in re.findall(r"`((?:solve|packed|model|run|cli)\.(?!safetensors)[\w.]+)`", text):
+    rooms = "solve|packed|model|estimate|prune|folder|evaluate|train|page|cli"
+    for dotted in re.findall(rf"`((?:{rooms})\.(?!safetensors)[\w.]+)`", text):
         pkgutil.resolve_name(f"optimum_fista.{dotted}")

@@ -72,7 +72,7 @@ def test_accuracy_is_that_of_the_likelihoods(tasks):
 
 
 def test_task_files_of_the_benchmarks(tasks):
-    for path in (Path(__file__).resolve().parents[3] / "benchmarks" / "tasks").iterdir():
+    for path in (Path(__file__).resolve().parents[2] / "benchmarks" / "tasks").iterdir():
         lines = path.read_text()
         for name in ("arc-easy.test.jsonl", "lambada_test.jsonl"):
             lines = lines.replace(name, str(tasks / name))
