@@ -15,6 +15,7 @@ OPTIONS = {"vocabulary": 256, "batch": 1, "config": {}} | json.loads(sys.argv[1]
 if OPTIONS.get("processor_time"):
     time.perf_counter = time.process_time  # before the package is imported
 
+import matplotlib.backends.backend_agg  # noqa: E402, F401, for the picture of the card
 import torch  # noqa: E402
 import transformers.core_model_loading  # noqa: E402, F401
 from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: E402, F401
