@@ -1,4 +1,4 @@
-"""Records: dataclasses whose fields have the declared types, also when they are read from JSON."""
+"""Fields of dataclasses: they hold the types that are declared, also when they are read from JSON."""
 
 from __future__ import annotations
 

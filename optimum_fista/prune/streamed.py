@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,8 @@ def prune_files(
             run.prune()
             report = ranks.first(lambda: run.complete(output_dir, overwrite, started))
             offloaded.close()
-            ranks.gather(None)  # only then does rank 0 tidy the folder that all of them offload to
+            with suppress(RankError):  # nothing is lost with a rank any more: the model is in its place
+                ranks.gather(None)  # only then does rank 0 tidy the folder that all of them offload to
         except OSError as error:
             advice = f"{run.kept()}; start again with the same output"
             if error.errno is None:

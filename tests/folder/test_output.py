@@ -56,6 +56,19 @@ def no_waiting_for_the_disk(monkeypatch):
         monkeypatch.setattr(module, "flush", lambda path: None)
 
 
+def test_another_rank_may_remove_what_it_offloaded_at_the_same_time(tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def the_other_was_first(path):
+        remove(path)
+        raise FileNotFoundError(path)
+
+    with locked_output(tmp_path / "model") as unfinished:
+        (unfinished / "journal" / "offload-1").mkdir()
+        monkeypatch.setattr(shutil, "rmtree", the_other_was_first)
+    assert not (unfinished / "journal" / "offload-1").exists()
+
+
 @pytest.mark.parametrize("there", ["nothing", "an empty folder", "a model", "a model that can't be swapped"])
 def test_whenever_it_is_killed_the_old_or_the_new_folder_is_there(tmp_path, monkeypatch, there):
     found, swaps = set(), "can't" not in there
