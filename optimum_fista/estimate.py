@@ -24,7 +24,7 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import loading
 from optimum_fista.memory import available_bytes
 from optimum_fista.model.architecture import find_decoder_layers, input_embedding
-from optimum_fista.model.experts import is_fused_experts
+from optimum_fista.model.operator import is_fused_experts
 from optimum_fista.model.shrinking import plan_shrinking
 from optimum_fista.prune.plan import plan_run
 from optimum_fista.prune.removal import PartsRemoval, require_zeros_to_pack

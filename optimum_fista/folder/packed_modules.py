@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.folder.stored_names import StoredName, split_index, stored_names
 from optimum_fista.folder.unpacking import PackedFiles
-from optimum_fista.model.experts import ExpertOperator, FusedExperts, can_be_split
+from optimum_fista.model.operator import ExpertOperator, FusedExperts, can_be_split
 from optimum_fista.packed.format import PackedTensor, matrices_of, stacked_rows, transposed
 from optimum_fista.packed.linear import PackedLinear
 from optimum_fista.packed.packed_experts import packed_experts_forward

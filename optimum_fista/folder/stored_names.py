@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.experts import ExpertOperator
-from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.operator import ExpertOperator, LinearOperator
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
 

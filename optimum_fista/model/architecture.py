@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.experts import FusedExperts, can_be_split, is_fused_experts
-from optimum_fista.model.operator import LINEAR, LinearOperator
+from optimum_fista.model.operator import LINEAR, FusedExperts, LinearOperator, can_be_split, is_fused_experts
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import HiddenStates, LayerActivations
-from optimum_fista.model.experts import AssignedTokens, ExpertOperator, FusedExperts
 from optimum_fista.model.forward import operator_input, watching
 from optimum_fista.model.groups import FinishedParts
-from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.operator import AssignedTokens, ExpertOperator, FusedExperts, LinearOperator
 from optimum_fista.model.residual import LastOperator, is_added_to_output
 from optimum_fista.model.sums import Group, LayerSums
 from optimum_fista.solve.problem import LayerProblem

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from optimum_fista.model.activation_store import ActivationStore
 from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.correction import LayerTargets, assigned_tokens, tokens_of
-from optimum_fista.model.experts import AssignedTokens, FusedExperts, split_experts
+from optimum_fista.model.operator import AssignedTokens, FusedExperts, split_experts
 from optimum_fista.model.parts import Part
 from optimum_fista.model.sums import LayerSums
 from optimum_fista.solve.problem import LayerProblem, relative

@@ -1,13 +1,21 @@
-"""A linear operator of a model, seen as a matrix [out, in] whatever way its module stores it."""
+"""Linear operators of a model: matrices [out, in], whatever way their modules store them, those of experts as well."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
+from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.forward import replaced_forwards
 from optimum_fista.model.offload import execution_device, stored_tensor
 
 LINEAR = (nn.Linear, Conv1D)
@@ -80,3 +88,249 @@ class LinearOperator:
 
 Group = list[LinearOperator]
 """Operators that share their inputs."""
+
+
+@dataclass
+class AssignedTokens:
+    """What the experts of a mixture get of one batch.
+
+    Attributes:
+        hidden_states: [rows, hidden].
+        rows: Which of them the experts get, one expert after the other, int64.
+        tokens: The tokens that these are of, int64, indices into the flattened batch, rising for each expert.
+        weights: The router's weights of their outputs, [rows, 1]; `None` if the inputs have them already.
+        bounds: Where each expert begins in the three, and their length.
+    """
+
+    hidden_states: Tensor
+    rows: Tensor
+    tokens: Tensor
+    weights: Tensor | None
+    bounds: list[int]
+
+    def part(self, expert: int) -> slice:
+        """The place of an expert in `rows`, `tokens` and `weights`."""
+        return slice(self.bounds[expert], self.bounds[expert + 1])
+
+
+class ExpertLinear(nn.Module):
+    """One matrix of one expert: a view of the parameter [experts, ...] `tensor` that holds those of all `experts`.
+
+    `half` tells the gate projection (0) from the up projection (1) if that holds both, and is `None` otherwise.
+    """
+
+    def __init__(self, experts: FusedExperts, tensor: str, expert: int, half: int | None) -> None:
+        super().__init__()
+        self.experts = experts
+        self.tensor = tensor
+        self._expert = expert
+        self._half = half
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix as stored, a view."""
+        fused = getattr(self.experts.module, self.tensor)
+        return fused[self.place(fused)]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Its bias [out], a view; `None` without."""
+        bias = getattr(self.experts.module, f"{self.tensor}_bias", None)
+        return None if bias is None else bias[self._expert][self._rows(bias.shape[-1])]
+
+    def place(self, fused: Tensor) -> tuple[int | slice, ...]:
+        """Index of this matrix in a tensor that is laid out as the parameter that holds those of all experts."""
+        if self.experts.transposed:
+            return self._expert, slice(None), self._rows(fused.shape[2])
+        return self._expert, self._rows(fused.shape[1]), slice(None)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs [tokens, out] of inputs [tokens, in]."""
+        weight = self.weight
+        return nn.functional.linear(inputs, weight.T if self.experts.transposed else weight, self.bias)
+
+    def _rows(self, width: int) -> slice:
+        """Its outputs among `width` outputs of the gate and up projections together."""
+        if self._half is None:
+            return slice(None)
+        if self.experts.interleaved:
+            return slice(self._half, width, 2)
+        return slice(self._half * (width // 2), (self._half + 1) * (width // 2))
+
+
+class ExpertOperator(LinearOperator):
+    """A linear operator of one of the `experts` of a mixture; the router decides which tokens it sees.
+
+    Its `kind` is `"gate_proj"`, `"up_proj"` or `"down_proj"`, and `expert` the number of its expert.
+    """
+
+    module: ExpertLinear
+
+    def __init__(self, experts: FusedExperts, kind: str, expert: int, module: ExpertLinear) -> None:
+        name = f"{experts.name}.{expert}.{kind}"
+        super().__init__(name, module, experts.module, module.tensor, experts.transposed)
+        self.experts = experts
+        self.kind = kind
+        self.expert = expert
+        self.tokens = torch.empty(0, dtype=torch.int64)
+
+    def select(self, stored: Tensor) -> Tensor:
+        """This expert's matrix of the stored tensor, a view."""
+        return stored[self.module.place(stored)]
+
+    def inputs(self, batch: AssignedTokens, device: torch.device) -> Tensor:
+        """What it is called with in a batch, [tokens, in], on a device where its expert computes."""
+        part = batch.part(self.expert)
+        hidden_states = batch.hidden_states[batch.rows[part]].to(device)
+        self.tokens = tokens = batch.tokens[part]
+        return self.experts.middle(self.expert, hidden_states, tokens) if self.kind == "down_proj" else hidden_states
+
+
+class FusedExperts:
+    """A module that keeps the weights of all its experts in 3-D parameters.
+
+    Its forward pass can be replaced by one that calls every matrix of every expert as a module of its own, in the
+    order of the experts and also if the router sends no token, so that they can be watched like other operators.
+
+    Attributes:
+        gated: Whether a gate projection is kept together with the up projection.
+        interleaved: Whether their outputs alternate.
+        transposed: Whether matrices are stored as [in, out].
+        operators: The matrices of all experts, in the order of their calls.
+        watcher: Called with every expert, the tokens that it gets, and its weighted outputs for them; `None`: nobody.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self.module = module
+        self.gated = hasattr(module, "gate_up_proj")
+        self._is_routed = hasattr(module, "is_concatenated")  # has the interface of Transformers' experts
+        self.interleaved = not getattr(module, "is_concatenated", True)
+        self.transposed = bool(getattr(module, "is_transposed", True))
+        parts: dict[str, tuple[str, int | None]] = {"up_proj": ("up_proj", None), "down_proj": ("down_proj", None)}
+        if self.gated:
+            parts = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": parts["down_proj"]}
+        down: Tensor = module.down_proj  # type: ignore[assignment]
+        self._experts = [
+            {
+                kind: ExpertOperator(self, kind, i, ExpertLinear(self, tensor, i, half))
+                for kind, (tensor, half) in parts.items()
+            }
+            for i in range(down.shape[0])
+        ]
+        self.operators = [operator for expert in self._experts for operator in expert.values()]
+        self.watcher: Callable[[int, Tensor, Tensor], None] | None = None
+        self._checked = False
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def forward(self, original: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
+        """What the module computes, expert by expert; the first call is compared with the original."""
+        output = self.outputs(self.assigned(*arguments, **keywords))
+        output = output.view(self._values(arguments, keywords)[0].shape)
+        # Once is enough: whether the form is known does not depend on the batch.
+        if not self._checked:
+            with torch.no_grad():
+                self._require_agreement(output, original(*arguments, **keywords))
+        return output
+
+    def assigned(self, *arguments: Any, **keywords: Any) -> AssignedTokens:
+        """What every expert gets of the batch that the module is called with; the host waits once."""
+        hidden_states, *routing = self._values(arguments, keywords)
+        flat, count = hidden_states.reshape(-1, hidden_states.shape[-1]), len(self._experts)
+        if self._is_routed:
+            # [tokens, k] -> [tokens * k], place p is a choice of token p // k; a stable sort keeps tokens in order.
+            experts, places = routing[0].flatten().sort(stable=True)
+            rows = tokens = places // (routing[0].numel() // flat.shape[0])
+            weights = routing[1].flatten()[places, None]
+        else:  # every expert has rows for all tokens, zero where it was not chosen (Llama-4)
+            rows, weights = flat.ne(0).any(dim=-1).nonzero()[:, 0], None
+            experts, tokens = rows // (flat.shape[0] // count), rows % (flat.shape[0] // count)
+        # Where each expert begins among the sorted choices; choices of other experts than these are left out.
+        first = torch.arange(count + 1, device=experts.device, dtype=experts.dtype)
+        return AssignedTokens(flat, rows, tokens, weights, torch.searchsorted(experts, first).tolist())
+
+    def _values(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
+        # By position, in whatever way the decoder layer passes them; the first is the module itself.
+        bound = inspect.signature(type(self.module).forward).bind(self.module, *arguments, **keywords)
+        return list(bound.arguments.values())[1:]
+
+    def outputs(self, batch: AssignedTokens) -> Tensor:
+        """What the experts return for a batch, in the rows that they got it in, [rows, hidden]."""
+        output = torch.zeros_like(batch.hidden_states)
+        for expert in range(len(self._experts)):
+            part = batch.part(expert)
+            rows, tokens = batch.rows[part], batch.tokens[part]
+            found = self._run(expert, batch.hidden_states[rows], tokens)
+            if batch.weights is not None:  # before it is added, as Transformers does
+                found = found * batch.weights[part]
+            if self.watcher is not None:
+                self.watcher(expert, tokens, found)
+            output = output.index_add(0, rows, found.to(output.dtype))  # which has the dtype of the hidden states
+        return output
+
+    def _run(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
+        """One expert [tokens, hidden]."""
+        output = self._call(expert, "down_proj", self.middle(expert, inputs, tokens), tokens)
+        module: Any = self.module
+        return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
+
+    def middle(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
+        """What the down projection of one expert gets, [tokens, intermediate]."""
+        module: Any = self.module
+        if not self.gated:
+            return module.act_fn(self._call(expert, "up_proj", inputs, tokens))
+        gate, up = (self._call(expert, kind, inputs, tokens) for kind in ("gate_proj", "up_proj"))
+        if not self._is_routed:
+            return up * module.act_fn(gate)
+        # The gate is applied by the module itself, which wants both as the fused matrix returns them.
+        if self.interleaved:
+            return module._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
+        return module._apply_gate(torch.cat((gate, up), dim=-1))
+
+    def _call(self, expert: int, kind: str, values: Tensor, tokens: Tensor) -> Tensor:
+        """One matrix; it learns the tokens right before it is called."""
+        operator = self._experts[expert][kind]
+        operator.tokens = tokens
+        return operator.module(values)
+
+    def _require_agreement(self, output: Tensor, original: Tensor) -> None:
+        self._checked = True
+        difference = float((output.detach() - original.detach()).float().norm())
+        size = float(original.detach().float().norm())
+        is_rounded = torch.get_float32_matmul_precision() != "highest"
+        exact = {torch.float64: 1e-6} if is_rounded else {torch.float64: 1e-6, torch.float32: 1e-3}
+        # Written so that NaN is refused.
+        if not difference <= exact.get(output.dtype, 2e-2) * size:
+            raise UnsupportedArchitectureError(
+                f"{self.name} ({type(self.module).__name__}) computes its experts in a way that is not known: to "
+                f"prune the rest of the model and leave them dense, pass exclude=['*.{self.name.rsplit('.', 1)[-1]}']."
+            )
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether a module keeps matrices in 3-D parameters."""
+    return not isinstance(module, _ConvNd) and any(
+        p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False)
+    )
+
+
+def can_be_split(module: nn.Module) -> bool:
+    """Whether the form of fused experts is known: an up and a down projection each, with a gate or without."""
+    fused = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    known = set(fused) in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
+    return known and len({p.shape[0] for p in fused.values()}) == 1
+
+
+@contextmanager
+def split_experts(operators: Iterable[LinearOperator]) -> Iterator[None]:
+    """Make the experts that some of the operators belong to call each of their matrices as a module of its own."""
+    found = {id(o.experts): o.experts for o in operators if isinstance(o, ExpertOperator)}
+    with ExitStack() as replaced:
+        for experts in found.values():
+            module = experts.module
+            name = "_old_forward" if "_old_forward" in vars(module) else "forward"  # the hooks of Accelerate still run
+            forward = partial(experts.forward, getattr(module, name))
+            replaced.enter_context(replaced_forwards([module], [forward], name))
+        yield

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.memory import is_out_of_memory
-from optimum_fista.model.experts import ExpertOperator
-from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.operator import ExpertOperator, LinearOperator
 from optimum_fista.model.sensitivity import DenseLoss, measure_sensitivities
 from optimum_fista.solve.allocation import allocate, removal_cost
 from optimum_fista.solve.pattern import SparsityPattern

@@ -30,12 +30,12 @@ from optimum_fista.model.architecture import (
 )
 from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches
 from optimum_fista.model.digest import combined_sha256, sha256_of
-from optimum_fista.model.experts import split_experts
 from optimum_fista.model.forward import compute_dtype_of, quick_products_in
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
 from optimum_fista.model.losses import choose_layers
 from optimum_fista.model.offload import execution_device, settle_ties
+from optimum_fista.model.operator import split_experts
 from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.prune.budgets import Budgets, share_budgets

@@ -24,8 +24,7 @@ from optimum_fista.folder.loading import require_unquantized
 from optimum_fista.folder.stored_names import as_in_model
 from optimum_fista.folder.unpacking import is_packed, packed_operators
 from optimum_fista.model.architecture import find_decoder_layers
-from optimum_fista.model.experts import is_fused_experts
-from optimum_fista.model.operator import LINEAR
+from optimum_fista.model.operator import LINEAR, is_fused_experts
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import unpack_mask

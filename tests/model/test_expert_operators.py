@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
-from optimum_fista.model.experts import split_experts
-from optimum_fista.model.operator import LinearOperator
+from optimum_fista.model.operator import LinearOperator, split_experts
 
 pytestmark = pytest.mark.usefixtures("enough_tokens")
 CONCATENATED = ("mixtral", "qwen3_moe", "deepseek_v3")
