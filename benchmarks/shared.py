@@ -23,7 +23,7 @@ from optimum_fista.config import RECIPES, FistaPruningConfig
 from optimum_fista.report import library_versions
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 from optimum_fista.solve.patterns import parse_pattern
-from optimum_fista.text.text import load_text
+from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import calibration_windows, evaluation_windows
 
 _HELP = {

@@ -32,7 +32,7 @@ from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.hidden_states import record_inputs
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.text.text import load_text
+from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import evaluation_windows
 
 TEXTS = ("calibration", "fresh", "other")

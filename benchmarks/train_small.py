@@ -38,7 +38,7 @@ from transformers import (
 
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.report import library_versions
-from optimum_fista.text.text import load_text
+from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import evaluation_windows
 
 END = "<|endoftext|>"

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from optimum_fista.pruner import FistaPruner
     from optimum_fista.report import PruningReport
     from optimum_fista.solve.method import PrunedOperator
-    from optimum_fista.text.calibration_source import calibration_tokens
-    from optimum_fista.text.text import load_text
+    from optimum_fista.text.calibration_tokens import calibration_tokens
+    from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import calibration_windows, evaluation_windows
     from optimum_fista.train.recovery import recover
     from optimum_fista.train.training import MaskedTrainingCallback, masked_training, save_masked
@@ -57,13 +57,13 @@ _HOMES = {
     "PrunedOperator": "optimum_fista.solve.method",
     "PruningCallback": "optimum_fista.prune.callback",
     "PruningReport": "optimum_fista.report",
-    "calibration_tokens": "optimum_fista.text.calibration_source",
+    "calibration_tokens": "optimum_fista.text.calibration_tokens",
     "calibration_windows": "optimum_fista.text.windows",
     "continue_prompts": "optimum_fista.evaluate.generation",
     "evaluate_perplexity": "optimum_fista.evaluate.perplexity",
     "evaluation_windows": "optimum_fista.text.windows",
     "load_model": "optimum_fista.folder.loading",
-    "load_text": "optimum_fista.text.text",
+    "load_text": "optimum_fista.text.sources",
     "masked_training": "optimum_fista.train.training",
     "pack_folder": "optimum_fista.folder.packed_folder",
     "push_folder": "optimum_fista.folder.hub",

@@ -11,10 +11,9 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from optimum_fista.fields import wrong_field
 from optimum_fista.model.architecture import matches
 from optimum_fista.model.correction import Correction
-from optimum_fista.options import Allocation, ErrorCorrection, PruningOptions
+from optimum_fista.options import Allocation, ErrorCorrection, PruningOptions, wrong_field
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern

@@ -30,7 +30,7 @@ from optimum_fista.prune.plan import plan_run
 from optimum_fista.prune.removal import PartsRemoval, require_zeros_to_pack
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
-from optimum_fista.text.calibration_source import usual_length
+from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.self_sampling import num_batches, num_texts
 
 LIBRARIES = 325 * 2**20

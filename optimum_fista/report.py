@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import optimum_fista
-from optimum_fista.fields import as_record
 from optimum_fista.memory import MemoryPeak
+from optimum_fista.options import as_record
 from optimum_fista.solve.pattern import Scope
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
-from optimum_fista.text.text import load_text
+from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import calibration_windows, evaluation_windows
 
 

@@ -87,8 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _material(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Windows to calibrate on, and others, the first of the text, to measure on."""
-    from optimum_fista.text.calibration_source import usual_length
-    from optimum_fista.text.text import load_text
+    from optimum_fista.text.calibration_tokens import usual_length
+    from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import evaluation_windows
 
     length = min(_LENGTH, usual_length(model.config))

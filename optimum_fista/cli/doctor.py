@@ -22,7 +22,7 @@ def add_arguments(_: argparse.ArgumentParser) -> None:
 
 def run(_: argparse.Namespace) -> int:
     """Check, and say what failed."""
-    from optimum_fista.doctor import diagnose
+    from optimum_fista.diagnosis import diagnose
 
     failed = diagnose(lambda line: print(line, flush=True))
     print(f"\nchecks that failed: {failed}" if failed else "\nall checks passed")

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.evaluate.perplexity import PerplexityResult, evaluate_perplexity
     from optimum_fista.evaluate.tasks import TaskResult, TaskSuite
     from optimum_fista.folder.loading import load_model
-    from optimum_fista.text.text import load_text
+    from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import evaluation_windows
 
     def keep(result: PerplexityResult | TaskResult) -> None:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from optimum_fista.fields import kinds_of
+from optimum_fista.options import kinds_of
 
 DEVICE: dict[str, Any] = {"help": "cpu, cuda, cuda:1 (default: the accelerator unless it is mps, otherwise the CPU)"}
 DTYPE: dict[str, Any] = {

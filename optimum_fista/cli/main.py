@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,20 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-_COMMANDS = ("prune", "recover", "evaluate", "report", "verify", "chat", "pack", "unpack", "demo", "doctor")
+from optimum_fista.cli import chat, demo, doctor, evaluate, pack, page, prune, recover, unpack, verify
+
+_COMMANDS: dict[str, Any] = {
+    "prune": prune,
+    "recover": recover,
+    "evaluate": evaluate,
+    "report": page,
+    "verify": verify,
+    "chat": chat,
+    "pack": pack,
+    "unpack": unpack,
+    "demo": demo,
+    "doctor": doctor,
+}
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.
@@ -59,8 +71,7 @@ class _HelpAll(argparse.Action):
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands to a parser; parsed arguments get `fista_run`, the function to call with them."""
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    for name in _COMMANDS:
-        command = importlib.import_module(f"optimum_fista.cli.{name}")
+    for name, command in _COMMANDS.items():
         summary = command.DESCRIPTION.split("\n", 1)[0].replace("%", "%%")
         subparser = subparsers.add_parser(
             name, help=summary, description=command.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -227,8 +227,8 @@ def _batches(
     import torch
 
     from optimum_fista.folder.loading import require_tokenizer
-    from optimum_fista.text.calibration_source import calibration_tokens_by_name, num_held_out, num_spare
-    from optimum_fista.text.text import load_text
+    from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, num_held_out, num_spare
+    from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import calibration_windows
 
     def draw(count: int) -> Tensor:

@@ -14,7 +14,7 @@ from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model.architecture import input_embedding, position_limit
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.offload import input_device
-from optimum_fista.text.text import TextSource
+from optimum_fista.text.sources import TextSource
 
 # Positions whose logits are copied to float32 at a time: 131 MB for a vocabulary of 128 thousand.
 POSITIONS_PER_CHUNK = 256

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.options import require_seed
-from optimum_fista.text.text import TextSource
+from optimum_fista.text.sources import TextSource
 
 # English has 4 to 5 characters per token, so a segment of 8 holds one window and leaves its start to chance.
 _CHARACTERS_PER_TOKEN = 8

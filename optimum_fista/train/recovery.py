@@ -64,7 +64,7 @@ from optimum_fista.report import (
     library_versions,
     public_name,
 )
-from optimum_fista.text.calibration_source import calibration_tokens_by_name, usual_length
+from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, usual_length
 from optimum_fista.train.distillation import STATE_RECORD, DistillationTrainer, Watch
 from optimum_fista.train.recovery_options import RecoveryOptions
 from optimum_fista.train.trained_masks import find_masks, find_record, local, pruned_folder

@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from optimum_fista.fields import wrong_field
-from optimum_fista.options import SEEDS, option
+from optimum_fista.options import SEEDS, option, wrong_field
 
 _TRAINING = "training"
 

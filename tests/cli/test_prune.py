@@ -14,7 +14,7 @@ from optimum_fista.cli.prune import default_output
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.prune import journal
-from optimum_fista.text.calibration_source import calibration_tokens_by_name
+from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu"]
 
@@ -104,7 +104,7 @@ def test_errors_are_one_line(prune, tmp_path, capsys, monkeypatch, flags, messag
 
 
 def test_what_can_t_be_pruned_is_refused_before_the_model_writes_text(prune, monkeypatch, capsys):
-    monkeypatch.setattr("optimum_fista.text.calibration_source.sample_text_from_model", None)
+    monkeypatch.setattr("optimum_fista.text.calibration_tokens.sample_text_from_model", None)
     assert prune("--calibration", "self", "--include", "*.nothing") == 1
     assert "error: " in capsys.readouterr().err
 
@@ -142,7 +142,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(prune, tmp_
     message = "\n1 decoder layers are finished and kept: give the same command again to resume\n"
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("optimum_fista.text.calibration_source.sample_text_from_model", None)
+    monkeypatch.setattr("optimum_fista.text.calibration_tokens.sample_text_from_model", None)
     assert prune("--calibration", "self", "--method", "wanda") == 0
     assert "1 of 2 decoder layers are done already\ndecoder layer 2 of 2: " in capsys.readouterr().err
     assert verify_checkpoint(tmp_path / "out").num_operators == 14
@@ -181,11 +181,11 @@ def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch
         assert prune("--method", "wanda") == 130
     capsys.readouterr()
     with monkeypatch.context() as patched:
-        patched.setattr("optimum_fista.text.calibration_source.calibration_tokens_by_name", interrupt)
+        patched.setattr("optimum_fista.text.calibration_tokens.calibration_tokens_by_name", interrupt)
         assert prune("--method", "wanda", "--sparsity", "0.25", "--overwrite") == 130
         assert "no decoder layers are finished and kept" in capsys.readouterr().err  # those are of the first run
     with monkeypatch.context() as patched:  # refused before any text is sampled
-        patched.setattr("optimum_fista.text.calibration_source.calibration_tokens_by_name", None)
+        patched.setattr("optimum_fista.text.calibration_tokens.calibration_tokens_by_name", None)
         assert prune("--method", "wanda", "--num-samples", "9") == 1
         assert "was another one (sequences was 8, is 9)" in capsys.readouterr().err
         assert prune("--method", "wanda", "--sparsity", "0.25") == 1
@@ -230,7 +230,7 @@ def test_inside_of_the_models_folder_it_is_said_what_to_type(tiny_folder, monkey
 
 
 def test_a_short_text_is_for_the_calibration_alone(prune, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("optimum_fista.text.calibration_source.num_spare", lambda *_: 10_000)
+    monkeypatch.setattr("optimum_fista.text.calibration_tokens.num_spare", lambda *_: 10_000)
     assert prune("--method", "wanda") == 0
     assert report_of(tmp_path / "out")["perplexity"] is None
     assert "perplexity" not in capsys.readouterr().out.split("next:")[0]

@@ -14,7 +14,7 @@ import pytest
 from optimum_fista.evaluate.evaluation_file import Evaluation
 from optimum_fista.evaluate.perplexity import PerplexityResult
 from optimum_fista.memory import MemoryPeak
-from optimum_fista.page.page import read_contents, render_page
+from optimum_fista.page.render import read_contents, render_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]

@@ -5,7 +5,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from optimum_fista.text.text import TextSource
+from optimum_fista.text.sources import TextSource
 from optimum_fista.text.windows import calibration_windows, evaluation_windows
 
 WORDS = 3000

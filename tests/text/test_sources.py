@@ -4,7 +4,7 @@ import sys
 import datasets
 import pytest
 
-from optimum_fista.text.text import load_text
+from optimum_fista.text.sources import load_text
 
 
 @pytest.fixture

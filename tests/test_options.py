@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from optimum_fista.fields import as_record
+from optimum_fista.options import as_record
 
 
 @dataclass(frozen=True)

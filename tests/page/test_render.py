@@ -10,7 +10,7 @@ import pytest
 from optimum_fista.evaluate.evaluation_file import Evaluation
 from optimum_fista.evaluate.perplexity import PerplexityResult
 from optimum_fista.memory import MemoryPeak
-from optimum_fista.page.page import read_contents, render_page
+from optimum_fista.page.render import read_contents, render_page
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
 

@@ -16,7 +16,7 @@ from optimum_fista.folder.loading import gguf_file, load_model, read_config, req
 from optimum_fista.folder.output import SAMPLED_TEXTS
 from optimum_fista.model.held_out import LEAST_TOKENS
 from optimum_fista.text.self_sampling import sample_text_from_model
-from optimum_fista.text.text import load_text
+from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import calibration_windows
 
 _USUAL_LENGTH = 2048
