@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimum_fista import FistaPruner
-from optimum_fista import doctor as diagnosis
+from optimum_fista import FistaPruner, diagnosis
 from optimum_fista.cli.main import main
 
 

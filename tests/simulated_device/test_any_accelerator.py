@@ -9,8 +9,7 @@ from simulated_device import backend
 from tiny_llama import tiny_llama, tiny_tokenizer, tiny_tokens
 from untouched import Untouched
 
-from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista import doctor as diagnosis
+from optimum_fista import FistaPruner, FistaPruningConfig, diagnosis
 from optimum_fista.cli.main import main
 from optimum_fista.estimate import Estimate
 from optimum_fista.folder.loading import usable_device
