@@ -22,7 +22,7 @@ from optimum_fista.folder.loading import load_model
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.groups import trace_groups
-from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.layer_inputs import record_inputs
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"error_correction": "none"},

@@ -30,8 +30,7 @@ from optimum_fista.folder.card import markdown_lines
 from optimum_fista.folder.loading import load_model
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import LayerCall
-from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.layer_inputs import LayerCall, record_inputs
 
 
 @torch.no_grad()

@@ -24,12 +24,11 @@ from tqdm.auto import tqdm
 from optimum_fista.config import method_defaults
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.folder.loading import load_model
-from optimum_fista.model.activations import HiddenStates, LayerActivations
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.groups import trace_groups
-from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.layer_inputs import HiddenStates, LayerActivations, record_inputs
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.text.sources import load_text

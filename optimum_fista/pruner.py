@@ -25,7 +25,7 @@ from optimum_fista.folder.output import new_output
 from optimum_fista.folder.source_files import described_loss
 from optimum_fista.folder.writing import write_checkpoint
 from optimum_fista.model.forward import evaluation_mode
-from optimum_fista.model.sums import single_problem
+from optimum_fista.model.gram import single_problem
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.model_pruning import ModelPruning

@@ -141,7 +141,7 @@ class LayerReport:
         memory: The most memory that the process held while the layer's operators were pruned; `None` if there are
             none.
         mixture: Its mixture, if that lost experts.
-        dense_sha256: Digest of its tensors before (`model.digest.sha256_of`).
+        dense_sha256: Digest of its tensors before (`model.offload.sha256_of`).
     """
 
     name: str

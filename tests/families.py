@@ -20,7 +20,7 @@ from optimum_fista.evaluate.verification import VerificationError, verify_checkp
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.layer_inputs import record_inputs
 from optimum_fista.model.operator import can_be_split, is_fused_experts
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from optimum_fista.model.activation_store import ActivationStore
-from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.correction import LayerTargets, assigned_tokens, tokens_of
+from optimum_fista.model.gram import LayerSums
+from optimum_fista.model.layer_inputs import LayerActivations
 from optimum_fista.model.operator import AssignedTokens, FusedExperts, split_experts
 from optimum_fista.model.parts import Part
-from optimum_fista.model.sums import LayerSums
 from optimum_fista.solve.problem import LayerProblem, relative
 from optimum_fista.solve.refit import refit_columns
 from optimum_fista.solve.statistics import InputStatistics

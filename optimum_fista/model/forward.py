@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,23 +75,6 @@ def run_module(module: Callable[..., Any], *arguments: Any, **keywords: Any) -> 
 def run_backward(loss: Tensor) -> None:
     """Compute gradients, and decoder layers again on the way, in the dtype of the run."""
     loss.backward()
-
-
-class StopForward(Exception):
-    """Ends a forward pass whose remainder is not needed."""
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """Arguments of one decoder layer for one batch, besides the hidden states."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-    def run(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """Output hidden states of `layer`."""
-        output = layer(hidden_states, *self.arguments, **self.keywords)
-        return output[0] if isinstance(output, tuple) else output
 
 
 def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore
-from optimum_fista.model.activations import LayerActivations
-from optimum_fista.model.forward import LayerCall, replaced_forwards, split_output, watching
+from optimum_fista.model.forward import replaced_forwards, split_output, watching
+from optimum_fista.model.layer_inputs import LayerActivations, LayerCall
 from optimum_fista.model.operator import LINEAR, Group, LinearOperator
 
 

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers, modules_around
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import LayerCall
-from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.layer_inputs import LayerCall, record_inputs
 from optimum_fista.model.losses import Sweep
 from optimum_fista.model.offload import execution_device, onloaded
 

@@ -18,7 +18,7 @@ from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers, modules_around
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.forward import replaced_forwards, run_module
-from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
+from optimum_fista.model.layer_inputs import RecordedInputs, record_inputs
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.model.shrinking import plan_shrinking, require_same_outputs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -192,3 +194,19 @@ def _store_on_disk(
 
     keep_undo(restore)
     offload_weight(value.detach().to("cpu", dtype), key, data.save_folder, data.index)
+
+
+def sha256_of(module: nn.Module, names: Iterable[str]) -> str:
+    """Digest of the tensors of a module with these names: names, types, shapes and all bits, wherever they are kept."""
+    digests = {}
+    for name in names:
+        tensor = stored_tensor(module, name)
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digests[name] = digest.hexdigest()
+    return combined_sha256(digests)
+
+
+def combined_sha256(digests: Mapping[str, str] | Iterable[str]) -> str:
+    """One digest of several: of those of tensors by name, in any order, or of those of decoder layers in theirs."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

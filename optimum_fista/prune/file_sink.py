@@ -19,9 +19,9 @@ from optimum_fista.folder.packing import Packer, packed_settings
 from optimum_fista.folder.source_files import copy_source
 from optimum_fista.folder.stored_names import as_stored
 from optimum_fista.folder.writing import write_all_but_weights
-from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.architecture import find_decoder_layers, names_around
 from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.layer_inputs import HiddenStates
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.packed.format import packed_names
 from optimum_fista.prune.fingerprint import SourceFiles

@@ -10,12 +10,10 @@ from tqdm.auto import tqdm
 
 from optimum_fista.folder.loading import storage_place
 from optimum_fista.memory import is_out_of_memory, release_memory, watched_memory
-from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.correction import GroupProblems, LayerTargets
-from optimum_fista.model.digest import sha256_of
 from optimum_fista.model.groups import trace_groups
-from optimum_fista.model.hidden_states import RecordedInputs
-from optimum_fista.model.offload import execution_device, offload_hook, onloaded
+from optimum_fista.model.layer_inputs import LayerActivations, RecordedInputs
+from optimum_fista.model.offload import execution_device, offload_hook, onloaded, sha256_of
 from optimum_fista.prune.budgets import Budgets
 from optimum_fista.prune.group import prune_group
 from optimum_fista.prune.model_pruning import ModelPruning

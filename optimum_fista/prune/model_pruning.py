@@ -19,7 +19,6 @@ from optimum_fista.folder.stored_names import StoredName, stored_names
 from optimum_fista.memory import is_out_of_memory, release_memory
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore, Storage
-from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.architecture import (
     find_decoder_layers,
     input_embedding,
@@ -29,12 +28,11 @@ from optimum_fista.model.architecture import (
     require_own_weights,
 )
 from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches
-from optimum_fista.model.digest import combined_sha256, sha256_of
 from optimum_fista.model.forward import compute_dtype_of, quick_products_in
 from optimum_fista.model.held_out import HeldOut
-from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
+from optimum_fista.model.layer_inputs import HiddenStates, RecordedInputs, record_inputs
 from optimum_fista.model.losses import choose_layers
-from optimum_fista.model.offload import execution_device, settle_ties
+from optimum_fista.model.offload import combined_sha256, execution_device, settle_ties, sha256_of
 from optimum_fista.model.operator import split_experts
 from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.model.sensitivity import DenseLoss

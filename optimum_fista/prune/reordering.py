@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.forward import operator_input
+from optimum_fista.model.layer_inputs import LayerActivations
 from optimum_fista.model.shrinking import difference_beyond_rounding, small_hidden_states
 from optimum_fista.prune.model_pruning import ModelPruning
 from optimum_fista.prune.sink import ModelSink

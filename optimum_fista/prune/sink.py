@@ -11,8 +11,8 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.layer_inputs import HiddenStates
 from optimum_fista.model.offload import alignment_hooks, kept_tensor, offload_hook, store_tensor
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.report import LayerRecord

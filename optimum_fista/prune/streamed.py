@@ -16,8 +16,8 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.loading import load_lazily
 from optimum_fista.folder.output import FOLDER, install, locked_output, require_output, unfinished_folder
 from optimum_fista.folder.source_files import require_no_loss, source_folder
-from optimum_fista.model.activations import HiddenStates
 from optimum_fista.model.forward import evaluation_mode
+from optimum_fista.model.layer_inputs import HiddenStates
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.file_sink import FileSink
 from optimum_fista.prune.fingerprint import run_fingerprint, shared_files

@@ -5,9 +5,8 @@ import torch
 from torch import Tensor, nn
 from toy_layer import Group, ToyLayer, toy_layer
 
-from optimum_fista.model.activations import HiddenStates, LayerActivations
 from optimum_fista.model.correction import Correction, LayerTargets
-from optimum_fista.model.forward import LayerCall
+from optimum_fista.model.layer_inputs import HiddenStates, LayerActivations, LayerCall
 from optimum_fista.model.operator import LinearOperator
 
 CPU = torch.device("cpu")

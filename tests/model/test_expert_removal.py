@@ -5,12 +5,11 @@ import torch
 from families import family_model, family_tokens
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.activations import HiddenStates, LayerActivations
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
-from optimum_fista.model.hidden_states import record_inputs
+from optimum_fista.model.layer_inputs import HiddenStates, LayerActivations, record_inputs
 from optimum_fista.model.parts import find_parts
 
 CPU = torch.device("cpu")

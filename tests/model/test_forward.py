@@ -5,7 +5,7 @@ import torch
 from pruning import prune
 from tiny_llama import tiny_llama, tiny_tokens
 
-from optimum_fista.model import sums as module
+from optimum_fista.model import gram as module
 from optimum_fista.model.forward import compute_dtype_of, quick_products, quick_products_in
 from optimum_fista.prune import group as group_solving
 

@@ -6,9 +6,8 @@ from torch import Tensor, nn
 from toy_layer import toy_layer
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.activations import LayerActivations
-from optimum_fista.model.forward import LayerCall
 from optimum_fista.model.groups import FinishedParts, trace_groups
+from optimum_fista.model.layer_inputs import LayerActivations, LayerCall
 from optimum_fista.model.operator import LinearOperator
 
 CPU = torch.device("cpu")

@@ -6,12 +6,10 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.model.activations import LayerActivations
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
-from optimum_fista.model.correction import LayerTargets
-from optimum_fista.model.hidden_states import record_inputs
-from optimum_fista.model.residual import is_added_to_output
+from optimum_fista.model.correction import LayerTargets, is_added_to_output
+from optimum_fista.model.layer_inputs import LayerActivations, record_inputs
 
 ADDED = {
     "llama": "mlp.down_proj",

@@ -5,7 +5,7 @@ import torch
 from layer_problems import WEIGHT_METHODS
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PrunedOperator
-from optimum_fista.model.sums import single_problem
+from optimum_fista.model.gram import single_problem
 
 generator = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(6, 16, generator=generator)

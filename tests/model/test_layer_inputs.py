@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.hidden_states import RecordedInputs, record_inputs
+from optimum_fista.model.layer_inputs import RecordedInputs, record_inputs
 
 
 def batch(rows: int, length: int, *, seed: int = 0, padded: bool = False) -> CalibrationBatch:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optimum_fista.model.forward import quick_products_in
-from optimum_fista.model.sums import GramAccumulator, LayerSums
+from optimum_fista.model.gram import GramAccumulator, LayerSums
 
 CPU = torch.device("cpu")
 
