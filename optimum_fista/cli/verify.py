@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify and print what was proven."""
     from tqdm.auto import tqdm
 
-    from optimum_fista.evaluate.same_as import compare_folders
+    from optimum_fista.evaluate.comparison import compare_folders
     from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 
     try:

@@ -1,4 +1,8 @@
-"""Perplexities and accuracies in a JSON file, one record a measurement."""
+"""Perplexities and accuracies in a JSON file, one record a measurement.
+
+The file of a pruned folder may hold measurements of other models too, first of all of the dense one: the report page
+shows them side by side, if their protocol was the same. Those of the folder itself join its model card.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +30,8 @@ from optimum_fista.report import HUB_DATASETS, public_name
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_FILE = "fista/evaluation.json"
-"""Where a report of a model folder looks for them."""
-_ERROR = ", standard error "
-"""In the name of a metric on the Hub, which has no other place for it."""
+EVALUATION_FILE = "fista/evaluation.json"  # where the report page of a model folder looks for measurements
+_ERROR = ", standard error "  # in the name of a metric: model cards have no other place for the error
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,11 @@ class Evaluation:
 
     model: str
     result: PerplexityResult | TaskResult
-    place: str = ""  # digest of the path, which tells models of one name apart; empty for a Hub id
+    place: str = ""  # digest of the path: tells models of one name apart and gives no path away; empty for a Hub id
 
     @classmethod
     def of(cls, model: str, result: PerplexityResult | TaskResult) -> Evaluation:
-        """A measurement of a Hub id or a folder."""
+        """A measurement of a model given by name."""
         return cls(public_name(model), result, place_of(model))
 
     @property
@@ -68,15 +70,11 @@ def require_addable(file: Path) -> None:
 
 
 def add_evaluation(file: Path, evaluation: Evaluation) -> None:
-    """Add a measurement to a file, in the place of an earlier one of the same model and protocol.
-
-    In the folder of the pruned model that was measured, it joins the metadata of the model card as well.
-    Processes that add to one file at the same time wait for each other.
-    """
+    """Add a measurement to a file, in the place of an earlier one of the same model and protocol."""
     file = Path(os.path.realpath(file))  # several links to one file share its lock
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = file.with_name(f".{file.name}.lock")
-    with FileLock(lock):
+    with FileLock(lock):  # several processes may measure at the same time
         try:
             known = read_evaluations(file) if file.exists() else []
             key = (evaluation.model, evaluation.place, evaluation.protocol)
@@ -116,11 +114,11 @@ def _add_to_card(file: Path, result: PerplexityResult | TaskResult) -> None:
         )
         for metric, score in scores.items()
     ]
-    same = {(name, f"{metric}, {how}") for metric in scores}
+    same = {(name, f"{metric}, {how}") for metric in scores}  # measured before, with another value and error
     before = card.data.eval_results or []
     known = [r for r in before if (r.dataset_name, (r.metric_name or "").partition(_ERROR)[0]) not in same]
     title = re.search(r"^# (.+)", card.text, re.M)
-    card.data.model_name = card.data.model_name or (title[1] if title else file.parent.name)
+    card.data.model_name = card.data.model_name or (title[1] if title else file.parent.name)  # results need a name
     card.data.eval_results = [*known, *found]
     listed = [card.data.datasets] if isinstance(card.data.datasets, str) else card.data.datasets or []
     card.data.datasets = list(dict.fromkeys([*listed, *([dataset] if dataset else [])])) or None

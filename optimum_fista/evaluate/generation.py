@@ -1,4 +1,7 @@
-"""Text that a model writes, to be read beside that of another."""
+"""Text that a model writes, to be read beside that of another.
+
+Each model is loaded and freed by one call, so that the dense and the pruned one never share the memory.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,9 @@ def continue_prompts(
     dtype: str = "auto",
     progress: bool = True,
 ) -> list[str]:
-    """Load a model, continue every prompt by its most probable tokens, and free the model.
+    """Load a model by name, continue every prompt by its most probable tokens, and free the model.
 
-    Args:
-        name: Hub id, model folder, or folder with one GGUF file.
-        prompts: Texts; those of chat models are not put in a template.
-        max_new_tokens: Tokens at most.
-        device: Where to compute; `None`: the accelerator if there is one, otherwise the CPU.
-        dtype: Dtype of the model; `"auto"` takes the checkpoint's.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The continuations, without the prompts and special tokens.
+    Prompts of chat models are not put in a template. Returns the continuations, without prompts and special tokens.
     """
     if not all(prompts):
         raise ValueError("prompts holds an empty text: pass some words.")
@@ -41,7 +35,8 @@ def continue_prompts(
     for prompt in tqdm(prompts, desc="Generating", unit="prompt", disable=not progress):
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
         ids = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-        texts.append(str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
-    del model, generate
+        new = ids[0, inputs["input_ids"].shape[1] :]  # [1, prompt + new] -> [new]
+        texts.append(str(tokenizer.decode(new, skip_special_tokens=True)))
+    del model, generate  # a bound method holds the model too
     release_memory(collect=True)
     return texts

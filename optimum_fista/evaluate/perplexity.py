@@ -1,4 +1,8 @@
-"""Perplexity of a causal language model on windows of tokens."""
+"""Perplexity of a causal language model on windows of tokens.
+
+This is the protocol of the pruning literature: windows do not overlap, and each is scored without the text before it.
+Perplexities are comparable only on the same windows, so a result names its text and their number and length.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +20,17 @@ from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.offload import input_device
 from optimum_fista.text.sources import TextSource
 
-# Positions whose logits are copied to float32 at a time: 131 MB for a vocabulary of 128 thousand.
-POSITIONS_PER_CHUNK = 256
+POSITIONS_PER_CHUNK = 256  # copied to float32 at a time: 131 MB of logits for a vocabulary of 128 thousand
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """Perplexity and what it was measured on.
+    """Perplexity and what it was measured on."""
 
-    Attributes:
-        perplexity: exp(mean negative log-likelihood per predicted token).
-        num_windows: Windows N.
-        num_tokens: Predicted tokens N * (T - 1).
-        sequence_length: Tokens per window T.
-        seconds: Wall-clock time of the measurement.
-        text_name: Name of the text, if known.
-        text_sha256: Hash of the text, if known.
-    """
-
-    perplexity: float
-    num_windows: int
-    num_tokens: int
-    sequence_length: int
+    perplexity: float  # exp(mean negative log-likelihood of a predicted token)
+    num_windows: int  # N
+    num_tokens: int  # N (T - 1): the first token of a window is not predicted
+    sequence_length: int  # T
     seconds: float
     text_name: str | None = None
     text_sha256: str | None = None
@@ -53,8 +46,8 @@ def evaluate_perplexity(
 ) -> PerplexityResult:
     """Measure exp(-1 / (N (T - 1)) sum_n sum_{t >= 1} log p(w_nt | w_n0 ... w_n,t-1)).
 
-    Every window is scored on its own: nothing is carried from one to the next. Log-likelihoods are computed
-    in float32 and summed in float64. The model's modes (training or evaluation) are restored afterwards.
+    Log-likelihoods are computed in float32 and summed in float64. The model's modes (training or evaluation) are
+    restored afterwards.
 
     Args:
         model: Causal language model, on any device.
@@ -64,8 +57,7 @@ def evaluate_perplexity(
         text: Where the windows come from, for the result's `text_name` and `text_sha256`.
 
     Raises:
-        ValueError: If the windows are not integers of shape [N >= 1, T >= 2], hold ids outside the model's
-            vocabulary, `batch_size` is below 1, the model gives NaN logits, or fails because a window is too long.
+        ValueError: If the windows are not tokens of the model, the model gives NaN, or it can't take such long windows.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; pass 1 or more.")
@@ -84,8 +76,7 @@ def evaluate_perplexity(
             try:
                 total += _negative_log_likelihood(model, ids, first)
             except (IndexError, RuntimeError) as error:
-                # none is refused beforehand: models without a table of positions can be measured on longer windows
-                limit = position_limit(model)
+                limit = position_limit(model)  # not asked before: without a table of positions longer windows work
                 if limit is None or sequence_length <= limit or is_out_of_memory(error):
                     raise
                 raise ValueError(
@@ -127,10 +118,10 @@ def _negative_log_likelihood(model: PreTrainedModel, ids: torch.Tensor, first: i
     for start in range(0, ids.shape[1] - 1, POSITIONS_PER_CHUNK):
         end = min(start + POSITIONS_PER_CHUNK, ids.shape[1] - 1)
         targets = ids[:, start + 1 : end + 1].to(logits.device)
-        # cross_entropy wants the classes in the second dimension: [B * chunk, vocabulary].
-        losses = cross_entropy(logits[:, start:end].flatten(0, 1).float(), targets.flatten(), reduction="none")
+        rows = logits[:, start:end].flatten(0, 1).float()  # [B, chunk, vocabulary] -> [B * chunk, vocabulary]
+        losses = cross_entropy(rows, targets.flatten(), reduction="none")  # position t predicts token t + 1
         total += losses.double().sum()
-    if total.isnan():
+    if total.isnan():  # once a batch: each look waits for the device
         raise ValueError(
             f"model gives NaN logits in windows {first} to {first + len(ids) - 1}: look for NaN in its "
             "weights, or pass it in float32 or bfloat16 if it overflows in float16."

@@ -1,4 +1,8 @@
-"""Zero-shot accuracy on tasks of lm-eval."""
+"""Zero-shot accuracy on tasks of lm-eval.
+
+lm-eval measures; this file finds its tasks before a model is loaded, and keeps it quiet. One task is measured after
+another, so that what is measured is kept if a later task fails.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.installing import install_command
 from optimum_fista.model.forward import evaluation_mode
 
-# Metrics of a task in the order in which the table prefers them.
-_PREFERRED = ("acc", "exact_match", "acc_norm")
+_PREFERRED = ("acc", "exact_match", "acc_norm")  # of a task's metrics the first of these is the one that tables show
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,13 @@ class Score:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What was measured on a task, without examples in the prompt.
-
-    The first metric in `scores` is the one that tables show. `lm_eval` is a version, `files_sha256` the hash of the
-    folder of task files if the task may come from one.
-    """
+    """What was measured on a task, without examples in the prompt."""
 
     task: str
-    scores: Mapping[str, Score]
+    scores: Mapping[str, Score]  # by metric; tables show the first
     num_documents: int
-    lm_eval: str
-    files_sha256: str | None = None
+    lm_eval: str  # its version
+    files_sha256: str | None = None  # of the folder of task files, if the task may come from one
 
 
 class TaskSuite:
@@ -93,7 +92,7 @@ class TaskSuite:
                     bootstrap_iters=1,  # accuracies have a formula for the standard error
                     log_samples=False,
                     task_manager=self._manager,
-                    random_seed=None,
+                    random_seed=None,  # the random numbers of this process stay as they are
                     numpy_random_seed=None,
                     torch_random_seed=None,
                 )
@@ -105,7 +104,7 @@ class TaskSuite:
         from lm_eval.tasks import TaskManager
 
         known: Any = None
-        if self.include_path is not None:
+        if self.include_path is not None:  # without lm-eval's own tasks first: reading these takes a minute
             known = TaskManager(include_path=self.include_path, include_defaults=False)
         if known is None or not set(self.names) <= set(known.all_tasks):
             with tqdm(total=1, desc="Reading lm-eval's tasks", bar_format="{desc} [{elapsed}]"):
@@ -136,7 +135,7 @@ def _errors_only() -> Iterator[None]:
 
 
 def _digest(folder: Path) -> str:
-    """Digest of the files in a folder and below, and of their names."""
+    """Digest of a folder's files and their names: two measurements are comparable only on the same task files."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")

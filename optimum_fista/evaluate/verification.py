@@ -1,4 +1,8 @@
-"""Proving from the files that a saved model keeps its pattern and sizes."""
+"""Prove from the files that a saved model keeps its pattern and sizes.
+
+Nothing of the run that wrote the folder is trusted: weights, masks and report are read again, one tensor at a time, and
+every count in the report is made anew. Only errors can't be checked, because the calibration text is not in the folder.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_fista.evaluate.against_dense import VerificationError, compare_with_dense
+from optimum_fista.evaluate.comparison import VerificationError, compare_with_dense
 from optimum_fista.folder.checkpoint import (
     CONFIG_FILE,
     CONFIG_KEY,
@@ -42,25 +46,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Verification:
-    """What was proven.
+    """What was proven."""
 
-    Attributes:
-        num_operators: Operators checked.
-        num_weights: Their weights.
-        num_zeros: Weights that are zero by their masks and in the files.
-        num_parameters: Parameters of the model; `None` if they could not be counted.
-        removed: How much smaller than the dense model it is, in words; empty if no part of it was removed.
-        num_equal: Tensors equal to what is left of the dense model's; `None` if they were not compared.
-        num_mixtures: Mixtures that lost experts.
-    """
-
-    num_operators: int
-    num_weights: int
-    num_zeros: int
-    num_parameters: int | None = None
-    removed: str = ""
-    num_equal: int | None = None
-    num_mixtures: int = 0
+    num_operators: int  # that were checked
+    num_weights: int  # in these operators
+    num_zeros: int  # of these weights, by the masks and in the files
+    num_parameters: int | None = None  # of the model; `None` if they could not be counted
+    removed: str = ""  # how much smaller than the dense model it is, in words; empty if no part was removed
+    num_equal: int | None = None  # tensors equal to the dense model's; `None` if they were not compared
+    num_mixtures: int = 0  # that lost experts
 
 
 def verify_checkpoint(
@@ -102,15 +96,13 @@ def verify_checkpoint(
             weights += weight.numel()
             progress(operator.name)
         parameters = _verify_totals(folder, report, read_json(folder / REPORT_FILE)["totals"], zeros, weights)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:  # of the report, which is only plain JSON
         raise VerificationError(f"{REPORT_FILE} lacks a field, or has one too many: {error}.") from error
     except PackedFormatError as error:
         raise VerificationError(str(error)) from error
     except SafetensorError as error:
         raise VerificationError(f"a safetensors file is damaged or incomplete: {error}.") from error
-    if zeros != config.get("num_zeros"):
-        raise VerificationError(f"config.json promises {config.get('num_zeros')} zeros, the masks make {zeros}.")
-    for name, value in summary(report).items():
+    for name, value in summary(report).items():  # the totals are proven, so what agrees with them is
         if config.get(name) != value:
             raise VerificationError(f"config.json promises {name} {config.get(name)!r}, {REPORT_FILE} says {value!r}.")
     equal = None if dense is None else compare_with_dense(folder, report, str(dense), progress)
@@ -121,17 +113,17 @@ def _verify_totals(
     folder: Path, report: PruningReport, promised: Mapping[str, Any], zeros: int, weights: int
 ) -> int | None:
     """Check what the report says of all operators together; returns the number of parameters if it is known."""
-    claimed = report.model["num_parameters"]
-    model = _described_model(folder, report.model["class"])
-    parameters = None if model is None else int(model.num_parameters())
-    if parameters is not None and parameters != claimed:
-        raise VerificationError(f"{REPORT_FILE} promises {claimed} parameters, the model has {parameters}.")
-    if model is not None and report.removed:
-        _verify_shapes(folder, model)
-        _verify_mixtures(model, report)
+    claimed, parameters = report.model["num_parameters"], None
+    if (model := _described_model(folder, report.model["class"])) is not None:
+        parameters = int(model.num_parameters())
+        if parameters != claimed:
+            raise VerificationError(f"{REPORT_FILE} promises {claimed} parameters, the model has {parameters}.")
+        if report.removed:
+            _verify_shapes(folder, model)
+            _verify_mixtures(model, report)
     counted = {"num_zeros": zeros, "num_weights": weights, "sparsity": zeros / weights if weights else 0.0}
     counted |= {"model_sparsity": zeros / claimed}
-    for name, value in (report.totals | counted).items():
+    for name, value in (report.totals | counted).items():  # errors are averaged anew, zeros were counted in the files
         found = promised[name]
         if found != value and (None in (found, value) or not math.isclose(found, value, rel_tol=1e-9)):
             raise VerificationError(f"{REPORT_FILE}: totals promise {name} {found}, the operators make {value}.")
@@ -143,7 +135,8 @@ def _verify_mixtures(model: PreTrainedModel, report: PruningReport) -> None:
     runs = runs_of_experts(model.config.get_text_config(decoder=True))
     for mixture in report.mixtures:
         kept, saliency = mixture.groups_kept, torch.tensor(mixture.saliency, dtype=torch.float64)
-        found = {len(p) for p in model.get_submodule(mixture.name).parameters(recurse=False) if p.ndim == 3}
+        fused = model.get_submodule(mixture.name).parameters(recurse=False)
+        found = {len(p) for p in fused if p.ndim == 3}  # [experts, out, in]; biases are [experts, out]
         if found != {len(kept)}:
             stayed = f"the report names {len(kept)} that stayed"
             raise VerificationError(f"{mixture.name} has {found.pop()} experts, {stayed}.")
@@ -155,7 +148,7 @@ def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorR
     """Every operator of a folder that is not packed, with its weight and its mask, packed to bits."""
     files = checkpoint_files(folder)
     names = [operator.name for operator in report.operators]
-    tensors = [split_index(name)[0] for name in names]
+    tensors = [split_index(name)[0] for name in names]  # experts share one: "gate_up_proj[2, :, 1::2]"
     missing = [name for name in tensors if name not in files]
     if missing:
         raise VerificationError(f"{missing[0]} is in the report but not in the checkpoint.")
@@ -169,7 +162,7 @@ def _read_dense(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorR
 def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -> int:
     """Check one operator; returns its number of zeros by the mask."""
     name = operator.name
-    shape = tuple(weight.T.shape) if operator.stored_transposed else tuple(weight.shape)
+    shape = tuple(weight.T.shape) if operator.stored_transposed else tuple(weight.shape)  # (out, in)
     if shape != operator.shape:
         raise VerificationError(f"{name} has shape {shape}, the report says {operator.shape}.")
     try:
@@ -178,19 +171,17 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
         raise VerificationError(f"{name}: {error}") from error
     if not bool(torch.isfinite(weight).all()):
         raise VerificationError(f"{name} holds NaN or Inf.")
-    stray = int(torch.count_nonzero(weight.masked_select(~mask)))
-    if stray:
+    if stray := int(torch.count_nonzero(weight.masked_select(~mask))):
         raise VerificationError(f"{name} has {stray} weights outside its mask that are not zero.")
     whole = operator.target_sparsity == 1  # operators with the same inputs share their zeros: one may get them all
     try:
         pattern = parse_pattern(operator.pattern, None if whole else operator.target_sparsity, operator.scope)
     except ValueError as error:
         raise VerificationError(f"{name}: {error}") from error
-    checked = mask.T if operator.stored_transposed else mask
+    checked = mask.T if operator.stored_transposed else mask  # [out, in]: patterns count along the inputs
     if operator.groups_kept is not None:
         checked = _mask_of_pattern(operator, pattern, checked)
-    broken = pattern.at(operator.target_sparsity).violation(checked)
-    if broken:
+    if broken := pattern.at(operator.target_sparsity).violation(checked):
         raise VerificationError(f"{name}: its mask {broken}.")
     kept, promised = int(mask.sum()), f"{operator.num_kept}, and {operator.sparsity:.6%} zeros"
     same = math.isclose(operator.sparsity, 1 - kept / mask.numel(), rel_tol=1e-9, abs_tol=1e-12)
@@ -211,23 +202,20 @@ def _mask_of_pattern(operator: OperatorReport, pattern: SparsityPattern, mask: T
         raise VerificationError(f"{name}: {named}, the mask keeps {int(mask.sum())} of {mask.numel()} weights.")
     groups = torch.zeros(pattern.groups, dtype=torch.bool)
     groups[list(kept)] = True
-    return groups.repeat_interleave(pattern.width).expand(mask.shape[0], -1)
+    return groups.repeat_interleave(pattern.width).expand(mask.shape[0], -1)  # [groups] -> [out, columns before]
 
 
 def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
-    """Check that the files hold a smaller model's tensors, also those that are no pruned operators but lost rows.
-
-    If a checkpoint calls tensors otherwise than the model does, only those with the same name are compared.
-    """
+    """Check that the files hold a smaller model's tensors, also those that are no pruned operators but lost rows."""
     files = checkpoint_files(folder, "packed" if is_packed(folder) else "model")
     left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
     described = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
     missing = [name for name in described if name not in files]
-    if missing and files.keys() <= described.keys():
+    if missing and files.keys() <= described.keys():  # otherwise files and class name tensors in two ways
         raise VerificationError(f"{missing[0]} is not in the checkpoint.")
     for name in described.keys() & files.keys():
         with safe_open(files[name], "pt") as file:
-            found, shape = tuple(file.get_slice(name).get_shape()), tuple(described[name].shape)
+            found, shape = tuple(file.get_slice(name).get_shape()), tuple(described[name].shape)  # the header alone
         if found != shape:
             raise VerificationError(f"{name} has shape {found}, config.json describes {shape}.")
 
@@ -239,7 +227,7 @@ def _described_model(folder: Path, model_class: str) -> PreTrainedModel | None:
         return None
     try:
         config = found.config_class.from_pretrained(folder)
-        with torch.device("meta"):
+        with torch.device("meta"):  # parameters without memory
             return found(config)
     except Exception as error:  # anything the code of a family may raise on the meta device
         logger.info("%s could not be made without weights: %s", model_class, error)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import main
-from optimum_fista.evaluate.same_as import compare_folders
+from optimum_fista.evaluate.comparison import compare_folders
 from optimum_fista.folder.packed_folder import pack_folder
 
 DOWN, NORM = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"

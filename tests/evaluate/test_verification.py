@@ -149,7 +149,7 @@ def test_a_missing_file(folder, file):
 def test_wrong_promises_of_config_and_report(folder):
     config, report = folder / "config.json", folder / "fista/report.json"
     change_json(config, lambda values: values["fista_pruning"].update(num_zeros=1))
-    assert "config.json promises 1 zeros, the masks make" in broken(folder)
+    assert "config.json promises num_zeros 1, fista/report.json says" in broken(folder)
     change_json(config, lambda values: values.pop("fista_pruning"))
     assert broken(folder) == "config.json has no 'fista_pruning'."
     config.write_text(json.dumps({"fista_pruning": {"num_zeros": 1}}))

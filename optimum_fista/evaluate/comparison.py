@@ -1,22 +1,30 @@
-"""A saved model beside the dense one: what a run did not prune is equal, less the parts that went."""
+"""Compare model folders tensor by tensor: a pruned model with its dense one, or two folders of the same model.
+
+Verification needs the pruned folder alone. With the dense model at hand, the rest of the folder is proven too: what the
+run did not change equals the dense model's, without the parts that were removed.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_fista.folder.checkpoint import operators_by_weight
+from optimum_fista.folder.checkpoint import checkpoint_files, operators_by_weight, read_report, read_tensors
 from optimum_fista.folder.loading import load_lazily
 from optimum_fista.folder.source_files import described_loss, source_folder
-from optimum_fista.folder.stored_names import stored_names
-from optimum_fista.folder.unpacking import is_packed
+from optimum_fista.folder.stored_names import split_index, stored_names
+from optimum_fista.folder.unpacking import PackedFiles, is_packed
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.parts import find_parts, numbers_kept
 from optimum_fista.model.shrinking import plan_shrinking
+from optimum_fista.packed.format import unpack
+from optimum_fista.packed.validation import SUFFIXES
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
 
@@ -37,7 +45,7 @@ def compare_with_dense(folder: Path, report: PruningReport, dense: str, progress
             raise VerificationError(f"{lost}.")
         operators, modules = operators_by_weight(ours, report), {id(m): name for name, m in ours.named_modules()}
         names = stored_names(ours, operators.values(), all_of_them=False)
-        in_model = {stored.name: name for name, stored in names.items()}
+        in_model = {stored.name: name for name, stored in names.items()}  # the report names weights as files do
         pruned = {in_model[operator.name]: operator for operator in report.operators}
         changed = {f"{modules[id(o.owner)]}.{o.tensor}" for name, o in operators.items() if name in pruned}
         changed |= {f"{mixture.name}.down_proj" for mixture in report.mixtures if mixture.num_refitted}
@@ -71,9 +79,66 @@ def _what_stays(
     groups |= {mixture.name: mixture.groups_kept for mixture in report.mixtures}
     kept = {part: groups.get(str(plan.new_name(part)), ()) for part in plan.parts}
     for name in _tensor_names(model):
-        if new := plan.new_name(name):
+        if new := plan.new_name(name):  # none in a decoder layer that was removed
             yield new, plan.shrink_tensor(name, stored_tensor(model, name), kept)
 
 
 def _tensor_names(model: PreTrainedModel) -> list[str]:
     return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]  # tied tensors once
+
+
+@dataclass
+class FolderDifference:
+    """How much two model folders differ."""
+
+    num_tensors: int  # in either folder
+    different: list[str]  # in values, dtype or shape, or in one folder only
+    same_masks: float = 1.0  # share of the pruned weights that are zero in both folders or in none
+    largest: float = 0.0  # difference of two values; `inf` if a tensor has another shape or one folder lacks it
+    where: str = ""  # the tensor with this difference
+
+    def __str__(self) -> str:
+        """A line for people."""
+        if not self.different:
+            return f"all {self.num_tensors} tensors are equal, and so are the masks"
+        return (
+            f"{len(self.different)} of {self.num_tensors} tensors differ, by at most {self.largest:.3g} "
+            f"({self.where}); the masks agree in {self.same_masks:.4%} of the pruned weights"
+        )
+
+
+def compare_folders(folder: Path, other: Path, progress: Callable[[str], None] = lambda _: None) -> FolderDifference:
+    """Compare the tensors of two model folders, packed or not, two tensors in memory at a time."""
+    sides = [_Tensors(Path(side)) for side in (folder, other)]
+    names, same, total = sorted(sides[0].names | sides[1].names), 0, 0
+    result = FolderDifference(len(names), [])
+    for name in names:
+        one, two = (side.read(name) for side in sides)
+        alike = one.shape == two.shape
+        if any(name in side.pruned for side in sides):  # zeros elsewhere are no masks
+            total, same = total + one.numel(), same + (int(((one == 0) == (two == 0)).sum()) if alike else 0)
+        if one.dtype != two.dtype or not torch.equal(one, two):
+            largest = float((one.float() - two.float()).abs().max().nan_to_num(torch.inf)) if alike else torch.inf
+            result.different.append(name)
+            if largest >= result.largest:
+                result.largest, result.where = largest, name
+        progress(name)
+    result.same_masks = same / total if total else 1.0
+    return result
+
+
+class _Tensors:
+    """The tensors of a model folder under their dense names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.pruned = {split_index(operator.name)[0] for operator in read_report(folder).operators}
+        self._packed = PackedFiles.of_folder(folder) if is_packed(folder) else None
+        self._files = checkpoint_files(folder) if self._packed is None else dict(self._packed.files)
+        self.names = {*self._files} if self._packed is None else {*self._packed.names}
+        self.names |= {name for name in self._files if not name.endswith(SUFFIXES)}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, dense; without elements if there is none of this name."""
+        if self._packed is not None and name in self._packed.names:
+            return unpack(self._packed.read(name))
+        return next(read_tensors(self._files, [name]))[1] if name in self.names else torch.empty(0)
