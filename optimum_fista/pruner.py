@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import numerical_environment
-from optimum_fista.folder.checkpoint import CONFIG_KEY, summary
+from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.hub import push_folder, require_repo_id
 from optimum_fista.folder.loading import local_source
 from optimum_fista.folder.output import new_output
 from optimum_fista.folder.source_files import described_loss
-from optimum_fista.folder.writing import write_checkpoint
+from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.gram import single_problem
 from optimum_fista.prune.callback import PruningCallback

@@ -29,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the folder, write the page, print where it is."""
-    from optimum_fista.folder.atomic import require_writable
-    from optimum_fista.folder.output import write_about
+    from optimum_fista.folder.output import require_writable, write_about
     from optimum_fista.page.render import read_contents, render_page
 
     output = arguments.output or arguments.folder / "fista" / "report.html"

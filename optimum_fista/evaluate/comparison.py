@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_fista.folder.checkpoint import checkpoint_files, operators_by_weight, read_report, read_tensors
+from optimum_fista.folder.checkpoint import checkpoint_files, read_report, read_tensors
 from optimum_fista.folder.loading import load_lazily
 from optimum_fista.folder.source_files import described_loss, source_folder
-from optimum_fista.folder.stored_names import split_index, stored_names
+from optimum_fista.folder.stored_names import operators_by_weight, split_index, stored_names
 from optimum_fista.folder.unpacking import PackedFiles, is_packed
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.parts import find_parts, numbers_kept

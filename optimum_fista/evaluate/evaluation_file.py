@@ -22,9 +22,8 @@ from yaml import YAMLError
 
 from optimum_fista.evaluate.perplexity import PerplexityResult
 from optimum_fista.evaluate.tasks import Score, TaskResult
-from optimum_fista.folder.atomic import require_writable
 from optimum_fista.folder.checkpoint import CARD_FILE, REPORT_FILE
-from optimum_fista.folder.output import write_about
+from optimum_fista.folder.output import require_writable, write_about
 from optimum_fista.options import as_record
 from optimum_fista.report import HUB_DATASETS, public_name
 

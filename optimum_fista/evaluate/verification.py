@@ -30,10 +30,10 @@ from optimum_fista.folder.checkpoint import (
     read_report,
     read_tensors,
     require_files,
-    summary,
 )
 from optimum_fista.folder.stored_names import split_index
 from optimum_fista.folder.unpacking import is_packed, packed_operators
+from optimum_fista.folder.writing import summary
 from optimum_fista.model.expert_removal import experts_to_keep
 from optimum_fista.model.parts import runs_of_experts
 from optimum_fista.packed.validation import PackedFormatError

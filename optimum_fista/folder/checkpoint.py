@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from optimum_fista.folder.atomic import write_file
-from optimum_fista.model.architecture import find_decoder_layers, find_operators
-from optimum_fista.model.operator import LinearOperator
+from optimum_fista.folder.output import write_file
 from optimum_fista.report import PruningReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
 CONFIG_KEY, PACKED_KEY = "fista_pruning", "quantization_config"
@@ -25,25 +25,6 @@ _CALIBRATION_KEYS = {"num_sequences", "num_tokens"}
 _MODEL_KEYS = {"name", "class"}
 MASKS_FORMAT = "bitmask-1"
 MASKS_METADATA = {"format": MASKS_FORMAT}  # one key only: safetensors writes several in any order
-
-
-def summary(report: PruningReport) -> dict[str, Any]:
-    """What `config.json` says under `fista_pruning`."""
-    totals = report.totals
-    return {
-        "format": MASKS_FORMAT,
-        "method": report.config["method"],
-        "pattern": report.config["pattern"],
-        "sparsity": report.config["sparsity"],
-        "error_correction": report.config["error_correction"],
-        "num_operators": totals["num_operators"],
-        "num_zeros": totals["num_zeros"],
-        "mean_fit_error": totals["mean_fit_error"],
-        "mean_output_error": totals["mean_output_error"],
-        "masks": MASKS_FILE,
-        "report": REPORT_FILE,
-        "version": report.versions["optimum-fista"],
-    } | ({"retrained": True} if report.retrained else {})
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -77,13 +58,6 @@ def read_report(folder: Path) -> PruningReport:
         return report
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(file)!r} is no report of optimum-fista ({error}).") from error
-
-
-def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[str, LinearOperator]:
-    """The linear operators of a pruned model, by the names of their weights in the model."""
-    dense_experts = ["*"] if report.removed else report.config["exclude"]  # removing parts prunes no experts
-    found = (find_operators(name, layer, dense_experts) for name, layer in find_decoder_layers(model))
-    return {f"{name}.weight": operator for operators in found for name, operator in operators.items()}
 
 
 def mark_retrained(model: PreTrainedModel) -> None:

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 from safetensors import safe_open
 from torch import Tensor
 
-from optimum_fista.folder.atomic import write_file
 from optimum_fista.folder.checkpoint import (
     CARD_FILE,
     CONFIG_FILE,
@@ -22,7 +21,7 @@ from optimum_fista.folder.checkpoint import (
     require_files,
     write_index,
 )
-from optimum_fista.folder.output import FILES_FILE, all_names, new_output, require_output
+from optimum_fista.folder.output import FILES_FILE, all_names, new_output, require_output, write_file
 from optimum_fista.folder.packing import Packer, operators_by_tensor, packed_settings
 from optimum_fista.folder.stored_names import split_index
 from optimum_fista.folder.unpacking import PackedFiles, Packing, is_packed

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.operator import ExpertOperator, LinearOperator
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
@@ -78,6 +79,13 @@ def stored_names(
                 f"Pass exclude=['{name}'] to leave it dense."
             )
     return names
+
+
+def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[str, LinearOperator]:
+    """The linear operators of a pruned model, by the names of their weights in the model."""
+    dense_experts = ["*"] if report.removed else report.config["exclude"]  # removing parts prunes no experts
+    found = (find_operators(name, layer, dense_experts) for name, layer in find_decoder_layers(model))
+    return {f"{name}.weight": operator for operators in found for name, operator in operators.items()}
 
 
 def as_stored(

@@ -12,22 +12,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_fista.folder.atomic import errors_of_writing, write_file
 from optimum_fista.folder.card import PACKED_NOTE, PICTURE_FILE, error_picture, model_card
 from optimum_fista.folder.checkpoint import (
     CARD_FILE,
     CONFIG_FILE,
     CONFIG_KEY,
     MASKS_FILE,
+    MASKS_FORMAT,
     MASKS_METADATA,
     PACKED_KEY,
     REPORT_FILE,
-    operators_by_weight,
-    summary,
 )
 from optimum_fista.folder.loading import forget_gguf, local_source
+from optimum_fista.folder.output import errors_of_writing, write_file
 from optimum_fista.folder.source_files import copy_source
-from optimum_fista.folder.stored_names import as_stored, stored_names
+from optimum_fista.folder.stored_names import as_stored, operators_by_weight, stored_names
 from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import unpack_mask
@@ -128,3 +127,22 @@ def write_form(
         refusal = "packed, run `import optimum_fista.packed` first.safetensors"
         config |= {PACKED_KEY: dict(packed), "transformers_weights": refusal}
     write_file(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def summary(report: PruningReport) -> dict[str, Any]:
+    """What `config.json` says under `fista_pruning`."""
+    totals = report.totals
+    return {
+        "format": MASKS_FORMAT,
+        "method": report.config["method"],
+        "pattern": report.config["pattern"],
+        "sparsity": report.config["sparsity"],
+        "error_correction": report.config["error_correction"],
+        "num_operators": totals["num_operators"],
+        "num_zeros": totals["num_zeros"],
+        "mean_fit_error": totals["mean_fit_error"],
+        "mean_output_error": totals["mean_output_error"],
+        "masks": MASKS_FILE,
+        "report": REPORT_FILE,
+        "version": report.versions["optimum-fista"],
+    } | ({"retrained": True} if report.retrained else {})

@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from optimum_fista.folder.atomic import digest_of
 from optimum_fista.folder.checkpoint import CONFIG_FILE
+from optimum_fista.folder.output import digest_of
 from optimum_fista.prune.model_pruning import ModelPruning
 from optimum_fista.prune.ranks import Ranks
 from optimum_fista.report import library_versions

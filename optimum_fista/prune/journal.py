@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optimum_fista.config import FistaPruningConfig
-from optimum_fista.folder.atomic import digest_of, write_file
-from optimum_fista.folder.output import FOLDER, MODEL, RUN_FILE, discard, is_streamed
+from optimum_fista.folder.output import FOLDER, MODEL, RUN_FILE, digest_of, discard, is_streamed, write_file
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.options import as_record
 from optimum_fista.prune.budgets import Budgets

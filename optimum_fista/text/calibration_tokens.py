@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.config import FistaPruningConfig
-from optimum_fista.folder.atomic import write_file
 from optimum_fista.folder.loading import gguf_file, load_model, read_config, require_tokenizer
-from optimum_fista.folder.output import SAMPLED_TEXTS
+from optimum_fista.folder.output import SAMPLED_TEXTS, write_file
 from optimum_fista.model.held_out import LEAST_TOKENS
 from optimum_fista.text.self_sampling import sample_text_from_model
 from optimum_fista.text.sources import load_text

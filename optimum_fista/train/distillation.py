@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from optimum_fista.evaluate.perplexity import POSITIONS_PER_CHUNK
-from optimum_fista.folder.atomic import digest_of, errors_of_writing, write_file
+from optimum_fista.folder.output import digest_of, errors_of_writing, write_file
 from optimum_fista.prune.journal import write_record
 from optimum_fista.prune.ranks import Ranks
 

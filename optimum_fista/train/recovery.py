@@ -28,7 +28,6 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import cached_file
 
 from optimum_fista.environment import numerical_environment
-from optimum_fista.folder.atomic import digest_of
 from optimum_fista.folder.checkpoint import CONFIG_FILE, MASKS_FILE, mark_retrained, read_report
 from optimum_fista.folder.loading import (
     load_model,
@@ -42,6 +41,7 @@ from optimum_fista.folder.output import (
     FOLDER,
     MODEL,
     RUN_FILE,
+    digest_of,
     folder_beside,
     install,
     locked_output,

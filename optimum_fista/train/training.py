@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from optimum_fista.folder.checkpoint import CONFIG_KEY, mark_retrained, summary
+from optimum_fista.folder.checkpoint import CONFIG_KEY, mark_retrained
 from optimum_fista.folder.output import new_output
-from optimum_fista.folder.writing import write_checkpoint
+from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.train.trained_masks import MaskSource, find_masks, find_record, local
 

@@ -12,7 +12,7 @@ from launched import exit_codes, start_code
 from optimum_fista.evaluate.evaluation_file import Evaluation, add_evaluation, read_evaluations
 from optimum_fista.evaluate.perplexity import PerplexityResult
 from optimum_fista.evaluate.tasks import Score, TaskResult
-from optimum_fista.folder import atomic
+from optimum_fista.folder import output
 
 
 def measured(model: str, perplexity: float, text: str = "sea") -> Evaluation:
@@ -146,7 +146,7 @@ def test_a_failure_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     file = tmp_path / "evaluation.json"
     add_evaluation(file, measured("dense", 10.0))
     before = file.read_bytes()
-    monkeypatch.setattr(atomic, "flush", full)
+    monkeypatch.setattr(output, "flush", full)
     with pytest.raises(OSError, match="No space left"):
         add_evaluation(file, measured("pruned", 12.0))
     assert file.read_bytes() == before

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from optimum_fista.folder.atomic import errors_of_writing, write_file
+from optimum_fista.folder.output import errors_of_writing, write_file
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from killed import Killed, killed_at
 
-from optimum_fista.folder import atomic, output
+from optimum_fista.folder import output
 from optimum_fista.folder.output import (
     discard,
     foreign_files,
@@ -52,8 +52,7 @@ def put(output: Path, names: tuple[str, ...] = NEW, text: str = "new", overwrite
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    for module in (atomic, output):
-        monkeypatch.setattr(module, "flush", lambda path: None)
+    monkeypatch.setattr(output, "flush", lambda path: None)
 
 
 def test_another_rank_may_remove_what_it_offloaded_at_the_same_time(tmp_path, monkeypatch):

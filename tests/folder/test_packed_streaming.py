@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.estimate import Estimate
 from optimum_fista.evaluate.verification import verify_checkpoint
-from optimum_fista.folder import atomic
+from optimum_fista.folder import output
 from optimum_fista.folder.output import unfinished_folder
 from optimum_fista.folder.packed_folder import pack_folder, unpack_folder
 from optimum_fista.folder.unpacking import PackedFiles, is_packed
@@ -65,13 +65,13 @@ def test_the_same_folder_as_packed_afterwards(family, pattern, tmp_path):
 
 def test_dense_bytes_of_pruned_operators_are_never_written(source, tmp_path, monkeypatch):
     written = {}
-    save = atomic.save_file
+    save = output.save_file
 
     def watched(tensors, path, metadata):
         written[Path(path).name] = {name: tensor.nbytes for name, tensor in tensors.items()}
         save(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(atomic, "save_file", watched)
+    monkeypatch.setattr(output, "save_file", watched)
     report = prune(source, tmp_path / "packed", packed=True)
     names = {name for tensors in written.values() for name in tensors}
     shards = [name for name in written if name.startswith(".packed-")]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
-from optimum_fista.folder import atomic
+from optimum_fista.folder import output
 from optimum_fista.folder.output import unfinished_folder
 from optimum_fista.prune import file_sink, journal
 from optimum_fista.prune import streamed as streamed_run
@@ -253,7 +253,7 @@ def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monke
 
 
 def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch):
-    flush, flushed = atomic.flush, []
+    flush, flushed = output.flush, []
 
     def full(path):
         flushed.append(path)
@@ -261,7 +261,7 @@ def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         flush(path)
 
-    refused = cut_off(monkeypatch, atomic, "flush", full, source, tmp_path / "pruned", error=OSError)
+    refused = cut_off(monkeypatch, output, "flush", full, source, tmp_path / "pruned", error=OSError)
     assert refused.errno == errno.ENOSPC
     assert re.search(
         r"No space left on device.*: 2 of 4 decoder layers are finished and kept in .*pruned", str(refused)
