@@ -43,7 +43,7 @@ def predicted(model: PreTrainedModel, windows: Tensor, head_size: int) -> dict[s
     layers = find_decoder_layers(model)
     operators = queries(layers)
     batches = [CalibrationBatch(window[None], None) for window in windows]
-    found = measure_sensitivities(DenseLoss(model, layers, batches, windows.numel()), operators)
+    found = measure_sensitivities(DenseLoss(layers, batches, windows.numel()), operators)
     energies = {name: torch.zeros(operator.shape[0]) for name, operator in operators.items()}
 
     def add(name: str, output: Tensor) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import loading
 from optimum_fista.memory import available_bytes
-from optimum_fista.model.architecture import find_decoder_layers, input_embedding
+from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.operator import is_fused_experts
 from optimum_fista.model.shrinking import plan_shrinking
 from optimum_fista.prune.plan import plan_run
@@ -78,7 +78,7 @@ class Estimate:
         self.reads = not self.whole and not (self.on_cpu and stored == dtype)
         self.num_samples, self.samples_itself, self.packed = num_samples, calibration == "self", packed
         self.length, self.value = sequence_length or usual_length(given), dtype.itemsize
-        self.vocabulary, self.hidden = input_embedding(self.model).shape
+        self.vocabulary, self.hidden = next(self.model.get_input_embeddings().parameters()).shape
         self.layers = find_decoder_layers(self.model)
         removal, self.config, chosen, self.left_dense = plan_run(self.model, self.layers, config)
         self.asked, self.num_removed = removal.asked, 0

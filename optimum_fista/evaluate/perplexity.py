@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_fista.memory import is_out_of_memory
-from optimum_fista.model.architecture import input_embedding, position_limit
+from optimum_fista.model.architecture import token_limits
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.offload import input_device
 from optimum_fista.text.sources import TextSource
@@ -76,7 +76,7 @@ def evaluate_perplexity(
             try:
                 total += _negative_log_likelihood(model, ids, first)
             except (IndexError, RuntimeError) as error:
-                limit = position_limit(model)  # not asked before: without a table of positions longer windows work
+                _, limit = token_limits(model)  # not asked before: without a table of positions longer windows work
                 if limit is None or sequence_length <= limit or is_out_of_memory(error):
                     raise
                 raise ValueError(
@@ -102,7 +102,7 @@ def _check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:
             f"windows has shape {list(windows.shape)} and dtype {windows.dtype}; pass integer token ids with "
             "at least one window (first dimension) of at least two tokens (second dimension)."
         )
-    vocabulary = input_embedding(model).shape[0]
+    vocabulary, _ = token_limits(model)
     smallest, largest = int(windows.min()), int(windows.max())
     if smallest < 0 or largest >= vocabulary:
         raise ValueError(

@@ -1,26 +1,36 @@
-"""Finding the decoder layers of a model and the linear operators in them, by structure."""
+"""Finding the decoder layers of a model and the linear operators in them, by structure.
+
+No family is known by name, unlike in tools with a list of layers for each: what Transformers declares (classes that are
+not split over devices, tied weights, the head) and the shapes of parameters decide. A model that can't be told apart so
+is refused with what was found. A new quirk of an architecture belongs here, with a test of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.offload import settle_ties
 from optimum_fista.model.operator import LINEAR, FusedExperts, LinearOperator, can_be_split, is_fused_experts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecoderLayers:
-    """The decoder layers of a model in execution order, and the name of their `nn.ModuleList`: `model.layers`."""
+    """The decoder layers of a model in execution order, and what is known of the modules around them."""
 
-    name: str
+    model: PreTrainedModel
+    name: str  # of their nn.ModuleList, such as model.layers
     modules: tuple[nn.Module, ...]
+    around: tuple[nn.Module, ...]  # embeddings, norms and the like: of the decoder, in no layer, not the head
+    shared: dict[str, str]  # modules in the layers whose weight is another one's too, each with what to say of that
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -28,6 +38,12 @@ class DecoderLayers:
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
         """Names and modules, in execution order."""
         return iter((f"{self.name}.{i}", module) for i, module in enumerate(self.modules))
+
+    @property
+    def names_around(self) -> list[str]:
+        """Names of the model's tensors that are in no decoder layer; of those that are tied, one."""
+        tied = self.model.all_tied_weights_keys
+        return [n for n in self.model.state_dict() if not n.startswith(f"{self.name}.") and n not in tied]
 
 
 def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
@@ -48,6 +64,7 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
             f"{type(model).__name__} can't be pruned: {not_causal}. Pass a decoder-only model, loaded by "
             "AutoModelForCausalLM."
         )
+    decoder = model.get_decoder()
     # Names of classes that Transformers does not split over devices, because they hold a residual connection.
     wanted = set(getattr(model, "_no_split_modules", None) or ())
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
@@ -55,9 +72,10 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     found = {n: m for n, m in lists.items() if wanted & {type(layer).__name__.removeprefix("FSDP") for layer in m}}
     if not found:
         found = {name: m for name, m in lists.items() if isinstance(m[0], GradientCheckpointingLayer)}
-    # Such as the layers of a vision encoder.
-    if len(found) > 1:
-        found = _own_lists(model.get_decoder(), found)
+    if len(found) > 1:  # beside the layers of a vision encoder, which the decoder may hold as a model of its own
+        inner = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m is not decoder]
+        own = set(decoder.modules()).difference(*(m.modules() for m in inner))
+        found = {name: m for name, m in found.items() if m in own}
     if len(found) != 1:
         seen = ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists.items()) or "none"
         raise UnsupportedArchitectureError(
@@ -65,28 +83,55 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
             f"{' or '.join(sorted(wanted)) or 'decoder layers (the model declares no _no_split_modules)'} "
             f"and found {len(found)}; its module lists are: {seen}."
         )
-    ((name, modules),) = found.items()
-    return DecoderLayers(name, tuple(modules))
+    ((name, layers),) = found.items()
+    inside = {*layers.modules(), model.get_output_embeddings()}
+    owners: dict[int, list[str]] = {}
+    for path, parameter in layers.named_parameters(prefix=name, remove_duplicate=False):
+        if path.endswith(".weight"):
+            owners.setdefault(id(parameter), []).append(path.removesuffix(".weight"))
+    shared = {
+        one: f"shares its weight with {names[one == names[0]]}"  # with the first one, which shares it with the second
+        for names in owners.values()
+        if len(names) > 1
+        for one in names
+    }
+    return DecoderLayers(model, name, tuple(layers), tuple(m for m in decoder.modules() if m not in inside), shared)
 
 
-def modules_around(model: PreTrainedModel, layers: DecoderLayers) -> list[nn.Module]:
-    """Modules of the decoder that are in none of its layers and not the head: embeddings, norms and the like."""
-    others = {module for layer in layers.modules for module in layer.modules()} | {model.get_output_embeddings()}
-    return [module for module in model.get_decoder().modules() if module not in others]
-
-
-def names_around(model: PreTrainedModel, layers: DecoderLayers) -> list[str]:
-    """Names of the tensors of a model that are in no decoder layer; of those that are tied, one."""
-    tied = model.all_tied_weights_keys
-    return [name for name in model.state_dict() if not name.startswith(f"{layers.name}.") and name not in tied]
-
-
-def _own_lists(decoder: nn.Module, lists: Mapping[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
-    """Those of the lists that a decoder holds, but no model inside it."""
-    inner = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m is not decoder]
-    others = {module for model in inner for module in model.modules()}
-    own = set(decoder.modules()) - others
-    return {name: modules for name, modules in lists.items() if modules in own}
+def prunable_layers(model: PreTrainedModel) -> DecoderLayers:
+    """Find the decoder layers of a model whose weights can be changed one by one and saved; refuse other models."""
+    for name, module in model.named_modules():
+        where, forward = f"model.{name}" if name else "model", module.forward
+        # By torch.compile(module.forward), by torch.compile(module), and by module.compile(): hooks may not run.
+        by_dynamo = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+        if by_dynamo or "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise UnsupportedArchitectureError(
+                f"{where} is compiled (torch.compile): prune the model before it is compiled, and compile the pruned "
+                "one. What torch.compile was given is the attribute _orig_mod of what it returned."
+            )
+        if isinstance(getattr(module, "base_layer", None), nn.Module):  # its own matrices look like operators
+            raise UnsupportedArchitectureError(
+                f"{where} has an adapter of PEFT: prune the model first and add the adapter then, or merge it before "
+                "(model = peft_model.merge_and_unload(); unload() drops it)."
+            )
+    settle_ties(model)
+    layers, ties = find_decoder_layers(model), model.all_tied_weights_keys
+    spans = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.device.type != "meta" and parameter.numel():
+            # Elements from the first to the last one in memory, whatever the strides.
+            length = 1 + sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
+            first = parameter.data_ptr()
+            spans.append((str(parameter.device), first, first + length * parameter.element_size(), name))
+    for (place, _, end, before), (device, first, _, name) in pairwise(sorted(spans)):
+        overlap = device == place and first < end and not {before, name} <= {*ties, *ties.values()}
+        # Pruning one would change the other, and Transformers can't save them.
+        if overlap and any(n.startswith(f"{layers.name}.") for n in (before, name)):
+            raise UnsupportedArchitectureError(
+                f"{name} and {before} share memory, and {type(model).__name__} does not declare them tied: give "
+                "each a tensor of its own (nn.Parameter(weight.clone())), or they could not be saved."
+            )
+    return layers
 
 
 def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, LinearOperator]:
@@ -113,7 +158,7 @@ def find_operators(layer_name: str, layer: nn.Module, dense_experts: Sequence[st
 
 
 def left_out(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = ()) -> dict[str, str]:
-    """What `find_operators` passes over in a mixture of experts, with the reason.
+    """Names in a mixture of experts that `find_operators` passes over, with the reason.
 
     Routers decide by small differences and hold few weights, so they stay dense: linear modules beside fused experts
     with an output for each expert, or a single output.
@@ -131,80 +176,15 @@ def left_out(layer_name: str, layer: nn.Module, dense_experts: Sequence[str] = (
     return found
 
 
-def shared_weights(layers: DecoderLayers) -> dict[str, str]:
-    """Modules of the decoder layers whose weight is another one's too, by name, with the reason to leave them dense."""
-    names: dict[int, list[str]] = {}
-    for layer_name, layer in layers:
-        for name, parameter in layer.named_parameters(prefix=layer_name, remove_duplicate=False):
-            if name.endswith(".weight"):
-                names.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
-    shared = [group for group in names.values() if len(group) > 1]
-    return {name: f"shares its weight with {group[name == group[0]]}" for group in shared for name in group}
-
-
-def require_bare(model: nn.Module) -> None:
-    """Refuse compiled models, whose hooks may not run, and adapters, whose matrices look like operators."""
-    for name, module in model.named_modules():
-        where = f"model.{name}" if name else "model"
-        forward: Any = module.forward
-        # By torch.compile(module.forward), by torch.compile(module), and by module.compile().
-        by_dynamo = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
-        if by_dynamo or "_orig_mod" in module._modules or module._compiled_call_impl is not None:
-            raise UnsupportedArchitectureError(
-                f"{where} is compiled (torch.compile): prune the model before it is compiled, and compile the pruned "
-                "one. What torch.compile was given is the attribute _orig_mod of what it returned."
-            )
-        if isinstance(getattr(module, "base_layer", None), nn.Module):
-            raise UnsupportedArchitectureError(
-                f"{where} has an adapter of PEFT: prune the model first and add the adapter then, or merge it before "
-                "(model = peft_model.merge_and_unload(); unload() drops it)."
-            )
-
-
-def require_own_weights(model: PreTrainedModel, layers: DecoderLayers) -> None:
-    """Refuse parameters of the decoder layers whose memory is that of others too, unless the model declares them tied.
-
-    Pruning one would change the other, and Transformers can't save them.
-    """
-    declared = getattr(model, "all_tied_weights_keys", {})
-    tied = {*declared, *declared.values()}
-    spans = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.device.type != "meta" and parameter.numel():
-            sizes = zip(parameter.shape, parameter.stride(), strict=True)
-            # Elements from the first to the last one in memory, whatever the strides.
-            length = 1 + sum((count - 1) * step for count, step in sizes)
-            first = parameter.data_ptr()
-            spans.append((str(parameter.device), first, first + length * parameter.element_size(), name))
-            if length < parameter.numel():
-                raise UnsupportedArchitectureError(f"{name} repeats its own memory (expand): pass a model with copies.")
-    before = ("", 0, 0, "")
-    for span in sorted(spans):
-        names = {before[3], span[3]}
-        overlap = span[0] == before[0] and span[1] < before[2]
-        if overlap and not names <= tied and any(name.startswith(f"{layers.name}.") for name in names):
-            raise UnsupportedArchitectureError(
-                f"{span[3]} and {before[3]} share memory, and {type(model).__name__} does not declare them tied: give "
-                "each a tensor of its own (nn.Parameter(weight.clone())), or they could not be saved."
-            )
-        # The span that reaches furthest: a later one may lie inside it and not reach its end.
-        before = max(before, span, key=lambda s: (s[0], s[2]))
-
-
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether `name` matches one of the shell-style patterns, case included."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
-    """How many tokens of a sequence have a position; `None`: any number."""
+def token_limits(model: PreTrainedModel) -> tuple[int, int | None]:
+    """How many token ids have an embedding, and how many tokens of a sequence a position; `None`: any number."""
+    embedding: Any = model.get_input_embeddings()
     config = model.config.get_text_config(decoder=True)
-    return None if getattr(config, "alibi", False) else getattr(config, "max_position_embeddings", None)
-
-
-def input_embedding(model: PreTrainedModel) -> Tensor:
-    """Weight of the input embedding [vocabulary, hidden]; its device is where token ids go."""
-    weight = model.get_input_embeddings().weight
-    if not isinstance(weight, Tensor):
-        raise UnsupportedArchitectureError(f"{type(model).__name__} has no input embedding with a weight.")
-    return weight
+    # ALiBi biases attention by distance: a table of positions that the configuration may name is not used.
+    positions = None if getattr(config, "alibi", False) else getattr(config, "max_position_embeddings", None)
+    return embedding.weight.shape[0], positions

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from optimum_fista.model.activation_store import ActivationStore, Storage
-from optimum_fista.model.architecture import DecoderLayers, modules_around
+from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.layer_inputs import LayerCall, record_inputs
 from optimum_fista.model.losses import Sweep
@@ -37,7 +36,6 @@ class HeldOut:
 
     def __init__(
         self,
-        model: PreTrainedModel,
         layers: DecoderLayers,
         batches: Sequence[CalibrationBatch],
         storage: Storage | None,
@@ -57,7 +55,7 @@ class HeldOut:
         self.losses: dict[str, float] = {}
         self._streams: dict[str, ActivationStore] = {}
         self._calls: dict[str, list[list[LayerCall]]] = {}
-        self._sweep = Sweep(model, layers, range(len(layers)), self.sequences, storage)
+        self._sweep = Sweep(layers, range(len(layers)), self.sequences, storage)
 
     def begin(self) -> bool:
         """Record what the decoder layers are called with, while the whole model is dense.
@@ -68,7 +66,7 @@ class HeldOut:
         """
         resumes, sweep = bool(self._streams), self._sweep
         for network in _NETWORKS:  # once for each, because each writes to dictionaries of its own
-            recorded = record_inputs(sweep.model, sweep.layers, self.sequences, sweep.storage)
+            recorded = record_inputs(sweep.layers.model, sweep.layers, self.sequences, sweep.storage)
             self._calls[network] = recorded.calls
             self._streams.setdefault(network, recorded.hidden_states)
         calls = [call for calls in recorded.calls for call in calls]
@@ -78,7 +76,7 @@ class HeldOut:
 
     def resume(self, kept: Mapping[str, Sequence[Tensor]]) -> bool:
         """Go on with what `kept` returned after a decoder layer; `False` if it is not there."""
-        device = execution_device(self._sweep.model.get_input_embeddings())
+        device = execution_device(self._sweep.layers.model.get_input_embeddings())
         if "losses" in kept:
             self.losses = dict(zip(_NETWORKS, kept["losses"][0].tolist(), strict=True))
         for network in _NETWORKS:
@@ -101,7 +99,7 @@ class HeldOut:
     def measure(self) -> None:
         """Measure the losses, after the last decoder layer."""
         sweep = self._sweep
-        with onloaded([*modules_around(sweep.model, sweep.layers), sweep.model.get_output_embeddings()], copy=False):
+        with onloaded([*sweep.layers.around, sweep.layers.model.get_output_embeddings()], copy=False):
             self.losses = {name: sweep.loss(self._streams[name], LOGITS_TOGETHER) for name in _NETWORKS}
 
     def perplexity(self) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore, Storage
-from optimum_fista.model.architecture import DecoderLayers, modules_around
+from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.forward import replaced_forwards, run_module
 from optimum_fista.model.offload import execution_device, onloaded
@@ -112,7 +112,7 @@ def _record(
     device, layers = execution_device(model.get_input_embeddings()), recorder.layers
     hidden_states, token_masks = ActivationStore(storage or device, device), list[Tensor | None]()
     forwards = [partial(recorder.forward, index, layer.forward) for index, layer in enumerate(layers.modules)]
-    with onloaded(modules_around(model, layers), copy=False), replaced_forwards(layers.modules, forwards):
+    with onloaded(layers.around, copy=False), replaced_forwards(layers.modules, forwards):
         for batch in batches:
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             recorder.hidden_states, recorder.expected, recorder.next = None, None, 0

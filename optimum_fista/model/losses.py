@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore, Storage
-from optimum_fista.model.architecture import DecoderLayers, modules_around
+from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.forward import replaced_forwards, run_module
 from optimum_fista.model.layer_inputs import RecordedInputs, record_inputs
@@ -38,7 +38,7 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
         The numbers of the layers in the order in which they go, each with the loss without it and those before, in
         nats a token. A loss that is not finite counts as the largest.
     """
-    model, layers = loss.model, loss.layers
+    layers, model = loss.layers, loss.layers.model
     sequences = [CalibrationBatch(ids) for ids in loss.sequences()]
     if not sequences:
         raise ValueError(
@@ -54,10 +54,10 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
     num_runs = sum(len(layers) - done for done in range(count))
     with (
         tqdm(total=num_runs, desc="Choosing decoder layers", unit="layer", disable=not loss.progress) as bar,
-        onloaded([*modules_around(model, layers), model.get_output_embeddings()], copy=False),
+        onloaded([*layers.around, model.get_output_embeddings()], copy=False),
     ):
         for _ in range(count):
-            losses = Sweep(model, layers, left, sequences, loss.storage).losses(recorded, bar)
+            losses = Sweep(layers, left, sequences, loss.storage).losses(recorded, bar)
             if not math.isfinite(losses.pop(None)):
                 raise ValueError("the loss of the model on the calibration tokens is NaN or Inf: the model is damaged.")
             index = _cheapest(model, left, losses)
@@ -76,7 +76,6 @@ class Sweep:
         rest: What the last layer returned besides hidden states; `None` if it returns a tensor.
     """
 
-    model: PreTrainedModel
     layers: DecoderLayers
     left: Sequence[int]
     sequences: Sequence[CalibrationBatch]
@@ -129,11 +128,11 @@ class Sweep:
     def _logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """What the model makes of hidden states after its last decoder layer; a layer must have run before."""
         # The model runs with decoder layers that return these hidden states, whatever they are called with.
-        output = hidden if self.rest is None else (hidden, *self.rest)
+        model, output = self.layers.model, hidden if self.rest is None else (hidden, *self.rest)
         forwards = [lambda *_, **__: output] * len(self.layers)
         with replaced_forwards(self.layers.modules, forwards):
-            ids = ids.to(execution_device(self.model.get_input_embeddings()))
-            logits: Tensor = run_module(self.model, input_ids=ids, use_cache=False).logits
+            ids = ids.to(execution_device(model.get_input_embeddings()))
+            logits: Tensor = run_module(model, input_ids=ids, use_cache=False).logits
         return logits
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.architecture import find_decoder_layers, shared_weights
+from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import describe_ties
 from optimum_fista.model.operator import LINEAR, LinearOperator
 from optimum_fista.solve.patterns import WholeParts
@@ -160,7 +160,7 @@ def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:
     an up projection in one matrix to follow one another. `shrinking.require_same_outputs` proves it. The model may be
     on any device, meta included, and is not changed.
     """
-    reasons = [f"{name} {why}" for name, why in shared_weights(find_decoder_layers(model)).items()][:1]
+    reasons = [f"{name} {why}" for name, why in find_decoder_layers(model).shared.items()][:1]
     for number in () if reasons else _numbers(model.config.get_text_config(decoder=True), kind):
         try:
             return _parts_by(model, number)

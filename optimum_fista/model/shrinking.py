@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.architecture import find_decoder_layers, shared_weights
+from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import alignment_hooks
 from optimum_fista.model.parts import Kind, Part, as_text, described_model, find_parts, shapes_of
 
@@ -86,7 +86,7 @@ def plan_shrinking(
     stay = tuple(range(total) if layers is None else layers)
     if not stay or list(stay) != sorted(set(stay)) or not 0 <= stay[0] <= stay[-1] < total:
         raise ValueError(f"layers={as_text(stay)}: pass different numbers from 0 to {total - 1} in rising order.")
-    for name, why in shared_weights(decoder_layers).items():
+    for name, why in decoder_layers.shared.items():
         raise UnsupportedArchitectureError(f"{type(model).__name__} can't be made smaller: {name} {why}.")
     dense = described_model(model, {})
     _require_own_shapes(model, dense)

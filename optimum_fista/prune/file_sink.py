@@ -19,7 +19,7 @@ from optimum_fista.folder.packing import Packer, packed_settings
 from optimum_fista.folder.source_files import copy_source
 from optimum_fista.folder.stored_names import as_stored
 from optimum_fista.folder.writing import write_all_but_weights
-from optimum_fista.model.architecture import find_decoder_layers, names_around
+from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import HiddenStates
 from optimum_fista.model.offload import stored_tensor
@@ -80,9 +80,7 @@ class FileSink(ModelSink):
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}
         for left in {*folder.iterdir()} - shards:  # by a process that was killed, or of a run with more layers
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        rest = self._stored(
-            {name: stored_tensor(model, name) for name in names_around(model, find_decoder_layers(model))}
-        )
+        rest = self._stored({name: stored_tensor(model, name) for name in find_decoder_layers(model).names_around})
         shards.add(self._write_shard(len(self._left), rest))
         weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
         model.config = self._pruning.removal.model_config(model.config)

@@ -19,20 +19,13 @@ from optimum_fista.folder.stored_names import StoredName, stored_names
 from optimum_fista.memory import is_out_of_memory, release_memory
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore, Storage
-from optimum_fista.model.architecture import (
-    find_decoder_layers,
-    input_embedding,
-    names_around,
-    position_limit,
-    require_bare,
-    require_own_weights,
-)
+from optimum_fista.model.architecture import prunable_layers, token_limits
 from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches
 from optimum_fista.model.forward import compute_dtype_of, quick_products_in
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import HiddenStates, RecordedInputs, record_inputs
 from optimum_fista.model.losses import choose_layers
-from optimum_fista.model.offload import combined_sha256, execution_device, settle_ties, sha256_of
+from optimum_fista.model.offload import combined_sha256, execution_device, sha256_of
 from optimum_fista.model.operator import split_experts
 from optimum_fista.model.parts import Part, find_parts
 from optimum_fista.model.sensitivity import DenseLoss
@@ -65,11 +58,8 @@ class ModelPruning:
         storage_device: str | torch.device | Path | None = None,
         callbacks: Sequence[PruningCallback] = (),
     ) -> None:
-        require_bare(model)
         require_unquantized(model)
-        settle_ties(model)
-        self.model = model
-        self.layers = find_decoder_layers(model)
+        self.model, self.layers = model, prunable_layers(model)
         self.channels: dict[str, Part] = {}
         if config.reorder_channels:
             try:
@@ -79,8 +69,7 @@ class ModelPruning:
         self.removal, self.config, self.operators, left_dense = plan_run(model, self.layers, config.resolved())
         chosen = (o for group in self.operators.values() for o in group.values())
         self.stored_names: dict[str, StoredName] = stored_names(model, chosen)
-        require_own_weights(model, self.layers)
-        given = read_batches(calib_dataloader, input_embedding(model).shape[0], position_limit(model))
+        given = read_batches(calib_dataloader, *token_limits(model))
         measured = [batch for batch in given if batch.held_out]
         self.batches = hold_out([batch for batch in given if not batch.held_out], config.held_out)
         self.report = begin_report(
@@ -100,7 +89,7 @@ class ModelPruning:
             measured = [replace(batch, text=calibration_source) for batch in self.batches if batch.held_out]
         self.held_out: HeldOut | None = None
         if measured and not any(map(self.removal.mixture_of, self.operators)):
-            held_out = HeldOut(model, self.layers, measured, self.storage)
+            held_out = HeldOut(self.layers, measured, self.storage)
             self.held_out = held_out if held_out.sequences else None
 
     @property
@@ -132,7 +121,7 @@ class ModelPruning:
             started, removed = time.perf_counter(), list[tuple[int, float]]()
             calibration = [batch for batch in self.batches if not batch.held_out]
             tokens = self.config.allocation_tokens
-            loss = DenseLoss(self.model, self.layers, calibration, tokens, self.progress, self.storage)
+            loss = DenseLoss(self.layers, calibration, tokens, self.progress, self.storage)
             if self.removal.num_removed_layers:
                 with quick_products_in(self._compute_dtype):
                     removed = choose_layers(loss, self.removal.num_removed_layers)
@@ -222,8 +211,8 @@ class ModelPruning:
         complete_report(self.report, self.config, self.layers.name, self.budgets)
         if self.held_out is not None and (found := self.held_out.perplexity()) is not None:
             text = self.held_out.text and public_name(self.held_out.text)
-            self.report.perplexity = found | {"text": text, "vocabulary": input_embedding(self.model).shape[0]}
-        rest = sha256_of(self.model, names_around(self.model, self.layers))
+            self.report.perplexity = found | {"text": text, "vocabulary": token_limits(self.model)[0]}
+        rest = sha256_of(self.model, self.layers.names_around)
         self.report.model["sha256"] = combined_sha256([*map(str, self.dense_layers), rest])
         self.removal.describe(self.report)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.architecture import DecoderLayers, find_operators, left_out, shared_weights
+from optimum_fista.model.architecture import DecoderLayers, find_operators, left_out
 from optimum_fista.model.offload import offload_hook
 from optimum_fista.model.operator import LinearOperator
 from optimum_fista.model.parts import find_parts
@@ -47,12 +47,11 @@ def choose_operators(
     """Operators to prune by decoder layer, and those left dense with the reason."""
     chosen: dict[str, dict[str, LinearOperator]] = {}
     left_dense: dict[str, str] = {}
-    shared = shared_weights(layers)
     for layer_name, layer in layers:
         chosen[layer_name] = {}
         left_dense |= left_out(layer_name, layer, config.exclude)
         for name, operator in find_operators(layer_name, layer, config.exclude).items():
-            reason = config.reason_left_dense(name) or shared.get(name)
+            reason = config.reason_left_dense(name) or layers.shared.get(name)
             if reason is not None:
                 left_dense[name] = reason
                 continue

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from optimum_fista.model.architecture import position_limit
+from optimum_fista.model.architecture import token_limits
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.offload import input_device
 
@@ -55,7 +55,7 @@ def sample_text_from_model(
     for name, value, least in (("num_samples", num_samples, 1), ("sequence_length", sequence_length, 2)):
         if value < least:
             raise ValueError(f"{name}={value}; pass {least} or more.")
-    limit = position_limit(model)
+    _, limit = token_limits(model)
     if limit is not None and sequence_length > limit:
         raise ValueError(
             f"sequence_length={sequence_length} exceeds the model's max_position_embeddings={limit}; "

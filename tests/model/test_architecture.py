@@ -13,13 +13,7 @@ from transformers import (
 )
 
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.architecture import (
-    find_decoder_layers,
-    find_operators,
-    input_embedding,
-    left_out,
-    shared_weights,
-)
+from optimum_fista.model.architecture import find_decoder_layers, find_operators, left_out
 
 LAYERS = {
     "opt": "model.decoder.layers",
@@ -85,7 +79,7 @@ def test_weights_that_operators_share_are_named_with_each_other():
     first, _, last = model.model.layers
     last.mlp = first.mlp
     last.self_attn.k_proj.weight = last.self_attn.v_proj.weight
-    found = shared_weights(find_decoder_layers(model))
+    found = find_decoder_layers(model).shared
     pairs = [[f"model.layers.{i}.mlp.{proj}" for i in (0, 2)] for proj in ("gate_proj", "up_proj", "down_proj")]
     pairs.append([f"model.layers.2.self_attn.{proj}" for proj in ("k_proj", "v_proj")])
     expected = {one: f"shares its weight with {other}" for a, b in pairs for one, other in ((a, b), (b, a))}
@@ -142,11 +136,3 @@ def test_convolutions_and_stacked_scales_are_not_taken_for_experts():
     layer["conv"].register_module("experts", nn.ParameterList([torch.ones(2, 3, 4)]))
     with pytest.raises(UnsupportedArchitectureError, match=r"^layer\.conv\.experts \(ParameterList\)"):
         find_operators("layer", layer)
-
-
-def test_model_without_input_embedding_is_refused():
-    model = tiny_model("llama")
-    model.set_input_embeddings(nn.Identity())
-    model.get_input_embeddings().weight = None
-    with pytest.raises(UnsupportedArchitectureError, match="LlamaForCausalLM has no input embedding"):
-        input_embedding(model)

@@ -15,7 +15,7 @@ from optimum_fista.model.held_out import HeldOut
 def measured(model, batches) -> HeldOut:
     """What is found if the weights of every decoder layer are halved."""
     layers = find_decoder_layers(model)
-    held_out = HeldOut(model, layers, read_batches(batches, 64), None)
+    held_out = HeldOut(layers, read_batches(batches, 64), None)
     with torch.no_grad():
         assert held_out.begin()
         for index, (_, layer) in enumerate(layers):
@@ -48,7 +48,7 @@ def test_losses_are_those_of_the_whole_model(family, monkeypatch):
 
 def test_sequences_are_taken_until_there_are_enough(monkeypatch):
     monkeypatch.setattr(module, "LEAST_TOKENS", 25)
-    held_out = HeldOut(tiny_llama(), find_decoder_layers(tiny_llama()), read_batches(tiny_tokens(8, 12), 64), None)
+    held_out = HeldOut(find_decoder_layers(tiny_llama()), read_batches(tiny_tokens(8, 12), 64), None)
     assert [list(batch.input_ids.shape) for batch in held_out.sequences] == [[3, 12]]
 
 
@@ -56,7 +56,7 @@ def test_offloaded_parameters_are_measured_and_stay_where_they_are():
     model, offloaded = tiny_llama(), tiny_llama()
     cpu_offload(offloaded, torch.device("cpu"))
     layers = find_decoder_layers(offloaded)
-    held_out = HeldOut(offloaded, layers, read_batches(tiny_tokens(), 64), None)
+    held_out = HeldOut(layers, read_batches(tiny_tokens(), 64), None)
     with torch.no_grad():
         assert held_out.begin()
         for index in range(len(layers)):
@@ -69,8 +69,8 @@ def test_offloaded_parameters_are_measured_and_stay_where_they_are():
 
 def test_what_can_not_be_measured_is_not():
     model = family_model("glm_moe_dsa")  # its layers hand on more than hidden states
-    assert not HeldOut(model, find_decoder_layers(model), read_batches(family_tokens(), 64), None).begin()
+    assert not HeldOut(find_decoder_layers(model), read_batches(family_tokens(), 64), None).begin()
     model = family_model("gemma3n_text")
-    again = HeldOut(model, find_decoder_layers(model), read_batches(family_tokens(), 64), None)
+    again = HeldOut(find_decoder_layers(model), read_batches(family_tokens(), 64), None)
     assert again.resume({key: [torch.zeros(4, 2, 32, 16)] for key in ("held_out_dense", "held_out_pruned")})
     assert not again.begin()

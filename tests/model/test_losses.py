@@ -21,7 +21,7 @@ from optimum_fista.model.shrinking import plan_shrinking, shrink_model
 def chosen(model, tokens, count, num_tokens=10**6, **options):
     batches = [tokens] if isinstance(tokens, CalibrationBatch) else [CalibrationBatch(ids) for ids in tokens.split(4)]
     with torch.no_grad():
-        return choose_layers(DenseLoss(model, find_decoder_layers(model), batches, num_tokens, **options), count)
+        return choose_layers(DenseLoss(find_decoder_layers(model), batches, num_tokens, **options), count)
 
 
 def loss_with(make, tokens, left) -> float:

@@ -32,7 +32,7 @@ def measure(model, num_tokens=10_000, sizes=(2, 3, 1), padded=True, storage=None
     parts = zip(*(tensor.split(sizes) for tensor in data(padded).values()), strict=True)
     batches = read_batches([{"input_ids": i, "attention_mask": m} for i, m in parts], VOCAB_SIZE)
     with torch.no_grad():
-        loss = DenseLoss(model, layers, batches, num_tokens, storage=storage)
+        loss = DenseLoss(layers, batches, num_tokens, storage=storage)
         return operators, measure_sensitivities(loss, operators)
 
 
@@ -79,9 +79,10 @@ def test_sums_are_those_of_plain_autograd(family, padded):
             inputs = inputs + x.square().sum(0)
             energy += float(energies.sum())
             tokens += len(x)
-        assert torch.allclose(found[name].gradients, gradients, rtol=1e-3, atol=1e-5 * float(gradients.max()))
-        assert torch.allclose(found[name].inputs, inputs, rtol=1e-4)
-        assert found[name].num_tokens == tokens
+        outputs = gradients / (2 * energy)
+        assert torch.allclose(found[name].outputs, outputs, rtol=1e-3, atol=1e-5 * float(outputs.max()))
+        assert torch.allclose(found[name].inputs, inputs / tokens, rtol=1e-4)
+        assert found[name].seen == tokens
         assert float(gradients.sum()) > 0
 
 
@@ -101,8 +102,8 @@ def test_the_model_is_as_it_was():
 
 @pytest.mark.parametrize(("wanted", "taken"), [(2, 10), (10, 10), (11, 17), (17, 17), (25, 34), (10_000, 44)])
 def test_sequences_are_taken_until_there_are_enough_tokens(wanted, taken):
-    _, found = measure(tiny_model("llama"), num_tokens=wanted)
-    assert {sensitivity.num_tokens for sensitivity in found.values()} == {taken}
+    loss = DenseLoss(find_decoder_layers(tiny_model("llama")), read_batches([data()], VOCAB_SIZE), wanted)
+    assert sum(ids.numel() for ids in loss.sequences()) == taken
 
 
 def test_gradients_that_are_not_finite_are_an_error():
@@ -120,7 +121,7 @@ def test_where_hidden_states_wait_does_not_matter(family, tmp_path):
     _, on_device = measure(tiny_model(family))
     _, in_files = measure(tiny_model(family), storage=tmp_path)
     for name in on_device:
-        assert torch.equal(on_device[name].gradients, in_files[name].gradients)
+        assert torch.equal(on_device[name].outputs, in_files[name].outputs)
         assert torch.equal(on_device[name].inputs, in_files[name].inputs)
 
 
@@ -153,9 +154,9 @@ def test_what_is_not_one_matrix_product_has_no_gradient_and_disturbs_no_other(fa
     layers = find_decoder_layers(model)
     operators = {k: v for name, layer in layers for k, v in find_operators(name, layer, ["*.experts"]).items()}
     with torch.no_grad():
-        loss = DenseLoss(model, layers, read_batches(family_tokens(), VOCAB_SIZE), 64)
+        loss = DenseLoss(layers, read_batches(family_tokens(), VOCAB_SIZE), 64)
         found = measure_sensitivities(loss, operators)
-    unfelt = {name for name, sensitivity in found.items() if not sensitivity.gradients.any()}
+    unfelt = {name for name, sensitivity in found.items() if not sensitivity.is_felt}
     expected = {name for name in operators if name.split(".", 3)[-1] in names}
     assert expected
     assert expected <= unfelt

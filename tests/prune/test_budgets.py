@@ -14,7 +14,7 @@ def budgets_of(model, tokens, **options):
     layers = find_decoder_layers(model)
     operators = {k: v for name, layer in layers for k, v in find_operators(name, layer).items()}
     config = FistaPruningConfig(**options).resolved()
-    loss = DenseLoss(model, layers, read_batches(tokens.split(4), 64), config.allocation_tokens)
+    loss = DenseLoss(layers, read_batches(tokens.split(4), 64), config.allocation_tokens)
     return operators, share_budgets(loss, operators, config)
 
 

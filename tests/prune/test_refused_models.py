@@ -81,12 +81,6 @@ def test_weights_that_share_memory(change):
     assert "share memory, and LlamaForCausalLM does not declare them tied" in refused(model, method="wanda")
 
 
-def test_a_weight_that_repeats_its_memory():
-    model = tiny_llama()
-    model.get_submodule(UP).weight = nn.Parameter(torch.randn(1, 32).expand(48, 32))
-    assert refused(model, method="wanda").startswith(f"{UP}.weight repeats its own memory")
-
-
 def test_parts_of_one_tensor_that_do_not_overlap_are_pruned():
     model = tiny_llama()
     both = torch.randn(96, 32)

@@ -69,6 +69,6 @@ def test_gradients_leave_no_offloaded_weight_on_the_device():
     model = cpu_offload(tiny_llama(num_hidden_layers=4), execution_device=torch.device(DEVICE))
     layers = find_decoder_layers(model)
     operators = {name: o for layer in layers for name, o in find_operators(*layer).items()}
-    found = measure_sensitivities(DenseLoss(model, layers, [CalibrationBatch(tiny_tokens())], 64), operators)
+    found = measure_sensitivities(DenseLoss(layers, [CalibrationBatch(tiny_tokens())], 64), operators)
     assert all(sensitivity.seen for sensitivity in found.values())
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
