@@ -58,8 +58,8 @@ class ModelPruning:
         storage_device: str | torch.device | Path | None = None,
         callbacks: Sequence[PruningCallback] = (),
     ) -> None:
-        require_unquantized(model)
         self.model, self.layers = model, prunable_layers(model)
+        require_unquantized(model)
         self.channels: dict[str, Part] = {}
         if config.reorder_channels:
             try:
