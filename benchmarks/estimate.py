@@ -1,4 +1,4 @@
-"""Estimates beside what real runs took, and of models that don't fit this machine. The tables of docs/scale.md.
+"""Estimates beside what real runs took, and of models that don't fit this machine. Tables of docs/howto/big-models.md.
 
     python benchmarks/estimate.py --output benchmarks/results/estimate.json
 
@@ -56,18 +56,16 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def large_models_table() -> list[str]:
-    """What pruning each of `MODELS` takes on a GPU, from its published sizes: the first table of docs/scale.md."""
+    """What pruning each of `MODELS` takes on a GPU, from its published sizes: the table of docs/howto/big-models.md."""
     rows: dict[str, list[str]] = {"": list(MODELS), "---": ["---"] * len(MODELS)}
     for settings in MODELS.values():
         sizes = {name: value for name, value in settings.items() if name != "model_type"}
         model = AutoConfig.for_model(settings["model_type"], max_position_embeddings=8192, **sizes)
         estimate = Estimate(model, device="cuda", storage_device="cpu", batch_size=1)
         cells = {
-            "parameters": f"{estimate.model.num_parameters() / 1e9:.1f} billion",
-            "of them in operators to prune": f"{sum(estimate.weights.values()) / 1e9:.1f}",
             "weights": _size(estimate.weight_bytes),
-            **{f"**{place}, peak**": f"**{_size(sum(p.values()))}**" for place, p in estimate.memory.items()},
-            "**disk**": f"**{_size(sum(estimate.disk_bytes.values()))}**",
+            **{f"{place}, peak": _size(sum(parts.values())) for place, parts in estimate.memory.items()},
+            "disk": _size(sum(estimate.disk_bytes.values())),
         }
         for name, cell in cells.items():
             rows.setdefault(name, []).append(cell)
@@ -109,7 +107,7 @@ def beside_a_run(case: dict[str, Any], measured: dict[str, float] | None = None)
 
 
 def runs_table(runs: dict[str, dict[str, float]]) -> list[str]:
-    """The second table of docs/scale.md."""
+    """Estimates beside what the runs took."""
     lines = ["| case | MiB estimated | measured | ratio | seconds estimated | measured | ratio |", "|---" * 7 + "|"]
     for name, run in runs.items():
         mib, seconds = ([run[f"{how}_{unit}"] for how in ("estimated", "measured")] for unit in ("bytes", "seconds"))

@@ -52,8 +52,6 @@ def format_page(outcomes: Iterable[Outcome]) -> str:
         of_kind = [o for o in found if o.kind == kind]
         if of_kind:
             lines.append(f"| {title} | {sum(o.status == 'works' for o in of_kind)} of {len(of_kind)} |")
-    lines += ["", "## What stays dense", ""]
-    lines += _grouped("operators and reason", ((dense, o.family) for o in works for dense in o.dense))
     lines += ["", "## What can become smaller", ""]
     channels, heads, experts = (sum(kind in o.smaller for o in works) for kind in ("channels", "heads", "experts"))
     lines += [

@@ -115,7 +115,7 @@ def test_disk_is_what_a_run_writes(tmp_path, monkeypatch, pattern):
 
 
 def test_a_real_run_takes_what_is_estimated(monkeypatch):
-    """docs/scale.md: within 25%; time of a busy machine is allowed twice that."""
+    """docs/howto/big-models.md: within 25%; time of a busy machine is allowed twice that."""
     monkeypatch.setattr(time, "perf_counter", time.process_time)
     run = beside_a_run(CASES["tiny"])
     assert 1 / 1.25 < run["estimated_bytes"] / run["measured_bytes"] < 1.25

@@ -24,7 +24,7 @@ SNIPPETS = [
 def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny_folder(tmp_path / "hub-id-or-folder")
-    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "text.txt").write_text(3 * TEXT)
     names = {"model": tiny_llama(), "calib_dataloader": tiny_tokens().split(4), "tokenizer": tiny_tokenizer()}
     names["train_dataset"] = [{"input_ids": row, "labels": row} for row in tiny_tokens()]
     if "from peft" in snippet:
