@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from optimum_fista.folder.hub import push_folder
     from optimum_fista.folder.loading import load_model
     from optimum_fista.folder.packed_folder import pack_folder, unpack_folder
-    from optimum_fista.folder.packed_loading import FistaPackedConfig
+    from optimum_fista.packed.quantizer import FistaPackedConfig
     from optimum_fista.prune.callback import PruningCallback
     from optimum_fista.pruner import FistaPruner
     from optimum_fista.report import PruningReport
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FistaPackedConfig": "optimum_fista.folder.packed_loading",
+    "FistaPackedConfig": "optimum_fista.packed.quantizer",
     "FistaPruner": "optimum_fista.pruner",
     "FistaPruningConfig": "optimum_fista.config",
     "MaskedTrainingCallback": "optimum_fista.train.training",

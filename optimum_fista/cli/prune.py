@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.cli.progress import Progress, log_shown
     from optimum_fista.folder.hub import push_folder
     from optimum_fista.folder.output import FOLDER, locked_output, unfinished_folder
-    from optimum_fista.folder.unpacking import PackedFiles
+    from optimum_fista.folder.packed_folder import packing_of
     from optimum_fista.prune.ranks import RankError, joined_ranks
     from optimum_fista.pruner import FistaPruner
 
@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(report)
     print(*verdicts(report), sep="\n")
     if arguments.packed:
-        print(PackedFiles.of_folder(arguments.output).packing)
+        print(packing_of(arguments.output))
     print(f"saved to {arguments.output}")
     if arguments.push_to_hub:
         print(push_folder(arguments.output, arguments.push_to_hub, private=arguments.private))

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 
 from optimum_fista.folder.checkpoint import checkpoint_files, read_report, read_tensors
 from optimum_fista.folder.loading import load_lazily
+from optimum_fista.folder.packed_folder import is_packed, packed_files
 from optimum_fista.folder.source_files import described_loss, source_folder
 from optimum_fista.folder.stored_names import operators_by_weight, split_index, stored_names
-from optimum_fista.folder.unpacking import PackedFiles, is_packed
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.parts import find_parts, numbers_kept
 from optimum_fista.model.shrinking import plan_shrinking
-from optimum_fista.packed.format import unpack
-from optimum_fista.packed.validation import SUFFIXES
+from optimum_fista.packed.format import SUFFIXES, packed_names, unpack
+from optimum_fista.packed.quantizer import read_packed
 from optimum_fista.report import OperatorReport, PruningReport
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
 
@@ -132,13 +132,13 @@ class _Tensors:
 
     def __init__(self, folder: Path) -> None:
         self.pruned = {split_index(operator.name)[0] for operator in read_report(folder).operators}
-        self._packed = PackedFiles.of_folder(folder) if is_packed(folder) else None
-        self._files = checkpoint_files(folder) if self._packed is None else dict(self._packed.files)
-        self.names = {*self._files} if self._packed is None else {*self._packed.names}
-        self.names |= {name for name in self._files if not name.endswith(SUFFIXES)}
+        self._files = packed_files(folder) if is_packed(folder) else checkpoint_files(folder)
+        self._packed = {*packed_names(self._files)} if is_packed(folder) else set()
+        parts = {name + suffix for name in self._packed for suffix in SUFFIXES}
+        self.names = self._packed | (self._files.keys() - parts)
 
     def read(self, name: str) -> Tensor:
         """A tensor, dense; without elements if there is none of this name."""
-        if self._packed is not None and name in self._packed.names:
-            return unpack(self._packed.read(name))
+        if name in self._packed:
+            return unpack(read_packed(self._files, name))
         return next(read_tensors(self._files, [name]))[1] if name in self.names else torch.empty(0)

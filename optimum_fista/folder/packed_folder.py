@@ -1,12 +1,20 @@
-"""Pruned model folders packed, and packed ones made dense again, one weight file in memory at a time."""
+"""Packed model folders: made, made dense again, and read, one weight file in memory at a time.
+
+`Packer.pack` makes the tensors of a packed checkpoint from those of a dense one; the rest copies files. A streamed run
+packs each decoder layer by the same `Packer`, so it writes the bytes that packing afterwards would. A packed folder has
+no file of masks: its weights hold them.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -14,6 +22,7 @@ from optimum_fista.folder.checkpoint import (
     CARD_FILE,
     CONFIG_FILE,
     MASKS_FILE,
+    PACKED_KEY,
     REPORT_FILE,
     checkpoint_files,
     read_json,
@@ -22,16 +31,75 @@ from optimum_fista.folder.checkpoint import (
     write_index,
 )
 from optimum_fista.folder.output import FILES_FILE, all_names, new_output, require_output, write_file
-from optimum_fista.folder.packing import Packer, operators_by_tensor, packed_settings
 from optimum_fista.folder.stored_names import split_index
-from optimum_fista.folder.unpacking import PackedFiles, Packing, is_packed
 from optimum_fista.folder.writing import write_form
-from optimum_fista.packed.format import unpack, unpack_mask
-from optimum_fista.packed.validation import SUFFIXES
-from optimum_fista.solve.pattern import pack_mask
+from optimum_fista.installing import NAME
+from optimum_fista.packed.format import SUFFIXES, PackedFormatError, PackedTensor, pack, packed_names, unpack
+from optimum_fista.packed.format import unpack_mask as packed_mask
+from optimum_fista.packed.quantizer import QUANT_METHOD, read_packed
+from optimum_fista.report import OperatorReport, PruningReport
+from optimum_fista.solve.pattern import pack_mask, unpack_mask
+from optimum_fista.solve.patterns import parse_pattern
 
-_Convert: TypeAlias = Callable[[Iterable[str], Callable[[str], Tensor]], dict[str, Tensor]]
 _REWRITTEN = {CONFIG_FILE, CARD_FILE, MASKS_FILE}  # by `write_form`
+
+
+@dataclass
+class Packing:
+    """Sizes of the weights that a packed folder stores packed."""
+
+    num_tensors: int
+    dense_bytes: int
+    packed_bytes: int
+
+    def __str__(self) -> str:
+        """A line for people."""
+        ratio = self.packed_bytes / max(1, self.dense_bytes)
+        return (
+            f"{self.num_tensors} weights: {self.dense_bytes / 2**20:,.1f} MiB dense, "
+            f"{self.packed_bytes / 2**20:,.1f} MiB packed ({ratio:.3f})"
+        )
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a model folder is packed."""
+    file = folder / CONFIG_FILE
+    settings = read_json(file).get(PACKED_KEY) if file.exists() else None
+    return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD
+
+
+def packed_files(folder: Path) -> dict[str, Path]:
+    """The file of every tensor of a packed folder."""
+    weights = read_json(folder / CONFIG_FILE)[PACKED_KEY].get("weights")
+    if not isinstance(weights, str):
+        raise PackedFormatError(f"{str(folder / CONFIG_FILE)!r} is damaged: {PACKED_KEY} names no file of weights.")
+    return checkpoint_files(folder, weights.partition(".")[0])
+
+
+def packing_of(folder: Path) -> Packing:
+    """The sizes of the packed weights of a folder; only headers and layouts are read."""
+    found, files = [], packed_files(folder)
+    for name in packed_names(files):
+        with safe_open(files[name + SUFFIXES[0]], "pt") as file:
+            parts = (file.get_slice(name + suffix) for suffix in SUFFIXES[:2])
+            values, mask = (part[:0].new_empty(part.get_shape(), device="meta") for part in parts)
+            found.append(PackedTensor(values, mask, file.get_tensor(name + SUFFIXES[2])))
+    return Packing(len(found), sum(p.dense_bytes for p in found), sum(p.num_bytes for p in found))
+
+
+def packed_operators(folder: Path, report: PruningReport) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
+    """Every operator of a packed folder with its weight, dense, and its mask, packed to bits as in the masks' file."""
+    files = packed_files(folder)
+    names = {*packed_names(files)}
+    read, dense, mask = "", torch.empty(0), torch.empty(0)
+    for operator in report.operators:
+        name, index = split_index(operator.name)
+        if name not in names:
+            raise PackedFormatError(f"{name} is in the report but not packed in the checkpoint.")
+        if name != read:  # the experts of one tensor follow each other
+            packed = read_packed(files, name).without_checksum()  # compared when it was read
+            read, dense, mask = name, unpack(packed), packed_mask(packed)
+        yield operator, dense[index], pack_mask(mask[index])
 
 
 def pack_folder(
@@ -61,19 +129,16 @@ def pack_folder(
             f"folder {str(folder)!r} has no zeros to pack: whole parts of the model were removed, and what is left is "
             "dense. Use it as it is."
         )
-    if missing := sorted(operators_by_tensor(report.operators).keys() - files.keys()):
+    if missing := sorted(_operators_by_tensor(report.operators).keys() - files.keys()):
         raise ValueError(f"folder {str(folder)!r} is damaged: no weight file has {missing[0]}, which its report names.")
     with safe_open(folder / MASKS_FILE, "pt") as masks:
         packer = Packer(report.operators, files, masks.get_tensor)
 
-        def convert(names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-            return packer.pack({name: read(name) for name in names})
+        def convert(file: Any) -> dict[str, Tensor]:
+            return packer.pack({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, it is no dict
 
-        def settings(weights: str) -> dict[str, Any]:
-            return packed_settings(weights, packer.names)
-
-        _convert_folder(folder, output, files, ("model", "packed"), convert, {}, settings, overwrite, progress)
-    return PackedFiles.of_folder(output).packing
+        _convert_folder(folder, output, files, convert, {}, packer.names, overwrite, progress)
+    return packing_of(output)
 
 
 def unpack_folder(
@@ -88,47 +153,42 @@ def unpack_folder(
     """
     if not is_packed(folder):
         raise ValueError(f"folder {str(folder)!r} is not packed: pass a folder made by `optimum-fista pack`.")
-    packed_files = PackedFiles.of_folder(folder)
-    operators = operators_by_tensor(read_report(folder).operators)
-    parts = {name + suffix: name for name in packed_files.names for suffix in SUFFIXES}
+    files, operators = packed_files(folder), _operators_by_tensor(read_report(folder).operators)
+    parts = {name + suffix: name for name in packed_names(files) for suffix in SUFFIXES}
     masks: dict[str, Tensor] = {}
 
-    def convert(names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        written: dict[str, Tensor] = {}
-        for stored in names:
+    def convert(file: Any) -> dict[str, Tensor]:
+        dense: dict[str, Tensor] = {}
+        for stored in file.keys():  # noqa: SIM118, it is no dict
             if stored not in parts:
-                written[stored] = read(stored)
-            elif stored.endswith(SUFFIXES[0]):
+                dense[stored] = file.get_tensor(stored)
+            elif stored.endswith(SUFFIXES[0]):  # once for three parts
                 name = parts[stored]
-                packed = packed_files.read(name)
-                written[name], mask = unpack(packed), unpack_mask(packed)
+                packed = read_packed(files, name).without_checksum()  # compared when it was read
+                dense[name], mask = unpack(packed), packed_mask(packed)
                 masks.update({o.name: pack_mask(mask[split_index(o.name)[1]]) for o in operators.get(name, [])})
-        return written
+        return dense
 
-    _convert_folder(
-        folder, output, packed_files.files, ("packed", "model"), convert, masks, lambda _: None, overwrite, progress
-    )
-    return packed_files.packing
+    _convert_folder(folder, output, files, convert, masks, None, overwrite, progress)
+    return packing_of(folder)
 
 
 def _convert_folder(
     folder: Path,
     output: Path,
     files: Mapping[str, Path],
-    rename: tuple[str, str],
-    convert: _Convert,
+    convert: Callable[[Any], dict[str, Tensor]],
     masks: Mapping[str, Tensor],
-    settings: Callable[[str], dict[str, Any] | None],
+    packed: Iterable[str] | None,
     overwrite: bool,
     progress: Callable[[str], None],
 ) -> None:
     """Copy a folder with its weight files converted one after another, and files that are no model's.
 
-    `rename` says how the names of weight files begin, before and after. `convert` makes the tensors of a file, from
-    their names before and a function that reads one; it may add to `masks`. `settings` makes what the new configuration
-    says of packed weights, from the name of the weight file or index.
+    `convert` makes the tensors of an open weight file; it may add to `masks`. `packed` names the weights that are
+    packed then; `None`: they are dense.
     """
-    old, new = rename
+    old, new = ("model", "packed") if packed is not None else ("packed", "model")
     index = folder / f"{old}.safetensors.index.json"
     weights = sorted(set(files.values()))
     targets = {source: source.name.replace(old, new, 1) for source in weights}
@@ -139,11 +199,11 @@ def _convert_folder(
         (partial / MASKS_FILE).parent.mkdir(exist_ok=True)
         for name in [name for name in copied if name not in _REWRITTEN]:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(folder / name, partial / name)
+            shutil.copy2(folder / name, partial / name)  # with its time: `files.json` notes that of weights
         weight_map: dict[str, str] = {}
         for source, target in targets.items():
             with safe_open(source, "pt") as file:
-                tensors = convert([name for name in files if files[name] == source], file.get_tensor)
+                tensors = convert(file)
                 write_file(partial / target, tensors, file.metadata() or {})
             weight_map |= dict.fromkeys(tensors, target)
             progress(target)
@@ -151,4 +211,70 @@ def _convert_folder(
         if index.exists():
             weights_name = write_index(partial, new, weight_map, read_json(index).get("metadata", {}))
         card = (folder / CARD_FILE).read_text() if CARD_FILE in copied else None
-        write_form(partial, read_json(folder / CONFIG_FILE), card, masks, settings(weights_name))
+        settings = None if packed is None else packed_settings(weights_name, packed)
+        write_form(partial, read_json(folder / CONFIG_FILE), card, masks, settings)
+
+
+class Packer:
+    """Packs the pruned weights among the tensors of a checkpoint.
+
+    `names` are those that hold an operator, and other experts of their mixtures.
+    """
+
+    def __init__(
+        self, operators: Iterable[OperatorReport], names: Iterable[str], read_mask: Callable[[str], Tensor]
+    ) -> None:
+        self._read_mask = read_mask  # of an operator by its name, packed by `solve.pattern.pack_mask`
+        self._operators = _operators_by_tensor(operators)
+        self.names = {*self._operators, *_siblings(self._operators, names)}
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as a packed folder stores them."""
+        stored: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if name not in self.names:
+                stored[name] = tensor
+                continue
+            mask, n_of_m = torch.ones(tensor.shape, dtype=torch.bool), None  # what belongs to no operator is kept
+            for operator in self._operators.get(name, []):
+                index = split_index(operator.name)[1]
+                part = mask[index]  # a view, which is written to
+                part.copy_(unpack_mask(self._read_mask(operator.name), tuple(part.shape)))
+                if not operator.stored_transposed and not index:  # else groups along the inputs are not those of rows
+                    n_of_m = parse_pattern(operator.pattern).n_of_m
+            try:
+                stored |= pack(tensor, mask, n_of_m).named(name)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return stored
+
+
+def _operators_by_tensor(operators: Iterable[OperatorReport]) -> dict[str, list[OperatorReport]]:
+    """The operators that each tensor of a checkpoint holds; several experts may share one."""
+    found: dict[str, list[OperatorReport]] = {}
+    for operator in operators:
+        found.setdefault(split_index(operator.name)[0], []).append(operator)
+    return found
+
+
+def packed_settings(weights: str, names: Iterable[str]) -> dict[str, Any]:
+    """The value of `quantization_config` in `config.json`: file name of the weights or their index, packed names."""
+    parameters = sorted({name.rpartition(".")[2] for name in names})
+    return {
+        "quant_method": QUANT_METHOD,
+        "runtime": "dense",
+        "weights": weights,
+        "parameters": parameters,
+        # for who looks here because Transformers said that it does not know the method
+        "note": f"packed by {NAME}: import optimum_fista.packed before from_pretrained, or run `optimum-fista unpack`",
+    }
+
+
+def _siblings(packed: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Weights of other experts of a mixture that has packed ones: loading merges them, so all are packed."""
+
+    def mixture(name: str) -> str:
+        return re.sub(r"\.\d+\.(?=[^.]+\.[^.]+$)", ".*.", name) if ".experts." in name else name
+
+    kinds = {mixture(name) for name in packed if ".experts." in name}
+    return [name for name in names if mixture(name) in kinds]

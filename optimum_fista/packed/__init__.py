@@ -3,4 +3,4 @@
 Importing this package teaches Transformers to load packed folders.
 """
 
-import optimum_fista.folder.packed_loading  # noqa: F401
+import optimum_fista.packed.quantizer  # noqa: F401  # registers its classes

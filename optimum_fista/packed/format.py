@@ -1,42 +1,59 @@
 """The packed format: a sparse tensor as its kept values, a mask and a layout. docs/formats.md has every byte.
 
-All functions are pure. Nothing here needs more memory than its result and a few megabytes.
+`pack` and `unpack` are pure and inverse to each other, bit for bit. Unlike a CSR matrix, which stores 32 bits for each
+kept weight's column, the mask stores one bit for every weight: at half zeros that is 16 times less. The price is that
+where a row starts in the values must be counted. Nothing here needs more memory than its result and a few megabytes.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from optimum_fista.packed.bits import as_words, count_bits, place, select
-from optimum_fista.packed.mask_bytes import BITS, CHUNK, MaskEncoding, encoding, smallest_encoding
-from optimum_fista.packed.validation import PLAIN_VERSION, SUFFIXES, VERSION, PackedFormatError, check_tensors, shape_of
+from optimum_fista.packed.masks import (
+    BITS,
+    CHUNK,
+    MAX_GROUP,
+    MaskEncoding,
+    as_words,
+    encoding,
+    place,
+    select,
+    smallest_encoding,
+)
+
+SUFFIXES = ("_values", "_mask", "_layout")
+VERSION = 2
+PLAIN_VERSION = 1  # without a checksum: older files, and tensors in memory
+MAX_DIMENSIONS = 8
+
+
+class PackedFormatError(ValueError):
+    """Tensors that are not what docs/formats.md describes."""
 
 
 @dataclass(frozen=True)
 class PackedTensor:
     """A sparse tensor of shape [..., cols] and dtype D; rows is the product of all dimensions but the last.
 
-    Attributes:
-        values: D [kept], the kept weights, row-major.
-        mask: uint8 [rows, bytes], one bit a weight, or for n:m the places of the kept weights inside their groups.
-        layout: int64 [4 + ndim]: version (2), n, m (0, 0: one bit a weight), the checksum, and the shape; version 1,
-            [3 + ndim], has no checksum.
+    The layout is int64 [4 + ndim]: version (2), n, m (0, 0: one bit a weight), the checksum, and the shape. Version 1,
+    [3 + ndim], has no checksum.
     """
 
-    values: Tensor
-    mask: Tensor
+    values: Tensor  # D [kept], the kept weights, row-major
+    mask: Tensor  # uint8 [rows, bytes], one bit a weight, or for n:m the places of the kept weights inside their groups
     layout: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense tensor."""
-        return shape_of(self.layout)
+        version, _, _, *numbers = self.layout.tolist()
+        return tuple(numbers[1:] if version == VERSION else numbers)
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
@@ -61,7 +78,7 @@ class PackedTensor:
 
     def without_checksum(self) -> PackedTensor:
         """The same tensor for use in memory, where its values may change their dtype; of checked tensors."""
-        version, n, m, *_ = self.layout.tolist()
+        version, n, m, *_ = self.layout.tolist()  # of three numbers or more: it was checked
         if version == PLAIN_VERSION:
             return self
         layout = torch.tensor([PLAIN_VERSION, n, m, *self.shape], device=self.layout.device)
@@ -95,9 +112,10 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
             f"{tuple(weight.shape)}."
         )
     columns = weight.shape[-1]
-    dense = weight.detach().reshape(-1, columns)
+    dense = weight.detach().reshape(-1, columns)  # [..., cols] -> [rows, cols]
     rows = dense.shape[0]
     kept = None if mask is None else mask.reshape(rows, columns)
+    # Three passes over the rows, a few megabytes at a time: choose the encoding, write the mask, copy the values.
     written = smallest_encoding(columns, pattern, (_kept(dense, kept, chunk) for chunk in _chunks(rows, columns)))
     packed_mask = torch.zeros(rows, written.row_bytes(columns), dtype=torch.uint8)
     counts = []
@@ -111,16 +129,48 @@ def pack(weight: Tensor, mask: Tensor | None = None, pattern: tuple[int, int] | 
         written.write(bits, packed_mask[chunk])
     values = torch.empty(sum(counts), dtype=dense.dtype)
     for chunk, target in zip(_chunks(rows, columns), as_words(values).split(counts), strict=True):
-        target.copy_(select(as_words(dense[chunk]).cpu(), _kept(dense, kept, chunk)))
-    layout = torch.tensor([VERSION, *written.numbers, 0, *weight.shape])
+        target.copy_(select(as_words(dense[chunk]).cpu(), _kept(dense, kept, chunk)))  # one chunk leaves the device
+    layout = torch.tensor([VERSION, *written.numbers, 0, *weight.shape])  # the checksum does not cover itself
     layout[3] = _checksum(PackedTensor(values, packed_mask, layout))
     return PackedTensor(*(t.to(weight.device) for t in (values, packed_mask, layout)))
 
 
-def check(packed: PackedTensor, name: str = "weight") -> None:
-    """Check that three tensors of unknown origin are a packed tensor, and those that were packed if they say so."""
-    check_tensors(packed.values, packed.mask, packed.layout, name)
-    if packed.layout[0] == VERSION and packed.layout[3] != _checksum(packed):
+def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) -> None:
+    """Check that three tensors of unknown origin are a packed tensor, and those that were packed if they say so.
+
+    Sizes are compared with those of the tensors before anything is computed from them, in Python's integers, so that no
+    number in the layout can make this allocate much or overflow. Without `checksum` the values may be in another dtype
+    than in the file.
+    """
+    values, mask, layout = packed.values, packed.mask, packed.layout
+    _check_layout(layout, name)
+    rows, columns = prod(packed.shape[:-1]), packed.shape[-1]
+    width = packed.encoding.row_bytes(columns)
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, width):
+        raise PackedFormatError(
+            f"{name}_mask is {mask.dtype} of shape {tuple(mask.shape)}: the layout {layout.tolist()} needs torch.uint8 "
+            f"of shape {(rows, width)}."
+        )
+    if not values.is_floating_point() or values.dim() != 1:
+        raise PackedFormatError(
+            f"{name}_values is {values.dtype} of shape {tuple(values.shape)}: a floating dtype and one dimension "
+            "are needed."
+        )
+    if not (mask.is_contiguous() and values.is_contiguous()) or values.is_neg():  # the kernels read bytes
+        raise PackedFormatError(f"{name}_values and {name}_mask must be contiguous, and no negative views.")
+    # A kernel would take a bit after the last column for a weight, and write after the end of its row.
+    used = packed.encoding.used_bits(columns)
+    tail = mask[:, used // 8 :]
+    if tail.shape[1]:
+        first = tail[:, 0] >> (used % 8)  # of the byte that holds the last used bits
+        if bool(first.any()) or bool(tail[:, 1:].any()):
+            raise PackedFormatError(f"{name}_mask has bits set after the {used} that a row has.")
+    kept = packed.encoding.num_kept(mask, columns)
+    if values.numel() != kept:
+        raise PackedFormatError(f"{name}_values holds {values.numel()} weights, but the mask keeps {kept}.")
+    if defect := packed.encoding.defect(mask, columns):
+        raise PackedFormatError(f"{name}_mask {defect}: the file is damaged.")
+    if checksum and layout[0] == VERSION and layout[3] != _checksum(packed):  # last: it reads every value
         raise PackedFormatError(f"{name} has another checksum than its layout says: the file is damaged.")
 
 
@@ -131,7 +181,7 @@ def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
     columns = shape[-1]
     rows = prod(shape[:-1])
     dense = torch.zeros(rows, columns, dtype=packed.values.dtype, device=device)
-    start = 0
+    start = 0  # of the chunk's values
     for chunk in _chunks(rows, columns):
         bits = packed.encoding.read(packed.mask[chunk].to(device), columns)
         stop = start + int(torch.count_nonzero(bits))
@@ -150,21 +200,17 @@ def unpack_mask(packed: PackedTensor) -> Tensor:
 
 def packed_names(names: Iterable[str]) -> list[str]:
     """Names of the dense tensors that are packed among the tensors called `names`, in their order."""
-    present = list(names)
-    known = set(present)
-    found = []
-    for suffixed in present:
-        for suffix in SUFFIXES:
-            name = suffixed.removesuffix(suffix)
-            if name != suffixed and sum(name + other in known for other in SUFFIXES) > 1:
-                found.append(name)
-    for name in dict.fromkeys(found):
+    known = dict.fromkeys(names)
+    stems = dict.fromkeys(name.removesuffix(suffix) for name in known for suffix in SUFFIXES if name.endswith(suffix))
+    # Two parts of three: a tensor of somebody else may be called `attention_mask`.
+    found = [stem for stem in stems if sum(stem + suffix in known for suffix in SUFFIXES) > 1]
+    for name in found:
         for suffix in SUFFIXES:
             if name + suffix not in known:
                 raise PackedFormatError(f"{name} is packed, but {name + suffix} is missing: the file is incomplete.")
         if name in known:
             raise PackedFormatError(f"{name} is there both packed and dense: the file is malformed.")
-    return list(dict.fromkeys(found))
+    return found
 
 
 def with_bits(packed: PackedTensor) -> PackedTensor:
@@ -175,38 +221,34 @@ def with_bits(packed: PackedTensor) -> PackedTensor:
     mask = torch.zeros(packed.mask.shape[0], BITS.row_bytes(columns), dtype=torch.uint8)
     BITS.write(unpack_mask(packed).view(-1, columns).cpu(), mask)
     device = packed.mask.device
-    return PackedTensor(packed.values, mask.to(device), _bit_layout(packed.shape, device))
+    layout = torch.tensor([PLAIN_VERSION, 0, 0, *packed.shape], device=device)
+    return PackedTensor(packed.values, mask.to(device), layout)
 
 
-def matrices_of(packed: PackedTensor) -> list[PackedTensor]:
-    """The matrices of a checked tensor [count, rows, columns]; they share its values and its mask."""
-    count, rows, columns = packed.shape
-    packed = with_bits(packed)
-    masks = packed.mask.split(rows)
-    sizes = [int(count_bits(mask).sum()) for mask in masks]
-    layout = _bit_layout((rows, columns), packed.mask.device)
-    values = packed.values.split(sizes)
-    return [PackedTensor(values[i], masks[i], layout) for i in range(count)]
-
-
-def stacked_rows(parts: Sequence[PackedTensor]) -> PackedTensor:
-    """One matrix of the rows of several checked ones, all with as many columns; one alone is shared."""
-    bits = [with_bits(part) for part in parts]
-    if len(bits) == 1:
-        return bits[0]
-    rows, columns = sum(part.shape[0] for part in bits), bits[0].shape[1]
-    values, mask = torch.cat([part.values for part in bits]), torch.cat([part.mask for part in bits])
-    return PackedTensor(values, mask, _bit_layout((rows, columns), mask.device))
-
-
-def transposed(packed: PackedTensor) -> PackedTensor:
-    """The transpose of a matrix, with the same weights kept; it is dense on the way."""
-    return pack(unpack(packed).t(), unpack_mask(packed).t()).without_checksum()
-
-
-def _bit_layout(shape: Sequence[int], device: torch.device) -> Tensor:
-    """The layout of a tensor in memory with one bit a weight."""
-    return torch.tensor([PLAIN_VERSION, 0, 0, *shape], device=device)
+def _check_layout(layout: Tensor, name: str) -> None:
+    """Refuse a layout that makes no sense by itself."""
+    if layout.dtype != torch.int64 or layout.dim() != 1 or not 4 <= layout.numel() <= 4 + MAX_DIMENSIONS:
+        raise PackedFormatError(
+            f"{name}_layout is {layout.dtype} of shape {tuple(layout.shape)}: torch.int64 of one dimension and 4 to "
+            f"{4 + MAX_DIMENSIONS} numbers is needed."
+        )
+    version, n, m, *numbers = layout.tolist()
+    if version not in (PLAIN_VERSION, VERSION):
+        raise PackedFormatError(
+            f"{name} is packed in version {version} of the format; this package reads versions {PLAIN_VERSION} and "
+            f"{VERSION}. Update it, or pack the model again."
+        )
+    shape = tuple(numbers[1:] if version == VERSION else numbers)
+    if not 1 <= len(shape) <= MAX_DIMENSIONS or min(shape) < 1:
+        raise PackedFormatError(
+            f"{name}_layout says shape {shape}: 1 to {MAX_DIMENSIONS} dimensions are needed, and every dimension must "
+            "be positive."
+        )
+    if (n, m) != (0, 0) and (not 0 < n < m <= MAX_GROUP or shape[-1] % m):
+        raise PackedFormatError(
+            f"{name}_layout says {n} kept of every {m} in rows of {shape[-1]}: 0 < n < m <= {MAX_GROUP} and m dividing "
+            "the row are needed."
+        )
 
 
 def _checksum(packed: PackedTensor) -> int:
@@ -224,5 +266,5 @@ def _chunks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def _kept(dense: Tensor, kept: Tensor | None, chunk: slice) -> Tensor:
-    """Booleans of some rows, True = kept, on the CPU."""
+    """Booleans of some rows, True = kept, on the CPU. As integers, because -0.0 has a bit set and is kept."""
     return (as_words(dense[chunk]) != 0 if kept is None else kept[chunk]).cpu().contiguous()

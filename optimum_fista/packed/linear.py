@@ -7,10 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_fista.packed.format import PackedTensor, check, pack, transposed, unpack, with_bits
-from optimum_fista.packed.mask_bytes import encoding
+from optimum_fista.packed.format import (
+    PLAIN_VERSION,
+    SUFFIXES,
+    PackedFormatError,
+    PackedTensor,
+    check,
+    pack,
+    unpack,
+    unpack_mask,
+    with_bits,
+)
+from optimum_fista.packed.masks import encoding
 from optimum_fista.packed.operation import packed_linear, row_starts
-from optimum_fista.packed.validation import PLAIN_VERSION, SUFFIXES, PackedFormatError, check_tensors
 
 _PARTS = tuple("weight" + suffix for suffix in SUFFIXES)
 
@@ -30,18 +39,12 @@ class PackedLinear(nn.Module):
         device: Of the tensors, which are empty until a state is loaded.
         dtype: Of the values and the bias.
 
-    Attributes:
-        weight_values: [num_kept], the kept weights.
-        weight_mask: uint8 [out_features, bytes].
-        weight_layout: int64 [5]: version, n, m, out_features, in_features.
-        weight_starts: int64 [out_features + 1], where the values of each row start; not part of the state.
-        bias: Parameter [out_features] or `None`.
     """
 
-    weight_values: Tensor
-    weight_mask: Tensor
-    weight_layout: Tensor
-    weight_starts: Tensor | None
+    weight_values: Tensor  # [num_kept], the kept weights
+    weight_mask: Tensor  # uint8 [out_features, bytes]
+    weight_layout: Tensor  # int64 [5]: version, n, m, out_features, in_features
+    weight_starts: Tensor | None  # int64 [out_features + 1], where the values of each row start; not in the state
     bias: nn.Parameter | None
 
     def __init__(
@@ -76,7 +79,7 @@ class PackedLinear(nn.Module):
         if len(packed.shape) != 2:
             raise PackedFormatError(f"weight_layout says shape {packed.shape}: a linear layer needs a matrix.")
         rows, columns = packed.shape
-        layer = cls(columns, rows, packed.values.numel(), False, packed.n_of_m, device="meta")
+        layer = cls(columns, rows, packed.values.numel(), False, packed.n_of_m, device="meta")  # allocates nothing
         layer._hold(packed)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
@@ -91,13 +94,6 @@ class PackedLinear(nn.Module):
         layer = cls.from_packed(pack(linear.weight.detach(), mask, pattern), linear.bias)
         return layer.train(linear.training)
 
-    def to_linear(self) -> nn.Linear:
-        """The dense layer, bit for bit; the bias is shared."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.weight, requires_grad=False)
-        linear.register_parameter("bias", self.bias)
-        return linear.train(self.training)
-
     @property
     def weight(self) -> Tensor:
         """A dense copy of the weight [out_features, in_features], made at each access."""
@@ -110,22 +106,24 @@ class PackedLinear(nn.Module):
 
     def prepare(self) -> None:
         """Check the tensors and find the row starts. Call it after replacing a tensor by hand; loading a state does."""
-        if self.weight_mask.is_meta:
+        if self.weight_mask.is_meta:  # offloaded: Accelerate wants a tensor for each buffer, and fills it later
             self.weight_starts = torch.empty(self.out_features + 1, dtype=torch.int64, device="meta")
             return
-        check_tensors(self.weight_values, self.weight_mask, self.weight_layout, "weight")
+        # The values may be in another dtype than in the file, so their checksum says nothing.
+        check(PackedTensor(self.weight_values, self.weight_mask, self.weight_layout), checksum=False)
         if self.packed.shape != (self.out_features, self.in_features):
             raise PackedFormatError(
                 f"weight_layout says shape {self.packed.shape}: this layer's weight is "
                 f"{(self.out_features, self.in_features)}."
             )
-        self._hold(with_bits(self.packed))
+        self._hold(with_bits(self.packed))  # the only encoding that the kernels read
         self.weight_starts = row_starts(self.weight_mask)
 
     def transpose_(self) -> None:
         """Become the layer of the transposed weight; the bias is that of the new one. It is dense on the way."""
         self.in_features, self.out_features = self.out_features, self.in_features
-        self._hold(transposed(self.packed))
+        dense, mask = unpack(self.packed), unpack_mask(self.packed)
+        self._hold(pack(dense.t(), mask.t()).without_checksum())
         self.prepare()
 
     def _hold(self, packed: PackedTensor) -> None:
@@ -159,7 +157,7 @@ class PackedLinear(nn.Module):
             check(PackedTensor(*parts), prefix + "weight")  # type: ignore[arg-type]
         for name in _PARTS:
             loaded, present = state_dict.get(prefix + name), getattr(self, name)
-            if loaded is not None and loaded.shape != present.shape:
+            if loaded is not None and loaded.shape != present.shape:  # else PyTorch refuses another number of weights
                 setattr(
                     self, name, torch.empty_like(present, memory_format=torch.contiguous_format).resize_(loaded.shape)
                 )

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from optimum_fista.packed.bits import as_words, count_bits, place, unpack_bits
 from optimum_fista.packed.kernels import Kernels, kernels
-from optimum_fista.packed.mask_bytes import BITS
+from optimum_fista.packed.masks import BITS, as_words, count_bits, place, unpack_bits
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_BATCH = 32

@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_fista.folder.checkpoint import names_in, write_index
 from optimum_fista.folder.output import write_file
-from optimum_fista.folder.packing import Packer, packed_settings
+from optimum_fista.folder.packed_folder import Packer, packed_settings
 from optimum_fista.folder.source_files import copy_source
 from optimum_fista.folder.stored_names import as_stored
 from optimum_fista.folder.writing import write_all_but_weights

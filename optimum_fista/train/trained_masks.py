@@ -20,8 +20,8 @@ from optimum_fista.folder.checkpoint import (
     read_report,
 )
 from optimum_fista.folder.loading import require_unquantized
+from optimum_fista.folder.packed_folder import is_packed, packed_operators
 from optimum_fista.folder.stored_names import as_in_model, operators_by_weight
-from optimum_fista.folder.unpacking import is_packed, packed_operators
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.operator import LINEAR, is_fused_experts
 from optimum_fista.pruner import FistaPruner

@@ -1,6 +1,6 @@
 from optimum_fista.cli.main import main
 from optimum_fista.evaluate.verification import verify_checkpoint
-from optimum_fista.folder.unpacking import is_packed
+from optimum_fista.folder.packed_folder import is_packed
 
 
 def test_there_and_back(pruned_folder, tmp_path, capsys):

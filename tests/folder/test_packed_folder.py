@@ -16,12 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.folder.output import model_files
-from optimum_fista.folder.packed_folder import pack_folder, unpack_folder
-from optimum_fista.folder.packed_loading import FistaPackedConfig
-from optimum_fista.folder.unpacking import is_packed
-from optimum_fista.packed.bits import unpack_bits
-from optimum_fista.packed.format import PackedTensor, pack, unpack
-from optimum_fista.packed.validation import SUFFIXES
+from optimum_fista.folder.packed_folder import is_packed, pack_folder, unpack_folder
+from optimum_fista.packed.masks import unpack_bits
+from optimum_fista.packed.quantizer import FistaPackedConfig
 
 PACKED = FistaPackedConfig(runtime="packed")
 FAMILIES = ["llama", "gpt2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "granitemoe"]
@@ -204,31 +201,15 @@ def widened(name):
     [
         ("llama", NAME),
         ("gpt2", "transformer.h.1.mlp.c_fc.weight"),
-        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w1.weight"),
-        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
-        ("gpt_oss", "model.layers.1.mlp.experts.down_proj"),
     ],
 )
 def test_shapes_are_those_of_the_model(family, name, pruned, tmp_path):
     pack_folder(pruned(family), tmp_path / "packed")
     edit(tmp_path / "packed", widened(name))
-    with pytest.raises(ValueError, match=rf"{name}(_layout says shape| have other shapes|, .*have other shapes)"):
+    with pytest.raises(ValueError, match=f"{name}_layout says shape"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=PACKED)
     with pytest.raises(RuntimeError):  # Transformers' own, of mismatched or unequal sizes
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-
-
-def test_other_numbers_of_experts_are_refused(pruned, tmp_path):
-    pack_folder(pruned("gpt_oss"), tmp_path / "packed")
-    name = "model.layers.0.mlp.experts.down_proj"
-
-    def drop_one(tensors):
-        packed = pack(unpack(PackedTensor(*(tensors[name + suffix] for suffix in SUFFIXES)))[1:])
-        tensors.update(packed.named(name))
-
-    edit(tmp_path / "packed", drop_one)
-    with pytest.raises(ValueError, match=f"{name} holds 3 experts: the model has 4"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=PACKED)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ from optimum_fista.estimate import Estimate
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder import output
 from optimum_fista.folder.output import unfinished_folder
-from optimum_fista.folder.packed_folder import pack_folder, unpack_folder
-from optimum_fista.folder.unpacking import PackedFiles, is_packed
+from optimum_fista.folder.packed_folder import is_packed, pack_folder, packing_of, unpack_folder
 
 LAYERS = 3
 
@@ -53,7 +52,7 @@ def test_the_same_folder_as_packed_afterwards(family, pattern, tmp_path):
     prune(tmp_path / "source", tmp_path / "dense", config)
     packing = pack_folder(tmp_path / "dense", tmp_path / "afterwards")
     assert files_of(tmp_path / "packed") == files_of(tmp_path / "afterwards")
-    assert PackedFiles.of_folder(tmp_path / "packed").packing == packing
+    assert packing_of(tmp_path / "packed") == packing
     assert packing.num_tensors > 0
     verify_checkpoint(tmp_path / "packed")  # whose weights are in several files
     unpack_folder(tmp_path / "packed", tmp_path / "again")

@@ -10,11 +10,8 @@ import torch
 from optimum_fista.packed.format import (
     PackedFormatError,
     check,
-    matrices_of,
     pack,
     packed_names,
-    stacked_rows,
-    transposed,
     unpack,
     unpack_mask,
     with_bits,
@@ -184,42 +181,16 @@ def test_packing_and_unpacking_need_little_memory_besides_their_result():
         assert result <= peak + arrays < result + 60_000_000
 
 
-def rearrangeable(columns):
-    """Three matrices that keep two of four weights, of which one is zero all the same."""
-    mask = (torch.arange(columns) % 4 < 2).expand(3, 10, columns)
-    weight = torch.randn(3, 10, columns, generator=generator()).masked_fill(~mask, 0)
-    weight[..., 0, 0] = 0
-    return weight, mask
-
-
-def same(packed, weight, mask):
-    check(packed)
-    assert packed.n_of_m is None
-    assert torch.equal(unpack(packed), weight)
-    assert torch.equal(unpack_mask(packed), mask)
-
-
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
-def test_rearranged(pattern):
-    weight, mask = rearrangeable(132)
+def test_one_bit_a_weight_shares_the_values(pattern):
+    mask = (torch.arange(132) % 4 < 2).expand(10, 132)
+    weight = torch.randn(10, 132, generator=generator()).masked_fill(~mask, 0)
+    weight[0, 0] = 0  # kept all the same
     packed = pack(weight, mask, pattern)
-    assert packed.n_of_m == pattern
-    same(with_bits(packed), weight, mask)
-    for found, w, m in zip(matrices_of(packed), weight, mask, strict=True):
-        same(found, w, m)
-    parts = [pack(weight[i], mask[i], pattern if i else None) for i in range(3)]
-    same(stacked_rows(parts), weight.flatten(0, 1), mask.flatten(0, 1))
-    same(stacked_rows(parts[:1]), weight[0], mask[0])
-    for part, w, m in zip(parts, weight, mask, strict=True):
-        same(transposed(part), w.T, m.T)
-
-
-def test_matrices_share_the_tensors():
-    weight, mask = rearrangeable(128)
-    packed = pack(weight, mask)
-    found = matrices_of(packed)
-    assert found[0].values.data_ptr() == packed.values.data_ptr()
-    assert found[2].mask.untyped_storage().data_ptr() == packed.mask.untyped_storage().data_ptr()
-    plain = packed.without_checksum()
-    assert with_bits(plain) is plain
-    assert stacked_rows([found[1]]) is found[1]
+    found = with_bits(packed)
+    check(found)
+    assert (packed.n_of_m, found.n_of_m) == (pattern, None)
+    assert found.values.data_ptr() == packed.values.data_ptr()
+    assert torch.equal(unpack(found), weight)
+    assert torch.equal(unpack_mask(found), mask)
+    assert with_bits(found) is found

@@ -15,7 +15,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, reco
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.packed_folder import pack_folder
-from optimum_fista.folder.packed_loading import FistaPackedConfig
+from optimum_fista.packed.quantizer import FistaPackedConfig
 
 pytestmark = pytest.mark.usefixtures("enough_tokens")
 ALL = {"sparsity": 0.5, "error_correction": 0.5, "allocation": "fisher"}

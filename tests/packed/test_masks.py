@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_fista.packed.mask_bytes import encoding
+from optimum_fista.packed.masks import encoding
 
 GROUPS = [(2, 4), (1, 4), (1, 2), (3, 16), (1, 3), (7, 256)]
 

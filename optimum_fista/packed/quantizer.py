@@ -1,0 +1,256 @@
+"""Packed checkpoints in plain `from_pretrained`: as a dense model, or with linear layers that stay packed.
+
+Importing this module registers a quantizer with Transformers, which is its only door for weights that are stored in a
+form of their own; nothing is rounded. Transformers then streams the files as for any model: a conversion makes dense
+tensors of the three parts, or `PackedLinear` modules on the meta device take the parts as they are. Packed weights of
+other modules, such as fused experts, always become dense.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, _IdentityOp
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from optimum_fista.packed.format import SUFFIXES, PackedFormatError, PackedTensor, check, packed_names, unpack
+from optimum_fista.packed.linear import PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+QUANT_METHOD = "fista_packed"
+RUNTIMES = ("dense", "packed")
+
+
+@auto.register_quantization_config(QUANT_METHOD)
+class FistaPackedConfig(QuantizationConfigMixin):
+    """How a packed checkpoint is stored and loaded; pass one to `from_pretrained(quantization_config=)` to choose.
+
+    Args:
+        runtime: `"dense"`: the model that was packed, bit for bit. `"packed"`: `nn.Linear` and `Conv1D` modules stay
+            packed and compute from there; other packed weights, such as fused experts, become dense.
+        weights: The weight file, or the index of the weight files, in the model folder.
+        parameters: Last parts of the names of the parameters that are packed, such as `"weight"`: names, not patterns.
+    """
+
+    def __init__(
+        self,
+        runtime: str = "dense",
+        weights: str = "packed.safetensors",
+        parameters: Sequence[str] = ("weight",),
+        **_: Any,
+    ) -> None:
+        if runtime not in RUNTIMES:
+            raise ValueError(f"runtime={runtime!r}: pass 'dense' or 'packed'.")
+        if not isinstance(weights, str) or not re.fullmatch(r"[^/\\]+\.safetensors(\.index\.json)?", weights):
+            raise ValueError(
+                f"weights={weights!r}: pass the name of a safetensors file in the folder, or of its index."
+            )
+        # Transformers makes regular expressions of them: a name, which has none of their signs, matches itself alone.
+        if isinstance(parameters, str) or not all(isinstance(p, str) and p.isidentifier() for p in parameters):
+            raise ValueError(f"parameters={parameters!r}: pass a list of names such as 'weight'.")
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.runtime = runtime
+        self.weights = weights
+        self.parameters = list(parameters)
+
+    @property
+    def dequantize(self) -> bool:
+        """Whether the loaded model is dense."""
+        return self.runtime == "dense"
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a caller may choose for a checkpoint."""
+        return {"runtime": self.runtime}
+
+
+def files_of_tensors(paths: Sequence[str | Path]) -> dict[str, Path]:
+    """The file of every tensor in safetensors files."""
+    files: dict[str, Path] = {}
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            files |= dict.fromkeys(file.keys(), Path(path))
+    return files
+
+
+def read_packed(files: Mapping[str, Path], name: str) -> PackedTensor:
+    """A packed tensor, checked, from the files of a checkpoint's tensors; it has its checksum still."""
+    parts = []
+    for suffix in SUFFIXES:
+        with safe_open(files[name + suffix], "pt") as file:
+            parts.append(file.get_tensor(name + suffix))
+    packed = PackedTensor(*parts)
+    check(packed, name)
+    return packed
+
+
+def _outline(packed: PackedTensor) -> PackedTensor:
+    """A packed tensor without its numbers: values and mask on the meta device."""
+    return PackedTensor(packed.values.to("meta"), packed.mask.to("meta"), packed.layout)
+
+
+class Unpack(ConversionOps):
+    """Makes dense tensors of the three parts of packed ones."""
+
+    def __init__(self, hf_quantizer: Any = None) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: Sequence[str],  # noqa: ARG002, the protocol of conversions
+        target_patterns: Sequence[str],
+        model: PreTrainedModel | None = None,
+        full_layer_name: str = "",
+        **_: Any,
+    ) -> dict[str, list[Tensor]]:
+        """Lists of values, masks and layouts by their patterns -> lists of dense tensors, in the model's dtype.
+
+        A pattern can match many tensors, such as one of each expert, which the model's own conversion merges later.
+        Tensors that are dense already keep their names. The others are named by the target, or, if other operations
+        follow that merge several sources, as the values were.
+        """
+        dtype = None if model is None else model.get_parameter_or_buffer(full_layer_name).dtype
+        stems = [pattern.removesuffix(SUFFIXES[0]) for pattern in input_dict if pattern.endswith(SUFFIXES[0])]
+        found = {
+            pattern: [tensor.to(dtype or tensor.dtype) for tensor in tensors]
+            for pattern, tensors in input_dict.items()
+            if not pattern.endswith(SUFFIXES)
+        }
+        for stem in stems:
+            parts = [input_dict[stem + suffix] for suffix in SUFFIXES]
+            parts = [part if isinstance(part, list) else [part] for part in parts]
+            dense = []
+            for values, mask, layout in zip(*parts, strict=True):
+                packed = PackedTensor(values, mask, layout).without_checksum()  # compared when the files were checked
+                dense.append(unpack(packed, full_layer_name or stem).to(dtype or values.dtype))
+            found[stem if stem in target_patterns else stem + SUFFIXES[0]] = dense
+        return found
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """A dense model is saved dense."""
+        return _IdentityOp()
+
+
+@auto.register_quantizer(QUANT_METHOD)
+class FistaPackedQuantizer(HfQuantizer):
+    """Loads packed checkpoints; Transformers calls it a quantizer, but nothing is rounded."""
+
+    quantization_config: FistaPackedConfig
+
+    def __init__(self, quantization_config: FistaPackedConfig, **keywords: Any) -> None:
+        super().__init__(quantization_config, **keywords)
+        if not self.pre_quantized:
+            raise ValueError(
+                "quantization_config is a FistaPackedConfig, but the model is not packed: pack the folder of a pruned "
+                "model with `optimum-fista pack`."
+            )
+        self._becoming_dense = quantization_config.parameters  # names, or in a packed model the weights' full names
+        self._transposed: set[str] = set()  # modules that were `Conv1D`, whose weights are stored as [in, out]
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
+        """The tensors that a parameter is stored as: three if it is packed, itself if it was left dense."""
+        return {name: [name + suffix for suffix in (*SUFFIXES, "")] for name in self.quantization_config.parameters}
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first call with the configuration: point it to the packed files, which no loader finds by itself."""
+        config.transformers_weights = self.quantization_config.weights
+        return config
+
+    def get_load_operations(self) -> dict[str, Any]:
+        """What makes a dense tensor of the stored ones."""
+        return {"dequantize": Unpack}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Renamings that name a whole parameter rename its packed parts too."""
+        renamings = []
+        for renaming in weight_conversions:
+            if isinstance(renaming, WeightRenaming) and len(renaming._original_source_patterns) == 1:
+                (source,), (target,) = renaming._original_source_patterns, renaming._original_target_patterns
+                if source.rpartition(".")[2] in self.quantization_config.parameters:
+                    renamings += [renaming.copy(source + suffix, target + suffix) for suffix in SUFFIXES]
+        return super().update_weight_conversions(renamings + weight_conversions, model)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Conversions of packed parameters that no conversion of the model takes up."""
+        return [WeightConverter([name + s for s in SUFFIXES], name, [Unpack(self)]) for name in self._becoming_dense]
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        """Refuse files that are not whole, and make room for weights that stay packed."""
+        files = files_of_tensors(checkpoint_files or [])
+        # All weights are checked before the first is used. Their sizes stay, on the meta device, and not their values.
+        outlines = {name: _outline(read_packed(files, name)) for name in packed_names(files)}
+        kept = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.ndim > 1}
+        self.quantization_config.parameters = sorted(kept.union(self.quantization_config.parameters))
+        self._becoming_dense = self.quantization_config.parameters
+        if self.quantization_config.runtime == "packed":
+            self._becoming_dense = [name for name in outlines if not self._replace(model, name, outlines[name])]
+
+    def _replace(self, model: PreTrainedModel, name: str, outline: PackedTensor) -> bool:
+        """Make the `nn.Linear` or `Conv1D` of a packed weight a `PackedLinear`; False if it is neither."""
+        owner, _, leaf = name.rpartition(".")
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            return False
+        if leaf != "weight" or type(module) not in (nn.Linear, Conv1D):
+            return False
+        dense = cast(Tensor, module.weight)
+        if outline.shape != tuple(dense.shape):
+            raise PackedFormatError(f"{name}_layout says shape {outline.shape}: the model's is {tuple(dense.shape)}.")
+        rows, columns = outline.shape
+        packed = PackedLinear(
+            columns, rows, outline.values.numel(), False, outline.n_of_m, device="meta", dtype=dense.dtype
+        )
+        packed.weight_layout = outline.layout.to("meta")  # one number longer than that of a tensor in memory
+        packed.bias = module.bias  # type: ignore[assignment]
+        packed.weight_starts = torch.empty(0, dtype=torch.int64, device="meta")  # Accelerate wants a tensor
+        if type(module) is Conv1D:
+            self._transposed.add(owner)
+        parent, _, child = owner.rpartition(".")
+        setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
+        return True
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        model.config.__dict__.pop("transformers_weights", None)
+        for name, module in model.named_modules():
+            if not isinstance(module, PackedLinear):
+                continue
+            if module.weight_mask.is_meta:
+                raise ValueError(
+                    f"offload_buffers=True leaves the packed weight of {name} on disk, and runtime='packed' can't "
+                    "compute there: pass offload_buffers=False, with which packed weights stay in memory, or "
+                    "runtime='dense'."
+                )
+            if name in self._transposed:
+                module.transpose_()
+            else:
+                module.prepare()
+        return model
+
+    def is_serializable(self) -> bool:
+        """Whether `save_pretrained` can save the model as it is."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the loaded model can be trained."""
+        return self.quantization_config.runtime == "dense"
+
+
+# What a caller chooses for configurations of other types is ignored.
+vars(auto)["LOADING_ATTRIBUTES_CONFIG_TYPES"] = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, FistaPackedConfig)
