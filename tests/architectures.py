@@ -22,13 +22,6 @@ KEPT = Path(__file__).with_suffix(".jsonl")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 COMMAND = "python tests/architectures.py"
 MARKER = "<!-- The rest of this page is made by `python tests/architectures.py`. -->"
-_KINDS = {
-    "decoder-only": "Decoder-only language models",
-    "multimodal": "Multimodal models: their text decoder",
-    "encoder-decoder": "Encoder-decoder models: their decoder alone, as `AutoModelForCausalLM` loads it",
-    "encoder": "Encoders that run as decoders (`is_decoder=True`); as encoders they are refused",
-    "unknown": "Without a default configuration",
-}
 
 
 def read_outcomes(file: Path = KEPT) -> dict[str, Outcome]:
@@ -46,13 +39,8 @@ def format_page(outcomes: Iterable[Outcome]) -> str:
         f"transformers {importlib.metadata.version('transformers')}: of {len(found)} families "
         f"{len(works)} work ({len({o.model_class for o in works})} model classes).",
         "All but those of the last table do.",
-        *("", "| kind | works |", "|---|---|"),
+        *("", "## What can become smaller", ""),
     ]
-    for kind, title in _KINDS.items():
-        of_kind = [o for o in found if o.kind == kind]
-        if of_kind:
-            lines.append(f"| {title} | {sum(o.status == 'works' for o in of_kind)} of {len(of_kind)} |")
-    lines += ["", "## What can become smaller", ""]
     channels, heads, experts = (sum(kind in o.smaller for o in works) for kind in ("channels", "heads", "experts"))
     lines += [
         f"[Whole parts](smaller.md) can go: channels in {channels}, heads in {heads}, and experts in {experts} "

@@ -12,7 +12,7 @@ import torch
 from shrunken_config import VOCAB_SIZE, shrunken_config
 from tiny_models import randomize
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
@@ -32,14 +32,12 @@ ENOUGH_TOKENS = patch("optimum_fista.prune.group.UNDER_CALIBRATED_TOKENS", 0)
 class Outcome:
     """What came of a family.
 
-    `kind` is what the default configuration describes (see `architectures._KINDS`); `status` is `works`, `refused` (by
-    an `UnsupportedArchitectureError`), `not built` (Transformers can't build the model from its default configuration,
-    or run it on token ids alone) or `not reloaded`; `dense` is what stays dense, with the reason; `smaller` are the
-    kinds of parts of which half can go.
+    `status` is `works`, `refused` (by an `UnsupportedArchitectureError`), `not built` (Transformers can't build the
+    model from its default configuration, or run it on token ids alone) or `not reloaded`; `dense` is what stays dense,
+    with the reason; `smaller` are the kinds of parts of which half can go.
     """
 
     family: str
-    kind: str
     model_class: str
     status: str
     dense: tuple[str, ...] = ()
@@ -74,12 +72,11 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def try_family(family: str, folder: Path) -> Outcome:
     """Prune a family at 2:4, save it to `folder`, load it again; assert that all is as promised."""
-    kind = family_kind(family)
     try:
         model = family_model(family)
         dense = logits(model)
     except Exception as error:  # whatever a family of Transformers raises on a default configuration
-        return Outcome(family, kind, "", "not built", reason=_first_sentence(error))
+        return Outcome(family, "", "not built", reason=_first_sentence(error))
     name = type(model).__name__
     assert bool(torch.isfinite(dense).all())
     try:
@@ -93,10 +90,10 @@ def try_family(family: str, folder: Path) -> Outcome:
         require_told(model, report, excluded)
         require_saved(pruner, model, report, folder)
     except UnsupportedArchitectureError as error:
-        return Outcome(family, kind, name, "refused", reason=_first_sentence(error))
+        return Outcome(family, name, "refused", reason=_first_sentence(error))
     except NotReloaded as error:
-        return Outcome(family, kind, name, "not reloaded", reason=_first_sentence(error))
-    return Outcome(family, kind, name, "works", what_stays_dense(report, excluded))
+        return Outcome(family, name, "not reloaded", reason=_first_sentence(error))
+    return Outcome(family, name, "works", what_stays_dense(report, excluded))
 
 
 def what_can_go(family: str) -> tuple[str, ...]:
@@ -186,20 +183,6 @@ def what_stays_dense(report: PruningReport, excluded: list[str]) -> tuple[str, .
         short = ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
         reasons.setdefault(reason.partition(" with ")[0], set()).add(short)
     return tuple(f"{', '.join(sorted(names))}: {reason}" for reason, names in sorted(reasons.items()))
-
-
-def family_kind(family: str) -> str:
-    """What the default configuration of a family describes, told by its attributes."""
-    try:
-        config = CONFIG_MAPPING[family]()
-    except Exception:  # a family without a default configuration
-        return "unknown"
-    if config.is_encoder_decoder:
-        return "encoder-decoder"
-    if hasattr(config, "is_decoder") and hasattr(config, "add_cross_attention"):
-        return "encoder"
-    senses = any(word in name for name in config.sub_configs for word in ("vision", "audio"))
-    return "multimodal" if senses or config.get_text_config() is not config else "decoder-only"
 
 
 def _first_sentence(error: Exception) -> str:

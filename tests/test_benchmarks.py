@@ -103,20 +103,6 @@ def test_a_comparison_resumes_and_its_table_is_shown_again(compared, tmp_path):
         compared("--num-samples", "5")
 
 
-def test_the_best_of_a_pattern_is_bold_and_tasks_have_their_mean(benchmark):
-    def row(method, pattern, perplexity, first, second):
-        scores = {"a": {"acc": {"value": first, "stderr": 0.01}}, "b": {"acc": {"value": second, "stderr": 0.02}}}
-        found = {"method": method, "pattern": pattern, "seed": 0, "error": None, "accuracy": scores, "seconds": {}}
-        return found | {"perplexity": {"sea": perplexity}, "totals": {"sparsity": 0.5} if pattern != "-" else {}}
-
-    rows = [row("dense", "-", 10, 0.75, 0.5), row("wanda", "0.5", 20, 0.6, 0.25), row("fista", "0.5", 15, 0.4, 0.5)]
-    assert benchmark("compare").table(rows)[2:] == [
-        "|  | `dense` | 10.00 | 75.0 ± 1.0 | 50.0 ± 2.0 | 62.5 |  |  |  |  |",
-        "| 0.5 | `wanda` | 20.00 | **60.0** ± 1.0 | 25.0 ± 2.0 | 42.5 |  | 50.00 |  |  |",
-        "| 0.5 | `fista` | **15.00** | 40.0 ± 1.0 | **50.0** ± 2.0 | **45.0** |  | 50.00 |  |  |",
-    ]
-
-
 def test_speed_of_every_variant_and_the_table_again(benchmark, tmp_path, monkeypatch, capsys):
     script, output = benchmark("speed"), tmp_path / "speed.json"
     pruner, model = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False), tiny_llama()

@@ -50,10 +50,3 @@ def test_the_wheel_has_all_files_of_the_packages_and_no_others(packed):
 def test_the_source_archive_has_what_builds_the_wheel_and_no_more(packed):
     wheel, archive = packed
     assert archive == wheel | AROUND
-
-
-def test_smoke_tests_of_the_version_matrix_are_there():
-    lines = (ROOT / ".ci" / "matrix").read_text().splitlines()
-    named = [line.strip() for line in lines if line.startswith("    tests/")]
-    assert len(named) > 5
-    assert [name for name in named if not (ROOT / name).is_file()] == []

@@ -14,16 +14,17 @@ SAMPLE = (  # buffers and weights that Accelerate places, weights that are read 
 )  # fmt: skip
 
 
-def require_same(family, folder):
+@pytest.mark.parametrize("family", [f if f in SAMPLE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+def test_a_family_is_streamed_as_on_the_cpu(family, tmp_path):
     model = family_model(family)
     corrected = {"error_correction": 0.5, "residual_correction": 1.0, "exclude": stacked_weights(model)}
     config = FistaPruningConfig(0.5, method="sparsegpt", **corrected)
-    model.save_pretrained(folder / "source")
+    model.save_pretrained(tmp_path / "source")
     with warnings.catch_warnings(), ENOUGH_TOKENS:
         warnings.simplefilter("ignore")
         expected, found = (
             FistaPruner(config, progress=False).prune(
-                folder / "source", family_tokens(), output_dir=folder / device, device=device
+                tmp_path / "source", family_tokens(), output_dir=tmp_path / device, device=device
             )
             for device in ("cpu", "simulated:1")
         )
@@ -33,14 +34,3 @@ def require_same(family, folder):
     experts = any(".experts." in operator.name for operator in found.operators)
     error = expected.totals["mean_fit_error"]
     assert found.totals["mean_fit_error"] == pytest.approx(error, rel=1e-2 if experts else 1e-4)
-
-
-@pytest.mark.parametrize("family", SAMPLE)
-def test_a_family_that_once_failed_is_streamed(family, tmp_path):
-    require_same(family, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SAMPLE])
-def test_a_family_is_streamed(family, tmp_path):
-    require_same(family, tmp_path)

@@ -1,7 +1,4 @@
-"""Wherever a model and its activations lie, it is pruned as on the CPU, with every method and option of the pruning.
-
-`make test` runs some combinations, `-m slow` all of them.
-"""
+"""Wherever a model and its activations lie, it is pruned as on the CPU, with every method and option of the pruning."""
 
 import json
 from functools import cache
@@ -24,8 +21,7 @@ CORRECTIONS = (
     {"error_correction": 0.5, "residual_correction": 1.0},
 )
 ALLOCATIONS = ({"allocation": "uniform"}, {"allocation": "fisher"})
-ALL = list(product(WEIGHT_METHODS, PLACES, range(len(PATTERNS)), range(len(CORRECTIONS)), range(len(ALLOCATIONS))))
-SOME = [  # every place meets every pattern, correction and allocation; two places share a result of the CPU
+CASES = [  # every place meets every pattern, correction and allocation; two places share a result of the CPU
     (WEIGHT_METHODS[(4 * k + j) % len(WEIGHT_METHODS)], place, (j + k) % len(PATTERNS), k, (j + k // 2) % 2)
     for (p, place), k in product(enumerate(PLACES), range(len(CORRECTIONS)))
     for j in [p % 4]
@@ -40,10 +36,7 @@ def on_cpu(config: str) -> tuple[dict[str, Tensor], PruningReport]:
     return dict(model.state_dict()), report
 
 
-@pytest.mark.parametrize(
-    ("method", "place", "pattern", "correction", "allocation"),
-    [case if case in SOME else pytest.param(*case, marks=pytest.mark.slow) for case in ALL],
-)
+@pytest.mark.parametrize(("method", "place", "pattern", "correction", "allocation"), CASES)
 def test_pruned_as_on_the_cpu(method, place, pattern, correction, allocation, tmp_path):
     config = FistaPruningConfig(
         method=method, **PATTERNS[pattern], **CORRECTIONS[correction], **ALLOCATIONS[allocation]

@@ -33,10 +33,8 @@ def prune_on_cpu(model, config, batches):
 @pytest.mark.parametrize(
     ("place", "family"),
     [
-        ("in memory", "llama4_text"),
         ("on two devices", "mixtral"),
         ("on a device, cpu and disk", "gpt_oss"),
-        ("streamed, stored on disk", "deepseek_v3"),
         ("streamed and packed", "qwen3_moe"),
     ],
 )
@@ -54,14 +52,7 @@ def test_experts_are_pruned_as_on_the_cpu(place, family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "side"),
-    [
-        ("in memory, stored on the cpu", "left"),
-        ("on two devices", "right"),
-        ("on a device, cpu and disk", "left"),
-        ("offloaded to the cpu", "right"),
-        ("streamed, stored on disk", "right"),
-    ],
+    ("place", "side"), [("on a device, cpu and disk", "left"), ("streamed, stored on disk", "right")]
 )
 def test_padding_counts_nowhere(place, side, tmp_path):
     ids, mask = tiny_tokens(16, 48), torch.ones(16, 48, dtype=torch.long)
@@ -91,26 +82,17 @@ def test_a_model_is_recovered_as_on_the_cpu(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["on two devices", "streamed, stored on disk"])
-def test_decoder_layers_go_as_on_the_cpu(place, tmp_path):
-    config = FistaPruningConfig(pattern="channels:0.25/4+layers:0.5", allocation_tokens=128)
-    model, batches = tiny_llama(num_hidden_layers=4), tiny_tokens(16, 48).split(4)
-    expected, expected_report = prune_on_cpu(tiny_llama(num_hidden_layers=4), config, batches)
-    found, report = pruned_at(place, config, model, batches, tmp_path)
-    assert report.model["layers_kept"] == expected_report.model["layers_kept"]
-    assert found.keys() >= expected.keys()
-    require_the_same(found, expected)
-
-
 @pytest.mark.parametrize(
-    ("place", "family"), [("on two devices", "llama4_text"), ("streamed, stored on disk", "deepseek_v3")]
+    ("family", "pattern"), [("llama", "channels:0.25/4+layers:0.5"), ("deepseek_v3", "experts:0.5")]
 )
-def test_whole_experts_go_as_on_the_cpu(place, family, tmp_path):
-    config = FistaPruningConfig(pattern="experts:0.5")
-    batches = tokens(32, 64).split(8)
-    expected, expected_report = prune_on_cpu(tiny_model(family), config, batches)
-    found, report = pruned_at(place, config, tiny_model(family), batches, tmp_path)
+def test_whole_parts_go_as_on_the_cpu(place, family, pattern, tmp_path):
+    config = FistaPruningConfig(pattern=pattern, allocation_tokens=128)
+    batches = tokens(32, 48).split(8)
+    expected, expected_report = prune_on_cpu(tiny_model(family, num_hidden_layers=4), config, batches)
+    found, report = pruned_at(place, config, tiny_model(family, num_hidden_layers=4), batches, tmp_path)
+    assert report.model.get("layers_kept") == expected_report.model.get("layers_kept")
     assert [m.groups_kept for m in report.mixtures] == [m.groups_kept for m in expected_report.mixtures]
-    assert sum(mixture.num_refitted for mixture in expected_report.mixtures) > 0
+    assert found.keys() >= expected.keys()
     require_the_same(found, expected)
 
 
