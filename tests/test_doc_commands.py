@@ -37,7 +37,7 @@ def targets_exist(arguments: list[str]) -> None:
 def test_commands_of_the_docs_parse(command):
     words = shlex.split(re.sub(r"^(\w+=(\$\([^)]*\)|\S*)\s*)+", "", command))  # without assignments in front of it
     if "optimum_fista" in words:  # what a launcher starts
-        return parse_own(words[words.index("optimum_fista") + 1 :])
+        words = ["optimum-fista", *words[words.index("optimum_fista") + 1 :]]
     program, *arguments = words or ["source"]
     match program:
         case "optimum-fista":
