@@ -1,10 +1,15 @@
-"""Smaller models: a plan that is proved on shapes, tensors one at a time for files, and whole models in memory."""
+"""Smaller models: a plan that is proved on shapes, tensors one at a time for files, and whole models in memory.
+
+A smaller model is what a changed configuration describes, so that plain Transformers loads it: no code comes with it,
+and parts of one kind keep the same number in every decoder layer. Shapes do not prove that it computes the same;
+`require_same_outputs` does.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import alignment_hooks
-from optimum_fista.model.parts import Kind, Part, as_text, described_model, find_parts, shapes_of
+from optimum_fista.model.parts import Kind, Part, described_model, find_parts, shapes_of
 
 # What configurations say of decoder layers: their number, how many in front are of another kind, lists of numbers.
 _NUM_LAYERS = ("num_hidden_layers", "decoder_layers")
@@ -25,28 +30,24 @@ _LAYER_NUMBERS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "hy
 
 @dataclass(frozen=True)
 class Shrinking:
-    """A plan of how a model becomes a smaller one, proved on shapes. It leaves open which groups of a part stay.
+    """A plan of how a model becomes a smaller one, proved on shapes. It leaves open which groups of a part stay."""
 
-    Attributes:
-        model: The smaller model without weights, on the meta device. Its `config` and `generation_config` are those
-            to save.
-        parts: The parts that shrink, by name, without those of decoder layers that go.
-        counts: How many groups each part keeps, by name.
-        layers: Numbers of the decoder layers that stay, in their list `layers_name`.
-        attributes: Sizes and numbers of layers that modules keep as attributes, as they are in the smaller model:
-            by the name of the module in the model, then of the attribute.
-    """
-
-    model: PreTrainedModel
-    parts: Mapping[str, Part]
-    counts: Mapping[str, int]
-    layers: tuple[int, ...]
-    layers_name: str
-    attributes: Mapping[str, Mapping[str, Any]]
+    model: PreTrainedModel  # the smaller one, on the meta device, with the configurations to save
+    parts: Mapping[str, Part]  # those that shrink, by name, without those of decoder layers that go
+    counts: Mapping[str, int]  # how many groups each of them keeps
+    layers: tuple[int, ...]  # numbers of the decoder layers that stay, rising
+    layers_name: str  # of the list of decoder layers
+    # Sizes and numbers of layers that modules keep as attributes, as they are in the smaller model: by the name of the
+    # module in the model, then of the attribute.
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def new_name(self, name: str) -> str | None:
         """The smaller model's name of a module or tensor; `None` if it goes with its decoder layer."""
-        return _renamed(name, self.layers_name, self.layers)
+        if not name.startswith(f"{self.layers_name}."):
+            return name
+        number, dot, rest = name.removeprefix(f"{self.layers_name}.").partition(".")
+        new = {str(old): new for new, old in enumerate(self.layers)}.get(number)
+        return None if new is None else f"{self.layers_name}.{new}{dot}{rest}"
 
     def part_of(self, name: str) -> Part | None:
         """The part that a tensor belongs to."""
@@ -58,10 +59,7 @@ class Shrinking:
         `kept` are the groups that stay, in rising order, by the names of parts; those of other tensors may be missing.
         """
         part = self.part_of(name)
-        if part is None:
-            return tensor
-        part.require_kept(kept.get(part.name, ()), self.counts[part.name])
-        return part.shrink(name, tensor, kept[part.name])
+        return tensor if part is None else part.shrink(name, tensor, kept[part.name])
 
 
 def plan_shrinking(
@@ -84,31 +82,32 @@ def plan_shrinking(
     decoder_layers = find_decoder_layers(model)
     total, prefix = len(decoder_layers), decoder_layers.name
     stay = tuple(range(total) if layers is None else layers)
-    if not stay or list(stay) != sorted(set(stay)) or not 0 <= stay[0] <= stay[-1] < total:
-        raise ValueError(f"layers={as_text(stay)}: pass different numbers from 0 to {total - 1} in rising order.")
     for name, why in decoder_layers.shared.items():
         raise UnsupportedArchitectureError(f"{type(model).__name__} can't be made smaller: {name} {why}.")
     dense = described_model(model, {})
-    _require_own_shapes(model, dense)
+    described = shapes_of(dense)
+    for name, tensor in _tensors(model):
+        if tuple(tensor.shape) != described.get(name):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, but {type(model.config).__name__} describes "
+                f"{described.get(name, 'no such tensor')}: pass a model as from_pretrained loads it."
+            )
     asked: dict[Kind, int | None] = {"channels": channels, "heads": heads, "experts": experts}
     numbers = {kind: count for kind, count in asked.items() if count is not None}
-    sizes: dict[str, Any] = {}
-    parts: dict[str, Part] = {}
-    counts: dict[str, int] = {}
+    gone = tuple(f"{prefix}.{number}." for number in range(total) if number not in stay)
+    sizes, parts, counts = dict[str, Any](), dict[str, Part](), dict[str, int]()
     for kind, count in numbers.items():
         found = find_parts(model, kind)
         sizes |= found.sizes(count)
-        left = [part for part in found.parts if _renamed(part.name, prefix, stay) is not None]
-        parts |= {part.name: part for part in left}
-        counts |= {part.name: count for part in left}
-    ratios = {Fraction(counts[name], part.groups) for name, part in parts.items()}
+        left = {part.name: part for part in found.parts if not part.name.startswith(gone)}
+        parts |= left
+        counts |= dict.fromkeys(left, count)
     reasons = []
     for fewer_layers in _layer_settings(model.config.get_text_config(decoder=True), stay, total):
         try:
             small = described_model(model, sizes | fewer_layers)
-            plan = Shrinking(
-                small, parts, counts, stay, prefix, _changed_attributes(dense, small, prefix, stay, ratios)
-            )
+            plan = Shrinking(small, parts, counts, stay, prefix)
+            plan = replace(plan, attributes=_changed_attributes(dense, plan, total))
             _require_described(dense, plan)
             small.generation_config = copy.deepcopy(model.generation_config)
             return plan
@@ -128,8 +127,6 @@ def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Seq
     their memory; those that shrink lose their gradients. `model.config` becomes another object. `kept` are the groups
     that stay, in rising order, by the names of `plan.parts`.
     """
-    for name, part in plan.parts.items():
-        part.require_kept(kept.get(name, ()), plan.counts[name])
     for name, tensor in _tensors(model):
         if plan.part_of(name) is not None:
             tensor.data = plan.shrink_tensor(name, tensor.data, kept)
@@ -158,20 +155,14 @@ def smaller_copy(plan: Shrinking, name: str, module: nn.Module, kept: Mapping[st
 
 
 def require_same_outputs(
-    plan: Shrinking, name: str, module: nn.Module, kept: Mapping[str, Sequence[int]], call: Callable[[nn.Module], Any]
+    plan: Shrinking, name: str, module: nn.Module, kept: Mapping[str, Sequence[int]], run: Callable[[nn.Module], Tensor]
 ) -> None:
     """Prove that a module returns the same without the removed groups as with zeros in their columns.
 
     Shapes don't tell whether something depends on all channels or heads together (a norm without weights, slopes that
     are computed from the number of heads) or on the number of the decoder layer, or whether rows are in another
-    order. This does, for a decoder layer that stays or a whole model, with a plan for channels or heads.
-
-    Args:
-        plan: The plan.
-        name: Name of the module in the model; "" for the model itself.
-        module: The module, with its weights in memory. It and its weights stay as they are.
-        kept: The groups that stay, in rising order, by the names of their parts.
-        call: Runs a module on some inputs, and returns its output or a tuple that begins with it.
+    order. This does, for a decoder layer that stays or a whole model, whose name is "", with a plan for channels or
+    heads. `run` runs such a module on some inputs. The module, with its weights in memory, stays as it is.
     """
     zeroed: dict[str, Tensor] = {}
     for key, tensor in _tensors(module):
@@ -179,12 +170,11 @@ def require_same_outputs(
         part = plan.part_of(full)
         if part is not None and full == f"{part.name}.weight":
             zeroed[key] = part.without_columns(tensor.detach(), kept[part.name])
-    small = smaller_copy(plan, name, module, kept)
-    shown = name or type(module).__name__
+    small, shown = smaller_copy(plan, name, module, kept), name or type(module).__name__
     with torch.no_grad():
-        expected = _first(call(_copied(module, zeroed)))
+        expected = run(_copied(module, zeroed))
         try:
-            found = _first(call(small))
+            found = run(small)
         except RuntimeError as error:
             raise UnsupportedArchitectureError(f"{shown} does not run without the removed groups: {error}") from error
     difference = difference_beyond_rounding(found, expected)
@@ -227,17 +217,6 @@ def _layer_settings(config: PreTrainedConfig, stay: Sequence[int], total: int) -
                 yield settings | {word: len(stay)}
 
 
-def _require_own_shapes(model: PreTrainedModel, dense: PreTrainedModel) -> None:
-    """Refuse a model that is not what its configuration describes."""
-    described = shapes_of(dense)
-    for name, tensor in _tensors(model):
-        if tuple(tensor.shape) != described.get(name):
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, but {type(model.config).__name__} describes "
-                f"{described.get(name, 'no such tensor')}: pass a model as from_pretrained loads it."
-            )
-
-
 def _require_described(dense: PreTrainedModel, plan: Shrinking) -> None:
     """Compare what is left of all tensors with the tensors of the smaller model."""
     left: dict[str, tuple[int, ...]] = {}
@@ -253,18 +232,17 @@ def _require_described(dense: PreTrainedModel, plan: Shrinking) -> None:
             raise ValueError(f"{name} keeps shape {left.get(name)}, but would have to have {described.get(name)}")
 
 
-def _changed_attributes(
-    dense: PreTrainedModel, small: PreTrainedModel, layers: str, stay: tuple[int, ...], ratios: set[Fraction]
-) -> dict[str, dict[str, Any]]:
-    """`Shrinking.attributes`: sizes that shrink by one of the ratios, numbers of layers, lists with one entry each."""
-    others, total = dict(small.named_modules()), len(find_decoder_layers(dense))
+def _changed_attributes(dense: PreTrainedModel, plan: Shrinking, total: int) -> dict[str, dict[str, Any]]:
+    """`Shrinking.attributes`: sizes that shrink as parts do, numbers of layers, lists with an entry for each."""
+    others, stay = dict(plan.model.named_modules()), plan.layers
+    ratios = {Fraction(plan.counts[name], part.groups) for name, part in plan.parts.items()}
     found: dict[str, dict[str, Any]] = {}
     for name, module in dense.named_modules():
-        new = _renamed(name, layers, stay)
+        new = plan.new_name(name)
         if new is None:
             continue
         other = others.get(new)
-        if type(other) is not type(module):
+        if type(other) is not type(module):  # such as attention of another kind in every fourth layer
             raise ValueError(f"{name} ({type(module).__name__}) would become {type(other).__name__}")
         for word, value in vars(module).items():
             now: Any = vars(other).get(word)
@@ -313,15 +291,3 @@ def _copied(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _renamed(name: str, layers: str, stay: Sequence[int]) -> str | None:
-    """A name with the new number of its decoder layer; `None` if that goes."""
-    if not name.startswith(f"{layers}."):
-        return name
-    number, dot, rest = name.removeprefix(f"{layers}.").partition(".")
-    return f"{layers}.{stay.index(int(number))}{dot}{rest}" if int(number) in stay else None
