@@ -38,7 +38,6 @@ def format_page(outcomes: Iterable[Outcome]) -> str:
     lines = [
         f"transformers {importlib.metadata.version('transformers')}: of {len(found)} families "
         f"{len(works)} work ({len({o.model_class for o in works})} model classes).",
-        "All but those of the last table do.",
         *("", "## What can become smaller", ""),
     ]
     channels, heads, experts = (sum(kind in o.smaller for o in works) for kind in ("channels", "heads", "experts"))

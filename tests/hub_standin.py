@@ -9,7 +9,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -245,13 +244,10 @@ def connect(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-def run_with_hub(
-    hub: HubStandIn, code: str, tmp_path: Path, *, fresh: bool = False
-) -> subprocess.CompletedProcess[str]:
+def run_with_hub(hub: HubStandIn, code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own, with its cache in `tmp_path`, whose Hub is the stand-in.
 
-    It is forked from one that has imported everything, which takes a fifth of the time; a `fresh` one has imported
-    nothing.
+    It is forked from one that has imported everything, which takes a fifth of the time.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSF"))}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf_home"), "HF_TOKEN": "hf_test"}
@@ -259,11 +255,7 @@ def run_with_hub(
     environment |= {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     # A repository without safetensors of the usual names makes Transformers ask a service on the internet, and wait.
     environment |= {"DISABLE_SAFETENSORS_CONVERSION": "1"}
-    code = textwrap.dedent(code)
-    if fresh:
-        command = [sys.executable, "-c", code]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    return run_code(_CONNECT + code, json.dumps(environment), tmp_path)
+    return run_code(_CONNECT + textwrap.dedent(code), json.dumps(environment), tmp_path)
 
 
 def assert_pushed(hub: HubStandIn, process: subprocess.CompletedProcess[str], folder: Path, name: str) -> None:
