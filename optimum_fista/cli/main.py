@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+import time
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from importlib.metadata import version
 from typing import Any
 
@@ -26,6 +28,7 @@ _COMMANDS: dict[str, Any] = {
     "demo": demo,
     "doctor": doctor,
 }
+_SECONDS_BETWEEN_LINES = 30.0  # that tell of one bar in a log
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.
@@ -88,10 +91,11 @@ def execute(arguments: argparse.Namespace) -> int:
     Returns:
         0, or 1 after an error, 130 after an interrupt.
     """
-    formatted = warnings.formatwarning
+    formatted, stream = warnings.formatwarning, sys.stderr
     warnings.formatwarning = _one_warning
     try:
-        return int(arguments.fista_run(arguments))
+        with redirect_stderr(stream if stream.isatty() else _BarsAsLines(stream)):
+            return int(arguments.fista_run(arguments))
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1
@@ -100,6 +104,32 @@ def execute(arguments: argparse.Namespace) -> int:
         return 130
     finally:
         warnings.formatwarning = formatted
+
+
+class _BarsAsLines:
+    """Passes text on to a stream that is no terminal; of bars, a line in half a minute at most.
+
+    All bars of ours and of libraries write "\\r", the bar, and at their end "\\n". A log keeps what a terminal erases:
+    one run of `recover` would leave 93 kB of bars.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._last, self._in_bar = stream, time.monotonic(), False
+
+    def write(self, text: str) -> int:
+        if text.startswith("\r"):
+            self._in_bar, line = True, text.strip("\r \n\x1b[A")
+            if line and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
+                self._last = time.monotonic()
+                self._stream.write(f"{line}\n")
+        elif self._in_bar and not text.strip():
+            self._in_bar = False  # the end of a bar
+        else:
+            self._stream.write(text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)  # flush, fileno, encoding, isatty: those of the stream
 
 
 def _one_warning(message: Warning | str, *_: object, **__: object) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             ranks.first(lock)
             arguments.batch_size = ranks.first(lambda: say_before(arguments, config))
-            callbacks = [] if ranks.index else [opened.enter_context(Progress(shares=ranks.count > 1))]
+            callbacks = [] if ranks.index else [opened.enter_context(closing(Progress(shares=ranks.count > 1)))]
             batches = ranks.first(lambda: _batches(arguments, config, ranks.device, folder / FOLDER))
             names = ("device", "dtype", "overwrite", "packed", "drop_unused")
             options = {name: getattr(arguments, name) for name in names}
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
             pruner = FistaPruner(config, storage_device=arguments.storage_device, callbacks=callbacks)
             report = pruner.prune(arguments.model, batches, **options)
         except KeyboardInterrupt:
-            opened.close()  # the table goes before anything is said
+            opened.close()  # the bar goes before anything is said
             layers = _num_kept(arguments, config)
             again = "give the same command again to resume" if layers else "the same command starts from the beginning"
             print(f"\n{layers or 'no'} decoder layers are finished and kept: {again}", file=sys.stderr)
