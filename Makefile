@@ -45,7 +45,7 @@ test: $(READY) ## Lint, types, import rules and the tests, one process a core
 	$(MAKE) -j2 lint simulated
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-demo: $(DEMO_READY) ## Prune SmolLM2-135M and show what is left, in about 5 minutes (TEXT=file to measure on)
+demo: $(DEMO_READY) ## Prune SmolLM2-135M and show what is left, in 3 to 4 minutes of two cores (TEXT=file to measure on)
 	$(BIN)/optimum-fista demo $(if $(TEXT),--text '$(TEXT)')
 
 docs: $(READY) ## Build the documentation into site/

@@ -9,6 +9,7 @@ memory than is free or half a minute to be solved: a run shows the time left onc
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import torch
 from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -32,6 +34,7 @@ from optimum_fista.pruner import FistaPruner
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.self_sampling import num_batches, num_texts
+from optimum_fista.text.sources import usual_texts
 
 LIBRARIES = 325 * 2**20
 """Bytes of Python, torch, Transformers, and of the picture of the model card."""
@@ -41,9 +44,19 @@ _SOLVERS |= {"dsnot": (0.8, 3.7, 0), **dict.fromkeys(("wanda", "magnitude", "fla
 _TOKENS_TOGETHER, _TRIED_SECONDS, _SOLVING_SECONDS = 8192, 10, 30
 
 
+def _total_bytes(device: torch.device) -> float:
+    """Memory of a device, used or free; infinite if the device does not say, or is not in this machine."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().total
+    module = torch.get_device_module(device)
+    known = hasattr(module, "mem_get_info") and module.is_available()
+    return module.mem_get_info(device)[1] if known else math.inf
+
+
 class Estimate:
     """What a run takes; arguments are those of `optimum-fista prune`, and of the model only the configuration is read.
 
+    `calibration=None` is the model's own text if it can be loaded whole, otherwise c4 or Python's documentation.
     `num_samples` counts held-out sequences too. `batch_size=None` is one sequence on a CPU, on other devices as many as
     have 8192 tokens if memory suffices. The device need not be in this machine. Wrong options raise `ValueError`."""
 
@@ -55,7 +68,7 @@ class Estimate:
         num_samples: int = 128,
         sequence_length: int | None = None,
         batch_size: int | None = None,
-        calibration: str = "text",
+        calibration: str | None = "text",
         device: str | None = None,
         dtype: str | torch.dtype = "auto",
         storage_device: str | None = None,
@@ -76,7 +89,7 @@ class Estimate:
         self.storage = "device" if storage == self.device else {"cpu": "host"}.get(storage, "disk")
         # On the CPU, weights in the stored dtype are pages of the checkpoint's files, which the system can drop.
         self.reads = not self.whole and not (self.on_cpu and stored == dtype)
-        self.num_samples, self.samples_itself, self.packed = num_samples, calibration == "self", packed
+        self.num_samples, self.packed = num_samples, packed
         self.length, self.value = sequence_length or usual_length(given), dtype.itemsize
         self.vocabulary, self.hidden = next(self.model.get_input_embeddings().parameters()).shape
         self.layers = find_decoder_layers(self.model)
@@ -100,6 +113,10 @@ class Estimate:
         self.zeros = {k: self.weights[k] - self.config.pattern_for(k).num_kept(s) for k, s in self.operators.items()}
         self.allocates = any(map(self.config.shares_budget, self.operators))
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
+        # Of the same machine the same is asked again when a run resumes, however much memory is free then.
+        whole, total = sum(self._whole_model.values()), _total_bytes(torch.device(self.place or self.device))
+        self.too_large_to_write = calibration is None and whole > total
+        self.calibration = calibration or (usual_texts()[1] if self.too_large_to_write else "self")
         self.streams = self.config.correction.needs_dense + (self.config.correction.carry == "full")
         self.stream_bytes = self.value * num_samples * self.length * self.hidden
         most = 1 if self.on_cpu else max(1, min(num_samples, _TOKENS_TOGETHER // self.length))
@@ -133,14 +150,19 @@ class Estimate:
                 peaks[place] = max(peaks.get(place, {}), parts, key=lambda held: sum(held.values()))
         return peaks
 
+    @property
+    def _whole_model(self) -> dict[str, float]:
+        """Bytes that are held while the model writes its own text, by part."""
+        texts = -(-self.num_samples // num_batches(self.num_samples))  # that are written together
+        keys = 2 * self.value * texts * self.length * len(self.layers) * self.hidden
+        logits = texts * num_texts(self.length) * self.vocabulary * (self.value + 12)
+        return {"whole model": self.weight_bytes, "keys and values": keys, "logits": logits}
+
     def _moments(self) -> Iterator[tuple[Mapping[str, float], float]]:
         """Bytes that are held where the run computes, by part, and those of activations that wait."""
         value, batch, tokens = self.value, self.batch_size * self.length, self.value * self.num_samples * self.length
-        if self.samples_itself:
-            texts = -(-self.num_samples // num_batches(self.num_samples))  # that are written together
-            keys = 2 * value * texts * self.length * len(self.layers) * self.hidden
-            logits = texts * num_texts(self.length) * self.vocabulary * (value + 12)
-            yield {"whole model": self.weight_bytes, "keys and values": keys, "logits": logits}, 0
+        if self.calibration == "self":
+            yield self._whole_model, 0
         ends = {"embedding and head": 2 * value * self.vocabulary * self.hidden * self.reads}
         if self.allocates:  # a sequence at a time, in float32; hidden states of all layers wait
             logits = self.length * self.vocabulary * (2 * value + 12)

@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
     from optimum_fista.report import PruningReport
 
 
-def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
-    """Say what the run will do and take; returns the size of its batches."""
+def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> tuple[int, str]:
+    """Say what the run will do and take; returns the size of its batches and the source of its text."""
     import torch
 
     from optimum_fista.estimate import LIBRARIES
@@ -33,13 +32,11 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> int
     try:
         estimate = estimate_of(arguments, config, chosen)
         overview, parts = overview_of(estimate), estimate.memory["host"]
-    except ValueError:
+    except (ValueError, OSError):
         raise  # what the run would refuse, before text is drawn: a model may write it for hours
-    except OSError:
-        return chosen or 1  # the run says what is wrong
     except Exception as error:  # a model without weights can't be built in every family
         print(f"note: memory could not be estimated: {error}", file=sys.stderr)
-        return chosen or 1
+        return chosen or 1, arguments.calibration or "self"
     needed, free = sum(parts.values()) - LIBRARIES, available_bytes(torch.device("cpu"))
     print("\n".join(overview), file=sys.stderr)
     if free is not None:
@@ -56,7 +53,7 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> int
             "--sequence-length or fewer --num-samples; --dry-run shows what they need.",
             file=sys.stderr,
         )
-    return estimate.batch_size
+    return estimate.batch_size, estimate.calibration
 
 
 def estimate_of(arguments: argparse.Namespace, config: FistaPruningConfig, batch_size: int | None) -> Estimate:
@@ -84,7 +81,9 @@ def overview_of(estimate: Estimate) -> list[str]:
         zeros = sum(estimate.zeros.values())
         pruned += f"; {zeros:,} become zero ({zeros / weights:.1%})"
     held_out = f" ({config.held_out} held out)" if config.held_out else ""
-    text = "that the model writes itself" if estimate.samples_itself else "of text"
+    text = "that the model writes itself" if estimate.calibration == "self" else f"of {estimate.calibration}"
+    if estimate.too_large_to_write:
+        text += " (the whole model does not fit into memory, which it needs to write its own)"
     batches = f"batches of {estimate.batch_size}"
     memory = ", ".join(f"{_size(sum(parts.values()))} of the {place}" for place, parts in estimate.memory.items())
     model_size = f"{parameters:,} parameters in {dtype} ({_size(estimate.weight_bytes)})"
@@ -126,7 +125,7 @@ def details_of(estimate: Estimate) -> list[str]:
     for title, (parts, text_of) in tables.items():
         lines += ["", f"{title:<44}{text_of(sum(parts.values())):>12}"]
         lines += [f"  {name:<42}{text_of(n):>12}" for name, n in sorted(parts.items(), key=lambda p: -p[1]) if n]
-    if estimate.samples_itself:
+    if estimate.calibration == "self":
         notes.append("--calibration self loads the whole model, which writes its text; no time is counted for that.")
     return [*lines, *(f"note: {note}" for note in notes)]
 
@@ -171,11 +170,13 @@ def argument(path: str | Path) -> str:
 def next_commands(model: str, folder: Path, calibration: str) -> str:
     """What to do with a pruned model."""
     name, dense = argument(folder), argument(model)
-    unseen, trained = ("wikitext2", "c4") if find_spec("datasets") else ("pydoc", "pydoc")  # of Python's own pages
+    from optimum_fista.text.sources import usual_texts
+
+    measured, trained = usual_texts()
     text = trained if calibration == "self" else argument(calibration)  # a model would write for hours
     commands = {
         f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
-        f"evaluate {name} --text {unseen}": "perplexity; run it on the dense model too, to compare",
+        f"evaluate {name} --text {measured}": "perplexity; run it on the dense model too, to compare",
         f"recover {name} --teacher {dense} --calibration {text}": "train it to be more like the dense model",
         f"report {name}": "a page about every operator",
         f"verify {name}": "counts the zeros in the files again",

@@ -27,7 +27,8 @@ Half of the weights in the decoder layers become zeros. A --pattern such as chan
 parts instead, so the model becomes smaller.
 
 MODEL is a Hub id, a model folder, or a folder with one GGUF file. No other argument is needed: the model writes its own
-calibration text (--calibration self), and the output folder is named after MODEL and the pattern.
+calibration text (--calibration self) if all of it fits into memory, and the output folder is named after MODEL and the
+pattern. For a model that does not fit, the text is c4, or pydoc if the package `datasets` is not installed.
 
 The model is read, pruned and written one decoder layer at a time. It is loaded whole only if it is a GGUF file, or
 writes its own text. If a run is interrupted, give the same command again: it resumes after the last finished decoder
@@ -56,8 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target-size", type=float, metavar="SHARE", help=size)
     recipes = "default, fast, or paper (the published settings of FISTAPruner); other flags override the recipe"
     add("--recipe", metavar="NAME", help=recipes)
-    sources = "self (the model writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
-    add("--calibration", default="self", metavar="SOURCE", help=sources)
+    sources = (
+        "self (the model writes it; default if it fits into memory), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc"
+    )
+    add("--calibration", metavar="SOURCE", help=sources)
     add("--num-samples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
     add("--sequence-length", type=int, metavar="N", help="tokens in a sequence (default: 2048, or the model's limit)")
     add("--device", **DEVICE)
@@ -99,10 +102,9 @@ def run(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if arguments.dry_run:
         print("\n".join(details_of(estimate_of(arguments, config, arguments.batch_size))))
-        _require_output(arguments, config)
+        _name_output(arguments, config)
         return 0
     _require_options(arguments, config)
-    folder = unfinished_folder(arguments.output)
     with joined_ranks(arguments.device) as ranks, ExitStack() as opened:
 
         def lock() -> None:
@@ -115,9 +117,10 @@ def run(arguments: argparse.Namespace) -> int:
             opened.enter_context(log_shown("optimum_fista.prune.plan"))  # what --target-size removes
         try:
             ranks.first(lock)
-            arguments.batch_size = ranks.first(lambda: say_before(arguments, config))
+            arguments.batch_size, arguments.calibration = ranks.first(lambda: say_before(arguments, config))
             callbacks = [] if ranks.index else [opened.enter_context(closing(Progress(shares=ranks.count > 1)))]
-            batches = ranks.first(lambda: _batches(arguments, config, ranks.device, folder / FOLDER))
+            folder = unfinished_folder(arguments.output) / FOLDER
+            batches = ranks.first(lambda: _batches(arguments, config, ranks.device, folder))
             names = ("device", "dtype", "overwrite", "packed", "drop_unused")
             options = {name: getattr(arguments, name) for name in names}
             options |= {"calibration_source": arguments.calibration, "output_dir": arguments.output}
@@ -148,28 +151,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def default_output(model: str, config: FistaPruningConfig) -> Path:
-    """The folder if none is named: the model's name and the pattern, such as `Llama-3.2-1B-50pct` or `model-2of4`."""
-    pattern = config.pattern
-    if pattern == "unstructured":
-        pattern = f"{100 * (config.sparsity or 0.0):.6g}pct"
-    pattern = re.sub(r"[:+/]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
-    name = Path(os.path.abspath(model)).name if Path(model).exists() else model.rpartition("/")[2]
-    return Path(f"{name}-{pattern}")
-
-
 def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
-    """Refuse what can't work, before anything is read; names the output if the user did not."""
+    """Refuse what can't work before anything is read or printed; names the output if the user did not."""
     import torch
 
     from optimum_fista.folder.hub import require_repo_id
-    from optimum_fista.folder.loading import storage_place
+    from optimum_fista.folder.loading import storage_place, usable_device
     from optimum_fista.prune.ranks import launched_processes, require_independent_layers
+    from optimum_fista.text.sources import require_source
 
     require_independent_layers(config, launched_processes())
-    _require_output(arguments, config)
+    _name_output(arguments, config)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: pass at least 1.")
+    if arguments.calibration not in (None, "self"):
+        require_source(arguments.calibration)
+    usable_device(arguments.device)
     storage_place(arguments.storage_device, torch.device("cpu"))
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
@@ -179,7 +176,8 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
         _require_same_settings(arguments, config)
 
 
-def _require_output(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
+def _name_output(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
+    """Name the output if the user did not, and refuse a folder that can't be written."""
     from optimum_fista.cli.overview import argument
     from optimum_fista.folder.output import require_output
 
@@ -198,11 +196,22 @@ def _require_output(arguments: argparse.Namespace, config: FistaPruningConfig) -
         raise type(error)(f"{error} For example: --output {argument(other)}") from error
 
 
+def default_output(model: str, config: FistaPruningConfig) -> Path:
+    """The folder if none is named: the model's name and the pattern, such as `Llama-3.2-1B-50pct` or `model-2of4`."""
+    pattern = config.pattern
+    if pattern == "unstructured":
+        pattern = f"{100 * (config.sparsity or 0.0):.6g}pct"
+    pattern = re.sub(r"[:+/]", "-", re.sub(r"(\d+):(\d+)", r"\1of\2", pattern))
+    name = Path(os.path.abspath(model)).name if Path(model).exists() else model.rpartition("/")[2]
+    return Path(f"{name}-{pattern}")
+
+
 def _require_same_settings(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
+    """Refuse to go on with an unfinished run of other settings; other text is found out after it was drawn."""
     from optimum_fista.folder.output import unfinished_folder
     from optimum_fista.prune.journal import require_same_run
 
-    wanted = {"recovery": None, "config": json.loads(json.dumps(config.resolved().to_dict()))}
+    wanted = {"recovery": None, "config": json.loads(json.dumps(config.resolved().to_dict()))}  # tuples become lists
     wanted["sequences"] = arguments.num_samples + config.held_out
     if arguments.sequence_length is not None:
         wanted["length"] = arguments.sequence_length
@@ -223,38 +232,39 @@ def _num_kept(arguments: argparse.Namespace, config: FistaPruningConfig) -> int:
 def _batches(
     arguments: argparse.Namespace, config: FistaPruningConfig, device: str | None, keep_in: Path
 ) -> list[Tensor | dict[str, Any]]:
-    """The calibration batches, and text to measure the perplexity on if there is some."""
-    import torch
+    """The calibration batches, and text to measure the perplexity on if there is some.
 
-    from optimum_fista.folder.loading import require_tokenizer
-    from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, num_held_out, num_spare
+    A model that writes its own text finds it easier than other text, so it is measured on Python's documentation.
+    """
+    from optimum_fista.folder.loading import read_config, require_tokenizer
+    from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, num_measured, usual_length
     from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import calibration_windows
 
-    def draw(count: int) -> Tensor:
-        numbers = arguments.sequence_length, config.seed
-        places = {"device": device, "dtype": arguments.dtype, "keep_in": keep_in}
-        return calibration_tokens_by_name(arguments.model, arguments.calibration, count, *numbers, **places)
+    source, wanted, measured = arguments.calibration, arguments.num_samples + config.held_out, None
+    length = arguments.sequence_length or usual_length(read_config(arguments.model))
+    count = num_measured(config, length)
 
-    wanted, spare = arguments.num_samples + config.held_out, num_spare(config, arguments.num_samples)
-    source, extra = arguments.calibration, None
-    try:
-        tokens = draw(wanted + spare)
-    except ValueError:
-        if source == "self" or not spare:
-            raise
-        tokens, spare = draw(wanted), 0  # the text may be just long enough for these
-    count = num_held_out(config, tokens.shape[1])
-    if source == "self" and count:
-        source, tokenizer = "pydoc", require_tokenizer(arguments.model)
+    def draw(number: int) -> Tensor:
+        places = {"device": device, "dtype": arguments.dtype, "keep_in": keep_in}
+        return calibration_tokens_by_name(arguments.model, source, number, length, config.seed, **places)
+
+    if source == "self":
+        tokens, source = draw(wanted), "pydoc"
         with suppress(ValueError):  # it is too short for the length
-            extra = calibration_windows(tokenizer, load_text(source, "test"), count, tokens.shape[1], config.seed)
-    elif spare:
-        with suppress(ValueError):  # as many as there are
-            more = draw(wanted + count) if count > spare else tokens
-            tokens = more if torch.equal(more[:wanted], tokens[:wanted]) else tokens
-        extra = tokens[wanted:]
-    held_out = [] if extra is None else [{"input_ids": extra, "held_out": source}]
+            tokenizer = require_tokenizer(arguments.model)
+            measured = calibration_windows(tokenizer, load_text(source, "test"), count, length, config.seed)
+    else:
+        further = (count, 1) if count and not config.held_out and arguments.num_samples > 0 else ()
+        for extra in (*further, 0):
+            try:
+                tokens = draw(wanted + extra)
+                break
+            except ValueError:  # the text may be just long enough for fewer
+                if not extra:
+                    raise
+        measured = tokens[wanted:] if extra else None
+    held_out = [] if measured is None else [{"input_ids": measured, "held_out": source}]
     return [*tokens[:wanted].split(arguments.batch_size), *held_out]
 
 
@@ -276,6 +286,6 @@ def _config(arguments: argparse.Namespace) -> FistaPruningConfig:
     if arguments.recipe:
         return FistaPruningConfig.recipe(arguments.recipe, **flags)
     base = FistaPruningConfig.from_pretrained(arguments.config).to_dict() if arguments.config else {}
-    if {"sparsity", "pattern"} & set(flags):
+    if {"sparsity", "pattern"} & set(flags):  # one of them says the other
         base = {key: value for key, value in base.items() if key not in ("sparsity", "pattern")}
     return FistaPruningConfig.from_dict(base | flags)

@@ -1,12 +1,18 @@
-"""Calibration tokens from any source a user can name."""
+"""Calibration tokens from any source a user can name, for a model in memory or for one given by its name.
+
+Text that a model wrote itself may have taken hours: it is kept beside an unfinished run, under a name that tells of
+the model's files and the settings, and a run that is started again takes it from there.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,7 +40,7 @@ def calibration_tokens(
     """Token ids int64 [num_samples, sequence_length] to calibrate a model with.
 
     Args:
-        source: `"self"` (the model samples its own text), or a source of `run.texts.text.load_text`.
+        source: `"self"` (the model samples its own text), or a source of `load_text`.
         model: The model to prune, still dense.
         tokenizer: Its tokenizer.
         num_samples: Number of sequences.
@@ -67,44 +73,26 @@ def calibration_tokens_by_name(
 
     `keep_in` is a folder to keep sampled text in, and to take it from when a run is started again on the same files.
     """
-    if source != "self" and gguf_file(name) is None:
+    if source != "self" and gguf_file(name) is None:  # the tokenizer of a GGUF file is read with its weights
         length = usual_length(read_config(name)) if sequence_length is None else sequence_length
         tokenizer = require_tokenizer(name)
         return calibration_windows(tokenizer, load_text(source, "calibration"), num_samples, length, seed)
     files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(name).glob("*") if p.is_file())
     settings = json.dumps([name, files, source, num_samples, sequence_length, seed, dtype])
-    key = hashlib.sha256(settings.encode()).hexdigest()[:8]  # a command given by mistake leaves the text of others
+    key = hashlib.sha256(settings.encode()).hexdigest()[:16]  # a command given by mistake leaves the text of others
     file = keep_in / SAMPLED_TEXTS.replace("*", key) if keep_in is not None else None
-    if file is not None and (kept := _kept_tokens(file, settings)) is not None:
-        return kept
+    if file is not None and file.exists():
+        with suppress(SafetensorError):  # it is damaged: the model writes again
+            return load_file(file)["tokens"]
     model, own_tokenizer = load_model(name, device=device, dtype=dtype)
     tokens = calibration_tokens(source, model, own_tokenizer, num_samples, sequence_length, seed, progress=progress)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, {"tokens": tokens}, {"sha256": _digest(settings, tokens)})
+        write_file(file, {"tokens": tokens})
     return tokens
 
 
-def _kept_tokens(file: Path, settings: str) -> Tensor | None:
-    """Tokens that were kept whole, with these settings."""
-    try:
-        with safe_open(file, "pt") as kept:
-            tokens, sha256 = kept.get_tensor("tokens"), (kept.metadata() or {}).get("sha256")
-    except (FileNotFoundError, SafetensorError):
-        return None
-    return tokens if sha256 == _digest(settings, tokens) else None
-
-
-def _digest(settings: str, tokens: Tensor) -> str:
-    return hashlib.sha256(f"{settings} {tokens.dtype} {tokens.tolist()}".encode()).hexdigest()
-
-
-def num_spare(config: FistaPruningConfig, num_samples: int) -> int:
-    """Sequences that `optimum-fista prune` draws beyond those to prune on: the text depends on how many are drawn."""
-    return 0 if config.held_out or num_samples < 1 else max(1, num_samples // 64) * bool(num_held_out(config, 1))
-
-
-def num_held_out(config: FistaPruningConfig, length: int) -> int:
+def num_measured(config: FistaPruningConfig, length: int) -> int:
     """Sequences of this length that `optimum-fista prune` measures the perplexity on, besides those to prune on."""
     parts = () if config.whole_parts is None else config.whole_parts.shares
     return 0 if any(part.kind == "experts" for part in parts) else -(-LEAST_TOKENS // length)

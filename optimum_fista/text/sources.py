@@ -1,4 +1,8 @@
-"""Text sources for calibration and for perplexity: local files, Python's own documentation, Hub data sets."""
+"""Text sources for calibration and for perplexity: local files, Python's own documentation, Hub data sets.
+
+The texts of the Hub are cut and joined as in the scripts of SparseGPT and Wanda, so that perplexities can be compared
+with published ones.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import hashlib
 import json
 import platform
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,8 +20,6 @@ from optimum_fista.report import HUB_DATASETS
 Split = Literal["calibration", "test"]
 
 _SEPARATOR = "\n\n"
-
-_FILE_SUFFIXES = (".txt", ".jsonl")
 _ACCEPTED_SOURCES = (
     "a path that ends in .txt (one document) or .jsonl (field 'text' in every line), 'pydoc' (Python's own "
     "documentation, no download), 'wikitext2', 'c4' or 'ptb' (from the Hub, with the package `datasets`), "
@@ -63,6 +66,33 @@ _HUB: dict[tuple[str, Split], dict[str, Any]] = {
 }
 
 
+def require_source(source: str) -> None:
+    """Refuse a source that can't be read here; no text is read for this, and nothing is asked of the Hub.
+
+    Raises:
+        ValueError: If the source is unknown.
+        FileNotFoundError: If a path ends in .txt or .jsonl and no such file exists.
+        ImportError: If a Hub data set is asked for and the package `datasets` is missing.
+    """
+    if source == "pydoc":
+        return
+    if source in HUB_DATASETS:
+        if find_spec("datasets") is None:
+            raise ImportError(
+                f"source={source!r} needs the package `datasets`, which is not installed: "
+                f"run {install_command('datasets')}, or pass a local .txt or .jsonl file."
+            )
+    elif Path(source).suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"source={source!r} is not known; pass {_ACCEPTED_SOURCES}.")
+    elif not Path(source).is_file():
+        raise FileNotFoundError(f"source={source!r}: there is no such file; pass {_ACCEPTED_SOURCES}.")
+
+
+def usual_texts() -> tuple[str, str]:
+    """Texts to measure and to calibrate on: the literature's, or Python's own pages without the package for them."""
+    return ("wikitext2", "c4") if find_spec("datasets") else ("pydoc", "pydoc")
+
+
 def load_text(source: str, split: Split) -> TextSource:
     """Read a text source.
 
@@ -79,40 +109,33 @@ def load_text(source: str, split: Split) -> TextSource:
         ImportError: If a Hub data set is asked for and the package `datasets` is missing.
         ConnectionError: If a Hub data set cannot be loaded.
     """
+    require_source(source)
     if split not in get_args(Split):
         raise ValueError(f"split={split!r} is not known; pass 'calibration' or 'test'.")
+    if source in HUB_DATASETS:
+        return _read_hub(source, **_HUB[source, split])
     if source == "pydoc":
         from pydoc_data.topics import topics
 
         origin = f"Python {platform.python_version()}'s help topics joined by {_SEPARATOR!r}"
         return TextSource("pydoc", tuple(topics[key] for key in sorted(topics)), _SEPARATOR, origin)
-    if (source, split) in _HUB:
-        return _read_hub(source, **_HUB[source, split])
-    path = Path(source)
-    if path.suffix not in _FILE_SUFFIXES:
-        raise ValueError(f"source={source!r} is not known; pass {_ACCEPTED_SOURCES}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"source={source!r}: there is no such file; pass {_ACCEPTED_SOURCES}.")
-    return _read_file(path)
+    return _read_file(Path(source))
 
 
 def _read_file(path: Path) -> TextSource:
     where = f"source={str(path)!r}"
     try:
-        # Not read_text, which would turn \r\n into \n.
-        content = path.read_bytes().decode("utf-8")
+        content = path.read_bytes().decode("utf-8")  # not read_text, which would turn \r\n into \n
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 ({error}); save it as UTF-8.") from error
-    if path.suffix == ".txt":
-        if not content.strip():
-            raise ValueError(f"{where} is empty; pass a file with text.")
-        return TextSource(path.name, (content,), _SEPARATOR, f"file {path.name}")
-    lines = enumerate(content.split("\n"), start=1)
-    documents = tuple(_document(line, f"{where}, line {number}") for number, line in lines if line.strip())
-    if not any(document.strip() for document in documents):
-        raise ValueError(f'{where} holds no text; pass a file with text under "text" in its lines.')
-    origin = f"file {path.name}, {len(documents)} documents joined by {_SEPARATOR!r}"
-    return TextSource(path.name, documents, _SEPARATOR, origin)
+    documents: tuple[str, ...] = (content,)
+    if path.suffix == ".jsonl":
+        lines = enumerate(content.split("\n"), start=1)  # not splitlines, which ends lines at U+2028 too
+        documents = tuple(_document(line, f"{where}, line {number}") for number, line in lines if line.strip())
+    if not any(map(str.strip, documents)):
+        raise ValueError(f'{where} is empty; pass a file with text (in a .jsonl file under "text").')
+    joined = f", {len(documents)} documents joined by {_SEPARATOR!r}" if path.suffix == ".jsonl" else ""
+    return TextSource(path.name, documents, _SEPARATOR, f"file {path.name}{joined}")
 
 
 def _document(line: str, place: str) -> str:
@@ -140,13 +163,8 @@ def _read_hub(
     **options: str,
 ) -> TextSource:
     """The first rows of one column, joined to one document unless each is one; `options` are `load_dataset`'s."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(
-            f"source={source!r} needs the package `datasets`, which is not installed: "
-            f"run {install_command('datasets')}, or pass a local .txt or .jsonl file."
-        ) from error
+    from datasets import load_dataset  # which takes seconds to import
+
     try:
         files = {} if file is None else {"data_files": {split: file}}
         texts = tuple(load_dataset(repository, split=split, **options, **files)[:max_rows][column])

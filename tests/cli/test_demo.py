@@ -27,7 +27,8 @@ def test_the_demo_shows_a_smaller_model_and_fits_and_measures_on_other_windows(
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     lines = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line[:1] == "|"]
-    names = [["dense", ""], ["wanda", "0.5"], ["sparsegpt", "0.5"], ["default", "0.5"], ["default", "channels:0.25"]]
+    runs = [["wanda", "unstructured"], ["obs_admm", "unstructured"], ["obs_admm", "channels:0.25"]]
+    names = [["dense", ""], *runs]
     assert [line[:2] for line in lines] == [["method", "pattern"], lines[1][:2], *names]
     assert all(float(line[2]) > 1 for line in lines[2:])
     seen = {tuple(window.tolist()) for window in measured}
@@ -36,9 +37,9 @@ def test_the_demo_shows_a_smaller_model_and_fits_and_measures_on_other_windows(
     assert verify_checkpoint(tmp_path / "demo" / "smaller").num_operators > 0
     sizes = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in shown.splitlines() if " MB in " in line}
     assert sizes["smaller"] < sizes["dense"] == sizes["pruned-50"]
-    assert "] pruning by wanda, 0.5" in shown
+    assert "] pruning by wanda, unstructured" in shown
     commands = [line.split("    ")[0].strip() for line in shown.split("next:")[1].splitlines() if line.strip()]
-    assert len([build_parser().parse_args(shlex.split(command)[1:]) for command in commands]) == 2
+    assert len([build_parser().parse_args(shlex.split(command)[1:]) for command in commands]) == 3
 
 
 def test_a_text_too_short_to_fit_and_to_measure_on_is_refused(arguments, monkeypatch, capsys):

@@ -23,7 +23,7 @@ def test_a_run_says_what_it_will_do_what_it_cost_and_the_next_commands_which_wor
     printed = capsys.readouterr()
     begin = dict(line.split(maxsplit=1) for line in printed.err.splitlines() if line[:1].strip())
     assert begin["pruned"] == "14 operators with 15,360 weights; 7,680 become zero (50.0%)"
-    assert begin["calibration"] == "8 x 16 tokens of text, batches of 1"
+    assert begin["calibration"] == f"8 x 16 tokens of {text_file}, batches of 1"
     assert begin["output"] == name
     assert {"model", "method", "memory", "disk"} < {*begin}
     found = json.loads((tmp_path / name / "fista" / "report.json").read_text())["perplexity"]
@@ -46,7 +46,6 @@ def test_a_run_says_what_it_will_do_what_it_cost_and_the_next_commands_which_wor
         rest = [str(text_file) if word == "wikitext2" else word for word in command[1:]]
         assert main([*rest, *more.get(command[1], [])]) == 0
     shown = capsys.readouterr().err
-    assert re.search(r"Verifying: 14tensor", shown)
     assert "are trained: all " in shown  # what `recover` chose
 
 

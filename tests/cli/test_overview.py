@@ -30,7 +30,7 @@ def test_the_next_commands_can_be_pasted(monkeypatch):
     shown = next_commands("my model", folder, "self")
     assert "--text wikitext2 " in shown
     assert "--calibration c4 " in shown
-    monkeypatch.setattr("optimum_fista.cli.overview.find_spec", lambda name: None)
+    monkeypatch.setattr("optimum_fista.text.sources.find_spec", lambda name: None)
     plain = next_commands("my model", folder, "self")  # without the extra that has the usual texts
     assert "--text pydoc " in plain
     assert "--calibration pydoc " in plain

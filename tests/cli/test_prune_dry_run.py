@@ -22,7 +22,7 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(tiny_folder, tmp_path, ca
     assert "7 operators with 7,680 weights; 3,840 become zero (50.0%)" in shown[0]
     assert "left dense (exclude): model.layers.0.self_attn.q_proj" in shown[0]
     assert "wanda, error correction 0.0" in shown[0]
-    assert "8 x 16 tokens of text, batches of 1\n" in shown[0]
+    assert "8 x 16 tokens of c4, batches of 1\n" in shown[0]
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -57,3 +57,14 @@ def test_a_model_that_can_not_be_estimated_is_pruned(tiny_folder, tmp_path, caps
     flags = ["--output", str(tmp_path / "out"), "--calibration", str(tmp_path / "text.txt"), "--method", "magnitude"]
     assert main(["prune", str(tiny_folder), *flags, *QUICK]) == 0
     assert "note: memory could not be estimated: no such operation on meta tensors" in capsys.readouterr().err
+
+
+def test_a_model_that_is_too_large_to_write_text_is_given_text(tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr("optimum_fista.estimate._total_bytes", lambda device: 2**10)
+    monkeypatch.setattr("optimum_fista.estimate.Estimate.seconds", {})
+    for flags, words in (
+        ([], "tokens of c4 (the whole model does not fit into memory"),
+        (["--calibration", "self"], "tokens that the model writes itself, batches"),
+    ):
+        assert main(["prune", str(tiny_folder), "--dry-run", *QUICK, *flags]) == 0
+        assert words in capsys.readouterr().out

@@ -8,10 +8,8 @@ from optimum_fista.cli.main import main
 
 def test_what_was_proven(pruned_folder, capsys):
     assert main(["verify", str(pruned_folder)]) == 0
-    shown = capsys.readouterr()
     expected = "14 operators keep their pattern, 7,680 of 15,360 weights zero (50.0000%)"
-    assert shown.out == f"{pruned_folder}: {expected}\n"
-    assert "Verifying" in shown.err
+    assert capsys.readouterr().out == f"{pruned_folder}: {expected}\n"
 
 
 def test_a_broken_folder_exits_with_1_and_names_the_operator(pruned_folder, tmp_path, capsys):

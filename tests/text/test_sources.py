@@ -62,7 +62,7 @@ def test_jsonl_error_gives_the_line(tmp_path, line, complaint):
 
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
-    [("a.txt", b" \n", "is empty"), ("a.jsonl", b'\n{"text": " "}\n', "no text"), ("a.txt", b"caf\xe9", "not UTF-8")],
+    [("a.txt", b" \n", "is empty"), ("a.jsonl", b'\n{"text": " "}\n', "is empty"), ("a.txt", b"caf\xe9", "not UTF-8")],
 )
 def test_useless_file(tmp_path, name, content, complaint):
     path = tmp_path / name
