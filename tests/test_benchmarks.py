@@ -135,18 +135,16 @@ def test_llama_cpp_writes_the_tokens_of_transformers(benchmark, tmp_path):
     benchmark("llama_cpp").require_same_tokens(tmp_path, tmp_path / "float32.gguf", tiny_tokens()[0], 24, threads=1)
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "gpt_neox"])
-def test_a_small_model_resumes_its_training(benchmark, monkeypatch, tmp_path, architecture):
+def test_a_small_model_resumes_its_training(benchmark, monkeypatch, tmp_path):
     """An interrupted training ends with the same weights; nothing that is held out was trained on."""
     script, text = benchmark("train_small"), tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{number}: {TEXT}" for number in range(40)))
     sizes = ["--hidden", "64", "--layers", "1", "--ffn", "64", "--vocabulary", "300", "--sequence-length", "16"]
     sizes += ["--every", "2", "--max-windows", "2"]
 
-    def run(name, steps="4"):
+    def run(name):
         folder, output = tmp_path / name, tmp_path / f"{name}.json"
-        given = ["--architecture", architecture, "--texts", text, "--steps", steps]
-        given += ["--folder", folder, "--output", output]
+        given = ["--texts", text, "--steps", "4", "--folder", folder, "--output", output]
         monkeypatch.setattr(sys, "argv", ["train_small.py", *sizes, *map(str, given)])
         script.main()
         return AutoModelForCausalLM.from_pretrained(folder).state_dict(), json.loads(output.read_text())
@@ -154,17 +152,14 @@ def test_a_small_model_resumes_its_training(benchmark, monkeypatch, tmp_path, ar
     whole, record = run("whole")
     with monkeypatch.context() as killed:
         killed.setattr(script, "trange", lambda first, last, **_: tqdm(range(first, last // 2)))
-        half, _ = run("resumed")
+        run("resumed")
     resumed, record_of_both = run("resumed")
     assert record == record_of_both
     assert [row["step"] for row in record["rows"]] == [2, 4]
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
-    assert not all(torch.equal(half[name], tensor) for name, tensor in whole.items())
     trained, held_out = ((tmp_path / f"whole/texts/text-{part}.txt").read_text() for part in ("trained", "held-out"))
     assert trained + held_out == text.read_text()
     assert 0.8 < len(trained) / len(text.read_text()) < 1
-    with pytest.raises(SystemExit, match="other settings"):
-        run("whole", steps="6")
 
 
 def test_every_head_is_measured_and_put_back(benchmark):

@@ -39,14 +39,10 @@ def in_tree() -> set[str]:
     return {name for name in names if "__pycache__" not in name and "/_kernels." not in name}
 
 
-def test_the_wheel_has_all_files_of_the_packages_and_no_others(packed):
-    wheel, _ = packed
+def test_wheel_and_archive_have_all_files_of_the_packages_and_no_others(packed):
+    wheel, archive = packed
     assert wheel == in_tree()
+    assert archive == wheel | AROUND
     for name in ("py.typed", "recipes/fast.json", "folder/card.md", "page/style.css"):
         assert f"optimum_fista/{name}" in wheel
     assert "optimum/commands/register/register_fista.py" in wheel
-
-
-def test_the_source_archive_has_what_builds_the_wheel_and_no_more(packed):
-    wheel, archive = packed
-    assert archive == wheel | AROUND

@@ -79,9 +79,3 @@ def test_push_to_hub(run, tmp_path, monkeypatch):
         assert "fista/masks.safetensors" in hub.files("tester/tiny-50")
         assert hub.repositories["tester/tiny-50"].private
     verify_checkpoint(tmp_path / "out")
-
-
-def test_every_example_is_tested_and_says_how_to_run_it():
-    for file in EXAMPLES.glob("*.py"):
-        assert f"test_{file.stem}" in globals(), file
-        assert f"python examples/{file.name}" in file.read_text(), file
