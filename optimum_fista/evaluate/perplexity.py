@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model.architecture import token_limits
 from optimum_fista.model.forward import evaluation_mode
-from optimum_fista.model.offload import input_device
+from optimum_fista.model.offload import execution_device
 from optimum_fista.text.sources import TextSource
 
 POSITIONS_PER_CHUNK = 256  # copied to float32 at a time: 131 MB of logits for a vocabulary of 128 thousand
@@ -62,7 +62,7 @@ def evaluate_perplexity(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; pass 1 or more.")
     _check_windows(model, windows)
-    device = input_device(model)
+    device = execution_device(model.get_input_embeddings())
     num_windows, sequence_length = windows.shape
     started = time.perf_counter()
     total = 0.0

@@ -1,4 +1,8 @@
-"""Removing experts of a mixture: which of them go, and how those that stay make up for them."""
+"""Removing experts of a mixture: which of them go, and how those that stay make up for them.
+
+The choice is that of REAP (arXiv 2510.13999). Unlike there, the experts that stay are refitted afterwards, on the
+tokens that the router then sends them. An expert is refitted only if that also helps on tokens that were not used.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,7 @@ from optimum_fista.solve.problem import LayerProblem, relative
 from optimum_fista.solve.refit import refit_columns
 from optimum_fista.solve.statistics import InputStatistics
 
-ROUNDS = 3
-"""How often every expert is refitted, with the others as they then are; each round gains less than the one before."""
+ROUNDS = 3  # of refits of every expert, with the others as they then are; each gains less than the one before
 
 
 def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
@@ -28,12 +31,12 @@ def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
 
 
 def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[Tensor, Tensor, ActivationStore]:
-    """Run the decoder layer on what enters it, and see what its experts do for the tokens that are not held out.
+    """Run the decoder layer on what enters it, and measure what its experts do for the tokens that are not held out.
 
     Returns:
         How many tokens the router sends to each expert, int64 [experts]; its saliency, float64 [experts]: the mean over
-        these tokens of the norm of its output times the router's weight (REAP, arXiv 2510.13999, eq. 9); and what all
-        should return together (`LayerTargets.expert_targets`).
+        these tokens of the norm of its output times the router's weight (REAP, eq. 9); and what all should return
+        together (`LayerTargets.expert_targets`).
     """
     activations = targets.activations
     norms = torch.zeros(len(experts), dtype=torch.float64, device=activations.device)
@@ -41,10 +44,11 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[Tensor,
     wanted = activations.store()
 
     def see(expert: int, tokens: Tensor, outputs: Tensor) -> None:
-        batch = len(wanted)
+        batch = len(wanted)  # a target is added after its batch has run
         if not activations.held_out[batch]:
             mask = activations.token_masks[batch]
             real = outputs if mask is None else outputs[mask.reshape(-1)[tokens]]
+            # Norms in float32, their sum over all tokens in float64: only that has many terms.
             norms[expert] += torch.linalg.vector_norm(real.detach().float(), dim=-1).sum(dtype=torch.float64)
             counts[expert] += len(real)
 
@@ -65,7 +69,7 @@ def experts_to_keep(saliency: Tensor, count: int, equal_runs: int = 1) -> tuple[
 
     Of equally salient ones the first stay.
     """
-    by_run = saliency.view(equal_runs, -1)
+    by_run = saliency.view(equal_runs, -1)  # [experts] -> [runs, experts of a run]
     best = by_run.argsort(dim=1, descending=True, stable=True)[:, : count // equal_runs]
     first = torch.arange(equal_runs)[:, None] * by_run.shape[1]
     return tuple(sorted((best + first).flatten().tolist()))
@@ -80,7 +84,8 @@ class SmallerMixture:
 
     where `D_e` is the down projection of expert e and `z_e` its input. The router, the gate and the up projections stay
     as they are, so that `E*` is linear in all `D_e`. The experts are those that stay, in the smaller layer, which
-    `hidden_states` enter; together they should return `wanted`, `Y` [tokens, out], a batch each.
+    `hidden_states` enter; together they should return `wanted`, `Y` [tokens, out], a batch each. Nothing that grows
+    with the number of experts is kept: what an expert gets is made again from what enters the mixture.
     """
 
     def __init__(
@@ -94,7 +99,7 @@ class SmallerMixture:
         self._down = [operator for operator in experts.operators if operator.kind == "down_proj"]
         self._activations = activations
         self._residuals: list[Tensor] = []  # Y - E*, which every refit changes: not in a file
-        self._energies = dict.fromkeys((False, True), 0.0)
+        self._energies = dict.fromkeys((False, True), 0.0)  # || Y ||^2 of tokens to fit, and of those held out
         self._lengths: list[int] = []  # of the sequences of each batch
         place = activations.device if isinstance(activations.storage, Path) else activations.storage
 
@@ -120,15 +125,14 @@ class SmallerMixture:
         return fitted, unseen if any(self._activations.held_out) else None
 
     def refit(self, write: Callable[[int, Tensor], None]) -> tuple[int, str]:
-        """Refit the down projections, one expert after another, so that together they return what they should.
+        """Refit the down projections, one expert after another (block coordinate descent).
 
         With all other experts as they are, expert e minimizes, over the tokens that it gets,
 
             || p_e D_e z_e - (Y - sum_{f != e} p_f (D_f z_f + b_f) - p_e b_e) ||_F^2,
 
-        with the ridge of `refit_columns` towards the weights that it has. An expert is refitted if refits on each half
-        of the tokens, the first and the last of every sequence, lessen the error on the other half. `write` is called
-        with the number of an expert and its new weights [out, in], float32, as they are rounded.
+        with the ridge of `refit_columns` towards the weights that it has. `write` is called with the number of every
+        expert that was refitted and its new weights [out, in], float32, as they are rounded.
 
         Returns:
             How many experts were refitted, and what the user should know.
@@ -143,7 +147,11 @@ class SmallerMixture:
                 # Asked once: afterwards the weights are fitted to both halves.
                 if not halves or (not number and not _gain(*halves)):
                     continue
-                found, message = refit_columns(_together(*halves), torch.ones_like(weight[0], dtype=torch.bool))
+                first, last = halves
+                statistics = InputStatistics(first.gram + last.gram, sum(p.statistics.num_tokens for p in halves))
+                energies = first.output_energies + last.output_energies
+                problem = LayerProblem(weight, statistics, first.target + last.target, energies, first.name)
+                found, message = refit_columns(problem, torch.ones_like(weight[0], dtype=torch.bool))
                 if not bool(torch.isfinite(found).all()):
                     raise RuntimeError(f"the refit of {operator.name} failed: weights hold NaN or Inf.")
                 operator.write(found)
@@ -156,7 +164,10 @@ class SmallerMixture:
         return len(chosen), "; ".join(messages)
 
     def _problems(self, expert: int, weight: Tensor) -> tuple[LayerProblem, ...]:
-        """The layer problems of an expert on both halves of the tokens; none if one half has no token for it."""
+        """The layer problems of an expert on the first and the last half of every sequence.
+
+        There are none if one half has no token for the expert.
+        """
         operator, device = self._down[expert], self._activations.device
         sums = [LayerSums(weight.shape[1], device) for _ in range(2)]
         for batch, residual in enumerate(self._residuals):
@@ -168,6 +179,7 @@ class SmallerMixture:
                 mask = torch.ones(len(residual), dtype=torch.bool, device=device).view(-1, self._lengths[batch])
             real = mask.reshape(-1)[tokens]
             early = (mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2).reshape(-1)[tokens]  # of the real tokens
+            # Y - E* without the expert's own share: its bias stays in E*, and so do the other experts.
             targets = residual[tokens.to(residual.device)].to(device).float() + inputs @ weight.T
             for half, counted in zip(sums, (early & real, ~early & real), strict=True):
                 half.add(inputs[counted], "targets", targets[counted])
@@ -176,7 +188,7 @@ class SmallerMixture:
         return tuple(next(half.problems([operator], [weight], 1.0)) for half in sums)
 
     def _move(self, expert: int, change: Tensor) -> None:
-        """Take what a change of an expert's weights returns from what is still to be returned."""
+        """Subtract what a change of an expert's weights returns from `Y - E*`."""
         for batch, residual in enumerate(self._residuals):
             inputs, tokens = self._inputs(expert, batch)
             moved, places = (inputs @ change.T).to(residual.device), tokens.to(residual.device)
@@ -196,16 +208,9 @@ class SmallerMixture:
 
 
 def _gain(first: LayerProblem, last: LayerProblem) -> bool:
-    """Whether what is fitted to each of two problems is better than the weights of both at the other."""
+    """Whether what is fitted to each of two problems is better than their weights at the other: no fit to noise."""
     for fitted, other in ((first, last), (last, first)):
         weight, _ = refit_columns(fitted, torch.ones_like(fitted.weight[0], dtype=torch.bool))
         if not other.squared_error(weight) < other.squared_error(other.weight):
             return False
     return True
-
-
-def _together(first: LayerProblem, last: LayerProblem) -> LayerProblem:
-    """The problem on the tokens of both."""
-    tokens = first.statistics.num_tokens + last.statistics.num_tokens
-    statistics, target = InputStatistics(first.gram + last.gram, tokens), first.target + last.target
-    return LayerProblem(first.weight, statistics, target, first.output_energies + last.output_energies, first.name)

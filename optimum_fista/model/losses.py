@@ -1,4 +1,8 @@
-"""Losses of a model without some of its decoder layers, by which those to remove are chosen."""
+"""Losses of a model without some of its decoder layers, by which those to remove are chosen.
+
+Unlike SLEB (arXiv 2402.09025), which runs a whole model for every candidate, all candidates of a round share one sweep:
+a decoder layer is brought to its device once and runs on the hidden states of each. These are what it costs in memory.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -30,13 +34,12 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
     In every round each layer that is left is left out in turn. The one without which the loss is least goes for good,
     unless no configuration describes the model without it.
 
-    A round is one sweep: every layer is brought to its device once, and runs on the hidden states of the model as it
-    is and of all models that lack one layer before it. So it costs about half as many forward passes as there are
-    layers, and the hidden states of as many models wait at the loss's storage.
+    A round costs about half as many forward passes as there are layers: a layer runs on the hidden states of the model
+    as it is and of all models that lack one layer before it.
 
     Returns:
         The numbers of the layers in the order in which they go, each with the loss without it and those before, in
-        nats a token. A loss that is not finite counts as the largest.
+        nats a token.
     """
     layers, model = loss.layers, loss.layers.model
     sequences = [CalibrationBatch(ids) for ids in loss.sequences()]
@@ -64,34 +67,34 @@ def choose_layers(loss: DenseLoss, count: int) -> list[tuple[int, float]]:
             left.remove(index)
             removed.append((index, losses[index]))
             bar.set_postfix_str(f"loss {losses[index]:.4f} without {', '.join(str(i) for i, _ in removed)}")
-    _require_no_number(model, layers, left, recorded)
+    moved = [old for new, old in enumerate(left) if new != old]
+    if moved:  # prove that the first layer that gets another number returns the same with it
+        layer, call, plan = layers.modules[moved[0]], recorded.calls[moved[0]][0], plan_shrinking(model, layers=left)
+        hidden = recorded.hidden_states.kept()[0].to(execution_device(layer))
+        with onloaded(layer.modules(), copy=False):
+            require_same_outputs(plan, f"{layers.name}.{moved[0]}", layer, {}, lambda module: call.run(module, hidden))
     return removed
 
 
 @dataclass
 class Sweep:
-    """One sweep over the decoder layers `left` of a model, each on the hidden states of several models that lack one.
-
-    Attributes:
-        rest: What the last layer returned besides hidden states; `None` if it returns a tensor.
-    """
+    """One sweep over the decoder layers `left`, each on the hidden states of several models that lack one layer."""
 
     layers: DecoderLayers
     left: Sequence[int]
     sequences: Sequence[CalibrationBatch]
     storage: Storage | None
-    rest: tuple[Any, ...] | None = field(default=None, init=False)
+    rest: tuple[Any, ...] | None = field(default=None, init=False)  # of the last output, if that is a tuple
 
     def losses(self, recorded: RecordedInputs, bar: tqdm) -> dict[int | None, float]:
-        """Losses by the number of the one layer that is left out, in nats a token; `None`: none is."""
+        """Losses by the number of the layer that is left out, in nats a token; `None`: of the model as it is."""
         streams: dict[int | None, ActivationStore] = {None: recorded.hidden_states}
         for index in self.left:
             layer = self.layers.modules[index]
             before = streams[None]
             with onloaded(layer.modules(), copy=False):
                 for out in list(streams):
-                    # What enters is freed as it is replaced.
-                    streams[out] = self.run(layer, streams[out], recorded.calls[index])
+                    streams[out] = self.run(layer, streams[out], recorded.calls[index])  # frees what entered
             streams[index] = before  # without this layer, what enters it leaves it
             bar.update()
         return {out: self.loss(stream) for out, stream in streams.items()}
@@ -111,29 +114,25 @@ class Sweep:
     def loss(self, stream: ActivationStore, together: int = sys.maxsize) -> float:
         """Cross-entropy of the next token, in nats a token, after the model's own norm and head.
 
-        The logits of so many tokens are held `together`.
+        The logits of so many tokens are held `together`. A layer must have run before, for the form of its output.
         """
-        total, count = torch.zeros((), dtype=torch.float64, device=stream.device), 0
+        model, total, count = self.layers.model, torch.zeros((), dtype=torch.float64, device=stream.device), 0
+        place = execution_device(model.get_input_embeddings())
         for hidden, batch in zip(stream, self.sequences, strict=True):
             ids, step = batch.input_ids, max(1, together // len(batch.input_ids))
             for start in range(0, ids.shape[1] - 1, step):
-                logits = self._logits(hidden[..., start : start + step, :], ids[:, start : start + step])
+                part = hidden[..., start : start + step, :]
+                output = part if self.rest is None else (part, *self.rest)
+                # The model runs with decoder layers that return these hidden states, whatever they are called with.
+                forwards = [lambda *_, output=output, **__: output] * len(self.layers)
+                with replaced_forwards(self.layers.modules, forwards):
+                    logits = run_module(model, input_ids=ids[:, start : start + step].to(place), use_cache=False).logits
                 targets = ids[:, start + 1 : start + 1 + step].to(logits.device)
-                found = logits[:, : targets.shape[1]].flatten(0, 1).float()
+                found = logits[:, : targets.shape[1]].flatten(0, 1).float()  # [batch * tokens, vocabulary]
                 loss = nn.functional.cross_entropy(found, targets.flatten(), reduction="sum")
                 total += loss.double().to(total.device)
                 count += targets.numel()
         return float(total) / count
-
-    def _logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """What the model makes of hidden states after its last decoder layer; a layer must have run before."""
-        # The model runs with decoder layers that return these hidden states, whatever they are called with.
-        model, output = self.layers.model, hidden if self.rest is None else (hidden, *self.rest)
-        forwards = [lambda *_, **__: output] * len(self.layers)
-        with replaced_forwards(self.layers.modules, forwards):
-            ids = ids.to(execution_device(model.get_input_embeddings()))
-            logits: Tensor = run_module(model, input_ids=ids, use_cache=False).logits
-        return logits
 
 
 def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | None, float]) -> int:
@@ -143,6 +142,7 @@ def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | No
     """
     refused: ValueError | None = None
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or [None] * (max(left) + 1)
+    # A loss that is not finite counts as the largest.
     for index in sorted(left, key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf):
         try:
             if kinds[index] is not None and [kinds[i] for i in left].count(kinds[index]) == 1:
@@ -152,17 +152,3 @@ def _cheapest(model: PreTrainedModel, left: Sequence[int], losses: dict[int | No
         except ValueError as error:
             refused = error
     raise ValueError(f"none of the decoder layers {list(left)} can be removed: {refused}") from refused
-
-
-def _require_no_number(
-    model: PreTrainedModel, layers: DecoderLayers, left: Sequence[int], recorded: RecordedInputs
-) -> None:
-    """Prove that the first decoder layer that gets another number returns the same with it."""
-    index = next((old for new, old in enumerate(left) if new != old), None)
-    if index is None:
-        return
-    layer, call = layers.modules[index], recorded.calls[index][0]
-    hidden = recorded.hidden_states.kept()[0].to(execution_device(layer))
-    plan = plan_shrinking(model, layers=left)
-    with onloaded(layer.modules(), copy=False):
-        require_same_outputs(plan, f"{layers.name}.{index}", layer, {}, lambda module: call.run(module, hidden))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,12 +27,6 @@ def execution_device(module: nn.Module) -> torch.device:
         if hook is not None and hook.execution_device is not None:
             return torch.device(hook.execution_device)
     return parameter.device
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Device that token ids go to: the input embedding's, or the CPU when its weight is offloaded."""
-    device = next(model.get_input_embeddings().parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def stored_tensor(module: nn.Module, name: str) -> Tensor:
@@ -67,10 +61,7 @@ def store_tensor(module: nn.Module, name: str, value: Tensor, keep_undo: Callabl
             _store_on_disk(data, key, value, keep_undo)
             return
         data = data.state_dict
-    if not isinstance(data, MutableMapping):
-        raise ValueError(f"{key} is offloaded to a {type(data).__name__}, which can't be written: load it again.")
-    # The old tensor itself is kept and no copy: the dictionary gets a new one.
-    old = data[key]
+    old = data[key]  # no copy: the dictionary gets a new tensor
     keep_undo(lambda: data.__setitem__(key, old))
     data[key] = value.detach().to("cpu", old.dtype, copy=True)
 
@@ -87,8 +78,10 @@ def onloaded(modules: Iterable[nn.Module], *, copy: bool = True) -> Iterator[Non
         for module in modules:
             hook = offload_hook(module)
             if hook is not None and hook.offload:
-                names = _names(module, hook)
-                brought.append((module, hook, names))
+                recurse, buffers = hook.place_submodules, hook.offload_buffers
+                found = named_module_tensors(module, buffers, recurse, remove_non_persistent=True)
+                names = [name for name, _ in found]
+                brought.append((module, hook, names))  # before the first comes, so that an error takes all away
                 for name in names:
                     value = hook.weights_map[name].to(hook.execution_device, copy=copy)
                     set_module_tensor_to_device(module, name, hook.execution_device, value=value, clear_cache=False)
@@ -166,13 +159,6 @@ def _whole_map(module: nn.Module, name: str) -> tuple[Any, str]:
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     owner, _, leaf = name.rpartition(".")
     return model.get_submodule(owner), leaf
-
-
-def _names(module: nn.Module, hook: AlignDevicesHook) -> list[str]:
-    tensors = named_module_tensors(
-        module, include_buffers=hook.offload_buffers, recurse=hook.place_submodules, remove_non_persistent=True
-    )
-    return [name for name, _ in tensors]
 
 
 def _store_on_disk(

@@ -1,4 +1,9 @@
-"""Linear operators of a model: matrices [out, in], whatever way their modules store them, those of experts as well."""
+"""Linear operators of a model: matrices [out, in], whatever way their modules store them, those of experts as well.
+
+A mixture of experts keeps its matrices in 3-D parameters and never calls them one by one. Here every matrix of every
+expert is an operator like others: the mixture is made to call a module for each (`split_experts`), so that hooks see
+its inputs. That costs a loop over experts where Transformers has grouped products, and no copy of a weight.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +28,7 @@ LINEAR = (nn.Linear, Conv1D)
 
 
 class LinearOperator:
-    """A linear operator with its weight as [out, in].
-
-    Attributes:
-        name: Full name of the module in the model.
-        module: What computes it: `nn.Linear`, or `Conv1D`, which stores [in, out].
-        owner: The module that holds the weight: `module` itself, or one that holds the weights of many.
-        tensor: The owner's parameter that holds the weight.
-        transposed: Whether the weight is stored as [in, out].
-        tokens: Tokens of the latest call if it does not see all: int64, indices into the flattened batch, rising.
-        ends: The part of the decoder layer, such as its attention, that returns this operator's output as it is, and
-            what it returns besides (`split_output`); `None` if there is none, or no forward pass was traced.
-    """
+    """A linear operator with its weight as [out, in]."""
 
     def __init__(
         self,
@@ -44,24 +38,23 @@ class LinearOperator:
         tensor: str = "weight",
         transposed: bool | None = None,
     ) -> None:
-        self.name = name
-        self.module = module
-        self.owner = module if owner is None else owner
-        self.tensor = tensor
-        self.transposed = isinstance(module, Conv1D) if transposed is None else transposed
+        self.name = name  # of the module in the model
+        self.module = module  # that computes it
+        self.owner = module if owner is None else owner  # that holds the weight: of experts, one for all of them
+        self.tensor = tensor  # the owner's parameter
+        self.transposed = isinstance(module, Conv1D) if transposed is None else transposed  # stored as [in, out]
+        out, columns = self.parameter.shape[::-1] if self.transposed else self.parameter.shape
+        self.shape: tuple[int, int] = (out, columns)
+        # Tokens of the latest call if it does not see all: int64, indices into the flattened batch, rising.
         self.tokens: Tensor | None = None
+        # The part of the decoder layer, such as its attention, that returns this operator's output as it is, and what
+        # it returns besides (`split_output`); None if there is none, or no forward pass was traced.
         self.ends: tuple[nn.Module, tuple[Any, ...] | None] | None = None
 
     @property
     def parameter(self) -> Tensor:
         """The weight as stored: the owner's parameter, or a view of the part of it that is this operator's."""
         return self.select(getattr(self.owner, self.tensor))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        rows, columns = self.parameter.shape
-        return (columns, rows) if self.transposed else (rows, columns)
 
     def select(self, stored: Tensor) -> Tensor:
         """This operator's part of the stored tensor, a view."""
@@ -92,21 +85,13 @@ Group = list[LinearOperator]
 
 @dataclass
 class AssignedTokens:
-    """What the experts of a mixture get of one batch.
+    """What the experts of a mixture get of one batch."""
 
-    Attributes:
-        hidden_states: [rows, hidden].
-        rows: Which of them the experts get, one expert after the other, int64.
-        tokens: The tokens that these are of, int64, indices into the flattened batch, rising for each expert.
-        weights: The router's weights of their outputs, [rows, 1]; `None` if the inputs have them already.
-        bounds: Where each expert begins in the three, and their length.
-    """
-
-    hidden_states: Tensor
-    rows: Tensor
-    tokens: Tensor
-    weights: Tensor | None
-    bounds: list[int]
+    hidden_states: Tensor  # [rows, hidden]
+    rows: Tensor  # int64, which of them the experts get, one expert after the other
+    tokens: Tensor  # int64, the tokens of these rows, indices into the flattened batch, rising for each expert
+    weights: Tensor | None  # the router's weights of the outputs [rows, 1]; None if the inputs have them already
+    bounds: list[int]  # where each expert begins in the three, and their length
 
     def part(self, expert: int) -> slice:
         """The place of an expert in `rows`, `tokens` and `weights`."""
@@ -191,22 +176,15 @@ class FusedExperts:
 
     Its forward pass can be replaced by one that calls every matrix of every expert as a module of its own, in the
     order of the experts and also if the router sends no token, so that they can be watched like other operators.
-
-    Attributes:
-        gated: Whether a gate projection is kept together with the up projection.
-        interleaved: Whether their outputs alternate.
-        transposed: Whether matrices are stored as [in, out].
-        operators: The matrices of all experts, in the order of their calls.
-        watcher: Called with every expert, the tokens that it gets, and its weighted outputs for them; `None`: nobody.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
         self.module = module
-        self.gated = hasattr(module, "gate_up_proj")
+        self.gated = hasattr(module, "gate_up_proj")  # gate and up projection in one matrix
         self._is_routed = hasattr(module, "is_concatenated")  # has the interface of Transformers' experts
-        self.interleaved = not getattr(module, "is_concatenated", True)
-        self.transposed = bool(getattr(module, "is_transposed", True))
+        self.interleaved = not getattr(module, "is_concatenated", True)  # outputs of gate and up alternate (gpt-oss)
+        self.transposed = bool(getattr(module, "is_transposed", True))  # stored as [in, out]
         parts: dict[str, tuple[str, int | None]] = {"up_proj": ("up_proj", None), "down_proj": ("down_proj", None)}
         if self.gated:
             parts = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": parts["down_proj"]}
@@ -218,7 +196,8 @@ class FusedExperts:
             }
             for i in range(down.shape[0])
         ]
-        self.operators = [operator for expert in self._experts for operator in expert.values()]
+        self.operators = [operator for expert in self._experts for operator in expert.values()]  # as they are called
+        # Called with every expert, the tokens that it gets, and its weighted outputs for them.
         self.watcher: Callable[[int, Tensor, Tensor], None] | None = None
         self._checked = False
 
@@ -229,10 +208,19 @@ class FusedExperts:
         """What the module computes, expert by expert; the first call is compared with the original."""
         output = self.outputs(self.assigned(*arguments, **keywords))
         output = output.view(self._values(arguments, keywords)[0].shape)
-        # Once is enough: whether the form is known does not depend on the batch.
-        if not self._checked:
-            with torch.no_grad():
-                self._require_agreement(output, original(*arguments, **keywords))
+        if self._checked:  # once is enough: whether the form is known does not depend on the batch
+            return output
+        with torch.no_grad():
+            expected = original(*arguments, **keywords)
+        self._checked = True
+        difference, size = (float(each.detach().float().norm()) for each in (output.detach() - expected, expected))
+        is_rounded = torch.get_float32_matmul_precision() != "highest"
+        exact = {torch.float64: 1e-6} if is_rounded else {torch.float64: 1e-6, torch.float32: 1e-3}
+        if not difference <= exact.get(output.dtype, 2e-2) * size:  # so that NaN is refused
+            raise UnsupportedArchitectureError(
+                f"{self.name} ({type(self.module).__name__}) computes its experts in a way that is not known: to "
+                f"prune the rest of the model and leave them dense, pass exclude=['*.{self.name.rsplit('.', 1)[-1]}']."
+            )
         return output
 
     def assigned(self, *arguments: Any, **keywords: Any) -> AssignedTokens:
@@ -258,23 +246,21 @@ class FusedExperts:
 
     def outputs(self, batch: AssignedTokens) -> Tensor:
         """What the experts return for a batch, in the rows that they got it in, [rows, hidden]."""
+        module: Any = self.module
         output = torch.zeros_like(batch.hidden_states)
         for expert in range(len(self._experts)):
             part = batch.part(expert)
             rows, tokens = batch.rows[part], batch.tokens[part]
-            found = self._run(expert, batch.hidden_states[rows], tokens)
+            middle = self.middle(expert, batch.hidden_states[rows], tokens)
+            found = self._call(expert, "down_proj", middle, tokens)  # [tokens of the expert, hidden]
+            if getattr(module, "has_post_expert_norm", False):
+                found = module.post_expert_norm(found)
             if batch.weights is not None:  # before it is added, as Transformers does
                 found = found * batch.weights[part]
             if self.watcher is not None:
                 self.watcher(expert, tokens, found)
             output = output.index_add(0, rows, found.to(output.dtype))  # which has the dtype of the hidden states
         return output
-
-    def _run(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
-        """One expert [tokens, hidden]."""
-        output = self._call(expert, "down_proj", self.middle(expert, inputs, tokens), tokens)
-        module: Any = self.module
-        return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
 
     def middle(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
         """What the down projection of one expert gets, [tokens, intermediate]."""
@@ -285,28 +271,14 @@ class FusedExperts:
         if not self._is_routed:
             return up * module.act_fn(gate)
         # The gate is applied by the module itself, which wants both as the fused matrix returns them.
-        if self.interleaved:
-            return module._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
-        return module._apply_gate(torch.cat((gate, up), dim=-1))
+        both = torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else torch.cat((gate, up), dim=-1)
+        return module._apply_gate(both)  # [tokens, 2 * intermediate] -> [tokens, intermediate]
 
     def _call(self, expert: int, kind: str, values: Tensor, tokens: Tensor) -> Tensor:
         """One matrix; it learns the tokens right before it is called."""
         operator = self._experts[expert][kind]
         operator.tokens = tokens
         return operator.module(values)
-
-    def _require_agreement(self, output: Tensor, original: Tensor) -> None:
-        self._checked = True
-        difference = float((output.detach() - original.detach()).float().norm())
-        size = float(original.detach().float().norm())
-        is_rounded = torch.get_float32_matmul_precision() != "highest"
-        exact = {torch.float64: 1e-6} if is_rounded else {torch.float64: 1e-6, torch.float32: 1e-3}
-        # Written so that NaN is refused.
-        if not difference <= exact.get(output.dtype, 2e-2) * size:
-            raise UnsupportedArchitectureError(
-                f"{self.name} ({type(self.module).__name__}) computes its experts in a way that is not known: to "
-                f"prune the rest of the model and leave them dense, pass exclude=['*.{self.name.rsplit('.', 1)[-1]}']."
-            )
 
 
 def is_fused_experts(module: nn.Module) -> bool:

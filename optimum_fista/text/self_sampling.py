@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from optimum_fista.model.architecture import token_limits
 from optimum_fista.model.forward import evaluation_mode
-from optimum_fista.model.offload import input_device
+from optimum_fista.model.offload import execution_device
 
 SAMPLED_TOGETHER = 32
 _TEXTS = 4
@@ -61,7 +61,12 @@ def sample_text_from_model(
             f"sequence_length={sequence_length} exceeds the model's max_position_embeddings={limit}; "
             f"pass {limit} or less."
         )
-    with evaluation_mode(model), _plain_generation(model), _seeded(input_device(model), seed), torch.no_grad():
+    with (
+        evaluation_mode(model),
+        _plain_generation(model),
+        _seeded(execution_device(model.get_input_embeddings()), seed),
+        torch.no_grad(),
+    ):
         texts = num_texts(sequence_length)
         beginnings = _beginnings(model, tokenizer, num_samples * texts, torch.Generator().manual_seed(seed))
         new_tokens = -(-sequence_length // texts) - beginnings.shape[1]
@@ -83,7 +88,7 @@ def _beginnings(
     if start is None:
         weights = torch.ones(len(tokenizer), dtype=torch.float64)
     else:
-        prompt = torch.full((1, 1), start, device=input_device(model))
+        prompt = torch.full((1, 1), start, device=execution_device(model.get_input_embeddings()))
         logits = model(input_ids=prompt, use_cache=False).logits[0, -1]
         # Some heads have more rows than the tokenizer has tokens. The floor keeps every token drawable.
         weights = logits[: len(tokenizer)].cpu().double().softmax(dim=0).clamp(min=1e-30)
@@ -94,7 +99,7 @@ def _beginnings(
 
 
 def _continue(model: PreTrainedModel, beginnings: torch.Tensor, new_tokens: int, bar: tqdm) -> torch.Tensor:
-    ids = beginnings.to(input_device(model))
+    ids = beginnings.to(execution_device(model.get_input_embeddings()))
     options: Any = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": new_tokens, "use_cache": True}
     options |= {"attention_mask": torch.ones_like(ids), "streamer": _ProgressStreamer(bar)}
     samples: torch.Tensor = model.generate(input_ids=ids, **options)  # type: ignore[operator]
