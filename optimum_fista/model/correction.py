@@ -1,10 +1,17 @@
-"""Error correction: what the operators of a decoder layer are pruned on, and which outputs they aim at."""
+"""Error correction: what the operators of a decoder layer are pruned on, and which outputs they aim at.
+
+`Correction` says it in one equation, and everything that depends on it is in this file. FISTAPruner corrects errors
+inside a decoder layer. Here the errors of the layers before may be corrected too, the targets may lie between those of
+the dense network and of the pruned one, and the last operator of a layer may compensate for the errors of all others.
+That needs the dense network's activations beside those of the pruned one: of one layer only, and whichever takes less
+memory of an operator's inputs and outputs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,15 +20,12 @@ from torch import Tensor, nn
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore
-from optimum_fista.model.forward import operator_input, run_module, watching
-from optimum_fista.model.gram import Group, LayerSums
-from optimum_fista.model.groups import FinishedParts
+from optimum_fista.model.forward import operator_input, quick_products, watching
+from optimum_fista.model.gram import GroupSums
+from optimum_fista.model.groups import FinishedParts, is_added_to_output
 from optimum_fista.model.layer_inputs import HiddenStates, LayerActivations
-from optimum_fista.model.operator import AssignedTokens, ExpertOperator, FusedExperts, LinearOperator
+from optimum_fista.model.operator import AssignedTokens, ExpertOperator, FusedExperts, Group, LinearOperator
 from optimum_fista.solve.problem import LayerProblem, relative
-
-_ROUNDED = 0.5
-"""Largest mean error of a rounded sum, in units of its last place; layers of 172 families that add show at most .29."""
 
 Carry = Literal["none", "intra", "full"]
 
@@ -71,37 +75,23 @@ class Correction:
         return HiddenStates(hidden_states if self.needs_dense else None, hidden_states)
 
 
+@dataclass
 class LastOperator:
-    """The last operator of a decoder layer: what it gets, and what its pruned outputs are added to.
-
-    `energies` are squared norms of the rows of `W X`, [out], float64, and the same over held-out tokens if any are.
+    """The last operator of a decoder layer: what it gets, and what its pruned outputs are added to, a batch each.
 
     Attributes:
-        inputs: `X*`, a batch each; to be filled.
-        rest: `D*`, a batch each; to be filled. `None` if the layer's output hidden states are not `carried` on.
-        dense: The outputs `W X` [tokens, out] in the dense network, a batch each; to be filled if they were not given.
+        energies: Squared norms of the rows of `W X`, [out], float64, of held-out batches (`True`) and of others.
+        inputs: `X*`.
+        rest: `D*`; `None` if the layer's output hidden states are not carried on.
+        dense: The outputs `W X` [tokens, out] in the dense network.
     """
 
-    def __init__(
-        self,
-        operator: LinearOperator,
-        activations: LayerActivations,
-        dense: ActivationStore | None,
-        energies: Sequence[Tensor],
-        *,
-        carried: bool,
-    ) -> None:
-        self.inputs = activations.store()
-        self.rest = activations.store() if carried else None
-        self.dense = activations.store() if dense is None else dense
-        self._operator = operator
-        self._activations = activations
-        self._energies = energies
-
-    def output_error(self, *, held_out: bool) -> float:
-        """`|| W* X* - W X ||_F / || W X ||_F` of its pruned outputs."""
-        squares, energy = torch.stack([self.results[0][held_out], self._energies[held_out].sum()]).tolist()
-        return relative(squares, energy)
+    operator: LinearOperator
+    activations: LayerActivations
+    energies: dict[bool, Tensor]
+    inputs: ActivationStore
+    rest: ActivationStore | None
+    dense: ActivationStore
 
     @cached_property  # the errors are asked for first, the layer's outputs afterwards: no batch runs twice
     def results(self) -> tuple[dict[bool, Tensor], ActivationStore | None]:
@@ -109,11 +99,12 @@ class LastOperator:
 
         The operator runs with the weights that it has when this is asked for first.
         """
-        activations, operator = self._activations, self._operator
+        activations, operator = self.activations, self.operator
         squares = {kind: torch.zeros((), dtype=torch.float64, device=activations.device) for kind in (False, True)}
         outputs = None if self.rest is None else activations.store()
         for batch, inputs in enumerate(self.inputs):
-            output = run_module(operator.module, inputs)
+            with quick_products():
+                output = operator.module(inputs)
             if outputs is not None and self.rest is not None:
                 rest = self.rest[batch]
                 outputs.append(rest + output.view(rest.shape))
@@ -129,16 +120,14 @@ class GroupProblems:
 
     Attributes:
         fitted: Their problems.
-        held_out: Sums over held-out tokens; `None` if no tokens are held out, or none of them reached the operators.
-        dense_share: `a` in the targets (`Correction`).
+        held_out: Their problems over held-out tokens, made one after the other; `None` if no such token reached them.
         last: The operator, if it has a residual correction.
     """
 
     operators: Group
     fitted: list[LayerProblem]
-    held_out: LayerSums | None
-    dense_share: float
-    last: LastOperator | None = None
+    held_out: Iterator[LayerProblem | None]
+    last: LastOperator | None
 
     def output_error(
         self, problem: LayerProblem, weight: Tensor, fit_error: float, *, held_out: bool = False
@@ -148,15 +137,10 @@ class GroupProblems:
         `problem` is over the held-out tokens if `held_out`, `weight` are the weights `W*` [out, in] as they were
         written, and `fit_error` is the result if the targets are the dense network's outputs.
         """
-        if self.last is not None:
-            return self.last.output_error(held_out=held_out)
-        return fit_error if problem.aims_at_dense else problem.output_error(weight)
-
-    def held_out_problems(self) -> Iterator[LayerProblem | None]:
-        """The problems over held-out tokens, made one after the other; they can be asked for once."""
-        if self.held_out is None:
-            return iter([None] * len(self.operators))
-        return self.held_out.problems(self.operators, [problem.weight for problem in self.fitted], self.dense_share)
+        if self.last is None:
+            return fit_error if problem.aims_at_dense else problem.output_error(weight)
+        squares, energy = self.last.results[0][held_out], self.last.energies[held_out].sum()
+        return relative(*torch.stack([squares, energy]).tolist())  # one wait for the device
 
 
 class LayerTargets:
@@ -180,47 +164,49 @@ class LayerTargets:
         experts: nn.Module | None = None,
     ) -> None:
         self.activations = activations
+        self.entering = entering
         self._groups = groups
         self._correction = correction
-        self.entering = entering
         self._finished = FinishedParts(activations, groups)
+        self._records = {i: _DenseRecord(group, activations, correction, i) for i, group in enumerate(groups)}
         self._mixture: tuple[FusedExperts, list[AssignedTokens]] | None = None
         self._last: LastOperator | None = None
-        self._records = {
-            index: _DenseRecord(group, activations, correction, index) for index, group in enumerate(groups)
-        }
-        self._outputs: ActivationStore | None = None
         self._experts, self._expert_outputs = experts, activations.store()
         corrects = correction.residual_share > 0 and not correction.sees_dense_inputs(len(groups))
         self.adds_experts = (
             experts is not None and corrects and is_added_to_output(activations, experts, entering.entering[0])
         )
-        if entering.dense is not None:
-            self._outputs = self._run_dense(entering.dense)
+        self._outputs = None if entering.dense is None else self._run_dense(entering.dense)
 
     def problems(self, index: int) -> GroupProblems:
         """The problems of a group that is still dense; all groups before it are pruned and written."""
         # popped, so that the record and its sums are freed with the problems, before those of the next group are made
-        group, record = self._groups[index], self._records.pop(index)
-        dense_share = self._correction.dense_share
-        corrected = self._correction.residual_share > 0 and not self._correction.sees_dense_inputs(index)
+        group, record, correction = self._groups[index], self._records.pop(index), self._correction
         # a residual correction is that of the last operator, if it is alone
         is_last = index == len(self._groups) - 1 and len(group) == 1 and group[0].tokens is None
-        if corrected and is_last and is_added_to_output(self.activations, group[0].module, self.entering.entering[0]):
+        if correction.sees_dense_inputs(index):
+            pass  # X* = X: the dense pass has summed them
+        elif (
+            correction.residual_share > 0
+            and is_last
+            and is_added_to_output(self.activations, group[0].module, self.entering.entering[0])
+        ):
             with self._finished.skipped(index, keep=False):
-                self._last = self._sum_residual(group[0], record)
-        elif not self._correction.sees_dense_inputs(index):
+                self._last = self._sum_residual(record)
+        else:
             runs_again = index + 1 < len(self._groups) or self.entering.pruned is not None
             with self._finished.skipped(index, keep=runs_again):
                 weights = [] if group[0].tokens is None else [operator.read() for operator in group]
                 for batch, inputs in enumerate(self._inputs(group[0])):
-                    record.add(inputs, batch, weights)
+                    record.batch = batch
+                    record.add(inputs, weights)
                 del inputs, weights  # before the problems take memory
-        # otherwise the sums were finished by the dense pass: X* = X
-        fitted = list(record.sums[False].problems(group, [operator.read() for operator in group], dense_share))
-        held_out = record.sums.get(True)
-        held_out = held_out if held_out is not None and held_out.gram.num_tokens else None
-        return GroupProblems(group, fitted, held_out, dense_share, self._last)
+        share = correction.dense_share
+        fitted = list(record.sums[False].problems(group, [operator.read() for operator in group], share))
+        held_out: Iterator[LayerProblem | None] = iter([None] * len(group))
+        if True in record.sums and record.sums[True].num_tokens:
+            held_out = record.sums[True].problems(group, (problem.weight for problem in fitted), share)
+        return GroupProblems(group, fitted, held_out, self._last)
 
     def pass_by(self) -> HiddenStates:
         """The hidden states after a layer that is removed: in the pruned network they are those before it."""
@@ -270,19 +256,19 @@ class LayerTargets:
 
     def _run_dense(self, hidden_states: Sequence[Tensor]) -> ActivationStore:
         """Run the dense layer on every batch for the records of its groups; returns its output hidden states."""
-        batch, count, outputs = 0, 0, self.activations.store()
+        count, outputs = 0, self.activations.store()
         # one pass serves all groups: each sees the inputs and outputs of its operators as they come by
         records = list(self._records.values()) if self._correction.needs_dense else []
-        inputs = {r.group[0].module: (lambda x, r=r: r.see_input(x, batch)) for r in records}
-        results = {o.module: (lambda y, r=r, o=o: r.see_output(o, y, batch)) for r in records for o in r.group}
-
-        def see_experts(output: Tensor) -> None:
-            self._expert_outputs.append(tokens_of(output, count))
-
-        together = [self._experts] if self._experts is not None and self._correction.needs_dense else []
-        with watching(inputs, results | dict.fromkeys(together, see_experts)):
+        inputs = {r.group[0].module: r.see_input for r in records}
+        results: dict[nn.Module, Callable[[Tensor], None]]
+        results = {o.module: partial(r.see_output, o) for r in records for o in r.group}
+        if self._experts is not None and self._correction.needs_dense:
+            results[self._experts] = lambda output: self._expert_outputs.append(tokens_of(output, count))
+        with watching(inputs, results):
             for batch, hidden in enumerate(hidden_states):
                 count = hidden.shape[:2].numel()
+                for record in records:
+                    record.batch = batch
                 outputs.append(self.activations.run(batch, hidden))
         return outputs
 
@@ -293,86 +279,62 @@ class LayerTargets:
             return (operator_input(*found) for found in self.activations.arguments_of(operator.module, entering))
         if self._mixture is None or self._mixture[0] is not operator.experts:
             # one run for all experts of a mixture: the inputs of each are made from what enters the mixture
-            self._mixture = (operator.experts, assigned_tokens(self.activations, operator.experts, entering))
+            self._mixture = (operator.experts, self.activations.assigned_tokens(operator.experts, entering))
         return (operator.inputs(tokens, self.activations.device) for tokens in self._mixture[1])
 
-    def _sum_residual(self, operator: LinearOperator, record: _DenseRecord) -> LastOperator:
+    def _sum_residual(self, record: _DenseRecord) -> LastOperator:
         """Sum over `X*` and the targets of the last operator.
 
         The layer runs to its end with the operator's dense weights, which gives `X*`, `W X*` and `D* + W X*`.
         """
-        activations, entering = self.activations, self.entering
-        energies = [sums.energies[operator.name] for sums in record.sums.values()]
-        carried = entering.pruned is not None
-        last = LastOperator(operator, activations, record.outputs, energies, carried=carried)
+        operator, activations, entering = record.group[0], self.activations, self.entering
+        last = LastOperator(
+            operator,
+            activations,
+            energies={kind: sums.energies[operator.name] for kind, sums in record.sums.items()},
+            inputs=activations.store(),
+            rest=None if entering.pruned is None else activations.store(),
+            dense=activations.store() if record.outputs is None else record.outputs,
+        )
         weight = operator.read() if record.outputs is None else None
         seen: list[Tensor] = []  # its input, and a copy of its output: some layers add to that in place
         with watching({operator.module: seen.append}, {operator.module: lambda output: seen.append(output.clone())}):
             for batch, hidden in enumerate(entering.entering):
-                self._add_residual(last, record, batch, activations.run(batch, hidden), seen, weight)
+                record.batch = batch
+                # in a call: what it makes of a batch must be gone before the next one runs
+                self._add_residual(last, record, activations.run(batch, hidden), seen, weight)
         return last
 
     def _add_residual(
-        self,
-        last: LastOperator,
-        record: _DenseRecord,
-        batch: int,
-        output: Tensor,
-        seen: list[Tensor],
-        weight: Tensor | None,
+        self, last: LastOperator, record: _DenseRecord, output: Tensor, seen: list[Tensor], weight: Tensor | None
     ) -> None:
         """Add a batch to the sums, with the targets `Y = W (a X + (1 - a) X*) - b (D* - D)`."""
-        activations, correction, operator = self.activations, self._correction, record.group[0]
-        assert self._outputs is not None
+        activations, correction, operator, batch = self.activations, self._correction, last.operator, record.batch
         own, inputs = seen.pop().view(output.shape), seen.pop()  # some call their operator with [tokens, in]
         same = operator.outputs_without_bias(activations.rows(own, batch, operator)).float()  # W X*
-        if record.outputs is not None:
-            dense = record.outputs[batch].to(same.device, non_blocking=True).float()  # W X
+        if weight is None:
+            dense = last.dense[batch].to(same.device, non_blocking=True).float()  # W X
         else:
             assert record.inputs is not None
-            assert weight is not None
             dense = record.inputs[batch].to(same.device, non_blocking=True).float() @ weight.T
+            last.dense.append(dense)
+        assert self._outputs is not None
         # in the layer's dtype: the two sums are close, so little is lost in their difference
         both = output - self._outputs[batch].to(same.device)  # (D* + W X*) - (D + W X)
         moved = activations.rows(both, batch, operator).float() - same + dense  # D* - D
         targets = same.mul(1 - correction.dense_share).add_(dense, alpha=correction.dense_share)
         targets.sub_(moved, alpha=correction.residual_share)
-        rows = activations.rows(inputs, batch, operator)
-        record.sums[activations.held_out[batch]].add(rows, "targets", targets)
+        record.sums[activations.held_out[batch]].add(activations.rows(inputs, batch, operator), "targets", targets)
         last.inputs.append(inputs)
         if last.rest is not None:
             last.rest.append(output - own)
-        if record.outputs is None:
-            last.dense.append(dense)
-
-
-def assigned_tokens(
-    activations: LayerActivations,
-    experts: FusedExperts,
-    hidden_states: Iterable[Tensor],
-    see: Callable[[int, AssignedTokens], None] = lambda _, __: None,
-) -> list[AssignedTokens]:
-    """What the experts of a mixture get of every batch, kept where activations wait; first each is shown to `see`."""
-    store, assigned = activations.store(), list[AssignedTokens]()
-    for batch, (arguments, keywords) in enumerate(activations.arguments_of(experts.module, hidden_states)):
-        assigned.append(experts.assigned(*arguments, **keywords))
-        see(batch, assigned[-1])
-        store.append(assigned[-1].hidden_states)
-        assigned[-1].hidden_states = assigned[-1].hidden_states[:0]
-    for tokens, kept in zip(assigned, store.kept(), strict=True):
-        tokens.hidden_states, tokens.rows = kept, tokens.rows.to(kept.device)
-    return assigned
-
-
-def tokens_of(output: Tensor, num_tokens: int) -> Tensor:
-    """The sum of what experts return for each token, [tokens, out]; Llama-4's return one output an expert."""
-    return output.detach().reshape(-1, num_tokens, output.shape[-1]).sum(0)
 
 
 class _DenseRecord:
     """What is kept of the dense network for one group: enough to form `W X X*^T` with any later `X*`.
 
     Attributes:
+        batch: Number of the batch that runs.
         sums: Sums over the tokens that problems are fitted to (`False`), and over held-out tokens if there are any.
         inputs: Dense inputs [tokens, in] by batch, in the model's dtype; `None` if outputs are kept, or nothing.
         outputs: Dense outputs without bias, of all operators side by side, [tokens, out] by batch; kept instead of
@@ -382,11 +344,12 @@ class _DenseRecord:
 
     def __init__(self, group: Group, activations: LayerActivations, correction: Correction, index: int) -> None:
         self.group = group
+        self.batch = 0
         self._activations = activations
         self._same = correction.sees_dense_inputs(index)
         size, device = group[0].shape[1], activations.device
-        kinds = {False, *activations.held_out}
-        self.sums = {kind: LayerSums(size, device, same_inputs=self._same) for kind in sorted(kinds)}
+        kinds = sorted({False, *activations.held_out})
+        self.sums = {kind: GroupSums(size, device, same_inputs=self._same) for kind in kinds}
         self.inputs: ActivationStore | None = None
         self.outputs: ActivationStore | None = None
         self.tokens: list[Tensor] = []
@@ -395,51 +358,56 @@ class _DenseRecord:
             return
         if group[0].tokens is not None:  # experts, many and small, keep inputs, and no files of their own
             on_disk = isinstance(activations.storage, Path)
-            storage = torch.device("cpu") if on_disk else activations.storage
-            self.inputs = ActivationStore(storage, device)
+            self.inputs = ActivationStore(torch.device("cpu") if on_disk else activations.storage, device)
         elif sum(operator.shape[0] for operator in group) < size:  # whichever is smaller waits
             self.outputs = activations.store()
         else:
             self.inputs = activations.store()
 
-    def see_input(self, inputs: Tensor, batch: int) -> None:
+    def see_input(self, inputs: Tensor) -> None:
         """Take the dense inputs of the group."""
         operator = self.group[0]
-        rows = self._activations.rows(inputs, batch, operator)
+        rows = self._activations.rows(inputs, self.batch, operator)
         if self._same:
-            self.sums[self._activations.held_out[batch]].gram.add(rows)
+            self.sums[self._activations.held_out[self.batch]].add(rows)
         elif self.inputs is not None:
             self.inputs.append(rows, copy=True)  # the layer may overwrite it
             if operator.tokens is not None:
-                self.tokens.append(self._activations.tokens(batch, operator.tokens))
+                self.tokens.append(self._activations.tokens(self.batch, operator.tokens))
 
-    def see_output(self, operator: LinearOperator, output: Tensor, batch: int) -> None:
+    def see_output(self, operator: LinearOperator, output: Tensor) -> None:
         """Take the dense outputs of one operator; those of a group come in its order."""
         if self._same or operator.tokens is not None:
             return
-        rows = operator.outputs_without_bias(self._activations.rows(output, batch, operator))
-        self.sums[self._activations.held_out[batch]].add_energies(operator.name, rows)
+        rows = operator.outputs_without_bias(self._activations.rows(output, self.batch, operator))
+        self.sums[self._activations.held_out[self.batch]].add_energies(operator.name, rows)
         if self.outputs is not None:
             self._side_by_side.append(rows.to(output.dtype, copy=True))  # Falcon adds to it in place
             if operator is self.group[-1]:
                 self.outputs.append(torch.cat(self._side_by_side, dim=1))
                 self._side_by_side.clear()
 
-    def add(self, inputs: Tensor, batch: int, weights: Sequence[Tensor]) -> None:
+    def add(self, inputs: Tensor, weights: Sequence[Tensor]) -> None:
         """Sum over the inputs `X*` of a batch, and what the dense network showed; `weights` are those of experts."""
-        operator, sums = self.group[0], self.sums[self._activations.held_out[batch]]
-        rows = self._activations.rows(inputs, batch, operator)
+        operator, sums = self.group[0], self.sums[self._activations.held_out[self.batch]]
+        rows = self._activations.rows(inputs, self.batch, operator)
         if self.outputs is not None:
-            sums.add(rows, "outputs", self.outputs[batch].to(rows.device, non_blocking=True))
+            sums.add(rows, "outputs", self.outputs[self.batch].to(rows.device, non_blocking=True))
         elif self.inputs is not None:
-            dense = self.inputs[batch].to(rows.device, non_blocking=True)
+            dense = self.inputs[self.batch].to(rows.device, non_blocking=True)
             if operator.tokens is not None:  # the dense network may have sent the expert other tokens
-                dense = _rows_of(self._activations.tokens(batch, operator.tokens), dense, self.tokens[batch], rows)
+                tokens = self._activations.tokens(self.batch, operator.tokens)
+                dense = _rows_of(tokens, dense, self.tokens[self.batch], rows)
                 for expert, weight in zip(self.group, weights, strict=True):
                     sums.add_energies(expert.name, dense.float() @ weight.T)
             sums.add(rows, "inputs", dense)
         else:
-            sums.gram.add(rows)
+            sums.add(rows)
+
+
+def tokens_of(output: Tensor, num_tokens: int) -> Tensor:
+    """The sum of what experts return for each token, [tokens, out]; Llama-4's return one output an expert."""
+    return output.detach().reshape(-1, num_tokens, output.shape[-1]).sum(0)
 
 
 def _rows_of(tokens: Tensor, kept: Tensor, before: Tensor, later: Tensor) -> Tensor:
@@ -449,30 +417,3 @@ def _rows_of(tokens: Tensor, kept: Tensor, before: Tensor, later: Tensor) -> Ten
     # rising, as `LinearOperator.tokens` promises, so a search finds them
     place = torch.searchsorted(before, tokens).clamp_max(before.numel() - 1)
     return torch.where((before[place] == tokens)[:, None], kept[place], later)
-
-
-def is_added_to_output(activations: LayerActivations, module: nn.Module, hidden_states: Tensor) -> bool:
-    """Whether the decoder layer's output is something plus the output of one of its modules, tried on one batch.
-
-    Its own output may be smaller than a rounding error of the layer's in half precision, so an output as large as the
-    rest takes its place: a wave, because a norm may leave a constant as it is. Some layers add to it in place.
-    """
-    seen: list[Tensor] = []
-
-    def run(replace: Callable[[Tensor], Tensor]) -> Tensor:
-        with module.register_forward_hook(lambda _, __, output: replace(output)):
-            return activations.calls[0].run(activations.layer, hidden_states.to(activations.device)).float()
-
-    with watching({}, {module: seen.append}):
-        rest = run(torch.zeros_like)  # D
-    if len(seen) != 1 or seen[0].numel() != rest.numel():
-        return False
-    # As large as the rest at every token: beside one of huge activations the answers of others to a wave of its size
-    # would be lost in rounding.
-    wave = torch.arange(rest.numel(), device=rest.device).float().sin_().view(rest.shape)
-    wave = wave.mul_(rest.abs().amax(-1, keepdim=True)).to(seen[0].dtype)
-    # D + wave - D - wave; a clone, because the layer may add to its own output in place
-    error = run(lambda output: wave.view(output.shape).clone()) - rest - wave.float()
-    sizes = torch.linalg.vector_norm(wave.float(), dim=-1) + torch.linalg.vector_norm(rest, dim=-1)
-    errors = torch.linalg.vector_norm(error, dim=-1) / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
-    return bool(errors.mean() <= _ROUNDED * torch.finfo(wave.dtype).eps)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from optimum_fista.model.activation_store import ActivationStore
-from optimum_fista.model.correction import LayerTargets, assigned_tokens, tokens_of
-from optimum_fista.model.gram import LayerSums
+from optimum_fista.model.correction import LayerTargets, tokens_of
+from optimum_fista.model.gram import GroupSums
 from optimum_fista.model.layer_inputs import LayerActivations
 from optimum_fista.model.operator import AssignedTokens, FusedExperts, split_experts
 from optimum_fista.model.parts import Part
@@ -114,7 +114,7 @@ class SmallerMixture:
                 self._lengths.append(hidden.shape[1])
                 yield hidden
 
-        self._batches = assigned_tokens(activations, experts, entering(), see)
+        self._batches = activations.assigned_tokens(experts, entering(), see)
 
     def errors(self) -> tuple[float, float | None]:
         """`|| E* - Y ||_F / || Y ||_F` on the tokens to fit, and on those held out, `None` if there are none."""
@@ -169,7 +169,7 @@ class SmallerMixture:
         There are none if one half has no token for the expert.
         """
         operator, device = self._down[expert], self._activations.device
-        sums = [LayerSums(weight.shape[1], device) for _ in range(2)]
+        sums = [GroupSums(weight.shape[1], device) for _ in range(2)]
         for batch, residual in enumerate(self._residuals):
             if self._activations.held_out[batch]:
                 continue
@@ -183,7 +183,7 @@ class SmallerMixture:
             targets = residual[tokens.to(residual.device)].to(device).float() + inputs @ weight.T
             for half, counted in zip(sums, (early & real, ~early & real), strict=True):
                 half.add(inputs[counted], "targets", targets[counted])
-        if not all(half.gram.num_tokens for half in sums):
+        if not all(half.num_tokens for half in sums):
             return ()
         return tuple(next(half.problems([operator], [weight], 1.0)) for half in sums)
 
@@ -203,7 +203,7 @@ class SmallerMixture:
 
     def _energy(self, batch: int, values: Tensor) -> float:
         """Squared norm of the real tokens."""
-        real = self._activations.real_tokens(values.to(self._activations.device), batch)
+        real = self._activations.rows(values.to(self._activations.device), batch)
         return float(torch.linalg.vector_norm(real.float()).double().square())
 
 

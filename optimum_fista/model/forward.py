@@ -1,8 +1,8 @@
-"""Forward passes of modules: run in the dtype of a run, on recorded inputs; watched, replaced, in evaluation mode.
+"""Forward passes of modules: in which precision, who is called back on the way, and what runs in their place.
 
-A run may let float32 matrices be rounded to bfloat16 for their products, where a device is fast in it: in the forward
-passes and gradients here, and in sums over tokens. What solves layer problems, and what is compared to prove something,
-is computed in float32.
+A run may round float32 matrices to bfloat16 for their products, where a device is fast in it. That is asked for place
+by place (`quick_products`): in forward passes, gradients and sums over tokens. So what solves layer problems, and what
+is compared to prove something, is in float32 without saying so.
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 _DTYPE: ContextVar[torch.dtype] = ContextVar("dtype of quick products", default=torch.float32)
 
 
 def compute_dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of products by its name, or `"auto"`; on a CPU, bfloat16 is faster only if it has units for it.
-
-    These are AMX and AVX512-BF16. An older PyTorch may not say whether they are there.
-    """
-    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    is_fast = device.type != "cpu" or any(getattr(torch.cpu, unit, lambda: False)() for unit in asked)
+    """The dtype of products by its name, or `"auto"`: bfloat16, but on a CPU only if it has units for it."""
+    units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # an older PyTorch may not tell
+    is_fast = device.type != "cpu" or any(getattr(torch.cpu, unit, lambda: False)() for unit in units)
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and is_fast) else torch.float32
 
 
@@ -65,29 +61,31 @@ def as_multiplied(values: Tensor) -> Tensor:
     return values.float() if dtype in (torch.float32, values.dtype) else values.to(dtype).float()
 
 
-@quick_products()
-def run_module(module: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """Call a module in the dtype of the run."""
-    return module(*arguments, **keywords)
-
-
-@quick_products()
-def run_backward(loss: Tensor) -> None:
-    """Compute gradients, and decoder layers again on the way, in the dtype of the run."""
-    loss.backward()
-
-
 def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
     """The input of a linear operator from the arguments of its call."""
     return arguments[0] if arguments else next(iter(keywords.values()))
 
 
-def split_output(output: object) -> tuple[Tensor, tuple[Any, ...] | None] | None:
-    """The tensor that a module returns, and the rest of its tuple; `None` if that holds anything but `None`."""
-    first, rest = (output[0], output[1:]) if isinstance(output, tuple) and output else (output, None)
-    if not isinstance(first, Tensor) or any(value is not None for value in tree_leaves(rest)):
-        return None
-    return first, rest
+@contextmanager
+def watching(
+    inputs: Mapping[nn.Module, Callable[[Tensor], None]],
+    outputs: Mapping[nn.Module, Callable[[Tensor], None]] | None = None,
+) -> Iterator[None]:
+    """Call back with the input (before the call) or the output (after it) of modules."""
+    with ExitStack() as hooks:
+        for module, callback in inputs.items():
+            # a default argument binds the callback of this turn of the loop
+            def before(_: nn.Module, args: Any, kwargs: Any, callback: Callable[[Tensor], None] = callback) -> None:
+                callback(operator_input(args, kwargs))
+
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+        for module, callback in (outputs or {}).items():
+
+            def after(_: nn.Module, __: Any, output: Tensor, callback: Callable[[Tensor], None] = callback) -> None:
+                callback(output)
+
+            hooks.enter_context(module.register_forward_hook(after))
+        yield
 
 
 @contextmanager
@@ -104,30 +102,8 @@ def replaced_forwards(
         for module, original in zip(modules, own, strict=True):
             if original is not None:
                 setattr(module, name, original)
-            else:
+            else:  # that of its class shows again
                 vars(module).pop(name, None)
-
-
-@contextmanager
-def watching(
-    inputs: Mapping[nn.Module, Callable[[Tensor], None]],
-    outputs: Mapping[nn.Module, Callable[[Tensor], None]] | None = None,
-) -> Iterator[None]:
-    """Call back with the input (before the call) or the output (after it) of modules."""
-    with ExitStack() as handles:
-        for module, callback in inputs.items():
-            # A default argument binds the callback of this turn of the loop.
-            def before(_: nn.Module, args: Any, kwargs: Any, callback: Callable[[Tensor], None] = callback) -> None:
-                callback(operator_input(args, kwargs))
-
-            handles.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
-        for module, callback in (outputs or {}).items():
-
-            def after(_: nn.Module, __: Any, output: Tensor, callback: Callable[[Tensor], None] = callback) -> None:
-                callback(output)
-
-            handles.enter_context(module.register_forward_hook(after))
-        yield
 
 
 @contextmanager

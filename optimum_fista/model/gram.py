@@ -1,8 +1,14 @@
-"""Sums over tokens, from which layer problems are made: of operators that share their inputs, or of a single matrix."""
+"""Sums over the calibration tokens, the Gram matrix before all, and the layer problems that are made from them.
+
+Sums replace the activations: `|| W* X* - Y ||_F^2` is a function of `W*`, `G = X* X*^T` and `C = Y X*^T` alone. So a
+problem takes the same memory whatever the number of tokens. They are in float32, also of activations in half
+precision, because thousands of tokens are added up. SparseGPT's code (arXiv 2301.00774) rescales its Hessian with every
+batch to a mean; here nothing is scaled, and only one half of the symmetric matrix is computed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,64 +22,12 @@ from optimum_fista.solve.statistics import InputStatistics
 _LEAF = 256  # inputs up to which a block is multiplied whole
 
 
-class GramAccumulator:
-    """Sum of `x x^T` over tokens, in float32; only half of each product is formed, in memory taken when tokens come.
-
-    Attributes:
-        num_tokens: Tokens summed so far.
-    """
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._shape, self._device = (size, size), device
-        self._upper: Tensor | None = None
-        self._sum = torch.zeros(size, device=device)
-        self.num_tokens = 0
-
-    @quick_products()
-    def add(self, inputs: Tensor) -> Tensor:
-        """Add inputs [tokens, in]; returns them as they were multiplied, float32."""
-        if self._upper is None:
-            self._upper = torch.zeros(self._shape, device=self._device)
-        inputs = as_multiplied(inputs)
-        _add_upper(self._upper, inputs)
-        self._sum += inputs.sum(0)
-        self.num_tokens += inputs.shape[0]
-        return inputs
-
-    def finish(self) -> InputStatistics:
-        """Statistics with the symmetric Gram matrix; the accumulator is used up."""
-        gram = torch.zeros(self._shape, device=self._device) if self._upper is None else self._upper
-        for start in range(0, gram.shape[0], _LEAF):
-            end = start + _LEAF
-            # Only upper blocks were summed. Copied, both halves are equal to the last bit.
-            corner = gram[start:end, start:end].triu_()
-            corner += corner.triu(1).T
-            gram[end:, start:end] = gram[start:end, end:].T
-        return InputStatistics(gram, self.num_tokens, self._sum / max(1, self.num_tokens))
-
-
-def _add_upper(out: Tensor, inputs: Tensor) -> None:
-    """Add the upper block triangle of `inputs^T inputs` to `out`, halving recursively."""
-    size = inputs.shape[1]
-    if size <= _LEAF:
-        out.addmm_(inputs.T, inputs)
-        return
-    # A multiple of 32, so that blocks are aligned.
-    half = (size // 2 + 31) // 32 * 32
-    left, right = inputs[:, :half], inputs[:, half:]
-    _add_upper(out[:half, :half], left)
-    out[:half, half:].addmm_(left.T, right)
-    _add_upper(out[half:, half:], right)
-
-
-class LayerSums:
-    """Sums over the tokens of a group of operators with the inputs `X*`, and in the dense network `X`.
-
-    They are in float32, whatever dtype the activations are in: sums in half precision would lose digits.
+class GroupSums:
+    """Sums over the tokens of operators that share their inputs `X*`; in the dense network these are `X`.
 
     Attributes:
         same_inputs: Whether `X* = X`.
-        gram: `X* X*^T`.
+        num_tokens: Tokens summed so far.
         cross: With the dense network, by what was added: `"inputs"` for `X X*^T` [in, in], `"outputs"` for `W X X*^T`
             of all operators, one below the other, [out, in], whichever is smaller; `"targets"` for the `Y X*^T` [out,
             in] of a single operator. Empty if the dense network is not known, or if `X* = X`.
@@ -82,14 +36,24 @@ class LayerSums:
 
     def __init__(self, size: int, device: torch.device, *, same_inputs: bool = False) -> None:
         self.same_inputs = same_inputs
-        self.gram = GramAccumulator(size, device)
+        self.num_tokens = 0
         self.cross: dict[str, Tensor] = {}
         self.energies: dict[str, Tensor] = {}
+        self._gram: Tensor | None = None  # its upper half; made when tokens come, so that only one group's is held
+        self._total = torch.zeros(size, device=device)  # of each input
 
     @quick_products()
-    def add(self, inputs: Tensor, kind: str, others: Tensor) -> None:
-        """Add `X*` [tokens, in], and dense inputs, outputs of all operators side by side, or targets, [tokens, n]."""
-        inputs, others = self.gram.add(inputs), as_multiplied(others)
+    def add(self, inputs: Tensor, kind: str = "", others: Tensor | None = None) -> None:
+        """Add `X*` [tokens, in]; `others` [tokens, n] are dense inputs, outputs side by side or targets: the `kind`."""
+        if self._gram is None:
+            self._gram = self._total.new_zeros(len(self._total), len(self._total))
+        inputs = as_multiplied(inputs)
+        _add_upper(self._gram, inputs)
+        self._total += inputs.sum(0)
+        self.num_tokens += inputs.shape[0]
+        if others is None:
+            return
+        others = as_multiplied(others)
         if kind not in self.cross:
             self.cross[kind] = torch.zeros(others.shape[1], inputs.shape[1], device=inputs.device)
         self.cross[kind].addmm_(others.T, inputs)  # in place: no second matrix of this size
@@ -102,12 +66,23 @@ class LayerSums:
         found = as_multiplied(outputs).square().sum(0).double()
         self.energies[name] = self.energies[name] + found if name in self.energies else found
 
-    def problems(self, group: Group, weights: Sequence[Tensor], dense_share: float) -> Iterator[LayerProblem]:
+    def statistics(self) -> InputStatistics:
+        """The symmetric Gram matrix and the mean of the inputs; nothing can be added afterwards."""
+        gram = self._total.new_zeros(len(self._total), len(self._total)) if self._gram is None else self._gram
+        for start in range(0, gram.shape[0], _LEAF):
+            end = start + _LEAF
+            # Only upper blocks were summed. Copied, both halves are equal to the last bit.
+            corner = gram[start:end, start:end].triu_()
+            corner += corner.triu(1).T
+            gram[end:, start:end] = gram[start:end, end:].T
+        return InputStatistics(gram, self.num_tokens, self._total / max(1, self.num_tokens))
+
+    def problems(self, group: Group, weights: Iterable[Tensor], dense_share: float) -> Iterator[LayerProblem]:
         """The problems of the operators with their dense weights `W` [out, in], one by one; the sums are used up.
 
         `dense_share` is `a` in the targets `W (a X + (1 - a) X*)`; it is not used if `X* = X` or targets were summed.
         """
-        statistics, row = self.gram.finish(), 0
+        statistics, row = self.statistics(), 0
         if not bool(torch.isfinite(torch.stack(statistics.gram.aminmax())).all()):
             raise ValueError(
                 f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32): the model is "
@@ -127,6 +102,19 @@ class LayerSums:
                     cross = weight @ self.cross["inputs"]
                 row += weight.shape[0]
                 yield _problem(weight, statistics, cross, self.energies[name], dense_share, name)
+
+
+def _add_upper(out: Tensor, inputs: Tensor) -> None:
+    """Add the upper block triangle of `inputs^T inputs` to `out`, halving recursively: about half of the products."""
+    size = inputs.shape[1]
+    if size <= _LEAF:
+        out.addmm_(inputs.T, inputs)
+        return
+    half = (size // 2 + 31) // 32 * 32  # a multiple of 32, so that blocks are aligned
+    left, right = inputs[:, :half], inputs[:, half:]
+    _add_upper(out[:half, :half], left)
+    out[:half, half:].addmm_(left.T, right)
+    _add_upper(out[half:, half:], right)
 
 
 def _problem(
@@ -157,10 +145,8 @@ def _problem(
 
 def single_problem(weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None = None) -> LayerProblem:
     """Form the layer problem of `weight` [out, in] on `inputs` X* [tokens, in], dense inputs X [tokens, in]."""
-    named = {"weight": weight, "inputs": inputs, "dense_inputs": dense_inputs}
-    for name, tensor in named.items():
-        if tensor is None:
-            continue
+    named = {"weight": weight, "inputs": inputs}
+    for name, tensor in (named if dense_inputs is None else named | {"dense_inputs": dense_inputs}).items():
         if tensor.ndim != 2 or tensor.shape[1] != weight.shape[-1] or tensor.numel() == 0:
             wanted = "[out, in]" if name == "weight" else f"[tokens, in] with in = {weight.shape[-1]} as in weight"
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: pass a non-empty {wanted}.")
@@ -171,13 +157,12 @@ def single_problem(weight: Tensor, inputs: Tensor, dense_inputs: Tensor | None =
             f"dense_inputs has shape {tuple(dense_inputs.shape)}, inputs {tuple(inputs.shape)}: pass the same tokens."
         )
     weight, inputs = weight.detach().float(), inputs.detach().float()
-    accumulator = GramAccumulator(weight.shape[1], weight.device)
-    accumulator.add(inputs)
-    statistics = accumulator.finish()
+    sums = GroupSums(weight.shape[1], weight.device)
+    sums.add(inputs)
+    statistics = sums.statistics()
     if not bool(torch.isfinite(statistics.gram).all()):
         raise ValueError("inputs overflow when squared in float32: pass them scaled down; the error is relative.")
     if dense_inputs is None:
         return LayerProblem(weight, statistics)
-    # Y = W X, C = Y X*^T.
-    outputs = dense_inputs.detach().float() @ weight.T
+    outputs = dense_inputs.detach().float() @ weight.T  # Y = W X, [tokens, out]
     return LayerProblem(weight, statistics, outputs.T @ inputs, outputs.square().sum(0))

@@ -1,4 +1,8 @@
-"""Groups of linear operators of a decoder layer that share an input, and parts of it whose groups are all pruned."""
+"""What forward passes of a decoder layer show of its form: which operators share an input, end a part, or are added.
+
+Operators share an input if they are called on the same memory in one pass. So there is no list of names for each
+architecture, as other pruners have it, and an unknown architecture is grouped rightly or its operators stay dense.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore
-from optimum_fista.model.forward import replaced_forwards, split_output, watching
+from optimum_fista.model.forward import replaced_forwards, watching
 from optimum_fista.model.layer_inputs import LayerActivations, LayerCall
 from optimum_fista.model.operator import LINEAR, Group, LinearOperator
+
+_ROUNDED = 0.5
+"""Largest mean error of a rounded sum, in units of its last place; layers of 172 families that add show at most .29."""
 
 
 def trace_groups(
@@ -34,27 +42,28 @@ def trace_groups(
     """
     # It holds the inputs until groups are made: memory that was freed could be that of another input.
     seen: list[tuple[LinearOperator, Tensor]] = []
-    others: list[str] = []
+    left_dense: dict[str, str] = {}
     latest: list[tuple[LinearOperator, Tensor, int]] = []  # the output of the latest call, and its version
+    by_module = {operator.module: operator for operator in operators.values()}
+    parts = [part for part in layer.children() if part not in by_module]
+    # looked up before the callbacks of this function are hooks too
+    doubtful = {module for module in by_module if _may_change_its_product(module)}
 
-    def leave(operator: LinearOperator, output: Tensor) -> None:
-        if operator in special and not _is_product(operator, seen[-1][1], output):
-            others.append(operator.name)
+    def leave(module: nn.Module, output: object) -> None:
+        operator = by_module.get(module)
+        if operator is None:  # a part of the layer
+            split = split_output(output)
+            for last, own, version in latest:
+                if split is not None and split[0] is own and own._version == version:  # nothing was added in place
+                    last.ends = module, split[1]
+            return
+        if module in doubtful and not _is_product(operator, seen[-1][1], output):
+            left_dense[operator.name] = "returns something other than W x + b"
         latest[:] = [(operator, output, output._version)] if isinstance(output, Tensor) else []
 
-    def end_part(part: nn.Module, output: object) -> None:
-        split = split_output(output)
-        for operator, own, version in latest:
-            if split is not None and split[0] is own and own._version == version:  # nothing was added in place
-                operator.ends = part, split[1]
-
-    special = [operator for operator in operators.values() if _may_change_its_product(operator.module)]
-    before = {o.module: (lambda inputs, o=o: seen.append((o, inputs))) for o in operators.values()}
-    after = {operator.module: partial(leave, operator) for operator in operators.values()}
-    after |= {part: partial(end_part, part) for part in layer.children() if part not in after}
-    # PyTorch counts changes in place.
-    version = hidden_states._version
-    with watching(before, after):
+    before = {module: (lambda inputs, o=operator: seen.append((o, inputs))) for module, operator in by_module.items()}
+    version = hidden_states._version  # PyTorch counts changes in place
+    with watching(before, {module: partial(leave, module) for module in [*by_module, *parts]}):
         call.run(layer, hidden_states)
     if hidden_states._version != version:
         raise UnsupportedArchitectureError(
@@ -62,13 +71,10 @@ def trace_groups(
             "again: have it work on a copy."
         )
     calls = Counter(operator.name for operator, _ in seen)
-    where = "in a forward pass of its decoder layer"
-    left_dense = {
-        name: f"called {calls[name]} times {where}" if calls[name] else f"not called {where}"
-        for name in operators
-        if calls[name] != 1
-    }
-    left_dense |= dict.fromkeys(others, "returns something other than W x + b")
+    for name in operators:
+        if calls[name] != 1:
+            times = f"called {calls[name]} times" if calls[name] else "not called"
+            left_dense[name] = f"{times} in a forward pass of its decoder layer"
     groups: dict[object, Group] = {}
     for operator, inputs in seen:
         if operator.name in left_dense:
@@ -97,6 +103,44 @@ def _is_product(operator: LinearOperator, inputs: Tensor, output: object) -> boo
     return bool(distance <= 10 * torch.finfo(inputs.dtype).eps * expected.float().norm())
 
 
+def split_output(output: object) -> tuple[Tensor, tuple[Any, ...] | None] | None:
+    """The tensor that a module returns, and the rest of its tuple; `None` if that holds anything but `None`."""
+    first, rest = (output[0], output[1:]) if isinstance(output, tuple) and output else (output, None)
+    if not isinstance(first, Tensor) or any(value is not None for value in tree_leaves(rest)):
+        return None
+    return first, rest
+
+
+def is_added_to_output(activations: LayerActivations, module: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether the decoder layer's output is something plus the output of one of its modules, tried on one batch.
+
+    Its own output may be smaller than a rounding error of the layer's in half precision, so an output as large as the
+    rest takes its place: a wave, because a norm may leave a constant as it is.
+    """
+    call, hidden_states = activations.calls[0], hidden_states.to(activations.device)
+    seen: list[Tensor] = []
+    wave: Tensor | None = None
+
+    def replace(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        seen.append(output)
+        # a clone, because some layers add to it in place
+        return torch.zeros_like(output) if wave is None else wave.view(output.shape).clone()
+
+    with module.register_forward_hook(replace):
+        rest = call.run(activations.layer, hidden_states).float()  # D
+        if len(seen) != 1 or seen[0].numel() != rest.numel():
+            return False
+        # As large as the rest at every token: beside one of huge activations the answers of others to a wave of its
+        # size would be lost in rounding.
+        sizes = rest.abs().amax(-1, keepdim=True)
+        wave = torch.arange(rest.numel(), device=rest.device).float().sin_().view(rest.shape).mul_(sizes)
+        wave = wave.to(seen[0].dtype)
+        error = call.run(activations.layer, hidden_states).float() - rest - wave.float()  # D + wave - D - wave
+    sizes = torch.linalg.vector_norm(wave.float(), dim=-1) + torch.linalg.vector_norm(rest, dim=-1)
+    errors = torch.linalg.vector_norm(error, dim=-1) / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
+    return bool(errors.mean() <= _ROUNDED * torch.finfo(wave.dtype).eps)
+
+
 class FinishedParts:
     """Outputs of the finished parts of a decoder layer, such as its attention, kept where activations wait.
 
@@ -109,7 +153,7 @@ class FinishedParts:
     def __init__(self, activations: LayerActivations, groups: Sequence[Group]) -> None:
         self._activations = activations
         self._outputs: dict[nn.Module, tuple[ActivationStore, tuple[Any, ...] | None]] = {}
-        self._inputs: dict[nn.Module, ActivationStore] = {}
+        self._inputs: dict[nn.Module, ActivationStore] = {}  # of the operators that end parts, until outputs are known
         self._last_group: dict[nn.Module, int] = {}
         self._ends: dict[nn.Module, tuple[LinearOperator, tuple[Any, ...] | None]] = {}
         operators = {operator.module for group in groups for operator in group}
@@ -132,44 +176,38 @@ class FinishedParts:
         to `keep` what is not known yet.
         """
         finished = [part for part, last in self._last_group.items() if last < group]
+        known = {part: self._outputs[part][0] if part in self._outputs else self._inputs.get(part) for part in finished}
+        sources = {part: iter(store) for part, store in known.items() if store is not None}
         outputs = {part: self._activations.store() for part in finished if keep and part not in self._outputs}
         rests: dict[nn.Module, tuple[Any, ...] | None] = {}
 
         def run(part: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-            output = forward(*arguments, **keywords)
+            if part in self._outputs:
+                store, rest = self._outputs[part]
+                found = next(sources[part])
+                found = found if store.gives_copies else found.clone()  # the layer may overwrite it
+                return found if rest is None else (found, *rest)
+            if part in sources:
+                operator, rest = self._ends[part]
+                found = operator.module(next(sources[part]))
+                output = found if rest is None else (found, *rest)
+            else:
+                output = forward(*arguments, **keywords)
             split = split_output(output) if part in outputs else None
             if split is not None:
-                outputs[part].append(split[0], copy=True)  # the layer may overwrite it
+                outputs[part].append(split[0], copy=True)
                 rests[part] = split[1]
             return output
 
-        forwards = [partial(run, part, self._shortcut(part)) for part in finished]
+        forwards = [partial(run, part, part.forward) for part in finished]
         ending = [part for part, last in self._last_group.items() if keep and last == group and part in self._ends]
         inputs = {part: self._activations.store() for part in ending}
         watched = {self._ends[part][0].module: inputs[part].append for part in ending}
         with replaced_forwards(finished, forwards), watching(watched):
             yield
         # after an error nothing is kept, nor of what ran on some batches only: the layer starts again with others
-        for part, store in outputs.items():
-            if len(store) == len(self._activations.calls):
-                self._outputs[part] = (store, rests[part])
+        for part, kept in outputs.items():
+            if len(kept) == len(self._activations.calls):
+                self._outputs[part] = (kept, rests[part])
                 self._inputs.pop(part, None)
-        self._inputs |= {part: store for part, store in inputs.items() if len(store) == len(self._activations.calls)}
-
-    def _shortcut(self, part: nn.Module) -> Callable[..., Any]:
-        """The quickest way to the outputs of a finished part, a batch a call."""
-        if part in self._outputs:
-            store, rest = self._outputs[part]
-        elif part in self._inputs:
-            store, rest = self._inputs[part], self._ends[part][1]
-        else:
-            return part.forward
-        operator = None if part in self._outputs else self._ends[part][0].module
-        kept = iter(store)
-
-        def run(*_: Any, **__: Any) -> Any:
-            found = next(kept)
-            output = operator(found) if operator is not None else found if store.gives_copies else found.clone()
-            return output if rest is None else (output, *rest)
-
-        return run
+        self._inputs |= {part: kept for part, kept in inputs.items() if len(kept) == len(self._activations.calls)}

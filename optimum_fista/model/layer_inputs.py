@@ -1,4 +1,12 @@
-"""What enters the decoder layers: hidden states of the first, arguments of all, and one layer with all it is run on."""
+"""What enters the decoder layers, recorded once, and what the modules of one decoder layer get from that.
+
+The model runs on every calibration batch with its decoder layers skipped: that gives the hidden states that enter the
+first one, and all other arguments of each (masks, position embeddings, inputs of its own). SparseGPT's and Wanda's code
+records the arguments of the first layer on the last batch, and uses them for all; so neither padding nor layers that
+differ (sliding windows) work there. The arguments take memory, which is why equal tensors are kept once.
+
+Later a decoder layer runs alone (`LayerActivations`). Hidden states between layers wait where the storage says.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +25,9 @@ from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import replaced_forwards, run_module
+from optimum_fista.model.forward import quick_products, replaced_forwards
 from optimum_fista.model.offload import execution_device, onloaded
-from optimum_fista.model.operator import LinearOperator
-
-
-class StopForward(Exception):
-    """Ends a forward pass whose remainder is not needed."""
+from optimum_fista.model.operator import AssignedTokens, FusedExperts, LinearOperator
 
 
 @dataclass(frozen=True)
@@ -37,37 +41,6 @@ class LayerCall:
         """Output hidden states of `layer`."""
         output = layer(hidden_states, *self.arguments, **self.keywords)
         return output[0] if isinstance(output, tuple) else output
-
-
-@dataclass
-class HiddenStates:
-    """Hidden states that enter a decoder layer, [batch, sequence, hidden], a batch each.
-
-    Attributes:
-        dense: From the dense network; `None` if nothing needs them.
-        pruned: From the network as pruned so far; `None` if every layer starts from the dense ones.
-    """
-
-    dense: Sequence[Tensor] | None
-    pruned: Sequence[Tensor] | None = None
-
-    @property
-    def entering(self) -> Sequence[Tensor]:
-        """Those that the layer is pruned on."""
-        found = self.dense if self.pruned is None else self.pruned
-        assert found is not None
-        return found
-
-    def kept(self) -> dict[str, list[Tensor]]:
-        """Both streams where they are kept; none of a stream that is not there."""
-        streams = {"dense": self.dense, "pruned": self.pruned}
-        return {k: s.kept() if isinstance(s, ActivationStore) else list(s or []) for k, s in streams.items()}
-
-    def move(self, storage: Storage, device: torch.device) -> None:
-        """Bring them to another layer's device, and there or to its storage if they were kept on a device before."""
-        for stream in (self.dense, self.pruned):
-            if isinstance(stream, ActivationStore):
-                stream.move(storage, device)
 
 
 @dataclass
@@ -90,48 +63,49 @@ class RecordedInputs:
 
 
 def record_inputs(
-    model: PreTrainedModel, layers: DecoderLayers, batches: Sequence[CalibrationBatch], storage: Storage | None = None
+    model: PreTrainedModel,
+    layers: DecoderLayers,
+    batches: Sequence[CalibrationBatch],
+    storage: Storage | None = None,
+    *,
+    runs_layers: bool = False,
 ) -> RecordedInputs:
     """Run the model on every batch with its decoder layers skipped, and record what each is called with.
 
     The first layer runs once, to learn the form of its output; nothing after the last layer runs. If decoder layers
-    hand more to the next than hidden states (indices that attention shares, the state of a router), all of them run,
-    and what is handed on is recorded as it is in the dense network. Hidden states are kept at `storage`; `None`: on the
-    device.
+    hand more to the next than hidden states (indices that attention shares, the state of a router), all of them run
+    (`runs_layers`), and what is handed on is recorded as it is in the dense network. Hidden states are kept at
+    `storage`; `None`: on the device.
     """
-    # Skipping the layers is cheap; only the recording itself shows that a model hands on more.
-    try:
-        return _record(model, _Recorder(layers), batches, storage)
-    except _HandsOnMore:
-        return _record(model, _Recorder(layers, runs_layers=True), batches, storage)
-
-
-def _record(
-    model: PreTrainedModel, recorder: _Recorder, batches: Sequence[CalibrationBatch], storage: Storage | None
-) -> RecordedInputs:
-    device, layers = execution_device(model.get_input_embeddings()), recorder.layers
+    device, recorder = execution_device(model.get_input_embeddings()), _Recorder(layers, runs_layers)
     hidden_states, token_masks = ActivationStore(storage or device, device), list[Tensor | None]()
     forwards = [partial(recorder.forward, index, layer.forward) for index, layer in enumerate(layers.modules)]
-    with onloaded(layers.around, copy=False), replaced_forwards(layers.modules, forwards):
-        for batch in batches:
-            mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-            recorder.hidden_states, recorder.expected, recorder.next = None, None, 0
-            recorder.met.clear()
-            with suppress(StopForward):
-                model(
-                    input_ids=batch.input_ids.to(device),
-                    attention_mask=None if mask is None else mask.long(),
-                    use_cache=False,
-                )
-            first = recorder.hidden_states
-            if first is None or not bool(torch.isfinite(first).all()):
-                raise ValueError(
-                    "the inputs of the first decoder layer hold NaN or Inf: the embeddings of the model are damaged."
-                )
-            hidden_states.append(first)
-            token_masks.append(mask)
-    held_out = [batch.held_out for batch in batches]
-    return RecordedInputs(hidden_states, recorder.calls, token_masks, held_out, recorder.runs_layers)
+    try:
+        with onloaded(layers.around, copy=False), replaced_forwards(layers.modules, forwards):
+            for batch in batches:
+                mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+                recorder.first, recorder.expected, recorder.next = None, None, 0
+                recorder.met.clear()
+                with suppress(StopForward):
+                    model(
+                        input_ids=batch.input_ids.to(device),
+                        attention_mask=None if mask is None else mask.long(),
+                        use_cache=False,
+                    )
+                if recorder.first is None or not bool(torch.isfinite(recorder.first).all()):
+                    raise ValueError(
+                        "the inputs of the first decoder layer hold NaN or Inf: the embeddings of the model are "
+                        "damaged."
+                    )
+                hidden_states.append(recorder.first)
+                token_masks.append(mask)
+    except _HandsOnMore:  # skipping layers is cheap, and only the recording itself shows that a model hands on more
+        return record_inputs(model, layers, batches, storage, runs_layers=True)
+    return RecordedInputs(hidden_states, recorder.calls, token_masks, [b.held_out for b in batches], runs_layers)
+
+
+class StopForward(Exception):
+    """Ends a forward pass whose remainder is not needed."""
 
 
 class _HandsOnMore(Exception):
@@ -142,17 +116,17 @@ class _Recorder:
     """Its forward pass takes the place of that of every decoder layer: it records, and hands hidden states on or runs.
 
     Attributes:
-        hidden_states: What enters the first layer in this batch; `None` before it does.
+        first: What enters the first layer in this batch; `None` before it does.
         expected: What should enter the next one.
         next: Number of the next one.
         met: Tensors of this batch's arguments and what stands for them, by their id and the device.
     """
 
-    def __init__(self, layers: DecoderLayers, runs_layers: bool = False) -> None:
+    def __init__(self, layers: DecoderLayers, runs_layers: bool) -> None:
         self.layers = layers
         self.runs_layers = runs_layers
         self.calls: list[list[LayerCall]] = [[] for _ in layers.modules]
-        self.hidden_states: Tensor | None = None
+        self.first: Tensor | None = None
         self.expected: Tensor | None = None
         self.next = 0
         self.met: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -167,31 +141,27 @@ class _Recorder:
         else:
             first = "hidden_states" if "hidden_states" in keywords else next(iter(keywords))
             hidden_states, others = keywords.pop(first), []
-        # The first layer of a batch.
-        if self.hidden_states is None:
-            self.hidden_states = hidden_states
+        if self.first is None:  # the first layer of a batch
+            self.first = hidden_states
         self._require_next(index, hidden_states, (*others, *keywords.values()))
         layer = self.layers.modules[index]
         device = execution_device(layer)
         kept = {name: self._intern(value, device) for name, value in keywords.items()}
         self.calls[index].append(LayerCall(tuple(self._intern(value, device) for value in others), kept))
-        # Final norm and head are not needed.
         if index == len(self.layers) - 1:
-            raise StopForward
+            raise StopForward  # the final norm and the head are not needed
+        if not self.runs_layers and self._is_tuple is not None:
+            self.expected = hidden_states  # the layer is skipped: what enters it is handed on
+            return (hidden_states, *self._rest) if self._is_tuple else hidden_states
+        with onloaded(layer.modules()):
+            output = original(hidden_states, *others, **keywords)
+        leaving, *rest = output if isinstance(output, tuple) else (output,)
         if self.runs_layers:
-            with onloaded(layer.modules()):
-                output = original(hidden_states, *others, **keywords)
-            self.expected = output[0] if isinstance(output, tuple) else output
+            self.expected = leaving
             return output
-        # The layer is skipped: what enters it is handed on.
-        self.expected = hidden_states
-        if self._is_tuple is None:
-            with onloaded(layer.modules()):
-                output = original(hidden_states, *others, **keywords)
-            self._is_tuple = isinstance(output, tuple)
-            # Whoever takes one of these as an argument takes more than hidden states: `_require_next`.
-            self._rest = tuple(output[1:]) if isinstance(output, tuple) else ()
-        return (hidden_states, *self._rest) if self._is_tuple else hidden_states
+        # Whoever takes one of the rest as an argument takes more than hidden states: `_require_next`.
+        self._is_tuple, self._rest, self.expected = isinstance(output, tuple), tuple(rest), hidden_states
+        return (hidden_states, *rest) if self._is_tuple else hidden_states
 
     def _require_next(self, index: int, hidden_states: Tensor, others: tuple[Any, ...]) -> None:
         """Refuse layers that are called out of order, or not with the hidden states that the one before returned."""
@@ -227,6 +197,37 @@ class _Recorder:
 
 
 @dataclass
+class HiddenStates:
+    """Hidden states that enter a decoder layer, [batch, sequence, hidden], a batch each.
+
+    Attributes:
+        dense: From the dense network; `None` if nothing needs them.
+        pruned: From the network as pruned so far; `None` if every layer starts from the dense ones.
+    """
+
+    dense: Sequence[Tensor] | None
+    pruned: Sequence[Tensor] | None = None
+
+    @property
+    def entering(self) -> Sequence[Tensor]:
+        """Those that the layer is pruned on."""
+        found = self.dense if self.pruned is None else self.pruned
+        assert found is not None
+        return found
+
+    def kept(self) -> dict[str, list[Tensor]]:
+        """Both streams where they are kept; none of a stream that is not there."""
+        streams = {"dense": self.dense, "pruned": self.pruned}
+        return {k: s.kept() if isinstance(s, ActivationStore) else list(s or []) for k, s in streams.items()}
+
+    def move(self, storage: Storage, device: torch.device) -> None:
+        """Bring them to another layer's device, and there or to its storage if they were kept on a device before."""
+        for stream in (self.dense, self.pruned):
+            if isinstance(stream, ActivationStore):
+                stream.move(storage, device)
+
+
+@dataclass
 class LayerActivations:
     """One decoder layer with everything needed to run it on the calibration tokens.
 
@@ -237,6 +238,7 @@ class LayerActivations:
             memory-mapped files.
         held_out: Whether nothing is fitted to a batch, a batch each; empty when made: none is held out.
         device: Where the layer computes.
+        store: Makes an empty list of activations that are kept at `storage` and needed on the device.
     """
 
     layer: nn.Module
@@ -245,21 +247,20 @@ class LayerActivations:
     storage: Storage
     held_out: Sequence[bool] = ()
     device: torch.device = field(init=False)
+    store: Callable[[], ActivationStore] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Find the real tokens once, on the layer's device: picking rows by a mask makes the host wait each time."""
         self.held_out = self.held_out or [False] * len(self.calls)
         self.device = execution_device(self.layer)
+        self.store = partial(ActivationStore, self.storage, self.device)
         self.token_masks = [None if mask is None else mask.to(self.device) for mask in self.token_masks]
+        # found once: rows that are picked by a mask make the host wait for the device each time
         self._real = [None if mask is None else mask.reshape(-1).nonzero()[:, 0] for mask in self.token_masks]
 
-    def store(self) -> ActivationStore:
-        """An empty list of activations that are kept at `storage` and needed on the layer's device."""
-        return ActivationStore(self.storage, self.device)
-
+    @quick_products()
     def run(self, batch: int, hidden_states: Tensor) -> Tensor:
         """Output hidden states of the layer for one batch."""
-        return run_module(self.calls[batch].run, self.layer, hidden_states.to(self.device, non_blocking=True))
+        return self.calls[batch].run(self.layer, hidden_states.to(self.device, non_blocking=True))
 
     def outputs(self, hidden_states: Iterable[Tensor]) -> ActivationStore:
         """Output hidden states of the layer, a batch each."""
@@ -278,10 +279,10 @@ class LayerActivations:
             seen.append((arguments, keywords))
             raise StopForward
 
-        for hidden, call in zip(hidden_states, self.calls, strict=True):
-            # off while the caller has the arguments
+        for batch, hidden in enumerate(hidden_states):
+            # the hook is off while the caller has the arguments, and may run the layer itself
             with module.register_forward_pre_hook(stop, with_kwargs=True), suppress(StopForward):
-                run_module(call.run, self.layer, hidden.to(self.device, non_blocking=True))
+                self.run(batch, hidden)
             if not seen:
                 raise RuntimeError(
                     f"a {type(module).__name__} is not called in every forward pass of its decoder layer: leave the "
@@ -289,25 +290,40 @@ class LayerActivations:
                 )
             yield seen.pop()
 
-    def real_tokens(self, hidden_states: Tensor, batch: int) -> Tensor:
-        """Real tokens of hidden states [batch, sequence, n] as [tokens, n]."""
-        flat, real = hidden_states.reshape(-1, hidden_states.shape[-1]), self._real[batch]
-        return flat if real is None else flat[real]
+    def assigned_tokens(
+        self,
+        experts: FusedExperts,
+        hidden_states: Iterable[Tensor],
+        see: Callable[[int, AssignedTokens], None] = lambda _, __: None,
+    ) -> list[AssignedTokens]:
+        """What the experts of a mixture get of every batch, kept at `storage`; first each is shown to `see`."""
+        store, assigned = self.store(), list[AssignedTokens]()
+        for batch, (arguments, keywords) in enumerate(self.arguments_of(experts.module, hidden_states)):
+            assigned.append(experts.assigned(*arguments, **keywords))
+            see(batch, assigned[-1])
+            store.append(assigned[-1].hidden_states)
+            assigned[-1].hidden_states = assigned[-1].hidden_states[:0]  # frees the batch on the device
+        for tokens, kept in zip(assigned, store.kept(), strict=True):
+            tokens.hidden_states, tokens.rows = kept, tokens.rows.to(kept.device)
+        return assigned
 
-    def rows(self, activations: Tensor, batch: int, operator: LinearOperator) -> Tensor:
-        """Real tokens of an operator's activation [batch, sequence, n] or [batch * sequence, n] as [tokens, n]."""
+    def rows(self, activations: Tensor, batch: int, operator: LinearOperator | None = None) -> Tensor:
+        """Real tokens of activations [batch, sequence, n] or [batch * sequence, n] as [tokens, n].
+
+        An expert as `operator` has rows for the tokens that it was sent, others one for each token, real or padding.
+        """
         flat = activations.detach().reshape(-1, activations.shape[-1])
         mask = self.token_masks[batch]
         if mask is None:
             return flat
-        # An expert has rows for the tokens that it was sent, others one for each token, real or padding.
-        seen = mask.numel() if operator.tokens is None else operator.tokens.numel()
-        if flat.shape[0] != seen:
+        tokens = None if operator is None else operator.tokens
+        seen = mask.numel() if tokens is None else tokens.numel()
+        if operator is not None and flat.shape[0] != seen:
             raise ValueError(
                 f"{operator.name} sees {flat.shape[0]} rows for {seen} tokens, so padding can't be told apart: "
                 f"pass batches without padding, or exclude=['{operator.name}']."
             )
-        return self.real_tokens(flat, batch) if operator.tokens is None else flat[mask.reshape(-1)[operator.tokens]]
+        return flat[self._real[batch] if tokens is None else mask.reshape(-1)[tokens]]
 
     def tokens(self, batch: int, tokens: Tensor) -> Tensor:
         """Those of the tokens of an expert that are real: `rows` are of them."""
@@ -326,7 +342,7 @@ class LayerActivations:
             if self.held_out[batch]:
                 continue
             # Norms are taken in float32, squared and added up in float64, and read once at the end.
-            wanted, found = (self.real_tokens(h, batch).float() for h in (dense, pruned))
+            wanted, found = (self.rows(h, batch).float() for h in (dense, pruned))
             norms = [torch.linalg.vector_norm(h) for h in (found - wanted, wanted)]
             squares.append(torch.stack(norms).double().square())
         error, energy = torch.stack(squares).sum(0).tolist()

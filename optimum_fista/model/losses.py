@@ -21,7 +21,7 @@ from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import replaced_forwards, run_module
+from optimum_fista.model.forward import quick_products, replaced_forwards
 from optimum_fista.model.layer_inputs import RecordedInputs, record_inputs
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.sensitivity import DenseLoss
@@ -106,7 +106,8 @@ class Sweep:
         stream.move(storage, device)
         leaving = ActivationStore(storage, device)
         for hidden, call in zip(stream, calls, strict=True):
-            output = run_module(layer, hidden, *call.arguments, **call.keywords)
+            with quick_products():
+                output = layer(hidden, *call.arguments, **call.keywords)
             hidden, self.rest = (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
             leaving.append(hidden)
         return leaving
@@ -125,8 +126,8 @@ class Sweep:
                 output = part if self.rest is None else (part, *self.rest)
                 # The model runs with decoder layers that return these hidden states, whatever they are called with.
                 forwards = [lambda *_, output=output, **__: output] * len(self.layers)
-                with replaced_forwards(self.layers.modules, forwards):
-                    logits = run_module(model, input_ids=ids[:, start : start + step].to(place), use_cache=False).logits
+                with replaced_forwards(self.layers.modules, forwards), quick_products():
+                    logits = model(input_ids=ids[:, start : start + step].to(place), use_cache=False).logits
                 targets = ids[:, start + 1 : start + 1 + step].to(logits.device)
                 found = logits[:, : targets.shape[1]].flatten(0, 1).float()  # [batch * tokens, vocabulary]
                 loss = nn.functional.cross_entropy(found, targets.flatten(), reduction="sum")

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from optimum_fista.model.activation_store import ActivationStore, Storage
 from optimum_fista.model.architecture import DecoderLayers
 from optimum_fista.model.calibration import CalibrationBatch
-from optimum_fista.model.forward import operator_input, replaced_forwards, run_backward, run_module
+from optimum_fista.model.forward import operator_input, quick_products, replaced_forwards
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
 
@@ -88,6 +88,7 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
         onloaded(loss.layers.around, copy=False),
         _recomputed_layers(loss) as waiting,
         torch.enable_grad(),
+        quick_products(),
     ):
         for ids in tqdm(sequences, desc="Gradients of the loss", unit="sequence", disable=not loss.progress):
             with ExitStack() as handles:  # on the way forwards only: recomputed layers call their operators again
@@ -95,10 +96,10 @@ def measure_sensitivities(loss: DenseLoss, operators: Mapping[str, LinearOperato
                     watcher.calls = 0
                     hook = watcher.operator.module.register_forward_hook(watcher.see, with_kwargs=True)
                     handles.enter_context(hook)
-                logits = run_module(model, input_ids=ids.to(device), use_cache=False).logits
+                logits = model(input_ids=ids.to(device), use_cache=False).logits
             targets = ids[0, 1:].to(logits.device)
             # A sum, so that each token's gradient is that of its own loss and those after it, whatever the length.
-            run_backward(nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum"))
+            nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").backward()
             del logits  # with its graph, before the next sequence runs
             waiting.clear()
     num_tokens = max(1, sum(ids.numel() for ids in sequences))

@@ -72,7 +72,7 @@ def prune_group(
     for operator, pruned in zip(problems.operators, pruned_group, strict=True):
         sink.write(operator, pruned.weight, pruned.mask)
     reports = []
-    parts = zip(problems.operators, problems.fitted, problems.held_out_problems(), pruned_group, patterns, strict=True)
+    parts = zip(problems.operators, problems.fitted, problems.held_out, pruned_group, patterns, strict=True)
     for operator, problem, held_out, pruned, pattern in parts:
         exact = operator.parameter.dtype == problem.weight.dtype  # otherwise rounding changed what was solved for
         written = pruned.weight if exact else operator.read()

@@ -14,8 +14,9 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers, find_operators
-from optimum_fista.model.correction import LayerTargets, is_added_to_output
+from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
+from optimum_fista.model.groups import is_added_to_output
 from optimum_fista.model.layer_inputs import LayerActivations
 from optimum_fista.model.offload import offload_hook
 from optimum_fista.model.operator import FusedExperts, Group, LinearOperator

@@ -97,37 +97,6 @@ def test_no_batch_is_refused(loader):
         read_batches(loader, 16)
 
 
-ROW = torch.arange(1, 8)[None]
-DOCUMENTS = [[1, 2, 3], [4, 5], [6, 7]]
-PACKED = {
-    "positions": {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1]])},
-    "numbers in the mask": {"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 3, 3]])},
-    "numbers of documents": {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 2, 2]])},
-    "ends": {key: torch.tensor([0, 3, 5, 7]) for key in ("cu_seq_lens_q", "cu_seq_lens_k")},
-    "two of them": {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), "cu_seq_lens_q": [0, 5, 7]},
-}
-
-
-@pytest.mark.parametrize("form", PACKED)
-def test_packed_documents_are_sequences_of_their_own(form):
-    batches = read_batches([{"input_ids": ROW, "labels": ROW} | PACKED[form]], 16)
-    rows = [ids[: mask.sum()] for b in batches for ids, mask in zip(b.input_ids, real(b), strict=True)]
-    assert [ids.tolist() for ids in rows] == DOCUMENTS
-    assert all(batch.input_ids.numel() <= ROW.numel() for batch in batches)
-    assert tokens_sha256(batches) == tokens_sha256(read_batches(DOCUMENTS, 16))
-
-
-def real(batch):
-    return torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-
-
-def test_collated_documents_are_read_as_if_they_were_passed_alone():
-    collated = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(
-        [{"input_ids": ids} for ids in IDS.tolist()]
-    )
-    assert tokens_sha256(read_batches([collated], 16)) == tokens_sha256(read_batches(IDS, 16))
-
-
 @pytest.mark.parametrize(
     "other",
     [
@@ -145,7 +114,6 @@ def test_what_says_nothing_new_changes_nothing(other):
 def test_sequences_longer_than_the_positions_are_refused():
     with pytest.raises(ValueError, match=r"calib_dataloader\[1\] holds sequences of 65 tokens: pass at most 64, the"):
         FistaPruner(progress=False).prune(tiny_llama(), [IDS, torch.zeros(1, 65, dtype=torch.long)])
-    assert read_batches([{"input_ids": ROW} | PACKED["positions"]], 16, longest=3)
 
 
 BAD_ITEMS = {
@@ -163,9 +131,21 @@ BAD_ITEMS = {
     "images": ({"input_ids": IDS, "pixel_values": torch.ones(3, 3, 4, 4)}, "holds 'pixel_values', and .* only run on"),
     "types": ({"input_ids": IDS, "token_type_ids": IDS > 3}, "holds 'token_type_ids'"),
     "a hole": ({"input_ids": IDS, "attention_mask": [[1, 0, 1, 1]] * 3}, "attention_mask has a hole"),
-    "a document in two": ({"input_ids": IDS, "attention_mask": [[1, 2, 1, 1]] * 3}, "attention_mask has a hole"),
-    "positions that begin late": ({"input_ids": IDS, "position_ids": IDS + 4}, "position_ids are neither 0, 1, 2"),
-    "wrong ends": ({"input_ids": IDS, "cu_seq_lens_q": [0, 8]}, r"cu_seq_lens_q is \[0, 8\]: pass rising .* to 12"),
+    "numbers of documents": (
+        {"input_ids": IDS, "attention_mask": [[1, 1, 2, 2]] * 3},
+        "attention_mask says that a row",
+    ),
+    "positions that restart": ({"input_ids": IDS, "position_ids": [[0, 1, 0, 1]] * 3}, "position_ids says that a row"),
+    "positions that begin late": (
+        {"input_ids": IDS, "position_ids": IDS + 4},
+        "position_ids says .* begins late: pass",
+    ),
+    "collated documents": (
+        DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(
+            [{"input_ids": ids} for ids in IDS.tolist()]
+        ),
+        "seq_idx says .* holds several documents.*: pass every document as a sequence of its own, without seq_idx",
+    ),
     "additive mask": (
         {"input_ids": IDS, "attention_mask": torch.zeros(3, 4)},
         r"attention_mask has shape \(3, 4\) and dtype torch\.float32",

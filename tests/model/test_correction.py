@@ -92,7 +92,7 @@ def test_problems_and_errors_are_those_of_the_activations(correction, in_place, 
         X_all = reference(dense, name, hidden_states())
         X_star_all = X_all if correction == "none" else reference(layer, name, entering)
         problems = targets.problems(index)
-        held_out_problems = list(problems.held_out_problems())
+        held_out_problems = list(problems.held_out)
         assert len({id(problem.statistics) for problem in problems.fitted}) == 1
         for kind, batches in ((problems.fitted, chosen), (held_out_problems, [1] if held_out else [])):
             X, X_star = (torch.cat([x[i] for i in batches] or [x[0][:0]]) for x in (X_all, X_star_all))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optimum_fista.model.forward import quick_products_in
-from optimum_fista.model.gram import GramAccumulator, LayerSums
+from optimum_fista.model.gram import GroupSums
 
 CPU = torch.device("cpu")
 
@@ -15,10 +15,10 @@ def random_inputs(tokens: int, size: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("size", [1, 257, 640])
 def test_agrees_with_the_product_of_all_tokens(size):
     parts = [random_inputs(tokens, size, seed=tokens) for tokens in (5, 1, 12)]
-    accumulator = GramAccumulator(size, CPU)
+    sums = GroupSums(size, CPU)
     for part in parts:
-        accumulator.add(part)
-    statistics = accumulator.finish()
+        sums.add(part)
+    statistics = sums.statistics()
     inputs = torch.cat(parts).double()
     assert torch.allclose(statistics.gram.double(), inputs.T @ inputs, rtol=1e-5, atol=1e-4)
     assert torch.equal(statistics.gram, statistics.gram.T)
@@ -28,9 +28,9 @@ def test_agrees_with_the_product_of_all_tokens(size):
 
 
 def test_batches_without_real_tokens_add_nothing():
-    accumulator = GramAccumulator(4, CPU)
-    accumulator.add(torch.empty(0, 4))
-    statistics = accumulator.finish()
+    sums = GroupSums(4, CPU)
+    sums.add(torch.empty(0, 4))
+    statistics = sums.statistics()
     assert statistics.num_tokens == 0
     assert torch.equal(statistics.gram, torch.zeros(4, 4))
     assert torch.equal(statistics.mean, torch.zeros(4))
@@ -41,10 +41,10 @@ def test_a_small_error_is_right_although_one_token_is_huge():
     inputs, weight = torch.randn(30, 40), torch.randn(20, 40)
     inputs[0] *= 1000
     targets = inputs @ weight.T
-    sums = LayerSums(40, inputs.device)
+    sums = GroupSums(40, inputs.device)
     with quick_products_in(torch.bfloat16):
         sums.add(inputs, "targets", targets)
-    gram_matrix, cross = sums.gram.finish().gram.double(), sums.cross["targets"].double()
+    gram_matrix, cross = sums.statistics().gram.double(), sums.cross["targets"].double()
     weight = weight.double()
     found = sums.energies["targets"].sum() - 2 * (weight * cross).sum() + (weight @ gram_matrix * weight).sum()
     expected = (targets.bfloat16().double() - inputs.bfloat16().double() @ weight.T).square().sum()

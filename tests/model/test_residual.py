@@ -8,7 +8,8 @@ from torch import Tensor
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
-from optimum_fista.model.correction import LayerTargets, is_added_to_output
+from optimum_fista.model.correction import LayerTargets
+from optimum_fista.model.groups import is_added_to_output
 from optimum_fista.model.layer_inputs import LayerActivations, record_inputs
 
 ADDED = {
