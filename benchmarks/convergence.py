@@ -22,14 +22,13 @@ from solvers import layer_problems
 from torch import Tensor
 
 from optimum_fista.folder.loading import load_model
-from optimum_fista.solve.linalg import damped_cholesky
+from optimum_fista.solve.linalg import damped_cholesky, damped_inverse
 from optimum_fista.solve.methods import create_method
+from optimum_fista.solve.methods.admm import SplitState
 from optimum_fista.solve.patterns import Unstructured
-from optimum_fista.solve.problem import LayerProblem, inner
+from optimum_fista.solve.problem import LayerProblem, inner, largest_eigenvalue
 from optimum_fista.solve.proximal_gradient import fista
 from optimum_fista.solve.refit import refit
-from optimum_fista.solve.splitting import SplitState, damped_inverse
-from optimum_fista.solve.statistics import largest_eigenvalue
 
 Step = Callable[[int, Tensor], None]
 
@@ -81,7 +80,7 @@ def admm(scaled: Scaled, rho: float, iterations: int, see: Callable[[int, Tensor
     for iteration in range(1, iterations + 1):
         state.iterate(inverse, rho, HALF)
         if see is not None:
-            see(iteration, state.sparse, state.mask)  # type: ignore[arg-type]
+            see(iteration, state.point * state.mask, state.mask)  # type: ignore[arg-type, operator]
     return state
 
 
@@ -153,7 +152,7 @@ def by_rho(problems: list[LayerProblem]) -> dict[str, list]:
             scaled = Scaled(problem, coordinates)
             for rho in RHOS:
                 state = admm(scaled, rho, 12, None)
-                logs[rho].append(math.log(scaled.error(state.sparse, state.mask)))  # type: ignore[arg-type]
+                logs[rho].append(math.log(scaled.error(state.point, state.mask)))  # type: ignore[arg-type]
         curves[coordinates] = [(rho, math.exp(statistics.fmean(values))) for rho, values in logs.items()]
     return curves
 

@@ -24,9 +24,9 @@ from optimum_fista.folder.card import markdown_lines
 from optimum_fista.packed.format import pack
 from optimum_fista.packed.kernels import Kernels, find_library
 from optimum_fista.packed.operation import packed_linear, row_starts
-from optimum_fista.solve.patterns import NOfM, Unstructured
+from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
-KINDS = {"50%": Unstructured(0.5), "70%": Unstructured(0.7), "2:4": NOfM(2, 4)}
+KINDS = {"50%": Unstructured(0.5), "70%": Unstructured(0.7), "2:4": parse_pattern("2:4")}
 
 
 def sparse_weight(rows: int, columns: int, kind: str) -> tuple[Tensor, Tensor]:

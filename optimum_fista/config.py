@@ -89,7 +89,7 @@ class FistaPruningConfig(PruningOptions):
                 f"expert_refit=False has no meaning for pattern={self.pattern!r}, which removes no experts: leave it "
                 "out, or pass a pattern such as 'experts:0.25'."
             )
-        if self.reorder_channels and not usual.orders_inputs:
+        if self.reorder_channels and (usual.span is None or usual.width > 1):
             raise ValueError(
                 f"reorder_channels=True has no meaning for pattern={self.pattern!r}: leave it out, or pass a pattern "
                 "such as '2:4'."

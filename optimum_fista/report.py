@@ -51,7 +51,7 @@ class OperatorReport:
         name: Name of its weight in the model and the checkpoint.
         shape: (out, in).
         stored_transposed: Whether the checkpoint stores the weight as [in, out].
-        pattern: `SparsityPattern.text`, such as `"unstructured"` or `"2:4"`.
+        pattern: `str` of the pattern, such as `"unstructured"` or `"2:4"`.
         target_sparsity: Fraction of zeros asked for.
         scope: What an unstructured budget is shared over, `"matrix"` or `"row"`.
         num_kept: Weights kept.

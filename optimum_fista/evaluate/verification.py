@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,9 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed: Tensor) -
     checked = mask.T if operator.stored_transposed else mask  # [out, in]: patterns count along the inputs
     if operator.groups_kept is not None:
         checked = _mask_of_pattern(operator, pattern, checked)
-    if broken := pattern.at(operator.target_sparsity).violation(checked):
+    if whole and not pattern.fixed:
+        pattern = replace(pattern, sparsity=1.0)
+    if broken := pattern.violation(checked):
         raise VerificationError(f"{name}: its mask {broken}.")
     kept, promised = int(mask.sum()), f"{operator.num_kept}, and {operator.sparsity:.6%} zeros"
     same = math.isclose(operator.sparsity, 1 - kept / mask.numel(), rel_tol=1e-9, abs_tol=1e-12)

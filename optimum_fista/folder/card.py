@@ -54,7 +54,7 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
             tokens=report.calibration,
             metadata=_metadata(report, dense).to_yaml(),
             title=model_title(report),
-            pattern=pattern,
+            pattern=_shown(report),
             zeros=zeros,
             picture=picture,
             rows="\n".join(_rows(report)),
@@ -90,8 +90,12 @@ def _metadata(report: PruningReport, dense: str) -> ModelCardData:
 
 def model_title(report: PruningReport) -> str:
     """The name of the dense model and the sparsity pattern."""
+    return f"{(report.model['name'].split('/')[-1] or report.model['class'])}, {_shown(report)}"
+
+
+def _shown(report: PruningReport) -> str:
     pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
-    return f"{(report.model['name'].split('/')[-1] or report.model['class'])}, {pattern}"
+    return str(pattern) if pattern.fixed else f"{100 * pattern.sparsity:g}% {pattern}"
 
 
 def _escaped(text: str) -> str:

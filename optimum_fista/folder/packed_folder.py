@@ -241,7 +241,8 @@ class Packer:
                 part = mask[index]  # a view, which is written to
                 part.copy_(unpack_mask(self._read_mask(operator.name), tuple(part.shape)))
                 if not operator.stored_transposed and not index:  # else groups along the inputs are not those of rows
-                    n_of_m = parse_pattern(operator.pattern).n_of_m
+                    pattern = parse_pattern(operator.pattern)
+                    n_of_m = (pattern.num_kept((1, pattern.span)), pattern.span) if pattern.span else None
             try:
                 stored |= pack(tensor, mask, n_of_m).named(name)
             except ValueError as error:

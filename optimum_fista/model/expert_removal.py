@@ -18,9 +18,8 @@ from optimum_fista.model.gram import GroupSums
 from optimum_fista.model.layer_inputs import LayerActivations
 from optimum_fista.model.operator import AssignedTokens, FusedExperts, split_experts
 from optimum_fista.model.parts import Part
-from optimum_fista.solve.problem import LayerProblem, relative
+from optimum_fista.solve.problem import InputStatistics, LayerProblem, relative
 from optimum_fista.solve.refit import refit_columns
-from optimum_fista.solve.statistics import InputStatistics
 
 ROUNDS = 3  # of refits of every expert, with the others as they then are; each gains less than the one before
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from optimum_fista.model.forward import as_multiplied, quick_products
 from optimum_fista.model.operator import Group
 from optimum_fista.solve.linalg import row_blocks
-from optimum_fista.solve.problem import DenseOutputs, LayerProblem, inner_by_rows
-from optimum_fista.solve.statistics import InputStatistics
+from optimum_fista.solve.problem import DenseOutputs, InputStatistics, LayerProblem, inner_by_rows
 
 _LEAF = 256  # inputs up to which a block is multiplied whole
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Budgets:
     def pattern_for(self, name: str) -> SparsityPattern:
         """The sparsity pattern of the operator called `name`."""
         pattern = self.config.pattern_for(name)
-        return pattern.at(self.sparsities[name]) if name in self.sparsities else pattern
+        return replace(pattern, sparsity=self.sparsities[name]) if name in self.sparsities else pattern
 
 
 def share_budgets(loss: DenseLoss, operators: Mapping[str, LinearOperator], config: FistaPruningConfig) -> Budgets:

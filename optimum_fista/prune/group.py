@@ -33,7 +33,7 @@ def solve_group(
     if group[0].tokens is not None and tokens < UNDER_CALIBRATED_TOKENS:
         method, name = Magnitude(), Magnitude.name
         message = f"under-calibrated expert: {tokens} calibration tokens reached it, so magnitude pruned it"
-    if all(pattern.column_width and not pattern.sparsity for pattern in patterns):
+    if all(pattern.whole_columns and not pattern.sparsity for pattern in patterns):
         # All columns stay: the operator repairs its decoder layer, the one before which is removed.
         pruned, name = [_refitted(problem) for problem in fitted], "refit"
     elif not message and all(operator.name in budgets.output_weights for operator in group):
@@ -84,7 +84,7 @@ def prune_group(
                 name=f"{operator.name}.weight",
                 shape=operator.shape,
                 stored_transposed=operator.transposed,
-                pattern=pattern.text,
+                pattern=str(pattern),
                 target_sparsity=pattern.sparsity,
                 scope=pattern.scope,
                 num_kept=kept,

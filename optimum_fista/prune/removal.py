@@ -127,7 +127,7 @@ class PartsRemoval(Removal):
         plan, columns_only = _plans(model, counts)
         parts = {name: part for name, part in plan.parts.items() if not part.is_mixture}
         columns = {
-            name: Columns.keeping(plan.counts[name], part.groups, part.width).text for name, part in parts.items()
+            name: str(Columns.keeping(plan.counts[name], part.groups, part.width)) for name, part in parts.items()
         }
         others = tuple(name for name in plan.parts if name not in parts)  # mixtures: not an operator for every matrix
         options: dict[str, Any] = {"expert_refit": True}
@@ -402,7 +402,7 @@ def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:
     """Refuse a model whose weights Accelerate keeps elsewhere: it can't become a smaller one in place."""
     if any(offload_hook(module) for module in model.modules()):
         raise ValueError(
-            f"pattern={pattern.text!r}: the model is offloaded, so it can't be made smaller in place: pass its name or "
+            f"pattern='{pattern}': the model is offloaded, so it can't be made smaller in place: pass its name or "
             "folder and output_dir instead."
         )
 

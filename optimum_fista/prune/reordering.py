@@ -13,6 +13,7 @@ from optimum_fista.model.layer_inputs import LayerActivations
 from optimum_fista.model.shrinking import difference_beyond_rounding, small_hidden_states
 from optimum_fista.prune.model_pruning import ModelPruning
 from optimum_fista.prune.sink import ModelSink
+from optimum_fista.solve.patterns.n_of_m import best_order
 
 _TOKENS_OF_ORDER = 8192
 """Tokens, and those to the end of their batch, that sizes of inputs are measured on; docs/ablations.md had as many."""
@@ -34,7 +35,7 @@ def reorder_channels(
     call, layer, orders = activations.calls[0], activations.layer, dict[str, tuple[int, ...]]()
     for name, operator in run.operators[layer_name].items():
         part, pattern = run.channels.get(name), run.config.pattern_for(name)
-        if part is None or not pattern.orders_inputs:
+        if part is None or pattern.span is None or pattern.width > 1:
             continue
         energies, tokens = torch.zeros(operator.shape[1], device=activations.device), 0
         for batch, (arguments, keywords) in enumerate(activations.arguments_of(operator.module, hidden_states)):
@@ -44,7 +45,7 @@ def reorder_channels(
                 tokens += len(inputs)
             if tokens >= _TOKENS_OF_ORDER:
                 break
-        order = pattern.best_order(operator.read().abs_().mul_(energies.sqrt())).tolist()
+        order = best_order(operator.read().abs_().mul_(energies.sqrt()), pattern).tolist()
         hidden = small_hidden_states(hidden_states[0].to(activations.device))
         expected = call.run(layer, hidden)
         for tensor in part.tensors:

@@ -74,7 +74,7 @@ def allocate(costs: Mapping[str, float], sizes: Mapping[str, int], sparsity: flo
         else:
             above = middle
     missing = wanted - sum(zeros.values())
-    for name in sorted(zeros, key=lambda name: -sizes[name]):  # a zero or so each
+    for name in sorted(zeros, key=sizes.__getitem__, reverse=True):  # a zero or so each
         moved = min(missing, max(0, math.floor(sizes[name] * highest) - zeros[name]))
         zeros[name] += moved
         missing -= moved

@@ -1,4 +1,8 @@
-"""Blocks of rows, and the Cholesky factorisation of damped Gram matrices, which says when it needed help."""
+"""Blocks of rows, and the Cholesky factorisation of damped Gram matrices, which says when it needed help.
+
+Gram matrices are the largest that a solver holds: what is named `in_place` overwrites its argument, and a factorisation
+that may have to be repeated asks for a new copy each time. torch's own functions would hold two or three of them.
+"""
 
 from __future__ import annotations
 
@@ -86,6 +90,18 @@ def cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
 def inverse_in_place(factor: Tensor) -> Tensor:
     """The inverse of a matrix from its lower Cholesky factor as `cholesky_in_place` returns it, in its memory."""
     return torch.cholesky_inverse(factor, out=factor).mT
+
+
+def damped_inverse(gram: Tensor, rho: float) -> Tensor:
+    """`(G + rho I)^-1` of a symmetric positive semidefinite [in, in] matrix, contiguous, rho > 0, by Cholesky.
+
+    The matrix is used up: the inverse takes its memory.
+    """
+    gram.diagonal().add_(rho)
+    factor, failed = cholesky_in_place(gram)
+    if failed:
+        raise torch.linalg.LinAlgError(f"a Gram matrix of {gram.shape[0]} inputs plus {rho:g} is not positive definite")
+    return inverse_in_place(factor)
 
 
 def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:

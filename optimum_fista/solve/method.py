@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -54,16 +54,17 @@ class PruningMethod(ABC):
     takes_weights: ClassVar[bool] = True
     """Whether it prunes to patterns in which every row has zeros of its own."""
     takes_columns: ClassVar[bool] = True
-    """Whether it removes whole columns (`SparsityPattern.column_width`)."""
+    """Whether it removes whole columns (`SparsityPattern.whole_columns`)."""
 
     def require_pattern(self, pattern: SparsityPattern) -> None:
         """Check that the method prunes to `pattern`."""
-        weights = pattern.column_width is None
-        takes, kind = ("takes_weights", "single weights") if weights else ("takes_columns", "whole columns")
+        takes, kind = ("takes_weights", "single weights")
+        if pattern.whole_columns:
+            takes, kind = ("takes_columns", "whole columns")
         if not getattr(self, takes):
             fitting = ", ".join(repr(name) for name, method in sorted(METHODS.items()) if getattr(method, takes))
             raise ValueError(
-                f"method {self.name!r} can't remove {kind}, as pattern={pattern.text!r} wants: take one of {fitting}."
+                f"method {self.name!r} can't remove {kind}, as pattern='{pattern}' wants: take one of {fitting}."
             )
 
     @abstractmethod
@@ -92,3 +93,16 @@ def register(method: type[Method]) -> type[Method]:
         raise ValueError(f"name={name!r} of {method.__qualname__} is that of {known.__qualname__}: choose another.")
     METHODS[name] = method
     return method
+
+
+def create_method(name: str, **options: Any) -> PruningMethod:
+    """Create a method by its name with the given options."""
+    if name not in METHODS:
+        raise ValueError(f"method={name!r}: pass one of {', '.join(map(repr, sorted(METHODS)))}.")
+    known = [field.name for field in fields(METHODS[name])]  # type: ignore[arg-type]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"method {name!r} has no option {', '.join(map(repr, unknown))}: it takes {', '.join(known) or 'none'}."
+        )
+    return METHODS[name](**options)

@@ -1,7 +1,15 @@
-"""The interface of sparsity patterns: scores in, a mask of the weights to keep out; masks packed to bits."""
+"""Sparsity patterns: which weights of a matrix belong together, and how many of these groups stay.
+
+A pattern is described by data: the shape of its groups (`width`, `whole_columns`), how far they compete (`span`,
+`scope`) and the share of them that goes (`sparsity`). Counts, masks, the penalty that makes such zeros and the check of
+a mask follow from the description, so that a file of `patterns/` only reads and writes the pattern's name. torchao's
+`prototype/pat` has the same two factors, a grouper and a proximal map; groups here also say which others they compete
+with, because the number of zeros is exact.
+"""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
@@ -12,120 +20,203 @@ from torch import Tensor
 
 from optimum_fista.solve.linalg import row_blocks
 from optimum_fista.solve.proximal_gradient import soft_threshold
+from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows
 
 Scope = Literal["matrix", "row"]
 
 
 @dataclass(frozen=True)
 class SparsityPattern(ABC):
-    """Which weights of a matrix may be kept together.
+    """Groups of weights that are kept or removed together, and the share of them that goes.
 
-    To add one, write `optimum_fista/solve/patterns/NAME.py` and name the class in `solve.patterns.PATTERNS`.
+    To add one, write `optimum_fista/solve/patterns/NAME.py` with a direct subclass: `parse_pattern` finds it.
 
     Attributes:
-        sparsity: Fraction of zeros in [0, 1).
-        scope: `"matrix"` shares the zeros over the whole matrix, `"row"` gives each row (output) the same number.
-            Without meaning if `fixed`.
-        fixed: Whether the pattern itself sets the number of zeros of every row.
-        orders_inputs: Whether `best_order` finds an order of inputs in which more is kept.
-        unit: Consecutive weights of a row that are kept or removed together, if rows differ.
-        column_width: Consecutive columns that all rows keep or lose together; `None` if rows differ.
+        sparsity: Fraction of zeros in [0, 1): the share of the groups that is removed.
+        scope: `"matrix"` lets all groups of a matrix compete, `"row"` those of each row (output). Without meaning if
+            groups compete in spans or have whole columns.
+        width: Consecutive inputs whose weights form a group.
+        span: Consecutive inputs of a row whose groups compete, the m of n:m; `None`: see `scope`.
+        whole_columns: Whether a group has the weights of all rows.
+        fixed: Whether the pattern's name says its sparsity, so that budgets can't change it.
     """
 
     sparsity: float
     scope: Scope = "matrix"
+    width: int = 1
+    span: int | None = None
+    whole_columns: ClassVar[bool] = False
     fixed: ClassVar[bool] = True
-    orders_inputs: ClassVar[bool] = False
-    unit: ClassVar[int] = 1
-    column_width: ClassVar[int | None] = None
 
     @classmethod
     @abstractmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:
-        """The pattern that `text` stands for; `None` if it has another form, a ValueError if it makes no sense."""
+        """Make the pattern that `text` stands for; `None` if it has another form, a ValueError if it makes no sense."""
 
-    @property
     @abstractmethod
-    def text(self) -> str:
-        """What `read` takes, for reports."""
-
     def __str__(self) -> str:
-        """For people."""
-        return self.text
+        """What `read` takes."""
 
-    @property
-    def n_of_m(self) -> tuple[int, int] | None:
-        """`(n, m)` if n of every m consecutive weights of a row are kept: packed masks may then be shorter."""
-        return None
-
-    def best_order(self, scores: Tensor) -> Tensor:
-        """An order of inputs, int64 [in], in which `scores` [out, in] keep much; theirs unless `orders_inputs`."""
-        return torch.arange(scores.shape[1], device=scores.device)
-
-    def at(self, sparsity: float) -> Self:  # noqa: ARG002, patterns that are not fixed use it
-        """The same pattern with another fraction of zeros; itself if `fixed`."""
-        return self
-
-    def group_size(self, most: int) -> int:
-        """Consecutive weights of a row among which the kept ones are counted; `most` if there are no groups."""
-        return most
-
-    def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:  # noqa: B027, most shapes fit
+    def require_shape(self, shape: tuple[int, int], name: str = "weight") -> None:
         """Refuse a matrix of `shape` [out, in] that the pattern does not fit."""
+        if shape[1] % (self.span or self.width):
+            raise ValueError(
+                f"{name} has rows of {shape[1]} inputs, which {self} does not divide: choose a pattern whose groups "
+                f"divide {shape[1]}, an unstructured sparsity, or exclude this operator."
+            )
 
-    @abstractmethod
     def num_kept(self, shape: tuple[int, int]) -> int:
         """Exact number of weights kept in a matrix of `shape` [out, in]."""
+        contests, rivals, removed = self._contests(*shape)
+        return contests * (rivals - removed) * self.width * (shape[0] if self.whole_columns else 1)
 
-    @abstractmethod
-    def mask(self, scores: Tensor) -> Tensor:
-        """Keep the weights with the largest sum of scores.
+    def _contests(self, rows: int, columns: int) -> tuple[int, int, int]:
+        """Contests in which groups compete, the groups in each, and how many of these are removed."""
+        if self.span is not None:
+            contests, rivals = rows * (columns // self.span), self.span // self.width
+        elif self.whole_columns:
+            contests, rivals = 1, columns // self.width
+        else:
+            contests, rivals = (
+                (rows, columns // self.width) if self.scope == "row" else (1, rows * columns // self.width)
+            )
+        return contests, rivals, round(self.sparsity * rivals)
 
+    def mask(self, matrix: Tensor, *, squared: bool = False, within: tuple[int, int] | None = None) -> Tensor:
+        """Keep the groups with the largest norms: the mask of the nearest matrix in the pattern.
+
+        Scores of a group are sums of squares. For squared saliencies these are what the removal costs if the weights
+        are independent. A weight of its own is compared as it is, because squares could make a tie of two numbers.
         Ties are broken by position, so that the count is exact.
 
         Args:
-            scores: [out, in], any floating dtype, finite. Scores of weights that are kept together are added, so
-                they should be additive: squared saliencies. Methods with roots of them call `mask_of`.
+            matrix: Weights, or roots of saliencies, [out, in], any floating dtype, finite.
+            squared: Whether `matrix` holds squares already: nonnegative saliencies.
+            within: `(first column, columns)` if `matrix` is a part of a matrix, made of whole groups. The zeros are
+                shared over the parts so that they add up.
 
         Returns:
             Boolean mask [out, in], True = kept, with exactly `num_kept` True values.
         """
+        rows, columns = matrix.shape
+        self.require_shape((rows, columns))
+        contests, rivals, removed = self._contests(rows, columns)
+        if within is not None and self.span is None:
+            left, whole = within
+            zeros = self._contests(rows, whole)[2]
+            # Rounded from both ends of the part: what one part gets too much, the next one gets too little.
+            removed = round(zeros * (left + columns) / whole) - round(zeros * left / whole)
+        kept = rivals - removed
 
-    def mask_of(self, matrix: Tensor) -> Tensor:
-        """Mask of the nearest matrix in the pattern: `mask(matrix ** 2)` for `matrix` [out, in].
+        def scores(part: slice) -> Tensor:
+            block = matrix[part]
+            if self.width == 1 and not self.whole_columns:
+                return block  # the selections compare absolute values
+            squares = block if squared else block.square()
+            if self.whole_columns:  # in float64: sums over thousands of rows decide
+                squares = squares.sum(0, keepdim=True, dtype=torch.float64)
+            return squares.unflatten(1, (-1, self.width)).sum(-1)  # [rows, in] -> [rows, groups]
 
-        A weight of its own needs no square, which could make a tie of two numbers.
-        """
-        return torch.cat([self.mask(matrix[part].abs()) for part in row_blocks(matrix)])
-
-    def mask_of_columns(self, scores: Tensor, left: int, columns: int) -> Tensor:  # noqa: ARG002, see `at`
-        """`mask` of a part of whole groups, so that the counts of all parts add up to `num_kept`.
-
-        Args:
-            scores: [out, width].
-            left: The part's first column in the matrix.
-            columns: Columns of the matrix.
-        """
-        return self.mask(scores)
+        if self.whole_columns:
+            sums = torch.cat([scores(part) for part in row_blocks(matrix)]).sum(0, keepdim=True)
+            return keep_largest(sums, kept).repeat_interleave(self.width, dim=1).repeat(rows, 1)
+        if contests == 1:
+            whole_matrix = matrix if self.width == 1 else torch.cat([scores(part) for part in row_blocks(matrix)])
+            mask = keep_largest(whole_matrix, kept)
+        elif self.span is None:
+            mask = torch.cat([keep_largest_in_rows(scores(part), kept) for part in row_blocks(matrix)])
+        else:
+            mask = torch.cat([keep_largest_in_groups(scores(part), kept, rivals) for part in row_blocks(matrix)])
+        return mask if self.width == 1 else mask.repeat_interleave(self.width, dim=1)
 
     def proximal_step(self, matrix: Tensor, threshold: float) -> Tensor:
-        """Proximal step of `threshold` times the norm whose penalty makes zeros in this pattern: the l1 norm."""
-        return soft_threshold(matrix, threshold)
+        """Proximal step of `threshold` times the norm whose penalty makes zeros in this pattern.
+
+        The l1 norm. For whole columns the sum of the groups' norms: `W_g` times `max(1 - threshold / ||W_g||_F, 0)`.
+        """
+        if not self.whole_columns:
+            return soft_threshold(matrix, threshold)
+        norms = self._norms(matrix)
+        factors = (1 - threshold / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_min(0)
+        return matrix * factors.repeat_interleave(self.width)  # [groups] -> [in]
 
     def dual_norm(self, matrix: Tensor) -> float:
         """Dual of that norm. With a penalty of `dual_norm(C)` and above, all weights of the solution are zero."""
-        return float(matrix.abs().max())
+        return float((self._norms(matrix) if self.whole_columns else matrix.abs()).max())
+
+    def _norms(self, matrix: Tensor) -> Tensor:
+        """Frobenius norms of groups of whole columns, [groups]."""
+        return torch.linalg.vector_norm(matrix.unflatten(1, (-1, self.width)), dim=(0, 2))
 
     def violation(self, mask: Tensor) -> str | None:
         """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it."""
-        kept, expected = int(mask.sum()), self.num_kept((mask.shape[0], mask.shape[1]))
+        rows, columns = mask.shape
+        kept, expected = int(mask.sum()), self.num_kept((rows, columns))
         if kept != expected:
             return f"keeps {kept} weights, but {self} of {tuple(mask.shape)} keeps exactly {expected}"
-        if self.scope == "row" and not self.fixed:
-            counts, expected = mask.sum(1), self.num_kept((1, mask.shape[1]))
-            if len(wrong := torch.nonzero(counts != expected)):
-                return f"row {int(wrong[0])} keeps {int(counts[wrong[0]])} weights, not {expected}"
-        return None
+        # The first weight of each group speaks for all of them; that of row 0 if groups have whole columns.
+        first = (mask[:1] if self.whole_columns else mask)[:, :: self.width]
+        torn = torch.nonzero(mask != first.repeat_interleave(self.width, dim=1))
+        if len(torn):
+            row, column = torn[0].tolist()
+            return f"row {row}, column {column} differs from the first weight of its group"
+        contests = self._contests(rows, columns)[0]
+        if contests == 1:
+            return None
+        counts = mask.view(contests, -1).sum(1)  # [out, in] -> [contests, weights]
+        wrong = torch.nonzero(counts != expected // contests).flatten().tolist()
+        if not wrong:
+            return None
+        row, group = divmod(wrong[0], contests // rows)
+        where = f"row {row}" if self.span is None else f"row {row}, group {group}"
+        return f"{where} keeps {int(counts[wrong[0]])} of {mask.numel() // contests} weights"
+
+
+@dataclass(frozen=True)
+class Unstructured(SparsityPattern):
+    """A fraction of zeros anywhere in the matrix, or in every row (`scope`): each weight is a group of its own."""
+
+    fixed: ClassVar[bool] = False
+
+    @classmethod
+    def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:
+        """50% zeros if `sparsity` is not given."""
+        return cls(0.5 if sparsity is None else float(sparsity), scope) if text == "unstructured" else None
+
+    def __str__(self) -> str:
+        """`"unstructured"`."""
+        return "unstructured"
+
+
+def parse_pattern(
+    text: str = "unstructured", sparsity: float | None = None, scope: Scope = "matrix"
+) -> SparsityPattern:
+    """Build a pattern from its text, which one of the patterns in `solve/patterns` reads; inverse of `str`."""
+    if scope not in ("matrix", "row"):
+        raise ValueError(f"scope={scope!r}: pass 'matrix' or 'row'.")
+    if sparsity is not None and (isinstance(sparsity, bool) or not 0 <= float(sparsity) < 1):
+        raise ValueError(f"sparsity={sparsity!r} is outside [0, 1): pass the fraction of zeros, such as 0.5.")
+    before, comma, after = str(text).partition(",")
+    if comma:
+        raise ValueError(
+            f"pattern={text!r}: one run removes parts or sets zeros. Prune with {before!r}, and then prune the smaller "
+            f"model with {after!r}."
+        )
+    kinds = SparsityPattern.__subclasses__()  # also those that users have defined
+    found = next((pattern for kind in kinds if (pattern := kind.read(str(text), sparsity, scope))), None)
+    if found is None:
+        usual = "'unstructured', '2:4' or 'channels:0.25' (`optimum-fista prune --help` names all patterns)"
+        if n_of_m := re.fullmatch(r"(\d+)of(\d+)", str(text)):  # so the program itself names folders
+            usual = f"'{n_of_m[1]}:{n_of_m[2]}'"
+        elif re.fullmatch(r"0?\.\d+", str(text)):
+            usual = f"sparsity={text} (--sparsity {text}) for this share of zeros"
+        raise ValueError(f"pattern={text!r}: pass {usual}.")
+    if sparsity is not None and abs(float(sparsity) - found.sparsity) > 1e-9:
+        raise ValueError(
+            f"sparsity={sparsity!r} and pattern={text!r} disagree: {text} means a sparsity of {found.sparsity:g}. Pass "
+            "only one of them, and for parts and zeros prune the smaller model again."
+        )
+    return found
 
 
 def pack_mask(mask: Tensor) -> Tensor:

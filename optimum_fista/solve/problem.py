@@ -1,4 +1,10 @@
-"""The layer problem: everything a pruning method may know about one linear operator."""
+"""The layer problem: everything that a pruning method may know about one linear operator.
+
+A method sees no model and no activations, only matrices of the operator's own size: the weight, the Gram matrix of the
+inputs and the cross-Gram matrix with the target outputs. So operators are solved one after the other in the memory of
+a few matrices, however many tokens there are. The price: the error is a difference of large numbers, which float32
+would lose; all formulas are therefore written in the change of the weights.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +12,82 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from optimum_fista.solve.linalg import row_blocks
-from optimum_fista.solve.statistics import InputStatistics
+
+_NEARLY_DEAD = 5e-6
+"""Fraction of the mean energy below which an input is nearly dead: the root of it is a 450th."""
+_DEAD = 1e-12
+"""Fraction of the mean energy that an input counts with at least."""
+
+
+@dataclass(eq=False)
+class InputStatistics:
+    """Second-order statistics of the inputs that one or more operators share.
+
+    A dead input is zero on all calibration tokens, a nearly dead one has less than 5e-6 of the mean energy. Their
+    weights hardly change the outputs, and the outputs hardly determine them. Such an input stands alone
+    (`decoupled`): its weights are the first to be removed, those that a pattern must keep have their dense
+    values, in case other text brings the input to life, and none grows to stand for others. Scores and damping know its
+    true energy (`diagonal`, `energy_ratios`). Magnitude pruning looks at no input, and not at these either.
+
+    Attributes:
+        gram: Gram matrix `G = X* X*^T` [in, in], float32 or better, symmetric, summed over tokens.
+        num_tokens: Number of tokens summed.
+        recorded_mean: Mean of the inputs over the tokens, [in]; `None` if no method reads `mean`.
+    """
+
+    gram: Tensor
+    num_tokens: int
+    recorded_mean: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the inputs over the tokens, [in]."""
+        if self.recorded_mean is None:
+            raise ValueError("these statistics hold no mean of the inputs: pass recorded_mean to InputStatistics.")
+        return self.recorded_mean
+
+    @cached_property
+    def _mean_energy(self) -> Tensor:
+        energy = self.gram.diagonal().mean()
+        return torch.where(energy == 0, torch.ones_like(energy), energy)  # 1 if all inputs are dead
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """Squared norms of the inputs over the tokens, [in]; of dead ones 1e-12 of the mean, to divide by."""
+        return torch.maximum(self.gram.diagonal(), _DEAD * self._mean_energy)
+
+    @cached_property
+    def energy_ratios(self) -> Tensor:
+        """Squared norms of nearly dead inputs over the mean, and 1 for all others, [in].
+
+        Damping is multiplied by it, so that it stays a fraction of what it is added to.
+        """
+        ratios = self.diagonal / self._mean_energy
+        return torch.where(ratios < _NEARLY_DEAD, ratios, torch.ones_like(ratios))
+
+    @cached_property
+    def decoupled(self) -> InputStatistics | None:
+        """Statistics in which nearly dead inputs are uncorrelated with all others; `None` if there are none.
+
+        They are not itself then: kept in itself, an object would live on until cycles are collected.
+        """
+        live = self.energy_ratios == 1
+        if bool(live.all()):
+            return None
+        gram = self.gram.mul(live).mul_(live[:, None])  # rows and columns of nearly dead inputs vanish
+        gram.diagonal().copy_(self.diagonal)  # but for the diagonal
+        return InputStatistics(gram, self.num_tokens, self.recorded_mean)
+
+    @cached_property
+    def lipschitz(self) -> float:
+        """Lipschitz constant of the gradient, `lambda_max(G)`."""
+        return largest_eigenvalue(self.gram)
 
 
 @dataclass(frozen=True)
@@ -66,7 +142,7 @@ class LayerProblem:
         aims_at_dense: bool = False,
         dense: DenseOutputs | None = None,
     ) -> None:
-        """Make the problem.
+        """Make the problem; `target` and `output_energies` come together.
 
         `same_energies` are the squared norms of the rows of `W X*`, [out], float64; knowing them spares a product.
         """
@@ -75,8 +151,6 @@ class LayerProblem:
                 f"{name} has shape {tuple(weight.shape)}, its inputs a Gram matrix of "
                 f"{tuple(statistics.gram.shape)}: pass a weight [out, in] whose in matches."
             )
-        if (target is None) != (output_energies is None):
-            raise ValueError(f"{name}: pass target and output_energies together, or neither.")
         self.weight = weight
         self.statistics = statistics
         self.gram = statistics.gram
@@ -84,17 +158,12 @@ class LayerProblem:
         self.corrected = target is not None
         self.aims_at_dense = aims_at_dense
         self.dense = dense
-        self._errors_of: LayerProblem | None = None
+        self._errors_of: LayerProblem | None = None  # the problem whose errors `decoupled` tells
         if target is None or output_energies is None:
-            self.target = weight @ statistics.gram
-            self.output_energies = inner_by_rows(self.target, weight)
+            self.target = weight @ statistics.gram  # C = W X* X*^T
+            self.output_energies = inner_by_rows(self.target, weight)  # || W X* ||^2 = <W G, W>, by rows
             self._unpruned_errors = torch.zeros_like(self.output_energies)
         else:
-            if target.shape != weight.shape or output_energies.shape != weight.shape[:1]:
-                raise ValueError(
-                    f"{name}: target has shape {tuple(target.shape)}, not {tuple(weight.shape)}, or output_energies "
-                    f"{tuple(output_energies.shape)}, not {tuple(weight.shape[:1])}."
-                )
             self.target, self.output_energies = target, output_energies.double()
             # || W X* - Y ||^2 = || W X* ||^2 - 2 <W X*, Y> + || Y ||^2 by rows, with <W X*, Y> = <W, C>.
             if same_energies is None:
@@ -130,16 +199,27 @@ class LayerProblem:
         statistics = self.statistics.decoupled
         if statistics is None:
             return self
-        problem = copy.copy(self)
+        problem = copy.copy(self)  # shares all tensors but the two below
         problem.statistics, problem.gram, problem._errors_of = statistics, statistics.gram, self
         live = statistics.energy_ratios == 1
         # With C_ij = W_ij G_jj an input that stands alone has the least error at its dense weight.
         problem.target = torch.where(live, self.target, self.weight * statistics.diagonal)
         return problem
 
-    def gradient(self, weight: Tensor) -> Tensor:
-        """Gradient of the objective, `W* G - C` [out, in]."""
-        return torch.addmm(self.target, weight, self.gram, beta=-1)
+    def with_ridge(self, amounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add a ridge towards the dense weights, and scale the inputs so that the Gram matrix has unit diagonal.
+
+        With the amounts `d` [in], positive, `G_d = G + diag(d)`, `C_d = C + W diag(d)`, and `s_j = 1 / sqrt([G_d]_jj)`;
+        scaled weights are `W_ij / s_j`.
+
+        Returns:
+            `s_i s_j [G_d]_ij` [in, in], `[C_d]_ij s_j` [out, in], and `s` [in].
+        """
+        scale = (self.statistics.diagonal + amounts).rsqrt()  # s
+        gram = self.gram.clone()  # the caller may use it up
+        gram.diagonal().add_(amounts)  # G_d
+        gram.mul_(scale).mul_(scale[:, None])
+        return gram, torch.addcmul(self.target, self.weight, amounts).mul_(scale), scale
 
     def squared_error(self, weight: Tensor) -> float:
         """`|| W* X* - Y ||_F^2`."""
@@ -159,6 +239,7 @@ class LayerProblem:
                 error += inner_by_rows(residual, difference).sum()
             else:
                 difference = new - dense
+                # R = 0: <D G, D> is all that is left.
                 error += inner_by_rows(difference @ self.gram, difference).sum()
         return error
 
@@ -185,8 +266,8 @@ class LayerProblem:
         cross = self.target if self.dense.cross is None else self.dense.cross
         error = self.dense.unpruned_errors.sum().clamp_min(0.0)
         for rows in row_blocks(weight):
-            difference = weight[rows] - self.weight[rows]
-            both = torch.add(difference, self.weight[rows], alpha=factor)
+            difference = weight[rows] - self.weight[rows]  # D
+            both = torch.add(difference, self.weight[rows], alpha=factor)  # D + (2/a) W
             residual = torch.addmm(cross[rows], both, self.gram, beta=-factor)
             error += inner_by_rows(residual, difference).sum()
         squares, energy = torch.stack([error, self.dense.energies.sum()]).tolist()  # one wait for the device
@@ -197,13 +278,9 @@ class LayerProblem:
         return math.sqrt(max(inner(difference @ self.gram, difference), 0.0))
 
 
-_ROWS = 256
-"""Rows multiplied at a time, so that no third matrix of this size is made."""
-
-
 def inner_by_rows(left: Tensor, right: Tensor) -> Tensor:
     """Inner products of the rows of two matrices, [rows], float64."""
-    parts = zip(left.split(_ROWS), right.split(_ROWS), strict=True)
+    parts = zip(left.split(256), right.split(256), strict=True)  # some rows at a time: no third matrix of this size
     # A row is summed in its own dtype, rows are added up in float64 by the callers.
     return torch.cat([torch.linalg.vecdot(a, b).double() for a, b in parts])
 
@@ -218,3 +295,43 @@ def relative(squared_error: float, energy: float) -> float:
     if energy <= 0:
         return 0.0 if squared_error <= 0 else math.inf
     return math.sqrt(squared_error / energy)
+
+
+def largest_eigenvalue(gram: Tensor, *, tolerance: float = 1e-4, max_iterations: int = 300) -> float:
+    """Upper estimate of `lambda_max(G)` of a symmetric positive semidefinite matrix by power iteration.
+
+    The Rayleigh quotient `q` of a unit vector `v` never exceeds `lambda_max`, and some eigenvalue lies within
+    `r = || G v - q v ||` of it; `q + r` is returned once `r <= tolerance * q`, and never more than the
+    largest absolute row sum (Gershgorin), so that a gradient step of its inverse does not diverge.
+
+    Args:
+        gram: [n, n], symmetric positive semidefinite.
+        tolerance: Relative residual at which to stop; other devices than the CPU are asked every tenth product.
+        max_iterations: At most this many products.
+
+    Returns:
+        The estimate; zero for a zero matrix.
+    """
+    bound = float(gram.abs().sum(1).max())  # Gershgorin
+    if bound == 0.0:
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(len(gram), generator=generator, dtype=torch.float32).to(gram)
+    # Strong inputs dominate the leading eigenvector: a start near it. The random part is orthogonal to nothing.
+    vector += gram.diagonal() / gram.diagonal().mean()
+    vector /= vector.norm()
+    quotient, residual = 0.0, bound
+    found: list[Tensor] = []
+    # Reading a residual makes the host wait for a device.
+    look = 1 if gram.device.type == "cpu" else 10
+    for iteration in range(1, max_iterations + 1):
+        product = gram @ vector
+        rayleigh = vector @ product
+        found.append(torch.stack([rayleigh, (product - rayleigh * vector).norm()]))
+        if iteration % look == 0 or iteration == max_iterations:
+            for quotient, residual in torch.stack(found).tolist():
+                if residual <= tolerance * quotient:
+                    return min(bound, quotient + residual)
+            found.clear()
+        vector = product / product.norm()
+    return min(bound, quotient + residual)

@@ -41,7 +41,6 @@ def fista(
     max_iterations: int = 20,
     tolerance: float = 1e-6,
     restart: bool = False,
-    momentum: bool = True,
     proximal_step: Callable[[Tensor, float], Tensor] = soft_threshold,
     see: Callable[[int, Tensor], None] | None = None,
 ) -> FistaSolution:
@@ -61,7 +60,6 @@ def fista(
         tolerance: Stop when `|| W_{k+1} - W_k ||_F <= tolerance * || W_{k+1} ||_F`; other devices than the CPU are
             asked after every tenth step, and the last.
         restart: Drop the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme).
-        momentum: Whether to extrapolate; without it t stays 1 and the steps are plain proximal gradient steps (ISTA).
         proximal_step: That of the penalty, `(V, threshold) -> W`; `SparsityPattern.proximal_step` of whole columns
             replaces the l1 norm by the sum of the columns' norms.
         see: Called after every step with its number, from 1, and the iterate [out, in], which later steps leave alone.
@@ -76,8 +74,7 @@ def fista(
     t: float | Tensor = torch.ones((), dtype=torch.float64, device=start.device) if restart else 1.0
     moves: list[Tensor] = []
     converged, iteration = False, 0
-    # Reading the changes makes the host wait for a device.
-    look = 1 if start.device.type == "cpu" else 10
+    look = 1 if start.device.type == "cpu" else 10  # reading the changes makes the host wait for a device
     for iteration in range(1, max_iterations + 1):
         # Eq. 4.1, the gradient step and then the proximal step.
         V = torch.addmm(Y, Y, gram, alpha=-1 / lipschitz).add_(target, alpha=1 / lipschitz)
@@ -86,10 +83,8 @@ def fista(
         if isinstance(t, Tensor):
             # Y - W_next is the generalized gradient over L; a step along it goes uphill.
             t = t.masked_fill(inner_by_rows(Y - W_next, step).sum() > 0, 1.0)
-        # Eq. 4.2.
-        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2 if momentum else 1.0
-        # Eq. 4.3.
-        extrapolation = (t - 1) / t_next
+        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2  # eq. 4.2
+        extrapolation = (t - 1) / t_next  # eq. 4.3
         if isinstance(extrapolation, Tensor):
             Y = torch.addcmul(W_next, step, extrapolation.to(step.dtype))
         else:

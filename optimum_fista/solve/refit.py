@@ -7,7 +7,6 @@ from torch import Tensor
 
 from optimum_fista.solve.linalg import damped_cholesky
 from optimum_fista.solve.problem import LayerProblem, inner_by_rows
-from optimum_fista.solve.splitting import ridge_problem
 
 _DEPENDENT_TOKENS = 8.0
 """Tokens that tell as much as one that is independent of all others: neighbours are alike, and a few are large.
@@ -109,7 +108,7 @@ def refit_columns(problem: LayerProblem, kept: Tensor, ridge: float | None = Non
     places = kept.nonzero().flatten()
 
     def solve(ridge: float) -> tuple[Tensor, str]:
-        gram, target, scale = ridge_problem(problem, problem.statistics.diagonal * ridge)
+        gram, target, scale = problem.with_ridge(problem.statistics.diagonal * ridge)
         factor, message = damped_cholesky(lambda: gram.index_select(0, places).index_select(1, places))
         solved = torch.cholesky_solve(target.index_select(1, places).mT, factor)
         return torch.zeros_like(target).index_copy_(1, places, solved.mT).mul_(scale), message

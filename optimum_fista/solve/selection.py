@@ -1,10 +1,14 @@
-"""Exact selection of the largest scores by a threshold, never by sorting whole matrices."""
+"""Exact selection of the largest magnitudes by a threshold, never by sorting whole matrices.
+
+`torch.kthvalue` ranks a whole matrix on one processor of a GPU, has no deterministic form there and copies its input.
+Here a threshold is found by counting, and magnitudes are made a block of rows at a time. The price: some passes over
+the matrix.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,75 +16,62 @@ from torch import Tensor
 
 from optimum_fista.solve.linalg import row_blocks
 
-_SAMPLE = 16_384
-"""Values that bracket the one sought."""
-_BLOCK = 2**20
-"""Scores compared with the bracket at a time."""
-_PART = 2**18
-"""Scores ranked within their groups at a time, on a CPU."""
+_SAMPLE = 16_384  # values that bracket the one sought
+_BLOCK = 2**20  # magnitudes compared with the bracket at a time
+_PART = 2**18  # magnitudes ranked within their groups at a time, on a CPU
 
 
-def kth_smallest(values: Tensor, k: int, *, magnitude: bool = False) -> Tensor:
-    """The `k`-th smallest (k from 1) of all values [rows, columns], float32 or better; a scalar on their device.
-
-    With `magnitude`, of their absolute values, taken a block of rows at a time.
-    """
+def kth_smallest(values: Tensor, k: int) -> Tensor:
+    """The `k`-th smallest magnitude (k from 1) of [rows, columns], float32 or better; a scalar on their device."""
     if values.device.type == "cpu":
         array = values.detach().numpy().reshape(-1)
         if array.size > 8 * _SAMPLE:
-            return values.new_tensor(_kth_by_bracket(array, k, magnitude=magnitude))
-        return values.new_tensor(np.partition(np.abs(array) if magnitude else array, k - 1)[k - 1])
+            return values.new_tensor(_kth_by_bracket(array, k))
+        return values.new_tensor(np.partition(np.abs(array), k - 1)[k - 1])
     parts = [values[rows] for rows in row_blocks(values)]
 
     def count(threshold: Tensor) -> Tensor:
-        return torch.stack([((part.abs() if magnitude else part) <= threshold).sum() for part in parts]).sum()
+        return torch.stack([(part.abs() <= threshold).sum() for part in parts]).sum()
 
     return _kth_by_halving(count, k, values.new_empty(()))
 
 
-def kth_smallest_in_rows(values: Tensor, k: int) -> Tensor:
+def _kth_in_rows(magnitudes: Tensor, k: int) -> Tensor:
     """The `k`-th smallest value (k from 1) of every row, [rows, 1]."""
-    if values.device.type == "cpu":
-        found = np.partition(values.detach().numpy(), k - 1, axis=1)[:, k - 1 : k]
+    if magnitudes.device.type == "cpu":
+        found = np.partition(magnitudes.detach().numpy(), k - 1, axis=1)[:, k - 1 : k]
         return torch.from_numpy(np.ascontiguousarray(found))
-    count = partial(torch.sum, dim=1, keepdim=True)
-    return _kth_by_halving(lambda threshold: count(values <= threshold), k, values.new_empty(len(values), 1))
+    like = magnitudes.new_empty(len(magnitudes), 1)
+    return _kth_by_halving(lambda threshold: (magnitudes <= threshold).sum(1, keepdim=True), k, like)
 
 
-def _kth_by_bracket(array: np.ndarray, k: int, *, magnitude: bool) -> float:
-    """The `k`-th smallest of many values: a sample brackets it, and only what lies inside is partitioned.
+def _kth_by_bracket(array: np.ndarray, k: int) -> float:
+    """The `k`-th smallest of many magnitudes: a sample brackets it, and only what lies inside is partitioned.
 
-    With `magnitude`, of their absolute values.
-
-    Exact (Floyd & Rivest 1975): the values below the bracket are counted, and if the bracket missed, everything is
-    partitioned.
+    The result is exact (Floyd & Rivest 1975): the values below the bracket are counted, and if the bracket missed,
+    everything is partitioned.
     """
     # The step is odd, so that the sample meets all columns of a matrix whose width is a power of two.
-    sample = array[:: array.size // _SAMPLE | 1]
-    sample = np.sort(np.abs(sample) if magnitude else sample)
+    sample = np.sort(np.abs(array[:: array.size // _SAMPLE | 1]))
     # The rank of a sampled quantile has a standard deviation of at most sqrt(n) / 2: five of them to each side.
     rank, margin = (k - 1) / array.size * sample.size, 2.5 * math.sqrt(sample.size)
     low, high = (sample[min(max(0, int(place)), sample.size - 1)] for place in (rank - margin, rank + margin))
     below, parts = 0, []
     for start in range(0, array.size, _BLOCK):
-        block = array[start : start + _BLOCK]
-        block = np.abs(block) if magnitude else block
+        block = np.abs(array[start : start + _BLOCK])
         below += int(np.count_nonzero(block < low))
         parts.append(block[(block >= low) & (block <= high)])
     inside = np.concatenate(parts)
     if below < k <= below + inside.size:
-        array, k = inside, k - below
-    elif magnitude:
-        array = np.abs(array)
-    return float(np.partition(array, k - 1)[k - 1])
+        return float(np.partition(inside, k - below - 1)[k - below - 1])
+    return float(np.partition(np.abs(array), k - 1)[k - 1])
 
 
 def _kth_by_halving(count: Callable[[Tensor], Tensor], k: int, like: Tensor) -> Tensor:
     """The smallest number that at least `k` values do not exceed, exactly, in as many passes as it has bits.
 
-    `torch.kthvalue` ranks a whole matrix on one processor of a GPU, and has no deterministic form. Counting needs
-    neither, and no number reaches the host: floating-point numbers are ordered as their bit patterns are, so that the
-    patterns can be halved as integers.
+    Counting has a deterministic form on every device, and no number reaches the host: floating-point numbers are
+    ordered as their bit patterns are, so that the patterns can be halved as integers.
 
     Args:
         count: Says how many values do not exceed a number.
@@ -101,24 +92,21 @@ def _ordered(bits: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
 
 
-def keep_largest(scores: Tensor, count: int, *, magnitude: bool = False) -> Tensor:
-    """Boolean mask, True for exactly the `count` largest of all scores [rows, columns]; ties by position.
-
-    With `magnitude`, of their absolute values, taken a block of rows at a time.
-    """
-    mask = torch.full(scores.shape, count > 0, dtype=torch.bool, device=scores.device)
-    if not 0 < count < scores.numel():
+def keep_largest(values: Tensor, count: int) -> Tensor:
+    """Boolean mask, True for exactly the `count` largest magnitudes of all [rows, columns]; ties by position."""
+    mask = torch.full(values.shape, count > 0, dtype=torch.bool, device=values.device)
+    if not 0 < count < values.numel():
         return mask
-    threshold = kth_smallest(scores, scores.numel() - count + 1, magnitude=magnitude)
-    blocks = [(scores[rows], mask[rows]) for rows in row_blocks(scores)]
+    threshold = kth_smallest(values, values.numel() - count + 1)
+    blocks = [(values[rows], mask[rows]) for rows in row_blocks(values)]
     for part, kept in blocks:
-        torch.ge(part.abs() if magnitude else part, threshold, out=kept)
+        torch.ge(part.abs(), threshold, out=kept)
     # Without ties at the threshold the mask is done. A device would have to be asked: there ties are always broken.
-    if scores.device.type == "cpu" and int(torch.count_nonzero(mask)) == count:
+    if values.device.type == "cpu" and int(torch.count_nonzero(mask)) == count:
         return mask
-    left = count - torch.stack([((p.abs() if magnitude else p) > threshold).sum() for p, _ in blocks]).sum()
+    left = count - torch.stack([(part.abs() > threshold).sum() for part, _ in blocks]).sum()
     for part, kept in blocks:
-        ties = (part.abs() if magnitude else part) == threshold
+        ties = part.abs() == threshold
         # Number of a tie within its block; `left` counts down from block to block.
         place = ties.flatten().cumsum(0, dtype=torch.int32).view(ties.shape)
         kept.logical_and_(ties.logical_not_().logical_or_(place <= left))
@@ -126,37 +114,37 @@ def keep_largest(scores: Tensor, count: int, *, magnitude: bool = False) -> Tens
     return mask
 
 
-def keep_largest_in_rows(scores: Tensor, count: int) -> Tensor:
-    """Boolean mask [rows, columns], True for exactly the `count` largest of every row; ties by position."""
-    columns = scores.shape[1]
-    mask = torch.full(scores.shape, count > 0, dtype=torch.bool, device=scores.device)
+def keep_largest_in_rows(values: Tensor, count: int) -> Tensor:
+    """Boolean mask [rows, columns], True for exactly the `count` largest magnitudes of every row; ties by position."""
+    columns = values.shape[1]
+    mask = torch.full(values.shape, count > 0, dtype=torch.bool, device=values.device)
     if not 0 < count < columns:
         return mask
-    for rows in row_blocks(scores):
-        part, kept = scores[rows], mask[rows]
-        threshold = kth_smallest_in_rows(part, columns - count + 1)
+    for rows in row_blocks(values):
+        part, kept = values[rows].abs(), mask[rows]
+        threshold = _kth_in_rows(part, columns - count + 1)
         torch.ge(part, threshold, out=kept)
-        if scores.device.type == "cpu" and int(torch.count_nonzero(kept)) == count * len(part):
-            continue  # no row keeps fewer
+        if values.device.type == "cpu" and int(torch.count_nonzero(kept)) == count * len(part):
+            continue  # no row has ties at its threshold
         ties = part == threshold
         left = count - (part > threshold).sum(1, keepdim=True)
         kept.logical_and_(ties.logical_not().logical_or_(ties.cumsum(1, dtype=torch.int32) <= left))
     return mask
 
 
-def keep_largest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
-    """Boolean mask [rows, columns], True for the `n` largest of every `m` consecutive scores of a row.
+def keep_largest_in_groups(values: Tensor, n: int, m: int) -> Tensor:
+    """Boolean mask [rows, columns], True for the `n` largest magnitudes of every `m` consecutive ones of a row.
 
-    The rank of a score is the number of scores of its group that beat it (ties by position): m - 1
-    comparisons a weight, which for small m is far cheaper than sorting the groups. Rows are taken a part at a time:
-    on a CPU a part stays in the cache.
+    The rank of a value is the number of values of its group that beat it (ties by position): m - 1 comparisons a
+    weight, which for small m is far cheaper than sorting the groups.
     """
-    part = max(1, (_PART if scores.device.type == "cpu" else 64 * _PART) // max(1, scores.shape[1]))
-    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    for rows, kept in zip(scores.split(part), mask.split(part), strict=True):
+    # On a CPU a part stays in the cache; elsewhere a call is expensive.
+    rows_of_part = max(1, (_PART if values.device.type == "cpu" else 64 * _PART) // max(1, values.shape[1]))
+    mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    for rows, kept in zip(values.split(rows_of_part), mask.split(rows_of_part), strict=True):
         # [rows, columns] -> [m, groups]: members of one number lie beside each other.
-        groups = rows.reshape(-1, m).T.contiguous()
-        ranks = torch.zeros(groups.shape, dtype=torch.uint8 if m < 256 else torch.int16, device=scores.device)
+        groups = rows.abs().reshape(-1, m).T.contiguous()
+        ranks = torch.zeros(groups.shape, dtype=torch.uint8 if m < 256 else torch.int16, device=values.device)
         for i in range(m):
             for j in range(i + 1, m):
                 first_wins = groups[i] >= groups[j]

@@ -15,8 +15,7 @@ from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.sensitivity import DenseLoss, measure_sensitivities
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, row_blocks, rows_in_block
-from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.statistics import InputStatistics
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 DEVICE = "simulated:0"  # which is not the current one
 SIZES = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 4, "num_key_value_heads": 1}

@@ -2,32 +2,27 @@ import numpy as np
 import pytest
 import torch
 
-from optimum_fista.solve.selection import (
-    keep_largest,
-    keep_largest_in_groups,
-    keep_largest_in_rows,
-    kth_smallest,
-)
+from optimum_fista.solve.selection import keep_largest, keep_largest_in_groups, keep_largest_in_rows, kth_smallest
 
 DTYPES = [torch.float32, torch.float64]
 
 
 def random_scores(rows: int, columns: int, levels: int, dtype: torch.dtype) -> torch.Tensor:
-    """Scores with many ties (few levels) or none that matter (many)."""
+    """Values of both signs with many ties (few levels) or none that matter (many)."""
     generator = torch.Generator().manual_seed(rows + 10 * columns + levels)
-    return torch.randint(levels, (rows, columns), generator=generator).to(dtype) / 4
+    return torch.randint(1 - levels, levels, (rows, columns), generator=generator).to(dtype) / 4
 
 
 def sorting_oracle(scores: np.ndarray, count: int) -> np.ndarray:
-    """Mask of the `count` largest of every row; a stable sort leaves ties in the order of their positions."""
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    """Mask of the `count` largest magnitudes of every row; a stable sort leaves ties in their order."""
+    order = np.argsort(-np.abs(scores), axis=1, kind="stable")[:, :count]
     mask = np.zeros(scores.shape, dtype=bool)
     np.put_along_axis(mask, order, True, axis=1)
     return mask
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("levels", [1, 2, 5, 100])
+@pytest.mark.parametrize("levels", [1, 3, 100])
 @pytest.mark.parametrize("count", [0, 1, 6, 12, 13, 20])
 def test_rows_agree_with_sorting(dtype, levels, count):
     scores = random_scores(9, 13, levels, dtype)
@@ -36,7 +31,7 @@ def test_rows_agree_with_sorting(dtype, levels, count):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("levels", [1, 2, 5, 100])
+@pytest.mark.parametrize("levels", [1, 3, 100])
 @pytest.mark.parametrize("count", [-1, 0, 1, 30, 64, 90, 91, 100])
 def test_matrix_agrees_with_sorting_all_of_it(dtype, levels, count):
     scores = random_scores(7, 13, levels, dtype)
@@ -45,7 +40,7 @@ def test_matrix_agrees_with_sorting_all_of_it(dtype, levels, count):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("levels", [1, 2, 100])
+@pytest.mark.parametrize("levels", [1, 3, 100])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (2, 4), (3, 4), (4, 8), (5, 8), (16, 32)])
 def test_groups_agree_with_sorting_each(dtype, levels, n, m):
     scores = random_scores(5, 2 * m, levels, dtype)
@@ -76,13 +71,4 @@ def test_kth_smallest_of_many_values_is_exact(values, share):
     elif values == "a period of the sample":
         scores[:: size // 16_384 | 1] += 100  # the sample tells nothing
     k = max(1, round(share * size))
-    assert float(kth_smallest(scores[None], k)) == float(scores.sort().values[k - 1])
-
-
-@pytest.mark.parametrize("shape", [(700, 300), (3, 4)])
-@pytest.mark.parametrize("distinct", [True, False])
-def test_magnitudes_are_kept_as_scores_are(shape, distinct):
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    matrix = matrix if distinct else matrix.mul(4).round()
-    for count in (0, 1, matrix.numel() // 3, matrix.numel() - 1, matrix.numel()):
-        assert torch.equal(keep_largest(matrix, count, magnitude=True), keep_largest(matrix.abs(), count))
+    assert float(kth_smallest(scores[None], k)) == float(scores.abs().sort().values[k - 1])

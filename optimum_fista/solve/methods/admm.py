@@ -1,14 +1,80 @@
-"""ADMM pruning with a gradual schedule (Boza, arXiv 2401.02938)."""
+"""ADMM between a least-squares problem and the set of sparse matrices.
+
+`SplitState` has the iteration that ALPS and the default method `obs_admm` also run, each in coordinates and with a
+schedule of rho of its own. The method here is that of Boza (arXiv 2401.02938), written as in its paper.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
+from optimum_fista.solve.linalg import damped_inverse, mean_damping, row_blocks
 from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.splitting import damped_inverse, unit_diagonal
+
+
+@dataclass
+class SplitState:
+    """Iterates of one operator: the sparse iterate `Z` and the dual `V` in one matrix, which a mask tells apart.
+
+    ADMM projects `P = W + V / rho` on the pattern: `Z` is `P` where the mask keeps it, and `V / rho` is what is left.
+
+    Attributes:
+        target: Makes some rows of `C` [out, in].
+        point: `P` [out, in]; the dense weights at the start.
+        mask: Mask of `Z`, True = kept; `None` before the first projection, where `Z = P` and `V = 0`.
+        rho: The penalty parameter that `point` was made with.
+    """
+
+    target: Callable[[slice], Tensor]
+    point: Tensor
+    mask: Tensor | None = None
+    rho: float = 1.0
+
+    def iterate(self, inverse: Tensor, rho: float, pattern: SparsityPattern) -> None:
+        """One ADMM iteration with `inverse = (G + rho I)^-1` [in, in].
+
+        It minimizes `1/2 <W G, W> - <W, C>` over `W = Z`, Z in the pattern (ALPS, arXiv 2406.07831, eqs. 3-5):
+        `W = (C - V + rho Z) (G + rho I)^-1`, `Z = project(W + V / rho)`, `V += rho (W - Z)`. A block of rows at a
+        time but for the projection.
+        """
+        for rows in row_blocks(self.point):
+            point = self.point[rows]  # becomes Z + V / rho, with the new rho
+            if self.mask is None:
+                ratio, dual = 0.0, torch.zeros_like(point)
+            else:
+                # V / rho of the last iteration; times `ratio` with the new rho, because V itself stays.
+                ratio, dual = self.rho / rho, point * ~self.mask[rows]
+            if ratio not in (0.0, 1.0):
+                point.add_(dual, alpha=ratio - 1)
+            # C - V + rho Z, the right-hand side of the W step.
+            wanted = torch.sub(point, dual, alpha=2 * ratio)
+            torch.add(self.target(rows), wanted, alpha=rho, out=wanted)
+            # W + V / rho, the next `P`, in the memory of the dual.
+            dual.addmm_(wanted, inverse, beta=ratio)
+            del wanted
+            point.copy_(dual)
+        # The old mask and the last block go before the next mask is made.
+        self.mask = None
+        del dual
+        # The projection, and the update of V: what the mask removes of P is the next V / rho.
+        self.mask = pattern.mask(self.point)
+        self.rho = rho
+
+
+def unit_diagonal(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`LayerProblem.with_ridge` of `damping * mean(diag G)`.
+
+    For nearly dead inputs the ridge is the same fraction of their own energy (`InputStatistics.energy_ratios`).
+    """
+    statistics = problem.statistics
+    return problem.with_ridge(mean_damping(statistics.diagonal, damping) * statistics.energy_ratios)
 
 
 @register
@@ -38,21 +104,21 @@ class Admm(PruningMethod):
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)
         inverse = damped_inverse(gram, self.rho)
-        # The dense weights in scaled coordinates.
-        Z = problem.weight / scale
+        Z = problem.weight / scale  # the dense weights in scaled coordinates
         U = Z.new_zeros(Z.shape)
-        mask = pattern.mask_of(Z)
+        mask = pattern.mask(Z)
         for k in range(1, self.max_iterations + 1):
-            # The W step; U = V / rho is the scaled dual.
-            W = (target + self.rho * (Z - U)) @ inverse
+            W = (target + self.rho * (Z - U)) @ inverse  # the W step; U = V / rho is the scaled dual
             V = W + U
             if k <= self.ramp_iterations:
                 # The cubic schedule: most zeros come in the first iterations.
                 ramp = 1 - (1 - k / self.ramp_iterations) ** 3
-                mask = pattern.at(pattern.sparsity * ramp).mask_of(V)
-            Z = V * mask
-            U = V - Z
+                # A fixed pattern has no other sparsity: it is chosen anew as it is.
+                ramped = pattern if pattern.fixed else replace(pattern, sparsity=pattern.sparsity * ramp)
+                mask = ramped.mask(V)
+            Z = V * mask  # the projection
+            U = V - Z  # U + W - Z
         # With fewer iterations than the ramp has, Z keeps too many weights until now.
-        final = pattern.mask_of(Z)
+        final = pattern.mask(Z)
         weight = Z * final * scale  # back from scaled coordinates
         return PrunedOperator(weight, final, problem.fit_error(weight), iterations=self.max_iterations)

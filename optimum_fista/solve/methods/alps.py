@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
+from optimum_fista.solve.methods.admm import SplitState, unit_diagonal
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.refit import refit
-from optimum_fista.solve.splitting import SplitState, unit_diagonal
 
 
 @register
@@ -43,15 +43,13 @@ class Alps(PruningMethod):
         """Prune one operator to `pattern`."""
         problem = problem.decoupled()
         gram, target, scale = unit_diagonal(problem, self.damping)
-        # One decomposition gives (G + rho I)^-1 for every rho.
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = torch.linalg.eigh(gram)  # one decomposition gives (G + rho I)^-1 for every rho
         state = SplitState(target.__getitem__, problem.weight / scale)
         rho, iteration, settled = self.first_rho, 0, False
         rows, columns = problem.weight.shape
         support: Tensor | None = None
         while iteration < self.max_iterations and not settled:
-            # Rounding makes eigenvalues of a singular matrix negative.
-            inverse = (vectors / (values.clamp_min(0) + rho)) @ vectors.T
+            inverse = (vectors / (values.clamp_min(0) + rho)) @ vectors.T  # rounding makes zero eigenvalues negative
             for _ in range(self.period):
                 state.iterate(inverse, rho, pattern)
             iteration += self.period
@@ -62,12 +60,14 @@ class Alps(PruningMethod):
                 settled = changed == 0
                 rho *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
             support = state.mask
-        weight, steps = refit(gram, target, state.sparse, support, max_iterations=self.refit_iterations)  # type: ignore[arg-type]
+        assert support is not None
+        # Algorithm 2, in the coordinates of the iterations.
+        weight, steps = refit(gram, target, state.point, support, max_iterations=self.refit_iterations)
         weight.mul_(scale)  # back from coordinates of unit diagonal
         message = "" if settled else f"the support still changed after max_iterations={self.max_iterations}: try more"
         return PrunedOperator(
             weight,
-            support,  # type: ignore[arg-type]
+            support,
             problem.fit_error(weight),
             iterations=iteration + int(steps),
             converged=settled,

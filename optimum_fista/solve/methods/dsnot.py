@@ -39,23 +39,23 @@ class Dsnot(PruningMethod):
         self.require_pattern(pattern)
         statistics = problem.statistics
         scores = problem.weight * statistics.diagonal.sqrt()
-        mask = pattern.mask_of(scores)
+        mask = pattern.mask(scores)
         mean = statistics.mean
         # E[x^2] - E[x]^2, kept off zero because it divides.
         variance = (statistics.diagonal / max(1, statistics.num_tokens) - mean.square()).clamp_min(1e-12)
         live = statistics.energy_ratios == 1  # others would grow first: their variance, a divisor, is next to nothing
 
-        def of_units(matrix: Tensor) -> Tensor:  # [out, in] -> [out, in / unit]; no copy if each weight is a unit
-            return matrix if pattern.unit == 1 else matrix.unflatten(1, (-1, pattern.unit)).sum(-1)
+        def of_groups(matrix: Tensor) -> Tensor:  # [out, in] -> [out, in / unit]; no copy if each weight is a unit
+            return matrix if pattern.width == 1 else matrix.unflatten(1, (-1, pattern.width)).sum(-1)
 
-        kept = mask[:, :: pattern.unit].contiguous()
+        kept = mask[:, :: pattern.width].contiguous()
         # Contributions to the error add up over a unit, and so do the squares of Wanda's scores.
-        scores = of_units(scores.square_()).sqrt_()
-        growth = of_units(problem.weight * (mean / variance * live))
-        whole = live.view(-1, pattern.unit).all(1)
-        group = pattern.group_size(mask.shape[1]) // pattern.unit
-        cycles = self._swap(of_units(problem.weight * mean), growth, whole, scores, kept, group)
-        mask = kept.repeat_interleave(pattern.unit, dim=1)
+        scores = of_groups(scores.square_()).sqrt_()
+        growth = of_groups(problem.weight * (mean / variance * live))
+        whole = live.view(-1, pattern.width).all(1)
+        group = (pattern.span or mask.shape[1]) // pattern.width
+        cycles = self._swap(of_groups(problem.weight * mean), growth, whole, scores, kept, group)
+        mask = kept.repeat_interleave(pattern.width, dim=1)
         weight = problem.weight * mask
         return PrunedOperator(weight, mask, problem.fit_error(weight), iterations=cycles)
 

@@ -1,7 +1,14 @@
-"""FISTAPruner: the convex method (arXiv 2408.03728)."""
+"""FISTAPruner: the convex method, and its search of the penalty (arXiv 2408.03728).
+
+It differs from the paper in its defaults: the kept weights are refitted after the search, which is worth most after the
+warm start (docs/solver.md), SparseGPT is the warm start of every model, and four trials are enough. The recipe `paper`
+has all as printed.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
@@ -12,12 +19,81 @@ from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.pattern import SparsityPattern
-from optimum_fista.solve.penalty import search_penalty
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.proximal_gradient import FistaSolution, fista
 from optimum_fista.solve.refit import refit, refit_columns
 
 WarmStart = Literal["dense", "magnitude", "wanda", "sparsegpt"]
+
+
+@dataclass
+class PenaltySearch:
+    """State and result of the penalty search: the best rounded weights [out, in] so far, and how they were found."""
+
+    weight: Tensor
+    mask: Tensor
+    error: float  # || W* X* - Y ||_F
+    l1_penalty: float | None = None  # None while no trial has improved on the start
+    converged: bool = True  # whether FISTA converged in that trial
+    iterations: int = 0  # FISTA steps over all trials
+
+
+def search_penalty(
+    problem: LayerProblem,
+    pattern: SparsityPattern,
+    start: Tensor,
+    rounded: PrunedOperator,
+    solve: Callable[[Tensor, float], FistaSolution],
+    *,
+    rounding_share: float = 0.3,
+    patience: int = 3,
+    max_trials: int = 30,
+) -> PenaltySearch:
+    """Find the penalty by bisection (FISTAPruner, arXiv 2408.03728, Algorithm 1).
+
+    A trial solves the LASSO from the best weights so far, rounds the solution to the pattern and compares
+    `E_round = || (W_round - W_fista) X* ||` with `E_total = || W_round X* - W X ||`: if their ratio exceeds
+    `rounding_share`, rounding dominates and the penalty rises, otherwise it falls. The interval, which the
+    paper does not give, is `[1e-6, 1] max |C|` on a logarithmic scale (`SparsityPattern.dual_norm`).
+
+    Args:
+        problem: The layer problem.
+        pattern: The sparsity pattern.
+        start: Warm start [out, in] of the first trial; it need not be in the pattern.
+        rounded: Weights in the pattern that the search has to improve on.
+        solve: `(start, l1_penalty) -> FistaSolution`.
+        rounding_share: The paper's xi.
+        patience: Stop after this many trials without improvement, the paper's T.
+        max_trials: At most this many trials.
+    """
+    best = PenaltySearch(rounded.weight, rounded.mask, math.sqrt(problem.squared_error(rounded.weight)))
+    standing = problem.statistics.energy_ratios.sqrt()  # below 1 for nearly dead inputs alone
+    critical = pattern.dual_norm(problem.target)  # from here on the solution of the LASSO is zero
+    if critical == 0.0:  # C = 0: at every penalty
+        return best
+    low, high = math.log(1e-6 * critical), math.log(critical)
+    failures = 0
+    for _ in range(max_trials):
+        l1_penalty = math.exp((low + high) / 2)  # the geometric middle of the interval
+        solution = solve(start, l1_penalty)
+        mask = pattern.mask(solution.weight * standing)
+        weight = solution.weight * mask  # W_round
+        error = math.sqrt(problem.squared_error(weight))  # E_total
+        best.iterations += solution.iterations
+        if error < best.error:
+            start = best.weight = weight
+            best.mask, best.error = mask, error
+            best.l1_penalty, best.converged, failures = l1_penalty, solution.converged, 0
+        else:
+            failures += 1
+        if failures >= patience:
+            break
+        # E_round > xi E_total: rounding dominates, and a larger penalty makes more weights zero before it.
+        if problem.seminorm(weight - solution.weight) > rounding_share * error:
+            low = math.log(l1_penalty)
+        else:
+            high = math.log(l1_penalty)
+    return best
 
 
 @register
@@ -40,7 +116,6 @@ class Fista(PruningMethod):
         refit_iterations: Conjugate-gradient steps on the final mask; 0 (as in the paper) refits nothing. Whole columns
             are refitted exactly instead (`refit_columns`).
         restart: Adaptive restart of FISTA's momentum; the paper has none.
-        momentum: FISTA's extrapolation; without it the steps are ISTA's.
     """
 
     warm_start: WarmStart = "sparsegpt"
@@ -51,7 +126,6 @@ class Fista(PruningMethod):
     rounding_share: float = 0.3
     refit_iterations: int = 20
     restart: bool = False
-    momentum: bool = True
     name: ClassVar[str] = "fista"
 
     def __post_init__(self) -> None:
@@ -79,7 +153,6 @@ class Fista(PruningMethod):
                 max_iterations=self.max_iterations,
                 tolerance=self.tolerance,
                 restart=self.restart,
-                momentum=self.momentum,
                 proximal_step=pattern.proximal_step,
             )
 
@@ -96,7 +169,7 @@ class Fista(PruningMethod):
             max_trials=self.max_trials,
         )
         steps, refitted = 0, ""
-        if pattern.column_width is not None and self.refit_iterations:
+        if pattern.whole_columns and self.refit_iterations:
             weight, refitted = refit_columns(problem, found.mask[0])
         else:
             weight, taken = refit(
@@ -123,13 +196,13 @@ class Fista(PruningMethod):
         """The warm start in the pattern, its zeros counted as in its source: Wanda's by row, the others' by matrix."""
         start: PruningMethod = _WARM_STARTS[self.warm_start]()
         counted = replace(pattern, scope="row") if self.warm_start == "wanda" else pattern
-        if pattern.column_width is not None and not start.takes_columns:
+        if pattern.whole_columns and not start.takes_columns:
             start = Wanda()
         rounded = start.prune(problem, counted)
         shape = (problem.weight.shape[0], problem.weight.shape[1])
         if counted.num_kept(shape) == pattern.num_kept(shape):
             return rounded
-        mask = pattern.mask_of(rounded.weight)  # rows of an odd number of inputs have half a zero more or less
+        mask = pattern.mask(rounded.weight)  # rows of an odd number of inputs have half a zero more or less
         return replace(rounded, weight=rounded.weight * mask, mask=mask)
 
 

@@ -22,12 +22,8 @@ class Flap(PruningMethod):
     change `D` of the weights if inputs are uncorrelated:
 
         D_ij = b_i (mu_j / v_j) / (1 + sum_k mu_k^2 / v_k),   j and k kept in row i.
-
-    Attributes:
-        compensate: Whether the kept weights change; otherwise this is a score only.
     """
 
-    compensate: bool = True
     name: ClassVar[str] = "flap"
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
@@ -36,12 +32,11 @@ class Flap(PruningMethod):
         mean, energy = statistics.mean, statistics.diagonal / max(1, statistics.num_tokens)
         # Of an input that is constant, rounding would leave a variance of either sign.
         variance = (energy - mean.square()).clamp_min(1e-6 * energy)
-        mask = pattern.mask_of(problem.weight * variance.sqrt())
+        mask = pattern.mask(problem.weight * variance.sqrt())
         weight = problem.weight * mask
-        if self.compensate:
-            live = statistics.energy_ratios == 1  # a weight of a nearly dead input would grow to stand for others
-            missing = (problem.weight - weight) @ mean
-            share = mean / variance * live
-            total = 1 + mask.to(mean.dtype) @ (share * mean)
-            weight.addcmul_((missing / total)[:, None] * mask, share)
+        live = statistics.energy_ratios == 1  # a weight of a nearly dead input would grow to stand for others
+        missing = (problem.weight - weight) @ mean  # b, [out]
+        share = mean / variance * live  # mu_j / v_j
+        total = 1 + mask.to(mean.dtype) @ (share * mean)  # 1 + sum_k mu_k^2 / v_k, by rows
+        weight.addcmul_((missing / total)[:, None] * mask, share)  # W + D
         return PrunedOperator(weight, mask, problem.fit_error(weight))

@@ -13,7 +13,6 @@ from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.refit import refit_columns
-from optimum_fista.solve.splitting import ridge_problem
 
 _PENDING = 64
 """Columns removed between two updates of whole matrices, so that these are products of matrices."""
@@ -58,13 +57,12 @@ class GreedyObs(PruningMethod):
         self.require_pattern(pattern)
         rows, columns = problem.weight.shape
         pattern.require_shape((rows, columns), problem.name)
-        width = pattern.column_width or 1
         problem = problem.decoupled()
-        gram, target, _ = ridge_problem(problem, problem.statistics.diagonal * self.damping)
+        gram, target, _ = problem.with_ridge(problem.statistics.diagonal * self.damping)
         factor, message = damped_cholesky(gram.clone)
         inverse = inverse_in_place(factor)
-        count = (columns - pattern.num_kept((1, columns))) // width
-        kept, costs = _remove_groups(inverse, target @ inverse, width, count)
+        count = (columns - pattern.num_kept((1, columns))) // pattern.width
+        kept, costs = _remove_groups(inverse, target @ inverse, pattern.width, count)
         if not bool(torch.isfinite(costs).all()):
             raise torch.linalg.LinAlgError(f"{problem.name}: the error of removing a column is NaN or Inf.")
         weight, refit_message = refit_columns(problem, kept, self.ridge)

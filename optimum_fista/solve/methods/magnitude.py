@@ -19,6 +19,6 @@ class Magnitude(PruningMethod):
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""
-        mask = pattern.mask_of(problem.weight)
+        mask = pattern.mask(problem.weight)
         weight = problem.weight * mask
         return PrunedOperator(weight, mask, problem.fit_error(weight))

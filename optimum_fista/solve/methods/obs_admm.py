@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.linalg import damped_cholesky, diagonal_blocks, inverse_in_place, row_blocks
+from optimum_fista.solve.linalg import damped_cholesky, damped_inverse, diagonal_blocks, inverse_in_place, row_blocks
 from optimum_fista.solve.method import PrunedOperator, PruningMethod, register
+from optimum_fista.solve.methods.admm import SplitState
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.refit import refit, refit_columns
-from optimum_fista.solve.splitting import SplitState, damped_inverse
 
 
 @register
@@ -73,7 +73,7 @@ class ObsAdmm(PruningMethod):
         self, problems: Sequence[LayerProblem], patterns: Sequence[SparsityPattern]
     ) -> list[PrunedOperator]:
         """Prune operators that share their inputs, with shared factorisations; steps are those of the class."""
-        widths = {pattern.column_width or 1 for pattern in patterns}
+        widths = {pattern.width if pattern.whole_columns else 1 for pattern in patterns}
         if len(widths) > 1:  # each width has coordinates of its own
             return super().prune_sharing(problems, patterns)
         problems = [problem.decoupled() for problem in problems]
@@ -96,7 +96,7 @@ class ObsAdmm(PruningMethod):
         fitted_gram = surgeon.gram(gram)
         taken = [torch.zeros((), dtype=torch.int64, device=gram.device)]
         for state, pattern in zip(states, patterns, strict=True):  # step 4, in place
-            for rows in row_blocks(state.point) if pattern.column_width is None else ():
+            for rows in () if pattern.whole_columns else row_blocks(state.point):
                 _, steps = refit(
                     fitted_gram,
                     state.target(rows),
@@ -112,7 +112,7 @@ class ObsAdmm(PruningMethod):
         for problem, pattern, state in zip(problems, patterns, states, strict=True):
             assert state.mask is not None
             advice = message
-            if pattern.column_width is not None and self.refit_iterations:  # in the problem's own coordinates
+            if pattern.whole_columns and self.refit_iterations:  # in the problem's own coordinates
                 weight, refitted = refit_columns(problem, state.mask[0], self.ridge)
                 advice = "; ".join(dict.fromkeys(filter(None, (message, refitted))))
             else:

@@ -45,7 +45,7 @@ class SparseGPT(PruningMethod):
         upper = torch.linalg.cholesky(inverse_in_place(factor), upper=True)
         weight = problem.weight.clone()
         mask = torch.ones_like(weight, dtype=torch.bool)
-        group = pattern.group_size(self.block_size)
+        group = pattern.span or self.block_size
         # Blocks of whole groups.
         width = max(group, self.block_size - self.block_size % group)
         for left in range(0, columns, width):
@@ -63,14 +63,13 @@ class SparseGPT(PruningMethod):
         local = upper[left:right, left:right]
         saliency = local.diagonal().square()
         block_mask = mask[:, left:right]
-        width = pattern.group_size(self.block_size)
+        width = pattern.span or self.block_size
         errors = []
         for j in range(right - left):
             if j % width == 0:  # a group is decided when its first column is reached
                 group = slice(j, j + width)
-                block_mask[:, group] = pattern.mask_of_columns(
-                    block[:, group].square().div_(saliency[group]), left + j, weight.shape[1]
-                )
+                scores = block[:, group].square().div_(saliency[group])  # w_j^2 / U_jj^2
+                block_mask[:, group] = pattern.mask(scores, squared=True, within=(left + j, weight.shape[1]))
             column = block[:, j].clone()
             block[:, j] *= block_mask[:, j]
             # e of the docstring, and its compensation within the block.

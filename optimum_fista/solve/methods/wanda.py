@@ -19,6 +19,6 @@ class Wanda(PruningMethod):
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`."""
-        mask = pattern.mask_of(problem.weight * problem.statistics.diagonal.sqrt())
+        mask = pattern.mask(problem.weight * problem.statistics.diagonal.sqrt())
         weight = problem.weight * mask
         return PrunedOperator(weight, mask, problem.fit_error(weight))

@@ -6,8 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NoReturn, Self, cast
 
-from torch import Tensor
-
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 
 PartKind = Literal["channels", "heads", "experts", "layers"]
@@ -18,13 +16,10 @@ _SIZE = re.compile(r"bytes:([\d.]+)")
 
 @dataclass(frozen=True)
 class PartShare:
-    """How many parts of one kind go.
+    """Share of the parts of one kind that is removed, in (0, 1).
 
-    Attributes:
-        kind: What goes.
-        share: Share of them that is removed, in (0, 1).
-        multiple_of: The number that stays is a multiple of it; `None`: 64 channels if they are a multiple of 64 now,
-            and as many experts of every group that the router chooses first.
+    The number that stays is a multiple of `multiple_of`. If this is `None`: of 64 for channels that are a multiple of
+    64 now, and as many experts of every group that the router chooses first.
     """
 
     kind: PartKind
@@ -32,7 +27,7 @@ class PartShare:
     multiple_of: int | None = None
 
     def num_kept(self, number: int, equal_runs: int = 1, at_least: int = 1) -> int:
-        """How many of so many stay, at least `at_least`, and the same number in each of `equal_runs` runs."""
+        """How many of `number` parts stay, at least `at_least`, and the same number in each of `equal_runs` runs."""
         step, kept = self._rounded(number, equal_runs)
         if not at_least <= kept < number:
             least, most = -(-at_least // step) * step, (number - 1) // step * step
@@ -45,12 +40,11 @@ class PartShare:
         return kept
 
     def __str__(self) -> str:
-        """As users write it."""
         return f"{self.kind}:{self.share!r}" + ("" if self.multiple_of is None else f"/{self.multiple_of}")
 
     @classmethod
     def keeping(cls, kind: PartKind, kept: int, number: int) -> Self:
-        """The share, in as few digits as say it, that leaves `kept` of so many, a multiple of the usual step."""
+        """Make the share that leaves `kept` of `number`, a multiple of the usual step, in as few digits as say it."""
         exact = 1 - kept / number
         rounded = (cls(kind, round(exact, digits)) for digits in range(2, 9))
         return next((part for part in rounded if part._rounded(number)[1] == kept), cls(kind, exact))
@@ -58,10 +52,11 @@ class PartShare:
     @staticmethod
     def usual_step(kind: PartKind, number: int, equal_runs: int = 1) -> int:
         """What the number of parts that stay is a multiple of, unless the user says it."""
+        # Kernels of matrix products are fast for multiples of 64: a size that is one now stays one.
         return 64 if kind == "channels" and number % 64 == 0 and number > 64 else equal_runs
 
     def _rounded(self, number: int, equal_runs: int = 1) -> tuple[int, int]:
-        """The step, and its multiple that is nearest to what would stay, which may be none or all."""
+        """The step, and its multiple that is nearest to what would stay: possibly none or all."""
         step = self.usual_step(self.kind, number, equal_runs) if self.multiple_of is None else self.multiple_of
         return step, step * round((1 - self.share) * number / step)
 
@@ -70,61 +65,55 @@ class PartShare:
 class WholeParts(SparsityPattern):
     """Shares of the parts of a model: as many channels, heads and experts in every decoder layer, or whole layers.
 
-    Instead of shares there may be the size that the model is to have; a run then removes as many channels as it takes.
-
-    It is for a whole model: a run makes `Columns` of it for the operators that read what is removed, the down
-    projection and the attention's output projection, and removes the rows that compute it afterwards. Experts are
-    chosen by what they return, decoder layers by the loss without them.
+    The pattern is for a whole model and refuses a matrix. A run makes `Columns` of it for the operators that read what
+    is removed, the down projection and the attention's output projection, and removes the rows that compute it
+    afterwards. Experts are chosen by what they return, decoder layers by the loss without them.
 
     Attributes:
         sparsity: The largest share, or that of the size.
         shares: What goes, one entry for each kind; empty if there is a `size`.
-        size: Share of the dense model's bytes that is left, in (0, 1); `None` if there are shares.
+        size: Share of the dense model's bytes that is left, in (0, 1), reached by channels; `None` if there are shares.
     """
 
     shares: tuple[PartShare, ...] = ()
     size: float | None = None
-    column_width: ClassVar[int | None] = 1  # of some operators; how wide they are depends on the model
+    whole_columns: ClassVar[bool] = True  # the operators that read parts lose columns
 
     @classmethod
     def read(cls, text: str, sparsity: float | None, scope: Scope) -> Self | None:  # noqa: ARG003, the text says it
-        """Read `"channels:0.25"`, rounded to a multiple `"channels:0.25/64"`, or several joined by `"+"`."""
+        """Read `"channels:0.25"`, with a multiple `"channels:0.25/64"`, several joined by `"+"`, or `"bytes:0.75"`."""
         if (wanted := _SIZE.fullmatch(text)) is not None:
-            size = float(wanted[1]) if wanted[1].count(".") <= 1 and wanted[1] != "." else 0.0
+            size = _number(wanted[1])
             if not 0 < size < 1:
                 raise ValueError(
                     f"pattern={text!r}: pass the share of the bytes that is to be left, in (0, 1): 'bytes:0.75'."
                 )
             return cls(1 - size, scope, size=size)
         found = [_PART.fullmatch(part) for part in text.split("+")]
-        if not all(found):
-            return None
-        parts = [(cast(PartKind, m[1]), m[2], int(m[3]) if m[3] else None) for m in found if m is not None]
-        if len({kind for kind, _, _ in parts}) < len(parts):
-            raise ValueError(f"pattern={text!r}: name each kind once.")
         shares = []
-        for kind, share, multiple in parts:
-            try:
-                number = float(share)
-            except ValueError:
-                number = 0.0
-            if not 0 < number < 1 or multiple == 0:
+        for part in found:
+            if part is None:
+                return None
+            kind, share, multiple = part.groups()
+            multiple_of = int(multiple) if multiple else None
+            if not 0 < _number(share) < 1 or multiple_of == 0:
                 raise ValueError(
                     f"pattern={text!r}: pass a share of the {kind} in (0, 1), such as '{kind}:0.25', and a multiple of "
                     f"at least 1, such as '{kind}:0.25/64'."
                 )
-            shares.append(PartShare(kind, number, multiple))
-        return cls(max(part.share for part in shares), scope, tuple(shares))
+            shares.append(PartShare(cast(PartKind, kind), _number(share), multiple_of))
+        if len({part.kind for part in shares}) < len(shares):
+            raise ValueError(f"pattern={text!r}: name each kind once.")
+        return cls(max(part.share for part in shares), scope, shares=tuple(shares))
 
-    @property
-    def text(self) -> str:
+    def __str__(self) -> str:
         """What `read` takes."""
         return "+".join(map(str, self.shares)) if self.size is None else f"bytes:{self.size!r}"
 
     def require_shape(self, shape: tuple[int, int], name: str = "weight") -> NoReturn:
         """Refuse a single matrix."""
         raise ValueError(
-            f"{name} of shape {tuple(shape)} is one matrix, and {self.text!r} removes parts of a whole model: pass "
+            f"{name} of shape {tuple(shape)} is one matrix, and '{self}' removes parts of a whole model: pass "
             f"pattern='columns:{self.sparsity:g}' for whole columns of a matrix."
         )
 
@@ -132,6 +121,10 @@ class WholeParts(SparsityPattern):
         """Refuse a single matrix."""
         self.require_shape(shape)
 
-    def mask(self, scores: Tensor) -> NoReturn:
-        """Refuse a single matrix."""
-        self.require_shape((scores.shape[0], scores.shape[1]), "scores")
+
+def _number(text: str) -> float:
+    """The number, or 0 for two points or none, which the patterns of texts let through."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0

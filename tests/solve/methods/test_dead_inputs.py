@@ -7,8 +7,7 @@ from layer_problems import WEIGHT_METHODS, correlated_inputs
 from optimum_fista.config import method_defaults
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
-from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.statistics import InputStatistics
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 SEEING = sorted(set(WEIGHT_METHODS) - {"magnitude"})  # magnitude pruning looks at no input
 METHOD_OPTIONS = [(name, {}) for name in SEEING]

@@ -4,8 +4,7 @@ from layer_problems import Example, example
 
 from optimum_fista.solve.methods.greedy_obs import GreedyObs
 from optimum_fista.solve.patterns import Columns, Unstructured
-from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.statistics import InputStatistics
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 
 def least_error(made: Example, kept: list[int], width: int) -> float:

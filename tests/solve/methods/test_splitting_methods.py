@@ -9,11 +9,12 @@ from layer_problems import example
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from optimum_fista.solve.linalg import damped_inverse
 from optimum_fista.solve.methods import create_method
+from optimum_fista.solve.methods.admm import SplitState, unit_diagonal
 from optimum_fista.solve.methods.obs_admm import _Surgeon
 from optimum_fista.solve.patterns import Columns, Unstructured, parse_pattern
-from optimum_fista.solve.problem import LayerProblem
-from optimum_fista.solve.statistics import InputStatistics
+from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 SPLITTING = ("admm", "alps", "obs_admm")
 
@@ -175,3 +176,31 @@ def test_operators_of_other_widths_are_pruned_as_they_are_alone():
     together = method.prune_sharing([made.problem] * 3, patterns)
     for pattern, pruned in zip(patterns, together, strict=True):
         assert torch.equal(method.prune(made.problem, pattern).weight, pruned.weight)
+
+
+def test_iterations_by_hand():
+    made = example(4, 8)
+    gram, target = made.problem.gram, made.problem.target
+    pattern = Unstructured(0.5)
+    state = SplitState(target.__getitem__, made.weight.clone())
+    sparse, dual = made.weight.clone(), torch.zeros_like(target)
+    for rho in (2.0, 2.0, 5.0, 3.0):
+        inverse = damped_inverse(gram.clone(), rho)
+        weight = (target - dual + rho * sparse) @ torch.linalg.inv(gram + rho * torch.eye(8, dtype=gram.dtype))
+        moved = weight + dual / rho
+        mask = pattern.mask(moved)
+        sparse, dual = moved * mask, dual + rho * (weight - moved * mask)
+        state.iterate(inverse, rho, pattern)
+        assert torch.equal(state.mask, mask)
+        assert torch.allclose(state.point * mask, sparse)
+        assert torch.allclose(rho * state.point * ~mask, dual)
+
+
+def test_the_scaled_problem_has_the_same_minimizer():
+    made = example(3, 8, corrected=True)
+    gram, target, scale = unit_diagonal(made.problem, 0.05)
+    assert torch.allclose(gram.diagonal(), torch.ones(8, dtype=gram.dtype))
+    amount = 0.05 * made.problem.gram.diagonal().mean()
+    damped = made.problem.gram + amount * torch.eye(8, dtype=gram.dtype)
+    expected = torch.linalg.solve(damped, (made.problem.target + amount * made.weight).T).T
+    assert torch.allclose(torch.linalg.solve(gram, target.T).T * scale, expected)

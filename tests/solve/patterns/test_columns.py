@@ -24,15 +24,15 @@ def random(*shape: int) -> torch.Tensor:
 )
 def test_parse_is_the_inverse_of_text(text, pattern):
     assert parse_pattern(text) == pattern
-    assert pattern.text == str(pattern) == text
+    assert str(pattern) == text
 
 
-@pytest.mark.parametrize("groups", [1, 9, 48, 1536, 14336])
+@pytest.mark.parametrize("groups", [1, 9, 1536])
 def test_exact_counts(groups):
     for kept in range(1, groups + 1, max(1, groups // 50)):
         pattern = Columns.keeping(kept, groups, 2)
         assert pattern.num_kept((3, 2 * groups)) == 3 * 2 * kept
-        assert parse_pattern(pattern.text) == pattern
+        assert parse_pattern(str(pattern)) == pattern
 
 
 @pytest.mark.parametrize("levels", [None, 2, 1])
@@ -41,8 +41,8 @@ def test_keeps_the_groups_with_the_largest_sums(pattern, levels):
     scores = random(5, 24).square() if levels is None else torch.arange(120).remainder(levels).view(5, 24).float()
     sums = scores.sum(0).view(-1, pattern.width).sum(1).tolist()
     order = sorted(range(len(sums)), key=lambda group: (-sums[group], group))  # ties by position
-    best = sorted(order[: pattern.groups_kept(len(sums))])
-    for mask in (pattern.mask(scores), pattern.mask_of(scores.sqrt())):
+    best = sorted(order[: pattern.num_kept((1, 24)) // pattern.width])
+    for mask in (pattern.mask(scores, squared=True), pattern.mask(scores.sqrt())):
         assert pattern.violation(mask) is None
         assert mask[0, :: pattern.width].nonzero().flatten().tolist() == best
         assert (mask == mask[:1]).all()
@@ -51,7 +51,7 @@ def test_keeps_the_groups_with_the_largest_sums(pattern, levels):
 def test_the_mask_of_a_large_matrix_needs_all_of_its_rows():
     matrix = random(4000, 300)
     pattern = Columns(0.5)
-    assert torch.equal(pattern.mask_of(matrix), pattern.mask(matrix.double().square()))
+    assert torch.equal(pattern.mask(matrix), pattern.mask(matrix.double().square(), squared=True))
 
 
 def test_violation_names_the_group_that_is_torn():
@@ -59,14 +59,14 @@ def test_violation_names_the_group_that_is_torn():
     mask = pattern.mask(torch.arange(24.0).view(3, 8))
     assert pattern.violation(mask) is None
     mask[1, 5], mask[1, 0] = False, True
-    assert pattern.violation(mask) == "row 1 and row 0 do not agree on the group of 2 columns that holds column 0"
+    assert pattern.violation(mask) == "row 1, column 0 differs from the first weight of its group"
     mask[1, 5] = True
     assert pattern.violation(mask) == "keeps 13 weights, but columns:0.5x2 of (3, 8) keeps exactly 12"
-    assert Columns(0.5, width=2).violation(torch.tensor([[True, False, True, False]] * 2)).startswith("row 0 and row 0")
+    assert Columns(0.5, width=2).violation(torch.tensor([[True, False, True, False]] * 2)).startswith("row 0, column 1")
 
 
 REFUSED = [
-    (Columns(0.5, width=64), 100, "down has 100 columns, which groups of 64 do not divide: choose a width that"),
+    (Columns(0.5, width=64), 100, "down has rows of 100 inputs, which columns:0.5x64 does not divide: choose a"),
     (
         Columns(0.9, width=64),
         256,
@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused(pattern, columns, message):
     with pytest.raises(ValueError) as refused:
         pattern.require_shape((3, columns), "down")
     assert str(refused.value).startswith(message)
-    with pytest.raises(ValueError, match=f"{columns // pattern.width} groups|do not divide"):
+    with pytest.raises(ValueError, match=f"{columns // pattern.width} groups|does not divide"):
         pattern.mask(random(3, columns))
 
 

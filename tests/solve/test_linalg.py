@@ -2,7 +2,7 @@ import pytest
 import torch
 from layer_problems import example
 
-from optimum_fista.solve.linalg import damped_cholesky
+from optimum_fista.solve.linalg import damped_cholesky, damped_inverse
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
@@ -41,3 +41,14 @@ def test_matrix_that_is_not_positive_semidefinite_is_refused():
     gram = torch.tensor([[1.0, 0.0], [0.0, -200.0]])
     with pytest.raises(torch.linalg.LinAlgError, match=r"2 inputs is not positive semidefinite.*damping up to 100"):
         damped_cholesky(gram.clone, 0.01)
+
+
+def test_damped_inverse_is_the_inverse():
+    gram = example(2, 12).problem.gram
+    inverse = damped_inverse(gram.clone(), 0.7)
+    assert torch.allclose(inverse @ (gram + 0.7 * torch.eye(12, dtype=gram.dtype)), torch.eye(12, dtype=gram.dtype))
+
+
+def test_a_negative_matrix_fails_loudly():
+    with pytest.raises(torch.linalg.LinAlgError):
+        damped_inverse(-torch.eye(4), 0.5)

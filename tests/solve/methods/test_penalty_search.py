@@ -4,9 +4,9 @@ import pytest
 import torch
 from layer_problems import Example, example
 
+from optimum_fista.solve.methods.fista import search_penalty
 from optimum_fista.solve.methods.wanda import Wanda
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
-from optimum_fista.solve.penalty import search_penalty
 from optimum_fista.solve.proximal_gradient import FistaSolution, fista
 from optimum_fista.solve.refit import refit
 
@@ -62,8 +62,8 @@ def test_improves_on_the_start(pattern, corrected):
     assert sum(ratios) / len(ratios) < 0.98
 
 
-@pytest.mark.parametrize("patience", [1, 3, 5])
-@pytest.mark.parametrize("damage", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("patience", [1, 3])
+@pytest.mark.parametrize("damage", [-1.0, math.nan])
 def test_a_solver_that_never_improves_returns_the_start(patience, damage):
     made, rounded = start()
     solver = Solver(lambda start, _: start * damage)
@@ -107,9 +107,9 @@ def test_rounding_share_is_the_threshold_between_the_two(share):
 def test_bisection_is_on_a_logarithmic_scale_below_the_critical_penalty():
     made, rounded = start()
     solver = Solver(lambda start, _: -rounded.weight)
-    search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver, penalty_range=(1e-4, 1.0))
+    search_penalty(made.problem, PATTERNS[0], rounded.weight, rounded, solver)
     critical = float(made.problem.target.abs().max())
-    assert [penalty / critical for penalty in solver.penalties] == pytest.approx([1e-2, 1e-3, 10**-3.5])
+    assert [penalty / critical for penalty in solver.penalties] == pytest.approx([1e-3, 10**-4.5, 10**-5.25])
 
 
 def test_number_of_trials_is_limited():

@@ -1,0 +1,107 @@
+import itertools
+
+import pytest
+import torch
+from tiny_llama import tiny_llama, tiny_tokens
+
+from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
+from optimum_fista.packed.format import pack
+from optimum_fista.solve.patterns import parse_pattern
+from optimum_fista.solve.patterns.n_of_m import best_order
+
+PAIRS = parse_pattern("4:8-pairs")
+CHOICES = [[index in kept for index in range(4) for _ in "ab"] for kept in itertools.combinations(range(4), 2)]
+"""All masks of a group."""
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("text", ["1:2", "2:4", "1:4", "3:4", "1:3", "5:8", "16:32", "4:8-pairs"])
+def test_parse_is_the_inverse_of_text(text):
+    n, m = (int(number) for number in text.removesuffix("-pairs").split(":"))
+    pattern = parse_pattern(text)
+    assert (pattern.num_kept((1, m)), pattern.num_kept((3, 5 * m))) == (n, 15 * n)
+    assert pattern.sparsity == pytest.approx(1 - n / m)
+    assert str(pattern) == text
+    assert parse_pattern(text, 1 - n / m) == pattern
+
+
+def test_pairs_are_another_pattern():
+    assert parse_pattern("4:8") != PAIRS
+
+
+@pytest.mark.parametrize("text", ["4:2", "4:4", "0:4", "0:0"])
+def test_pattern_that_keeps_all_or_nothing_is_refused(text):
+    with pytest.raises(ValueError, match=rf"pattern='{text}' keeps {text[0]} of every {text[2]} weights"):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize(("text", "columns"), [("2:4", 6), ("1:2", 9), ("5:8", 12), ("4:8-pairs", 12)])
+def test_m_that_does_not_divide_the_rows_is_refused(text, columns):
+    pattern = parse_pattern(text)
+    with pytest.raises(ValueError, match=f"layers.0.fc1 has rows of {columns} inputs, which {text} does not divide"):
+        pattern.require_shape((3, columns), "layers.0.fc1")
+    with pytest.raises(ValueError, match=f"rows of {columns} inputs"):
+        pattern.mask(torch.rand(3, columns))
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8"])
+def test_the_best_order_of_inputs_keeps_more(text):
+    pattern, scores = parse_pattern(text), torch.rand(12, 64, generator=torch.Generator().manual_seed(0)) ** 4
+    order = best_order(scores, pattern)
+    assert sorted(order.tolist()) == list(range(64))
+
+    def kept(order: torch.Tensor) -> float:
+        return float((scores[:, order] * pattern.mask(scores[:, order])).sum())
+
+    others = [kept(torch.randperm(64, generator=torch.Generator().manual_seed(seed))) for seed in range(50)]
+    assert kept(order) > 1.02 * max(others)
+
+
+def test_keeps_the_pairs_with_the_largest_sums_of_scores():
+    scores = random(6, 24).square()
+    choices = torch.tensor(CHOICES)
+    best = (scores.view(-1, 8) @ choices.T.float()).argmax(1)  # of all masks of a group
+    assert torch.equal(PAIRS.mask(scores, squared=True), choices[best].view(6, 24))
+    assert torch.equal(PAIRS.mask(scores.sqrt()), choices[best].view(6, 24))
+    assert int(PAIRS.mask(torch.ones(6, 24)).sum()) == 72
+
+
+def test_squares_add_up_and_magnitudes_do_not():
+    row = torch.tensor([[3.0, 0.0, 2.2, 2.2, 2.0, 0.0, 1.9, 1.9]])  # sums of squares 9, 9.68, 4, 7.22
+    assert PAIRS.mask(row).tolist() == [[True, True, True, True, False, False, False, False]]
+
+
+def test_violation_names_the_pair_that_is_torn():
+    mask = torch.tensor([CHOICES[0] + CHOICES[5]])
+    assert PAIRS.violation(mask) is None
+    mask[0, 8:12] = torch.tensor([True, False, True, False])
+    mask[0, 12:] = torch.tensor([True, True, False, False])
+    assert PAIRS.violation(mask) == "row 0, column 9 differs from the first weight of its group"
+    assert PAIRS.violation(torch.tensor([CHOICES[0] + [True] * 6 + [False] * 2])).startswith("keeps 10 weights, but")
+
+
+def test_a_packed_mask_takes_one_bit_a_weight():
+    mask = PAIRS.mask(random(4, 64))
+    assert pack(random(4, 64) * mask, mask, (4, 8)).mask.shape == (4, 8)
+
+
+def test_streamed_verified_packed_and_reported(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    config = FistaPruningConfig(pattern="4:8-pairs", overrides={"*.q_proj": "2:4"}, method="sparsegpt")
+    assert FistaPruningConfig.from_dict(config.to_dict()) == config
+    batches = list(tiny_tokens().split(4))
+    pruned = tmp_path / "pruned"
+    report = FistaPruner(config, progress=False).prune(tmp_path / "model", batches, output_dir=pruned)
+    assert {operator.pattern for operator in report.operators} == {"4:8-pairs", "2:4"}
+    assert "| pattern | 4:8-pairs |" in (pruned / "README.md").read_text()
+    proven = verify_checkpoint(pruned)
+    assert proven.num_zeros * 2 == proven.num_weights
+
+    report_file = pruned / "fista" / "report.json"
+    report_file.write_text(report_file.read_text().replace('"2:4"', '"4:8-pairs"'))
+    with pytest.raises(VerificationError, match=r"q_proj.*its mask row \d+"):
+        verify_checkpoint(pruned)
