@@ -163,7 +163,7 @@ class SparsityPattern(ABC):
         contests = self._contests(rows, columns)[0]
         if contests == 1:
             return None
-        counts = mask.view(contests, -1).sum(1)  # [out, in] -> [contests, weights]
+        counts = mask.reshape(contests, -1).sum(1)  # [out, in] -> [contests, weights]
         wrong = torch.nonzero(counts != expected // contests).flatten().tolist()
         if not wrong:
             return None

@@ -83,6 +83,7 @@ def test_unstructured_counts_are_exact_with_and_without_ties(shape, sparsity, le
 def test_violation_is_none_for_its_own_masks_only(pattern):
     mask = pattern.mask(random_scores((4, 8)))
     assert pattern.violation(mask) is None
+    assert pattern.violation(mask.T.contiguous().T) is None, "as it is stored transposed"
     one_more = mask.clone()
     one_more.view(-1)[int((~mask).view(-1).int().argmax())] = True
     assert pattern.violation(one_more) == f"keeps 17 weights, but {pattern} of (4, 8) keeps exactly 16"
