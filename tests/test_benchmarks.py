@@ -125,16 +125,6 @@ def test_speed_of_every_variant_and_the_table_again(benchmark, tmp_path, monkeyp
     assert capsys.readouterr().out == shown[shown.index("| pruned |") :]
 
 
-def test_llama_cpp_writes_the_tokens_of_transformers(benchmark, tmp_path):
-    """Greedy tokens of a smaller Llama, whose heads are no longer hidden_size / num_attention_heads wide."""
-    pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
-    pruner, model = FistaPruner(FistaPruningConfig(pattern="channels:0.25+heads:0.5"), progress=False), tiny_llama()
-    pruner.prune(model, tiny_tokens().split(4))
-    assert (model.config.num_attention_heads, model.config.head_dim) == (2, 8)
-    model.save_pretrained(tmp_path)
-    benchmark("llama_cpp").require_same_tokens(tmp_path, tmp_path / "float32.gguf", tiny_tokens()[0], 24, threads=1)
-
-
 def test_a_small_model_resumes_its_training(benchmark, monkeypatch, tmp_path):
     """An interrupted training ends with the same weights; nothing that is held out was trained on."""
     script, text = benchmark("train_small"), tmp_path / "text.txt"
@@ -160,16 +150,6 @@ def test_a_small_model_resumes_its_training(benchmark, monkeypatch, tmp_path):
     trained, held_out = ((tmp_path / f"whole/texts/text-{part}.txt").read_text() for part in ("trained", "held-out"))
     assert trained + held_out == text.read_text()
     assert 0.8 < len(trained) / len(text.read_text()) < 1
-
-
-def test_every_head_is_measured_and_put_back(benchmark):
-    model, tokens = tiny_llama(), tiny_tokens(3, 16)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    rows = benchmark("heads").measure(model, tokens[:2], tokens[2:])
-    heads = [(i, j) for i in range(model.config.num_hidden_layers) for j in range(model.config.num_attention_heads)]
-    assert [(row["layer"], row["head"]) for row in rows] == heads
-    assert all(row["predicted"] > 0 and row["measured"] != 0 and 0 < row["attention"] < 1 for row in rows)
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_ablations_are_paired_by_seed(benchmark):

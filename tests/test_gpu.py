@@ -4,10 +4,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from folder_files import tensors_of
-from launched import exit_codes, launch, prune
 from layer_problems import WEIGHT_METHODS
-from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_llama import tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 
@@ -27,15 +25,3 @@ def test_a_gpu_prunes_as_the_cpu_does(method, pattern, storage_device):
     assert report.totals["num_zeros"] == expected.totals["num_zeros"]
     assert all(layer.memory.device_bytes > 0 for layer in report.layers)
     assert report.totals["mean_fit_error"] == pytest.approx(expected.totals["mean_fit_error"], rel=2e-2)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
-def test_two_gpus_share_the_layers(tmp_path):
-    save_tiny_folder(tmp_path / "source")
-    config = FistaPruningConfig(0.5, error_correction="intra")
-    assert exit_codes(launch(2, prune, tmp_path / "source", tmp_path / "shared", config)) == [0, 0]
-    FistaPruner(config, progress=False).prune(
-        tmp_path / "source", tiny_tokens().split(4), output_dir=tmp_path / "alone"
-    )
-    shared, alone = (tensors_of(tmp_path / name) for name in ("shared", "alone"))
-    assert all(torch.equal(shared[name], tensor) for name, tensor in alone.items())

@@ -1,6 +1,5 @@
 """What `FistaPruner` refuses, and that a model it could not prune is as it was."""
 
-import gc
 import math
 
 import pytest
@@ -11,7 +10,6 @@ from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.prune import loop
 from optimum_fista.solve.methods import METHODS
 
 Wanda = METHODS["wanda"]
@@ -57,11 +55,6 @@ def test_outputs_that_overflow_are_warned_of(llama, tokens):
     assert len([warning for warning in report.warnings if "NaN or Inf" in warning]) == 1
 
 
-def test_damaged_embeddings(llama, tokens):
-    llama.model.embed_tokens.weight.data[int(tokens[2, 3])] = math.nan
-    refuse(llama, tokens.split(4), match="inputs of the first decoder layer hold NaN or Inf: the embeddings")
-
-
 def test_quantized_models(llama, tokens):
     llama.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     refuse(llama, tokens.split(4), match="quantized by 'gptq': prune the unquantized model")
@@ -91,34 +84,6 @@ def test_nothing_to_prune(llama, tokens):
 def test_pattern_that_does_not_divide_a_row_is_found_before_any_work(tokens):
     model = tiny_llama(intermediate_size=44)  # 44 inputs of down_proj: 8 does not divide them
     refuse(model, tokens.split(4), pattern="2:8", match=r"layers\.0\.mlp\.down_proj has rows of 44 inputs, which 2:8")
-
-
-@pytest.mark.parametrize("error_correction", ["none", "intra", "full"])
-@pytest.mark.parametrize("operator", [1, 9])
-def test_an_interrupt_inside_a_method_undoes_everything(llama, tokens, monkeypatch, operator, error_correction):
-    calls = []
-
-    def interrupted(self, problem, pattern, original=Wanda.prune):
-        calls.append(problem.name)
-        if len(calls) == operator:
-            raise KeyboardInterrupt
-        return original(self, problem, pattern)
-
-    monkeypatch.setattr(Wanda, "prune", interrupted)
-    refuse(llama, tokens.split(4), KeyboardInterrupt, error_correction=error_correction)
-    assert len(calls) == operator
-
-
-def test_an_interrupt_between_two_groups_leaves_no_hooks(llama, tokens, monkeypatch):
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "prune_group", interrupted)
-    gc.disable()  # the hooks must go by themselves
-    try:
-        refuse(llama, tokens.split(4), KeyboardInterrupt, error_correction="full")
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize("fault", ["wrong count", "not finite"])

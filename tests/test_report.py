@@ -1,11 +1,8 @@
 import dataclasses
-import importlib.metadata
 import json
-import platform
 
 import pytest
 
-import optimum_fista
 from optimum_fista.memory import MemoryPeak
 from optimum_fista.report import (
     LayerReport,
@@ -13,7 +10,6 @@ from optimum_fista.report import (
     OperatorReport,
     PruningReport,
     layer_and_kind,
-    library_versions,
     public_name,
 )
 
@@ -111,14 +107,6 @@ def test_output_errors_have_totals_of_the_operators_that_know_them():
     assert (totals["mean_output_error"], totals["max_output_error"]) == (0.5, 0.75)
     assert (totals["mean_held_out_output_error"], totals["max_held_out_output_error"]) == (0.5, 0.5)
     assert "output error 0.5000 on average, 0.7500 at most" in str(report(known, second, other))
-
-
-def test_versions_are_those_installed():
-    versions = library_versions()
-    assert versions["python"] == platform.python_version()
-    assert versions["optimum-fista"] == optimum_fista.__version__
-    for name in ("torch", "transformers", "safetensors"):
-        assert versions[name] == importlib.metadata.version(name)
 
 
 @pytest.mark.parametrize(
