@@ -155,7 +155,7 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     """Refuse what can't work before anything is read or printed; names the output if the user did not."""
     import torch
 
-    from optimum_fista.folder.hub import require_repo_id
+    from optimum_fista.folder.hub import require_push
     from optimum_fista.folder.loading import storage_place, usable_device
     from optimum_fista.prune.ranks import launched_processes, require_independent_layers
     from optimum_fista.text.sources import require_source
@@ -171,7 +171,7 @@ def _require_options(arguments: argparse.Namespace, config: FistaPruningConfig) 
     if arguments.private and not arguments.push_to_hub:
         raise ValueError("--private makes sense with --push-to-hub REPO only.")
     if arguments.push_to_hub:
-        require_repo_id(arguments.push_to_hub)
+        require_push(arguments.push_to_hub)
     if not arguments.overwrite:
         _require_same_settings(arguments, config)
 

@@ -1,4 +1,8 @@
-"""Push a finished model folder to the Hugging Face Hub."""
+"""Push a finished model folder to the Hugging Face Hub, or find out before a run that this would fail.
+
+`HfApi.upload_folder` makes one commit of the files that the model's list names, and of the deletions of an earlier
+model's: nobody ever downloads half of a model, or one model's weights with another's report.
+"""
 
 import glob
 import logging
@@ -83,6 +87,32 @@ def push_folder(
         f"private={private} was passed, but {repo_id!r} exists with private={found_private}: omit `private` to keep "
         "that, change the repository's settings, or pass another `repo_id`"
     )
+
+
+def require_push(repo_id: str, token: str | None = None) -> None:
+    """Refuse a push that can't work before hours are spent on the model: the name, the token, the namespace.
+
+    Raises:
+        ValueError: If `repo_id` is no name of a repository, or the token may not write to its namespace.
+        OSError: If there is no valid token, or the Hub can't be reached.
+    """
+    require_repo_id(repo_id)
+    try:
+        user = HfApi(token=token).whoami()
+    except Exception as error:  # no common base: httpx errors, OSError of the client
+        why = str(error).partition("\n")[0]
+        raise OSError(f"repo_id={repo_id!r} can't be pushed to, and nothing was done: {why}") from error
+    names = [user["name"], *(organization["name"] for organization in user.get("orgs", ()))]
+    namespace = repo_id.rpartition("/")[0] or user["name"]
+    if namespace not in names:
+        raise ValueError(
+            f"repo_id={repo_id!r}: {user['name']}, whose token this is, can't write to {namespace!r}: pass one of "
+            f"{', '.join(f'{name}/...' for name in names)}"
+        )
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":  # others may write, or write to some
+        raise ValueError(
+            f"repo_id={repo_id!r}: the token can only read: pass one that can write (https://hf.co/settings/tokens)"
+        )
 
 
 def require_repo_id(repo_id: str) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import (
     AutoConfig,
@@ -140,6 +144,8 @@ def _read(kind: Any, name: str, **options: Any) -> Any:
             raise ImportError(f"model={name!r} is a GGUF file, which needs the package gguf: run {command}.")
         with reading(name), _no_garbage_collection():
             return kind.from_pretrained(name, trust_remote_code=False, gguf_file=file, **options)
+    if not Path(name).exists():
+        _require_on_hub(name)
     try:
         with reading(name):
             return kind.from_pretrained(name, trust_remote_code=False, **options)
@@ -147,6 +153,33 @@ def _read(kind: Any, name: str, **options: Any) -> Any:
         if Path(name).exists():
             raise
         raise OSError(f"model={name!r}: there is no such folder, and the Hub gave no such model ({error})") from error
+
+
+@functools.cache
+def _require_on_hub(name: str) -> None:
+    """Ask the Hub once if it has a model that is not in the cache: Transformers repeats each request for a minute."""
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except Exception as error:  # the client has no common base
+        absent = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+        if isinstance(error, HfHubHTTPError) and not absent:  # it has another file, it is gated, or is busy
+            return
+        why = (
+            "has no such model that you may read"
+            if absent
+            else f"can't be reached ({str(error).partition(chr(10))[0]})"
+        )
+        raise OSError(f"model={name!r}: there is no such folder, and the Hub {why}.{_meant(name)}") from error
+
+
+def _meant(name: str) -> str:
+    """A question that offers the folder with the closest name, if one is close."""
+    path = Path(name)
+    others = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, others, n=1)
+    return f" Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
 
 
 def _is_not_about_offloading(record: logging.LogRecord) -> bool:
@@ -177,6 +210,7 @@ def gguf_file(name: str) -> str | None:
         except HFValidationError as error:
             raise ValueError(
                 f"model={name!r} is neither a folder that exists nor a Hub id: pass a model folder, or 'owner/name'."
+                f"{_meant(name)}"
             ) from error
     if not folder.is_dir() or (folder / "config.json").exists():
         return None

@@ -6,10 +6,10 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 from folder_files import bytes_of
-from hub_standin import HubStandIn, hub_fixture, run_with_hub  # noqa: F401
+from hub_standin import HubStandIn, connect, hub_fixture, run_with_hub  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_fista.folder.hub import push_folder
+from optimum_fista.folder.hub import push_folder, require_push
 from optimum_fista.folder.output import new_output, write_about
 
 REPO_ID = "tester/tiny-llama"
@@ -145,6 +145,21 @@ def test_refused_token_foreign_namespace_and_unreachable_hub(hub, model_folder, 
         assert reason in message
         assert "hf_wrong" not in message
     assert hub.repositories == {}
+
+
+def test_what_cannot_be_pushed_is_known_before(hub, monkeypatch):
+    connect(hub, monkeypatch)
+    require_push(REPO_ID)
+    require_push("tiny-llama")
+    refused = [("a/b/c", {}, "is not a repository name"), ("someone/tiny", {}, "tester, .* can't write to 'someone'")]
+    refused.append((REPO_ID, {"token": "hf_wrong"}, "Invalid user token"))
+    for repo_id, options, why in refused:
+        with pytest.raises((OSError, ValueError), match=rf"repo_id='{repo_id}'.*{why}"):
+            require_push(repo_id, **options)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"can't be pushed to, and nothing was done: .*offline mode is enabled"):
+        require_push(REPO_ID)
+    assert {request.partition(" ")[0] for request in hub.requests} == {"GET"}
 
 
 def test_private_is_not_ignored_for_an_existing_public_repository(hub, model_folder, tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_standin import connect, hub_fixture  # noqa: F401
 from tiny_llama import tiny_llama, tiny_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -108,12 +109,36 @@ def test_folders_without_one_model(tmp_path):
 
 
 def test_names_that_are_no_model(tmp_path):
+    (tmp_path / "absnt").mkdir()
     (tmp_path / "a.gguf").touch()
     with pytest.raises(ValueError, match=r"a\.gguf' is a file: pass the folder that holds it"):
         load_model(str(tmp_path / "a.gguf"))
-    for name in (str(tmp_path / "absent"), "./absent"):
-        with pytest.raises(ValueError, match="absent' is neither a folder that exists nor a Hub id: pass"):
+    for name, meant in ((str(tmp_path / "absent"), r" Did you mean '.*/absnt'\?"), ("./absent", "")):
+        with pytest.raises(ValueError, match=rf"absent' is neither a folder .* nor a Hub id: pass .*name'\.{meant}$"):
             load_model(name)
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        ("open", "has no such model that you may read"),
+        ("closed", r"can't be reached \(.*refused\)"),
+        ("offline", r"can't be reached \(.*offline mode is enabled.*\)"),
+    ],
+)
+def test_a_misspelt_name_fails_at_once_and_offers_the_closest(state, why, hub, tmp_path, monkeypatch):
+    """One request, and no retries, which take Transformers a minute."""
+    connect(hub, monkeypatch)
+    template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tester/model-50").mkdir(parents=True)
+    if state == "closed":
+        hub.__exit__()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", state == "offline")
+    with pytest.raises(OSError, match=rf"no such folder, and the Hub {why}\. Did you mean 'tester/model-50'\?$"):
+        load_model("tester/model-5O", device="cpu")
+    assert sum("model-5O" in request for request in hub.requests) == (state == "open")
 
 
 @pytest.mark.parametrize("device", ["cpu:x", "cuda:99", "meta"])
