@@ -1,8 +1,8 @@
 """Finding the decoder layers of a model and the linear operators in them, by structure.
 
 No family is known by name, unlike in tools with a list of layers for each: what Transformers declares (classes that are
-not split over devices, tied weights, the head) and the shapes of parameters decide. A model that can't be told apart so
-is refused with what was found. A new quirk of an architecture belongs here, with a test of its own.
+not split over devices, tied weights, the head) and the shapes of parameters decide. Other models are refused with what
+was found. A new quirk of an architecture belongs here, with a test of its own.
 """
 
 from __future__ import annotations
@@ -85,16 +85,13 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
         )
     ((name, layers),) = found.items()
     inside = {*layers.modules(), model.get_output_embeddings()}
-    owners: dict[int, list[str]] = {}
+    firsts, shared = dict[int, str](), dict[str, str]()
     for path, parameter in layers.named_parameters(prefix=name, remove_duplicate=False):
-        if path.endswith(".weight"):
-            owners.setdefault(id(parameter), []).append(path.removesuffix(".weight"))
-    shared = {
-        one: f"shares its weight with {names[one == names[0]]}"  # with the first one, which shares it with the second
-        for names in owners.values()
-        if len(names) > 1
-        for one in names
-    }
+        one = path.removesuffix(".weight")
+        first = firsts.setdefault(id(parameter), one)
+        if path.endswith(".weight") and one != first:
+            shared[one] = f"shares its weight with {first}"
+            shared.setdefault(first, f"shares its weight with {one}")
     return DecoderLayers(model, name, tuple(layers), tuple(m for m in decoder.modules() if m not in inside), shared)
 
 

@@ -64,10 +64,7 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> tuple[Tensor,
 
 
 def experts_to_keep(saliency: Tensor, count: int, equal_runs: int = 1) -> tuple[int, ...]:
-    """The most salient experts, as many of every run that the router chooses first, in rising order.
-
-    Of equally salient ones the first stay.
-    """
+    """The most salient experts in rising order, as many of every run; of equally salient ones the first stay."""
     by_run = saliency.view(equal_runs, -1)  # [experts] -> [runs, experts of a run]
     best = by_run.argsort(dim=1, descending=True, stable=True)[:, : count // equal_runs]
     first = torch.arange(equal_runs)[:, None] * by_run.shape[1]
@@ -81,10 +78,9 @@ class SmallerMixture:
 
         E* = sum_e p_e (D_e z_e + b_e),
 
-    where `D_e` is the down projection of expert e and `z_e` its input. The router, the gate and the up projections stay
-    as they are, so that `E*` is linear in all `D_e`. The experts are those that stay, in the smaller layer, which
-    `hidden_states` enter; together they should return `wanted`, `Y` [tokens, out], a batch each. Nothing that grows
-    with the number of experts is kept: what an expert gets is made again from what enters the mixture.
+    where `D_e` is the down projection of expert e and `z_e` its input. Only these are refitted, so that `E*` is linear
+    in what changes. Together the experts, in a layer that `hidden_states` enter, should return `wanted`, `Y` [tokens,
+    out], a batch each. What an expert gets is made again from what enters the mixture each time, and not kept.
     """
 
     def __init__(
@@ -131,10 +127,7 @@ class SmallerMixture:
             || p_e D_e z_e - (Y - sum_{f != e} p_f (D_f z_f + b_f) - p_e b_e) ||_F^2,
 
         with the ridge of `refit_columns` towards the weights that it has. `write` is called with the number of every
-        expert that was refitted and its new weights [out, in], float32, as they are rounded.
-
-        Returns:
-            How many experts were refitted, and what the user should know.
+        refitted expert and its weights [out, in]. Returns how many there are, and what the user should know.
         """
         if getattr(self.experts.module, "has_post_expert_norm", False):
             return 0, "not refitted: a norm follows every expert"
@@ -163,10 +156,7 @@ class SmallerMixture:
         return len(chosen), "; ".join(messages)
 
     def _problems(self, expert: int, weight: Tensor) -> tuple[LayerProblem, ...]:
-        """The layer problems of an expert on the first and the last half of every sequence.
-
-        There are none if one half has no token for the expert.
-        """
+        """The problems of an expert on the first and last halves of sequences; none if it gets no token of one."""
         operator, device = self._down[expert], self._activations.device
         sums = [GroupSums(weight.shape[1], device) for _ in range(2)]
         for batch, residual in enumerate(self._residuals):

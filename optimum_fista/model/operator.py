@@ -144,10 +144,7 @@ class ExpertLinear(nn.Module):
 
 
 class ExpertOperator(LinearOperator):
-    """A linear operator of one of the `experts` of a mixture; the router decides which tokens it sees.
-
-    Its `kind` is `"gate_proj"`, `"up_proj"` or `"down_proj"`, and `expert` the number of its expert.
-    """
+    """A linear operator of one of the `experts` of a mixture; the router decides which tokens it sees."""
 
     module: ExpertLinear
 
@@ -155,7 +152,7 @@ class ExpertOperator(LinearOperator):
         name = f"{experts.name}.{expert}.{kind}"
         super().__init__(name, module, experts.module, module.tensor, experts.transposed)
         self.experts = experts
-        self.kind = kind
+        self.kind = kind  # gate_proj, up_proj or down_proj
         self.expert = expert
         self.tokens = torch.empty(0, dtype=torch.int64)
 
@@ -172,10 +169,9 @@ class ExpertOperator(LinearOperator):
 
 
 class FusedExperts:
-    """A module that keeps the weights of all its experts in 3-D parameters.
+    """A module that keeps the weights of all its experts in 3-D parameters, and how to run it matrix by matrix.
 
-    Its forward pass can be replaced by one that calls every matrix of every expert as a module of its own, in the
-    order of the experts and also if the router sends no token, so that they can be watched like other operators.
+    All matrices are called, in the order of the experts, also those of an expert that gets no token.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -185,16 +181,11 @@ class FusedExperts:
         self._is_routed = hasattr(module, "is_concatenated")  # has the interface of Transformers' experts
         self.interleaved = not getattr(module, "is_concatenated", True)  # outputs of gate and up alternate (gpt-oss)
         self.transposed = bool(getattr(module, "is_transposed", True))  # stored as [in, out]
-        parts: dict[str, tuple[str, int | None]] = {"up_proj": ("up_proj", None), "down_proj": ("down_proj", None)}
-        if self.gated:
-            parts = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": parts["down_proj"]}
-        down: Tensor = module.down_proj  # type: ignore[assignment]
+        both = [("gate_proj", "gate_up_proj", 0), ("up_proj", "gate_up_proj", 1)]
+        kinds = [*(both if self.gated else [("up_proj", "up_proj", None)]), ("down_proj", "down_proj", None)]
         self._experts = [
-            {
-                kind: ExpertOperator(self, kind, i, ExpertLinear(self, tensor, i, half))
-                for kind, (tensor, half) in parts.items()
-            }
-            for i in range(down.shape[0])
+            {kind: ExpertOperator(self, kind, i, ExpertLinear(self, tensor, i, half)) for kind, tensor, half in kinds}
+            for i in range(len(module.get_parameter("down_proj")))
         ]
         self.operators = [operator for expert in self._experts for operator in expert.values()]  # as they are called
         # Called with every expert, the tokens that it gets, and its weighted outputs for them.

@@ -17,11 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.offload import describe_ties
-from optimum_fista.model.operator import LINEAR, LinearOperator
+from optimum_fista.model.operator import LINEAR
 from optimum_fista.solve.patterns import WholeParts
 
 Kind = Literal["channels", "heads", "experts"]
@@ -65,11 +66,6 @@ class Part:
         # numbers of the entries, [repeats, groups, entries of a group] -> [entries that stay]
         entries = torch.arange(tensor.shape[axis]).view(repeats, self.groups, -1)[:, list(kept)].flatten()
         return tensor.index_select(axis, entries.to(tensor.device))
-
-    def shrunk_shape(self, name: str, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-        """The shape of one of `tensors` that holds `count` groups."""
-        axis, _ = self.tensors[name]
-        return (*shape[:axis], shape[axis] // self.groups * count, *shape[axis + 1 :])
 
     def without_columns(self, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """A copy of the operator's weight, as stored, with zeros in the columns of all groups but `kept`."""
@@ -118,17 +114,14 @@ def numbers_kept(model: PreTrainedModel, pattern: WholeParts) -> dict[str, int]:
 
 
 def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:
-    """Find what a model can lose.
+    """Find what a model can lose; it may be on any device, meta included, and is not changed.
 
-    - `"channels"`: intermediate channels of plain MLPs. Columns of the down projection go, with the rows of the
-      projections that compute their inputs.
-    - `"heads"`: key-value heads with their query heads. Columns of the attention's output projection go, with rows of
-      q, k and v.
-    - `"experts"`: experts of mixtures, with their outputs of the router.
+    - `"channels"` of plain MLPs: columns of the down projection, with the rows that compute their inputs.
+    - `"heads"`: key-value heads with their query heads: columns of the output projection, with rows of q, k and v.
+    - `"experts"` of mixtures, with their outputs of the router.
 
     Shapes do not tell in which order a matrix keeps its rows. Those of a head are taken to be together, and a gate and
-    an up projection in one matrix to follow one another. `shrinking.require_same_outputs` proves it. The model may be
-    on any device, meta included, and is not changed.
+    an up projection in one matrix to follow one another. `shrinking.require_same_outputs` proves it.
     """
     reasons = [f"{name} {why}" for name, why in find_decoder_layers(model).shared.items()][:1]
     for stated in () if reasons else _stated(model.config.get_text_config(decoder=True), kind):
@@ -206,11 +199,9 @@ def _operators(dense: PreTrainedModel, prefix: str, axes: Mapping[str, int], sta
     shapes = {name: shape for name, shape in shapes_of(dense).items() if name in axes and name.startswith(prefix)}
     owners = {name: name.rpartition(".")[0] for name in shapes}
     modules = {name: dense.get_submodule(owner) for name, owner in owners.items()}
-    linear = {
-        name: LinearOperator(owners[name], module) for name, module in modules.items() if isinstance(module, LINEAR)
-    }
-    # What shrinks in its columns: the second axis of a weight, the first one of a weight that is stored as [in, out].
-    weights = [n for n, o in linear.items() if n.endswith(".weight") and axes[n] == (0 if o.transposed else 1)]
+    linear = [name for name, module in modules.items() if isinstance(module, LINEAR)]
+    # What shrinks in its columns: the second axis of a weight [out, in], the first one if it is stored as [in, out].
+    weights = [n for n in linear if n.endswith(".weight") and axes[n] == (not isinstance(modules[n], Conv1D))]
     for weight in weights:
         operator, columns = owners[weight], shapes[weight][axes[weight]]
         groups = stated.groups or columns

@@ -26,8 +26,7 @@ from optimum_fista.model.forward import operator_input, quick_products, replaced
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.operator import LinearOperator
 
-_TYPICAL = 2.0
-"""Energies of tokens are cut off at this many medians of their sequence."""
+_TYPICAL = 2.0  # energies of tokens are cut off at this many medians of their sequence
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,11 @@ class DenseLoss:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much an error in the outputs of one operator `y = W x` raises the loss, to second order, on tokens t.
+    """How much an error in the outputs of one operator `y = W x` raises the loss, to second order.
 
-    The error of a pruned operator is about in proportion to the energy `e_t = sum_j x_tj^2 sum_i w_ij^2` that a token
-    has in it, so the gradients `g_t` of the loss by the outputs are weighted by it. Otherwise the few tokens whose
-    gradients are huge and whose inputs are small (attention sinks) would decide.
+    The error of a pruned operator is about in proportion to the energy `e = sum_j x_j^2 sum_i w_ij^2` that a token has
+    in it, so the gradients `g` of the loss by the outputs are weighted by `e`. Otherwise the few tokens whose gradients
+    are huge and whose inputs are small (attention sinks) would decide.
     """
 
     outputs: Tensor  # [out], nats per unit of squared error in each output: 1/2 E[e g_i^2] / E[e], float32

@@ -54,10 +54,7 @@ class Shrinking:
         return next((part for part in self.parts.values() if name in part.tensors), None)
 
     def shrink_tensor(self, name: str, tensor: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
-        """A tensor of the model as the smaller model has it: a copy with fewer entries, or the tensor itself.
-
-        `kept` are the groups that stay, in rising order, by the names of parts; those of other tensors may be missing.
-        """
+        """A tensor as the smaller model has it, with the groups `kept` of its part; itself if it loses nothing."""
         part = self.part_of(name)
         return tensor if part is None else part.shrink(name, tensor, kept[part.name])
 
@@ -70,14 +67,11 @@ def plan_shrinking(
     experts: int | None = None,
     layers: Sequence[int] | None = None,
 ) -> Shrinking:
-    """Plan a smaller model and prove that a configuration describes it.
+    """Plan a smaller model, from the numbers of parts that each decoder layer keeps and of the `layers` that stay.
 
     The smaller model is built, without weights, from the changed configuration. Every tensor must have the shape that
     shrinking gives it. Modules may differ from those of the model in sizes and in the numbers of their decoder layers,
     but not in windows, scales or kinds. The model may be on any device, meta included, and is not changed.
-
-    The numbers are those of intermediate channels of every MLP, of key-value heads, each with its query heads, and of
-    experts that stay; `layers` are the numbers of the decoder layers that stay, in rising order. `None`: all.
     """
     decoder_layers = find_decoder_layers(model)
     total, prefix = len(decoder_layers), decoder_layers.name
@@ -121,11 +115,10 @@ def plan_shrinking(
 
 
 def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Sequence[int]]) -> None:
-    """Make a model, whose weights are in memory, the smaller one, in place.
+    """Make a model, whose weights are in memory, the smaller one, in place, with the groups `kept` of each part.
 
     Modules and parameters stay the same objects, with their devices, modes and hooks. Tensors that lose nothing keep
-    their memory; those that shrink lose their gradients. `model.config` becomes another object. `kept` are the groups
-    that stay, in rising order, by the names of `plan.parts`.
+    their memory; those that shrink lose their gradients. `model.config` becomes another object.
     """
     for name, tensor in _tensors(model):
         if plan.part_of(name) is not None:
@@ -161,8 +154,7 @@ def require_same_outputs(
 
     Shapes don't tell whether something depends on all channels or heads together (a norm without weights, slopes that
     are computed from the number of heads) or on the number of the decoder layer, or whether rows are in another
-    order. This does, for a decoder layer that stays or a whole model, whose name is "", with a plan for channels or
-    heads. `run` runs such a module on some inputs. The module, with its weights in memory, stays as it is.
+    order. This does, for a decoder layer or a whole model, whose name is "", in memory, if no experts go.
     """
     zeroed: dict[str, Tensor] = {}
     for key, tensor in _tensors(module):
@@ -223,7 +215,8 @@ def _require_described(dense: PreTrainedModel, plan: Shrinking) -> None:
     for name, shape in shapes_of(dense).items():
         new, part = plan.new_name(name), plan.part_of(name)
         if part is not None:
-            shape = part.shrunk_shape(name, shape, plan.counts[part.name])
+            tensor = torch.empty(shape, device="meta")
+            shape = tuple(part.shrink(name, tensor, range(plan.counts[part.name])).shape)
         if new is not None:
             left[new] = shape
     described = shapes_of(plan.model)
