@@ -1,4 +1,8 @@
-"""Distillation: how far predictions are from a teacher's, and the Trainer that makes this smaller."""
+"""Distillation: the distance of predictions from a teacher's, and the Trainer that makes this distance smaller.
+
+The Trainer of Transformers does the training; this file gives it the loss, and makes its checkpoints states that a
+killed run resumes from with the same bits: only parameters that are trained, with digests, written last.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +10,29 @@ import json
 import logging
 import math
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from optimum_fista.evaluate.perplexity import POSITIONS_PER_CHUNK
 from optimum_fista.folder.output import digest_of, errors_of_writing, write_file
-from optimum_fista.prune.journal import write_record
+from optimum_fista.prune.journal import is_whole, read_record, write_record
 from optimum_fista.prune.ranks import Ranks
 
-STATE_RECORD = "files.json"
-"""In the folder of a state: the step of the best state then, and the digests of the files of this one."""
-logger = logging.getLogger(__name__)
-
-_POSITIONS_ON_CPU = 16
-"""Positions a chunk of the loss on a CPU: as many as its caches hold."""
+_STATE_RECORD = "files.json"  # in the folder of a state: the best step until then, and digests of the state's files
+_POSITIONS_ON_CPU = 16  # a chunk of the loss: as many as the caches of a CPU hold
 _SAVE_SECONDS = 120.0
+logger = logging.getLogger(__name__)
 
 
 def divergence(logits: Tensor, teacher: Tensor, labels: Tensor, label_share: float = 0.0) -> Tensor:
@@ -49,12 +54,13 @@ class _Divergence(torch.autograd.Function):
         chunk = _POSITIONS_ON_CPU if logits.device.type == "cpu" else POSITIONS_PER_CHUNK
         for start in range(0, positions, chunk):
             rows = slice(start, start + chunk)
-            log_q, log_p = (values[rows].float().log_softmax(-1) for values in (logits, teacher))
+            log_q, log_p = (values[rows].float().log_softmax(-1) for values in (logits, teacher))  # [chunk, vocabulary]
             q, p, following = log_q.exp(), log_p.exp(), labels[rows, None]
             total += (1 - label_share) * log_p.sub_(log_q).mul_(p).sum()
             if label_share:  # the label may be of no probability
                 total -= label_share * log_q.gather(1, following).sum()
-            slope = q.sub_(p, alpha=1 - label_share)  # in the logits
+            # d/d logits = q - (1 - s) p - s [label]: sum p = 1, so that KL and cross-entropy share the q
+            slope = q.sub_(p, alpha=1 - label_share)
             slope.scatter_add_(1, following, torch.full_like(slope[:, :1], -label_share))
             gradient[rows] = slope.div_(positions)
         ctx.save_for_backward(gradient)
@@ -63,6 +69,14 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.saved_tensors[0] * outward[0], None, None, None
+
+
+def loss_against_teacher(model: Any, teacher: Any, ids: Tensor, label_share: float) -> Tensor:
+    """The divergence from the teacher and the text, on average over the tokens that `ids` [batch, length] predict."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)  # [batch * (length - 1), vocabulary]
+    with torch.no_grad():
+        wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return divergence(logits, wanted, ids[:, 1:].flatten(), label_share)
 
 
 class DistillationTrainer(Trainer):
@@ -93,12 +107,8 @@ class DistillationTrainer(Trainer):
         self._label_share = label_share
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        """The divergence from the teacher and the text, on average over a batch."""
-        ids = inputs["input_ids"]
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        with torch.no_grad():
-            wanted = self._teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        return divergence(logits, wanted, ids[:, 1:].flatten(), self._label_share)
+        """The divergence from the teacher and the text."""
+        return loss_against_teacher(model, self._teacher, inputs["input_ids"], self._label_share)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
         """The mean negative log-likelihood of a token of held-out sequences."""
@@ -129,14 +139,36 @@ class DistillationTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Saves a state every two minutes, counts seconds, and ends a training whose held-out loss is no longer finite.
+    """Shows a training, saves its state every two minutes, and ends it early if asked, or if it fails.
 
     Weights only count as the best if their loss is smaller than that before the training.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, progress: bool) -> None:
+        self.stopped = False  # by Ctrl-C
+        self._ranks, self._progress = ranks, progress and not ranks.index
         self._began = self._saved = time.perf_counter()
+        self._bar: Any = None
+
+    @contextmanager
+    def stopping_at_a_step(self) -> Iterator[None]:
+        """Inside, the first Ctrl-C ends the training after the step that it is in; a second one ends it at once."""
+
+        def stop(*_: object) -> None:
+            if self.stopped:
+                raise KeyboardInterrupt
+            self.stopped = True
+            logger.warning("stopping: this step is finished and saved first; Ctrl-C again stops at once")
+
+        handler = signal.getsignal(signal.SIGINT)
+        ours = threading.current_thread() is threading.main_thread() and handler is signal.default_int_handler
+        if ours:  # another handler is the caller's
+            signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            if ours:
+                signal.signal(signal.SIGINT, handler)
 
     def on_train_begin(self, *given: Any, **_: Any) -> None:
         """Count on from the seconds of earlier starts, and find their best state where the journal is now."""
@@ -145,11 +177,21 @@ class Watch(TrainerCallback):
         if state.best_global_step:
             state.best_model_checkpoint = f"{arguments.output_dir}/checkpoint-{state.best_global_step}"
         self._began, self._saved = time.perf_counter() - before, time.perf_counter()
+        shown: dict[str, Any] = {"initial": state.global_step, "unit": "step", "disable": not self._progress}
+        self._bar = tqdm(total=state.max_steps, desc="Training", **shown)
 
     def on_step_end(self, *given: Any, **_: Any) -> None:
-        """Have a state saved; rank 0's clock decides for all."""
-        if self._ranks.gather(time.perf_counter() - self._saved > _SAVE_SECONDS)[0]:
-            given[2].should_save = True
+        """Have a state saved, or the training stopped, in all processes alike; rank 0's clock decides."""
+        self._bar.update()
+        late = time.perf_counter() - self._saved > _SAVE_SECONDS
+        found = self._ranks.gather((late, self.stopped))
+        self.stopped = any(stopped for _, stopped in found)
+        given[2].should_save |= found[0][0]
+        given[2].should_training_stop |= self.stopped
+
+    def on_epoch_end(self, *given: Any, **_: Any) -> None:
+        """Have the last state saved if the training was stopped; after a step an evaluation might overrule that."""
+        given[2].should_save |= self.stopped
 
     def on_save(self, *given: Any, **_: Any) -> None:
         """Finish the state once all processes have written their files of it."""
@@ -162,8 +204,11 @@ class Watch(TrainerCallback):
         given[1].log_history[-1]["seconds"] = round(time.perf_counter() - self._began, 1)
 
     def on_evaluate(self, *given: Any, **named: Any) -> None:
-        """Look at the held-out loss."""
+        """Say the held-out loss; end a training whose loss is no longer finite."""
         (_, state, control), loss = given, named["metrics"]["eval_loss"]
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_postfix({"held-out loss": f"{loss:.4f}"})
+        logger.info("held-out loss %.4f after step %d of %d", loss, state.global_step, state.max_steps)
         if not state.global_step:
             state.best_metric = loss
         if math.isfinite(loss):
@@ -173,15 +218,35 @@ class Watch(TrainerCallback):
         logger.warning("the loss is no longer finite at step %d: the training ends here", state.global_step)
         control.should_training_stop = True
 
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Take the bar away, also after an error."""
+        if self._bar is not None:
+            self._bar.close()
+
 
 def _finish_state(journal: Path, state: TrainerState) -> None:
     """Write the digests of a state's files last, and only then remove the states that it replaces."""
     best, folder = state.best_global_step, journal / f"checkpoint-{state.global_step}"
     file = folder / "trainer_state.json"
     write_file(file, json.dumps(json.loads(file.read_text()) | {"best_model_checkpoint": None}))  # folders may be moved
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != STATE_RECORD]
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != _STATE_RECORD]
     digests = {file.relative_to(folder).as_posix(): digest_of(file) for file in files}
-    write_record(folder / STATE_RECORD, {"best": best, "files": digests})
+    write_record(folder / _STATE_RECORD, {"best": best, "files": digests})
     for other in {*journal.glob("checkpoint-*")} - {folder, journal / f"checkpoint-{best}"}:
-        (other / STATE_RECORD).unlink(missing_ok=True)  # first: what is left of it is no state
+        (other / _STATE_RECORD).unlink(missing_ok=True)  # first: what is left of it is no state
         shutil.rmtree(other, ignore_errors=True)
+
+
+def kept_states(journal: Path, *, checked: bool = False) -> dict[int, Path]:
+    """States that an unfinished training can resume from, by the steps done then; `checked`: whole ones, others go."""
+    found, best = {}, {}
+    for folder in journal.glob("checkpoint-*"):
+        record = read_record(folder / _STATE_RECORD)
+        if record is not None and all(not checked or is_whole(folder / name, d) for name, d in record["files"].items()):
+            step = int(folder.name.rpartition("-")[2])
+            found[step], best[step] = folder.resolve(), record["best"]
+    found = {step: folder for step, folder in found.items() if not best[step] or best[step] in found}
+    for folder in journal.glob("checkpoint-*") if checked else ():
+        if folder.resolve() not in found.values():
+            shutil.rmtree(folder)
+    return found

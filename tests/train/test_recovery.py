@@ -23,7 +23,7 @@ from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.folder.output import folder_beside
 from optimum_fista.folder.packed_folder import pack_folder
 from optimum_fista.prune.journal import require_same_run
-from optimum_fista.train import distillation, recovery
+from optimum_fista.train import distillation, recovery, recovery_plan
 from optimum_fista.train.distillation import DistillationTrainer, Watch
 
 QUICK = {"tokens": 640, "sequence_length": 16, "batch_size": 1, "accumulate": 2, "held_out": 4, "learning_rate": 1e-2}
@@ -287,12 +287,13 @@ def test_auto_takes_what_memory_suffices_for(run, monkeypatch, caplog):
             monkeypatch.setattr(recovery, "available_bytes", lambda device, free=free: free)
             kinds[free] = run(str(free), tokens=64).train
     assert kinds == {None: "all", 10**9: "all", 1000: "norms"}
-    assert "norms and biases are trained: " in caplog.text
+    assert "160 parameters are trained (norms and biases), which takes about " in caplog.text
 
 
 def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
     for name in ("plain", "checkpointed"):
-        monkeypatch.setattr(recovery._Run, "_choose", lambda *_, twice=name == "checkpointed": ("all", twice))
+        choice = recovery_plan.Choice("all", name == "checkpointed", 1, 1)
+        monkeypatch.setattr(recovery, "choose", lambda *_, choice=choice: choice)
         run(name, tokens=64)
     for name, weight in weights(tmp_path / "plain").items():
         torch.testing.assert_close(weights(tmp_path / "checkpointed")[name], weight, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,297 @@
+"""Plan a recovery: check what it is given, choose what is trained, and say what that takes.
+
+The plan is made before anything large is read, from configurations and a model without weights. `recover` trains by it;
+`preview` prints it, and measures the time of one step. Nothing here writes a file of the run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils import cached_file
+
+from optimum_fista.environment import numerical_environment
+from optimum_fista.folder.checkpoint import CONFIG_FILE, read_report
+from optimum_fista.folder.loading import (
+    load_model,
+    load_tokenizer,
+    read_config,
+    read_model,
+    require_tokenizer,
+    usable_device,
+)
+from optimum_fista.folder.output import folder_beside, require_output
+from optimum_fista.memory import available_bytes
+from optimum_fista.model.architecture import find_decoder_layers, find_operators
+from optimum_fista.model.forward import compute_dtype_of
+from optimum_fista.model.operator import LinearOperator
+from optimum_fista.report import WORDS_OF_TRAIN, PruningReport
+from optimum_fista.text.calibration_tokens import usual_length
+from optimum_fista.train.distillation import loss_against_teacher
+from optimum_fista.train.recovery_options import RecoveryOptions
+from optimum_fista.train.trained_masks import find_masks, pruned_folder
+
+_USUAL_LENGTH = 512  # tokens: short, because every token of a pass takes 10 bytes for each word of the vocabulary
+_USUAL_STEPS, _MOST_SEQUENCES = 256, 32  # of the default: as many steps, of as few sequences as that allows
+_RANK = 16  # of adapters
+_MARGIN = 0.9  # of the memory that is free: the rest is for what is not counted
+
+
+@dataclass(frozen=True)
+class RecoveryPlan:
+    """What a recovery reads, trains on and writes."""
+
+    source: str  # folder of the pruned model
+    teacher: str  # folder of the dense model
+    teacher_name: str  # as the user gave it
+    calibration: str
+    text_model: str  # whose tokenizer reads the text, or who writes it
+    output: Path
+    options: RecoveryOptions
+    length: int  # tokens in a sequence
+    accumulate: int  # passes for a step, of all processes together
+    steps: int
+    place: torch.device
+    compute: torch.dtype  # of products
+    report: PruningReport  # of the pruned model
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are trained on, each once."""
+        return self.steps * self.accumulate * self.options.batch_size
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is trained, and the memory that it takes."""
+
+    train: str  # "all", "lora" or "norms"
+    checkpointed: bool  # whether decoder layers compute their activations twice
+    num_trained: int  # weights, zeros aside
+    num_bytes: int  # of both models, gradients, moments and activations, on the device of one process
+
+    def __str__(self) -> str:
+        """A line for people."""
+        twice = ", with activations that are computed twice" if self.checkpointed else ""
+        what = f"{self.num_trained:,} parameters are trained ({WORDS_OF_TRAIN[self.train]})"
+        return f"{what}, which takes about {_size(self.num_bytes)} of memory{twice}"
+
+
+def plan_recovery(
+    folder: str | Path,
+    teacher: str | Path | None,
+    output_dir: str | Path | None,
+    *,
+    calibration: str,
+    device: str | None,
+    overwrite: bool,
+    processes: int,
+    **options: Any,
+) -> RecoveryPlan:
+    """Check all that can be checked without weights and text; models of the Hub come into its cache last."""
+    asked, source = RecoveryOptions(**options), str(folder)
+    report = read_report(pruned_folder(source))
+    name = str(teacher or report.model["name"])
+    if teacher is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        why = f"the report of {source!r} calls the dense model {name!r}, which is no Hub id"
+        raise ValueError(f"teacher is missing: {why}: pass the folder or Hub id of it (--teacher MODEL).")
+    output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
+    if asked.train == "lora":
+        if processes > 1:
+            advice = "pass all or norms, or start one process"
+            raise ValueError(f"train='lora': several processes train no adapters: {advice}.")
+        lora()  # says what to install if PEFT is missing
+    if asked.report_to not in (trackers := ("none", *INTEGRATION_TO_CALLBACK)):
+        raise ValueError(f"report_to={asked.report_to!r}: pass {', '.join(trackers)}.")
+    for read in (source, name):
+        require_output(output, overwrite, source=read)
+    config = read_config(source)
+    _require_same_vocabulary(source, config, name)
+    text_model = source if calibration != "self" and load_tokenizer(source) is not None else name
+    require_tokenizer(text_model)
+    length = asked.sequence_length or min(_USUAL_LENGTH, usual_length(config))
+    accumulate, steps = _passes_and_steps(asked, length, processes)
+    place = usable_device(device)
+    compute = compute_dtype_of(asked.compute_dtype, place)
+    folders = _folder_of_pruned(source), _folder_of_dense(name)
+    text_model = folders[text_model == name]
+    names = (*folders, name, calibration, text_model)
+    return RecoveryPlan(*names, output, asked, length, accumulate, steps, place, compute, report)
+
+
+def _passes_and_steps(asked: RecoveryOptions, length: int, processes: int) -> tuple[int, int]:
+    """Passes for a step, and steps."""
+    batch_size, accumulate = asked.batch_size, asked.accumulate
+    if accumulate is None:
+        accumulate = max(1, min(_MOST_SEQUENCES, asked.tokens // (_USUAL_STEPS * length)) // batch_size)
+        accumulate = processes * math.ceil(accumulate / processes)
+    if accumulate % processes:
+        raise ValueError(
+            f"accumulate={accumulate}: {processes} processes share the passes of a step: pass a multiple of "
+            f"{processes} (--accumulate)."
+        )
+    tokens_of_step = length * batch_size * accumulate
+    if asked.tokens < tokens_of_step:
+        raise ValueError(
+            f"tokens={asked.tokens}: one step takes {accumulate} passes of {batch_size} sequences of {length} tokens: "
+            f"pass at least {tokens_of_step} (--tokens), or shorter sequences (--sequence-length)."
+        )
+    return accumulate, asked.tokens // tokens_of_step
+
+
+def _require_same_vocabulary(source: str, config: PreTrainedConfig, teacher: str) -> None:
+    """Refuse a teacher whose predictions are of other tokens."""
+    sizes = [c.get_text_config(decoder=True).vocab_size for c in (config, read_config(teacher))]
+    tokenizers = [load_tokenizer(source), load_tokenizer(teacher)]
+    known = [t.get_vocab() for t in tokenizers if isinstance(t, PreTrainedTokenizerBase)]
+    if sizes[0] != sizes[1] or (len(known) == 2 and known[0] != known[1]):
+        other = f"has another vocabulary ({sizes[1]:,} tokens) than {source!r} ({sizes[0]:,})"
+        raise ValueError(f"teacher={teacher!r} {other}: pass the dense model that this one was pruned from.")
+
+
+def _folder_of_pruned(name: str) -> str:
+    return name if Path(name).is_dir() else snapshot_download(name)  # masks and report too
+
+
+def _folder_of_dense(name: str) -> str:
+    if Path(name).is_dir():
+        return name
+    read_model(name, device_map="meta")  # into the cache, only the files that are needed
+    return str(Path(str(cached_file(name, CONFIG_FILE))).parent)  # of the commit that main is at now
+
+
+def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
+    """Choose the first kind of training, without activations that are computed twice, that there is memory for.
+
+    `free` are the bytes that each process has; the last way is taken if none fits.
+    """
+    with torch.device("meta"):  # no memory for weights
+        model = AutoModelForCausalLM.from_config(read_config(plan.source))
+    size, operators, config = model.num_parameters(), _linear_operators(model), _text_config(model)
+    inner = _inner_parameters(model)
+    small = sum(parameter.numel() for parameter in inner if parameter.ndim == 1)
+    adapters = sum(_RANK * sum(operator.shape) for operator in operators)  # A [rank, in], B [out, rank]
+    trained = {"all": sum(p.numel() for p in inner), "lora": small + adapters, "norms": small}
+    kinds = [kind for kind in trained if plan.options.train in (kind, "auto") and (kind != "lora" or len(free) == 1)]
+    known = [found for found in free if found is not None]
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE", len(free))) if plan.place.type == "cpu" else 1
+    layers = len(find_decoder_layers(model))
+    for kind, twice in itertools.product(kinds, (False, True) if model.supports_gradient_checkpointing else (False,)):
+        needed = 4 * size + 12 * trained[kind]  # float32: weights; a gradient and two moments
+        needed += size if kind != "norms" else 0  # masks, a byte a weight
+        needed += (plan.report.model.get("dense_num_parameters") or size) * plan.compute.itemsize  # the teacher
+        inside = 8 * sum(sum(operator.shape) for operator in operators)  # inputs and outputs of operators, a token
+        if twice:  # those of one layer at a time, and what enters each layer
+            inside = inside // layers + 4 * layers * config.hidden_size
+        needed += plan.options.batch_size * plan.length * (inside + 10 * config.vocab_size)  # and logits
+        if not known or needed <= _MARGIN * min(known) / shared:
+            break
+    zeros = plan.report.totals["num_zeros"] if kind == "all" else 0
+    return Choice(kind, twice, trained[kind] - zeros, needed)
+
+
+def load_student(source: str) -> PreTrainedModel:
+    """The pruned model, without what is random in training."""
+    config = read_config(source)
+    for part in (config, config.get_text_config(decoder=True)):
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(part, name, 0.0)
+    return read_model(source, dtype="auto", config=config)
+
+
+def mark_trained(model: PreTrainedModel, train: str, source: str, seed: int) -> None:
+    """Have gradients for what is trained, outside of embeddings and head."""
+    inner = _inner_parameters(model)  # before there are adapters
+    model.requires_grad_(False)
+    if train == "lora":
+        torch.manual_seed(seed)
+        # PEFT's "all-linear" takes fused experts too.
+        names, masks = [operator.name for operator in _linear_operators(model)], find_masks(model, source)
+        lora().add_adapters(model, names, masks, _RANK)
+    for parameter in inner:
+        if train == "all" or parameter.ndim == 1:
+            parameter.requires_grad_()
+
+
+def _inner_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Parameters but those of embeddings and head, which are large and are never pruned."""
+    head = model.get_output_embeddings()
+    outer = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head}
+    return [p for name, p in model.named_parameters() if name.rpartition(".")[0] not in outer]
+
+
+def _linear_operators(model: PreTrainedModel) -> list[LinearOperator]:
+    """The linear operators of the decoder layers, fused experts aside."""
+    return [o for name, layer in find_decoder_layers(model) for o in find_operators(name, layer, ["*"]).values()]
+
+
+def _text_config(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def lora() -> Any:
+    """The module of adapters, which needs PEFT."""
+    return importlib.import_module("optimum_fista.train.lora")
+
+
+@numerical_environment()
+def preview(plan: RecoveryPlan) -> str:
+    """Say in a few lines what a recovery will do and take; one step is tried, in memory, if there is enough."""
+    options, free = plan.options, available_bytes(plan.place)
+    choice = choose(plan, [free])
+    passes = f"{plan.accumulate} x {options.batch_size} sequences of {plan.length} tokens"
+    lines = {
+        "pruned": f"{plan.source}, {plan.report.model['num_parameters']:,} parameters",
+        "teacher": plan.teacher_name,
+        "trained": str(choice),
+        "text": f"{plan.num_sequences * plan.length:,} tokens of {plan.calibration}, {plan.steps} steps of {passes}; "
+        f"{options.held_out} more sequences are held out",
+        "memory": f"{_size(choice.num_bytes)} on {plan.place}" + (f", {_size(free)} are free" if free else ""),
+        "time": "not measured: one step does not fit into the free memory",
+        "output": str(plan.output),
+    }
+    if free is None or choice.num_bytes <= free:
+        seconds = _seconds_of_step(plan, choice)
+        lines["time"] = f"about {tqdm.format_interval(plan.steps * seconds)}, {seconds:.1f} seconds a step"
+    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> float:
+    """Time the forward and backward passes of one step, on tokens drawn at random."""
+    student = load_student(plan.source).float()
+    mark_trained(student, choice.train, plan.source, plan.options.seed)
+    student.to(plan.place)
+    if choice.checkpointed:
+        student.gradient_checkpointing_enable()
+    teacher, _ = load_model(plan.teacher, device=str(plan.place), dtype=plan.compute)
+    ids = torch.randint(_text_config(student).vocab_size, (plan.options.batch_size, plan.length), device=plan.place)
+    seconds = 0.0
+    for _ in range(2):  # the first pass also fills caches
+        started = time.perf_counter()
+        with torch.autocast(plan.place.type, plan.compute, enabled=plan.compute != torch.float32):
+            loss: Tensor = loss_against_teacher(student.train(), teacher.eval(), ids, plan.options.label_share)
+        loss.backward()
+        torch.get_device_module(plan.place).synchronize()
+        seconds = time.perf_counter() - started
+    return plan.accumulate * seconds
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    return tqdm.format_sizeof(count, "iB", 1024)
