@@ -167,21 +167,23 @@ def argument(path: str | Path) -> str:
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
-def next_commands(model: str, folder: Path, calibration: str) -> str:
-    """What to do with a pruned model."""
+def next_commands(model: str, folder: Path, calibration: str | None) -> str:
+    """What to do with a pruned model; without a calibration text it was recovered already."""
     name, dense = argument(folder), argument(model)
     from optimum_fista.text.sources import usual_texts
 
     measured, trained = usual_texts()
-    text = trained if calibration == "self" else argument(calibration)  # a model would write for hours
+    text = trained if calibration == "self" else argument(calibration or trained)  # a model would write for hours
     commands = {
         f"chat {name} --beside {dense}": "talk to the pruned and to the dense model",
         f"evaluate {name} --text {measured}": "perplexity; run it on the dense model too, to compare",
         f"recover {name} --teacher {dense} --calibration {text}": "train it to be more like the dense model",
         f"report {name}": "a page about every operator",
+        f"pack {name} {name}-packed": "store it without its zeros",
         f"verify {name}": "counts the zeros in the files again",
     }
-    lines = [f"optimum-fista {command}    # {why}" for command, why in commands.items()]
+    wanted = [command for command in commands if calibration or not command.startswith("recover ")]
+    lines = [f"optimum-fista {command}    # {commands[command]}" for command in wanted]
     repository = re.sub(r"[^\w.]+", "-", folder.name, flags=re.ASCII).strip("-.")  # letters that the Hub takes
     lines.append(f"hf upload YOUR-NAME/{repository} {name}    # put it on the Hub, after hf auth login")
     return "\n".join(["next:", *(f"  {line}" for line in lines)])

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from statistics import fmean
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.report import LayerReport, OperatorReport, PruningReport, layer_and_kind
@@ -106,7 +107,8 @@ def log_shown(name: str) -> Iterator[None]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield
+        with logging_redirect_tqdm([logger]):  # above a bar, not after it in the same line
+            yield
     finally:
         logger.setLevel(before)
         logger.removeHandler(handler)

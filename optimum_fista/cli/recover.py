@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--calibration", default="self", metavar="SOURCE", help=sources)
     add_options(parser, RecoveryOptions)
     add("--device", **DEVICE)
+    add("--dry-run", action="store_true", help="only print what would be trained, and estimate memory and time")
     add("--overwrite", action="store_true", help="replace a model that --output already holds")
 
 
@@ -47,15 +48,19 @@ def run(arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from optimum_fista.cli.overview import argument
+    from optimum_fista.cli.overview import next_commands
     from optimum_fista.cli.progress import log_shown
     from optimum_fista.folder.output import folder_beside
     from optimum_fista.prune.ranks import joined_ranks
     from optimum_fista.train.recovery import recover, steps_kept
+    from optimum_fista.train.recovery_plan import plan_recovery, preview
 
     options = {name: getattr(arguments, name) for name in ("teacher", "calibration", "device", "overwrite")}
     options |= given(arguments, RecoveryOptions)
     output = arguments.output or folder_beside(arguments.folder, "-recovered")
+    if arguments.dry_run:
+        print(preview(plan_recovery(arguments.folder, output_dir=output, processes=1, **options)))
+        return 0
     with joined_ranks(arguments.device) as ranks, ExitStack() as opened:
         if ranks.index:
             set_verbosity_error()
@@ -74,8 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         PartialState().destroy_process_group()
     if ranks.index:
         return 0
-    name = argument(output)
     print(found)
     print(f"saved to {output}")
-    print(f"next:\n  optimum-fista verify {name}    # counts the zeros in the files again")
+    print(next_commands(arguments.teacher or found.teacher, output, None))
     return 0

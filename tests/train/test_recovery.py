@@ -3,6 +3,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
+from optimum_fista.cli.main import main
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.folder.output import folder_beside
@@ -148,6 +150,44 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, run, tmp_path):
     assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
     assert [row[::2] for row in found.evaluations] == [row[::2] for row in expected.evaluations]
     assert not (tmp_path / "stopped.unfinished").exists()
+
+
+def test_an_interrupt_ends_the_training_after_its_step_and_a_second_one_at_once(run, tmp_path, monkeypatch, caplog):
+    compute_loss, presses = DistillationTrainer.compute_loss, {}
+
+    def interrupted(self, *given, **named):
+        found = compute_loss(self, *given, **named)
+        for _ in range(presses.pop(self.state.global_step, 0)):
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+    expected = run("whole", train="all")
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", interrupted)
+    for step, times, kept in ((3, 1, 4), (4, 2, 4)):
+        presses[step] = times
+        with pytest.raises(KeyboardInterrupt):
+            run("out", train="all")
+        assert recovery.steps_kept(tmp_path / "out") == kept
+        assert "stopping: this step is finished and saved first" in caplog.text
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    found = run("out", train="all")
+    assert bits(tmp_path / "out") == bits(tmp_path / "whole")
+    assert [row[::2] for row in found.evaluations] == [row[::2] for row in expected.evaluations]
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(saved, tiny_folder, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--calibration", text, "--tokens", "640", "--sequence-length", "16", "--train", "norms", "--device", "cpu"]
+    command = ["recover", str(saved.folder), "--teacher", str(tiny_folder), "--output", "out", *flags, "--dry-run"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "160 parameters are trained (norms and biases), which takes about " in shown
+    assert re.search(r"640 tokens of .*sea.txt, 20 steps of 1 x 2 sequences of 16 tokens; 8 more", shown)
+    assert re.search(r"time +about 00:\d\d, 0\.\d seconds a step", shown)
+    monkeypatch.setattr(recovery_plan, "available_bytes", lambda device: 1000)
+    assert main(command) == 0
+    assert "time      not measured: one step does not fit into the free memory" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def flip_a_bit(file: Path) -> None:
