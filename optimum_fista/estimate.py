@@ -28,7 +28,7 @@ from optimum_fista.memory import available_bytes
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.operator import is_fused_experts
 from optimum_fista.model.shrinking import plan_shrinking
-from optimum_fista.prune.plan import plan_run
+from optimum_fista.prune.plan import Budgets, plan_run
 from optimum_fista.prune.removal import PartsRemoval, require_zeros_to_pack
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
@@ -92,14 +92,13 @@ class Estimate:
         self.num_samples, self.packed = num_samples, packed
         self.length, self.value = sequence_length or usual_length(given), dtype.itemsize
         self.vocabulary, self.hidden = next(self.model.get_input_embeddings().parameters()).shape
-        self.layers = find_decoder_layers(self.model)
-        removal, self.config, chosen, self.left_dense = plan_run(self.model, self.layers, config)
-        self.asked, self.num_removed = removal.asked, 0
+        plan = plan_run(find_decoder_layers(self.model), config)
+        going = [(index, 0.0) for index in range(1, 1 + plan.removal.num_removed_layers)]  # which, the values decide
+        plan = plan.with_budgets(Budgets(removed_layers=going))
+        self.layers, self.asked, self.config = plan.layers, plan.asked, plan.config
+        self.left_dense, chosen, removal, self.num_removed = plan.left_dense, plan.operators, plan.removal, 0
         if isinstance(removal, PartsRemoval):
-            going = dict.fromkeys(range(1, 1 + removal.num_removed_layers), 0.0)  # which ones, the values decide
-            chosen = removal.remove_layers(self.model, self.layers, chosen, going) if going else chosen
-            self.config, self.left_dense = removal.config, removal.reasons_left_dense(self.left_dense, chosen)
-            self.num_removed = self.model.num_parameters() - removal.plan.model.num_parameters()
+            self.num_removed = self.model.num_parameters() - removal.smaller.model.num_parameters()
         shapes = {key: operator.shape for those in chosen.values() for key, operator in those.items()}
         repaired = {key for those in chosen.values() for key in [*those][-1:]}
         pruned = [

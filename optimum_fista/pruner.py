@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,16 +19,17 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.hub import push_folder, require_repo_id
-from optimum_fista.folder.loading import local_source
+from optimum_fista.folder.loading import local_source, storage_place
 from optimum_fista.folder.output import new_output
 from optimum_fista.folder.source_files import described_loss
 from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.gram import single_problem
+from optimum_fista.prune.batches import begin
+from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.loop import prune_layers
-from optimum_fista.prune.model_pruning import ModelPruning
-from optimum_fista.prune.ranks import launched_processes
+from optimum_fista.prune.plan import complete_report, prepare
 from optimum_fista.prune.removal import require_in_memory
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.prune.streamed import prune_files
@@ -131,11 +131,12 @@ class FistaPruner:
             OSError: If the disk is full, or can't be written to; finished decoder layers are kept.
             UnsupportedArchitectureError: If the model's structure can't be pruned (a ValueError).
         """
+        settings: dict[str, Any] = {"progress": self.progress, "callbacks": self.callbacks}
         if isinstance(model, str | Path):
             if output_dir is None:
                 raise ValueError(f"model={str(model)!r} is a name: pass output_dir as well, or a loaded model.")
             return prune_files(
-                model,
+                str(model),
                 calib_dataloader,
                 Path(output_dir),
                 self.config,
@@ -143,45 +144,31 @@ class FistaPruner:
                 device=device,
                 dtype=dtype,
                 overwrite=overwrite,
-                progress=self.progress,
-                storage_device=self.storage_device,
-                callbacks=self.callbacks,
                 packed=packed,
                 drop_unused=drop_unused,
+                storage_device=self.storage_device,
+                **settings,
             )
         if output_dir is not None or packed:
             option = "packed=True" if packed else "output_dir"
             raise ValueError(f"{option} is for a model given by name: save a loaded model by save_pretrained.")
-        if (count := launched_processes()) > 1:
-            warnings.warn(
-                f"model is in memory, so each of {count} processes that calls prune works on a copy of its own: pass "
-                "its name and output_dir, and they share its decoder layers.",
-                stacklevel=3,
-            )
-        if any(parameter.is_inference() for parameter in model.parameters()):
-            raise ValueError("model was loaded in inference mode, so it can't be changed: load it outside of that.")
-        if self.config.whole_parts is not None:
-            require_in_memory(model, self.config.whole_parts)
-        started = time.perf_counter()
-        pruning = ModelPruning(
-            model,
-            calib_dataloader,
-            self.config,
-            calibration_source=calibration_source,
-            progress=self.progress,
-            storage_device=self.storage_device,
-            callbacks=self.callbacks,
-        )
-        report, source = pruning.report, local_source(model)
+        started, place = time.perf_counter(), self.storage_device
+        storage = None if place is None else storage_place(place, torch.device("cpu"))
+        require_in_memory(model, self.config)
+        plan = prepare(model, self.config, storage=storage, **settings)
+        calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
         with suppress(OSError, ValueError, SafetensorError):  # what the folder holds now need not be this model
+            source = local_source(model)
             if source is not None and (lost := described_loss(model, source)):
                 report.lack(lost)
         for callback in self.callbacks:
             callback.on_prune_begin(report)
         with ModelSink(model, evaluation_mode(model), torch.no_grad()) as sink, sink.interruptible:
-            prune_layers(pruning, sink)
-            pruning.removal.shrink(model, report, sink.masks, sink.undo_first)
-            pruning.complete_report()
+            plan = plan.with_budgets(share_budgets(plan, calibration.batches, report))
+            prune_layers(plan, calibration, report, sink, held_out)
+            dense_sha256 = [layer.dense_sha256 for layer in report.layers]  # of those that go, too
+            plan.removal.shrink(model, report, sink)
+            complete_report(plan, report, held_out, dense_sha256)
             report.seconds["total"] = time.perf_counter() - started
             model.config.fista_pruning = summary(report)
             self._results[model] = (report, sink.masks)

@@ -24,7 +24,7 @@ from optimum_fista.model.layer_inputs import record_inputs
 from optimum_fista.model.operator import can_be_split, is_fused_experts
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-ENOUGH_TOKENS = patch("optimum_fista.prune.group.UNDER_CALIBRATED_TOKENS", 0)
+ENOUGH_TOKENS = patch("optimum_fista.prune.loop.UNDER_CALIBRATED_TOKENS", 0)
 """Inside, no expert is under-calibrated, however few tokens it gets."""
 
 

@@ -101,7 +101,7 @@ def overview_of(estimate: Estimate) -> list[str]:
 
 def details_of(estimate: Estimate) -> list[str]:
     """What `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, and notes."""
-    from optimum_fista.prune.run_report import idle_patterns
+    from optimum_fista.prune.plan import idle_patterns
 
     lines, counts = overview_of(estimate), dict[str, Counter[str]]()
     for name, weights in estimate.weights.items():

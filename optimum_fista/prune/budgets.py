@@ -1,54 +1,54 @@
-"""How many zeros every operator gets."""
+"""Sharing out: how many zeros every operator gets, and which decoder layers go, by the loss of the dense model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from optimum_fista.config import FistaPruningConfig
-from optimum_fista.memory import is_out_of_memory
+from optimum_fista.memory import is_out_of_memory, release_memory
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.forward import quick_products_in
+from optimum_fista.model.losses import choose_layers
 from optimum_fista.model.operator import ExpertOperator, LinearOperator
 from optimum_fista.model.sensitivity import DenseLoss, measure_sensitivities
+from optimum_fista.prune.plan import Budgets, Plan
+from optimum_fista.report import PruningReport
 from optimum_fista.solve.allocation import allocate, removal_cost
-from optimum_fista.solve.pattern import SparsityPattern
 
 _LEAST_TOKENS = 64
 """Outputs of an operator are weighted by gradients on no fewer tokens."""
 
 
-@dataclass
-class Budgets:
-    """Sparsity patterns of all operators."""
-
-    config: FistaPruningConfig
-    # Of the operators that share the zeros of the model.
-    sparsities: dict[str, float] = field(default_factory=dict)
-    # What an error in each of their outputs costs, [out], nats; they share the zeros of their group.
-    output_weights: dict[str, Tensor] = field(default_factory=dict)
-    # Operators that the loss did not feel; they keep the average sparsity.
-    unseen: list[str] = field(default_factory=list)
-    # Decoder layers to remove, in the order in which they were chosen, each with the loss without it and those before.
-    removed_layers: list[tuple[int, float]] = field(default_factory=list)
-
-    def pattern_for(self, name: str) -> SparsityPattern:
-        """The sparsity pattern of the operator called `name`."""
-        pattern = self.config.pattern_for(name)
-        return replace(pattern, sparsity=self.sparsities[name]) if name in self.sparsities else pattern
+def share_budgets(plan: Plan, batches: Sequence[CalibrationBatch], report: PruningReport) -> Budgets:
+    """Choose the decoder layers that go, and allocate the zeros to the operators of the others."""
+    started, removed = time.perf_counter(), list[tuple[int, float]]()
+    fitted = [batch for batch in batches if not batch.held_out]
+    loss = DenseLoss(plan.layers, fitted, plan.config.allocation_tokens, plan.progress, plan.storage)
+    if plan.removal.num_removed_layers:
+        with quick_products_in(plan.compute_dtype):
+            removed = choose_layers(loss, plan.removal.num_removed_layers)
+    gone = tuple(f"{plan.layers.name}.{index}." for index, _ in removed)
+    left = {name: operator for name, operator in plan.all_operators.items() if not name.startswith(gone)}
+    with plan.computing():
+        budgets = replace(allocate_zeros(loss, left, plan.config), removed_layers=removed)
+    release_memory(plan.layers.model)
+    report.seconds["allocation"] = time.perf_counter() - started
+    return budgets
 
 
-def share_budgets(loss: DenseLoss, operators: Mapping[str, LinearOperator], config: FistaPruningConfig) -> Budgets:
+def allocate_zeros(loss: DenseLoss, operators: Mapping[str, LinearOperator], config: FistaPruningConfig) -> Budgets:
     """Allocate the zeros of `config` to the operators that take part. Uniform budgets run nothing.
 
     Experts of a mixture see few tokens each, so all of a kind in a decoder layer get the same sparsity.
     """
-    budgets = Budgets(config)
     sharing = {name: operator for name, operator in operators.items() if config.shares_budget(name)}
     if not sharing or not config.sparsity:
-        return budgets
+        return Budgets()
     instead = "allocation='uniform' (--allocation uniform)"
     try:
         found = measure_sensitivities(loss, sharing)
@@ -67,22 +67,20 @@ def share_budgets(loss: DenseLoss, operators: Mapping[str, LinearOperator], conf
     for name, operator in sharing.items():
         key = f"{operator.experts.name} {operator.kind}" if isinstance(operator, ExpertOperator) else name
         pools.setdefault(key, []).append(name)
-    costs: dict[str, float] = {}
-    sizes: dict[str, int] = {}
-    for key, names in pools.items():
-        if not any(found[name].is_felt for name in names):
-            budgets.unseen.extend(names)
-            continue
+    felt = {key: names for key, names in pools.items() if any(found[name].is_felt for name in names)}
+    unfelt = [name for key, names in pools.items() if key not in felt for name in names]
+    costs, sizes, output_weights = {}, dict[str, int](), dict[str, torch.Tensor]()
+    for key, names in felt.items():
         saliencies = (found[n].saliency(sharing[n].read()) for n in names)
         costs[key] = sum(removal_cost(saliency, config.sparsity) for saliency in saliencies)
         sizes[key] = sum(math.prod(sharing[n].shape) for n in names)
         if config.scope == "matrix":
-            budgets.output_weights |= {n: found[n].outputs for n in names if found[n].seen >= _LEAST_TOKENS}
-    if costs:
-        for key, sparsity in allocate(costs, sizes, config.sparsity).items():
-            names = pools[key]
-            # whole zeros: experts of one kind get equal numbers, the first ones one more if it doesn't divide
-            fewest, more = divmod(round(sparsity * sizes[key]), len(names))
-            size = sizes[key] // len(names)
-            budgets.sparsities |= {n: (fewest + (i < more)) / size for i, n in enumerate(names)}
-    return budgets
+            output_weights |= {n: found[n].outputs for n in names if found[n].seen >= _LEAST_TOKENS}
+    sparsities = dict[str, float]()
+    for key, sparsity in (allocate(costs, sizes, config.sparsity) if costs else {}).items():
+        names = felt[key]
+        # whole zeros: experts of one kind get equal numbers, the first ones one more if it doesn't divide
+        fewest, more = divmod(round(sparsity * sizes[key]), len(names))
+        size = sizes[key] // len(names)
+        sparsities |= {n: (fewest + (i < more)) / size for i, n in enumerate(names)}
+    return Budgets(sparsities, output_weights, unfelt)

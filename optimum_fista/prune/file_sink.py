@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from optimum_fista.folder.checkpoint import names_in, write_index
 from optimum_fista.folder.output import write_file
 from optimum_fista.folder.packed_folder import Packer, packed_settings
 from optimum_fista.folder.source_files import copy_source
-from optimum_fista.folder.stored_names import as_stored
+from optimum_fista.folder.stored_names import as_stored, stored_names
 from optimum_fista.folder.writing import write_all_but_weights
 from optimum_fista.model.architecture import find_decoder_layers
 from optimum_fista.model.held_out import HeldOut
@@ -26,7 +26,7 @@ from optimum_fista.model.offload import stored_tensor
 from optimum_fista.packed.format import packed_names
 from optimum_fista.prune.fingerprint import SourceFiles
 from optimum_fista.prune.journal import Journal, KeptLayer
-from optimum_fista.prune.model_pruning import ModelPruning
+from optimum_fista.prune.plan import Plan
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.report import LayerRecord, PruningReport
 
@@ -38,35 +38,37 @@ class FileSink(ModelSink):
 
     def __init__(
         self,
-        pruning: ModelPruning,
+        plan: Plan,
         journal: Journal,
         source: SourceFiles,
         packed: bool,
         *contexts: AbstractContextManager[Any],
     ) -> None:
-        super().__init__(pruning.model, *contexts)
-        self._pruning = pruning
+        super().__init__(plan.layers.model, *contexts)
+        self._plan = plan
         self._journal = journal
         self._source = source
         self._packed = packed
         self._stem = "packed" if packed else "model"
+        self._left = [index for index in range(len(plan.layers)) if index not in plan.removal.removed_layers]
+        self._names = stored_names(plan.layers.model, plan.all_operators.values(), plan.removal.new_name)
 
     def commit(
-        self, index: int, layer: nn.Module, record: LayerRecord, states: HiddenStates | None, held_out: HeldOut | None
+        self, index: int, layer: nn.Module, record: LayerRecord, travelling: Sequence[HiddenStates | HeldOut]
     ) -> None:
         """Write a finished decoder layer; of one that is removed, its record only."""
         self.forget()
-        streams = ({} if states is None else states.kept()) | ({} if held_out is None else held_out.kept())
+        streams = {name: stream for part in travelling for name, stream in part.kept().items()}
         masks, self.masks = self.masks, {}
-        if index in self._pruning.removed:
+        if index in self._plan.removal.removed_layers:
             self._source.require_unchanged()
             self._journal.keep_layer(index, None, {}, record, streams)
             return
         tensors = {f"{record.report.name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-        record, masks, tensors = self._pruning.removal.shrink_layer(record, masks, tensors)
+        record, masks, tensors = self._plan.removal.shrink_layer(record, masks, tensors)
         tensors = self._stored(tensors)
         if self._packed:
-            operators, stored = as_stored(record.operators, masks, self._pruning.stored_names)
+            operators, stored = as_stored(record.operators, masks, self._names)
             tensors = Packer(operators, tensors, stored.__getitem__).pack(tensors)
         self._source.require_unchanged()
         shard = self._write_shard(self._left.index(index), tensors)
@@ -83,21 +85,16 @@ class FileSink(ModelSink):
         rest = self._stored({name: stored_tensor(model, name) for name in find_decoder_layers(model).names_around})
         shards.add(self._write_shard(len(self._left), rest))
         weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
-        model.config = self._pruning.removal.model_config(model.config)
+        model.config = self._plan.removal.model_config(model.config)
         index_name = write_index(folder, self._stem, weight_map, {"total_parameters": report.model["num_parameters"]})
         masks = {name: mask for index in layers for name, mask in self._journal.masks(index).items()}
-        operators, masks = as_stored(report.operators, masks, self._pruning.stored_names)
+        operators, masks = as_stored(report.operators, masks, self._names)
         report = replace(report, operators=operators)
         packed = packed_settings(index_name, packed_names(weight_map)) if self._packed else None
         copy_source(self._source.folder, folder)
         write_all_but_weights(folder, model, tokenizer, report, masks, packed)
         self._source.require_unchanged()
         return report
-
-    @property
-    def _left(self) -> list[int]:
-        """Numbers of the decoder layers that stay."""
-        return [index for index in range(len(self._pruning.layers)) if index not in self._pruning.removed]
 
     def _write_shard(self, index: int, tensors: dict[str, Tensor]) -> Path:
         total = len(self._left) + 1  # the last one is for all that is not a decoder layer

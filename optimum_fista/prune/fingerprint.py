@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,30 +12,33 @@ from tqdm.auto import tqdm
 
 from optimum_fista.folder.checkpoint import CONFIG_FILE
 from optimum_fista.folder.output import digest_of
-from optimum_fista.prune.model_pruning import ModelPruning
+from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.prune.plan import Plan
 from optimum_fista.prune.ranks import Ranks
-from optimum_fista.report import library_versions
+from optimum_fista.report import PruningReport, library_versions
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
 _NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version")
-_FORMAT = 7  # of the records of a journal
+_FORMAT = 8  # of the records of a journal
 _READERS = 4  # files that are hashed at a time
 
 
-def run_fingerprint(source: SourceFiles, pruning: ModelPruning, packed: bool) -> dict[str, Any]:
+def run_fingerprint(
+    source: SourceFiles, plan: Plan, batches: Sequence[CalibrationBatch], report: PruningReport, packed: bool
+) -> dict[str, Any]:
     """Everything that the bytes of a run depend on: weights, configurations, arithmetic, tokens, versions."""
-    shapes = [list(batch.input_ids.shape) for batch in pruning.batches]
-    versions, calibration = library_versions(), pruning.report.calibration
+    shapes = [list(batch.input_ids.shape) for batch in batches]
+    versions, calibration = library_versions(), report.calibration
     tokens = calibration["sha256"]
     if "held_out" in calibration:
         tokens = [tokens, calibration["held_out"]["sha256"]]
-    network = json.loads(pruning.model.config.to_json_string(use_diff=False))
+    network = json.loads(plan.layers.model.config.to_json_string(use_diff=False))
     fingerprint = {
         "journal": _FORMAT,
         "weights": {name: digest for name, digest in source.digests.items() if name != CONFIG_FILE},
         "model_config": {key: value for key, value in network.items() if key not in _NOT_COMPUTED_WITH},
-        "arithmetic": {k: v for k, v in pruning.report.environment.items() if k not in ("processor", "batches")},
-        "config": pruning.report.config,  # as asked: what a removal makes of it does not tell all patterns apart
+        "arithmetic": {k: v for k, v in report.environment.items() if k not in ("processor", "batches")},
+        "config": report.config,  # as asked: what a removal makes of it does not tell all patterns apart
         "calibration": tokens,
         "batches": shapes,
         "sequences": sum(shape[0] for shape in shapes),

@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.output import FOLDER, MODEL, RUN_FILE, digest_of, discard, is_streamed, write_file
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.options import as_record
-from optimum_fista.prune.budgets import Budgets
+from optimum_fista.prune.plan import Budgets
 from optimum_fista.prune.ranks import Ranks
 from optimum_fista.report import LayerRecord
 
@@ -54,25 +53,28 @@ class Journal:
     Attributes:
         folder: The unfinished folder.
         model: In it, the folder that becomes the output; it holds the final shards.
-        budgets_sha256: Digest of the budgets that were last written or read.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         self.folder, self.model = folder, folder / MODEL
-        self.budgets_sha256: str | None = None
+        self._budgets_sha256: str | None = None  # of those that were last read
         self._fingerprint = fingerprint
         self._states_sha256: dict[int, str] = {}  # of those that were last written or read
         self._budgets = folder / FOLDER / "budgets.json"
         self.model.mkdir(exist_ok=True)
 
     def finished(self, *, read_shards: bool = True) -> dict[int, KeptLayer]:
-        """The decoder layers that are finished, by index; `read_shards=False` trusts shards that are there."""
+        """The decoder layers that are finished, by index, with the budgets at hand once these are read.
+
+        `read_shards=False` trusts shards that are there.
+        """
         found = {}
         for file in sorted(self._budgets.parent.glob("layer-*.json")):
             if (values := read_record(file)) is not None:
                 kept = as_record(KeptLayer, values)
                 shard, read = self.model / kept.shard, read_shards and kept.shard
-                if is_whole(shard, kept.sha256["shard"]) if read else shard.exists():
+                there = is_whole(shard, kept.sha256["shard"]) if read else shard.exists()
+                if there and self._budgets_sha256 in (None, kept.sha256["budgets"]):
                     found[int(file.stem.partition("-")[2])] = kept
         return found
 
@@ -95,7 +97,7 @@ class Journal:
             "shard": digest_of(shard) if shard else None,
             "before": self._states_sha256.get(index),
             "after": self._states_sha256.get(index + 1),
-            "budgets": self.budgets_sha256,
+            "budgets": self._budgets_sha256,
         }
         kept = KeptLayer(record, shard.name if shard else "", sha256)
         write_record(self._file("layer", index).with_suffix(".json"), dataclasses.asdict(kept), masks)
@@ -105,39 +107,43 @@ class Journal:
         """Packed masks of a finished decoder layer."""
         return load_file(self._file("layer", index))
 
-    def states(self, index: int, sha256: str | None, storage: Storage) -> dict[str, list[Tensor]] | None:
-        """Hidden states that enter a decoder layer; `None` if they are not there whole, with this digest."""
-        file = self._file("states", index)
+    def resume(self, finished: Mapping[int, KeptLayer], storage: Storage) -> tuple[int, dict[str, list[Tensor]] | None]:
+        """How many of the first decoder layers are finished, each on what the one before left, and what they leave.
+
+        That are hidden states by name; `None` if they are not there whole.
+        """
+        first, sha256 = 0, None
+        while first in finished and finished[first].sha256["before"] == sha256:
+            first, sha256 = first + 1, finished[first].sha256["after"]
+        file = self._file("states", first)
         if sha256 is None or not is_whole(file, sha256):
-            return None
-        self._states_sha256[index] = sha256
+            return first, None
+        self._states_sha256[first] = sha256
         tensors = load_file(file)  # not on the device: safetensors knows some by name only
         place = torch.device("cpu") if isinstance(storage, Path) else storage
         streams: dict[str, list[Tensor]] = {}
         for name in sorted(tensors, key=lambda name: int(name.partition(".")[2])):
             streams.setdefault(name.partition(".")[0], []).append(tensors.pop(name).to(place))
-        return streams
+        return first, streams
 
     def keep_budgets(self, budgets: Budgets, weights: Mapping[str, Any]) -> None:
-        """Begin the run: write the sparsities of the operators, the decoder layers that go, and the hashed files."""
+        """Begin the run: write the budgets of the operators, the decoder layers that go, and the hashed files."""
         write_record(self.folder / WEIGHTS_FILE, weights)
         write_record(self.folder / RUN_FILE, self._fingerprint)  # from now on the folder is kept until the run ends
-        values: dict[str, Any] = {"sparsities": budgets.sparsities, "unseen": budgets.unseen}
-        values["removed_layers"] = budgets.removed_layers
+        values = {name: value for name, value in vars(budgets).items() if name != "output_weights"}
         values["run"] = digest_of(self.folder / RUN_FILE)  # ties budgets, and by their digest layers, to this run
         tensors = {name: t.cpu().contiguous() for name, t in budgets.output_weights.items()}
         write_record(self._budgets, values, tensors)
-        self.budgets_sha256 = digest_of(self._budgets)
 
-    def budgets(self, config: FistaPruningConfig) -> Budgets | None:
-        """The sparsities that the operators were given; `None` before, or if they are damaged or another run's."""
+    def budgets(self) -> Budgets | None:
+        """The budgets that were shared out; `None` before, or if they are damaged or another run's."""
         values = read_record(self._budgets)
         if values is None or values["run"] != digest_of(self.folder / RUN_FILE):
             return None
-        self.budgets_sha256 = digest_of(self._budgets)
+        self._budgets_sha256 = digest_of(self._budgets)
         removed = [(index, loss) for index, loss in values["removed_layers"]]
-        tensors = load_file(self._budgets.with_suffix(".safetensors"))
-        return Budgets(config, values["sparsities"], tensors, values["unseen"], removed)
+        weights = load_file(self._budgets.with_suffix(".safetensors"))
+        return Budgets(values["sparsities"], weights, values["unfelt"], removed)
 
     def _file(self, kind: str, index: int) -> Path:
         return self._budgets.with_name(f"{kind}-{index:05}.safetensors")

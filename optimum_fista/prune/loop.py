@@ -1,183 +1,228 @@
-"""The whole method: decoder layer after decoder layer, group of operators after group."""
+"""The whole method: every decoder layer is run, solved group by group, written, and committed.
+
+It follows FISTAPruner (arXiv 2408.03728): one decoder layer after another, and in it the linear operators in execution
+order, each fitted to the dense network's outputs on the inputs that the pruned network gives it. It differs in three
+ways. Operators that share their inputs are solved together, because they share the Gram matrix, which is expensive.
+Any method solves them. Only one decoder layer is on the device at a time, so a model need not fit into its memory; the
+price is that hidden states wait between the layers.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
+import torch
 from tqdm.auto import tqdm
 
-from optimum_fista.folder.loading import storage_place
-from optimum_fista.memory import is_out_of_memory, release_memory, watched_memory
+from optimum_fista.memory import release_memory, watched_memory
 from optimum_fista.model.correction import GroupProblems, LayerTargets
 from optimum_fista.model.groups import trace_groups
-from optimum_fista.model.layer_inputs import LayerActivations, RecordedInputs
+from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.layer_inputs import LayerActivations
 from optimum_fista.model.offload import execution_device, offload_hook, onloaded, sha256_of
-from optimum_fista.prune.budgets import Budgets
-from optimum_fista.prune.group import prune_group
-from optimum_fista.prune.model_pruning import ModelPruning
-from optimum_fista.prune.plan import require_finite
+from optimum_fista.prune.batches import Calibration, record, retried
+from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan, require_finite
 from optimum_fista.prune.reordering import reorder_channels
 from optimum_fista.prune.sink import ModelSink
-from optimum_fista.report import LayerRecord, LayerReport, OperatorReport
-from optimum_fista.solve.method import PruningMethod
+from optimum_fista.report import LayerRecord, LayerReport, OperatorReport, PruningReport
+from optimum_fista.solve.allocation import prune_stacked
+from optimum_fista.solve.method import PrunedOperator, PruningMethod
+from optimum_fista.solve.methods.magnitude import Magnitude
+from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.refit import refit_columns
 
 
-def prune_layers(run: ModelPruning, sink: ModelSink, todo: Collection[int] | None = None) -> None:
-    """Prune decoder layers in place.
+def prune_layers(
+    plan: Plan,
+    calibration: Calibration,
+    report: PruningReport,
+    sink: ModelSink,
+    held_out: HeldOut | None = None,
+    todo: Collection[int] | None = None,
+) -> None:
+    """Prune decoder layers in place, one after the other, and add them to the report.
 
-    Layers to remove are chosen and zeros are allocated to the operators first. Then one layer after the other is
-    brought to its device, run on the calibration tokens, pruned group by group, and committed.
-
-    Args:
-        run: What is pruned, and how.
-        sink: Where the layers go; each is committed before callbacks are called with it. Layers after the last operator
-            to prune are committed without being run.
-        todo: Their indices; `None`: all. If `run.states` is set, it holds those that enter the first of them; otherwise
-            the layers must be independent of each other, and those that are not to do stay dense.
+    `todo` are their indices; `None`: all. The hidden states of `calibration` enter the first of them. If it has none,
+    the run begins at the embeddings, and layers that are not to do run as they are. A layer is committed to `sink`
+    before the callbacks are called with it.
     """
-    budgets = run.shared_budgets()  # first: the layers that it removes change the configuration
-    method = run.config.create_method(run.model.config.model_type)
-    todo = range(len(run.layers)) if todo is None else todo
-    pruned = run.pruned_layers
-    last = max((index for index in pruned if index in todo), default=-1)
-    with (
-        run.working(),
-        tqdm(
-            total=run.num_before + len(todo),
-            initial=run.num_before,
-            desc=run.title,
-            unit="layer",
-            disable=not run.progress or any(callback.shows_layers for callback in run.callbacks),
-        ) as bar,
-    ):
-        loop = _Loop(run, sink, method, budgets, bar)
-        recorded = run.record()
-        first = 0 if run.states is None else min(todo)
-        if run.states is None:
-            run.states = run.config.correction.enter(recorded.hidden_states)
-        del recorded.hidden_states
-        if run.held_out is not None and not run.held_out.begin():
-            run.held_out = None
-        costs = {index: 1 + cost for index, cost in enumerate(run.costs()) if index in todo}
-        for callback in run.callbacks:
-            callback.on_layers_begin(len(run.layers), costs)
-        for index, (name, layer) in enumerate(run.layers):
-            if index < first or (index > last and index not in todo):
-                recorded.calls[index] = []
+    todo = range(len(plan.layers)) if todo is None else todo
+    pruned, is_carried = plan.pruned_layers, plan.config.correction.carry == "full"
+    last = max((index for index in pruned if index in todo), default=-1)  # nothing has to run after it
+    first = 0 if calibration.states is None else min(todo)
+    report.left_dense = dict(plan.left_dense)
+    silent = not plan.progress or any(callback.shows_layers for callback in plan.callbacks)
+    with plan.computing(), tqdm(total=len(todo), desc="Pruning", unit="layer", disable=silent) as bar:
+        calibration = retried(partial(record, plan), calibration, "the embeddings", plan, report)
+        held_out = held_out if held_out is not None and held_out.begin() else None
+        for callback in plan.callbacks:
+            callback.on_layers_begin(len(plan.layers), {i: 1 + c for i, c in enumerate(plan.costs()) if i in todo})
+        for index, (name, layer) in enumerate(plan.layers):
+            is_mine, followed = index in todo, held_out if index in todo else None
+            if index < first or not (is_mine or index < last):
                 continue
-            started = time.perf_counter()
-            record = LayerRecord(LayerReport(name, None, 0.0)) if index > last else None
-            held_out = run.held_out if index in todo else None
-            # Before its weights are on the device, so that what is kept elsewhere does not come back for this.
-            dense_sha256 = sha256_of(layer, layer.state_dict()) if index in todo else None
+            started, done = time.perf_counter(), LayerRecord(LayerReport(name, None, 0.0))
+            # before its weights are on the device, so that what is kept elsewhere does not come back for this
+            dense_sha256 = sha256_of(layer, layer.state_dict()) if is_mine else None
             with onloaded(layer.modules()):
-                if held_out is not None:
-                    held_out.run(index, "dense")
-                while record is None:
-                    record = loop.try_layer(index, recorded, prunes=index in todo)
-                    if record is None:  # with smaller batches
-                        recorded = run.record()
-                        recorded.hidden_states.clear()
-                recorded.calls[index] = []
-                if held_out is not None and index not in run.removed:
-                    held_out.run(index, "pruned")
-                if held_out is not None and index == len(run.layers) - 1:
-                    held_out.measure()
-                if index in todo:
-                    record = run.finished(record, time.perf_counter() - started, dense_sha256)
-                    carried = index < max(pruned, default=-1) and run.config.correction.carry == "full"
-                    sink.commit(index, layer, record, run.states if carried else None, held_out)
+                if followed is not None:
+                    followed.run(index, "dense")
+                if index <= last:
+                    step = partial(prune_layer, plan, sink, bar, index, is_mine)
+                    calibration, done = retried(step, calibration, name, plan, report, sink.undo)
+                if followed is not None and index not in plan.removal.removed_layers:
+                    followed.run(index, "pruned")
+                if followed is not None and index == len(plan.layers) - 1:
+                    followed.measure()
+                if is_mine:
+                    known = {key: why for key, why in plan.left_dense.items() if key.startswith(f"{name}.")}
+                    about = replace(done.report, seconds=time.perf_counter() - started, dense_sha256=dense_sha256)
+                    done = LayerRecord(about, done.operators, known | done.left_dense)
+                    report.add(done)
+                    states = calibration.states if is_carried and index < max(pruned, default=-1) else None
+                    sink.commit(index, layer, done, [part for part in (states, followed) if part is not None])
             release_memory(layer)
-            if index in todo:
+            if is_mine:
                 bar.update()
-                for callback in run.callbacks:
-                    callback.on_layer_end(index, record.report, record.operators)
+                for callback in plan.callbacks:
+                    callback.on_layer_end(index, done.report, done.operators)
 
 
-@dataclass
-class _Loop:
-    """What is inside the loop over decoder layers: one layer, and one group of its operators."""
+def prune_layer(
+    plan: Plan, sink: ModelSink, bar: tqdm, index: int, is_mine: bool, calibration: Calibration
+) -> tuple[Calibration, LayerRecord]:
+    """Prune the operators of a decoder layer, group by group in execution order, or run it as it is.
 
-    run: ModelPruning
-    sink: ModelSink
-    method: PruningMethod
-    budgets: Budgets
-    bar: tqdm
+    Returns the batches with the hidden states that leave the layer.
+    """
+    calibration = record(plan, calibration)  # again, if memory ran out and the batches are smaller now
+    states, recorded = calibration.states, calibration.recorded
+    assert states is not None
+    assert recorded is not None
+    name, layer = f"{plan.layers.name}.{index}", plan.layers.modules[index]
+    device, correction = execution_device(layer), plan.config.correction
+    storage = plan.storage or device
+    states.move(storage, device)
+    calls, recorded.calls[index] = recorded.calls[index], []  # freed with this layer
+    activations = LayerActivations(layer, calls, recorded.token_masks, storage, recorded.held_out)
+    if not is_mine or index in plan.removal.removed_layers:
+        targets = LayerTargets(activations, [], correction, states)
+        states = targets.leave() if not is_mine else targets.pass_by()
+        return replace(calibration, states=states), LayerRecord(LayerReport(name, None, 0.0))
+    operators = plan.operators[name]
+    require_finite([operator for operator in operators.values() if offload_hook(operator.owner)])
+    hidden = states.entering[0].to(device)  # [batch, sequence, hidden], to see by what the layer does
+    orders = reorder_channels(plan, sink, name, activations, states.entering)
+    groups, left_dense = trace_groups(layer, operators, calls[0], hidden)
+    groups, others = plan.removal.before(name, groups, activations, hidden)
+    reports: list[OperatorReport] = []
+    with watched_memory(device) as peak:
+        targets = LayerTargets(activations, groups, correction, states, plan.removal.experts_in(name, layer))
+        for number in range(len(groups)):
+            # in a call: the matrices of a group must be gone before those of the next one are made
+            found = prune_group(plan, sink, targets.problems(number))
+            reports += [replace(report, input_order=orders.get(report.name)) for report in found]
+            _show(plan, bar, index, reports[-len(found) :])
+        states, mixture = plan.removal.after(name, sink, targets)
+    about = LayerReport(
+        name, activations.hidden_state_error(states), 0.0, peak if operators or mixture else None, mixture
+    )
+    return replace(calibration, states=states), LayerRecord(about, reports, left_dense | others)
 
-    def try_layer(self, index: int, recorded: RecordedInputs, *, prunes: bool) -> LayerRecord | None:
-        """Prune a decoder layer, or run it as it is; `None`, with it dense again and batches halved, if memory ran out.
 
-        Either way `run.states` becomes the hidden states after the layer.
-        """
-        run, layer = self.run, self.run.layers.modules[index]
-        name, device = f"{run.layers.name}.{index}", execution_device(layer)
-        storage = storage_place(run.storage_device, device)
-        entering = run.states
-        assert entering is not None
-        try:
-            entering.move(storage, device)
-            calls, masks = recorded.calls[index], recorded.token_masks
-            activations = LayerActivations(layer, calls, masks, storage, recorded.held_out)
-            if prunes and index not in run.removed:
-                return self.prune_layer(index, name, activations)
-            targets = LayerTargets(activations, [], run.config.correction, entering)
-            run.states = targets.pass_by() if index in run.removed else targets.leave()
-            return LayerRecord(LayerReport(name, None, 0.0))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error) or repr(error)
-        # outside of the handler: the error holds the frames, and they hold what filled the memory
-        self.sink.undo()
-        run.states = entering
-        run.halve(name, reason)
-        return None
+def _show(plan: Plan, bar: tqdm, index: int, reports: list[OperatorReport]) -> None:
+    """Tell the bar and the callbacks of the operators of a group."""
+    last = reports[-1]
+    kind = last.name.removeprefix(f"{plan.layers.name}.{index}.").removesuffix(".weight")
+    held_out = "" if last.held_out_fit_error is None else f", held out {last.held_out_fit_error:.4f}"
+    bar.set_postfix_str(f"layer {index + 1}/{len(plan.layers)} {kind} fit error {last.fit_error:.4f}{held_out}")
+    for callback in plan.callbacks:
+        for report in reports:
+            callback.on_operator_end(report)
 
-    def prune_layer(self, index: int, name: str, activations: LayerActivations) -> LayerRecord:
-        """Prune the operators of one decoder layer, group by group in execution order."""
-        run, operators, removal, entering = self.run, self.run.operators[name], self.run.removal, self.run.states
-        assert entering is not None
-        require_finite([operator for operator in operators.values() if offload_hook(operator.owner)])
-        first = entering.entering[0].to(activations.device)
-        orders: dict[str, tuple[int, ...]] = {}
-        removal.prove(name, activations, first)
-        if run.config.reorder_channels:
-            orders = reorder_channels(run, self.sink, name, activations, entering.entering)
-        groups, left_dense = trace_groups(activations.layer, operators, activations.calls[0], first)
-        groups, others = removal.to_prune(name, groups, activations, first)
-        left_dense |= others
-        experts = removal.experts_of(name, activations.layer)
-        reports: list[OperatorReport] = []
-        mixture, smaller = None, None
-        with watched_memory(activations.device) as peak:
-            together = None if experts is None else experts.module
-            targets = LayerTargets(activations, groups, run.config.correction, entering, together)
-            # with the dense network's inputs, while the layer still is that of the dense network; else as pruned
-            first_of_all = run.config.correction.sees_dense_inputs(len(groups))
-            if first_of_all:
-                mixture, smaller = removal.remove_experts(self.sink, name, experts, targets)
-            for number in range(len(groups)):
-                # in a call: the matrices of a group must be gone before those of the next one are made
-                reports += self.prune_group(index, targets.problems(number))
-            if not first_of_all:
-                mixture, smaller = removal.remove_experts(self.sink, name, experts, targets)
-            leaving = targets.leave(smaller)
-        run.states = leaving
-        moved = activations.hidden_state_error(leaving)
-        reports = [replace(report, input_order=orders.get(report.name)) for report in reports]
-        memory = peak if operators or mixture else None
-        return LayerRecord(LayerReport(name, moved, 0.0, memory, mixture), reports, left_dense)
 
-    def prune_group(self, index: int, problems: GroupProblems) -> list[OperatorReport]:
-        """Prune operators that share their inputs, and show it."""
-        reports = prune_group(problems, self.method, self.budgets, self.sink)
-        last, layers = reports[-1], self.run.layers
-        name = last.name.removeprefix(f"{layers.name}.{index}.").removesuffix(".weight")
-        held_out = "" if last.held_out_fit_error is None else f", held out {last.held_out_fit_error:.4f}"
-        self.bar.set_postfix_str(f"layer {index + 1}/{len(layers)} {name} fit error {last.fit_error:.4f}{held_out}")
-        for callback in self.run.callbacks:
-            for report in reports:
-                callback.on_operator_end(report)
-        return reports
+def prune_group(plan: Plan, sink: ModelSink, problems: GroupProblems) -> list[OperatorReport]:
+    """Solve for the operators of a group, and write them; their reports have the errors of the weights as written."""
+    release_memory()  # what capturing left in the allocator is needed by the solver
+    started = time.perf_counter()
+    pruned_group, patterns, method = solve_group(plan, problems)
+    seconds = time.perf_counter() - started  # with the kernels of a device, whose results were read
+    for operator, pruned in zip(problems.operators, pruned_group, strict=True):
+        sink.write(operator, pruned.weight, pruned.mask)
+    reports = []
+    parts = zip(problems.operators, problems.fitted, problems.held_out, pruned_group, patterns, strict=True)
+    for operator, problem, held_out, pruned, pattern in parts:
+        exact = operator.parameter.dtype == problem.weight.dtype  # otherwise rounding changed what was solved for
+        written = pruned.weight if exact else operator.read()
+        fit_error = pruned.fit_error if exact else problem.fit_error(written)
+        kept = pattern.num_kept(operator.shape)  # the mask was counted when the pattern was checked
+        report = OperatorReport(
+            name=f"{operator.name}.weight",
+            shape=operator.shape,
+            stored_transposed=operator.transposed,
+            pattern=str(pattern),
+            target_sparsity=pattern.sparsity,
+            scope=pattern.scope,
+            num_kept=kept,
+            sparsity=1 - kept / pruned.mask.numel(),
+            method=method,
+            fit_error=fit_error,
+            output_error=problems.output_error(problem, written, fit_error),
+            l1_penalty=pruned.l1_penalty,
+            iterations=pruned.iterations,
+            converged=pruned.converged,
+            message=pruned.message,
+            num_tokens=problem.statistics.num_tokens,
+            solve_seconds=seconds / len(problems.operators),
+            residual_corrected=problems.last is not None,
+        )
+        if held_out is not None:
+            error = held_out.fit_error(written)
+            report = replace(
+                report,
+                held_out_fit_error=error,
+                held_out_output_error=problems.output_error(held_out, written, error, held_out=True),
+                held_out_tokens=held_out.statistics.num_tokens,
+            )
+        reports.append(report)
+    return reports
+
+
+def solve_group(plan: Plan, problems: GroupProblems) -> tuple[list[PrunedOperator], list[SparsityPattern], str]:
+    """Solve for the operators of a group; nothing is written. Returns also their patterns, and the method's name."""
+    group, fitted, output_weights = problems.operators, problems.fitted, plan.budgets.output_weights
+    method: PruningMethod = plan.method
+    patterns = [plan.pattern_for(operator.name) for operator in group]
+    tokens, name, message = fitted[0].statistics.num_tokens, method.name, ""
+    if group[0].tokens is not None and tokens < UNDER_CALIBRATED_TOKENS:  # hardly any of the router's tokens
+        method, name = Magnitude(), Magnitude.name
+        message = f"under-calibrated expert: {tokens} calibration tokens reached it, so magnitude pruned it"
+    if all(pattern.whole_columns and not pattern.sparsity for pattern in patterns):
+        # All columns stay: the operator repairs its decoder layer, which heads or the layer before it have left.
+        pruned, name = [_refitted(problem) for problem in fitted], "refit"
+    elif not message and all(operator.name in output_weights for operator in group):
+        # rows of all operators compete for the zeros of the group, so shares per operator come out of it
+        pruned = prune_stacked(method, fitted, patterns, [output_weights[operator.name] for operator in group])
+        patterns = [replace(p, sparsity=q.sparsity) for p, q in zip(patterns, pruned, strict=True)]
+    else:
+        pruned = [replace(p, message=message or p.message) for p in method.prune_sharing(fitted, patterns)]
+    finite = torch.stack([torch.isfinite(result.weight).all() for result in pruned]).tolist()  # one transfer
+    for operator, pattern, result, is_finite in zip(group, patterns, pruned, finite, strict=True):
+        broken = pattern.violation(result.mask)
+        if broken or not is_finite:
+            raise RuntimeError(
+                f"method {method.name!r} failed on {operator.name}: {broken or 'weights hold NaN or Inf'}."
+            )
+        result.weight.masked_fill_(~result.mask, 0.0)  # no -0.0
+    return pruned, patterns, name
+
+
+def _refitted(problem: LayerProblem) -> PrunedOperator:
+    """The least-squares solution with all weights."""
+    mask = torch.ones_like(problem.weight, dtype=torch.bool)
+    weight, message = refit_columns(problem, mask[0])
+    return PrunedOperator(weight, mask, problem.fit_error(weight), 1, converged=not message, message=message)

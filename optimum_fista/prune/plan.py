@@ -1,44 +1,173 @@
-"""What a run prunes: its operators, and the configuration that it has for each of them."""
+"""The plan of a run, made before its first decoder layer, and what its report says before and after the layers.
+
+A plan is frozen: whoever reads the loop need not ask what has changed since. It is made in two steps, because zeros are
+shared out by the loss of the dense model: `prepare` chooses the operators, `Plan.with_budgets` gives each its zeros.
+"""
 
 from __future__ import annotations
 
-import logging
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
+from optimum_fista.environment import processor_name
+from optimum_fista.folder.loading import require_unquantized
+from optimum_fista.folder.stored_names import stored_names
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.architecture import DecoderLayers, find_operators, left_out
-from optimum_fista.model.offload import offload_hook
-from optimum_fista.model.operator import LinearOperator
-from optimum_fista.model.parts import find_parts
-from optimum_fista.prune.removal import PartsRemoval, Removal
-from optimum_fista.solve.patterns import PartShare, WholeParts
+from optimum_fista.model.activation_store import Storage
+from optimum_fista.model.architecture import (
+    DecoderLayers,
+    find_operators,
+    left_out,
+    matches,
+    prunable_layers,
+    token_limits,
+)
+from optimum_fista.model.calibration import CalibrationBatch, tokens_sha256
+from optimum_fista.model.forward import compute_dtype_of, quick_products_in
+from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.offload import combined_sha256, execution_device, offload_hook, sha256_of
+from optimum_fista.model.operator import LinearOperator, split_experts
+from optimum_fista.model.parts import Part, find_parts
+from optimum_fista.prune.callback import PruningCallback
+from optimum_fista.prune.removal import PartsRemoval, Removal, first_names
+from optimum_fista.report import PruningReport, public_name
+from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.methods.magnitude import Magnitude
+from optimum_fista.solve.pattern import SparsityPattern
 
-logger = logging.getLogger(__name__)
+UNDER_CALIBRATED_TOKENS = 128
+"""An expert to which the router sends fewer calibration tokens is pruned by magnitude."""
+_PRUNING_COST = 8.0  # forward passes of the layer; measured 2 (wanda) to 9 (fista) on a CPU, see docs/ranks.md
 
 
-def plan_run(
-    model: PreTrainedModel, layers: DecoderLayers, config: FistaPruningConfig
-) -> tuple[Removal, FistaPruningConfig, dict[str, dict[str, LinearOperator]], dict[str, str]]:
-    """The removal that a resolved configuration asks for, and what it makes of the configuration.
+@dataclass(frozen=True)
+class Budgets:
+    """What the loss of the dense model decides: how many zeros each operator gets, and which decoder layers go.
 
-    Also the operators to prune, by decoder layer, and those left dense with the reason.
+    Attributes:
+        sparsities: Of the operators that share the zeros of the model.
+        output_weights: What an error in each of their outputs costs, [out], nats; they share the zeros of their group.
+        unfelt: Operators without any gradient; they keep the average sparsity.
+        removed_layers: Numbers in the order of the choice, each with the loss without it and those before.
     """
+
+    sparsities: Mapping[str, float] = field(default_factory=dict)
+    output_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    unfelt: list[str] = field(default_factory=list)
+    removed_layers: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run prunes, how, and where its activations wait.
+
+    Attributes:
+        asked: The configuration as the user passed it, with a choice for every option.
+        config: The same, but with a pattern of columns for each operator that reads a part to remove.
+        operators: Those to prune, by the names of their decoder layers, all of which are keys.
+        left_dense: Other operators, with the reason.
+        channels: Parts whose channels change places, by the names of the operators that read them.
+        storage: Where activations wait between passes; `None`: on the device of their decoder layer.
+    """
+
+    layers: DecoderLayers
+    asked: FistaPruningConfig
+    config: FistaPruningConfig
+    operators: Mapping[str, Mapping[str, LinearOperator]]
+    left_dense: Mapping[str, str]
+    removal: Removal
+    channels: Mapping[str, Part] = field(default_factory=dict)
+    budgets: Budgets = field(default_factory=Budgets)
+    storage: Storage | None = None
+    progress: bool = False
+    callbacks: Sequence[PruningCallback] = ()
+
+    def with_budgets(self, budgets: Budgets) -> Plan:
+        """The plan to prune by: every operator has its zeros, and decoder layers that go are gone from it."""
+        if not budgets.removed_layers:
+            return replace(self, budgets=budgets)
+        assert isinstance(self.removal, PartsRemoval)
+        removal = self.removal.without_layers(self.layers, dict(budgets.removed_layers))
+        operators, config = removal.with_repairs(self.layers, self.operators, self.config)
+        left_dense = removal.reasons_left_dense(self.left_dense, operators)
+        return replace(
+            self, budgets=budgets, removal=removal, operators=operators, config=config, left_dense=left_dense
+        )
+
+    def pattern_for(self, name: str) -> SparsityPattern:
+        """The sparsity pattern of an operator, with its own share of the zeros."""
+        pattern, shares = self.config.pattern_for(name), self.budgets.sparsities
+        return replace(pattern, sparsity=shares[name]) if name in shares else pattern
+
+    @cached_property
+    def method(self) -> PruningMethod:
+        """The method, with its options."""
+        return self.config.create_method(self.layers.model.config.model_type)
+
+    @property
+    def all_operators(self) -> dict[str, LinearOperator]:
+        """All operators to prune, by name, in the order of their decoder layers."""
+        return {name: operator for group in self.operators.values() for name, operator in group.items()}
+
+    @property
+    def pruned_layers(self) -> list[int]:
+        """Indices of the decoder layers with something to prune; losing experts counts."""
+        groups = enumerate(self.operators.items())
+        return [index for index, (name, group) in groups if group or name in self.removal.mixtures]
+
+    def costs(self) -> list[float]:
+        """What pruning each decoder layer costs besides its forward pass, in forward passes of the largest."""
+        weights = [sum(math.prod(o.shape) for o in group.values()) for group in self.operators.values()]
+        return [_PRUNING_COST * count / max(1, *weights) for count in weights]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the products that may be quick."""
+        return compute_dtype_of(self.config.compute_dtype, execution_device(self.layers.model.get_input_embeddings()))
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, every matrix of every expert to prune is called as a module, and products are in `compute_dtype`."""
+        with split_experts(self.all_operators.values()), quick_products_in(self.compute_dtype):
+            yield
+
+
+def prepare(model: PreTrainedModel, config: FistaPruningConfig, **places: Any) -> Plan:
+    """Check that a model with its weights can be pruned and saved, and plan the run; `places` are fields of `Plan`."""
+    layers = prunable_layers(model)
+    require_unquantized(model)
+    plan = replace(plan_run(layers, config), **places)
+    stored_names(model, plan.all_operators.values())  # refuses a weight whose mask could not be saved
+    return plan
+
+
+def plan_run(layers: DecoderLayers, config: FistaPruningConfig) -> Plan:
+    """Plan the pruning of a model, which may be on the meta device; no zeros are shared out yet."""
+    config = config.resolved()
     if config.whole_parts is None:
-        return Removal(config), config, *choose_operators(layers, config)
-    if config.whole_parts.size is not None:
-        config = _with_channels_for_size(model, config, config.whole_parts)
-    removal = PartsRemoval.planned(model, config)
-    mixtures = any(part.is_mixture for part in removal.plan.parts.values())
-    may_be_none = bool(removal.num_removed_layers) or mixtures  # then something goes although no operator is pruned
-    operators, left_dense = choose_operators(layers, removal.config, may_be_none=may_be_none)
-    operators = removal.with_repairs(layers, operators)
-    return removal, removal.config, operators, removal.reasons_left_dense(left_dense, operators)
+        channels = _channels(layers.model) if config.reorder_channels else {}
+        return Plan(layers, config, config, *choose_operators(layers, config), Removal(), channels)
+    removal, asked, config = PartsRemoval.planned(layers, config)
+    may_be_none = bool(removal.num_removed_layers or removal.mixtures)  # something goes without an operator to prune
+    chosen, left_dense = choose_operators(layers, config, may_be_none=may_be_none)
+    operators, config = removal.with_repairs(layers, chosen, config)
+    return Plan(layers, asked, config, operators, removal.reasons_left_dense(left_dense, operators), removal)
+
+
+def _channels(model: PreTrainedModel) -> dict[str, Part]:
+    try:
+        return {part.name: part for part in find_parts(model, "channels").parts}
+    except UnsupportedArchitectureError as error:
+        raise UnsupportedArchitectureError(f"reorder_channels=True: {error} Leave it out.") from error
 
 
 def choose_operators(
@@ -63,8 +192,8 @@ def choose_operators(
                 )
             config.pattern_for(name).require_shape(operator.shape, name)
             chosen[layer_name][name] = operator
-    # others are checked when they are onloaded; a plan has no weights
     here = (operator for group in chosen.values() for operator in group.values())
+    # the loop checks offloaded weights when it brings them; an estimate has none
     require_finite([o for o in here if not (offload_hook(o.owner) or o.parameter.is_meta)])
     if not any(chosen.values()) and not may_be_none:
         raise UnsupportedArchitectureError(
@@ -86,31 +215,138 @@ def require_finite(operators: Sequence[LinearOperator]) -> None:
             raise ValueError(f"the weight of {operator.name} holds NaN or Inf: the model is damaged, load it again.")
 
 
-def _with_channels_for_size(
-    model: PreTrainedModel, config: FistaPruningConfig, pattern: WholeParts
-) -> FistaPruningConfig:
-    """Replace a pattern such as `bytes:0.75` by the share of the channels that has to go for it.
+def begin_report(plan: Plan, batches: Sequence[CalibrationBatch], source: str | None) -> PruningReport:
+    """Begin the report of a run; `batches` are all that were passed, held-out ones included.
 
-    All bytes of the weights count, each shared tensor once. Channels go because they cost least of all parts at every
-    share that was measured (docs/results.md).
+    Warns when an operator has more inputs than there are calibration tokens, and of name patterns that match nothing.
     """
-    assert pattern.size is not None
-    parts = find_parts(model, "channels")
-    tensors = dict(model.named_parameters())
-    whole = sum(tensor.nbytes for tensor in tensors.values())
-    shrinking = [tensors[name] for part in parts.parts for name in part.tensors if name in tensors]
-    channel = sum(tensor.nbytes for tensor in shrinking) / parts.groups  # one of every decoder layer
-    step = PartShare.usual_step("channels", parts.groups)
-    least = -(-parts.at_least // step) * step
-    kept = math.floor((parts.groups - (1 - pattern.size) * whole / channel) / step) * step
-    kept = min(kept, (parts.groups - 1) // step * step)
-    if kept < least:
-        smallest = 1 - (parts.groups - least) * channel / whole
-        raise ValueError(
-            f"pattern={config.pattern!r}: {smallest:.4f} of the model's bytes are left if {least} of {parts.groups} "
-            f"channels stay in every decoder layer: pass at least {math.ceil(smallest * 1e4) / 1e4:g}."
+    model, held_out = plan.layers.model, [batch for batch in batches if batch.held_out]
+    calibration = {"source": source and public_name(source)}
+    calibration |= _describe_tokens([batch for batch in batches if not batch.held_out])
+    shapes = itertools.groupby(list(batch.input_ids.shape) for batch in batches)
+    report = PruningReport(
+        config=plan.asked.to_dict(),
+        model={
+            "class": type(model).__name__,
+            "model_type": model.config.model_type,
+            "name": public_name(getattr(model.config, "_name_or_path", "") or ""),
+            "num_parameters": model.num_parameters(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        calibration=calibration | ({"held_out": _describe_tokens(held_out)} if held_out else {}),
+        left_dense=dict(plan.left_dense),
+        # what the bytes of a result depend on, besides the model, the configuration, the tokens and the versions
+        environment={
+            "dtype": str(model.dtype),
+            "device": execution_device(model.get_input_embeddings()).type,
+            "attention": model.config._attn_implementation,
+            "experts": getattr(model.config, "_experts_implementation", None),
+            "processor": {
+                "name": processor_name(),
+                "instructions": torch.backends.cpu.get_cpu_capability(),
+                "threads": torch.get_num_threads(),
+            },
+            "batches": [[len(list(same)), *shape] for shape, same in shapes],
+            "products": str(plan.compute_dtype),
+        },
+    )
+    before = getattr(model.config, "fista_pruning", None)
+    if isinstance(before, dict):
+        report.warn(
+            f"the model was pruned before ({before.get('method')}, {before.get('pattern')}, {before.get('num_zeros')} "
+            "zeros): errors are measured against it as it is, and zeros outside of the new pattern may be filled."
         )
-    found = str(PartShare.keeping("channels", kept, parts.groups))
-    left = 1 - (parts.groups - kept) * channel / whole
-    logger.info("pattern %s: %s leaves %.4f of the model's bytes", config.pattern, found, left)
-    return replace(config, pattern=found, sparsity=None)
+    operators, tokens = plan.all_operators, report.calibration["num_tokens"]
+    widest = max(operators.values(), key=lambda operator: operator.shape[1], default=None)
+    if widest is not None and tokens < widest.shape[1]:
+        report.warn(
+            f"{tokens} calibration tokens for the {widest.shape[1]} inputs of {widest.name}: its Gram matrix is "
+            "rank-deficient and the result will fit these tokens only. Pass more calibration tokens."
+        )
+    for message in idle_patterns(plan.asked, list(operators), list(plan.left_dense)):
+        report.warn(message)
+    return report
+
+
+def _describe_tokens(batches: list[CalibrationBatch]) -> dict[str, Any]:
+    return {
+        "sha256": tokens_sha256(batches),
+        "num_sequences": sum(batch.input_ids.shape[0] for batch in batches),
+        "num_tokens": sum(batch.num_tokens for batch in batches),
+    }
+
+
+def idle_patterns(config: FistaPruningConfig, pruned: Sequence[str], left_dense: Sequence[str]) -> Iterator[str]:
+    """Say which name patterns of a configuration match no operator, such as those that end with ".weight"."""
+    names = [*pruned, *left_dense]
+    for option in ("include", "exclude", "overrides"):
+        idle = [p for p in getattr(config, option) if not any(matches(name, (p,)) for name in names)]
+        if idle:
+            shown = ", ".join(map(repr, idle))
+            yield f"{option}: {shown} matches no linear operator of the decoder layers: {names[0]!r} is one."
+
+
+def complete_report(
+    plan: Plan, report: PruningReport, held_out: HeldOut | None, dense_sha256: Sequence[str | None]
+) -> None:
+    """Add what the user should know once all operators are pruned.
+
+    `dense_sha256` are digests of all decoder layers before they were pruned.
+    """
+    operators, config = report.operators, plan.config
+    if unfelt := plan.budgets.unfelt:
+        report.warnings.append(
+            f"the loss does not feel {len(unfelt)} operators on the first {config.allocation_tokens} "
+            f"calibration tokens, so they keep the average sparsity: {first_names(unfelt)}"
+        )
+    reasons = {name: why for name, why in report.left_dense.items() if why not in ("router", "exclude")}
+    left = {name: why for name, why in reasons.items() if config.reason_left_dense(name) is None}
+    if not operators and not report.mixtures and not plan.budgets.removed_layers:
+        name = next(iter(left))
+        raise UnsupportedArchitectureError(
+            f"no linear operator of {plan.layers.name} can be pruned; {name}, for one: {left[name]}."
+        )
+    if left:
+        shown = first_names([f"{name} ({reason})" for name, reason in left.items()])
+        report.warn(f"{len(left)} operators were left dense: {shown}")
+    overflown = [o.name for o in operators if not all(map(math.isfinite, (o.fit_error, o.output_error or 0.0)))]
+    if overflown:
+        report.warn(
+            f"the errors of {len(overflown)} operators are NaN or Inf ({first_names(overflown)}): their outputs "
+            "overflow float32 when squared, so nothing is known of how well they were pruned."
+        )
+    found, by_rows = report.totals["sparsity"], operators and all(operator.scope == "row" for operator in operators)
+    if by_rows and not config.overrides and abs(found - (config.sparsity or 0.0)) > 1e-4:
+        report.warnings.append(
+            f"every row has a whole number of zeros, so that {found:.2%} of the weights are zero instead of "
+            f"{config.sparsity:.2%}: pass scope='matrix' for the exact share."
+        )
+    if config.correction.residual_share:
+        corrected = {part.name: part.mixture.residual_corrected for part in report.layers if part.mixture is not None}
+        for layer in report.layers:
+            done = [o.residual_corrected for o in operators if o.name.startswith(f"{layer.name}.")]
+            if done:
+                corrected[layer.name] = corrected.get(layer.name, False) or any(done)
+        without = [name for name, was in corrected.items() if not was]
+        if without:
+            report.warnings.append(
+                f"no residual correction in {len(without)} of {len(corrected)} decoder layers "
+                f"({first_names(without)}): the output of one pruned operator, the last, is not added to the layer's "
+                "output there (a norm or a scale comes between, or it is a mixture of experts)"
+            )
+    report.warnings.extend(f"{o.name}: {o.message}" for o in operators if o.message and not o.converged)
+    report.warnings.extend(f"{mixture.name}: {mixture.message}" for mixture in report.mixtures if mixture.message)
+    under_calibrated = [o for o in operators if config.method != o.method == Magnitude.name]
+    if under_calibrated:
+        least = min(under_calibrated, key=lambda o: o.num_tokens)
+        report.warn(
+            f"{len(under_calibrated)} of {len(operators)} operators belong to experts that fewer than "
+            f"{UNDER_CALIBRATED_TOKENS} calibration tokens reached, and were pruned by magnitude "
+            f"({least.name}: {least.num_tokens}). Pass more calibration tokens."
+        )
+    if held_out is not None and (measured := held_out.perplexity()) is not None:
+        text = held_out.text and public_name(held_out.text)
+        report.perplexity = measured | {"text": text, "vocabulary": token_limits(plan.layers.model)[0]}
+    around = sha256_of(plan.layers.model, plan.layers.names_around)
+    report.model["sha256"] = combined_sha256([*map(str, dense_sha256), around])
+    plan.removal.describe(report)

@@ -1,11 +1,18 @@
-"""Removing whole parts of a model: the run prunes columns of some operators, then the model becomes a smaller one."""
+"""Removing whole parts of a model: the run prunes columns of some operators, then the model becomes a smaller one.
+
+A channel, a head or an expert is a group of columns of the operator that reads it. So the loop prunes these columns by
+any method, and the rows that wrote them go afterwards. That the smaller model computes the same as the model with zeros
+is not assumed: it is proved on shapes (`model.shrinking`), and once on numbers for every kind of decoder layer.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -13,14 +20,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.memory import is_out_of_memory
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.architecture import DecoderLayers, find_decoder_layers, find_operators
+from optimum_fista.model.architecture import DecoderLayers, find_operators
 from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.expert_removal import SmallerMixture, experts_of, experts_to_keep, score_experts
 from optimum_fista.model.groups import is_added_to_output
-from optimum_fista.model.layer_inputs import LayerActivations
+from optimum_fista.model.layer_inputs import HiddenStates, LayerActivations
 from optimum_fista.model.offload import offload_hook
-from optimum_fista.model.operator import FusedExperts, Group, LinearOperator
-from optimum_fista.model.parts import Part, numbers_kept
+from optimum_fista.model.operator import Group, LinearOperator
+from optimum_fista.model.parts import Part, find_parts, numbers_kept
 from optimum_fista.model.shrinking import (
     Shrinking,
     plan_shrinking,
@@ -29,53 +36,61 @@ from optimum_fista.model.shrinking import (
     small_hidden_states,
     smaller_copy,
 )
-from optimum_fista.prune.run_report import first_names
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.report import LayerRecord, LayerReport, MixtureReport, OperatorReport, PruningReport
 from optimum_fista.solve.pattern import pack_mask, unpack_mask
-from optimum_fista.solve.patterns import Columns, WholeParts
+from optimum_fista.solve.patterns import Columns, PartShare
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
+Operators = Mapping[str, Mapping[str, LinearOperator]]
+"""Operators to prune, by the names of their decoder layers."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Removal:
-    """What a run does besides setting weights to zero: here nothing."""
+    """What a run does besides setting weights to zero: here nothing.
 
-    asked: FistaPruningConfig  # as the user passed it
-    num_removed_layers: int = field(default=0, kw_only=True)
+    Attributes:
+        mixtures: Mixtures that lose experts, by the names of their decoder layers.
+        num_removed_layers: How many decoder layers go.
+        removed_layers: Once they are chosen: their numbers, each with the loss without it and those before.
+    """
 
-    def mixture_of(self, layer_name: str) -> Part | None:  # noqa: ARG002
-        """The mixture of a decoder layer that loses experts; `None` without."""
-        return None
+    mixtures: Mapping[str, Part] = field(default_factory=dict)
+    num_removed_layers: int = 0
+    removed_layers: Mapping[int, float] = field(default_factory=dict)
 
-    def prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
-        """Prove of every kind of decoder layer that it returns the same without the groups as with zeros there."""
-
-    def to_prune(
+    def before(
         self,
         layer_name: str,  # noqa: ARG002
         groups: list[Group],
         activations: LayerActivations,  # noqa: ARG002
         hidden_states: Tensor,  # noqa: ARG002
     ) -> tuple[list[Group], dict[str, str]]:
-        """The groups of a decoder layer to prune, and its operators that stay as they are, with the reason."""
+        """Choose from the groups of a decoder layer those to prune; and its other operators, with the reason.
+
+        What may go is proved to be no loss. `groups` are those that the layer calls.
+        """
         return groups, {}
 
-    def experts_of(self, layer_name: str, layer: nn.Module) -> FusedExperts | None:
-        """The experts of a decoder layer of which some go; `None` if none does."""
-        part = self.mixture_of(layer_name)
-        return None if part is None else experts_of(part, layer_name, layer)
+    def experts_in(self, layer_name: str, layer: nn.Module) -> nn.Module | None:
+        """The module with the experts of a decoder layer of which some go; `None` if none does."""
+        part = self.mixtures.get(layer_name)
+        return None if part is None else layer.get_submodule(part.name.removeprefix(f"{layer_name}."))
 
-    def remove_experts(
+    def after(
         self,
-        sink: ModelSink,  # noqa: ARG002
         layer_name: str,  # noqa: ARG002
-        experts: FusedExperts | None,  # noqa: ARG002
-        targets: LayerTargets,  # noqa: ARG002
-    ) -> tuple[MixtureReport | None, nn.Module | None]:
-        """Choose the experts of a decoder layer that stay, and refit them; the report, and the layer without others."""
-        return None, None
+        sink: ModelSink,  # noqa: ARG002
+        targets: LayerTargets,
+    ) -> tuple[HiddenStates, MixtureReport | None]:
+        """Remove experts of a pruned decoder layer, and refit the others; the hidden states that leave the layer."""
+        return targets.leave(), None
+
+    def new_name(self, name: str) -> str | None:
+        """The name of a module or tensor in the pruned model; `None` if it goes."""
+        return name
 
     def shrink_layer(
         self, record: LayerRecord, masks: dict[str, Tensor], tensors: dict[str, Tensor]
@@ -83,17 +98,8 @@ class Removal:
         """A pruned decoder layer as the smaller model has it: its record, its packed masks, and its tensors by name."""
         return record, masks, tensors
 
-    def shrink(
-        self,
-        model: PreTrainedModel,
-        report: PruningReport,
-        masks: dict[str, Tensor],
-        undo_first: Callable[[Callable[[], None]], None],
-    ) -> None:
-        """Make a pruned model in memory the smaller one, with the report and the packed masks of the smaller one.
-
-        Before, `undo_first` is called with what gives tensors their old sizes back.
-        """
+    def shrink(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
+        """Make a pruned model in memory the smaller one, with its report and the packed masks of the sink."""
 
     def model_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The configuration of the pruned model."""
@@ -103,98 +109,123 @@ class Removal:
         """Add to the report what went."""
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class PartsRemoval(Removal):
-    """How a run removes whole parts."""
+    """How a run removes whole parts.
 
-    plan: Shrinking  # the smaller model; until `remove_layers`, with all decoder layers
-    config: (
-        FistaPruningConfig  # with a pattern of whole columns for each operator that reads what is removed, no others
-    )
-    counts: Mapping[str, int]  # how many parts of each kind a decoder layer keeps
-    columns: Shrinking  # a model that keeps its experts, by which the other kinds are proved
-    experts: Shrinking  # a model that loses experts only, by which a decoder layer runs without them
-    removed_layers: Mapping[int, float] = field(default_factory=dict)  # each with the loss without it and those before
-    proven: set[object] = field(default_factory=set)  # kinds of layers seen to return the same without removed groups
+    Attributes:
+        smaller: The smaller model; until decoder layers are chosen, with all of them.
+        columns: A model that keeps its experts, by which the other kinds are proved.
+        experts: A model that loses experts only, by which a decoder layer runs without them.
+        counts: How many parts of each kind a decoder layer keeps.
+        refits_experts: Whether the experts that stay are refitted.
+        compensates: Whether the last operator of a decoder layer may make up for what the rest of it loses.
+        is_carried: Whether the pruned outputs of a decoder layer enter the next one.
+        proven: Kinds of layers seen to return the same without removed groups; the one thing that is noted later.
+    """
+
+    smaller: Shrinking
+    columns: Shrinking
+    experts: Shrinking
+    counts: Mapping[str, int]
+    refits_experts: bool
+    compensates: bool
+    is_carried: bool
+    proven: set[object] = field(default_factory=set, compare=False)
 
     @classmethod
-    def planned(cls, model: PreTrainedModel, config: FistaPruningConfig) -> PartsRemoval:
-        """The removal that a configuration asks for, whose pattern is of whole parts."""
-        pattern = config.whole_parts
+    def planned(
+        cls, layers: DecoderLayers, config: FistaPruningConfig
+    ) -> tuple[PartsRemoval, FistaPruningConfig, FistaPruningConfig]:
+        """Plan the removal that a configuration asks for, whose pattern is of whole parts.
+
+        Returns also the configuration with a pattern of parts by number, and that by which the loop prunes: it has a
+        pattern of whole columns for each operator that reads what is removed, and for no others.
+        """
+        model, asked = layers.model, _with_channels_for_size(layers.model, config)
+        pattern = asked.whole_parts
         assert pattern is not None
-        counts, total = numbers_kept(model, pattern), len(find_decoder_layers(model))
-        going = sum(total - part.num_kept(total) for part in pattern.shares if part.kind == "layers")
-        plan, columns_only = _plans(model, counts)
-        parts = {name: part for name, part in plan.parts.items() if not part.is_mixture}
-        columns = {
-            name: str(Columns.keeping(plan.counts[name], part.groups, part.width)) for name, part in parts.items()
+        counts = numbers_kept(model, pattern)
+        smaller, columns = _shrinkings(model, counts)
+        parts = {name: part for name, part in smaller.parts.items() if not part.is_mixture}
+        overrides = {
+            name: str(Columns.keeping(smaller.counts[name], part.groups, part.width)) for name, part in parts.items()
         }
-        others = tuple(name for name in plan.parts if name not in parts)  # mixtures: not an operator for every matrix
-        options: dict[str, Any] = {"expert_refit": True}
-        options |= {"include": tuple(columns), "exclude": others if columns else ("*",), "overrides": columns}
+        mixtures = [part for part in smaller.parts.values() if part.is_mixture]
+        names = tuple(part.name for part in mixtures)  # not an operator for every matrix of theirs
         widest = max(part.share for part in pattern.shares)
-        expanded = replace(config, pattern=f"columns:{widest!r}", sparsity=None, scope=None, **options)
-        experts_only = plan_shrinking(model, experts=counts.get("experts"))
-        return cls(config, plan, expanded, counts, columns_only, experts_only, num_removed_layers=going)
+        config = replace(
+            asked,
+            pattern=f"columns:{widest!r}",
+            sparsity=None,
+            scope=None,
+            expert_refit=True,
+            include=tuple(overrides),
+            exclude=names if overrides else ("*",),
+            overrides=overrides,
+        )
+        removal = cls(
+            mixtures={name: part for name, _ in layers for part in mixtures if part.name.startswith(f"{name}.")},
+            num_removed_layers=sum(
+                len(layers) - part.num_kept(len(layers)) for part in pattern.shares if part.kind == "layers"
+            ),
+            smaller=smaller,
+            columns=columns,
+            experts=plan_shrinking(model, experts=counts.get("experts")),
+            counts=counts,
+            refits_experts=asked.expert_refit,
+            compensates=asked.correction.residual_share > 0,
+            is_carried=asked.correction.carry == "full",
+        )
+        return removal, asked, config
 
-    def mixture_of(self, layer_name: str) -> Part | None:
-        """The mixture of a decoder layer that loses experts; `None` without."""
-        found = (part for part in self.plan.parts.values() if part.is_mixture)
-        return next((part for part in found if part.name.startswith(f"{layer_name}.")), None)
-
-    def remove_layers(
-        self,
-        model: PreTrainedModel,
-        layers: DecoderLayers,
-        operators: Mapping[str, Mapping[str, LinearOperator]],
-        removed: Mapping[int, float],
-    ) -> dict[str, dict[str, LinearOperator]]:
-        """Plan the model without the decoder layers `removed`; returns the operators to prune in the others."""
+    def without_layers(self, layers: DecoderLayers, removed: Mapping[int, float]) -> PartsRemoval:
+        """The same without the decoder layers `removed`."""
         stay = [index for index in range(len(layers)) if index not in removed]
-        self.plan, self.columns = _plans(model, self.counts, stay)
-        self.removed_layers = removed
-        return self.with_repairs(layers, operators)
+        smaller, columns = _shrinkings(layers.model, self.counts, stay)
+        mixtures = {name: part for name, part in self.mixtures.items() if part.name in smaller.parts}
+        return replace(self, mixtures=mixtures, smaller=smaller, columns=columns, removed_layers=removed)
+
+    def new_name(self, name: str) -> str | None:
+        """The name of a module or tensor in the smaller model; `None` if it goes with its decoder layer."""
+        return self.smaller.new_name(name)
 
     def with_repairs(
-        self, layers: DecoderLayers, operators: Mapping[str, Mapping[str, LinearOperator]]
-    ) -> dict[str, dict[str, LinearOperator]]:
-        """The operators to prune, with those that may repair decoder layers.
+        self, layers: DecoderLayers, operators: Operators, config: FistaPruningConfig
+    ) -> tuple[Operators, FistaPruningConfig]:
+        """The operators to prune, with those that may repair decoder layers, and a pattern for each.
 
         A decoder layer that loses heads, or comes after a removed one, is repaired if the correction has a share of the
         residual: its last operator, if it loses no columns itself, keeps all of them and is refitted. Which one is the
-        last shows when the layer runs (`to_prune`).
+        last shows when the layer runs (`before`).
         """
-        correction = self.config.correction
-        repairs = correction.residual_share > 0
-        after_removed = {index + 1 for index in self.removed_layers if correction.carry == "full"}
+        after_removed = {index + 1 for index in self.removed_layers if self.is_carried}
         left = {name: dict(found) for name, found in operators.items()}
         all_columns: dict[str, float | str] = {}
         for index, (name, layer) in enumerate(layers):
             if index in self.removed_layers:
                 left[name] = {}
-            elif repairs and (("heads" in self.counts and left[name]) or index in after_removed):
+            elif self.compensates and (("heads" in self.counts and left[name]) or index in after_removed):
                 others = find_operators(name, layer, dense_experts=("*",))
                 all_columns |= {key: f"columns:{o.shape[1]}of{o.shape[1]}" for key, o in others.items()}
                 left[name] = others | left[name]
-        if all_columns:
-            self.config = replace(self.config, overrides={**all_columns, **self.config.overrides})
-        return left
+        return left, replace(config, overrides={**all_columns, **config.overrides}) if all_columns else config
 
-    def to_prune(
+    def before(
         self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden_states: Tensor
     ) -> tuple[list[Group], dict[str, str]]:
-        """The groups of a decoder layer to prune, and its operators that stay as they are, with the reason.
+        """See `Removal.before`. Of a layer to repair, the operators that lose columns are pruned, and the last one.
 
-        Of a layer to repair these are the operators that lose columns, and the last one, if the layer's output is
-        something plus its output. `groups` are those that the layer calls.
+        The last one is refitted if the layer's output is something plus its output.
         """
+        self._prove(layer_name, activations, hidden_states)
         called = {operator.name for group in groups for operator in group}
-        for name, part in self.plan.parts.items():
+        for name, part in self.smaller.parts.items():
             if name.startswith(f"{layer_name}.") and not part.is_mixture and name not in called:
                 raise UnsupportedArchitectureError(
                     f"{name} is never called, so nothing tells which of its columns to remove: use another pattern."
                 )
-        chosen = [[o for o in group if self.config.pattern_for(o.name).sparsity] for group in groups]
+        chosen = [[o for o in group if o.name in self.smaller.parts] for group in groups]
         if groups and not chosen[-1] and len(groups[-1]) == 1:
             chosen[-1] = [o for o in groups[-1] if is_added_to_output(activations, o.module, hidden_states)]
         pruned = {operator.name for group in chosen for operator in group}
@@ -206,19 +237,19 @@ class PartsRemoval(Removal):
     ) -> dict[str, str]:
         """Why operators are not pruned, without those to prune and those of removed decoder layers."""
         chosen = {name for found in operators.values() for name in found}
-        left = [name for name in reasons if name not in chosen and self.plan.new_name(name) is not None]
+        left = [name for name in reasons if name not in chosen and self.smaller.new_name(name) is not None]
         return {name: self.reason_left_dense(name) for name in left}
 
     def reason_left_dense(self, name: str) -> str:
         """Why an operator's weights are not pruned."""
-        part = self.plan.part_of(f"{name}.weight") or self.plan.parts.get(name)
+        part = self.smaller.part_of(f"{name}.weight") or self.smaller.parts.get(name)
         if part is None:
             return "no part of the pattern"
         if part.is_mixture:
-            return f"keeps {self.plan.counts[part.name]} of {part.groups} experts"
-        return f"loses the rows that {self.plan.new_name(part.name)} no longer reads"
+            return f"keeps {self.smaller.counts[part.name]} of {part.groups} experts"
+        return f"loses the rows that {self.smaller.new_name(part.name)} no longer reads"
 
-    def prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
+    def _prove(self, layer_name: str, activations: LayerActivations, hidden_states: Tensor) -> None:
         """Prove of every kind of decoder layer that it returns the same without the groups as with zeros there."""
         names = [name for name in self.columns.parts if name.startswith(f"{layer_name}.")]
         modules = ((name, type(module)) for name, module in activations.layer.named_modules())
@@ -240,27 +271,25 @@ class PartsRemoval(Removal):
             raise
         self.proven.add(kind)
 
-    def remove_experts(
-        self, sink: ModelSink, layer_name: str, experts: FusedExperts | None, targets: LayerTargets
-    ) -> tuple[MixtureReport | None, nn.Module | None]:
-        """Choose the experts of a decoder layer that stay, and refit them, so that they return its targets together.
-
-        Returns also the layer without the experts that go.
-        """
-        if experts is None:
-            return None, None
-        started, part = time.perf_counter(), self.plan.parts[experts.name]
+    def after(
+        self, layer_name: str, sink: ModelSink, targets: LayerTargets
+    ) -> tuple[HiddenStates, MixtureReport | None]:
+        """See `Removal.after`. The experts that stay are refitted so that they return the layer's targets together."""
+        if layer_name not in self.mixtures:
+            return targets.leave(), None
+        started, part, layer = time.perf_counter(), self.mixtures[layer_name], targets.activations.layer
+        experts = experts_of(part, layer_name, layer)
         num_tokens, saliency, wanted = score_experts(experts, targets)
-        kept = experts_to_keep(saliency, self.plan.counts[part.name], part.equal_runs)
-        smaller = smaller_copy(self.experts, layer_name, targets.activations.layer, {part.name: kept})
+        kept = experts_to_keep(saliency, self.smaller.counts[part.name], part.equal_runs)
+        smaller = smaller_copy(self.experts, layer_name, layer, {part.name: kept})
         left = experts_of(part, layer_name, smaller)
         mixture = SmallerMixture(left, replace(targets.activations, layer=smaller), targets.entering.entering, wanted)
-        before, unseen = mixture.errors()
+        before, held_out = mixture.errors()
         fit_error, num_refitted, message = before, 0, ""
-        if self.asked.expert_refit:
+        if self.refits_experts:
             down = [operator for operator in experts.operators if operator.kind == "down_proj"]
             num_refitted, message = mixture.refit(lambda expert, weight: sink.write(down[kept[expert]], weight))
-            fit_error, unseen = mixture.errors()
+            fit_error, held_out = mixture.errors()
         report = MixtureReport(
             name=part.name,
             groups_kept=kept,
@@ -271,10 +300,10 @@ class PartsRemoval(Removal):
             num_refitted=num_refitted,
             solve_seconds=time.perf_counter() - started,
             message=message,
-            held_out_fit_error=unseen,
+            held_out_fit_error=held_out,
             residual_corrected=targets.adds_experts,
         )
-        return report, smaller
+        return targets.leave(smaller), report
 
     def shrink_layer(
         self, record: LayerRecord, masks: dict[str, Tensor], tensors: dict[str, Tensor]
@@ -283,26 +312,20 @@ class PartsRemoval(Removal):
         kept = self._kept([record.report], record.operators, masks)
         operators, smaller = self._reports(record.operators, kept, masks)
         (report,), left_dense = self._layers([record.report]), self._renamed(record.left_dense)
-        shrunk = {name: self.plan.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()}
+        shrunk = {name: self.smaller.shrink_tensor(name, tensor, kept) for name, tensor in tensors.items()}
         return LayerRecord(report, operators, left_dense), smaller, self._renamed(shrunk)
 
     def model_config(self, config: PreTrainedConfig) -> PreTrainedConfig:  # noqa: ARG002
         """The configuration of the smaller model."""
-        return self.plan.model.config
+        return self.smaller.model.config
 
-    def shrink(
-        self,
-        model: PreTrainedModel,
-        report: PruningReport,
-        masks: dict[str, Tensor],
-        undo_first: Callable[[Callable[[], None]], None],
-    ) -> None:
+    def shrink(self, model: PreTrainedModel, report: PruningReport, sink: ModelSink) -> None:
         """Make a pruned model in memory the smaller one; see `Removal.shrink`."""
-        kept = self._kept(report.layers, report.operators, masks)
-        operators, smaller = self._reports(report.operators, kept, masks)
+        kept = self._kept(report.layers, report.operators, sink.masks)
+        operators, masks = self._reports(report.operators, kept, sink.masks)
         # what becomes smaller waits on the CPU: a device that is nearly full has no room for both sizes of all tensors
         before = [
-            (tensor, tensor.device, tensor.data if self.plan.part_of(name) is None else tensor.data.cpu())
+            (tensor, tensor.device, tensor.data if self.smaller.part_of(name) is None else tensor.data.cpu())
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
         ]
 
@@ -310,38 +333,18 @@ class PartsRemoval(Removal):
             for tensor, device, data in before:
                 tensor.data = data.to(device)
 
-        undo_first(restore)
-        shrink_model(model, self.plan, kept)
-        masks.clear()
-        masks.update(smaller)
-        report.operators, report.layers = operators, self._layers(report.layers)
+        sink.undo_first(restore)
+        shrink_model(model, self.smaller, kept)
+        sink.masks, report.operators, report.layers = masks, operators, self._layers(report.layers)
         report.left_dense = self._renamed(report.left_dense)
 
     def describe(self, report: PruningReport) -> None:
-        """Count the parameters that stay, and say which decoder layers go and which of the others are not repaired.
-
-        The report has the names of the smaller model.
-        """
+        """Count the parameters that stay, and say which decoder layers went."""
         report.model["dense_num_parameters"] = report.model["num_parameters"]
-        report.model["num_parameters"] = self.plan.model.num_parameters()
-        if not self.removed_layers:
-            return
-        report.model["layers_kept"] = list(self.plan.layers)
-        report.model["layers_removed"] = [[index, loss] for index, loss in self.removed_layers.items()]
-        correction = self.config.correction
-        asked = correction.residual_share > 0 and correction.carry == "full"
-        repaired = [operator.name for operator in report.operators if operator.residual_corrected and asked]
-        numbers = [new for new, old in enumerate(self.plan.layers) if old - 1 in self.removed_layers]
-        after = [f"{self.plan.layers_name}.{number}" for number in numbers]
-        without = [name for name in after if not any(operator.startswith(f"{name}.") for operator in repaired)]
-        if without:
-            why = "that takes error_correction='full' or a number, and residual_correction above 0"
-            if asked:
-                why = "the output of their last operator is not added to theirs"
-            report.warn(
-                f"{len(without)} of {len(after)} decoder layers after removed ones are not repaired "
-                f"({first_names(without)}): {why}"
-            )
+        report.model["num_parameters"] = self.smaller.model.num_parameters()
+        if self.removed_layers:
+            report.model["layers_kept"] = list(self.smaller.layers)
+            report.model["layers_removed"] = [[index, loss] for index, loss in self.removed_layers.items()]
 
     def _kept(
         self, layers: Sequence[LayerReport], operators: Sequence[OperatorReport], masks: Mapping[str, Tensor]
@@ -350,7 +353,7 @@ class PartsRemoval(Removal):
         kept = {layer.mixture.name: layer.mixture.groups_kept for layer in layers if layer.mixture is not None}
         for operator in operators:
             mask = unpack_mask(masks[operator.name], operator.stored_shape)
-            part = self.plan.parts.get(operator.name.removesuffix(".weight"))
+            part = self.smaller.parts.get(operator.name.removesuffix(".weight"))
             if part is not None:  # not one that repairs its decoder layer
                 kept[part.name] = part.kept_by(mask.T if operator.stored_transposed else mask)
         return kept
@@ -361,10 +364,10 @@ class PartsRemoval(Removal):
         """Reports of the operators without what goes, and their packed masks."""
         reports, smaller = [], {}
         for operator in operators:
-            new, groups = self.plan.new_name(operator.name), kept.get(operator.name.removesuffix(".weight"))
+            new, groups = self.smaller.new_name(operator.name), kept.get(operator.name.removesuffix(".weight"))
             assert new is not None
             mask = unpack_mask(masks[operator.name], operator.stored_shape)
-            mask = self.plan.shrink_tensor(operator.name, mask, kept)
+            mask = self.smaller.shrink_tensor(operator.name, mask, kept)
             smaller[new] = pack_mask(mask)
             out, columns = mask.shape[::-1] if operator.stored_transposed else mask.shape
             report = replace(operator, name=new, shape=(out, columns), groups_kept=groups)
@@ -373,37 +376,73 @@ class PartsRemoval(Removal):
 
     def _renamed(self, values: Mapping[str, T]) -> dict[str, T]:
         """What is kept by name, under the names of the smaller model, without what goes."""
-        return {new: value for name, value in values.items() if (new := self.plan.new_name(name)) is not None}
+        return {new: value for name, value in values.items() if (new := self.new_name(name)) is not None}
 
     def _layers(self, reports: Sequence[LayerReport]) -> list[LayerReport]:
         """The same of reports of decoder layers, and of their mixtures."""
         left = []
         for report in reports:
-            name, mixture = self.plan.new_name(report.name), report.mixture
+            name, mixture = self.smaller.new_name(report.name), report.mixture
             if name is not None:
-                new = None if mixture is None else self.plan.new_name(mixture.name)
+                new = None if mixture is None else self.smaller.new_name(mixture.name)
                 mixture = None if mixture is None or new is None else replace(mixture, name=new)
                 left.append(replace(report, name=name, mixture=mixture))
         return left
 
 
-def _plans(
+def _shrinkings(
     model: PreTrainedModel, counts: Mapping[str, int], layers: Sequence[int] | None = None
 ) -> tuple[Shrinking, Shrinking]:
-    """The plan of a model whose decoder layers keep so many parts of each kind, and that of one with all experts."""
-    plan = plan_shrinking(model, layers=layers, **counts)
+    """A model whose decoder layers keep so many parts of each kind, and one that keeps all experts besides."""
+    smaller = plan_shrinking(model, layers=layers, **counts)
     if "experts" not in counts:
-        return plan, plan
+        return smaller, smaller
     others = {kind: count for kind, count in counts.items() if kind != "experts"}
-    return plan, plan_shrinking(model, layers=layers, **others)
+    return smaller, plan_shrinking(model, layers=layers, **others)
 
 
-def require_in_memory(model: PreTrainedModel, pattern: WholeParts) -> None:
-    """Refuse a model whose weights Accelerate keeps elsewhere: it can't become a smaller one in place."""
-    if any(offload_hook(module) for module in model.modules()):
+def _with_channels_for_size(model: PreTrainedModel, config: FistaPruningConfig) -> FistaPruningConfig:
+    """Replace a pattern such as `bytes:0.75` by the share of the channels that has to go for it.
+
+    All bytes of the weights count, each shared tensor once. Channels go because they cost least of all parts at every
+    share that was measured (docs/results.md).
+    """
+    if config.whole_parts is None or config.whole_parts.size is None:
+        return config
+    parts = find_parts(model, "channels")
+    tensors = dict(model.named_parameters())
+    whole = sum(tensor.nbytes for tensor in tensors.values())
+    shrinking = [tensors[name] for part in parts.parts for name in part.tensors if name in tensors]
+    channel = sum(tensor.nbytes for tensor in shrinking) / parts.groups  # one of every decoder layer
+    step = PartShare.usual_step("channels", parts.groups)
+    least = -(-parts.at_least // step) * step
+    kept = math.floor((parts.groups - (1 - config.whole_parts.size) * whole / channel) / step) * step
+    kept = min(kept, (parts.groups - 1) // step * step)
+    if kept < least:
+        smallest = 1 - (parts.groups - least) * channel / whole
         raise ValueError(
-            f"pattern='{pattern}': the model is offloaded, so it can't be made smaller in place: pass its name or "
-            "folder and output_dir instead."
+            f"pattern={config.pattern!r}: {smallest:.4f} of the model's bytes are left if {least} of {parts.groups} "
+            f"channels stay in every decoder layer: pass at least {math.ceil(smallest * 1e4) / 1e4:g}."
+        )
+    found = str(PartShare.keeping("channels", kept, parts.groups))
+    left = 1 - (parts.groups - kept) * channel / whole
+    logger.info("pattern %s: %s leaves %.4f of the model's bytes", config.pattern, found, left)
+    return replace(config, pattern=found, sparsity=None)
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first four of many names, for a message."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def require_in_memory(model: PreTrainedModel, config: FistaPruningConfig) -> None:
+    """Refuse a model in memory that can't be changed in place."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError("model was loaded in inference mode, so it can't be changed: load it outside of that.")
+    if config.whole_parts is not None and any(offload_hook(module) for module in model.modules()):
+        raise ValueError(
+            f"pattern='{config.whole_parts}': the model is offloaded, so it can't be made smaller in place: pass "
+            "its name or folder and output_dir instead."
         )
 
 

@@ -11,7 +11,7 @@ from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.forward import operator_input
 from optimum_fista.model.layer_inputs import LayerActivations
 from optimum_fista.model.shrinking import difference_beyond_rounding, small_hidden_states
-from optimum_fista.prune.model_pruning import ModelPruning
+from optimum_fista.prune.plan import Plan
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.solve.patterns.n_of_m import best_order
 
@@ -20,7 +20,7 @@ _TOKENS_OF_ORDER = 8192
 
 
 def reorder_channels(
-    run: ModelPruning, sink: ModelSink, layer_name: str, activations: LayerActivations, hidden_states: Sequence[Tensor]
+    plan: Plan, sink: ModelSink, layer_name: str, activations: LayerActivations, hidden_states: Sequence[Tensor]
 ) -> dict[str, tuple[int, ...]]:
     """Let the channels of a decoder layer's MLPs change places.
 
@@ -33,8 +33,8 @@ def reorder_channels(
         the weights.
     """
     call, layer, orders = activations.calls[0], activations.layer, dict[str, tuple[int, ...]]()
-    for name, operator in run.operators[layer_name].items():
-        part, pattern = run.channels.get(name), run.config.pattern_for(name)
+    for name, operator in plan.operators[layer_name].items():
+        part, pattern = plan.channels.get(name), plan.config.pattern_for(name)
         if part is None or pattern.span is None or pattern.width > 1:
             continue
         energies, tokens = torch.zeros(operator.shape[1], device=activations.device), 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -94,12 +94,11 @@ class ModelSink:
         index: int,  # noqa: ARG002
         layer: nn.Module,  # noqa: ARG002
         record: LayerRecord,  # noqa: ARG002
-        states: HiddenStates | None,  # noqa: ARG002
-        held_out: HeldOut | None,  # noqa: ARG002
+        travelling: Sequence[HiddenStates | HeldOut],  # noqa: ARG002
     ) -> None:
         """Make the weights of a decoder layer final, while they are on the device: overwrite those Accelerate keeps.
 
-        `states` are the hidden states after it; `None` if the next one does not need them.
+        `travelling` is what the next decoder layer needs of this one.
         """
         for owner, tensor in self._onloaded.values():
             store_tensor(owner, tensor, getattr(owner, tensor), self._undo.append)

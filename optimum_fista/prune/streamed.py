@@ -1,11 +1,15 @@
-"""From a model's files to the files of the pruned model, by one process or several."""
+"""From a model's files to the files of the pruned model, by one process or several; and on after a crash.
+
+What a run has finished is in its `Journal`. Resuming is no case of its own: every start reads there which layers are
+left, and shares those. Several processes need to agree on the run and its budgets, and on nothing else.
+"""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +17,28 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.config import FistaPruningConfig
-from optimum_fista.folder.loading import load_lazily
+from optimum_fista.folder.loading import load_lazily, storage_place, usable_device
 from optimum_fista.folder.output import FOLDER, install, locked_output, require_output, unfinished_folder
 from optimum_fista.folder.source_files import require_no_loss, source_folder
 from optimum_fista.model.forward import evaluation_mode
+from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.layer_inputs import HiddenStates
+from optimum_fista.model.offload import execution_device
+from optimum_fista.prune.batches import Calibration, begin, cut_batches
+from optimum_fista.prune.budgets import share_budgets
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.file_sink import FileSink
 from optimum_fista.prune.fingerprint import run_fingerprint, shared_files
 from optimum_fista.prune.journal import WEIGHTS_FILE, Journal, KeptLayer, join_run, read_record
 from optimum_fista.prune.loop import prune_layers
-from optimum_fista.prune.model_pruning import ModelPruning
+from optimum_fista.prune.plan import Plan, complete_report, prepare
 from optimum_fista.prune.ranks import RankError, Ranks, joined_ranks, require_independent_layers, share_layers
 from optimum_fista.prune.removal import require_zeros_to_pack
 from optimum_fista.report import PruningReport
 
 
 def prune_files(
-    name: str | Path,
+    name: str,
     calib_dataloader: Iterable[Any],
     output_dir: Path,
     config: FistaPruningConfig,
@@ -39,16 +47,18 @@ def prune_files(
     device: str | None,
     dtype: str | torch.dtype,
     overwrite: bool,
+    packed: bool,
+    drop_unused: bool,
     progress: bool,
     storage_device: str | torch.device | Path | None,
     callbacks: Sequence[PruningCallback],
-    packed: bool,
-    drop_unused: bool,
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`; see `FistaPruner.prune`."""
     started = time.perf_counter()
-    require_output(output_dir, overwrite, source=name)
+    require_output(output_dir, overwrite, source=name)  # what costs nothing comes before the model is read
     require_zeros_to_pack(config, packed)
+    usable_device(device)
+    storage = None if storage_device is None else storage_place(storage_device, torch.device("cpu"))
     folder = unfinished_folder(output_dir)
     with joined_ranks(device) as ranks, ExitStack() as opened, ExitStack() as offloaded:
 
@@ -56,52 +66,35 @@ def prune_files(
             opened.enter_context(locked_output(output_dir))
             require_output(output_dir, overwrite)  # another run may just have ended
 
-        def load() -> tuple[ModelPruning, PreTrainedTokenizerBase | None, Path]:
+        def load() -> tuple[Plan, PreTrainedTokenizerBase | None, Path]:
             if not (folder / FOLDER).exists():
                 raise ValueError(f"output: rank 0 began {str(folder)!r}, and it isn't here: pass a shared folder.")
             require_independent_layers(config, ranks.count)
             offload = offloaded.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=folder / FOLDER))
-            model, tokenizer = load_lazily(str(name), Path(offload), device=ranks.device, dtype=dtype)
-            source = source_folder(str(name), getattr(model.config, "_commit_hash", None))
-            pruning = ModelPruning(
-                model,
-                calib_dataloader,
-                config,
-                calibration_source=calibration_source,
-                progress=progress and not ranks.index,
-                storage_device=storage_device,
-                callbacks=callbacks,
-            )
-            if lost := require_no_loss(model, source, drop_unused):
-                pruning.report.lack(lost)
-            if storage_device == "disk" or (storage_device is None and pruning.storage == torch.device("cpu")):
-                pruning.storage_device = folder / FOLDER  # files on the output's disk
-            if ranks.count > 1:
-                pruning.held_out = None  # each process has some of the decoder layers
-                pruning.title = f"Pruning, rank {ranks.index} of {ranks.count}"
-            return pruning, tokenizer, source
+            model, tokenizer = load_lazily(name, Path(offload), device=ranks.device, dtype=dtype)
+            on_cpu = execution_device(model.get_input_embeddings()).type == "cpu"
+            on_disk = storage_device == "disk" or (storage is None and on_cpu)
+            place, shows = folder / FOLDER if on_disk else storage, progress and not ranks.index
+            plan = prepare(model, config, storage=place, progress=shows, callbacks=callbacks)
+            return plan, tokenizer, source_folder(name, getattr(model.config, "_commit_hash", None))
 
-        def begin() -> None:
-            for callback in callbacks:
-                callback.on_prune_begin(pruning.report)
+        def read() -> tuple[Calibration, HeldOut | None, PruningReport]:
+            lost = require_no_loss(plan.layers.model, source, drop_unused)
+            calibration, held_out, report = begin(plan, calib_dataloader, calibration_source)
+            if lost:
+                report.lack(lost)
+            return calibration, None if ranks.count > 1 else held_out, report  # which has some of the layers only
 
         ranks.first(lock)
-        pruning, tokenizer, source = ranks.each(load)
-        run = StreamedRun(pruning, tokenizer, source, folder, ranks, overwrite=overwrite, packed=packed)
-        try:
-            ranks.each(begin)
+        plan, tokenizer, source = ranks.each(load)
+        run = StreamedRun(ranks, folder, source, packed, overwrite, plan, *ranks.each(read))
+        with run.advising():
+            ranks.each(run.begin)
             run.prune()
-            report = ranks.first(lambda: run.complete(output_dir, overwrite, started))
+            report = ranks.first(lambda: run.complete(tokenizer, output_dir, overwrite, started))
             offloaded.close()
             with suppress(RankError):  # nothing is lost with a rank any more: the model is in its place
                 ranks.gather(None)  # only then does rank 0 tidy the folder that all of them offload to
-        except OSError as error:
-            advice = f"{run.kept()}; start again with the same output"
-            if error.errno is None:
-                raise type(error)(f"{error} {advice}") from error
-            raise OSError(error.errno, f"{error.strerror}: {advice}", error.filename) from error
-        except RankError as error:
-            raise RankError(f"{error}; {run.kept()}; start again with the same output") from error
     for callback in callbacks:
         callback.on_prune_end(report)
     return report
@@ -116,98 +109,118 @@ class StreamedRun:
 
     def __init__(
         self,
-        pruning: ModelPruning,
-        tokenizer: PreTrainedTokenizerBase | None,
-        source: Path,
-        folder: Path,
         ranks: Ranks,
-        *,
-        overwrite: bool,
+        folder: Path,
+        source: Path,
         packed: bool,
+        overwrite: bool,
+        plan: Plan,
+        calibration: Calibration,
+        held_out: HeldOut | None,
+        report: PruningReport,
     ) -> None:
-        self.pruning = pruning
-        self.finished: dict[int, KeptLayer] = {}
-        self._tokenizer = tokenizer
-        self._ranks = ranks
-        known = read_record(folder / WEIGHTS_FILE) or {}
-        self.source = shared_files(source, known, ranks, pruning.progress)
-        fingerprint = run_fingerprint(self.source, pruning, packed)
+        self._ranks, self._packed = ranks, packed
+        self._plan, self._calibration, self._held_out, self._report = plan, calibration, held_out, report
+        self._source = shared_files(source, read_record(folder / WEIGHTS_FILE) or {}, ranks, plan.progress)
+        fingerprint = run_fingerprint(self._source, plan, calibration.batches, report, packed)
         join_run(folder, fingerprint, overwrite, ranks)
-        self.journal = ranks.each(lambda: Journal(folder, fingerprint))
-        contexts = evaluation_mode(pruning.model), torch.no_grad()
-        self.sink = FileSink(pruning, self.journal, self.source, packed, *contexts)
+        self._journal = ranks.each(lambda: Journal(folder, fingerprint))
+        self._seconds_before = 0.0
+
+    def begin(self) -> None:
+        """Call the callbacks."""
+        for callback in self._plan.callbacks:
+            callback.on_prune_begin(self._report)
 
     def prune(self) -> None:
         """Prune this process's share of the decoder layers that are left, and write each once it is finished."""
-        ranks, pruning = self._ranks, self.pruning
-        with self.sink, self.sink.interruptible:
+        ranks, journal = self._ranks, self._journal
+        with evaluation_mode(self._plan.layers.model), torch.no_grad():
             ranks.first(self._share_budgets)
-            ranks.each(self._read_budgets)
-            self.finished = ranks.first(self._finished)
-            unfinished = [index for index in range(len(pruning.layers)) if index not in self.finished]
-            if self.finished and ranks.count == 1:
-                pruning.num_before = len(self.finished)
-                pruning.title = f"Resuming, {len(self.finished)} of {len(pruning.layers)} decoder layers done"
-            if unfinished:
-                todo = share_layers(unfinished, pruning.costs(), ranks.count)[ranks.index]
-                ranks.each(lambda: prune_layers(pruning, self.sink, todo) if todo else None)
+        budgets = ranks.each(journal.budgets)  # as written, so that all ranks and all starts have the same
+        assert budgets is not None
+        self._plan = plan = self._plan.with_budgets(budgets)
+        finished = ranks.first(journal.finished)
+        if ranks.count == 1:
+            finished = self._resume(finished)
+        self._seconds_before = sum(layer.record.report.seconds for layer in finished.values())
+        self._sink = FileSink(
+            plan, journal, self._source, self._packed, evaluation_mode(plan.layers.model), torch.no_grad()
+        )
+        unfinished = [index for index in range(len(plan.layers)) if index not in finished]
+        todo = share_layers(unfinished, plan.costs(), ranks.count)[ranks.index]
 
-    def complete(self, output_dir: Path, overwrite: bool, started: float) -> PruningReport:
+        def work() -> None:
+            with self._sink, self._sink.interruptible:
+                prune_layers(plan, self._calibration, self._report, self._sink, self._held_out, todo)
+
+        ranks.each(work if todo else lambda: None)
+
+    def complete(
+        self, tokenizer: PreTrainedTokenizerBase | None, output_dir: Path, overwrite: bool, started: float
+    ) -> PruningReport:
         """Write all that is not a decoder layer, and bring the model into `output_dir`."""
-        report, layers = self.pruning.report, self.journal.finished(read_shards=False)
-        if len(layers) < len(self.pruning.layers):
+        report, layers = self._report, self._journal.finished(read_shards=False)
+        if len(layers) < len(self._plan.layers):
             raise RankError("decoder layers that other ranks finished are not here: pass a folder that all nodes share")
         report.operators, report.layers, report.left_dense = [], [], {}
-        self.pruning.dense_layers = [layer.record.report.dense_sha256 for layer in layers.values()]
         for layer in layers.values():
             if layer.shard:
                 report.add(layer.record)
-        before = sum(layer.record.report.seconds for layer in self.finished.values())
-        report.seconds["total"] = before + time.perf_counter() - started
-        self.pruning.complete_report()
-        report = self.sink.complete(self._tokenizer, report, layers)
-        install(self.journal.folder, output_dir, overwrite, self.source.folder)
+        report.seconds["total"] = self._seconds_before + time.perf_counter() - started
+        complete_report(
+            self._plan, report, self._held_out, [layer.record.report.dense_sha256 for layer in layers.values()]
+        )
+        report = self._sink.complete(tokenizer, report, layers)
+        install(self._journal.folder, output_dir, overwrite, self._source.folder)
         return report
 
-    def kept(self) -> str:
-        """What is not lost."""
-        finished, total = len(self.journal.finished(read_shards=False)), len(self.pruning.layers)
-        return f"{finished} of {total} decoder layers are finished and kept in {str(self.journal.folder)!r}"
-
-    def _finished(self) -> dict[int, KeptLayer]:
-        """The decoder layers that need not be pruned again.
-
-        They were pruned with the budgets at hand. If layers depend on each other, these are the first ones, each pruned
-        on the hidden states that the layer before it left.
-        """
-        journal, pruning = self.journal, self.pruning
-        budgets = journal.budgets_sha256
-        finished = {i: layer for i, layer in journal.finished().items() if layer.sha256["budgets"] == budgets}
-        first, states = 0, None
-        while first in finished and finished[first].sha256["before"] == states:
-            first, states = first + 1, finished[first].sha256["after"]
-        streams = journal.states(first, states, pruning.storage)
-        if pruning.config.correction.carry == "full":
-            if 0 < first <= max(pruning.pruned_layers, default=-1):
-                if streams is None:
-                    first = 0  # they can't be made again without the layers before
-                else:
-                    pruning.resume(HiddenStates(streams.get("dense"), streams.get("pruned")))
-            finished = {index: finished[index] for index in range(first)}
-        if pruning.held_out is not None and finished:
-            goes_on = len(finished) == first and pruning.held_out.resume(streams or {})
-            pruning.held_out = pruning.held_out if goes_on else None
-        return finished
+    @contextmanager
+    def advising(self) -> Iterator[None]:
+        """Have errors say what is not lost, and what to do."""
+        try:
+            yield
+        except (OSError, RankError) as error:
+            finished, folder = len(self._journal.finished(read_shards=False)), str(self._journal.folder)
+            kept = f"{finished} of {len(self._plan.layers)} decoder layers are finished and kept in {folder!r}"
+            advice = f"{kept}; start again with the same output"
+            if isinstance(error, RankError):
+                raise RankError(f"{error}; {advice}") from error
+            if error.errno is None:
+                raise type(error)(f"{error} {advice}") from error
+            raise OSError(error.errno, f"{error.strerror}: {advice}", error.filename) from error
 
     def _share_budgets(self) -> None:
         """Allocate the zeros to the operators, unless an earlier start of the run did."""
-        self._read_budgets()
-        if self.pruning.budgets is None:
-            budgets = self.pruning.shared_budgets()
-            self.source.require_unchanged()
-            self.journal.keep_budgets(budgets, self.source.hashes)
+        if self._journal.budgets() is None:
+            budgets = share_budgets(self._plan, self._calibration.batches, self._report)
+            self._source.require_unchanged()
+            self._journal.keep_budgets(budgets, self._source.hashes)
 
-    def _read_budgets(self) -> None:
-        """How the zeros were allocated, by an earlier start or by rank 0; they say what each layer costs."""
-        if self.pruning.budgets is None and (budgets := self.journal.budgets(self.pruning.config)) is not None:
-            self.pruning.use_budgets(budgets)
+    def _resume(self, finished: dict[int, KeptLayer]) -> dict[int, KeptLayer]:
+        """Go on where the run before ended; returns the decoder layers that need not be pruned again.
+
+        If layers depend on each other, these are the first ones, each pruned on the hidden states that the layer before
+        it left.
+        """
+        plan, held_out = self._plan, self._held_out
+        device = execution_device(plan.layers.model.get_input_embeddings())
+        first, streams = self._journal.resume(finished, plan.storage or device)
+        if plan.config.correction.carry == "full":
+            if 0 < first <= max(plan.pruned_layers, default=-1):
+                if streams is None:
+                    first = 0  # they can't be made again without the layers before
+                else:
+                    self._take(HiddenStates(streams.get("dense"), streams.get("pruned")))
+            finished = {index: finished[index] for index in range(first)}
+        if held_out is not None and finished and not (len(finished) == first and held_out.resume(streams or {})):
+            self._held_out = None
+        return finished
+
+    def _take(self, states: HiddenStates) -> None:
+        """Go on with hidden states that a run before has left, and with batches as large as theirs."""
+        batches, sizes = self._calibration.batches, [len(hidden) for hidden in states.entering]
+        if sizes != [batch.input_ids.shape[0] for batch in batches]:
+            batches = cut_batches(batches, sizes)
+            self._report.warnings.append(f"continues with the batches of the last run, {max(sizes)} sequences at most")
+        self._calibration = Calibration(batches, states)

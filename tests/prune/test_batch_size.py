@@ -12,7 +12,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.layer_inputs import HiddenStates
 from optimum_fista.prune import streamed as streamed_run
-from optimum_fista.prune.model_pruning import cut_batches, cut_states
+from optimum_fista.prune.batches import cut_batches, cut_states
 
 CONFIGS = [FistaPruningConfig(), FistaPruningConfig(method="sparsegpt", error_correction="intra")]
 

@@ -6,7 +6,8 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.model.architecture import find_decoder_layers, find_operators
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.sensitivity import DenseLoss
-from optimum_fista.prune.budgets import share_budgets
+from optimum_fista.prune.budgets import allocate_zeros
+from optimum_fista.prune.plan import plan_run
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 
 
@@ -15,7 +16,7 @@ def budgets_of(model, tokens, **options):
     operators = {k: v for name, layer in layers for k, v in find_operators(name, layer).items()}
     config = FistaPruningConfig(**options).resolved()
     loss = DenseLoss(layers, read_batches(tokens.split(4), 64), config.allocation_tokens)
-    return operators, share_budgets(loss, operators, config)
+    return operators, allocate_zeros(loss, operators, config)
 
 
 def zeros_of(model, report):
@@ -32,8 +33,6 @@ def test_sparsities_add_up_to_the_whole(llama, tokens, sparsity):
     zeros = sum(budgets.sparsities[name] * o.parameter.numel() for name, o in operators.items())
     assert zeros == pytest.approx(round(sparsity * total), abs=1e-6)
     for name, operator in operators.items():
-        pattern = budgets.pattern_for(name)
-        assert pattern == Unstructured(budgets.sparsities[name])
         assert budgets.output_weights[name].shape == (operator.shape[0],)
 
 
@@ -43,14 +42,18 @@ def test_sparsities_add_up_to_the_whole(llama, tokens, sparsity):
 def test_uniform_budgets_run_nothing(llama, tokens, options):
     llama.forward = None  # running it would be an error
     _, budgets = budgets_of(llama, tokens, **options)
-    assert (budgets.sparsities, budgets.output_weights, budgets.unseen) == ({}, {}, [])
+    assert (budgets.sparsities, budgets.output_weights, budgets.unfelt) == ({}, {}, [])
 
 
 def test_overrides_keep_their_own(llama, tokens):
-    operators, budgets = budgets_of(llama, tokens, overrides={"*.q_proj": 0.25, "*.down_proj": "2:4"})
+    overrides = {"*.q_proj": 0.25, "*.down_proj": "2:4"}
+    operators, budgets = budgets_of(llama, tokens, overrides=overrides)
     assert set(budgets.sparsities) == {n for n in operators if not n.endswith(("q_proj", "down_proj"))}
-    assert budgets.pattern_for("model.layers.0.self_attn.q_proj") == Unstructured(0.25)
-    assert budgets.pattern_for("model.layers.0.mlp.down_proj") == parse_pattern("2:4")
+    plan = plan_run(find_decoder_layers(llama), FistaPruningConfig(overrides=overrides)).with_budgets(budgets)
+    assert plan.pattern_for("model.layers.0.self_attn.q_proj") == Unstructured(0.25)
+    assert plan.pattern_for("model.layers.0.mlp.down_proj") == parse_pattern("2:4")
+    up = "model.layers.0.mlp.up_proj"
+    assert plan.pattern_for(up) == Unstructured(budgets.sparsities[up])
 
 
 def test_operators_the_loss_does_not_feel_keep_the_average(llama, tokens):
@@ -58,7 +61,7 @@ def test_operators_the_loss_does_not_feel_keep_the_average(llama, tokens):
         llama.model.layers[1].mlp.down_proj.weight.zero_()
     _, budgets = budgets_of(llama, tokens)
     unseen = [f"model.layers.1.mlp.{name}_proj" for name in ("down", "gate", "up")]
-    assert sorted(budgets.unseen) == unseen
+    assert sorted(budgets.unfelt) == unseen
     assert all(name not in budgets.sparsities for name in unseen)
     report = FistaPruner(FistaPruningConfig(), progress=False).prune(llama, tokens.split(4))
     (warning,) = [w for w in report.warnings if "does not feel" in w]

@@ -7,8 +7,9 @@ from tiny_llama import tiny_llama
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
 from optimum_fista.model.forward import evaluation_mode
+from optimum_fista.prune.batches import begin
 from optimum_fista.prune.loop import prune_layers
-from optimum_fista.prune.model_pruning import ModelPruning
+from optimum_fista.prune.plan import prepare
 
 GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
@@ -26,7 +27,7 @@ class Recorder(PruningCallback):
     def undo(self):
         self.events.append(("undo", ""))
 
-    def commit(self, index, layer, record, states, held_out):
+    def commit(self, index, layer, record, travelling):
         self.events.append(("commit", record.report.name))
 
     def on_operator_end(self, report):
@@ -42,9 +43,10 @@ def test_a_group_is_written_before_it_is_reported_and_a_layer_committed_before_c
 ):
     recorder = Recorder()
     config = FistaPruningConfig(method="wanda", error_correction=error_correction)
-    run = ModelPruning(llama, tokens.split(4), config, progress=False, callbacks=[recorder])
+    plan = prepare(llama, config, callbacks=[recorder])
+    calibration, _, report = begin(plan, tokens.split(4), None)
     with evaluation_mode(llama), torch.no_grad():
-        prune_layers(run, recorder)
+        prune_layers(plan, calibration, report, recorder)
     expected = []
     for layer in ("model.layers.0", "model.layers.1"):
         for group in GROUPS:
@@ -52,7 +54,7 @@ def test_a_group_is_written_before_it_is_reported_and_a_layer_committed_before_c
         expected += [("commit", layer), ("layer", layer)]
     assert recorder.events == expected
     found = weights(llama)
-    assert all(o.num_kept == int((found[o.name] != 0).sum()) for o in run.report.operators)
+    assert all(o.num_kept == int((found[o.name] != 0).sum()) for o in report.operators)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+"""Calibration batches on their way through the decoder layers, and the one answer to a device that is out of memory.
+
+A step of the run is a function of the batches and of the hidden states that they have become. So a step that runs out
+of memory is simply called again, with half as many sequences in a batch (`retried`). Sums over tokens then differ by
+rounding; nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from optimum_fista.memory import is_out_of_memory, release_memory
+from optimum_fista.model.activation_store import ActivationStore, Storage
+from optimum_fista.model.architecture import token_limits
+from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches
+from optimum_fista.model.held_out import HeldOut
+from optimum_fista.model.layer_inputs import HiddenStates, RecordedInputs, record_inputs
+from optimum_fista.model.offload import execution_device
+from optimum_fista.prune.plan import Plan, begin_report
+from optimum_fista.report import PruningReport
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches, and what they are in front of one decoder layer.
+
+    Attributes:
+        batches: Those to fit to, and the held-out ones after them.
+        states: Hidden states that enter the layer; `None` in front of the first.
+        recorded: What the layers are called with besides; `None` before it is recorded in batches of this size.
+    """
+
+    batches: Sequence[CalibrationBatch]
+    states: HiddenStates | None = None
+    recorded: RecordedInputs | None = None
+
+
+def begin(
+    plan: Plan, calib_dataloader: Iterable[Any], source: str | None
+) -> tuple[Calibration, HeldOut | None, PruningReport]:
+    """Read the calibration text, and begin the report; `HeldOut` if a perplexity can be measured."""
+    given = read_batches(calib_dataloader, *token_limits(plan.layers.model))
+    measured = [batch for batch in given if batch.held_out]
+    batches = hold_out([batch for batch in given if not batch.held_out], plan.config.held_out)
+    report = begin_report(plan, batches + measured, source)
+    measured = measured or [replace(batch, text=source) for batch in batches if batch.held_out]
+    held_out = None
+    if measured and not plan.removal.mixtures:  # the decoder layer without experts is no module of the model
+        held_out = HeldOut(plan.layers, measured, plan.storage)
+        held_out = held_out if held_out.sequences else None
+    return Calibration(batches), held_out, report
+
+
+def record(plan: Plan, calibration: Calibration) -> Calibration:
+    """Record what the decoder layers are called with, unless that is known."""
+    if calibration.recorded is not None:
+        return calibration
+    recorded = record_inputs(plan.layers.model, plan.layers, calibration.batches, plan.storage)
+    states = calibration.states or plan.config.correction.enter(recorded.hidden_states)
+    del recorded.hidden_states  # `states` own them: they are freed with the first layer
+    return replace(calibration, states=states, recorded=recorded)
+
+
+def retried(
+    step: Callable[[Calibration], T],
+    calibration: Calibration,
+    where: str,
+    plan: Plan,
+    report: PruningReport,
+    undo: Callable[[], None] = lambda: None,
+) -> T:
+    """Return `step(calibration)`; if memory runs out, call `undo`, and the step again with half as large batches."""
+    while True:
+        try:
+            return step(calibration)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error) or repr(error)
+        # outside of the handler: the error holds the frames, and they hold what filled the memory
+        undo()
+        calibration = _halved(calibration, plan, report, reason)
+        release_memory(collect=True)
+        most = max(batch.input_ids.shape[0] for batch in calibration.batches)
+        report.warn(f"out of memory in {where}: batches of {most} sequences from here on ({reason.splitlines()[0]})")
+
+
+def _halved(calibration: Calibration, plan: Plan, report: PruningReport, reason: str) -> Calibration:
+    """Cut every batch in two; `reason` is what the device said."""
+    sizes = [batch.input_ids.shape[0] for batch in calibration.batches]
+    if max(sizes) == 1:
+        longest = max(batch.input_ids.shape[1] for batch in calibration.batches)
+        raise torch.OutOfMemoryError(
+            f"the device ran out of memory on a batch of one sequence of {longest} tokens: pass "
+            f"storage_device='cpu' (--storage-device cpu) or shorter sequences (--sequence-length) [{reason}]"
+        )
+    sizes = [part for size in sizes for part in ((size + 1) // 2, size // 2) if part]
+    if calibration.recorded is not None and calibration.recorded.handed_on and report.operators:
+        raise torch.OutOfMemoryError(  # to record again takes the dense network, which is partly pruned now
+            f"the device ran out of memory after the first decoder layer of a {type(plan.layers.model).__name__}, "
+            f"whose decoder layers hand more to the next than hidden states: pass batches of at most {max(sizes)} sequences."
+        )
+    states = calibration.states
+    if states is not None:
+        device = execution_device(plan.layers.model.get_input_embeddings())
+        states = cut_states(states, sizes, plan.storage or device, device)
+    return Calibration(cut_batches(calibration.batches, sizes), states)
+
+
+def cut_batches(batches: Sequence[CalibrationBatch], sizes: Sequence[int]) -> list[CalibrationBatch]:
+    """The same sequences in batches of other sizes, none of which reaches over the end of a batch."""
+    lengths = [batch.input_ids.shape[0] for batch in batches]
+    return [batches[number].sequences(start, end) for number, start, end in _pieces(lengths, sizes)]
+
+
+def cut_states(states: HiddenStates, sizes: Sequence[int], storage: Storage, device: torch.device) -> HiddenStates:
+    """The same hidden states in batches of other sizes, kept at `storage`; those in stores are freed."""
+
+    def cut(stream: Sequence[Tensor] | None) -> ActivationStore | None:
+        if stream is None:
+            return None
+        store = ActivationStore(storage, device)
+        for number, start, end in _pieces([len(hidden) for hidden in stream], sizes):
+            store.append(stream[number][start:end])  # [batch, sequence, hidden]
+        if isinstance(stream, ActivationStore):
+            stream.clear()  # the run holds it until the layer is through
+        return store
+
+    dense = cut(states.dense)  # before the first pruned layer both streams are the same tensors: cut them once
+    return HiddenStates(dense, dense if states.pruned is states.dense else cut(states.pruned))
+
+
+def _pieces(lengths: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Number of the batch, first and last row of each piece; every batch is cut in whole pieces."""
+    wanted = iter(sizes)
+    for number, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            end = start + next(wanted)
+            yield number, start, end
+            start = end
