@@ -105,7 +105,8 @@ def _halved(calibration: Calibration, plan: Plan, report: PruningReport, reason:
     if calibration.recorded is not None and calibration.recorded.handed_on and report.operators:
         raise torch.OutOfMemoryError(  # to record again takes the dense network, which is partly pruned now
             f"the device ran out of memory after the first decoder layer of a {type(plan.layers.model).__name__}, "
-            f"whose decoder layers hand more to the next than hidden states: pass batches of at most {max(sizes)} sequences."
+            f"whose decoder layers hand more to the next than hidden states: pass batches of at most {max(sizes)} "
+            "sequences."
         )
     states = calibration.states
     if states is not None:
