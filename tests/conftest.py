@@ -45,10 +45,10 @@ def tiny_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def enough_tokens():
     """No expert of a mixture is under-calibrated, however few tokens it gets."""
-    from optimum_fista.prune import group as group_solving
+    from optimum_fista.prune import loop
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(group_solving, "UNDER_CALIBRATED_TOKENS", 0)
+        patched.setattr(loop, "UNDER_CALIBRATED_TOKENS", 0)
         yield
 
 

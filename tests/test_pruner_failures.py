@@ -115,9 +115,3 @@ def test_not_converged_operators_are_named_in_the_warnings(llama, tokens, monkey
     report = FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(llama, tokens.split(4))
     assert report.warnings == ["model.layers.1.mlp.up_proj.weight: stopped early: try more"]
     assert report.totals["num_not_converged"] == 1
-
-
-def test_a_model_in_memory_is_not_shared_between_processes(llama, tokens, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.warns(UserWarning, match="each of 2 processes that calls prune works on a copy of its own"):
-        FistaPruner(FistaPruningConfig(method="magnitude"), progress=False).prune(llama, tokens.split(4))

@@ -111,6 +111,8 @@ def prunable_layers(model: PreTrainedModel) -> DecoderLayers:
                 f"{where} has an adapter of PEFT: prune the model first and add the adapter then, or merge it before "
                 "(model = peft_model.merge_and_unload(); unload() drops it)."
             )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
     settle_ties(model)
     layers, ties = find_decoder_layers(model), model.all_tied_weights_keys
     spans = []

@@ -7,7 +7,7 @@ from tiny_llama import tiny_llama, tiny_tokens
 
 from optimum_fista.model import gram as module
 from optimum_fista.model.forward import compute_dtype_of, quick_products, quick_products_in
-from optimum_fista.prune import group as group_solving
+from optimum_fista.prune import loop
 
 precision = torch.get_float32_matmul_precision
 
@@ -28,13 +28,13 @@ def test_auto_asks_the_device(monkeypatch, there):
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", "highest"), ("bfloat16", "medium")])
 def test_layers_and_sums_have_the_precision_asked_for_and_the_solver_float32(monkeypatch, dtype, expected):
     seen: dict[str, set[str]] = {"layer": set(), "gradient": set(), "sum": set(), "solver": set()}
-    add_upper, solve = module._add_upper, group_solving.solve_group
+    add_upper, solve = module._add_upper, loop.solve_group
 
     def note(place):
         seen[place].add(precision())
 
     monkeypatch.setattr(module, "_add_upper", lambda *given: (note("sum"), add_upper(*given))[1])
-    monkeypatch.setattr(group_solving, "solve_group", lambda *given: (note("solver"), solve(*given))[1])
+    monkeypatch.setattr(loop, "solve_group", lambda *given: (note("solver"), solve(*given))[1])
     model = tiny_llama()
     for layer in model.model.layers:
         hook = lambda *_: note("gradient" if torch.is_grad_enabled() else "layer")  # noqa: E731

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
-from optimum_fista.prune import group as group_solving
+from optimum_fista.prune import loop
 from optimum_fista.solve.methods import METHODS
 
 STREAMED = [family for family in MOE_FAMILIES if family != "llama4_text"]
@@ -131,7 +131,7 @@ def test_every_method_prunes_experts(method, tokens):
 def test_experts_with_too_few_tokens_are_pruned_by_magnitude_and_reported(tokens, monkeypatch):
     report = pruner(method="sparsegpt").prune(tiny_model("mixtral"), tokens.split(4))
     counts = sorted(o.num_tokens for o in report.operators if ".experts." in o.name)
-    monkeypatch.setattr(group_solving, "UNDER_CALIBRATED_TOKENS", counts[12])
+    monkeypatch.setattr(loop, "UNDER_CALIBRATED_TOKENS", counts[12])
     report = pruner(method="sparsegpt").prune(tiny_model("mixtral"), tokens.split(4))
     few = [o for o in report.operators if o.method == "magnitude"]
     assert few
