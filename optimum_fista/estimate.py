@@ -82,7 +82,7 @@ class Estimate:
         dtype = stored if dtype == "auto" else loading.floating_dtype(dtype)
         with loading.reading(given.name_or_path or type(given).__name__), torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(given), dtype=dtype, trust_remote_code=False)
-        loading.refuse_quantized(self.model)
+        loading.require_unquantized(self.model, loaded=False)
         self.place, self.device = device, (device or loading.default_device()).partition(":")[0]
         self.on_cpu, self.storage_device = self.device == "cpu", storage_device
         storage = (storage_device or ("disk" if self.on_cpu else self.device)).partition(":")[0]

@@ -268,36 +268,26 @@ def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def forget_gguf(model: PreTrainedModel) -> None:
     """Drop the mark of the GGUF file from a model whose weights were dequantized, so that it can be saved."""
-    if quantization_method(model) == "gguf":
-        model.config.__dict__.pop("quantization_config", None)
+    if getattr(getattr(model.config, "quantization_config", None), "quant_method", None) == "gguf":
+        model.config.__dict__.pop("quantization_config")
         vars(model)["hf_quantizer"] = None
 
 
-def quantization_method(model: PreTrainedModel) -> str | None:
-    """Name of the method a model is quantized by, `None` if it isn't."""
-    settings = getattr(model.config, "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    return None if settings is None else str(getattr(method, "value", method))
-
-
-def refuse_quantized(model: PreTrainedModel) -> None:
-    """Refuse models whose configuration says that they are quantized."""
-    method = quantization_method(model)
-    if method not in (None, "gguf"):
-        raise ValueError(f"model is quantized by {method!r}: prune the unquantized model and quantize the result.")
-
-
-def require_unquantized(model: PreTrainedModel) -> None:
-    """Refuse models whose weights are not plain floating point."""
+def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
+    """Refuse models whose weights are not plain floating point, or not there if they are to be `loaded`."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: pass a transformers.PreTrainedModel.")
-    refuse_quantized(model)
+    settings = getattr(model.config, "quantization_config", None)  # a dict until a model is loaded, then an object
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    if settings is not None and method != "gguf":  # whose weights are dequantized when they are read
+        shown = getattr(method, "value", method)
+        raise ValueError(f"model is quantized by {shown!r}: prune the unquantized model and quantize the result.")
     kept = [(name, module) for name, module in model.named_modules() if offload_hook(module)]
     offloaded = {f"{name}.{key}" for name, module in kept for key, _ in module.named_parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise ValueError(f"{name} has dtype {parameter.dtype}: prune the model in float32, bfloat16 or float16.")
-        if parameter.device.type == "meta" and name not in offloaded:
+        if loaded and parameter.device.type == "meta" and name not in offloaded:
             raise ValueError(
                 f"{name} is not loaded (device meta): load the model, or have Accelerate offload it (device_map)."
             )

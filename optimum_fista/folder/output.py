@@ -117,6 +117,7 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
     streamed run, nor a text that a model wrote.
     """
     folder, output = unfinished_folder(output_dir), Path(os.path.realpath(output_dir))
+    # The system releases the lock of a killed process.
     lock: Any = FileLock(f"{folder}.lock", timeout=0, is_singleton=True)
     if lock.is_locked:  # by this thread
         yield folder
@@ -135,12 +136,13 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
             raise OSError(error.errno, f"{what}another folder, or make this one writable", error.filename) from error
         at_the_end.callback(lock.release)
         at_the_end.callback(Path(lock.lock_file).unlink, missing_ok=True)
-        if _is_foreign(folder):
+        ours = folder.is_dir() and not folder.is_symlink() and ((folder / _MARK).exists() or not all_names(folder))
+        if os.path.lexists(folder) and not ours:
             raise FileExistsError(
                 f"{str(folder)!r} is in the way and no unfinished run's: move it away, or pass another output."
             )
-        at_the_end.callback(_tidy, folder, output)
-        _tidy(folder, output)
+        at_the_end.callback(_tidy, folder, output)  # the last in is the first out: while the lock is held
+        _tidy(folder, output)  # after a process that was killed
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         (folder / _MARK).touch()
         yield folder
@@ -151,7 +153,7 @@ def new_output(output_dir: Path, overwrite: bool, source: Path | None = None) ->
     """Write a folder at once: yields an empty one, which becomes `output_dir` at the end (`install`)."""
     with locked_output(output_dir) as folder:
         require_output(output_dir, overwrite)
-        if is_streamed(folder) and not overwrite:
+        if (folder / RUN_FILE).exists() and not overwrite:
             raise FileExistsError(
                 f"{str(folder)!r} holds an unfinished run: give its command again to finish it, delete the folder, or "
                 "pass overwrite=True (--overwrite) to throw its layers away."
@@ -169,18 +171,20 @@ def install(folder: Path, output_dir: Path, overwrite: bool, source: Path | None
     renames. If the second one fails, or the process is killed before it, `locked_output` takes the first one back.
     Copies of what somebody had added to `source`, the folder that was read, are not listed.
     """
-    model, output, replaced = folder / MODEL, Path(os.path.realpath(output_dir)), folder / _REPLACED
+    model, output, replaced = folder / MODEL, Path(os.path.realpath(output_dir)), folder / _REPLACED  # a link stays one
     names = [name for name in all_names(model) if name != FILES_FILE]
     for name in names:
         if name.endswith(".safetensors"):  # which safetensors writes for their owner alone
             (model / name).chmod(model.stat().st_mode & 0o666)
-        flush(model / name)
+        flush(model / name)  # before the folder has its name: whoever finds it finds all of it
     added = {*all_names(source)} - model_files(source) if source is not None and _noted(source) else set()
-    _note(model, {name: _stamp(model / name) for name in names if name not in added})
-    require_output(output_dir, overwrite)
+    noted = {name: _stamp(model / name) for name in names if name not in added}
+    (model / FILES_FILE).parent.mkdir(exist_ok=True)
+    write_file(model / FILES_FILE, json.dumps(noted, indent=1, sort_keys=True) + "\n")
+    require_output(output_dir, overwrite)  # again: hours have passed
     try:
         if output.exists():
-            model.chmod(output.stat().st_mode)
+            model.chmod(output.stat().st_mode)  # the folder's owner may have closed it to others
         if not output.exists():
             model.rename(output)
         elif not _swapped(model, output):
@@ -202,12 +206,10 @@ def discard(folder: Path, *, keep_texts: bool = False) -> None:
     (folder / RUN_FILE).unlink(missing_ok=True)  # first: what is left then is no run
     kept = [folder / _MARK, *journal.glob(_OFFLOADED), *(journal.glob(SAMPLED_TEXTS) if keep_texts else ())]
     for path in [folder / MODEL, folder / _REPLACED, *(path for path in journal.iterdir() if path not in kept)]:
-        _remove(path)
-
-
-def is_streamed(folder: Path) -> bool:
-    """Whether an unfinished folder holds layers of a streamed run."""
-    return (folder / RUN_FILE).exists()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_about(file: Path, text: str) -> None:
@@ -218,14 +220,7 @@ def write_about(file: Path, text: str) -> None:
     listed = bool(noted) and name not in foreign_files(folder)
     write_file(file, text)
     if listed:
-        _note(folder, noted | {name: _stamp(file)})
-
-
-def _is_foreign(folder: Path) -> bool:
-    """Whether something has the name of an unfinished folder and is none of ours."""
-    if folder.is_symlink() or not folder.is_dir():
-        return os.path.lexists(folder)
-    return not (folder / _MARK).exists() and bool(all_names(folder))
+        write_file(folder / FILES_FILE, json.dumps(noted | {name: _stamp(file)}, indent=1, sort_keys=True) + "\n")
 
 
 def _tidy(folder: Path, output: Path) -> None:
@@ -234,17 +229,11 @@ def _tidy(folder: Path, output: Path) -> None:
     if model.exists() and replaced.exists():  # a process was killed between the two renames of `install`
         replaced.rename(output)
     with suppress(FileNotFoundError):  # after a failure other ranks remove what they have offloaded at the same time
-        for path in [replaced, *(folder / FOLDER).glob(_OFFLOADED), *([] if is_streamed(folder) else [model])]:
-            _remove(path)
+        for path in [replaced, *(folder / FOLDER).glob(_OFFLOADED), *([] if (folder / RUN_FILE).exists() else [model])]:
+            if path.exists():
+                shutil.rmtree(path)
         if folder.exists() and {*all_names(folder)} <= {_MARK}:
             shutil.rmtree(folder)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _swapped(first: Path, second: Path) -> bool:
@@ -265,14 +254,10 @@ def _noted(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _note(folder: Path, noted: dict[str, Any]) -> None:
-    (folder / FILES_FILE).parent.mkdir(exist_ok=True)
-    write_file(folder / FILES_FILE, json.dumps(dict(sorted(noted.items())), indent=1) + "\n")
-
-
 def _stamp(file: Path) -> Any:
     """What tells that a file was changed: of weights size and time of change, of everything else the digest."""
     found = file.stat()
+    # A digest of weights would read gigabytes. Editors that keep size and time do not edit weights.
     return [found.st_size, found.st_mtime_ns] if file.suffix == ".safetensors" else digest_of(file)
 
 
@@ -288,7 +273,7 @@ def write_file(path: Path, content: str | bytes | Mapping[str, Tensor], metadata
             else:
                 save_file(dict(content), partial, metadata=metadata)
             flush(partial)
-            partial.replace(path)
+            partial.replace(path)  # on the disk before its name is, or a power cut leaves an empty file
             flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
@@ -333,7 +318,7 @@ def digest_of(path: Path) -> str:
 
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)  # Python opens no folder
     try:
         os.fsync(handle)
     finally:

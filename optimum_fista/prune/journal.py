@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from optimum_fista.folder.output import FOLDER, MODEL, RUN_FILE, digest_of, discard, is_streamed, write_file
+from optimum_fista.folder.output import FOLDER, MODEL, RUN_FILE, digest_of, discard, write_file
 from optimum_fista.model.activation_store import Storage
 from optimum_fista.options import as_record
 from optimum_fista.prune.plan import Budgets
@@ -171,7 +171,7 @@ def open_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool) -> N
     """Take up the run that a locked unfinished folder holds; another one is thrown away if `overwrite`."""
     if not overwrite:
         require_same_run(folder, fingerprint)
-    elif is_streamed(folder) and read_record(folder / RUN_FILE) != fingerprint:
+    elif (folder / RUN_FILE).exists() and read_record(folder / RUN_FILE) != fingerprint:
         discard(folder, keep_texts=True)
 
 
@@ -180,7 +180,7 @@ def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
 
     `wanted` is the fingerprint, or what of it is known before text is drawn.
     """
-    if not is_streamed(folder):
+    if not (folder / RUN_FILE).exists():
         return
     begun = read_record(folder / RUN_FILE)
     if begun is None:

@@ -15,7 +15,6 @@ from optimum_fista.folder import loading
 from optimum_fista.folder.loading import (
     load_model,
     load_tokenizer,
-    quantization_method,
     require_tokenizer,
     require_unquantized,
 )
@@ -76,7 +75,6 @@ def test_gguf_is_dequantized_pruned_saved_and_verified(gguf_folder, tmp_path):
     loaded = model.model.layers[1].mlp.up_proj.weight
     assert loaded.dtype == torch.float32
     assert 0 < float((loaded - original).detach().abs().max()) < 0.01  # 8 bits of values up to about 0.8
-    assert quantization_method(model) is None
     assert tokenizer.tokenize("then") == ["th", "e", "n"]
     assert len(tokenizer) == 64
 
@@ -92,7 +90,7 @@ def test_gguf_is_dequantized_pruned_saved_and_verified(gguf_folder, tmp_path):
 
 def test_a_model_loaded_from_gguf_by_transformers_itself_can_be_saved(gguf_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file="tiny.Q8_0.gguf", dtype=torch.float32)
-    assert quantization_method(model) == "gguf"
+    assert model.config.quantization_config.quant_method == "gguf"
     require_unquantized(model)
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
     pruner.prune(model, tiny_tokens().split(4))
@@ -154,11 +152,10 @@ def test_unusable_dtype_is_found_before_the_model_is_read(dtype):
 
 
 @pytest.mark.parametrize("settings", [{"quant_method": "awq"}, type("Settings", (), {"quant_method": "awq"})()])
-def test_quantization_method_of_dicts_and_objects(settings):
+def test_quantized_models_are_refused(settings):
     model = tiny_llama()
-    assert quantization_method(model) is None
+    require_unquantized(model)
     model.config.quantization_config = settings
-    assert quantization_method(model) == "awq"
     with pytest.raises(ValueError, match="quantized by 'awq'"):
         require_unquantized(model)
 
