@@ -213,7 +213,7 @@ class LayerTargets:
         return HiddenStates(self._outputs, self.entering.pruned)
 
     def expert_targets(self) -> Iterator[Tensor]:
-        """Run the layer as it is now, and yield what all experts together should return, [tokens, out], by batch.
+        """Run the layer as it is now, and yield what all experts together should return, [batch, sequence, out].
 
         If they return `E(X)` in the dense network and `E(X*)` now, they should return
 
@@ -240,7 +240,7 @@ class LayerTargets:
                         assert self._outputs is not None
                         both = (output - self._outputs[batch].to(output.device)).reshape(same.shape).float()
                         target -= (both - same + dense) * correction.residual_share
-                yield target.to(output.dtype)
+                yield target.to(output.dtype).view(output.shape)
 
     def leave(self, smaller: nn.Module | None = None) -> HiddenStates:
         """The hidden states that leave the layer, or the `smaller` one without experts, after all groups are pruned."""

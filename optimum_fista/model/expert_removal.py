@@ -6,7 +6,7 @@ tokens that the router then sends them. An expert is refitted only if that also 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -79,8 +79,8 @@ class SmallerMixture:
         E* = sum_e p_e (D_e z_e + b_e),
 
     where `D_e` is the down projection of expert e and `z_e` its input. Only these are refitted, so that `E*` is linear
-    in what changes. Together the experts, in a layer that `hidden_states` enter, should return `wanted`, `Y` [tokens,
-    out], a batch each. What an expert gets is made again from what enters the mixture each time, and not kept.
+    in what changes. Together the experts, in a layer that `hidden_states` enter, should return `wanted`, `Y` [batch,
+    sequence, out]. What an expert gets is made again from what enters the mixture each time, and not kept.
     """
 
     def __init__(
@@ -95,21 +95,15 @@ class SmallerMixture:
         self._activations = activations
         self._residuals: list[Tensor] = []  # Y - E*, which every refit changes: not in a file
         self._energies = dict.fromkeys((False, True), 0.0)  # || Y ||^2 of tokens to fit, and of those held out
-        self._lengths: list[int] = []  # of the sequences of each batch
         place = activations.device if isinstance(activations.storage, Path) else activations.storage
 
         def see(batch: int, assigned: AssignedTokens) -> None:
             target = wanted[batch].to(activations.device)
-            found = tokens_of(experts.outputs(assigned), len(target))
+            found = tokens_of(experts.outputs(assigned), target.shape[:2].numel()).view(target.shape)
             self._residuals.append((target - found).to(place))
             self._energies[activations.held_out[batch]] += self._energy(batch, target)
 
-        def entering() -> Iterator[Tensor]:
-            for hidden in hidden_states:
-                self._lengths.append(hidden.shape[1])
-                yield hidden
-
-        self._batches = activations.assigned_tokens(experts, entering(), see)
+        self._batches = activations.assigned_tokens(experts, hidden_states, see)
 
     def errors(self) -> tuple[float, float | None]:
         """`|| E* - Y ||_F / || Y ||_F` on the tokens to fit, and on those held out, `None` if there are none."""
@@ -165,11 +159,11 @@ class SmallerMixture:
             inputs, tokens = self._inputs(expert, batch)
             mask = self._activations.token_masks[batch]
             if mask is None:
-                mask = torch.ones(len(residual), dtype=torch.bool, device=device).view(-1, self._lengths[batch])
+                mask = torch.ones(residual.shape[:2], dtype=torch.bool, device=device)
             real = mask.reshape(-1)[tokens]
             early = (mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2).reshape(-1)[tokens]  # of the real tokens
-            # Y - E* without the expert's own share: its bias stays in E*, and so do the other experts.
-            targets = residual[tokens.to(residual.device)].to(device).float() + inputs @ weight.T
+            own = residual.flatten(0, 1)[tokens.to(residual.device)].to(device).float()  # of the tokens that it gets
+            targets = own + inputs @ weight.T  # Y - E* without what these weights add to E*
             for half, counted in zip(sums, (early & real, ~early & real), strict=True):
                 half.add(inputs[counted], "targets", targets[counted])
         if not all(half.num_tokens for half in sums):
@@ -181,7 +175,8 @@ class SmallerMixture:
         for batch, residual in enumerate(self._residuals):
             inputs, tokens = self._inputs(expert, batch)
             moved, places = (inputs @ change.T).to(residual.device), tokens.to(residual.device)
-            residual[places] = (residual[places].float() - moved).to(residual.dtype)
+            flat = residual.flatten(0, 1)  # a view
+            flat[places] = (flat[places].float() - moved).to(flat.dtype)
 
     def _inputs(self, expert: int, batch: int) -> tuple[Tensor, Tensor]:
         """`p_e z_e` [tokens, in] of an expert, float32, and the tokens that it gets."""

@@ -119,7 +119,7 @@ def test_padding_counts_in_no_half_of_a_sequence(side):
         _, experts, activations, entering = mixture_layer("mixtral", batches)
         wanted = activations.store()
         for hidden in entering:
-            wanted.append(torch.zeros_like(hidden).flatten(0, 1))
+            wanted.append(torch.zeros_like(hidden))
         mixture = SmallerMixture(experts, activations, entering, wanted)
         halves = mixture._problems(0, mixture._down[0].read())
         found.append([problem.statistics.num_tokens for problem in halves])
@@ -130,7 +130,7 @@ def test_refits_to_noise_are_not_kept():
     _, experts, activations, entering = mixture_layer("mixtral")
     wanted = activations.store()
     for hidden in entering:
-        wanted.append(torch.randn_like(hidden.flatten(0, 1)))
+        wanted.append(torch.randn_like(hidden))
     before = experts.module.down_proj.clone()
     mixture = SmallerMixture(experts, activations, entering, wanted)
     assert mixture.refit(lambda *_: pytest.fail("an expert was written")) == (0, "")
@@ -141,7 +141,7 @@ def test_experts_whose_outputs_pass_a_norm_are_not_refitted():
     _, experts, activations, entering = mixture_layer("mixtral")
     wanted = activations.store()
     for hidden in entering:
-        wanted.append(hidden.flatten(0, 1))
+        wanted.append(hidden)
     mixture = SmallerMixture(experts, activations, entering, wanted)
     experts.module.has_post_expert_norm = True
     assert mixture.refit(lambda *_: None) == (0, "not refitted: a norm follows every expert")
