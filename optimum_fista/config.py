@@ -1,4 +1,9 @@
-"""What to prune and how: the pruning configuration."""
+"""What to prune and how: the pruning configuration.
+
+`options.py` declares each option with its type, choices and limits. This module tells what they mean together: which
+pattern an operator gets, what a method's source uses for options that are left open, and what contradicts itself. A
+configuration is frozen and goes through JSON unchanged, so that a report, a card and a resumed run have the same one.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +50,18 @@ def method_defaults(name: str) -> MethodDefaults:
     return _METHOD_DEFAULTS.get(name, MethodDefaults())
 
 
-_RECIPE_FOLDER = Path(__file__).parent / "recipes"
-RECIPES = ("default", "fast", "paper")
-"""Names for `FistaPruningConfig.recipe`. Each has a JSON file in `recipes`, with what differs from the defaults."""
+# The published settings of FISTAPruner (arXiv 2408.03728, section 4); what it leaves open is as in `Fista`.
+_PAPER = {"patience": 3, "max_trials": 30, "rounding_share": 0.3, "refit_iterations": 0, "restart": False}
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fast": {"error_correction": "none", "residual_correction": 0.0},
+    "paper": {"method": "fista", "warm_start": "auto", "max_iterations": 20, "method_options": _PAPER},
+}
+"""What the recipes of `FistaPruningConfig.recipe` set otherwise than the defaults."""
 
 _CONFIG_FILE = "pruning_config.json"
 _FILES = ("fista/report.json", _CONFIG_FILE)
+_DEFAULTS = PruningOptions()
 _OPTIONS_OF_METHOD = ("warm_start", "max_iterations", "tolerance", "method_options")
 
 
@@ -72,28 +83,19 @@ class FistaPruningConfig(PruningOptions):
             raise ValueError(wrong)
         usual, parts = self._pattern_of(None), self.whole_parts
         object.__setattr__(self, "sparsity", usual.sparsity)
-        if self.scope is not None and usual.fixed and not self.overrides:
-            raise ValueError(
-                f"scope={self.scope!r} has no meaning for pattern={self.pattern!r}: pass only one of them."
-            )
-        given = {name: value for name in ("include", "exclude", "overrides") if (value := getattr(self, name))}
-        if parts is not None and given:
-            name, value = next(iter(given.items()))
-            raise ValueError(
-                f"{name}={value!r} has no meaning for pattern={self.pattern!r}, which removes whole parts of the "
-                "model: pass only one of them."
-            )
         loses_experts = parts is not None and any(part.kind == "experts" for part in parts.shares)
-        if not self.expert_refit and not loses_experts:
-            raise ValueError(
-                f"expert_refit=False has no meaning for pattern={self.pattern!r}, which removes no experts: leave it "
-                "out, or pass a pattern such as 'experts:0.25'."
-            )
-        if self.reorder_channels and (usual.span is None or usual.width > 1):
-            raise ValueError(
-                f"reorder_channels=True has no meaning for pattern={self.pattern!r}: leave it out, or pass a pattern "
-                "such as '2:4'."
-            )
+        whole = parts is not None, "whole parts are removed: pass only one of them"
+        # option: whether it would change nothing, and what to do about it
+        idle = {
+            "scope": (usual.fixed and not self.overrides, "pass only one of them"),
+            **dict.fromkeys(("include", "exclude", "overrides"), whole),
+            "expert_refit": (not loses_experts, "leave it out, or pass a pattern such as 'experts:0.25'"),
+            "reorder_channels": (usual.span is None or usual.width > 1, "leave it out, or pass a pattern such as '2:4'"),
+        }
+        for name, (changes_nothing, advice) in idle.items():
+            value = getattr(self, name)
+            if changes_nothing and value != getattr(_DEFAULTS, name):
+                raise ValueError(f"{name}={value!r} has no meaning for pattern={self.pattern!r}: {advice}.")
         method = self.create_method("")
         method.require_pattern(usual)
         for pattern, value in self.overrides.items():
@@ -116,26 +118,20 @@ class FistaPruningConfig(PruningOptions):
             options: Options of this class, which override the recipe's. If `method` is another than the recipe's, the
                 recipe's options of its own method are left out.
 
-        Raises:
-            ValueError: If there is no such recipe.
         """
         if name not in RECIPES:
             raise ValueError(f"recipe={name!r}: pass one of {', '.join(map(repr, RECIPES))}.")
-        settings = json.loads((_RECIPE_FOLDER / f"{name}.json").read_text())
+        settings = RECIPES[name]
         if options.get("method", settings.get("method")) != settings.get("method"):
             settings = {key: value for key, value in settings.items() if key not in _OPTIONS_OF_METHOD}
         return cls(**(settings | options))
 
     def create_method(self, model_type: str) -> PruningMethod:
-        """The method with its options; `model_type` (as in a model's config) decides `warm_start="auto"`.
-
-        Raises:
-            ValueError: If the method does not exist, does not take one of the options, or wants it of another type.
-        """
+        """The method with its options; `model_type` (as in a model's config) decides `warm_start="auto"`."""
         options = dict(self.method_options)
         named = ("max_iterations", "tolerance", "warm_start")
         options |= {name: value for name in named if (value := getattr(self, name)) is not None}
-        if options.get("warm_start") == "auto":
+        if options.get("warm_start") == "auto":  # as published: FISTAPruner starts OPT from SparseGPT, Llama from Wanda
             options["warm_start"] = "sparsegpt" if model_type == "opt" else "wanda"
         try:
             method = create_method(str(self.method), **options)
@@ -155,11 +151,10 @@ class FistaPruningConfig(PruningOptions):
             )
         if self.method_options:
             raise ValueError(f"method_options={self.method_options!r}: give them to the instance passed as method.")
-        fields = {f.name: (getattr(method, f.name), f.default) for f in dataclasses.fields(method) if f.init}  # type: ignore[arg-type]
-        object.__setattr__(self, "method", method.name)
-        object.__setattr__(
-            self, "method_options", {name: value for name, (value, default) in fields.items() if value != default}
-        )
+        fields = [f for f in dataclasses.fields(method) if f.init]  # type: ignore[arg-type]
+        changed = {f.name: value for f in fields if (value := getattr(method, f.name)) != f.default}
+        object.__setattr__(self, "method", method.name)  # the way to set a field of a frozen dataclass
+        object.__setattr__(self, "method_options", changed)
 
     @property
     def whole_parts(self) -> WholeParts | None:
@@ -187,11 +182,7 @@ class FistaPruningConfig(PruningOptions):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FistaPruningConfig:
-        """Inverse of `to_dict`.
-
-        Raises:
-            ValueError: If a key is no option.
-        """
+        """Inverse of `to_dict`."""
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -209,7 +200,6 @@ class FistaPruningConfig(PruningOptions):
 
         Raises:
             FileNotFoundError: If the folder or repository holds none.
-            ValueError: If it is not a JSON object of valid options.
         """
         file = Path(source)
         if not file.is_file():
@@ -223,15 +213,14 @@ class FistaPruningConfig(PruningOptions):
             raise ValueError(f"config {str(file)!r} is not JSON: {error}.") from error
         if not isinstance(values, dict):
             raise ValueError(f"config {str(file)!r} holds a JSON {type(values).__name__}: pass an object of options.")
-        return cls.from_dict(values["config"] if "operators" in values else values)
+        return cls.from_dict(values["config"] if "operators" in values else values)  # that of a report, or alone
 
     def resolved(self) -> FistaPruningConfig:
         """The same configuration with the method's own choice for every option of `MethodDefaults` that is `None`."""
         defaults = method_defaults(str(self.method))
-        chosen = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(defaults))}
+        missing = {name: value for name, value in vars(defaults).items() if getattr(self, name) is None}
         if self._pattern_of(None).fixed and not self.overrides:
-            chosen.pop("scope")
-        missing = {name: getattr(defaults, name) for name, value in chosen.items() if value is None}
+            missing.pop("scope", None)  # a pattern such as 2:4 has none
         return dataclasses.replace(self, **missing)
 
     @property
@@ -244,7 +233,7 @@ class FistaPruningConfig(PruningOptions):
     def shares_budget(self, name: str) -> bool:
         """Whether the operator called `name` takes part in the allocation of zeros."""
         allocation = self.allocation or method_defaults(str(self.method)).allocation
-        allocated = allocation == "fisher" and not self._pattern_of(None).fixed
+        allocated = allocation == "fisher" and not self._pattern_of(None).fixed  # 2:4 leaves nothing to share out
         return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
 
     def _pattern_of(self, override: float | str | None) -> SparsityPattern:

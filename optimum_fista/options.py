@@ -29,13 +29,8 @@ def option(
     limits: tuple[float, float | None] | None = None,
     advanced: str | None = None,
 ) -> Any:
-    """Declare an option as a field of a dataclass.
-
-    Args:
-        default: Its default, or what makes it.
-        text: Its help.
-        limits: The least and the largest number it takes; `None`: there is no largest one.
-        advanced: The group of rarely used options that it belongs to.
+    """Declare an option of a dataclass: its default or what makes it, its help, the least and the largest number it
+    takes (`None`: there is no largest one), and the group of rarely used options that it belongs to.
     """
     kind = "default_factory" if callable(default) else "default"
     return field(**{kind: default}, metadata={"help": text, "limits": limits, "advanced": advanced})
@@ -122,7 +117,6 @@ class PruningOptions:
 
 
 T = TypeVar("T")
-
 _types_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
 
@@ -130,8 +124,7 @@ def as_record(kind: type[T], values: Mapping[str, Any]) -> T:
     """A dataclass from what JSON has of it: the inverse of `dataclasses.asdict`."""
     types = _types_of(kind)
     record = kind(**{name: _as_declared(value, types.get(name)) for name, value in values.items()})
-    wrong = wrong_field(record)
-    if wrong is not None:
+    if wrong := wrong_field(record):
         raise TypeError(wrong)
     return record
 
@@ -150,9 +143,6 @@ def _as_declared(value: Any, hint: Any) -> Any:
     return value
 
 
-_WORDS = {Any: "anything", int: "a whole number", float: "a number", str: "text", bool: "True or False"}
-
-
 def wrong_field(record: Any) -> str | None:
     """What to say of the first field of a dataclass that holds another type than declared, a word that is no choice, or
     a number outside of the `limits` in its metadata; `None` if none does.
@@ -162,6 +152,7 @@ def wrong_field(record: Any) -> str | None:
         value, hint = getattr(record, one.name), hints[one.name]
         least, most = one.metadata.get("limits") or (None, None)
         limited = least is not None and isinstance(value, int | float)
+        # `not least <= value` and not `value < least`: NaN is neither
         if not _fits(value, hint) or (limited and not least <= value <= (most or math.inf)):
             limits = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
             return f"{one.name}={value!r}: pass {_words(hint)}{limits}."
@@ -171,6 +162,9 @@ def wrong_field(record: Any) -> str | None:
 def kinds_of(hint: Any) -> list[Any]:
     """The types that a field takes, but for None."""
     return [t for t in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]) if t is not NoneType]
+
+
+_WORDS = {Any: "anything", int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
 def _words(hint: Any) -> str:
@@ -197,12 +191,12 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, kind) for kind in inner)
     if origin is Literal:
         return value in inner
-    if origin is tuple and inner[1:] != (...,):
+    if origin is tuple and inner[1:] != (...,):  # one type for each place
         return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
     if origin in (tuple, list, Sequence):
         return isinstance(value, origin) and all(_fits(part, inner[0]) for part in value)
     if origin is not None:
         return isinstance(value, origin) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
-    if hint in (int, float):
+    if hint in (int, float):  # Python's True is an int, and its 1 no float
         return isinstance(value, int | hint) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -43,6 +43,6 @@ def test_wheel_and_archive_have_all_files_of_the_packages_and_no_others(packed):
     wheel, archive = packed
     assert wheel == in_tree()
     assert archive == wheel | AROUND
-    for name in ("py.typed", "recipes/fast.json", "folder/card.md", "page/style.css"):
+    for name in ("py.typed", "folder/card.md", "page/style.css"):
         assert f"optimum_fista/{name}" in wheel
     assert "optimum/commands/register/register_fista.py" in wheel
