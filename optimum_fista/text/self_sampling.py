@@ -1,4 +1,7 @@
-"""Self-sampling: the model writes its own calibration tokens."""
+"""Self-sampling: the model writes its own calibration tokens.
+
+No text of others is needed, and what the model writes is like what it was trained on. It takes as long as writing does.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from optimum_fista.model.architecture import token_limits
 from optimum_fista.model.forward import evaluation_mode
 from optimum_fista.model.offload import execution_device
 
-SAMPLED_TOGETHER = 32
-_TEXTS = 4
+SAMPLED_TOGETHER = 32  # samples, which bounds the memory of keys and values
+_TEXTS = 4  # of a sample: more beginnings, which differ most
 
 
 def num_batches(num_samples: int) -> int:
-    """How many batches samples are written in: about 32 at a time, which bounds the memory of the key-value cache."""
+    """How many batches samples are written in."""
     return max(1, round(num_samples / SAMPLED_TOGETHER))
 
 
@@ -69,15 +72,13 @@ def sample_text_from_model(
     ):
         texts = num_texts(sequence_length)
         beginnings = _beginnings(model, tokenizer, num_samples * texts, torch.Generator().manual_seed(seed))
-        new_tokens = -(-sequence_length // texts) - beginnings.shape[1]
-        if new_tokens == 0:
-            written = beginnings
-        else:
-            total = len(beginnings) * new_tokens
+        new_tokens = -(-sequence_length // texts) - beginnings.shape[1]  # rounded up: the last text is cut below
+        total, written = len(beginnings) * new_tokens, beginnings
+        if new_tokens:
             with tqdm(total=total, desc="Self-sampling", unit="token", disable=not progress) as bar:
                 batches = beginnings.tensor_split(num_batches(num_samples))
                 written = torch.cat([_continue(model, batch, new_tokens, bar) for batch in batches])
-    return written.reshape(num_samples, -1)[:, :sequence_length]
+    return written.reshape(num_samples, -1)[:, :sequence_length]  # [N * texts, tokens] -> [N, T]
 
 
 def _beginnings(
@@ -92,6 +93,7 @@ def _beginnings(
         logits = model(input_ids=prompt, use_cache=False).logits[0, -1]
         # Some heads have more rows than the tokenizer has tokens. The floor keeps every token drawable.
         weights = logits[: len(tokenizer)].cpu().double().softmax(dim=0).clamp(min=1e-30)
+    # A special token would begin a conversation or an image that the text does not go on with.
     weights[[token for token in tokenizer.all_special_ids if token < len(weights)]] = 0
     replacement = num_samples > int(weights.count_nonzero())
     draws = torch.multinomial(weights, num_samples, replacement=replacement, generator=generator).unsqueeze(1)
@@ -101,21 +103,20 @@ def _beginnings(
 def _continue(model: PreTrainedModel, beginnings: torch.Tensor, new_tokens: int, bar: tqdm) -> torch.Tensor:
     ids = beginnings.to(execution_device(model.get_input_embeddings()))
     options: Any = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": new_tokens, "use_cache": True}
-    options |= {"attention_mask": torch.ones_like(ids), "streamer": _ProgressStreamer(bar)}
+    options |= {"attention_mask": torch.ones_like(ids), "streamer": _Counter(bar)}
     samples: torch.Tensor = model.generate(input_ids=ids, **options)  # type: ignore[operator]
     return samples.cpu()
 
 
-class _ProgressStreamer(BaseStreamer):
-    """Counts the tokens that `generate` writes."""
+class _Counter(BaseStreamer):
+    """Shows how many tokens `generate` has written."""
 
     def __init__(self, bar: tqdm) -> None:
         self.bar, self.prompt_seen = bar, False
 
     def put(self, value: torch.Tensor) -> None:
         """Count the new tokens; the first call brings the prompt."""
-        if self.prompt_seen:
-            self.bar.update(value.numel())
+        self.bar.update(value.numel() * self.prompt_seen)
         self.prompt_seen = True
 
     def end(self) -> None:
@@ -141,5 +142,5 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
         if device.type == "cpu":
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the accelerators as well
         else:
-            torch.manual_seed(seed)
+            torch.manual_seed(seed)  # those of all accelerators, which are forked too
         yield

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.options import require_seed
 from optimum_fista.text.sources import TextSource
 
-# English has 4 to 5 characters per token, so a segment of 8 holds one window and leaves its start to chance.
-_CHARACTERS_PER_TOKEN = 8
+_CHARACTERS_PER_TOKEN = 8  # English has 4 to 5, so that a segment holds one window and leaves its start to chance
 
 
 def calibration_windows(
@@ -65,15 +65,14 @@ def evaluation_windows(
         text: Where the tokens come from.
         sequence_length: Tokens per window T, BOS included.
         max_windows: Keep only the first windows; None = all, or as many as the text's protocol says.
-        add_bos: Start every window with BOS. None = if the tokenizer starts texts with it or its class is Gemma's.
-            "start": only the text starts with the tokenizer's special tokens, as in the scripts of SparseGPT and Wanda.
+        add_bos: As for `calibration_windows`, or "start": only the text starts with the tokenizer's special tokens, as
+            in the scripts of SparseGPT and Wanda.
 
     Returns:
         Token ids, int64, [N, T].
 
     Raises:
-        ValueError: If the text is shorter than one window, an argument is out of range, or there is no BOS to
-            add.
+        ValueError: If the text is shorter than one window, or there is no BOS to add.
     """
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows}; pass 1 or more, or None for all.")
@@ -85,8 +84,8 @@ def evaluation_windows(
             "pass a longer text or a smaller sequence_length."
         )
     count = len(ids) // length
-    windows = ids[: count * length].view(count, length)[: text.max_windows][:max_windows]
-    return _with_bos(windows, bos)
+    windows = ids[: count * length].view(count, length)  # [tokens] -> [windows, tokens]
+    return _with_bos(windows[: text.max_windows][:max_windows], bos)
 
 
 def _bos_and_length(
@@ -110,7 +109,7 @@ def _bos_and_length(
 
 
 def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
-    return windows if bos is None else torch.nn.functional.pad(windows, (1, 0), value=bos)
+    return windows if bos is None else pad(windows, (1, 0), value=bos)  # [N, T - 1] -> [N, T]
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> torch.Tensor:
@@ -129,8 +128,7 @@ def _windows_of_document(
         parts = [_tokenise(tokenizer, segments[index]) for index in chosen]
         if min(len(ids) for ids in parts) >= length:
             return torch.cat([_spread_windows(ids, 1, length, generator) for ids in parts])
-        # Skipping the short ones instead would favour text with short tokens.
-        characters *= 2
+        characters *= 2  # skipping the short ones instead would favour text with short tokens
     ids = _tokenise(tokenizer, document)
     _check_enough(text, len(ids), num_samples, length)
     return _spread_windows(ids, num_samples, length, generator)
@@ -141,17 +139,18 @@ def _segments(document: str, characters: int) -> list[str]:
     cuts = [0]
     while len(document) - cuts[-1] > 2 * characters:
         cut = cuts[-1] + characters
+        # a cut within a word would make tokens that the text does not have
         cuts.append(next((i for i in range(cut, cut + characters) if document[i].isspace()), cut))
     return [document[start:end] for start, end in zip(cuts, [*cuts[1:], len(document)], strict=True)]
 
 
 def _spread_windows(ids: torch.Tensor, num_samples: int, length: int, generator: torch.Generator) -> torch.Tensor:
     """Windows at random places of `ids`, in random order; the gaps between them are uniformly random."""
-    slack = len(ids) - num_samples * length
+    slack = len(ids) - num_samples * length  # tokens that are in no window
     gaps = torch.randint(slack + 1, (num_samples,), generator=generator).sort().values
     starts = gaps + length * torch.arange(num_samples)
     starts = starts[torch.randperm(num_samples, generator=generator)]
-    return torch.stack([ids[start : start + length] for start in starts.tolist()])
+    return torch.stack([ids[start : start + length] for start in starts.tolist()])  # [N, T]
 
 
 def _windows_of_documents(
@@ -159,16 +158,14 @@ def _windows_of_documents(
 ) -> torch.Tensor:
     eos = tokenizer.eos_token_id
     separator = torch.tensor([] if eos is None else [eos], dtype=torch.int64)
-    pieces: list[torch.Tensor] = []
-    tokens = 0
+    pieces, tokens = list[torch.Tensor](), 0
     for index in torch.randperm(len(text.documents), generator=generator).tolist():
-        ids = _tokenise(tokenizer, text.documents[index])
-        pieces += [ids, separator]
-        tokens += len(ids) + len(separator)
+        pieces += [_tokenise(tokenizer, text.documents[index]), separator]
+        tokens += len(pieces[-2]) + len(separator)
         if tokens >= num_samples * length:
             break
     _check_enough(text, tokens, num_samples, length)
-    return torch.cat(pieces)[: num_samples * length].view(num_samples, length)
+    return torch.cat(pieces)[: num_samples * length].view(num_samples, length)  # [tokens] -> [N, T]
 
 
 def _check_enough(text: TextSource, tokens: int, num_samples: int, length: int) -> None:
