@@ -1,11 +1,13 @@
-"""What this machine is, and whether it prunes: what `optimum-fista doctor` prints."""
+"""What this machine is, and whether it prunes: what `optimum-fista doctor` prints.
+
+Every device prunes a small random model, and the result must be the CPU's but for rounding: a driver or a library that
+computes wrongly is found here and not in a model that was pruned for hours.
+"""
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
-import subprocess
 import tempfile
 import time
 import warnings
@@ -44,29 +46,26 @@ def diagnose(say: Callable[[str], None]) -> int:
     """
     failed = 0
 
+    def show(name: str, text: str) -> None:
+        say(f"{name + ':':<18}{text}")
+
     def check(name: str, call: Callable[[], str]) -> None:
         nonlocal failed
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                result = call()
+            with warnings.catch_warnings(action="ignore"):  # what matters of them is in the result
+                show(name, call())
         except Exception as error:  # whatever a driver or a library raises is what is looked for
             failed += 1
             text = " ".join(str(error).split()).replace(str(Path.home()), "~")
-            result = f"FAILED: {type(error).__name__}: {text[:400]}"
-        say(f"{name + ':':<18}{result}")
+            show(name, f"FAILED: {type(error).__name__}: {text[:400]}")
 
-    versions = library_versions()
-    say(f"{'versions:':<18}{', '.join(f'{name} {version}' for name, version in versions.items() if name != 'gpu')}")
-    say(f"{'torch built for:':<18}{_built_for()}")
-    say(f"{'system:':<18}{platform.system()} {platform.release()} {platform.machine()}")
-    free, total = available_bytes(torch.device("cpu")) or 0, psutil.virtual_memory().total
-    say(f"{'memory:':<18}{free / _GIB:.1f} GiB free of {total / _GIB:.1f} GiB")
+    show("versions", ", ".join(f"{name} {text}" for name, text in library_versions().items() if name != "gpu"))
+    show("system", f"{platform.system()} {platform.release()} {platform.machine()}")
+    show("memory", _free_of(available_bytes(torch.device("cpu")) or 0, psutil.virtual_memory().total))
     disk = shutil.disk_usage(tempfile.gettempdir())
-    say(f"{'temporary folder:':<18}{disk.free / _GIB:.1f} GiB free of {disk.total / _GIB:.1f} GiB")
-    say(f"{'compiler:':<18}{_compiler()}")
-    check("packed kernels", _kernels)
-    expected: list[Tensor] = []
+    show("temporary folder", _free_of(disk.free, disk.total))
+    check("packed kernels", lambda: found.path if (found := kernels()) else "not compiled")
+    expected: list[Tensor] = []  # weights as the CPU pruned them
     for device in devices():
         say(f"\n{device}: {_describe(device)}")
         for dtype in _DTYPES:
@@ -85,25 +84,8 @@ def devices() -> Iterator[torch.device]:
             yield torch.device(accelerator.type, index)
 
 
-def _built_for() -> str:
-    """What PyTorch could use if the machine had it."""
-    found = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": getattr(torch.version, "xpu", None)}
-    named = [f"{name} {version}" for name, version in found.items() if version]
-    return ", ".join(named + ["MPS"] * torch.backends.mps.is_built()) or "CPU only"
-
-
-def _compiler() -> str:
-    """The C++ compiler that builds the packed kernels."""
-    program = next((p for p in (os.environ.get("CXX"), "c++", "g++", "clang++") if p and shutil.which(p)), None)
-    if program is None:
-        return "none (packed layers need one to be fast on the CPU)"
-    printed = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
-    return printed.partition("\n")[0] or Path(program).name
-
-
-def _kernels() -> str:
-    found = kernels()
-    return found.path if found else "not compiled"
+def _free_of(free: float, total: float) -> str:
+    return f"{free / _GIB:.1f} GiB free of {total / _GIB:.1f} GiB"
 
 
 def _describe(device: torch.device) -> str:
@@ -115,14 +97,14 @@ def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         parts.append("compute capability {}.{}".format(*torch.cuda.get_device_capability(device)))
     if hasattr(module, "mem_get_info"):
-        free, total = module.mem_get_info(device)
-        parts.append(f"{free / _GIB:.1f} GiB free of {total / _GIB:.1f} GiB")
+        parts.append(_free_of(*module.mem_get_info(device)))
     return ", ".join(parts) or "no description"
 
 
 def _rate(device: torch.device, dtype: torch.dtype) -> str:
     """Floating-point operations a second in a product of two matrices."""
     side = _SIDE if device.type == "cpu" else 8 * _SIDE
+    # float(...) waits for an accelerator, which would only have queued the product.
     timer = Timer("float((m @ m)[0, 0])", globals={"m": torch.ones(side, side, device=device, dtype=dtype)})
     return f"{2 * side**3 / timer.blocked_autorange(min_run_time=0.02).median / 1e9:,.0f} GFLOP/s"
 
@@ -132,9 +114,9 @@ def _try_packed(device: torch.device) -> str:
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(256, 96, bias=False)
     weight = torch.randn(96, 256, generator=generator)
-    linear.weight = nn.Parameter(weight * (weight.abs() > 0.7), requires_grad=False)
+    linear.weight = nn.Parameter(weight * (weight.abs() > 0.7), requires_grad=False)  # about half are zero
     packed = PackedLinear.from_linear(nn.Module.to(linear, device))
-    for count in (1, 40):
+    for count in (1, 40):  # a kernel of its own, and a product with the unpacked weight
         inputs = torch.randn(count, 256, generator=generator).to(device)
         _require_close(packed(inputs).cpu(), linear(inputs).cpu(), 1e-3)
     return "as the dense one"
@@ -142,18 +124,12 @@ def _try_packed(device: torch.device) -> str:
 
 def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:
     """Prune a random model of two decoder layers and compare it with the CPU's result, which comes first."""
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        vocab_size=128,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
+    shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model = LlamaForCausalLM(config).eval()
+        # Larger initial weights than usual: errors of the first layer must matter in the second.
+        model = LlamaForCausalLM(LlamaConfig(**shape, **heads, initializer_range=0.2)).eval()
         tokens = torch.randint(3, 128, (16, 32))
     nn.Module.to(model, device)
     started = time.perf_counter()

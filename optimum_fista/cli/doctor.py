@@ -7,12 +7,9 @@ import argparse
 DESCRIPTION = """\
 Describe this machine and check that every device prunes as the CPU does.
 
-It prints versions, devices and memory, the compiler and the packed kernels, and how fast each device multiplies. Then
-it prunes a random model of two decoder layers on each device. It takes less than a minute, needs no network, and exits
-with 1 if a check fails. Paste the whole output into an issue report.
-
-example:
-  optimum-fista doctor
+It prints versions, devices and memory, the packed kernels, and how fast each device multiplies. Then it prunes a random
+model of two decoder layers on each device. It takes less than a minute, needs no network, and exits with 1 if a check
+fails. Paste the whole output into an issue report.
 """
 
 
@@ -26,4 +23,4 @@ def run(_: argparse.Namespace) -> int:
 
     failed = diagnose(lambda line: print(line, flush=True))
     print(f"\nchecks that failed: {failed}" if failed else "\nall checks passed")
-    return 1 if failed else 0
+    return int(failed > 0)
