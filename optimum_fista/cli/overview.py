@@ -6,7 +6,6 @@ import argparse
 import re
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,28 +30,28 @@ def say_before(arguments: argparse.Namespace, config: FistaPruningConfig) -> tup
     chosen: int | None = arguments.batch_size or begun_batch_size(unfinished_folder(arguments.output))
     try:
         estimate = estimate_of(arguments, config, chosen)
-        overview, parts = overview_of(estimate), estimate.memory["host"]
+        lines, parts = overview_of(estimate), estimate.memory["host"]
     except (ValueError, OSError):
         raise  # what the run would refuse, before text is drawn: a model may write it for hours
     except Exception as error:  # a model without weights can't be built in every family
         print(f"note: memory could not be estimated: {error}", file=sys.stderr)
         return chosen or 1, arguments.calibration or "self"
+    # What the libraries take is no longer free.
     needed, free = sum(parts.values()) - LIBRARIES, available_bytes(torch.device("cpu"))
-    print("\n".join(overview), file=sys.stderr)
     if free is not None:
-        print(f"{'':<13}{_size(free)} of memory are free", file=sys.stderr)
-    print(f"{'output':<13}{arguments.output}", file=sys.stderr)
+        lines.append(f"{'':<13}{_size(free)} of memory are free")
+    lines.append(f"{'output':<13}{arguments.output}")
     if arguments.push_to_hub:
         beside = f"with copies of the small files beside the weights of {arguments.model}"
-        print(f"{'upload':<13}{arguments.push_to_hub}, {beside}", file=sys.stderr)
+        lines.append(f"{'upload':<13}{arguments.push_to_hub}, {beside}")
     if free is not None and needed > free:
         most = max(parts, key=lambda part: parts[part])
-        print(
+        lines.append(
             f"warning: this run is estimated to need {_size(needed)} of memory, and {_size(free)} are free: it may be "
             f"killed ({most}: {_size(parts[most])}). Pass --storage-device disk, a smaller --batch-size, a shorter "
-            "--sequence-length or fewer --num-samples; --dry-run shows what they need.",
-            file=sys.stderr,
+            "--sequence-length or fewer --num-samples; --dry-run shows what they need."
         )
+    print("\n".join(lines), file=sys.stderr)
     return estimate.batch_size, estimate.calibration
 
 
@@ -74,25 +73,27 @@ def overview_of(estimate: Estimate) -> list[str]:
     """What a run will do and take, in a few lines."""
     model, config, parameters = estimate.model, estimate.config, estimate.model.num_parameters()
     dtype, weights = str(model.dtype).removeprefix("torch."), sum(estimate.weights.values())
+    zeros, removed = sum(estimate.zeros.values()), estimate.num_removed
     pruned = f"{len(estimate.operators)} operators with {weights:,} weights"
-    if estimate.num_removed:
-        pruned += f"; {estimate.num_removed:,} parameters go ({estimate.num_removed / parameters:.1%})"
+    if removed:
+        pruned += f"; {removed:,} parameters go ({removed / parameters:.1%})"
     elif weights:
-        zeros = sum(estimate.zeros.values())
         pruned += f"; {zeros:,} become zero ({zeros / weights:.1%})"
     held_out = f" ({config.held_out} held out)" if config.held_out else ""
     text = "that the model writes itself" if estimate.calibration == "self" else f"of {estimate.calibration}"
     if estimate.too_large_to_write:
         text += " (the whole model does not fit into memory, which it needs to write its own)"
-    batches = f"batches of {estimate.batch_size}"
     memory = ", ".join(f"{_size(sum(parts.values()))} of the {place}" for place, parts in estimate.memory.items())
     model_size = f"{parameters:,} parameters in {dtype} ({_size(estimate.weight_bytes)})"
+    default = " (the default)" * (config.method == type(config).method)
     lines = {
         "model": f"{type(model).__name__}, {model_size}, {len(estimate.layers)} decoder layers",
         "pruned": pruned,
         "pattern": str(config.sparsity if estimate.asked.pattern == "unstructured" else estimate.asked.pattern),
-        "method": f"{config.method}, error correction {config.error_correction}",
-        "calibration": f"{estimate.num_samples} x {estimate.length} tokens{held_out} {text}, {batches}",
+        "method": f"{config.method}{default}, error correction {config.error_correction}",
+        "calibration": (
+            f"{estimate.num_samples} x {estimate.length} tokens{held_out} {text}, batches of {estimate.batch_size}"
+        ),
         "memory": f"{memory}, at most, on {estimate.device}",
         "disk": _size(sum(estimate.disk_bytes.values())),
     }
@@ -103,18 +104,20 @@ def details_of(estimate: Estimate) -> list[str]:
     """What `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, and notes."""
     from optimum_fista.prune.plan import idle_patterns
 
-    lines, counts = overview_of(estimate), dict[str, Counter[str]]()
-    for name, weights in estimate.weights.items():
-        found = counts.setdefault(name.rpartition(".")[2], Counter())
-        found.update({"number": 1, "weights": weights, "zeros": estimate.zeros[name]})
-    last = "removed" if estimate.num_removed else "zeros"
-    lines += ["", f"{'operators':<24}{'number':>8}{'weights':>20}{last:>20}"]
-    lines += [f"{name:<24}{c['number']:>8}{c['weights']:>20,}{c['zeros']:>20,}" for name, c in counts.items()]
-    # "loses the rows that model.layers.*.mlp.down_proj no longer reads"
-    left_dense = {name: re.sub(r"\.\d+\.", ".*.", why) for name, why in estimate.left_dense.items()}
-    for reason, count in Counter(left_dense.values()).items():
-        names = [name for name, why in left_dense.items() if why == reason]
-        lines.append(f"left dense ({reason}): {', '.join(names[:3])}{f' and {count - 3} more' * (count > 3)}")
+    lines, kinds = overview_of(estimate), dict[str, list[str]]()
+    for name in estimate.weights:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    lines += ["", f"{'operators':<24}{'number':>8}{'weights':>20}{'removed' if estimate.num_removed else 'zeros':>20}"]
+    for kind, names in kinds.items():
+        weights, zeros = (sum(count[name] for name in names) for count in (estimate.weights, estimate.zeros))
+        lines.append(f"{kind:<24}{len(names):>8}{weights:>20,}{zeros:>20,}")
+    reasons = dict[str, list[str]]()
+    for name, why in estimate.left_dense.items():
+        # one line for "loses the rows that model.layers.*.mlp.down_proj no longer reads", whatever the layer
+        reasons.setdefault(re.sub(r"\.\d+\.", ".*.", why), []).append(name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 3} more" * (len(names) > 3)
+        lines.append(f"left dense ({reason}): {', '.join(names[:3])}{more}")
     notes = list(idle_patterns(estimate.config, list(estimate.operators), list(estimate.left_dense)))
     tables: dict[str, Any] = {f"memory, {place}": (parts, _size) for place, parts in estimate.memory.items()}
     tables["disk"] = estimate.disk_bytes, _size
@@ -155,7 +158,7 @@ def _verdict(found: Mapping[str, Any]) -> str:
         return f"no verdict on fewer than {LEAST_TOKENS:,} tokens"
     if found["text"] == "self":
         return "no verdict on text of its own"
-    if found["dense"] > found["vocabulary"] / 2:
+    if found["dense"] > found["vocabulary"] / 2:  # chance is the size of the vocabulary
         return "the dense model is no better than chance"
     words = {1.1: "close to the dense model", 1.5: "usable as it is", 3.0: "clearly worse, training would help"}
     fitting = (word for most, word in words.items() if found["pruned"] <= most * found["dense"])
