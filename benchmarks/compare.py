@@ -66,7 +66,7 @@ def draw(
         whole = evaluation_windows(tokenizer, text, length, add_bos=of_texts)
         texts[name] = whole[: arguments.max_windows]
         recipe.append(
-            f"Perplexity on {name}: {text.origin} (sha256 {text.sha256[:16]}), the first {len(texts[name])} of "
+            f"Perplexity on {name}: {text.name} (sha256 {text.sha256[:16]}), the first {len(texts[name])} of "
             f"{len(whole)} windows of {length} tokens, BOS: {arguments.bos}."
         )
     count, longest = arguments.num_samples + arguments.held_out, arguments.calibration_length or length
@@ -77,7 +77,7 @@ def draw(
     else:
         text = load_text(arguments.calibration, "calibration")
         windows = calibration_windows(tokenizer, text, count, longest, seed, add_bos=of_calibration)
-        origin = f"{text.origin} (sha256 {text.sha256[:16]})"
+        origin = f"{text.name} (sha256 {text.sha256[:16]})"
     calibration, held_out = windows[: arguments.num_samples], windows[arguments.num_samples :]
     recipe.append(f"Calibration, seed {seed}: {len(calibration)} random windows of {longest} tokens of {origin}.")
     if arguments.held_out:

@@ -20,7 +20,7 @@ from optimum_fista.model.architecture import matches
 from optimum_fista.model.correction import Correction
 from optimum_fista.options import Allocation, ErrorCorrection, PruningOptions, wrong_field
 from optimum_fista.solve.method import PruningMethod
-from optimum_fista.solve.methods import METHODS, create_method
+from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
 
@@ -77,8 +77,6 @@ class FistaPruningConfig(PruningOptions):
         for name in ("method_options", "overrides"):
             if isinstance(value := getattr(self, name), Mapping):
                 object.__setattr__(self, name, dict(value))
-        if isinstance(self.method, PruningMethod):
-            self._name_the_method(self.method)
         if wrong := wrong_field(self):
             raise ValueError(wrong)
         usual, parts = self._pattern_of(None), self.whole_parts
@@ -134,27 +132,13 @@ class FistaPruningConfig(PruningOptions):
         if options.get("warm_start") == "auto":  # as published: FISTAPruner starts OPT from SparseGPT, Llama from Wanda
             options["warm_start"] = "sparsegpt" if model_type == "opt" else "wanda"
         try:
-            method = create_method(str(self.method), **options)
+            method = create_method(self.method, **options)
             wrong = wrong_field(method)
         except TypeError as error:  # a method's own checks compare numbers
             wrong = f"method_options={options!r}: pass numbers where method {self.method!r} takes them ({error})."
         if wrong is not None:
             raise ValueError(wrong)
         return method
-
-    def _name_the_method(self, method: PruningMethod) -> None:
-        """Keep an instance as its name and options, which JSON can hold."""
-        if METHODS.get(getattr(method, "name", "")) is not type(method):
-            raise ValueError(
-                f"method={method!r}: {type(method).__qualname__} has no registered name, which a report needs: "
-                "decorate the class with optimum_fista.solve.method.register."
-            )
-        if self.method_options:
-            raise ValueError(f"method_options={self.method_options!r}: give them to the instance passed as method.")
-        fields = [f for f in dataclasses.fields(method) if f.init]  # type: ignore[arg-type]
-        changed = {f.name: value for f in fields if (value := getattr(method, f.name)) != f.default}
-        object.__setattr__(self, "method", method.name)  # the way to set a field of a frozen dataclass
-        object.__setattr__(self, "method_options", changed)
 
     @property
     def whole_parts(self) -> WholeParts | None:
@@ -217,7 +201,7 @@ class FistaPruningConfig(PruningOptions):
 
     def resolved(self) -> FistaPruningConfig:
         """The same configuration with the method's own choice for every option of `MethodDefaults` that is `None`."""
-        defaults = method_defaults(str(self.method))
+        defaults = method_defaults(self.method)
         missing = {name: value for name, value in vars(defaults).items() if getattr(self, name) is None}
         if self._pattern_of(None).fixed and not self.overrides:
             missing.pop("scope", None)  # a pattern such as 2:4 has none
@@ -232,7 +216,7 @@ class FistaPruningConfig(PruningOptions):
 
     def shares_budget(self, name: str) -> bool:
         """Whether the operator called `name` takes part in the allocation of zeros."""
-        allocation = self.allocation or method_defaults(str(self.method)).allocation
+        allocation = self.allocation or method_defaults(self.method).allocation
         allocated = allocation == "fisher" and not self._pattern_of(None).fixed  # 2:4 leaves nothing to share out
         return allocated and not any(matches(name, (pattern,)) for pattern in self.overrides)
 
@@ -240,7 +224,7 @@ class FistaPruningConfig(PruningOptions):
         """The pattern that an override asks for; of `None`, that of all operators without one."""
         if isinstance(override, str):
             return parse_pattern(override)
-        scope = self.scope or method_defaults(str(self.method)).scope
+        scope = self.scope or method_defaults(self.method).scope
         if override is None:
             return parse_pattern(self.pattern, self.sparsity, scope)
         return parse_pattern(sparsity=override, scope=scope)

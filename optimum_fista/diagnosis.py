@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -124,8 +125,8 @@ def _try_packed(device: torch.device) -> str:
 
 def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:
     """Prune a random model of two decoder layers and compare it with the CPU's result, which comes first."""
-    shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 128}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    shape: Any = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 128}
+    heads: Any = {"num_attention_heads": 4, "num_key_value_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         # Larger initial weights than usual: errors of the first layer must matter in the second.

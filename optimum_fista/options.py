@@ -55,10 +55,8 @@ class PruningOptions:
     scope: Literal["matrix", "row"] | None = option(
         None, "matrix: an operator shares the zeros; row: each row has as many (default: by method)", advanced=_WHICH
     )
-    method: str | Any = option(
-        "obs_admm",
-        "obs_admm, fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap or greedy_obs (in Python also "
-        "an instance of one)",
+    method: str = option(
+        "obs_admm", "obs_admm, fista, magnitude, wanda, dsnot, sparsegpt, admm, alps, flap or greedy_obs"
     )
     error_correction: ErrorCorrection | None = option(
         None,

@@ -83,29 +83,15 @@ def test_options_of_methods_have_types():
             FistaPruningConfig(method="fista", method_options=options)
 
 
-def test_an_instance_is_kept_as_its_name_and_options():
-    config = FistaPruningConfig(method=METHODS["fista"](max_iterations=7, restart=True))
-    assert config == FistaPruningConfig(method="fista", method_options={"max_iterations": 7, "restart": True})
-    assert config.create_method("llama") == METHODS["fista"](max_iterations=7, restart=True)
-    assert through_json(config) == config
-    assert FistaPruningConfig(method=METHODS["wanda"]()).resolved().scope == "row"
-    with pytest.raises(ValueError, match=r"method_options=.*: give them to the instance"):
-        FistaPruningConfig(method=METHODS["fista"](), method_options={"patience": 2})
-
-
-def test_an_instance_of_a_class_without_a_registered_name_is_refused(monkeypatch):
+def test_a_method_of_others_is_known_by_the_name_it_is_registered_under(monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class Louder(METHODS["wanda"]):
         share: float = 0.5
-        name = "louder"
 
-    with pytest.raises(
-        ValueError, match=r"method=.*Louder.*decorate the class with optimum_fista.solve.method.register"
-    ):
-        FistaPruningConfig(method=Louder())
     monkeypatch.setitem(METHODS, "louder", Louder)
-    config = FistaPruningConfig(method=Louder(0.25))
-    assert (config.method, config.method_options, config.resolved().scope) == ("louder", {"share": 0.25}, "matrix")
+    config = FistaPruningConfig(method="louder", method_options={"share": 0.25})
+    assert config.create_method("") == Louder(0.25)
+    assert config.resolved().scope == "matrix"
 
 
 def test_options_are_frozen_and_detached_from_the_callers():

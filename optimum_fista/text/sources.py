@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +18,6 @@ from optimum_fista.report import HUB_DATASETS
 
 Split = Literal["calibration", "test"]
 
-_SEPARATOR = "\n\n"
 _ACCEPTED_SOURCES = (
     "a path that ends in .txt (one document) or .jsonl (field 'text' in every line), 'pydoc' (Python's own "
     "documentation, no download), 'wikitext2', 'c4' or 'ptb' (from the Hub, with the package `datasets`), "
@@ -33,8 +31,7 @@ class TextSource:
 
     name: str  # of the file, or the data set's usual name
     documents: tuple[str, ...]
-    separator: str  # between two documents when the source is read as one text
-    origin: str = ""  # where the documents come from and how they are joined, for people
+    separator: str = "\n\n"  # between two documents when the source is read as one text
     max_windows: int | None = None  # that perplexity is measured on, by the literature's protocol; None = all
 
     @property
@@ -48,21 +45,18 @@ class TextSource:
         return hashlib.sha256(self.joined.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-# Arguments of `_read_hub`, as in SparseGPT's datautils.py and Wanda's lib/data.py, under the names that the data sets
-# have on today's Hub. C4's files are shuffled: the first documents of one (10 million tokens) represent all and fit in
-# memory; its test text ends after 256 windows there. PTB's main branch is a script, which `datasets` 4 refuses; the Hub
-# keeps a parquet copy of its configuration `penn_treebank` under another revision.
-_WIKITEXT = {"repository": HUB_DATASETS["wikitext2"], "name": "wikitext-2-raw-v1"}
-_C4_DOCUMENTS = {"repository": HUB_DATASETS["c4"], "max_rows": 20_000, "are_documents": True}
-_C4_TEXT = {"repository": HUB_DATASETS["c4"], "max_rows": 1100, "max_windows": 256}
-_PTB = {"repository": HUB_DATASETS["ptb"], "revision": "refs/convert/parquet", "column": "sentence"}
-_HUB: dict[tuple[str, Split], dict[str, Any]] = {
-    ("wikitext2", "calibration"): _WIKITEXT | {"split": "train"},
-    ("wikitext2", "test"): _WIKITEXT | {"split": "test", "separator": "\n\n"},
-    ("c4", "calibration"): _C4_DOCUMENTS | {"split": "train", "file": "en/c4-train.00000-of-01024.json.gz"},
-    ("c4", "test"): _C4_TEXT | {"split": "validation", "file": "en/c4-validation.00000-of-00008.json.gz"},
-    ("ptb", "calibration"): _PTB | {"split": "train", "file": "penn_treebank/train/0000.parquet"},
-    ("ptb", "test"): _PTB | {"split": "test", "file": "penn_treebank/test/0000.parquet"},
+# Arguments of `load_dataset`, and what is made of the rows, as in SparseGPT's datautils.py and Wanda's lib/data.py.
+_WIKITEXT = {"name": "wikitext-2-raw-v1"}
+# PTB's main branch is a script, which `datasets` 4 refuses; the Hub keeps a parquet copy under another revision.
+_PTB = {"revision": "refs/convert/parquet"}
+_HUB: dict[tuple[str, Split], tuple[str, dict[str, str], str | None, dict[str, Any]]] = {
+    ("wikitext2", "calibration"): ("train", _WIKITEXT, None, {}),
+    ("wikitext2", "test"): ("test", _WIKITEXT, None, {"separator": "\n\n"}),
+    # C4's files are shuffled: the first documents of one, 10 million tokens, represent all and fit in memory.
+    ("c4", "calibration"): ("train", {}, "en/c4-train.00000-of-01024.json.gz", {"max_rows": 20_000, "whole": False}),
+    ("c4", "test"): ("validation", {}, "en/c4-validation.00000-of-00008.json.gz", {"max_rows": 1100, "windows": 256}),
+    ("ptb", "calibration"): ("train", _PTB, "penn_treebank/train/0000.parquet", {"column": "sentence"}),
+    ("ptb", "test"): ("test", _PTB, "penn_treebank/test/0000.parquet", {"column": "sentence"}),
 }
 
 
@@ -113,12 +107,12 @@ def load_text(source: str, split: Split) -> TextSource:
     if split not in get_args(Split):
         raise ValueError(f"split={split!r} is not known; pass 'calibration' or 'test'.")
     if source in HUB_DATASETS:
-        return _read_hub(source, **_HUB[source, split])
+        hub_split, options, file, made = _HUB[source, split]
+        return _read_hub(source, hub_split, options, file, **made)
     if source == "pydoc":
         from pydoc_data.topics import topics
 
-        origin = f"Python {platform.python_version()}'s help topics joined by {_SEPARATOR!r}"
-        return TextSource("pydoc", tuple(topics[key] for key in sorted(topics)), _SEPARATOR, origin)
+        return TextSource("pydoc", tuple(topics[key] for key in sorted(topics)))
     return _read_file(Path(source))
 
 
@@ -134,8 +128,7 @@ def _read_file(path: Path) -> TextSource:
         documents = tuple(_document(line, f"{where}, line {number}") for number, line in lines if line.strip())
     if not any(map(str.strip, documents)):
         raise ValueError(f'{where} is empty; pass a file with text (in a .jsonl file under "text").')
-    joined = f", {len(documents)} documents joined by {_SEPARATOR!r}" if path.suffix == ".jsonl" else ""
-    return TextSource(path.name, documents, _SEPARATOR, f"file {path.name}{joined}")
+    return TextSource(path.name, documents)
 
 
 def _document(line: str, place: str) -> str:
@@ -151,29 +144,25 @@ def _document(line: str, place: str) -> str:
 
 def _read_hub(
     source: str,
-    *,
-    repository: str,
     split: str,
+    options: dict[str, str],
+    file: str | None,
+    *,
     column: str = "text",
     separator: str = " ",
-    file: str | None = None,
     max_rows: int | None = None,
-    are_documents: bool = False,
-    max_windows: int | None = None,
-    **options: str,
+    whole: bool = True,
+    windows: int | None = None,
 ) -> TextSource:
-    """The first rows of one column, joined to one document unless each is one; `options` are `load_dataset`'s."""
+    """The first rows of one column, joined to one document if the source is read `whole`."""
     from datasets import load_dataset  # which takes seconds to import
 
+    repository, files = HUB_DATASETS[source], {} if file is None else {"data_files": {split: file}}
     try:
-        files = {} if file is None else {"data_files": {split: file}}
         texts = tuple(load_dataset(repository, split=split, **options, **files)[:max_rows][column])
     except Exception as error:  # the Hub, the network and `datasets` have no common base class
         raise ConnectionError(
             f"source={source!r}: could not load {repository!r} from the Hub ({type(error).__name__}: {error}). "
             "If the Hub cannot be reached, pass a local .txt or .jsonl file."
         ) from error
-    place = " ".join(part for part in (repository, *options.values(), file) if part)
-    rows = "all rows" if max_rows is None else f"first {max_rows} rows"
-    origin = f"{place}, split {split}, {rows} joined by {separator!r}"
-    return TextSource(source, texts if are_documents else (separator.join(texts),), separator, origin, max_windows)
+    return TextSource(source, (separator.join(texts),) if whole else texts, separator, windows)
