@@ -82,13 +82,14 @@ class FistaPruningConfig(PruningOptions):
         usual, parts = self._pattern_of(None), self.whole_parts
         object.__setattr__(self, "sparsity", usual.sparsity)
         loses_experts = parts is not None and any(part.kind == "experts" for part in parts.shares)
+        ordered = usual.span is not None and usual.width == 1  # which weights compete depends on the inputs' order
         whole = parts is not None, "whole parts are removed: pass only one of them"
         # option: whether it would change nothing, and what to do about it
         idle = {
             "scope": (usual.fixed and not self.overrides, "pass only one of them"),
             **dict.fromkeys(("include", "exclude", "overrides"), whole),
             "expert_refit": (not loses_experts, "leave it out, or pass a pattern such as 'experts:0.25'"),
-            "reorder_channels": (usual.span is None or usual.width > 1, "leave it out, or pass a pattern such as '2:4'"),
+            "reorder_channels": (not ordered, "leave it out, or pass a pattern such as '2:4'"),
         }
         for name, (changes_nothing, advice) in idle.items():
             value = getattr(self, name)
