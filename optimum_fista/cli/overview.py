@@ -172,9 +172,9 @@ def argument(path: str | Path) -> str:
 
 def next_commands(model: str, folder: Path, calibration: str | None) -> str:
     """What to do with a pruned model; without a calibration text it was recovered already."""
-    name, dense = argument(folder), argument(model)
     from optimum_fista.text.sources import usual_texts
 
+    name, dense = argument(folder), argument(model)
     measured, trained = usual_texts()
     text = trained if calibration == "self" else argument(calibration or trained)  # a model would write for hours
     commands = {
@@ -182,7 +182,7 @@ def next_commands(model: str, folder: Path, calibration: str | None) -> str:
         f"evaluate {name} --text {measured}": "perplexity; run it on the dense model too, to compare",
         f"recover {name} --teacher {dense} --calibration {text}": "train it to be more like the dense model",
         f"report {name}": "a page about every operator",
-        f"pack {name} {name}-packed": "store it without its zeros",
+        f"pack {name} --output {name}-packed": "store it without its zeros",
         f"verify {name}": "counts the zeros in the files again",
     }
     wanted = [command for command in commands if calibration or not command.startswith("recover ")]

@@ -33,7 +33,7 @@ def test_a_run_says_what_it_will_do_what_it_cost_and_the_next_commands_which_wor
     assert f"For example: --output {name}-2\n" in capsys.readouterr().err
     commands = [line.split("#")[0].split() for line in printed.out.split("next:\n")[1].splitlines()]
     assert [command[:2] for command in commands] == [
-        *(["optimum-fista", name] for name in ("chat", "evaluate", "recover", "report", "verify")),
+        *(["optimum-fista", name] for name in ("chat", "evaluate", "recover", "report", "pack", "verify")),
         ["hf", "upload"],
     ]
     assert "meta device" not in printed.err
