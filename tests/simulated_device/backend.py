@@ -1,22 +1,11 @@
 """A simulated accelerator, `torch.device("simulated")`: two devices, to find on a CPU what fails on a GPU.
 
 It refuses operations that mix devices and tensors whose storage was freed, limits memory, and counts copies,
-synchronisations and operations. It computes by the CPU's kernels, so results agree with the CPU's. Tests for it live in
-this folder, for which `make test` starts a process of its own: once imported, it is PyTorch's accelerator until the end
-of the process. Without a C++ compiler they are skipped.
+synchronisations and operations. It computes by the CPU's kernels, so results agree with the CPU's. Once imported, it is
+PyTorch's accelerator until the end of the process: `make test` starts one of its own for the tests in this folder.
 
-    model.to("simulated:0")
-    with memory_limit(2**20, "simulated:0"):            # torch.OutOfMemoryError beyond a megabyte
-        ...
-    with failing_allocation(3, at_least=4096) as failure:  # the third allocation of at least 4096 bytes fails, once
-        ...
-    with counted() as counts:
-        ...
-    counts.waits, counts.copies, counts.bytes, counts.runs  # Counters: by cause, by way, by way, by operation
-
-The ways of a copy are "host to device", "device to host" and "device to device". Every test begins with no limits but
-16 GiB a device, high-water marks at what is allocated, and device 1 as the current one: a device that is forgotten
-somewhere is another one than the model's. Tests of the backend itself begin with device 0.
+Every test begins with 16 GiB on each device, and device 1 as the current one: a device that is forgotten somewhere is
+another one than the model's. Tests of the backend itself begin with device 0.
 """
 
 import fcntl
@@ -156,7 +145,10 @@ def set_rng_state(new_state: Tensor, device: _Device = None) -> None:
 
 @contextmanager
 def counted() -> Iterator[SimpleNamespace]:
-    """Count copies, synchronisations and operations in the block (blocks do not nest); known when it ends."""
+    """Count in the block (blocks do not nest): `waits` by cause, `copies` and `bytes` by way, `runs` by operation.
+
+    The ways of a copy are "host to device", "device to host" and "device to device".
+    """
     counts = SimpleNamespace(waits=Counter(), copies=Counter(), bytes=Counter(), runs=Counter())
     _ops.start_counting()
     try:
