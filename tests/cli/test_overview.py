@@ -1,7 +1,9 @@
+import shlex
 from pathlib import Path
 
 import pytest
 
+from optimum_fista.cli.main import build_parser
 from optimum_fista.cli.overview import next_commands, verdicts
 from optimum_fista.report import PruningReport
 
@@ -39,3 +41,5 @@ def test_the_next_commands_can_be_pasted(monkeypatch):
     assert "chat ./-model-50pct --beside ./-model " in shown
     assert "--calibration ./-text.txt " in shown
     assert "hf upload YOUR-NAME/model-50pct ./-model-50pct " in shown
+    for line in shown.splitlines()[1:-1]:
+        build_parser().parse_args(shlex.split(line, comments=True)[1:])
