@@ -1,4 +1,8 @@
-"""The model card of a pruned model, and its picture of the fit errors."""
+"""The model card of a pruned model, and its picture of the fit errors.
+
+The text is the template card.md; what is computed for it is here. Nothing in a card depends on when it is written, so
+equal runs write equal folders.
+"""
 
 from __future__ import annotations
 
@@ -37,45 +41,17 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
     `picture` is the path of the picture of the fit errors, relative to the card. `dense` is the folder or Hub id of the
     dense model, whose license and languages the pruned one keeps.
     """
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    formats = {"thousands": "{:,}", "percent": "{:.2%}", "error": "{:.4f}"}
-    environment.filters |= {"escaped": _escaped, **{name: form.format for name, form in formats.items()}}
-    pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
-    sparsities = [o.sparsity for o in report.operators]
-    zeros = "the same share in every operator"
-    if report.removed:
-        zeros = "none: what is removed is no longer there"
-    elif report.config["allocation"] == "fisher" and not pattern.fixed:
-        zeros = f"shared over the operators by gradients of the loss, {min(sparsities):.1%} to {max(sparsities):.1%}"
-    return (
-        environment.from_string(Path(__file__).with_name("card.md").read_text()).render(
-            report=report,
-            totals=report.totals,
-            tokens=report.calibration,
-            metadata=_metadata(report, dense).to_yaml(),
-            title=model_title(report),
-            pattern=_shown(report),
-            zeros=zeros,
-            picture=picture,
-            rows="\n".join(_rows(report)),
-            config=json.dumps(report.config, indent=2),
-        )
-        + "\n"
-    )
-
-
-def _metadata(report: PruningReport, dense: str) -> ModelCardData:
-    """What the Hub reads at the top of the card; some of it is on top of the dense model's card."""
-    name, base, file = report.model["name"], {}, Path(dense, "README.md")
+    inherited, file = {}, Path(dense, "README.md")
     try:
         found = file if file.is_file() else try_to_load_from_cache(dense, "README.md")
         if isinstance(found, str | Path):
-            base = ModelCard.load(found, ignore_metadata_errors=True).data.to_dict()
+            inherited = ModelCard.load(found, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, YAMLError):  # no name of a repository, or a card that can't be read
         pass
+    name = report.model["name"]
     of_hub = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
     dataset = HUB_DATASETS.get(report.calibration.get("source") or "")
-    return ModelCardData(
+    metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["optimum-fista", "pruned"] + ["sparse"] * (not report.removed),
@@ -84,39 +60,38 @@ def _metadata(report: PruningReport, dense: str) -> ModelCardData:
         # weights of its own, in the same number format: a packed folder too holds the same numbers.
         base_model_relation=of_hub and "finetune",
         datasets=dataset and [dataset],
-        **{key: base[key] for key in _INHERITED if key in base},
+        **{key: inherited[key] for key in _INHERITED if key in inherited},
     )
-
-
-def model_title(report: PruningReport) -> str:
-    """The name of the dense model and the sparsity pattern."""
-    return f"{(report.model['name'].split('/')[-1] or report.model['class'])}, {_shown(report)}"
-
-
-def _shown(report: PruningReport) -> str:
     pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
-    return str(pattern) if pattern.fixed else f"{100 * pattern.sparsity:g}% {pattern}"
+    sparsities = [o.sparsity for o in report.operators]
+    zeros = "the same share in every operator"
+    if report.removed:
+        zeros = "none: what is removed is no longer there"
+    elif report.config["allocation"] == "fisher" and not pattern.fixed:
+        zeros = f"shared over the operators by gradients of the loss, {min(sparsities):.1%} to {max(sparsities):.1%}"
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    formats = {"thousands": "{:,}", "percent": "{:.2%}", "error": "{:.4f}"}
+    environment.filters |= {"escaped": _escaped, **{name: form.format for name, form in formats.items()}}
+    template = environment.from_string(Path(__file__).with_name("card.md").read_text())
+    return (
+        template.render(
+            report=report,
+            totals=report.totals,
+            tokens=report.calibration,
+            metadata=metadata.to_yaml(),
+            pattern=pattern,
+            zeros=zeros,
+            picture=picture,
+            kinds=OperatorGrid(report.operators).kinds,  # one row for the operators of a kind in all decoder layers
+            config=json.dumps(report.config, indent=2),
+        )
+        + "\n"
+    )
 
 
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, in one line."""
     return re.sub(r"([\\`*{}\[\]<>|~$&]|\b_|_\b)", r"\\\1", " ".join(text.split()))
-
-
-def _rows(report: PruningReport) -> list[str]:
-    """One row for the operators of the same kind in every decoder layer, below a header."""
-    measured = any(o.held_out_fit_error is not None for o in report.operators)
-    gone, share = ("columns removed", "target_sparsity") if report.removed else ("sparsity", "sparsity")
-    header = ["operator", "shape", gone, "mean fit error", "largest fit error", "mean output error"]
-    rows = []
-    for kind, group in OperatorGrid(report.operators).kinds.items():
-        outputs = [o.output_error for o in group if o.output_error is not None]
-        unseen = [o.held_out_fit_error for o in group if o.held_out_fit_error is not None]
-        cells = [kind, " x ".join(map(str, group[0].shape)), f"{fmean(getattr(o, share) for o in group):.2%}"]
-        cells += [f"{fmean(o.fit_error for o in group):.4f}", f"{max(o.fit_error for o in group):.4f}"]
-        cells.append(f"{fmean(outputs):.4f}" if outputs else "not known")
-        rows.append([*cells, *([f"{fmean(unseen):.4f}" if unseen else ""] if measured else [])])
-    return markdown_lines([*header, *(["mean held-out fit error"] if measured else [])], rows)
 
 
 def markdown_lines(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

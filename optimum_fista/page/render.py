@@ -17,10 +17,10 @@ from markupsafe import Markup, escape
 from optimum_fista.evaluate.evaluation_file import EVALUATION_FILE, Evaluation, place_of, read_evaluations
 from optimum_fista.evaluate.perplexity import PerplexityResult
 from optimum_fista.evaluate.tasks import TaskResult
-from optimum_fista.folder.card import model_title
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
 from optimum_fista.page.charts import STEPS, heat_map, line_chart
 from optimum_fista.report import OperatorGrid, OperatorReport, PruningReport
+from optimum_fista.solve.patterns import parse_pattern
 
 MIB, GIB = 2**20, 2**30
 _KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
@@ -66,6 +66,7 @@ def render_page(contents: ReportContents) -> str:
         "breakable": lambda name: Markup(str(escape(name)).replace(".", ".<wbr>")),
     }
     report = contents.report
+    pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
     zeros = [operator.sparsity for operator in report.operators]
     layers = [layer.name.rpartition(".")[2] for layer in report.layers]
     outputs = [operator for operator in report.operators if operator.output_error is not None]
@@ -80,7 +81,7 @@ def render_page(contents: ReportContents) -> str:
     return environment.get_template("page.html").render(
         report=report,
         totals=report.totals,
-        title=model_title(report),
+        title=f"{report.model['name'].split('/')[-1] or report.model['class']}, {pattern}",
         colours=range(STEPS),
         errors=heat(report.operators, "fit error", lambda o: o.fit_error, from_zero=True),
         output_errors=outputs and heat(outputs, "output error", lambda o: o.output_error or 0.0, from_zero=True),
