@@ -84,6 +84,24 @@ def prune(model: PreTrainedModel, error_correction: str | float, data: list[dict
     return recorder
 
 
+def require_problem(
+    record: SimpleNamespace, W: Tensor, X: Tensor, X_star: Tensor, error_correction: str | float
+) -> None:
+    """What reached the method is the problem of `W` on inputs [tokens, in]; its fit error is that of the outputs."""
+    share = error_correction if isinstance(error_correction, float) else 1.0
+    wanted = share * X + (1 - share) * X_star
+    assert torch.equal(record.weight, W)
+    assert record.num_tokens == len(X_star) > 0
+    assert_close(record.gram, X_star.T @ X_star, f"gram of {record.name}")
+    assert torch.equal(record.gram, record.gram.T)
+    assert_close(record.target, W @ wanted.T @ X_star, f"target of {record.name}")
+    assert_close(record.mean, X_star.mean(0), f"mean of {record.name}")
+    outputs = wanted @ W.T
+    assert record.target_energy == pytest.approx(float(outputs.square().sum()), rel=1e-4)
+    error = float((X_star @ record.pruned.T - outputs).norm() / outputs.norm())
+    assert record.fit_error == pytest.approx(error, rel=1e-3)
+
+
 def assert_close(ours: Tensor, expected: Tensor, what: str) -> None:
     assert ours.shape == expected.shape
     distance = float((ours - expected).norm() / expected.norm())

@@ -1,4 +1,8 @@
-"""Weights that Accelerate keeps elsewhere, in CPU memory or on disk, while a module waits."""
+"""Weights that Accelerate keeps elsewhere, in CPU memory or on disk, while a module waits.
+
+Accelerate brings weights for a forward pass and forgets what was written to them. Here they are brought for a longer
+time, and new values are stored where the old ones are kept, so that larger models than the device holds can be pruned.
+"""
 
 from __future__ import annotations
 
@@ -56,14 +60,28 @@ def store_tensor(module: nn.Module, name: str, value: Tensor, keep_undo: Callabl
     own.
     """
     data, key = _whole_map(module, name)
-    if isinstance(data, OffloadedWeightsLoader):
-        if key not in data.state_dict:
-            _store_on_disk(data, key, value, keep_undo)
-            return
-        data = data.state_dict
-    old = data[key]  # no copy: the dictionary gets a new tensor
-    keep_undo(lambda: data.__setitem__(key, old))
-    data[key] = value.detach().to("cpu", old.dtype, copy=True)
+    if not isinstance(data, OffloadedWeightsLoader) or key in data.state_dict:
+        tensors = data.state_dict if isinstance(data, OffloadedWeightsLoader) else data
+        before = tensors[key]  # no copy: the dictionary gets a new tensor
+        keep_undo(lambda: tensors.__setitem__(key, before))
+        tensors[key] = value.detach().to("cpu", before.dtype, copy=True)
+        return
+    old: dict[str, Any] = dict(data.index[key])
+    in_checkpoint = old.get("safetensors_file") is not None
+    # A file of the checkpoint stays as it is, and only the index changes. Others are written over: they are copied.
+    previous = None if in_checkpoint else data[key].clone()
+    if data.save_folder is None:
+        folder = tempfile.TemporaryDirectory(prefix="optimum-fista-")
+        data.save_folder, data.kept_by = folder.name, folder  # removed with the model
+    dtype = getattr(torch, old["dtype"], value.dtype) if "dtype" in old else data[key].dtype
+
+    def restore() -> None:
+        if previous is not None:
+            offload_weight(previous, key, data.save_folder, data.index)
+        data.index[key] = old
+
+    keep_undo(restore)  # before anything is written, so that an interrupt in between loses nothing
+    offload_weight(value.detach().to("cpu", dtype), key, data.save_folder, data.index)
 
 
 @contextmanager
@@ -102,16 +120,18 @@ def settle_ties(model: PreTrainedModel) -> None:
     this with weights in memory, and leaves it out if they are on disk.
     """
     for target, source in list(model.all_tied_weights_keys.items()):
-        (owner, leaf), theirs = (_place(model, name) for name in (target, source))
+        path, _, leaf = target.rpartition(".")
+        owner = model.get_submodule(path)
         if not getattr(owner, leaf).is_meta:
             continue
+        theirs = model.get_parameter(source)
         data, _ = _whole_map(owner, leaf)
         if isinstance(data, OffloadedWeightsLoader) and target in data.index and source not in data.state_dict:
             data.index.setdefault(source, data.index[target])
-        if getattr(owner, leaf) is getattr(*theirs):
+        if getattr(owner, leaf) is theirs:
             continue
-        if torch.equal(stored_tensor(owner, leaf), stored_tensor(*theirs)):
-            setattr(owner, leaf, getattr(*theirs))
+        if torch.equal(stored_tensor(model, target), stored_tensor(model, source)):
+            setattr(owner, leaf, theirs)
         else:
             del model.all_tied_weights_keys[target]
 
@@ -154,32 +174,6 @@ def _whole_map(module: nn.Module, name: str) -> tuple[Any, str]:
     while isinstance(data, PrefixedDataset):
         data, key = data.dataset, f"{data.prefix}{key}"
     return data, key
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    owner, _, leaf = name.rpartition(".")
-    return model.get_submodule(owner), leaf
-
-
-def _store_on_disk(
-    data: OffloadedWeightsLoader, key: str, value: Tensor, keep_undo: Callable[[Callable[[], None]], None]
-) -> None:
-    old: dict[str, Any] = dict(data.index[key])
-    in_checkpoint = old.get("safetensors_file") is not None
-    # A file of the checkpoint stays as it is, and only the index changes. Others are written over: they are copied.
-    previous = None if in_checkpoint else data[key].clone()
-    if data.save_folder is None:
-        folder = tempfile.TemporaryDirectory(prefix="optimum-fista-")
-        data.save_folder, data.kept_by = folder.name, folder  # removed with the model
-    dtype = getattr(torch, old["dtype"], value.dtype) if "dtype" in old else data[key].dtype
-
-    def restore() -> None:
-        if previous is not None:
-            offload_weight(previous, key, data.save_folder, data.index)
-        data.index[key] = old
-
-    keep_undo(restore)
-    offload_weight(value.detach().to("cpu", dtype), key, data.save_folder, data.index)
 
 
 def sha256_of(module: nn.Module, names: Iterable[str]) -> str:

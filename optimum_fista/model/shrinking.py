@@ -137,12 +137,8 @@ def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Mapping[str, Seq
 
 def smaller_copy(plan: Shrinking, name: str, module: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
     """A copy of a module without the groups that go. It shares all tensors that lose nothing."""
-    smaller: dict[str, Tensor] = {}
-    for key, tensor in _tensors(module):
-        full = f"{name}.{key}" if name else key
-        if plan.part_of(full) is not None:
-            smaller[key] = plan.shrink_tensor(full, tensor.detach(), kept)
-    small = _copied(module, smaller)
+    shrinking = [(full, tensor.detach()) for full, tensor in _tensors(module, name) if plan.part_of(full) is not None]
+    small = _copied(module, name, {full: plan.shrink_tensor(full, tensor, kept) for full, tensor in shrinking})
     _describe(small, name, plan)
     return small
 
@@ -157,14 +153,13 @@ def require_same_outputs(
     order. This does, for a decoder layer or a whole model, whose name is "", in memory, if no experts go.
     """
     zeroed: dict[str, Tensor] = {}
-    for key, tensor in _tensors(module):
-        full = f"{name}.{key}" if name else key
+    for full, tensor in _tensors(module, name):
         part = plan.part_of(full)
         if part is not None and full == f"{part.name}.weight":
-            zeroed[key] = part.without_columns(tensor.detach(), kept[part.name])
+            zeroed[full] = part.without_columns(tensor.detach(), kept[part.name])
     small, shown = smaller_copy(plan, name, module, kept), name or type(module).__name__
     with torch.no_grad():
-        expected = run(_copied(module, zeroed))
+        expected = run(_copied(module, name, zeroed))
         try:
             found = run(small)
         except RuntimeError as error:
@@ -267,20 +262,20 @@ def _describe(module: nn.Module, name: str, plan: Shrinking) -> None:
                 child.config = others[new].config
 
 
-def _copied(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a module that shares its tensors, except for those that are given."""
+def _copied(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a module that shares its tensors, except for those that are given by their names in the model."""
     # The hooks of Accelerate are shared too: they hold what is offloaded of the whole model.
     memo: dict[int, Any] = {id(hook): hook for child in module.modules() for hook in alignment_hooks(child)}
     # So are those of the user that work on no module inside: they may hold the whole model, or what can't be copied.
     inside = [*module.modules()]
     for hooks in (found for child in inside for word, found in vars(child).items() if word.endswith("_hooks")):
         memo |= {id(hook): hook for hook in hooks.values() if getattr(hook, "__self__", None) not in inside}
-    for name, tensor in _tensors(module):
-        other = tensors.get(name, tensor)
+    for full, tensor in _tensors(module, name):
+        other = tensors.get(full, tensor)
         is_new = isinstance(tensor, nn.Parameter) and other is not tensor
         memo[id(tensor)] = nn.Parameter(other, requires_grad=False) if is_new else other
     return copy.deepcopy(module, memo)
 
 
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
+def _tensors(module: nn.Module, name: str = "") -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(name), *module.named_buffers(name)]

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from recording import assert_close, batches, calibration, prune
+from recording import batches, calibration, prune, require_problem
 from tiny_models import MOE_FAMILIES, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -166,15 +166,7 @@ def test_experts_are_pruned_on_the_tokens_that_the_router_sends_them(family, err
         X = torch.stack([before.get(token, value) for token, value in inputs.items()])
         others += sum(token not in before for token in inputs)
         for record in group:
-            W = operators[record.name].read()
-            assert torch.equal(record.weight, W)
-            assert record.num_tokens == len(inputs) > 0
-            assert_close(record.gram, X_star.T @ X_star, f"gram of {record.name}")
-            share = error_correction if isinstance(error_correction, float) else 1.0
-            wanted = share * X + (1 - share) * X_star
-            assert_close(record.target, W @ wanted.T @ X_star, f"target of {record.name}")
-            outputs = wanted @ W.T
-            assert record.target_energy == pytest.approx(float(outputs.square().sum()), rel=1e-4)
+            require_problem(record, operators[record.name].read(), X, X_star, error_correction)
             if error_correction != "none":
                 later[record.name].write(record.pruned)
     if error_correction != "none":
