@@ -79,7 +79,7 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
             totals=report.totals,
             tokens=report.calibration,
             metadata=metadata.to_yaml(),
-            pattern=pattern,
+            pattern=f"{100 * pattern.sparsity:g}% unstructured" if str(pattern) == "unstructured" else pattern,
             zeros=zeros,
             picture=picture,
             kinds=OperatorGrid(report.operators).kinds,  # one row for the operators of a kind in all decoder layers

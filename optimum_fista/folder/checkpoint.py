@@ -1,4 +1,8 @@
-"""A pruned model's folder: which files it has, what they say, and how they are read."""
+"""A pruned model's folder: which files it has, and how they are read.
+
+Nothing here needs Transformers or a model: `report` and `verify` read a folder in a moment, also of a model that no
+machine at hand could load. What is damaged is one ValueError that names the file.
+"""
 
 from __future__ import annotations
 
@@ -93,8 +97,8 @@ def write_index(folder: Path, stem: str, weight_map: Mapping[str, str], metadata
     """Write which of a folder's weight files holds which tensor, and the bytes of all tensors; returns its name."""
     total = 0
     for name in {*weight_map.values()}:
-        with (folder / name).open("rb") as file:
-            total += (folder / name).stat().st_size - 8 - int.from_bytes(file.read(8), "little")  # less the header
+        with (folder / name).open("rb") as file:  # it begins with the length of its header, in 8 bytes
+            total += (folder / name).stat().st_size - 8 - int.from_bytes(file.read(8), "little")
     index = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     name = f"{stem}.safetensors.index.json"
     write_file(folder / name, json.dumps(index, indent=2) + "\n")

@@ -1,4 +1,8 @@
-"""Operators under the names that a checkpoint gives their weights, if these differ from the model's."""
+"""Operators under the names that a checkpoint gives their weights, if these differ from the model's.
+
+Transformers renames, splits and merges tensors when it saves, by rules of its own for every family. Instead of reading
+these rules, small tensors that stand for the weights go through them, and come out under the names that weights get.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +43,17 @@ def stored_names(
 ) -> dict[str, StoredName]:
     """Names that `save_pretrained` gives the weights of operators, by their names in the model.
 
-    Transformers renames, splits and merges tensors when it saves. Small stand-ins, filled with the number of the
-    operator, go the same way. `renamed` gives their names in the model that is saved, if it has fewer decoder layers.
-    A weight that is not kept as one matrix is refused, or left out if not `all_of_them` have to be found.
+    The stand-ins are filled with the number of the operator. `renamed` gives their names in the model that is saved, if
+    it has fewer decoder layers. A weight that is not kept as one matrix is refused, or left out if not `all_of_them`
+    have to be found.
     """
     found, prefixes = list(operators), {id(module): name for name, module in model.named_modules()}
-    stand_ins: dict[str, Tensor] = {}
-    origins: list[str] = []
+    stand_ins: dict[str, Tensor] = {}  # by the name of the parameter that holds the weight
+    origins: list[str] = []  # that parameter's name, by operator
     for number, operator in enumerate(found):
         tensor = f"{renamed(prefixes[id(operator.owner)])}.{operator.tensor}"
         origins.append(tensor)
-        if isinstance(operator, ExpertOperator):
+        if isinstance(operator, ExpertOperator):  # all experts of a parameter share a stand-in
             stand_ins.setdefault(tensor, _stand_in(operator))
         shape = _SHAPE[::-1] if operator.transposed else _SHAPE
         stand_in = stand_ins.setdefault(tensor, torch.full(shape, _NO_OPERATOR, dtype=torch.int32))
@@ -60,9 +64,9 @@ def stored_names(
         if not held:
             continue
         if len(numbers.unique()) == 1 and tuple(numbers.shape) in (_SHAPE, _SHAPE[::-1]):
-            operator = found[held[0]]
+            operator = found[held[0]]  # the whole tensor is its weight, perhaps transposed
             names.setdefault(f"{renamed(operator.name)}.weight", StoredName(tensor, tuple(numbers.shape) != _SHAPE))
-        elif torch.equal(numbers, stand_ins[origins[held[0]]]):  # renamed only
+        elif torch.equal(numbers, stand_ins[origins[held[0]]]):  # all experts are where they were
             for operator in (found[number] for number in held):
                 if isinstance(operator, ExpertOperator):
                     place = operator.module.place(getattr(operator.owner, operator.tensor))
@@ -91,11 +95,13 @@ def operators_by_weight(model: PreTrainedModel, report: PruningReport) -> dict[s
 def as_stored(
     reports: Iterable[OperatorReport], masks: Mapping[str, Tensor], names: Mapping[str, StoredName]
 ) -> tuple[list[OperatorReport], dict[str, Tensor]]:
-    """Reports of operators and their packed masks under the names of the checkpoint."""
+    """Reports of operators and their packed masks under other names; masks are laid out as the weights there are."""
     operators, stored = [], {}
     for operator in reports:
-        found = names[operator.name]
-        stored[found.name] = _laid_out(masks[operator.name], operator, found.transposed)
+        found, mask = names[operator.name], masks[operator.name]
+        if found.transposed != operator.stored_transposed:  # bits are row by row: [out, in] -> [in, out], or back
+            mask = pack_mask(unpack_mask(mask, operator.stored_shape).T)
+        stored[found.name] = mask
         operators.append(dataclasses.replace(operator, name=found.name, stored_transposed=found.transposed))
     return operators, stored
 
@@ -107,7 +113,6 @@ def as_in_model(
     found = list(operators)
     names = stored_names(model, found, all_of_them=False)
     by_name = {names[key].name: operator for operator in found if (key := f"{operator.name}.weight") in names}
-    entries, kept = [], {}
     for entry in report.operators:
         operator = by_name.get(entry.name)
         if operator is None or operator.shape != entry.shape:
@@ -116,9 +121,8 @@ def as_in_model(
                 f"{entry.name} of shape {entry.shape} has a mask, but {type(model).__name__} has {has}: pass the "
                 "folder or Hub id that this model was loaded from."
             )
-        name = f"{operator.name}.weight"
-        kept[name] = _laid_out(masks[entry.name], entry, operator.transposed)
-        entries.append(dataclasses.replace(entry, name=name, stored_transposed=operator.transposed))
+    in_model = {name: StoredName(f"{o.name}.weight", o.transposed) for name, o in by_name.items()}
+    entries, kept = as_stored(report.operators, masks, in_model)
     return dataclasses.replace(report, operators=entries), kept
 
 
@@ -134,15 +138,8 @@ def split_index(name: str) -> tuple[str, tuple[int | slice, ...]]:
     return match[1], tuple(index)
 
 
-def _laid_out(mask: Tensor, operator: OperatorReport, transposed: bool) -> Tensor:
-    """A packed mask, laid out for a weight that is stored as [in, out] if `transposed`, else as [out, in]."""
-    if transposed == operator.stored_transposed:
-        return mask
-    return pack_mask(unpack_mask(mask, operator.stored_shape).T)
-
-
 def _text(index: tuple[int | slice, ...]) -> str:
-    """An index as it is written in Python."""
+    """An index as it is written in Python; inverse of `split_index`."""
     parts = []
     for part in index:
         numbers = (part,) if isinstance(part, int) else (part.start, part.stop, part.step)

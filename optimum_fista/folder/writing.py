@@ -1,4 +1,9 @@
-"""Writing a pruned model as a folder that plain Transformers loads, with masks, report and model card."""
+"""Write the files of a pruned model: a folder that plain Transformers loads, with masks, report and model card.
+
+Where the folder is and how it takes its place is in output.py. A model in memory is saved by Transformers itself
+(`write_checkpoint`); a streamed run writes the weights layer by layer and the rest here (`write_all_but_weights`), so
+both give the same files. Zeros stay in the weights: any program can read them, and the file is no smaller.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +47,7 @@ def write_checkpoint(
     """Write all files of a pruned model into an unfinished folder."""
     found = operators_by_weight(model, report)
     operators = [found[o.name] for o in report.operators]
-    for operator in operators:
+    for operator in operators:  # a training step would have filled the zeros, and the masks would lie
         weight = operator.select(stored_tensor(operator.owner, operator.tensor))
         mask = unpack_mask(masks[f"{operator.name}.weight"], tuple(weight.shape)).to(weight.device)
         if bool(torch.any(weight.masked_select(~mask) != 0)):
@@ -55,7 +60,7 @@ def write_checkpoint(
     report = dataclasses.replace(report, operators=stored, retrained=retrained)
     forget_gguf(model)
     with errors_of_writing(folder):
-        source = local_source(model)
+        source = local_source(model)  # Transformers copies no code of a model without `trust_remote_code`
         if source is not None and getattr(model.config, "auto_map", None):
             copy_source(source, folder, "*.py")
         if hasattr(model, "hf_device_map") or not any(parameter.is_meta for parameter in model.parameters()):

@@ -66,7 +66,9 @@ def render_page(contents: ReportContents) -> str:
         "breakable": lambda name: Markup(str(escape(name)).replace(".", ".<wbr>")),
     }
     report = contents.report
-    pattern = parse_pattern(report.config["pattern"], report.config["sparsity"])
+    pattern: Any = parse_pattern(report.config["pattern"], report.config["sparsity"])
+    if str(pattern) == "unstructured":
+        pattern = f"{100 * pattern.sparsity:g}% unstructured"
     zeros = [operator.sparsity for operator in report.operators]
     layers = [layer.name.rpartition(".")[2] for layer in report.layers]
     outputs = [operator for operator in report.operators if operator.output_error is not None]

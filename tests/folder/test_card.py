@@ -31,6 +31,7 @@ def test_card_tells_how_the_zeros_were_shared(saved_by_rows):
     operators = [dataclasses.replace(first, sparsity=0.125), dataclasses.replace(second, sparsity=0.6)]
     config = saved_by_rows.report.config | {"allocation": "fisher"}
     text = model_card(dataclasses.replace(saved_by_rows.report, operators=operators, config=config))
+    assert ", 30% unstructured\n" in text
     assert "| zeros | shared over the operators by gradients of the loss, 12.5% to 60.0% |" in text
 
 
