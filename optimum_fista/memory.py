@@ -69,28 +69,18 @@ def _left_to_group() -> float:
         return float("inf")
 
 
-_INTERVAL = 0.02
-"""Seconds between two looks."""
-
-
 @dataclass
 class MemoryPeak:
-    """Largest memory of a process, in bytes.
+    """Largest memory of a process, in bytes."""
 
-    Attributes:
-        resident_bytes: All that is in physical memory, pages of files that are read or mapped included.
-        anonymous_bytes: The part that no file backs, so that the system can't drop it; `None` if it is unknown.
-        device_bytes: Tensors on the accelerator; `None` on the CPU, and if PyTorch does not count them.
-    """
-
-    resident_bytes: int
-    anonymous_bytes: int | None = None
-    device_bytes: int | None = None
+    resident_bytes: int  # all that is in physical memory, with pages of files that are read or mapped
+    anonymous_bytes: int | None = None  # what no file backs, so that the system can't drop it; None if unknown
+    device_bytes: int | None = None  # tensors on the accelerator; None on the CPU, and if PyTorch does not count them
 
 
 @contextmanager
 def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
-    """Watch this process, 50 times a second; the largest values are known afterwards.
+    """Watch this process; the largest values are known afterwards.
 
     PyTorch's exact count on an accelerator (`torch.cuda.max_memory_allocated` and its like) starts again with it.
     """
@@ -104,7 +94,7 @@ def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
             peak.resident_bytes = max(peak.resident_bytes, memory.rss)
             if hasattr(memory, "shared"):
                 peak.anonymous_bytes = max(peak.anonymous_bytes or 0, memory.rss - memory.shared)
-            ended.wait(_INTERVAL)
+            ended.wait(0.02)  # seconds
 
     if counts is not None:
         counts.reset_peak_memory_stats(device)
@@ -120,7 +110,7 @@ def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
             peak.device_bytes = counts.max_memory_allocated(device)
 
 
-_WORTH_A_SEARCH = 2**20
+_WORTH_A_SEARCH = 2**20  # bytes of weights: looking for cycles takes longer than pruning a toy model
 _LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -128,11 +118,8 @@ def release_memory(of: nn.Module | None = None, *, collect: bool = False) -> Non
     """Give the process's free memory back to the system, if the C library is glibc.
 
     Freed blocks below 32 MiB stay with the process otherwise: the matrices of one operator would lie beside the
-    unused remains of the operators before, of other sizes.
-
-    Args:
-        of: What was worked on. If it is not tiny, `collect` is True.
-        collect: Whether to look for unused cycles of Python objects first, and to empty the accelerator's cache.
+    unused remains of the operators before, of other sizes. With `collect`, or after work on a module that is not tiny,
+    unused cycles of Python objects are freed first, and the accelerator's cache is emptied.
     """
     if collect or (of is not None and sum(p.nbytes for p in of.parameters()) >= _WORTH_A_SEARCH):
         gc.collect()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,101 +20,79 @@ class ActivationStore(Sequence[Tensor]):
 
     Tensors keep their dtype. Between a device with streams and the CPU or a file they go through two pinned buffers on
     a stream and a thread of their own: writing does not wait, and reading one tensor starts the copy of the next (of
-    the one before, if they are read backwards). A file has no name, so that nothing of it is left when the store, or
-    the process, ends in whatever way. With `staged` they go through buffers on any device.
+    the one before, if they are read backwards). Files have no name, so that nothing of them is left when the store, or
+    the process, ends in whatever way.
+
+    Attributes:
+        device: Where tensors are handed out.
+        staging: Goes through the buffers; then the tensors handed out are copies that nothing else refers to.
     """
 
     def __init__(self, storage: Storage, device: torch.device, *, staged: bool = False) -> None:
         self.device = device
+        self._folder = storage if isinstance(storage, Path) else None
         self._storage = torch.device("cpu") if isinstance(storage, Path) else storage
-        self._kept: list[Tensor] | _MappedFile = _MappedFile(storage) if isinstance(storage, Path) else []
+        self._kept: list[Tensor] = []
         staged = staged or (_has_streams(device) and self._storage.type == "cpu")
-        self._staging = _Staging(self._kept, device) if staged else None
-
-    @property
-    def gives_copies(self) -> bool:
-        """Whether the tensors handed out are copies that nothing else refers to."""
-        return self._staging is not None
+        self.staging = _Staging(self._kept, device, self._folder) if staged else None
 
     def append(self, tensor: Tensor, *, copy: bool = False) -> None:
         """Keep a tensor; with `copy`, the caller may overwrite it afterwards."""
         tensor = tensor.detach()
-        if self._staging is not None:
-            self._staging.write(tensor.clone() if copy else tensor)  # the stream reads it at any time from now on
+        if self.staging is not None:
+            self.staging.write(tensor.clone() if copy else tensor)  # the stream reads it at any time from now on
+        elif self._folder is not None:
+            self._kept.append(_in_file(tensor.to(self._storage), self._folder))
         else:
-            # A file holds a copy of its own in any case.
-            self._kept.append(tensor.to(self._storage, copy=copy and isinstance(self._kept, list)))
+            self._kept.append(tensor.to(self._storage, copy=copy))
 
     def kept(self) -> list[Tensor]:
         """All tensors where they are kept."""
-        if self._staging is not None:
-            self._staging.finish()
+        if self.staging is not None:
+            self.staging.finish()
         return list(self._kept)
 
     def move(self, storage: Storage, device: torch.device) -> None:
         """Hand the tensors out on another device from now on, and keep them at `storage` if that is a device."""
-        kept = self.kept()
-        if isinstance(self._kept, list) and isinstance(storage, torch.device) and storage != self._storage:
-            for index, tensor in enumerate(kept):
+        if self.staging is not None:
+            self.staging.finish()
+        if self._folder is None and isinstance(storage, torch.device) and storage != self._storage:
+            for index, tensor in enumerate(self._kept):  # one after the other, so that few are held twice
                 self._kept[index] = tensor.to(storage)
             self._storage = storage
         if device != self.device:
             self.device = device
             staged = _has_streams(device) and self._storage.type == "cpu"
-            self._staging = _Staging(self._kept, device) if staged else None
+            self.staging = _Staging(self._kept, device, self._folder) if staged else None
 
     def clear(self) -> None:
         """Free all tensors."""
-        if self._staging is not None:
-            self._staging.forget()
+        if self.staging is not None:
+            self.staging.forget()
         self._kept.clear()
 
     def __len__(self) -> int:
-        return len(self._kept) if self._staging is None else self._staging.count
+        return len(self._kept) if self.staging is None else self.staging.count
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._kept[index].to(self.device) if self._staging is None else self._staging.read(index)
+        return self._kept[index].to(self.device) if self.staging is None else self.staging.read(index)
 
 
-class _MappedFile(Sequence[Tensor]):
-    """Tensors in a file without a name, mapped privately: writing to one changes nothing in the file."""
+def _in_file(tensor: Tensor, folder: Path) -> Tensor:
+    """A copy of a CPU tensor in a file of its own, mapped privately: writing to it changes nothing in the file.
 
-    def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder, prefix="activations-")  # noqa: SIM115, closed with the store
-        self._places: list[tuple[int, torch.Size, torch.dtype]] = []
-        self._map: mmap.mmap | None = None
-
-    def append(self, tensor: Tensor) -> None:
-        place = self._file.seek(0, 2)
-        if tensor.numel():
-            self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        self._file.flush()
-        # Every tensor begins on a page, so that it is aligned for any dtype.
-        self._file.write(b"\0" * (-self._file.tell() % mmap.PAGESIZE))
-        self._places.append((place, tensor.shape, tensor.dtype))
-        self._map = None  # it ends before this tensor
-
-    def clear(self) -> None:
-        self._places.clear()
-        self._map = None
-        self._file.truncate(0)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: Any) -> Any:
-        place, shape, dtype = self._places[index]
-        if not shape.numel():
-            return torch.empty(shape, dtype=dtype)
-        if self._map is None:
-            self._file.flush()
-            # Copy on write: PyTorch wants memory that may be written to, and the file must not change.
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return torch.frombuffer(self._map, dtype=dtype, count=shape.numel(), offset=place).view(shape)
+    The file never has a name, so that the system frees it with its last tensor, or with the process.
+    """
+    if not tensor.numel():
+        return tensor.clone()
+    with tempfile.TemporaryFile(dir=folder, prefix="activations-") as file:
+        file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        # PyTorch maps a path, and keeps no file open: there may be more tensors than files that may be open
+        path = f"/dev/fd/{file.fileno()}"
+        return torch.from_file(path, shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
 
 
 def _has_streams(device: torch.device) -> bool:
@@ -125,10 +102,11 @@ def _has_streams(device: torch.device) -> bool:
 class _Staging:
     """Copies between a device and `kept`, through two pinned buffers each way, by one thread in the order asked for."""
 
-    def __init__(self, kept: list[Tensor] | _MappedFile, device: torch.device) -> None:
+    def __init__(self, kept: list[Tensor], device: torch.device, folder: Path | None) -> None:
         self.count = len(kept)
         self._kept = kept
         self._device = device
+        self._folder = folder
         self._module = torch.get_device_module(device)
         self._stream = self._module.Stream(device) if _has_streams(device) else None
         self._thread = ThreadPoolExecutor(1, "activations")
@@ -190,8 +168,7 @@ class _Staging:
     def _keep(self, buffer: Tensor, made: Any) -> None:
         if made is not None:
             made.synchronize()
-        # The buffer is used again; a file has made its copy.
-        self._kept.append(buffer.clone() if isinstance(self._kept, list) else buffer)
+        self._kept.append(buffer.clone() if self._folder is None else _in_file(buffer, self._folder))  # used again
 
     def _load(self, index: int) -> tuple[Tensor, Any]:
         stored = self._kept[index]

@@ -77,21 +77,14 @@ class Correction:
 
 @dataclass
 class LastOperator:
-    """The last operator of a decoder layer: what it gets, and what its pruned outputs are added to, a batch each.
-
-    Attributes:
-        energies: Squared norms of the rows of `W X`, [out], float64, of held-out batches (`True`) and of others.
-        inputs: `X*`.
-        rest: `D*`; `None` if the layer's output hidden states are not carried on.
-        dense: The outputs `W X` [tokens, out] in the dense network.
-    """
+    """The last operator of a decoder layer: what it gets, and what its pruned outputs are added to, a batch each."""
 
     operator: LinearOperator
     activations: LayerActivations
-    energies: dict[bool, Tensor]
-    inputs: ActivationStore
-    rest: ActivationStore | None
-    dense: ActivationStore
+    energies: dict[bool, Tensor]  # squared norms of the rows of W X, [out], float64: held out (True) and others
+    inputs: ActivationStore  # X*
+    rest: ActivationStore | None  # D*; None if the layer's output hidden states are not carried on
+    dense: ActivationStore  # W X in the dense network, [tokens, out]
 
     @cached_property  # the errors are asked for first, the layer's outputs afterwards: no batch runs twice
     def results(self) -> tuple[dict[bool, Tensor], ActivationStore | None]:
@@ -116,26 +109,19 @@ class LastOperator:
 
 @dataclass
 class GroupProblems:
-    """The layer problems of operators that share their inputs.
-
-    Attributes:
-        fitted: Their problems.
-        held_out: Their problems over held-out tokens, made one after the other; `None` if no such token reached them.
-        last: The operator, if it has a residual correction.
-    """
+    """The layer problems of operators that share their inputs."""
 
     operators: Group
     fitted: list[LayerProblem]
-    held_out: Iterator[LayerProblem | None]
-    last: LastOperator | None
+    held_out: Iterator[LayerProblem | None]  # over held-out tokens, made one by one; None if none reached an operator
+    last: LastOperator | None  # the operator, if it has a residual correction
 
     def output_error(
         self, problem: LayerProblem, weight: Tensor, fit_error: float, *, held_out: bool = False
     ) -> float | None:
-        """`|| W* X* - W X ||_F / || W X ||_F` of an operator; `None` if the dense network's outputs are not known.
+        """`|| W* X* - W X ||_F / || W X ||_F` with weights `W*` as written; `None` if `W X` is not known.
 
-        `problem` is over the held-out tokens if `held_out`, `weight` are the weights `W*` [out, in] as they were
-        written, and `fit_error` is the result if the targets are the dense network's outputs.
+        It is `fit_error` if the problem, over held-out tokens or others, aims at the dense network's outputs.
         """
         if self.last is None:
             return fit_error if problem.aims_at_dense else problem.output_error(weight)
@@ -150,9 +136,6 @@ class LayerTargets:
     with all earlier groups pruned; parts of the layer that are finished don't run again (`FinishedParts`). Between two
     groups only the outputs of these parts are kept, and the hidden states that enter the layer. The layer is still
     dense; `groups` are in execution order; `experts` is the module that holds those of which some are removed.
-
-    Attributes:
-        adds_experts: Whether the output of all experts together has a residual correction.
     """
 
     def __init__(
@@ -173,34 +156,39 @@ class LayerTargets:
         self._last: LastOperator | None = None
         self._experts, self._expert_outputs = experts, activations.store()
         corrects = correction.residual_share > 0 and not correction.sees_dense_inputs(len(groups))
-        self.adds_experts = (
+        self.adds_experts = (  # the output of all experts together has a residual correction
             experts is not None and corrects and is_added_to_output(activations, experts, entering.entering[0])
         )
-        self._outputs = None if entering.dense is None else self._run_dense(entering.dense)
+        self._outputs: ActivationStore | None = None
+        if entering.dense is None:
+            return
+        # one pass serves all groups: each sees the inputs and outputs of its operators as they come by
+        records, count, self._outputs = [*self._records.values()] * correction.needs_dense, 0, activations.store()
+        watched: dict[nn.Module, Callable[[Tensor], None]]
+        watched = {o.module: partial(record.see_output, o) for record in records for o in record.group}
+        if experts is not None and correction.needs_dense:
+            watched[experts] = lambda output: self._expert_outputs.append(tokens_of(output, count))
+        with watching({record.group[0].module: record.see_input for record in records}, watched):
+            for batch, hidden in enumerate(entering.dense):
+                count = hidden.shape[:2].numel()
+                for record in records:
+                    record.batch = batch
+                self._outputs.append(activations.run(batch, hidden))
 
     def problems(self, index: int) -> GroupProblems:
         """The problems of a group that is still dense; all groups before it are pruned and written."""
         # popped, so that the record and its sums are freed with the problems, before those of the next group are made
         group, record, correction = self._groups[index], self._records.pop(index), self._correction
-        # a residual correction is that of the last operator, if it is alone
-        is_last = index == len(self._groups) - 1 and len(group) == 1 and group[0].tokens is None
-        if correction.sees_dense_inputs(index):
-            pass  # X* = X: the dense pass has summed them
-        elif (
-            correction.residual_share > 0
-            and is_last
-            and is_added_to_output(self.activations, group[0].module, self.entering.entering[0])
-        ):
-            with self._finished.skipped(index, keep=False):
-                self._last = self._sum_residual(record)
-        else:
-            runs_again = index + 1 < len(self._groups) or self.entering.pruned is not None
-            with self._finished.skipped(index, keep=runs_again):
-                weights = [] if group[0].tokens is None else [operator.read() for operator in group]
-                for batch, inputs in enumerate(self._inputs(group[0])):
-                    record.batch = batch
-                    record.add(inputs, weights)
-                del inputs, weights  # before the problems take memory
+        is_last = index == len(self._groups) - 1
+        if not correction.sees_dense_inputs(index):  # otherwise X* = X, and the dense pass has summed them
+            # a residual correction is that of the last operator, if it is alone
+            corrects = correction.residual_share > 0 and is_last and len(group) == 1 and group[0].tokens is None
+            if corrects and is_added_to_output(self.activations, group[0].module, self.entering.entering[0]):
+                with self._finished.skipped(index, keep=False):
+                    self._last = self._sum_residual(record)
+            else:
+                with self._finished.skipped(index, keep=not is_last or self.entering.pruned is not None):
+                    self._sum_inputs(record)
         share = correction.dense_share
         fitted = list(record.sums[False].problems(group, [operator.read() for operator in group], share))
         held_out: Iterator[LayerProblem | None] = iter([None] * len(group))
@@ -254,106 +242,81 @@ class LayerTargets:
                 pruned = self.activations.outputs(entering)
         return HiddenStates(self._outputs, pruned)
 
-    def _run_dense(self, hidden_states: Sequence[Tensor]) -> ActivationStore:
-        """Run the dense layer on every batch for the records of its groups; returns its output hidden states."""
-        count, outputs = 0, self.activations.store()
-        # one pass serves all groups: each sees the inputs and outputs of its operators as they come by
-        records = list(self._records.values()) if self._correction.needs_dense else []
-        inputs = {r.group[0].module: r.see_input for r in records}
-        results: dict[nn.Module, Callable[[Tensor], None]]
-        results = {o.module: partial(r.see_output, o) for r in records for o in r.group}
-        if self._experts is not None and self._correction.needs_dense:
-            results[self._experts] = lambda output: self._expert_outputs.append(tokens_of(output, count))
-        with watching(inputs, results):
-            for batch, hidden in enumerate(hidden_states):
-                count = hidden.shape[:2].numel()
-                for record in records:
-                    record.batch = batch
-                outputs.append(self.activations.run(batch, hidden))
-        return outputs
-
-    def _inputs(self, operator: LinearOperator) -> Iterator[Tensor]:
-        """`X*` of an operator [batch, sequence, in] or, of an expert, [tokens, in], a batch each."""
-        entering = self.entering.entering
-        if not isinstance(operator, ExpertOperator):
-            return (operator_input(*found) for found in self.activations.arguments_of(operator.module, entering))
-        if self._mixture is None or self._mixture[0] is not operator.experts:
-            # one run for all experts of a mixture: the inputs of each are made from what enters the mixture
-            self._mixture = (operator.experts, self.activations.assigned_tokens(operator.experts, entering))
-        return (operator.inputs(tokens, self.activations.device) for tokens in self._mixture[1])
+    def _sum_inputs(self, record: _DenseRecord) -> None:
+        """Sum over `X*` of a group, and over what the dense network showed; the layer runs up to the group."""
+        operator, activations, entering = record.group[0], self.activations, self.entering.entering
+        found: Iterator[Tensor]  # [batch, sequence, in] or, of an expert, [tokens, in], a batch each
+        weights: list[Tensor] = []
+        if isinstance(operator, ExpertOperator):
+            if self._mixture is None or self._mixture[0] is not operator.experts:
+                # one run for all experts of a mixture: the inputs of each are made from what enters the mixture
+                self._mixture = (operator.experts, activations.assigned_tokens(operator.experts, entering))
+            found = (operator.inputs(tokens, activations.device) for tokens in self._mixture[1])
+            weights = [expert.read() for expert in record.group]
+        else:
+            found = (operator_input(*given) for given in activations.arguments_of(operator.module, entering))
+        for batch, inputs in enumerate(found):
+            record.batch = batch
+            record.add(inputs, weights)
 
     def _sum_residual(self, record: _DenseRecord) -> LastOperator:
-        """Sum over `X*` and the targets of the last operator.
+        """Sum over `X*` and the targets `Y = W (a X + (1 - a) X*) - b (D* - D)` of the last operator.
 
         The layer runs to its end with the operator's dense weights, which gives `X*`, `W X*` and `D* + W X*`.
         """
-        operator, activations, entering = record.group[0], self.activations, self.entering
+        operator, activations, correction = record.group[0], self.activations, self._correction
         last = LastOperator(
             operator,
             activations,
             energies={kind: sums.energies[operator.name] for kind, sums in record.sums.items()},
             inputs=activations.store(),
-            rest=None if entering.pruned is None else activations.store(),
+            rest=None if self.entering.pruned is None else activations.store(),
             dense=activations.store() if record.outputs is None else record.outputs,
         )
         weight = operator.read() if record.outputs is None else None
+        assert self._outputs is not None
         seen: list[Tensor] = []  # its input, and a copy of its output: some layers add to that in place
         with watching({operator.module: seen.append}, {operator.module: lambda output: seen.append(output.clone())}):
-            for batch, hidden in enumerate(entering.entering):
-                record.batch = batch
-                # in a call: what it makes of a batch must be gone before the next one runs
-                self._add_residual(last, record, activations.run(batch, hidden), seen, weight)
+            for batch, hidden in enumerate(self.entering.entering):
+                output = activations.run(batch, hidden)
+                own, inputs = seen.pop().view(output.shape), seen.pop()  # some call their operator with [tokens, in]
+                same = operator.outputs_without_bias(activations.rows(own, batch, operator)).float()  # W X*
+                if record.inputs is not None and weight is not None:
+                    dense = record.inputs[batch].to(same.device, non_blocking=True).float() @ weight.T
+                    last.dense.append(dense)
+                else:
+                    dense = last.dense[batch].to(same.device, non_blocking=True).float()  # W X
+                # in the layer's dtype: the two sums are close, so little is lost in their difference
+                both = output - self._outputs[batch].to(same.device)  # (D* + W X*) - (D + W X)
+                moved = activations.rows(both, batch, operator).float() - same + dense  # D* - D
+                targets = same.mul(1 - correction.dense_share).add_(dense, alpha=correction.dense_share)
+                targets.sub_(moved, alpha=correction.residual_share)
+                rows = activations.rows(inputs, batch, operator)
+                record.sums[activations.held_out[batch]].add(rows, "targets", targets)
+                last.inputs.append(inputs)
+                if last.rest is not None:
+                    last.rest.append(output - own)
+                del output, own, inputs, same, dense, both, moved, targets, rows  # before the next batch runs
         return last
-
-    def _add_residual(
-        self, last: LastOperator, record: _DenseRecord, output: Tensor, seen: list[Tensor], weight: Tensor | None
-    ) -> None:
-        """Add a batch to the sums, with the targets `Y = W (a X + (1 - a) X*) - b (D* - D)`."""
-        activations, correction, operator, batch = self.activations, self._correction, last.operator, record.batch
-        own, inputs = seen.pop().view(output.shape), seen.pop()  # some call their operator with [tokens, in]
-        same = operator.outputs_without_bias(activations.rows(own, batch, operator)).float()  # W X*
-        if weight is None:
-            dense = last.dense[batch].to(same.device, non_blocking=True).float()  # W X
-        else:
-            assert record.inputs is not None
-            dense = record.inputs[batch].to(same.device, non_blocking=True).float() @ weight.T
-            last.dense.append(dense)
-        assert self._outputs is not None
-        # in the layer's dtype: the two sums are close, so little is lost in their difference
-        both = output - self._outputs[batch].to(same.device)  # (D* + W X*) - (D + W X)
-        moved = activations.rows(both, batch, operator).float() - same + dense  # D* - D
-        targets = same.mul(1 - correction.dense_share).add_(dense, alpha=correction.dense_share)
-        targets.sub_(moved, alpha=correction.residual_share)
-        record.sums[activations.held_out[batch]].add(activations.rows(inputs, batch, operator), "targets", targets)
-        last.inputs.append(inputs)
-        if last.rest is not None:
-            last.rest.append(output - own)
 
 
 class _DenseRecord:
-    """What is kept of the dense network for one group: enough to form `W X X*^T` with any later `X*`.
-
-    Attributes:
-        batch: Number of the batch that runs.
-        sums: Sums over the tokens that problems are fitted to (`False`), and over held-out tokens if there are any.
-        inputs: Dense inputs [tokens, in] by batch, in the model's dtype; `None` if outputs are kept, or nothing.
-        outputs: Dense outputs without bias, of all operators side by side, [tokens, out] by batch; kept instead of
-            inputs if they are smaller.
-        tokens: Indices of the tokens in the rows of `inputs`, by batch, if these are not all tokens.
-    """
+    """What is kept of the dense network for one group: enough to form `W X X*^T` with any later `X*`."""
 
     def __init__(self, group: Group, activations: LayerActivations, correction: Correction, index: int) -> None:
         self.group = group
-        self.batch = 0
+        self.batch = 0  # number of the batch that runs
         self._activations = activations
         self._same = correction.sees_dense_inputs(index)
         size, device = group[0].shape[1], activations.device
-        kinds = sorted({False, *activations.held_out})
+        kinds = sorted(
+            {False, *activations.held_out}
+        )  # tokens that problems are fitted to, and others if there are any
         self.sums = {kind: GroupSums(size, device, same_inputs=self._same) for kind in kinds}
-        self.inputs: ActivationStore | None = None
-        self.outputs: ActivationStore | None = None
-        self.tokens: list[Tensor] = []
-        self._side_by_side: list[Tensor] = []
+        self.inputs: ActivationStore | None = None  # X [tokens, in] by batch, in the model's dtype
+        self.outputs: ActivationStore | None = None  # or W X of all operators side by side, [tokens, out] by batch
+        self.tokens: list[Tensor] = []  # indices of the tokens in the rows of X, by batch, if these are not all tokens
+        self._side_by_side: list[Tensor] = []  # outputs of the batch that runs
         if self._same or not correction.needs_dense:
             return
         if group[0].tokens is not None:  # experts, many and small, keep inputs, and no files of their own

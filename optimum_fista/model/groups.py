@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activation_store import ActivationStore
-from optimum_fista.model.forward import replaced_forwards, watching
+from optimum_fista.model.forward import operator_input, replaced_forwards, watching
 from optimum_fista.model.layer_inputs import LayerActivations, LayerCall
 from optimum_fista.model.operator import LINEAR, Group, LinearOperator
 
@@ -46,10 +46,10 @@ def trace_groups(
     latest: list[tuple[LinearOperator, Tensor, int]] = []  # the output of the latest call, and its version
     by_module = {operator.module: operator for operator in operators.values()}
     parts = [part for part in layer.children() if part not in by_module]
-    # looked up before the callbacks of this function are hooks too
+    # looked up before the callback of this function is a hook too
     doubtful = {module for module in by_module if _may_change_its_product(module)}
 
-    def leave(module: nn.Module, output: object) -> None:
+    def leave(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: object) -> None:
         operator = by_module.get(module)
         if operator is None:  # a part of the layer
             split = split_output(output)
@@ -57,13 +57,15 @@ def trace_groups(
                 if split is not None and split[0] is own and own._version == version:  # nothing was added in place
                     last.ends = module, split[1]
             return
+        seen.append((operator, operator_input(arguments, keywords)))
         if module in doubtful and not _is_product(operator, seen[-1][1], output):
             left_dense[operator.name] = "returns something other than W x + b"
         latest[:] = [(operator, output, output._version)] if isinstance(output, Tensor) else []
 
-    before = {module: (lambda inputs, o=operator: seen.append((o, inputs))) for module, operator in by_module.items()}
     version = hidden_states._version  # PyTorch counts changes in place
-    with watching(before, {module: partial(leave, module) for module in [*by_module, *parts]}):
+    with ExitStack() as hooks:
+        for module in (*by_module, *parts):
+            hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
         call.run(layer, hidden_states)
     if hidden_states._version != version:
         raise UnsupportedArchitectureError(
@@ -185,7 +187,7 @@ class FinishedParts:
             if part in self._outputs:
                 store, rest = self._outputs[part]
                 found = next(sources[part])
-                found = found if store.gives_copies else found.clone()  # the layer may overwrite it
+                found = found if store.staging is not None else found.clone()  # the layer may overwrite it
                 return found if rest is None else (found, *rest)
             if part in sources:
                 operator, rest = self._ends[part]

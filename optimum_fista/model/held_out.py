@@ -18,8 +18,7 @@ from optimum_fista.model.offload import execution_device, onloaded
 
 LEAST_TOKENS = 4096
 """Sequences are taken until they hold as many tokens; on fewer, a perplexity says little."""
-LOGITS_TOGETHER = 512
-"""Tokens whose logits are held at a time."""
+LOGITS_TOGETHER = 512  # tokens whose logits are held at a time: a vocabulary may have 250,000 entries
 _NETWORKS = ("dense", "pruned")
 
 
@@ -28,19 +27,10 @@ class HeldOut:
 
     A decoder layer takes the hidden states of the dense network while it is dense, and those of the pruned network once
     it is pruned. After the last one come the model's own norm and head.
-
-    Attributes:
-        sequences: Without padding; short ones of the same length share a batch.
-        losses: Of both networks, in nats a token; empty before the last decoder layer is through.
     """
 
-    def __init__(
-        self,
-        layers: DecoderLayers,
-        batches: Sequence[CalibrationBatch],
-        storage: Storage | None,
-    ) -> None:
-        groups, count = list[list[Tensor]](), 0
+    def __init__(self, layers: DecoderLayers, batches: Sequence[CalibrationBatch], storage: Storage | None) -> None:
+        groups, count = list[list[Tensor]](), 0  # without padding; short sequences of one length share a batch
         for row in (row for batch in batches for row in batch.rows() if len(row) > 1):
             if count >= LEAST_TOKENS:
                 break
@@ -52,7 +42,7 @@ class HeldOut:
                 groups.append([row])
         self.sequences = [CalibrationBatch(torch.stack(group)) for group in groups]
         self.text = batches[0].text if batches else None
-        self.losses: dict[str, float] = {}
+        self.losses: dict[str, float] = {}  # nats a token; empty before the last decoder layer is through
         self._streams: dict[str, ActivationStore] = {}
         self._calls: dict[str, list[list[LayerCall]]] = {}
         self._sweep = Sweep(layers, range(len(layers)), self.sequences, storage)
@@ -69,9 +59,10 @@ class HeldOut:
             recorded = record_inputs(sweep.layers.model, sweep.layers, self.sequences, sweep.storage)
             self._calls[network] = recorded.calls
             self._streams.setdefault(network, recorded.hidden_states)
-        calls = [call for calls in recorded.calls for call in calls]
-        values = [value for call in calls for value in (*call.arguments, *call.keywords.values())]
-        shares = any(isinstance(value, MutableMapping) for value in values)
+        calls = (call for of_layer in recorded.calls for call in of_layer)
+        shares = any(
+            isinstance(v, MutableMapping) for call in calls for v in (*call.arguments, *call.keywords.values())
+        )
         return not recorded.handed_on and not (shares and resumes)
 
     def resume(self, kept: Mapping[str, Sequence[Tensor]]) -> bool:

@@ -45,21 +45,13 @@ class LayerCall:
 
 @dataclass
 class RecordedInputs:
-    """What the decoder layers are called with.
+    """What the decoder layers are called with."""
 
-    Attributes:
-        hidden_states: Input of the first decoder layer, a batch each, [batch, sequence, hidden], as it is stored.
-        calls: Other arguments, `calls[layer][batch]`, where the layer computes; equal tensors are stored once a device.
-        token_masks: bool [batch, sequence] on the model's device, a batch each; `None` when all are real.
-        held_out: Whether a batch is held out, a batch each.
-        handed_on: Whether all decoder layers had to run, because they hand more to the next than hidden states.
-    """
-
-    hidden_states: ActivationStore
-    calls: list[list[LayerCall]]
-    token_masks: list[Tensor | None]
-    held_out: list[bool]
-    handed_on: bool = False
+    hidden_states: ActivationStore  # [batch, sequence, hidden] of each batch, as they enter the first layer
+    calls: list[list[LayerCall]]  # other arguments, calls[layer][batch], where the layer computes
+    token_masks: list[Tensor | None]  # of each batch, bool [batch, sequence]; None when all are real
+    held_out: list[bool]  # whether nothing is fitted to a batch
+    handed_on: bool  # whether all layers had to run, because they hand more to the next than hidden states
 
 
 def record_inputs(
@@ -77,7 +69,10 @@ def record_inputs(
     (`runs_layers`), and what is handed on is recorded as it is in the dense network. Hidden states are kept at
     `storage`; `None`: on the device.
     """
-    device, recorder = execution_device(model.get_input_embeddings()), _Recorder(layers, runs_layers)
+    device, recorder = (
+        execution_device(model.get_input_embeddings()),
+        _Recorder(layers, runs_layers, [[] for _ in layers.modules]),
+    )
     hidden_states, token_masks = ActivationStore(storage or device, device), list[Tensor | None]()
     forwards = [partial(recorder.forward, index, layer.forward) for index, layer in enumerate(layers.modules)]
     try:
@@ -112,27 +107,21 @@ class _HandsOnMore(Exception):
     """A decoder layer takes more from the one before it than hidden states."""
 
 
+@dataclass
 class _Recorder:
-    """Its forward pass takes the place of that of every decoder layer: it records, and hands hidden states on or runs.
+    """Its forward pass takes the place of that of every decoder layer: it records, and skips the layer or runs it."""
 
-    Attributes:
-        first: What enters the first layer in this batch; `None` before it does.
-        expected: What should enter the next one.
-        next: Number of the next one.
-        met: Tensors of this batch's arguments and what stands for them, by their id and the device.
-    """
-
-    def __init__(self, layers: DecoderLayers, runs_layers: bool) -> None:
-        self.layers = layers
-        self.runs_layers = runs_layers
-        self.calls: list[list[LayerCall]] = [[] for _ in layers.modules]
-        self.first: Tensor | None = None
-        self.expected: Tensor | None = None
-        self.next = 0
-        self.met: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        self._rest: tuple[Any, ...] = ()
-        self._is_tuple: bool | None = None
-        self._interned: dict[tuple[Any, ...], Tensor] = {}
+    layers: DecoderLayers
+    runs_layers: bool
+    calls: list[list[LayerCall]]
+    first: Tensor | None = None  # what enters the first layer in this batch
+    expected: Tensor | None = None  # what should enter the next layer
+    next: int = 0  # its number
+    # tensors of this batch's arguments, and what stands for them, by their id and the device
+    met: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    interned: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # what stands for equal ones, of all batches
+    is_tuple: bool | None = None  # whether layers return a tuple; None before one has run
+    rest: tuple[Any, ...] = ()  # what they return after the hidden states
 
     def forward(self, index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         """Stands for the forward pass of a decoder layer."""
@@ -143,28 +132,6 @@ class _Recorder:
             hidden_states, others = keywords.pop(first), []
         if self.first is None:  # the first layer of a batch
             self.first = hidden_states
-        self._require_next(index, hidden_states, (*others, *keywords.values()))
-        layer = self.layers.modules[index]
-        device = execution_device(layer)
-        kept = {name: self._intern(value, device) for name, value in keywords.items()}
-        self.calls[index].append(LayerCall(tuple(self._intern(value, device) for value in others), kept))
-        if index == len(self.layers) - 1:
-            raise StopForward  # the final norm and the head are not needed
-        if not self.runs_layers and self._is_tuple is not None:
-            self.expected = hidden_states  # the layer is skipped: what enters it is handed on
-            return (hidden_states, *self._rest) if self._is_tuple else hidden_states
-        with onloaded(layer.modules()):
-            output = original(hidden_states, *others, **keywords)
-        leaving, *rest = output if isinstance(output, tuple) else (output,)
-        if self.runs_layers:
-            self.expected = leaving
-            return output
-        # Whoever takes one of the rest as an argument takes more than hidden states: `_require_next`.
-        self._is_tuple, self._rest, self.expected = isinstance(output, tuple), tuple(rest), hidden_states
-        return (hidden_states, *rest) if self._is_tuple else hidden_states
-
-    def _require_next(self, index: int, hidden_states: Tensor, others: tuple[Any, ...]) -> None:
-        """Refuse layers that are called out of order, or not with the hidden states that the one before returned."""
         name, expected, reason = f"{self.layers.name}.{index}", self.expected, None
         if index != self.next:
             reason = f"the model calls decoder layer {name} but it should call {self.layers.name}.{self.next}"
@@ -177,9 +144,28 @@ class _Recorder:
                 f"{reason}: only models that run every decoder layer once, in order, on the output of the one before, "
                 "can be pruned."
             )
-        if any(other is carried for other in others for carried in self._rest if carried is not None):
+        carried = [value for value in self.rest if value is not None]
+        if any(value is one for value in (*others, *keywords.values()) for one in carried):
             raise _HandsOnMore
         self.next += 1
+        layer = self.layers.modules[index]
+        device = execution_device(layer)
+        kept = {name: self._intern(value, device) for name, value in keywords.items()}
+        self.calls[index].append(LayerCall(tuple(self._intern(value, device) for value in others), kept))
+        if index == len(self.layers) - 1:
+            raise StopForward  # the final norm and the head are not needed
+        if not self.runs_layers and self.is_tuple is not None:
+            self.expected = hidden_states  # the layer is skipped: what enters it is handed on
+            return (hidden_states, *self.rest) if self.is_tuple else hidden_states
+        with onloaded(layer.modules()):
+            output = original(hidden_states, *others, **keywords)
+        leaving, *rest = output if isinstance(output, tuple) else (output,)
+        if self.runs_layers:
+            self.expected = leaving
+            return output
+        # a layer that is called with one of the rest takes more than hidden states from the one before
+        self.is_tuple, self.rest, self.expected = isinstance(output, tuple), tuple(rest), hidden_states
+        return (hidden_states, *rest) if self.is_tuple else hidden_states
 
     def _intern(self, value: Any, device: torch.device) -> Any:
         """Share equal tensors (masks, position embeddings) between the layers of a device, and between batches."""
@@ -191,22 +177,17 @@ class _Recorder:
             moved = value.to(device)
             # The last value tells most unequal tensors apart, so that few are compared whole.
             key = (device, tuple(moved.shape), moved.dtype, moved.flatten()[-1].item() if moved.numel() else 0.0)
-            known = self._interned.setdefault(key, moved)
+            known = self.interned.setdefault(key, moved)
             self.met[id(value), device] = (value, known if known is moved or torch.equal(known, moved) else moved)
         return self.met[id(value), device][1]
 
 
 @dataclass
 class HiddenStates:
-    """Hidden states that enter a decoder layer, [batch, sequence, hidden], a batch each.
+    """Hidden states that enter a decoder layer, [batch, sequence, hidden], a batch each."""
 
-    Attributes:
-        dense: From the dense network; `None` if nothing needs them.
-        pruned: From the network as pruned so far; `None` if every layer starts from the dense ones.
-    """
-
-    dense: Sequence[Tensor] | None
-    pruned: Sequence[Tensor] | None = None
+    dense: Sequence[Tensor] | None  # from the dense network; None if nothing needs them
+    pruned: Sequence[Tensor] | None = None  # from that pruned so far; None if every layer starts from the dense ones
 
     @property
     def entering(self) -> Sequence[Tensor]:
@@ -229,25 +210,15 @@ class HiddenStates:
 
 @dataclass
 class LayerActivations:
-    """One decoder layer with everything needed to run it on the calibration tokens.
-
-    Attributes:
-        calls: Its arguments besides the hidden states, a batch each.
-        token_masks: bool [batch, sequence] or `None`, a batch each; False tokens count nowhere.
-        storage: Where hidden states and recorded activations are kept between passes: a device, or a folder for
-            memory-mapped files.
-        held_out: Whether nothing is fitted to a batch, a batch each; empty when made: none is held out.
-        device: Where the layer computes.
-        store: Makes an empty list of activations that are kept at `storage` and needed on the device.
-    """
+    """One decoder layer with everything needed to run it on the calibration tokens."""
 
     layer: nn.Module
-    calls: Sequence[LayerCall]
-    token_masks: Sequence[Tensor | None]
-    storage: Storage
-    held_out: Sequence[bool] = ()
-    device: torch.device = field(init=False)
-    store: Callable[[], ActivationStore] = field(init=False)
+    calls: Sequence[LayerCall]  # its arguments besides the hidden states, a batch each
+    token_masks: Sequence[Tensor | None]  # a batch each, bool [batch, sequence]; False tokens count nowhere
+    storage: Storage  # where hidden states and recorded activations wait between passes
+    held_out: Sequence[bool] = ()  # whether nothing is fitted to a batch, a batch each; when made, () is none
+    device: torch.device = field(init=False)  # where the layer computes
+    store: Callable[[], ActivationStore] = field(init=False)  # makes an empty list of activations for that device
 
     def __post_init__(self) -> None:
         self.held_out = self.held_out or [False] * len(self.calls)
@@ -331,10 +302,7 @@ class LayerActivations:
         return tokens if mask is None else tokens[mask.reshape(-1)[tokens]]
 
     def hidden_state_error(self, states: HiddenStates) -> float | None:
-        """`|| H* - H ||_F / || H ||_F` over the real tokens that are not held out.
-
-        `None` if only one of the two streams is carried on.
-        """
+        """`|| H* - H ||_F / || H ||_F` over the real tokens to fit; `None` if only one of the two is carried on."""
         if states.dense is None or states.pruned is None:
             return None
         squares = []
