@@ -1,4 +1,8 @@
-"""The report of a pruning run, and its operators by decoder layer and kind."""
+"""The report of a pruning run: one record, written to `fista/report.json` and read by everything that comes after.
+
+It holds numbers, no text: the model card, the page, `verify` and the summary in the terminal are made from it. Shares
+and means are computed from the operators when they are asked for, so that no two numbers in it can disagree.
+"""
 
 from __future__ import annotations
 
@@ -45,61 +49,31 @@ def device_name(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class OperatorReport:
-    """How one linear operator was pruned.
+    """How one linear operator was pruned. Errors are those before retraining, if the model was retrained."""
 
-    Attributes:
-        name: Name of its weight in the model and the checkpoint.
-        shape: (out, in).
-        stored_transposed: Whether the checkpoint stores the weight as [in, out].
-        pattern: `str` of the pattern, such as `"unstructured"` or `"2:4"`.
-        target_sparsity: Fraction of zeros asked for.
-        scope: What an unstructured budget is shared over, `"matrix"` or `"row"`.
-        num_kept: Weights kept.
-        sparsity: Fraction of zeros.
-        method: Pruning method.
-        fit_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, weights as saved, or as they
-            were before retraining; `Y` are the outputs that the error correction aims at, those of the
-            dense network `W X` or others.
-        l1_penalty: Penalty of the solution, if the method has one.
-        iterations: Iterations over all trials.
-        converged: False when an iteration limit or a numerical failure ended the method.
-        message: Advice or remark of the method.
-        num_tokens: Calibration tokens seen.
-        solve_seconds: Time of the method, shared evenly over the operators it solved together.
-        output_error: `|| W* X* - W X ||_F / || W X ||_F`, against the dense network's outputs; `None` if they were
-            not known (`error_correction=0` without residual correction).
-        held_out_fit_error: `fit_error` on held-out tokens, to which no weight was fitted; `None` if there are none.
-        held_out_output_error: `output_error` on held-out tokens.
-        held_out_tokens: Held-out tokens seen.
-        residual_corrected: Whether it compensates for the error in the rest of its layer (`residual_correction`).
-        groups_kept: Numbers of the groups of columns that stayed, if the others were removed from the model: shape,
-            `num_kept` and `sparsity` are then those of the smaller weight.
-        input_order: Numbers that the inputs have in the dense model, in their order here; `None` if it is the same.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    stored_transposed: bool
-    pattern: str
-    target_sparsity: float
-    scope: Scope
-    num_kept: int
-    sparsity: float
+    name: str  # of its weight in the model and the checkpoint
+    shape: tuple[int, int]  # (out, in)
+    stored_transposed: bool  # whether the checkpoint has the weight as [in, out]
+    pattern: str  # such as "unstructured" or "2:4"
+    target_sparsity: float  # share of zeros asked for
+    scope: Scope  # what an unstructured budget is shared over: "matrix" or "row"
+    num_kept: int  # weights
+    sparsity: float  # share of zeros
     method: str
-    fit_error: float
-    l1_penalty: float | None
-    iterations: int
-    converged: bool
-    message: str
-    num_tokens: int
-    solve_seconds: float
-    output_error: float | None = None
-    held_out_fit_error: float | None = None
+    fit_error: float  # || W* X* - Y || / || Y || on the calibration tokens; the error correction chooses Y
+    l1_penalty: float | None  # of the solution, if the method has one
+    iterations: int  # over all trials
+    converged: bool  # False if an iteration limit or a numerical failure ended the method
+    message: str  # advice or remark of the method
+    num_tokens: int  # calibration tokens seen
+    solve_seconds: float  # shared evenly over the operators that were solved together
+    output_error: float | None = None  # || W* X* - W X || / || W X ||; `None` if the dense network did not run
+    held_out_fit_error: float | None = None  # on held-out tokens, to which no weight was fitted
     held_out_output_error: float | None = None
-    held_out_tokens: int = 0
-    residual_corrected: bool = False
-    groups_kept: tuple[int, ...] | None = None
-    input_order: tuple[int, ...] | None = None
+    held_out_tokens: int = 0  # seen
+    residual_corrected: bool = False  # whether it compensates for the error in the rest of its layer
+    groups_kept: tuple[int, ...] | None = None  # of columns, if others were removed: `shape` is that of what is left
+    input_order: tuple[int, ...] | None = None  # numbers of the inputs in the dense model; `None`: as there
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -109,17 +83,13 @@ class OperatorReport:
 
 @dataclass(frozen=True)
 class MixtureReport:
-    """Which experts of a mixture stayed, and how near these come to all of them.
-
-    `fit_error` is `|| E* - Y ||_F / || Y ||_F` of what the experts that stayed return together on the calibration
-    tokens, weights as saved; `Y` is what the error correction aims at, the outputs of all experts or others.
-    """
+    """Which experts of a mixture stayed, and how near these come to all of them."""
 
     name: str
     groups_kept: tuple[int, ...]  # numbers that the experts that stayed had in the dense model
     saliency: tuple[float, ...]  # of each expert of the dense model (`score_experts`)
     expert_tokens: tuple[int, ...]  # how many calibration tokens the router sent to each of them
-    fit_error: float
+    fit_error: float  # || E* - Y || / || Y || of what the experts that stayed return together
     fit_error_before: float  # before the down projections were refitted
     num_refitted: int
     solve_seconds: float
@@ -130,26 +100,14 @@ class MixtureReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What pruning made of one decoder layer.
+    """What pruning made of one decoder layer."""
 
-    Attributes:
-        name: Its name in the model.
-        hidden_state_error: `|| H* - H ||_F / || H ||_F` of the hidden states after it, `H*` in the pruned network and
-            `H` in the dense one, on the calibration tokens. `None` if the two are not both carried on
-            (`error_correction` `"none"` or `"intra"`, or nothing corrected), and after the last operator pruned.
-        seconds: Wall time of the layer.
-        memory: The most memory that the process held while the layer's operators were pruned; `None` if there are
-            none.
-        mixture: Its mixture, if that lost experts.
-        dense_sha256: Digest of its tensors before (`model.offload.sha256_of`).
-    """
-
-    name: str
-    hidden_state_error: float | None
-    seconds: float
-    memory: MemoryPeak | None = None
-    mixture: MixtureReport | None = None
-    dense_sha256: str | None = None
+    name: str  # in the model
+    hidden_state_error: float | None  # || H* - H || / || H || after the layer; `None` if not both are carried on
+    seconds: float  # wall time
+    memory: MemoryPeak | None = None  # the most while its operators were pruned; `None` if there are none
+    mixture: MixtureReport | None = None  # if it lost experts
+    dense_sha256: str | None = None  # of its tensors before (`model.offload.sha256_of`)
 
 
 @dataclass(frozen=True)
@@ -163,34 +121,19 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class RecoveryReport:
-    """What a recovery made of the pruned model: its kept weights, trained to predict as the dense model does.
+    """What a recovery made of the pruned model: its kept weights, trained to predict as the dense model does."""
 
-    Attributes:
-        teacher: Name of the dense model (a Hub id, or the last part of a path).
-        train: What was trained: `"all"` kept weights but embeddings and head, `"lora"` (masked adapters, norms and
-            biases) or `"norms"` (norms and biases).
-        num_trained: How many weights that were, zeros aside.
-        num_tokens: Tokens trained on.
-        calibration: Their `source` and `sha256`, `sequence_length`, and `held_out`: sequences never trained on.
-        options: How it was trained.
-        evaluations: Steps done, seconds of training, and held-out loss: the mean negative log-likelihood of a token.
-        best_step: The step whose weights were kept; 0: nothing was gained, and the weights are as they were before.
-        held_out_loss_before: The held-out loss before, on the pruned model.
-        held_out_loss: The held-out loss of the weights as they were saved.
-        seconds: Time of training and evaluation.
-    """
-
-    teacher: str
-    train: str
-    num_trained: int
-    num_tokens: int
-    calibration: dict[str, Any]
+    teacher: str  # name of the dense model: a Hub id, or the last part of a path
+    train: str  # a key of `WORDS_OF_TRAIN`
+    num_trained: int  # weights, zeros aside
+    num_tokens: int  # trained on
+    calibration: dict[str, Any]  # `source` and `sha256` of the tokens, `sequence_length`, `held_out` sequences
     options: dict[str, Any]
-    evaluations: list[list[float]]
-    best_step: int
-    held_out_loss_before: float
-    held_out_loss: float
-    seconds: float
+    evaluations: list[list[float]]  # steps, seconds, held-out loss: mean negative log-likelihood of a token
+    best_step: int  # whose weights were kept; 0: nothing was gained, and the weights are as they were
+    held_out_loss_before: float  # of the pruned model
+    held_out_loss: float  # of the weights as they were saved
+    seconds: float  # of training and evaluation
 
     def __str__(self) -> str:
         """One line for people."""
@@ -205,52 +148,30 @@ class RecoveryReport:
         )
 
 
-WORDS_OF_TRAIN = {
+WORDS_OF_TRAIN = {  # what a recovery can train
     "all": "all kept weights but embeddings and head",
     "lora": "masked adapters, norms and biases",
     "norms": "norms and biases",
 }
-"""What a recovery can train, in words."""
 
 
 @dataclass
 class PruningReport:
-    """What a pruning run did.
+    """What a pruning run did."""
 
-    Attributes:
-        config: The configuration, as plain values.
-        model: Class, type, name (a Hub id, or the last part of a path) and number of parameters of the model, and the
-            `sha256` of the dense model's tensors; also `dense_num_parameters` if parts of it were removed, and what it
-            `lacks` of the tensors in the dense model's files.
-        calibration: `sha256` of the tokens, `num_sequences`, `num_tokens`, and `source` if known; the same of the
-            tokens held out under `held_out`, if there are any.
-        operators: One report an operator, in pruning order.
-        layers: One report a decoder layer.
-        left_dense: Linear operators of the decoder layers that were left dense, with the reason.
-        warnings: What the user should know.
-        seconds: Wall time of the parts of the run.
-        versions: Versions of the libraries that matter.
-        retrained: Whether weights were trained after pruning, so that the operators' errors are those before it.
-        perplexity: Of the `"dense"` and of the `"pruned"` network on `"num_tokens"` to which no weight was fitted, the
-            name of their `"text"` if known, and the size of the `"vocabulary"`; `None` if it was not measured.
-        environment: What the run computed with: dtypes, device, attention, processor and threads, and its `batches`,
-            `[number, sequences, tokens]` for each shape in turn.
-        recoveries: What recoveries (`optimum_fista.recover`) made of it, in order.
-    """
-
-    config: dict[str, Any]
-    model: dict[str, Any]
-    calibration: dict[str, Any]
-    operators: list[OperatorReport] = field(default_factory=list)
+    config: dict[str, Any]  # the configuration as plain values
+    model: dict[str, Any]  # class, name (as a teacher's), num_parameters, sha256 of the dense tensors, what it lacks
+    calibration: dict[str, Any]  # sha256, num_sequences, num_tokens, source if known; the same of `held_out` ones
+    operators: list[OperatorReport] = field(default_factory=list)  # in pruning order
     layers: list[LayerReport] = field(default_factory=list)
-    left_dense: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    left_dense: dict[str, str] = field(default_factory=dict)  # the reason, by operator of the decoder layers
+    warnings: list[str] = field(default_factory=list)  # what the user should know
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time of the parts of the run
     versions: dict[str, str] = field(default_factory=library_versions)
-    retrained: bool = False
-    perplexity: dict[str, Any] | None = None
-    environment: dict[str, Any] = field(default_factory=dict)
-    recoveries: list[RecoveryReport] = field(default_factory=list)
+    retrained: bool = False  # whether weights were trained after pruning
+    perplexity: dict[str, Any] | None = None  # dense, pruned, num_tokens, text, vocabulary; `None`: not measured
+    environment: dict[str, Any] = field(default_factory=dict)  # dtypes, device, ..., and batches [number, rows, tokens]
+    recoveries: list[RecoveryReport] = field(default_factory=list)  # in order
 
     def add(self, record: LayerRecord) -> None:
         """Add a decoder layer."""
@@ -274,11 +195,6 @@ class PruningReport:
         found = self.perplexity or {}
         text = {None: "text", "self": "text of its own"}.get(found.get("text"), found.get("text"))
         return f"{found['num_tokens']:,} tokens of {text} that no weight was fitted to"
-
-    @property
-    def before(self) -> str:
-        """What the operators' errors were measured before: `", before retraining"`, or nothing."""
-        return ", before retraining" if self.retrained else ""
 
     @property
     def mixtures(self) -> list[MixtureReport]:
@@ -308,13 +224,7 @@ class PruningReport:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Sums and means over the pruned operators; `model_sparsity` counts every parameter of the model.
-
-        `num_removed` parameters went with whole parts of the model, `share_removed` of those of the dense one.
-        `held_out_ratio` is the mean fit error on held-out tokens over the mean fit error of the same operators: 1 if
-        nothing is over-fitted. Without held-out tokens it and the held-out errors are `None`; so are output errors if
-        the dense network's outputs were not known.
-        """
+        """Sums and means over the pruned operators; errors that no operator knows are `None`."""
         weights = sum(o.shape[0] * o.shape[1] for o in self.operators)
         zeros = weights - sum(o.num_kept for o in self.operators)
         dense = self.model.get("dense_num_parameters", self.model["num_parameters"])
@@ -322,7 +232,7 @@ class PruningReport:
         errors: dict[str, float | None] = {}
         for name in ("fit_error", "output_error", "held_out_fit_error", "held_out_output_error"):
             known = [value for o in self.operators if (value := getattr(o, name)) is not None]
-            nothing = 0.0 if name == "fit_error" else None
+            nothing = 0.0 if name == "fit_error" else None  # every operator knows this one
             errors |= {f"mean_{name}": fmean(known) if known else nothing, f"max_{name}": max(known, default=nothing)}
         both = [(o.held_out_fit_error, o.fit_error) for o in self.operators if o.held_out_fit_error is not None]
         held_out, fitted = (sum(values) for values in zip(*both, strict=True)) if both else (0.0, 0.0)
@@ -331,11 +241,11 @@ class PruningReport:
             "num_weights": weights,
             "num_zeros": zeros,
             "sparsity": zeros / weights if weights else 0.0,
-            "model_sparsity": zeros / self.model["num_parameters"],
-            "num_removed": removed,
-            "share_removed": removed / dense,
+            "model_sparsity": zeros / self.model["num_parameters"],  # of all parameters, embeddings too
+            "num_removed": removed,  # with whole parts of the model
+            "share_removed": removed / dense,  # of the dense model's parameters
             **errors,
-            "held_out_ratio": held_out / fitted if fitted else None,
+            "held_out_ratio": held_out / fitted if fitted else None,  # of the same operators; 1: nothing is over-fitted
             "solve_seconds": sum(o.solve_seconds for o in self.operators)
             + sum(mixture.solve_seconds for mixture in self.mixtures),
             "num_not_converged": sum(not o.converged for o in self.operators),
@@ -354,24 +264,15 @@ class PruningReport:
             words += ["--dtype", found["dtype"].removeprefix("torch.")]
         return shlex.join(words)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self) | {"totals": self.totals, "command": self.command()}
-
     def to_json(self) -> str:
-        """JSON text."""
-        return json.dumps(self.to_dict(), indent=1)
+        """JSON text, with what is computed from the fields too: for readers, `from_dict` does not need it."""
+        return json.dumps(dataclasses.asdict(self) | {"totals": self.totals, "command": self.command()}, indent=1)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningReport:
-        """Inverse of `to_dict`.
-
-        Raises:
-            TypeError: If a field is missing, unknown, or of another type.
-        """
-        values = {key: value for key, value in values.items() if key not in ("totals", "command")}
-        report = as_record(cls, values)
-        if not report.model["num_parameters"] > 0:
+        """Inverse of `to_json`, parsed; a `TypeError` if a field is missing, unknown, or of another type."""
+        report = as_record(cls, {key: value for key, value in values.items() if key not in ("totals", "command")})
+        if not report.model["num_parameters"] > 0:  # shares are of it
             raise TypeError(f"model has {report.model['num_parameters']} parameters")
         return report
 
@@ -393,13 +294,13 @@ class PruningReport:
             f"{totals['num_operators']} operators pruned by {self.config['method']}, "
             f"{self.removed or zeros}; {experts}"
             f"fit error {totals['mean_fit_error']:.4f} on average, {totals['max_fit_error']:.4f} at most{held_out}, "
-            f"output error {output}{self.before}; "
+            f"output error {output}{', before retraining' if self.retrained else ''}; "
             f"{self.seconds.get('total', 0.0):.1f} s, of which solving {totals['solve_seconds']:.1f} s"
         )
 
 
+# repositories of the data sets that have a short name here
 HUB_DATASETS = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4", "ptb": "ptb-text-only/ptb_text_only"}
-"""Repositories of the data sets that have a short name here."""
 
 
 def public_name(name: str) -> str:
@@ -409,30 +310,21 @@ def public_name(name: str) -> str:
 
 
 class OperatorGrid:
-    """Operators by decoder layer (rows) and kind (columns).
-
-    Attributes:
-        cells: The operators of a layer and a kind (`layer_and_kind`); only those that there are.
-        kinds: The operators of each kind, layer by layer; the experts of a mixture share a kind.
-        layers: Names of the decoder layers, in pruning order, as the kinds are.
-    """
+    """Operators by decoder layer (rows) and kind (columns); the experts of a mixture share a kind."""
 
     def __init__(self, operators: Iterable[OperatorReport]) -> None:
-        self.cells: dict[tuple[str, str], list[OperatorReport]] = {}
-        self.kinds: dict[str, list[OperatorReport]] = {}
+        self.cells: dict[tuple[str, str], list[OperatorReport]] = {}  # by layer and kind, only those that there are
+        self.kinds: dict[str, list[OperatorReport]] = {}  # layer by layer
         for operator in operators:
             layer, kind = layer_and_kind(operator.name)
             self.cells.setdefault((layer, kind), []).append(operator)
             self.kinds.setdefault(kind, []).append(operator)
-        self.layers = list(dict.fromkeys(layer for layer, _ in self.cells))
+        self.layers = list(dict.fromkeys(layer for layer, _ in self.cells))  # in pruning order
 
 
 def layer_and_kind(name: str) -> tuple[str, str]:
-    """`model.layers.3` and `self_attn.q_proj` of `model.layers.3.self_attn.q_proj.weight`.
-
-    Experts are counted by a `*`, as in `mlp.experts.*.down_proj`. The layer is empty if the name holds no number.
-    """
+    """`model.layers.3` and `self_attn.q_proj` of `model.layers.3.self_attn.q_proj.weight`."""
     match = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
     layer, kind = match.groups() if match else ("", name)
-    kind = re.sub(r"(experts)\.\d+\.", r"\1.*.", kind.removesuffix(".weight"))
-    return layer, re.sub(r"\[\d+", "[*", kind)
+    kind = re.sub(r"(experts)\.\d+\.", r"\1.*.", kind.removesuffix(".weight"))  # experts that are modules
+    return layer, re.sub(r"\[\d+", "[*", kind)  # fused ones: "experts.gate_up_proj[3, :, 0::2]"

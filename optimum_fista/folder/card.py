@@ -81,6 +81,7 @@ def model_card(report: PruningReport, picture: str | None = None, dense: str = "
             metadata=metadata.to_yaml(),
             pattern=f"{100 * pattern.sparsity:g}% unstructured" if str(pattern) == "unstructured" else pattern,
             zeros=zeros,
+            before=", before retraining" if report.retrained else "",
             picture=picture,
             kinds=OperatorGrid(report.operators).kinds,  # one row for the operators of a kind in all decoder layers
             config=json.dumps(report.config, indent=2),

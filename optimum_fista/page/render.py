@@ -1,9 +1,14 @@
-"""One HTML page about a pruned model folder."""
+"""One HTML page about a pruned model folder, without scripts, so that it opens anywhere and can be sent by mail.
+
+The templates hold the words and decide what is shown: a part of the page is there only if there is something to say.
+This file gives them numbers, and turns these into text.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +28,7 @@ from optimum_fista.report import OperatorGrid, OperatorReport, PruningReport
 from optimum_fista.solve.patterns import parse_pattern
 
 MIB, GIB = 2**20, 2**30
+_JOINED = "\u00a0"  # a blank that no line is broken at
 _KINDS_OF_MEMORY = {"anonymous": "anonymous_bytes", "resident": "resident_bytes", "on the GPU": "device_bytes"}
 
 
@@ -62,24 +68,23 @@ def render_page(contents: ReportContents) -> str:
         "thousands": "{:,}".format,
         "percent": "{:.3%}".format,  # a place in a drawing
         "pixels": "{:.2f}".format,
-        "repr": repr,
-        "breakable": lambda name: Markup(str(escape(name)).replace(".", ".<wbr>")),
+        "breakable": lambda name: Markup(re.sub("([._])", r"\1<wbr>", str(escape(name)))),
     }
     report = contents.report
     pattern: Any = parse_pattern(report.config["pattern"], report.config["sparsity"])
     if str(pattern) == "unstructured":
         pattern = f"{100 * pattern.sparsity:g}% unstructured"
     zeros = [operator.sparsity for operator in report.operators]
-    layers = [layer.name.rpartition(".")[2] for layer in report.layers]
+    layers = [layer.name.rpartition(".")[2] for layer in report.layers]  # from 0, as in the names of operators
     outputs = [operator for operator in report.operators if operator.output_error is not None]
     unseen = [operator for operator in report.operators if operator.held_out_fit_error is not None]
-    heat = partial(heat_map, text_of=error, short_of=partial(error, digits=3, unknown="?"))
+    heat = partial(heat_map, text_of=partial(error, digits=3, unknown="?"))
     memory = {
         name: [None if layer.memory is None else getattr(layer.memory, key) for layer in report.layers]
         for name, key in _KINDS_OF_MEMORY.items()
     }
     memory_peaks = {name: max(known) for name, held in memory.items() if (known := [h for h in held if h is not None])}
-    large = max(memory_peaks.values(), default=0) >= GIB
+    unit, memory_unit = (GIB, "GiB") if max(memory_peaks.values(), default=0) >= GIB else (MIB, "MiB")
     return environment.get_template("page.html").render(
         report=report,
         totals=report.totals,
@@ -89,12 +94,14 @@ def render_page(contents: ReportContents) -> str:
         output_errors=outputs and heat(outputs, "output error", lambda o: o.output_error or 0.0, from_zero=True),
         held_out=unseen and heat(unseen, "held-out fit error over fit error", lambda o: _held_out([o])[2]),
         held_out_kinds=[(kind, *_held_out(found)) for kind, found in OperatorGrid(unseen).kinds.items()],
-        zeros=heat_map(report.operators, "zeros", lambda o: o.sparsity, lambda value: share(value, 2), share),
-        even=max(zeros, default=0.0) - min(zeros, default=0.0) < 5e-4,
+        zeros=heat_map(report.operators, "zeros", lambda o: o.sparsity, share),
+        even=max(zeros, default=0.0) - min(zeros, default=0.0) < 5e-4,  # counts are whole, so shares differ a little
         columns_left=_columns_left(report),
         hidden_state_errors=line_chart(layers, {"error": [layer.hidden_state_error for layer in report.layers]}, error),
-        times=line_chart(layers, {"": [layer.seconds for layer in report.layers]}, duration, (1.0, "s")),
-        memory=line_chart(layers, memory, size, (GIB, "GiB") if large else (MIB, "MiB")),
+        layers=layers,
+        times=line_chart(layers, {"": [layer.seconds for layer in report.layers]}, duration),
+        memory=line_chart(layers, memory, size, unit),
+        memory_unit=memory_unit,
         memory_by_layer=memory,
         memory_peaks=memory_peaks,
         measurements=[
@@ -157,21 +164,22 @@ def error(value: float, digits: int = 4, unknown: str = "not finite") -> str:
 
 def count(value: int) -> str:
     """A large number in three digits: `106 M`."""
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " K")):
-        if value >= size:
-            return f"{value / size:.{max(0, 2 - int(math.log10(value / size)))}f}{unit}"
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= unit:
+            return f"{value / unit:.{max(0, 2 - int(math.log10(value / unit)))}f}{_JOINED}{letter}"
     return str(value)
 
 
 def size(value: float) -> str:
     """`1.4 GiB`, `178 MiB`."""
-    return f"{value / GIB:.1f} GiB" if value >= GIB else f"{value / MIB:.0f} MiB"
+    return f"{value / GIB:.1f}{_JOINED}GiB" if value >= GIB else f"{value / MIB:.0f}{_JOINED}MiB"
 
 
 def duration(seconds: float) -> str:
-    """`3 h 20 min`, `12 min 3 s`, `48.2 s`, `5 ms`."""
-    if seconds >= 3600:
-        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
-    if seconds >= 60:
-        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+    """`3 h 20 min`, `12 min 3 s`, `48.2 s`."""
+    text, whole = f"{seconds:.3g} s", int(seconds)
+    if whole >= 3600:
+        text = f"{whole // 3600} h {whole % 3600 // 60} min"
+    elif whole >= 60:
+        text = f"{whole // 60} min {whole % 60} s"
+    return text.replace(" ", _JOINED)
