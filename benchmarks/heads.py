@@ -10,12 +10,13 @@ measured without them.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from shared import calibration_of, open_record, parse_arguments, save, texts_of
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -46,11 +47,10 @@ def predicted(model: PreTrainedModel, windows: Tensor, head_size: int) -> dict[s
     found = measure_sensitivities(DenseLoss(layers, batches, windows.numel()), operators)
     energies = {name: torch.zeros(operator.shape[0]) for name, operator in operators.items()}
 
-    def add(name: str, output: Tensor) -> None:
+    def add(name: str, _: nn.Module, __: object, output: Tensor) -> None:
         energies[name] += output.reshape(-1, output.shape[-1]).square().sum(0) / windows.numel()
 
-    watched = {o.module: (lambda y, n=name: add(n, y)) for name, o in operators.items()}
-    with torch.no_grad(), watching({}, watched):
+    with torch.no_grad(), watching({}, {o.module: partial(add, name) for name, o in operators.items()}):
         for window in windows:
             model(window[None], use_cache=False)
     return {n: (found[n].outputs * energies[n]).view(-1, head_size).sum(1).tolist() for n in operators}

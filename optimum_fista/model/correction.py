@@ -163,12 +163,12 @@ class LayerTargets:
         if entering.dense is None:
             return
         # one pass serves all groups: each sees the inputs and outputs of its operators as they come by
-        records, count, self._outputs = [*self._records.values()] * correction.needs_dense, 0, activations.store()
-        watched: dict[nn.Module, Callable[[Tensor], None]]
-        watched = {o.module: partial(record.see_output, o) for record in records for o in record.group}
-        if experts is not None and correction.needs_dense:
-            watched[experts] = lambda output: self._expert_outputs.append(tokens_of(output, count))
-        with watching({record.group[0].module: record.see_input for record in records}, watched):
+        records, count, self._outputs = self._records.values(), 0, activations.store()
+        hooks: dict[nn.Module, Callable[..., None]]
+        hooks = {operator.module: partial(r.see_output, operator) for r in records for operator in r.group}
+        if experts is not None:
+            hooks[experts] = lambda _, __, output: self._expert_outputs.append(tokens_of(output, count))
+        with watching({record.group[0].module: record.see_input for record in records}, hooks):
             for batch, hidden in enumerate(entering.dense):
                 count = hidden.shape[:2].numel()
                 for record in records:
@@ -211,7 +211,7 @@ class LayerTargets:
         """
         assert self._experts is not None
         correction, seen, count = self._correction, list[Tensor](), 0
-        with watching({}, {self._experts: lambda output: seen.append(tokens_of(output, count).float())}):
+        with watching({}, {self._experts: lambda _, __, output: seen.append(tokens_of(output, count).float())}):
             for batch, hidden in enumerate(self.entering.entering):
                 count = hidden.shape[:2].numel()
                 output = self.activations.run(batch, hidden)
@@ -276,7 +276,8 @@ class LayerTargets:
         weight = operator.read() if record.outputs is None else None
         assert self._outputs is not None
         seen: list[Tensor] = []  # its input, and a copy of its output: some layers add to that in place
-        with watching({operator.module: seen.append}, {operator.module: lambda output: seen.append(output.clone())}):
+        copy_output = {operator.module: lambda _, __, output: seen.append(output.clone())}
+        with watching({operator.module: seen.append}, copy_output):
             for batch, hidden in enumerate(self.entering.entering):
                 output = activations.run(batch, hidden)
                 own, inputs = seen.pop().view(output.shape), seen.pop()  # some call their operator with [tokens, in]
@@ -338,8 +339,8 @@ class _DenseRecord:
             if operator.tokens is not None:
                 self.tokens.append(self._activations.tokens(self.batch, operator.tokens))
 
-    def see_output(self, operator: LinearOperator, output: Tensor) -> None:
-        """Take the dense outputs of one operator; those of a group come in its order."""
+    def see_output(self, operator: LinearOperator, _: nn.Module, __: object, output: Tensor) -> None:
+        """Take the dense outputs of one operator, as its forward hook; those of a group come in its order."""
         if self._same or operator.tokens is not None:
             return
         rows = operator.outputs_without_bias(self._activations.rows(output, self.batch, operator))

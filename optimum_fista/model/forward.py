@@ -68,23 +68,18 @@ def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> T
 
 @contextmanager
 def watching(
-    inputs: Mapping[nn.Module, Callable[[Tensor], None]],
-    outputs: Mapping[nn.Module, Callable[[Tensor], None]] | None = None,
+    inputs: Mapping[nn.Module, Callable[[Tensor], None]], hooks: Mapping[nn.Module, Callable[..., None]] | None = None
 ) -> Iterator[None]:
-    """Call back with the input (before the call) or the output (after it) of modules."""
-    with ExitStack() as hooks:
+    """Call back with the input of operators before they compute, and register forward hooks, for the time inside."""
+    with ExitStack() as registered:
         for module, callback in inputs.items():
             # a default argument binds the callback of this turn of the loop
             def before(_: nn.Module, args: Any, kwargs: Any, callback: Callable[[Tensor], None] = callback) -> None:
                 callback(operator_input(args, kwargs))
 
-            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
-        for module, callback in (outputs or {}).items():
-
-            def after(_: nn.Module, __: Any, output: Tensor, callback: Callable[[Tensor], None] = callback) -> None:
-                callback(output)
-
-            hooks.enter_context(module.register_forward_hook(after))
+            registered.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+        for module, hook in (hooks or {}).items():
+            registered.enter_context(module.register_forward_hook(hook))
         yield
 
 

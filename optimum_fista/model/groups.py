@@ -46,8 +46,12 @@ def trace_groups(
     latest: list[tuple[LinearOperator, Tensor, int]] = []  # the output of the latest call, and its version
     by_module = {operator.module: operator for operator in operators.values()}
     parts = [part for part in layer.children() if part not in by_module]
-    # looked up before the callback of this function is a hook too
-    doubtful = {module for module in by_module if _may_change_its_product(module)}
+    doubtful = set()
+    for module in by_module:
+        forward = vars(module).get("_old_forward", module.forward)  # what the hooks of Accelerate call
+        is_plain = getattr(forward, "__func__", None) in (nn.Linear.forward, Conv1D.forward)
+        if isinstance(module, LINEAR) and (not is_plain or module._forward_hooks):  # either may change its output
+            doubtful.add(module)
 
     def leave(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: object) -> None:
         operator = by_module.get(module)
@@ -86,13 +90,6 @@ def trace_groups(
         key = (*place, inputs.numel(), inputs.shape[-1], inputs.stride()[-1], inputs.dtype)
         groups.setdefault(key, []).append(operator)
     return list(groups.values()), left_dense
-
-
-def _may_change_its_product(module: nn.Module) -> bool:
-    """Whether a linear module has another forward pass than its type's, or hooks, which may change the output."""
-    forward = vars(module).get("_old_forward", module.forward)  # what the hooks of Accelerate call
-    is_plain = getattr(forward, "__func__", None) in (nn.Linear.forward, Conv1D.forward)
-    return isinstance(module, LINEAR) and (not is_plain or bool(module._forward_hooks))
 
 
 def _is_product(operator: LinearOperator, inputs: Tensor, output: object) -> bool:
